@@ -1,0 +1,196 @@
+"""Every option of a run, as frozen dataclasses that are checked where they are built.
+
+A recipe in configs/ is a function ``get_config() -> Config``. Overrides on the command line name fields by their path
+(``--stages.1.optimizer.learning-rate 1e-4``, ``--mesh.fsdp 8``). Model sizes are the dataclasses of pixart_jax/models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pixart_jax.errors import UserError, nearest
+from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.vae import VAEConfig
+
+
+def _require(condition: bool, owner: object, field: str, what: str) -> None:
+    if not condition:
+        raise UserError(f"{type(owner).__name__}.{field} = {getattr(owner, field)!r}: {what}")
+
+
+def _one_of(owner: object, field: str, known: tuple[str, ...]) -> None:
+    value = getattr(owner, field)
+    _require(value in known, owner, field, f"unknown{nearest(value, known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be −1: all devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "fsdp", "context", "tensor"):
+            _require(getattr(self, name) == -1 or getattr(self, name) >= 1, self, name, "a mesh axis is at least 1, or -1 for the rest")
+        if [self.data, self.fsdp, self.context, self.tensor].count(-1) > 1:
+            raise UserError("MeshConfig: only one axis can be -1 (the rest)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The Optax chain of a stage: clip → AdamW or CAME → schedule, with the EMA as one more transform."""
+
+    name: str = "adamw"  # adamw | came
+    learning_rate: float = 2e-5
+    schedule: str = "constant"  # constant | cosine | linear | rsqrt; each after the warm-up
+    warmup_steps: int = 1000
+    final_fraction: float = 0.0  # of learning_rate, where cosine and linear end (the stage's last step)
+    weight_decay: float = 0.03
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-10
+    clip: float | None = 0.01  # global norm; None: no clipping
+    ema: float = 0.9999
+    accumulate: int = 1  # micro-batches a step; the stage's batch is the whole one
+    sqrt_scale_from: int | None = None  # learning_rate · √(batch / this), as the official auto_lr
+
+    def __post_init__(self):
+        _one_of(self, "name", ("adamw", "came"))
+        _one_of(self, "schedule", ("constant", "cosine", "linear", "rsqrt"))
+        _require(self.learning_rate > 0, self, "learning_rate", "must be positive")
+        _require(self.warmup_steps >= 0, self, "warmup_steps", "must not be negative")
+        _require(0 <= self.final_fraction <= 1, self, "final_fraction", "must lie in [0, 1]")
+        _require(0 <= self.ema < 1, self, "ema", "must lie in [0, 1); 0 keeps no average")
+        _require(self.accumulate >= 1, self, "accumulate", "must be at least 1")
+        _require(self.clip is None or self.clip > 0, self, "clip", "must be positive, or None for no clipping")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the denoiser learns."""
+
+    prediction: str = "epsilon"  # epsilon | v
+    learned_range: bool = True  # mse + vb on the variance half of the output
+    min_snr_gamma: float | None = None
+    condition_dropout: float = 0.1  # captions (stage 2, 3) or labels (stage 1) replaced by the null condition
+    timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self):
+        _one_of(self, "prediction", ("epsilon", "v"))
+        _require(0 <= self.condition_dropout <= 1, self, "condition_dropout", "must lie in [0, 1]")
+        _require(self.min_snr_gamma is None or self.min_snr_gamma > 0, self, "min_snr_gamma", "must be positive, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where a stage's samples come from, and the shapes they take.
+
+    source: 'tfds:NAME/CONFIG' (the embedded world is 'tfds:shapes/plain', '/free', '/rich'; any other set by its name) or a
+    folder of encoded ArrayRecord shards. captions: the caption fields and their weights in the mix. buckets: (height,
+    width) in pixels; each sample goes to the nearest aspect ratio; a batch holds one bucket only.
+    """
+
+    source: str = "tfds:shapes/plain"
+    split: str = "train"
+    limit: int | None = None  # the first so many samples of the split
+    where: str | None = None  # a filter by name, e.g. 'single' (one object) or 'curated'
+    captions: tuple[tuple[str, float], ...] = (("dense", 1.0),)
+    buckets: tuple[tuple[int, int], ...] = ((64, 64),)
+    max_text_tokens: int = 120
+    workers: int = 2  # threads that read ahead
+
+    def __post_init__(self):
+        _require(len(self.buckets) > 0, self, "buckets", "name at least one (height, width)")
+        _require(self.limit is None or self.limit > 0, self, "limit", "must be positive, or None for all")
+        _require(self.max_text_tokens > 0, self, "max_text_tokens", "must be positive")
+        _require(all(w >= 0 for _, w in self.captions) and sum(w for _, w in self.captions) > 0, self, "captions", "weights must not be negative, nor all 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of a curriculum.
+
+    task: class_conditional (the DiT of stage 1), text_to_image (stages 2 and 3), autoencoder and masked_text (the frozen
+    parts that a curriculum rests on). start: 'fresh', 'previous' (the stage before, converted where the task differs), or
+    a folder with weights to open.
+    """
+
+    name: str
+    task: str = "text_to_image"
+    steps: int = 1000
+    batch_size: int = 32
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    start: str = "previous"
+    position_base: int | None = None  # base size of the position table in this stage, latent/patch units; None: the model's
+    position_scale: float | None = None
+
+    def __post_init__(self):
+        _one_of(self, "task", ("class_conditional", "text_to_image", "autoencoder", "masked_text"))
+        _require(self.steps >= 0, self, "steps", "must not be negative")
+        _require(self.batch_size >= 1, self, "batch_size", "must be at least 1")
+        _require(self.batch_size % self.optimizer.accumulate == 0, self, "batch_size", f"must be a multiple of optimizer.accumulate = {self.optimizer.accumulate}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewConfig:
+    """The sample grid drawn during a text-to-image or class-conditional stage."""
+
+    every: int = 0  # steps; 0: only at the end of each stage
+    prompts: tuple[str, ...] = ()
+    steps: int = 20
+    guidance: float = 4.5
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareConfig:
+    """What the ledger assumes where nothing measures it."""
+
+    watts_per_device: float = 400.0
+    usd_per_device_hour: float = 2.0
+    gco2_per_kwh: float = 57.0  # the paper's figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run: the model, the frozen parts it rests on, and its stages in order."""
+
+    name: str
+    stages: tuple[StageConfig, ...]
+    model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    num_classes: int = 1000  # of the class-conditional stage
+    vae: str | None = "assets/shapes"  # folder of the whole model or of the VAE alone
+    text_encoder: str | None = "assets/shapes"  # likewise; the tokenizer lies beside it
+    vae_model: VAEConfig | None = None  # only where a stage trains it
+    text_model: T5Config | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: str = "none"  # a name of models/remat.py
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
+    hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
+
+    def __post_init__(self):
+        _require(len(self.stages) > 0, self, "stages", "a run needs at least one stage")
+        names = [s.name for s in self.stages]
+        _require(len(set(names)) == len(names), self, "stages", f"stage names must differ, got {names}")
+        _one_of(self, "compute_dtype", ("bfloat16", "float32"))
+        for field in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, field) >= 1, self, field, "must be at least 1")
+        unit = 8 * self.model.patch_size
+        for stage in self.stages:
+            for height, width in stage.data.buckets:
+                if stage.task != "masked_text" and (height % unit or width % unit):
+                    raise UserError(f"stage {stage.name}: bucket {height}×{width} is not divisible by {unit} (8 × patch size)")

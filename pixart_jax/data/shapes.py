@@ -1,0 +1,397 @@
+"""The embedded world: captioned scenes of coloured shapes, with full ground truth.
+
+A fresh machine has no model hub and no photographs, yet every stage of the curriculum must run for real. This world draws
+one to three objects on a ground and says what it drew in a short and a dense caption, with a class label for single
+objects (stage 1). Five colour–shape pairs (:data:`WITHHELD`) never occur in training, so composition can be tested.
+
+A :class:`Level` is the difficulty, and is named wherever a score stands:
+
+- ``plain``: 64 px, objects in slots with a little jitter, flat grounds, five shapes, one or two kinds of object;
+- ``free``: the same objects anywhere, turned and of continuous size;
+- ``rich``: 128 px, eight shapes, three kinds of object, textures on objects and grounds;
+- ``aesthetic``: plain's content, lit and shaded on graded grounds, at several sizes and aspect ratios (stage 3).
+
+Everything here is drawn with signed distances in numpy; a scene depends on (level, split, index) alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import zlib
+
+import numpy as np
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (218, 36, 36),
+    "orange": (250, 138, 20),
+    "yellow": (246, 224, 48),
+    "green": (40, 165, 60),
+    "cyan": (50, 205, 220),
+    "blue": (36, 76, 220),
+    "purple": (130, 44, 180),
+    "pink": (250, 120, 190),
+}
+GROUNDS: dict[str, tuple[int, int, int]] = {  # all of low saturation, so that no object can vanish in them
+    "white": (232, 232, 228),
+    "gray": (140, 140, 142),
+    "black": (38, 38, 42),
+    "sand": (205, 190, 162),
+    "slate": (92, 104, 120),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
+PLURALS = {"cross": "crosses"}
+SIZES = {"small": 9.0, "large": 13.0}  # radius in px where the shorter side of the image is 64
+NUMBERS = ("zero", "one", "two", "three")
+TEXTURES = ("solid", "striped", "dotted")
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and their inverse
+NUM_CLASSES = len(SHAPES) * len(COLOURS)
+WITHHELD = (("blue", "star"), ("green", "triangle"), ("yellow", "cross"), ("purple", "square"), ("orange", "circle"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """x, y: centre in px; radius in px; turn in radians."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    turn: float = 0.0
+    texture: str = "solid"
+
+    @property
+    def name(self) -> str:
+        texture = "" if self.texture == "solid" else f"{self.texture} "
+        return f"{self.size} {texture}{self.colour} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What is drawn. task: single, pair, count or three; relation holds between the first two objects of a pair."""
+
+    height: int
+    width: int
+    ground: str
+    objects: tuple[Object, ...]
+    task: str
+    relation: str | None = None
+    style: str = "flat"  # flat | lit
+    ground_texture: str = "solid"  # solid | checked | speckled
+    seed: int = 0  # of the ground's jitter and texture
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Scene:
+        fields = json.loads(text)
+        return cls(**{**fields, "objects": tuple(Object(**o) for o in fields["objects"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One difficulty. canvases: (height, width) in px and their weights; tasks: kinds of scene and their weights."""
+
+    name: str
+    canvases: tuple[tuple[int, int, float], ...] = ((64, 64, 1.0),)
+    shapes: tuple[str, ...] = SHAPES[:5]
+    tasks: tuple[tuple[str, float], ...] = (("single", 0.3), ("pair", 0.45), ("count", 0.25))
+    placement: str = "slots"  # slots | free
+    max_turn: float = 0.0  # radians
+    size_jitter: float = 0.0  # share of the radius
+    textures: tuple[str, ...] = ("solid",)
+    ground_textures: tuple[str, ...] = ("solid",)
+    style: str = "flat"
+    train: int = 16_000
+    test: int = 1_000
+
+
+LEVELS = {
+    level.name: level
+    for level in (
+        Level("plain"),
+        Level("free", placement="free", max_turn=0.35, size_jitter=0.08),
+        Level(
+            "rich",
+            canvases=((128, 128, 0.5), (96, 160, 0.25), (160, 96, 0.25)),
+            shapes=SHAPES,
+            tasks=(("single", 0.2), ("pair", 0.3), ("count", 0.2), ("three", 0.3)),
+            placement="free",
+            max_turn=0.35,
+            size_jitter=0.08,
+            textures=TEXTURES,
+            ground_textures=("solid", "checked", "speckled"),
+        ),
+        Level(
+            "aesthetic",
+            canvases=((64, 64, 0.4), (96, 96, 0.2), (64, 96, 0.2), (96, 64, 0.2)),
+            style="lit",
+        ),
+    )
+}
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+def _polygon(p: np.ndarray, vertices: np.ndarray) -> np.ndarray:
+    """Signed distance of points p [h, w, 2] to a polygon [n, 2]; negative inside."""
+    best = np.full(p.shape[:2], np.inf)
+    inside = np.zeros(p.shape[:2], bool)
+    for a, b in zip(vertices, np.roll(vertices, -1, axis=0)):
+        edge, to = b - a, p - a
+        along = np.clip((to @ edge) / (edge @ edge), 0, 1)
+        away = to - along[..., None] * edge
+        best = np.minimum(best, (away**2).sum(-1))
+        crosses = (a[1] > p[..., 1]) != (b[1] > p[..., 1])
+        if edge[1] != 0:
+            inside ^= crosses & (p[..., 0] < a[0] + (p[..., 1] - a[1]) / edge[1] * edge[0])
+    return np.where(inside, -1, 1) * np.sqrt(best)
+
+
+def _box(p: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    q = np.abs(p) - np.array([half_width, half_height])
+    return np.sqrt((np.maximum(q, 0) ** 2).sum(-1)) + np.minimum(q.max(-1), 0)
+
+
+def _outline(shape: str) -> np.ndarray:
+    """Vertices of the polygonal shapes for radius 1, y downwards."""
+    if shape == "triangle":
+        return np.array([(0, -1.05), (1.0, 0.8), (-1.0, 0.8)])
+    if shape == "diamond":
+        return np.array([(0, -1.1), (0.72, 0), (0, 1.1), (-0.72, 0)])
+    if shape == "star":
+        angle = np.arange(10) * math.pi / 5 - math.pi / 2
+        radius = np.where(np.arange(10) % 2, 0.44, 1.12)
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle) + 0.05], -1)
+    if shape == "heart":
+        t = np.linspace(0, 2 * math.pi, 32, endpoint=False)
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        return np.stack([16 * np.sin(t) ** 3 / 16, (-y - 2.5) / 14.5], -1)
+    raise ValueError(shape)
+
+
+def distance(shape: str, p: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance in px of points p [h, w, 2] (x, y from the object's centre) to the shape's border."""
+    if shape == "circle":
+        return np.sqrt((p**2).sum(-1)) - radius
+    if shape == "ring":
+        return np.abs(np.sqrt((p**2).sum(-1)) - 0.74 * radius) - 0.26 * radius
+    if shape == "square":
+        return _box(p, 0.86 * radius, 0.86 * radius)
+    if shape == "cross":
+        return np.minimum(_box(p, 0.34 * radius, 1.02 * radius), _box(p, 1.02 * radius, 0.34 * radius))
+    return _polygon(p, radius * _outline(shape))
+
+
+def _grid(scene: Scene) -> np.ndarray:
+    y, x = np.mgrid[: scene.height, : scene.width] + 0.5
+    return np.stack([x, y], -1)  # [h, w, 2]
+
+
+def _ground(scene: Scene, rng: np.random.Generator, grid: np.ndarray) -> np.ndarray:
+    unit = min(scene.height, scene.width) / 64
+    colour = np.array(GROUNDS[scene.ground], float) + rng.uniform(-6, 6)
+    image = np.broadcast_to(colour, (scene.height, scene.width, 3)).copy()
+    if scene.style == "lit":  # a soft light from above
+        image += (18 * (0.5 - grid[..., 1] / scene.height))[..., None]
+    if scene.ground_texture == "checked":
+        image += 7 * (((grid // (8 * unit)).sum(-1) % 2) * 2 - 1)[..., None]
+    elif scene.ground_texture == "speckled":
+        cells = rng.uniform(-9, 9, (scene.height // 4 + 1, scene.width // 4 + 1))
+        image += np.kron(cells, np.ones((4, 4)))[: scene.height, : scene.width, None]
+    return image
+
+
+def _fill(obj: Object, p: np.ndarray, unit: float, style: str) -> np.ndarray:
+    """The object's own colour at each point, [h, w, 3]."""
+    colour = np.array(COLOURS[obj.colour], float)
+    image = np.broadcast_to(colour, (*p.shape[:2], 3)).copy()
+    if obj.texture == "striped":
+        image[np.mod(p[..., 1], 6 * unit) < 2.4 * unit] = 0.72 * colour
+    elif obj.texture == "dotted":
+        cell = np.mod(p, 6 * unit) - 3 * unit
+        image[(cell**2).sum(-1) < (1.7 * unit) ** 2] = 0.72 * colour
+    if style == "lit":
+        image *= (1 - 0.13 * p[..., 1] / obj.radius)[..., None]
+    return image
+
+
+def render(scene: Scene) -> np.ndarray:
+    """uint8 [height, width, 3]; borders are anti-aliased over one pixel."""
+    rng = np.random.default_rng(scene.seed)
+    grid = _grid(scene)
+    unit = min(scene.height, scene.width) / 64
+    image = _ground(scene, rng, grid)
+    for obj in scene.objects:
+        p = grid - np.array([obj.x, obj.y])
+        cos, sin = math.cos(obj.turn), math.sin(obj.turn)
+        p = p @ np.array([[cos, -sin], [sin, cos]])
+        d = distance(obj.shape, p, obj.radius)
+        if scene.style == "lit":
+            shade = distance(obj.shape, p - np.array([1.2, 2.2]) * unit, obj.radius)
+            image *= 1 - 0.30 * np.clip(0.5 - shade / (3 * unit), 0, 1)[..., None]
+        cover = np.clip(0.5 - d, 0, 1)[..., None]
+        image = image * (1 - cover) + _fill(obj, p, unit, scene.style) * cover
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+# ---- what is in a scene --------------------------------------------------------------------------------------------
+
+
+def _pair_allowed(colour: str, shape: str, withheld: str) -> bool:
+    """withheld: 'never' draws none of the withheld pairs, 'only' draws nothing else, 'any' draws all."""
+    return withheld == "any" or ((colour, shape) in WITHHELD) == (withheld == "only")
+
+
+def _kind(rng: np.random.Generator, level: Level, withheld: str) -> tuple[str, str, str, str]:
+    """(shape, colour, size, texture) of one object."""
+    while True:
+        shape = level.shapes[rng.integers(len(level.shapes))]
+        colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        if _pair_allowed(colour, shape, withheld):
+            break
+    return shape, colour, list(SIZES)[rng.integers(2)], level.textures[rng.integers(len(level.textures))]
+
+
+def _slots(rng: np.random.Generator, task: str, count: int, relation: str | None) -> list[tuple[float, float]]:
+    """Centres as shares of (width, height), in the order of the objects."""
+    if task == "single" or count == 1:
+        return [(0.5, 0.5)]
+    if relation in ("left of", "right of"):
+        places = [(0.25, 0.5), (0.75, 0.5)]
+        return places if relation == "left of" else places[::-1]
+    if relation in ("above", "below"):
+        places = [(0.5, 0.25), (0.5, 0.75)]
+        return places if relation == "above" else places[::-1]
+    corners = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
+    if count == 2:
+        return [corners[0], corners[3]] if rng.integers(2) else [corners[1], corners[2]]
+    return [corners[i] for i in sorted(rng.permutation(4)[:count])]
+
+
+def _place_free(rng, radii, height, width, relation) -> list[tuple[float, float]] | None:
+    """Centres in px, apart from each other and inside the border, that obey the relation; None where no place is left."""
+    places: list[tuple[float, float]] = []
+    for radius in radii:
+        for _ in range(40):
+            margin = 1.15 * radius + 1
+            x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
+            if all(math.hypot(x - a, y - b) > 1.2 * (radius + r) + 2 for (a, b), r in zip(places, radii)):
+                places.append((x, y))
+                break
+        else:
+            return None
+    if relation:
+        (ax, ay), (bx, by) = places[:2]
+        dx, dy = bx - ax, by - ay
+        horizontal = relation in ("left of", "right of")
+        along, across = (dx, dy) if horizontal else (dy, dx)
+        if abs(along) < 1.5 * abs(across) or (along > 0) != (relation in ("left of", "above")):
+            return None
+    return places
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    level: Level | str = "plain",
+    *,
+    task: str | None = None,
+    withheld: str = "never",
+    canvas: tuple[int, int] | None = None,
+) -> Scene:
+    """A scene of the level. task: one of the level's, or any by its weight; withheld: 'never', 'only' (each object) or 'any'."""
+    level = LEVELS[level] if isinstance(level, str) else level
+    names, weights = zip(*level.tasks)
+    task = task or names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
+    height, width = canvas or level.canvases[rng.choice(len(level.canvases), p=np.array([c[2] for c in level.canvases]))][:2]
+    unit = min(height, width) / 64 * (0.8 if task == "three" or level.name == "rich" else 1.0)
+    while True:  # until the objects find places
+        relation = None
+        if task == "single":
+            kinds = [_kind(rng, level, withheld)]
+        elif task == "count":
+            kinds = [_kind(rng, level, withheld)] * int(rng.integers(1, 4))
+        else:
+            kinds, wanted = [], 2 if task == "pair" else 3
+            while len(kinds) < wanted:  # objects of one scene differ in colour and in shape, so that words can tell them apart
+                kind = _kind(rng, level, withheld)
+                if all(kind[0] != k[0] and kind[1] != k[1] for k in kinds):
+                    kinds.append(kind)
+            relation = list(RELATIONS)[rng.integers(4)]
+        radii = [SIZES[k[2]] * unit * (1 + rng.uniform(-1, 1) * level.size_jitter) for k in kinds]
+        if level.placement == "slots":
+            jitter = rng.uniform(-1.5, 1.5, (len(kinds), 2)) * unit
+            places = [(x * width + jx, y * height + jy) for (x, y), (jx, jy) in zip(_slots(rng, task, len(kinds), relation), jitter)]
+        else:
+            places = _place_free(rng, radii, height, width, relation)
+        if places:
+            break
+    objects = tuple(
+        Object(shape, colour, size, round(x, 3), round(y, 3), round(r, 3), round(rng.uniform(-1, 1) * level.max_turn, 4), texture)
+        for (shape, colour, size, texture), (x, y), r in zip(kinds, places, radii)
+    )
+    return Scene(
+        height,
+        width,
+        list(GROUNDS)[rng.integers(len(GROUNDS))],
+        objects,
+        task,
+        relation,
+        level.style,
+        level.ground_textures[rng.integers(len(level.ground_textures))],
+        int(rng.integers(2**31)),
+    )
+
+
+def scene_at(level: str, split: str, index: int) -> Scene:
+    """Scene ``index`` of a split, whatever else was drawn."""
+    seed = [zlib.crc32(f"{level}/{split}".encode()), index]
+    return draw_scene(np.random.default_rng(seed), level)
+
+
+def label(scene: Scene) -> int:
+    """Class of a scene with one kind of object (stage 1): shape · 8 + colour; −1 for others."""
+    kinds = {(o.shape, o.colour) for o in scene.objects}
+    if len(kinds) != 1:
+        return -1
+    ((shape, colour),) = kinds
+    return SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)
+
+
+# ---- what is said of it --------------------------------------------------------------------------------------------
+
+
+def _where(obj: Object, scene: Scene) -> str:
+    """'at the top left', 'in the middle', …"""
+    column = ("left", "", "right")[min(2, int(3 * obj.x / scene.width))]
+    row = ("top", "", "bottom")[min(2, int(3 * obj.y / scene.height))]
+    place = " ".join(w for w in (row, column) if w)
+    return f"at the {place}" if place else "in the middle"
+
+
+def captions(scene: Scene) -> dict[str, str]:
+    """{"short", "dense"}: the subject alone, and each object with all that is true of it."""
+    first = scene.objects[0]
+    ground = f"on a {scene.ground} ground" if scene.ground_texture == "solid" else f"on a {scene.ground_texture} {scene.ground} ground"
+    if scene.task in ("single", "count") and len(scene.objects) == 1:
+        article = "one" if scene.task == "count" else "a"
+        return {
+            "short": f"{article} {first.name}",
+            "dense": f"{article} {first.name} {ground}. the {first.shape} is {first.colour} and {first.size}, {_where(first, scene)}.",
+        }
+    if scene.task == "count":
+        plural = PLURALS.get(first.shape, first.shape + "s")
+        subject = f"{NUMBERS[len(scene.objects)]} {first.name.removesuffix(first.shape)}{plural}"
+        places = ", ".join(_where(o, scene) for o in scene.objects)
+        return {"short": subject, "dense": f"{subject} {ground}. the {plural} are {first.colour} and {first.size}, {places}."}
+    names = [f"a {o.name}" for o in scene.objects]
+    subject = f"{names[0]} {scene.relation} {names[1]}"
+    if len(names) == 3:
+        subject += f", and {names[2]}"
+    details = ". ".join(f"the {o.shape} is {o.colour} and {o.size}, {_where(o, scene)}" for o in scene.objects)
+    return {"short": subject, "dense": f"{subject} {ground}. {details}."}

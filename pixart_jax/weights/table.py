@@ -1,0 +1,151 @@
+"""A table of names: which parameter of ours is which tensor of a released file, and how its axes lie.
+
+Each model has one table a format (weights/transformer.py, weights/t5.py, weights/vae.py). A table is a tuple of
+:class:`Entry`; reading and writing are the same walk in two directions, so what is read can be written back to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from pixart_jax.errors import UserError
+
+_LAYOUTS: dict[str, tuple[Callable, Callable]] = {
+    # name: (their axes → ours, ours → theirs)
+    "same": (lambda x: x, lambda x: x),
+    "linear": (lambda x: x.T, lambda x: x.T),  # [out, in] ↔ [in, out]
+    "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW ↔ HWIO
+    "pointwise": (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),  # 1×1 convolution ↔ [in, out]
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One parameter.
+
+    ours: path in our tree, joined by '/'. theirs: key in the file; '{i}' in it means that ours is stacked over a
+    leading layer axis, filled in place layer by layer. layout: a key of _LAYOUTS. part: (k, n) takes the k-th of n equal
+    parts of theirs along its first axis (a fused qkv). optional: may be absent from the file (then absent from the tree).
+    """
+
+    ours: str
+    theirs: str
+    layout: str = "same"
+    part: tuple[int, int] = (0, 1)
+    optional: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.theirs
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested dict → {'a/b/c': leaf}."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, path))
+        else:
+            flat[path] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, object]) -> dict:
+    """{'a/b/c': leaf} → nested dict."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return tree
+
+
+def read(
+    table: Iterable[Entry],
+    shapes: Mapping,  # our tree of anything with .shape (jax.eval_shape of init)
+    keys: Iterable[str],
+    tensor: Callable[[str], np.ndarray],
+    *,
+    source: str,
+    dtype=np.float32,
+    ignore: Iterable[str] = (),
+    place: Callable[[str, np.ndarray], object] | None = None,
+) -> dict:
+    """Fill our tree from a file, one tensor at a time.
+
+    keys: the names in the file; tensor(key) loads one. ignore: names that released files hold and no model needs.
+    place(path, array): what to make of each finished parameter (put on a mesh); the array itself by default.
+    Raises UserError that names every missing, left-over and wrongly shaped key at once, before any tensor is read in full.
+    """
+    table, keys, shapes = list(table), set(keys), flatten(shapes)
+    wanted: dict[str, list[tuple[Entry, int | None]]] = {}
+    for entry in table:
+        if entry.ours not in shapes:
+            continue
+        for i in range(shapes[entry.ours].shape[0]) if entry.stacked else (None,):
+            wanted.setdefault(entry.theirs.format(i=i), []).append((entry, i))
+    optional = {k for k, uses in wanted.items() if all(e.optional for e, _ in uses)}
+    missing = sorted(k for k in wanted if k not in keys and k not in optional)
+    left = sorted(k for k in keys if k not in wanted and k not in set(ignore))
+    unmapped = sorted(set(shapes) - {e.ours for e in table})
+    problems = []
+    for what, names in (("missing", missing), ("left over", left), ("without a name in the table", unmapped)):
+        if names:
+            problems.append(f"{len(names)} {what}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}")
+    if problems:
+        raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
+
+    out: dict[str, np.ndarray] = {}
+    wrong = []
+    for key in sorted(wanted):
+        if key not in keys:
+            continue
+        theirs = tensor(key)
+        for entry, i in wanted[key]:
+            k, n = entry.part
+            rows = theirs.shape[0] // n if n > 1 else None
+            piece = theirs[k * rows : (k + 1) * rows] if n > 1 else theirs
+            want = tuple(shapes[entry.ours].shape)[1 if entry.stacked else 0 :]
+            try:
+                piece = _LAYOUTS[entry.layout][0](piece)
+            except (ValueError, IndexError):
+                pass  # the shape is reported below
+            if tuple(piece.shape) != want:
+                wrong.append(f"{key} {tuple(theirs.shape)} for {entry.ours} {want}")
+                continue
+            if entry.stacked:
+                if entry.ours not in out:
+                    out[entry.ours] = np.empty(shapes[entry.ours].shape, dtype)
+                out[entry.ours][i] = piece
+            else:
+                out[entry.ours] = np.ascontiguousarray(piece, dtype)
+    if wrong:
+        raise UserError(f"{source} does not fit the model: wrong shape: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
+    return unflatten({path: place(path, value) if place else value for path, value in out.items()})
+
+
+def write(table: Iterable[Entry], params: Mapping) -> dict[str, np.ndarray]:
+    """Our tree → {their key: array}, the inverse of :func:`read`, to the bit."""
+    flat = {path: np.asarray(value) for path, value in flatten(params).items()}
+    out: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for entry in table:
+        if entry.ours not in flat:
+            continue
+        for i in range(flat[entry.ours].shape[0]) if entry.stacked else (None,):
+            value = flat[entry.ours] if i is None else flat[entry.ours][i]
+            value = np.ascontiguousarray(_LAYOUTS[entry.layout][1](value))
+            key = entry.theirs.format(i=i)
+            if entry.part[1] == 1:
+                out[key] = value
+            else:
+                parts.setdefault(key, {})[entry.part[0]] = value
+    for key, pieces in parts.items():
+        out[key] = np.concatenate([pieces[k] for k in sorted(pieces)])
+    return out
