@@ -1,0 +1,22 @@
+"""Logical names of array axes: the one vocabulary that models write on their arrays and parallel's rules map to the mesh."""
+
+from __future__ import annotations
+
+# Parameters.
+LAYERS = "layers"  # the stacked leading axis of scanned blocks
+EMBED = "embed"  # model width d, where it is a layer's input (the contracting side), or the output of a block's last projection
+HEADS = "heads"  # fused heads · head_dim, the output of q, k and v
+MLP = "mlp"  # the MLP's inner width
+TEXT = "text"  # caption width (the text encoder's states)
+MODULATION = "modulation"  # 6·d or 2·d of adaptive layer norm; kept whole
+CONV_IN = "conv_in"
+CONV_OUT = "conv_out"
+VOCAB = "vocab"
+NORM = "norm"  # norm scales and other vectors; small
+
+# Activations.
+BATCH = "batch"
+TOKENS = "tokens"
+ACT_EMBED = "act_embed"
+
+ACTIVATION = (BATCH, TOKENS, ACT_EMBED)  # [b, n, d], the residual stream
