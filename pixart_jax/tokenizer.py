@@ -1,0 +1,65 @@
+"""Prompts → token ids, as the text encoder was trained to see them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pixart_jax.errors import UserError
+
+
+def load(folder: str | os.PathLike):
+    """The tokenizer of a model folder's tokenizer/ (tokenizer.json, or a SentencePiece spiece.model)."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no tokenizer in {folder}: that folder does not exist")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        raise UserError(f"no tokenizer in {folder}: {' '.join(str(fault).split())[:300]}") from fault
+
+
+def from_words(words: Sequence[str]):
+    """A T5 tokenizer whose pieces are these whole words; any other word is spelled in single characters.
+
+    For small closed worlds. Saved with ``save_pretrained`` it opens in transformers and in diffusers as T5Tokenizer does.
+    """
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"▁{word}", -2.0) for word in dict.fromkeys(words)]
+    known = {piece for piece, _ in pieces}
+    # A character costs more than any word, so a word is spelled only where it is not in the list.
+    pieces += [(c, -20.0) for c in "▁abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&" if c not in known]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def clean(text: str) -> str:
+    """A caption as PixArt's captions are written: lower case, no blanks around it (diffusers' plain cleaning)."""
+    return text.lower().strip()
+
+
+def padded_length(longest: int, most: int) -> int:
+    """The length to pad to: the next multiple of 8, so that few shapes compile, and never more than the model's ``most``."""
+    return min(most, -(-max(longest, 1) // 8) * 8)
+
+
+def tokenize(tokenizer, texts: Sequence[str], most: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Texts → (ids int32 [n, l], lengths int32 [n]).
+
+    Texts are cleaned, cut at ``most`` tokens (the end mark kept) and padded to ``length``: by default the next multiple of
+    8 over the longest. Nothing that reads the result may depend on the padding.
+    """
+    ids = tokenizer([clean(text) for text in texts], truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
+    length = length or padded_length(max((len(row) for row in ids), default=1), most)
+    pad = tokenizer.pad_token_id or 0
+    out = np.full((len(ids), length), pad, np.int32)
+    for row, tokens in zip(out, ids, strict=True):
+        row[: len(tokens)] = tokens[:length]
+    # A tokenizer without an end mark gives "" no token at all; attention needs one.
+    return out, np.maximum([min(len(row), length) for row in ids], 1).astype(np.int32)
