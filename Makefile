@@ -1,0 +1,84 @@
+# Two commands on a fresh clone: `make demo` and `make test`. Each first makes what it needs in .venv; a second call finds it made.
+# A bare machine needs python3 (3.11 or newer, with venv), pip, make and git.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+DEMO := runs/demo
+TORCH := torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Everything that these commands write lies inside the clone, in folders that git ignores.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast check clean clean-demo
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+# ---- environment: stamp files, so that nothing is installed twice ----
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 …" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
+
+# uv installs in seconds what pip installs in a minute. It does not read pip's configuration, so where it cannot be had, or
+# does not find a package that pip knows the way to, pip does the work.
+$(VENV)/.uv: | $(BIN)/python
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv 2>/dev/null || echo "uv is not to be had here; pip will do"
+	@touch $@
+
+define install
+	@echo "installing $(1) into $(VENV)"
+	@$(BIN)/uv pip install -q --python $(BIN)/python -r $(1) 2>$(VENV)/uv.log \
+	  || { echo "uv could not ($(VENV)/uv.log says why); pip, which takes longer:"; $(BIN)/python -m pip install -q --disable-pip-version-check -r $(1); }
+endef
+
+$(VENV)/.user: requirements.txt $(VENV)/.uv
+	$(call install,requirements.txt)
+	@touch $@
+
+# PyTorch is the reference of the parity tests and nothing else. Three ways, the small one first: a CPU wheel that pip's
+# find-links knows, PyTorch's own index of CPU wheels, and last whatever the package index has (on Linux: with CUDA, several GB).
+$(VENV)/.torch: | $(BIN)/python
+	@echo "installing $(TORCH) (CPU) into $(VENV)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index "$(TORCH)" 2>/dev/null \
+	  || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --retries 0 --timeout 20 --index-url "$(TORCH_INDEX)" "$(TORCH)" 2>/dev/null \
+	  || { echo "no CPU wheel of $(TORCH) within reach; taking the package index's"; $(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"; }
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.uv $(VENV)/.torch
+	$(call install,requirements-dev.txt)
+	@touch $@ $(VENV)/.user
+
+install: $(VENV)/.user  ## .venv with what sampling and training need
+
+# ---- the two commands ----
+
+demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, score: about ten minutes on a laptop
+	@set -e; start=$$(date +%s); \
+	$(BIN)/python train.py configs/shapes_demo.py --workdir $(DEMO); \
+	$(BIN)/python sample.py --model $(DEMO)/model --prompts configs/shapes_prompts.txt --out $(DEMO)/drawn; \
+	$(BIN)/python -m pixart_jax evaluate shapes --model $(DEMO)/model --out $(DEMO)/score; \
+	seconds=$$(( $$(date +%s) - start )); \
+	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn; score, right and wrong marked: $(DEMO)/score; the run: $(DEMO)"
+
+test: $(VENV)/.dev  ## the whole test suite, slow tests too
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=15 --durations-min=5
+
+test-fast: $(VENV)/.dev  ## the tests that take seconds
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:cacheprovider -m "not slow"
+
+check: $(VENV)/.dev  ## lint and the rules of the house
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_house.py
+
+clean-demo:  ## forget the demo's run, so that the next `make demo` trains again
+	rm -rf $(DEMO)
+
+clean: clean-demo  ## also the environment and the caches
+	rm -rf $(VENV) .cache

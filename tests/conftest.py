@@ -1,0 +1,35 @@
+"""What every test runs under: the CPU, a compilation cache that outlives the run, two threads a library, no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before jax, transformers and tfds are imported; what the environment already says stays.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("TFDS_DATA_DIR", str(ROOT / ".cache" / "tfds"))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is a mistake, and should say so at once
+os.environ.setdefault("PYTHONPATH", str(ROOT))  # for the programs that tests start
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root: where train.py, configs/ and assets/ lie."""
+    return ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_torch_threads():
+    """PyTorch, where it is installed, takes two threads: the references run beside JAX on a small machine."""
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(2)
