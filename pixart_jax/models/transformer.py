@@ -1,10 +1,20 @@
-"""The PixArt-α transformer."""
+"""The PixArt-α transformer: text-conditioned, with one modulation network for all blocks (adaLN-single)."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
 from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.layers import CrossAttention, Dense, Mlp, SelfAttention, modulated_norm, zeros
+from pixart_jax.models.remat import policy, remat
+from pixart_jax.parallel.axes import ACTIVATION, EMBED, LAYERS, MLP, MODULATION, NORM, TEXT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,3 +35,144 @@ class TransformerConfig(Geometry):
         for field in ("caption_width", "text_tokens"):
             self.require(getattr(self, field) >= 1, field, "must be at least 1")
         self.require(not self.size_conditions or self.width % 3 == 0, "width", "must be a multiple of 3 with size_conditions (height, width, ratio)")
+
+
+class Text(NamedTuple):
+    """All that the denoiser needs of a prompt; it does not change over the steps of sampling."""
+
+    keys: jax.Array  # [depth, b, l, k, h]
+    values: jax.Array  # [depth, b, l, k, h]
+    lengths: jax.Array  # [b] int
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP; the first and the last modulated by table + t_block(t)."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        # Drawn at 1/√d, so the gates do not start at zero.
+        table = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), (None, NORM))
+        self.table = self.param("table", table, (6, c.width), jnp.float32)
+        self.attn = SelfAttention(c.heads, c.qk_norm, c.attention_backend, self.dtype)
+        self.cross_attn = CrossAttention(c.width, c.heads, c.attention_backend, self.dtype)
+        self.mlp = Mlp(c.mlp_width, c.width, dtype=self.dtype)
+
+    def keys_values(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Projected text [b, l, d] → this block's keys and values, each [b, l, k, h]."""
+        return self.cross_attn.keys_values(text)
+
+    def __call__(self, x: jax.Array, modulation: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array) -> jax.Array:
+        """x [b, n, d], modulation [b, 6, d] fp32, keys and values [b, l, k, h], lengths [b] → [b, n, d]."""
+        x = nn.with_logical_constraint(x, ACTIVATION)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(self.table + modulation, 1, 0)
+        x = x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a))
+        x = x + self.cross_attn(x, keys, values, lengths)
+        x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
+        return nn.with_logical_constraint(x, ACTIVATION)
+
+
+class PixArtTransformer(nn.Module):
+    """ε and variance logits of noisy latents, given a timestep and a text.
+
+    Parameters are fp32 and stacked over the blocks, params["blocks"][…] [depth, …]; the blocks compute in dtype, while the
+    timestep, sizes, modulation, norms and softmax stay in fp32. params["null_caption"] [text_tokens, caption_width] is what
+    a dropped caption is replaced by: drawn at init, read by the trainer, never by this module, and never trained.
+    """
+
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"  # a name of models/remat.py
+
+    def setup(self):
+        c = self.config
+        policy(self.remat)  # an unknown name fails before anything is computed
+        high = jax.lax.Precision.HIGHEST
+        self.patch_embedder = PatchEmbedder(c, self.dtype)
+        self.timestep_embedder = ScalarEmbedder(c.width)
+        if c.size_conditions:
+            self.size_embedder = ScalarEmbedder(c.width // 3)
+            self.ratio_embedder = ScalarEmbedder(c.width // 3)
+        self.t_block = Dense(6 * c.width, (EMBED, MODULATION), normal, precision=high)
+        self.caption_projection = Mlp(c.width, c.width, (TEXT, MLP, EMBED), normal, self.dtype)
+        self.blocks = Block(c, self.dtype)
+        final_table = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), (None, NORM))
+        self.final_table = self.param("final_table", final_table, (2, c.width), jnp.float32)
+        self.final = Dense(c.patch_size**2 * c.out_channels, (EMBED, None), zeros, self.dtype)
+        if self.is_initializing():
+            null = nn.with_logical_partitioning(nn.initializers.normal(c.caption_width**-0.5), (None, TEXT))
+            self.param("null_caption", null, (c.text_tokens, c.caption_width), jnp.float32)
+
+    def __call__(
+        self,
+        latents: jax.Array,  # [b, h, w, in_channels]
+        timesteps: jax.Array,  # [b] fp32, 0 … 999, may be fractional
+        text_states: jax.Array,  # [b, l, caption_width]
+        text_lengths: jax.Array,  # [b] int
+        size: jax.Array | None = None,  # [b, 2] (height, width) in pixels; read only with size_conditions
+        aspect_ratio: jax.Array | None = None,  # [b] height / width; likewise
+    ) -> jax.Array:  # [b, h, w, out_channels] fp32
+        """One evaluation; equal to encode_text and then denoise, but each block makes its keys and values where it needs them."""
+        text = self._project(text_states)
+
+        def step(block, x, _, modulation, text, lengths):
+            return block(x, modulation, *block.keys_values(text), lengths), None
+
+        return self._denoise(latents, timesteps, step, None, (text, text_lengths), size, aspect_ratio)
+
+    def encode_text(self, text_states: jax.Array, text_lengths: jax.Array) -> Text:
+        """Text states [b, l, caption_width], lengths [b] → every block's keys and values: the work that depends on the prompt alone."""
+        text = self._project(text_states)
+        scan = self._scan(lambda block, carry, _, text: (carry, block.keys_values(text)), broadcast=1)
+        _, (keys, values) = scan(self.blocks, (), None, text)
+        return Text(keys, values, text_lengths)
+
+    def denoise(
+        self, latents: jax.Array, timesteps: jax.Array, text: Text, size: jax.Array | None = None, aspect_ratio: jax.Array | None = None
+    ) -> jax.Array:
+        """One evaluation with the text already encoded; arguments and result as in __call__."""
+
+        def step(block, x, keys_values, modulation, lengths):
+            return block(x, modulation, *keys_values, lengths), None
+
+        return self._denoise(latents, timesteps, step, (text.keys, text.values), (text.lengths,), size, aspect_ratio)
+
+    def _project(self, text_states: jax.Array) -> jax.Array:
+        if text_states.shape[-1] != self.config.caption_width:
+            raise UserError(f"text states {tuple(text_states.shape)} do not fit: want [b, l, {self.config.caption_width}]")
+        return self.caption_projection(text_states)
+
+    def _scan(self, step, broadcast: int):
+        """One loop over the stacked blocks; step(block, carry, per_block, *broadcast) → (carry, out)."""
+        return nn.scan(
+            step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, *[nn.broadcast] * broadcast),
+            length=self.config.depth,
+            metadata_params={nn.PARTITION_NAME: LAYERS},
+        )
+
+    def _condition(self, timesteps: jax.Array, batch: int, size: jax.Array | None, aspect_ratio: jax.Array | None) -> jax.Array:
+        """The conditioning vector [b, d] fp32: the timestep and, in the multi-scale model, height, width and aspect ratio."""
+        t = self.timestep_embedder(jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (batch,)))
+        if self.config.size_conditions:
+            if size is None or aspect_ratio is None:
+                raise UserError("this model has size conditions: give size [b, 2] (height, width in pixels) and aspect_ratio [b]")
+            sizes = self.size_embedder(size).reshape(batch, -1)  # [b, 2, d/3] → [b, 2d/3]
+            t = t + jnp.concatenate([sizes, self.ratio_embedder(aspect_ratio)], axis=-1)
+        return t
+
+    def _denoise(self, latents, timesteps, step, per_block, shared, size, aspect_ratio) -> jax.Array:
+        c = self.config
+        rows, columns = c.grid(latents.shape)
+        x = nn.with_logical_constraint(self.patch_embedder(latents), ACTIVATION)
+        t = self._condition(timesteps, x.shape[0], size, aspect_ratio)
+        modulation = self.t_block(nn.silu(t)).reshape(-1, 6, c.width)
+        scan = self._scan(remat(step, self.remat), broadcast=1 + len(shared))
+        x, _ = scan(self.blocks, x, per_block, modulation, *shared)
+        shift, scale = jnp.moveaxis(self.final_table + t[:, None], 1, 0)
+        x = self.final(modulated_norm(x, shift, scale))
+        return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size)

@@ -1,0 +1,89 @@
+"""The class-conditional DiT (adaLN-zero): the model of the first training stage."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pixart_jax.models.embedders import LabelEmbedder, PatchEmbedder, ScalarEmbedder, unpatchify
+from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.layers import Dense, Mlp, SelfAttention, modulated_norm, zeros
+from pixart_jax.models.remat import policy, remat
+from pixart_jax.parallel.axes import ACTIVATION, EMBED, LAYERS, MODULATION
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig(Geometry):
+    """Sizes of a DiT. num_classes: labels are 0 … num_classes − 1, and num_classes itself is "no class"."""
+
+    num_classes: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.num_classes >= 1, "num_classes", "must be at least 1")
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and MLP, modulated by a network of the block's own that starts at zero."""
+
+    config: DiTConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        self.modulation = Dense(6 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST)
+        self.attn = SelfAttention(c.heads, False, c.attention_backend, self.dtype)
+        self.mlp = Mlp(c.mlp_width, c.width, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """x [b, n, d], condition [b, d] fp32 (after SiLU) → [b, n, d]."""
+        x = nn.with_logical_constraint(x, ACTIVATION)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(condition), 6, axis=-1)
+        x = x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a))
+        x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
+        return nn.with_logical_constraint(x, ACTIVATION)
+
+
+class DiT(nn.Module):
+    """ε and variance logits of noisy latents, given a timestep and a class. Parameters and precision as in PixArtTransformer."""
+
+    config: DiTConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"  # a name of models/remat.py
+
+    def setup(self):
+        c = self.config
+        policy(self.remat)
+        self.patch_embedder = PatchEmbedder(c, self.dtype)
+        self.timestep_embedder = ScalarEmbedder(c.width)
+        self.label_embedder = LabelEmbedder(c.num_classes, c.width)
+        self.blocks = DiTBlock(c, self.dtype)
+        self.final_modulation = Dense(2 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST)
+        self.final = Dense(c.patch_size**2 * c.out_channels, (EMBED, None), zeros, self.dtype)
+
+    def __call__(
+        self,
+        latents: jax.Array,  # [b, h, w, in_channels]
+        timesteps: jax.Array,  # [b] fp32
+        labels: jax.Array,  # [b] int; num_classes: no class
+    ) -> jax.Array:  # [b, h, w, out_channels] fp32
+        c = self.config
+        rows, columns = c.grid(latents.shape)
+        x = nn.with_logical_constraint(self.patch_embedder(latents), ACTIVATION)
+        t = self.timestep_embedder(jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (x.shape[0],)))
+        condition = nn.silu(t + self.label_embedder(labels))
+        scan = nn.scan(
+            remat(lambda block, x, condition: (block(x, condition), None), self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: LAYERS},
+        )
+        x, _ = scan(self.blocks, x, condition)
+        shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
+        x = self.final(modulated_norm(x, shift, scale))
+        return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size)

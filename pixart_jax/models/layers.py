@@ -1,0 +1,127 @@
+"""The layers that the transformer and the DiT are made of: dense, adaptive norm, MLP, attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pixart_jax.models.attention import attention
+from pixart_jax.models.remat import ATTENTION_OUT
+from pixart_jax.parallel.axes import EMBED, HEADS, MLP, NORM
+
+zeros = nn.initializers.zeros_init()
+
+
+def xavier(fan_in: int, fan_out: int) -> Callable:
+    """Xavier-uniform for stated fans: the published models draw q, k and v as one matrix, whose fans are not those of its parts."""
+    bound = (6.0 / (fan_in + fan_out)) ** 0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Dense(nn.Module):
+    """x · kernel + bias on the last axis, with logical axis names; parameters fp32, computation in dtype."""
+
+    features: int
+    axes: tuple[str | None, str | None]  # (in, out)
+    kernel_init: Callable | None = None  # None: xavier-uniform on this very matrix
+    dtype: jnp.dtype = jnp.float32
+    precision: jax.lax.Precision | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = self.kernel_init or xavier(x.shape[-1], self.features)
+        out = NORM if self.axes[1] == EMBED else self.axes[1]  # a bias of width d is too small to be worth a gather
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.with_logical_partitioning(zeros, (out,)), (self.features,), jnp.float32)
+        x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
+        return jnp.dot(x, kernel, precision=self.precision) + bias
+
+
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """LayerNorm of x [b, n, d] without weights of its own, then · (1 + scale) + shift, both [b, d]; in fp32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+    return (normed * (1.0 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear; [.., d_in] → [.., out]."""
+
+    hidden: int
+    out: int
+    axes: tuple[str | None, str | None, str | None] = (EMBED, MLP, EMBED)
+    kernel_init: Callable | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = Dense(self.hidden, self.axes[:2], self.kernel_init, self.dtype, name="fc1")(x)
+        return Dense(self.out, self.axes[1:], self.kernel_init, self.dtype, name="fc2")(nn.gelu(x, approximate=True))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of the image tokens [b, n, d] over themselves."""
+
+    heads: int
+    qk_norm: bool = False  # LayerNorm over the full width of q and of k, before the heads part
+    backend: str = "xla"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, n, d = x.shape
+        q, k, v = (Dense(d, (EMBED, HEADS), xavier(d, 3 * d), self.dtype, name=name)(x) for name in ("q", "k", "v"))
+        if self.qk_norm:
+            q, k = (
+                nn.LayerNorm(
+                    epsilon=1e-5,
+                    dtype=self.dtype,
+                    scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), (NORM,)),
+                    bias_init=nn.with_logical_partitioning(zeros, (NORM,)),
+                    name=name,
+                )(a)
+                for name, a in (("q_norm", q), ("k_norm", k))
+            )
+        q, k, v = (a.reshape(b, n, self.heads, d // self.heads) for a in (q, k, v))
+        x = checkpoint_name(attention(q, k, v, backend=self.backend).reshape(b, n, d), ATTENTION_OUT)
+        return Dense(d, (HEADS, EMBED), dtype=self.dtype, name="out")(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the image tokens over the text; its output projection starts at zero.
+
+    The keys and values depend on the text alone, so they have a method of their own.
+    """
+
+    width: int
+    heads: int
+    backend: str = "xla"
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        d = self.width
+        self.q = Dense(d, (EMBED, HEADS), dtype=self.dtype)
+        self.k = Dense(d, (EMBED, HEADS), xavier(d, 2 * d), self.dtype)
+        self.v = Dense(d, (EMBED, HEADS), xavier(d, 2 * d), self.dtype)
+        self.out = Dense(d, (HEADS, EMBED), zeros, self.dtype)
+
+    def keys_values(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Projected text [b, l, d] → keys and values, each [b, l, k, h]."""
+        shape = (*text.shape[:2], self.heads, self.width // self.heads)
+        return self.k(text).reshape(shape), self.v(text).reshape(shape)
+
+    def __call__(self, x: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array) -> jax.Array:
+        """x [b, n, d], keys and values [b, l, k, h], lengths [b] → [b, n, d]."""
+        b, n, d = x.shape
+        q = self.q(x).reshape(b, n, self.heads, d // self.heads)
+        out = attention(q, keys, values, lengths=lengths, backend=self.backend).reshape(b, n, d)
+        return self.out(checkpoint_name(out, ATTENTION_OUT))
