@@ -1,0 +1,235 @@
+"""Finds the objects of the embedded world (data/shapes.py) in an image, from pixels alone.
+
+Every ground of the world is nearly grey and all its light (shade, shadow, check, speckle) runs along grey. So each pixel
+is looked at with its grey taken away, its *chroma* (rgb − mean(rgb)), where the ground is one point g and an object of
+chroma c, covering the share a of a pixel, lies at g + a·(c − g): the projection onto c − g is the coverage, soft at
+borders, and blind to all light. From there:
+
+1. g is the median chroma of the pixels that are nearly grey;
+2. each pixel takes the colour whose line (g, c) it is nearest to; pixels covered by half are foreground, and connected
+   foreground is an object. Foreground of several colours is cut by colour, and thin seams, which are mixtures of two
+   neighbours, go to a neighbour. Specks (under a third of the smallest object) are dropped;
+3. the object's colour is the nearest of the eight to its median rgb, whatever the light (scaled by 0.65 to 1.25);
+4. its coverage, taken anew with its own chroma, is brought to one centre and area, and compared with drawings of every
+   shape, turned and blurred in many ways; the nearest one names the shape, the centre and the radius.
+
+An object that is like no drawing is of shape :data:`UNKNOWN`: a blob must not be right by chance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from scipy import ndimage
+
+from pixart_jax.data import shapes
+
+UNKNOWN = "unknown"
+GREY = 45.0  # a chroma of this norm or less may be ground; grounds have up to 31, objects 66 and more
+LIGHT = (0.65, 1.25)  # an object's rgb may be this times its nominal colour
+SPECK = 22.0  # px² where the shorter side is 64; the smallest object has 63
+LIKENESS = 0.80  # soft intersection over union with the nearest drawing, under which a shape is unknown
+
+_NAMES = tuple(shapes.COLOURS)
+_RGB = np.array(list(shapes.COLOURS.values()), np.float32)  # [8, 3]
+_CHROMA = _RGB - _RGB.mean(-1, keepdims=True)  # [8, 3]
+_SIDE = 25  # pixels of a side of a normalised mask
+_REACH = 1.45  # half a side, in units of √(area / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One object. x, y: the centre (as shapes.Object has it), radius, all in px; area in px²; shape may be ``UNKNOWN``.
+
+    confidence: likeness to the nearest drawing of the shape, the soft intersection over union, 0 … 1 (of an unknown
+    shape too).
+    """
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+    area: float
+    confidence: float
+
+    def size(self, unit: float = 1.0) -> str:
+        """'small' or 'large', whichever is nearer; unit is px for each px of shapes.SIZES (see :func:`unit`)."""
+        return min(shapes.SIZES, key=lambda s: abs(math.log(max(self.radius, 1e-3) / (unit * shapes.SIZES[s]))))
+
+
+def unit(height: int, width: int, level: str = "plain") -> float:
+    """Px of radius in an image [height, width] for each of shapes.SIZES at a level."""
+    return min(height, width) / 64 * (0.8 if level == "rich" else 1.0)
+
+
+def find_objects(image: np.ndarray) -> list[Found]:
+    """The objects in an image, uint8 [height, width, 3] of any size, the largest area first."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"expected one image, uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
+    rgb = image.astype(np.float32)
+    chroma = rgb - rgb.mean(-1, keepdims=True)
+    ground = _ground(chroma)
+    coverage, colour = _nearest_colour(chroma - ground)
+    px = min(image.shape[:2]) / 64
+    found = [
+        _describe(region, rgb, chroma - ground) for region in _regions(coverage > 0.42, colour, smallest=SPECK * px * px)
+    ]
+    return sorted(found, key=lambda f: -f.area)
+
+
+def relation(first: Found, second: Found) -> str:
+    """'left of', 'right of', 'above' or 'below': where the first is, seen from the second, along the longer axis."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) >= abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+# ---- ground and regions --------------------------------------------------------------------------------------------
+
+
+def _ground(chroma: np.ndarray) -> np.ndarray:
+    """[3]. Where hardly anything is grey the image's frame stands for the ground."""
+    grey = chroma[(chroma**2).sum(-1) < GREY**2]
+    if len(grey) < 0.08 * chroma.shape[0] * chroma.shape[1]:
+        grey = np.concatenate([chroma[0], chroma[-1], chroma[:, 0], chroma[:, -1]])
+    return np.median(grey, axis=0)
+
+
+def _nearest_colour(away: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """away: chroma less the ground's [h, w, 3]. Returns the coverage [h, w], not clipped, and the colour's index [h, w]."""
+    length = np.sqrt((_CHROMA**2).sum(-1))  # the ground's own chroma is left out of the lines: it is small
+    along = away @ (_CHROMA / length[:, None]).T  # [h, w, 8]
+    colour = np.argmax(along, axis=-1)
+    return np.take_along_axis(along, colour[..., None], -1)[..., 0] / length[colour], colour
+
+
+def _regions(foreground: np.ndarray, colour: np.ndarray, smallest: float) -> list[np.ndarray]:
+    """Masks [h, w] of the objects."""
+    parts, count = ndimage.label(foreground)
+    area = np.bincount(parts.ravel(), minlength=count + 1)
+    regions = []
+    for index in range(1, count + 1):
+        if area[index] < smallest:
+            continue
+        part = parts == index
+        tally = np.bincount(colour[part], minlength=len(_NAMES))
+        if tally.max() > 0.85 * area[index]:
+            regions.append(part)
+        else:
+            regions += _cut(part, colour, np.flatnonzero(tally >= smallest), smallest)
+    return regions
+
+
+def _cut(part: np.ndarray, colour: np.ndarray, present: np.ndarray, smallest: float) -> list[np.ndarray]:
+    """Parts of one colour each. What is left when seams are eroded names the pieces, and every pixel joins the nearest."""
+    seeds = np.zeros(part.shape, np.int32)
+    pieces = 0
+    for index in present:
+        mine = part & (colour == index)
+        core, count = ndimage.label(ndimage.binary_erosion(mine))
+        area = np.bincount(core.ravel(), minlength=count + 1)
+        for piece in range(1, count + 1):
+            if area[piece] >= 0.3 * smallest:
+                pieces += 1
+                seeds[core == piece] = pieces
+    if pieces <= 1:
+        return [part]
+    nearest = ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
+    owner = np.where(part, seeds[tuple(nearest)], 0)
+    masks = [owner == piece for piece in range(1, pieces + 1)]
+    return [mask for mask in masks if mask.sum() >= smallest]
+
+
+# ---- one object ----------------------------------------------------------------------------------------------------
+
+
+def _describe(region: np.ndarray, rgb: np.ndarray, away: np.ndarray) -> Found:
+    """region: the object's pixels, bool [h, w]; away: chroma less the ground's [h, w, 3]."""
+    height, width = region.shape
+    ys, xs = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    top, bottom = max(0, ys[0] - 2), min(height, ys[-1] + 3)
+    left, right = max(0, xs[0] - 2), min(width, xs[-1] + 3)
+    box = np.s_[top:bottom, left:right]
+    region, rgb, away = region[box], rgb[box], away[box]
+
+    strength = (away[region] ** 2).sum(-1)
+    core = region.copy()
+    core[region] = strength >= 0.6 * np.quantile(strength, 0.8)  # the inside, without the borders' mixtures
+    colour = _colour(np.median(rgb[core], axis=0))
+    own = np.median(away[core], axis=0)
+    coverage = away @ own / max(float(own @ own), 1.0)
+    coverage = np.clip(0.5 + (coverage - 0.5) / 0.5, 0, 1)  # textures darken to 0.72: that is covered too
+    coverage *= ndimage.binary_dilation(region, np.ones((3, 3), bool))
+    shape, likeness, x, y, radius = _shape(coverage)
+    return Found(shape, colour, left + x, top + y, radius, float(coverage.sum()), likeness)
+
+
+def _colour(rgb: np.ndarray) -> str:
+    """The name of the colour nearest to rgb [3] under the light that suits it best."""
+    light = np.clip((_RGB @ rgb) / (_RGB**2).sum(-1), *LIGHT)
+    return _NAMES[int(np.argmin(((rgb - light[:, None] * _RGB) ** 2).sum(-1)))]
+
+
+def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, float, float]:
+    """A soft mask [h, w] brought to one centre and area: [_SIDE, _SIDE], and the centre x, y and the scale √(area / 2) in px."""
+    area = float(mask.sum()) + 1e-6
+    y = float(mask.sum(1) @ (np.arange(mask.shape[0]) + 0.5)) / area
+    x = float(mask.sum(0) @ (np.arange(mask.shape[1]) + 0.5)) / area
+    scale = math.sqrt(area / 2)
+    steps = np.linspace(-_REACH, _REACH, _SIDE) * scale
+    return _hats(steps + y - 0.5, mask.shape[0]) @ mask @ _hats(steps + x - 0.5, mask.shape[1]).T, x, y, scale
+
+
+def _hats(at: np.ndarray, size: int) -> np.ndarray:
+    """Weights [n, size] of linear interpolation at the places ``at`` [n] of a row of ``size`` pixels."""
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(size)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawings:
+    """masks [n, _SIDE²]; shape names; the object's centre less the mask's centre and its radius, in units of the scale."""
+
+    masks: np.ndarray
+    names: tuple[str, ...]
+    geometry: np.ndarray  # [n, 3]
+
+
+@functools.cache
+def _drawings() -> _Drawings:
+    """Every shape, turned by up to 24 degrees, sharp and blurred."""
+    masks, names, geometry = [], [], []
+    radius, side = 10.0, 36
+    y, x = np.mgrid[:side, :side] + 0.5 - side / 2
+    for name in shapes.SHAPES:
+        turns = [0.0] if name in ("circle", "ring") else np.linspace(-0.42, 0.42, 13)
+        for turn in turns:
+            p = np.stack([x, y], -1) @ np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+            sharp = np.clip(0.5 - shapes.distance(name, p, radius), 0, 1)
+            for blur in (0.0, 0.8, 1.5):
+                soft = ndimage.gaussian_filter(sharp, blur) if blur else sharp
+                soft = np.clip(0.5 + (soft - 0.5) / 0.5, 0, 1)
+                mask, cx, cy, scale = _normalise(soft)
+                masks.append(mask.ravel())
+                names.append(name)
+                geometry.append([(side / 2 - cx) / scale, (side / 2 - cy) / scale, radius / scale])
+    return _Drawings(np.array(masks, np.float32), tuple(names), np.array(geometry))
+
+
+def _shape(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
+    """(name, likeness, x, y, radius) of a soft mask [h, w]; px from its corner."""
+    drawings = _drawings()
+    mask, x, y, scale = _normalise(coverage)
+    mask = mask.ravel().astype(np.float32)
+    apart = np.abs(drawings.masks - mask).sum(-1)
+    together = drawings.masks.sum(-1) + mask.sum()
+    likeness = (together - apart) / (together + apart)  # Σ min / Σ max
+    best = int(np.argmax(likeness))
+    dx, dy, radius = drawings.geometry[best] * scale
+    name = drawings.names[best] if likeness[best] >= LIKENESS else UNKNOWN
+    return name, float(likeness[best]), x + dx, y + dy, float(radius)
