@@ -22,9 +22,11 @@ PACKAGE = ROOT / "pixart_jax"
 
 # Ground: these know nothing of each other. models may use parallel's axis names, which are constants in one file.
 _GROUND = {"errors", "models", "diffusion", "data", "parallel"}
-_RUNS = _GROUND | {"weights", "config", "pipeline", "program"}
+_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "tokenizer"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "png": set(),  # files that carry their settings
+    "tokenizer": {"errors"},
     "program": {"errors"},  # command lines: flags, one-line mistakes
     "parallel": {"errors"},
     "models": {"errors", "parallel.axes"},
@@ -44,7 +46,7 @@ DOORS = {"__init__", "__main__"}  # the package's front: may import any room, an
 LONGEST = 500  # lines of a file
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "stuff", "tools", "base", "core", "manager", "lib"}
 VAGUE_CLASS = re.compile(r"(Manager|Helper|Helpers|Utils|Util|Misc)$")
-MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:" + "|".join(["home", "root", "Users", "work", "farm", "opt", "mnt", "tmp", "scratch"]) + r")/[\w.-]")
+MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:home|root|Users|work|farm|opt|mnt|tmp|scratch)/[\w.-]")
 
 
 # ---- reading the tree ----
@@ -263,6 +265,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 def load_recipe(file: Path):
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
