@@ -1,0 +1,123 @@
+"""Which samples make up the batch of step k: a function of the seed and k alone.
+
+Each bucket is an endless stream: a permutation of its samples an epoch, one after the other. Batches are cut from the
+stream without a gap, so what an epoch leaves over opens the next one and no sample is ever dropped: after k steps two
+samples of a bucket have been served equally often, or one of them once more. Epoch e holds, of bucket i with nᵢ samples
+and batches of B,
+
+    mᵢ(e) = ⌊(e+1)·nᵢ / B⌋ − ⌊e·nᵢ / B⌋        batches, Σᵢ mᵢ(e) steps,
+
+in an order drawn for that epoch. Everything before a step is a closed form: any step is found without its history.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from pixart_jax.errors import UserError
+
+_ORDER, _SAMPLES, _DRAWS = range(3)  # what a random stream is for
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One global batch. bucket: its number; indices: int64 [b] samples; epochs: int64 [b], the pass each sample belongs to;
+    draws: float64 [b] in [0, 1), one for each row, for whatever is chosen at random when it is read."""
+
+    step: int
+    bucket: int
+    indices: np.ndarray
+    epochs: np.ndarray
+    draws: np.ndarray
+
+
+class Plan:
+    """bucket_of: int [n], the bucket of each sample, −1 to leave it out. batch_size: of the global batch."""
+
+    def __init__(self, bucket_of: np.ndarray, batch_size: int, seed: int):
+        bucket_of = np.asarray(bucket_of)
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: must be at least 1")
+        if not (bucket_of >= 0).any():
+            raise UserError("no sample to train on")
+        self.batch_size, self.seed = batch_size, seed
+        self._members = [np.flatnonzero(bucket_of == bucket) for bucket in range(int(bucket_of.max()) + 1)]
+        self._counts = np.array([len(m) for m in self._members], object)  # Python integers: no overflow in e·n
+        self._passes = functools.lru_cache(maxsize=2 * len(self._members) + 2)(self._pass)
+        self._orders = functools.lru_cache(maxsize=4)(self._order)
+
+    @property
+    def samples(self) -> int:
+        """How many samples an epoch holds."""
+        return int(sum(self._counts))
+
+    def first_step(self, epoch: int) -> int:
+        """The step with which an epoch begins."""
+        return int(sum(epoch * n // self.batch_size for n in self._counts))
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that a step belongs to."""
+        if step < 0:
+            raise UserError(f"step {step}: must not be negative")
+        epoch = step * self.batch_size // self.samples
+        while self.first_step(epoch) > step:
+            epoch -= 1
+        while self.first_step(epoch + 1) <= step:
+            epoch += 1
+        return epoch
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of a step; threads may ask for any steps in any order."""
+        epoch = self.epoch_of(step)
+        bucket, ordinal = self._orders(epoch)[step - self.first_step(epoch)]
+        count, members = self._counts[bucket], self._members[bucket]
+        start = int(ordinal) * self.batch_size
+        indices, epochs = [], []
+        while sum(map(len, indices)) < self.batch_size:
+            at = start + sum(map(len, indices))
+            number, offset = at // count, at % count
+            taken = self._passes(bucket, number)[offset : offset + self.batch_size - sum(map(len, indices))]
+            indices.append(members[taken])
+            epochs.append(np.full(len(taken), number))
+        draws = self._random(_DRAWS, step).random(self.batch_size)
+        return Batch(step, int(bucket), np.concatenate(indices), np.concatenate(epochs), draws)
+
+    def _random(self, purpose: int, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, purpose, *place])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """int64 [steps, 2]: (bucket, number of the batch in its bucket's stream) of the epoch's steps."""
+        batches = []
+        for bucket, count in enumerate(self._counts):
+            ordinals = np.arange(epoch * count // self.batch_size, (epoch + 1) * count // self.batch_size)
+            batches.append(np.stack([np.full_like(ordinals, bucket), ordinals], -1))
+        # A batch stays behind the ones before it in its bucket's stream: an epoch's own samples come after its inheritance.
+        order = np.concatenate(batches)
+        slots = self._random(_ORDER, epoch).permutation(len(order))
+        buckets = order[slots, 0]
+        out = np.empty_like(order)
+        for bucket, mine in enumerate(batches):
+            out[buckets == bucket] = mine
+        return out
+
+    def _pass(self, bucket: int, number: int) -> np.ndarray:
+        """A permutation of the bucket's samples for one pass.
+
+        The batch that straddles two passes must not show a sample twice: whatever of the pass before lies in that batch is
+        moved behind the batch's part of this pass (where the bucket is large enough for both ends of a pass to be apart).
+        """
+        count = int(self._counts[bucket])
+        order = self._random(_SAMPLES, bucket, number).permutation(count)
+        tail = number * count % self.batch_size  # samples of the pass before in the straddling batch
+        if number == 0 or tail == 0 or count < 2 * self.batch_size:
+            return order
+        head = self.batch_size - tail
+        before = self._random(_SAMPLES, bucket, number - 1).permutation(count)[count - tail :]  # the far end is never moved
+        repeated = np.flatnonzero(np.isin(order[:head], before))
+        end = count - (number + 1) * count % self.batch_size
+        free = head + np.flatnonzero(~np.isin(order[head:end], before))[: len(repeated)]
+        order[repeated], order[free] = order[free], order[repeated]
+        return order

@@ -1,0 +1,280 @@
+"""Where samples come from: one small protocol, and the sets that speak it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from pixart_jax.data import images
+from pixart_jax.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One picture and what is said of it.
+
+    key: stable name, the same in every run. image: encoded bytes, or uint8 [h, w, 3] (or [h, w, 1]). captions: caption kind
+    → one or several texts. label: class, −1 where there is none.
+    """
+
+    key: str
+    image: bytes | np.ndarray
+    captions: Mapping[str, tuple[str, ...]]
+    label: int = -1
+
+    def pixels(self) -> np.ndarray:
+        """uint8 [height, width, 3], upright; UserError names the sample where it is no readable image."""
+        try:
+            return images.decode(self.image) if isinstance(self.image, bytes) else images.as_rgb(self.image)
+        except UserError as fault:
+            raise images.UnreadableImage(f"{self.key}: {fault}") from None
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) in px, from the header alone."""
+        try:
+            return images.size(self.image) if isinstance(self.image, bytes) else self.image.shape[:2]
+        except UserError as fault:
+            raise images.UnreadableImage(f"{self.key}: {fault}") from None
+
+    def texts(self, kind: str) -> tuple[str, ...]:
+        """The captions of one kind; UserError names the sample where there is none."""
+        if not self.captions.get(kind):
+            raise UserError(f"{self.key}: no caption of kind {kind!r}{nearest(kind, self.captions)}")
+        return self.captions[kind]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to samples. fingerprint: changes whenever the samples or their order may have changed."""
+
+    name: str
+    fingerprint: str
+    caption_kinds: tuple[str, ...]
+    num_classes: int | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def sizes(self) -> np.ndarray:
+        """int32 [n, 2]: (height, width) in px of every sample; (0, 0) where the image is unreadable."""
+        ...
+
+
+# ---- filters -------------------------------------------------------------------------------------------------------
+
+FILTERS: dict[str, Callable[[Mapping], bool]] = {
+    "single": lambda fields: int(fields["count"]) == 1,
+    "labelled": lambda fields: int(fields["label"]) >= 0,
+}
+"""Filters by name, over a record's fields (all but the image decoded). A set without such a field is an error."""
+
+
+def _filter(where: str) -> Callable[[Mapping], bool]:
+    """A filter by name, or a person's own as 'package.module:function'."""
+    if where in FILTERS:
+        return FILTERS[where]
+    module, colon, function = where.partition(":")
+    if not colon:
+        raise UserError(f"unknown filter {where!r}{nearest(where, FILTERS)}; your own goes as 'package.module:function'")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as fault:
+        raise UserError(f"filter {where!r} cannot be imported: {fault}") from None
+
+
+# ---- tensorflow-datasets -------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> pathlib.Path:
+    """Where prepared sets and encoded shards go by default: $PIXART_JAX_CACHE, else ~/.cache/pixart_jax."""
+    given = os.environ.get("PIXART_JAX_CACHE")
+    return pathlib.Path(given) if given else pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixart_jax"
+
+
+def _tfds_folder(name: str) -> pathlib.Path:
+    """$TFDS_DATA_DIR; else ~/tensorflow_datasets where the set already lies there; else below the cache folder."""
+    if given := os.environ.get("TFDS_DATA_DIR"):
+        return pathlib.Path(given)
+    home = pathlib.Path("~/tensorflow_datasets").expanduser()
+    return home if (home / name.split("/")[0].split(":")[0]).is_dir() else cache_folder() / "tensorflow_datasets"
+
+
+class TfdsSource:
+    """Any tensorflow-datasets set with an image, read from ArrayRecord without TensorFlow; built where it is absent.
+
+    The first Image feature is the image, the first ClassLabel (or an integer 'label') the label; every text is a caption kind
+    under its path ('short', 'captions/text'), and class names are the kind 'class'. Images stay encoded until asked for.
+    """
+
+    def __init__(
+        self, name: str, split: str = "train", *, where: str | None = None, limit: int | None = None, data_dir: str | os.PathLike | None = None
+    ):
+        import tensorflow_datasets as tfds
+
+        builder = _builder(name, pathlib.Path(data_dir) if data_dir else _tfds_folder(name))
+        self._image, self._label, self._class_names, self._texts = _roles(builder.info.features, name)
+        self._key = self._texts.pop("key", None)
+        try:
+            self._records = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
+        except (ValueError, KeyError, NotImplementedError) as fault:
+            splits = ", ".join(builder.info.splits) or "none"
+            reason = " ".join(str(fault).split())[:200]
+            raise UserError(f"tfds:{name} has no split {split!r} that can be read at random (splits: {splits}): {reason}") from None
+        self.name = f"tfds:{name}"
+        self.split = split
+        self.num_classes = len(self._class_names) if self._class_names else None
+        self.caption_kinds = tuple(self._texts) + (("class",) if self._class_names else ())
+        self._prefix = f"{builder.info.full_name}/{split}"
+        self._kept = self._select(where, limit)
+        if len(self) == 0:
+            raise UserError(f"{self.name}, split {split!r}, holds no sample{f' that passes the filter {where!r}' if where else ''}")
+        state = repr((builder.info.full_name, split, len(self._records), where, limit))
+        self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
+        self._sizes: np.ndarray | None = None
+
+    def _select(self, where: str | None, limit: int | None) -> np.ndarray | None:
+        """Indices into the split that pass the filter, int64; None for all."""
+        if where is None:
+            return None if limit is None else np.arange(min(limit, len(self._records)))
+        passes, kept = _filter(where), []
+        for index in range(len(self._records)):
+            if len(kept) == limit:
+                break
+            try:
+                if passes(self._records[index]):
+                    kept.append(index)
+            except KeyError as fault:
+                raise UserError(f"filter {where!r} needs the field {fault.args[0]!r}, which {self.name} does not have") from None
+        return np.array(kept, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._records) if self._kept is None else len(self._kept)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        place = index if self._kept is None else int(self._kept[index])
+        fields = self._records[place]
+        captions = {kind: _strings(_at(fields, path)) for kind, path in self._texts.items()}
+        label = int(fields[self._label]) if self._label else -1
+        if self._class_names and label >= 0:
+            captions["class"] = (self._class_names[label],)
+        key = _strings(_at(fields, self._key))[0] if self._key else f"{self._prefix}/{place:08d}"
+        return Sample(key, fields[self._image], captions, label)
+
+    def sizes(self) -> np.ndarray:
+        """int32 [n, 2]: (height, width) of every sample; (0, 0) for an unreadable image. One pass over headers, then kept."""
+        if self._sizes is None:
+            sizes = np.zeros((len(self), 2), np.int32)
+            for index in range(len(self)):
+                try:
+                    sizes[index] = self[index].size()
+                except images.UnreadableImage:
+                    pass  # whoever reads the sample names it
+            self._sizes = sizes
+        return self._sizes
+
+
+def _builder(name: str, data_dir: pathlib.Path):
+    import tensorflow_datasets as tfds
+
+    if name.split("/")[0].split(":")[0] == "shapes":
+        import pixart_jax.data.shapes_builder  # noqa: F401 - registers the embedded world
+    try:
+        builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError:
+        raise UserError(f"no tensorflow-datasets set is called {name!r}{nearest(name, tfds.list_builders())}") from None
+    except (ValueError, ModuleNotFoundError) as fault:  # an unknown config, or a set that cannot be built without TensorFlow
+        known = [f"{name.split('/')[0]}/{config}" for config in _configs(name)]
+        hint = nearest(name, known) if known else ""
+        raise UserError(f"tfds:{name} cannot be opened{hint}: {' '.join(str(fault).split())[:200]}") from None
+    if not builder.info.splits:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(data_dir / f".{name.replace('/', '-').replace(':', '-')}.lock"):
+            try:
+                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
+            except ModuleNotFoundError as fault:
+                raise UserError(f"tfds:{name} cannot be built here: its builder needs {fault.name}") from None
+    return builder
+
+
+def _configs(name: str) -> list[str]:
+    import tensorflow_datasets as tfds
+
+    try:
+        return list(tfds.builder_cls(name.split("/")[0]).builder_configs)
+    except Exception:  # only a hint hangs on it
+        return []
+
+
+class _lock:
+    """Two processes of one machine must not build one set at once."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def __enter__(self):
+        import fcntl
+
+        self._file = open(self._path, "w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *exception):
+        self._file.close()
+
+
+def _roles(features, name: str) -> tuple[str, str | None, list[str] | None, dict[str, tuple[str, ...]]]:
+    """(image feature, label feature, class names, caption kind → path) of a set."""
+    import tensorflow_datasets as tfds
+
+    feature = tfds.features
+    image = next((key for key, f in features.items() if isinstance(f, feature.Image)), None)
+    if image is None:
+        raise UserError(f"tfds:{name} has no image feature (features: {', '.join(features)})")
+    label = next((key for key, f in features.items() if isinstance(f, feature.ClassLabel)), None)
+    names = features[label].names if label else None
+    if label is None and "label" in features and not isinstance(features["label"], feature.Text):
+        label = "label"
+    texts: dict[str, tuple[str, ...]] = {}
+
+    def walk(node, path: tuple[str, ...]):
+        if isinstance(node, feature.Text):
+            texts["/".join(path)] = path
+        elif isinstance(node, feature.FeaturesDict):
+            for key, child in node.items():
+                walk(child, (*path, key))
+        elif isinstance(node, feature.Sequence):
+            walk(node.feature, path)
+
+    walk(features, ())
+    return image, label, names, texts
+
+
+def _at(fields, path: tuple[str, ...]):
+    for step in path:
+        fields = fields[step]
+    return fields
+
+
+def _strings(value) -> tuple[str, ...]:
+    values = value if isinstance(value, (list, tuple, np.ndarray)) and not isinstance(value, bytes) else [value]
+    return tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
+
+
+def open_source(source: str, split: str = "train", *, where: str | None = None, limit: int | None = None, data_dir=None) -> Source:
+    """A set by name: 'tfds:NAME', 'tfds:NAME/CONFIG' ('tfds:shapes/plain' is the embedded world).
+
+    where: a filter by name ('single', 'labelled') or 'package.module:function' over a record's fields. limit: the first so
+    many samples that pass. Raises UserError for an unknown set, split or filter.
+    """
+    kind, colon, name = source.partition(":")
+    if kind == "tfds" and name:
+        return TfdsSource(name, split, where=where, limit=limit, data_dir=data_dir)
+    raise UserError(f"unknown source {source!r}: 'tfds:NAME' or 'tfds:NAME/CONFIG' is what can be opened")
