@@ -54,6 +54,8 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-10
+    b3: float = 0.9999  # CAME's third decay and two epsilons
+    came_eps: tuple[float, float] = (1e-30, 1e-16)
     clip: float | None = 0.01  # global norm; None: no clipping
     ema: float = 0.9999
     accumulate: int = 1  # micro-batches a step; the stage's batch is the whole one
@@ -78,14 +80,44 @@ class ObjectiveConfig:
     learned_range: bool = True  # mse + vb on the variance half of the output
     min_snr_gamma: float | None = None
     condition_dropout: float = 0.1  # captions (stage 2, 3) or labels (stage 1) replaced by the null condition
+    null_condition: str = "embedding"  # embedding: the model's null caption, under the dropped caption's length (official);
+    # empty: the text encoder's states of "" with their own length (what diffusers guides with)
     timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
     def __post_init__(self):
         _one_of(self, "prediction", ("epsilon", "v"))
+        _one_of(self, "null_condition", ("embedding", "empty"))
         _require(0 <= self.condition_dropout <= 1, self, "condition_dropout", "must lie in [0, 1]")
         _require(self.min_snr_gamma is None or self.min_snr_gamma > 0, self, "min_snr_gamma", "must be positive, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Weights of the autoencoder's loss: mean absolute and mean squared error of pixels in [-1, 1], and the KL a latent value."""
+
+    l1_weight: float = 1.0
+    l2_weight: float = 1.0
+    kl_weight: float = 1e-6
+
+    def __post_init__(self):
+        for field in ("l1_weight", "l2_weight", "kl_weight"):
+            _require(getattr(self, field) >= 0, self, field, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedTextConfig:
+    """How captions are masked for the text encoder's training (BERT's shares of the chosen tokens)."""
+
+    rate: float = 0.15  # of a caption's tokens are chosen, and have to be told from the rest
+    mask_share: float = 0.8  # of the chosen show the mask token
+    random_share: float = 0.1  # of the chosen show another token; the others show themselves
+
+    def __post_init__(self):
+        _require(0 < self.rate < 1, self, "rate", "must lie in (0, 1)")
+        _require(0 <= self.mask_share <= 1, self, "mask_share", "must lie in [0, 1]")
+        _require(0 <= self.random_share <= 1 - self.mask_share, self, "random_share", "must lie in [0, 1 - mask_share]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +161,8 @@ class StageConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
+    masked_text: MaskedTextConfig = dataclasses.field(default_factory=MaskedTextConfig)
     start: str = "previous"
     position_base: int | None = None  # base size of the position table in this stage, latent/patch units; None: the model's
     position_scale: float | None = None

@@ -1,0 +1,1 @@
+"""Where arrays lie: the device mesh, and the table from logical axis names to mesh axes."""

@@ -1,0 +1,1 @@
+"""Runs a config's stages: state, optimizer, step, loop, checkpoints, metrics and ledger."""

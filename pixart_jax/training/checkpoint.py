@@ -1,0 +1,102 @@
+"""Saves and restores: Orbax, asynchronous, state and place in the run together, and each save checked when it is opened again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from pixart_jax.errors import UserError
+from pixart_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in the run a save was made. step: done in this stage; total: done in the whole run (names the save)."""
+
+    stage: int = 0
+    step: int = 0
+    total: int = 0
+    cost: dict = dataclasses.field(default_factory=dict)  # a stage's name → what the ledger counts
+    window: dict = dataclasses.field(default_factory=dict)  # metrics not logged yet
+    loader: dict = dataclasses.field(default_factory=dict)  # the loader's state
+
+
+class Checkpoints:
+    """The saves of a run, under ``folder``. Use as a context: leaving it waits for the last save."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("state", "place", "sums"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The total step of the newest save, or None."""
+        return self._manager.latest_step()
+
+    def save(self, place: Place, state: TrainState) -> None:
+        """Begin a save; returns once the state is copied and may be donated."""
+        self._manager.save(
+            place.total,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                place=ocp.args.JsonSave(dataclasses.asdict(place)),
+                sums=ocp.args.JsonSave(_sums(state)),
+            ),
+        )
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def place(self, total: int) -> Place:
+        return Place(**self._open(total, place=ocp.args.JsonRestore()).place)
+
+    def restore(self, total: int, abstract: TrainState) -> TrainState:
+        """The state of a save, laid out as ``abstract``. UserError names a save that is damaged; none is ever skipped."""
+        opened = self._open(total, state=ocp.args.StandardRestore(abstract), sums=ocp.args.JsonRestore())
+        found = _sums(opened.state)
+        wrong = sorted(name for name in found | opened.sums if found.get(name) != opened.sums.get(name))
+        if wrong:
+            raise self._damaged(total, f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}")
+        return opened.state
+
+    def _open(self, total: int, **items):
+        try:
+            return self._manager.restore(total, args=ocp.args.Composite(**items))
+        except Exception as fault:  # Orbax, TensorStore and JSON each raise their own kinds
+            raise self._damaged(total, " ".join(str(fault).split())[:200]) from fault
+
+    def _damaged(self, total: int, why: str) -> UserError:
+        before = [step for step in self._manager.all_steps() if step < total]
+        instead = f"the run goes on from step {max(before)}" if before else "the run starts anew"
+        return UserError(f"checkpoint {self.folder / str(total)} is damaged ({why}); move it away and {instead}")
+
+
+def _sums(tree) -> dict[str, int]:
+    """A checksum of each array's bits, the same however the array is laid out: Σ (2i + 1) · bits_i mod 2³²."""
+    values = jax.device_get(jax.jit(lambda t: jax.tree.map(_sum, t))(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): int(v) for path, v in jax.tree_util.tree_leaves_with_path(values)}
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

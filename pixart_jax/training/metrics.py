@@ -1,0 +1,106 @@
+"""A run's figures: metrics.jsonl, TensorBoard events and, at the end, the loss curve as a PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+class Metrics:
+    """Writes under ``folder``; a context. start: total steps already done, anything logged beyond them is taken back."""
+
+    def __init__(self, folder: Path, start: int):
+        self.file = Path(folder) / "metrics.jsonl"
+        self._writer = jax.process_index() == 0
+        if self._writer:
+            from tensorboardX import SummaryWriter
+
+            _forget_after(self.file, start)
+            self._lines = open(self.file, "a")
+            self._events = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._writer:
+            self._lines.close()
+            self._events.close()
+
+    def write(self, *, stage: str, step: int, total: int, values: dict[str, float]) -> None:
+        """One line, and one event a value. step: within the stage; total: of the whole run."""
+        if not self._writer:
+            return
+        line = {"stage": stage, "step": step, "total_step": total, **values}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{stage}/{name}", value, total)
+
+    def image(self, name: str, picture: np.ndarray, total: int) -> None:
+        """picture: uint8 [h, w, 3]."""
+        if self._writer:
+            self._events.add_image(name, picture, total, dataformats="HWC")
+
+
+def read(file: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that was cut short is left out."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _forget_after(file: Path, total: int) -> None:
+    """A killed run logged steps that its last save does not hold; they will be logged again."""
+    if file.exists():
+        kept = [line for line in read(file) if line["total_step"] <= total]
+        part = file.with_name(".metrics.part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(file)
+
+
+def loss_curve(lines: list[dict], size: tuple[int, int] = (960, 480)) -> np.ndarray:
+    """uint8 [height, width, 3]: loss (log scale) over total steps, one colour a stage, with its range written at the axes."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height = size
+    left, right, top, bottom = 70, 20, 30, 40
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=13)
+    points = [(line["total_step"], line["loss"], line["stage"]) for line in lines if line.get("loss", 0) > 0]
+    if not points:
+        return np.asarray(sheet)
+    steps, losses = [p[0] for p in points], [math.log10(p[1]) for p in points]
+    low, high = min(losses), max(max(losses), min(losses) + 1e-3)
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+
+    def at(step, loss):
+        return (
+            left + (width - left - right) * (step - first) / (last - first),
+            top + (height - top - bottom) * (high - math.log10(loss)) / (high - low),
+        )
+
+    for k in range(5):
+        level = low + (high - low) * k / 4
+        y = at(first, 10**level)[1]
+        draw.line((left, y, width - right, y), fill=(225, 225, 225))
+        draw.text((8, y - 8), f"{10**level:.3g}", fill=(90, 90, 90), font=font)
+    stages = list(dict.fromkeys(p[2] for p in points))
+    colours = [(31, 119, 180), (214, 100, 20), (44, 140, 44), (148, 60, 170), (150, 110, 70)]
+    for k, stage in enumerate(stages):
+        line = [at(step, loss) for step, loss, name in points if name == stage]
+        colour = colours[k % len(colours)]
+        draw.line(line if len(line) > 1 else line * 2, fill=colour, width=2)
+        draw.text((left + 150 * k, 8), stage, fill=colour, font=font)
+    draw.text((left, height - 28), f"step {first}", fill=(90, 90, 90), font=font)
+    draw.text((width - 110, height - 28), f"step {last}", fill=(90, 90, 90), font=font)
+    return np.asarray(sheet)

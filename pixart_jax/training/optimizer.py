@@ -1,0 +1,65 @@
+"""The Optax chain of a stage: clip → AdamW or CAME → schedule → EMA, with the null caption left as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pixart_jax.config import OptimizerConfig
+from pixart_jax.parallel import axes
+from pixart_jax.training.came import scale_by_came
+from pixart_jax.training.ema import parameter_ema
+
+FROZEN = ("null_caption",)  # the official null caption is a buffer: random, and never trained
+
+
+def schedule(config: OptimizerConfig, steps: int, batch_size: int) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of the stage's step 0, 1, …, steps − 1: linear warm-up from 0, then the named curve."""
+    peak = config.learning_rate
+    if config.sqrt_scale_from is not None:
+        peak *= (batch_size / config.sqrt_scale_from) ** 0.5
+    after = max(steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        curve = optax.cosine_decay_schedule(peak, after, config.final_fraction)
+    elif config.schedule == "linear":
+        curve = optax.linear_schedule(peak, peak * config.final_fraction, after)
+    elif config.schedule == "rsqrt":
+        knee = max(config.warmup_steps, 1)
+
+        def curve(count):
+            return peak * jnp.sqrt(knee / (knee + count))
+    else:
+        curve = optax.constant_schedule(peak)
+    if config.warmup_steps == 0:
+        return curve
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), curve], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, names) -> optax.GradientTransformation:
+    """The chain. names: tree like the parameters of tuples of logical axis names (parallel.rules.logical_names)."""
+    rate = schedule(config, steps, batch_size)
+
+    def is_names(leaf):
+        return isinstance(leaf, tuple)
+
+    def label(path, _):
+        return "frozen" if path and path[-1].key in FROZEN else "trained"
+
+    labels = jax.tree_util.tree_map_with_path(label, names, is_leaf=is_names)
+    chain = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    if config.name == "came":
+        stacked = jax.tree.map(
+            lambda name, tag: optax.MaskedNode() if tag == "frozen" else axes.LAYERS in name, names, labels, is_leaf=is_names
+        )
+        chain += [
+            scale_by_came(config.b1, config.b2, config.b3, config.came_eps, stacked=stacked),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
+        ]
+    else:
+        chain.append(optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay))
+    optimizer = optax.partition({"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels)
+    return optax.chain(optimizer, parameter_ema(config.ema)) if config.ema else optimizer

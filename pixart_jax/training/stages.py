@@ -1,0 +1,172 @@
+"""A run: the stages of a config one after the other, each from where the last one ended, with all that is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+
+from pixart_jax import png
+from pixart_jax.config import Config
+from pixart_jax.errors import UserError
+from pixart_jax.parallel import rules
+from pixart_jax.parallel.mesh import batch_shards, make_mesh
+from pixart_jax.training import metrics as figures
+from pixart_jax.training.batches import open_loader, stage_seed
+from pixart_jax.training.checkpoint import Checkpoints, Place
+from pixart_jax.training.ledger import PowerMeter, ledger
+from pixart_jax.training.loop import Watch, Window, train
+from pixart_jax.training.optimizer import make_optimizer, schedule
+from pixart_jax.training.starts import first_params
+from pixart_jax.training.state import TrainState, abstract_state, create_state, state_from
+from pixart_jax.training.step import compile_step
+from pixart_jax.training.tasks import Task, make_task
+from pixart_jax.training.workdir import Workdir, write_atomic
+
+
+@dataclasses.dataclass
+class Stage:
+    """A stage made ready: what it learns, from what, and how its state lies."""
+
+    index: int
+    task: Task
+    loader: object
+    optimizer: object
+    abstract: TrainState
+    boxed: object  # shapes of the parameters with their logical names
+
+
+def run(config: Config, workdir: str | Path) -> None:
+    """Train what is not trained yet and export workdir/model. The same call goes on where a stopped one was.
+
+    Raises UserError for what a person can put right, loop.Diverged when the loss is no longer finite.
+    """
+    with Workdir(workdir, config) as folder:
+        mesh = make_mesh(config.mesh)
+        _check_batches(config, mesh)
+        with (
+            jax.set_mesh(mesh),
+            nn.logical_axis_rules(rules.RULES),
+            Checkpoints(folder.checkpoints, config.keep_checkpoints) as saves,
+            PowerMeter(mesh.devices.flat[0].platform) as meter,
+        ):
+            latest = saves.latest()
+            place = Place() if latest is None else saves.place(latest)
+            with figures.Metrics(folder.path, place.total) as metrics:
+                Run(config, folder, mesh, saves, metrics, meter).stages(place)
+
+
+class Run:
+    """The parts that all stages of one run share."""
+
+    def __init__(self, config: Config, folder: Workdir, mesh, saves: Checkpoints, metrics: figures.Metrics, meter: PowerMeter):
+        self.config, self.folder, self.mesh = config, folder, mesh
+        self.saves, self.metrics, self.meter = saves, metrics, meter
+
+    def stages(self, place: Place) -> None:
+        """From a place in the run to its end."""
+        self.cost = dict(place.cost)
+        state, stage = None, None
+        for index in range(place.stage, len(self.config.stages)):
+            previous = None if state is None else (stage, state.average)
+            stage = self.prepare(index)
+            if state is None and place.total:
+                state, start, window = self.saves.restore(place.total, stage.abstract), place.step, Window(**place.window)
+                print(f"going on at stage {self.config.stages[index].name}, step {start} of {self.config.stages[index].steps}")
+            else:
+                state, start, window = self.begin(stage, previous), 0, Window()
+            del previous
+            state = self.train(stage, state, start, window, done=sum(s.steps for s in self.config.stages[:index]))
+        self.finish(stage, state)
+
+    def prepare(self, index: int) -> Stage:
+        """Open data and model of a stage."""
+        config = self.config.stages[index]
+        loader = open_loader(self.config, index, self.folder.path)
+        task = make_task(self.config, config, loader.samples)
+        boxed = jax.eval_shape(task.init, jax.random.key(0))
+        optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
+        abstract = abstract_state(boxed, optimizer, self.mesh)
+        whole = rules.large_replicated(abstract.params)
+        if whole:
+            raise UserError(f"mesh fsdp {self.mesh.shape['fsdp']} divides no side of {', '.join(whole)}: choose one that does")
+        return Stage(index, task, loader, optimizer, abstract, boxed)
+
+    def begin(self, stage: Stage, previous) -> TrainState:
+        """The state before a stage's first step: fresh, from the stage before (its EMA), or from a folder."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
+        given = first_params(self.config, stage, previous, key)
+        if given is None:
+            return create_state(stage.task.init, key, stage.optimizer, stage.abstract)
+        return state_from(given, stage.optimizer, stage.abstract)
+
+    def train(self, stage: Stage, state: TrainState, start: int, window: Window, done: int) -> TrainState:
+        config, task = self.config.stages[stage.index], stage.task
+        clock = time.perf_counter()
+        joules = self.meter.joules or 0.0
+
+        def cost_until(number: int) -> None:
+            nonlocal clock, joules
+            now, energy = time.perf_counter(), self.meter.joules or 0.0
+            old = self.cost.get(config.name, {"seconds": 0.0, "joules": 0.0})
+            self.cost[config.name] = {
+                "seconds": old["seconds"] + now - clock,
+                "joules": old["joules"] + energy - joules,
+                "steps": number,
+                "images": number * config.batch_size,
+            }
+            clock, joules = now, energy
+
+        def log(number, values):
+            self.metrics.write(stage=config.name, step=number, total=done + number, values=values)
+
+        def save(number, state, window):
+            cost_until(number)
+            place = Place(stage.index, number, done + number, dict(self.cost), dataclasses.asdict(window), stage.loader.state_at(number))
+            self.saves.save(place, state)
+
+        def preview(number, state):
+            self.draw(stage, state, number, done + number)
+
+        rate = schedule(config.optimizer, config.steps, config.batch_size)
+        step = compile_step(task.losses, stage.optimizer, rate, stage.abstract, self.mesh, config.optimizer.accumulate)
+        watch = Watch(self.config.log_every, self.config.checkpoint_every, self.config.preview.every, log, save, preview)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 1_000 + stage.index)
+        sharding = rules.batch_sharding(self.mesh)
+        return train(
+            state, step, stage.loader, name=config.name, start=start, steps=config.steps, key=key, sharding=sharding, watch=watch, window=window
+        )
+
+    def draw(self, stage: Stage, state: TrainState, number: int, total: int) -> None:
+        """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
+        pictures, captions = stage.task.preview(state.average, stage.loader.batch(0), self.config.preview)
+        if len(pictures) and jax.process_index() == 0:
+            sheet = png.grid(pictures, captions)
+            name = self.config.stages[stage.index].name
+            png.write(self.folder.samples / f"{name}-{number:07d}.png", sheet, {"stage": name, "step": number})
+            self.metrics.image(f"{name}/samples", sheet, total)
+
+    def finish(self, stage: Stage, state: TrainState) -> None:
+        """The last save is down; write the ledger, the loss curve and the model."""
+        self.saves.wait()
+        if jax.process_index() == 0:
+            device = self.mesh.devices.flat[0]
+            account = ledger(self.cost, self.mesh.size, device.device_kind, self.config.hardware, self.meter.source)
+            write_atomic(self.folder.path / "ledger.json", json.dumps(account, indent=1) + "\n")
+            png.write(self.folder.path / "loss.png", figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")))
+        stage.task.export(state.average, self.folder.model)
+        print(f"done: {self.folder.model}")
+
+
+def _check_batches(config: Config, mesh) -> None:
+    """Each micro-batch must cut into equal parts, one a batch shard of the mesh."""
+    for stage in config.stages:
+        unit = batch_shards(mesh) * stage.optimizer.accumulate
+        if stage.batch_size % unit:
+            raise UserError(
+                f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} (mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × accumulate {stage.optimizer.accumulate})"
+            )

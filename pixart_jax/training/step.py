@@ -1,0 +1,74 @@
+"""One train step: a pure function (state, batch, key) → (state, metrics), compiled once a batch shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pixart_jax.parallel import rules
+from pixart_jax.training.state import TrainState, shardings_of
+
+Batch = dict[str, jax.Array]  # each [b, …]
+Losses = Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]  # (params, batch, keys [b]) → {"loss": [b], …}
+
+
+def train_step(
+    state: TrainState, batch: Batch, key: jax.Array, *, losses: Losses, optimizer, rate, accumulate: int = 1, mesh: Mesh | None = None
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Move the state one step.
+
+    losses gives one value a sample, so that a batch's loss is the mean whatever the micro-batches; each sample has its own
+    key, split from ``key`` by its place in the whole batch. With accumulate > 1 a scan adds up the gradients of that
+    many micro-batches; the result is the whole batch's. Metrics are fp32 scalars: the means of what losses gives, lr, grad_norm.
+    """
+    size = len(jax.tree.leaves(batch)[0])
+    keys = jax.random.split(key, size)
+
+    def mean_loss(params, batch, keys):
+        terms = jax.tree.map(lambda x: jnp.mean(x, dtype=jnp.float32), losses(params, batch, keys))
+        return terms["loss"], terms
+
+    gradient = jax.grad(mean_loss, has_aux=True)
+    if accumulate == 1:
+        grads, terms = gradient(state.params, batch, keys)
+    else:
+        micro = jax.tree.map(lambda x: _split(x, accumulate, mesh), (batch, keys))
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
+
+        shapes = jax.eval_shape(gradient, state.params, *jax.tree.map(lambda x: x[0], micro))
+        total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), micro)
+        grads, terms = jax.tree.map(lambda x: x / accumulate, total)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {**terms, "lr": jnp.asarray(rate(state.step), jnp.float32), "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def compile_step(losses: Losses, optimizer, rate, abstract: TrainState, mesh: Mesh, accumulate: int = 1):
+    """The jitted step for a stage, its state donated. Call it inside ``jax.set_mesh(mesh)`` and flax's logical axis rules."""
+
+    def step(state, batch, key):
+        return train_step(state, batch, key, losses=losses, optimizer=optimizer, rate=rate, accumulate=accumulate, mesh=mesh)
+
+    whole = rules.replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(shardings_of(abstract), rules.batch_sharding(mesh), whole),
+        out_shardings=(shardings_of(abstract), whole),
+        donate_argnums=0,
+    )
+
+
+def _split(x: jax.Array, parts: int, mesh: Mesh | None) -> jax.Array:
+    """[b, …] → [parts, b / parts, …], each part strided over the batch so that every device keeps its own samples."""
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    if mesh is not None:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"))))
+    return x

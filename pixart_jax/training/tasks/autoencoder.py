@@ -1,0 +1,72 @@
+"""Task 'autoencoder': the VAE learns to reconstruct images, with a light pull of its posterior to the unit Gaussian."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixart_jax.config import AutoencoderConfig, Config, StageConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.vae import AutoencoderKL
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """Batches: {"images": fp32 [b, H, W, 3] in [-1, 1]}."""
+
+    module: AutoencoderKL
+    objective: AutoencoderConfig
+    image_size: tuple[int, int]
+
+    def init(self, key: jax.Array):
+        """Fresh boxed parameters; also for jax.eval_shape."""
+        return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
+
+    def losses(self, params, batch, keys) -> dict[str, jax.Array]:
+        """loss = l1 · L1 + l2 · L2 + kl · KL, each a mean over pixels or latent values; one value a sample, [b]."""
+        images = batch["images"]
+        mean, log_variance = self.module.apply({"params": params}, images, method="moments")
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        latents = mean + jnp.exp(0.5 * log_variance) * noise
+        error = self.module.apply({"params": params}, latents, method="decode") - images
+        l1, l2 = _mean(jnp.abs(error)), _mean(jnp.square(error))
+        kl = 0.5 * _mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
+        loss = self.objective.l1_weight * l1 + self.objective.l2_weight * l2 + self.objective.kl_weight * kl
+        return {"loss": loss, "l1": l1, "mse": l2, "kl": kl}
+
+    def preview(self, params, batch, settings) -> tuple[list[np.ndarray], list[str]]:
+        """Up to 8 pairs of image and reconstruction."""
+        images = np.asarray(batch["images"][:8], np.float32)
+
+        def reconstruct(params, images):
+            return self.module.apply({"params": params}, images)[0]
+
+        decoded = np.asarray(jax.jit(reconstruct)(params, images))
+        pairs = [_pixels(picture) for pair in zip(images, decoded, strict=True) for picture in pair]
+        return pairs, ["image", "reconstruction"] * len(images)
+
+    def export(self, params, folder: Path) -> None:
+        """folder/vae."""
+        from pixart_jax.weights.component import VAE
+
+        VAE(self.module.config, params).save(folder / "vae")
+
+
+def make(config: Config, stage: StageConfig, dtype: jnp.dtype, tokenizer=None) -> Autoencoder:
+    if config.vae_model is None:
+        raise UserError(f"stage {stage.name}: task autoencoder needs the config's vae_model, the sizes to train")
+    height, width = stage.data.buckets[0]
+    return Autoencoder(AutoencoderKL(config.vae_model, dtype=dtype), stage.autoencoder, (height, width))
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint((image + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """[b, …] → [b]."""
+    return x.mean(axis=tuple(range(1, x.ndim)))

@@ -1,0 +1,30 @@
+"""Train a recipe's stages: python train.py configs/NAME.py --workdir DIR [--stages.1.optimizer.learning-rate 1e-4 …].
+
+The same command with the same workdir goes on where a stopped run was. --help after a config's name lists every option.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pixart_jax import program
+
+
+def main(argv: list[str]) -> int:
+    from pixart_jax.training import cli
+
+    recipe, workdir, overrides = cli.split(argv)
+    config = cli.configured(recipe, overrides)
+
+    from pixart_jax.training import loop, stages  # JAX starts only for a command line that holds
+
+    try:
+        stages.run(config, workdir)
+    except loop.Diverged as fault:
+        print(f"error: {fault}; the last save holds, lower the learning rate or look at the data", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(main))
