@@ -1,17 +1,18 @@
 """Finds the objects of the embedded world (data/shapes.py) in an image, from pixels alone.
 
 Every ground of the world is nearly grey and all its light (shade, shadow, check, speckle) runs along grey. So each pixel
-is looked at with its grey taken away, its *chroma* (rgb − mean(rgb)), where the ground is one point g and an object of
-chroma c, covering the share a of a pixel, lies at g + a·(c − g): the projection onto c − g is the coverage, soft at
-borders, and blind to all light. From there:
+is first looked at with its grey taken away, its *chroma* (rgb − mean(rgb)), where the ground is one point g and an object
+of chroma c that covers the share a of a pixel lies at g + a·(c − g), whatever the light:
 
 1. g is the median chroma of the pixels that are nearly grey;
-2. each pixel takes the colour whose line (g, c) it is nearest to; pixels covered by half are foreground, and connected
-   foreground is an object. Foreground of several colours is cut by colour, and thin seams, which are mixtures of two
-   neighbours, go to a neighbour. Specks (under a third of the smallest object) are dropped;
-3. the object's colour is the nearest of the eight to its median rgb, whatever the light (scaled by 0.65 to 1.25);
-4. its coverage, taken anew with its own chroma, is brought to one centre and area, and compared with drawings of every
-   shape, turned and blurred in many ways; the nearest one names the shape, the centre and the radius.
+2. a pixel that is away from g by 0.42 of the way to the nearest of the eight colours is foreground; connected foreground
+   is a part; specks (under a third of the smallest object) are dropped. A part is one object, unless it has pieces of
+   several colours, or of one colour joined by a neck, and the pieces are more like drawings than the whole is;
+3. an object's colour is the nearest of the eight to its median rgb, under the light that suits it best;
+4. its coverage, soft at the border, is taken anew along the direction that tells its inside from the ground around it
+   best (Fisher's discriminant, so that grey counts where it is flat and not where a shadow or a texture lies), brought to
+   one centre and area, and compared with drawings of every shape, turned and blurred in many ways; the nearest one names
+   the shape, the centre and the radius.
 
 An object that is like no drawing is of shape :data:`UNKNOWN`: a blob must not be right by chance.
 """
@@ -33,9 +34,12 @@ LIGHT = (0.65, 1.25)  # an object's rgb may be this times its nominal colour
 SPECK = 22.0  # px² where the shorter side is 64; the smallest object has 63
 LIKENESS = 0.80  # soft intersection over union with the nearest drawing, under which a shape is unknown
 
+STEEP = 2.0  # coverage is steepened this much around one half: inside, textures and noise are covered too
+
 _NAMES = tuple(shapes.COLOURS)
 _RGB = np.array(list(shapes.COLOURS.values()), np.float32)  # [8, 3]
 _CHROMA = _RGB - _RGB.mean(-1, keepdims=True)  # [8, 3]
+_DIRECTIONS = (_CHROMA / (_CHROMA**2).sum(-1, keepdims=True)).T  # [3, 8]: chroma @ this is 1 at the colour itself
 _SIDE = 25  # pixels of a side of a normalised mask
 _REACH = 1.45  # half a side, in units of √(area / 2)
 
@@ -73,12 +77,16 @@ def find_objects(image: np.ndarray) -> list[Found]:
         raise ValueError(f"expected one image, uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
     rgb = image.astype(np.float32)
     chroma = rgb - rgb.mean(-1, keepdims=True)
-    ground = _ground(chroma)
-    coverage, colour = _nearest_colour(chroma - ground)
-    px = min(image.shape[:2]) / 64
-    found = [
-        _describe(region, rgb, chroma - ground) for region in _regions(coverage > 0.42, colour, smallest=SPECK * px * px)
-    ]
+    away = chroma - _ground(chroma)
+    foreground = (away @ _DIRECTIONS).max(-1) > 0.42
+    smallest = SPECK * (min(image.shape[:2]) / 64) ** 2
+    picture = _Picture(rgb, away, foreground, _colour_map(rgb, foreground))
+    parts, count = ndimage.label(foreground)
+    area = np.bincount(parts.ravel(), minlength=count + 1)
+    found: list[Found] = []
+    for index in range(1, count + 1):
+        if area[index] >= smallest:
+            found += _objects(picture, parts == index, smallest)
     return sorted(found, key=lambda f: -f.area)
 
 
@@ -90,7 +98,17 @@ def relation(first: Found, second: Found) -> str:
     return "above" if dy < 0 else "below"
 
 
-# ---- ground and regions --------------------------------------------------------------------------------------------
+# ---- ground and parts ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    """rgb [h, w, 3]; away: chroma less the ground's [h, w, 3]; foreground bool [h, w]; colours: index of the nearest [h, w]."""
+
+    rgb: np.ndarray
+    away: np.ndarray
+    foreground: np.ndarray
+    colours: np.ndarray
 
 
 def _ground(chroma: np.ndarray) -> np.ndarray:
@@ -101,43 +119,56 @@ def _ground(chroma: np.ndarray) -> np.ndarray:
     return np.median(grey, axis=0)
 
 
-def _nearest_colour(away: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """away: chroma less the ground's [h, w, 3]. Returns the coverage [h, w], not clipped, and the colour's index [h, w]."""
-    length = np.sqrt((_CHROMA**2).sum(-1))  # the ground's own chroma is left out of the lines: it is small
-    along = away @ (_CHROMA / length[:, None]).T  # [h, w, 8]
-    colour = np.argmax(along, axis=-1)
-    return np.take_along_axis(along, colour[..., None], -1)[..., 0] / length[colour], colour
+def _nearest_colour(rgb: np.ndarray) -> np.ndarray:
+    """Index [n] of the colour nearest to each rgb [n, 3] under the light that suits it best."""
+    light = np.clip(rgb @ _RGB.T / (_RGB**2).sum(-1), *LIGHT)  # [n, 8]
+    return np.argmin(((rgb[:, None] - light[..., None] * _RGB) ** 2).sum(-1), axis=-1)
 
 
-def _regions(foreground: np.ndarray, colour: np.ndarray, smallest: float) -> list[np.ndarray]:
-    """Masks [h, w] of the objects."""
-    parts, count = ndimage.label(foreground)
-    area = np.bincount(parts.ravel(), minlength=count + 1)
-    regions = []
-    for index in range(1, count + 1):
-        if area[index] < smallest:
-            continue
-        part = parts == index
-        tally = np.bincount(colour[part], minlength=len(_NAMES))
-        if tally.max() > 0.85 * area[index]:
-            regions.append(part)
-        else:
-            regions += _cut(part, colour, np.flatnonzero(tally >= smallest), smallest)
-    return regions
+def _colour_map(rgb: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """The nearest colour of each foreground pixel's 3×3 surroundings within the foreground, [h, w]; −1 elsewhere."""
+    weight = ndimage.uniform_filter(foreground.astype(np.float32), 3)[foreground]
+    smooth = ndimage.uniform_filter(rgb * foreground[..., None], (3, 3, 1))[foreground]
+    colours = np.full(foreground.shape, -1)
+    colours[foreground] = _nearest_colour(smooth / weight[:, None])
+    return colours
 
 
-def _cut(part: np.ndarray, colour: np.ndarray, present: np.ndarray, smallest: float) -> list[np.ndarray]:
-    """Parts of one colour each. What is left when seams are eroded names the pieces, and every pixel joins the nearest."""
+def _objects(picture: _Picture, part: np.ndarray, smallest: float) -> list[Found]:
+    """What a connected part bool [h, w] is: one object, or the pieces it is cut into."""
+    whole = _describe(picture, part)
+    tally = np.bincount(picture.colours[part], minlength=len(_NAMES))
+    if tally.max() < 0.85 * tally.sum():  # several colours: cut, unless the whole makes the better drawing
+        cores = [ndimage.binary_erosion(part & (picture.colours == c)) for c in np.flatnonzero(tally >= smallest)]
+        pieces = [_describe(picture, piece) for piece in _cut(part, cores, smallest)]
+        if len(pieces) > 1 and _mean_likeness(pieces) > (whole.confidence if whole.shape != UNKNOWN else 0):
+            return pieces
+    elif whole.shape == UNKNOWN:  # of one colour and like nothing: perhaps two that touch
+        core = part
+        while (core := ndimage.binary_erosion(core)).any():
+            cut = _cut(part, [core], smallest)
+            if len(cut) > 1:
+                pieces = [_describe(picture, piece) for piece in cut]
+                if all(piece.shape != UNKNOWN for piece in pieces):
+                    return pieces
+    return [whole]
+
+
+def _mean_likeness(pieces: list[Found]) -> float:
+    return sum(p.area * p.confidence for p in pieces) / sum(p.area for p in pieces)
+
+
+def _cut(part: np.ndarray, cores: list[np.ndarray], smallest: float) -> list[np.ndarray]:
+    """The part's pixels, each given to the nearest connected core, as masks; [part] where there is one core or none."""
     seeds = np.zeros(part.shape, np.int32)
     pieces = 0
-    for index in present:
-        mine = part & (colour == index)
-        core, count = ndimage.label(ndimage.binary_erosion(mine))
-        area = np.bincount(core.ravel(), minlength=count + 1)
-        for piece in range(1, count + 1):
-            if area[piece] >= 0.3 * smallest:
+    for core in cores:
+        labels, count = ndimage.label(core)
+        area = np.bincount(labels.ravel(), minlength=count + 1)
+        for index in range(1, count + 1):
+            if area[index] >= 0.3 * smallest:
                 pieces += 1
-                seeds[core == piece] = pieces
+                seeds[labels == index] = pieces
     if pieces <= 1:
         return [part]
     nearest = ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
@@ -149,31 +180,38 @@ def _cut(part: np.ndarray, colour: np.ndarray, present: np.ndarray, smallest: fl
 # ---- one object ----------------------------------------------------------------------------------------------------
 
 
-def _describe(region: np.ndarray, rgb: np.ndarray, away: np.ndarray) -> Found:
-    """region: the object's pixels, bool [h, w]; away: chroma less the ground's [h, w, 3]."""
+def _describe(picture: _Picture, region: np.ndarray) -> Found:
+    """region: the object's pixels, bool [h, w]."""
     height, width = region.shape
     ys, xs = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    top, bottom = max(0, ys[0] - 2), min(height, ys[-1] + 3)
-    left, right = max(0, xs[0] - 2), min(width, xs[-1] + 3)
+    top, bottom = max(0, ys[0] - 4), min(height, ys[-1] + 5)
+    left, right = max(0, xs[0] - 4), min(width, xs[-1] + 5)
     box = np.s_[top:bottom, left:right]
-    region, rgb, away = region[box], rgb[box], away[box]
+    region, rgb, away = region[box], picture.rgb[box], picture.away[box]
 
     strength = (away[region] ** 2).sum(-1)
     core = region.copy()
     core[region] = strength >= 0.6 * np.quantile(strength, 0.8)  # the inside, without the borders' mixtures
-    colour = _colour(np.median(rgb[core], axis=0))
-    own = np.median(away[core], axis=0)
-    coverage = away @ own / max(float(own @ own), 1.0)
-    coverage = np.clip(0.5 + (coverage - 0.5) / 0.5, 0, 1)  # textures darken to 0.72: that is covered too
+    name = _NAMES[int(_nearest_colour(np.median(rgb[core], axis=0)[None])[0])]
+    around = ~ndimage.binary_dilation(picture.foreground[box], iterations=2)
+    if around.sum() >= 12:
+        coverage = _fisher(rgb, core, around)
+    else:
+        own = np.median(away[core], axis=0)
+        coverage = away @ own / max(float(own @ own), 1.0)
+    coverage = np.clip(0.5 + STEEP * (coverage - 0.5), 0, 1)
     coverage *= ndimage.binary_dilation(region, np.ones((3, 3), bool))
     shape, likeness, x, y, radius = _shape(coverage)
-    return Found(shape, colour, left + x, top + y, radius, float(coverage.sum()), likeness)
+    return Found(shape, name, left + x, top + y, radius, float(coverage.sum()), likeness)
 
 
-def _colour(rgb: np.ndarray) -> str:
-    """The name of the colour nearest to rgb [3] under the light that suits it best."""
-    light = np.clip((_RGB @ rgb) / (_RGB**2).sum(-1), *LIGHT)
-    return _NAMES[int(np.argmin(((rgb - light[:, None] * _RGB) ** 2).sum(-1)))]
+def _fisher(rgb: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """rgb [h, w, 3] along the direction that tells two sets of pixels (bool [h, w]) apart best: 0 outside, 1 inside."""
+    a, b = rgb[inside], rgb[outside]
+    within = np.cov(a.T) + np.cov(b.T) + 40 * np.eye(3)  # the floor, about 6 levels of noise, keeps it steady
+    step = np.median(a, axis=0) - np.median(b, axis=0)
+    direction = np.linalg.solve(within, step)
+    return (rgb - np.median(b, axis=0)) @ (direction / max(float(step @ direction), 1e-6))
 
 
 def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, float, float]:
@@ -213,7 +251,7 @@ def _drawings() -> _Drawings:
             sharp = np.clip(0.5 - shapes.distance(name, p, radius), 0, 1)
             for blur in (0.0, 0.8, 1.5):
                 soft = ndimage.gaussian_filter(sharp, blur) if blur else sharp
-                soft = np.clip(0.5 + (soft - 0.5) / 0.5, 0, 1)
+                soft = np.clip(0.5 + STEEP * (soft - 0.5), 0, 1)
                 mask, cx, cy, scale = _normalise(soft)
                 masks.append(mask.ravel())
                 names.append(name)
