@@ -1,0 +1,136 @@
+"""From noise to data: one scan, whatever the solver."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+
+from pixart_jax.diffusion.gaussian import check_prediction, implied_x0, split_output
+from pixart_jax.diffusion.guidance import Denoiser
+from pixart_jax.diffusion.schedule import Schedule, linear
+from pixart_jax.diffusion.solvers import Solver, by_name
+from pixart_jax.errors import UserError, nearest
+
+Preview = Callable[[int, np.ndarray], None]
+TIMES = ("fractional", "integer")
+
+
+def sample(
+    denoiser: Denoiser,
+    noise: jax.Array,
+    solver: str | Solver = "dpm++",
+    steps: int | str = 20,
+    schedule: Schedule | None = None,
+    key: jax.Array | None = None,
+    times: str = "fractional",
+    *,
+    order: int = 2,
+    eta: float = 0.0,
+    prediction: str = "epsilon",
+    start: int | None = None,
+    preview: Preview | None = None,
+) -> jax.Array:
+    """Integrates from noise to data. Returns x [b, …, c], in fp32 or wider.
+
+    denoiser: (x [b, …, c], t [b] fp32) → the prediction [b, …, c], or [b, …, 2c] with the variance logits behind it, which ddpm uses
+        ((9) of gaussian.py) and the others drop. Guidance is around it (guidance.guided).
+    noise: [b, …, c], standard normal at start 0. The channel axis is the last.
+    solver: a name ("ddpm", "ddim", "dpm++", "sa"), or one of solvers/ with options of its own.
+    steps: how many; ddpm and ddim also read a respacing ('100', 'ddim50', '10,15,20').
+    schedule: PixArt's linear one by default.
+    key: for the noise that ddpm, sa and ddim with eta > 0 add; None adds none. One key (image i draws from fold_in(key, i)), or
+        [b] keys, one for each image: then an image does not depend on the batch it is in.
+    times: "fractional" as the official code, or "integer" as diffusers; dpm++ has both, ddpm and ddim are always at integer times, sa never.
+    order: of dpm++. eta: of ddim.
+    prediction: what the denoiser names, "epsilon" or "v".
+    start: skip so many steps; ``noise`` is then x at the time ``timesteps(...)[start]`` (img2img: add_noise up to that time).
+    preview: called on the host after each evaluation with (step, x_0 estimate [b, …, c] as numpy); step counts from 0 and includes
+        the skipped ones. The compiled program has no trace of it when it is None.
+
+    Called inside a jit it adds its scan to that program. Called outside it compiles, and keeps the program for as long as the same
+    denoiser object comes back (the last few are kept). A denoiser that closes over large parameters is best called inside a jit that
+    takes them as arguments.
+    """
+    check_prediction(prediction)
+    x = jnp.asarray(noise)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 2:
+        raise UserError(f"noise must be a floating array [b, …, c], got {x.dtype} {x.shape}")
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    solver = by_name(solver, order=order, eta=eta) if isinstance(solver, str) else solver
+    keys = None if key is None else image_keys(key, x.shape[0])
+    plan = _plan(solver, steps, schedule, times, start, stochastic=key is not None)
+    first = start or 0
+    # Host float64 becomes the dtype of x here, once; nothing of it is recomputed on the device.
+    table = {
+        "step": np.arange(first, first + len(plan.t), dtype=np.int32),
+        "t": plan.t.astype(np.float32),
+        "alpha": plan.alpha.astype(x.dtype),
+        "sigma": plan.sigma.astype(x.dtype),
+        "solver": {name: values.astype(x.dtype) for name, values in plan.coefficients.items()},
+    }
+    keys = keys if plan.noisy else None
+    if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside someone's jit: part of that program
+        return _run(denoiser, solver, prediction, preview, x, keys, table)
+    try:
+        program = _program(denoiser, solver, prediction, preview)
+    except TypeError:  # an unhashable denoiser cannot be recognised when it comes back
+        program = _program.__wrapped__(denoiser, solver, prediction, preview)
+    return program(x, keys, table)
+
+
+def timesteps(
+    solver: str | Solver = "dpm++",
+    steps: int | str = 20,
+    schedule: Schedule | None = None,
+    times: str = "fractional",
+    *,
+    start: int | None = None,
+) -> np.ndarray:
+    """The model's times that :func:`sample` evaluates with these arguments, in order; float64 [n]."""
+    solver = by_name(solver) if isinstance(solver, str) else solver
+    return _plan(solver, steps, schedule, times, start, stochastic=False).t
+
+
+def image_keys(key: jax.Array, batch: int) -> jax.Array:
+    """[b] typed keys: ``key`` folded with each image's index, or ``key`` itself when it holds one for each image already."""
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.ndim not in (1, 2):
+            raise UserError(f"key must be a JAX random key, or one for each image, got {key.dtype} {key.shape}")
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise UserError(f"{key.shape} keys for a batch of {batch}: give one key, or one for each image")
+    return key
+
+
+def _plan(solver, steps, schedule, times, start, *, stochastic):
+    if times not in TIMES:
+        raise UserError(f"unknown times {times!r}{nearest(times, TIMES)}")
+    return solver.plan(schedule or linear(), steps, times=times, start=start or 0, stochastic=stochastic)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(denoiser, solver, prediction, preview):
+    return jax.jit(functools.partial(_run, denoiser, solver, prediction, preview))
+
+
+def _run(denoiser, solver, prediction, preview, x, keys, table):
+    def step(state, now):
+        x = state[0]
+        output = denoiser(x, jnp.full((x.shape[0],), now["t"], jnp.float32))
+        output, logits = split_output(output.astype(x.dtype), x.shape[-1])
+        x0 = implied_x0(output, x, now["alpha"], now["sigma"], prediction)
+        if preview is not None:
+            io_callback(lambda i, image: preview(int(i), np.asarray(image)), None, now["step"], x0)
+        z = None if keys is None else jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, now["step"]), x.shape[1:], x.dtype))(keys)
+        return solver.update(state, x0, logits, now["solver"], z), None
+
+    state, _ = jax.lax.scan(step, solver.init(x), table)
+    return state[0]

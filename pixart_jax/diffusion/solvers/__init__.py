@@ -1,0 +1,27 @@
+"""The solvers, each a frozen dataclass of its options, and their names."""
+
+from __future__ import annotations
+
+from pixart_jax.diffusion.solvers.base import Plan, Solver
+from pixart_jax.diffusion.solvers.ddim import DDIM
+from pixart_jax.diffusion.solvers.ddpm import DDPM
+from pixart_jax.diffusion.solvers.dpm import DPMSolver
+from pixart_jax.diffusion.solvers.sa import SASolver
+from pixart_jax.errors import UserError, nearest
+
+NAMES = ("ddpm", "ddim", "dpm++", "sa")
+
+__all__ = ["DDIM", "DDPM", "DPMSolver", "NAMES", "Plan", "SASolver", "Solver", "by_name"]
+
+
+def by_name(name: str, *, order: int = 2, eta: float = 0.0) -> Solver:
+    """The solver of that name with PixArt's settings. order is dpm++'s, eta ddim's; the others have neither."""
+    if name == "ddpm":
+        return DDPM()
+    if name == "ddim":
+        return DDIM(eta=eta)
+    if name == "dpm++":
+        return DPMSolver(order=order)
+    if name == "sa":
+        return SASolver()
+    raise UserError(f"unknown solver {name!r}{nearest(name, NAMES)}")
