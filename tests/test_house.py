@@ -22,11 +22,12 @@ PACKAGE = ROOT / "pixart_jax"
 
 # Ground: these know nothing of each other. models may use parallel's axis names, which are constants in one file.
 _GROUND = {"errors", "models", "diffusion", "data", "parallel"}
-_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "tokenizer"}
+_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "tokenizer", "scheduler", "model_folder"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "png": set(),  # files that carry their settings
     "tokenizer": {"errors"},
+    "scheduler": {"errors", "diffusion"},  # scheduler_config.json
     "program": {"errors"},  # command lines: flags, one-line mistakes
     "parallel": {"errors"},
     "models": {"errors", "parallel.axes"},
@@ -34,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors"},
     "config": {"errors", "models"},
     "weights": {"errors", "models", "parallel"},
-    "pipeline": {"errors", "models", "diffusion", "weights", "parallel"},
+    "model_folder": {"errors", "weights", "scheduler", "tokenizer"},  # the parts of a model, on disk
+    "pipeline": {"errors", "models", "diffusion", "weights", "parallel", "model_folder", "scheduler", "tokenizer", "png"},
     "training": _RUNS,
     "labelling": _RUNS,
     "planning": _RUNS | {"training"},
@@ -44,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
 DOORS = {"__init__", "__main__"}  # the package's front: may import any room, and no room imports them
 
 LONGEST = 500  # lines of a file
-VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "stuff", "tools", "base", "core", "manager", "lib"}
+VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "stuff", "tools", "manager", "lib"}
 VAGUE_CLASS = re.compile(r"(Manager|Helper|Helpers|Utils|Util|Misc)$")
 MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:home|root|Users|work|farm|opt|mnt|tmp|scratch)/[\w.-]")
 
@@ -236,6 +238,32 @@ def test_no_credentials_in_tracked_files():
     secret = re.compile(r"(hf_[A-Za-z0-9]{30,}|ghp_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY)")
     found = [name for name, text in texts() if secret.search(text)]
     assert not found, found
+
+
+# ---- the documents are true ----
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_files_that_the_documents_name_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/.-])(?:configs|docs|tests|benchmarks|pixart_jax|assets)/[\w./-]*\w|(?<![\w/.-])\w+\.py\b", text))
+    named |= {f"configs/{name}" for name in re.findall(r"`(xl2_\w+\.py)`", text)}
+    rooms = [PACKAGE, ROOT / "configs", ROOT]
+    lost = [name for name in sorted(named) if not (ROOT / name).exists() and not any((place / name).exists() for place in rooms)]
+    assert not lost, lost
+
+
+def test_the_picture_names_every_room():
+    picture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {room(module) for module in MODULES} - DOORS
+    missing = [name for name in sorted(rooms) if f"`{name}/`" not in picture and f"`{name}.py`" not in picture]
+    assert not missing, missing
+
+
+def test_make_targets_that_the_readme_names_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
+    assert {name for pair in named for name in pair if name} <= targets
 
 
 # ---- what is installed ----
