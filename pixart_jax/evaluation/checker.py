@@ -189,9 +189,9 @@ def _describe(picture: _Picture, region: np.ndarray) -> Found:
     box = np.s_[top:bottom, left:right]
     region, rgb, away = region[box], picture.rgb[box], picture.away[box]
 
-    strength = (away[region] ** 2).sum(-1)
-    core = region.copy()
-    core[region] = strength >= 0.6 * np.quantile(strength, 0.8)  # the inside, without the borders' mixtures
+    core = ndimage.binary_erosion(region)  # the inside, without the border's mixtures
+    if core.sum() < 12:
+        core = region
     name = _NAMES[int(_nearest_colour(np.median(rgb[core], axis=0)[None])[0])]
     around = ~ndimage.binary_dilation(picture.foreground[box], iterations=2)
     if around.sum() >= 12:
