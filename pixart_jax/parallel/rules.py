@@ -31,6 +31,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.MODULATION, None),
     (axes.NORM, None),
 )
+ACTIVATION_RULES = tuple(row for row in RULES if row[0] in axes.ACTIVATION)  # for flax.linen.logical_axis_rules around a step
 REPLICATED_LIMIT = 1 << 20  # bytes; above this no parameter may be a whole copy on each device when fsdp > 1
 
 _PARAMETER_AXES = {name: target for name, target in RULES if isinstance(target, str)}
@@ -60,10 +61,17 @@ def logical_names(boxed):
     )
 
 
+def unboxed(tree):
+    """Flax's boxed parameters → plain arrays (or shapes). Unlike nn.unbox it constrains nothing: where they lie is this table's to say."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+    )
+
+
 def parameter_shardings(boxed_shapes, mesh: Mesh):
     """Boxed shapes (jax.eval_shape of a module's init) → NamedSharding for each parameter, in the unboxed tree."""
     names = logical_names(boxed_shapes)
-    shapes = nn.unbox(boxed_shapes)
+    shapes = unboxed(boxed_shapes)
     return jax.tree.map(
         lambda shape, name: NamedSharding(mesh, parameter_spec(name, shape.shape, shape.dtype.itemsize, mesh)), shapes, names
     )

@@ -50,7 +50,7 @@ def run(config: Config, workdir: str | Path) -> None:
         _check_batches(config, mesh)
         with (
             jax.set_mesh(mesh),
-            nn.logical_axis_rules(rules.RULES),
+            nn.logical_axis_rules(rules.ACTIVATION_RULES),
             Checkpoints(folder.checkpoints, config.keep_checkpoints) as saves,
             PowerMeter(mesh.devices.flat[0].platform) as meter,
         ):
@@ -88,7 +88,8 @@ class Run:
         config = self.config.stages[index]
         loader = open_loader(self.config, index, self.folder.path)
         task = make_task(self.config, config, loader.samples)
-        boxed = jax.eval_shape(task.init, jax.random.key(0))
+        with nn.logical_axis_rules(()):  # parameters are placed by parallel.rules, not by flax
+            boxed = jax.eval_shape(task.init, jax.random.key(0))
         optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
         abstract = abstract_state(boxed, optimizer, self.mesh)
         whole = rules.large_replicated(abstract.params)
@@ -101,7 +102,8 @@ class Run:
         key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
         given = first_params(self.config, stage, previous, key)
         if given is None:
-            return create_state(stage.task.init, key, stage.optimizer, stage.abstract)
+            with nn.logical_axis_rules(()):
+                return create_state(stage.task.init, key, stage.optimizer, stage.abstract)
         return state_from(given, stage.optimizer, stage.abstract)
 
     def train(self, stage: Stage, state: TrainState, start: int, window: Window, done: int) -> TrainState:

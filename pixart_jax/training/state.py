@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,7 @@ def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: 
     small and replicated.
     """
     shardings = rules.parameter_shardings(boxed_shapes, mesh)
-    params = nn.unbox(boxed_shapes)
+    params = rules.unboxed(boxed_shapes)
     by_path = {
         _names(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
@@ -58,7 +57,7 @@ def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: 
 
 def create_state(init: Callable[[jax.Array], optax.Params], key: jax.Array, optimizer, abstract: TrainState) -> TrainState:
     """A fresh state: ``init(key)`` gives (boxed or plain) parameters; nothing is made whole on one device first."""
-    return jax.jit(lambda k: _begin(nn.unbox(init(k)), optimizer), out_shardings=shardings_of(abstract))(key)
+    return jax.jit(lambda k: _begin(rules.unboxed(init(k)), optimizer), out_shardings=shardings_of(abstract))(key)
 
 
 def state_from(params: optax.Params, optimizer, abstract: TrainState) -> TrainState:
