@@ -249,7 +249,7 @@ def _drawings() -> _Drawings:
         for turn in turns:
             p = np.stack([x, y], -1) @ np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
             sharp = np.clip(0.5 - shapes.distance(name, p, radius), 0, 1)
-            for blur in (0.0, 0.8, 1.5):
+            for blur in (0.0, 0.8, 1.5, 2.1):
                 soft = ndimage.gaussian_filter(sharp, blur) if blur else sharp
                 soft = np.clip(0.5 + STEEP * (soft - 0.5), 0, 1)
                 mask, cx, cy, scale = _normalise(soft)
