@@ -1,0 +1,36 @@
+"""``python -m pixart_jax COMMAND``: each command's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from pixart_jax import program
+from pixart_jax.errors import UserError, nearest
+
+# name: (module, what it does); each module has main(argv) -> exit status, and its own --help.
+COMMANDS = {
+    "convert": ("pixart_jax.commands.convert", "official .pth, DiT .pt or diffusers folder → a component folder"),
+    "encode": ("pixart_jax.labelling.encode_command", "images and captions → latents and text states in ArrayRecord shards"),
+    "evaluate": ("pixart_jax.evaluation.command", "score a model"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: python -m pixart_jax COMMAND [flags]", "", *lines, "", "python -m pixart_jax COMMAND --help lists a command's flags."])
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
+    return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(main))

@@ -1,0 +1,6 @@
+"""Prompt → tokens → text states → latents → pixels: the one path that programs, the web page and evaluation share."""
+
+from pixart_jax.pipeline.pipeline import Pipeline
+from pixart_jax.pipeline.scheduler import SchedulerConfig
+
+__all__ = ["Pipeline", "SchedulerConfig"]

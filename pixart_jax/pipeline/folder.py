@@ -1,0 +1,92 @@
+"""A whole model on disk, in the diffusers form: transformer, text encoder, VAE, tokenizer, scheduler and their index."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from pixart_jax import tokenizer as tokenizers
+from pixart_jax.errors import UserError
+from pixart_jax.pipeline import scheduler as schedulers
+
+INDEX = "model_index.json"
+_CLASSES = {
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "transformer": ["diffusers", "PixArtTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+_DIFFUSERS = "0.42.1"  # the version whose PixArtAlphaPipeline is tested to open what is written here
+
+
+def check(folder: str | os.PathLike) -> Path:
+    """The folder, or UserError that says what of a model is missing there."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no model folder {folder}: give a diffusers folder (model_index.json, transformer/, text_encoder/, vae/ …)")
+    missing = [name for name in ("transformer", "text_encoder", "vae", "tokenizer", "scheduler") if not (folder / name).is_dir()]
+    if missing:
+        found = "a part of a model" if (folder / "config.json").is_file() else "not a whole model"
+        raise UserError(f"{folder} is {found}: it has no {', '.join(f'{name}/' for name in missing)}")
+    return folder
+
+
+def configs(folder: str | os.PathLike):
+    """(TransformerConfig, VAEConfig) of a model folder; no weight is read."""
+    from pixart_jax.weights import transformer, vae
+
+    folder = check(folder)
+    found = []
+    for name, module in (("transformer", transformer), ("vae", vae)):
+        path = folder / name / "config.json"
+        try:
+            found.append(module.config_from_json(json.loads(path.read_text())))
+        except FileNotFoundError:
+            raise UserError(f"{folder / name} has no config.json") from None
+        except ValueError as fault:
+            raise UserError(f"{path} is no JSON: {fault}") from None
+    return tuple(found)
+
+
+def read(folder: str | os.PathLike, dtype=None, mesh=None) -> dict:
+    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler'} of a model folder."""
+    from pixart_jax.weights.component import load_component
+
+    folder = check(folder)
+    parts = {
+        "tokenizer": tokenizers.load(folder / "tokenizer"),
+        "scheduler": schedulers.read(folder / "scheduler"),
+    }
+    for name in ("transformer", "text_encoder", "vae"):
+        parts[name] = load_component(folder / name, dtype=dtype, mesh=mesh)
+    return parts
+
+
+def write(folder: str | os.PathLike, *, transformer, text_encoder, vae, tokenizer, scheduler: schedulers.SchedulerConfig) -> None:
+    """Write the parts beside the folder and then put each in its place, the index last: an interrupted call leaves no half part."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving.", dir=folder))
+    try:
+        transformer.save(staging / "transformer")
+        text_encoder.save(staging / "text_encoder")
+        vae.save(staging / "vae")
+        tokenizer.save_pretrained(str(staging / "tokenizer"))
+        schedulers.write(scheduler, staging / "scheduler")
+        index = {
+            "_class_name": "PixArtAlphaPipeline",
+            "_diffusers_version": _DIFFUSERS,
+            **_CLASSES,
+            "tokenizer": ["transformers", type(tokenizer).__name__],
+        }
+        (staging / INDEX).write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")
+        for part in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
+            target = folder / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(part, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,48 @@
+"""Which options of a drawing can be used with a model; checked from its configs alone, so before any weight is read."""
+
+from __future__ import annotations
+
+from pixart_jax import diffusion
+from pixart_jax.diffusion.sampling import TIMES
+from pixart_jax.errors import UserError, nearest
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.vae import VAEConfig
+
+NULLS = ("text", "embedding")
+
+
+def check(
+    transformer: TransformerConfig,
+    vae: VAEConfig,
+    *,
+    steps: int = 20,
+    guidance: float = 4.5,
+    height: int | None = None,
+    width: int | None = None,
+    solver: str = "dpm++",
+    times: str = "fractional",
+    null: str = "text",
+    batch_size: int | None = None,
+) -> tuple[int, int]:
+    """(height, width) in pixels that the options ask for, by default the side that the model was trained at.
+
+    Raises UserError, naming what would do, for any that cannot be used.
+    """
+    default = transformer.sample_size * vae.factor
+    height, width = default if height is None else height, default if width is None else width
+    unit = vae.factor * transformer.patch_size
+    for name, value in (("height", height), ("width", width)):
+        if value < unit or value % unit:
+            fits = max(unit, (value + unit // 2) // unit * unit)
+            raise UserError(f"{name} {value}: a side must be a multiple of {unit} ({vae.factor} × patch size {transformer.patch_size}); {fits} would do")
+    if steps < 1:
+        raise UserError(f"steps {steps}: at least 1 is needed")
+    if not abs(guidance) < float("inf"):
+        raise UserError(f"guidance {guidance}: a finite number is needed; 1 does no second pass")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch size {batch_size}: at least 1 is needed")
+    for name, value, known in (("solver", solver, diffusion.solvers.NAMES), ("times", times, TIMES), ("null", null, NULLS)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is unknown{nearest(value, known)}")
+    diffusion.timesteps(solver, steps, times=times)  # a solver's own demands on the steps
+    return height, width

@@ -1,0 +1,333 @@
+"""The Pipeline: parts bound together, and the one compiled scan in which they draw."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixart_jax import diffusion
+from pixart_jax import tokenizer as tokens
+from pixart_jax.errors import UserError
+from pixart_jax.parallel.mesh import batch_shards
+from pixart_jax.parallel.rules import RULES, batch_sharding
+from pixart_jax.pipeline import folder as model_folder
+from pixart_jax.pipeline import options
+from pixart_jax.pipeline.scheduler import SchedulerConfig
+
+DEFAULT_BATCH = 16
+_DECODED_PIXELS = 2 * 1024 * 1024  # of one call of the VAE's decoder, whose activations are far larger than its image
+
+Callback = Callable[[int, np.ndarray], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """The parts of a text-to-image model, bound together.
+
+    transformer, text_encoder, vae: components as ``load_component`` gives them. scheduler: what the transformer predicts,
+    and its betas. mesh: where the parameters lie, and over which batches are cut; None for one device.
+    """
+
+    transformer: object
+    text_encoder: object
+    vae: object
+    tokenizer: object
+    scheduler: SchedulerConfig = SchedulerConfig()
+    mesh: jax.sharding.Mesh | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None) -> Pipeline:
+        """Open a diffusers folder, or one that ``save_pretrained`` or a training run wrote.
+
+        dtype: of the computation (jnp.bfloat16 on accelerators), fp32 by default. Raises UserError where a part is missing.
+        """
+        return cls(**model_folder.read(folder, dtype=dtype, mesh=mesh), mesh=mesh)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a diffusers folder, which diffusers' PixArtAlphaPipeline opens as it is. Parts that lie there are replaced."""
+        model_folder.write(
+            folder,
+            transformer=self.transformer,
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            tokenizer=self.tokenizer,
+            scheduler=self.scheduler,
+        )
+
+    def replace(self, **parts) -> Pipeline:
+        """The same pipeline with other parts (a transformer with other parameters, say); nothing recompiles for equal shapes."""
+        return dataclasses.replace(self, **parts)
+
+    @property
+    def default_size(self) -> int:
+        """The side in pixels that the transformer was trained at."""
+        return self.transformer.config.sample_size * self.factor
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along a side."""
+        return self.vae.config.factor
+
+    def __call__(self, prompts: str | Sequence[str], **how) -> np.ndarray:
+        """Draw prompts; uint8 [n, height, width, 3]. The options are those of :meth:`draw`."""
+        images: dict[int, np.ndarray] = {}
+        for positions, batch in self.draw(prompts, **how):
+            images.update(zip(positions, batch, strict=True))
+        return np.stack([images[n] for n in range(len(images))])
+
+    def draw(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        steps: int = 20,
+        guidance: float = 4.5,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        solver: str = "dpm++",
+        times: str = "fractional",
+        order: int = 2,
+        null: str = "text",
+        batch_size: int | None = None,
+        indices: Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b, height, width, 3]) as they are done.
+
+        negative_prompt: one for all, or one each; read with guidance other than 1. null: what stands for "no prompt" where
+            the negative prompt is "": 'text', the text encoder's states of "" with their own length (diffusers), or
+            'embedding', the transformer's null caption under the prompt's length (the official code).
+        height, width: pixels, by default the side the model was trained at. seed, indices: the noise of image i comes from
+            fold_in(key(seed), indices[i]), i itself by default, so an image does not depend on the batch it is drawn in.
+        solver, times, order, steps: as ``diffusion.sample``. callback(step, latents [b, h, w, c]): called during the scan
+            with the denoised latents as the step sees them.
+        Raises UserError, before anything is computed, for options that cannot be used.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("no prompts: give at least one")
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(negatives) != len(prompts):
+            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one each")
+        indices = list(range(len(prompts))) if indices is None else list(indices)
+        height, width = options.check(
+            self.transformer.config, self.vae.config, steps=steps, guidance=guidance, height=height, width=width,
+            solver=solver, times=times, null=null, batch_size=batch_size,
+        )  # fmt: skip
+        guided = float(guidance) != 1.0
+        wanted = batch_size or min(len(prompts), DEFAULT_BATCH)
+        size = self._padded(min(wanted, len(prompts)) if batch_size is None else wanted)
+
+        # One text length for all batches, so that they share one executable.
+        most = self.transformer.config.text_tokens
+        texts = prompts + (sorted(set(negatives)) if guided else [])
+        _, lengths = tokens.tokenize(self.tokenizer, texts, most)
+        length = tokens.padded_length(int(lengths.max()), most)
+
+        pending = None
+        for start in range(0, len(prompts), size):
+            positions = list(range(start, min(start + size, len(prompts))))
+            rows = positions + [positions[-1]] * (size - len(positions))  # the last batch repeats its last image
+            noise, keys = self.noise(seed, [indices[n] for n in rows], height, width)
+            states, lengths = self.encode_text([prompts[n] for n in rows], length)
+            negative = self._negative([negatives[n] for n in rows], states, lengths, null) if guided else (None, None)
+            latents = self.denoise(
+                states, lengths, noise, *negative, steps=steps, guidance=guidance, solver=solver, times=times, order=order,
+                keys=keys, callback=_cropped(callback, len(positions)),
+            )  # fmt: skip
+            images = self.decode(latents)
+            if pending is not None:  # the device works on this batch while the host takes the one before
+                yield pending[0], np.asarray(pending[1])[: len(pending[0])]
+            pending = positions, images
+        yield pending[0], np.asarray(pending[1])[: len(pending[0])]
+
+    def encode_text(self, texts: Sequence[str], length: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of 8 over the longest text."""
+        ids, lengths = tokens.tokenize(self.tokenizer, texts, self.transformer.config.text_tokens, length)
+        with self._on_mesh():
+            return self.text_encoder.apply(self._place(ids), self._place(lengths)), self._place(lengths)
+
+    def noise(self, seed: int, indices: Sequence[int], height: int, width: int) -> tuple[jax.Array, jax.Array]:
+        """(noise [n, h, w, c] fp32, keys [n] for the solvers that add noise): image i's come from fold_in(key(seed), i) alone."""
+        shape = (height // self.factor, width // self.factor, self.transformer.config.in_channels)
+        noise, keys = _noise(seed, np.asarray(indices, np.uint32), shape)
+        return self._place(noise), self._place(keys)
+
+    def denoise(
+        self,
+        text_states: jax.Array,
+        text_lengths: jax.Array,
+        noise: jax.Array,
+        negative_states: jax.Array | None = None,
+        negative_lengths: jax.Array | None = None,
+        *,
+        steps: int = 20,
+        guidance: float = 4.5,
+        solver: str = "dpm++",
+        times: str = "fractional",
+        order: int = 2,
+        keys: jax.Array | None = None,
+        size: jax.Array | None = None,
+        aspect_ratio: jax.Array | None = None,
+        callback: Callback | None = None,
+    ) -> jax.Array:
+        """The deterministic core, one compiled scan: text states [b, l, c], lengths [b], noise [b, h, w, 4] → latents [b, h, w, 4].
+
+        negative_states, negative_lengths: of the negative prompt, padded to any length; the states of "" where None. Not
+            read with guidance 1, which does no second pass. times: 'fractional' (official) or 'integer' (diffusers).
+        keys: [b], or one to be folded with each row's number, for solvers that add noise; None adds none.
+        size [b, 2] (height, width in pixels), aspect_ratio [b]: for models that are told them; by default the image's own.
+        """
+        noise = jnp.asarray(noise, jnp.float32)
+        batch, rows, columns, _ = noise.shape
+        guided = float(guidance) != 1.0
+        text = (jnp.asarray(text_states), jnp.asarray(text_lengths))
+        if guided:
+            if negative_states is None:
+                negative_states, negative_lengths = self._negative([""] * batch, *text, "text")
+            negative = (jnp.asarray(negative_states), text[1] if negative_lengths is None else jnp.asarray(negative_lengths))
+            text = _stacked(negative, text)  # diffusers' order: the unconditional half first
+        if self.transformer.config.size_conditions:
+            pixels = (float(rows * self.factor), float(columns * self.factor))
+            size = jnp.tile(jnp.asarray([pixels]), (batch, 1)) if size is None else jnp.asarray(size, jnp.float32)
+            aspect_ratio = jnp.full((batch,), pixels[0] / pixels[1]) if aspect_ratio is None else jnp.asarray(aspect_ratio, jnp.float32)
+        else:
+            size = aspect_ratio = None
+        plan = _Plan(
+            self.transformer.module, self.scheduler.schedule(), self.scheduler.prediction, solver, steps, times, order, guided, callback is not None
+        )
+        run = functools.partial(_denoise, plan, self.transformer.params, noise, keys, text, size, aspect_ratio, jnp.float32(guidance))
+        with self._on_mesh():
+            return run() if callback is None else _watch(callback, run)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3], on the device."""
+        latents = latents / self.vae.config.scaling_factor
+        batch, rows, columns, _ = latents.shape
+        most = max(1, _DECODED_PIXELS // (rows * columns * self.factor**2))
+        part = max(n for n in range(1, batch + 1) if batch % n == 0 and (n <= most or n == 1))
+        with self._on_mesh():
+            if self.mesh is not None:
+                return _pixels(self.vae.decode(latents))
+            return jnp.concatenate([_pixels(self.vae.decode(latents[n : n + part])) for n in range(0, batch, part)])
+
+    def _negative(self, texts: Sequence[str], states: jax.Array, lengths: jax.Array, null: str) -> tuple[jax.Array, jax.Array]:
+        """States and lengths of the negative prompts, for rows whose prompts have these states and lengths."""
+        negative, negative_lengths = self.encode_text(texts, states.shape[1])
+        if null == "text":
+            return negative, negative_lengths
+        empty = jnp.asarray([not tokens.clean(text) for text in texts])
+        caption = jnp.asarray(self.transformer.params["null_caption"], negative.dtype)[: states.shape[1]]
+        return jnp.where(empty[:, None, None], caption, negative), jnp.where(empty, lengths, negative_lengths)
+
+    def _padded(self, batch: int) -> int:
+        return batch if self.mesh is None else math.ceil(batch / batch_shards(self.mesh)) * batch_shards(self.mesh)
+
+    def _place(self, array):
+        return jnp.asarray(array) if self.mesh is None else jax.device_put(array, batch_sharding(self.mesh))
+
+    @contextlib.contextmanager
+    def _on_mesh(self):
+        if self.mesh is None:
+            yield
+        else:
+            with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+                yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that a compiled denoising depends on beside its arrays' shapes."""
+
+    module: nn.Module
+    schedule: diffusion.Schedule
+    prediction: str
+    solver: str
+    steps: int
+    times: str
+    order: int
+    guided: bool
+    watched: bool
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _denoise(plan, params, noise, keys, text, size, aspect_ratio, guidance):
+    """text: (states, lengths), of 2b rows where guided: the unconditional half, then the conditional."""
+    apply = functools.partial(plan.module.apply, {"params": params})
+    encoded = apply(*text, method="encode_text")  # once for all steps
+    if plan.guided and size is not None:
+        size, aspect_ratio = jnp.concatenate([size, size]), jnp.concatenate([aspect_ratio, aspect_ratio])
+
+    def predict(x, t):
+        return apply(x, t, encoded, size, aspect_ratio, method="denoise")
+
+    return diffusion.sample(
+        diffusion.guided(predict, guidance) if plan.guided else predict,
+        noise,
+        solver=plan.solver,
+        steps=plan.steps,
+        schedule=plan.schedule,
+        key=keys,
+        times=plan.times,
+        order=plan.order,
+        prediction=plan.prediction,
+        preview=_tell if plan.watched else None,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _noise(seed, indices, shape):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return noise, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+
+
+@jax.jit
+def _pixels(images):
+    """About [-1, 1] → uint8."""
+    return jnp.round((images / 2 + 0.5).clip(0, 1) * 255).astype(jnp.uint8)
+
+
+def _stacked(first, second):
+    """Two (states [b, l, c], lengths [b]) on top of each other, the shorter one padded."""
+    length = max(first[0].shape[1], second[0].shape[1])
+    states = [jnp.pad(states, ((0, 0), (0, length - states.shape[1]), (0, 0))) for states, _ in (first, second)]
+    return jnp.concatenate(states), jnp.concatenate([first[1], second[1]])
+
+
+def _cropped(callback: Callback | None, count: int) -> Callback | None:
+    """The callback without the rows that only fill a batch."""
+    return None if callback is None else lambda step, latents: callback(step, latents[:count])
+
+
+# A compiled scan outlives the callback it was first traced with, so what is compiled in is _tell, which asks here for whom.
+_watcher: list[Callback] = []
+_watching = threading.Lock()
+
+
+def _tell(step: int, latents: np.ndarray) -> None:
+    for callback in _watcher:
+        callback(step, latents)
+
+
+def _watch(callback: Callback, run: Callable[[], jax.Array]) -> jax.Array:
+    """run(), done when it returns, with the callback told of each step. One watched scan at a time in a process."""
+    with _watching:
+        _watcher.append(callback)
+        try:
+            latents = run().block_until_ready()
+            jax.effects_barrier()
+            return latents
+        finally:
+            _watcher.clear()

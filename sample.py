@@ -1,0 +1,131 @@
+"""Prompts → PNGs.
+
+    python sample.py --prompt "a large red star left of a small blue circle"
+    python sample.py --model PATH --prompts prompts.txt --out out --steps 20 --guidance 4.5
+
+A second call with the same settings draws only what is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pixart_jax import program, prompts
+from pixart_jax.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parent / "assets" / "shapes"
+HOW = ("steps", "guidance", "solver", "times", "null")  # flags that say how to sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Draw prompts with a PixArt model. Images are PNGs that carry their settings; a second call draws only what is missing."""
+
+    prompt: str | None = None
+    """The text to draw."""
+    prompts: Path | None = None
+    """A file of prompts instead: one a line, or .csv or .jsonl with 'prompt'."""
+    model: Path = SHIPPED
+    """A diffusers folder; by default the small model that is shipped."""
+    out: Path = Path("out")
+    """The folder for the images."""
+    negative_prompt: str = ""
+    """What to steer away from."""
+    steps: int = 20
+    """Evaluations of the model an image."""
+    guidance: float = 4.5
+    """Strength of the prompt; 1 does no second pass."""
+    height: int | None = None
+    """Pixels; by default the side the model was trained at."""
+    width: int | None = None
+    """Pixels; by default the side the model was trained at."""
+    seed: int = 0
+    """The same seed gives the same images, whatever the batch."""
+    solver: str = "dpm++"
+    """dpm++, ddim, ddpm or sa."""
+    times: Literal["fractional", "integer"] = "fractional"
+    """The time grid of dpm++: the official code's, or diffusers'."""
+    null: Literal["text", "embedding"] = "text"
+    """What an empty negative prompt means: the text encoder's states of "", or the model's null caption (the official code)."""
+    batch_size: int | None = None
+    """Images at once; by default up to 16 a device."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; auto: bfloat16 on accelerators."""
+    grid: bool = True
+    """Also write grid.png where there is more than one prompt."""
+
+
+def main(argv: list[str]) -> int:
+    flags = program.parse(Flags, argv, prog="sample.py")
+    wanted = read_prompts(flags)
+    drawings = plan(flags, wanted)
+    if drawings.missing:
+        draw(flags, wanted, drawings)
+    done = len(wanted) - len(drawings.missing)
+    print(f"{len(wanted)} image{'s' * (len(wanted) > 1)} in {flags.out}/" + (f", {done} of them already there" if done else ""))
+    if len(wanted) == 1:
+        print(drawings.paths[0])
+    elif flags.grid:
+        print(drawings.write_grid())
+    return 0
+
+
+def read_prompts(flags: Flags) -> list[str]:
+    if (flags.prompt is None) == (flags.prompts is None):
+        raise UserError("give --prompt TEXT or --prompts FILE" + (", not both" if flags.prompt is not None else ""))
+    return prompts.read(flags.prompts) if flags.prompt is None else [flags.prompt]
+
+
+def plan(flags: Flags, wanted: list[str]):
+    """What is to be drawn, and what of it is there. All flags are checked here, before the weights are read."""
+    from pixart_jax.pipeline import drawings, folder, options
+
+    height, width = options.check(*folder.configs(flags.model), **{name: getattr(flags, name) for name in ("height", "width", "batch_size", *HOW)})
+    settings = {
+        "negative_prompt": flags.negative_prompt,
+        "height": height,
+        "width": width,
+        "seed": flags.seed,
+        **{name: getattr(flags, name) for name in HOW},
+        "dtype": dtype(flags).__name__,
+        "model": flags.model.resolve().name,
+        "model_hash": drawings.model_hash(flags.model),
+    }
+    return drawings.Drawings(flags.out, [{"prompt": prompt, "index": n, **settings} for n, prompt in enumerate(wanted)])
+
+
+def dtype(flags: Flags):
+    import jax
+    import jax.numpy as jnp
+
+    chosen = ("float32" if jax.default_backend() == "cpu" else "bfloat16") if flags.dtype == "auto" else flags.dtype
+    return jnp.dtype(chosen).type
+
+
+def draw(flags: Flags, wanted: list[str], drawings) -> None:
+    import jax
+    from tqdm import tqdm
+
+    from pixart_jax import Pipeline
+    from pixart_jax.config import MeshConfig
+    from pixart_jax.parallel.mesh import make_mesh
+
+    pipe = Pipeline.from_pretrained(flags.model, dtype=dtype(flags), mesh=make_mesh(MeshConfig()) if jax.device_count() > 1 else None)
+    batches = pipe.draw(
+        [wanted[n] for n in drawings.missing],
+        indices=drawings.missing,
+        **{name: getattr(flags, name) for name in ("negative_prompt", "height", "width", "seed", "batch_size", *HOW)},
+    )
+    with tqdm(total=len(drawings.missing), unit=" images", desc="drawing (compiles first)") as bar:
+        for positions, images in batches:
+            for position, image in zip(positions, images, strict=True):
+                drawings.write(drawings.missing[position], image)
+            bar.set_description("drawing")
+            bar.update(len(positions))
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(main))
