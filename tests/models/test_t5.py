@@ -1,0 +1,141 @@
+"""The T5 encoder against transformers' T5EncoderModel, with the same weights."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import T5Config as TorchConfig
+from transformers import T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
+from pixart_jax.weights import t5 as tables
+from pixart_jax.weights.table import read, write
+
+SIZES = {
+    "tiny": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
+    "inner wider than d_model": T5Config(vocab_size=97, d_model=24, d_kv=16, d_ff=40, num_layers=3, num_heads=4, layer_norm_epsilon=1e-5),
+    "other buckets": T5Config(
+        vocab_size=64, d_model=32, d_kv=4, d_ff=64, num_layers=1, num_heads=5, relative_attention_num_buckets=12, relative_attention_max_distance=50
+    ),
+}
+
+
+def reference(config: T5Config, seed: int = 0) -> T5EncoderModel:
+    """transformers' encoder, every weight drawn anew so that none is zero or one."""
+    model = T5EncoderModel(TorchConfig(**tables.config_to_json(config))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan_in = parameter.shape[-1] if parameter.ndim == 2 else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim == 1 else fan_in**-0.5))
+            if parameter.ndim == 1:
+                parameter.add_(1.0)
+    return model
+
+
+def params_of(config: T5Config, model: T5EncoderModel) -> dict:
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    shapes = nn.unbox(jax.eval_shape(T5Encoder(config).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int)))["params"]
+    return read(tables.TRANSFORMERS, shapes, state, state.__getitem__, source="the reference", ignore=tables.IGNORED)
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_transformers_over_130_tokens_with_ragged_lengths(size):
+    config = SIZES[size]
+    model = reference(config)
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (4, 139))
+    lengths = np.array([139, 131, 7, 1])
+    mask = np.arange(139) < lengths[:, None]
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int))).last_hidden_state.numpy()
+    ours = np.asarray(T5Encoder(config).apply({"params": params_of(config, model)}, jnp.asarray(ids), jnp.asarray(lengths)))
+    assert relative_error(ours[mask], theirs[mask]) <= 1e-4
+
+
+def test_buckets_equal_transformers_for_every_distance():
+    for buckets, most in ((32, 128), (12, 50), (8, 20), (64, 300)):
+        distance = torch.arange(400)[None, :] - torch.arange(400)[:, None]
+        theirs = T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=buckets, max_distance=most)
+        np.testing.assert_array_equal(relative_buckets(400, buckets, most), theirs.numpy())
+
+
+def test_a_text_does_not_depend_on_its_padding_or_its_batch():
+    config = SIZES["tiny"]
+    module, params = T5Encoder(config), params_of(config, reference(config))
+    ids = np.random.default_rng(2).integers(0, config.vocab_size, (3, 20))
+    long = module.apply({"params": params}, jnp.asarray(ids), jnp.array([5, 20, 9]))
+    short = module.apply({"params": params}, jnp.asarray(ids[:1, :5]), jnp.array([5]))
+    np.testing.assert_allclose(long[:1, :5], short, atol=2e-6)
+
+
+def test_names_are_written_back_as_they_were_read():
+    config = SIZES["inner wider than d_model"]
+    model = reference(config)
+    written = write(tables.TRANSFORMERS, params_of(config, model))
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    assert set(state) - set(tables.IGNORED) == set(written)
+    for name, array in written.items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
+
+
+def test_trains_by_masked_tokens_with_the_tied_head_and_remat_changes_nothing():
+    config = SIZES["tiny"]
+    ids, lengths = jnp.arange(24).reshape(2, 12) % config.vocab_size, jnp.array([12, 8])
+    params = nn.unbox(T5Encoder(config).init(jax.random.key(0), ids, lengths))["params"]
+
+    def loss(params, remat):
+        module = T5Encoder(config, remat=remat)
+        states = module.apply({"params": params}, ids, lengths)
+        logits = module.apply({"params": params}, states, method="logits")
+        assert logits.shape == (2, 12, config.vocab_size)
+        return -jax.nn.log_softmax(logits)[..., 3].mean()
+
+    plain = jax.grad(loss)(params, "none")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
+    for name in ("full", "dots"):
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(jax.grad(loss)(params, name))):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_stays_near_fp32():
+    config = SIZES["tiny"]
+    params = params_of(config, reference(config))
+    ids, lengths = jnp.arange(40).reshape(2, 20), jnp.array([20, 13])
+    exact = T5Encoder(config).apply({"params": params}, ids, lengths)
+    rounded = T5Encoder(config, dtype=jnp.bfloat16).apply({"params": params}, ids, lengths)
+    assert rounded.dtype == jnp.float32
+    assert relative_error(rounded, exact) < 0.05
+
+
+def test_parameters_of_t5_xxl():
+    shapes = jax.eval_shape(T5Encoder(T5Config()).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes))) == 4_762_310_656
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"d_model": 0}, "T5Config.d_model = 0"),
+        ({"relative_attention_num_buckets": 6}, "multiple of 4"),
+        ({"relative_attention_max_distance": 8}, "relative_attention_max_distance"),
+    ],
+)
+def test_impossible_sizes_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        T5Config(**options)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match=r"\(2, 3\) and lengths \(1,\)"):
+        T5Encoder(SIZES["tiny"]).init(jax.random.key(0), jnp.zeros((2, 3), int), jnp.ones((1,), int))
