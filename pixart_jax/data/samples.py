@@ -6,7 +6,7 @@ cannot be used), ``buckets`` ((height, width) by number) and ``read(indices, buc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -94,12 +94,12 @@ class TokenSamples:
     """Token ids of captions, for the text encoder: {"input_ids": int32 [b, l], "lengths": int32 [b], "key"}.
 
     Every caption of the mix is tokenised once, when the set is opened. tokenizer: transformers' protocol; texts beyond
-    max_text_tokens are cut, their end token kept.
+    max_text_tokens are cut, their end token kept. clean: what is done to a text first (tokenizer.clean), nothing by default.
     """
 
     buckets = ((0, 0),)  # text has no size: one bucket for all
 
-    def __init__(self, source: Source, tokenizer, captions: Sequence[tuple[str, float]], max_text_tokens: int):
+    def __init__(self, source: Source, tokenizer, captions: Sequence[tuple[str, float]], max_text_tokens: int, clean: Callable[[str], str] = str):
         self._mix = CaptionMix(captions, source.caption_kinds, source.name)
         self._pad = tokenizer.pad_token_id or 0
         self._keys: list[str] = []
@@ -110,12 +110,12 @@ class TokenSamples:
             self._keys.append(sample.key)
             places.append({})
             for kind in self._mix.kinds:
-                found = sample.texts(kind)
+                found = [clean(text) for text in sample.texts(kind)]
                 places[-1][kind] = (len(texts), len(texts) + len(found))
                 texts.extend(found)
         self._places = places
         self._ids = tokenize(tokenizer, texts, max_text_tokens)
-        self.length = fixed_length(max(map(len, self._ids)), max_text_tokens)
+        self.length = fixed_length(max(1, *map(len, self._ids)), max_text_tokens)
         self.bucket_of = np.zeros(len(places), np.int16)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ class TokenSamples:
             first, end = self._places[index][kind]
             tokens = self._ids[first + int(rest * (end - first))]
             ids[row, : len(tokens)] = tokens
-            lengths[row] = len(tokens)
+            lengths[row] = max(len(tokens), 1)  # attention needs a token, even of "" without an end mark
         return {"input_ids": ids, "lengths": lengths, "key": np.array([self._keys[i] for i in indices])}
 
 
