@@ -66,7 +66,7 @@ class Geometry:
 
     @property
     def mlp_width(self) -> int:
-        return int(self.width * self.mlp_ratio)
+        return round(self.width * self.mlp_ratio)
 
     @property
     def base(self) -> int:

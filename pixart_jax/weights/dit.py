@@ -1,0 +1,114 @@
+"""The class-conditional DiT's names: the official .pt (and our own component folder, which keeps them), and diffusers safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from pixart_jax.errors import UserError, nearest
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.weights.table import Entry
+from pixart_jax.weights.transformer import dense, official_geometry
+
+CLASS_NAME = "DiT"  # config.json's _class_name in a folder that this project saved
+DIFFUSERS_CLASS_NAME = "DiTTransformer2DModel"
+
+OFFICIAL: tuple[Entry, ...] = (
+    Entry("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
+    Entry("patch_embedder/bias", "x_embedder.proj.bias"),
+    *dense("timestep_embedder/fc1", "t_embedder.mlp.0"),
+    *dense("timestep_embedder/fc2", "t_embedder.mlp.2"),
+    Entry("label_embedder/table", "y_embedder.embedding_table.weight"),
+    *dense("blocks/modulation", "blocks.{i}.adaLN_modulation.1"),
+    *dense("blocks/attn/q", "blocks.{i}.attn.qkv", (0, 3)),
+    *dense("blocks/attn/k", "blocks.{i}.attn.qkv", (1, 3)),
+    *dense("blocks/attn/v", "blocks.{i}.attn.qkv", (2, 3)),
+    *dense("blocks/attn/out", "blocks.{i}.attn.proj"),
+    *dense("blocks/mlp/fc1", "blocks.{i}.mlp.fc1"),
+    *dense("blocks/mlp/fc2", "blocks.{i}.mlp.fc2"),
+    *dense("final_modulation", "final_layer.adaLN_modulation.1"),
+    *dense("final", "final_layer.linear"),
+)
+OFFICIAL_IGNORE = ("pos_embed",)  # the position table: computed, not read
+
+# To read only: diffusers keeps a copy of the timestep and label embedders in every block; block 0's is the one it also ends with.
+# Its own model differs from the official one in the sinusoid (it divides the exponent by 127, not 128) and in an epsilon (1e-5);
+# ours computes as the official one, which the weights were trained with.
+DIFFUSERS: tuple[Entry, ...] = (
+    Entry("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
+    Entry("patch_embedder/bias", "pos_embed.proj.bias"),
+    *dense("timestep_embedder/fc1", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"),
+    *dense("timestep_embedder/fc2", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2"),
+    Entry("label_embedder/table", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"),
+    *dense("blocks/modulation", "transformer_blocks.{i}.norm1.linear"),
+    *dense("blocks/attn/q", "transformer_blocks.{i}.attn1.to_q"),
+    *dense("blocks/attn/k", "transformer_blocks.{i}.attn1.to_k"),
+    *dense("blocks/attn/v", "transformer_blocks.{i}.attn1.to_v"),
+    *dense("blocks/attn/out", "transformer_blocks.{i}.attn1.to_out.0"),
+    *dense("blocks/mlp/fc1", "transformer_blocks.{i}.ff.net.0.proj"),
+    *dense("blocks/mlp/fc2", "transformer_blocks.{i}.ff.net.2"),
+    *dense("final_modulation", "proj_out_1"),
+    *dense("final", "proj_out_2"),
+)
+
+
+def diffusers_ignore(depth: int) -> tuple[str, ...]:
+    """The copies of the embedders in blocks 1 … depth − 1, and a stored position table."""
+    copies = [f"timestep_embedder.linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")] + ["class_embedder.embedding_table.weight"]
+    return ("pos_embed.pos_embed", *(f"transformer_blocks.{i}.norm1.emb.{copy}" for i in range(1, depth) for copy in copies))
+
+
+def config_to_json(config: DiTConfig) -> dict:
+    """Our config → the config.json of a component folder: the dataclass's own fields."""
+    return {"_class_name": CLASS_NAME, **dataclasses.asdict(config)}
+
+
+def config_from_json(data: Mapping) -> DiTConfig:
+    """A config.json of ours, or diffusers' of a DiT → our config."""
+    if data.get("_class_name") == DIFFUSERS_CLASS_NAME:
+        return _config_from_diffusers(data)
+    fields = {field.name for field in dataclasses.fields(DiTConfig)}
+    given = {key: value for key, value in data.items() if not key.startswith("_")}
+    for key in given:
+        if key not in fields:
+            raise UserError(f"config.json: {key!r} is no field of a DiT{nearest(key, fields)}")
+    try:
+        return DiTConfig(**given)
+    except TypeError as error:
+        raise UserError(f"config.json: a field has the wrong type: {error}") from None
+
+
+def _config_from_diffusers(data: Mapping) -> DiTConfig:
+    fixed = {"activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False, "norm_type": "ada_norm_zero"}
+    for field, only in fixed.items():
+        if data.get(field, only) != only:
+            raise UserError(f"config.json: {field} = {data[field]!r}: only {only!r} is known")
+    heads, channels, out = data.get("num_attention_heads", 16), data.get("in_channels", 4), data.get("out_channels")
+    return DiTConfig(
+        depth=data.get("num_layers", 28),
+        width=heads * data.get("attention_head_dim", 72),
+        heads=heads,
+        patch_size=data.get("patch_size", 2),
+        in_channels=channels,
+        out_channels=channels if out is None else out,
+        sample_size=data.get("sample_size", 32),
+        num_classes=data.get("num_embeds_ada_norm", 1000),
+    )
+
+
+def config_from_official(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    pos_embed: np.ndarray | None = None,
+    heads: int | None = None,
+    sample_size: int | None = None,
+) -> DiTConfig:
+    """The config of an official .pt, from its tensors' names and shapes; arguments as for the transformer's."""
+    geometry = official_geometry(shapes, pos_embed, heads, sample_size)
+    try:
+        rows = shapes["y_embedder.embedding_table.weight"][0]
+    except KeyError:
+        raise UserError("not an official DiT file: y_embedder.embedding_table is missing") from None
+    return DiTConfig(**geometry, num_classes=rows - 1)

@@ -1,0 +1,233 @@
+"""The PixArt transformer's names in released files: diffusers safetensors and the official .pth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.geometry import SIZES
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.weights.table import Entry
+
+CLASS_NAME = "PixArtTransformer2DModel"  # config.json's _class_name
+
+
+def dense(ours: str, theirs: str, part: tuple[int, int] = (0, 1)) -> tuple[Entry, Entry]:
+    """Kernel and bias of one Linear."""
+    return Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", part), Entry(f"{ours}/bias", f"{theirs}.bias", "same", part)
+
+
+DIFFUSERS: tuple[Entry, ...] = (
+    Entry("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
+    Entry("patch_embedder/bias", "pos_embed.proj.bias"),
+    *dense("timestep_embedder/fc1", "adaln_single.emb.timestep_embedder.linear_1"),
+    *dense("timestep_embedder/fc2", "adaln_single.emb.timestep_embedder.linear_2"),
+    *dense("size_embedder/fc1", "adaln_single.emb.resolution_embedder.linear_1"),
+    *dense("size_embedder/fc2", "adaln_single.emb.resolution_embedder.linear_2"),
+    *dense("ratio_embedder/fc1", "adaln_single.emb.aspect_ratio_embedder.linear_1"),
+    *dense("ratio_embedder/fc2", "adaln_single.emb.aspect_ratio_embedder.linear_2"),
+    *dense("t_block", "adaln_single.linear"),
+    Entry("null_caption", "caption_projection.y_embedding", optional=True),
+    *dense("caption_projection/fc1", "caption_projection.linear_1"),
+    *dense("caption_projection/fc2", "caption_projection.linear_2"),
+    Entry("blocks/table", "transformer_blocks.{i}.scale_shift_table"),
+    *dense("blocks/attn/q", "transformer_blocks.{i}.attn1.to_q"),
+    *dense("blocks/attn/k", "transformer_blocks.{i}.attn1.to_k"),
+    *dense("blocks/attn/v", "transformer_blocks.{i}.attn1.to_v"),
+    *dense("blocks/attn/out", "transformer_blocks.{i}.attn1.to_out.0"),
+    Entry("blocks/attn/q_norm/scale", "transformer_blocks.{i}.attn1.norm_q.weight"),
+    Entry("blocks/attn/q_norm/bias", "transformer_blocks.{i}.attn1.norm_q.bias"),
+    Entry("blocks/attn/k_norm/scale", "transformer_blocks.{i}.attn1.norm_k.weight"),
+    Entry("blocks/attn/k_norm/bias", "transformer_blocks.{i}.attn1.norm_k.bias"),
+    *dense("blocks/cross_attn/q", "transformer_blocks.{i}.attn2.to_q"),
+    *dense("blocks/cross_attn/k", "transformer_blocks.{i}.attn2.to_k"),
+    *dense("blocks/cross_attn/v", "transformer_blocks.{i}.attn2.to_v"),
+    *dense("blocks/cross_attn/out", "transformer_blocks.{i}.attn2.to_out.0"),
+    *dense("blocks/mlp/fc1", "transformer_blocks.{i}.ff.net.0.proj"),
+    *dense("blocks/mlp/fc2", "transformer_blocks.{i}.ff.net.2"),
+    Entry("final_table", "scale_shift_table"),
+    *dense("final", "proj_out"),
+)
+DIFFUSERS_IGNORE = ("pos_embed.pos_embed",)  # the position table: computed, not read
+
+OFFICIAL: tuple[Entry, ...] = (
+    Entry("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
+    Entry("patch_embedder/bias", "x_embedder.proj.bias"),
+    *dense("timestep_embedder/fc1", "t_embedder.mlp.0"),
+    *dense("timestep_embedder/fc2", "t_embedder.mlp.2"),
+    *dense("size_embedder/fc1", "csize_embedder.mlp.0"),
+    *dense("size_embedder/fc2", "csize_embedder.mlp.2"),
+    *dense("ratio_embedder/fc1", "ar_embedder.mlp.0"),
+    *dense("ratio_embedder/fc2", "ar_embedder.mlp.2"),
+    *dense("t_block", "t_block.1"),
+    Entry("null_caption", "y_embedder.y_embedding", optional=True),
+    *dense("caption_projection/fc1", "y_embedder.y_proj.fc1"),
+    *dense("caption_projection/fc2", "y_embedder.y_proj.fc2"),
+    Entry("blocks/table", "blocks.{i}.scale_shift_table"),
+    *dense("blocks/attn/q", "blocks.{i}.attn.qkv", (0, 3)),
+    *dense("blocks/attn/k", "blocks.{i}.attn.qkv", (1, 3)),
+    *dense("blocks/attn/v", "blocks.{i}.attn.qkv", (2, 3)),
+    *dense("blocks/attn/out", "blocks.{i}.attn.proj"),
+    Entry("blocks/attn/q_norm/scale", "blocks.{i}.attn.q_norm.weight"),
+    Entry("blocks/attn/q_norm/bias", "blocks.{i}.attn.q_norm.bias"),
+    Entry("blocks/attn/k_norm/scale", "blocks.{i}.attn.k_norm.weight"),
+    Entry("blocks/attn/k_norm/bias", "blocks.{i}.attn.k_norm.bias"),
+    *dense("blocks/cross_attn/q", "blocks.{i}.cross_attn.q_linear"),
+    *dense("blocks/cross_attn/k", "blocks.{i}.cross_attn.kv_linear", (0, 2)),
+    *dense("blocks/cross_attn/v", "blocks.{i}.cross_attn.kv_linear", (1, 2)),
+    *dense("blocks/cross_attn/out", "blocks.{i}.cross_attn.proj"),
+    *dense("blocks/mlp/fc1", "blocks.{i}.mlp.fc1"),
+    *dense("blocks/mlp/fc2", "blocks.{i}.mlp.fc2"),
+    Entry("final_table", "final_layer.scale_shift_table"),
+    *dense("final", "final_layer.linear"),
+)
+OFFICIAL_IGNORE = ("pos_embed",)
+
+# config.json fields that say which variant of the architecture the weights are for, and the only one that this model is.
+_FIXED = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "norm_type": "ada_norm_single",
+}
+
+
+def config_from_json(data: Mapping) -> TransformerConfig:
+    """A diffusers config.json → our config. UserError for a variant that this model is not."""
+    for field, only in _FIXED.items():
+        if data.get(field, only) != only:
+            raise UserError(f"config.json: {field} = {data[field]!r}: only {only!r} is known")
+    try:
+        heads, sample, patch = data.get("num_attention_heads", 16), data.get("sample_size", 128), data.get("patch_size", 2)
+        width, channels, out = heads * data.get("attention_head_dim", 72), data.get("in_channels", 4), data.get("out_channels", 8)
+        scale, conditions = data.get("interpolation_scale"), data.get("use_additional_conditions")
+        captions = data.get("caption_channels")
+        if captions is None or data.get("cross_attention_dim", 1152) != width:
+            raise UserError(
+                f"config.json: caption_channels = {captions!r} and cross_attention_dim = {data.get('cross_attention_dim', 1152)!r}: "
+                f"want the text encoder's width and the model's own, {width}"
+            )
+        return TransformerConfig(
+            depth=data.get("num_layers", 28),
+            width=width,
+            heads=heads,
+            patch_size=patch,
+            in_channels=channels,
+            out_channels=channels if out is None else out,
+            mlp_ratio=float(data.get("mlp_ratio", 4.0)),
+            sample_size=sample,
+            position_scale=float(max(sample // 64, 1) if scale is None else scale),
+            caption_width=captions,
+            text_tokens=data.get("text_tokens", 120),
+            size_conditions=sample == 128 if conditions is None else bool(conditions),
+            qk_norm=data.get("qk_norm") == "layer_norm_across_heads",
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.json: a field has the wrong type: {error}") from None
+
+
+def config_to_json(config: TransformerConfig) -> dict:
+    """Our config → a config.json that diffusers opens; fields that it does not know appear only where they differ from its model.
+
+    diffusers has no position base of its own: it takes sample_size / patch_size, and what is left goes into the scale.
+    """
+    side = config.sample_size // config.patch_size
+    data = {
+        "_class_name": CLASS_NAME,
+        "num_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "cross_attention_dim": config.width,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "sample_size": config.sample_size,
+        "interpolation_scale": config.position_scale * side / config.base,
+        "use_additional_conditions": config.size_conditions,
+        "caption_channels": config.caption_width,
+        "num_embeds_ada_norm": 1000,
+        "dropout": 0.0,
+        **_FIXED,
+    }
+    if config.mlp_ratio != 4.0:
+        data["mlp_ratio"] = config.mlp_ratio
+    if config.text_tokens != 120:
+        data["text_tokens"] = config.text_tokens
+    if config.qk_norm:
+        data["qk_norm"] = "layer_norm_across_heads"
+    return data
+
+
+def position_scale_of(pos_embed: np.ndarray) -> float | None:
+    """The scale that a stored position table [1, n, d] of a square grid was made with; None if the table is empty.
+
+    The second place's coordinate is 1 / scale, and its fastest sine and cosine are channels 0 and d/4.
+    """
+    place = np.asarray(pos_embed, np.float64).reshape(-1, pos_embed.shape[-1])[1]
+    angle = np.arctan2(place[0], place[place.shape[0] // 4])
+    return float(round(1.0 / angle, 5)) if angle > 0 else None
+
+
+def official_geometry(shapes: Mapping[str, tuple[int, ...]], pos_embed: np.ndarray | None, heads: int | None, sample_size: int | None) -> dict:
+    """The fields of a Geometry that the tensors' shapes of an official PixArt or DiT file tell."""
+    try:
+        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
+        mlp, out = shapes["blocks.0.mlp.fc1.weight"][0], shapes["final_layer.linear.weight"][0]
+    except (KeyError, ValueError):
+        raise UserError("not an official PixArt or DiT file: x_embedder.proj, blocks.0.mlp.fc1 or final_layer.linear is missing") from None
+    if heads is None:
+        known = {width: heads for _, width, heads in SIZES.values()}
+        if width not in known:
+            raise UserError(f"the file does not say how many heads a model of width {width} has: give --heads")
+        heads = known[width]
+    if sample_size is None and pos_embed is not None:
+        sample_size = int(round(pos_embed.shape[1] ** 0.5)) * patch
+    if sample_size is None:
+        raise UserError("the file holds no pos_embed, so the size it was trained at is unknown: give the sample size (32, 64 or 128 latents)")
+    return {
+        "depth": depth,
+        "width": width,
+        "heads": heads,
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": out // patch**2,
+        "mlp_ratio": mlp / width,
+        "sample_size": sample_size,
+    }
+
+
+def config_from_official(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    pos_embed: np.ndarray | None = None,
+    heads: int | None = None,
+    position_scale: float | None = None,
+    sample_size: int | None = None,
+) -> TransformerConfig:
+    """The config of an official .pth, from its tensors' names and shapes.
+
+    pos_embed: its position table [1, n, d], where the file has one: it tells sample_size and position_scale. Without it the
+    multi-scale model is taken for the 1024 px one, and any other needs sample_size; the scale is then 1, or 2 at 1024 px.
+    heads: known for the widths of DiT and PixArt, needed for any other. UserError where something needed is missing.
+    """
+    multi_scale = "csize_embedder.mlp.0.weight" in shapes
+    if sample_size is None and pos_embed is None and multi_scale:
+        sample_size = 128
+    geometry = official_geometry(shapes, pos_embed, heads, sample_size)
+    if position_scale is None and pos_embed is not None:
+        position_scale = position_scale_of(pos_embed)
+    if position_scale is None:
+        position_scale = float(max(geometry["sample_size"] // 64, 1))
+    null = shapes.get("y_embedder.y_embedding")
+    return TransformerConfig(
+        **geometry,
+        position_scale=position_scale,
+        caption_width=shapes["y_embedder.y_proj.fc1.weight"][1],
+        text_tokens=null[0] if null else 120,
+        size_conditions=multi_scale,
+        qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+    )

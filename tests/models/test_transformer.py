@@ -1,0 +1,353 @@
+"""The PixArt transformer against diffusers' with the same weights, and what it promises by itself."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from pixart_jax.errors import UserError
+from pixart_jax.models import remat
+from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.weights import transformer as names
+from pixart_jax.weights.table import flatten, write
+from tests.models.pixart_reference import (
+    diffusers_pair,
+    inputs,
+    randomise,
+    read_state_dict,
+    relative_error,
+    run_diffusers,
+    transformer_shapes,
+)
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3, "caption_channels": 20, "sample_size": 8}
+ODD = {"num_attention_heads": 3, "attention_head_dim": 28, "num_layers": 2, "caption_channels": 17, "sample_size": 20, "interpolation_scale": 2}
+
+
+def tiny(**overrides) -> TransformerConfig:
+    return TransformerConfig(**{"depth": 3, "width": 24, "heads": 2, "caption_width": 20, "text_tokens": 9, "sample_size": 8, **overrides})
+
+
+def random_params(config: TransformerConfig, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.2).astype(np.float32), transformer_shapes(config))
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+CASES = {
+    "square": (TINY, (8, 8), [7, 7]),
+    "non-square latents, ragged texts": (TINY, (6, 10), [1, 7, 4]),
+    "odd grid, odd widths, scaled positions": (ODD, (10, 6), [5, 2]),
+    "patch 4, own channels": ({**TINY, "patch_size": 4, "in_channels": 3, "out_channels": 5}, (8, 12), [3, 6]),
+    "multi-scale": ({**TINY, "use_additional_conditions": True}, (4, 14), [6, 3]),
+    "multi-scale, odd": ({**ODD, "use_additional_conditions": True}, (14, 10), [1, 12, 5]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_equals_diffusers(case):
+    fields, (height, width), lengths = CASES[case]
+    theirs, config, params = diffusers_pair(**fields)
+    args = inputs(config, height, width, lengths)
+    ours = PixArtTransformer(config).apply({"params": params}, **args)
+    assert relative_error(ours, run_diffusers(theirs, **args)) <= 1e-5
+
+
+def test_padding_after_a_text_changes_nothing():
+    config = tiny()
+    params, args = random_params(config), inputs(config, 8, 8, [3, 5])
+    apply = jax.jit(PixArtTransformer(config).apply)
+    short = apply({"params": params}, **args)
+    padded = {**args, "text_states": np.pad(args["text_states"], ((0, 0), (0, 4), (0, 0)), constant_values=50.0)}
+    assert relative_error(apply({"params": params}, **padded), short) <= 1e-6
+
+
+def test_text_of_length_zero_gives_numbers_and_finite_gradients():
+    config = tiny()
+    params, args = random_params(config), inputs(config, 8, 8, [3, 5])
+    args["text_lengths"] = np.array([0, 0], np.int32)
+
+    def total(params):
+        return jnp.square(PixArtTransformer(config, remat="full").apply({"params": params}, **args)).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(total))(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_text_encoded_once_gives_the_same_as_the_whole_model():
+    config = tiny(size_conditions=True)
+    module, params, args = PixArtTransformer(config), {"params": random_params(config)}, inputs(tiny(size_conditions=True), 6, 8, [2, 5])
+    text = module.apply(params, args["text_states"], args["text_lengths"], method="encode_text")
+    assert text.keys.shape == (3, 2, 5, 2, 12)
+    split = module.apply(params, args["latents"], args["timesteps"], text, args["size"], args["aspect_ratio"], method="denoise")
+    assert relative_error(split, module.apply(params, **args)) <= 1e-6
+
+
+@pytest.mark.parametrize("policy", [name for name in remat.NAMES if name != "none"])
+def test_gradients_do_not_depend_on_remat(policy):
+    config = tiny()
+    params, args = random_params(config), inputs(config, 8, 8, [3, 5])
+
+    def gradients(name):
+        def total(params):
+            return jnp.square(PixArtTransformer(config, remat=name).apply({"params": params}, **args)).mean()
+
+        return jax.jit(jax.grad(total))(params)
+
+    kept, again = flatten(gradients("none")), flatten(gradients(policy))
+    largest = max(np.abs(value).max() for value in kept.values())
+    for path, value in kept.items():  # the gradient of a key's bias is zero but for rounding: the largest of all is the measure there
+        difference = np.abs(again[path] - value).max()
+        assert difference <= 1e-5 * max(np.abs(value).max(), 1e-3 * largest), path
+
+
+def saved_bytes(policy: str) -> int:
+    """Bytes of the loop's stacked residuals in the forward half of a gradient."""
+    config = tiny(depth=5)
+    params, args = random_params(config), inputs(config, 8, 8, [3, 5])
+
+    def total(params):
+        return jnp.square(PixArtTransformer(config, remat=policy).apply({"params": params}, **args)).mean()
+
+    scans = [e for e in jax.make_jaxpr(jax.grad(total))(params).jaxpr.eqns if e.primitive.name == "scan"]
+    forward = scans[0]
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in forward.outvars[forward.params["num_carry"] :])
+
+
+def test_remat_policies_really_apply():
+    sizes = {name: saved_bytes(name) for name in remat.NAMES}
+    assert sizes["full"] < sizes["attention_out"] < sizes["dots"] < sizes["none"], sizes
+    config, (n, d) = tiny(depth=5), (16, 24)
+    blocks_inputs = config.depth * 2 * n * d * 4
+    assert sizes["full"] <= blocks_inputs + config.depth * 4, "full keeps the blocks' inputs and nothing more"
+    assert sizes["attention_out"] <= sizes["full"] + 2 * blocks_inputs, "attention_out keeps one array more for each attention"
+
+
+def test_parameter_counts_are_the_published_ones():
+    for conditions, published in ((False, 610_856_096), (True, 611_349_152)):
+        shapes = transformer_shapes(TransformerConfig.preset("XL/2", size_conditions=conditions))
+        null = shapes.pop("null_caption")
+        assert null.shape == (120, 4096)
+        assert count(shapes) == published
+        assert count(shapes["blocks"]) == 28 * 21_255_552
+        assert count(shapes["t_block"]) == 7_969_536
+        if conditions:
+            assert count(shapes["size_embedder"]) == count(shapes["ratio_embedder"]) == 246_528
+
+
+def test_init_follows_the_published_distributions():
+    config = tiny(width=96, heads=4, depth=2, caption_width=64, size_conditions=True, text_tokens=120)
+    args = inputs(config, 4, 4, [2])
+    params = flatten(nn.unbox(jax.jit(PixArtTransformer(config).init)(jax.random.key(0), **args))["params"])
+    d = config.width
+    for path, value in params.items():
+        if path.endswith("bias") or path in ("final/kernel", "blocks/cross_attn/out/kernel"):
+            assert not np.any(value), path
+    uniform = {  # published matrix's (fan in, fan out): q, k, v are drawn as one
+        "blocks/attn/q": (d, 3 * d),
+        "blocks/attn/k": (d, 3 * d),
+        "blocks/attn/v": (d, 3 * d),
+        "blocks/attn/out": (d, d),
+        "blocks/cross_attn/q": (d, d),
+        "blocks/cross_attn/k": (d, 2 * d),
+        "blocks/cross_attn/v": (d, 2 * d),
+        "blocks/mlp/fc1": (d, 4 * d),
+        "blocks/mlp/fc2": (4 * d, d),
+        "patch_embedder": (16, d),
+    }
+    for path, fans in uniform.items():
+        bound, value = math.sqrt(6 / sum(fans)), params[f"{path}/kernel"]
+        assert np.abs(value).max() <= bound and np.std(value) == pytest.approx(bound / math.sqrt(3), rel=0.05), path
+    for path in ("timestep_embedder", "size_embedder", "ratio_embedder", "caption_projection"):
+        for layer in ("fc1", "fc2"):
+            assert np.std(params[f"{path}/{layer}/kernel"]) == pytest.approx(0.02, rel=0.06), path
+    assert np.std(params["t_block/kernel"]) == pytest.approx(0.02, rel=0.05)
+    assert np.std(params["blocks/table"]) == pytest.approx(d**-0.5, rel=0.1)
+    assert np.std(params["final_table"]) == pytest.approx(d**-0.5, rel=0.2)
+    assert np.std(params["null_caption"]) == pytest.approx(config.caption_width**-0.5, rel=0.05)
+    assert not np.array_equal(params["blocks/attn/q/kernel"][0], params["blocks/attn/q/kernel"][1]), "each block is drawn anew"
+
+
+def test_bf16_compute_keeps_fp32_parameters_and_stays_near_fp32():
+    config = tiny(width=48)
+    params, args = random_params(config), inputs(config, 8, 8, [3, 5])
+    fresh = nn.unbox(jax.eval_shape(PixArtTransformer(config, jnp.bfloat16).init, jax.random.key(0), **args))["params"]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fresh))
+    exact = PixArtTransformer(config).apply({"params": params}, **args)
+    rounded = PixArtTransformer(config, jnp.bfloat16).apply({"params": params}, **args)
+    assert rounded.dtype == jnp.float32
+    assert relative_error(rounded, exact) <= 0.05
+
+
+def test_timesteps_and_sizes_are_not_rounded_to_bf16():
+    config = tiny(size_conditions=True)
+    params, args = random_params(config), inputs(config, 4, 4, [3])
+    module = PixArtTransformer(config, jnp.bfloat16)
+
+    def condition(timesteps, size):
+        return module.apply({"params": params}, timesteps, 1, size, jnp.ones(1), method="_condition")
+
+    size = jnp.array([[1024.0, 1024.0]])
+    assert not np.array_equal(condition(jnp.array([900.0]), size), condition(jnp.array([901.0]), size)), "bf16 knows no 901"
+    assert not np.array_equal(condition(jnp.array([900.0]), size), condition(jnp.array([900.0]), size.at[0, 1].add(1)))
+    assert np.isfinite(module.apply({"params": params}, **args)).all()
+
+
+def test_a_result_does_not_depend_on_the_batch_it_ran_in():
+    config = tiny()
+    params, args = random_params(config), inputs(config, 8, 8, [3, 5, 5])
+    apply = jax.jit(PixArtTransformer(config).apply)
+    whole = apply({"params": params}, **args)
+    for i in range(3):
+        assert relative_error(apply({"params": params}, **{k: v[i : i + 1] for k, v in args.items()})[0], whole[i]) <= 1e-5
+
+
+def official_state(state: dict[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
+    """A diffusers state dict under the names of the official .pth, written out by hand."""
+    out = {}
+
+    def linear(new, *old):
+        for part in ("weight", "bias"):
+            out[f"{new}.{part}"] = np.concatenate([state[f"{name}.{part}"] for name in old])
+
+    linear("x_embedder.proj", "pos_embed.proj")
+    embedders = {"t_embedder": "timestep_embedder", "csize_embedder": "resolution_embedder", "ar_embedder": "aspect_ratio_embedder"}
+    for new, old in embedders.items():
+        if f"adaln_single.emb.{old}.linear_1.weight" in state:
+            linear(f"{new}.mlp.0", f"adaln_single.emb.{old}.linear_1")
+            linear(f"{new}.mlp.2", f"adaln_single.emb.{old}.linear_2")
+    linear("t_block.1", "adaln_single.linear")
+    linear("y_embedder.y_proj.fc1", "caption_projection.linear_1")
+    linear("y_embedder.y_proj.fc2", "caption_projection.linear_2")
+    for i in range(depth):
+        old = f"transformer_blocks.{i}"
+        out[f"blocks.{i}.scale_shift_table"] = state[f"{old}.scale_shift_table"]
+        linear(f"blocks.{i}.attn.qkv", *(f"{old}.attn1.to_{x}" for x in "qkv"))
+        linear(f"blocks.{i}.attn.proj", f"{old}.attn1.to_out.0")
+        linear(f"blocks.{i}.cross_attn.q_linear", f"{old}.attn2.to_q")
+        linear(f"blocks.{i}.cross_attn.kv_linear", f"{old}.attn2.to_k", f"{old}.attn2.to_v")
+        linear(f"blocks.{i}.cross_attn.proj", f"{old}.attn2.to_out.0")
+        linear(f"blocks.{i}.mlp.fc1", f"{old}.ff.net.0.proj")
+        linear(f"blocks.{i}.mlp.fc2", f"{old}.ff.net.2")
+    linear("final_layer.linear", "proj_out")
+    out["final_layer.scale_shift_table"] = state["scale_shift_table"]
+    return out
+
+
+@pytest.mark.parametrize("conditions", [False, True], ids=["plain", "multi-scale"])
+def test_official_and_diffusers_files_read_to_equal_parameters_and_write_back(conditions):
+    theirs, config, params = diffusers_pair(**{**TINY, "use_additional_conditions": conditions})
+    state = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    official = official_state(state, config.depth)
+    official["y_embedder.y_embedding"] = np.random.default_rng(0).normal(size=(9, 20)).astype(np.float32)
+    official["pos_embed"] = theirs.pos_embed.pos_embed.numpy()
+
+    told = names.config_from_official({k: v.shape for k, v in official.items()}, pos_embed=official["pos_embed"], heads=2)
+    assert told == TransformerConfig(**{**vars(config), "text_tokens": 9})
+    read = read_state_dict(names.OFFICIAL, transformer_shapes(told), official, ignore=names.OFFICIAL_IGNORE)
+    np.testing.assert_array_equal(read.pop("null_caption"), official["y_embedder.y_embedding"])
+    assert flatten(read).keys() == flatten(params).keys()
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+    for table, original in ((names.DIFFUSERS, state), (names.OFFICIAL, official)):
+        written = write(table, params)
+        assert written.keys() == set(original) - {"pos_embed", "y_embedder.y_embedding"}
+        for key, value in written.items():
+            np.testing.assert_array_equal(value, original[key])
+
+
+def test_position_scale_is_read_from_an_official_table():
+    for scale in (0.5, 1.0, 2.0):
+        model = PixArtTransformer2DModel(**{**TINY, "cross_attention_dim": 24, "interpolation_scale": scale})
+        assert names.position_scale_of(model.pos_embed.pos_embed.numpy()) == scale
+
+
+def test_config_survives_diffusers_json_and_opens_there():
+    config = tiny(text_tokens=120, position_base=16, position_scale=0.5, size_conditions=True)
+    data = names.config_to_json(config)
+    theirs = randomise(PixArtTransformer2DModel.from_config(data))
+    back = names.config_from_json(data)
+    assert names.config_to_json(back) == data
+    params = read_state_dict(names.DIFFUSERS, transformer_shapes(back), theirs.state_dict())
+    args = inputs(config, 6, 8, [4, 2])
+    reference = run_diffusers(theirs, **args)
+    for one in (config, back):  # the position base went into the scale, and means the same
+        assert relative_error(PixArtTransformer(one).apply({"params": params}, **args), reference) <= 1e-5
+
+
+def test_diffusers_opens_what_is_saved_with_a_null_caption(tmp_path):
+    from safetensors.numpy import save_file
+
+    config = tiny()
+    params = random_params(config)
+    PixArtTransformer2DModel.from_config(names.config_to_json(config)).save_config(tmp_path)
+    save_file(write(names.DIFFUSERS, params), tmp_path / "diffusion_pytorch_model.safetensors")
+    theirs = PixArtTransformer2DModel.from_pretrained(tmp_path).eval()
+    args = inputs(config, 8, 8, [4, 2])
+    assert relative_error(PixArtTransformer(config).apply({"params": params}, **args), run_diffusers(theirs, **args)) <= 1e-5
+
+
+def test_query_key_norm_is_layer_norm_over_the_full_width():
+    """Against PyTorch: with q and k normalised, self-attention in one block of width 24."""
+    config = tiny(depth=1, qk_norm=True)
+    params = random_params(config)["blocks"]["attn"]
+    from pixart_jax.models.layers import SelfAttention
+
+    x = np.random.default_rng(1).normal(size=(2, 7, 24)).astype(np.float32)
+    one = jax.tree.map(lambda leaf: leaf[0], params)
+    ours = SelfAttention(2, True).apply({"params": one}, x)
+    torch_one = jax.tree.map(torch.tensor, one)
+
+    def project(name, value):
+        return value @ torch_one[name]["kernel"] + torch_one[name]["bias"]
+
+    heads = []
+    for name in ("q", "k", "v"):
+        value = project(name, torch.tensor(x))
+        if name != "v":
+            value = torch.nn.functional.layer_norm(value, (24,), torch_one[f"{name}_norm"]["scale"], torch_one[f"{name}_norm"]["bias"])
+        heads.append(value.reshape(2, 7, 2, 12).transpose(1, 2))
+    out = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(2, 7, 24)
+    assert relative_error(ours, project("out", out).numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: tiny(heads=5), "multiple of heads"),
+        (lambda: tiny(width=22, heads=2), "multiple of 4"),
+        (lambda: tiny(width=32, size_conditions=True), "multiple of 3"),
+        (lambda: tiny(attention_backend="xla2"), "did you mean 'xla'"),
+        (lambda: TransformerConfig.preset("XL/3"), "did you mean 'XL/"),
+        (lambda: remat.policy("ful"), "did you mean 'full'"),
+        (lambda: names.config_from_json({**names.config_to_json(tiny()), "norm_type": "ada_norm_zero"}), "norm_type"),
+        (lambda: names.config_from_official({}), "not an official PixArt"),
+    ],
+)
+def test_a_bad_option_is_named(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_inputs_that_do_not_fit_are_named():
+    config = tiny(size_conditions=True)
+    params, args = {"params": random_params(config)}, inputs(config, 8, 8, [3])
+    module = PixArtTransformer(config)
+    for change, message in (
+        ({"latents": np.zeros((1, 7, 8, 4), np.float32)}, "multiples of 2"),
+        ({"text_states": np.zeros((1, 3, 21), np.float32)}, "want \\[b, l, 20\\]"),
+        ({"size": None}, "size conditions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            module.apply(params, **{**args, **change})
