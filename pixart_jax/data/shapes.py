@@ -9,7 +9,8 @@ A :class:`Level` is the difficulty, and is named wherever a score stands:
 - ``plain``: 64 px, objects in slots with a little jitter, flat grounds, five shapes, one or two kinds of object;
 - ``free``: the same objects anywhere, turned and of continuous size;
 - ``rich``: 128 px, eight shapes, three kinds of object, textures on objects and grounds;
-- ``aesthetic``: plain's content, lit and shaded on graded grounds, at several sizes and aspect ratios (stage 3).
+- ``aesthetic``: plain's content, lit and shaded on graded grounds, at several sizes and aspect ratios (stage 3);
+- ``gallery``: all of these together, for the autoencoder and the text encoder.
 
 Everything here is drawn with signed distances in numpy; a scene depends on (level, split, index) alone.
 """
@@ -106,6 +107,7 @@ class Level:
     textures: tuple[str, ...] = ("solid",)
     ground_textures: tuple[str, ...] = ("solid",)
     style: str = "flat"
+    members: tuple[tuple[str, int, int, float], ...] = ()  # of a mixture: (level, height, width, weight)
     train: int = 16_000
     test: int = 1_000
 
@@ -130,6 +132,10 @@ LEVELS = {
             "aesthetic",
             canvases=((64, 64, 0.4), (96, 96, 0.2), (64, 96, 0.2), (96, 64, 0.2)),
             style="lit",
+        ),
+        Level(
+            "gallery",
+            members=(("plain", 64, 64, 0.4), ("free", 64, 64, 0.2), ("aesthetic", 64, 64, 0.15), ("aesthetic", 96, 96, 0.15), ("rich", 64, 64, 0.1)),
         ),
     )
 }
@@ -221,6 +227,14 @@ def _fill(obj: Object, p: np.ndarray, unit: float, style: str) -> np.ndarray:
     return image
 
 
+def _window(scene: Scene, obj: Object, reach: float) -> tuple[slice, slice]:
+    """Rows and columns within ``reach`` px of the object's centre: all that it can touch."""
+    return (
+        slice(max(0, int(obj.y - reach)), min(scene.height, math.ceil(obj.y + reach))),
+        slice(max(0, int(obj.x - reach)), min(scene.width, math.ceil(obj.x + reach))),
+    )
+
+
 def render(scene: Scene) -> np.ndarray:
     """uint8 [height, width, 3]; borders are anti-aliased over one pixel."""
     rng = np.random.default_rng(scene.seed)
@@ -228,15 +242,15 @@ def render(scene: Scene) -> np.ndarray:
     unit = min(scene.height, scene.width) / 64
     image = _ground(scene, rng, grid)
     for obj in scene.objects:
-        p = grid - np.array([obj.x, obj.y])
+        near = _window(scene, obj, 1.3 * obj.radius + (6 * unit if scene.style == "lit" else 2))
+        p = grid[near] - np.array([obj.x, obj.y])
         cos, sin = math.cos(obj.turn), math.sin(obj.turn)
         p = p @ np.array([[cos, -sin], [sin, cos]])
-        d = distance(obj.shape, p, obj.radius)
         if scene.style == "lit":
             shade = distance(obj.shape, p - np.array([1.2, 2.2]) * unit, obj.radius)
-            image *= 1 - 0.30 * np.clip(0.5 - shade / (3 * unit), 0, 1)[..., None]
-        cover = np.clip(0.5 - d, 0, 1)[..., None]
-        image = image * (1 - cover) + _fill(obj, p, unit, scene.style) * cover
+            image[near] *= 1 - 0.30 * np.clip(0.5 - shade / (3 * unit), 0, 1)[..., None]
+        cover = np.clip(0.5 - distance(obj.shape, p, obj.radius), 0, 1)[..., None]
+        image[near] = image[near] * (1 - cover) + _fill(obj, p, unit, scene.style) * cover
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -306,6 +320,9 @@ def draw_scene(
 ) -> Scene:
     """A scene of the level. task: one of the level's, or any by its weight; withheld: 'never', 'only' (each object) or 'any'."""
     level = LEVELS[level] if isinstance(level, str) else level
+    if level.members:
+        member, *size, _ = level.members[rng.choice(len(level.members), p=np.array([m[3] for m in level.members]))]
+        return draw_scene(rng, member, task=task, withheld=withheld, canvas=canvas or tuple(size))
     names, weights = zip(*level.tasks)
     task = task or names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
     height, width = canvas or level.canvases[rng.choice(len(level.canvases), p=np.array([c[2] for c in level.canvases]))][:2]
