@@ -1,0 +1,165 @@
+"""What is asked of a model of the embedded world: sets of scenes, and the questions a picture of each is judged by.
+
+The scenes of a set are drawn from a seed of their own, apart from every split that a model trains or is tuned on, and are
+the same for every model, so two scores of one level can be compared. Scenes of the ``withheld`` sets hold nothing but
+colour–shape pairs that never occur in training (shapes.WITHHELD).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import zlib
+from collections import Counter
+
+import numpy as np
+
+from pixart_jax.data import shapes
+from pixart_jax.errors import UserError, nearest
+from pixart_jax.evaluation import checker
+from pixart_jax.evaluation.checker import Found
+
+CAPTIONS = ("short", "dense")
+SETS = {  # name: (task of shapes.draw_scene, withheld)
+    "single": ("single", "never"),
+    "count": ("count", "never"),
+    "pair": ("pair", "never"),
+    "three": ("three", "never"),
+    "withheld single": ("single", "only"),
+    "withheld pair": ("pair", "only"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One picture that a model is asked for: a scene of a set, and the words for it."""
+
+    set: str
+    scene: shapes.Scene
+    caption: str
+
+
+def asked(level: str, per_task: int, captions: str = "short", sets: tuple[str, ...] | None = None) -> list[Asked]:
+    """``per_task`` scenes of each set that the level has (or of ``sets``), set after set.
+
+    Scene i of a set is the same whatever per_task is. Raises UserError for an unknown level or kind of caption.
+    """
+    if level not in shapes.LEVELS:
+        raise UserError(f"level {level!r} is unknown{nearest(level, shapes.LEVELS)}")
+    if captions not in CAPTIONS:
+        raise UserError(f"captions {captions!r}: 'short' or 'dense'")
+    if per_task < 1:
+        raise UserError(f"per-task {per_task}: ask for at least 1 picture a task")
+    has = {task for task, _ in shapes.LEVELS[level].tasks}
+    found = []
+    for name, (task, withheld) in SETS.items():
+        if task not in has or (sets is not None and name not in sets):
+            continue
+        for index in range(per_task):
+            rng = np.random.default_rng([zlib.crc32(f"{level}/evaluate/{name}".encode()), index])
+            scene = shapes.draw_scene(rng, level, task=task, withheld=withheld)
+            found.append(Asked(name, scene, shapes.captions(scene)[captions]))
+    return found
+
+
+# ---- the questions -------------------------------------------------------------------------------------------------
+# Each takes the scene that was asked for, what was found (the largest first) and px a unit of size, and answers yes or no.
+
+
+def _object(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """One object is there, and it is of the shape."""
+    return len(found) == 1 and found[0].shape == scene.objects[0].shape
+
+
+def _colour(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """The largest object has the colour."""
+    return bool(found) and found[0].colour == scene.objects[0].colour
+
+
+def _shape(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """The largest object has the shape."""
+    return bool(found) and found[0].shape == scene.objects[0].shape
+
+
+def _size(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """The largest object has the size."""
+    return bool(found) and found[0].size(unit) == scene.objects[0].size
+
+
+def _counting(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """As many objects as asked for, whatever they are."""
+    return len(found) == len(scene.objects)
+
+
+def _both_colours(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """Every colour is there."""
+    return {o.colour for o in scene.objects} <= {f.colour for f in found}
+
+
+def _both_shapes(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """Every shape is there."""
+    return {o.shape for o in scene.objects} <= {f.shape for f in found}
+
+
+def _binding(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """Every object is there in its own colour and shape."""
+    return not Counter((o.shape, o.colour) for o in scene.objects) - Counter((f.shape, f.colour) for f in found)
+
+
+def _position(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """The first object lies where the caption says, seen from the second.
+
+    Which two of those found are meant: the two that agree with them best, in shape or in colour at least. A wrong shape is
+    a matter of other tasks; an object that agrees in nothing is not there, and so is not in its place.
+    """
+
+    def agrees(f: Found, o: shapes.Object) -> float:
+        return 1.1 * (f.shape == o.shape) + (f.colour == o.colour)  # the noun says more than the adjective
+
+    first, second = scene.objects[:2]
+    best, answer = 0.0, False
+    for a, b in itertools.permutations(found, 2):
+        both = (agrees(a, first), agrees(b, second))
+        if min(both) > 0 and sum(both) > best:
+            best, answer = sum(both), checker.relation(a, b) == scene.relation
+    return answer
+
+
+def _all(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """All that the short caption says but the texture: the number, each object's size, colour and shape, the relation."""
+    wanted = Counter((o.size, o.colour, o.shape) for o in scene.objects)
+    right = wanted == Counter((f.size(unit), f.colour, f.shape) for f in found)
+    return right and (scene.relation is None or _position(scene, found, unit))
+
+
+def _single_binding(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+    """The largest object has the colour and the shape."""
+    return _colour(scene, found, unit) and _shape(scene, found, unit)
+
+
+ALL = "all correct"
+QUESTIONS = {  # task: (set whose pictures are asked, question)
+    "object": ("single", _object),
+    "colour": ("single", _colour),
+    "shape": ("single", _shape),
+    "size": ("single", _size),
+    "counting": ("count", _counting),
+    "both colours": ("pair", _both_colours),
+    "both shapes": ("pair", _both_shapes),
+    "position": ("pair", _position),
+    "binding": ("pair", _binding),
+    "three: position": ("three", _position),
+    "three: binding": ("three", _binding),
+    "withheld: colour": ("withheld single", _colour),
+    "withheld: shape": ("withheld single", _shape),
+    "withheld: object and colour": ("withheld single", _single_binding),
+    "withheld: position": ("withheld pair", _position),
+    "withheld: binding": ("withheld pair", _binding),
+}
+MAIN = ("object", "colour", "shape", "counting", "position", "binding")  # the six whose mean is the score
+
+
+def answers(of: str, scene: shapes.Scene, found: list[Found], unit: float) -> dict[str, bool]:
+    """Every question of a set: task → whether the picture is right. ``ALL`` is among them."""
+    given = {task: question(scene, found, unit) for task, (name, question) in QUESTIONS.items() if name == of}
+    return {**given, ALL: _all(scene, found, unit)}
