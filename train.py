@@ -16,10 +16,16 @@ def main(argv: list[str]) -> int:
     recipe, workdir, overrides = cli.split(argv)
     config = cli.configured(recipe, overrides)
 
-    from pixart_jax.training import loop, stages  # JAX starts only for a command line that holds
+    # JAX starts only for a command line that holds.
+    from pixart_jax.labelling.encode import EncodeOptions, ensure
+    from pixart_jax.training import loop, stages
+
+    def encode(source, *, frozen, **options):
+        text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer} if options["captions"] else {}
+        return ensure(source, EncodeOptions(**options), vae=frozen.vae, **text)
 
     try:
-        stages.run(config, workdir)
+        stages.run(config, workdir, encode)
     except loop.Diverged as fault:
         print(f"error: {fault}; the last save holds, lower the learning rate or look at the data", file=sys.stderr)
         return 1

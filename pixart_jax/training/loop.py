@@ -11,7 +11,6 @@ import jax
 from tqdm import tqdm
 
 from pixart_jax.training.batches import put
-from pixart_jax.training.checkpoint import Place
 from pixart_jax.training.state import TrainState
 
 
@@ -74,9 +73,11 @@ def train(
             raise Diverged(f"stage {name}, step {number}: {' and '.join(f'{key} is {values[key]}' for key in bad)}")
         window.add(values)
         bar.update()
+        since.begin(number)
         if number % watch.log_every == 0 or number == steps:
             line = {**window.means(), "lr": values["lr"], **since.rates(number)}
-            bar.set_postfix(loss=f"{line['loss']:.4g}", images_s=f"{line['images_per_second']:.3g}", refresh=False)
+            rate = line.get("images_per_second")
+            bar.set_postfix(loss=f"{line['loss']:.4g}", **({"images_s": f"{rate:.3g}"} if rate else {}), refresh=False)
             watch.log(number, line)
             window = Window()
 
@@ -105,20 +106,26 @@ def train(
 
 
 class Since:
-    """Rates since the last line, saves and previews left out; the first step of a process, which compiles, too."""
+    """Rates since the last line, saves and previews left out, and the first step of a process, which compiles, too."""
 
     def __init__(self, loader):
         self._batch = loader.plan.batch_size
         self._from: tuple[float, int] | None = None
         self._out = 0.0
 
+    def begin(self, number: int) -> None:
+        """Step ``number`` is done; the first call starts the clock."""
+        if self._from is None:
+            self._from = (time.perf_counter(), number)
+
     def rates(self, number: int) -> dict[str, float]:
+        """{} where no step has been timed yet."""
         now = time.perf_counter()
-        rate = 0.0
-        if self._from is not None and number > self._from[1]:
-            rate = (number - self._from[1]) / max(now - self._from[0] - self._out, 1e-9)
+        seconds, steps = now - self._from[0] - self._out, number - self._from[1]
         self._from, self._out = (now, number), 0.0
-        return {"steps_per_second": rate, "images_per_second": rate * self._batch}
+        if steps == 0:
+            return {}
+        return {"steps_per_second": steps / seconds, "images_per_second": steps * self._batch / seconds}
 
     def paused(self):
         return _Pause(self)
@@ -134,5 +141,3 @@ class _Pause:
     def __exit__(self, *_):
         self._since._out += time.perf_counter() - self._at
 
-
-__all__ = ["Diverged", "Place", "Watch", "Window", "train"]

@@ -16,13 +16,14 @@ from pixart_jax.errors import UserError
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import batch_shards, make_mesh
 from pixart_jax.training import metrics as figures
-from pixart_jax.training.batches import open_loader, stage_seed
+from pixart_jax.training.batches import Encode, open_loader
 from pixart_jax.training.checkpoint import Checkpoints, Place
+from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.ledger import PowerMeter, ledger
 from pixart_jax.training.loop import Watch, Window, train
 from pixart_jax.training.optimizer import make_optimizer, schedule
 from pixart_jax.training.starts import first_params
-from pixart_jax.training.state import TrainState, abstract_state, create_state, state_from
+from pixart_jax.training.state import TrainState, abstract_state, fresh_params, state_from
 from pixart_jax.training.step import compile_step
 from pixart_jax.training.tasks import Task, make_task
 from pixart_jax.training.workdir import Workdir, write_atomic
@@ -37,12 +38,12 @@ class Stage:
     loader: object
     optimizer: object
     abstract: TrainState
-    boxed: object  # shapes of the parameters with their logical names
 
 
-def run(config: Config, workdir: str | Path) -> None:
+def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> None:
     """Train what is not trained yet and export workdir/model. The same call goes on where a stopped one was.
 
+    encode: what turns a tfds source into encoded shards (see batches.Encode); only diffusion tasks on such sources need it.
     Raises UserError for what a person can put right, loop.Diverged when the loss is no longer finite.
     """
     with Workdir(workdir, config) as folder:
@@ -57,37 +58,37 @@ def run(config: Config, workdir: str | Path) -> None:
             latest = saves.latest()
             place = Place() if latest is None else saves.place(latest)
             with figures.Metrics(folder.path, place.total) as metrics:
-                Run(config, folder, mesh, saves, metrics, meter).stages(place)
+                Run(config, folder, mesh, saves, metrics, meter, encode).stages(place)
 
 
 class Run:
     """The parts that all stages of one run share."""
 
-    def __init__(self, config: Config, folder: Workdir, mesh, saves: Checkpoints, metrics: figures.Metrics, meter: PowerMeter):
+    def __init__(self, config: Config, folder: Workdir, mesh, saves: Checkpoints, metrics: figures.Metrics, meter: PowerMeter, encode: Encode | None):
         self.config, self.folder, self.mesh = config, folder, mesh
-        self.saves, self.metrics, self.meter = saves, metrics, meter
+        self.saves, self.metrics, self.meter, self.encode = saves, metrics, meter, encode
+        self.frozen = Frozen(config, folder.path)
 
     def stages(self, place: Place) -> None:
         """From a place in the run to its end."""
         self.cost = dict(place.cost)
-        state, stage = None, None
+        previous = None
         for index in range(place.stage, len(self.config.stages)):
-            previous = None if state is None else (stage, state.average)
             stage = self.prepare(index)
-            if state is None and place.total:
+            if index == place.stage and place.total:
                 state, start, window = self.saves.restore(place.total, stage.abstract), place.step, Window(**place.window)
                 print(f"going on at stage {self.config.stages[index].name}, step {start} of {self.config.stages[index].steps}")
             else:
                 state, start, window = self.begin(stage, previous), 0, Window()
-            del previous
             state = self.train(stage, state, start, window, done=sum(s.steps for s in self.config.stages[:index]))
-        self.finish(stage, state)
+            previous, state = (stage.task, state.average), None  # the optimizer's memory is free before the next stage takes its own
+        self.finish(*previous)
 
     def prepare(self, index: int) -> Stage:
         """Open data and model of a stage."""
         config = self.config.stages[index]
-        loader = open_loader(self.config, index, self.folder.path)
-        task = make_task(self.config, config, loader.samples)
+        loader = open_loader(self.config, index, self.frozen, self.encode)
+        task = make_task(self.config, config, self.frozen)
         with nn.logical_axis_rules(()):  # parameters are placed by parallel.rules, not by flax
             boxed = jax.eval_shape(task.init, jax.random.key(0))
         optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
@@ -95,16 +96,18 @@ class Run:
         whole = rules.large_replicated(abstract.params)
         if whole:
             raise UserError(f"mesh fsdp {self.mesh.shape['fsdp']} divides no side of {', '.join(whole)}: choose one that does")
-        return Stage(index, task, loader, optimizer, abstract, boxed)
+        return Stage(index, task, loader, optimizer, abstract)
 
     def begin(self, stage: Stage, previous) -> TrainState:
-        """The state before a stage's first step: fresh, from the stage before (its EMA), or from a folder."""
+        """The state before a stage's first step."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
-        given = first_params(self.config, stage, previous, key)
-        if given is None:
+
+        def fresh():
             with nn.logical_axis_rules(()):
-                return create_state(stage.task.init, key, stage.optimizer, stage.abstract)
-        return state_from(given, stage.optimizer, stage.abstract)
+                return fresh_params(stage.task.init, key, stage.abstract)
+
+        params = first_params(self.config, stage.index, stage.task, previous, fresh, key)
+        return state_from(stage.task.adjust(params), stage.optimizer, stage.abstract)
 
     def train(self, stage: Stage, state: TrainState, start: int, window: Window, done: int) -> TrainState:
         config, task = self.config.stages[stage.index], stage.task
@@ -152,7 +155,7 @@ class Run:
             png.write(self.folder.samples / f"{name}-{number:07d}.png", sheet, {"stage": name, "step": number})
             self.metrics.image(f"{name}/samples", sheet, total)
 
-    def finish(self, stage: Stage, state: TrainState) -> None:
+    def finish(self, task: Task, params) -> None:
         """The last save is down; write the ledger, the loss curve and the model."""
         self.saves.wait()
         if jax.process_index() == 0:
@@ -160,7 +163,7 @@ class Run:
             account = ledger(self.cost, self.mesh.size, device.device_kind, self.config.hardware, self.meter.source)
             write_atomic(self.folder.path / "ledger.json", json.dumps(account, indent=1) + "\n")
             png.write(self.folder.path / "loss.png", figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")))
-        stage.task.export(state.average, self.folder.model)
+        task.export(params, self.folder.model)
         print(f"done: {self.folder.model}")
 
 

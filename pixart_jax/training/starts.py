@@ -2,25 +2,74 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 
-from pixart_jax.config import Config
+from pixart_jax.config import Config, StageConfig
 from pixart_jax.errors import UserError
+from pixart_jax.weights.table import flatten, unflatten
+
+# Parts that a multi-scale model has beyond the plain one: they start fresh when a plain one's weights are given.
+_SIZE_CONDITIONS = ("size_embedder/", "ratio_embedder/")
 
 
-def first_params(config: Config, stage, previous, key: jax.Array):
-    """Parameters (plain tree) of the stage's first step, or None for fresh ones.
+def first_params(config: Config, index: int, task, previous, fresh, key: jax.Array):
+    """Parameters (plain tree) of the first step of stage ``index``.
 
-    stage: what stages.Run prepared. previous: (its Stage, its averaged parameters) of the stage before, or None. A stage that
-    follows takes the EMA of the one before, the weights that its samples were drawn with.
+    task: the stage's. previous: (task, averaged parameters) of the stage before, or None. fresh: () → new parameters on the
+    mesh. A stage that follows takes the EMA of the one before: the weights that its samples were drawn with.
     """
-    start = config.stages[stage.index].start
-    if start == "fresh" or (start == "previous" and stage.index == 0):
-        return None
-    if start == "previous":
+    stage = config.stages[index]
+    if stage.start == "fresh" or (stage.start == "previous" and index == 0):
+        return fresh()
+    if stage.start == "previous":
         before, params = previous
-        task, task_before = config.stages[stage.index].task, config.stages[before.index].task
-        if task == task_before:
-            return params
-        raise UserError(f"stage {config.stages[stage.index].name}: task {task} cannot start from a stage of task {task_before}")
-    raise UserError(f"start {start!r}: not there yet")
+        kind = config.stages[index - 1].task
+        return converted(stage, kind, before.module.config, params, task, fresh, key)
+    kind, model, params = opened(stage)
+    return converted(stage, kind, model, params, task, fresh, key)
+
+
+def opened(stage: StageConfig):
+    """(task, model config, parameters) of the folder that a stage names: a part's own, or a model's."""
+    from pixart_jax.models.dit import DiTConfig
+    from pixart_jax.models.t5 import T5Config
+    from pixart_jax.models.transformer import TransformerConfig
+    from pixart_jax.weights.component import load_component
+
+    folder = Path(stage.start)
+    if not folder.is_dir():
+        raise UserError(f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)")
+    part = {"autoencoder": "vae", "masked_text": "text_encoder"}.get(stage.task, "transformer")
+    component = load_component(folder / part if (folder / part).is_dir() else folder)
+    kinds = {TransformerConfig: "text_to_image", DiTConfig: "class_conditional", T5Config: "masked_text"}
+    return kinds.get(type(component.config), "autoencoder"), component.config, component.params
+
+
+def converted(stage: StageConfig, kind: str, model, params, task, fresh, key: jax.Array):
+    """Parameters of a model of task ``kind`` as the stage's task needs them."""
+    if kind == "class_conditional" and stage.task == "text_to_image":
+        from pixart_jax.training.reparameterization import from_dit
+
+        params = from_dit(params, model, task.module.config, key)
+    elif kind != stage.task:
+        raise UserError(f"stage {stage.name}: task {stage.task} cannot start from a model of task {kind}")
+    return fitted(stage, params, task, fresh)
+
+
+def fitted(stage: StageConfig, params, task, fresh):
+    """The given parameters, checked against the stage's model; size and ratio embedders made where only they are absent."""
+    given = flatten(params)
+    wanted = flatten(jax.eval_shape(fresh))
+    missing = [path for path in wanted if path not in given]
+    extra = [path for path in given if path not in wanted]
+    wrong = [f"{path} {tuple(given[path].shape)} for {tuple(wanted[path].shape)}" for path in wanted if path in given and given[path].shape != wanted[path].shape]
+    addable = missing and all(path.startswith(_SIZE_CONDITIONS) for path in missing)
+    if extra or wrong or (missing and not addable):
+        what = [f"{len(found)} {name}: {', '.join(found[:3])}" for name, found in (("missing", missing), ("left over", extra), ("of another shape", wrong)) if found]
+        raise UserError(f"stage {stage.name} cannot start from these weights ({'; '.join(what)})")
+    if missing:
+        made = flatten(fresh())
+        given |= {path: made[path] for path in missing}
+    return unflatten(given)

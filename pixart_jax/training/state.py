@@ -55,15 +55,15 @@ def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def create_state(init: Callable[[jax.Array], optax.Params], key: jax.Array, optimizer, abstract: TrainState) -> TrainState:
-    """A fresh state: ``init(key)`` gives (boxed or plain) parameters; nothing is made whole on one device first."""
-    return jax.jit(lambda k: _begin(rules.unboxed(init(k)), optimizer), out_shardings=shardings_of(abstract))(key)
+def fresh_params(init: Callable[[jax.Array], optax.Params], key: jax.Array, abstract: TrainState) -> optax.Params:
+    """``init(key)``'s parameters (boxed or plain), made where they will lie: never whole on one device first."""
+    return jax.jit(lambda k: rules.unboxed(init(k)), out_shardings=shardings_of(abstract.params))(key)
 
 
-def state_from(params: optax.Params, optimizer, abstract: TrainState) -> TrainState:
-    """Step 0 from given parameters (numpy or jax arrays, anywhere)."""
+def state_from(params: optax.Params, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """Step 0 from given parameters (numpy or jax arrays, anywhere); those that already lie right are taken over, not copied."""
     placed = jax.tree.map(lambda p, like: jax.device_put(jnp.asarray(p, like.dtype), like.sharding), params, abstract.params)
-    return jax.jit(lambda p: _begin(jax.tree.map(jnp.copy, p), optimizer), out_shardings=shardings_of(abstract))(placed)
+    return jax.jit(lambda p: _begin(p, optimizer), out_shardings=shardings_of(abstract), donate_argnums=0)(placed)
 
 
 def shardings_of(abstract):

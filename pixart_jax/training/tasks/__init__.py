@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from pixart_jax.config import Config, PreviewConfig, StageConfig
+from pixart_jax.training.frozen import Frozen
 
 
 class Task(Protocol):
@@ -14,6 +17,9 @@ class Task(Protocol):
 
     def init(self, key: jax.Array) -> Any:
         """Fresh boxed parameters; also for jax.eval_shape."""
+
+    def adjust(self, params) -> Any:
+        """The plain parameters a stage begins with, from those it was given or made."""
 
     def losses(self, params, batch: dict[str, jax.Array], keys: jax.Array) -> dict[str, jax.Array]:
         """One value a sample, [b] each; "loss" is what is minimised. keys: [b], a random key a sample."""
@@ -25,17 +31,7 @@ class Task(Protocol):
         """Write what was learned as a part of a diffusers folder."""
 
 
-def make_task(config: Config, stage: StageConfig, tokenizer=None) -> Task:
-    """The task of a stage, its models built and its frozen parts opened."""
-    import jax.numpy as jnp
-
-    dtype = jnp.dtype(config.compute_dtype)
-    if stage.task == "autoencoder":
-        from pixart_jax.training.tasks.autoencoder import make
-    elif stage.task == "masked_text":
-        from pixart_jax.training.tasks.masked_text import make
-    elif stage.task == "class_conditional":
-        from pixart_jax.training.tasks.class_conditional import make
-    else:
-        from pixart_jax.training.tasks.text_to_image import make
-    return make(config, stage, dtype, tokenizer)
+def make_task(config: Config, stage: StageConfig, frozen: Frozen) -> Task:
+    """The task of a stage, its model built. Raises UserError where config and task do not fit."""
+    module = importlib.import_module(f"pixart_jax.training.tasks.{stage.task}")  # StageConfig.task names only files that are here
+    return module.make(config, stage, jnp.dtype(config.compute_dtype), frozen)

@@ -26,6 +26,10 @@ class Autoencoder:
         """Fresh boxed parameters; also for jax.eval_shape."""
         return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
 
+    def adjust(self, params):
+        """Nothing to set before a stage."""
+        return params
+
     def losses(self, params, batch, keys) -> dict[str, jax.Array]:
         """loss = l1 · L1 + l2 · L2 + kl · KL, each a mean over pixels or latent values; one value a sample, [b]."""
         images = batch["images"]
@@ -56,7 +60,7 @@ class Autoencoder:
         VAE(self.module.config, params).save(folder / "vae")
 
 
-def make(config: Config, stage: StageConfig, dtype: jnp.dtype, tokenizer=None) -> Autoencoder:
+def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> Autoencoder:
     if config.vae_model is None:
         raise UserError(f"stage {stage.name}: task autoencoder needs the config's vae_model, the sizes to train")
     height, width = stage.data.buckets[0]

@@ -1,0 +1,94 @@
+"""Task 'class_conditional': the DiT learns what pictures are made of, under their class (stage 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixart_jax import diffusion
+from pixart_jax.config import Config, PreviewConfig, StageConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.geometry import Geometry
+from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.training.tasks.text_to_image import placed
+
+_PREVIEWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassConditional:
+    """Batches: mean, std fp32 [b, h, w, c], label int32 [b]."""
+
+    module: DiT
+    denoising: Denoising
+    frozen: Frozen
+
+    def init(self, key: jax.Array):
+        """Fresh boxed parameters; also for jax.eval_shape."""
+        c = self.module.config
+        return self.module.init(key, jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+
+    def adjust(self, params):
+        """Nothing to set before a stage."""
+        return params
+
+    def losses(self, params, batch, keys) -> dict[str, jax.Array]:
+        """loss = mse + vb, one value a sample; a dropped or missing label is "no class"."""
+        made = self.denoising.prepare(batch, keys)
+        none = self.module.config.num_classes
+        labels = jnp.where(made.dropped | (batch["label"] < 0), none, batch["label"])
+        output = self.module.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), labels)
+        return self.denoising.losses(output, made)
+
+    def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
+        """Pictures of the batch's first classes."""
+        none = self.module.config.num_classes
+        labels = np.asarray(batch["label"][:_PREVIEWS])
+        labels = np.where(labels < 0, none, labels)
+        shape = (len(labels), *np.shape(batch["mean"])[1:])
+
+        @jax.jit
+        def draw(params, labels, key):
+            noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape[1:]))(jnp.arange(shape[0]))
+            doubled = jnp.concatenate([jnp.full_like(labels, none), labels])
+
+            def both(x, t):
+                return self.module.apply({"params": params}, x, t, doubled)
+
+            def alone(x, t):
+                return self.module.apply({"params": params}, x, t, labels)
+
+            denoiser = diffusion.guided(both, settings.guidance, conditional=alone)
+            prediction = self.denoising.objective.prediction
+            return diffusion.sample(denoiser, noise, steps=settings.steps, schedule=self.denoising.schedule, prediction=prediction)
+
+        latents = draw(params, jnp.asarray(labels), jax.random.key(settings.seed))
+        images = np.asarray(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
+        return list(np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)), [f"class {n}" for n in labels]
+
+    def component(self, params):
+        """The DiT bound to parameters, as load_component gives one."""
+        from pixart_jax.weights.component import DiT as Component
+
+        return Component(self.module.config, params)
+
+    def export(self, params, folder: Path) -> None:
+        """folder/transformer, the DiT, with the VAE and scheduler beside it."""
+        from pixart_jax.training.export import write_parts
+
+        write_parts(folder, self.component(params), self.denoising.scheduler, self.frozen)
+
+
+def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -> ClassConditional:
+    model = placed(config.model, stage)
+    geometry = {field.name: getattr(model, field.name) for field in dataclasses.fields(Geometry)}
+    if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
+        raise UserError(f"model.out_channels = {model.out_channels}: a learned range needs {2 * model.in_channels}")
+    module = DiT(DiTConfig(**geometry, num_classes=config.num_classes), dtype=dtype, remat=config.remat)
+    return ClassConditional(module, Denoising(stage.objective, frozen.scaling_factor), frozen)

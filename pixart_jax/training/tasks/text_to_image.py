@@ -1,0 +1,122 @@
+"""Task 'text_to_image': the PixArt transformer learns to denoise latents under captions (stages 2 and 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixart_jax.config import Config, PreviewConfig, StageConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.transformer import PixArtTransformer
+from pixart_jax.parallel.mesh import batch_shards
+from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.tasks.denoising import Denoising
+
+_PREVIEWS = 8  # pictures of a sheet where the config names no prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImage:
+    """Batches as data.encoded makes them: mean, std, text_states, text_lengths, size, aspect_ratio.
+
+    null_length: 0 where a dropped caption keeps its own length under the null caption (official); else the length of the
+    states of "", which are then the null caption.
+    """
+
+    module: PixArtTransformer
+    denoising: Denoising
+    frozen: Frozen
+    null_length: int
+
+    def init(self, key: jax.Array):
+        """Fresh boxed parameters; also for jax.eval_shape."""
+        c = self.module.config
+        latents = jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels))
+        text = jnp.zeros((1, 1, c.caption_width)), jnp.ones((1,), jnp.int32)
+        return self.module.init(key, latents, jnp.zeros((1,)), *text, jnp.ones((1, 2)), jnp.ones((1,)))["params"]
+
+    def adjust(self, params):
+        """Before the first step of a stage: the null caption is the states of "" where the config says so."""
+        if not self.null_length:
+            return params
+        null = np.zeros(params["null_caption"].shape, np.float32)
+        (states,) = self.frozen.text_states([""], self.module.config.text_tokens)
+        null[: len(states)] = states
+        return {**params, "null_caption": jnp.asarray(null)}
+
+    def losses(self, params, batch, keys) -> dict[str, jax.Array]:
+        """loss = mse + vb, one value a sample."""
+        made = self.denoising.prepare(batch, keys)
+        states, lengths = batch["text_states"].astype(jnp.float32), batch["text_lengths"]
+        null = jax.lax.stop_gradient(params["null_caption"])[: states.shape[1]]
+        states = jnp.where(made.dropped[:, None, None], null, states)
+        if self.null_length:
+            lengths = jnp.where(made.dropped, self.null_length, lengths)
+        output = self.module.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), states, lengths, batch["size"], batch["aspect_ratio"])
+        return self.denoising.losses(output, made)
+
+    def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
+        """A picture a prompt of the settings, at the batch's size; without prompts, under the batch's own captions."""
+        most = self.module.config.text_tokens
+        if settings.prompts:
+            texts, captions = self.frozen.text_states(settings.prompts, most), list(settings.prompts)
+        else:
+            rows = zip(batch["text_states"], batch["text_lengths"], strict=True)
+            texts, captions = [np.asarray(states[:n], np.float32) for states, n in rows][:_PREVIEWS], [str(k) for k in batch["key"][:_PREVIEWS]]
+        (empty,) = self.frozen.text_states([""], most)
+        length = -(-max(len(t) for t in [*texts, empty]) // 8) * 8
+        from pixart_jax.pipeline import Pipeline
+
+        mesh = jax.sharding.get_mesh()
+        mesh = None if mesh.size == 1 else mesh
+        count = len(texts) if mesh is None else -(-len(texts) // batch_shards(mesh)) * batch_shards(mesh)
+        texts += [texts[-1]] * (count - len(texts))
+        pipeline = Pipeline(self.component(params), None, self.frozen.vae, None, self.denoising.scheduler, mesh)
+        height, width = (n * pipeline.factor for n in np.shape(batch["mean"])[1:3])
+        noise, keys = pipeline.noise(settings.seed, range(count), height, width)
+        latents = pipeline.denoise(
+            *_padded(texts, length), noise, *_padded([empty] * count, length), steps=settings.steps, guidance=settings.guidance, keys=keys
+        )
+        return list(np.asarray(pipeline.decode(latents)))[: len(captions)], captions
+
+    def component(self, params):
+        """The transformer bound to parameters, as load_component gives one."""
+        from pixart_jax.weights.component import Transformer
+
+        return Transformer(self.module.config, params)
+
+    def export(self, params, folder: Path) -> None:
+        """The whole model, as diffusers and Pipeline.from_pretrained open it."""
+        from pixart_jax.training.export import write_model
+
+        write_model(folder, self.component(params), self.denoising.scheduler, self.frozen)
+
+
+def _padded(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged states → (fp32 [b, length, c], lengths int32 [b])."""
+    states = np.zeros((len(texts), length, texts[0].shape[-1]), np.float32)
+    for row, text in zip(states, texts, strict=True):
+        row[: len(text)] = text
+    return states, np.array([len(text) for text in texts], np.int32)
+
+
+def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -> TextToImage:
+    model = config.model
+    if stage.data.max_text_tokens > model.text_tokens:
+        raise UserError(f"stage {stage.name}: max_text_tokens = {stage.data.max_text_tokens}: the model reads at most {model.text_tokens}")
+    if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
+        raise UserError(f"model.out_channels = {model.out_channels}: a learned range needs {2 * model.in_channels}")
+    model = placed(model, stage)
+    null_length = len(frozen.text_states([""], model.text_tokens)[0]) if stage.objective.null_condition == "empty" else 0
+    module = PixArtTransformer(model, dtype=dtype, remat=config.remat)
+    return TextToImage(module, Denoising(stage.objective, frozen.scaling_factor), frozen, null_length)
+
+
+def placed(model, stage: StageConfig):
+    """The model's config with the stage's positions: they are computed, so a change of resolution needs nothing else."""
+    changes = {name: getattr(stage, name) for name in ("position_base", "position_scale") if getattr(stage, name) is not None}
+    return dataclasses.replace(model, **changes)
