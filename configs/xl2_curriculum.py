@@ -7,6 +7,7 @@ configs/shapes.py, the same path on the embedded world.
 
 One run has one model, that of the last stage: the size and ratio embedders exist from stage 2 on, where every picture has the
 stage's one size, and learn the rest at 1024 px. To leave them out until then, as the paper does, run the five recipes one by one.
+The paper's batches divide over 2, 4 … 128 devices; for more, give --stages.N.batch-size a multiple of their number.
 """
 
 from __future__ import annotations
