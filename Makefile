@@ -13,6 +13,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
+export TRANSFORMERS_VERBOSITY ?= error
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast check clean clean-demo
