@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ class Frozen:
             for index in range(len(source)):
                 for kind, _ in data.captions:
                     for text in source[index].texts(kind):
-                        words.update(tokenizers.clean(text).split())
+                        words.update(re.findall(r"[a-z]+", tokenizers.clean(text)))  # marks are pieces of their own
         return sorted(words)
 
     def text_states(self, texts: Sequence[str], most: int) -> list[np.ndarray]:
