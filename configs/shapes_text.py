@@ -14,7 +14,7 @@ def get_config() -> Config:
         name="shapes_text",
         vae=None,
         text_encoder=None,
-        text_model=T5Config(vocab_size=192, d_model=64, d_kv=16, d_ff=192, num_layers=3, num_heads=4),
+        text_model=T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=192, num_layers=3, num_heads=4),
         compute_dtype="float32",
         stages=(
             StageConfig(
