@@ -12,7 +12,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Everything that these commands write lies inside the clone, in folders that git ignores.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
-export TFDS_DATA_DIR ?= $(CURDIR)/.cache/tfds
+export PIXART_JAX_CACHE ?= $(CURDIR)/.cache/pixart_jax
 export TRANSFORMERS_VERBOSITY ?= error
 
 .DEFAULT_GOAL := help

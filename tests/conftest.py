@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault("TFDS_DATA_DIR", str(ROOT / ".cache" / "tfds"))
+os.environ.setdefault("PIXART_JAX_CACHE", str(ROOT / ".cache" / "pixart_jax"))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is a mistake, and should say so at once
 os.environ.setdefault("PYTHONPATH", str(ROOT))  # for the programs that tests start
