@@ -1,0 +1,121 @@
+"""``python -m pixart_jax encode``: pictures and captions → shards that training reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from pixart_jax import program, tokenizer
+from pixart_jax.data import buckets as bucket_tables
+from pixart_jax.data import records
+from pixart_jax.data.sources import open_source
+from pixart_jax.errors import UserError
+from pixart_jax.labelling.encode import EncodeOptions, ensure
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    source: str = "tfds:shapes/plain"
+    """The set: 'tfds:NAME' or 'tfds:NAME/CONFIG'."""
+    split: str = "train"
+    """The set's split."""
+    where: str | None = None
+    """Only samples that pass this filter: a name ('single') or 'package.module:function'."""
+    limit: int | None = None
+    """Only the first so many samples."""
+    model: pathlib.Path = pathlib.Path("assets/shapes")
+    """A model folder with vae/, text_encoder/ and tokenizer/."""
+    out: Annotated[pathlib.Path | None, tyro.conf.arg(help_behavior_hint="(default: a folder of the cache)")] = None
+    """Where the shards go; interrupted work there is finished."""
+    captions: str = "dense"
+    """Kinds of caption to encode, with commas between; 'none' for no text."""
+    buckets: str = "64x64"
+    """HEIGHTxWIDTH in px, with commas between; or 256, 512, 1024 or 2048 for that base's whole table."""
+    max_text_tokens: int = 120
+    """Longer captions are cut."""
+    batch_size: int = 32
+    """Pictures that are encoded at once."""
+    shard_size: int = 1024
+    """Records a shard."""
+    strict: bool = False
+    """Stop at the first sample that cannot be encoded; otherwise it is named, counted and left out."""
+    check: bool = False
+    """Encode nothing: compare every byte of the shards in --out with their checksums."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Encode, or check what was encoded. Exit status 0; UserError for whatever the user can put right."""
+    arguments = program.parse(Arguments, argv, prog="python -m pixart_jax encode", description=__doc__)
+    if arguments.check:
+        return check(arguments.out)
+    kinds = () if arguments.captions in ("", "none") else tuple(kind.strip() for kind in arguments.captions.split(","))
+    options = EncodeOptions(
+        buckets=parse_buckets(arguments.buckets),
+        captions=kinds,
+        max_text_tokens=arguments.max_text_tokens,
+        batch_size=arguments.batch_size,
+        shard_size=arguments.shard_size,
+        strict=arguments.strict,
+    )
+    for part in ("vae", *(("text_encoder", "tokenizer") if kinds else ())):
+        if not (arguments.model / part).is_dir():
+            raise UserError(f"no {part} in {arguments.model}: give --model a folder with vae/, text_encoder/ and tokenizer/")
+    from pixart_jax.weights.component import load_component  # --check and --help need no model code
+
+    source = open_source(arguments.source, arguments.split, where=arguments.where, limit=arguments.limit)
+    folder = ensure(
+        source,
+        options,
+        vae=load_component(arguments.model / "vae"),
+        text_encoder=load_component(arguments.model / "text_encoder") if kinds else None,
+        tokenizer=tokenizer.load(arguments.model / "tokenizer") if kinds else None,
+        folder=arguments.out,
+    )
+    print(summary(folder))
+    return 0
+
+
+def parse_buckets(text: str) -> tuple[tuple[int, int], ...]:
+    """'64x64,64x96' → ((64, 64), (64, 96)); '512' → the 40 buckets of base 512."""
+    if text.isdigit() and int(text) in bucket_tables.TABLES:
+        return tuple(bucket_tables.TABLES[int(text)].values())
+    try:
+        buckets = tuple(tuple(int(side) for side in part.lower().replace("×", "x").split("x")) for part in text.split(","))
+    except ValueError:
+        buckets = ()
+    if not buckets or any(len(b) != 2 or min(b) < 1 for b in buckets):
+        bases = ", ".join(map(str, bucket_tables.BASES))
+        raise UserError(f"--buckets {text!r}: HEIGHTxWIDTH with commas between, as 64x64,64x96, or one of {bases}")
+    return buckets
+
+
+def summary(folder: pathlib.Path) -> str:
+    """One line on what a folder holds."""
+    manifest = records.Manifest.read(folder)
+    size = sum(shard.bytes for shard in manifest.shards) / 2**20
+    counts: dict[tuple[int, int], int] = {}
+    for shard in manifest.shards:
+        counts[shard.bucket] = counts.get(shard.bucket, 0) + shard.count
+    buckets = ", ".join(f"{h}×{w}: {n}" for (h, w), n in counts.items())
+    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    return f"{manifest.samples} records ({buckets}){skipped} in {len(manifest.shards)} shards, {size:.1f} MiB: {folder}"
+
+
+def check(folder: pathlib.Path | None) -> int:
+    """Name every damaged shard; UserError, and so exit status 2, where there is one."""
+    if folder is None:
+        raise UserError("--check needs --out FOLDER, the shards to check")
+    damaged = 0
+    for _, trouble in records.check(folder):
+        if trouble:
+            damaged += 1
+            print(trouble, file=sys.stderr)
+    if damaged:
+        raise UserError(f"{damaged} of the shards in {folder} are damaged: delete them and encode again, only they are made anew")
+    print(f"no damage: {summary(folder)}")
+    return 0

@@ -1,0 +1,231 @@
+import hashlib
+import io
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_jax.data import images, records
+from pixart_jax.data.encoded import EncodedSamples
+from pixart_jax.data.loader import Loader
+from pixart_jax.data.samples import CaptionMix, ImageSamples, TokenSamples
+from pixart_jax.data.sources import Sample
+from pixart_jax.errors import UserError
+
+BUCKETS = ((32, 32), (32, 64), (64, 32))
+
+
+class Noise:
+    """Random pictures in three shapes, a short caption and one or two long ones each."""
+
+    name, num_classes, caption_kinds = "noise", None, ("short", "dense")
+
+    def __init__(self, n=60, broken=()):
+        self.n, self.broken, self.reads = n, broken, 0
+        self.fingerprint = hashlib.sha256(f"{n}{broken}".encode()).hexdigest()
+
+    def __len__(self):
+        return self.n
+
+    def sizes(self):
+        return np.array([self.shape(i) if i not in self.broken else (0, 0) for i in range(self.n)], np.int32)
+
+    def shape(self, index):
+        return ((32, 32), (40, 90), (70, 33))[index % 3]
+
+    def __getitem__(self, index):
+        self.reads += 1
+        png = io.BytesIO()
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (*self.shape(index), 3), np.uint8)).save(png, "PNG")
+        dense = tuple("w " * (5 + index % 4 + j) for j in range(1 + index % 2))
+        return Sample(f"k{index}", png.getvalue() if index not in self.broken else b"", {"short": (f"s {index}",), "dense": dense}, index % 5)
+
+
+class Tokenizer:
+    """One id a word, 1 at the end."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, max_length, truncation, padding):
+        return {"input_ids": [[2 + len(word) for word in text.split()][: max_length - 1] + [1] for text in texts]}
+
+
+def encoded_folder(folder, n=60):
+    shards = []
+    for number, bucket in enumerate(BUCKETS):
+        made = []
+        for i in range(number, n, 3):
+            rng = np.random.default_rng(i)
+            latents = rng.normal(size=(2, bucket[0] // 8, bucket[1] // 8, 4)).astype(np.float32)
+            arrays = {"mean": latents[0], "std": abs(latents[1]), "label": np.int64(i % 5), "size": np.array([i + 1, i + 2], np.int32)}
+            arrays["text.short.0"] = rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16)
+            arrays["text.dense.0"] = rng.normal(size=(4 + i % 7, 8)).astype(ml_dtypes.bfloat16)
+            made.append(records.pack(arrays, {"key": f"k{i}", "captions.short": '["s"]', "captions.dense": json.dumps(["d"])}))
+        path = folder / f"{number}.array_record"
+        count = records.write_shard(path, made)
+        shards.append(records.Shard(path.name, bucket, count, path.stat().st_size, records.sha256(path), {"short": 3, "dense": 10}))
+    records.Manifest({"vae": "v"}, tuple(shards)).write(folder)
+    return folder
+
+
+@pytest.fixture(params=["images", "tokens", "encoded"])
+def samples(request, tmp_path):
+    mix = (("short", 1.0), ("dense", 1.0))
+    if request.param == "images":
+        return ImageSamples(Noise(), BUCKETS)
+    if request.param == "tokens":
+        return TokenSamples(Noise(), Tokenizer(), mix, 16)
+    return EncodedSamples(encoded_folder(tmp_path), mix, 16)
+
+
+def same(a, b):
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_resume_at_any_step_gives_the_same_remaining_sequence(samples):
+    loader = Loader(samples, batch_size=8, seed=3, workers=2)
+    whole = loader.iterator()
+    expected = [next(whole) for _ in range(25)]
+    whole.close()
+    for stop in (0, 1, 7, 20):
+        first = Loader(samples, batch_size=8, seed=3, workers=2).iterator()
+        for _ in range(stop):
+            next(first)
+        state = json.loads(json.dumps(first.get_state()))  # as a checkpoint keeps it
+        first.close()
+        assert state == Loader.state_at(stop)
+        second = Loader(samples, batch_size=8, seed=3, workers=1).iterator()
+        second.set_state(state)
+        for step in range(stop, 25):
+            same(next(second), expected[step])
+        second.close()
+    same(next(loader.iterator(start=13)), expected[13])
+
+
+def test_batches_depend_on_neither_threads_nor_prefetch(samples):
+    expected = [Loader(samples, batch_size=8, seed=3).batch(step) for step in range(10)]
+    for workers, prefetch in ((0, None), (1, 1), (4, 16)):
+        batches = Loader(samples, batch_size=8, seed=3, workers=workers, prefetch=prefetch).iterator()
+        for batch in expected:
+            same(next(batches), batch)
+        batches.close()
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_processes_read_shares_of_one_global_batch_in_one_bucket(samples, count):
+    whole = Loader(samples, batch_size=8, seed=3)
+    parts = [Loader(samples, batch_size=8, seed=3, process_index=p, process_count=count) for p in range(count)]
+    for step in range(20):
+        assert len({part.bucket(step) for part in parts}) == 1
+        shares = [part.batch(step) for part in parts]
+        same({name: np.concatenate([share[name] for share in shares]) for name in shares[0]}, whole.batch(step))
+
+
+def test_shapes_are_one_a_bucket_for_the_whole_stage(samples):
+    loader = Loader(samples, batch_size=8, seed=3)
+    shapes = {}
+    for step in range(60):
+        found = {name: value.shape for name, value in loader.batch(step).items()}
+        assert shapes.setdefault(loader.bucket(step), found) == found
+    assert set(shapes) == set(samples.buckets)
+
+
+def test_pictures_are_those_of_the_source_in_the_model_s_range_and_decoded_once():
+    source = Noise()
+    loader = Loader(ImageSamples(source, BUCKETS), batch_size=8, seed=0)
+    for step in range(40):
+        batch = loader.batch(step)
+        assert batch["images"].dtype == np.float32 and batch["images"].shape == (8, *loader.bucket(step), 3)
+        for row, key in zip(batch["images"], batch["key"]):
+            pixels, _ = images.to_bucket(Noise()[int(key[1:])].pixels(), loader.bucket(step))
+            np.testing.assert_array_equal(row, images.to_model(pixels))
+    assert source.reads == 60
+    uncached = ImageSamples(Noise(), BUCKETS, cache_bytes=0)
+    same(Loader(uncached, batch_size=8, seed=0).batch(5), loader.batch(5))
+
+
+def test_an_unreadable_picture_is_left_out_by_its_header_and_named_when_asked_for():
+    samples = ImageSamples(Noise(broken=(4,)), BUCKETS)
+    assert samples.bucket_of[4] == -1
+    seen = {key for step in range(40) for key in Loader(samples, batch_size=8, seed=0).batch(step)["key"]}
+    assert len(seen) == 59 and "k4" not in seen
+    with pytest.raises(UserError, match="k4: the image is empty"):
+        samples.read(np.array([4]), 0, np.zeros(1))
+
+
+def test_tokens_are_those_of_the_chosen_caption_padded_to_one_length():
+    source = Noise()
+    samples = TokenSamples(source, Tokenizer(), (("short", 1.0), ("dense", 3.0)), 120)
+    assert samples.length == 16  # the longest has 9 words and the end
+    loader, kinds = Loader(samples, batch_size=20, seed=0), []
+    for step in range(50):
+        batch = loader.batch(step)
+        assert batch["input_ids"].dtype == batch["lengths"].dtype == np.int32
+        for ids, length, key in zip(batch["input_ids"], batch["lengths"], batch["key"]):
+            sample = source[int(key[1:])]
+            expected = {kind: Tokenizer()(sample.texts(kind), 120, True, False)["input_ids"] for kind in ("short", "dense")}
+            kinds.append(ids[:length].tolist() in expected["short"])
+            assert kinds[-1] or ids[:length].tolist() in expected["dense"]
+            assert not ids[length:].any() and ids[length - 1] == 1
+    assert abs(np.mean(kinds) - 0.25) < 0.05
+
+
+def test_long_texts_are_cut_with_their_end_mark_kept():
+    samples = TokenSamples(Noise(), Tokenizer(), (("dense", 1.0),), 7)
+    batch = Loader(samples, batch_size=30, seed=0).batch(0)
+    assert samples.length == 7 and (batch["lengths"] <= 7).all() and (batch["input_ids"][np.arange(30), batch["lengths"] - 1] == 1).all()
+
+
+def test_a_caption_is_chosen_anew_in_each_epoch():
+    samples = TokenSamples(Noise(), Tokenizer(), (("short", 1.0), ("dense", 1.0)), 16)
+    loader = Loader(samples, batch_size=20, seed=0)
+    lengths = {}
+    for step in range(30):  # ten epochs
+        batch = loader.batch(step)
+        for key, length in zip(batch["key"], batch["lengths"]):
+            lengths.setdefault(key, set()).add(int(length))
+    assert np.mean([len(found) > 1 for found in lengths.values()]) > 0.9
+
+
+def test_text_states_are_real_tokens_then_zeros(tmp_path):
+    samples = EncodedSamples(encoded_folder(tmp_path), (("dense", 1.0),), 120)
+    assert samples.length == 16
+    batch = Loader(samples, batch_size=8, seed=0).batch(0)
+    for row, key in enumerate(batch["key"]):
+        length = batch["text_lengths"][row]
+        assert length == 4 + int(key[1:]) % 7
+        assert batch["text_states"].dtype == ml_dtypes.bfloat16
+        assert batch["text_states"][row, :length].astype(np.float32).all() and not batch["text_states"][row, length:].astype(np.float32).any()
+        assert tuple(batch["size"][row]) == (int(key[1:]) + 1, int(key[1:]) + 2) and batch["label"][row] == int(key[1:]) % 5
+
+
+def test_damage_stops_the_loader_with_the_shard_s_name(tmp_path):
+    folder = encoded_folder(tmp_path)
+    path = folder / "1.array_record"
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"k1"') + 2] ^= 1
+    path.write_bytes(data)
+    batches = Loader(EncodedSamples(folder, (), 120), batch_size=20, seed=0).iterator()
+    with pytest.raises(UserError, match=r"1\.array_record, record 0, is damaged"):
+        for _ in range(10):
+            next(batches)
+
+
+def test_the_mix_keeps_its_weights_and_its_draw_stays_uniform():
+    mix = CaptionMix((("a", 1.0), ("b", 0.0), ("c", 4.0)), ("a", "b", "c"), "set")
+    chosen = [mix.choose(draw) for draw in np.linspace(0, 1, 10_000, endpoint=False)]
+    assert {kind for kind, _ in chosen} == {"a", "c"} and abs(np.mean([kind == "a" for kind, _ in chosen]) - 0.2) < 1e-3
+    for kind in "ac":
+        rest = np.array([r for k, r in chosen if k == kind])
+        assert (0 <= rest).all() and (rest < 1).all() and abs(rest.mean() - 0.5) < 1e-2
+
+
+def test_mistakes_are_named(samples, tmp_path):
+    with pytest.raises(UserError, match="batch size 9 cannot be shared by 2"):
+        Loader(samples, batch_size=9, seed=0, process_count=2)
+    with pytest.raises(UserError, match="no captions of kind 'dens' .did you mean 'dense'"):
+        TokenSamples(Noise(), Tokenizer(), (("dens", 1.0),), 16)

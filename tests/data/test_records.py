@@ -1,0 +1,111 @@
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+
+from pixart_jax.data import records
+from pixart_jax.errors import UserError
+
+
+def arrays(i=0, rows=5):
+    rng = np.random.default_rng(i)
+    return {
+        "mean": rng.normal(size=(4, 4, 4)).astype(np.float32),
+        "text.dense.0": rng.normal(size=(rows, 8)).astype(ml_dtypes.bfloat16),
+        "label": np.int64(i),
+        "size": np.array([30, 40], np.int32),
+        "flag": np.array([True, False, True]),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shards = []
+    for number in range(3):
+        path = tmp_path / f"{number}.array_record"
+        count = records.write_shard(path, (records.pack(arrays(10 * number + i), {"key": f"k{number}{i}"}) for i in range(4 + number)))
+        shards.append(records.Shard(path.name, (32, 32 * (1 + number)), count, path.stat().st_size, records.sha256(path), {"dense": 5 + number}))
+    records.Manifest({"vae": "abc"}, tuple(shards)).write(tmp_path)
+    return tmp_path
+
+
+def test_a_record_comes_back_to_the_bit():
+    made = arrays(3)
+    found, metadata = records.unpack(records.pack(made, {"key": "ключ", "captions.dense": '["a \\"b\\""]'}))
+    assert metadata == {"key": "ключ", "captions.dense": '["a \\"b\\""]'} and set(found) == set(made)
+    for name, value in made.items():
+        assert found[name].dtype == value.dtype and found[name].shape == np.shape(value)
+        assert found[name].tobytes() == np.asarray(value).tobytes()
+
+
+def test_only_the_asked_arrays_are_read():
+    found, _ = records.unpack(records.pack(arrays(), {}), ["label"])
+    assert list(found) == ["label"]
+
+
+def test_a_record_is_a_safetensors_file_with_aligned_arrays():
+    record = records.pack(arrays(2), {"key": "x"})
+    theirs = safetensors.torch.load(record)
+    assert theirs["text.dense.0"].shape == (5, 8)
+    np.testing.assert_array_equal(theirs["text.dense.0"].float().numpy(), arrays(2)["text.dense.0"].astype(np.float32))
+    np.testing.assert_array_equal(theirs["mean"].numpy(), arrays(2)["mean"])
+    (length,) = struct.unpack_from("<Q", record)
+    header = json.loads(record[8 : 8 + length])
+    assert all(header[name]["data_offsets"][0] % np.asarray(value).dtype.itemsize == 0 for name, value in arrays(2).items())
+
+
+def test_records_are_numbered_through_the_shards(folder):
+    found = records.Records(folder, {"vae": "abc"})
+    assert len(found) == 15 and found.manifest.longest == {"dense": 7}
+    assert [metadata["key"] for _, metadata in (found[i] for i in range(15))] == [f"k{n}{i}" for n in range(3) for i in range(4 + n)]
+    assert found.shard_of(4) == (1, 0) and found.shard_of(14) == (2, 5)
+
+
+def test_a_flipped_bit_is_named_with_its_shard_and_record(folder):
+    path = folder / "1.array_record"
+    data = bytearray(path.read_bytes())
+    place = data.index(arrays(12)["mean"].tobytes())  # within the third record of the shard
+    data[place + 3] ^= 4
+    path.write_bytes(data)
+    found = records.Records(folder)
+    good = [i for i in range(15) if i != 6]
+    assert len([found[i] for i in good]) == 14
+    with pytest.raises(UserError, match=r"1\.array_record, record 2, is damaged"):
+        found[6]
+    assert [trouble is None for _, trouble in records.check(folder)] == [True, False, True]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 1000, -1])
+def test_a_shard_cut_short_is_named_when_opened(folder, kept):
+    path = folder / "2.array_record"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"2\.array_record is damaged: \d+ bytes, written with"):
+        records.Records(folder)
+
+
+def test_shards_of_another_encoder_are_refused(folder):
+    with pytest.raises(UserError, match="encoded with something else: vae is abc, expected xyz"):
+        records.Records(folder, {"vae": "xyz"})
+
+
+def test_a_folder_without_a_sound_manifest_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no manifest.json"):
+        records.Records(tmp_path)
+    for text in ("{", "[]", '{"format": 99}', '{"format": 1, "identity": {}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="manifest.json"):
+            records.Records(tmp_path)
+
+
+def test_nothing_appears_under_a_shard_s_name_before_it_is_whole(tmp_path):
+    def interrupted():
+        yield records.pack(arrays(), {})
+        assert not (tmp_path / "x.array_record").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        records.write_shard(tmp_path / "x.array_record", interrupted())
+    assert list(tmp_path.iterdir()) == []

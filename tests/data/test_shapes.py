@@ -1,0 +1,271 @@
+"""The embedded world: scenes depend on (level, split, index) alone, captions are true, objects stand whole and apart."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pixart_jax.data import shapes
+from pixart_jax.data.shapes import COLOURS, LEVELS, NUMBERS, RELATIONS, SHAPES, SIZES, WITHHELD, Object, Scene
+
+SPLITS = ("train", "test")
+SAMPLE = 300
+
+
+def scenes(level: str, split: str = "train", count: int = SAMPLE) -> list[Scene]:
+    return [shapes.scene_at(level, split, i) for i in range(count)]
+
+
+def canvases(level: str) -> set[tuple[int, int]]:
+    level = LEVELS[level]
+    return {m[1:3] for m in level.members} or {c[:2] for c in level.canvases}
+
+
+# ---- scenes ----
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_scene_is_the_same_whatever_was_drawn_before(level):
+    forwards = [shapes.scene_at(level, split, i) for split in SPLITS for i in range(30)]
+    backwards = [shapes.scene_at(level, split, i) for split in reversed(SPLITS) for i in reversed(range(30))]
+    assert forwards == backwards[::-1]
+    assert all(np.array_equal(shapes.render(a), shapes.render(b)) for a, b in zip(forwards[::7], backwards[::-1][::7]))
+
+
+def test_scenes_do_not_depend_on_the_process():
+    """Python's own hash changes from process to process; a scene must not."""
+    code = "from pixart_jax.data import shapes; print([shapes.scene_at(l, 'train', 7).to_json() for l in shapes.LEVELS])"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert other.strip() == str([shapes.scene_at(level, "train", 7).to_json() for level in LEVELS])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_scenes_differ_between_indices_and_splits(level):
+    seeds = [s.seed for split in SPLITS for s in scenes(level, split)]
+    assert len(set(seeds)) == len(seeds)
+    assert len({s.to_json() for split in SPLITS for s in scenes(level, split)}) == 2 * SAMPLE
+
+
+def test_the_first_scene_of_each_level_is_what_it_was():
+    """Scores and trained models stand on these scenes: a change of the world is a new version of the data set."""
+    assert {level: shapes.captions(shapes.scene_at(level, "train", 0))["short"] for level in ("plain", "free", "rich", "aesthetic")} == FIRST
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_withheld_pairs_never_occur_in_a_split(level, split):
+    count = LEVELS[level].train if level == "plain" and split == "train" else 1000
+    seen = {(o.colour, o.shape) for s in scenes(level, split, count) for o in s.objects}
+    assert not seen & set(WITHHELD)
+
+
+def test_all_other_pairs_occur_in_training():
+    seen = {(o.colour, o.shape) for s in scenes("plain", "train", 3000) for o in s.objects}
+    assert seen == set(itertools.product(COLOURS, LEVELS["plain"].shapes)) - set(WITHHELD)
+
+
+@pytest.mark.parametrize("task", ["single", "count", "pair"])
+def test_withheld_only_draws_nothing_else(task):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scene = shapes.draw_scene(rng, "plain", task=task, withheld="only")
+        assert scene.task == task and {(o.colour, o.shape) for o in scene.objects} <= set(WITHHELD)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_objects_stand_inside_the_picture(level):
+    for scene in scenes(level):
+        assert (scene.height, scene.width) in canvases(level)
+        for o in scene.objects:
+            alone = np.abs(ink(scene, o))
+            assert max(alone[0].max(), alone[-1].max(), alone[:, 0].max(), alone[:, -1].max()) == 0, scene
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_objects_stand_apart(level):
+    for scene in scenes(level):
+        for a, b in itertools.combinations(scene.objects, 2):
+            both = (ink(scene, a) > 0.5) & (ink(scene, b) > 0.5)
+            assert not both.any(), scene
+
+
+def ink(scene: Scene, obj: Object) -> np.ndarray:
+    """The share of each pixel that an object covers, from its distance alone."""
+    y, x = np.mgrid[: scene.height, : scene.width] + 0.5
+    cos, sin = math.cos(obj.turn), math.sin(obj.turn)
+    p = np.stack([x - obj.x, y - obj.y], -1) @ np.array([[cos, -sin], [sin, cos]])
+    return np.clip(0.5 - shapes.distance(obj.shape, p, obj.radius), 0, 1)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_scene_obeys_its_task_and_relation(level):
+    tasks = set()
+    for scene in scenes(level):
+        tasks.add(scene.task)
+        kinds = [(o.shape, o.colour) for o in scene.objects]
+        if scene.task in ("single", "count"):
+            assert len(set(kinds)) == 1 and scene.relation is None
+            assert len(kinds) == 1 if scene.task == "single" else 1 <= len(kinds) <= 3
+            continue
+        assert len(kinds) == {"pair": 2, "three": 3}[scene.task]
+        assert len({shape for shape, _ in kinds}) == len({colour for _, colour in kinds}) == len(kinds)
+        a, b = scene.objects[:2]
+        dx, dy = b.x - a.x, b.y - a.y
+        assert {"left of": dx > abs(dy), "right of": -dx > abs(dy), "above": dy > abs(dx), "below": -dy > abs(dx)}[scene.relation]
+    assert {"single", "count", "pair"} <= tasks
+    assert ("three" in tasks) == (level in ("rich", "gallery"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_sizes_can_be_told_apart(level):
+    """Within a picture's scale, every large object is larger than every small one by a tenth and more."""
+    radii: dict[tuple[float, str], list[float]] = {}
+    for scene in scenes(level):
+        for o in scene.objects:
+            unit = min(scene.height, scene.width) / 64
+            scale = 0.8 if o.radius / SIZES[o.size] / unit < 0.9 else 1.0
+            radii.setdefault((scale, o.size), []).append(o.radius / unit)
+    for scale in {scale for scale, _ in radii}:
+        assert min(radii[scale, "large"]) > 1.1 * max(radii[scale, "small"])
+
+
+def test_a_scene_survives_json():
+    for level in LEVELS:
+        for scene in scenes(level, count=20):
+            assert Scene.from_json(scene.to_json()) == scene
+            assert json.loads(scene.to_json())["task"] == scene.task
+
+
+def test_labels_are_the_kinds_of_single_objects():
+    seen = set()
+    for scene in scenes("rich", count=600):
+        label = shapes.label(scene)
+        if len({(o.shape, o.colour) for o in scene.objects}) == 1:
+            o = scene.objects[0]
+            assert (SHAPES[label // 8], list(COLOURS)[label % 8]) == (o.shape, o.colour)
+            seen.add(label)
+        else:
+            assert label == -1
+    assert max(seen) < shapes.NUM_CLASSES and len(seen) > 40
+
+
+# ---- captions ----
+
+_OBJECT = rf"(?P<size>small|large) (?:(?P<texture>striped|dotted) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
+
+
+def read_short(caption: str) -> tuple[list[tuple], int, str | None]:
+    """A reader of short captions that knows nothing of how they are written: (kinds in order, number, relation)."""
+    singular = re.sub(r"\b(cross)es\b|\b(circle|square|triangle|star|ring|diamond|heart)s\b", lambda m: m[1] or m[2], caption)
+    kinds = [(m["size"], m["texture"] or "solid", m["colour"], m["shape"]) for m in re.finditer(_OBJECT, singular)]
+    number = NUMBERS.index(caption.split()[0]) if caption.split()[0] in NUMBERS else len(kinds)
+    relation = next((r for r in RELATIONS if f" {r} " in caption), None)
+    return kinds, number, relation
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_short_captions_are_true(level):
+    for scene in scenes(level):
+        kinds, number, relation = read_short(shapes.captions(scene)["short"])
+        drawn = [(o.size, o.texture, o.colour, o.shape) for o in scene.objects]
+        assert number == len(drawn) and relation == scene.relation
+        assert kinds == (drawn if scene.task in ("pair", "three") else drawn[:1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_dense_captions_say_all_that_is_true(level):
+    for scene in scenes(level):
+        short, dense = shapes.captions(scene)["short"], shapes.captions(scene)["dense"]
+        assert dense.startswith(short)
+        ground = re.search(r" on a (?:(checked|speckled) )?(\w+) ground\. ", dense)
+        assert (ground[1] or "solid", ground[2]) == (scene.ground_texture, scene.ground)
+        places = re.findall(r"at the (?:top|bottom)? ?(?:left|right)?|in the middle", dense)
+        assert [p.strip() for p in places] == [place(o, scene) for o in scene.objects]
+        for o in scene.objects:
+            assert re.search(rf"the {o.shape}(?: is|s are|es are) {o.colour} and {o.size}\b", dense)
+
+
+def place(o: Object, scene: Scene) -> str:
+    row = "top" if o.y < scene.height / 3 else "bottom" if o.y >= 2 * scene.height / 3 else ""
+    column = "left" if o.x < scene.width / 3 else "right" if o.x >= 2 * scene.width / 3 else ""
+    return f"at the {row} {column}".replace("  ", " ").strip() if row or column else "in the middle"
+
+
+# ---- drawing ----
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_renders_are_uint8_and_show_the_colours_they_say(level):
+    for scene in scenes(level, count=40):
+        image = shapes.render(scene)
+        assert image.dtype == np.uint8 and image.shape == (scene.height, scene.width, 3)
+        for o in scene.objects:
+            inside = image[ink(scene, o) == 1].astype(float)
+            chroma = inside - inside.mean(-1, keepdims=True)
+            nominal = np.array(COLOURS[o.colour]) - np.mean(COLOURS[o.colour])
+            along = chroma @ nominal / (np.linalg.norm(chroma, axis=-1) * np.linalg.norm(nominal))
+            assert np.median(along) > 0.97, (scene.style, o)
+
+
+def test_shapes_are_what_their_distance_says():
+    """Areas against geometry, in units of radius²."""
+    for shape, area in [("circle", math.pi), ("square", 1.72**2), ("ring", math.pi * (1 - 0.48**2)), ("cross", 4 * 0.34 * (2 * 1.02 - 0.34)),
+                        ("diamond", 2 * 0.72 * 1.1), ("triangle", 1.85), ("star", 10 / 2 * 1.12 * 0.44 * math.sin(math.pi / 5))]:  # fmt: skip
+        scene = Scene(256, 256, "white", (Object(shape, "red", "large", 128, 128, 80),), "single")
+        assert ink(scene, scene.objects[0]).sum() / 80**2 == pytest.approx(area, rel=0.01), shape
+
+
+def test_an_object_off_centre_of_a_wide_picture_is_drawn_where_it_stands():
+    scene = Scene(64, 128, "black", (Object("circle", "yellow", "small", 100.5, 20.5, 9),), "single")
+    ys, xs = np.nonzero(shapes.render(scene)[..., 0] > 150)
+    assert (xs.mean(), ys.mean()) == pytest.approx((100, 20), abs=0.1)
+
+
+# ---- the data set ----
+
+
+def test_the_builder_gives_back_every_scene_and_pixel(tmp_path, monkeypatch):
+    """Through tensorflow-datasets and PNG, without TensorFlow: pixels to the bit, captions, label and scene."""
+    import dataclasses
+    import io
+
+    from PIL import Image
+
+    from pixart_jax.data import shapes_builder
+
+    small = dataclasses.replace(LEVELS["rich"], train=12, test=5)
+    config = shapes_builder.ShapesConfig(small)
+    monkeypatch.setattr(shapes_builder.Shapes, "BUILDER_CONFIGS", [config])
+    builder = shapes_builder.Shapes(config="rich", data_dir=tmp_path)
+    builder.download_and_prepare(file_format="array_record")
+    for split, count in (("train", 12), ("test", 5)):
+        source = builder.as_data_source(split=split, decoders={"image": _skip()})
+        assert len(source) == count
+        for i in range(count):
+            record, scene = source[i], shapes.scene_at("rich", split, i)
+            encoded = record["image"]
+            image = np.asarray(Image.open(io.BytesIO(encoded))) if isinstance(encoded, bytes) else np.asarray(encoded)
+            assert np.array_equal(image, shapes.render(scene))
+            text = {k: v.decode() if isinstance(v, bytes) else str(v) for k, v in record.items() if k in ("short", "dense", "task", "scene", "key")}
+            assert Scene.from_json(text["scene"]) == scene and text["task"] == scene.task
+            assert {k: text[k] for k in ("short", "dense")} == shapes.captions(scene)
+            assert (record["label"], record["count"]) == (shapes.label(scene), len(scene.objects))
+            assert (record["height"], record["width"]) == (scene.height, scene.width)
+            assert text["key"] == f"rich-{split}-{i:06d}"
+    assert "tensorflow" not in sys.modules
+
+
+def _skip():
+    import tensorflow_datasets as tfds
+
+    return tfds.decode.SkipDecoding()
+
+
+FIRST: dict[str, str] = {}
