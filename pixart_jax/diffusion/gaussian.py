@@ -57,7 +57,8 @@ def split_output(output: jax.Array, channels: int) -> tuple[jax.Array, jax.Array
         return output, None
     if output.shape[-1] == 2 * channels:
         return output[..., :channels], output[..., channels:]
-    raise UserError(f"the model gives {output.shape[-1]} channels for {channels}-channel latents: it must give {channels} or {2 * channels}")
+    fits = f"{channels}, or {2 * channels} with variance logits"
+    raise UserError(f"the model gives {output.shape[-1]} channels for latents of {channels}: it must give {fits}")
 
 
 def add_noise(x0: jax.Array, noise: jax.Array, t: jax.Array, schedule: Schedule | None = None) -> jax.Array:
@@ -78,7 +79,9 @@ def implied_x0(output: jax.Array, x_t: jax.Array, alpha: jax.Array, sigma: jax.A
     return (x_t - sigma * output) / alpha if prediction == "epsilon" else alpha * x_t - sigma * output
 
 
-def to_x0(model_output: jax.Array, x_t: jax.Array, t: jax.Array, prediction: str = "epsilon", schedule: Schedule | None = None) -> jax.Array:
+def to_x0(
+    model_output: jax.Array, x_t: jax.Array, t: jax.Array, prediction: str = "epsilon", schedule: Schedule | None = None
+) -> jax.Array:
     """The x_0 [b, …, c] that a model's output [b, …, c or 2c] at x_t [b, …, c], t [b] implies. Variance logits are dropped."""
     schedule = schedule or linear()
     output, _ = split_output(model_output, x_t.shape[-1])

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.diffusion.gaussian import add_noise, check_prediction, implied_x0, per_image, split_output, velocity
-from pixart_jax.diffusion.posterior import learned_log_variance, posterior
+from pixart_jax.diffusion.gaussian import check_prediction, per_image, split_output, velocity
+from pixart_jax.diffusion.posterior import posterior
 from pixart_jax.diffusion.schedule import Schedule, linear
 from pixart_jax.errors import UserError
 
@@ -34,8 +34,8 @@ def training_loss(
     check_prediction(prediction)
     schedule = schedule or linear()
     dtype = jnp.promote_types(x0.dtype, jnp.float32)
-    x0, noise, t = x0.astype(dtype), noise.astype(dtype), jnp.asarray(t)
-    output, logits = split_output(model_output.astype(dtype), x0.shape[-1])
+    x0, noise, t = jnp.asarray(x0, dtype), jnp.asarray(noise, dtype), jnp.asarray(t)
+    output, logits = split_output(jnp.asarray(model_output, dtype), x0.shape[-1])
     target = noise if prediction == "epsilon" else velocity(x0, noise, t, schedule)
     mse = _mean(jnp.square(output - target))
     if min_snr_gamma is not None:
@@ -44,7 +44,7 @@ def training_loss(
         return {"mse": mse, "vb": jnp.zeros_like(mse)}
     if logits is None:
         raise UserError(f"learned_range needs a model output of {2 * x0.shape[-1]} channels (prediction, variance logits)")
-    return {"mse": mse, "vb": _variational_bound(jax.lax.stop_gradient(output), logits, x0, noise, t, schedule, prediction)}
+    return {"mse": mse, "vb": _variational_bound(jax.lax.stop_gradient(target - output), logits, x0, t, schedule, prediction)}
 
 
 def min_snr_weight(t: jax.Array, gamma: float, prediction: str = "epsilon", schedule: Schedule | None = None) -> jax.Array:
@@ -56,24 +56,29 @@ def min_snr_weight(t: jax.Array, gamma: float, prediction: str = "epsilon", sche
     return jnp.asarray(weights)[jnp.asarray(t)]
 
 
-def _variational_bound(output, logits, x0, noise, t, schedule, prediction):
-    at = lambda values: per_image(jnp.asarray(values)[t], x0)  # noqa: E731
-    x_t = add_noise(x0, noise, t, schedule)
-    tables = posterior(schedule)
-    implied = implied_x0(output, x_t, per_image(schedule.alpha(t), x0), per_image(schedule.sigma(t), x0), prediction)
-    true_mean = at(tables.x0) * x0 + at(tables.x_t) * x_t
-    mean = at(tables.x0) * implied + at(tables.x_t) * x_t
-    true_log_variance = at(tables.log_small)
-    log_variance = learned_log_variance(logits, true_log_variance, at(tables.log_large))
-    kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
-    nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
-    return jnp.where(t == 0, _mean(nll), _mean(kl)) / jnp.log(jnp.asarray(2.0, x0.dtype))
+def _variational_bound(missed, logits, x0, t, schedule, prediction):
+    """vb [b] in bits. missed: target − prediction [b, …, c], detached.
+
+    x_t is the same in both means (7), so they differ by the x_0 coefficient times the error of the implied x_0, which by (4) is
+    σ/α · missed for ε and by (5) σ · missed for v. Taken so, nothing large cancels in fp32; x_t itself is not needed.
+    """
+
+    def at(values: np.ndarray) -> jax.Array:
+        return per_image(jnp.asarray(values)[t], x0)
+
+    tables, cumprod = posterior(schedule), schedule.alphas_cumprod
+    x0_error = np.sqrt(1.0 - cumprod) / (np.sqrt(cumprod) if prediction == "epsilon" else 1.0)
+    mean_gap = at(tables.x0 * x0_error) * missed
+    log_ratio = (logits + 1.0) / 2.0 * at(tables.log_large - tables.log_small)  # log Σ − log β̃, by (9)
+    log_variance = at(tables.log_small) + log_ratio
+    kl = gaussian_kl(mean_gap, log_ratio, log_variance)
+    nll = -discretized_gaussian_log_likelihood(x0, x0 + mean_gap, 0.5 * log_variance)  # used at t = 0, where (7) is x_0
+    return jnp.where(t == 0, _mean(nll), _mean(kl)) / np.log(2.0)
 
 
-def gaussian_kl(mean1: jax.Array, log_variance1: jax.Array, mean2: jax.Array, log_variance2: jax.Array) -> jax.Array:
-    """KL(N(mean1, e^log_variance1) ‖ N(mean2, e^log_variance2)) elementwise, in nats, by (10)."""
-    gap = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
-    return 0.5 * (log_variance2 - log_variance1 - 1.0 + jnp.exp(log_variance1 - log_variance2) + gap)
+def gaussian_kl(mean_gap: jax.Array, log_ratio: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """KL(N(μ₁, Σ₁) ‖ N(μ₂, Σ₂)) elementwise, in nats, by (10). mean_gap: μ₁ − μ₂; log_ratio: log Σ₂ − log Σ₁; log_variance: log Σ₂."""
+    return 0.5 * (log_ratio + jnp.expm1(-log_ratio) + jnp.square(mean_gap) * jnp.exp(-log_variance))
 
 
 def discretized_gaussian_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:

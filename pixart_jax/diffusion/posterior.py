@@ -65,13 +65,17 @@ def ddpm_posterior(
     schedule = schedule or linear()
     process = respaced(schedule, kept_times(schedule.timesteps, steps))
     dtype = jnp.promote_types(x_t.dtype, jnp.float32)
-    x_t, model_output = x_t.astype(dtype), model_output.astype(dtype)
+    x_t, model_output, t = jnp.asarray(x_t, dtype), jnp.asarray(model_output, dtype), jnp.asarray(t)
     output, logits = split_output(model_output, x_t.shape[-1])
     if logits is None:
         raise UserError(f"ddpm_posterior needs a model output of {2 * x_t.shape[-1]} channels (prediction, variance logits)")
 
-    t = jnp.asarray(t)
-    at = lambda values: per_image(jnp.asarray(values)[t], x_t)  # noqa: E731
+    if not isinstance(t, jax.core.Tracer) and ((t < 0) | (t >= process.timesteps)).any():
+        raise UserError(f"t must lie in 0 … {process.timesteps - 1}: it is the index in the process of steps = {steps!r}")
+
+    def at(values: np.ndarray) -> jax.Array:
+        return per_image(jnp.asarray(values)[t], x_t)
+
     tables = posterior(process)
     cumprod = process.alphas_cumprod
     x0 = implied_x0(output, x_t, at(np.sqrt(cumprod)), at(np.sqrt(1.0 - cumprod)), prediction)

@@ -45,7 +45,8 @@ def sample(
     schedule: PixArt's linear one by default.
     key: for the noise that ddpm, sa and ddim with eta > 0 add; None adds none. One key (image i draws from fold_in(key, i)), or
         [b] keys, one for each image: then an image does not depend on the batch it is in.
-    times: "fractional" as the official code, or "integer" as diffusers; dpm++ has both, ddpm and ddim are always at integer times, sa never.
+    times: "fractional" as the official code, or "integer" as diffusers. dpm++ has both; ddpm and ddim are always at integer times, sa
+        never.
     order: of dpm++. eta: of ddim.
     prediction: what the denoiser names, "epsilon" or "v".
     start: skip so many steps; ``noise`` is then x at the time ``timesteps(...)[start]`` (img2img: add_noise up to that time).
@@ -116,6 +117,11 @@ def _plan(solver, steps, schedule, times, start, *, stochastic):
     return solver.plan(schedule or linear(), steps, times=times, start=start or 0, stochastic=stochastic)
 
 
+def _normal(keys, step, like):
+    """Standard normal noise of one step, like [b, …]; image i's from keys[i] and the step alone."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), like.shape[1:], like.dtype))(keys)
+
+
 @functools.lru_cache(maxsize=8)
 def _program(denoiser, solver, prediction, preview):
     return jax.jit(functools.partial(_run, denoiser, solver, prediction, preview))
@@ -129,7 +135,7 @@ def _run(denoiser, solver, prediction, preview, x, keys, table):
         x0 = implied_x0(output, x, now["alpha"], now["sigma"], prediction)
         if preview is not None:
             io_callback(lambda i, image: preview(int(i), np.asarray(image)), None, now["step"], x0)
-        z = None if keys is None else jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, now["step"]), x.shape[1:], x.dtype))(keys)
+        z = None if keys is None else _normal(keys, now["step"], x)
         return solver.update(state, x0, logits, now["solver"], z), None
 
     state, _ = jax.lax.scan(step, solver.init(x), table)

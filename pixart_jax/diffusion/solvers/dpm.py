@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.diffusion.schedule import Schedule
@@ -97,7 +98,7 @@ class DPMSolver:
         return weights[: self.order]
 
     def init(self, x: jax.Array) -> State:
-        return (x, (jax.numpy.zeros_like(x),) * (self.order - 1))
+        return (x, (jnp.zeros_like(x),) * (self.order - 1))
 
     def update(self, state: State, x0: jax.Array, logits: jax.Array | None, c: dict[str, jax.Array], noise: jax.Array | None) -> State:
         x, past = state

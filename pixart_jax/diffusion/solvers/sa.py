@@ -76,7 +76,8 @@ class SASolver:
             if k > 0:
                 order = min(self.corrector_order, k + 1, left - k + 2 if k >= warm_up else k + 1)
                 _fill(correct, k, order, k - 1, k, k, tau[k], alpha, sigma, lam)
-        coefficients = {f"{which}_{name}": table for which, of in (("correct", correct), ("predict", predict)) for name, table in of.items()}
+        coefficients = {f"correct_{name}": table for name, table in correct.items()}
+        coefficients |= {f"predict_{name}": table for name, table in predict.items()}
         return Plan(t=t[:-1], alpha=alpha[:-1], sigma=sigma[:-1], coefficients=coefficients, noisy=stochastic and bool((tau > 0).any()))
 
     def init(self, x: jax.Array) -> State:
