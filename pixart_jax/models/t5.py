@@ -159,7 +159,7 @@ class T5Encoder(nn.Module):
         c = self.config
         if input_ids.ndim != 2 or lengths.shape != input_ids.shape[:1]:
             raise UserError(f"input_ids {tuple(input_ids.shape)} and lengths {tuple(lengths.shape)} do not fit: [b, l] and [b] would")
-        x = nn.with_logical_constraint(self.embedding[input_ids], ACTIVATION)
+        x = nn.with_logical_constraint(self.embedding[input_ids].astype(jnp.float32), ACTIVATION)
         buckets = relative_buckets(x.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance)
         bias = self.relative_bias[buckets].transpose(2, 0, 1)[None]  # [1, k, l, l]
         scan = nn.scan(

@@ -1,0 +1,361 @@
+"""A part of a model, bound: config, module and parameters together, opened from and saved to a folder of diffusers or transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixart_jax.errors import UserError, nearest
+from pixart_jax.models.dit import DiT as DiTModule
+from pixart_jax.models.t5 import T5Encoder
+from pixart_jax.models.transformer import PixArtTransformer
+from pixart_jax.models.vae import AutoencoderKL
+from pixart_jax.models.vae_tiled import tiled_decode
+from pixart_jax.parallel.rules import RULES, parameter_shardings
+from pixart_jax.weights import dit, t5, transformer, vae
+from pixart_jax.weights.files import SafetensorsFile, Tensors, find_weights, open_tensors, write_json, write_safetensors
+from pixart_jax.weights.table import Entry, flatten, read, write
+
+CONFIG = "config.json"
+NULL_CAPTION = "null_caption.safetensors"  # beside the transformer's weights: diffusers has no place for it and would warn of its key
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(module: nn.Module, method: str, params, *arguments):
+    """One executable a (module, method, shapes); modules of equal config are equal, so other parameters do not recompile."""
+    return module.apply({"params": params}, *arguments, method=method)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Component:
+    """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation. mesh: where params lie, or None."""
+
+    config: object
+    params: Mapping
+    dtype: jnp.dtype = jnp.float32
+    mesh: jax.sharding.Mesh | None = None
+
+    weights_file: ClassVar[str] = "diffusion_pytorch_model.safetensors"
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one spelling, so that equal modules hash alike
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        """The Flax module; equal for equal config and dtype, and hashable, so it can be a static argument of jit."""
+        return self._module(self.config, self.dtype)
+
+    def replace(self, **changes) -> Self:
+        """The same component with other params (or config, dtype, mesh)."""
+        return dataclasses.replace(self, **changes)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write config.json and the weights, each whole or not at all, in the dtype that params are held in.
+
+        On several hosts all must call it; the first one writes. Raises UserError when the folder cannot be written.
+        """
+        params = jax.tree.map(_whole, nn.unbox(dict(self.params)))
+        if jax.process_index() == 0:
+            folder = Path(folder)
+            self._write_weights(folder, params)
+            write_json(folder / CONFIG, self._config_to_json(params))
+
+    # What each kind of component fills in.
+
+    @classmethod
+    def _module(cls, config, dtype) -> nn.Module:
+        raise NotImplementedError
+
+    @classmethod
+    def _example(cls, config) -> tuple:
+        """Arguments that the module's init takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def _names(cls, config, values: Mapping) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+        """(table, keys to ignore) of a file whose config.json holds ``values``."""
+        raise NotImplementedError
+
+    def _config_to_json(self, params: Mapping) -> dict:
+        raise NotImplementedError
+
+    def _write_weights(self, folder: Path, params: Mapping) -> None:
+        tensors = write(self._names(self.config, self._config_to_json(params))[0], params)
+        write_safetensors(folder / self.weights_file, tensors)
+
+    @classmethod
+    def _keep(cls, path: str, dtype) -> np.dtype:
+        """The dtype in which a parameter is held when the computation is in ``dtype``."""
+        del path, dtype
+        return np.dtype(np.float32)
+
+    # Loading.
+
+    @classmethod
+    def _load(cls, config, tensors: Tensors, values: Mapping, dtype, mesh) -> Self:
+        boxed = jax.eval_shape(cls._module(config, dtype).init, jax.random.key(0), *cls._example(config))["params"]
+        shapes = nn.unbox(boxed)
+        shardings = flatten(parameter_shardings(boxed, mesh)) if mesh is not None else {}
+
+        def place(path: str, array: np.ndarray):
+            array = array.astype(cls._keep(path, dtype), copy=False)
+            if mesh is None:
+                return jnp.asarray(array)
+            return jax.make_array_from_callback(array.shape, shardings[path], lambda part: array[part])
+
+        table, ignore = cls._names(config, values)
+        params = read(table, shapes, tensors, tensors.__getitem__, source=tensors.source, ignore=ignore, place=place)
+        return cls(config, params, dtype, mesh)
+
+    def _call(self, method: str, *arguments):
+        arguments = [None if a is None else jnp.asarray(a) if not isinstance(a, jax.Array) else a for a in arguments]
+        if self.mesh is None:
+            return _run(self.module, method, self.params, *arguments)
+        with self._on_mesh():
+            return _run(self.module, method, self.params, *arguments)
+
+    @contextlib.contextmanager
+    def _on_mesh(self):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+            yield
+
+
+class Transformer(Component):
+    """The PixArt transformer. ``params`` lacks null_caption where the file held none (diffusers' own files hold none)."""
+
+    def apply(self, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None) -> jax.Array:
+        """[b, h, w, 4], [b] fp32, [b, l, c], [b] int, [b, 2] (height, width in px), [b] → [b, h, w, 8] fp32."""
+        return self._call("__call__", latents, timesteps, text_states, text_lengths, size, aspect_ratio)
+
+    @classmethod
+    def _module(cls, config, dtype):
+        return PixArtTransformer(config, dtype=dtype)
+
+    @classmethod
+    def _example(cls, config):
+        side, width = config.patch_size, config.caption_width
+        return (
+            jnp.zeros((1, side, side, config.in_channels)), jnp.zeros((1,)), jnp.zeros((1, 1, width)), jnp.ones((1,), int), jnp.ones((1, 2)), jnp.ones((1,)),
+        )  # fmt: skip
+
+    @classmethod
+    def _names(cls, config, values):
+        return transformer.DIFFUSERS, transformer.DIFFUSERS_IGNORE
+
+    def _config_to_json(self, params):
+        return transformer.config_to_json(self.config)
+
+    def _write_weights(self, folder, params):
+        null = params.get("null_caption")
+        super()._write_weights(folder, {name: value for name, value in params.items() if name != "null_caption"})
+        if null is not None:
+            write_safetensors(folder / NULL_CAPTION, {"null_caption": null})
+        else:
+            (folder / NULL_CAPTION).unlink(missing_ok=True)
+
+
+class DiT(Component):
+    """The class-conditional DiT of stage 1, saved under the official code's names."""
+
+    def apply(self, latents, timesteps, labels) -> jax.Array:
+        """[b, h, w, 4], [b] fp32, [b] int (num_classes: no class) → [b, h, w, 8] fp32."""
+        return self._call("__call__", latents, timesteps, labels)
+
+    @classmethod
+    def _module(cls, config, dtype):
+        return DiTModule(config, dtype=dtype)
+
+    @classmethod
+    def _example(cls, config):
+        return jnp.zeros((1, config.patch_size, config.patch_size, config.in_channels)), jnp.zeros((1,)), jnp.zeros((1,), int)
+
+    @classmethod
+    def _names(cls, config, values):
+        if values.get("_class_name") == dit.DIFFUSERS_CLASS_NAME:
+            return dit.DIFFUSERS, dit.diffusers_ignore(config.depth)
+        return dit.OFFICIAL, dit.OFFICIAL_IGNORE
+
+    def _config_to_json(self, params):
+        return dit.config_to_json(self.config)
+
+
+class TextEncoder(Component):
+    """The T5 encoder. Computing in bfloat16 it also holds its matrices in bfloat16: half the memory, 9.5 GB for T5-XXL."""
+
+    weights_file = "model.safetensors"
+
+    def apply(self, input_ids, lengths) -> jax.Array:
+        """[b, l] int, [b] int → states [b, l, c] fp32."""
+        return self._call("__call__", input_ids, lengths)
+
+    @classmethod
+    def _module(cls, config, dtype):
+        return T5Encoder(config, dtype=dtype)
+
+    @classmethod
+    def _example(cls, config):
+        return jnp.zeros((1, 1), int), jnp.ones((1,), int)
+
+    @classmethod
+    def _names(cls, config, values):
+        return t5.TRANSFORMERS, t5.IGNORED
+
+    @classmethod
+    def _keep(cls, path, dtype):
+        return np.dtype(dtype) if path.endswith("kernel") or path == "embedding" else np.dtype(np.float32)
+
+    def _config_to_json(self, params):
+        return {**t5.config_to_json(self.config), "torch_dtype": str(params["embedding"].dtype)}
+
+
+class VAE(Component):
+    """The autoencoder; images in [-1, 1], latents unscaled."""
+
+    def encode(self, images) -> tuple[jax.Array, jax.Array]:
+        """[b, H, W, 3] in [-1, 1] → (mean, std), each [b, H/f, W/f, 4] fp32."""
+        return self._call("encode", images)
+
+    def decode(self, latents, tile: int | None = None, overlap: int = 16) -> jax.Array:
+        """[b, h, w, 4] → [b, h · f, w · f, 3] fp32. tile: in latent cells, decodes a large image in blended tiles of that side."""
+        if tile is None:
+            return self._call("decode", latents)
+        return tiled_decode(lambda part: self._call("decode", part), jnp.asarray(latents), tile, overlap)
+
+    @classmethod
+    def _module(cls, config, dtype):
+        return AutoencoderKL(config, dtype=dtype)
+
+    @classmethod
+    def _example(cls, config):
+        return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
+
+    @classmethod
+    def _names(cls, config, values):
+        return vae.diffusers(config), ()
+
+    def _config_to_json(self, params):
+        return vae.config_to_json(self.config)
+
+
+# config.json's _class_name (diffusers) or model_type (transformers) → (the component, its reader of config.json).
+_KINDS = {
+    transformer.CLASS_NAME: (Transformer, transformer.config_from_json),
+    dit.CLASS_NAME: (DiT, dit.config_from_json),
+    dit.DIFFUSERS_CLASS_NAME: (DiT, dit.config_from_json),
+    vae.CLASS_NAME: (VAE, vae.config_from_json),
+    "t5": (TextEncoder, t5.config_from_json),
+}
+# Early diffusers files name one class for every transformer; the norm says which it is.
+_OLD_CLASS_NAME = "Transformer2DModel"
+_OF_NORM = {"ada_norm_single": transformer.CLASS_NAME, "ada_norm_zero": dit.DIFFUSERS_CLASS_NAME}
+
+
+def load_component(folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None) -> Component:
+    """Open one part of a model: the folder of a transformer, a DiT, a T5 encoder or a VAE, as diffusers, transformers or this project wrote it.
+
+    dtype: of the computation, fp32 by default. Parameters are held in fp32 (TextEncoder: see there). mesh: parameters are
+    laid over it by parallel.rules, each device reading its own part. Raises UserError for a folder that is missing, is a
+    whole model, is of an unknown kind, lacks weights, or holds damaged ones, ones of other names, or ones of other shapes.
+    """
+    folder = Path(folder)
+    values = _read_config(folder)
+    kind = values.get("_class_name") or values.get("model_type")
+    if kind == _OLD_CLASS_NAME:
+        kind = _OF_NORM.get(values.get("norm_type"), kind)
+        values = {**values, "_class_name": kind}
+    if kind not in _KINDS:
+        raise UserError(f"{folder / CONFIG} describes a {kind!r}{nearest(str(kind), _KINDS)}: such a part is not known")
+    component, config_from_json = _KINDS[kind]
+    try:
+        config = config_from_json(values)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    tensors = _Renamed(open_tensors(find_weights(folder)), component, config)
+    if (folder / NULL_CAPTION).is_file() and component is Transformer:
+        tensors = _WithNullCaption(tensors, folder / NULL_CAPTION)
+    return component._load(config, tensors, values, jnp.dtype(dtype or jnp.float32), mesh)
+
+
+def _read_config(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: give the folder of one part of a model, with config.json and weights in it")
+    if (folder / "model_index.json").is_file():
+        parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        raise UserError(f"{folder} is a whole model: give one of its parts ({', '.join(parts)}), or open it with Pipeline.from_pretrained")
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {CONFIG}: it is no part of a model") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / CONFIG} holds no JSON object")
+    return values
+
+
+class _Renamed(Tensors):
+    """A file's tensors under today's names, without those that belong to another model (a whole T5's decoder)."""
+
+    def __init__(self, tensors: Tensors, component: type[Component], config):
+        super().__init__(tensors.source)
+        renames = {VAE: vae.aliases(config) if component is VAE else {}, TextEncoder: t5.ALIASES}.get(component, {})
+        foreign = t5.IGNORED_PREFIXES if component is TextEncoder else ()
+        keys = [key for key in tensors if not key.startswith(foreign)] if foreign else list(tensors)
+        self._tensors = tensors
+        self._key = {renames.get(key, key): key for key in keys} | {key: key for key in keys if key not in renames}
+
+    def __iter__(self):
+        return iter(self._key)
+
+    def __len__(self):
+        return len(self._key)
+
+    def shape(self, key):
+        return self._tensors.shape(self._key[key])
+
+    def __getitem__(self, key):
+        return self._tensors[self._key[key]]
+
+
+class _WithNullCaption(Tensors):
+    """A transformer's tensors and, under the name that old diffusers files give it, the null caption kept beside them."""
+
+    KEY = "caption_projection.y_embedding"
+
+    def __init__(self, tensors: Tensors, path: Path):
+        super().__init__(tensors.source)
+        self._tensors, self._beside = tensors, SafetensorsFile(path)
+        if "null_caption" not in self._beside:
+            raise UserError(f"{path} holds no null_caption")
+
+    def __iter__(self):
+        return iter({*self._tensors, self.KEY})
+
+    def __len__(self):
+        return len({*self._tensors, self.KEY})
+
+    def shape(self, key):
+        return self._beside.shape("null_caption") if key == self.KEY else self._tensors.shape(key)
+
+    def __getitem__(self, key):
+        return self._beside["null_caption"] if key == self.KEY else self._tensors[key]
+
+
+def _whole(array) -> np.ndarray:
+    """The array on this host, gathered from the others where they hold parts of it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

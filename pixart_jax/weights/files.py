@@ -1,0 +1,255 @@
+"""Tensors in files, one at a time: safetensors (one file, or shards behind an index) and PyTorch's .pth, .pt, .bin.
+
+Nothing is unpickled: a PyTorch file is opened by torch's weights-only loader, and one that holds more than plain data is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from pixart_jax.errors import UserError
+
+# safetensors' names of dtypes.
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+# Weights of a component folder, in the order in which they are looked for.
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """{key: array} of one file, read when asked for. ``source`` names the file in messages."""
+
+    def __init__(self, source: str):
+        self.source = source
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+        raise NotImplementedError
+
+
+class SafetensorsFile(Tensors):
+    """One .safetensors file, memory mapped: an array is a view of the file until somebody copies it."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        try:
+            with safetensors.safe_open(path, "np"):  # checks the header, and that the tensors cover the file exactly
+                pass
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._header = json.loads(file.read(length))
+            self._header.pop("__metadata__", None)
+            self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if self._header else np.empty(0, np.uint8)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as safetensors, it is damaged or cut short ({_first_line(error)}): copy it again") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._header[key]["shape"])
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        entry = self._header[key]
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{self.source}: {key} is of dtype {entry['dtype']}, which is not known")
+        start, stop = entry["data_offsets"]
+        return self._bytes[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+class TorchFile(Tensors):
+    """One PyTorch file of tensors, memory mapped where its format allows. branch: which of several state dicts in it was taken."""
+
+    def __init__(self, path: Path, branches: tuple[str, ...] = ()):
+        super().__init__(str(path))
+        self.branch: str | None = None
+        content = _torch_load(path)
+        for name in branches:
+            if isinstance(content.get(name), Mapping):
+                self.branch, content = name, content[name]
+                break
+        self._tensors = {str(key): value for key, value in content.items() if hasattr(value, "numpy")}
+        if not self._tensors:
+            raise UserError(f"{path} holds no tensors by name (it holds: {', '.join(map(str, list(content)[:8])) or 'nothing'})")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        import torch
+
+        tensor = self._tensors[key].detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+class Shards(Tensors):
+    """Several files behind one index.json; a shard is opened when a tensor of it is asked for, and only one is kept open."""
+
+    def __init__(self, index: Path):
+        super().__init__(str(index))
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._shard_of = {str(key): index.parent / name for key, name in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is no index of shards (a JSON object with weight_map): it is damaged, copy it again") from None
+        missing = sorted({shard.name for shard in self._shard_of.values() if not shard.is_file()})
+        if missing:
+            raise UserError(f"{index} names {len(missing)} missing shards: {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}")
+        self._open: tuple[Path, Tensors] | None = None
+
+    def _shard(self, key: str) -> Tensors:
+        path = self._shard_of[key]
+        if self._open is None or self._open[0] != path:
+            self._open = (path, open_tensors(path))
+        if key not in self._open[1]:
+            raise UserError(f"{path} lacks {key}, which {self.source} says is there: copy both again")
+        return self._open[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shard(key).shape(key)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._shard(key)[key]
+
+
+def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Tensors:
+    """Open a .safetensors file, an …index.json of shards, or a PyTorch file.
+
+    branches: names under which a PyTorch file may keep the state dict, the first that is there wins (('state_dict_ema',
+    'state_dict') for an official checkpoint's average); the file itself where none is. Raises UserError, naming the file,
+    when it is missing, damaged, not of a known kind, or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    if path.name.endswith(".index.json"):
+        return Shards(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return TorchFile(path, branches)
+    raise UserError(f"{path}: weights are read from .safetensors, .safetensors.index.json, {', '.join(TORCH_SUFFIXES)}")
+
+
+def find_weights(folder: str | os.PathLike) -> Path:
+    """The file or index that holds a component folder's weights; UserError where there is none. safetensors before PyTorch's."""
+    folder = Path(folder)
+    for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"):
+        for stem in STEMS:
+            if (path := folder / f"{stem}{suffix}").is_file():
+                return path
+    raise UserError(f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors (or shards with their index.json) would do")
+
+
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write beside ``path`` and then rename, so that ``path`` is always a whole file. Raises UserError when it cannot be written."""
+    arrays = {key: np.asarray(value, order="C") for key, value in tensors.items()}
+    # diffusers and transformers refuse a file that does not name its format
+    write_atomically(path, lambda staged: safetensors.numpy.save_file(arrays, staged, metadata={"format": "pt"}))
+
+
+def write_json(path: str | os.PathLike, values: Mapping) -> None:
+    """Write a JSON object as ``write_safetensors`` writes."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: str | os.PathLike, write) -> None:
+    """write(staged path), then rename to ``path``; on a failure nothing of it is left. Raises UserError for the system's refusals."""
+    path = Path(path)
+    staged = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        staged = Path(name)
+        write(staged)
+        os.chmod(staged, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
+        with open(staged, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {_first_line(error)}") from None
+    finally:
+        if staged is not None:
+            staged.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _torch_load(path: Path) -> Mapping:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path} is a PyTorch file, which needs PyTorch to be read: pip install torch, or give a .safetensors file") from None
+    import argparse
+    import pickle
+
+    def load(**options):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a bag of values, which DiT's trainer puts beside the weights
+            return torch.load(path, map_location="cpu", weights_only=True, **options)
+
+    try:
+        try:
+            content = load(mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            content = load()  # the format before PyTorch 1.6
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
+            raise UserError(f"{path} holds more than tensors, and opening it could run code: only plain weights are read") from None
+        raise UserError(f"{path} cannot be read as a PyTorch file: it is damaged, or of another kind") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a PyTorch file, it is damaged or cut short ({_first_line(error)}): copy it again") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
