@@ -83,7 +83,8 @@ def plan(flags: Flags, wanted: list[str]):
     """What is to be drawn, and what of it is there. All flags are checked here, before the weights are read."""
     from pixart_jax.pipeline import drawings, folder, options
 
-    height, width = options.check(*folder.configs(flags.model), **{name: getattr(flags, name) for name in ("height", "width", "batch_size", *HOW)})
+    checked = {name: getattr(flags, name) for name in ("height", "width", "batch_size", "seed", *HOW)}
+    height, width = options.check(*folder.configs(flags.model), **checked)
     settings = {
         "negative_prompt": flags.negative_prompt,
         "height": height,

@@ -19,7 +19,8 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(["usage: python -m pixart_jax COMMAND [flags]", "", *lines, "", "python -m pixart_jax COMMAND --help lists a command's flags."])
+    lines += ["", "python -m pixart_jax COMMAND --help lists a command's flags."]
+    return "\n".join(["usage: python -m pixart_jax COMMAND [flags]", "", *lines])
 
 
 def main(argv: list[str]) -> int:

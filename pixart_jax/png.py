@@ -41,7 +41,8 @@ def parameters(settings: Mapping) -> str:
     if "height" in facts and "width" in facts:
         facts["size"] = f"{facts.pop('width')}x{facts.pop('height')}"
     known = [(title, facts[key]) for key, title in _TITLES.items() if key in facts]
-    rest = [(key.replace("_", " ").capitalize(), value) for key, value in facts.items() if key not in (*_TITLES, "prompt", "negative_prompt")]
+    said = {*_TITLES, "prompt", "negative_prompt"}
+    rest = [(key.replace("_", " ").capitalize(), value) for key, value in facts.items() if key not in said]
     lines.append(", ".join(f"{title}: {_field(value)}" for title, value in known + rest if value not in (None, "")))
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +57,11 @@ def tokenize(tokenizer, texts: Sequence[str], most: int, length: int | None = No
     8 over the longest. Nothing that reads the result may depend on the padding.
     """
     ids = tokenizer([clean(text) for text in texts], truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
+    full = [n for n, row in enumerate(ids) if len(row) >= most]
+    for n in full:
+        count = len(tokenizer(clean(texts[n]), add_special_tokens=True)["input_ids"])
+        if count > most:
+            warnings.warn(f"a prompt of {count} tokens was cut to {most}: {texts[n][:60]!r} …", stacklevel=2)
     length = length or padded_length(max((len(row) for row in ids), default=1), most)
     pad = tokenizer.pad_token_id or 0
     out = np.full((len(ids), length), pad, np.int32)

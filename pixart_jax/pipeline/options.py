@@ -23,6 +23,7 @@ def check(
     times: str = "fractional",
     null: str = "text",
     batch_size: int | None = None,
+    seed: int = 0,
 ) -> tuple[int, int]:
     """(height, width) in pixels that the options ask for, by default the side that the model was trained at.
 
@@ -34,13 +35,16 @@ def check(
     for name, value in (("height", height), ("width", width)):
         if value < unit or value % unit:
             fits = max(unit, (value + unit // 2) // unit * unit)
-            raise UserError(f"{name} {value}: a side must be a multiple of {unit} ({vae.factor} × patch size {transformer.patch_size}); {fits} would do")
+            unit_is = f"{unit} ({vae.factor} × patch size {transformer.patch_size})"
+            raise UserError(f"{name} {value}: a side must be a multiple of {unit_is}; {fits} would do")
     if steps < 1:
         raise UserError(f"steps {steps}: at least 1 is needed")
     if not abs(guidance) < float("inf"):
         raise UserError(f"guidance {guidance}: a finite number is needed; 1 does no second pass")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least 1 is needed")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed}: a whole number from 0 to {2**32 - 1} is needed")
     for name, value, known in (("solver", solver, diffusion.solvers.NAMES), ("times", times, TIMES), ("null", null, NULLS)):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown{nearest(value, known)}")

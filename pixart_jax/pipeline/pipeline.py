@@ -123,7 +123,7 @@ class Pipeline:
         indices = list(range(len(prompts))) if indices is None else list(indices)
         height, width = options.check(
             self.transformer.config, self.vae.config, steps=steps, guidance=guidance, height=height, width=width,
-            solver=solver, times=times, null=null, batch_size=batch_size,
+            solver=solver, times=times, null=null, batch_size=batch_size, seed=seed,
         )  # fmt: skip
         guided = float(guidance) != 1.0
         wanted = batch_size or min(len(prompts), DEFAULT_BATCH)
@@ -161,7 +161,7 @@ class Pipeline:
     def noise(self, seed: int, indices: Sequence[int], height: int, width: int) -> tuple[jax.Array, jax.Array]:
         """(noise [n, h, w, c] fp32, keys [n] for the solvers that add noise): image i's come from fold_in(key(seed), i) alone."""
         shape = (height // self.factor, width // self.factor, self.transformer.config.in_channels)
-        noise, keys = _noise(seed, np.asarray(indices, np.uint32), shape)
+        noise, keys = _noise(jax.random.key(seed), np.asarray(indices, np.uint32), shape)
         return self._place(noise), self._place(keys)
 
     def denoise(
@@ -204,9 +204,8 @@ class Pipeline:
             aspect_ratio = jnp.full((batch,), pixels[0] / pixels[1]) if aspect_ratio is None else jnp.asarray(aspect_ratio, jnp.float32)
         else:
             size = aspect_ratio = None
-        plan = _Plan(
-            self.transformer.module, self.scheduler.schedule(), self.scheduler.prediction, solver, steps, times, order, guided, callback is not None
-        )
+        schedule, prediction = self.scheduler.schedule(), self.scheduler.prediction
+        plan = _Plan(self.transformer.module, schedule, prediction, solver, steps, times, order, guided, watched=callback is not None)
         run = functools.partial(_denoise, plan, self.transformer.params, noise, keys, text, size, aspect_ratio, jnp.float32(guidance))
         with self._on_mesh():
             return run() if callback is None else _watch(callback, run)
@@ -227,6 +226,8 @@ class Pipeline:
         negative, negative_lengths = self.encode_text(texts, states.shape[1])
         if null == "text":
             return negative, negative_lengths
+        if "null_caption" not in self.transformer.params:
+            raise UserError("this transformer has no stored null caption: use null='text'")
         empty = jnp.asarray([not tokens.clean(text) for text in texts])
         caption = jnp.asarray(self.transformer.params["null_caption"], negative.dtype)[: states.shape[1]]
         return jnp.where(empty[:, None, None], caption, negative), jnp.where(empty, lengths, negative_lengths)
@@ -287,8 +288,8 @@ def _denoise(plan, params, noise, keys, text, size, aspect_ratio, guidance):
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _noise(seed, indices, shape):
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+def _noise(key, indices, shape):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
     return noise, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
 

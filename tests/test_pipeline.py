@@ -1,0 +1,289 @@
+"""The Pipeline draws what diffusers' PixArtAlphaPipeline draws, and no image depends on its batch, its padding or its caller."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusers import PixArtAlphaPipeline
+
+from pixart_jax import Pipeline
+from pixart_jax import tokenizer as tokens
+from pixart_jax.errors import UserError
+from tests import tiny_diffusers
+
+PROMPTS = ["a large red circle", "a small blue star left of a large green square and above the yellow circle", "zebra"]
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Decibels over the range 255; 99 for equal images."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def noise_for(pipe: Pipeline, count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.asarray(pipe.noise(seed, range(count), height, width)[0])
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v"])
+def pair(request, tmp_path_factory):
+    """(diffusers' pipeline, ours, the folder), once for each prediction."""
+    folder = tmp_path_factory.mktemp(f"tiny_{request.param}")
+    theirs = tiny_diffusers.build(folder, request.param)
+    return theirs, Pipeline.from_pretrained(folder), folder
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_diffusers.build(folder)
+    return Pipeline.from_pretrained(folder)
+
+
+def assert_draws_the_same(theirs, pipe: Pipeline, prompts, height: int, width: int, negative: str = "", steps: int = 20, guidance=4.5):
+    noise = noise_for(pipe, len(prompts), height, width)
+    how = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative}
+    want_latents, want = tiny_diffusers.draw(theirs, prompts, noise, **how)
+    states, lengths = pipe.encode_text(prompts)
+    negatives = pipe.encode_text([negative] * len(prompts))
+    latents = np.asarray(pipe.denoise(states, lengths, noise, *negatives, steps=steps, guidance=guidance, times="integer"))
+    error = np.linalg.norm(latents - want_latents) / np.linalg.norm(want_latents)
+    assert error < 2e-3, error
+    images = pipe(prompts, negative_prompt=negative, height=height, width=width, steps=steps, guidance=guidance, times="integer")
+    assert images.shape == want.shape and images.dtype == np.uint8
+    assert np.ptp(images.astype(int)) > 20  # a flat picture would prove nothing
+    values = [psnr(a, b) for a, b in zip(images, want, strict=True)]
+    assert min(values) >= 40, values
+
+
+def test_draws_the_image_of_diffusers(pair):
+    assert_draws_the_same(pair[0], pair[1], PROMPTS, 64, 64)
+
+
+def test_draws_the_image_of_diffusers_on_an_oblong_canvas_under_a_negative_prompt(pair):
+    assert_draws_the_same(pair[0], pair[1], PROMPTS[:2], 48, 96, negative="a red star", steps=7, guidance=3.0)
+
+
+def test_guidance_one_is_the_image_without_guidance(pair):
+    assert_draws_the_same(pair[0], pair[1], PROMPTS[:1], 64, 64, steps=5, guidance=1.0)
+
+
+def test_model_with_size_conditions_is_told_the_images_size(tmp_path):
+    theirs = tiny_diffusers.build(tmp_path, size_conditions=True)
+    pipe = Pipeline.from_pretrained(tmp_path)
+    assert pipe.default_size == 1024
+    assert_draws_the_same(theirs, pipe, PROMPTS[:2], 64, 96, steps=5)
+    states, lengths = pipe.encode_text(PROMPTS[:1])
+    noise = noise_for(pipe, 1, 64, 96)
+    drawn, again, other = (
+        np.asarray(pipe.denoise(states, lengths, noise, steps=2, **told))
+        for told in ({}, {"size": [[64.0, 96.0]], "aspect_ratio": [64 / 96]}, {"aspect_ratio": [1.0]})
+    )
+    np.testing.assert_array_equal(drawn, again)
+    assert np.abs(drawn - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_saved_folder_opens_in_diffusers_and_draws_the_same(tmp_path, prediction):
+    tiny_diffusers.build(tmp_path / "first", prediction)
+    Pipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    theirs = PixArtAlphaPipeline.from_pretrained(tmp_path / "second")
+    theirs.set_progress_bar_config(disable=True)
+    assert_draws_the_same(theirs, Pipeline.from_pretrained(tmp_path / "second"), PROMPTS[:2], 64, 64, steps=6)
+
+
+def test_saving_over_a_saved_folder_replaces_its_parts_and_keeps_other_files(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "transformer" / "stale.safetensors").write_text("old")
+    ours.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
+    )
+    assert not (tmp_path / "transformer" / "stale.safetensors").exists()
+    np.testing.assert_array_equal(Pipeline.from_pretrained(tmp_path)(PROMPTS[0], steps=2), ours(PROMPTS[0], steps=2))
+
+
+def test_shipped_folder_draws_what_diffusers_draws_from_it(root):
+    shipped = root / "assets" / "shapes"
+    if not (shipped / "model_index.json").is_file():
+        pytest.skip("assets/shapes is not there yet")
+    theirs = PixArtAlphaPipeline.from_pretrained(shipped)
+    theirs.set_progress_bar_config(disable=True)
+    prompts = ["a large red star left of a small blue circle", "a small green square", "a large yellow circle"]
+    pipe = Pipeline.from_pretrained(shipped)
+    assert_draws_the_same(theirs, pipe, prompts, pipe.default_size, pipe.default_size)
+    unit = 8 * pipe.transformer.config.patch_size
+    assert_draws_the_same(theirs, pipe, prompts[:2], pipe.default_size, pipe.default_size + unit, negative="a red circle")
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "sa", "ddpm"])
+def test_an_image_does_not_depend_on_its_batch(ours, solver):
+    """Alone, in one batch, in batches with a padded last one: the same image to one level of 255 (fp32 sums in another order)."""
+    how = {"steps": 5, "solver": solver, "seed": 7}
+    together = ours(PROMPTS + PROMPTS[:2], **how).astype(int)
+    assert np.abs(together - ours(PROMPTS + PROMPTS[:2], batch_size=2, **how)).max() <= 1
+    for n, prompt in enumerate(PROMPTS):
+        alone = np.concatenate([images for _, images in ours.draw([prompt], indices=[n], **how)])
+        assert np.abs(together[n] - alone[0]).max() <= 1
+    assert np.abs(together[0] - together[3]).max() > 1  # the same prompt, another place: other noise
+
+
+def test_the_same_batch_shape_gives_the_same_image_to_the_bit(ours):
+    first = ours(PROMPTS[:2], steps=3, seed=1, batch_size=2)
+    ((_, swapped),) = ours.draw(PROMPTS[1::-1], indices=[1, 0], steps=3, seed=1, batch_size=2)
+    np.testing.assert_array_equal(first, swapped[::-1])
+
+
+def test_noise_of_an_image_is_that_of_its_folded_key(ours):
+    noise, _ = ours.noise(3, [5, 0], 64, 48)
+    key = jax.random.fold_in(jax.random.key(3), 5)
+    np.testing.assert_array_equal(noise[0], jax.random.normal(key, (8, 6, 4)))
+
+
+def test_text_padding_changes_nothing(ours):
+    states, lengths = ours.encode_text(PROMPTS[:2])
+    long_states, long_lengths = ours.encode_text(PROMPTS[:2], 64)
+    np.testing.assert_array_equal(lengths, long_lengths)
+    assert states.shape[1] == 16 and long_states.shape[1] == 64
+    for n, count in enumerate(np.asarray(lengths)):
+        np.testing.assert_allclose(states[n, :count], long_states[n, :count], rtol=1e-4, atol=1e-5)
+    noise = noise_for(ours, 2, 64, 64)
+    short = np.asarray(ours.denoise(states, lengths, noise, steps=4))
+    # What stands in the padding is not read: here it is as wrong as it can be.
+    poisoned = jnp.where(jnp.arange(64)[None, :, None] < lengths[:, None, None], long_states, 1e3)
+    long = np.asarray(ours.denoise(poisoned, lengths, noise, steps=4))
+    assert np.linalg.norm(short - long) / np.linalg.norm(short) < 1e-4
+
+
+def test_negative_states_of_another_length_are_padded(ours):
+    states, lengths = ours.encode_text(PROMPTS[:2])
+    noise = noise_for(ours, 2, 64, 64)
+    default = ours.denoise(states, lengths, noise, steps=3)
+    given = ours.denoise(states, lengths, noise, *ours.encode_text(["", ""], 8), steps=3)
+    np.testing.assert_allclose(default, given, rtol=1e-3, atol=1e-4)
+
+
+def test_null_embedding_is_the_stored_caption_under_the_prompts_length(ours):
+    null = np.asarray(jax.random.normal(jax.random.key(0), (120, 16)))
+    pipe = ours.replace(transformer=ours.transformer.replace(params={**ours.transformer.params, "null_caption": jnp.asarray(null)}))
+    noise = noise_for(pipe, 1, 64, 64)
+    states, lengths = pipe.encode_text(PROMPTS[:1])
+    core = pipe.denoise(states, lengths, noise, null[None, : states.shape[1]], lengths, steps=3)
+    np.testing.assert_array_equal(np.asarray(pipe.decode(core)), pipe(PROMPTS[0], steps=3, null="embedding"))
+    assert np.abs(pipe(PROMPTS[0], steps=3, null="embedding").astype(int) - pipe(PROMPTS[0], steps=3)).max() > 1
+    # A negative prompt that says something is what it says, whichever null is chosen.
+    says = {"negative_prompt": "a red star", "steps": 3}
+    np.testing.assert_array_equal(pipe(PROMPTS[0], null="embedding", **says), pipe(PROMPTS[0], **says))
+
+
+def test_null_embedding_without_a_stored_caption_is_refused(ours):
+    params = {name: value for name, value in ours.transformer.params.items() if name != "null_caption"}
+    with pytest.raises(UserError, match="null caption"):
+        ours.replace(transformer=ours.transformer.replace(params=params))(PROMPTS[0], steps=2, null="embedding")
+
+
+def test_stochastic_solvers_add_noise_only_with_keys(ours):
+    states, lengths = ours.encode_text(PROMPTS[:1])
+    noise, keys = ours.noise(0, [0], 64, 64)
+    plain, again = (np.asarray(ours.denoise(states, lengths, noise, steps=4, solver="sa")) for _ in range(2))
+    noisy = np.asarray(ours.denoise(states, lengths, noise, steps=4, solver="sa", keys=keys))
+    np.testing.assert_array_equal(plain, again)
+    assert np.abs(plain - noisy).max() > 1e-3
+
+
+def test_callback_sees_every_step_and_only_real_images(ours):
+    seen: dict[int, list] = {}
+    images = ours(PROMPTS, steps=4, batch_size=2, callback=lambda step, latents: seen.setdefault(step, []).append(latents))
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert [[batch.shape for batch in seen[step]] for step in range(4)] == [[(2, 8, 8, 4), (1, 8, 8, 4)]] * 4
+    np.testing.assert_array_equal(images, ours(PROMPTS, steps=4, batch_size=2))
+    # Another callback, the same program.
+    other: list[int] = []
+    ours(PROMPTS, steps=4, batch_size=2, callback=lambda step, latents: other.append(step))
+    assert sorted(other) == [0, 0, 1, 1, 2, 2, 3, 3]
+    # The last x_0 that dpm++ sees is close to what it ends with, so a preview converges to the image.
+    last: dict[int, np.ndarray] = {}
+    latents = ours.denoise(*ours.encode_text(PROMPTS[:1]), noise_for(ours, 1, 64, 64), callback=last.__setitem__)
+    assert np.linalg.norm(last[19] - latents) < np.linalg.norm(last[0] - latents)
+
+
+def test_one_executable_for_all_batches_and_for_other_parameters(ours):
+    from pixart_jax.pipeline.pipeline import _denoise
+
+    ours(PROMPTS, steps=6, batch_size=2, seed=0)
+    before = _denoise._cache_size()
+    ours(PROMPTS * 2, steps=6, batch_size=2, seed=9, guidance=2.0, negative_prompt="a star")
+    changed = jax.tree.map(lambda x: x * 1.01, ours.transformer.params)
+    ours.replace(transformer=ours.transformer.replace(params=changed))(PROMPTS, steps=6, batch_size=2)
+    assert _denoise._cache_size() == before
+
+
+def test_bfloat16_draws_nearly_the_same(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    half = Pipeline.from_pretrained(tmp_path, dtype=jnp.bfloat16)
+    states, lengths = ours.encode_text(PROMPTS[:1])
+    noise = noise_for(ours, 1, 64, 64)
+    full, rough = (np.asarray(p.denoise(states, lengths, noise, steps=4, guidance=1.0)) for p in (ours, half))
+    assert rough.dtype == np.float32
+    assert 0 < np.linalg.norm(full - rough) / np.linalg.norm(full) < 0.1
+    assert half(PROMPTS[0], steps=2).dtype == np.uint8
+
+
+def test_long_prompts_are_cut_with_a_warning_and_keep_the_end_mark(ours):
+    with pytest.warns(UserWarning, match="cut to 120"):
+        ids, lengths = tokens.tokenize(ours.tokenizer, ["red " * 200], 120)
+    assert ids.shape == (1, 120) and lengths[0] == 120 and ids[0, -1] == ours.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"solver": "dpm+"}, "dpm\\+\\+"),
+        ({"steps": 0}, "at least 1"),
+        ({"height": 65}, "multiple of 16.*64 would do"),
+        ({"width": -16}, "multiple of 16"),
+        ({"times": "integers"}, "'integer'"),
+        ({"null": "txt"}, "'text'"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"guidance": float("nan")}, "finite"),
+        ({"seed": -1}, "from 0"),
+        ({"negative_prompt": ["a", "b"]}, "one for all"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(ours, how, says):
+    with pytest.raises(UserError, match=says):
+        ours(PROMPTS[:1], **how)
+    with pytest.raises(UserError, match="at least one"):
+        ours([])
+
+
+def test_folders_that_are_no_model_are_named(ours, tmp_path):
+    with pytest.raises(UserError, match="no model folder"):
+        Pipeline.from_pretrained(tmp_path / "nowhere")
+    ours.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="part of a model"):
+        Pipeline.from_pretrained(tmp_path / "model" / "transformer")
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    found = json.loads(config.read_text())
+    for change, says in (({"prediction_type": "flow_prediction"}, "prediction_type"), ({"trained_betas": [0.1]}, "trained_betas")):
+        config.write_text(json.dumps({**found, **change}))
+        with pytest.raises(UserError, match=says):
+            Pipeline.from_pretrained(tmp_path / "model")
+    config.unlink()
+    with pytest.raises(UserError, match="scheduler_config.json"):
+        Pipeline.from_pretrained(tmp_path / "model")
+
+
+def test_betas_and_steps_of_the_scheduler_config_are_honoured(tmp_path):
+    theirs = tiny_diffusers.build(tmp_path)
+    path: Path = tmp_path / "scheduler" / "scheduler_config.json"
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **betas}))
+    theirs = PixArtAlphaPipeline.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    assert_draws_the_same(theirs, Pipeline.from_pretrained(tmp_path), PROMPTS[:1], 64, 64, steps=5)

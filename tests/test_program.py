@@ -1,0 +1,97 @@
+"""A person's mistake is one line on stderr and exit status 2; a fault of the program keeps its traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from typing import Literal
+
+import pytest
+
+from pixart_jax import program
+from pixart_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """A program."""
+
+    model: str
+    """Where."""
+    batch_size: int = 4
+    kind: Literal["plain", "rich"] = "plain"
+
+
+def call(argv):
+    print(program.parse(Flags, argv, prog="it"))
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--model", "x", "--batchsize", "3"], "unknown flag --batchsize (did you mean '--batch-size'?)"),
+        (["--model", "x", "--batch_siz=3"], "'--batch-size'"),
+        (["--batch-size", "3"], "--model"),
+        (["--model", "x", "--batch-size", "three"], "three"),
+        (["--model", "x", "--kind", "rch"], "rich"),
+        (["--model", "x", "stray"], "unexpected argument 'stray'"),
+        (["--model"], "--model"),
+    ],
+)
+def test_bad_command_lines_are_one_line(capsys, argv, says):
+    assert program.run(call, argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_good_command_lines_and_help(capsys):
+    assert program.run(call, ["--model", "x", "--batch_size", "7"]) == 0
+    assert "batch_size=7" in capsys.readouterr().out
+    assert program.run(call, ["--help"]) == 0
+    assert "--batch-size" in capsys.readouterr().out
+
+
+def wrapped(inner: Exception) -> Exception:
+    try:
+        try:
+            raise inner
+        except Exception as fault:
+            raise RuntimeError("a worker thread stopped") from fault
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (UserError("two\nlines"), "two lines"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/a.png"), "the disk is full while writing out/a.png"),
+        (wrapped(OSError(errno.ENOSPC, "No space left on device")), "the disk is full"),
+        (ExceptionGroup("tasks", [ValueError("x"), OSError(errno.EDQUOT, "Quota")]), "the disk is full"),
+        (ValueError("tensorstore: write failed: No space left on device"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), "out: permission denied"),
+        (wrapped(UserError("that one")), "that one"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"), "out of memory"),
+    ],
+)
+def test_what_a_person_can_put_right_is_one_line(capsys, fault, says):
+    def main(argv):
+        raise fault
+
+    assert program.run(main, []) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        program.run(lambda argv: 1 // 0, [])
+
+
+def test_interrupted(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert program.run(main, []) == 130
+    assert capsys.readouterr().err == "interrupted\n"

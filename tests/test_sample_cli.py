@@ -1,0 +1,177 @@
+"""sample.py: prompts become PNGs once, and what a person got wrong is one line and exit status 2."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_jax import Pipeline, png, program
+from tests import tiny_diffusers
+
+PROMPTS = ["a large red circle", "a small blue star", "a green square"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_diffusers.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sample(root):
+    spec = importlib.util.spec_from_file_location("sample", root / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sample"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def images_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_prompt_becomes_a_png_that_says_how(sample, model, tmp_path, capsys):
+    argv = ["--model", str(model), "--prompt", PROMPTS[0], "--out", str(tmp_path), "--steps", "2", "--guidance", "3", "--seed", "5"]
+    assert program.run(sample.main, argv) == 0
+    out, err = capsys.readouterr()
+    path = tmp_path / "0000_a-large-red-circle_5.png"
+    assert str(path) in out and "image/s" in err.replace(" images", "image").replace("images", "image")
+    found = png.settings(path)
+    assert found.items() >= {
+        "prompt": PROMPTS[0], "steps": 2, "guidance": 3.0, "seed": 5, "height": 64, "width": 64, "solver": "dpm++", "model": "tiny",
+        "index": 0, "negative_prompt": "",
+    }.items()  # fmt: skip
+    with Image.open(path) as image:
+        assert image.info["parameters"].startswith(f"{PROMPTS[0]}\nSteps: 2, Sampler: dpm++, CFG scale: 3, Seed: 5, Size: 64x64")
+        np.testing.assert_array_equal(np.asarray(image), Pipeline.from_pretrained(model)(PROMPTS[0], steps=2, guidance=3.0, seed=5)[0])
+
+
+def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is_missing(sample, model, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:]]))
+    out = tmp_path / "out"
+    argv = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--steps", "2", "--batch-size", "2"]
+    assert program.run(sample.main, argv) == 0
+    names = ["0000_a-large-red-circle_0.png", "0001_a-small-blue-star_0.png", "0002_a-green-square_0.png", "grid.png"]
+    assert images_in(out) == names
+    first = {name: (out / name).read_bytes() for name in names}
+    (out / names[1]).unlink()
+    stamp = (out / names[0]).stat().st_mtime_ns
+    capsys.readouterr()
+    assert program.run(sample.main, argv) == 0
+    assert "2 of them already there" in capsys.readouterr().out
+    assert (out / names[0]).stat().st_mtime_ns == stamp
+    assert images_in(out) == names
+    redrawn, before = (np.asarray(Image.open(p)).astype(int) for p in (out / names[1], _bytes(tmp_path, first[names[1]])))
+    assert np.abs(redrawn - before).max() <= 1  # drawn alone this time
+    # Other settings: drawn beside, nothing is lost.
+    assert program.run(sample.main, [*argv[:-4], "--steps", "1", "--no-grid"]) == 0
+    assert {f"{name[:-4]}_2.png" for name in names[:3]} < set(images_in(out))
+    assert (out / names[0]).read_bytes() == first[names[0]]
+
+
+def _bytes(folder: Path, data: bytes) -> Path:
+    (folder / "before.png").write_bytes(data)
+    return folder / "before.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("p.csv", "id,prompt\n1,a red circle\n2,\"a star, blue\"\n"), ("p.jsonl", '{"prompt": "a red circle"}\n\n"a star, blue"\n')],
+)
+def test_csv_and_jsonl_files_of_prompts(sample, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert sample.read_prompts(sample.Flags(prompts=tmp_path / name)) == ["a red circle", "a star, blue"]
+
+
+def bad(tmp_path: Path, name: str, text: str | bytes = "") -> str:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+BAD = {
+    "no model folder": (lambda t, m: ["--prompt", "x", "--model", str(t / "absent")], "no model folder"),
+    "a part of a model": (lambda t, m: ["--prompt", "x", "--model", str(m / "vae")], "part of a model"),
+    "no prompt": (lambda t, m: [], "--prompt TEXT or --prompts FILE"),
+    "both": (lambda t, m: ["--prompt", "x", "--prompts", "y"], "not both"),
+    "no prompt file": (lambda t, m: ["--prompts", str(t / "absent.txt")], "no prompt file"),
+    "empty prompt file": (lambda t, m: ["--prompts", bad(t, "p.txt", "\n  \n")], "holds no prompt"),
+    "binary prompt file": (lambda t, m: ["--prompts", bad(t, "p.txt", b"\xff\xfe\x00")], "not UTF-8"),
+    "folder of prompts": (lambda t, m: ["--prompts", str(t)], "is a folder"),
+    "csv without the column": (lambda t, m: ["--prompts", bad(t, "p.csv", "text\nx\n")], "no column 'prompt'"),
+    "empty csv": (lambda t, m: ["--prompts", bad(t, "p.csv")], "holds no prompt"),
+    "broken jsonl": (lambda t, m: ["--prompts", bad(t, "p.jsonl", "{")], "line 1"),
+    "jsonl without prompt": (lambda t, m: ["--prompts", bad(t, "p.jsonl", '{"text": "x"}')], "line 1"),
+    "height": (lambda t, m: ["--prompt", "x", "--height", "72"], "multiple of 16"),
+    "width": (lambda t, m: ["--prompt", "x", "--width", "-64"], "multiple of 16"),
+    "solver": (lambda t, m: ["--prompt", "x", "--solver", "dmp++"], "did you mean 'dpm++'"),
+    "steps": (lambda t, m: ["--prompt", "x", "--steps", "-3"], "at least 1"),
+    "steps no number": (lambda t, m: ["--prompt", "x", "--steps", "many"], "many"),
+    "batch size": (lambda t, m: ["--prompt", "x", "--batch-size", "0"], "at least 1"),
+    "unknown flag": (lambda t, m: ["--prompt", "x", "--guidence", "3"], "did you mean '--guidance'"),
+    "out is a file": (lambda t, m: ["--prompt", "x", "--out", bad(t, "file")], "file"),
+    "out is below a file": (lambda t, m: ["--prompt", "x", "--out", bad(t, "file") + "/deep"], "not a directory"),
+    "out cannot be written": (lambda t, m: ["--prompt", "x", "--out", "/proc/nowhere"], "/proc/nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_status_2(sample, model, tmp_path, capsys, case):
+    make, says = BAD[case]
+    argv = make(tmp_path, model)
+    given = argv if "--model" in argv else [*argv, "--model", str(model)]
+    given = given if "--out" in given else [*given, "--out", str(tmp_path / "out")]
+    assert program.run(sample.main, given) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(sample, model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    argv = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out"), "--batch-size", "1", "--steps", "2"]
+    whole, real = [], os.fsync
+
+    def fills_up(descriptor):
+        if len(whole) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fills_up)
+    assert program.run(sample.main, argv) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
+    assert images_in(tmp_path / "out") == ["0000_a-large-red-circle_0.png", "0001_a-small-blue-star_0.png"]
+    monkeypatch.undo()
+    assert program.run(sample.main, argv) == 0
+    assert len(images_in(tmp_path / "out")) == 4
+
+
+def test_the_program_itself_draws_and_refuses(model, root, tmp_path):
+    """As a person starts it: another folder, another process."""
+    command = [sys.executable, str(root / "sample.py"), "--model", str(model), "--prompt", PROMPTS[0], "--steps", "1"]
+    drawn = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "out" / "0000_a-large-red-circle_0.png").is_file()
+    refused = subprocess.run([*command, "--solver", "dpm"], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+
+
+def test_the_shipped_model_is_the_default(sample, root):
+    assert sample.Flags().model == root / "assets" / "shapes"
+    if not (root / "assets" / "shapes" / "model_index.json").is_file():
+        pytest.skip("assets/shapes is not there yet")
+    assert json.loads((sample.Flags().model / "model_index.json").read_text())["_class_name"] == "PixArtAlphaPipeline"
+    size = sum(p.stat().st_size for p in sample.Flags().model.rglob("*") if p.is_file())
+    assert size <= 25 * 2**20
