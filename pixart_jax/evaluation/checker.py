@@ -61,13 +61,8 @@ class Found:
     confidence: float
 
     def size(self, unit: float = 1.0) -> str:
-        """'small' or 'large', whichever is nearer; unit is px for each px of shapes.SIZES (see :func:`unit`)."""
+        """'small' or 'large', whichever is nearer; unit is px for each px of shapes.SIZES."""
         return min(shapes.SIZES, key=lambda s: abs(math.log(max(self.radius, 1e-3) / (unit * shapes.SIZES[s]))))
-
-
-def unit(height: int, width: int, level: str = "plain") -> float:
-    """Px of radius in an image [height, width] for each of shapes.SIZES at a level."""
-    return min(height, width) / 64 * (0.8 if level == "rich" else 1.0)
 
 
 def find_objects(image: np.ndarray) -> list[Found]:

@@ -18,7 +18,7 @@ from pixart_jax.evaluation.shapes_score import Score, score
 from pixart_jax.evaluation.tasks import Asked, asked
 
 SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "shapes"
-Level = Literal["plain", "free", "rich", "aesthetic"]
+Level = Literal[*shapes.LEVELS]
 _PROG = "python -m pixart_jax evaluate"
 
 
@@ -68,7 +68,7 @@ class VAEOptions:
 class CheckerOptions:
     """Score true renders: what the checker itself gets wrong."""
 
-    level: Literal["all", "plain", "free", "rich", "aesthetic"] = "all"
+    level: Literal["all", *shapes.LEVELS] = "all"
     """one difficulty, or all of them"""
     per_task: int = 100
     """pictures a set"""
@@ -127,13 +127,13 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
 
 def evaluate_vae(options: VAEOptions, vae=None) -> Score:
     """Encode to the posterior's mean and decode; ``vae`` instead of the one at ``options.model``."""
-    from pixart_jax.weights.component import load_component
-
     wanted = asked(options.level, options.per_task)
     if options.batch_size < 1:
         raise UserError(f"batch-size {options.batch_size}: at least 1")
     _writable(options.out)
     if vae is None:
+        from pixart_jax.weights.component import load_component
+
         folder = Path(options.model)
         vae = load_component(folder / "vae" if (folder / "vae").is_dir() else folder)
         if not hasattr(vae, "decode"):
@@ -153,7 +153,8 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
     images = _by_canvas(wanted, through, "reconstructing")
     errors = np.array([np.mean((a.astype(np.float32) - b) ** 2) for a, b in zip(images, renders)])
     psnr = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-3))))
-    result = _tell(options, wanted, images, f"autoencoder's reconstructions · level {options.level} · the cap of any model's score", psnr=psnr)
+    title = f"autoencoder's reconstructions · level {options.level} · the cap of any model's score"
+    result = _tell(options, wanted, images, title, psnr=psnr)
     print(f"PSNR {psnr:.2f} dB (mean of pictures)")
     return result
 
@@ -197,7 +198,7 @@ def _writable(out: Path | None) -> None:
 
 def _tell(options, wanted: Sequence[Asked], images: Sequence[np.ndarray], title: str, **more) -> Score:
     """Score, print the table, write the files."""
-    result = score(wanted, images, options.level)
+    result = score(wanted, images)
     print(report.table(result, f"{title} · {options.per_task} pictures a set"))
     if options.out is not None:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items() if k != "out"}

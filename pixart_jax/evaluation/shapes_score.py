@@ -15,7 +15,7 @@ import numpy as np
 from pixart_jax.data import shapes
 from pixart_jax.evaluation import checker
 from pixart_jax.evaluation.checker import Found
-from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, Asked, answers
+from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, Asked, answers, unit
 
 _Z = 1.959964  # 95%
 _SHUFFLES = 100  # other captions that a picture is held against for the floor, at most
@@ -78,11 +78,11 @@ class Score:
         return {"tasks": rounded, "mean": mean, "all_correct": every, "images": images}
 
 
-def score(asked: Sequence[Asked], images: Sequence[np.ndarray], level: str = "plain") -> Score:
-    """Judge images (uint8 [h, w, 3] each) by what was asked. The level says how large 'small' and 'large' are."""
+def score(asked: Sequence[Asked], images: Sequence[np.ndarray]) -> Score:
+    """Judge images (uint8 [h, w, 3] each) by what was asked."""
     if len(asked) != len(images):
         raise ValueError(f"{len(images)} images for {len(asked)} scenes")
-    units = [checker.unit(*image.shape[:2], level) for image in images]
+    units = [unit(a.scene, min(image.shape[:2])) for a, image in zip(asked, images)]
     found = [tuple(checker.find_objects(image)) for image in images]
     verdicts = [Verdict(a, f, answers(a.set, a.scene, list(f), u)) for a, f, u in zip(asked, found, units)]
 

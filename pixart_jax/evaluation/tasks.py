@@ -62,6 +62,15 @@ def asked(level: str, per_task: int, captions: str = "short", sets: tuple[str, .
     return found
 
 
+def unit(scene: shapes.Scene, shorter: int) -> float:
+    """Px of radius for each of shapes.SIZES in a picture of a scene whose shorter side has ``shorter`` px.
+
+    Scenes of three and of the rich level are drawn at 0.8; the objects that were asked for say which.
+    """
+    nominal = np.mean([o.radius / shapes.SIZES[o.size] for o in scene.objects]) * 64 / min(scene.height, scene.width)
+    return shorter / 64 * (0.8 if nominal < 0.9 else 1.0)
+
+
 # ---- the questions -------------------------------------------------------------------------------------------------
 # Each takes the scene that was asked for, what was found (the largest first) and px a unit of size, and answers yes or no.
 

@@ -1,0 +1,131 @@
+"""``python -m pixart_jax evaluate`` from flags to files, on stand-ins for the parts of a model, and on the shipped model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_jax import pipeline as pipeline_room
+from pixart_jax import program
+from pixart_jax.data import shapes
+from pixart_jax.evaluation import command
+from pixart_jax.evaluation.command import SHIPPED, ShapesOptions, VAEOptions
+from pixart_jax.evaluation.tasks import asked
+
+
+class TruePipeline:
+    """Draws the very scene that is meant, in batches and in any order; every ``wrong``-th picture is left blank."""
+
+    def __init__(self, level: str, per_task: int, wrong: int = 10**9):
+        self.wanted, self.wrong, self.calls = asked(level, per_task), wrong, []
+
+    def draw(self, prompts, *, steps, guidance, solver, height, width, seed, indices, batch_size):
+        self.calls.append((height, width, len(prompts), steps, guidance, solver, seed))
+        assert prompts == [self.wanted[i].caption for i in indices]
+        for start in reversed(range(0, len(prompts), batch_size)):
+            positions = list(range(start, min(start + batch_size, len(prompts))))
+            batch = np.stack([shapes.render(self.wanted[indices[p]].scene) for p in positions])
+            batch[[k for k, p in enumerate(positions) if indices[p] % self.wrong == self.wrong - 1]] = 140
+            assert batch.shape[1:] == (height, width, 3)
+            yield positions, batch
+
+
+def evaluate(monkeypatch, pipe, *flags) -> int:
+    monkeypatch.setattr(pipeline_room.Pipeline, "from_pretrained", classmethod(lambda cls, folder: pipe))
+    return program.run(command.main, ["shapes", *map(str, flags)])
+
+
+def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "a" / "score"
+    pipe = TruePipeline("plain", 10, wrong=5)
+    assert evaluate(monkeypatch, pipe, "--model", tmp_path, "--per-task", 10, "--steps", 7, "--guidance", 3, "--seed", 5, "--out", out) == 0
+    assert pipe.calls == [(64, 64, 50, 7, 3.0, "dpm++", 5)]
+    printed = capsys.readouterr().out
+    rows = {line[:30].strip(): line[30:].split() for line in printed.splitlines() if line[:1].isalpha()}
+    assert rows["colour"][0] == rows["binding"][0] == rows["withheld: binding"][0] == "0.800"
+    assert rows["mean of the six main tasks"][0] == "0.800" and rows["colour"][-1] == "10"
+    record = json.loads((out / "score.json").read_text())
+    assert record["tasks"]["position"]["score"] == 0.8 and record["level"] == "plain" and record["seed"] == 5
+    assert len(record["images"]) == 50 and record["images"][4]["found"] == [] and record["images"][5]["right"]["colour"]
+    sheet = np.asarray(Image.open(out / "sheet.png")).astype(int)
+    green = (sheet[..., 1] > 130) & (sheet[..., 0] < 40) & (sheet[..., 2] < 70)
+    red = (sheet[..., 0] > 200) & (sheet[..., 1] < 32) & (sheet[..., 2] < 32)
+    assert green.sum() > 3 * red.sum() > 0  # one frame in five is red
+
+
+def test_canvases_are_drawn_apart_and_come_back_in_order(monkeypatch, capsys):
+    pipe = TruePipeline("aesthetic", 6)
+    assert evaluate(monkeypatch, pipe, "--level", "aesthetic", "--per-task", 6, "--batch-size", 4) == 0
+    assert len({call[:2] for call in pipe.calls}) == len(pipe.calls) > 1
+    assert "mean of the six main tasks      1.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["shape"], "did you mean 'shapes'"),
+        (["shapes", "--per-taks", "3"], "did you mean '--per-task'"),
+        (["shapes", "--per-task", "0"], "at least 1"),
+        (["shapes", "--batch-size", "0"], "batch-size 0"),
+        (["shapes", "--level", "hard"], "plain"),
+        (["checker", "--level", "hard"], "plain"),
+        (["shapes", "--out", "FILE/score"], "FILE"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(argv, says, tmp_path, capsys):
+    (tmp_path / "FILE").write_text("in the way")
+    argv = [a.replace("FILE", str(tmp_path / "FILE")) for a in argv]
+    assert program.run(command.main, argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_help_names_what_can_be_evaluated(capsys):
+    assert program.run(command.main, ["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(what in printed for what in ("shapes", "vae", "checker"))
+    assert program.run(command.main, []) == 2
+
+
+def test_the_checker_scores_each_level(tmp_path, capsys):
+    assert program.run(command.main, ["checker", "--per-task", "3", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for level in shapes.LEVELS:
+        assert f"level {level}" in printed
+        assert json.loads((tmp_path / level / "score.json").read_text())["mean"]["score"] == 1.0
+
+
+class CoarseVAE:
+    """Stands in for an autoencoder: keeps every ``step``-th pixel of a side."""
+
+    def __init__(self, step: int):
+        self.step, self.shapes = step, set()
+
+    def encode(self, images):
+        assert images.dtype == np.float32 and -1 <= images.min() < images.max() <= 1
+        self.shapes.add(images.shape)
+        latents = images[:, :: self.step, :: self.step]
+        return latents, np.zeros_like(latents)
+
+    def decode(self, latents):
+        return latents.repeat(self.step, 1).repeat(self.step, 2)
+
+
+def test_reconstructions_are_scored_and_a_coarse_autoencoder_costs_score(capsys):
+    options = VAEOptions(per_task=10, batch_size=16)
+    whole = CoarseVAE(1)
+    assert command.evaluate_vae(options, whole).mean.score == 1.0
+    assert whole.shapes == {(16, 64, 64, 3)}  # one compiled shape, the last batch filled up
+    assert command.evaluate_vae(options, CoarseVAE(16)).mean.score < 0.7
+    assert "PSNR" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHIPPED / "model_index.json").exists(), reason="no shipped model in this tree")
+def test_the_shipped_model_scores_far_above_its_floor(tmp_path):
+    result = command.evaluate_shapes(ShapesOptions(per_task=25, out=tmp_path))
+    assert result.mean.score > 0.8 > 0.3 > result.mean.floor
+    assert result.tasks["colour"].score >= 0.9 and result.tasks["position"].score >= 0.85
