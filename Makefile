@@ -66,7 +66,7 @@ demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, scor
 	$(BIN)/python sample.py --model $(DEMO)/model --prompts configs/shapes_prompts.txt --out $(DEMO)/drawn; \
 	$(BIN)/python -m pixart_jax evaluate shapes --model $(DEMO)/model --out $(DEMO)/score; \
 	seconds=$$(( $$(date +%s) - start )); \
-	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn; score, right and wrong marked: $(DEMO)/score; the run: $(DEMO)"
+	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn/grid.png; right and wrong marked: $(DEMO)/score/sheet.png; the run: $(DEMO)"
 
 test: $(VENV)/.dev  ## the whole test suite, slow tests too
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=15 --durations-min=5
