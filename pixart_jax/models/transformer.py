@@ -34,7 +34,9 @@ class TransformerConfig(Geometry):
         super().__post_init__()
         for field in ("caption_width", "text_tokens"):
             self.require(getattr(self, field) >= 1, field, "must be at least 1")
-        self.require(not self.size_conditions or self.width % 3 == 0, "width", "must be a multiple of 3 with size_conditions (height, width, ratio)")
+        self.require(
+            not self.size_conditions or self.width % 3 == 0, "width", "must be a multiple of 3 with size_conditions (height, width, ratio)"
+        )
 
 
 class Text(NamedTuple):

@@ -71,7 +71,7 @@ def _check(dit_config: DiTConfig, config: TransformerConfig) -> None:
         raise UserError("a DiT cannot become a transformer with qk_norm: it has no such norm, and the result would differ from it")
 
 
-def reparameterize(dit_params: Mapping, dit_config: DiTConfig, config: TransformerConfig, key: jax.Array) -> dict:
+def from_dit(dit_params: Mapping, dit_config: DiTConfig, config: TransformerConfig, key: jax.Array) -> dict:
     """Parameters of PixArtTransformer(config), fp32 on the host, from those of DiT(dit_config).
 
     At t = 500 and with equal positions the result computes what the DiT computes without a class, for any text (and any size:
@@ -106,8 +106,9 @@ def _fresh(config: TransformerConfig, key: jax.Array, known: set[str]) -> dict[s
     p = config.patch_size
 
     def draw(key):
-        inputs = jnp.zeros((1, p, p, config.in_channels)), jnp.zeros((1,)), jnp.zeros((1, 1, config.caption_width)), jnp.ones((1,), jnp.int32)
-        params = nn.unbox(PixArtTransformer(config).init(key, *inputs, jnp.ones((1, 2)), jnp.ones((1,))))["params"]
+        one, text = jnp.ones((1,)), jnp.zeros((1, 1, config.caption_width))
+        latents = jnp.zeros((1, p, p, config.in_channels))
+        params = nn.unbox(PixArtTransformer(config).init(key, latents, one, text, one, jnp.ones((1, 2)), one))["params"]
         return {path: value for path, value in flatten(params).items() if path not in known}
 
     return {path: np.asarray(value) for path, value in jax.jit(draw)(key).items()}
@@ -155,10 +156,8 @@ def reparameterization_error(
         norm = np.linalg.norm(np.reshape(theirs, (n, -1)), axis=-1)
         return np.linalg.norm(np.reshape(ours - theirs, (n, -1)), axis=-1) / np.maximum(norm, np.finfo(np.float64).tiny)
 
-    blocks = [
-        relative(np.asarray(new["blocks"]["table"][i], np.float64).reshape(1, -1) + shared, _dense(old["blocks"]["modulation"], _silu(t), i))
-        for i in range(config.depth)
-    ]
+    tables = np.asarray(new["blocks"]["table"], np.float64).reshape(config.depth, 1, -1)
+    blocks = [relative(tables[i] + shared, _dense(old["blocks"]["modulation"], _silu(t), i)) for i in range(config.depth)]
     final = relative(
         np.asarray(new["final_table"], np.float64)[None] + mine[:, None],
         _dense(old["final_modulation"], _silu(t)).reshape(-1, 2, config.width),

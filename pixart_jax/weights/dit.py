@@ -56,7 +56,8 @@ DIFFUSERS: tuple[Entry, ...] = (
 
 def diffusers_ignore(depth: int) -> tuple[str, ...]:
     """The copies of the embedders in blocks 1 … depth − 1, and a stored position table."""
-    copies = [f"timestep_embedder.linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")] + ["class_embedder.embedding_table.weight"]
+    copies = [f"timestep_embedder.linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
+    copies.append("class_embedder.embedding_table.weight")
     return ("pos_embed.pos_embed", *(f"transformer_blocks.{i}.norm1.emb.{copy}" for i in range(1, depth) for copy in copies))
 
 

@@ -171,7 +171,9 @@ def position_scale_of(pos_embed: np.ndarray) -> float | None:
     return float(round(1.0 / angle, 5)) if angle > 0 else None
 
 
-def official_geometry(shapes: Mapping[str, tuple[int, ...]], pos_embed: np.ndarray | None, heads: int | None, sample_size: int | None) -> dict:
+def official_geometry(
+    shapes: Mapping[str, tuple[int, ...]], pos_embed: np.ndarray | None, heads: int | None, sample_size: int | None
+) -> dict:
     """The fields of a Geometry that the tensors' shapes of an official PixArt or DiT file tell."""
     try:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -187,7 +189,7 @@ def official_geometry(shapes: Mapping[str, tuple[int, ...]], pos_embed: np.ndarr
     if sample_size is None and pos_embed is not None:
         sample_size = int(round(pos_embed.shape[1] ** 0.5)) * patch
     if sample_size is None:
-        raise UserError("the file holds no pos_embed, so the size it was trained at is unknown: give the sample size (32, 64 or 128 latents)")
+        raise UserError("the file holds no pos_embed, so the size it was trained at is unknown: give sample_size (32, 64 or 128)")
     return {
         "depth": depth,
         "width": width,
