@@ -15,23 +15,23 @@ def get_config() -> Config:
         model=TransformerConfig(patch_size=2),
         vae=None,
         text_encoder=None,
-        vae_model=VAEConfig(block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=64),
+        vae_model=VAEConfig(block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64),
         compute_dtype="float32",
         stages=(
             StageConfig(
                 name="autoencoder",
                 task="autoencoder",
                 start="fresh",
-                steps=5000,
-                batch_size=16,
+                steps=7000,
+                batch_size=8,
                 data=DataConfig(source="tfds:shapes/gallery", buckets=((64, 64), (96, 96))),
                 autoencoder=AutoencoderConfig(l1_weight=1.0, l2_weight=1.0, kl_weight=1e-3),
                 optimizer=OptimizerConfig(
-                    learning_rate=3e-3, schedule="cosine", final_fraction=0.01, warmup_steps=100, weight_decay=1e-4, b2=0.99, eps=1e-8, clip=1.0, ema=0.995
+                    learning_rate=2e-3, schedule="cosine", final_fraction=0.01, warmup_steps=100, weight_decay=1e-4, b2=0.99, eps=1e-8, clip=1.0, ema=0.998
                 ),
             ),
         ),
         log_every=50,
-        checkpoint_every=500,
-        preview=PreviewConfig(every=500),
+        checkpoint_every=1000,
+        preview=PreviewConfig(every=1000),
     )
