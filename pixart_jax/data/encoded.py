@@ -27,12 +27,20 @@ class EncodedSamples:
       key             str [b]
     """
 
-    def __init__(self, folder: str | os.PathLike, captions: Sequence[tuple[str, float]], max_text_tokens: int, expected: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        captions: Sequence[tuple[str, float]],
+        max_text_tokens: int,
+        expected: Mapping[str, str] | None = None,
+    ):
         self._records = records.Records(folder, expected)
         shards = self._records.manifest.shards
         self.buckets = tuple(dict.fromkeys(shard.bucket for shard in shards))
         self._ratios = [key_of(bucket) for bucket in self.buckets]
-        self.bucket_of = np.concatenate([np.full(s.count, self.buckets.index(s.bucket), np.int16) for s in shards] or [np.zeros(0, np.int16)])
+        self.bucket_of = np.concatenate(
+            [np.full(s.count, self.buckets.index(s.bucket), np.int16) for s in shards] or [np.zeros(0, np.int16)]
+        )
         self.identity = self._records.manifest.identity
         longest = self._records.manifest.longest
         self._mix = CaptionMix(captions, tuple(longest), str(folder)) if captions else None
@@ -41,7 +49,9 @@ class EncodedSamples:
             needed = max(longest[kind] for kind in self._mix.kinds)
             if needed > max_text_tokens:
                 # The states of a text that was encoded whole are not those of its beginning: cutting here would be wrong.
-                raise UserError(f"{folder} holds texts of {needed} tokens, more than max_text_tokens = {max_text_tokens}: encode again with that cap")
+                raise UserError(
+                    f"{folder} holds texts of {needed} tokens, more than max_text_tokens = {max_text_tokens}: encode again with that cap"
+                )
             self.length = fixed_length(needed, max_text_tokens)
 
     def __len__(self) -> int:

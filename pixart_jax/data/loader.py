@@ -25,7 +25,15 @@ class Loader:
     process_count processes reads its own contiguous rows. workers: threads that read ahead, each a batch at a time."""
 
     def __init__(
-        self, samples: Samples, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1, workers: int = 2, prefetch: int | None = None
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        workers: int = 2,
+        prefetch: int | None = None,
     ):
         if batch_size % process_count:
             raise UserError(f"batch size {batch_size} cannot be shared by {process_count} processes: it must be a multiple")

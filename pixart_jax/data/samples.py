@@ -99,7 +99,9 @@ class TokenSamples:
 
     buckets = ((0, 0),)  # text has no size: one bucket for all
 
-    def __init__(self, source: Source, tokenizer, captions: Sequence[tuple[str, float]], max_text_tokens: int, clean: Callable[[str], str] = str):
+    def __init__(
+        self, source: Source, tokenizer, captions: Sequence[tuple[str, float]], max_text_tokens: int, clean: Callable[[str], str] = str
+    ):
         self._mix = CaptionMix(captions, source.caption_kinds, source.name)
         self._pad = tokenizer.pad_token_id or 0
         self._keys: list[str] = []

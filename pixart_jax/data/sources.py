@@ -115,7 +115,13 @@ class TfdsSource:
     """
 
     def __init__(
-        self, name: str, split: str = "train", *, where: str | None = None, limit: int | None = None, data_dir: str | os.PathLike | None = None
+        self,
+        name: str,
+        split: str = "train",
+        *,
+        where: str | None = None,
+        limit: int | None = None,
+        data_dir: str | os.PathLike | None = None,
     ):
         import tensorflow_datasets as tfds
 
@@ -190,7 +196,9 @@ def _builder(name: str, data_dir: pathlib.Path):
     try:
         builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
-        raise UserError(f"no tensorflow-datasets set is called {name!r}{nearest(name, tfds.list_builders(with_community_datasets=False))}") from None
+        raise UserError(
+            f"no tensorflow-datasets set is called {name!r}{nearest(name, tfds.list_builders(with_community_datasets=False))}"
+        ) from None
     except (ValueError, ModuleNotFoundError) as fault:  # an unknown config, or a set that cannot be built without TensorFlow
         known = [f"{name.split('/')[0]}/{config}" for config in _configs(name)]
         hint = nearest(name, known) if known else ""

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
@@ -96,16 +97,18 @@ def ensure(
     text_encoder=None,
     tokenizer=None,
     folder: str | os.PathLike | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
     progress: bool = True,
 ) -> pathlib.Path:
     """The folder of the source's encoded shards: made where absent, finished where begun, verified where present.
 
     vae: .encode(images [b, h, w, 3] in [−1, 1]) → (mean, std). text_encoder: .apply(ids [b, l], lengths [b]) → [b, l, c].
-    Each of process_count processes makes its share of the shards; all return when all are there (on a folder they share).
-    Raises UserError where the folder holds shards of another identity, or a damaged one.
+    Each of process_count processes (JAX's own by default) makes its share of the shards; all return when all are there.
+    Raises UserError where the folder holds shards of another identity, or a damaged one, or where processes do not share it.
     """
+    if process_index is None or process_count is None:
+        process_index, process_count = jax.process_index(), jax.process_count()
     made = identity(source, options, vae, text_encoder, tokenizer)
     folder = pathlib.Path(folder) if folder else default_folder(made)
     notes = folder / _PROGRESS
@@ -116,6 +119,7 @@ def ensure(
     notes.mkdir(parents=True, exist_ok=True)
     if not (notes / "identity.json").exists():
         records.write_json(notes / "identity.json", made)
+    _meet(folder, process_index, process_count)
     work = _plan(source, options)
     missing = [shard for shard in work if shard.file not in finished]
     mine = [shard for shard in work[process_index::process_count] if shard.file not in finished]
@@ -144,6 +148,21 @@ def ensure(
         while not (folder / records.MANIFEST).exists():
             time.sleep(1)
     return folder
+
+
+def _meet(folder: pathlib.Path, process_index: int, process_count: int, patience: float = 120) -> None:
+    """Wait until every process has been seen in the folder: on a disk of its own, each would wait for the others' shards for ever."""
+    notes = folder / _PROGRESS
+    (notes / f"process-{process_index}").touch()
+    deadline = time.monotonic() + patience
+    while not all((notes / f"process-{i}").exists() for i in range(process_count)):
+        if (folder / records.MANIFEST).exists():  # the others are done: nothing was left for this one
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} is not shared by all {process_count} processes: let $PIXART_JAX_CACHE name a folder on a shared disk"
+            )
+        time.sleep(0.2)
 
 
 def _finished(folder: pathlib.Path, made: Mapping[str, str]) -> dict[str, records.Shard]:

@@ -11,9 +11,9 @@ import numpy as np
 
 
 def component_identity(component) -> str:
-    """sha256 in hex over the config and every parameter (path, shape, dtype, bytes) of a component with .config and .params.
+    """sha256 in hex over a component's .config, the dtype it computes in and each of its .params (path, shape, dtype, bytes).
 
-    A component that knows its own identity says so in ``.identity``; parameters that live on other hosts cannot be hashed here.
+    One that knows its own identity says so in ``.identity``; parameters that live on other hosts cannot be hashed here.
     """
     if isinstance(known := getattr(component, "identity", None), str):
         return known
@@ -21,6 +21,7 @@ def component_identity(component) -> str:
     config = component.config
     fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+    digest.update(str(getattr(component, "dtype", "")).encode())  # of the computation
     leaves, _ = jax.tree_util.tree_flatten_with_path(component.params)
     for path, leaf in sorted(((jax.tree_util.keystr(path), leaf) for path, leaf in leaves), key=lambda item: item[0]):
         array = np.ascontiguousarray(leaf)

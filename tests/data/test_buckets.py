@@ -7,7 +7,12 @@ from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as sigma
 from pixart_jax.data import buckets
 from pixart_jax.errors import UserError
 
-RELEASED = {256: alpha.ASPECT_RATIO_256_BIN, 512: alpha.ASPECT_RATIO_512_BIN, 1024: alpha.ASPECT_RATIO_1024_BIN, 2048: sigma.ASPECT_RATIO_2048_BIN}
+RELEASED = {
+    256: alpha.ASPECT_RATIO_256_BIN,
+    512: alpha.ASPECT_RATIO_512_BIN,
+    1024: alpha.ASPECT_RATIO_1024_BIN,
+    2048: sigma.ASPECT_RATIO_2048_BIN,
+}
 
 
 def as_sizes(table):
@@ -40,7 +45,9 @@ def test_nearest_equals_the_released_choice_for_10000_random_sizes(base):
     rng = np.random.default_rng(base)
     sizes = np.exp(rng.uniform(np.log(32), np.log(8192), (10_000, 2))).astype(int)
     for height, width in sizes.tolist():
-        assert buckets.nearest(height, width, base, inference=True) == PixArtImageProcessor.classify_height_width_bin(height, width, RELEASED[base])
+        assert buckets.nearest(height, width, base, inference=True) == PixArtImageProcessor.classify_height_width_bin(
+            height, width, RELEASED[base]
+        )
         keys = np.array(list(buckets.TABLES[base]))
         assert buckets.nearest(height, width, base) == buckets.TABLES[base][keys[np.abs(keys - height / width).argmin()]]
 

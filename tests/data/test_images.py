@@ -22,7 +22,16 @@ def picture(height=24, width=40) -> np.ndarray:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied_to_pixels_and_size(orientation):
     upright = picture()
-    undo = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
+    undo = {
+        1: None,
+        2: Image.FLIP_LEFT_RIGHT,
+        3: Image.ROTATE_180,
+        4: Image.FLIP_TOP_BOTTOM,
+        5: Image.TRANSPOSE,
+        6: Image.ROTATE_90,
+        7: Image.TRANSVERSE,
+        8: Image.ROTATE_270,
+    }
     image = Image.fromarray(upright)
     if undo[orientation] is not None:
         image = image.transpose(undo[orientation])
@@ -63,7 +72,9 @@ def test_cmyk_and_other_codecs_are_close_to_the_picture(kind):
     assert np.abs(images.decode(data).astype(int) - picture()).mean() < 3
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", encoded(Image.fromarray(picture()), "JPEG")[:-200], encoded(Image.fromarray(picture()))[:60]])
+@pytest.mark.parametrize(
+    "data", [b"", b"not an image", encoded(Image.fromarray(picture()), "JPEG")[:-200], encoded(Image.fromarray(picture()))[:60]]
+)
 def test_what_is_no_whole_image_is_refused(data):
     with pytest.raises(images.UnreadableImage):
         images.decode(data)

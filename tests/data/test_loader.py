@@ -40,7 +40,9 @@ class Noise:
         png = io.BytesIO()
         Image.fromarray(np.random.default_rng(index).integers(0, 256, (*self.shape(index), 3), np.uint8)).save(png, "PNG")
         dense = tuple("w " * (5 + index % 4 + j) for j in range(1 + index % 2))
-        return Sample(f"k{index}", png.getvalue() if index not in self.broken else b"", {"short": (f"s {index}",), "dense": dense}, index % 5)
+        return Sample(
+            f"k{index}", png.getvalue() if index not in self.broken else b"", {"short": (f"s {index}",), "dense": dense}, index % 5
+        )
 
 
 class Tokenizer:
@@ -199,7 +201,9 @@ def test_text_states_are_real_tokens_then_zeros(tmp_path):
         length = batch["text_lengths"][row]
         assert length == 4 + int(key[1:]) % 7
         assert batch["text_states"].dtype == ml_dtypes.bfloat16
-        assert batch["text_states"][row, :length].astype(np.float32).all() and not batch["text_states"][row, length:].astype(np.float32).any()
+        assert (
+            batch["text_states"][row, :length].astype(np.float32).all() and not batch["text_states"][row, length:].astype(np.float32).any()
+        )
         assert tuple(batch["size"][row]) == (int(key[1:]) + 1, int(key[1:]) + 2) and batch["label"][row] == int(key[1:]) % 5
 
 

@@ -27,7 +27,9 @@ def folder(tmp_path):
     for number in range(3):
         path = tmp_path / f"{number}.array_record"
         count = records.write_shard(path, (records.pack(arrays(10 * number + i), {"key": f"k{number}{i}"}) for i in range(4 + number)))
-        shards.append(records.Shard(path.name, (32, 32 * (1 + number)), count, path.stat().st_size, records.sha256(path), {"dense": 5 + number}))
+        shards.append(
+            records.Shard(path.name, (32, 32 * (1 + number)), count, path.stat().st_size, records.sha256(path), {"dense": 5 + number})
+        )
     records.Manifest({"vae": "abc"}, tuple(shards)).write(tmp_path)
     return tmp_path
 

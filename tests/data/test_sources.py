@@ -91,7 +91,9 @@ def test_limit_split_and_own_filters(prepared):
     assert [source[i].key[-2:] for i in range(len(source))] == ["01", "04"]
     assert len(sources.open_source("tfds:tiny_photos", "train[:4]", data_dir=prepared)) == 4
     fingerprints = {
-        sources.open_source("tfds:tiny_photos", split, limit=limit, data_dir=prepared).fingerprint for split in ("train", "validation") for limit in (None, 3)
+        sources.open_source("tfds:tiny_photos", split, limit=limit, data_dir=prepared).fingerprint
+        for split in ("train", "validation")
+        for limit in (None, 3)
     }
     assert len(fingerprints) == 4
 

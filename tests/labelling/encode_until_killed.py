@@ -8,5 +8,11 @@ from tests.labelling import tiny_encoders as tiny
 options = EncodeOptions(buckets=((32, 32), (32, 64), (64, 32)), captions=("short", "dense"), max_text_tokens=24, batch_size=4, shard_size=8)
 delay = float(sys.argv[2])
 ensure(
-    tiny.Noise(90, broken=(7, 50)), options, vae=tiny.vae(delay=delay), text_encoder=tiny.text_encoder(), tokenizer=tiny.words(), folder=sys.argv[1], progress=False
+    tiny.Noise(90, broken=(7, 50)),
+    options,
+    vae=tiny.vae(delay=delay),
+    text_encoder=tiny.text_encoder(),
+    tokenizer=tiny.words(),
+    folder=sys.argv[1],
+    progress=False,
 )

@@ -24,7 +24,9 @@ BUCKETS = ((32, 32), (32, 64), (64, 32))
 
 
 def options(**changes):
-    return encode.EncodeOptions(**{"buckets": BUCKETS, "captions": ("short", "dense"), "max_text_tokens": 24, "batch_size": 4, "shard_size": 8, **changes})
+    return encode.EncodeOptions(
+        **{"buckets": BUCKETS, "captions": ("short", "dense"), "max_text_tokens": 24, "batch_size": 4, "shard_size": 8, **changes}
+    )
 
 
 def run(folder, source=None, vae=None, text_encoder=None, **changes):
@@ -47,7 +49,9 @@ def test_records_equal_a_direct_encoding(tmp_path):
     source, vae, text = tiny.Noise(50), tiny.vae(), tiny.text_encoder()
     made = records.Records(run(tmp_path / "set", source))
     assert len(made) == len(source)
-    by_key = {metadata["key"]: (arrays, metadata, made.manifest.shards[made.shard_of(i)[0]].bucket) for i, (arrays, metadata) in enumerate(made)}
+    by_key = {
+        metadata["key"]: (arrays, metadata, made.manifest.shards[made.shard_of(i)[0]].bucket) for i, (arrays, metadata) in enumerate(made)
+    }
     for index in range(len(source)):
         sample = source[index]
         arrays, metadata, bucket = by_key[sample.key]
@@ -104,7 +108,14 @@ def test_present_shards_are_verified_and_not_made_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"vae": tiny.vae(1.5)}, {"text_encoder": tiny.text_encoder(1)}, {"max_text_tokens": 16}, {"source": tiny.Noise(49)}, {"buckets": BUCKETS[:2]}]
+    "change",
+    [
+        {"vae": tiny.vae(1.5)},
+        {"text_encoder": tiny.text_encoder(1)},
+        {"max_text_tokens": 16},
+        {"source": tiny.Noise(49)},
+        {"buckets": BUCKETS[:2]},
+    ],
 )
 def test_shards_of_another_encoder_or_set_are_refused_by_name(tmp_path, change):
     folder = run(tmp_path / "set")
@@ -155,6 +166,12 @@ def test_two_processes_share_the_work(tmp_path):
     process(0)
     other.join(60)
     assert files(tmp_path / "shared") == files(run(tmp_path / "alone"))
+
+
+def test_processes_that_do_not_share_the_folder_are_told_so(tmp_path):
+    (tmp_path / "progress").mkdir()
+    with pytest.raises(UserError, match="not shared by all 2 processes"):
+        encode._meet(tmp_path, 0, 2, patience=0.1)
 
 
 def test_a_set_without_captions_needs_no_text_encoder(tmp_path):

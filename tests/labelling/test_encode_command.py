@@ -1,15 +1,27 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from pixart_jax import tokenizer
+from pixart_jax.data import images, records
 from pixart_jax.data.buckets import TABLES
 from pixart_jax.errors import UserError
 from pixart_jax.labelling import encode_command
 from pixart_jax.labelling.encode import EncodeOptions, ensure
+from pixart_jax.labelling.identity import component_identity, tokenizer_identity
+from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.vae import VAEConfig
+from pixart_jax.weights import component
 from tests.labelling import tiny_encoders as tiny
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return ensure(tiny.Noise(20), EncodeOptions(buckets=((32, 32), (32, 64)), shard_size=4), vae=tiny.vae(), folder=tmp_path / "set", progress=False)
+    return ensure(
+        tiny.Noise(20), EncodeOptions(buckets=((32, 32), (32, 64)), shard_size=4), vae=tiny.vae(), folder=tmp_path / "set", progress=False
+    )
 
 
 def test_check_passes_sound_shards_and_says_what_they_hold(folder, capsys):
@@ -44,6 +56,68 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message) as caught:
         encode_command.main(arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A tiny VAE and T5 of random weights with a tokenizer, as a model folder."""
+    vae = VAEConfig(block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4)
+    text = T5Config(vocab_size=200, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
+    for name, kind, config in (("vae", component.VAE, vae), ("text_encoder", component.TextEncoder, text)):
+        module = kind._module(config, jnp.float32)
+        params = nn.unbox(jax.jit(module.init)(jax.random.key(3), *kind._example(config))["params"])
+        kind(config, params).save(tmp_path / "model" / name)
+    tiny.words().save_pretrained(str(tmp_path / "model" / "tokenizer"))
+    return tmp_path / "model"
+
+
+def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(model, tmp_path, monkeypatch, capsys):
+    source = tiny.Noise(10)
+    monkeypatch.setattr(encode_command, "open_source", lambda *args, **kwargs: source)
+    monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
+    arguments = [
+        "--model",
+        str(model),
+        "--buckets",
+        "32x32,32x64",
+        "--captions",
+        "dense,short",
+        "--batch-size",
+        "4",
+        "--max-text-tokens",
+        "24",
+    ]
+    assert encode_command.main(arguments) == 0
+    (folder,) = (tmp_path / "cache" / "encoded").iterdir()
+    assert f"10 records (32×32: 8, 32×64: 2) in 2 shards, 0.0 MiB: {folder}" in capsys.readouterr().out
+    vae, text = component.load_component(model / "vae"), component.load_component(model / "text_encoder")
+    for arrays, metadata in records.Records(folder, {"vae": component_identity(vae), "text_encoder": component_identity(text)}):
+        index = int(metadata["key"].split("-")[1])
+        sample, bucket = source[index], (32, 64) if index % 4 == 2 else (32, 32)
+        mean, std = vae.encode(images.to_model(images.to_bucket(sample.pixels(), bucket)[0])[None])
+        np.testing.assert_allclose(arrays["mean"], mean[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(arrays["std"], std[0], rtol=1e-4, atol=1e-5)
+        for i, caption in enumerate(sample.captions["dense"]):
+            ids, lengths = tokenizer.tokenize(tiny.words(), [caption], 24, length=16)
+            states = np.asarray(text.apply(ids, lengths))[0, : lengths[0]]
+            np.testing.assert_allclose(arrays[f"text.dense.{i}"].astype(np.float32), states, rtol=1e-2, atol=1e-2)
+
+
+def test_the_identity_of_an_encoder_is_that_of_its_weights(model):
+    first = component.load_component(model / "vae")
+    assert component_identity(first) == component_identity(component.load_component(model / "vae"))
+    assert component_identity(first) != component_identity(component.load_component(model / "vae", dtype=jnp.bfloat16))
+    params = jax.tree.map(np.array, dict(first.params))
+    leaf = jax.tree.leaves(params)[5]
+    leaf.reshape(-1)[0] = np.nextafter(leaf.reshape(-1)[0], np.float32(9))
+    assert component_identity(first) != component_identity(first.replace(params=params))
+
+
+def test_a_tokenizer_s_identity_does_not_depend_on_what_it_did():
+    used = tiny.words()
+    tokenizer.tokenize(used, ["a red circle"], 3)
+    assert tokenizer_identity(used) == tokenizer_identity(tiny.words())
+    assert tokenizer_identity(used) != tokenizer_identity(tokenizer.from_words(tiny.WORDS[1:]))
 
 
 def test_a_base_stands_for_its_table():

@@ -39,7 +39,9 @@ class Noise:
         data = png.getvalue()
         short = " ".join(rng.choice(WORDS, 1 + index % 3))
         dense = tuple(" ".join(rng.choice(WORDS, 4 + (index + i) % 9)) for i in range(1 + index % 2))
-        return Sample(f"noise-{index:05d}", data[: len(data) // 2] if index in self._broken else data, {"short": (short,), "dense": dense}, index % 5)
+        return Sample(
+            f"noise-{index:05d}", data[: len(data) // 2] if index in self._broken else data, {"short": (short,), "dense": dense}, index % 5
+        )
 
     def sizes(self) -> np.ndarray:
         return np.array([self.shape(i) for i in range(self._n)], np.int32)
