@@ -10,7 +10,7 @@ import pytest
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
-from pixart_jax.training.reparameterization import reparameterization_error, reparameterize
+from pixart_jax.training.reparameterization import from_dit, reparameterization_error
 from pixart_jax.weights.table import flatten
 from tests.models.pixart_reference import abstract_params, relative_error, transformer_shapes
 
@@ -36,22 +36,23 @@ def draw(b: int = 2):
 @pytest.mark.parametrize("conditions", [False, True], ids=["plain", "multi-scale"])
 def test_equals_the_class_free_dit_at_500_for_any_text(dit_params, conditions):
     config = TransformerConfig(**GEOMETRY, caption_width=20, text_tokens=9, size_conditions=conditions)
-    params = reparameterize(dit_params, DIT, config, jax.random.key(0))
+    params = from_dit(dit_params, DIT, config, jax.random.key(0))
     shapes = transformer_shapes(config)
     assert {k: v.shape for k, v in flatten(params).items()} == {k: v.shape for k, v in flatten(shapes).items()}
     latents, text, lengths = draw()
     t = np.full((2,), 500.0, np.float32)
     size = (np.array([[64.0, 32.0], [1024.0, 512.0]]), np.array([2.0, 2.0])) if conditions else ()
-    ours = PixArtTransformer(config).apply({"params": params}, latents, t, text, lengths, *size)
-    theirs = DiT(DIT).apply({"params": dit_params}, latents, t, np.array([6, 6]))
+    ours = jax.jit(PixArtTransformer(config).apply)({"params": params}, latents, t, text, lengths, *size)
+    dit = jax.jit(DiT(DIT).apply)
+    theirs = dit({"params": dit_params}, latents, t, np.array([6, 6]))
     assert relative_error(ours, theirs) <= 1e-5
-    with_class = DiT(DIT).apply({"params": dit_params}, latents, t, np.array([0, 3]))
+    with_class = dit({"params": dit_params}, latents, t, np.array([0, 3]))
     assert relative_error(ours, with_class) > 1e-2, "a class would show: the test can fail"
 
 
 def test_shared_network_is_the_least_squares_fit_over_all_timesteps(dit_params):
     """Against a general solver that knows nothing of the algebra: minimise over W the error with tables exact at t = 500."""
-    params = reparameterize(dit_params, DIT, PIXART, jax.random.key(0))
+    params = from_dit(dit_params, DIT, PIXART, jax.random.key(0))
     module, t = PixArtTransformer(PIXART), jnp.arange(1000.0)
     # φ(t) from the model itself, rows 0 … 999, and the features that the error depends on.
     embed = module.apply({"params": params}, t, 1000, None, None, method="_condition")
@@ -70,7 +71,7 @@ def test_shared_network_is_the_least_squares_fit_over_all_timesteps(dit_params):
 
 
 def test_what_a_dit_lacks_is_fresh_and_cross_attention_starts_at_zero(dit_params):
-    one, two = (reparameterize(dit_params, DIT, PIXART, jax.random.key(seed)) for seed in (0, 1))
+    one, two = (from_dit(dit_params, DIT, PIXART, jax.random.key(seed)) for seed in (0, 1))
     assert not np.any(one["blocks"]["cross_attn"]["out"]["kernel"])
     same = {path for path, value in flatten(one).items() if np.array_equal(value, flatten(two)[path])}
     drawn = {path for path in flatten(one) if path not in same}
@@ -79,7 +80,7 @@ def test_what_a_dit_lacks_is_fresh_and_cross_attention_starts_at_zero(dit_params
 
 
 def test_error_over_the_other_timesteps_is_reported(dit_params):
-    params = reparameterize(dit_params, DIT, PIXART, jax.random.key(0))
+    params = from_dit(dit_params, DIT, PIXART, jax.random.key(0))
     report = reparameterization_error(dit_params, DIT, params, PIXART, draw()[0], timesteps=(0, 250, 500, 999))
     assert report.blocks.shape == (4, 4) and report.output.shape == report.final.shape == (4,)
     at, elsewhere = 2, [0, 1, 3]
@@ -93,11 +94,11 @@ def test_blocks_that_modulate_alike_lose_nothing_in_the_blocks(dit_params):
     alike = jax.tree.map(np.copy, dit_params)
     kernel = alike["blocks"]["modulation"]["kernel"]
     kernel[:] = kernel[0]
-    params = reparameterize(alike, DIT, PIXART, jax.random.key(0))
+    params = from_dit(alike, DIT, PIXART, jax.random.key(0))
     report = reparameterization_error(alike, DIT, params, PIXART, draw()[0], timesteps=(0, 250, 999))
     assert report.blocks.max() <= 1e-6
 
 
 def test_geometries_that_differ_are_refused():
     with pytest.raises(UserError, match="depth = 4 .* depth = 5"):
-        reparameterize({}, DIT, TransformerConfig(**{**GEOMETRY, "depth": 5}), jax.random.key(0))
+        from_dit({}, DIT, TransformerConfig(**{**GEOMETRY, "depth": 5}), jax.random.key(0))
