@@ -117,7 +117,7 @@ class TorchFile(Tensors):
 
 
 class Shards(Tensors):
-    """Several files behind one index.json; a shard is opened when a tensor of it is asked for, and only one is kept open."""
+    """Several files behind one index.json; a shard is opened when a tensor of it is asked for."""
 
     def __init__(self, index: Path):
         super().__init__(str(index))
@@ -129,15 +129,15 @@ class Shards(Tensors):
         missing = sorted({shard.name for shard in self._shard_of.values() if not shard.is_file()})
         if missing:
             raise UserError(f"{index} names {len(missing)} missing shards: {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}")
-        self._open: tuple[Path, Tensors] | None = None
+        self._open: dict[Path, Tensors] = {}
 
     def _shard(self, key: str) -> Tensors:
         path = self._shard_of[key]
-        if self._open is None or self._open[0] != path:
-            self._open = (path, open_tensors(path))
-        if key not in self._open[1]:
+        if path not in self._open:
+            self._open[path] = open_tensors(path)
+        if key not in self._open[path]:
             raise UserError(f"{path} lacks {key}, which {self.source} says is there: copy both again")
-        return self._open[1]
+        return self._open[path]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard_of)

@@ -80,8 +80,9 @@ def read(
     """Fill our tree from a file, one tensor at a time.
 
     keys: the names in the file; tensor(key) loads one. ignore: names that released files hold and no model needs.
-    place(path, array): what to make of each finished parameter (put on a mesh); the array itself by default.
-    Raises UserError that names every missing, left-over and wrongly shaped key at once, before any tensor is read in full.
+    place(path, array): what to make of each parameter as soon as it is filled (put on a mesh); the array itself by default.
+    Raises UserError that names every missing and left-over key at once, before any tensor is read, and then every wrongly
+    shaped one at once.
     """
     table, keys, shapes = list(table), set(keys), flatten(shapes)
     wanted: dict[str, list[tuple[Entry, int | None]]] = {}
@@ -101,33 +102,42 @@ def read(
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
 
-    out: dict[str, np.ndarray] = {}
+    out: dict[str, object] = {}
     wrong = []
-    for key in sorted(wanted):
-        if key not in keys:
+    for entry in table:  # parameter by parameter, so that the host holds one of them beside what is placed
+        if entry.ours not in shapes:
             continue
-        theirs = tensor(key)
-        for entry, i in wanted[key]:
-            k, n = entry.part
-            rows = theirs.shape[0] // n if n > 1 else None
-            piece = theirs[k * rows : (k + 1) * rows] if n > 1 else theirs
-            want = tuple(shapes[entry.ours].shape)[1 if entry.stacked else 0 :]
-            try:
-                piece = _LAYOUTS[entry.layout][0](piece)
-            except (ValueError, IndexError):
-                pass  # the shape is reported below
-            if tuple(piece.shape) != want:
-                wrong.append(f"{key} {tuple(theirs.shape)} for {entry.ours} {want}")
-                continue
-            if entry.stacked:
-                if entry.ours not in out:
-                    out[entry.ours] = np.empty(shapes[entry.ours].shape, dtype)
-                out[entry.ours][i] = piece
+        shape = tuple(shapes[entry.ours].shape)
+        names = [entry.theirs.format(i=i) for i in range(shape[0])] if entry.stacked else [entry.theirs]
+        if not all(name in keys for name in names):  # an optional one
+            continue
+        value = np.empty(shape, dtype)
+        for i, name in enumerate(names):
+            theirs = tensor(name)
+            piece, want = _ours(entry, theirs), shape[1:] if entry.stacked else shape
+            if piece is None or tuple(piece.shape) != want:
+                wrong.append(f"{name} {tuple(theirs.shape)} for {entry.ours} {want}")
             else:
-                out[entry.ours] = np.ascontiguousarray(piece, dtype)
+                value[i if entry.stacked else ...] = piece
+        if not wrong:
+            out[entry.ours] = place(entry.ours, value) if place else value
     if wrong:
         raise UserError(f"{source} does not fit the model: wrong shape: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
-    return unflatten({path: place(path, value) if place else value for path, value in out.items()})
+    return unflatten(out)
+
+
+def _ours(entry: Entry, theirs: np.ndarray) -> np.ndarray | None:
+    """An entry's part of their tensor with its axes as ours; None where it has other axes than the layout takes."""
+    part, parts = entry.part
+    if parts > 1:
+        if theirs.ndim == 0 or theirs.shape[0] % parts:
+            return None
+        rows = theirs.shape[0] // parts
+        theirs = theirs[part * rows : (part + 1) * rows]
+    try:
+        return _LAYOUTS[entry.layout][0](theirs)
+    except (ValueError, IndexError):
+        return None
 
 
 def write(table: Iterable[Entry], params: Mapping) -> dict[str, np.ndarray]:
