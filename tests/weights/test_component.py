@@ -1,0 +1,352 @@
+"""Component folders: ours open in diffusers and transformers, theirs open here, and nothing changes on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, PixArtTransformer2DModel
+from transformers import T5Config as TorchT5Config
+from transformers import T5EncoderModel, T5ForConditionalGeneration
+
+from pixart_jax import load_component
+from pixart_jax.config import MeshConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.vae import VAEConfig
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.weights.component import NULL_CAPTION, VAE, DiT, TextEncoder, Transformer
+from pixart_jax.weights.table import flatten
+
+T5 = dict(vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+
+
+def randomised(model, seed: int = 0):
+    """The model with every weight drawn anew, none zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (0.8 if parameter.ndim == 1 and name.endswith("weight") else 0.0))
+    return model.eval()
+
+
+def reference(kind: str):
+    if kind == "transformer":
+        return randomised(PixArtTransformer2DModel(
+            num_layers=2, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, caption_channels=10, sample_size=8, interpolation_scale=1.0,
+        ))  # fmt: skip
+    if kind == "dit":
+        model = DiTTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8, num_embeds_ada_norm=6, out_channels=8)
+        first, second = (block.norm1.emb for block in randomised(model).transformer_blocks)
+        second.load_state_dict(first.state_dict())  # as in every converted file: one embedder, copied into each block
+        for embedder in (first, second):
+            embedder.time_proj.downscale_freq_shift = 0  # the official frequencies, which the weights are trained for; diffusers has 1 here
+        return model
+    if kind == "text_encoder":
+        return randomised(T5EncoderModel(TorchT5Config(**T5)))
+    return randomised(AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        layers_per_block=1, norm_num_groups=4, scaling_factor=0.3,
+    ))  # fmt: skip
+
+
+KINDS = {"transformer": Transformer, "dit": DiT, "text_encoder": TextEncoder, "vae": VAE}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """{kind: a folder as the references write it}; tests copy what they change."""
+    root = tmp_path_factory.mktemp("parts")
+    for kind in KINDS:
+        reference(kind).save_pretrained(root / kind)
+    return {kind: root / kind for kind in KINDS}
+
+
+def torch_of(array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def channels_first(array) -> torch.Tensor:
+    return torch_of(array).permute(0, 3, 1, 2).contiguous()
+
+
+def evaluate(part, rng_seed: int = 3):
+    """(arguments as numpy, our output) of any component on small random input."""
+    rng = np.random.default_rng(rng_seed)
+    if isinstance(part, VAE):
+        arguments = (rng.normal(size=(1, 4, 6, 4)).astype(np.float32),)
+        return arguments, part.decode(*arguments)
+    if isinstance(part, TextEncoder):
+        arguments = (rng.integers(0, 32, (2, 9)), np.array([9, 4]))
+    elif isinstance(part, DiT):
+        arguments = (rng.normal(size=(2, 8, 8, 4)).astype(np.float32), np.array([3.0, 700.0], np.float32), np.array([2, 6]))
+    else:
+        states = rng.normal(size=(2, 5, 10)).astype(np.float32)
+        arguments = (rng.normal(size=(2, 8, 8, 4)).astype(np.float32), np.array([3.0, 700.0], np.float32), states, np.array([5, 2]))
+    return arguments, part.apply(*arguments)
+
+
+def their_output(model, arguments) -> np.ndarray:
+    with torch.no_grad():
+        if isinstance(model, AutoencoderKL):
+            return model.decode(channels_first(arguments[0])).sample.permute(0, 2, 3, 1).numpy()
+        if isinstance(model, T5EncoderModel):
+            ids, lengths = arguments
+            mask = torch_of((np.arange(ids.shape[1]) < lengths[:, None]).astype(int))
+            return model(torch_of(ids), attention_mask=mask).last_hidden_state.numpy()
+        latents, timesteps = channels_first(arguments[0]), torch_of(arguments[1])
+        if isinstance(model, DiTTransformer2DModel):
+            out = model(latents, timestep=timesteps, class_labels=torch_of(arguments[2]))
+        else:
+            mask = torch_of((np.arange(arguments[2].shape[1]) < arguments[3][:, None]).astype(np.float32))
+            conditions = {"resolution": None, "aspect_ratio": None}
+            out = model(latents, torch_of(arguments[2]), timestep=timesteps, encoder_attention_mask=mask, added_cond_kwargs=conditions)
+        return out.sample.permute(0, 2, 3, 1).numpy()
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def valid(kind: str, arguments, output):
+    """The part of an output that is defined: a text's own tokens."""
+    if kind != "text_encoder":
+        return np.asarray(output)
+    ids, lengths = arguments
+    return np.asarray(output)[np.arange(ids.shape[1]) < lengths[:, None]]
+
+
+def assert_equal_to_the_bit(ours: dict, theirs: dict):
+    ours, theirs = flatten(ours), flatten(theirs)
+    assert set(ours) == set(theirs)
+    for path, value in ours.items():
+        assert np.asarray(value).dtype == np.asarray(theirs[path]).dtype, path
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(theirs[path]), err_msg=path)
+
+
+# ---- both ways ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_the_reference_opens_and_computes_the_same(folders, kind):
+    part = load_component(folders[kind])
+    assert isinstance(part, KINDS[kind])
+    arguments, ours = evaluate(part)
+    assert relative_error(valid(kind, arguments, ours), valid(kind, arguments, their_output(reference(kind), arguments))) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["transformer", "text_encoder", "vae"])
+def test_what_we_save_opens_in_the_reference_without_a_stray_key_and_computes_the_same(folders, tmp_path, kind):
+    part = load_component(folders[kind])
+    if kind == "transformer":  # as one that was trained here
+        part = part.replace(params={**part.params, "null_caption": jnp.ones((120, 10))})
+    part.save(tmp_path)
+    model, info = type(reference(kind)).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    arguments, ours = evaluate(part)
+    assert relative_error(valid(kind, arguments, ours), valid(kind, arguments, their_output(model.eval(), arguments))) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load_is_bit_exact(folders, tmp_path, kind):
+    part = load_component(folders[kind])
+    if kind == "transformer":
+        part = part.replace(params={**part.params, "null_caption": jnp.asarray(np.random.default_rng(0).normal(size=(120, 10)).astype(np.float32))})
+    part.save(tmp_path)
+    part.save(tmp_path)  # over what is there
+    back = load_component(tmp_path)
+    assert back.config == part.config and back.module == part.module and hash(back.module) == hash(part.module)
+    assert_equal_to_the_bit(back.params, part.params)
+
+
+def test_the_configs_field_by_field_survive(tmp_path, folders):
+    config = VAEConfig(
+        block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=2, scaling_factor=0.13025, use_quant_conv=False, mid_block_attention=False, sample_size=64
+    )  # fmt: skip
+    module = VAE(config, {}).module
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    VAE(config, params).save(tmp_path)  # boxed parameters, as a module's init gives them
+    assert load_component(tmp_path).config == config
+
+
+# ---- released files' peculiarities ----
+
+
+def rewrite(folder: Path, tmp_path: Path, change) -> Path:
+    """A copy of a folder with its tensors and config changed by change(tensors, config) in place."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = next(copy.glob("*.safetensors"))
+    tensors, config = safetensors.torch.load_file(weights), json.loads((copy / "config.json").read_text())
+    change(tensors, config)
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_t5_under_either_name_of_its_embedding_or_both(folders, tmp_path):
+    want = load_component(folders["text_encoder"]).params
+    for i, names in enumerate((["shared.weight"], ["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"])):
+
+        def change(tensors, config, names=names):
+            found = [tensors.pop(name) for name in ("shared.weight", "encoder.embed_tokens.weight") if name in tensors]
+            tensors.update({name: found[0].clone() for name in names})
+
+        assert_equal_to_the_bit(load_component(rewrite(folders["text_encoder"], tmp_path / str(i), change)).params, want)
+
+
+def test_the_encoder_of_a_whole_t5_is_read_from_it(tmp_path):
+    whole = randomised(T5ForConditionalGeneration(TorchT5Config(**T5, tie_word_embeddings=False)))
+    whole.save_pretrained(tmp_path)
+    params = load_component(tmp_path).params
+    np.testing.assert_array_equal(params["embedding"], whole.shared.weight.detach().numpy())
+
+
+def test_sharded_weights_are_read(folders, tmp_path):
+    reference("text_encoder").save_pretrained(tmp_path, max_shard_size="4KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert_equal_to_the_bit(load_component(tmp_path).params, load_component(folders["text_encoder"]).params)
+
+
+def test_old_attention_names_of_a_vae_are_read(folders, tmp_path):
+    def change(tensors, config):
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            for name in [name for name in tensors if f".{new}." in name]:
+                tensors[name.replace(f".{new}.", f".{old}.")] = tensors.pop(name)
+
+    copy = rewrite(folders["vae"], tmp_path, change)
+    assert_equal_to_the_bit(load_component(copy).params, load_component(folders["vae"]).params)
+
+
+def test_old_transformer_files_name_another_class_and_hold_the_null_caption(folders, tmp_path):
+    def change(tensors, config):
+        config["_class_name"] = "Transformer2DModel"
+        tensors["caption_projection.y_embedding"] = torch.full((120, 10), 0.5)
+
+    part = load_component(rewrite(folders["transformer"], tmp_path, change))
+    assert isinstance(part, Transformer)
+    np.testing.assert_array_equal(part.params["null_caption"], np.full((120, 10), 0.5, np.float32))
+
+
+def test_the_null_caption_lies_beside_the_weights_and_is_absent_where_it_was(folders, tmp_path):
+    part = load_component(folders["transformer"])
+    assert "null_caption" not in part.params
+    part.replace(params={**part.params, "null_caption": jnp.ones((120, 10))}).save(tmp_path)
+    assert (tmp_path / NULL_CAPTION).is_file()
+    part.save(tmp_path)
+    assert "null_caption" not in load_component(tmp_path).params
+
+
+# ---- dtype, mesh, compilation ----
+
+
+def test_bfloat16_halves_the_text_encoder_and_survives_a_save(folders, tmp_path):
+    part = load_component(folders["text_encoder"], dtype=jnp.bfloat16)
+    assert part.params["blocks"]["q"]["kernel"].dtype == jnp.bfloat16 and part.params["embedding"].dtype == jnp.bfloat16
+    assert part.params["final_norm"]["scale"].dtype == jnp.float32
+    part.save(tmp_path)
+    assert_equal_to_the_bit(load_component(tmp_path, dtype=jnp.bfloat16).params, part.params)
+    arguments, ours = evaluate(part)
+    exact = evaluate(load_component(folders["text_encoder"]))[1]
+    assert relative_error(valid("text_encoder", arguments, ours), valid("text_encoder", arguments, exact)) < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_changes_nothing(folders, kind):
+    mesh = make_mesh(MeshConfig())
+    part = load_component(folders[kind], mesh=mesh)
+    assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(part.params))
+    np.testing.assert_allclose(evaluate(part)[1], evaluate(load_component(folders[kind]))[1], rtol=1e-5, atol=1e-5)
+
+
+def test_other_parameters_do_not_recompile(folders):
+    from pixart_jax.weights.component import _run
+
+    part = load_component(folders["vae"])
+    evaluate(part)
+    before = _run._cache_size()
+    evaluate(part.replace(params=jax.tree.map(lambda leaf: leaf * 2, part.params)))
+    evaluate(load_component(folders["vae"]))
+    assert _run._cache_size() == before
+
+
+def test_tiled_decoding_is_a_flag_of_decode(folders):
+    part = load_component(folders["vae"])
+    latents = jnp.ones((1, 12, 20, 4))
+    assert part.decode(latents, tile=8, overlap=2).shape == part.decode(latents).shape == (1, 24, 40, 3)
+
+
+# ---- bad input: one line that names the folder ----
+
+
+def refusal(folder, match: str):
+    with pytest.raises(UserError, match=match) as error:
+        load_component(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_folders_that_are_no_component_are_named(tmp_path, folders):
+    refusal(tmp_path / "absent", "no folder")
+    refusal(tmp_path, "has no config.json")
+    (tmp_path / "config.json").write_text("{")
+    refusal(tmp_path, "is no JSON")
+    (tmp_path / "config.json").write_text("[]")
+    refusal(tmp_path, "no JSON object")
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKLL"}')
+    refusal(tmp_path, "did you mean 'AutoencoderKL'")
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    refusal(tmp_path, "UNet2DConditionModel.*not known")
+    shutil.copytree(folders["vae"], tmp_path / "whole" / "vae")
+    (tmp_path / "whole" / "model_index.json").write_text("{}")
+    refusal(tmp_path / "whole", r"is a whole model: give one of its parts \(vae\)")
+
+
+def test_configs_of_other_makes_are_named(folders, tmp_path):
+    for i, (kind, field, value, match) in enumerate((
+        ("vae", "act_fn", "mish", "act_fn = 'mish'"),
+        ("vae", "down_block_types", ["AttnDownEncoderBlock2D"] * 2, "down_block_types"),
+        ("vae", "norm_num_groups", 5, "not divisible by norm_num_groups = 5"),
+        ("vae", "layers_per_block", "two", "wrong type"),
+        ("text_encoder", "feed_forward_proj", "relu", "feed_forward_proj is 'relu'"),
+        ("transformer", "norm_type", "layer_norm", "norm_type = 'layer_norm'"),
+    )):  # fmt: skip
+        refusal(rewrite(folders[kind], tmp_path / str(i), lambda tensors, config: config.update({field: value})), match)
+
+
+def test_weights_that_do_not_fit_are_named(folders, tmp_path):
+    def lose(tensors, config):
+        del tensors["encoder.conv_in.weight"]
+        tensors["stray"] = torch.ones(1)
+
+    refusal(rewrite(folders["vae"], tmp_path / "1", lose), "1 missing: encoder.conv_in.weight; 1 left over: stray")
+
+    def cut(tensors, config):
+        tensors["encoder.conv_in.weight"] = torch.ones(8, 3, 3, 1)
+
+    refusal(rewrite(folders["vae"], tmp_path / "2", cut), r"wrong shape: encoder.conv_in.weight \(8, 3, 3, 1\)")
+    refusal(rewrite(folders["text_encoder"], tmp_path / "3", lambda tensors, config: config.update(d_ff=25)), "wrong shape")
+
+
+def test_missing_and_damaged_weights_are_named(folders, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folders["vae"], copy)
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refusal(copy, "damaged or cut short")
+    weights.unlink()
+    refusal(copy, "holds no weights")
+
+
+def test_a_place_that_cannot_be_written_is_named(folders, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        load_component(folders["vae"]).save(tmp_path / "file" / "vae")

@@ -1,0 +1,97 @@
+"""The table of names: both directions are inverse to the bit, memory stays at one parameter, and misfits are named together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pixart_jax.errors import UserError
+from pixart_jax.weights.table import Entry, flatten, read, unflatten, write
+
+TABLE = (
+    Entry("blocks/q/kernel", "b.{i}.qkv.weight", "linear", (0, 3)),
+    Entry("blocks/k/kernel", "b.{i}.qkv.weight", "linear", (1, 3)),
+    Entry("blocks/v/kernel", "b.{i}.qkv.weight", "linear", (2, 3)),
+    Entry("conv/kernel", "conv.weight", "conv"),
+    Entry("point/kernel", "point.weight", "pointwise"),
+    Entry("scale", "norm.weight"),
+    Entry("null", "null", optional=True),
+    Entry("variant/kernel", "variant.weight", "linear"),  # a parameter that this model does not have
+)
+RNG = np.random.default_rng(0)
+FILE = {
+    "b.0.qkv.weight": RNG.normal(size=(12, 5)).astype(np.float32),
+    "b.1.qkv.weight": RNG.normal(size=(12, 5)).astype(np.float32),
+    "conv.weight": RNG.normal(size=(6, 2, 3, 4)).astype(np.float32),
+    "point.weight": RNG.normal(size=(7, 3, 1, 1)).astype(np.float32),
+    "norm.weight": RNG.normal(size=9).astype(np.float32),
+    "null": RNG.normal(size=(2, 2)).astype(np.float32),
+}
+SHAPES = unflatten({
+    "blocks/q/kernel": np.empty((2, 5, 4)), "blocks/k/kernel": np.empty((2, 5, 4)), "blocks/v/kernel": np.empty((2, 5, 4)),
+    "conv/kernel": np.empty((3, 4, 2, 6)), "point/kernel": np.empty((3, 7)), "scale": np.empty(9), "null": np.empty((2, 2)),
+})  # fmt: skip
+
+
+def open_file(tensors=FILE, **options):
+    return read(TABLE, SHAPES, tensors, tensors.__getitem__, source="the file", **options)
+
+
+def test_read_and_write_are_inverse_to_the_bit():
+    params = open_file()
+    assert {path: leaf.shape for path, leaf in flatten(params).items()} == {path: leaf.shape for path, leaf in flatten(SHAPES).items()}
+    written = write(TABLE, params)
+    assert set(written) == set(FILE)
+    for key, array in FILE.items():
+        np.testing.assert_array_equal(written[key], array)
+
+
+def test_axes_and_parts_lie_as_they_should():
+    params = open_file()
+    np.testing.assert_array_equal(params["blocks"]["k"]["kernel"][1], FILE["b.1.qkv.weight"][4:8].T)
+    np.testing.assert_array_equal(params["conv"]["kernel"][2, 3, 1, 5], FILE["conv.weight"][5, 1, 2, 3])
+    np.testing.assert_array_equal(params["point"]["kernel"], FILE["point.weight"][:, :, 0, 0].T)
+
+
+def test_an_optional_parameter_may_be_absent():
+    params = open_file({key: value for key, value in FILE.items() if key != "null"})
+    assert "null" not in params and "scale" in params
+
+
+def test_each_parameter_is_placed_before_the_next_is_read():
+    events = []
+
+    def tensor(key):
+        events.append(key)
+        return FILE[key]
+
+    read(TABLE, SHAPES, FILE, tensor, source="the file", place=lambda path, array: events.append(path) or array)
+    assert events[:6] == ["b.0.qkv.weight", "b.1.qkv.weight", "blocks/q/kernel", "b.0.qkv.weight", "b.1.qkv.weight", "blocks/k/kernel"]
+
+
+def test_ignored_keys_do_not_count():
+    assert "scale" in open_file({**FILE, "pos_embed": np.zeros(1)}, ignore=("pos_embed",))
+
+
+def test_missing_and_left_over_keys_are_named_together_before_anything_is_read():
+    tensors = {**FILE, "stray": np.zeros(1)}
+    del tensors["b.1.qkv.weight"], tensors["norm.weight"]
+
+    def never(key):
+        raise AssertionError(key)
+
+    with pytest.raises(UserError, match="the file does not fit the model: 2 missing: b.1.qkv.weight, norm.weight; 1 left over: stray"):
+        read(TABLE, SHAPES, tensors, never, source="the file")
+
+
+def test_every_wrong_shape_is_named_at_once():
+    tensors = {**FILE, "norm.weight": np.zeros(8), "conv.weight": np.zeros((6, 2)), "b.0.qkv.weight": np.zeros((11, 5))}
+    with pytest.raises(UserError, match="wrong shape: b.0.qkv.weight .11, 5. for blocks/q/kernel .5, 4.") as error:
+        open_file(tensors)
+    assert "conv.weight (6, 2) for conv/kernel (3, 4, 2, 6)" in str(error.value) and "norm.weight (8,) for scale (9,)" in str(error.value)
+
+
+def test_a_parameter_without_a_name_is_named():
+    shapes = {**SHAPES, "new": {"kernel": np.empty(3)}}
+    with pytest.raises(UserError, match="1 without a name in the table: new/kernel"):
+        read(TABLE, shapes, FILE, FILE.__getitem__, source="the file")
