@@ -52,6 +52,8 @@ class Flags:
     """What an empty negative prompt means: the text encoder's states of "", or the model's null caption (the official code)."""
     batch_size: int | None = None
     """Images at once; by default up to 16 a device."""
+    vae_tile: int | None = None
+    """Decode large images in blended tiles of so many latents a side (64 is 512 pixels)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; auto: bfloat16 on accelerators."""
     grid: bool = True
@@ -83,7 +85,7 @@ def plan(flags: Flags, wanted: list[str]):
     """What is to be drawn, and what of it is there. All flags are checked here, before the weights are read."""
     from pixart_jax.pipeline import drawings, folder, options
 
-    checked = {name: getattr(flags, name) for name in ("height", "width", "batch_size", "seed", *HOW)}
+    checked = {name: getattr(flags, name) for name in ("height", "width", "batch_size", "seed", *HOW)} | {"tile": flags.vae_tile}
     height, width = options.check(*folder.configs(flags.model), **checked)
     settings = {
         "negative_prompt": flags.negative_prompt,
@@ -91,6 +93,7 @@ def plan(flags: Flags, wanted: list[str]):
         "width": width,
         "seed": flags.seed,
         **{name: getattr(flags, name) for name in HOW},
+        **({"vae_tile": flags.vae_tile} if flags.vae_tile else {}),
         "dtype": dtype(flags).__name__,
         "model": flags.model.resolve().name,
         "model_hash": drawings.model_hash(flags.model),
@@ -118,6 +121,7 @@ def draw(flags: Flags, wanted: list[str], drawings) -> None:
     batches = pipe.draw(
         [wanted[n] for n in drawings.missing],
         indices=drawings.missing,
+        tile=flags.vae_tile,
         **{name: getattr(flags, name) for name in ("negative_prompt", "height", "width", "seed", "batch_size", *HOW)},
     )
     with tqdm(total=len(drawings.missing), unit=" images", desc="drawing (compiles first)") as bar:

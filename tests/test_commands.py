@@ -43,7 +43,8 @@ def test_unknown_command_and_flag_name_the_nearest(capsys):
 
 
 def test_commands_are_imported_only_when_called(root):
-    code = "import sys, pixart_jax.__main__ as m; m.main(['--help']); assert not {'jax', 'torch', 'transformers', 'tyro'} & set(sys.modules)"
+    heavy = {"jax", "torch", "transformers", "tyro"}
+    code = f"import sys, pixart_jax.__main__ as m; m.main(['--help']); assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, env=os.environ)
     done = subprocess.run([sys.executable, "-m", "pixart_jax", "nonsense"], cwd=root, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: unknown command 'nonsense'")

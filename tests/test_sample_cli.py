@@ -139,7 +139,8 @@ def test_bad_input_is_one_line_and_exit_status_2(sample, model, tmp_path, capsys
 
 def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(sample, model, tmp_path, capsys, monkeypatch):
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    argv = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out"), "--batch-size", "1", "--steps", "2"]
+    where = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    argv = [*where, "--batch-size", "1", "--steps", "2"]
     whole, real = [], os.fsync
 
     def fills_up(descriptor):

@@ -83,10 +83,12 @@ def from_file(flags: Flags):
             config = dataclasses.replace(config, position_scale=flags.scale)
         kind, table, ignore = component.DiT, dit.OFFICIAL, dit.OFFICIAL_IGNORE
     else:
-        raise UserError(f"{flags.src} is neither a PixArt transformer ({CAPTIONS}) nor a DiT ({LABELS}): it holds {', '.join(list(shapes)[:4])} …")
-    made = kind(config, read(table, parameter_shapes(kind(config, {}).module), tensors, tensors.__getitem__, source=str(flags.src), ignore=ignore))
+        held = ", ".join(list(shapes)[:4])
+        raise UserError(f"{flags.src} is neither a PixArt transformer ({CAPTIONS}) nor a DiT ({LABELS}): it holds {held} …")
+    wanted = parameter_shapes(kind(config, {}).module)
+    params = read(table, wanted, tensors, tensors.__getitem__, source=str(flags.src), ignore=ignore)
     branch = getattr(tensors, "branch", None)
-    return made, f"{flags.src}" + (f" ({branch})" if branch else "")
+    return kind(config, params), f"{flags.src}" + (f" ({branch})" if branch else "")
 
 
 def parameter_shapes(module):

@@ -24,6 +24,7 @@ def check(
     null: str = "text",
     batch_size: int | None = None,
     seed: int = 0,
+    tile: int | None = None,
 ) -> tuple[int, int]:
     """(height, width) in pixels that the options ask for, by default the side that the model was trained at.
 
@@ -43,6 +44,8 @@ def check(
         raise UserError(f"guidance {guidance}: a finite number is needed; 1 does no second pass")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least 1 is needed")
+    if tile is not None and tile < 32:
+        raise UserError(f"vae tile {tile}: at least 32 latents a side are needed, so that tiles blend over 16")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed}: a whole number from 0 to {2**32 - 1} is needed")
     for name, value, known in (("solver", solver, diffusion.solvers.NAMES), ("times", times, TIMES), ("null", null, NULLS)):

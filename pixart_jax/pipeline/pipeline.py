@@ -22,6 +22,7 @@ from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import RULES, batch_sharding
 from pixart_jax.pipeline import folder as model_folder
 from pixart_jax.pipeline import options
+from pixart_jax.pipeline.preview import previewer
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 
 DEFAULT_BATCH = 16
@@ -101,6 +102,7 @@ class Pipeline:
         null: str = "text",
         batch_size: int | None = None,
         indices: Sequence[int] | None = None,
+        tile: int | None = None,
         callback: Callback | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b, height, width, 3]) as they are done.
@@ -110,8 +112,9 @@ class Pipeline:
             'embedding', the transformer's null caption under the prompt's length (the official code).
         height, width: pixels, by default the side the model was trained at. seed, indices: the noise of image i comes from
             fold_in(key(seed), indices[i]), i itself by default, so an image does not depend on the batch it is drawn in.
-        solver, times, order, steps: as ``diffusion.sample``. callback(step, latents [b, h, w, c]): called during the scan
-            with the denoised latents as the step sees them.
+        solver, times, order, steps: as ``diffusion.sample``. tile: as :meth:`decode`.
+        callback(step, latents [b, h, w, c]): called during the scan with the denoised latents as the step sees them. It must
+            not call JAX, which is busy with the scan; what :meth:`previewer` gives makes small images of them.
         Raises UserError, before anything is computed, for options that cannot be used.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -123,7 +126,7 @@ class Pipeline:
         indices = list(range(len(prompts))) if indices is None else list(indices)
         height, width = options.check(
             self.transformer.config, self.vae.config, steps=steps, guidance=guidance, height=height, width=width,
-            solver=solver, times=times, null=null, batch_size=batch_size, seed=seed,
+            solver=solver, times=times, null=null, batch_size=batch_size, seed=seed, tile=tile,
         )  # fmt: skip
         guided = float(guidance) != 1.0
         wanted = batch_size or min(len(prompts), DEFAULT_BATCH)
@@ -146,7 +149,7 @@ class Pipeline:
                 states, lengths, noise, *negative, steps=steps, guidance=guidance, solver=solver, times=times, order=order,
                 keys=keys, callback=_cropped(callback, len(positions)),
             )  # fmt: skip
-            images = self.decode(latents)
+            images = self.decode(latents, tile)
             if pending is not None:  # the device works on this batch while the host takes the one before
                 yield pending[0], np.asarray(pending[1])[: len(pending[0])]
             pending = positions, images
@@ -210,16 +213,23 @@ class Pipeline:
         with self._on_mesh():
             return run() if callback is None else _watch(callback, run)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3], on the device."""
+    def decode(self, latents: jax.Array, tile: int | None = None) -> jax.Array:
+        """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3], on the device.
+
+        tile: side in latents of blended tiles, for images too large to be decoded at once; None decodes them whole.
+        """
         latents = latents / self.vae.config.scaling_factor
         batch, rows, columns, _ = latents.shape
         most = max(1, _DECODED_PIXELS // (rows * columns * self.factor**2))
         part = max(n for n in range(1, batch + 1) if batch % n == 0 and (n <= most or n == 1))
         with self._on_mesh():
             if self.mesh is not None:
-                return _pixels(self.vae.decode(latents))
-            return jnp.concatenate([_pixels(self.vae.decode(latents[n : n + part])) for n in range(0, batch, part)])
+                return _pixels(self.vae.decode(latents, tile))
+            return jnp.concatenate([_pixels(self.vae.decode(latents[n : n + part], tile)) for n in range(0, batch, part)])
+
+    def previewer(self) -> Callable[[np.ndarray], np.ndarray]:
+        """A function for callbacks: latents [b, h, w, c] → rough images uint8 [b, h, w, 3], a pixel a latent."""
+        return previewer(lambda latents: np.asarray(self.decode(jnp.asarray(latents))), self.transformer.config.in_channels, scale=1.0)
 
     def _negative(self, texts: Sequence[str], states: jax.Array, lengths: jax.Array, null: str) -> tuple[jax.Array, jax.Array]:
         """States and lengths of the negative prompts, for rows whose prompts have these states and lengths."""
