@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -218,6 +221,30 @@ def test_previews_show_roughly_what_is_decoded(ours):
     rough, decoded = ours.previewer()(colours), np.asarray(ours.decode(jnp.asarray(colours)))
     assert rough.shape == (16, 4, 4, 3) and rough.dtype == np.uint8
     assert np.corrcoef(rough[:, 0, 0].ravel().astype(float), decoded.mean((1, 2)).ravel())[0, 1] > 0.8
+
+
+ON_A_MESH = """
+import sys
+import numpy as np
+from pixart_jax import Pipeline
+from pixart_jax.config import MeshConfig
+from pixart_jax.parallel.mesh import make_mesh
+
+folder, out, *prompts = sys.argv[1:]
+pipe = Pipeline.from_pretrained(folder, mesh=make_mesh(MeshConfig(data=2, fsdp=2)))
+seen = []
+images = pipe(prompts, steps=3, seed=4, solver="sa", callback=lambda step, latents: seen.append((step, latents.shape)))
+assert sorted(seen) == [(n, (3, 8, 8, 4)) for n in range(3)], seen
+np.save(out, images)
+"""
+
+
+def test_the_same_images_on_a_mesh_of_four_devices(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", ON_A_MESH, str(tmp_path), str(tmp_path / "images.npy"), *PROMPTS], env=env, check=True)
+    one = ours(PROMPTS, steps=3, seed=4, solver="sa").astype(int)
+    assert np.abs(one - np.load(tmp_path / "images.npy")).max() <= 1
 
 
 def test_one_executable_for_all_batches_and_for_other_parameters(ours):
