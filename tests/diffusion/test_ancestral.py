@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,7 @@ def test_posterior_asks_for_the_variance_half_and_for_an_index_of_the_respaced_p
 
 def test_a_sampled_step_is_the_posteriors_mean_plus_its_deviation_times_the_noise():
     """What `sample` does in its first ddpm step, with its own random numbers, is what ddpm_posterior says."""
+    posterior = jax.jit(functools.partial(diffusion.ddpm_posterior, steps=100))
     x = jax.random.normal(jax.random.key(0), (2, 3, 3, 4))
 
     def denoiser(x, t):
@@ -83,13 +86,13 @@ def test_a_sampled_step_is_the_posteriors_mean_plus_its_deviation_times_the_nois
     keys = jax.random.split(jax.random.key(7), 2)
     # From step 98 of 100 on: index 1, with noise, then index 0, without.
     got = diffusion.sample(denoiser, x, solver="ddpm", steps=100, key=keys, start=98)
-    mean, log_variance = diffusion.ddpm_posterior(denoiser(x, None), x, jnp.array([1, 1]), steps=100)
+    mean, log_variance = posterior(denoiser(x, None), x, jnp.array([1, 1]))
     noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, 98), x.shape[1:]) for key in keys])
     middle = mean + jnp.exp(0.5 * log_variance) * noise
-    last, _ = diffusion.ddpm_posterior(denoiser(middle, None), middle, jnp.array([0, 0]), steps=100)
+    last, _ = posterior(denoiser(middle, None), middle, jnp.array([0, 0]))
     np.testing.assert_allclose(got, last, atol=2e-6)
     fixed = diffusion.sample(lambda x, t: 0.9 * x, x, solver="ddpm", steps=100, key=keys, start=98)
-    _, small = diffusion.ddpm_posterior(jnp.concatenate([0.9 * x, -jnp.ones_like(x)], -1), x, jnp.array([1, 1]), steps=100)
+    _, small = posterior(jnp.concatenate([0.9 * x, -jnp.ones_like(x)], -1), x, jnp.array([1, 1]))
     middle = mean + jnp.exp(0.5 * small) * noise  # logits −1 are the fixed variance β̃
-    last, _ = diffusion.ddpm_posterior(denoiser(middle, None), middle, jnp.array([0, 0]), steps=100)
+    last, _ = posterior(denoiser(middle, None), middle, jnp.array([0, 0]))
     np.testing.assert_allclose(fixed, last, atol=2e-6)
