@@ -15,6 +15,8 @@ from pixart_jax import tokenizer as tokenizers
 from pixart_jax.config import Config
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
+from pixart_jax.weights.component import load_component
+from pixart_jax.weights.vae import config_from_json
 
 
 class Frozen:
@@ -47,8 +49,6 @@ class Frozen:
     @functools.cached_property
     def scaling_factor(self) -> float:
         """What latents are multiplied by before the denoiser sees them."""
-        from pixart_jax.weights.vae import config_from_json
-
         path = self.folder("vae") / "config.json"
         try:
             return config_from_json(json.loads(path.read_text())).scaling_factor
@@ -60,8 +60,6 @@ class Frozen:
         return self._load("text_encoder")
 
     def _load(self, part: str):
-        from pixart_jax.weights.component import load_component
-
         return load_component(self.folder(part))
 
     @functools.cached_property

@@ -7,7 +7,6 @@ import json
 import time
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 
 from pixart_jax import png
@@ -24,7 +23,7 @@ from pixart_jax.training.loop import Watch, Window, train
 from pixart_jax.training.optimizer import make_optimizer, schedule
 from pixart_jax.training.starts import first_params
 from pixart_jax.training.state import TrainState, abstract_state, fresh_params, state_from
-from pixart_jax.training.step import compile_step
+from pixart_jax.training.step import CompiledStep
 from pixart_jax.training.tasks import Task, make_task
 from pixart_jax.training.workdir import Workdir, write_atomic
 
@@ -50,8 +49,6 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
         mesh = make_mesh(config.mesh)
         _check_batches(config, mesh)
         with (
-            jax.set_mesh(mesh),
-            nn.logical_axis_rules(rules.ACTIVATION_RULES),
             Checkpoints(folder.checkpoints, config.keep_checkpoints) as saves,
             PowerMeter(mesh.devices.flat[0].platform) as meter,
         ):
@@ -89,8 +86,7 @@ class Run:
         config = self.config.stages[index]
         loader = open_loader(self.config, index, self.frozen, self.encode)
         task = make_task(self.config, config, self.frozen)
-        with nn.logical_axis_rules(()):  # parameters are placed by parallel.rules, not by flax
-            boxed = jax.eval_shape(task.init, jax.random.key(0))
+        boxed = jax.eval_shape(task.init, jax.random.key(0))
         optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
         abstract = abstract_state(boxed, optimizer, self.mesh)
         whole = rules.large_replicated(abstract.params)
@@ -103,11 +99,16 @@ class Run:
         key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
 
         def fresh():
-            with nn.logical_axis_rules(()):
-                return fresh_params(stage.task.init, key, stage.abstract)
+            return fresh_params(stage.task.init, key, stage.abstract)
 
-        params = first_params(self.config, stage.index, stage.task, previous, fresh, key)
+        params = first_params(self.config, stage.index, stage.task, previous, fresh, key, self.report)
         return state_from(stage.task.adjust(params), stage.optimizer, stage.abstract)
+
+    def report(self, name: str, figures: dict[str, float]) -> None:
+        """A conversion's figures → NAME.json and a line."""
+        if jax.process_index() == 0:
+            write_atomic(self.folder.path / f"{name}.json", json.dumps(figures, indent=1) + "\n")
+            print(f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in figures.items())}")
 
     def train(self, stage: Stage, state: TrainState, start: int, window: Window, done: int) -> TrainState:
         config, task = self.config.stages[stage.index], stage.task
@@ -138,7 +139,7 @@ class Run:
             self.draw(stage, state, number, done + number)
 
         rate = schedule(config.optimizer, config.steps, config.batch_size)
-        step = compile_step(task.losses, stage.optimizer, rate, stage.abstract, self.mesh, config.optimizer.accumulate)
+        step = CompiledStep(task.losses, stage.optimizer, rate, stage.abstract, self.mesh, config.optimizer.accumulate)
         watch = Watch(self.config.log_every, self.config.checkpoint_every, self.config.preview.every, log, save, preview)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1_000 + stage.index)
         sharding = rules.batch_sharding(self.mesh)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.training.reparameterization import from_dit, reparameterization_error
+from pixart_jax.weights.component import load_component
 from pixart_jax.weights.table import flatten, unflatten
 
 # Parts that a multi-scale model has beyond the plain one: they start fresh when a plain one's weights are given.
 _SIZE_CONDITIONS = ("size_embedder/", "ratio_embedder/")
 
 
-def first_params(config: Config, index: int, task, previous, fresh, key: jax.Array):
+def first_params(config: Config, index: int, task, previous, fresh, key: jax.Array, report: Callable[[str, dict], None]):
     """Parameters (plain tree) of the first step of stage ``index``.
 
     task: the stage's. previous: (task, averaged parameters) of the stage before, or None. fresh: () → new parameters on the
-    mesh. A stage that follows takes the EMA of the one before: the weights that its samples were drawn with.
+    mesh. report(name, figures): told how well a conversion went. A stage that follows takes the EMA of the one before: the weights that its samples were drawn with.
     """
     stage = config.stages[index]
     if stage.start == "fresh" or (stage.start == "previous" and index == 0):
@@ -26,18 +33,13 @@ def first_params(config: Config, index: int, task, previous, fresh, key: jax.Arr
     if stage.start == "previous":
         before, params = previous
         kind = config.stages[index - 1].task
-        return converted(stage, kind, before.module.config, params, task, fresh, key)
+        return converted(stage, kind, before.module.config, params, task, fresh, key, report)
     kind, model, params = opened(stage)
-    return converted(stage, kind, model, params, task, fresh, key)
+    return converted(stage, kind, model, params, task, fresh, key, report)
 
 
 def opened(stage: StageConfig):
     """(task, model config, parameters) of the folder that a stage names: a part's own, or a model's."""
-    from pixart_jax.models.dit import DiTConfig
-    from pixart_jax.models.t5 import T5Config
-    from pixart_jax.models.transformer import TransformerConfig
-    from pixart_jax.weights.component import load_component
-
     folder = Path(stage.start)
     if not folder.is_dir():
         raise UserError(f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)")
@@ -47,12 +49,13 @@ def opened(stage: StageConfig):
     return kinds.get(type(component.config), "autoencoder"), component.config, component.params
 
 
-def converted(stage: StageConfig, kind: str, model, params, task, fresh, key: jax.Array):
+def converted(stage: StageConfig, kind: str, model, params, task, fresh, key: jax.Array, report):
     """Parameters of a model of task ``kind`` as the stage's task needs them."""
     if kind == "class_conditional" and stage.task == "text_to_image":
-        from pixart_jax.training.reparameterization import from_dit
-
-        params = from_dit(params, model, task.module.config, key)
+        old, params = params, from_dit(params, model, task.module.config, key)
+        height, width = stage.data.buckets[0]
+        latents = jax.random.normal(jax.random.fold_in(key, 1), (2, height // 8, width // 8, model.in_channels))
+        report("reparameterization", reparameterization_error(old, model, params, task.module.config, latents).summary())
     elif kind != stage.task:
         raise UserError(f"stage {stage.name}: task {stage.task} cannot start from a model of task {kind}")
     return fitted(stage, params, task, fresh)
@@ -71,5 +74,6 @@ def fitted(stage: StageConfig, params, task, fresh):
         raise UserError(f"stage {stage.name} cannot start from these weights ({'; '.join(what)})")
     if missing:
         made = flatten(fresh())
-        given |= {path: made[path] for path in missing}
+        # Their last layer is put to zero, so that the model begins as the plain one that it was.
+        given |= {path: np.zeros_like(made[path]) if "/fc2/" in path else made[path] for path in missing}
     return unflatten(given)

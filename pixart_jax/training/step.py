@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -51,19 +52,33 @@ def train_step(
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-def compile_step(losses: Losses, optimizer, rate, abstract: TrainState, mesh: Mesh, accumulate: int = 1):
-    """The jitted step for a stage, its state donated. Call it inside ``jax.set_mesh(mesh)`` and flax's logical axis rules."""
+class CompiledStep:
+    """The step of a stage, compiled at its first call with a batch shape; its state is donated.
 
-    def step(state, batch, key):
-        return train_step(state, batch, key, losses=losses, optimizer=optimizer, rate=rate, accumulate=accumulate, mesh=mesh)
+    Mesh and activation rules hold inside the call alone, so that nothing else is placed by them.
+    """
 
-    whole = rules.replicated(mesh)
-    return jax.jit(
-        step,
-        in_shardings=(shardings_of(abstract), rules.batch_sharding(mesh), whole),
-        out_shardings=(shardings_of(abstract), whole),
-        donate_argnums=0,
-    )
+    def __init__(self, losses: Losses, optimizer, rate, abstract: TrainState, mesh: Mesh, accumulate: int = 1):
+        def step(state, batch, key):
+            return train_step(state, batch, key, losses=losses, optimizer=optimizer, rate=rate, accumulate=accumulate, mesh=mesh)
+
+        whole = rules.replicated(mesh)
+        self._mesh = mesh
+        self.jitted = jax.jit(
+            step,
+            in_shardings=(shardings_of(abstract), rules.batch_sharding(mesh), whole),
+            out_shardings=(shardings_of(abstract), whole),
+            donate_argnums=0,
+        )
+
+    def __call__(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
+            return self.jitted(state, batch, key)
+
+    @property
+    def executables(self) -> int:
+        """How many batch shapes have been compiled."""
+        return self.jitted._cache_size()
 
 
 def _split(x: jax.Array, parts: int, mesh: Mesh | None) -> jax.Array:

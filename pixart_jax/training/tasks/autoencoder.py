@@ -12,6 +12,7 @@ import numpy as np
 from pixart_jax.config import AutoencoderConfig, Config, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.vae import AutoencoderKL
+from pixart_jax.weights.component import VAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,6 @@ class Autoencoder:
 
     def export(self, params, folder: Path) -> None:
         """folder/vae."""
-        from pixart_jax.weights.component import VAE
-
         VAE(self.module.config, params).save(folder / "vae")
 
 

@@ -14,9 +14,11 @@ from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.geometry import Geometry
+from pixart_jax.training.export import write_parts
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import Denoising
 from pixart_jax.training.tasks.text_to_image import placed
+from pixart_jax.weights import component
 
 _PREVIEWS = 8
 
@@ -74,14 +76,10 @@ class ClassConditional:
 
     def component(self, params):
         """The DiT bound to parameters, as load_component gives one."""
-        from pixart_jax.weights.component import DiT as Component
-
-        return Component(self.module.config, params)
+        return component.DiT(self.module.config, params, self.module.dtype)
 
     def export(self, params, folder: Path) -> None:
         """folder/transformer, the DiT, with the VAE and scheduler beside it."""
-        from pixart_jax.training.export import write_parts
-
         write_parts(folder, self.component(params), self.denoising.scheduler, self.frozen)
 
 

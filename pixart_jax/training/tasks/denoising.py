@@ -71,7 +71,3 @@ class Denoising:
         )
         return {"loss": terms["mse"] + terms["vb"], **terms}
 
-
-def bucket_of(batch) -> tuple[int, int]:
-    """(height, width) of a batch's latents."""
-    return tuple(jnp.shape(batch["mean"])[1:3])

@@ -12,6 +12,7 @@ import numpy as np
 from pixart_jax.config import Config, MaskedTextConfig, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Encoder
+from pixart_jax.weights.component import TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,6 @@ class MaskedText:
 
     def export(self, params, folder: Path) -> None:
         """folder/text_encoder and folder/tokenizer."""
-        from pixart_jax.weights.component import TextEncoder
-
         TextEncoder(self.module.config, params).save(folder / "text_encoder")
         self.tokenizer.save_pretrained(str(folder / "tokenizer"))
 

@@ -13,8 +13,11 @@ from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.mesh import batch_shards
+from pixart_jax.pipeline import Pipeline
+from pixart_jax.training.export import write_model
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.weights.component import Transformer
 
 _PREVIEWS = 8  # pictures of a sheet where the config names no prompts
 
@@ -69,9 +72,7 @@ class TextToImage:
             texts, captions = [np.asarray(states[:n], np.float32) for states, n in rows][:_PREVIEWS], [str(k) for k in batch["key"][:_PREVIEWS]]
         (empty,) = self.frozen.text_states([""], most)
         length = -(-max(len(t) for t in [*texts, empty]) // 8) * 8
-        from pixart_jax.pipeline import Pipeline
-
-        mesh = jax.sharding.get_mesh()
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
         mesh = None if mesh.size == 1 else mesh
         count = len(texts) if mesh is None else -(-len(texts) // batch_shards(mesh)) * batch_shards(mesh)
         texts += [texts[-1]] * (count - len(texts))
@@ -85,14 +86,10 @@ class TextToImage:
 
     def component(self, params):
         """The transformer bound to parameters, as load_component gives one."""
-        from pixart_jax.weights.component import Transformer
-
-        return Transformer(self.module.config, params)
+        return Transformer(self.module.config, params, self.module.dtype)
 
     def export(self, params, folder: Path) -> None:
         """The whole model, as diffusers and Pipeline.from_pretrained open it."""
-        from pixart_jax.training.export import write_model
-
         write_model(folder, self.component(params), self.denoising.scheduler, self.frozen)
 
 

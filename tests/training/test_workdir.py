@@ -1,0 +1,64 @@
+"""A run's folder belongs to one config and one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig
+from pixart_jax.errors import UserError
+from pixart_jax.training.workdir import Workdir, as_json
+
+CONFIG = Config(name="a", stages=(StageConfig("one", steps=10), StageConfig("two", optimizer=OptimizerConfig(learning_rate=1e-3))))
+
+
+def other(**changes) -> Config:
+    stage = dataclasses.replace(CONFIG.stages[1], **changes)
+    return dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], stage))
+
+
+def test_the_same_config_comes_back(tmp_path):
+    with Workdir(tmp_path / "run", CONFIG):
+        pass
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == as_json(CONFIG)
+    with Workdir(tmp_path / "run", CONFIG):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (other(steps=11), "stages.1.steps was 1000, now 11"),
+        (other(optimizer=OptimizerConfig(learning_rate=1e-4)), "stages.1.optimizer.learning_rate was 0.001, now 0.0001"),
+        (other(data=DataConfig(buckets=((64, 64), (64, 96)))), "stages.1.data.buckets.1.0 was absent, now 64"),
+        (dataclasses.replace(CONFIG, seed=1), "seed was 0, now 1"),
+    ],
+)
+def test_another_config_is_refused_with_what_differs(tmp_path, config, said):
+    with Workdir(tmp_path, CONFIG):
+        pass
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError) as fault, Workdir(tmp_path, config):
+        pass
+    assert said in str(fault.value) and "\n" not in str(fault.value)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_what_only_changes_the_watching_may_change(tmp_path):
+    with Workdir(tmp_path, CONFIG):
+        pass
+    with Workdir(tmp_path, dataclasses.replace(other(data=DataConfig(workers=7)), log_every=1, checkpoint_every=5, remat="full")):
+        pass
+
+
+def test_two_runs_cannot_write_one_folder(tmp_path):
+    with Workdir(tmp_path, CONFIG), pytest.raises(UserError, match="in use by another run"), Workdir(tmp_path, CONFIG):
+        pass
+
+
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file"), Workdir(tmp_path / "run", CONFIG):
+        pass
