@@ -128,8 +128,8 @@ def draw(flags: Flags, wanted: list[str], drawings) -> None:
         for positions, images in batches:
             for position, image in zip(positions, images, strict=True):
                 drawings.write(drawings.missing[position], image)
+                bar.update()
             bar.set_description("drawing")
-            bar.update(len(positions))
 
 
 if __name__ == "__main__":

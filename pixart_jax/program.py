@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pixart_jax.errors import UserError, nearest
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
