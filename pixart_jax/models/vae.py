@@ -51,7 +51,8 @@ class VAEConfig:
         for width in self.block_out_channels:
             if width < 1 or width % self.norm_num_groups:
                 raise UserError(
-                    f"VAEConfig.block_out_channels = {self.block_out_channels!r}: {width} is not divisible by norm_num_groups = {self.norm_num_groups}"
+                    f"VAEConfig.block_out_channels = {self.block_out_channels!r}: "
+                    f"{width} is not divisible by norm_num_groups = {self.norm_num_groups}"
                 )
         if not self.scaling_factor > 0:
             raise UserError(f"VAEConfig.scaling_factor = {self.scaling_factor!r}: must be positive")
@@ -252,7 +253,9 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents [b, h, w, latent_channels], unscaled → images [b, h · f, w · f, 3] fp32, about [-1, 1] and not clipped."""
         if latents.ndim != 4 or latents.shape[-1] != self.config.latent_channels:
-            raise UserError(f"latents of shape {tuple(latents.shape)} do not fit: [batch, height, width, {self.config.latent_channels}] would")
+            raise UserError(
+                f"latents of shape {tuple(latents.shape)} do not fit: [batch, height, width, {self.config.latent_channels}] would"
+            )
         x = latents.astype(self.dtype)
         if self.config.use_quant_conv:
             x = self.post_quant(x)

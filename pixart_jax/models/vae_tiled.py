@@ -50,7 +50,9 @@ def tiled_decode(decode: Callable[[jax.Array], jax.Array], latents: jax.Array, t
     are decoded in one pass. Raises UserError when the overlap leaves nothing of a tile, or more than half of it on each side.
     """
     if tile < 1 or not 0 <= overlap <= tile // 2:
-        raise UserError(f"tile {tile} with overlap {overlap}: a tile is at least 1 and the overlap lies in 0 … {max(tile, 0) // 2}, half the tile")
+        raise UserError(
+            f"tile {tile} with overlap {overlap}: a tile is at least 1 and the overlap lies in 0 … {max(tile, 0) // 2}, half the tile"
+        )
     b, height, width, _ = latents.shape
     if height <= tile and width <= tile:
         return decode(latents)

@@ -146,8 +146,13 @@ class Transformer(Component):
     def _example(cls, config):
         side, width = config.patch_size, config.caption_width
         return (
-            jnp.zeros((1, side, side, config.in_channels)), jnp.zeros((1,)), jnp.zeros((1, 1, width)), jnp.ones((1,), int), jnp.ones((1, 2)), jnp.ones((1,)),
-        )  # fmt: skip
+            jnp.zeros((1, side, side, config.in_channels)),
+            jnp.zeros((1,)),
+            jnp.zeros((1, 1, width)),
+            jnp.ones((1,), int),
+            jnp.ones((1, 2)),
+            jnp.ones((1,)),
+        )
 
     @classmethod
     def _names(cls, config, values):
@@ -262,7 +267,7 @@ _OF_NORM = {"ada_norm_single": transformer.CLASS_NAME, "ada_norm_zero": dit.DIFF
 
 
 def load_component(folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None) -> Component:
-    """Open one part of a model: the folder of a transformer, a DiT, a T5 encoder or a VAE, as diffusers, transformers or this project wrote it.
+    """Open one part of a model: the folder of a transformer, DiT, T5 encoder or VAE that diffusers, transformers or this project wrote.
 
     dtype: of the computation, fp32 by default. Parameters are held in fp32 (TextEncoder: see there). mesh: parameters are
     laid over it by parallel.rules, each device reading its own part. Raises UserError for a folder that is missing, is a

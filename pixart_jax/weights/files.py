@@ -64,7 +64,9 @@ class SafetensorsFile(Tensors):
             self._header.pop("__metadata__", None)
             self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if self._header else np.empty(0, np.uint8)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as safetensors, it is damaged or cut short ({_first_line(error)}): copy it again") from None
+            raise UserError(
+                f"{path} cannot be read as safetensors, it is damaged or cut short ({_first_line(error)}): copy it again"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._header)
@@ -178,7 +180,9 @@ def find_weights(folder: str | os.PathLike) -> Path:
         for stem in STEMS:
             if (path := folder / f"{stem}{suffix}").is_file():
                 return path
-    raise UserError(f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors (or shards with their index.json) would do")
+    raise UserError(
+        f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors (or shards with their index.json) would do"
+    )
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
@@ -225,7 +229,9 @@ def _torch_load(path: Path) -> Mapping:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} is a PyTorch file, which needs PyTorch to be read: pip install torch, or give a .safetensors file") from None
+        raise UserError(
+            f"{path} is a PyTorch file, which needs PyTorch to be read: pip install torch, or give a .safetensors file"
+        ) from None
     import argparse
     import pickle
 
@@ -245,7 +251,9 @@ def _torch_load(path: Path) -> Mapping:
             raise UserError(f"{path} holds more than tensors, and opening it could run code: only plain weights are read") from None
         raise UserError(f"{path} cannot be read as a PyTorch file: it is damaged, or of another kind") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a PyTorch file, it is damaged or cut short ({_first_line(error)}): copy it again") from None
+        raise UserError(
+            f"{path} cannot be read as a PyTorch file, it is damaged or cut short ({_first_line(error)}): copy it again"
+        ) from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return content

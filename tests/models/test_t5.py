@@ -21,7 +21,14 @@ SIZES = {
     "tiny": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
     "inner wider than d_model": T5Config(vocab_size=97, d_model=24, d_kv=16, d_ff=40, num_layers=3, num_heads=4, layer_norm_epsilon=1e-5),
     "other buckets": T5Config(
-        vocab_size=64, d_model=32, d_kv=4, d_ff=64, num_layers=1, num_heads=5, relative_attention_num_buckets=12, relative_attention_max_distance=50
+        vocab_size=64,
+        d_model=32,
+        d_kv=4,
+        d_ff=64,
+        num_layers=1,
+        num_heads=5,
+        relative_attention_num_buckets=12,
+        relative_attention_max_distance=50,
     ),
 }
 
@@ -31,7 +38,7 @@ def reference(config: T5Config, seed: int = 0) -> T5EncoderModel:
     model = T5EncoderModel(TorchConfig(**tables.config_to_json(config))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             fan_in = parameter.shape[-1] if parameter.ndim == 2 else 1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim == 1 else fan_in**-0.5))
             if parameter.ndim == 1:

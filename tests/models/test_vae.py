@@ -22,7 +22,12 @@ SIZES = {
     "tiny": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4),
     "f8": VAEConfig(block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=8),
     "without quant convolutions and attention": VAEConfig(
-        block_out_channels=(8, 12, 16), layers_per_block=2, norm_num_groups=2, latent_channels=3, use_quant_conv=False, mid_block_attention=False
+        block_out_channels=(8, 12, 16),
+        layers_per_block=2,
+        norm_num_groups=2,
+        latent_channels=3,
+        use_quant_conv=False,
+        mid_block_attention=False,
     ),
 }
 

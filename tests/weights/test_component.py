@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from pixart_jax.weights.component import NULL_CAPTION, VAE, DiT, TextEncoder, Tr
 from pixart_jax.weights.table import flatten
 
 T5 = dict(vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+GEOMETRY = dict(num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8)
 
 
 def randomised(model, seed: int = 0):
@@ -33,17 +35,18 @@ def randomised(model, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (0.8 if parameter.ndim == 1 and name.endswith("weight") else 0.0))
+            shift = 0.8 if parameter.ndim == 1 and name.endswith("weight") else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + shift)
     return model.eval()
 
 
 def reference(kind: str):
     if kind == "transformer":
         return randomised(PixArtTransformer2DModel(
-            num_layers=2, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, caption_channels=10, sample_size=8, interpolation_scale=1.0,
+            **GEOMETRY, cross_attention_dim=24, caption_channels=10, interpolation_scale=1.0
         ))  # fmt: skip
     if kind == "dit":
-        model = DiTTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8, num_embeds_ada_norm=6, out_channels=8)
+        model = DiTTransformer2DModel(**GEOMETRY, num_embeds_ada_norm=6, out_channels=8)
         first, second = (block.norm1.emb for block in randomised(model).transformer_blocks)
         second.load_state_dict(first.state_dict())  # as in every converted file: one embedder, copied into each block
         for embedder in (first, second):
@@ -160,7 +163,8 @@ def test_what_we_save_opens_in_the_reference_without_a_stray_key_and_computes_th
 def test_save_and_load_is_bit_exact(folders, tmp_path, kind):
     part = load_component(folders[kind])
     if kind == "transformer":
-        part = part.replace(params={**part.params, "null_caption": jnp.asarray(np.random.default_rng(0).normal(size=(120, 10)).astype(np.float32))})
+        null = np.random.default_rng(0).normal(size=(120, 10)).astype(np.float32)
+        part = part.replace(params={**part.params, "null_caption": null})
     part.save(tmp_path)
     part.save(tmp_path)  # over what is there
     back = load_component(tmp_path)
@@ -170,8 +174,14 @@ def test_save_and_load_is_bit_exact(folders, tmp_path, kind):
 
 def test_the_configs_field_by_field_survive(tmp_path, folders):
     config = VAEConfig(
-        block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=2, scaling_factor=0.13025, use_quant_conv=False, mid_block_attention=False, sample_size=64
-    )  # fmt: skip
+        block_out_channels=(8, 8, 16),
+        layers_per_block=2,
+        norm_num_groups=2,
+        scaling_factor=0.13025,
+        use_quant_conv=False,
+        mid_block_attention=False,
+        sample_size=64,
+    )
     module = VAE(config, {}).module
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     VAE(config, params).save(tmp_path)  # boxed parameters, as a module's init gives them
@@ -319,7 +329,8 @@ def test_configs_of_other_makes_are_named(folders, tmp_path):
         ("text_encoder", "feed_forward_proj", "relu", "feed_forward_proj is 'relu'"),
         ("transformer", "norm_type", "layer_norm", "norm_type = 'layer_norm'"),
     )):  # fmt: skip
-        refusal(rewrite(folders[kind], tmp_path / str(i), lambda tensors, config: config.update({field: value})), match)
+        change = functools.partial(lambda wrong, tensors, config: config.update(wrong), {field: value})
+        refusal(rewrite(folders[kind], tmp_path / str(i), change), match)
 
 
 def test_weights_that_do_not_fit_are_named(folders, tmp_path):

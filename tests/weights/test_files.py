@@ -18,7 +18,12 @@ from pixart_jax.weights.files import find_weights, open_tensors, write_atomicall
 
 def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {"a": rng.normal(size=(3, 4)).astype(np.float32), "b.c": rng.normal(size=5).astype(np.float16), "n": np.arange(3), "one": np.float32(2.5)}
+    return {
+        "a": rng.normal(size=(3, 4)).astype(np.float32),
+        "b.c": rng.normal(size=5).astype(np.float16),
+        "n": np.arange(3),
+        "one": np.float32(2.5),
+    }
 
 
 def test_safetensors_round_trip_is_bit_exact_and_lazy(tmp_path):
