@@ -21,11 +21,11 @@ import optax
 
 
 class Factors(NamedTuple):
-    """Running second moment: row [..., n] and col [..., m] of [..., n, m]; or full, for vectors. The unused are size-0 arrays."""
+    """Running second moment: row [..., n] and col [..., m] of [..., n, m]; or full, for vectors."""
 
-    row: jax.Array
-    col: jax.Array
-    full: jax.Array
+    row: jax.Array | None = None
+    col: jax.Array | None = None
+    full: jax.Array | None = None
 
 
 class CameState(NamedTuple):
@@ -41,8 +41,6 @@ def scale_by_came(
 
     stacked: a tree of bools like the parameters, true where the first axis counts layers; None: nowhere.
     """
-    empty = jnp.zeros((0,), jnp.float32)
-
     def layers(tree):
         return jax.tree.map(lambda _: False, tree) if stacked is None else stacked
 
@@ -51,8 +49,8 @@ def scale_by_came(
 
     def factors(p, is_stacked, vectors):
         if factored(p.shape, is_stacked):
-            return Factors(jnp.zeros(p.shape[:-1], jnp.float32), jnp.zeros(p.shape[:-2] + p.shape[-1:], jnp.float32), empty)
-        return Factors(empty, empty, jnp.zeros(p.shape, jnp.float32) if vectors else empty)
+            return Factors(row=jnp.zeros(p.shape[:-1], jnp.float32), col=jnp.zeros(p.shape[:-2] + p.shape[-1:], jnp.float32))
+        return Factors(full=jnp.zeros(p.shape, jnp.float32) if vectors else None)
 
     def init(params):
         return CameState(
@@ -62,11 +60,7 @@ def scale_by_came(
         )
 
     def follow(old: Factors, square, decay) -> Factors:
-        return Factors(
-            decay * old.row + (1 - decay) * square.mean(-1),
-            decay * old.col + (1 - decay) * square.mean(-2),
-            old.full,
-        )
+        return Factors(row=decay * old.row + (1 - decay) * square.mean(-1), col=decay * old.col + (1 - decay) * square.mean(-2))
 
     def inverse_root(f: Factors):  # 1 / √(row ⊗ col / mean(row))
         return jax.lax.rsqrt(f.row / f.row.mean(-1, keepdims=True))[..., None] * jax.lax.rsqrt(f.col)[..., None, :]
@@ -78,7 +72,7 @@ def scale_by_came(
             second = follow(second, square, b2)
             u = g * inverse_root(second)
         else:
-            second = second._replace(full=b2 * second.full + (1 - b2) * square)
+            second = Factors(full=b2 * second.full + (1 - b2) * square)
             u = g * jax.lax.rsqrt(second.full)
         own = tuple(range(1 if is_stacked else 0, g.ndim))
         rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=own, keepdims=True))

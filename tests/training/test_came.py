@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,4 +73,4 @@ def test_stacked_layers_are_updated_as_they_would_be_apart(shape):
 
 def test_second_moments_take_the_memory_of_rows_and_columns():
     state = scale_by_came().init({"w": jnp.zeros((64, 128))})
-    assert sum(x.size for x in (*state.second["w"], *state.residual["w"])) == 2 * (64 + 128)
+    assert sum(x.size for x in jax.tree.leaves((state.second, state.residual))) == 2 * (64 + 128)
