@@ -22,12 +22,12 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax import tokenizer as tokens
 from pixart_jax.data import images, records
-from pixart_jax.data.samples import assign_all
+from pixart_jax.data.samples import assign_all, tokenize
 from pixart_jax.data.sources import Source, cache_folder
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.labelling.identity import component_identity, tokenizer_identity
+from pixart_jax.tokenizer import clean
 
 _PROGRESS = "progress"  # notes of finished shards, until the manifest holds them
 
@@ -284,9 +284,12 @@ class _Encoder:
         most, size = self._options.max_text_tokens, self._options.batch_size
         for start in range(0, len(texts), size):
             part = texts[start : start + size]
-            filled = [text for _, _, text in part] + [""] * (size - len(part))
-            ids, lengths = tokens.tokenize(self._tokenizer, filled, most, length=most)
-            width = min(most, max(16, 1 << int(lengths.max() - 1).bit_length()))
-            states = np.asarray(self._text_encoder.apply(ids[:, :width], lengths)).astype(ml_dtypes.bfloat16)
+            rows = tokenize(self._tokenizer, [clean(text) for _, _, text in part], most)
+            lengths = np.ones(size, np.int32)  # filler is one token long, and so is "" where there is no end mark
+            lengths[: len(rows)] = [max(len(row), 1) for row in rows]
+            ids = np.full((size, min(most, max(16, 1 << int(lengths.max() - 1).bit_length()))), self._tokenizer.pad_token_id or 0, np.int32)
+            for padded, row in zip(ids, rows):
+                padded[: len(row)] = row
+            states = np.asarray(self._text_encoder.apply(ids, lengths)).astype(ml_dtypes.bfloat16)
             for (row, name, _), length, state in zip(part, lengths, states):
                 yield row, name, state[:length]
