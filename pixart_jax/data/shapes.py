@@ -43,7 +43,7 @@ GROUNDS: dict[str, tuple[int, int, int]] = {  # all of low saturation, so that n
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 PLURALS = {"cross": "crosses"}
-SIZES = {"small": 9.0, "large": 13.0}  # radius in px where the shorter side of the image is 64
+SIZES = {"small": 9.5, "large": 13.0}  # radius in px where the shorter side of the image is 64
 NUMBERS = ("zero", "one", "two", "three")
 TEXTURES = ("solid", "striped", "dotted")
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and their inverse
@@ -172,8 +172,8 @@ def _outline(shape: str) -> np.ndarray:
         return np.array([(0, -1.1), (0.72, 0), (0, 1.1), (-0.72, 0)])
     if shape == "star":
         angle = np.arange(10) * math.pi / 5 - math.pi / 2
-        radius = np.where(np.arange(10) % 2, 0.44, 1.12)
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle) + 0.05], -1)
+        radius = np.where(np.arange(10) % 2, 0.46, 1.2)
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle) + 0.06], -1)
     if shape == "heart":
         t = np.linspace(0, 2 * math.pi, 32, endpoint=False)
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)

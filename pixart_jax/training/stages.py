@@ -78,7 +78,7 @@ class Run:
             else:
                 state, start, window = self.begin(stage, previous), 0, Window()
             state = self.train(stage, state, start, window, done=sum(s.steps for s in self.config.stages[:index]))
-            previous, state = (stage.task, state.average), None  # the optimizer's memory is free before the next stage takes its own
+            previous, state = (stage, state.average), None  # the optimizer's memory is free before the next stage takes its own
         self.finish(*previous)
 
     def prepare(self, index: int) -> Stage:
@@ -101,7 +101,8 @@ class Run:
         def fresh():
             return fresh_params(stage.task.init, key, stage.abstract)
 
-        params = first_params(self.config, stage.index, stage.task, previous, fresh, key, self.report)
+        before = (previous[0].task, previous[1]) if previous else None
+        params = first_params(self.config, stage.index, stage.task, before, fresh, key, self.report)
         return state_from(stage.task.adjust(params), stage.optimizer, stage.abstract)
 
     def report(self, name: str, figures: dict[str, float]) -> None:
@@ -156,7 +157,7 @@ class Run:
             png.write(self.folder.samples / f"{name}-{number:07d}.png", sheet, {"stage": name, "step": number})
             self.metrics.image(f"{name}/samples", sheet, total)
 
-    def finish(self, task: Task, params) -> None:
+    def finish(self, stage: Stage, params) -> None:
         """The last save is down; write the ledger, the loss curve and the model."""
         self.saves.wait()
         if jax.process_index() == 0:
@@ -164,7 +165,7 @@ class Run:
             account = ledger(self.cost, self.mesh.size, device.device_kind, self.config.hardware, self.meter.source)
             write_atomic(self.folder.path / "ledger.json", json.dumps(account, indent=1) + "\n")
             png.write(self.folder.path / "loss.png", figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")))
-        task.export(params, self.folder.model)
+        stage.task.export(params, self.folder.model, stage.loader.batch)
         print(f"done: {self.folder.model}")
 
 

@@ -222,7 +222,7 @@ def test_shapes_are_what_their_distance_says():
         "cross": 4 * 0.34 * (2 * 1.02 - 0.34),
         "diamond": 2 * 0.72 * 1.1,
         "triangle": 1.85,
-        "star": 5 * 1.12 * 0.44 * math.sin(math.pi / 5),
+        "star": 5 * 1.2 * 0.46 * math.sin(math.pi / 5),
     }
     for shape, area in areas.items():
         scene = Scene(256, 256, "white", (Object(shape, "red", "large", 128, 128, 80),), "single")

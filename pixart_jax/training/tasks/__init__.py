@@ -27,8 +27,8 @@ class Task(Protocol):
     def preview(self, params, batch: dict, settings: PreviewConfig) -> tuple[list, list[str]]:
         """Pictures (uint8 [h, w, 3]) and their captions; ([], []) for a task without any."""
 
-    def export(self, params, folder) -> None:
-        """Write what was learned as a part of a diffusers folder."""
+    def export(self, params, folder, batches) -> None:
+        """Write what was learned as a part of a diffusers folder. batches: step → batch, the stage's own, for what has to be measured."""
 
 
 def make_task(config: Config, stage: StageConfig, frozen: Frozen) -> Task:

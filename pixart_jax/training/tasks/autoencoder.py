@@ -14,6 +14,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.weights.component import VAE
 
+_CALIBRATION = 32  # batches that the scaling factor is measured on
+
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
@@ -54,9 +56,13 @@ class Autoencoder:
         pairs = [_pixels(picture) for pair in zip(images, decoded, strict=True) for picture in pair]
         return pairs, ["image", "reconstruction"] * len(images)
 
-    def export(self, params, folder: Path) -> None:
-        """folder/vae."""
-        VAE(self.module.config, params).save(folder / "vae")
+    def export(self, params, folder: Path, batches) -> None:
+        """folder/vae, its scaling factor one over the deviation of the latents (arXiv 2112.10752, appendix G)."""
+        encode = jax.jit(lambda params, images: self.module.apply({"params": params}, images, method="encode"))
+        drawn = [encode(params, np.asarray(batches(step)["images"], np.float32)) for step in range(_CALIBRATION)]
+        deviation = np.sqrt(np.mean([float(jnp.mean(jnp.square(mean) + jnp.square(std))) for mean, std in drawn]))
+        config = dataclasses.replace(self.module.config, scaling_factor=round(1 / float(deviation), 5))
+        VAE(config, params).save(folder / "vae")
 
 
 def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> Autoencoder:

@@ -78,7 +78,7 @@ class ClassConditional:
         """The DiT bound to parameters, as load_component gives one."""
         return component.DiT(self.module.config, params, self.module.dtype)
 
-    def export(self, params, folder: Path) -> None:
+    def export(self, params, folder: Path, batches) -> None:
         """folder/transformer, the DiT, with the VAE and scheduler beside it."""
         write_parts(folder, self.component(params), self.denoising.scheduler, self.frozen)
 

@@ -66,7 +66,7 @@ class MaskedText:
         """Words have no picture."""
         return [], []
 
-    def export(self, params, folder: Path) -> None:
+    def export(self, params, folder: Path, batches) -> None:
         """folder/text_encoder and folder/tokenizer."""
         TextEncoder(self.module.config, params).save(folder / "text_encoder")
         self.tokenizer.save_pretrained(str(folder / "tokenizer"))

@@ -88,7 +88,7 @@ class TextToImage:
         """The transformer bound to parameters, as load_component gives one."""
         return Transformer(self.module.config, params, self.module.dtype)
 
-    def export(self, params, folder: Path) -> None:
+    def export(self, params, folder: Path, batches) -> None:
         """The whole model, as diffusers and Pipeline.from_pretrained open it."""
         write_model(folder, self.component(params), self.denoising.scheduler, self.frozen)
 
