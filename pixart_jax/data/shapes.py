@@ -293,9 +293,9 @@ def _place_free(rng, radii, height, width, relation) -> list[tuple[float, float]
     places: list[tuple[float, float]] = []
     for radius in radii:
         for _ in range(40):
-            margin = 1.15 * radius + 1
+            margin = 1.28 * radius + 1
             x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
-            if all(math.hypot(x - a, y - b) > 1.2 * (radius + r) + 2 for (a, b), r in zip(places, radii)):
+            if all(math.hypot(x - a, y - b) > 1.28 * (radius + r) + 2 for (a, b), r in zip(places, radii)):
                 places.append((x, y))
                 break
         else:
