@@ -165,6 +165,8 @@ def test_heads_are_known_for_released_widths_and_asked_for_otherwise(released, t
     from pixart_jax.weights.transformer import config_from_official
 
     for width, heads in ((384, 6), (768, 12), (1024, 16), (1152, 16)):
+        if width % 3 and "csize_embedder.mlp.0.weight" in official:
+            continue  # a multi-scale model's width is a multiple of 3
         shapes = {key: tuple(n * width // WIDTH if n % WIDTH == 0 else n for n in value.shape) for key, value in official.items()}
         assert config_from_official(shapes, sample_size=32).heads == heads
 
@@ -210,6 +212,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     torch.save({"state_dict": torch.nn.Linear(2, 2)}, tmp_path / "code.pth")
     assert "could run code" in refusal(capsys, ["convert", str(tmp_path / "code.pth"), out])
     tiny_diffusers.build(tmp_path / "model")
+    capsys.readouterr()
     assert "already" in refusal(capsys, ["convert", str(tmp_path / "model"), str(tmp_path / "model")])
     assert "--heads" in refusal(capsys, ["convert", str(tmp_path / "model"), out, "--heads", "3"])
     (tmp_path / "file").write_text("")
