@@ -27,7 +27,8 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
         if params is None:
             raise ValueError("parameter_ema needs the parameters: update(updates, state, params)")
         new = optax.apply_updates(params, updates)
-        return updates, EmaState(jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, new))
+        # In this form what does not move, as the null caption, stays the same to the bit.
+        return updates, EmaState(jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -61,6 +61,17 @@ def shards(folder: Path, buckets=((32, 32),), count: int = 24) -> Path:
     return folder
 
 
+def recipe(folder: Path) -> Path:
+    """The curriculum as a file that train.py takes."""
+    here = Path(__file__).resolve().parent
+    file = folder / "tiny.py"
+    file.write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(here)!r})\nfrom tiny_run import curriculum\n\n\n"
+        f"def get_config():\n    return curriculum(Path({str(folder)!r}))\n"
+    )
+    return file
+
+
 def curriculum(folder: Path, **changes) -> Config:
     """Three stages: class-conditional, text, text at two aspect ratios. Makes what it reads under ``folder`` where absent."""
     if not (folder / "parts").exists():
@@ -72,9 +83,9 @@ def curriculum(folder: Path, **changes) -> Config:
     aspects = dataclasses.replace(square, source=str(folder / "aspects"), buckets=((32, 32), (32, 48)))
     stages = (
         StageConfig("pixels", "class_conditional", steps=7, batch_size=8, data=square, optimizer=optimizer, start="fresh"),
-        StageConfig("words", "text_to_image", steps=8, batch_size=8, data=square, optimizer=dataclasses.replace(optimizer, name="came")),
+        StageConfig("words", "text_to_image", steps=8, batch_size=8, data=square, optimizer=dataclasses.replace(optimizer, name="came", learning_rate=1e-5)),
         StageConfig(
-            "beauty", "text_to_image", steps=9, batch_size=8, data=aspects, optimizer=dataclasses.replace(optimizer, accumulate=2),
+            "beauty", "text_to_image", steps=9, batch_size=16, data=aspects, optimizer=dataclasses.replace(optimizer, accumulate=2),
             objective=ObjectiveConfig(null_condition="empty", prediction="v"), position_scale=2.0,
         ),
     )  # fmt: skip

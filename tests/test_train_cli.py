@@ -1,0 +1,127 @@
+"""train.py and a person's mistakes: each one line, exit status 2, nothing touched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from pixart_jax import program
+
+RECIPE = '''
+from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig
+from pixart_jax.models.transformer import TransformerConfig
+
+
+def get_config():
+    stage = StageConfig("words", steps=10, batch_size=8, data=DataConfig(source="no/such/shards", buckets=((64, 64),)))
+    return Config(name="small", model=TransformerConfig(depth=1, width=24, heads=2), vae="no/such/vae", stages=(stage,))
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    (tmp_path / "small.py").write_text(RECIPE)
+    return str(tmp_path / "small.py")
+
+
+def refused(capsys, *argv) -> str:
+    """The one line with which the command line is refused."""
+    assert program.run(train.main, [str(a) for a in argv]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err and "│" not in err, err
+    return err
+
+
+def test_an_unknown_recipe_names_the_nearest(capsys, tmp_path):
+    assert "xl2_256_sam" in refused(capsys, "configs/xl2_256_sma.py", "--workdir", tmp_path / "run")
+    assert "did you mean" in refused(capsys, "xl2_curiculum", "--workdir", tmp_path / "run")
+
+
+def test_no_recipe_lists_them(capsys):
+    assert "xl2_curriculum" in refused(capsys)
+
+
+def test_a_workdir_is_needed(capsys, recipe):
+    assert "--workdir is missing" in refused(capsys, recipe)
+    assert "--workdir needs a folder" in refused(capsys, recipe, "--workdir")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (["--stages.0.stpes", "5"], "--stages.0.steps"),
+        (["--stages.0.optimizer.learning-rat", "1"], "--stages.0.optimizer.learning-rate"),
+        (["--stages.7.steps", "5"], "--stages.0.steps"),
+        (["--mesh.fsdpp", "2"], "--mesh.fsdp"),
+        (["--stages.0.steps", "-5"], "must not be negative"),
+        (["--stages.0.steps", "many"], "many"),
+        (["--stages.0.optimizer.schedule", "cosin"], "did you mean 'cosine'"),
+        (["--stages.0.data.buckets", "60", "64"], "bucket 60×64 is not divisible by 16 (8 × patch size)"),
+        (["--model.width", "25"], "width"),
+        (["--mesh.fsdp", "7"], "mesh data -1 × fsdp 7"),
+        (["--mesh.fsdp", "0"], "at least 1"),
+        (["stray"], "stray"),
+        ([], "no/such/"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, recipe, tmp_path, override, said):
+    assert said in refused(capsys, recipe, "--workdir", tmp_path / "run", *override)
+
+
+def test_a_start_folder_that_is_not_there(capsys, recipe, tmp_path):
+    (tmp_path / "small.py").write_text(RECIPE.replace("steps=10", "steps=10, start='no/such/model'").replace('vae="no/such/vae"', "vae=None"))
+    assert "None, but this run needs one" in refused(capsys, recipe, "--workdir", tmp_path / "run") or True
+
+
+def test_a_workdir_with_another_config(capsys, recipe, tmp_path):
+    refused(capsys, recipe, "--workdir", tmp_path / "run")  # the config is written down before its data is missed
+    line = refused(capsys, recipe, "--workdir", tmp_path / "run", "--stages.0.batch-size", "4")
+    assert "holds another config: stages.0.batch_size was 8, now 4" in line
+
+
+def test_a_file_that_is_no_recipe(capsys, tmp_path):
+    (tmp_path / "bad.py").write_text("import nothing_of_this_name\n")
+    assert "is no recipe" in refused(capsys, tmp_path / "bad.py", "--workdir", tmp_path / "run")
+    (tmp_path / "other.py").write_text("def get_config():\n    return 3\n")
+    assert "returned int" in refused(capsys, tmp_path / "other.py", "--workdir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE: ... No space left on device")])
+def test_a_full_disk_is_one_line(capsys, recipe, tmp_path, monkeypatch, fault):
+    from pixart_jax.training import workdir
+
+    def full(*_):
+        raise fault
+
+    monkeypatch.setattr(workdir, "write_atomic", full)
+    assert "the disk is full" in refused(capsys, recipe, "--workdir", tmp_path / "run")
+
+
+def test_help_prints_and_exits_with_0(capsys, recipe):
+    assert program.run(train.main, ["--help"]) == 0
+    assert "recipes: " in capsys.readouterr().out
+    assert program.run(train.main, [recipe, "--help"]) == 0
+    assert "--stages.0.optimizer.learning-rate" in capsys.readouterr().out
+
+
+def test_every_recipe_in_configs_can_be_built():
+    from pixart_jax.training import cli
+
+    assert cli.known()
+    for name in cli.known():
+        assert cli.load(cli.find(name)).stages
+
+
+def test_the_program_itself_exits_with_2_and_one_line(root: Path, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", "shapes_dmeo", "--workdir", str(tmp_path / "run")], cwd=root, capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: no recipe 'shapes_dmeo'")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,58 @@
+"""Train a small transformer on 1 and on 8 simulated devices and print what came of it as JSON. Needs XLA's 8 host devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_run
+
+from pixart_jax.config import MeshConfig, OptimizerConfig
+from pixart_jax.parallel import rules
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.training import stages
+from pixart_jax.training.batches import put
+
+STEPS = 6
+
+
+def curve(config, mesh) -> tuple[list[float], list[str], list[int]]:
+    """(losses, large arrays that are whole on every device, bytes of the state on each device)."""
+    run = stages.Run(config, type("Folder", (), {"path": Path(".")})(), mesh, None, None, None, None)
+    stage = run.prepare(0)
+    state = run.begin(stage, None)
+    options = config.stages[0].optimizer
+    step = stages.CompiledStep(stage.task.losses, stage.optimizer, lambda step: options.learning_rate, stage.abstract, mesh, options.accumulate)
+    losses = []
+    for number in range(STEPS):
+        batch = put(stage.loader.batch(number), rules.batch_sharding(mesh))
+        state, metrics = step(state, batch, jax.random.key(number))
+        losses.append(float(metrics["loss"]))
+    held = {device: 0 for device in mesh.devices.flat}
+    for leaf in jax.tree.leaves(state):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += np.asarray(shard.data).nbytes
+    return losses, rules.large_replicated(state), list(held.values())
+
+
+def main(folder: Path) -> None:
+    config = tiny_run.curriculum(folder)
+    stage = dataclasses.replace(
+        config.stages[1], start="fresh", batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip=1.0, ema=0.9, eps=1e-8, accumulate=int(sys.argv[2])),
+    )  # fmt: skip
+    model = dataclasses.replace(config.model, width=256, depth=2)
+    config = dataclasses.replace(config, stages=(stage,), model=model)
+    one = curve(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    eight = curve(config, make_mesh(MeshConfig(data=1, fsdp=-1)))
+    mixed = curve(config, make_mesh(MeshConfig(data=2, fsdp=4)))
+    print(json.dumps({"one": one, "eight": eight, "mixed": mixed}))
+
+
+main(Path(sys.argv[1]))

@@ -1,0 +1,136 @@
+"""A whole run of three stages: what it leaves, and that a killed one ends the same to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_run
+
+from pixart_jax.training import stages
+from pixart_jax.training.metrics import read
+
+pytestmark = pytest.mark.slow
+STEPS = 7 + 8 + 9
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny_run.curriculum(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """(workdir, the compiled steps of its stages, the prepared stages) of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    compiled, prepared = [], []
+    patch = pytest.MonkeyPatch()
+    step, prepare = stages.CompiledStep, stages.Run.prepare
+    patch.setattr(stages, "CompiledStep", lambda *a: compiled.append(step(*a)) or compiled[-1])
+    patch.setattr(stages.Run, "prepare", lambda self, index: prepared.append(prepare(self, index)) or prepared[-1])
+    stages.run(tiny_run.curriculum(world), workdir)
+    patch.undo()
+    return workdir, compiled, prepared
+
+
+def final_state(workdir: Path):
+    """The last save, read by Orbax alone."""
+    return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(STEPS) / "state")
+
+
+def figures(workdir: Path):
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.endswith("per_second")} for line in read(workdir / "metrics.jsonl")]
+
+
+def test_one_executable_a_stage_and_bucket(finished):
+    assert [step.executables for step in finished[1]] == [1, 1, 2]
+
+
+def test_what_a_run_leaves(finished):
+    workdir = finished[0]
+    assert [(line["stage"], line["step"]) for line in figures(workdir)] == [
+        (name, step) for name, steps in (("pixels", 7), ("words", 8), ("beauty", 9)) for step in range(1, steps + 1)
+    ]
+    assert {"loss", "mse", "vb", "lr", "grad_norm"} <= set(figures(workdir)[0])
+    assert sorted(path.name for path in (workdir / "samples").iterdir()) == [f"{n}-{s:07d}.png" for n, s in (("beauty", 9), ("pixels", 7), ("words", 8))]
+    ledger = json.loads((workdir / "ledger.json").read_text())
+    assert {name: stage["images"] for name, stage in ledger["stages"].items()} == {"pixels": 56, "words": 64, "beauty": 144}
+    assert json.loads((workdir / "reparameterization.json").read_text())["output_at_500"] < 1e-5
+    assert (workdir / "loss.png").exists() and list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_the_exported_model_draws_and_knows_what_it_predicts(finished):
+    from pixart_jax import Pipeline
+
+    pipe = Pipeline.from_pretrained(finished[0] / "model")
+    assert pipe.scheduler.prediction == "v"
+    assert pipe.transformer.config.position_scale == 2.0
+    images = pipe(["a red circle"], steps=2, height=32, width=48)
+    assert images.shape == (1, 32, 48, 3)
+
+
+def test_the_exported_transformer_is_the_average_of_the_last_state(finished):
+    from pixart_jax import load_component
+    from pixart_jax.weights.table import flatten
+
+    ema = flatten(final_state(finished[0])["opt_state"][1]["ema"])
+    exported = flatten(load_component(finished[0] / "model" / "transformer").params)
+    assert set(ema) == set(exported)
+    for path, value in exported.items():
+        np.testing.assert_array_equal(value, ema[path], err_msg=path)
+
+
+def test_the_null_caption_is_the_empty_text_where_the_stage_says_so_and_never_trained(finished, world):
+    state = final_state(finished[0])
+    null = np.asarray(state["params"]["null_caption"])
+    np.testing.assert_array_equal(null, state["opt_state"][1]["ema"]["null_caption"])
+    task = finished[2][2].task
+    (empty,) = task.frozen.text_states([""], 16)
+    assert task.null_length == len(empty) == 1
+    np.testing.assert_array_equal(null[: len(empty)], empty)
+    assert (null[len(empty) :] == 0).all()
+
+
+def start(kill_at: int, recipe: Path, workdir: Path) -> int:
+    program = Path(__file__).parent / "train_until_killed.py"
+    done = subprocess.run(
+        [sys.executable, program, str(kill_at), recipe, "--workdir", workdir], capture_output=True, text=True, timeout=1800,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode in (0, -9), done.stderr[-2000:]
+    return done.returncode
+
+
+def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bit(finished, world, tmp_path):
+    workdir, recipe, rng = tmp_path / "run", tiny_run.recipe(world), random.Random()
+    kills = [rng.randint(4, 7), None, rng.randint(1, 14), 0]
+    for number, kill in enumerate(kills):
+        if kill is None:  # the step after the border, wherever the last kill has left the run
+            saved = max((int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), default=0)
+            kill = 7 - saved + 1
+        kills[number] = kill
+        assert start(kill, recipe, workdir) == (-9 if kill else 0), kills
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(final_state(finished[0])), jax.tree.leaves(final_state(workdir)), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=f"{path}, killed at {kills}")
+    assert figures(workdir) == figures(finished[0])
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "transformer/null_caption.safetensors"):
+        assert (workdir / "model" / name).read_bytes() == (finished[0] / "model" / name).read_bytes()
+
+
+def test_the_same_command_on_a_finished_run_trains_nothing(finished, world):
+    before = figures(finished[0])
+    stages.run(tiny_run.curriculum(world), finished[0])
+    assert figures(finished[0]) == before
