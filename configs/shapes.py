@@ -26,18 +26,17 @@ PROMPTS = (
 )
 
 
-def optimizer(**changes) -> OptimizerConfig:
+def optimizer(steps: int, learning_rate: float = 1.5e-3, **schedule) -> OptimizerConfig:
+    """AdamW for a stage of so many steps; the average looks back over a tenth of them, and over 1,000 at most."""
     return OptimizerConfig(
-        **{
-            "learning_rate": 1.5e-3,
-            "warmup_steps": 100,
-            "weight_decay": 0.01,
-            "b2": 0.99,
-            "eps": 1e-8,
-            "clip": 1.0,
-            "ema": 0.998,
-            **changes,
-        }
+        learning_rate=learning_rate,
+        warmup_steps=min(100, steps // 10),
+        weight_decay=0.01,
+        b2=0.99,
+        eps=1e-8,
+        clip=1.0,
+        ema=1 - 1 / min(1_000, max(2, steps // 10)),
+        **schedule,
     )
 
 
@@ -56,7 +55,7 @@ def get_config(pixel_steps: int = 3_000, text_steps: int = 24_000, aesthetic_ste
                 batch_size=32,
                 data=DataConfig(source="tfds:shapes/plain", where="single"),
                 objective=OBJECTIVE,
-                optimizer=optimizer(),
+                optimizer=optimizer(pixel_steps),
             ),
             StageConfig(
                 name="text",
@@ -64,7 +63,7 @@ def get_config(pixel_steps: int = 3_000, text_steps: int = 24_000, aesthetic_ste
                 batch_size=32,
                 data=DataConfig(source="tfds:shapes/plain", captions=CAPTIONS, max_text_tokens=64),
                 objective=OBJECTIVE,
-                optimizer=optimizer(schedule="cosine", final_fraction=0.05),
+                optimizer=optimizer(text_steps, schedule="cosine", final_fraction=0.05),
             ),
             StageConfig(
                 name="aesthetic",
@@ -77,7 +76,7 @@ def get_config(pixel_steps: int = 3_000, text_steps: int = 24_000, aesthetic_ste
                     max_text_tokens=64,
                 ),
                 objective=OBJECTIVE,
-                optimizer=optimizer(learning_rate=5e-4, schedule="cosine", final_fraction=0.02),
+                optimizer=optimizer(aesthetic_steps, 5e-4, schedule="cosine", final_fraction=0.02),
             ),
         ),
         log_every=100,
