@@ -74,9 +74,9 @@ def test_a_mistake_is_one_line(capsys, recipe, tmp_path, override, said):
     assert said in refused(capsys, recipe, "--workdir", tmp_path / "run", *override)
 
 
-def test_a_start_folder_that_is_not_there(capsys, recipe, tmp_path):
-    (tmp_path / "small.py").write_text(RECIPE.replace("steps=10", "steps=10, start='no/such/model'").replace('vae="no/such/vae"', "vae=None"))
-    assert "None, but this run needs one" in refused(capsys, recipe, "--workdir", tmp_path / "run") or True
+def test_what_a_later_stage_lacks_is_said_before_the_first_one_trains(capsys, recipe, tmp_path):
+    line = refused(capsys, recipe, "--workdir", tmp_path / "run", "--stages.0.start", "no/such/model")
+    assert "start 'no/such/model': no such folder" in line
 
 
 def test_a_workdir_with_another_config(capsys, recipe, tmp_path):

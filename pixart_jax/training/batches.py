@@ -46,8 +46,6 @@ def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None):
     if stage.task in ("class_conditional", "text_to_image"):
         captions = data.captions if stage.task == "text_to_image" else ()
         if not data.source.startswith("tfds:"):
-            if not Path(data.source).is_dir():
-                raise UserError(f"stage {stage.name}: data source {data.source!r} is neither a folder of encoded shards nor tfds:NAME/CONFIG")
             return EncodedSamples(data.source, captions, data.max_text_tokens)
         if encode is None:
             raise UserError(f"stage {stage.name}: {data.source} is not encoded, and this run was given nothing to encode it with")

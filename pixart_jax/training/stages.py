@@ -48,6 +48,7 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
     with Workdir(workdir, config) as folder:
         mesh = make_mesh(config.mesh)
         _check_batches(config, mesh)
+        _check_folders(config)
         with (
             Checkpoints(folder.checkpoints, config.keep_checkpoints) as saves,
             PowerMeter(mesh.devices.flat[0].platform) as meter,
@@ -177,3 +178,16 @@ def _check_batches(config: Config, mesh) -> None:
             raise UserError(
                 f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} (mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × accumulate {stage.optimizer.accumulate})"
             )
+
+
+def _check_folders(config: Config) -> None:
+    """What a later stage lacks is said now, not when its turn comes."""
+    for stage in config.stages:
+        if stage.start not in ("fresh", "previous") and not Path(stage.start).is_dir():
+            raise UserError(f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)")
+        if not stage.data.source.startswith("tfds:") and not Path(stage.data.source).is_dir():
+            raise UserError(f"stage {stage.name}: data source {stage.data.source!r} is neither a folder of encoded shards nor tfds:NAME/CONFIG")
+    for field in ("vae", "text_encoder"):
+        folder = getattr(config, field)
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"{field} {folder!r}: no such folder; give a model folder, or one with config.json and weights")

@@ -41,8 +41,6 @@ def first_params(config: Config, index: int, task, previous, fresh, key: jax.Arr
 def opened(stage: StageConfig):
     """(task, model config, parameters) of the folder that a stage names: a part's own, or a model's."""
     folder = Path(stage.start)
-    if not folder.is_dir():
-        raise UserError(f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)")
     part = {"autoencoder": "vae", "masked_text": "text_encoder"}.get(stage.task, "transformer")
     component = load_component(folder / part if (folder / part).is_dir() else folder)
     kinds = {TransformerConfig: "text_to_image", DiTConfig: "class_conditional", T5Config: "masked_text"}

@@ -1,4 +1,7 @@
-"""Train a small transformer on 1 and on 8 simulated devices and print what came of it as JSON. Needs XLA's 8 host devices."""
+"""Train a small transformer on 1 and on 8 simulated devices and print what came of it as JSON. Needs XLA's 8 host devices.
+
+python on_eight_devices.py FOLDER ACCUMULATE DATA: the mesh is data DATA × fsdp 8/DATA.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +53,8 @@ def main(folder: Path) -> None:
     model = dataclasses.replace(config.model, width=256, depth=2)
     config = dataclasses.replace(config, stages=(stage,), model=model)
     one = curve(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-    eight = curve(config, make_mesh(MeshConfig(data=1, fsdp=-1)))
-    mixed = curve(config, make_mesh(MeshConfig(data=2, fsdp=4)))
-    print(json.dumps({"one": one, "eight": eight, "mixed": mixed}))
+    eight = curve(config, make_mesh(MeshConfig(data=int(sys.argv[3]), fsdp=-1)))
+    print(json.dumps({"one": one, "eight": eight}))
 
 
 main(Path(sys.argv[1]))

@@ -48,7 +48,7 @@ def test_no_array_over_a_megabyte_is_whole_on_every_device(name, optimizer):
     state = abstract(name, optimizer, fsdp=8)
     assert rules.large_replicated(state) == []
     whole = bytes_a_device(abstract(name, optimizer))
-    assert bytes_a_device(state) < whole / 8 * 1.02  # what small arrays cost beyond an eighth
+    assert bytes_a_device(state) < whole / 8 * 1.04  # what small arrays cost beyond an eighth
 
 
 def test_the_optimizer_keeps_its_moments_where_the_parameters_lie():
