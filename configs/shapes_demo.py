@@ -1,4 +1,4 @@
-"""configs/shapes.py with a tenth of the steps: the three stages from scratch in minutes on two CPU cores (`make demo`)."""
+"""configs/shapes.py with a fifth of the steps: the three stages from scratch in minutes on two CPU cores (`make demo`)."""
 
 from configs.shapes import get_config as shapes
 from pixart_jax.config import Config
