@@ -26,7 +26,15 @@ def get_config() -> Config:
                 data=DataConfig(source="tfds:shapes/gallery", captions=(("dense", 0.75), ("short", 0.25)), max_text_tokens=80),
                 masked_text=MaskedTextConfig(rate=0.25),
                 optimizer=OptimizerConfig(
-                    learning_rate=2e-3, schedule="cosine", final_fraction=0.01, warmup_steps=100, weight_decay=0.01, b2=0.98, eps=1e-8, clip=1.0, ema=0.995
+                    learning_rate=2e-3,
+                    schedule="cosine",
+                    final_fraction=0.01,
+                    warmup_steps=100,
+                    weight_decay=0.01,
+                    b2=0.98,
+                    eps=1e-8,
+                    clip=1.0,
+                    ema=0.995,
                 ),
             ),
         ),

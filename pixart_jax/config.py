@@ -132,7 +132,7 @@ class DataConfig:
     source: str = "tfds:shapes/plain"
     split: str = "train"
     limit: int | None = None  # the first so many samples of the split
-    where: str | None = None  # a filter by name, e.g. 'single' (one object) or 'curated'
+    where: str | None = None  # a filter by name: single (one object), labelled, or package.module:function
     captions: tuple[tuple[str, float], ...] = (("dense", 1.0),)
     buckets: tuple[tuple[int, int], ...] = ((64, 64),)
     max_text_tokens: int = 120
@@ -142,7 +142,12 @@ class DataConfig:
         _require(len(self.buckets) > 0, self, "buckets", "name at least one (height, width)")
         _require(self.limit is None or self.limit > 0, self, "limit", "must be positive, or None for all")
         _require(self.max_text_tokens > 0, self, "max_text_tokens", "must be positive")
-        _require(all(w >= 0 for _, w in self.captions) and sum(w for _, w in self.captions) > 0, self, "captions", "weights must not be negative, nor all 0")
+        _require(
+            all(w >= 0 for _, w in self.captions) and sum(w for _, w in self.captions) > 0,
+            self,
+            "captions",
+            "weights must not be negative, nor all 0",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +176,12 @@ class StageConfig:
         _one_of(self, "task", ("class_conditional", "text_to_image", "autoencoder", "masked_text"))
         _require(self.steps >= 0, self, "steps", "must not be negative")
         _require(self.batch_size >= 1, self, "batch_size", "must be at least 1")
-        _require(self.batch_size % self.optimizer.accumulate == 0, self, "batch_size", f"must be a multiple of optimizer.accumulate = {self.optimizer.accumulate}")
+        _require(
+            self.batch_size % self.optimizer.accumulate == 0,
+            self,
+            "batch_size",
+            f"must be a multiple of optimizer.accumulate = {self.optimizer.accumulate}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

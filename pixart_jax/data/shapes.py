@@ -135,7 +135,13 @@ LEVELS = {
         ),
         Level(
             "gallery",
-            members=(("plain", 64, 64, 0.4), ("free", 64, 64, 0.2), ("aesthetic", 64, 64, 0.15), ("aesthetic", 96, 96, 0.15), ("rich", 64, 64, 0.1)),
+            members=(
+                ("plain", 64, 64, 0.4),
+                ("free", 64, 64, 0.2),
+                ("aesthetic", 64, 64, 0.15),
+                ("aesthetic", 96, 96, 0.15),
+                ("rich", 64, 64, 0.1),
+            ),
         ),
     )
 }

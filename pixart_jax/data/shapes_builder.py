@@ -46,7 +46,9 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 "key": text(),
             }
         )
-        return tfds.core.DatasetInfo(builder=self, features=features, description="Captioned scenes of coloured shapes.", disable_shuffling=True)
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, description="Captioned scenes of coloured shapes.", disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager):
         level = self.builder_config.level
@@ -58,14 +60,17 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             scene = shapes.scene_at(level.name, split, index)
             png = io.BytesIO()
             Image.fromarray(shapes.render(scene)).save(png, "PNG", compress_level=1)
-            yield index, {
-                "image": png.getvalue(),
-                **shapes.captions(scene),
-                "label": shapes.label(scene),
-                "count": len(scene.objects),
-                "height": scene.height,
-                "width": scene.width,
-                "task": scene.task,
-                "scene": scene.to_json(),
-                "key": f"{level.name}-{split}-{index:06d}",
-            }
+            yield (
+                index,
+                {
+                    "image": png.getvalue(),
+                    **shapes.captions(scene),
+                    "label": shapes.label(scene),
+                    "count": len(scene.objects),
+                    "height": scene.height,
+                    "width": scene.width,
+                    "task": scene.task,
+                    "scene": scene.to_json(),
+                    "key": f"{level.name}-{split}-{index:06d}",
+                },
+            )
