@@ -1,8 +1,15 @@
-"""Saves and restores: Orbax, asynchronous, state and place in the run together, and each save checked when it is opened again."""
+"""Saves and restores: Orbax, asynchronous, state and place in the run together, and each save checked when it is opened again.
+
+A save carries a list of its files, written just before Orbax commits it (renames it to its step), and checksums of its
+arrays, taken on the device before it began. The first finds what is missing, cut short or, in small files, altered, before
+Orbax reads anything; the second finds any altered bit of the state.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from pathlib import Path
 
 import jax
@@ -11,6 +18,11 @@ import orbax.checkpoint as ocp
 
 from pixart_jax.errors import UserError
 from pixart_jax.training.state import TrainState
+
+
+FILES = "files.json"  # in a save's folder: each file's size and, up to _SMALL bytes, CRC-32
+_SMALL = 1 << 20
+_LATER = {FILES, "commit_success.txt", "_CHECKPOINT_METADATA"}  # Orbax writes these two after the list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +42,16 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder = Path(folder).absolute()
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "place", "sums"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            ),
         )
 
     def __enter__(self):
@@ -51,6 +69,8 @@ class Checkpoints:
 
     def save(self, place: Place, state: TrainState) -> None:
         """Begin a save; returns once the state is copied and may be donated."""
+        self._manager.wait_until_finished()
+        self._saving = place.total
         self._manager.save(
             place.total,
             args=ocp.args.Composite(
@@ -75,7 +95,30 @@ class Checkpoints:
             raise self._damaged(total, f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}")
         return opened.state
 
+    def _list_files(self) -> None:
+        """Called by Orbax when all of a save is written, before it gets its name."""
+        if jax.process_index() == 0:
+            (folder,) = self.folder.glob(f"{self._saving}.*tmp*")
+            listed = {str(path.relative_to(folder)): _describe(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+            text = json.dumps({name: found for name, found in listed.items() if name not in _LATER}, indent=0)
+            (folder / FILES).write_text(text)
+
+    def _check(self, total: int) -> None:
+        """UserError where a file of the save is not as it was listed."""
+        folder = self.folder / str(total)
+        try:
+            listed = json.loads((folder / FILES).read_text())
+            for name, (size, crc) in listed.items():
+                if not (folder / name).is_file():
+                    raise self._damaged(total, f"{name} is missing")
+                if [size, crc] != _describe(folder / name):
+                    found = (folder / name).stat().st_size
+                    raise self._damaged(total, f"{name} is altered" if found == size else f"{name} has {found} bytes of {size}")
+        except (OSError, ValueError, TypeError, AttributeError):
+            raise self._damaged(total, f"{FILES}, the list of its files, cannot be read") from None
+
     def _open(self, total: int, **items):
+        self._check(total)
         try:
             return self._manager.restore(total, args=ocp.args.Composite(**items))
         except Exception as fault:  # Orbax, TensorStore and JSON each raise their own kinds
@@ -85,6 +128,11 @@ class Checkpoints:
         before = [step for step in self._manager.all_steps() if step < total]
         instead = f"the run goes on from step {max(before)}" if before else "the run starts anew"
         return UserError(f"checkpoint {self.folder / str(total)} is damaged ({why}); move it away and {instead}")
+
+
+def _describe(path: Path) -> list[int | None]:
+    size = path.stat().st_size
+    return [size, zlib.crc32(path.read_bytes()) if size <= _SMALL else None]
 
 
 def _sums(tree) -> dict[str, int]:
