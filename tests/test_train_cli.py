@@ -13,7 +13,7 @@ import pytest
 import train
 from pixart_jax import program
 
-RECIPE = '''
+RECIPE = """
 from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig
 from pixart_jax.models.transformer import TransformerConfig
 
@@ -21,7 +21,7 @@ from pixart_jax.models.transformer import TransformerConfig
 def get_config():
     stage = StageConfig("words", steps=10, batch_size=8, data=DataConfig(source="no/such/shards", buckets=((64, 64),)))
     return Config(name="small", model=TransformerConfig(depth=1, width=24, heads=2), vae="no/such/vae", stages=(stage,))
-'''
+"""
 
 
 @pytest.fixture
@@ -120,7 +120,11 @@ def test_every_recipe_in_configs_can_be_built():
 
 def test_the_program_itself_exits_with_2_and_one_line(root: Path, tmp_path):
     done = subprocess.run(
-        [sys.executable, "train.py", "shapes_dmeo", "--workdir", str(tmp_path / "run")], cwd=root, capture_output=True, text=True, env=os.environ
+        [sys.executable, "train.py", "shapes_dmeo", "--workdir", str(tmp_path / "run")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: no recipe 'shapes_dmeo'")

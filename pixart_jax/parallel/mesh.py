@@ -35,7 +35,10 @@ def make_mesh(sizes: Sizes, devices: Sequence[jax.Device] | None = None) -> jax.
     if math.prod(shape) != len(devices):
         asked = " × ".join(f"{axis} {getattr(sizes, axis)}" for axis in AXES)
         fits = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
-        raise UserError(f"mesh {asked} does not fit {len(devices)} device(s): the product must be {len(devices)}; sizes that divide it: {fits} (-1: the rest)")
+        count = len(devices)
+        raise UserError(
+            f"mesh {asked} does not fit {count} device(s): the product must be {count}; sizes that divide it: {fits} (-1: the rest)"
+        )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -41,6 +41,7 @@ def scale_by_came(
 
     stacked: a tree of bools like the parameters, true where the first axis counts layers; None: nowhere.
     """
+
     def layers(tree):
         return jax.tree.map(lambda _: False, tree) if stacked is None else stacked
 

@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 from pixart_jax.errors import UserError
 from pixart_jax.training.state import TrainState
 
-
 FILES = "files.json"  # in a save's folder: each file's size and, up to _SMALL bytes, CRC-32
 _SMALL = 1 << 20
 _LATER = {FILES, "commit_success.txt", "_CHECKPOINT_METADATA"}  # Orbax writes these two after the list

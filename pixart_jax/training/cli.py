@@ -60,7 +60,11 @@ def configured(recipe: Path, overrides: Sequence[str]) -> Config:
 
     default = load(recipe)
     return program.parse(
-        tyro.conf.AvoidSubcommands[Config], overrides, prog=f"train.py {recipe.stem}", default=default, description=f"Options of {recipe.name}."
+        tyro.conf.AvoidSubcommands[Config],
+        overrides,
+        prog=f"train.py {recipe.stem}",
+        default=default,
+        description=f"Options of {recipe.name}.",
     )
 
 

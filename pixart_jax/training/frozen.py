@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import re
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +27,10 @@ class Frozen:
         self._states: dict[str, np.ndarray] = {}
 
     def folder(self, part: str) -> Path:
-        """The folder of 'vae', 'text_encoder' or 'tokenizer'; config.vae and config.text_encoder name a whole model's folder or the part's own."""
+        """The folder of 'vae', 'text_encoder' or 'tokenizer'.
+
+        config.vae and config.text_encoder name a whole model's folder or the part's own.
+        """
         field = "vae" if part == "vae" else "text_encoder"
         given = getattr(self._config, field)
         if given is None:

@@ -67,7 +67,11 @@ def _read(path: str) -> int | None:
 def _gpu_watts() -> float | None:
     try:
         text = subprocess.run(
-            ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10, check=True
+            ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout
         return sum(float(line) for line in text.split())
     except (OSError, ValueError, subprocess.SubprocessError):

@@ -140,4 +140,3 @@ class _Pause:
 
     def __exit__(self, *_):
         self._since._out += time.perf_counter() - self._at
-

@@ -62,7 +62,9 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
 class Run:
     """The parts that all stages of one run share."""
 
-    def __init__(self, config: Config, folder: Workdir, mesh, saves: Checkpoints, metrics: figures.Metrics, meter: PowerMeter, encode: Encode | None):
+    def __init__(
+        self, config: Config, folder: Workdir, mesh, saves: Checkpoints, metrics: figures.Metrics, meter: PowerMeter, encode: Encode | None
+    ):
         self.config, self.folder, self.mesh = config, folder, mesh
         self.saves, self.metrics, self.meter, self.encode = saves, metrics, meter, encode
         self.frozen = Frozen(config, folder.path)
@@ -146,7 +148,16 @@ class Run:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1_000 + stage.index)
         sharding = rules.batch_sharding(self.mesh)
         return train(
-            state, step, stage.loader, name=config.name, start=start, steps=config.steps, key=key, sharding=sharding, watch=watch, window=window
+            state,
+            step,
+            stage.loader,
+            name=config.name,
+            start=start,
+            steps=config.steps,
+            key=key,
+            sharding=sharding,
+            watch=watch,
+            window=window,
         )
 
     def draw(self, stage: Stage, state: TrainState, number: int, total: int) -> None:
@@ -175,9 +186,8 @@ def _check_batches(config: Config, mesh) -> None:
     for stage in config.stages:
         unit = batch_shards(mesh) * stage.optimizer.accumulate
         if stage.batch_size % unit:
-            raise UserError(
-                f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} (mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × accumulate {stage.optimizer.accumulate})"
-            )
+            parts = f"mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × accumulate {stage.optimizer.accumulate}"
+            raise UserError(f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} ({parts})")
 
 
 def _check_folders(config: Config) -> None:
@@ -186,7 +196,9 @@ def _check_folders(config: Config) -> None:
         if stage.start not in ("fresh", "previous") and not Path(stage.start).is_dir():
             raise UserError(f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)")
         if not stage.data.source.startswith("tfds:") and not Path(stage.data.source).is_dir():
-            raise UserError(f"stage {stage.name}: data source {stage.data.source!r} is neither a folder of encoded shards nor tfds:NAME/CONFIG")
+            raise UserError(
+                f"stage {stage.name}: data source {stage.data.source!r} is neither a folder of encoded shards nor tfds:NAME/CONFIG"
+            )
     for field in ("vae", "text_encoder"):
         folder = getattr(config, field)
         if folder is not None and not Path(folder).is_dir():

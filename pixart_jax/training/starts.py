@@ -17,15 +17,18 @@ from pixart_jax.training.reparameterization import from_dit, reparameterization_
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.table import flatten, unflatten
 
-# Parts that a multi-scale model has beyond the plain one: they start fresh when a plain one's weights are given.
-_SIZE_CONDITIONS = ("size_embedder/", "ratio_embedder/")
+# What given weights may lack: the parts that a multi-scale model has beyond a plain one, and the null caption, for which
+# diffusers' files have no place.
+_ADDABLE = ("size_embedder/", "ratio_embedder/", "null_caption")
 
 
 def first_params(config: Config, index: int, task, previous, fresh, key: jax.Array, report: Callable[[str, dict], None]):
     """Parameters (plain tree) of the first step of stage ``index``.
 
     task: the stage's. previous: (task, averaged parameters) of the stage before, or None. fresh: () → new parameters on the
-    mesh. report(name, figures): told how well a conversion went. A stage that follows takes the EMA of the one before: the weights that its samples were drawn with.
+    mesh. report(name, figures): told how well a conversion went.
+
+    A stage that follows takes the EMA of the one before: the weights that its samples were drawn with.
     """
     stage = config.stages[index]
     if stage.start == "fresh" or (stage.start == "previous" and index == 0):
@@ -60,18 +63,26 @@ def converted(stage: StageConfig, kind: str, model, params, task, fresh, key: ja
 
 
 def fitted(stage: StageConfig, params, task, fresh):
-    """The given parameters, checked against the stage's model; size and ratio embedders made where only they are absent."""
+    """The given parameters, checked against the stage's model; what they may lack is made."""
     given = flatten(params)
     wanted = flatten(jax.eval_shape(fresh))
     missing = [path for path in wanted if path not in given]
     extra = [path for path in given if path not in wanted]
-    wrong = [f"{path} {tuple(given[path].shape)} for {tuple(wanted[path].shape)}" for path in wanted if path in given and given[path].shape != wanted[path].shape]
-    addable = missing and all(path.startswith(_SIZE_CONDITIONS) for path in missing)
+    wrong = [
+        f"{path} {tuple(given[path].shape)} for {tuple(wanted[path].shape)}"
+        for path in wanted
+        if path in given and given[path].shape != wanted[path].shape
+    ]
+    addable = missing and all(path.startswith(_ADDABLE) for path in missing)
     if extra or wrong or (missing and not addable):
-        what = [f"{len(found)} {name}: {', '.join(found[:3])}" for name, found in (("missing", missing), ("left over", extra), ("of another shape", wrong)) if found]
+        what = [
+            f"{len(found)} {name}: {', '.join(found[:3])}"
+            for name, found in (("missing", missing), ("left over", extra), ("of another shape", wrong))
+            if found
+        ]
         raise UserError(f"stage {stage.name} cannot start from these weights ({'; '.join(what)})")
     if missing:
         made = flatten(fresh())
-        # Their last layer is put to zero, so that the model begins as the plain one that it was.
+        # The embedders' last layer is put to zero, so that the model begins as the plain one that it was.
         given |= {path: np.zeros_like(made[path]) if "/fc2/" in path else made[path] for path in missing}
     return unflatten(given)

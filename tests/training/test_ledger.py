@@ -7,7 +7,10 @@ import pytest
 from pixart_jax.config import HardwareConfig
 from pixart_jax.training.ledger import PowerMeter, ledger
 
-STAGES = {"a": {"seconds": 1800.0, "joules": 0.0, "steps": 5, "images": 40}, "b": {"seconds": 5400.0, "joules": 0.0, "steps": 5, "images": 40}}
+STAGES = {
+    "a": {"seconds": 1800.0, "joules": 0.0, "steps": 5, "images": 40},
+    "b": {"seconds": 5400.0, "joules": 0.0, "steps": 5, "images": 40},
+}
 
 
 def test_what_nothing_measured_is_said_to_be_assumed():

@@ -46,8 +46,8 @@ def run(steps=10, start=0, bad=None, window=None, **every):
     fault = None
     try:
         train(
-            start, step, Batches(), name="s", start=start, steps=steps, key=jax.random.key(0), sharding=batch_sharding(make_mesh(MeshConfig())),
-            watch=watch, window=window or Window(),
+            start, step, Batches(), name="s", start=start, steps=steps, key=jax.random.key(0), watch=watch, window=window or Window(),
+            sharding=batch_sharding(make_mesh(MeshConfig())),
         )  # fmt: skip
     except Diverged as diverged:
         fault = diverged

@@ -65,7 +65,9 @@ def test_what_a_run_leaves(finished):
         (name, step) for name, steps in (("pixels", 7), ("words", 8), ("beauty", 9)) for step in range(1, steps + 1)
     ]
     assert {"loss", "mse", "vb", "lr", "grad_norm"} <= set(figures(workdir)[0])
-    assert sorted(path.name for path in (workdir / "samples").iterdir()) == [f"{n}-{s:07d}.png" for n, s in (("beauty", 9), ("pixels", 7), ("words", 8))]
+    assert sorted(path.name for path in (workdir / "samples").iterdir()) == [
+        f"{n}-{s:07d}.png" for n, s in (("beauty", 9), ("pixels", 7), ("words", 8))
+    ]
     ledger = json.loads((workdir / "ledger.json").read_text())
     assert {name: stage["images"] for name, stage in ledger["stages"].items()} == {"pixels": 56, "words": 64, "beauty": 144}
     assert json.loads((workdir / "reparameterization.json").read_text())["output_at_500"] < 1e-5
@@ -123,7 +125,9 @@ def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bi
             kill = 7 - saved + 1
         kills[number] = kill
         assert start(kill, recipe, workdir) == (-9 if kill else 0), kills
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(final_state(finished[0])), jax.tree.leaves(final_state(workdir)), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(final_state(finished[0])), jax.tree.leaves(final_state(workdir)), strict=True
+    ):
         np.testing.assert_array_equal(a, b, err_msg=f"{path}, killed at {kills}")
     assert figures(workdir) == figures(finished[0])
     for name in ("transformer/diffusion_pytorch_model.safetensors", "transformer/null_caption.safetensors"):

@@ -23,7 +23,10 @@ from pixart_jax.training.state import abstract_state
 LATENTS = jnp.zeros((1, 2, 2, 4))
 ONE = jnp.ones((1,))
 MODELS = {
-    "xl2": (PixArtTransformer(TransformerConfig.preset("XL/2", size_conditions=True)), (LATENTS, ONE, jnp.zeros((1, 1, 4096)), ONE, jnp.ones((1, 2)), ONE)),
+    "xl2": (
+        PixArtTransformer(TransformerConfig.preset("XL/2", size_conditions=True)),
+        (LATENTS, ONE, jnp.zeros((1, 1, 4096)), ONE, jnp.ones((1, 2)), ONE),
+    ),
     "dit": (DiT(DiTConfig.preset("XL/2")), (LATENTS, ONE, jnp.zeros((1,), int))),
     "t5-xxl": (T5Encoder(T5Config()), (jnp.zeros((1, 1), int), jnp.ones((1,), int))),
     "sd-vae": (AutoencoderKL(VAEConfig()), (jnp.zeros((1, 8, 8, 3)),)),

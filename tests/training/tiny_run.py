@@ -29,9 +29,9 @@ def parts(folder: Path) -> Path:
     """vae/, text_encoder/ and tokenizer/ of random weights."""
     for kind, config, name in ((VAE, VAE_SIZES, "vae"), (TextEncoder, TEXT_SIZES, "text_encoder")):
         component = kind(config, {})
-        params = jax.jit(lambda key, component=component, config=config: unboxed(component.module.init(key, *component._example(config))["params"]))(
-            jax.random.key(1)
-        )
+        params = jax.jit(
+            lambda key, component=component, config=config: unboxed(component.module.init(key, *component._example(config))["params"])
+        )(jax.random.key(1))
         component.replace(params=params).save(folder / name)
     tokenizer.from_words(WORDS).save_pretrained(str(folder / "tokenizer"))
     return folder
@@ -79,18 +79,20 @@ def curriculum(folder: Path, **changes) -> Config:
         shards(folder / "square")
         shards(folder / "aspects", ((32, 32), (32, 48)))
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip=1.0, ema=0.9, eps=1e-8)
+    came = dataclasses.replace(optimizer, name="came", learning_rate=1e-5)
     square = DataConfig(source=str(folder / "square"), buckets=((32, 32),), max_text_tokens=16)
     aspects = dataclasses.replace(square, source=str(folder / "aspects"), buckets=((32, 32), (32, 48)))
     stages = (
         StageConfig("pixels", "class_conditional", steps=7, batch_size=8, data=square, optimizer=optimizer, start="fresh"),
-        StageConfig("words", "text_to_image", steps=8, batch_size=8, data=square, optimizer=dataclasses.replace(optimizer, name="came", learning_rate=1e-5)),
+        StageConfig("words", "text_to_image", steps=8, batch_size=8, data=square, optimizer=came),
         StageConfig(
             "beauty", "text_to_image", steps=9, batch_size=16, data=aspects, optimizer=dataclasses.replace(optimizer, accumulate=2),
             objective=ObjectiveConfig(null_condition="empty", prediction="v"), position_scale=2.0,
         ),
     )  # fmt: skip
     settings = {
-        "name": "tiny", "stages": stages, "model": MODEL, "num_classes": CLASSES, "vae": str(folder / "parts"), "text_encoder": str(folder / "parts"),
+        "name": "tiny", "stages": stages, "model": MODEL, "num_classes": CLASSES,
+        "vae": str(folder / "parts"), "text_encoder": str(folder / "parts"),
         "compute_dtype": "float32", "log_every": 1, "checkpoint_every": 3, "preview": PreviewConfig(steps=2, guidance=2.0),
     }  # fmt: skip
     return Config(**{**settings, **changes})

@@ -48,11 +48,8 @@ class Autoencoder:
     def preview(self, params, batch, settings) -> tuple[list[np.ndarray], list[str]]:
         """Up to 8 pairs of image and reconstruction."""
         images = np.asarray(batch["images"][:8], np.float32)
-
-        def reconstruct(params, images):
-            return self.module.apply({"params": params}, images)[0]
-
-        decoded = np.asarray(jax.jit(reconstruct)(params, images))
+        vae = VAE(self.module.config, params, self.module.dtype)
+        decoded = np.asarray(vae.decode(vae.encode(images)[0]))
         pairs = [_pixels(picture) for pair in zip(images, decoded, strict=True) for picture in pair]
         return pairs, ["image", "reconstruction"] * len(images)
 

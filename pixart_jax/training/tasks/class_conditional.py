@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -34,7 +35,9 @@ class ClassConditional:
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""
         c = self.module.config
-        return self.module.init(key, jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+        return self.module.init(
+            key, jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+        )["params"]
 
     def adjust(self, params):
         """Nothing to set before a stage."""
@@ -53,24 +56,10 @@ class ClassConditional:
         none = self.module.config.num_classes
         labels = np.asarray(batch["label"][:_PREVIEWS])
         labels = np.where(labels < 0, none, labels)
-        shape = (len(labels), *np.shape(batch["mean"])[1:])
-
-        @jax.jit
-        def draw(params, labels, key):
-            noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape[1:]))(jnp.arange(shape[0]))
-            doubled = jnp.concatenate([jnp.full_like(labels, none), labels])
-
-            def both(x, t):
-                return self.module.apply({"params": params}, x, t, doubled)
-
-            def alone(x, t):
-                return self.module.apply({"params": params}, x, t, labels)
-
-            denoiser = diffusion.guided(both, settings.guidance, conditional=alone)
-            prediction = self.denoising.objective.prediction
-            return diffusion.sample(denoiser, noise, steps=settings.steps, schedule=self.denoising.schedule, prediction=prediction)
-
-        latents = draw(params, jnp.asarray(labels), jax.random.key(settings.seed))
+        shape = np.shape(batch["mean"])[1:]
+        latents = _draw(
+            self.module, self.denoising, settings.steps, settings.guidance, shape, params, labels, jax.random.key(settings.seed)
+        )
         images = np.asarray(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
         return list(np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)), [f"class {n}" for n in labels]
 
@@ -90,3 +79,19 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -
         raise UserError(f"model.out_channels = {model.out_channels}: a learned range needs {2 * model.in_channels}")
     module = DiT(DiTConfig(**geometry, num_classes=config.num_classes), dtype=dtype, remat=config.remat)
     return ClassConditional(module, Denoising(stage.objective, frozen.scaling_factor), frozen)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _draw(module: DiT, denoising: Denoising, steps: int, guidance: float, shape: tuple[int, ...], params, labels, key) -> jax.Array:
+    """Latents [b, *shape] of labels [b]; one executable a stage and size, however often it is called."""
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(jnp.arange(len(labels)))
+    doubled = jnp.concatenate([jnp.full_like(labels, module.config.num_classes), labels])
+
+    def both(x, t):
+        return module.apply({"params": params}, x, t, doubled)
+
+    def alone(x, t):
+        return module.apply({"params": params}, x, t, labels)
+
+    denoiser = diffusion.guided(both, guidance, conditional=alone)
+    return diffusion.sample(denoiser, noise, steps=steps, schedule=denoising.schedule, prediction=denoising.objective.prediction)

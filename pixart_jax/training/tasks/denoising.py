@@ -6,7 +6,6 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from pixart_jax import diffusion
 from pixart_jax.config import ObjectiveConfig
@@ -70,4 +69,3 @@ class Denoising:
             min_snr_gamma=o.min_snr_gamma,
         )
         return {"loss": terms["mse"] + terms["vb"], **terms}
-

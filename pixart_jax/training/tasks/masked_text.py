@@ -1,4 +1,7 @@
-"""Task 'masked_text': the T5 encoder learns to name the masked words of captions (BERT, arXiv 1810.04805), its head tied to the embedding."""
+"""Task 'masked_text': the T5 encoder learns to name the masked words of captions (BERT, arXiv 1810.04805).
+
+Its head is tied to the embedding.
+"""
 
 from __future__ import annotations
 

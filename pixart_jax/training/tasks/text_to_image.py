@@ -59,7 +59,9 @@ class TextToImage:
         states = jnp.where(made.dropped[:, None, None], null, states)
         if self.null_length:
             lengths = jnp.where(made.dropped, self.null_length, lengths)
-        output = self.module.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), states, lengths, batch["size"], batch["aspect_ratio"])
+        output = self.module.apply(
+            {"params": params}, made.x_t, made.t.astype(jnp.float32), states, lengths, batch["size"], batch["aspect_ratio"]
+        )
         return self.denoising.losses(output, made)
 
     def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
@@ -69,7 +71,10 @@ class TextToImage:
             texts, captions = self.frozen.text_states(settings.prompts, most), list(settings.prompts)
         else:
             rows = zip(batch["text_states"], batch["text_lengths"], strict=True)
-            texts, captions = [np.asarray(states[:n], np.float32) for states, n in rows][:_PREVIEWS], [str(k) for k in batch["key"][:_PREVIEWS]]
+            texts, captions = (
+                [np.asarray(states[:n], np.float32) for states, n in rows][:_PREVIEWS],
+                [str(k) for k in batch["key"][:_PREVIEWS]],
+            )
         (empty,) = self.frozen.text_states([""], most)
         length = -(-max(len(t) for t in [*texts, empty]) // 8) * 8
         mesh = jax.tree.leaves(params)[0].sharding.mesh
