@@ -1,11 +1,12 @@
 """Train a recipe's stages: python train.py configs/NAME.py --workdir DIR [--stages.1.optimizer.learning-rate 1e-4 …].
 
-The same command with the same workdir goes on where a stopped run was. --help after a config's name lists every option.
+The same command with the same workdir goes on where a stopped run was. --help after a recipe's name lists every option.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from pixart_jax import program
 
@@ -16,13 +17,7 @@ def main(argv: list[str]) -> int:
     recipe, workdir, overrides = cli.split(argv)
     config = cli.configured(recipe, overrides)
 
-    # JAX starts only for a command line that holds.
-    from pixart_jax.labelling.encode import EncodeOptions, ensure
-    from pixart_jax.training import loop, stages
-
-    def encode(source, *, frozen, **options):
-        text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer} if options["captions"] else {}
-        return ensure(source, EncodeOptions(**options), vae=frozen.vae, **text)
+    from pixart_jax.training import loop, stages  # heavy: only for a command line that holds
 
     try:
         stages.run(config, workdir, encode)
@@ -30,6 +25,14 @@ def main(argv: list[str]) -> int:
         print(f"error: {fault}; the last save holds, lower the learning rate or look at the data", file=sys.stderr)
         return 1
     return 0
+
+
+def encode(source, *, frozen, **options) -> Path:
+    """The encoded shards of a source, made with the run's frozen parts where they are absent (training.batches.Encode)."""
+    from pixart_jax.labelling.encode import EncodeOptions, ensure
+
+    text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer} if options["captions"] else {}
+    return ensure(source, EncodeOptions(**options), vae=frozen.vae, **text)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ class Checkpoints:
             (folder / FILES).write_text(text)
 
     def _check(self, total: int) -> None:
-        """UserError where a file of the save is not as it was listed."""
+        """UserError where a file of the save is not as it was listed. Without the list what follows must do: Orbax, and the sums."""
         folder = self.folder / str(total)
+        if not (folder / FILES).exists():
+            return
         try:
             listed = json.loads((folder / FILES).read_text())
             for name, (size, crc) in listed.items():

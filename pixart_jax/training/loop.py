@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable
 
@@ -57,7 +58,8 @@ def train(
     if start >= steps:
         return state
     batches = loader.iterator(start=start)
-    bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=0.5, disable=jax.process_index() > 0)
+    often = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file wants few lines
+    bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=often, disable=jax.process_index() > 0)
     pending: tuple[int, dict] | None = None
     since = Since(loader)
 

@@ -147,18 +147,15 @@ class Run:
         watch = Watch(self.config.log_every, self.config.checkpoint_every, self.config.preview.every, log, save, preview)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1_000 + stage.index)
         sharding = rules.batch_sharding(self.mesh)
-        return train(
-            state,
-            step,
-            stage.loader,
-            name=config.name,
-            start=start,
-            steps=config.steps,
-            key=key,
-            sharding=sharding,
-            watch=watch,
-            window=window,
-        )
+        place = {"name": config.name, "start": start, "steps": config.steps, "key": key, "window": window}
+        state = train(state, step, stage.loader, sharding=sharding, watch=watch, **place)
+        if start == config.steps and not self.sample(config.name, start).exists():  # killed between the last save and its look
+            preview(start, state)
+        return state
+
+    def sample(self, stage: str, number: int) -> Path:
+        """The file of a sample grid."""
+        return self.folder.samples / f"{stage}-{number:07d}.png"
 
     def draw(self, stage: Stage, state: TrainState, number: int, total: int) -> None:
         """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
@@ -166,7 +163,7 @@ class Run:
         if len(pictures) and jax.process_index() == 0:
             sheet = png.grid(pictures, captions)
             name = self.config.stages[stage.index].name
-            png.write(self.folder.samples / f"{name}-{number:07d}.png", sheet, {"stage": name, "step": number})
+            png.write(self.sample(name, number), sheet, {"stage": name, "step": number})
             self.metrics.image(f"{name}/samples", sheet, total)
 
     def finish(self, stage: Stage, params) -> None:

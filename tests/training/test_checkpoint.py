@@ -88,13 +88,14 @@ def flip(path: Path):
     path.write_bytes(bytes(data))
 
 
-MARKS = {"3/commit_success.txt", "3/_CHECKPOINT_METADATA"}  # Orbax's own, of no matter to what is restored
+MARKS = {"3/commit_success.txt", "3/_CHECKPOINT_METADATA", "3/files.json"}  # without these all is still there
 
 
 @pytest.mark.parametrize("spoil", [cut_short, flip, Path.unlink])
 def test_a_damaged_save_is_named_and_never_skipped(saved, tmp_path, spoil, capfd):
     named, unharmed = damage_nothing_silently(saved, spoil, tmp_path / "copy")
     assert set(unharmed) <= MARKS and len(named) > 10
+    assert ("3/files.json" in unharmed) == (spoil is Path.unlink)
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +20,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_run
+from PIL import Image
 
-from pixart_jax.training import stages
+import train
+from pixart_jax import program
+from pixart_jax.config import DataConfig
+from pixart_jax.data.sources import Sample
+from pixart_jax.training import batches, stages
 from pixart_jax.training.metrics import read
 
 pytestmark = pytest.mark.slow
@@ -138,3 +147,60 @@ def test_the_same_command_on_a_finished_run_trains_nothing(finished, world):
     before = figures(finished[0])
     stages.run(tiny_run.curriculum(world), finished[0])
     assert figures(finished[0]) == before
+
+
+def one_line(capsys, status: int, *argv) -> str:
+    assert program.run(train.main, [str(a) for a in argv]) == status
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_checkpoint_cut_short_is_named_and_nothing_is_touched(finished, world, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    cut = max((p for p in (workdir / "checkpoints" / str(STEPS) / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    cut.write_bytes(cut.read_bytes()[:100])
+    line = one_line(capsys, 2, tiny_run.recipe(world), "--workdir", workdir)
+    assert str(workdir / "checkpoints" / str(STEPS)) in line and "has 100 bytes of" in line and "goes on from step 21" in line
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))  # what the line advises
+    stages.run(tiny_run.curriculum(world), workdir)
+    for a, b in zip(jax.tree.leaves(final_state(finished[0])), jax.tree.leaves(final_state(workdir)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_status_1_and_keeps_the_last_save(world, tmp_path, capsys):
+    wild = ["--stages.0.optimizer.learning-rate", "1e30", "--stages.0.optimizer.warmup-steps", "0", "--checkpoint-every", "1"]
+    line = one_line(capsys, 1, tiny_run.recipe(world), "--workdir", tmp_path / "run", *wild)
+    assert "stage pixels, step 2: loss is" in line
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
+
+
+class Noise:
+    """Twelve pictures of noise, a caption each."""
+
+    name, num_classes, caption_kinds = "tfds:noise", None, ("dense",)
+    fingerprint = hashlib.sha256(b"noise").hexdigest()
+
+    def __len__(self):
+        return 12
+
+    def sizes(self):
+        return np.full((12, 2), 32, np.int32)
+
+    def __getitem__(self, index):
+        png = io.BytesIO()
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)).save(png, "PNG")
+        return Sample(f"noise-{index}", png.getvalue(), {"dense": ("a red circle left of",)}, -1)
+
+
+def test_a_source_that_is_not_encoded_is_encoded_first(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "open_source", lambda *_, **__: Noise())
+    monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
+    config = tiny_run.curriculum(world)
+    data = DataConfig(source="tfds:noise", buckets=((32, 32),), max_text_tokens=16)
+    stage = dataclasses.replace(config.stages[1], start="fresh", steps=2, data=data)
+    stages.run(dataclasses.replace(config, stages=(stage,)), tmp_path / "run", train.encode)
+    assert len(read(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert list((tmp_path / "cache" / "encoded").glob("*/manifest.json"))

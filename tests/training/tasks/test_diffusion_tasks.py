@@ -1,0 +1,95 @@
+"""The two diffusion tasks: what is drawn for a sample, and what a dropped condition becomes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixart_jax import diffusion
+from pixart_jax.config import ObjectiveConfig
+from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.parallel.rules import unboxed
+from pixart_jax.training.tasks.class_conditional import ClassConditional
+from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.training.tasks.text_to_image import TextToImage
+
+SIZES = {"depth": 1, "width": 24, "heads": 2, "sample_size": 4}
+TEXT = PixArtTransformer(TransformerConfig(**SIZES, caption_width=16, text_tokens=10))
+CLASS = DiT(DiTConfig(**SIZES, num_classes=3))
+
+
+def batch(rows: int = 6) -> dict:
+    rng = np.random.default_rng(0)
+    return {
+        "mean": jnp.asarray(rng.normal(size=(rows, 4, 4, 4)), jnp.float32),
+        "std": jnp.asarray(rng.uniform(0.1, 1, (rows, 4, 4, 4)), jnp.float32),
+        "text_states": jnp.asarray(rng.normal(size=(rows, 8, 16)), jnp.bfloat16),
+        "text_lengths": jnp.asarray(rng.integers(2, 9, rows), jnp.int32),
+        "size": jnp.full((rows, 2), 32.0),
+        "aspect_ratio": jnp.ones((rows,)),
+        "label": jnp.asarray([0, 1, 2, -1, 1, 0], jnp.int32)[:rows],
+    }
+
+
+def filled(module_params):
+    """Weights that are all non-zero, so that every condition matters."""
+    return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), unboxed(module_params))
+
+
+KEYS = jax.random.split(jax.random.key(5), 6)
+
+
+def test_the_posterior_is_sampled_and_scaled():
+    made = Denoising(ObjectiveConfig(), 0.5).prepare(
+        {"mean": jnp.full((2000, 1, 1, 4), 3.0), "std": jnp.full((2000, 1, 1, 4), 2.0)}, jax.random.split(KEYS[0], 2000)
+    )
+    assert float(made.x0.mean()) == pytest.approx(1.5, abs=0.05) and float(made.x0.std()) == pytest.approx(1.0, abs=0.05)
+    assert int(made.t.min()) < 20 and int(made.t.max()) > 979 and float(made.t.mean()) == pytest.approx(499.5, abs=25)
+    assert float(made.dropped.mean()) == pytest.approx(0.1, abs=0.03)
+    np.testing.assert_allclose(made.x_t, diffusion.add_noise(made.x0, made.noise, made.t), rtol=1e-5)
+
+
+def test_a_samples_draws_are_its_own_keys_alone():
+    denoising, b = Denoising(ObjectiveConfig(), 1.0), batch()
+    whole = denoising.prepare(b, KEYS)
+    part = denoising.prepare({k: v[2:4] for k, v in b.items()}, KEYS[2:4])
+    for a, c in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a[2:4], c)
+
+
+@pytest.mark.parametrize(("dropout", "null_length"), [(0.0, 0), (1.0, 0), (1.0, 3)])
+def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty_texts(dropout, null_length):
+    task = TextToImage(TEXT, Denoising(ObjectiveConfig(condition_dropout=dropout), 0.5), None, null_length)
+    params, b = filled(task.init(jax.random.key(0))), batch()
+    made = task.denoising.prepare(b, KEYS)
+    states, lengths = b["text_states"].astype(jnp.float32), b["text_lengths"]
+    if dropout:
+        states = jnp.broadcast_to(params["null_caption"][:8], states.shape)
+        lengths = jnp.full_like(lengths, null_length) if null_length else lengths
+    output = TEXT.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), states, lengths)
+    expected = diffusion.training_loss(output, made.x0, made.noise, made.t)
+    found = jax.jit(task.losses)(params, b, KEYS)
+    np.testing.assert_allclose(found["loss"], expected["mse"] + expected["vb"], rtol=1e-4)
+
+
+def test_no_gradient_reaches_the_null_caption():
+    task = TextToImage(TEXT, Denoising(ObjectiveConfig(condition_dropout=1.0), 0.5), None, 0)
+    params = filled(task.init(jax.random.key(0)))
+    grads = jax.jit(jax.grad(lambda p: task.losses(p, batch(), KEYS)["loss"].mean()))(params)
+    assert (grads["null_caption"] == 0).all()
+    assert all((g != 0).any() for path, g in jax.tree_util.tree_leaves_with_path(grads) if "null_caption" not in str(path))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_a_dropped_or_missing_label_is_no_class(dropout):
+    task = ClassConditional(CLASS, Denoising(ObjectiveConfig(condition_dropout=dropout, prediction="v"), 0.5), None)
+    params, b = filled(task.init(jax.random.key(0))), batch()
+    made = task.denoising.prepare(b, KEYS)
+    labels = jnp.full((6,), 3) if dropout else jnp.array([0, 1, 2, 3, 1, 0])
+    output = CLASS.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), labels)
+    expected = diffusion.training_loss(output, made.x0, made.noise, made.t, prediction="v")
+    found = jax.jit(task.losses)(params, b, KEYS)
+    np.testing.assert_allclose(found["loss"], expected["mse"] + expected["vb"], rtol=1e-4)
