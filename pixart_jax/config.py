@@ -7,6 +7,7 @@ A recipe in configs/ is a function ``get_config() -> Config``. Overrides on the 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 from pixart_jax.errors import UserError, nearest
@@ -69,6 +70,11 @@ class OptimizerConfig:
         _require(0 <= self.final_fraction <= 1, self, "final_fraction", "must lie in [0, 1]")
         _require(0 <= self.ema < 1, self, "ema", "must lie in [0, 1); 0 keeps no average")
         _require(self.accumulate >= 1, self, "accumulate", "must be at least 1")
+        for field in ("b1", "b2", "b3"):
+            _require(0 <= getattr(self, field) < 1, self, field, "must lie in [0, 1)")
+        for field in ("weight_decay", "eps"):
+            _require(getattr(self, field) >= 0, self, field, "must not be negative")
+        _require(self.sqrt_scale_from is None or self.sqrt_scale_from > 0, self, "sqrt_scale_from", "must be positive, or None")
         _require(self.clip is None or self.clip > 0, self, "clip", "must be positive, or None for no clipping")
 
 
@@ -90,6 +96,8 @@ class ObjectiveConfig:
         _one_of(self, "prediction", ("epsilon", "v"))
         _one_of(self, "null_condition", ("embedding", "empty"))
         _require(0 <= self.condition_dropout <= 1, self, "condition_dropout", "must lie in [0, 1]")
+        _require(self.timesteps >= 2, self, "timesteps", "must be at least 2")
+        _require(0 < self.beta_start <= self.beta_end < 1, self, "beta_start", f"must lie in (0, beta_end = {self.beta_end}], below 1")
         _require(self.min_snr_gamma is None or self.min_snr_gamma > 0, self, "min_snr_gamma", "must be positive, or None")
 
 
@@ -117,7 +125,7 @@ class MaskedTextConfig:
     def __post_init__(self):
         _require(0 < self.rate < 1, self, "rate", "must lie in (0, 1)")
         _require(0 <= self.mask_share <= 1, self, "mask_share", "must lie in [0, 1]")
-        _require(0 <= self.random_share <= 1 - self.mask_share, self, "random_share", "must lie in [0, 1 - mask_share]")
+        _require(0 <= self.random_share <= 1 - self.mask_share + 1e-9, self, "random_share", "must lie in [0, 1 - mask_share]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +148,8 @@ class DataConfig:
 
     def __post_init__(self):
         _require(len(self.buckets) > 0, self, "buckets", "name at least one (height, width)")
+        _require(all(h > 0 and w > 0 for h, w in self.buckets), self, "buckets", "sides must be positive")
+        _require(self.workers >= 0, self, "workers", "must not be negative")
         _require(self.limit is None or self.limit > 0, self, "limit", "must be positive, or None for all")
         _require(self.max_text_tokens > 0, self, "max_text_tokens", "must be positive")
         _require(
@@ -173,6 +183,7 @@ class StageConfig:
     position_scale: float | None = None
 
     def __post_init__(self):
+        _require(re.fullmatch(r"[\w.-]+", self.name) is not None, self, "name", "letters, digits, '.', '_' and '-' only: files bear it")
         _one_of(self, "task", ("class_conditional", "text_to_image", "autoencoder", "masked_text"))
         _require(self.steps >= 0, self, "steps", "must not be negative")
         _require(self.batch_size >= 1, self, "batch_size", "must be at least 1")
@@ -194,6 +205,11 @@ class PreviewConfig:
     guidance: float = 4.5
     seed: int = 0
 
+    def __post_init__(self):
+        _require(self.every >= 0, self, "every", "must not be negative; 0 draws at the end of each stage only")
+        _require(self.steps >= 1, self, "steps", "must be at least 1")
+        _require(self.seed >= 0, self, "seed", "must not be negative")
+
 
 @dataclasses.dataclass(frozen=True)
 class HardwareConfig:
@@ -202,6 +218,10 @@ class HardwareConfig:
     watts_per_device: float = 400.0
     usd_per_device_hour: float = 2.0
     gco2_per_kwh: float = 57.0  # the paper's figure
+
+    def __post_init__(self):
+        for field in ("watts_per_device", "usd_per_device_hour", "gco2_per_kwh"):
+            _require(getattr(self, field) >= 0, self, field, "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +251,8 @@ class Config:
         names = [s.name for s in self.stages]
         _require(len(set(names)) == len(names), self, "stages", f"stage names must differ, got {names}")
         _one_of(self, "compute_dtype", ("bfloat16", "float32"))
-        for field in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        _require(self.seed >= 0, self, "seed", "must not be negative")
+        for field in ("log_every", "checkpoint_every", "keep_checkpoints", "num_classes"):
             _require(getattr(self, field) >= 1, self, field, "must be at least 1")
         unit = 8 * self.model.patch_size
         for stage in self.stages:
