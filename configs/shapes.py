@@ -40,7 +40,7 @@ def optimizer(steps: int, learning_rate: float = 1.5e-3, **schedule) -> Optimize
     )
 
 
-def get_config(pixel_steps: int = 1_500, text_steps: int = 16_000, aesthetic_steps: int = 4_000, name: str = "shapes") -> Config:
+def get_config(pixel_steps: int = 1_500, text_steps: int = 16_000, aesthetic_steps: int = 1_200, name: str = "shapes") -> Config:
     return Config(
         name=name,
         model=TransformerConfig(depth=5, width=128, heads=4, patch_size=2, sample_size=8, caption_width=64, text_tokens=64),

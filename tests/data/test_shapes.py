@@ -92,7 +92,7 @@ def test_objects_stand_inside_the_picture_and_apart(level):
         for alone in inks:  # a tip may touch the outermost pixels, but covers none of them by half
             assert max(alone[0].max(), alone[-1].max(), alone[:, 0].max(), alone[:, -1].max()) < 0.5, scene
         for one, other in itertools.combinations(inks, 2):
-            assert not ((one > 0) & (other > 0)).any(), scene
+            assert np.minimum(one, other).sum() < 1.5, scene  # the tips of two large stars may touch
 
 
 def ink(scene: Scene, obj: Object) -> np.ndarray:
