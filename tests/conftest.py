@@ -33,3 +33,13 @@ def _few_torch_threads():
     except ImportError:
         return
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def whole_memory(tmp_path_factory):
+    """One test at a time, over all workers, holds more than 10 GiB."""
+    import fcntl
+
+    with open(tmp_path_factory.getbasetemp().parent / "whole_memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -17,7 +17,7 @@ from tests.models.pixart_reference import inputs, randomise, relative_error, run
 
 
 @pytest.mark.slow
-def test_xl_2_equals_diffusers_at_256_and_512_px():
+def test_xl_2_equals_diffusers_at_256_and_512_px(whole_memory):
     with torch.device("meta"):  # their own init would take longer than the forward pass
         theirs = PixArtTransformer2DModel(sample_size=64, caption_channels=4096, use_additional_conditions=False)
     position = theirs.pos_embed

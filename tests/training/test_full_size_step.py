@@ -13,7 +13,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_a_full_size_step_at_256_px_takes_less_than_14_gib():
+def test_a_full_size_step_at_256_px_takes_less_than_14_gib(whole_memory):
     """fp32, AdamW and EMA (20 bytes a parameter, 11.4 GiB, with gradients), batch 1, remat 'full'."""
     program = Path(__file__).parent / "full_size_step.py"
     done = subprocess.run(
