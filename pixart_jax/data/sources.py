@@ -218,7 +218,7 @@ def _configs(name: str) -> list[str]:
 
     try:
         return list(tfds.builder_cls(name.split("/")[0]).builder_configs)
-    except Exception:  # only a hint hangs on it
+    except (ImportError, KeyError, ValueError, tfds.core.registered.DatasetNotFoundError):  # only a hint hangs on it
         return []
 
 
