@@ -249,7 +249,7 @@ def test_the_builder_gives_back_every_scene_and_pixel(tmp_path, monkeypatch):
 
     small = dataclasses.replace(LEVELS["rich"], train=12, test=5)
     config = shapes_builder.ShapesConfig(small)
-    monkeypatch.setattr(shapes_builder.Shapes, "BUILDER_CONFIGS", [config])
+    monkeypatch.setitem(shapes_builder.Shapes.builder_configs, "rich", config)
     builder = shapes_builder.Shapes(config="rich", data_dir=tmp_path)
     builder.download_and_prepare(file_format="array_record")
     for split, count in (("train", 12), ("test", 5)):

@@ -54,9 +54,7 @@ def small_world(monkeypatch, tmp_path):
 
     level = shapes.Level("plain", train=40, test=6)
     monkeypatch.setitem(shapes.LEVELS, "plain", level)
-    monkeypatch.setattr(shapes_builder.Shapes, "BUILDER_CONFIGS", [shapes_builder.ShapesConfig(level)])
-    shapes_builder.Shapes.builder_configs.clear()
-    shapes_builder.Shapes.builder_configs.update({"plain": shapes_builder.Shapes.BUILDER_CONFIGS[0]})
+    monkeypatch.setitem(shapes_builder.Shapes.builder_configs, "plain", shapes_builder.ShapesConfig(level))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
 
 
