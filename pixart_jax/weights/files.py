@@ -5,6 +5,7 @@ Nothing is unpickled: a PyTorch file is opened by torch's weights-only loader, a
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import tempfile
@@ -45,9 +46,9 @@ class Tensors(Mapping[str, np.ndarray]):
     def __init__(self, source: str):
         self.source = source
 
+    @abc.abstractmethod
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
-        raise NotImplementedError
 
 
 class SafetensorsFile(Tensors):
