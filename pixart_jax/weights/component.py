@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -38,7 +39,7 @@ def _run(module: nn.Module, method: str, params, *arguments):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Component:
+class Component(abc.ABC):
     """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation. mesh: where params lie, or None."""
 
     config: object
@@ -74,21 +75,23 @@ class Component:
     # What each kind of component fills in.
 
     @classmethod
+    @abc.abstractmethod
     def _module(cls, config, dtype) -> nn.Module:
-        raise NotImplementedError
+        """The module of a config, computing in dtype."""
 
     @classmethod
+    @abc.abstractmethod
     def _example(cls, config) -> tuple:
         """Arguments that the module's init takes."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def _names(cls, config, values: Mapping) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
         """(table, keys to ignore) of a file whose config.json holds ``values``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _config_to_json(self, params: Mapping) -> dict:
-        raise NotImplementedError
+        """config.json of what is saved."""
 
     def _write_weights(self, folder: Path, params: Mapping) -> None:
         tensors = write(self._names(self.config, self._config_to_json(params))[0], params)
