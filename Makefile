@@ -65,8 +65,8 @@ install: $(VENV)/.user  ## .venv with what sampling and training need
 demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, score: about ten minutes on a laptop
 	@set -e; start=$$(date +%s); \
 	XLA_FLAGS="$(TWO_DEVICES)" $(BIN)/python train.py configs/shapes_demo.py --workdir $(DEMO); \
-	$(BIN)/python sample.py --model $(DEMO)/model --prompts configs/shapes_prompts.txt --out $(DEMO)/drawn --guidance 3; \
-	$(BIN)/python -m pixart_jax evaluate shapes --model $(DEMO)/model --out $(DEMO)/score --guidance 3; \
+	$(BIN)/python sample.py --model $(DEMO)/model --prompts configs/shapes_prompts.txt --out $(DEMO)/drawn; \
+	$(BIN)/python -m pixart_jax evaluate shapes --model $(DEMO)/model --out $(DEMO)/score; \
 	seconds=$$(( $$(date +%s) - start )); \
 	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn/grid.png; right and wrong marked: $(DEMO)/score/sheet.png; the run: $(DEMO)"
 

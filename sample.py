@@ -36,8 +36,8 @@ class Flags:
     """What to steer away from."""
     steps: int = 20
     """Evaluations of the model an image."""
-    guidance: float = 4.5
-    """Strength of the prompt; 1 does no second pass."""
+    guidance: float | None = None
+    """Strength of the prompt; 1 does no second pass. By default the model's own, 4.5 where it names none."""
     height: int | None = None
     """Pixels; by default the side the model was trained at."""
     width: int | None = None
@@ -83,10 +83,13 @@ def read_prompts(flags: Flags) -> list[str]:
 
 def plan(flags: Flags, wanted: list[str]):
     """What is to be drawn, and what of it is there. All flags are checked here, before the weights are read."""
-    from pixart_jax.pipeline import drawings, folder, options
+    from pixart_jax.pipeline import drawings, folder, options, sampling
 
+    configs = folder.configs(flags.model)
+    if flags.guidance is None:
+        flags = dataclasses.replace(flags, guidance=sampling.read(flags.model).guidance)
     checked = {name: getattr(flags, name) for name in ("height", "width", "batch_size", "seed", *HOW)} | {"tile": flags.vae_tile}
-    height, width = options.check(*folder.configs(flags.model), **checked)
+    height, width = options.check(*configs, **checked)
     settings = {
         "negative_prompt": flags.negative_prompt,
         "height": height,

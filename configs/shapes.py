@@ -13,7 +13,7 @@ from pixart_jax.data.shapes import NUM_CLASSES
 from pixart_jax.models.transformer import TransformerConfig
 
 OBJECTIVE = ObjectiveConfig(prediction="v", null_condition="empty")
-CAPTIONS = (("dense", 0.6), ("short", 0.4))
+CAPTIONS = (("dense", 0.5), ("short", 0.35), ("brief", 0.15))
 PROMPTS = (
     "a large red star",
     "a small blue circle",
@@ -40,7 +40,14 @@ def optimizer(steps: int, learning_rate: float = 1.5e-3, **schedule) -> Optimize
     )
 
 
-def get_config(pixel_steps: int = 1_500, text_steps: int = 16_000, aesthetic_steps: int = 1_200, name: str = "shapes") -> Config:
+def get_config(
+    pixel_steps: int = 1_500,
+    text_steps: int = 20_000,
+    aesthetic_steps: int = 1_500,
+    aesthetic_samples: int | None = None,
+    captions: tuple[tuple[str, float], ...] = CAPTIONS,
+    name: str = "shapes",
+) -> Config:
     return Config(
         name=name,
         model=TransformerConfig(depth=5, width=128, heads=4, patch_size=2, sample_size=8, caption_width=64, text_tokens=64),
@@ -61,7 +68,7 @@ def get_config(pixel_steps: int = 1_500, text_steps: int = 16_000, aesthetic_ste
                 name="text",
                 steps=text_steps,
                 batch_size=32,
-                data=DataConfig(source="tfds:shapes/plain", captions=CAPTIONS, max_text_tokens=64),
+                data=DataConfig(source="tfds:shapes/plain", captions=captions, max_text_tokens=64),
                 objective=OBJECTIVE,
                 optimizer=optimizer(text_steps, schedule="cosine", final_fraction=0.05),
             ),
@@ -71,7 +78,8 @@ def get_config(pixel_steps: int = 1_500, text_steps: int = 16_000, aesthetic_ste
                 batch_size=32,
                 data=DataConfig(
                     source="tfds:shapes/aesthetic",
-                    captions=CAPTIONS,
+                    limit=aesthetic_samples,
+                    captions=captions,
                     buckets=((64, 64), (96, 96), (64, 96), (96, 64)),
                     max_text_tokens=64,
                 ),
@@ -81,5 +89,5 @@ def get_config(pixel_steps: int = 1_500, text_steps: int = 16_000, aesthetic_ste
         ),
         log_every=100,
         checkpoint_every=1000,
-        preview=PreviewConfig(every=2000, prompts=PROMPTS, steps=20, guidance=3.0),
+        preview=PreviewConfig(every=2000, prompts=PROMPTS, steps=20, guidance=2.0),
     )

@@ -1,12 +1,14 @@
 """The small T5 v1.1 encoder behind the shipped model, and its tokenizer of whole words.
 
-Learns captions of all levels of the embedded world by masked tokens: in a dense caption an attribute stands twice, so that
-telling a hidden one needs the noun that it belongs to.
+Learns to read the captions of all levels of the embedded world: from a brief or a short one a decoder of one layer writes the
+dense one, which says of each object its colour, its size and its place.
     python train.py configs/shapes_text.py --workdir runs/shapes_text
 """
 
-from pixart_jax.config import Config, DataConfig, MaskedTextConfig, OptimizerConfig, StageConfig
+from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig, TextToTextConfig
 from pixart_jax.models.t5 import T5Config
+
+CAPTIONS = (("brief", 0.2), ("short", 0.5), ("dense", 0.3))
 
 
 def get_config() -> Config:
@@ -18,13 +20,13 @@ def get_config() -> Config:
         compute_dtype="float32",
         stages=(
             StageConfig(
-                name="masked_text",
-                task="masked_text",
+                name="text_to_text",
+                task="text_to_text",
                 start="fresh",
-                steps=2500,
+                steps=4000,
                 batch_size=32,
-                data=DataConfig(source="tfds:shapes/gallery", captions=(("dense", 0.75), ("short", 0.25)), max_text_tokens=80),
-                masked_text=MaskedTextConfig(rate=0.25),
+                data=DataConfig(source="tfds:shapes/gallery", captions=CAPTIONS, max_text_tokens=80),
+                text_to_text=TextToTextConfig(target="dense", hidden=0.2),
                 optimizer=OptimizerConfig(
                     learning_rate=2e-3,
                     schedule="cosine",

@@ -115,17 +115,16 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedTextConfig:
-    """How captions are masked for the text encoder's training (BERT's shares of the chosen tokens)."""
+class TextToTextConfig:
+    """What the text encoder's training asks for: the target caption of each sample, written from one of the stage's mix."""
 
-    rate: float = 0.15  # of a caption's tokens are chosen, and have to be told from the rest
-    mask_share: float = 0.8  # of the chosen show the mask token
-    random_share: float = 0.1  # of the chosen show another token; the others show themselves
+    target: str = "dense"  # kind of caption
+    hidden: float = 0.15  # share of the words that are hidden where the target is written from itself
+    decoder_layers: int = 1
 
     def __post_init__(self):
-        _require(0 < self.rate < 1, self, "rate", "must lie in (0, 1)")
-        _require(0 <= self.mask_share <= 1, self, "mask_share", "must lie in [0, 1]")
-        _require(0 <= self.random_share <= 1 - self.mask_share + 1e-9, self, "random_share", "must lie in [0, 1 - mask_share]")
+        _require(0 <= self.hidden < 1, self, "hidden", "must lie in [0, 1)")
+        _require(self.decoder_layers >= 1, self, "decoder_layers", "must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +163,7 @@ class DataConfig:
 class StageConfig:
     """One stage of a curriculum.
 
-    task: class_conditional (the DiT of stage 1), text_to_image (stages 2 and 3), autoencoder and masked_text (the frozen
+    task: class_conditional (the DiT of stage 1), text_to_image (stages 2 and 3), autoencoder and text_to_text (the frozen
     parts that a curriculum rests on). start: 'fresh', 'previous' (the stage before, converted where the task differs), or
     a folder with weights to open.
     """
@@ -177,14 +176,14 @@ class StageConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
-    masked_text: MaskedTextConfig = dataclasses.field(default_factory=MaskedTextConfig)
+    text_to_text: TextToTextConfig = dataclasses.field(default_factory=TextToTextConfig)
     start: str = "previous"
     position_base: int | None = None  # base size of the position table in this stage, latent/patch units; None: the model's
     position_scale: float | None = None
 
     def __post_init__(self):
         _require(re.fullmatch(r"[\w.-]+", self.name) is not None, self, "name", "letters, digits, '.', '_' and '-' only: files bear it")
-        _one_of(self, "task", ("class_conditional", "text_to_image", "autoencoder", "masked_text"))
+        _one_of(self, "task", ("class_conditional", "text_to_image", "autoencoder", "text_to_text"))
         _require(self.steps >= 0, self, "steps", "must not be negative")
         _require(self.batch_size >= 1, self, "batch_size", "must be at least 1")
         _require(
@@ -202,7 +201,7 @@ class PreviewConfig:
     every: int = 0  # steps; 0: only at the end of each stage
     prompts: tuple[str, ...] = ()
     steps: int = 20
-    guidance: float = 4.5
+    guidance: float = 4.5  # also what the exported model names as its own
     seed: int = 0
 
     def __post_init__(self):
@@ -257,5 +256,5 @@ class Config:
         unit = 8 * self.model.patch_size
         for stage in self.stages:
             for height, width in stage.data.buckets:
-                if stage.task != "masked_text" and (height % unit or width % unit):
+                if stage.task != "text_to_text" and (height % unit or width % unit):
                     raise UserError(f"stage {stage.name}: bucket {height}×{width} is not divisible by {unit} (8 × patch size)")

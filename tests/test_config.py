@@ -9,12 +9,12 @@ from pixart_jax.config import (
     Config,
     DataConfig,
     HardwareConfig,
-    MaskedTextConfig,
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PreviewConfig,
     StageConfig,
+    TextToTextConfig,
 )
 from pixart_jax.errors import UserError
 
@@ -30,7 +30,7 @@ from pixart_jax.errors import UserError
         (ObjectiveConfig, {"prediction": "velocity"}, "ObjectiveConfig.prediction"),
         (ObjectiveConfig, {"beta_start": 0.5}, "beta_end = 0.02"),
         (AutoencoderConfig, {"kl_weight": -1.0}, "must not be negative"),
-        (MaskedTextConfig, {"random_share": 0.3}, "random_share = 0.3"),
+        (TextToTextConfig, {"hidden": 1.0}, "hidden = 1.0"),
         (DataConfig, {"buckets": ()}, "at least one"),
         (DataConfig, {"buckets": ((0, 64),)}, "must be positive"),
         (DataConfig, {"captions": (("dense", 0.0),)}, "all 0"),
@@ -53,4 +53,4 @@ def test_a_bad_value_is_one_clear_line(kind, options, said):
 
 
 def test_shares_that_add_up_to_one_are_fine():
-    MaskedTextConfig(mask_share=0.8, random_share=0.2)
+    TextToTextConfig(hidden=0.0, decoder_layers=2)

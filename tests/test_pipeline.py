@@ -17,6 +17,7 @@ from diffusers import PixArtAlphaPipeline
 from pixart_jax import Pipeline
 from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
+from pixart_jax.pipeline import SamplingConfig
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square and above the yellow circle", "zebra"]
@@ -256,6 +257,19 @@ def test_one_executable_for_all_batches_and_for_other_parameters(ours):
     changed = jax.tree.map(lambda x: x * 1.01, ours.transformer.params)
     ours.replace(transformer=ours.transformer.replace(params=changed))(PROMPTS, steps=6, batch_size=2)
     assert _denoise._cache_size() == before
+
+
+def test_a_model_names_its_own_guidance(ours, tmp_path):
+    ours.replace(sampling=SamplingConfig(2.0)).save_pretrained(tmp_path)
+    opened = Pipeline.from_pretrained(tmp_path)
+    assert opened.sampling == SamplingConfig(2.0)
+    np.testing.assert_array_equal(opened(PROMPTS[:1], steps=2), ours(PROMPTS[:1], steps=2, guidance=2.0))
+    np.testing.assert_array_equal(opened(PROMPTS[:1], steps=2, guidance=4.5), ours(PROMPTS[:1], steps=2))  # 4.5 where none is named
+    (tmp_path / "sampling_config.json").write_text('{"guidance": "high"}')
+    with pytest.raises(UserError, match="sampling_config.json.*finite number.*4.5"):
+        Pipeline.from_pretrained(tmp_path)
+    (tmp_path / "sampling_config.json").unlink()
+    assert Pipeline.from_pretrained(tmp_path).sampling.guidance == 4.5
 
 
 def test_bfloat16_draws_nearly_the_same(ours, tmp_path):

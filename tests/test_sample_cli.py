@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_a_prompt_becomes_a_png_that_says_how(sample, model, tmp_path, capsys):
     with Image.open(path) as image:
         assert image.info["parameters"].startswith(f"{PROMPTS[0]}\nSteps: 2, Sampler: dpm++, CFG scale: 3, Seed: 5, Size: 64x64")
         np.testing.assert_array_equal(np.asarray(image), Pipeline.from_pretrained(model)(PROMPTS[0], steps=2, guidance=3.0, seed=5)[0])
+
+
+def test_without_a_guidance_the_models_own_is_taken_and_told(sample, model, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / "sampling_config.json").write_text('{"guidance": 2}')
+    assert program.run(sample.main, ["--model", str(own), "--prompt", PROMPTS[0], "--out", str(tmp_path / "o"), "--steps", "2"]) == 0
+    (path,) = (tmp_path / "o").glob("*.png")
+    assert png.settings(path)["guidance"] == 2.0
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), Pipeline.from_pretrained(model)(PROMPTS[0], steps=2, guidance=2.0)[0])
 
 
 def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is_missing(sample, model, tmp_path, capsys):

@@ -95,14 +95,24 @@ class TokenSamples:
 
     Every caption of the mix is tokenised once, when the set is opened. tokenizer: transformers' protocol; texts beyond
     max_text_tokens are cut, their end token kept. clean: what is done to a text first (tokenizer.clean), nothing by default.
+    target: a kind of caption whose first text each row brings along: {"target_ids": int32 [b, m], "target_lengths": int32 [b],
+    "itself": bool [b], whether the row's caption is that very text}.
     """
 
     buckets = ((0, 0),)  # text has no size: one bucket for all
 
     def __init__(
-        self, source: Source, tokenizer, captions: Sequence[tuple[str, float]], max_text_tokens: int, clean: Callable[[str], str] = str
+        self,
+        source: Source,
+        tokenizer,
+        captions: Sequence[tuple[str, float]],
+        max_text_tokens: int,
+        clean: Callable[[str], str] = str,
+        target: str | None = None,
     ):
         self._mix = CaptionMix(captions, source.caption_kinds, source.name)
+        self._target = target
+        read = dict.fromkeys(self._mix.kinds + (CaptionMix([(target, 1.0)], source.caption_kinds, source.name).kinds if target else ()))
         self._pad = tokenizer.pad_token_id or 0
         self._keys: list[str] = []
         texts: list[str] = []
@@ -111,7 +121,7 @@ class TokenSamples:
             sample = source[index]
             self._keys.append(sample.key)
             places.append({})
-            for kind in self._mix.kinds:
+            for kind in read:
                 found = [clean(text) for text in sample.texts(kind)]
                 places[-1][kind] = (len(texts), len(texts) + len(found))
                 texts.extend(found)
@@ -122,15 +132,26 @@ class TokenSamples:
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows, each with the caption that its draw chooses."""
-        ids = np.full((len(indices), self.length), self._pad, np.int32)
-        lengths = np.zeros(len(indices), np.int32)
-        for row, (index, draw) in enumerate(zip(indices, draws)):
+        chosen = []
+        for index, draw in zip(indices, draws):
             kind, rest = self._mix.choose(draw)
             first, end = self._places[index][kind]
-            tokens = self._ids[first + int(rest * (end - first))]
-            ids[row, : len(tokens)] = tokens
-            lengths[row] = max(len(tokens), 1)  # attention needs a token, even of "" without an end mark
-        return {"input_ids": ids, "lengths": lengths, "key": np.array([self._keys[i] for i in indices])}
+            chosen.append(first + int(rest * (end - first)))
+        ids, lengths = self._padded(chosen)
+        batch = {"input_ids": ids, "lengths": lengths, "key": np.array([self._keys[i] for i in indices])}
+        if self._target is None:
+            return batch
+        targets = [self._places[index][self._target][0] for index in indices]
+        ids, lengths = self._padded(targets)
+        return batch | {"target_ids": ids, "target_lengths": lengths, "itself": np.array(chosen) == np.array(targets)}
+
+    def _padded(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [b, l], lengths [b]) of texts by their numbers."""
+        ids = np.full((len(numbers), self.length), self._pad, np.int32)
+        for row, number in enumerate(numbers):
+            ids[row, : len(self._ids[number])] = self._ids[number]
+        # Attention needs a token, even of "" without an end mark.
+        return ids, np.array([max(len(self._ids[number]), 1) for number in numbers], np.int32)
 
 
 def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.ndarray]:

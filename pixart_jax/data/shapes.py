@@ -1,8 +1,8 @@
 """The embedded world: captioned scenes of coloured shapes, with full ground truth.
 
 A fresh machine has no model hub and no photographs, yet every stage of the curriculum must run for real. This world draws
-one to three objects on a ground and says what it drew in a short and a dense caption, with a class label for single
-objects (stage 1). Five colour–shape pairs (:data:`WITHHELD`) never occur in training, so composition can be tested.
+one to three objects on a ground and says what it drew in a brief, a short and a dense caption, with a class label for
+single objects (stage 1). Five colour–shape pairs (:data:`WITHHELD`) never occur in training, so composition can be tested.
 
 A :class:`Level` is the difficulty, and is named wherever a score stands:
 
@@ -66,8 +66,13 @@ class Object:
 
     @property
     def name(self) -> str:
+        return f"{self.size} {self.brief_name}"
+
+    @property
+    def brief_name(self) -> str:
+        """The name without the size."""
         texture = "" if self.texture == "solid" else f"{self.texture} "
-        return f"{self.size} {texture}{self.colour} {self.shape}"
+        return f"{texture}{self.colour} {self.shape}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,9 +283,10 @@ def _kind(rng: np.random.Generator, level: Level, withheld: str) -> tuple[str, s
     return shape, colour, list(SIZES)[rng.integers(2)], level.textures[rng.integers(len(level.textures))]
 
 
-def _slots(rng: np.random.Generator, task: str, count: int, relation: str | None) -> list[tuple[float, float]]:
-    """Centres as shares of (width, height), in the order of the objects."""
-    if task == "single" or count == 1:
+def _slots(count: int, relation: str | None) -> list[tuple[float, float]]:
+    """Centres as shares of (width, height), in the order of the objects; without a relation as the pips of a die stand, one
+    way for each number (three in a triangle: in a row they would touch)."""
+    if count == 1:
         return [(0.5, 0.5)]
     if relation in ("left of", "right of"):
         places = [(0.25, 0.5), (0.75, 0.5)]
@@ -288,10 +294,9 @@ def _slots(rng: np.random.Generator, task: str, count: int, relation: str | None
     if relation in ("above", "below"):
         places = [(0.5, 0.25), (0.5, 0.75)]
         return places if relation == "above" else places[::-1]
-    corners = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
     if count == 2:
-        return [corners[0], corners[3]] if rng.integers(2) else [corners[1], corners[2]]
-    return [corners[i] for i in sorted(rng.permutation(4)[:count])]
+        return [(0.25, 0.25), (0.75, 0.75)]
+    return [(0.5, 0.25), (0.25, 0.75), (0.75, 0.75)]
 
 
 def _place_free(rng, radii, height, width, relation) -> list[tuple[float, float]] | None:
@@ -348,8 +353,8 @@ def draw_scene(
             relation = list(RELATIONS)[rng.integers(4)]
         radii = [SIZES[k[2]] * unit * (1 + rng.uniform(-1, 1) * level.size_jitter) for k in kinds]
         if level.placement == "slots":
-            jitter = rng.uniform(-1.5, 1.5, (len(kinds), 2)) * unit
-            places = [(x * width + jx, y * height + jy) for (x, y), (jx, jy) in zip(_slots(rng, task, len(kinds), relation), jitter)]
+            jitter = rng.uniform(-1, 1, (len(kinds), 2)) * unit  # at most: the tips of two large stars stay apart
+            places = [(x * width + jx, y * height + jy) for (x, y), (jx, jy) in zip(_slots(len(kinds), relation), jitter)]
         else:
             places = _place_free(rng, radii, height, width, relation)
         if places:
@@ -398,23 +403,25 @@ def _where(obj: Object, scene: Scene) -> str:
 
 
 def captions(scene: Scene) -> dict[str, str]:
-    """{"short", "dense"}: the subject alone, and each object with all that is true of it."""
+    """{"brief", "short", "dense"}: the subject without sizes, the subject, and each object with all that is true of it."""
     first = scene.objects[0]
     ground = f"on a {scene.ground} ground" if scene.ground_texture == "solid" else f"on a {scene.ground_texture} {scene.ground} ground"
-    if scene.task in ("single", "count") and len(scene.objects) == 1:
+    if len(scene.objects) == 1:
         article = "one" if scene.task == "count" else "a"
-        return {
-            "short": f"{article} {first.name}",
-            "dense": f"{article} {first.name} {ground}. the {first.shape} is {first.colour} and {first.size}, {_where(first, scene)}.",
-        }
-    if scene.task == "count":
+        brief, short = (f"{article} {name}" for name in (first.brief_name, first.name))
+        details = f"the {first.shape} is {first.colour} and {first.size}, {_where(first, scene)}"
+    elif scene.task == "count":
         plural = PLURALS.get(first.shape, first.shape + "s")
-        subject = f"{NUMBERS[len(scene.objects)]} {first.name.removesuffix(first.shape)}{plural}"
+        number = NUMBERS[len(scene.objects)]
+        brief, short = (f"{number} {name.removesuffix(first.shape)}{plural}" for name in (first.brief_name, first.name))
         places = ", ".join(_where(o, scene) for o in scene.objects)
-        return {"short": subject, "dense": f"{subject} {ground}. the {plural} are {first.colour} and {first.size}, {places}."}
-    names = [f"a {o.name}" for o in scene.objects]
-    subject = f"{names[0]} {scene.relation} {names[1]}"
-    if len(names) == 3:
-        subject += f", and {names[2]}"
-    details = ". ".join(f"the {o.shape} is {o.colour} and {o.size}, {_where(o, scene)}" for o in scene.objects)
-    return {"short": subject, "dense": f"{subject} {ground}. {details}."}
+        details = f"the {plural} are {first.colour} and {first.size}, {places}"
+    else:
+        brief, short = (_relation(scene, names) for names in ([o.brief_name for o in scene.objects], [o.name for o in scene.objects]))
+        details = ". ".join(f"the {o.shape} is {o.colour} and {o.size}, {_where(o, scene)}" for o in scene.objects)
+    return {"brief": brief, "short": short, "dense": f"{short} {ground}. {details}."}
+
+
+def _relation(scene: Scene, names: list[str]) -> str:
+    """'a … left of a …' and, of three objects, ', and a …'."""
+    return f"a {names[0]} {scene.relation} a {names[1]}" + "".join(f", and a {name}" for name in names[2:])

@@ -24,10 +24,10 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Features: image (PNG bytes), short and dense (captions), label (stage-1 class, −1 for several kinds), count, height,
+    """Features: image (PNG bytes), brief, short and dense (captions), label (stage-1 class, −1 for several kinds), count, height,
     width, task, scene (the ground truth as JSON), key."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [ShapesConfig(level) for level in shapes.LEVELS.values()]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -35,6 +35,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         features = tfds.features.FeaturesDict(
             {
                 "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                "brief": text(),
                 "short": text(),
                 "dense": text(),
                 "label": tfds.features.Scalar(np.int64),

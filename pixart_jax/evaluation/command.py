@@ -36,8 +36,8 @@ class ShapesOptions:
     """what the model is told"""
     steps: int = 20
     """of the solver"""
-    guidance: float = 4.5
-    """classifier-free guidance scale"""
+    guidance: float | None = None
+    """classifier-free guidance scale; by default the model's own"""
     solver: str = "dpm++"
     """dpm++, ddim, ddpm or sa"""
     seed: int = 0
@@ -106,6 +106,8 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
         raise UserError(f"batch-size {options.batch_size}: at least 1")
     _writable(options.out)
     pipeline = pipeline or Pipeline.from_pretrained(options.model)
+    if options.guidance is None:
+        options = dataclasses.replace(options, guidance=pipeline.sampling.guidance)
 
     def draw(rows: list[int], height: int, width: int) -> Iterable[tuple[list[int], np.ndarray]]:
         return pipeline.draw(

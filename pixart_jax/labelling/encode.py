@@ -8,7 +8,9 @@ again. So an interrupted run, started again, ends with the very files of an unin
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -117,6 +119,28 @@ def ensure(
         return folder
 
     notes.mkdir(parents=True, exist_ok=True)
+    with _alone(notes / f"process-{process_index}"):
+        return _make(folder, made, source, options, vae, text_encoder, tokenizer, process_index, process_count, progress)
+
+
+@contextlib.contextmanager
+def _alone(mark: pathlib.Path):
+    """Hold a process's mark: of two runs that encode one set into one folder, the second waits for the first, and then finds
+    its shards made."""
+    with open(mark, "w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"another run encodes into {mark.parent.parent}; waiting for it")
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def _make(folder, made, source, options, vae, text_encoder, tokenizer, process_index, process_count, progress) -> pathlib.Path:
+    """This process's share of the shards that :func:`ensure` finds missing, once no other run is at it."""
+    notes = folder / _PROGRESS
+    notes.mkdir(parents=True, exist_ok=True)  # gone, where another run has just finished
+    finished = _finished(folder, made)
     if not (notes / "identity.json").exists():
         records.write_json(notes / "identity.json", made)
     _meet(folder, process_index, process_count)

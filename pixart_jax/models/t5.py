@@ -51,20 +51,22 @@ class T5Config:
             raise UserError(f"T5Config.{field} = {getattr(self, field)!r}: {what}")
 
 
-def relative_buckets(length: int, buckets: int = 32, max_distance: int = 128) -> np.ndarray:
+def relative_buckets(length: int, buckets: int = 32, max_distance: int = 128, *, causal: bool = False) -> np.ndarray:
     """Bucket of the distance key − query for every pair, int32 [length queries, length keys].
 
-    Half of the buckets are for keys behind the query. Of each half, one half holds single distances from 0 on and the other
-    widens logarithmically up to max_distance; what lies beyond shares the last one.
+    Half of the buckets are for keys behind the query (causal, a decoder's: none, and such keys share bucket 0). Of each half,
+    one half holds single distances from 0 on and the other widens logarithmically up to max_distance; what lies beyond shares
+    the last one.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
-    half = buckets // 2
+    half = buckets if causal else buckets // 2
     exact = half // 2
-    magnitude = np.abs(distance)
+    magnitude = np.maximum(-distance, 0) if causal else np.abs(distance)
     # In fp32, as the reference rounds it: a distance at the edge of a bucket must fall to the same side.
     steps = np.log(np.maximum(magnitude, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(max_distance / exact))
     wide = np.minimum(exact + (steps * np.float32(half - exact)).astype(np.int32), half - 1)
-    return (np.where(distance > 0, half, 0) + np.where(magnitude < exact, magnitude, wide)).astype(np.int32)
+    behind = 0 if causal else half
+    return (np.where(distance > 0, behind, 0) + np.where(magnitude < exact, magnitude, wide)).astype(np.int32)
 
 
 def _normal(std: float, axes: tuple):
@@ -135,7 +137,7 @@ class T5Encoder(nn.Module):
 
     Parameters are fp32, stacked over the blocks (params["blocks"][…] [num_layers, …]); the products compute in dtype, while
     the residual stream, norms and softmax stay in fp32: T5's activations outgrow half precision. params["embedding"]
-    [vocab_size, d_model] is the table; ``logits`` is the head tied to it.
+    [vocab_size, d_model] is the table.
     """
 
     config: T5Config
@@ -172,9 +174,3 @@ class T5Encoder(nn.Module):
         )
         x, _ = scan(self.blocks, x, bias, lengths)
         return self.final_norm(x)
-
-    def logits(self, states: jax.Array) -> jax.Array:
-        """States [.., d_model] → logits over the vocabulary [.., vocab_size] fp32: the embedding table as the output layer,
-        scaled by 1/√d_model as T5's tied head, for training by masked tokens."""
-        states = states.astype(self.dtype) * self.config.d_model**-0.5
-        return jnp.dot(states, self.embedding.T.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -1,6 +1,7 @@
 """Prompt → tokens → text states → latents → pixels: the one path that programs, the web page and evaluation share."""
 
 from pixart_jax.pipeline.pipeline import Pipeline
+from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 
-__all__ = ["Pipeline", "SchedulerConfig"]
+__all__ = ["Pipeline", "SamplingConfig", "SchedulerConfig"]

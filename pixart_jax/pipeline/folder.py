@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pixart_jax import tokenizer as tokenizers
 from pixart_jax.errors import UserError
+from pixart_jax.pipeline import sampling as samplings
 from pixart_jax.pipeline import scheduler as schedulers
 
 INDEX = "model_index.json"
@@ -52,20 +53,30 @@ def configs(folder: str | os.PathLike):
 
 
 def read(folder: str | os.PathLike, dtype=None, mesh=None) -> dict:
-    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler'} of a model folder."""
+    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler', 'sampling'} of a model folder."""
     from pixart_jax.weights.component import load_component
 
     folder = check(folder)
     parts = {
         "tokenizer": tokenizers.load(folder / "tokenizer"),
         "scheduler": schedulers.read(folder / "scheduler"),
+        "sampling": samplings.read(folder),
     }
     for name in ("transformer", "text_encoder", "vae"):
         parts[name] = load_component(folder / name, dtype=dtype, mesh=mesh)
     return parts
 
 
-def write(folder: str | os.PathLike, *, transformer, text_encoder, vae, tokenizer, scheduler: schedulers.SchedulerConfig) -> None:
+def write(
+    folder: str | os.PathLike,
+    *,
+    transformer,
+    text_encoder,
+    vae,
+    tokenizer,
+    scheduler: schedulers.SchedulerConfig,
+    sampling: samplings.SamplingConfig,
+) -> None:
     """Write the parts beside the folder and then put each in its place, the index last: an interrupted call leaves no half part."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +87,7 @@ def write(folder: str | os.PathLike, *, transformer, text_encoder, vae, tokenize
         vae.save(staging / "vae")
         tokenizer.save_pretrained(str(staging / "tokenizer"))
         schedulers.write(scheduler, staging / "scheduler")
+        samplings.write(sampling, staging)
         index = {
             "_class_name": "PixArtAlphaPipeline",
             "_diffusers_version": _DIFFUSERS,

@@ -23,6 +23,7 @@ from pixart_jax.parallel.rules import RULES, batch_sharding
 from pixart_jax.pipeline import folder as model_folder
 from pixart_jax.pipeline import options
 from pixart_jax.pipeline.preview import previewer
+from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 
 DEFAULT_BATCH = 16
@@ -36,7 +37,8 @@ class Pipeline:
     """The parts of a text-to-image model, bound together.
 
     transformer, text_encoder, vae: components as ``load_component`` gives them. scheduler: what the transformer predicts,
-    and its betas. mesh: where the parameters lie, and over which batches are cut; None for one device.
+    and its betas. sampling: what stands in for options that are not given. mesh: where the parameters lie, and over which
+    batches are cut; None for one device.
     """
 
     transformer: object
@@ -44,6 +46,7 @@ class Pipeline:
     vae: object
     tokenizer: object
     scheduler: SchedulerConfig = SchedulerConfig()
+    sampling: SamplingConfig = SamplingConfig()
     mesh: jax.sharding.Mesh | None = None
 
     @classmethod
@@ -63,6 +66,7 @@ class Pipeline:
             vae=self.vae,
             tokenizer=self.tokenizer,
             scheduler=self.scheduler,
+            sampling=self.sampling,
         )
 
     def replace(self, **parts) -> Pipeline:
@@ -92,7 +96,7 @@ class Pipeline:
         *,
         negative_prompt: str | Sequence[str] = "",
         steps: int = 20,
-        guidance: float = 4.5,
+        guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
         seed: int = 0,
@@ -107,6 +111,7 @@ class Pipeline:
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b, height, width, 3]) as they are done.
 
+        guidance: the scale; the model's own where None (4.5 where its folder names none); 1 does no second pass.
         negative_prompt: one for all, or one each; read with guidance other than 1. null: what stands for "no prompt" where
             the negative prompt is "": 'text', the text encoder's states of "" with their own length (diffusers), or
             'embedding', the transformer's null caption under the prompt's length (the official code).
@@ -124,6 +129,7 @@ class Pipeline:
         if len(negatives) != len(prompts):
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one each")
         indices = list(range(len(prompts))) if indices is None else list(indices)
+        guidance = self.sampling.guidance if guidance is None else guidance
         height, width = options.check(
             self.transformer.config, self.vae.config, steps=steps, guidance=guidance, height=height, width=width,
             solver=solver, times=times, null=null, batch_size=batch_size, seed=seed, tile=tile,

@@ -56,7 +56,7 @@ def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None):
     source = open_source(data.source, data.split, where=data.where, limit=data.limit)
     if stage.task == "autoencoder":
         return ImageSamples(source, data.buckets)
-    return TokenSamples(source, frozen.tokenizer, data.captions, data.max_text_tokens)
+    return TokenSamples(source, frozen.tokenizer, data.captions, data.max_text_tokens, target=stage.text_to_text.target)
 
 
 def put(batch: dict[str, np.ndarray], sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:

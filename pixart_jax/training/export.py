@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pixart_jax.pipeline import folder as model_folder
 from pixart_jax.pipeline import scheduler as schedulers
+from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.training.frozen import Frozen
 
 
@@ -21,7 +22,7 @@ class Copied:
         shutil.copytree(self.source, folder)
 
 
-def write_model(folder: Path, transformer, scheduler: schedulers.SchedulerConfig, frozen: Frozen) -> None:
+def write_model(folder: Path, transformer, scheduler: schedulers.SchedulerConfig, sampling: SamplingConfig, frozen: Frozen) -> None:
     """The whole model: diffusers' PixArtAlphaPipeline and Pipeline.from_pretrained open it."""
     model_folder.write(
         folder,
@@ -30,6 +31,7 @@ def write_model(folder: Path, transformer, scheduler: schedulers.SchedulerConfig
         vae=Copied(frozen.folder("vae")),
         tokenizer=frozen.tokenizer,
         scheduler=scheduler,
+        sampling=sampling,
     )
 
 

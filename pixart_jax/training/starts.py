@@ -17,9 +17,9 @@ from pixart_jax.training.reparameterization import from_dit, reparameterization_
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.table import flatten, unflatten
 
-# What given weights may lack: the parts that a multi-scale model has beyond a plain one, and the null caption, for which
-# diffusers' files have no place.
-_ADDABLE = ("size_embedder/", "ratio_embedder/", "null_caption")
+# What given weights may lack: the parts that a multi-scale model has beyond a plain one, the null caption, for which
+# diffusers' files have no place, and the decoder that a text encoder is trained with.
+_ADDABLE = ("size_embedder/", "ratio_embedder/", "null_caption", "decoder/")
 
 
 def first_params(config: Config, index: int, task, previous, fresh, key: jax.Array, report: Callable[[str, dict], None]):
@@ -44,10 +44,11 @@ def first_params(config: Config, index: int, task, previous, fresh, key: jax.Arr
 def opened(stage: StageConfig):
     """(task, model config, parameters) of the folder that a stage names: a part's own, or a model's."""
     folder = Path(stage.start)
-    part = {"autoencoder": "vae", "masked_text": "text_encoder"}.get(stage.task, "transformer")
+    part = {"autoencoder": "vae", "text_to_text": "text_encoder"}.get(stage.task, "transformer")
     component = load_component(folder / part if (folder / part).is_dir() else folder)
-    kinds = {TransformerConfig: "text_to_image", DiTConfig: "class_conditional", T5Config: "masked_text"}
-    return kinds.get(type(component.config), "autoencoder"), component.config, component.params
+    kinds = {TransformerConfig: "text_to_image", DiTConfig: "class_conditional", T5Config: "text_to_text"}
+    kind = kinds.get(type(component.config), "autoencoder")
+    return kind, component.config, {"encoder": component.params} if kind == "text_to_text" else component.params
 
 
 def converted(stage: StageConfig, kind: str, model, params, task, fresh, key: jax.Array, report):

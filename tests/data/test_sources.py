@@ -127,13 +127,13 @@ def test_a_missing_caption_names_sample_and_kinds(prepared):
 
 def test_the_embedded_world_takes_the_same_path(small_world):
     source = sources.open_source("tfds:shapes/plain", "train")
-    assert len(source) == 40 and {"short", "dense"} <= set(source.caption_kinds)
+    assert len(source) == 40 and {"brief", "short", "dense"} <= set(source.caption_kinds)
     for index in (0, 17, 39):
         scene = shapes.scene_at("plain", "train", index)
         sample = source[index]
         np.testing.assert_array_equal(sample.pixels(), shapes.render(scene))
         assert sample.key == f"plain-train-{index:06d}" and sample.label == shapes.label(scene)
-        assert {kind: sample.texts(kind)[0] for kind in ("short", "dense")} == shapes.captions(scene)
+        assert {kind: sample.texts(kind)[0] for kind in ("brief", "short", "dense")} == shapes.captions(scene)
     single = sources.open_source("tfds:shapes/plain", "train", where="single")
     assert 0 < len(single) < 40 and all(single[i].label >= 0 for i in range(len(single)))
     assert len(sources.open_source("tfds:shapes/plain", "test")) == 6

@@ -14,13 +14,14 @@ from pixart_jax.data import shapes
 from pixart_jax.evaluation import command
 from pixart_jax.evaluation.command import SHIPPED, ShapesOptions, VAEOptions
 from pixart_jax.evaluation.tasks import asked
+from pixart_jax.pipeline.sampling import SamplingConfig
 
 
 class TruePipeline:
     """Draws the very scene that is meant, in batches and in any order; every ``wrong``-th picture is left blank."""
 
     def __init__(self, level: str, per_task: int, wrong: int = 10**9):
-        self.wanted, self.wrong, self.calls = asked(level, per_task), wrong, []
+        self.wanted, self.wrong, self.calls, self.sampling = asked(level, per_task), wrong, [], SamplingConfig(1.75)
 
     def draw(self, prompts, *, steps, guidance, solver, height, width, seed, indices, batch_size):
         self.calls.append((height, width, len(prompts), steps, guidance, solver, seed))
@@ -59,6 +60,7 @@ def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
 def test_canvases_are_drawn_apart_and_come_back_in_order(monkeypatch, capsys):
     pipe = TruePipeline("aesthetic", 6)
     assert evaluate(monkeypatch, pipe, "--level", "aesthetic", "--per-task", 6, "--batch-size", 4) == 0
+    assert {call[4] for call in pipe.calls} == {1.75}  # the model's own guidance where none is given
     assert len({call[:2] for call in pipe.calls}) == len(pipe.calls) > 1
     assert "mean of the six main tasks      1.000" in capsys.readouterr().out
 

@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import pathlib
 import random
@@ -70,6 +71,27 @@ def test_records_equal_a_direct_encoding(tmp_path):
                 found = arrays[f"text.{kind}.{i}"]
                 assert found.dtype == ml_dtypes.bfloat16 and found.shape == states.shape
                 np.testing.assert_allclose(found.astype(np.float32), states.astype(np.float32), rtol=1e-2, atol=1e-2)
+
+
+def test_two_runs_at_once_make_every_shard_once(tmp_path, capfd):
+    """The second waits, and then finds all shards made."""
+    tiny.words()  # imports transformers, which two threads at once cannot
+    vae, encoded = tiny.vae(delay=0.05), []
+    plain = vae.encode
+
+    def counted(pixels):
+        encoded.append(len(pixels))
+        return plain(pixels)
+
+    vae.encode = counted
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, tmp_path / "set", vae=vae) for _ in range(2)]
+        assert [r.result() for r in runs] == [tmp_path / "set"] * 2
+    once = len(encoded)
+    run(tmp_path / "alone", vae=vae)
+    assert len(encoded) == 2 * once > 0
+    assert files(tmp_path / "set") == files(tmp_path / "alone")
+    assert "another run encodes" in capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.pipeline import Pipeline
+from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.training.export import write_model
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import Denoising
@@ -27,13 +28,14 @@ class TextToImage:
     """Batches as data.encoded makes them: mean, std, text_states, text_lengths, size, aspect_ratio.
 
     null_length: 0 where a dropped caption keeps its own length under the null caption (official); else the length of the
-    states of "", which are then the null caption.
+    states of "", which are then the null caption. sampling: what the exported folder says of itself.
     """
 
     module: PixArtTransformer
     denoising: Denoising
     frozen: Frozen
     null_length: int
+    sampling: SamplingConfig = SamplingConfig()
 
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""
@@ -81,7 +83,7 @@ class TextToImage:
         mesh = None if mesh.size == 1 else mesh
         count = len(texts) if mesh is None else -(-len(texts) // batch_shards(mesh)) * batch_shards(mesh)
         texts += [texts[-1]] * (count - len(texts))
-        pipeline = Pipeline(self.component(params), None, self.frozen.vae, None, self.denoising.scheduler, mesh)
+        pipeline = Pipeline(self.component(params), None, self.frozen.vae, None, self.denoising.scheduler, mesh=mesh)
         height, width = (n * pipeline.factor for n in np.shape(batch["mean"])[1:3])
         noise, keys = pipeline.noise(settings.seed, range(count), height, width)
         latents = pipeline.denoise(
@@ -95,7 +97,7 @@ class TextToImage:
 
     def export(self, params, folder: Path, batches) -> None:
         """The whole model, as diffusers and Pipeline.from_pretrained open it."""
-        write_model(folder, self.component(params), self.denoising.scheduler, self.frozen)
+        write_model(folder, self.component(params), self.denoising.scheduler, self.sampling, self.frozen)
 
 
 def _padded(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +117,8 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -
     model = placed(model, stage)
     null_length = len(frozen.text_states([""], model.text_tokens)[0]) if stage.objective.null_condition == "empty" else 0
     module = PixArtTransformer(model, dtype=dtype, remat=config.remat)
-    return TextToImage(module, Denoising(stage.objective, frozen.scaling_factor), frozen, null_length)
+    sampling = SamplingConfig(config.preview.guidance)
+    return TextToImage(module, Denoising(stage.objective, frozen.scaling_factor), frozen, null_length, sampling)
 
 
 def placed(model, stage: StageConfig):

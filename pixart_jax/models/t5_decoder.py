@@ -1,0 +1,92 @@
+"""T5's decoder (Raffel et al. 2020, arXiv 1910.10683), of use while a text encoder is trained and thrown away after.
+
+The fewer layers it has, the more of a text's meaning the encoder has to write into the states of its words: one layer finds
+"the star is …" only where the word "star" itself says what the star is.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixart_jax.models.attention import attention
+from pixart_jax.models.t5 import Projection, RMSNorm, T5Config, relative_buckets
+from pixart_jax.parallel.axes import ACTIVATION, EMBED, HEADS, MLP
+
+_LATER = -1e9  # added to the logits of tokens that are not written yet
+
+
+class _Attention(nn.Module):
+    """x + attention of norm(x) over states (over itself where there are none)."""
+
+    config: T5Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, states=None, *, bias=None, lengths=None):
+        c = self.config
+        b, n, d = x.shape
+        inner = c.num_heads * c.d_kv
+
+        def project(std, axes, name, features=inner):
+            return Projection(features, std, axes, self.dtype, name=name)
+
+        y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="norm")(x)
+        seen = y if states is None else states
+        q = project((d * c.d_kv) ** -0.5, (EMBED, HEADS), "q")(y)
+        k = project(d**-0.5, (EMBED, HEADS), "k")(seen)
+        v = project(d**-0.5, (EMBED, HEADS), "v")(seen)
+        q, k, v = (a.reshape(b, -1, c.num_heads, c.d_kv) for a in (q, k, v))
+        y = attention(q, k, v, lengths=lengths, bias=bias, scale=1.0).reshape(b, n, inner)
+        return x + project(inner**-0.5, (HEADS, EMBED), "out", d)(y)
+
+
+class _Mlp(nn.Module):
+    """x + wo(gelu(wi_0(norm(x))) · wi_1(norm(x)))."""
+
+    config: T5Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="norm")(x)
+        gate, value = (Projection(c.d_ff, c.d_model**-0.5, (EMBED, MLP), self.dtype, name=name)(y) for name in ("wi_0", "wi_1"))
+        return x + Projection(c.d_model, c.d_ff**-0.5, (MLP, EMBED), self.dtype, name="wo")(nn.gelu(gate, approximate=True) * value)
+
+
+class T5Decoder(nn.Module):
+    """Target tokens and an encoder's states → logits of each target token, given those before it.
+
+    config: the encoder's, whose sizes it shares; num_layers: its own depth. The embedding table is the encoder's, and the
+    head is tied to it.
+    """
+
+    config: T5Config
+    num_layers: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        embedding: jax.Array,  # [vocab_size, d_model] fp32: params["embedding"] of the encoder
+        target_ids: jax.Array,  # [b, m] int: what is to be written
+        states: jax.Array,  # [b, l, d_model]
+        lengths: jax.Array,  # [b] int: the first so many states count
+    ) -> jax.Array:  # [b, m, vocab_size] fp32
+        c = self.config
+        written = jnp.pad(target_ids[:, :-1], ((0, 0), (1, 0)))  # the padding token opens every text
+        x = nn.with_logical_constraint(embedding[written].astype(jnp.float32), ACTIVATION)
+        length = x.shape[1]
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), (None, None))
+        table = self.param("relative_bias", init, (c.relative_attention_num_buckets, c.num_heads), jnp.float32)
+        buckets = relative_buckets(length, c.relative_attention_num_buckets, c.relative_attention_max_distance, causal=True)
+        bias = table[buckets].transpose(2, 0, 1)[None] + np.triu(np.full((length, length), _LATER, np.float32), 1)
+        for layer in range(self.num_layers):
+            x = _Attention(c, self.dtype, name=f"self_attention_{layer}")(x, bias=bias)
+            x = _Attention(c, self.dtype, name=f"cross_attention_{layer}")(x, states.astype(self.dtype), lengths=lengths)
+            x = _Mlp(c, self.dtype, name=f"mlp_{layer}")(x)
+        x = RMSNorm(c.layer_norm_epsilon, name="final_norm")(x) * c.d_model**-0.5
+        return jnp.dot(x.astype(self.dtype), embedding.T.astype(self.dtype), preferred_element_type=jnp.float32)

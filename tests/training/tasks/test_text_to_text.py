@@ -1,0 +1,66 @@
+"""A caption read, another written from its states, and the loss of writing it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.models.t5_decoder import T5Decoder
+from pixart_jax.parallel.rules import unboxed
+from pixart_jax.training.tasks.text_to_text import TextToText
+
+CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+IDS = jnp.tile(jnp.arange(10, 26)[None], (400, 1)).at[:, 11].set(1)  # 11 words, the end mark, padding
+
+
+def task(hidden: float = 0.3) -> TextToText:
+    return TextToText(T5Encoder(CONFIG), T5Decoder(CONFIG), hidden, hidden_token=2, tokenizer=None)
+
+
+def batch(rows: int = 4, itself: bool = False) -> dict:
+    target = jax.random.randint(jax.random.key(7), (rows, 20), 3, 50)
+    lengths = {"lengths": jnp.full((rows,), 12), "target_lengths": jnp.array([20, 13, 5, 1])[:rows]}
+    return {"input_ids": IDS[:rows], "target_ids": target, "itself": jnp.full((rows,), itself), **lengths}
+
+
+def test_words_are_hidden_at_the_asked_rate_and_the_rest_is_left_alone():
+    keys = jax.random.split(jax.random.key(0), len(IDS))
+    shown = jax.vmap(task().hide)(IDS, jnp.full((len(IDS),), 12), keys)
+    hidden = np.asarray(shown != IDS)
+    assert hidden[:, :11].mean() == pytest.approx(0.3, abs=0.03) and not hidden[:, 11:].any()  # no end mark, no padding
+    assert (np.asarray(shown)[hidden] == 2).all()
+
+
+def test_the_loss_is_the_cross_entropy_of_the_target_a_mean_over_each():
+    t, b = task(), batch()
+    params = unboxed(t.init(jax.random.key(0)))
+    found = t.losses(params, b, jax.random.split(jax.random.key(3), 4))
+    states = t.module.apply({"params": params["encoder"]}, b["input_ids"], b["lengths"])
+    table = params["encoder"]["embedding"]
+    logits = np.asarray(t.decoder.apply({"params": params["decoder"]}, table, b["target_ids"], states, b["lengths"]), np.float64)
+    log_likelihood = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for row, length in enumerate(b["target_lengths"]):
+        told = [log_likelihood[row, place, b["target_ids"][row, place]] for place in range(length)]
+        right = [logits[row, place].argmax() == b["target_ids"][row, place] for place in range(length)]
+        assert float(found["loss"][row]) == pytest.approx(-np.mean(told), rel=1e-4)
+        assert float(found["accuracy"][row]) == pytest.approx(np.mean(right))
+
+
+def test_words_are_hidden_only_where_a_caption_is_its_own_target():
+    t = task(hidden=0.9)
+    params = unboxed(t.init(jax.random.key(0)))
+    keys = [jax.random.split(jax.random.key(seed), 4) for seed in (3, 4)]
+    clean, again = (t.losses(params, batch(), k)["loss"] for k in keys)
+    np.testing.assert_array_equal(clean, again)
+    one, other = (t.losses(params, batch(itself=True), k)["loss"] for k in keys)
+    assert (one != other).any() and (one != clean).any()
+
+
+def test_every_parameter_learns():
+    t = task()
+    params = unboxed(t.init(jax.random.key(0)))
+    gradient = jax.grad(lambda p: t.losses(p, batch(itself=True), jax.random.split(jax.random.key(3), 4))["loss"].mean())(params)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
