@@ -8,12 +8,15 @@ This is how the shipped model was made; docs/shapes.md has its ledger and its sc
     python train.py configs/shapes.py --workdir runs/shapes
 """
 
+import dataclasses
+
 from pixart_jax.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, PreviewConfig, StageConfig
 from pixart_jax.data.shapes import NUM_CLASSES
 from pixart_jax.models.transformer import TransformerConfig
 
 OBJECTIVE = ObjectiveConfig(prediction="v", null_condition="empty")
 CAPTIONS = (("dense", 0.5), ("short", 0.35), ("brief", 0.15))
+AESTHETIC = DataConfig(source="tfds:shapes/aesthetic", buckets=((64, 64), (96, 96), (64, 96), (96, 64)), max_text_tokens=64)
 PROMPTS = (
     "a large red star",
     "a small blue circle",
@@ -42,9 +45,9 @@ def optimizer(steps: int, learning_rate: float = 1.5e-3, **schedule) -> Optimize
 
 def get_config(
     pixel_steps: int = 1_500,
-    text_steps: int = 20_000,
-    aesthetic_steps: int = 1_500,
-    aesthetic_samples: int | None = None,
+    text_steps: int = 16_000,
+    aesthetic_steps: int = 4_000,
+    aesthetic_data: DataConfig = AESTHETIC,
     captions: tuple[tuple[str, float], ...] = CAPTIONS,
     name: str = "shapes",
 ) -> Config:
@@ -76,13 +79,7 @@ def get_config(
                 name="aesthetic",
                 steps=aesthetic_steps,
                 batch_size=32,
-                data=DataConfig(
-                    source="tfds:shapes/aesthetic",
-                    limit=aesthetic_samples,
-                    captions=captions,
-                    buckets=((64, 64), (96, 96), (64, 96), (96, 64)),
-                    max_text_tokens=64,
-                ),
+                data=dataclasses.replace(aesthetic_data, captions=captions),
                 objective=OBJECTIVE,
                 optimizer=optimizer(aesthetic_steps, 5e-4, schedule="cosine", final_fraction=0.02),
             ),

@@ -1,7 +1,7 @@
 """configs/shapes.py with a sixth of the steps: the three stages from scratch in minutes on two CPU cores (`make demo`)."""
 
 from configs.shapes import get_config as shapes
-from pixart_jax.config import Config
+from pixart_jax.config import Config, DataConfig
 
 
 def get_config() -> Config:
@@ -9,7 +9,7 @@ def get_config() -> Config:
         pixel_steps=600,
         text_steps=3_500,
         aesthetic_steps=400,
-        aesthetic_samples=4_000,
+        aesthetic_data=DataConfig(source="tfds:shapes/lit", limit=6_000, max_text_tokens=64),
         captions=(("short", 0.5), ("dense", 0.35), ("brief", 0.15)),
         name="shapes_demo",
     )

@@ -106,7 +106,7 @@ def test_saving_over_a_saved_folder_replaces_its_parts_and_keeps_other_files(our
     (tmp_path / "transformer" / "stale.safetensors").write_text("old")
     ours.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        ["README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
+        ["README.md", "model_index.json", "sampling_config.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
     )
     assert not (tmp_path / "transformer" / "stale.safetensors").exists()
     np.testing.assert_array_equal(Pipeline.from_pretrained(tmp_path)(PROMPTS[0], steps=2), ours(PROMPTS[0], steps=2))

@@ -9,7 +9,8 @@ A :class:`Level` is the difficulty, and is named wherever a score stands:
 - ``plain``: 64 px, objects in slots with a little jitter, flat grounds, five shapes, one or two kinds of object;
 - ``free``: the same objects anywhere, turned and of continuous size;
 - ``rich``: 128 px, eight shapes, three kinds of object, textures on objects and grounds;
-- ``aesthetic``: plain's content, lit and shaded on graded grounds, at several sizes and aspect ratios (stage 3);
+- ``lit``: plain's content, lit and shaded on graded grounds (the demo's stage 3);
+- ``aesthetic``: the same at several sizes and aspect ratios (stage 3);
 - ``gallery``: all of these together, for the autoencoder and the text encoder.
 
 Everything here is drawn with signed distances in numpy; a scene depends on (level, split, index) alone.
@@ -133,9 +134,10 @@ LEVELS = {
             textures=TEXTURES,
             ground_textures=("solid", "checked", "speckled"),
         ),
+        Level("lit", style="lit"),
         Level(
             "aesthetic",
-            canvases=((64, 64, 0.4), (96, 96, 0.2), (64, 96, 0.2), (96, 64, 0.2)),
+            canvases=((64, 64, 0.55), (96, 96, 0.15), (64, 96, 0.15), (96, 64, 0.15)),
             style="lit",
         ),
         Level(
@@ -403,25 +405,30 @@ def _where(obj: Object, scene: Scene) -> str:
 
 
 def captions(scene: Scene) -> dict[str, str]:
-    """{"brief", "short", "dense"}: the subject without sizes, the subject, and each object with all that is true of it."""
+    """{"brief", "short", "dense"}: the subject in few words (no sizes, of every other scene no articles), the subject, and each
+    object with all that is true of it."""
     first = scene.objects[0]
     ground = f"on a {scene.ground} ground" if scene.ground_texture == "solid" else f"on a {scene.ground_texture} {scene.ground} ground"
-    if len(scene.objects) == 1:
-        article = "one" if scene.task == "count" else "a"
-        brief, short = (f"{article} {name}" for name in (first.brief_name, first.name))
-        details = f"the {first.shape} is {first.colour} and {first.size}, {_where(first, scene)}"
-    elif scene.task == "count":
+    if scene.task == "count" and len(scene.objects) > 1:
         plural = PLURALS.get(first.shape, first.shape + "s")
         number = NUMBERS[len(scene.objects)]
         brief, short = (f"{number} {name.removesuffix(first.shape)}{plural}" for name in (first.brief_name, first.name))
         places = ", ".join(_where(o, scene) for o in scene.objects)
         details = f"the {plural} are {first.colour} and {first.size}, {places}"
     else:
-        brief, short = (_relation(scene, names) for names in ([o.brief_name for o in scene.objects], [o.name for o in scene.objects]))
+        number = "one " if scene.task == "count" else ""
+        brief, short = (
+            _subject([number + name if number else _with_article(name, scene.seed % 2 and brief) for name in names], scene.relation)
+            for brief, names in ((True, [o.brief_name for o in scene.objects]), (False, [o.name for o in scene.objects]))
+        )
         details = ". ".join(f"the {o.shape} is {o.colour} and {o.size}, {_where(o, scene)}" for o in scene.objects)
     return {"brief": brief, "short": short, "dense": f"{short} {ground}. {details}."}
 
 
-def _relation(scene: Scene, names: list[str]) -> str:
-    """'a … left of a …' and, of three objects, ', and a …'."""
-    return f"a {names[0]} {scene.relation} a {names[1]}" + "".join(f", and a {name}" for name in names[2:])
+def _with_article(name: str, bare: bool) -> str:
+    return name if bare else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _subject(names: list[str], relation: str | None) -> str:
+    """'a …', 'a … left of a …' and, of three objects, ', and a …'."""
+    return names[0] + "".join(f" {relation} {name}" for name in names[1:2]) + "".join(f", and {name}" for name in names[2:])

@@ -21,6 +21,7 @@ FIRST = {
     "plain": "a small orange cross right of a small green circle",
     "free": "a large orange triangle above a small red star",
     "rich": "a small cyan triangle below a small dotted orange ring",
+    "lit": "a small red circle above a large pink square",
     "aesthetic": "a large yellow square above a large red circle",
 }
 
@@ -188,10 +189,16 @@ def test_short_captions_are_true(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_brief_captions_are_the_short_ones_without_sizes(level):
+def test_brief_captions_are_the_short_ones_without_sizes_and_half_of_them_without_articles(level):
+    articles = {"a", "an"}
+    bare = []
     for scene in scenes(level):
-        said = shapes.captions(scene)
-        assert said["brief"].split() == [word for word in said["short"].split() if word not in SIZES]
+        brief, short = (shapes.captions(scene)[kind].split() for kind in ("brief", "short"))
+        assert [w for w in brief if w not in articles] == [w for w in short if w not in articles and w not in SIZES]
+        assert all((word == "an") == (noun[0] in "aeiou") for word, noun in zip(brief, brief[1:]) if word in articles)
+        if articles & set(short):
+            bare.append(not articles & set(brief))
+    assert 0.3 < np.mean(bare) < 0.7
 
 
 @pytest.mark.parametrize("level", LEVELS)
