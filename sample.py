@@ -50,6 +50,8 @@ class Flags:
     """The time grid of dpm++: the official code's, or diffusers'."""
     null: Literal["text", "embedding"] = "text"
     """What an empty negative prompt means: the text encoder's states of "", or the model's null caption (the official code)."""
+    clean_caption: bool = True
+    """Clean prompts as PixArt's training captions were: addresses, markup, file names and the like go."""
     batch_size: int | None = None
     """Images at once; by default up to 16 a device."""
     vae_tile: int | None = None
@@ -97,6 +99,7 @@ def plan(flags: Flags, wanted: list[str]):
         "seed": flags.seed,
         **{name: getattr(flags, name) for name in HOW},
         **({"vae_tile": flags.vae_tile} if flags.vae_tile else {}),
+        **({} if flags.clean_caption else {"clean_caption": False}),
         "dtype": dtype(flags).__name__,
         "model": flags.model.resolve().name,
         "model_hash": drawings.model_hash(flags.model),
@@ -125,7 +128,7 @@ def draw(flags: Flags, wanted: list[str], drawings) -> None:
         [wanted[n] for n in drawings.missing],
         indices=drawings.missing,
         tile=flags.vae_tile,
-        **{name: getattr(flags, name) for name in ("negative_prompt", "height", "width", "seed", "batch_size", *HOW)},
+        **{name: getattr(flags, name) for name in ("negative_prompt", "height", "width", "seed", "batch_size", "clean_caption", *HOW)},
     )
     with tqdm(total=len(drawings.missing), unit=" images", desc="drawing (compiles first)") as bar:
         for positions, images in batches:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from pixart_jax import captions
 from pixart_jax.errors import UserError
 
 
@@ -40,26 +41,24 @@ def from_words(words: Sequence[str]):
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def clean(text: str) -> str:
-    """A caption as PixArt's captions are written: lower case, no blanks around it (diffusers' plain cleaning)."""
-    return text.lower().strip()
-
-
 def padded_length(longest: int, most: int) -> int:
     """The length to pad to: the next multiple of 8, so that few shapes compile, and never more than the model's ``most``."""
     return min(most, -(-max(longest, 1) // 8) * 8)
 
 
-def tokenize(tokenizer, texts: Sequence[str], most: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(
+    tokenizer, texts: Sequence[str], most: int, length: int | None = None, clean: Callable[[str], str] = captions.clean
+) -> tuple[np.ndarray, np.ndarray]:
     """Texts → (ids int32 [n, l], lengths int32 [n]).
 
-    Texts are cleaned, cut at ``most`` tokens (the end mark kept) and padded to ``length``: by default the next multiple of
-    8 over the longest. Nothing that reads the result may depend on the padding.
+    Texts are cleaned (``captions.clean`` or ``captions.plain``), cut at ``most`` tokens (the end mark kept) and padded to
+    ``length``: by default the next multiple of 8 over the longest. Nothing that reads the result may depend on the padding.
     """
-    ids = tokenizer([clean(text) for text in texts], truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
+    cleaned = [clean(text) for text in texts]
+    ids = tokenizer(cleaned, truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
     full = [n for n, row in enumerate(ids) if len(row) >= most]
     for n in full:
-        count = len(tokenizer(clean(texts[n]), add_special_tokens=True)["input_ids"])
+        count = len(tokenizer(cleaned[n], add_special_tokens=True)["input_ids"])
         if count > most:
             warnings.warn(f"a prompt of {count} tokens was cut to {most}: {texts[n][:60]!r} …", stacklevel=2)
     length = length or padded_length(max((len(row) for row in ids), default=1), most)

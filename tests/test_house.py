@@ -22,11 +22,12 @@ PACKAGE = ROOT / "pixart_jax"
 
 # Ground: these know nothing of each other. models may use parallel's axis names, which are constants in one file.
 _GROUND = {"errors", "models", "diffusion", "data", "parallel"}
-_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "tokenizer", "prompts"}
+_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "captions", "tokenizer", "prompts"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "png": set(),  # files that carry their settings
-    "tokenizer": {"errors"},
+    "captions": set(),  # how texts are cleaned
+    "tokenizer": {"errors", "captions"},
     "program": {"errors"},  # command lines: flags, one-line mistakes
     "parallel": {"errors"},
     "models": {"errors", "parallel.axes"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "models"},
     "weights": {"errors", "models", "parallel"},
     "prompts": {"errors"},  # a file of prompts
-    "pipeline": {"errors", "models", "diffusion", "weights", "parallel", "tokenizer", "png"},
+    "pipeline": {"errors", "models", "diffusion", "weights", "parallel", "captions", "tokenizer", "png"},
     "training": _RUNS,
     "labelling": _RUNS,
     "planning": _RUNS | {"training"},
@@ -174,7 +175,7 @@ def test_no_circle_among_modules_when_imported():
 def test_rooms_know_only_packages_that_requirements_name():
     """Every third-party import in the package is a direct requirement, an optional engine, or a part of one."""
     named = {re.split(r"[<>=\[!~ ]", line)[0].lower().replace("-", "_") for line in requirement_lines()}
-    as_imported = {"pillow": "PIL", "orbax_checkpoint": "orbax", "tensorboardx": "tensorboardX"}
+    as_imported = {"pillow": "PIL", "beautifulsoup4": "bs4", "orbax_checkpoint": "orbax", "tensorboardx": "tensorboardX"}
     known = {as_imported.get(name, name) for name in named}
     # Engines that a few commands use where they are installed, and say by name when they are not.
     optional = {"torch", "ray", "tokamax", "absl", "codecarbon", "pynvml", "webdataset", "nltk", "textblob", "sentencepiece"}

@@ -259,6 +259,18 @@ def test_one_executable_for_all_batches_and_for_other_parameters(ours):
     assert _denoise._cache_size() == before
 
 
+def test_prompts_are_cleaned_as_diffusers_cleans_them_unless_asked_not_to(pair):
+    theirs, ours, _ = pair
+    dirty = "<b>A red</b> circle, see www.circles.com"
+    embeds, mask, _, _ = theirs.encode_prompt(dirty, do_classifier_free_guidance=False, clean_caption=True)
+    states, lengths = ours.encode_text([dirty])
+    assert int(lengths[0]) == int(mask.sum())
+    np.testing.assert_allclose(states[0, : int(lengths[0])], embeds[0, : int(mask.sum())].detach().numpy(), rtol=1e-4, atol=1e-5)
+    clean, left = (ours(dirty, steps=2, clean_caption=wanted) for wanted in (True, False))
+    np.testing.assert_array_equal(clean, ours("a red circle, see", steps=2))
+    assert (clean != left).any()
+
+
 def test_a_model_names_its_own_guidance(ours, tmp_path):
     ours.replace(sampling=SamplingConfig(2.0)).save_pretrained(tmp_path)
     opened = Pipeline.from_pretrained(tmp_path)

@@ -94,7 +94,7 @@ class TokenSamples:
     """Token ids of captions, for the text encoder: {"input_ids": int32 [b, l], "lengths": int32 [b], "key"}.
 
     Every caption of the mix is tokenised once, when the set is opened. tokenizer: transformers' protocol; texts beyond
-    max_text_tokens are cut, their end token kept. clean: what is done to a text first (tokenizer.clean), nothing by default.
+    max_text_tokens are cut, their end token kept. clean: what is done to a text first (captions.clean), nothing by default.
     target: a kind of caption whose first text each row brings along: {"target_ids": int32 [b, m], "target_lengths": int32 [b],
     "itself": bool [b], whether the row's caption is that very text}.
     """

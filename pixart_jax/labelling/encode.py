@@ -24,13 +24,14 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from pixart_jax.captions import clean
 from pixart_jax.data import images, records
 from pixart_jax.data.samples import assign_all, tokenize
 from pixart_jax.data.sources import Source, cache_folder
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.labelling.identity import component_identity, tokenizer_identity
-from pixart_jax.tokenizer import clean
 
+CLEANING = "deepfloyd"  # of captions; another would make other states of the same words
 _PROGRESS = "progress"  # notes of finished shards, until the manifest holds them
 
 
@@ -80,6 +81,7 @@ def identity(source: Source, options: EncodeOptions, vae, text_encoder=None, tok
         made |= {
             "text_encoder": component_identity(text_encoder),
             "tokenizer": tokenizer_identity(tokenizer),
+            "cleaning": CLEANING,
             "max_text_tokens": str(options.max_text_tokens),
         }
     return made

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax import diffusion
+from pixart_jax import captions, diffusion
 from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import batch_shards
@@ -104,6 +104,7 @@ class Pipeline:
         times: str = "fractional",
         order: int = 2,
         null: str = "text",
+        clean_caption: bool = True,
         batch_size: int | None = None,
         indices: Sequence[int] | None = None,
         tile: int | None = None,
@@ -115,6 +116,7 @@ class Pipeline:
         negative_prompt: one for all, or one each; read with guidance other than 1. null: what stands for "no prompt" where
             the negative prompt is "": 'text', the text encoder's states of "" with their own length (diffusers), or
             'embedding', the transformer's null caption under the prompt's length (the official code).
+        clean_caption: texts are cleaned as PixArt's training captions were (captions.clean); else lower-cased alone.
         height, width: pixels, by default the side the model was trained at. seed, indices: the noise of image i comes from
             fold_in(key(seed), indices[i]), i itself by default, so an image does not depend on the batch it is drawn in.
         solver, times, order, steps: as ``diffusion.sample``. tile: as :meth:`decode`.
@@ -141,7 +143,8 @@ class Pipeline:
         # One text length for all batches, so that they share one executable.
         most = self.transformer.config.text_tokens
         texts = prompts + (sorted(set(negatives)) if guided else [])
-        _, lengths = tokens.tokenize(self.tokenizer, texts, most)
+        clean = captions.clean if clean_caption else captions.plain
+        _, lengths = tokens.tokenize(self.tokenizer, texts, most, clean=clean)
         length = tokens.padded_length(int(lengths.max()), most)
 
         pending = None
@@ -149,8 +152,8 @@ class Pipeline:
             positions = list(range(start, min(start + size, len(prompts))))
             rows = positions + [positions[-1]] * (size - len(positions))  # the last batch repeats its last image
             noise, keys = self.noise(seed, [indices[n] for n in rows], height, width)
-            states, lengths = self.encode_text([prompts[n] for n in rows], length)
-            negative = self._negative([negatives[n] for n in rows], states, lengths, null) if guided else (None, None)
+            states, lengths = self.encode_text([prompts[n] for n in rows], length, clean)
+            negative = self._negative([negatives[n] for n in rows], states, lengths, null, clean) if guided else (None, None)
             latents = self.denoise(
                 states, lengths, noise, *negative, steps=steps, guidance=guidance, solver=solver, times=times, order=order,
                 keys=keys, callback=_cropped(callback, len(positions)),
@@ -161,9 +164,11 @@ class Pipeline:
             pending = positions, images
         yield pending[0], np.asarray(pending[1])[: len(pending[0])]
 
-    def encode_text(self, texts: Sequence[str], length: int | None = None) -> tuple[jax.Array, jax.Array]:
+    def encode_text(
+        self, texts: Sequence[str], length: int | None = None, clean: Callable[[str], str] = captions.clean
+    ) -> tuple[jax.Array, jax.Array]:
         """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of 8 over the longest text."""
-        ids, lengths = tokens.tokenize(self.tokenizer, texts, self.transformer.config.text_tokens, length)
+        ids, lengths = tokens.tokenize(self.tokenizer, texts, self.transformer.config.text_tokens, length, clean)
         with self._on_mesh():
             return self.text_encoder.apply(self._place(ids), self._place(lengths)), self._place(lengths)
 
@@ -237,14 +242,14 @@ class Pipeline:
         """A function for callbacks: latents [b, h, w, c] → rough images uint8 [b, h, w, 3], a pixel a latent."""
         return previewer(lambda latents: np.asarray(self.decode(jnp.asarray(latents))), self.transformer.config.in_channels, scale=1.0)
 
-    def _negative(self, texts: Sequence[str], states: jax.Array, lengths: jax.Array, null: str) -> tuple[jax.Array, jax.Array]:
+    def _negative(self, texts: Sequence[str], states: jax.Array, lengths: jax.Array, null: str, clean) -> tuple[jax.Array, jax.Array]:
         """States and lengths of the negative prompts, for rows whose prompts have these states and lengths."""
-        negative, negative_lengths = self.encode_text(texts, states.shape[1])
+        negative, negative_lengths = self.encode_text(texts, states.shape[1], clean)
         if null == "text":
             return negative, negative_lengths
         if "null_caption" not in self.transformer.params:
             raise UserError("this transformer has no stored null caption: use null='text'")
-        empty = jnp.asarray([not tokens.clean(text) for text in texts])
+        empty = jnp.asarray([not clean(text) for text in texts])
         caption = jnp.asarray(self.transformer.params["null_caption"], negative.dtype)[: states.shape[1]]
         return jnp.where(empty[:, None, None], caption, negative), jnp.where(empty, lengths, negative_lengths)
 

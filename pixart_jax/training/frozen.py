@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from pixart_jax import captions
 from pixart_jax import tokenizer as tokenizers
 from pixart_jax.config import Config
 from pixart_jax.data.sources import open_source
@@ -82,7 +83,7 @@ class Frozen:
             for index in range(len(source)):
                 for kind, _ in data.captions:
                     for text in source[index].texts(kind):
-                        words.update(re.findall(r"[a-z]+", tokenizers.clean(text)))  # marks are pieces of their own
+                        words.update(re.findall(r"[a-z]+", captions.clean(text)))  # marks are pieces of their own
         return sorted(words)
 
     def text_states(self, texts: Sequence[str], most: int) -> list[np.ndarray]:
