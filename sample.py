@@ -34,8 +34,8 @@ class Flags:
     """The folder for the images."""
     negative_prompt: str = ""
     """What to steer away from."""
-    steps: int = 20
-    """Evaluations of the model an image."""
+    steps: int | None = None
+    """Evaluations of the model an image. By default the model's own, 20 where it names none."""
     guidance: float | None = None
     """Strength of the prompt; 1 does no second pass. By default the model's own, 4.5 where it names none."""
     height: int | None = None
@@ -44,8 +44,8 @@ class Flags:
     """Pixels; by default the side the model was trained at."""
     seed: int = 0
     """The same seed gives the same images, whatever the batch."""
-    solver: str = "dpm++"
-    """dpm++, ddim, ddpm or sa."""
+    solver: str | None = None
+    """dpm++, ddim, ddpm, sa, lcm (distilled models, 4 steps) or dmd (1 step). By default the model's own."""
     times: Literal["fractional", "integer"] = "fractional"
     """The time grid of dpm++: the official code's, or diffusers'."""
     null: Literal["text", "embedding"] = "text"
@@ -88,8 +88,8 @@ def plan(flags: Flags, wanted: list[str]):
     from pixart_jax.pipeline import drawings, folder, options, sampling
 
     configs = folder.configs(flags.model)
-    if flags.guidance is None:
-        flags = dataclasses.replace(flags, guidance=sampling.read(flags.model).guidance)
+    steps, guidance, solver = sampling.read(flags.model).filled(flags.steps, flags.guidance, flags.solver)
+    flags = dataclasses.replace(flags, steps=steps, guidance=guidance, solver=solver)
     checked = {name: getattr(flags, name) for name in ("height", "width", "batch_size", "seed", *HOW)} | {"tile": flags.vae_tile}
     height, width = options.check(*configs, **checked)
     settings = {

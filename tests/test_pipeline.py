@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers import PixArtAlphaPipeline
+import torch
+from diffusers import LCMScheduler, PixArtAlphaPipeline
+from diffusers.schedulers import scheduling_lcm
 
 from pixart_jax import Pipeline
 from pixart_jax import tokenizer as tokens
@@ -278,10 +280,36 @@ def test_a_model_names_its_own_guidance(ours, tmp_path):
     np.testing.assert_array_equal(opened(PROMPTS[:1], steps=2), ours(PROMPTS[:1], steps=2, guidance=2.0))
     np.testing.assert_array_equal(opened(PROMPTS[:1], steps=2, guidance=4.5), ours(PROMPTS[:1], steps=2))  # 4.5 where none is named
     (tmp_path / "sampling_config.json").write_text('{"guidance": "high"}')
-    with pytest.raises(UserError, match="sampling_config.json.*finite number.*4.5"):
+    with pytest.raises(UserError, match="sampling_config.json: guidance = 'high': a finite number"):
+        Pipeline.from_pretrained(tmp_path)
+    (tmp_path / "sampling_config.json").write_text('{"guidnace": 2}')
+    with pytest.raises(UserError, match="sampling_config.json.*guidance, steps, solver.*guidnace"):
         Pipeline.from_pretrained(tmp_path)
     (tmp_path / "sampling_config.json").unlink()
     assert Pipeline.from_pretrained(tmp_path).sampling.guidance == 4.5
+
+
+def test_an_lcm_folder_draws_in_four_steps_what_diffusers_draws(tmp_path, monkeypatch):
+    """Without a word about steps, solver or guidance; both add the same noise between the steps."""
+    theirs = tiny_diffusers.build(tmp_path)
+    theirs.scheduler = LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    theirs.save_pretrained(tmp_path)
+    pipe = Pipeline.from_pretrained(tmp_path)
+    assert pipe.sampling == SamplingConfig(guidance=1.0, steps=4, solver="lcm")
+    noise, keys = pipe.noise(0, range(2), 64, 64)
+    step = iter(range(4))
+
+    def same_noise(*_, **__):
+        here = next(step)
+        drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, here), noise.shape[1:]))(keys)
+        return torch.from_numpy(np.array(drawn)).permute(0, 3, 1, 2)
+
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", same_noise)
+    want, images = tiny_diffusers.draw(theirs, PROMPTS[:2], np.asarray(noise), num_inference_steps=4, guidance_scale=1.0)
+    states, lengths = pipe.encode_text(PROMPTS[:2])
+    found = pipe.denoise(states, lengths, noise, steps=4, guidance=1.0, solver="lcm", times="integer", keys=keys)
+    assert np.linalg.norm(found - want) / np.linalg.norm(want) < 1e-4
+    assert min(psnr(a, b) for a, b in zip(pipe(PROMPTS[:2], times="integer"), images, strict=True)) >= 40
 
 
 def test_bfloat16_draws_nearly_the_same(ours, tmp_path):

@@ -40,13 +40,13 @@ def sample(
     denoiser: (x [b, …, c], t [b] fp32) → the prediction [b, …, c], or [b, …, 2c] with the variance logits behind it, which ddpm uses
         ((9) of gaussian.py) and the others drop. Guidance is around it (guidance.guided).
     noise: [b, …, c], standard normal at start 0. The channel axis is the last.
-    solver: a name ("ddpm", "ddim", "dpm++", "sa"), or one of solvers/ with options of its own.
+    solver: a name (solvers.NAMES), or one of solvers/ with options of its own.
     steps: how many; ddpm and ddim also read a respacing ('100', 'ddim50', '10,15,20').
     schedule: PixArt's linear one by default.
-    key: for the noise that ddpm, sa and ddim with eta > 0 add; None adds none. One key (image i draws from fold_in(key, i)), or
+    key: for the noise that ddpm, sa, lcm and ddim with eta > 0 add; None adds none. One key (image i draws from fold_in(key, i)), or
         [b] keys, one for each image: then an image does not depend on the batch it is in.
-    times: "fractional" as the official code, or "integer" as diffusers. dpm++ has both; ddpm and ddim are always at integer times, sa
-        never.
+    times: "fractional" as the official code, or "integer" as diffusers. dpm++ and lcm have both; ddpm, ddim and dmd are always at integer
+        times, sa never.
     order: of dpm++. eta: of ddim.
     prediction: what the denoiser names, "epsilon" or "v".
     start: skip so many steps; ``noise`` is then x at the time ``timesteps(...)[start]`` (img2img: add_noise up to that time).

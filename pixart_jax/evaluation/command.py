@@ -34,12 +34,12 @@ class ShapesOptions:
     """pictures a set: single, count, pair, (three,) and two sets of withheld pairs"""
     captions: Literal["short", "dense"] = "short"
     """what the model is told"""
-    steps: int = 20
-    """of the solver"""
+    steps: int | None = None
+    """of the solver; by default the model's own, 20"""
     guidance: float | None = None
     """classifier-free guidance scale; by default the model's own"""
-    solver: str = "dpm++"
-    """dpm++, ddim, ddpm or sa"""
+    solver: str | None = None
+    """dpm++, ddim, ddpm, sa, lcm or dmd; by default the model's own"""
     seed: int = 0
     """of the noise; the scenes are always the same"""
     batch_size: int = 32
@@ -106,8 +106,8 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
         raise UserError(f"batch-size {options.batch_size}: at least 1")
     _writable(options.out)
     pipeline = pipeline or Pipeline.from_pretrained(options.model)
-    if options.guidance is None:
-        options = dataclasses.replace(options, guidance=pipeline.sampling.guidance)
+    steps, guidance, solver = pipeline.sampling.filled(options.steps, options.guidance, options.solver)
+    options = dataclasses.replace(options, steps=steps, guidance=guidance, solver=solver)
 
     def draw(rows: list[int], height: int, width: int) -> Iterable[tuple[list[int], np.ndarray]]:
         return pipeline.draw(

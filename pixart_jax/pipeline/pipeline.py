@@ -95,12 +95,12 @@ class Pipeline:
         prompts: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] = "",
-        steps: int = 20,
+        steps: int | None = None,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
         seed: int = 0,
-        solver: str = "dpm++",
+        solver: str | None = None,
         times: str = "fractional",
         order: int = 2,
         null: str = "text",
@@ -112,7 +112,8 @@ class Pipeline:
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b, height, width, 3]) as they are done.
 
-        guidance: the scale; the model's own where None (4.5 where its folder names none); 1 does no second pass.
+        steps, guidance, solver: the model's own where None (sampling.py; 20, 4.5 and dpm++ where its folder says nothing). Guidance 1
+            does no second pass.
         negative_prompt: one for all, or one each; read with guidance other than 1. null: what stands for "no prompt" where
             the negative prompt is "": 'text', the text encoder's states of "" with their own length (diffusers), or
             'embedding', the transformer's null caption under the prompt's length (the official code).
@@ -131,7 +132,7 @@ class Pipeline:
         if len(negatives) != len(prompts):
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one each")
         indices = list(range(len(prompts))) if indices is None else list(indices)
-        guidance = self.sampling.guidance if guidance is None else guidance
+        steps, guidance, solver = self.sampling.filled(steps, guidance, solver)
         height, width = options.check(
             self.transformer.config, self.vae.config, steps=steps, guidance=guidance, height=height, width=width,
             solver=solver, times=times, null=null, batch_size=batch_size, seed=seed, tile=tile,

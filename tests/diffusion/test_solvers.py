@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers.schedulers import scheduling_lcm
 
 from pixart_jax import diffusion
-from pixart_jax.diffusion.solvers import DDIM, DDPM, DPMSolver, SASolver
+from pixart_jax.diffusion.solvers import DDIM, DDPM, DMD, LCM, DPMSolver, SASolver
 from pixart_jax.errors import UserError
 from tests.diffusion.analytic import as_velocity, gaussian_epsilon, gaussian_flow, two_mode_epsilon
 
@@ -35,15 +36,20 @@ OFFICIAL_SA = {
 }
 # iddpm.py, respacing "100", learned range with logits sin(3x), x_0 not clipped, _noise(i) in step i.
 OFFICIAL_DDPM = [[0.5394912705305233, 0.5671480023693426], [0.5939393622825472, 0.5961053110636527]]
+# lcm_scheduler.py, 50 origin steps, with _noise(i) in step i.
+OFFICIAL_LCM = {
+    4: [[0.33799656867374567, 0.5084583866373756], [0.47588622994302704, 0.2029079008191525]],
+    8: [[0.48905355896231234, 0.6081720444565064], [0.5835862492720862, 0.4118417817440183]],
+}
 
 
 def _noise(step: int) -> np.ndarray:
     return np.cos(np.arange(4.0) + 1.7 * (step + 1)).reshape(2, 2)
 
 
-def _run_with(solver, steps, denoiser, noises) -> np.ndarray:
+def _run_with(solver, steps, denoiser, noises, times="fractional") -> np.ndarray:
     """The solver's own plan and update in fp32, one step at a time, with noise that is given."""
-    plan = solver.plan(SCHEDULE, steps, times="fractional", start=0, stochastic=True)
+    plan = solver.plan(SCHEDULE, steps, times=times, start=0, stochastic=True)
     assert plan.noisy
 
     @jax.jit
@@ -127,6 +133,29 @@ def test_ddim_with_eta_is_diffusers():
     np.testing.assert_allclose(_run_with(DDIM(eta=0.7), 20, EPSILON, _noise), x.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", OFFICIAL_LCM)
+def test_lcm_is_the_official_scheduler(steps):
+    np.testing.assert_allclose(_run_with(LCM(), steps, EPSILON, _noise), OFFICIAL_LCM[steps], atol=1e-5)
+    assert list(diffusion.timesteps("lcm", 4)) == [999, 759, 519, 279]
+    assert list(diffusion.timesteps("lcm", 8)) == list(range(999, 158, -120))
+
+
+@pytest.mark.parametrize("steps", [2, 4, 7, 8, 50])
+def test_lcm_at_integer_times_is_diffusers(steps, monkeypatch):
+    count = iter(range(steps))
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **__: torch.tensor(_noise(next(count)), dtype=torch.float32))
+    expected = _diffusers(LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"), steps, EPSILON)
+    np.testing.assert_allclose(_run_with(LCM(), steps, EPSILON, _noise, times="integer"), expected, atol=1e-5)
+
+
+def test_one_step_of_lcm_and_of_dmd_is_the_clean_image_that_the_model_names():
+    start = jnp.asarray(START, jnp.float32)
+    for solver, t in ((LCM(), 999), (DMD(), 400)):
+        x0 = (START - SCHEDULE.sigma(t) * EPSILON(START, t)) / SCHEDULE.alpha(t)
+        got = diffusion.sample(EPSILON, start, solver, 1, key=jax.random.key(0))
+        np.testing.assert_allclose(got, x0, atol=2e-4 if t == 999 else 1e-5)
+
+
 def test_ddim_spacing_of_a_number_and_of_its_official_name_agree_where_it_divides():
     for count in (10, 50, 250):
         assert list(diffusion.timesteps("ddim", count)) == list(diffusion.timesteps("ddim", f"ddim{count}"))
@@ -192,6 +221,8 @@ def test_stochastic_solvers_draw_the_datas_distribution(solver, steps):
         ({"solver": "ddim", "eta": 2.0}, "\\[0, 1\\]"),
         ({"solver": "ddpm", "steps": 2000}, "2000"),
         ({"start": 20}, "0 … 19"),
+        ({"solver": "lcm", "steps": 51}, "at most the 50 steps"),
+        ({"solver": "dmd", "steps": 20}, "1 step"),
         ({"prediction": "velocity"}, "unknown prediction"),
     ],
 )

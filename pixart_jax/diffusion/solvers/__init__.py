@@ -5,13 +5,15 @@ from __future__ import annotations
 from pixart_jax.diffusion.solvers.base import Plan, Solver
 from pixart_jax.diffusion.solvers.ddim import DDIM
 from pixart_jax.diffusion.solvers.ddpm import DDPM
+from pixart_jax.diffusion.solvers.dmd import DMD
 from pixart_jax.diffusion.solvers.dpm import DPMSolver
+from pixart_jax.diffusion.solvers.lcm import LCM
 from pixart_jax.diffusion.solvers.sa import SASolver
 from pixart_jax.errors import UserError, nearest
 
-NAMES = ("ddpm", "ddim", "dpm++", "sa")
+NAMES = ("ddpm", "ddim", "dpm++", "sa", "lcm", "dmd")
 
-__all__ = ["DDIM", "DDPM", "DPMSolver", "NAMES", "Plan", "SASolver", "Solver", "by_name"]
+__all__ = ["DDIM", "DDPM", "DMD", "DPMSolver", "LCM", "NAMES", "Plan", "SASolver", "Solver", "by_name"]
 
 
 def by_name(name: str, *, order: int = 2, eta: float = 0.0) -> Solver:
@@ -24,4 +26,8 @@ def by_name(name: str, *, order: int = 2, eta: float = 0.0) -> Solver:
         return DPMSolver(order=order)
     if name == "sa":
         return SASolver()
+    if name == "lcm":
+        return LCM()
+    if name == "dmd":
+        return DMD()
     raise UserError(f"unknown solver {name!r}{nearest(name, NAMES)}")
