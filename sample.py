@@ -17,6 +17,7 @@ from pixart_jax import program, prompts
 from pixart_jax.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "shapes"
+CANVAS = ("height", "width", "binning", "seed", "batch_size")
 HOW = ("steps", "guidance", "solver", "times", "null")  # flags that say how to sample
 
 
@@ -52,6 +53,8 @@ class Flags:
     """What an empty negative prompt means: the text encoder's states of "", or the model's null caption (the official code)."""
     clean_caption: bool = True
     """Clean prompts as PixArt's training captions were: addresses, markup, file names and the like go."""
+    binning: bool = True
+    """Draw at the nearest size that the model was trained at, then resize and cut to what was asked for."""
     batch_size: int | None = None
     """Images at once; by default up to 16 a device."""
     vae_tile: int | None = None
@@ -90,7 +93,7 @@ def plan(flags: Flags, wanted: list[str]):
     configs = folder.configs(flags.model)
     steps, guidance, solver = sampling.read(flags.model).filled(flags.steps, flags.guidance, flags.solver)
     flags = dataclasses.replace(flags, steps=steps, guidance=guidance, solver=solver)
-    checked = {name: getattr(flags, name) for name in ("height", "width", "batch_size", "seed", *HOW)} | {"tile": flags.vae_tile}
+    checked = {name: getattr(flags, name) for name in (*CANVAS, *HOW)} | {"tile": flags.vae_tile}
     height, width = options.check(*configs, **checked)
     settings = {
         "negative_prompt": flags.negative_prompt,
@@ -99,7 +102,7 @@ def plan(flags: Flags, wanted: list[str]):
         "seed": flags.seed,
         **{name: getattr(flags, name) for name in HOW},
         **({"vae_tile": flags.vae_tile} if flags.vae_tile else {}),
-        **({} if flags.clean_caption else {"clean_caption": False}),
+        **{name: False for name in ("clean_caption", "binning") if not getattr(flags, name)},
         "dtype": dtype(flags).__name__,
         "model": flags.model.resolve().name,
         "model_hash": drawings.model_hash(flags.model),
@@ -128,7 +131,7 @@ def draw(flags: Flags, wanted: list[str], drawings) -> None:
         [wanted[n] for n in drawings.missing],
         indices=drawings.missing,
         tile=flags.vae_tile,
-        **{name: getattr(flags, name) for name in ("negative_prompt", "height", "width", "seed", "batch_size", "clean_caption", *HOW)},
+        **{name: getattr(flags, name) for name in ("negative_prompt", "clean_caption", *CANVAS, *HOW)},
     )
     with tqdm(total=len(drawings.missing), unit=" images", desc="drawing (compiles first)") as bar:
         for positions, images in batches:

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "models"},
     "weights": {"errors", "models", "parallel"},
     "prompts": {"errors"},  # a file of prompts
-    "pipeline": {"errors", "models", "diffusion", "weights", "parallel", "captions", "tokenizer", "png"},
+    "pipeline": {"errors", "models", "diffusion", "weights", "parallel", "captions", "tokenizer", "png", "data.buckets"},
     "training": _RUNS,
     "labelling": _RUNS,
     "planning": _RUNS | {"training"},

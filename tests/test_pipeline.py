@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, PixArtAlphaPipeline
+from diffusers.image_processor import PixArtImageProcessor
 from diffusers.schedulers import scheduling_lcm
 
 from pixart_jax import Pipeline
 from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline import SamplingConfig
+from pixart_jax.pipeline import binning as bins
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square and above the yellow circle", "zebra"]
@@ -59,7 +61,8 @@ def assert_draws_the_same(theirs, pipe: Pipeline, prompts, height: int, width: i
     latents = np.asarray(pipe.denoise(states, lengths, noise, *negatives, steps=steps, guidance=guidance, times="integer"))
     error = np.linalg.norm(latents - want_latents) / np.linalg.norm(want_latents)
     assert error < 1e-4, error
-    images = pipe(prompts, negative_prompt=negative, height=height, width=width, steps=steps, guidance=guidance, times="integer")
+    how = {"height": height, "width": width, "steps": steps, "guidance": guidance, "binning": False}
+    images = pipe(prompts, negative_prompt=negative, times="integer", **how)
     assert images.shape == want.shape and images.dtype == np.uint8
     assert np.ptp(images.astype(int)) > 20  # a flat picture would prove nothing
     values = [psnr(a, b) for a, b in zip(images, want, strict=True)]
@@ -271,6 +274,34 @@ def test_prompts_are_cleaned_as_diffusers_cleans_them_unless_asked_not_to(pair):
     clean, left = (ours(dirty, steps=2, clean_caption=wanted) for wanted in (True, False))
     np.testing.assert_array_equal(clean, ours("a red circle, see", steps=2))
     assert (clean != left).any()
+
+
+def test_a_size_between_the_buckets_is_drawn_at_the_nearest_and_fitted_as_diffusers_does(tmp_path):
+    theirs = tiny_diffusers.build(tmp_path, sample_size=32)
+    pipe = Pipeline.from_pretrained(tmp_path)
+    height, width = 200, 312
+    canvas = bins.canvas(pipe.transformer.config, pipe.vae.config, height, width)
+    assert canvas == (208, 304)
+    noise = noise_for(pipe, 1, *canvas)
+    given = torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2)
+    how = {"num_inference_steps": 3, "latents": given, "height": height, "width": width, "output_type": "np", "clean_caption": False}
+    want = (theirs(PROMPTS[0], **how).images * 255).round()
+    found = pipe(PROMPTS[0], height=height, width=width, steps=3, times="integer")
+    assert found.shape == want.shape == (1, height, width, 3)
+    assert psnr(found, want) >= 40
+    plain = pipe(PROMPTS[0], height=208, width=320, steps=2, binning=False)
+    assert plain.shape == (1, 208, 320, 3)
+    with pytest.raises(UserError, match="height 201: .*multiple of 8; 200 would do"):
+        pipe(PROMPTS[0], height=201, width=312)
+    with pytest.raises(UserError, match="height 200: .*multiple of 16"):
+        pipe(PROMPTS[0], height=200, width=312, binning=False)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 37), (33, 200), (16, 16)])
+def test_images_are_fitted_as_diffusers_fits_them(size):
+    images = np.random.default_rng(0).standard_normal((2, 48, 80, 3)).astype(np.float32)
+    want = PixArtImageProcessor.resize_and_crop_tensor(torch.from_numpy(images).permute(0, 3, 1, 2), size[1], size[0])
+    np.testing.assert_allclose(bins.fitted(jnp.asarray(images), *size), want.permute(0, 2, 3, 1).numpy(), atol=1e-5)
 
 
 def test_a_model_names_its_own_guidance(ours, tmp_path):

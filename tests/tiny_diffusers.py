@@ -14,7 +14,7 @@ WORDS = "a large small red blue green yellow circle star square left right of ab
 
 
 def build(
-    folder: Path, prediction: str = "epsilon", size_conditions: bool = False, save: bool = True, seed: int = 0
+    folder: Path, prediction: str = "epsilon", size_conditions: bool = False, save: bool = True, seed: int = 0, sample_size: int = 8
 ) -> PixArtAlphaPipeline:
     """diffusers' pipeline with every weight non-zero, saved to ``folder``.
 
@@ -25,7 +25,7 @@ def build(
     tokenizer = from_words(WORDS)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=24,
-        sample_size=128 if size_conditions else 8,
+        sample_size=128 if size_conditions else sample_size,
         caption_channels=16, norm_num_groups=4, use_additional_conditions=size_conditions, interpolation_scale=1.0,
     )  # fmt: skip
     text = T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu", dropout_rate=0.0)

@@ -7,6 +7,7 @@ from pixart_jax.diffusion.sampling import TIMES
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
+from pixart_jax.pipeline import binning as bins
 
 NULLS = ("text", "embedding")
 
@@ -25,6 +26,7 @@ def check(
     batch_size: int | None = None,
     seed: int = 0,
     tile: int | None = None,
+    binning: bool = True,
 ) -> tuple[int, int]:
     """(height, width) in pixels that the options ask for, by default the side that the model was trained at.
 
@@ -32,11 +34,12 @@ def check(
     """
     default = transformer.sample_size * vae.factor
     height, width = default if height is None else height, default if width is None else width
-    unit = vae.factor * transformer.patch_size
+    binned = binning and bins.base(transformer, vae) is not None  # drawn at a size of the table, so any of whole latents will do
+    unit = vae.factor * (1 if binned else transformer.patch_size)
     for name, value in (("height", height), ("width", width)):
         if value < unit or value % unit:
             fits = max(unit, (value + unit // 2) // unit * unit)
-            unit_is = f"{unit} ({vae.factor} × patch size {transformer.patch_size})"
+            unit_is = f"{unit}" if binned else f"{unit} ({vae.factor} × patch size {transformer.patch_size})"
             raise UserError(f"{name} {value}: a side must be a multiple of {unit_is}; {fits} would do")
     if steps < 1:
         raise UserError(f"steps {steps}: at least 1 is needed")

@@ -20,6 +20,7 @@ from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import RULES, batch_sharding
+from pixart_jax.pipeline import binning as bins
 from pixart_jax.pipeline import folder as model_folder
 from pixart_jax.pipeline import options
 from pixart_jax.pipeline.preview import previewer
@@ -105,6 +106,7 @@ class Pipeline:
         order: int = 2,
         null: str = "text",
         clean_caption: bool = True,
+        binning: bool = True,
         batch_size: int | None = None,
         indices: Sequence[int] | None = None,
         tile: int | None = None,
@@ -118,8 +120,10 @@ class Pipeline:
             the negative prompt is "": 'text', the text encoder's states of "" with their own length (diffusers), or
             'embedding', the transformer's null caption under the prompt's length (the official code).
         clean_caption: texts are cleaned as PixArt's training captions were (captions.clean); else lower-cased alone.
-        height, width: pixels, by default the side the model was trained at. seed, indices: the noise of image i comes from
-            fold_in(key(seed), indices[i]), i itself by default, so an image does not depend on the batch it is drawn in.
+        height, width: pixels, by default the side the model was trained at. binning: a model of 256, 512, 1024 or 2048 px draws at the
+            nearest size of its bucket table, and the image is resized and cut to what was asked for; else at that very size.
+        seed, indices: the noise of image i comes from fold_in(key(seed), indices[i]), i itself by default, so an image does not depend
+            on the batch it is drawn in.
         solver, times, order, steps: as ``diffusion.sample``. tile: as :meth:`decode`.
         callback(step, latents [b, h, w, c]): called during the scan with the denoised latents as the step sees them. It must
             not call JAX, which is busy with the scan; what :meth:`previewer` gives makes small images of them.
@@ -135,8 +139,9 @@ class Pipeline:
         steps, guidance, solver = self.sampling.filled(steps, guidance, solver)
         height, width = options.check(
             self.transformer.config, self.vae.config, steps=steps, guidance=guidance, height=height, width=width,
-            solver=solver, times=times, null=null, batch_size=batch_size, seed=seed, tile=tile,
+            solver=solver, times=times, null=null, batch_size=batch_size, seed=seed, tile=tile, binning=binning,
         )  # fmt: skip
+        canvas = bins.canvas(self.transformer.config, self.vae.config, height, width) if binning else (height, width)
         guided = float(guidance) != 1.0
         wanted = batch_size or min(len(prompts), DEFAULT_BATCH)
         size = self._padded(min(wanted, len(prompts)) if batch_size is None else wanted)
@@ -152,14 +157,14 @@ class Pipeline:
         for start in range(0, len(prompts), size):
             positions = list(range(start, min(start + size, len(prompts))))
             rows = positions + [positions[-1]] * (size - len(positions))  # the last batch repeats its last image
-            noise, keys = self.noise(seed, [indices[n] for n in rows], height, width)
+            noise, keys = self.noise(seed, [indices[n] for n in rows], *canvas)
             states, lengths = self.encode_text([prompts[n] for n in rows], length, clean)
             negative = self._negative([negatives[n] for n in rows], states, lengths, null, clean) if guided else (None, None)
             latents = self.denoise(
                 states, lengths, noise, *negative, steps=steps, guidance=guidance, solver=solver, times=times, order=order,
                 keys=keys, callback=_cropped(callback, len(positions)),
             )  # fmt: skip
-            images = self.decode(latents, tile)
+            images = self.decode(latents, tile, (height, width))
             if pending is not None:  # the device works on this batch while the host takes the one before
                 yield pending[0], np.asarray(pending[1])[: len(pending[0])]
             pending = positions, images
@@ -225,10 +230,11 @@ class Pipeline:
         with self._on_mesh():
             return run() if callback is None else _watch(callback, run)
 
-    def decode(self, latents: jax.Array, tile: int | None = None) -> jax.Array:
+    def decode(self, latents: jax.Array, tile: int | None = None, size: tuple[int, int] | None = None) -> jax.Array:
         """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3], on the device.
 
-        tile: side in latents of blended tiles, for images too large to be decoded at once; None decodes them whole.
+        tile: side in latents of blended tiles, for images too large to be decoded at once; None decodes them whole. size: (height,
+        width) in pixels that the images are fitted to (binning.py).
         """
         latents = latents / self.vae.config.scaling_factor
         batch, rows, columns, _ = latents.shape
@@ -236,14 +242,16 @@ class Pipeline:
         part = max(n for n in range(1, batch + 1) if batch % n == 0 and (n <= most or n == 1))
         with self._on_mesh():
             if self.mesh is not None:
-                return _pixels(self.vae.decode(latents, tile))
-            return jnp.concatenate([_pixels(self.vae.decode(latents[n : n + part], tile)) for n in range(0, batch, part)])
+                return _pixels(self.vae.decode(latents, tile), size)
+            return jnp.concatenate([_pixels(self.vae.decode(latents[n : n + part], tile), size) for n in range(0, batch, part)])
 
     def previewer(self) -> Callable[[np.ndarray], np.ndarray]:
         """A function for callbacks: latents [b, h, w, c] → rough images uint8 [b, h, w, 3], a pixel a latent."""
         return previewer(lambda latents: np.asarray(self.decode(jnp.asarray(latents))), self.transformer.config.in_channels, scale=1.0)
 
-    def _negative(self, texts: Sequence[str], states: jax.Array, lengths: jax.Array, null: str, clean) -> tuple[jax.Array, jax.Array]:
+    def _negative(
+        self, texts: Sequence[str], states: jax.Array, lengths: jax.Array, null: str, clean: Callable[[str], str] = captions.clean
+    ) -> tuple[jax.Array, jax.Array]:
         """States and lengths of the negative prompts, for rows whose prompts have these states and lengths."""
         negative, negative_lengths = self.encode_text(texts, states.shape[1], clean)
         if null == "text":
@@ -316,9 +324,10 @@ def _noise(key, indices, shape):
     return noise, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
 
 
-@jax.jit
-def _pixels(images):
-    """About [-1, 1] → uint8."""
+@functools.partial(jax.jit, static_argnums=1)
+def _pixels(images, size):
+    """About [-1, 1] → uint8, fitted to size (height, width) where one is given."""
+    images = images if size is None else bins.fitted(images, *size)
     return jnp.round((images / 2 + 0.5).clip(0, 1) * 255).astype(jnp.uint8)
 
 
