@@ -399,11 +399,21 @@ def test_folders_that_are_no_model_are_named(ours, tmp_path):
         Pipeline.from_pretrained(tmp_path / "model")
 
 
-def test_betas_and_steps_of_the_scheduler_config_are_honoured(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        {"timestep_spacing": "trailing", "solver_order": 3},
+        {"timestep_spacing": "leading", "steps_offset": 1},
+    ],
+    ids=lambda settings: next(iter(settings)) + str(len(settings)),
+)
+def test_what_the_scheduler_config_says_is_honoured_and_kept(tmp_path, settings):
     theirs = tiny_diffusers.build(tmp_path)
     path: Path = tmp_path / "scheduler" / "scheduler_config.json"
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **betas}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    Pipeline.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text()).items() >= settings.items()
     theirs = PixArtAlphaPipeline.from_pretrained(tmp_path)
     theirs.set_progress_bar_config(disable=True)
     assert_draws_the_same(theirs, Pipeline.from_pretrained(tmp_path), PROMPTS[:1], 64, 64, steps=5)

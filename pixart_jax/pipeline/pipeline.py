@@ -103,7 +103,7 @@ class Pipeline:
         seed: int = 0,
         solver: str | None = None,
         times: str = "fractional",
-        order: int = 2,
+        order: int | None = None,
         null: str = "text",
         clean_caption: bool = True,
         binning: bool = True,
@@ -124,7 +124,7 @@ class Pipeline:
             nearest size of its bucket table, and the image is resized and cut to what was asked for; else at that very size.
         seed, indices: the noise of image i comes from fold_in(key(seed), indices[i]), i itself by default, so an image does not depend
             on the batch it is drawn in.
-        solver, times, order, steps: as ``diffusion.sample``. tile: as :meth:`decode`.
+        solver, times, order, steps: as ``diffusion.sample``; order: the scheduler's where None. tile: as :meth:`decode`.
         callback(step, latents [b, h, w, c]): called during the scan with the denoised latents as the step sees them. It must
             not call JAX, which is busy with the scan; what :meth:`previewer` gives makes small images of them.
         Raises UserError, before anything is computed, for options that cannot be used.
@@ -196,7 +196,7 @@ class Pipeline:
         guidance: float = 4.5,
         solver: str = "dpm++",
         times: str = "fractional",
-        order: int = 2,
+        order: int | None = None,
         keys: jax.Array | None = None,
         size: jax.Array | None = None,
         aspect_ratio: jax.Array | None = None,
@@ -225,7 +225,8 @@ class Pipeline:
         else:
             size = aspect_ratio = None
         schedule, prediction = self.scheduler.schedule(), self.scheduler.prediction
-        plan = _Plan(self.transformer.module, schedule, prediction, solver, steps, times, order, guided, watched=callback is not None)
+        chosen = self.scheduler.solver(solver, order)
+        plan = _Plan(self.transformer.module, schedule, prediction, chosen, steps, times, guided, watched=callback is not None)
         run = functools.partial(_denoise, plan, self.transformer.params, noise, keys, text, size, aspect_ratio, jnp.float32(guidance))
         with self._on_mesh():
             return run() if callback is None else _watch(callback, run)
@@ -284,10 +285,9 @@ class _Plan:
     module: nn.Module
     schedule: diffusion.Schedule
     prediction: str
-    solver: str
+    solver: diffusion.solvers.Solver
     steps: int
     times: str
-    order: int
     guided: bool
     watched: bool
 
@@ -311,7 +311,6 @@ def _denoise(plan, params, noise, keys, text, size, aspect_ratio, guidance):
         schedule=plan.schedule,
         key=keys,
         times=plan.times,
-        order=plan.order,
         prediction=plan.prediction,
         preview=_tell if plan.watched else None,
     )

@@ -111,6 +111,14 @@ def test_dpm_at_integer_times_is_diffusers(steps, order, prediction):
     np.testing.assert_allclose(got, expected, atol=1e-5 if steps > 1 else 1e-4)
 
 
+@pytest.mark.parametrize("steps", [4, 7, 20, 30])
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0)])
+def test_dpm_at_other_integer_times_is_diffusers(steps, spacing, offset):
+    expected = _diffusers(DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=offset), steps, EPSILON)
+    got = diffusion.sample(EPSILON, jnp.asarray(START, jnp.float32), DPMSolver(2, spacing, offset), steps, times="integer")
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize(("steps", "to_one"), [(50, True), (50, False), (30, True), (1, True)])
 def test_ddim_is_diffusers_with_leading_spacing(steps, to_one, prediction):

@@ -23,6 +23,8 @@ from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import Plan, State, check_start, combine, remember, step_count
 from pixart_jax.errors import UserError, nearest
 
+SPACINGS = ("linspace", "leading", "trailing")
+
 
 def fractional_times(schedule: Schedule, steps: int) -> np.ndarray:
     """[steps + 1] times in equal steps from T − 1 to 0, as the official samplers take them: 20 steps: 999, 949.05, … 0."""
@@ -34,15 +36,20 @@ class DPMSolver:
     """order: 1, 2 or 3. The first steps, which have no past, are of the order they can be.
 
     times='fractional', as the official code: x ends at time 0 (σ = 0.01); the order falls to 1 towards the end under 10 steps.
-    times='integer', as diffusers' DPMSolverMultistepScheduler with PixArt's settings (linspace, final σ 0): times are rounded and x
-    ends at σ = 0, by a last step of order 1; under 15 steps the order falls towards it.
+    times='integer', as diffusers' DPMSolverMultistepScheduler (final σ 0): times are rounded and x ends at σ = 0, by a last step of
+    order 1; under 15 steps the order falls towards it. spacing, offset: how they are chosen, diffusers' timestep_spacing and
+    steps_offset; PixArt's folders have linspace and 0.
     """
 
     order: int = 2
+    spacing: str = "linspace"
+    offset: int = 0
 
     def __post_init__(self):
         if self.order not in (1, 2, 3):
             raise UserError(f"DPMSolver.order = {self.order!r}: must be 1, 2 or 3")
+        if self.spacing not in SPACINGS:
+            raise UserError(f"DPMSolver.spacing = {self.spacing!r} is unknown{nearest(self.spacing, SPACINGS)}")
 
     def plan(self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool) -> Plan:
         count = step_count(steps)
@@ -55,7 +62,7 @@ class DPMSolver:
         elif times == "integer":
             if count > schedule.timesteps:
                 raise UserError(f"steps = {steps!r}: the schedule has {schedule.timesteps} integer times")
-            t = fractional_times(schedule, count).round()[:-1]
+            t = self._integer_times(schedule.timesteps, count)
             log_alpha = np.append(schedule.log_alpha(t), 0.0)
             falls = count < 15
         else:
@@ -77,6 +84,13 @@ class DPMSolver:
             sigma=sigma[start:count],
             coefficients={"x": of_x[start:], "past": of_past},
         )
+
+    def _integer_times(self, timesteps: int, count: int) -> np.ndarray:
+        if self.spacing == "linspace":
+            return np.linspace(0, timesteps - 1, count + 1).round()[::-1][:-1]
+        if self.spacing == "leading":
+            return np.arange(count, 0, -1.0) * (timesteps // (count + 1)) + self.offset
+        return np.arange(timesteps, 0, -timesteps / count).round()[:count] - 1
 
     def _weights(self, order: int, lam: np.ndarray) -> np.ndarray:
         """Of m_0, m_1, … in x_t / α_t, [self.order], zero beyond ``order``; lam: λ up to and with the step's target."""
