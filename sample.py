@@ -8,7 +8,9 @@ A second call with the same settings draws only what is not there.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Literal
@@ -28,7 +30,7 @@ class Flags:
     prompt: str | None = None
     """The text to draw."""
     prompts: Path | None = None
-    """A file of prompts instead: one a line, or .csv or .jsonl with 'prompt'."""
+    """A file of prompts instead: one a line, or .csv or .jsonl with 'prompt', and height, width, seed, negative_prompt if wanted."""
     model: Path = SHIPPED
     """A diffusers folder; by default the small model that is shipped."""
     out: Path = Path("out")
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
     wanted = read_prompts(flags)
     drawings = plan(flags, wanted)
     if drawings.missing:
-        draw(flags, wanted, drawings)
+        draw(flags, drawings)
     done = len(wanted) - len(drawings.missing)
     print(f"{len(wanted)} image{'s' * (len(wanted) > 1)} in {flags.out}/" + (f", {done} of them already there" if done else ""))
     if len(wanted) == 1:
@@ -80,25 +82,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_prompts(flags: Flags) -> list[str]:
+def read_prompts(flags: Flags) -> list[prompts.Row]:
     if (flags.prompt is None) == (flags.prompts is None):
         raise UserError("give --prompt TEXT or --prompts FILE" + (", not both" if flags.prompt is not None else ""))
-    return prompts.read(flags.prompts) if flags.prompt is None else [flags.prompt]
+    return prompts.read(flags.prompts) if flags.prompt is None else [prompts.Row(flags.prompt)]
 
 
-def plan(flags: Flags, wanted: list[str]):
-    """What is to be drawn, and what of it is there. All flags are checked here, before the weights are read."""
+def plan(flags: Flags, rows: list[prompts.Row]):
+    """What is to be drawn, and what of it is there. All flags and rows are checked here, before the weights are read."""
     from pixart_jax.pipeline import drawings, folder, options, sampling
 
     configs = folder.configs(flags.model)
     steps, guidance, solver = sampling.read(flags.model).filled(flags.steps, flags.guidance, flags.solver)
     flags = dataclasses.replace(flags, steps=steps, guidance=guidance, solver=solver)
     checked = {name: getattr(flags, name) for name in (*CANVAS, *HOW)} | {"tile": flags.vae_tile}
-    height, width = options.check(*configs, **checked)
     settings = {
         "negative_prompt": flags.negative_prompt,
-        "height": height,
-        "width": width,
+        "height": None,
+        "width": None,
         "seed": flags.seed,
         **{name: getattr(flags, name) for name in HOW},
         **({"vae_tile": flags.vae_tile} if flags.vae_tile else {}),
@@ -107,7 +108,20 @@ def plan(flags: Flags, wanted: list[str]):
         "model": flags.model.resolve().name,
         "model_hash": drawings.model_hash(flags.model),
     }
-    return drawings.Drawings(flags.out, [{"prompt": prompt, "index": n, **settings} for n, prompt in enumerate(wanted)])
+
+    @functools.cache
+    def size(own: tuple) -> tuple[int, int]:
+        return options.check(*configs, **checked | dict(own))
+
+    wanted = []
+    for n, row in enumerate(rows):
+        own = row.own()
+        try:
+            height, width = size(tuple((name, value) for name, value in own.items() if name in CANVAS))
+        except UserError as fault:
+            raise UserError(f"prompt {n + 1}, {row.prompt[:40]!r}: {fault}" if own else str(fault)) from None
+        wanted.append({"prompt": row.prompt, "index": n, **settings, **own, "height": height, "width": width})
+    return drawings.Drawings(flags.out, wanted)
 
 
 def dtype(flags: Flags):
@@ -118,7 +132,8 @@ def dtype(flags: Flags):
     return jnp.dtype(chosen).type
 
 
-def draw(flags: Flags, wanted: list[str], drawings) -> None:
+def draw(flags: Flags, drawings) -> None:
+    """Draw what is missing, the images of one size and seed together; a thread writes files while the device draws on."""
     import jax
     from tqdm import tqdm
 
@@ -127,18 +142,33 @@ def draw(flags: Flags, wanted: list[str], drawings) -> None:
     from pixart_jax.parallel.mesh import make_mesh
 
     pipe = Pipeline.from_pretrained(flags.model, dtype=dtype(flags), mesh=make_mesh(MeshConfig()) if jax.device_count() > 1 else None)
-    batches = pipe.draw(
-        [wanted[n] for n in drawings.missing],
-        indices=drawings.missing,
-        tile=flags.vae_tile,
-        **{name: getattr(flags, name) for name in ("negative_prompt", "clean_caption", *CANVAS, *HOW)},
-    )
-    with tqdm(total=len(drawings.missing), unit=" images", desc="drawing (compiles first)") as bar:
-        for positions, images in batches:
-            for position, image in zip(positions, images, strict=True):
-                drawings.write(drawings.missing[position], image)
-                bar.update()
-            bar.set_description("drawing")
+    groups: dict[tuple, list[int]] = {}
+    for n in drawings.missing:
+        groups.setdefault(tuple(drawings.wanted[n][name] for name in ("height", "width", "seed")), []).append(n)
+    with (
+        tqdm(total=len(drawings.missing), unit=" images", desc="drawing (compiles first)") as bar,
+        concurrent.futures.ThreadPoolExecutor(1) as writer,
+    ):
+        written: list[concurrent.futures.Future] = []
+        for (height, width, seed), members in groups.items():
+            batches = pipe.draw(
+                [drawings.wanted[n]["prompt"] for n in members],
+                negative_prompt=[drawings.wanted[n]["negative_prompt"] for n in members],
+                indices=members,
+                height=height,
+                width=width,
+                seed=seed,
+                tile=flags.vae_tile,
+                **{name: getattr(flags, name) for name in ("clean_caption", "binning", "batch_size", *HOW)},
+            )
+            for positions, images in batches:
+                for done in written:  # of the batch before: at most two are in memory, and a full disk stops the drawing
+                    done.result()
+                written = [writer.submit(drawings.write, members[p], image) for p, image in zip(positions, images, strict=True)]
+                bar.update(len(positions))
+                bar.set_description("drawing")
+        for done in written:
+            done.result()
 
 
 if __name__ == "__main__":

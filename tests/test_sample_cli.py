@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_jax import Pipeline, png, program
+from pixart_jax import Pipeline, png, program, prompts
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star", "a green square"]
@@ -102,7 +102,33 @@ def _bytes(folder: Path, data: bytes) -> Path:
 )
 def test_csv_and_jsonl_files_of_prompts(sample, tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert sample.read_prompts(sample.Flags(prompts=tmp_path / name)) == ["a red circle", "a star, blue"]
+    assert sample.read_prompts(sample.Flags(prompts=tmp_path / name)) == [prompts.Row("a red circle"), prompts.Row("a star, blue")]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_compiles_once(sample, model, tmp_path, form):
+    from pixart_jax.pipeline.pipeline import _denoise
+
+    rows = [(PROMPTS[0], 64, 96, None, None), (PROMPTS[1], 96, 64, 7, None)]
+    rows += [(PROMPTS[2], 64, 96, None, "a star"), (PROMPTS[0], 96, 64, 7, "")]
+    names = ("prompt", "height", "width", "seed", "negative_prompt")
+    if form == "csv":
+        lines = [",".join(names), *(",".join("" if v is None else str(v) for v in row) for row in rows)]
+    else:
+        lines = [json.dumps({k: v for k, v in zip(names, row) if v is not None}) for row in rows]
+    (tmp_path / f"p.{form}").write_text("\n".join(lines))
+    out, before = tmp_path / "out", _denoise._cache_size()
+    how = {"steps": 3, "batch_size": 2}
+    argv = ["--model", str(model), "--prompts", str(tmp_path / f"p.{form}"), "--out", str(out), "--steps", "3", "--batch-size", "2"]
+    assert program.run(sample.main, [*argv, "--no-grid"]) == 0
+    assert _denoise._cache_size() - before <= 2  # a size each, whatever the order of the rows
+    pipe = Pipeline.from_pretrained(model)
+    for n, (prompt, height, width, seed, negative) in enumerate(rows):
+        (path,) = out.glob(f"{n:04d}_*.png")
+        own = {"height": height, "width": width, "seed": seed or 0, "negative_prompt": negative or ""}
+        assert png.settings(path).items() >= own.items()
+        want = pipe(prompt, indices=[n], **own, **how)[0].astype(int)
+        assert np.abs(np.asarray(Image.open(path)).astype(int) - want).max() <= 1
 
 
 def bad(tmp_path: Path, name: str, text: str | bytes = "") -> str:
@@ -123,6 +149,8 @@ BAD = {
     "csv without the column": (lambda t, m: ["--prompts", bad(t, "p.csv", "text\nx\n")], "no column 'prompt'"),
     "empty csv": (lambda t, m: ["--prompts", bad(t, "p.csv")], "holds no prompt"),
     "broken jsonl": (lambda t, m: ["--prompts", bad(t, "p.jsonl", "{")], "line 1"),
+    "a row of a wrong size": (lambda t, m: ["--prompts", bad(t, "p.csv", "prompt,height\nx,64\ny,72\n")], "prompt 2, 'y': height 72"),
+    "a row of no number": (lambda t, m: ["--prompts", bad(t, "p.jsonl", '{"prompt": "x", "width": "wide"}')], "line 1: width 'wide'"),
     "jsonl without prompt": (lambda t, m: ["--prompts", bad(t, "p.jsonl", '{"text": "x"}')], "line 1"),
     "height": (lambda t, m: ["--prompt", "x", "--height", "72"], "multiple of 16"),
     "width": (lambda t, m: ["--prompt", "x", "--width", "-64"], "multiple of 16"),
