@@ -9,7 +9,7 @@ def get_config() -> Config:
         pixel_steps=600,
         text_steps=3_500,
         aesthetic_steps=400,
-        aesthetic_data=DataConfig(source="tfds:shapes/lit", limit=6_000, max_text_tokens=64),
+        aesthetic_data=DataConfig(source="tfds:shapes/lit", max_text_tokens=64),
         captions=(("short", 0.5), ("dense", 0.35), ("brief", 0.15)),
         name="shapes_demo",
     )

@@ -134,7 +134,7 @@ LEVELS = {
             textures=TEXTURES,
             ground_textures=("solid", "checked", "speckled"),
         ),
-        Level("lit", style="lit"),
+        Level("lit", style="lit", train=6_000),
         Level(
             "aesthetic",
             canvases=((64, 64, 0.55), (96, 96, 0.15), (64, 96, 0.15), (96, 64, 0.15)),
