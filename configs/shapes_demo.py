@@ -1,4 +1,4 @@
-"""configs/shapes.py with a sixth of the steps: the three stages from scratch in minutes on two CPU cores (`make demo`)."""
+"""configs/shapes.py with a quarter of the steps: the three stages from scratch in minutes on two CPU cores (`make demo`)."""
 
 from configs.shapes import get_config as shapes
 from pixart_jax.config import Config, DataConfig
@@ -7,8 +7,8 @@ from pixart_jax.config import Config, DataConfig
 def get_config() -> Config:
     return shapes(
         pixel_steps=600,
-        text_steps=3_500,
-        aesthetic_steps=400,
+        text_steps=4_000,
+        aesthetic_steps=700,
         aesthetic_data=DataConfig(source="tfds:shapes/lit", max_text_tokens=64),
         captions=(("short", 0.5), ("dense", 0.35), ("brief", 0.15)),
         name="shapes_demo",

@@ -41,6 +41,14 @@ def from_words(words: Sequence[str]):
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
+def save(tokenizer, folder: str | os.PathLike) -> None:
+    """Write the tokenizer as it was opened: without the cutting and padding of its last call, which transformers would write along."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(str(folder))
+
+
 def padded_length(longest: int, most: int) -> int:
     """The length to pad to: the next multiple of 8, so that few shapes compile, and never more than the model's ``most``."""
     return min(most, -(-max(longest, 1) // 8) * 8)

@@ -85,7 +85,7 @@ def write(
         transformer.save(staging / "transformer")
         text_encoder.save(staging / "text_encoder")
         vae.save(staging / "vae")
-        tokenizer.save_pretrained(str(staging / "tokenizer"))
+        tokenizers.save(tokenizer, staging / "tokenizer")
         schedulers.write(scheduler, staging / "scheduler")
         samplings.write(sampling, staging)
         index = {

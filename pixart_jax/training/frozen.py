@@ -73,7 +73,7 @@ class Frozen:
             return tokenizers.load(self.folder("tokenizer"))
         folder = self._workdir / "tokenizer"
         if not (folder / "tokenizer_config.json").is_file():
-            tokenizers.from_words(self._words()).save_pretrained(str(folder))
+            tokenizers.save(tokenizers.from_words(self._words()), folder)
         return tokenizers.load(folder)
 
     def _words(self) -> list[str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixart_jax import tokenizer as tokenizers
 from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Encoder
@@ -74,7 +75,7 @@ class TextToText:
     def export(self, params, folder: Path, batches) -> None:
         """folder/text_encoder and folder/tokenizer."""
         TextEncoder(self.module.config, params["encoder"]).save(folder / "text_encoder")
-        self.tokenizer.save_pretrained(str(folder / "tokenizer"))
+        tokenizers.save(self.tokenizer, folder / "tokenizer")
 
 
 def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> TextToText:
