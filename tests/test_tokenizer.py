@@ -16,7 +16,8 @@ WORDS = ["a", "red", "circle", "left", "of", "the", "star"]
 
 def test_a_saved_tokenizer_does_not_remember_how_its_last_call_cut(tmp_path):
     made = tokens.from_words(WORDS)
-    tokens.tokenize(made, ["a red circle on a white ground"], 4)
+    with pytest.warns(UserWarning, match="cut to 4"):
+        tokens.tokenize(made, ["a red circle on a white ground"], 4)
     tokens.save(made, tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"] is None
     assert "max_length" not in json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -107,11 +107,8 @@ def test_another_colour_shape_or_size_is_wrong_in_that_task(wanted):
 def test_an_object_too_many_breaks_object_and_counting(wanted):
     for name, task in (("single", "object"), ("count", "counting")):
         some = of_set(wanted, name)
-        images = []
-        for a in some:
-            at = (57.5, 6.5) if len(a.scene.objects) == 1 else (32.0, 32.0)  # where no slot is
-            images.append(changed(a.scene, *a.scene.objects, shapes.Object("circle", "red", "small", *at, 4.0)))
-        got = shares(score(some, images))
+        one_more = shapes.Object("circle", "red", "small", 57.5, 6.5, 4.0)  # in the corner that no number of objects stands in
+        got = shares(score(some, [changed(a.scene, *a.scene.objects, one_more) for a in some]))
         assert got[task] == 0.0, name
 
 
