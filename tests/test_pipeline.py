@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler, PixArtAlphaPipeline
+from diffusers import LCMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.schedulers import scheduling_lcm
 
@@ -318,6 +318,34 @@ def test_a_model_names_its_own_guidance(ours, tmp_path):
         Pipeline.from_pretrained(tmp_path)
     (tmp_path / "sampling_config.json").unlink()
     assert Pipeline.from_pretrained(tmp_path).sampling.guidance == 4.5
+
+
+def test_a_sigma_folder_reads_300_tokens_and_draws_what_diffusers_draws(tmp_path):
+    parts = tiny_diffusers.build(tmp_path, save=False).components
+    theirs = PixArtSigmaPipeline(**parts)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path / "sigma")
+    pipe = Pipeline.from_pretrained(tmp_path / "sigma")
+    assert pipe.transformer.config.text_tokens == 300
+    long = "a large red circle left of the small blue star and " * 15
+    assert 120 < int(pipe.encode_text([long])[1][0]) < 300
+    assert_draws_the_same(theirs, pipe, [long, PROMPTS[0]], 64, 64, steps=5)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == "PixArtSigmaPipeline"
+    again = PixArtSigmaPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert_draws_the_same(again, Pipeline.from_pretrained(tmp_path / "saved"), [long], 64, 64, steps=3)
+
+
+def test_a_folder_without_its_index_or_of_another_pipeline_is_named(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "PixArtBetaPipeline"}))
+    with pytest.raises(UserError, match="'PixArtBetaPipeline' .did you mean.*not known"):
+        Pipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").unlink()
+    with pytest.raises(UserError, match="has no model_index.json"):
+        Pipeline.from_pretrained(tmp_path)
 
 
 def test_an_lcm_folder_draws_in_four_steps_what_diffusers_draws(tmp_path, monkeypatch):

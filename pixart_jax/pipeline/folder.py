@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from pixart_jax import tokenizer as tokenizers
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, nearest
 from pixart_jax.pipeline import sampling as samplings
 from pixart_jax.pipeline import scheduler as schedulers
 
@@ -20,6 +21,8 @@ _CLASSES = {
     "transformer": ["diffusers", "PixArtTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+_ALPHA, _SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
+_TEXT_TOKENS = {_ALPHA: 120, _SIGMA: 300}  # where the transformer's config does not say; diffusers keeps them in its pipelines' code
 _DIFFUSERS = "0.42.1"  # the version whose PixArtAlphaPipeline is tested to open what is written here
 
 
@@ -32,7 +35,22 @@ def check(folder: str | os.PathLike) -> Path:
     if missing:
         found = "a part of a model" if (folder / "config.json").is_file() else "not a whole model"
         raise UserError(f"{folder} is {found}: it has no {', '.join(f'{name}/' for name in missing)}")
+    pipeline_class(folder)
     return folder
+
+
+def pipeline_class(folder: Path) -> str:
+    """The pipeline that the folder's index names; UserError where it names none that is known."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {INDEX}: it is no whole model, or was never wholly written") from None
+    except ValueError as fault:
+        raise UserError(f"{folder / INDEX} is no JSON: {fault}") from None
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name not in _TEXT_TOKENS:
+        raise UserError(f"{folder / INDEX} names {name!r}{nearest(str(name), _TEXT_TOKENS)}: that pipeline is not known")
+    return name
 
 
 def configs(folder: str | os.PathLike):
@@ -64,6 +82,9 @@ def read(folder: str | os.PathLike, dtype=None, mesh=None) -> dict:
     }
     for name in ("transformer", "text_encoder", "vae"):
         parts[name] = load_component(folder / name, dtype=dtype, mesh=mesh)
+    if "text_tokens" not in json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8")):
+        tokens = _TEXT_TOKENS[pipeline_class(folder)]
+        parts["transformer"] = parts["transformer"].replace(config=dataclasses.replace(parts["transformer"].config, text_tokens=tokens))
     return parts
 
 
@@ -89,7 +110,7 @@ def write(
         schedulers.write(scheduler, staging / "scheduler")
         samplings.write(sampling, staging)
         index = {
-            "_class_name": "PixArtAlphaPipeline",
+            "_class_name": _SIGMA if transformer.config.text_tokens == _TEXT_TOKENS[_SIGMA] else _ALPHA,
             "_diffusers_version": _DIFFUSERS,
             **_CLASSES,
             "tokenizer": ["transformers", type(tokenizer).__name__],
