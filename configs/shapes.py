@@ -1,10 +1,11 @@
 """The paper's three stages on the embedded world, on top of a frozen autoencoder and text encoder (assets/shapes).
 
-1 pixel dependency: a class-conditional DiT on single objects; 2 text–image alignment: re-parameterised into PixArt, on dense
-captions; 3 aesthetics: lit and shaded scenes at several sizes and aspect ratios. Velocity prediction: on so small a world
+1 pixel dependency: a class-conditional DiT on single objects; 2 text–image alignment: re-parameterised into PixArt, on dense, short and
+brief captions; 3 aesthetics: lit and shaded scenes at several sizes and aspect ratios. Velocity prediction: on so small a world
 and budget it learns in a tenth of the steps that noise prediction takes; every real recipe (xl2_*) keeps epsilon.
 
-This is how the shipped model was made; docs/shapes.md has its ledger and its scores.
+This is how the shipped model was made, in 34 minutes of training on two CPU cores (1.13 device-hours of two simulated devices);
+docs/shapes.md has its ledger and its scores: single objects all right, two objects bound right in 95 of 100 pictures.
     python train.py configs/shapes.py --workdir runs/shapes
 """
 

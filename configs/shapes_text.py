@@ -1,7 +1,7 @@
 """The small T5 v1.1 encoder behind the shipped model, and its tokenizer of whole words.
 
 Learns to read the captions of all levels of the embedded world: from a brief or a short one a decoder of one layer writes the
-dense one, which says of each object its colour, its size and its place.
+dense one, which says of each object its colour, its size and its place. Six minutes on two CPU cores.
     python train.py configs/shapes_text.py --workdir runs/shapes_text
 """
 
