@@ -176,6 +176,20 @@ def test_tokens_are_those_of_the_chosen_caption_padded_to_one_length():
     assert abs(np.mean(kinds) - 0.25) < 0.05
 
 
+def test_each_row_brings_the_first_text_of_its_target():
+    source = Noise()
+    samples = TokenSamples(source, Tokenizer(), (("short", 1.0), ("dense", 1.0)), 120, target="dense")
+    batch = Loader(samples, batch_size=40, seed=0).batch(0)
+    for row, key in enumerate(batch["key"]):
+        target = batch["target_ids"][row, : batch["target_lengths"][row]].tolist()
+        ids = batch["input_ids"][row, : batch["lengths"][row]].tolist()
+        assert target == Tokenizer()([source[int(key[1:])].texts("dense")[0]], 120, True, False)["input_ids"][0]
+        assert batch["itself"][row] == (ids == target)
+    assert 0 < batch["itself"].mean() < 1
+    with pytest.raises(UserError, match="no captions of kind 'dens'"):
+        TokenSamples(source, Tokenizer(), (("short", 1.0),), 120, target="dens")
+
+
 def test_long_texts_are_cut_with_their_end_mark_kept():
     samples = TokenSamples(Noise(), Tokenizer(), (("dense", 1.0),), 7)
     batch = Loader(samples, batch_size=30, seed=0).batch(0)

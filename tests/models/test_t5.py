@@ -16,6 +16,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from pixart_jax.weights import t5 as tables
 from pixart_jax.weights.table import read, write
+from tests.models.t5_reference import drawn_anew
 
 SIZES = {
     "tiny": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
@@ -35,15 +36,7 @@ SIZES = {
 
 def reference(config: T5Config, seed: int = 0) -> T5EncoderModel:
     """transformers' encoder, every weight drawn anew so that none is zero or one."""
-    model = T5EncoderModel(TorchConfig(**tables.config_to_json(config))).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = parameter.shape[-1] if parameter.ndim == 2 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim == 1 else fan_in**-0.5))
-            if parameter.ndim == 1:
-                parameter.add_(1.0)
-    return model
+    return drawn_anew(T5EncoderModel(TorchConfig(**tables.config_to_json(config))), seed)
 
 
 def params_of(config: T5Config, model: T5EncoderModel) -> dict:

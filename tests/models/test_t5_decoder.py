@@ -15,6 +15,7 @@ from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from pixart_jax.models.t5_decoder import T5Decoder
 from pixart_jax.weights import t5 as tables
 from pixart_jax.weights.table import read
+from tests.models.t5_reference import drawn_anew
 
 CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
 
@@ -23,20 +24,12 @@ def reference(layers: int) -> T5ForConditionalGeneration:
     """transformers' whole T5, every weight drawn anew so that none is zero or one."""
     fields = {**tables.config_to_json(CONFIG), "is_encoder_decoder": True, "num_decoder_layers": layers, "tie_word_embeddings": True}
     fields |= {"decoder_start_token_id": 0, "pad_token_id": 0}
-    model = T5ForConditionalGeneration(TorchConfig(**fields)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = parameter.shape[-1] if parameter.ndim == 2 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim == 1 else fan_in**-0.5))
-            if parameter.ndim == 1:
-                parameter.add_(1.0)
-    return model
+    return drawn_anew(T5ForConditionalGeneration(TorchConfig(**fields)))
 
 
 def decoder_params(state: dict, layers: int) -> dict:
     def attention(of: str, norm: str) -> dict:
-        kernels = {name: {"kernel": state[f"{of}.{theirs}.weight"].T} for name, theirs in zip("qkv", "qkv")}
+        kernels = {name: {"kernel": state[f"{of}.{name}.weight"].T} for name in "qkv"}
         return kernels | {"out": {"kernel": state[f"{of}.o.weight"].T}, "norm": {"scale": state[f"{norm}.weight"]}}
 
     params = {
