@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pixart_jax.config import Config, StageConfig
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.models.t5_decoder import T5Decoder
 from pixart_jax.parallel.rules import unboxed
+from pixart_jax.training.starts import first_params
 from pixart_jax.training.tasks.text_to_text import TextToText
+from pixart_jax.weights.component import TextEncoder
 
 CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 IDS = jnp.tile(jnp.arange(10, 26)[None], (400, 1)).at[:, 11].set(1)  # 11 words, the end mark, padding
@@ -64,3 +67,16 @@ def test_every_parameter_learns():
     params = unboxed(t.init(jax.random.key(0)))
     gradient = jax.grad(lambda p: t.losses(p, batch(itself=True), jax.random.split(jax.random.key(3), 4))["loss"].mean())(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_stage_starts_from_a_saved_encoder_with_a_fresh_decoder(tmp_path):
+    t = task()
+    encoder = unboxed(t.init(jax.random.key(1)))["encoder"]
+    TextEncoder(CONFIG, encoder).save(tmp_path / "text_encoder")
+    stage = StageConfig(name="more", task="text_to_text", start=str(tmp_path))
+
+    def fresh():
+        return unboxed(t.init(jax.random.key(2)))
+
+    found = first_params(Config(name="c", stages=(stage,)), 0, t, None, fresh, jax.random.key(0), lambda *_: None)
+    jax.tree.map(np.testing.assert_array_equal, found, {"encoder": encoder, "decoder": fresh()["decoder"]})
