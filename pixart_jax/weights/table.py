@@ -29,6 +29,7 @@ class Entry:
     ours: path in our tree, joined by '/'. theirs: key in the file; '{i}' in it means that ours is stacked over a
     leading layer axis, filled in place layer by layer. layout: a key of _LAYOUTS. part: (k, n) takes the k-th of n equal
     parts of theirs along its first axis (a fused qkv). optional: may be absent from the file (then absent from the tree).
+    layers: the layers that a stacked parameter is of, in order, where not every layer has it; None: 0, 1, 2 …
     """
 
     ours: str
@@ -36,10 +37,17 @@ class Entry:
     layout: str = "same"
     part: tuple[int, int] = (0, 1)
     optional: bool = False
+    layers: tuple[int, ...] | None = None
 
     @property
     def stacked(self) -> bool:
         return "{i}" in self.theirs
+
+    def names(self, length: int) -> list[str]:
+        """Their keys, one for each row of a stacked parameter of ``length`` rows; the one key of any other."""
+        if not self.stacked:
+            return [self.theirs]
+        return [self.theirs.format(i=i) for i in (range(length) if self.layers is None else self.layers)]
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
@@ -85,13 +93,13 @@ def read(
     shaped one at once.
     """
     table, keys, shapes = list(table), set(keys), flatten(shapes)
-    wanted: dict[str, list[tuple[Entry, int | None]]] = {}
+    wanted: dict[str, list[Entry]] = {}
     for entry in table:
         if entry.ours not in shapes:
             continue
-        for i in range(shapes[entry.ours].shape[0]) if entry.stacked else (None,):
-            wanted.setdefault(entry.theirs.format(i=i), []).append((entry, i))
-    optional = {k for k, uses in wanted.items() if all(e.optional for e, _ in uses)}
+        for name in entry.names((*shapes[entry.ours].shape, 1)[0]):
+            wanted.setdefault(name, []).append(entry)
+    optional = {k for k, uses in wanted.items() if all(entry.optional for entry in uses)}
     missing = sorted(k for k in wanted if k not in keys and k not in optional)
     left = sorted(k for k in keys if k not in wanted and k not in set(ignore))
     unmapped = sorted(set(shapes) - {e.ours for e in table})
@@ -108,7 +116,7 @@ def read(
         if entry.ours not in shapes:
             continue
         shape = tuple(shapes[entry.ours].shape)
-        names = [entry.theirs.format(i=i) for i in range(shape[0])] if entry.stacked else [entry.theirs]
+        names = entry.names((*shape, 1)[0])
         if not all(name in keys for name in names):  # an optional one
             continue
         value = np.empty(shape, dtype)
@@ -148,10 +156,9 @@ def write(table: Iterable[Entry], params: Mapping) -> dict[str, np.ndarray]:
     for entry in table:
         if entry.ours not in flat:
             continue
-        for i in range(flat[entry.ours].shape[0]) if entry.stacked else (None,):
-            value = flat[entry.ours] if i is None else flat[entry.ours][i]
+        for row, key in enumerate(entry.names((*flat[entry.ours].shape, 1)[0])):
+            value = flat[entry.ours][row] if entry.stacked else flat[entry.ours]
             value = np.ascontiguousarray(_LAYOUTS[entry.layout][1](value))
-            key = entry.theirs.format(i=i)
             if entry.part[1] == 1:
                 out[key] = value
             else:

@@ -53,6 +53,16 @@ def test_axes_and_parts_lie_as_they_should():
     np.testing.assert_array_equal(params["point"]["kernel"], FILE["point.weight"][:, :, 0, 0].T)
 
 
+def test_a_parameter_of_some_layers_takes_those_layers_tensors():
+    table = (Entry("extra/scale", "b.{i}.extra", layers=(1, 3)),)
+    tensors = {"b.1.extra": np.full(2, 1.0, np.float32), "b.3.extra": np.full(2, 3.0, np.float32)}
+    params = read(table, {"extra": {"scale": np.empty((2, 2))}}, tensors, tensors.__getitem__, source="the file")
+    np.testing.assert_array_equal(params["extra"]["scale"], [[1, 1], [3, 3]])
+    assert sorted(write(table, params)) == ["b.1.extra", "b.3.extra"]
+    with pytest.raises(UserError, match="1 left over: b.0.extra"):
+        read(table, {"extra": {"scale": np.empty((2, 2))}}, {**tensors, "b.0.extra": 0}, tensors.__getitem__, source="the file")
+
+
 def test_an_optional_parameter_may_be_absent():
     params = open_file({key: value for key, value in FILE.items() if key != "null"})
     assert "null" not in params and "scale" in params
