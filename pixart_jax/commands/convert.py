@@ -67,7 +67,7 @@ def from_file(flags: Flags):
     """An official checkpoint: PixArt's or DiT's, told apart by their tensors."""
     from pixart_jax.weights import component, dit, transformer
     from pixart_jax.weights.files import open_tensors
-    from pixart_jax.weights.table import read
+    from pixart_jax.weights.streaming import read
 
     branches = ("state_dict_ema", "ema", "state_dict", "model")
     tensors = open_tensors(flags.src, branches if flags.ema else ("state_dict", "model"))
@@ -86,7 +86,7 @@ def from_file(flags: Flags):
         held = ", ".join(list(shapes)[:4])
         raise UserError(f"{flags.src} is neither a PixArt transformer ({CAPTIONS}) nor a DiT ({LABELS}): it holds {held} …")
     wanted = parameter_shapes(kind(config, {}).module)
-    params = read(table, wanted, tensors, tensors.__getitem__, source=str(flags.src), ignore=ignore)
+    params = read(table, wanted, tensors, ignore=ignore)
     branch = getattr(tensors, "branch", None)
     return kind(config, params), f"{flags.src}" + (f" ({branch})" if branch else "")
 

@@ -25,8 +25,10 @@ from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.models.vae_tiled import tiled_decode
 from pixart_jax.parallel.rules import RULES, parameter_shardings
 from pixart_jax.weights import dit, t5, transformer, vae
+from pixart_jax.weights.cache import Cache
 from pixart_jax.weights.files import SafetensorsFile, Tensors, find_weights, open_tensors, write_json, write_safetensors
-from pixart_jax.weights.table import Entry, flatten, read, write
+from pixart_jax.weights.streaming import aliased, read
+from pixart_jax.weights.table import Entry, flatten, write
 
 CONFIG = "config.json"
 NULL_CAPTION = "null_caption.safetensors"  # beside the transformer's weights: diffusers has no place for it and would warn of its key
@@ -40,7 +42,11 @@ def _run(module: nn.Module, method: str, params, *arguments):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Component(abc.ABC):
-    """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation. mesh: where params lie, or None."""
+    """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation. mesh: where params lie, or None.
+
+    Opened with a dtype, the matrices of what computes in it are held in it too, so bfloat16 is half the memory; norms, tables,
+    biases and all that computes in fp32 stay in fp32.
+    """
 
     config: object
     params: Mapping
@@ -97,28 +103,30 @@ class Component(abc.ABC):
         tensors = write(self._names(self.config, self._config_to_json(params))[0], params)
         write_safetensors(folder / self.weights_file, tensors)
 
+    # Modules that compute in fp32 whatever the model's dtype is.
+    _wide: ClassVar[tuple[str, ...]] = ()
+
     @classmethod
     def _keep(cls, path: str, dtype) -> np.dtype:
-        """The dtype in which a parameter is held when the computation is in ``dtype``."""
-        del path, dtype
-        return np.dtype(np.float32)
+        """The dtype in which a parameter is held when the computation is in ``dtype``: that of the products that it enters."""
+        narrow = path.endswith("kernel") and not path.startswith(cls._wide)
+        return np.dtype(dtype) if narrow else np.dtype(np.float32)
 
     # Loading.
 
     @classmethod
-    def _load(cls, config, tensors: Tensors, values: Mapping, dtype, mesh) -> Self:
+    def _load(cls, config, tensors: Tensors, values: Mapping, dtype, mesh, cache: Cache | None = None) -> Self:
         boxed = jax.eval_shape(cls._module(config, dtype).init, jax.random.key(0), *cls._example(config))["params"]
         shapes = nn.unbox(boxed)
-        shardings = flatten(parameter_shardings(boxed, mesh)) if mesh is not None else {}
-
-        def place(path: str, array: np.ndarray):
-            array = array.astype(cls._keep(path, dtype), copy=False)
-            if mesh is None:
-                return jnp.asarray(array)
-            return jax.make_array_from_callback(array.shape, shardings[path], lambda part: array[part])
-
+        shardings = parameter_shardings(boxed, mesh) if mesh is not None else None
+        keep = functools.partial(cls._keep, dtype=dtype)
         table, ignore = cls._names(config, values)
-        params = read(table, shapes, tensors, tensors.__getitem__, source=tensors.source, ignore=ignore, place=place)
+        made = {path: (shape.shape, keep(path).name) for path, shape in flatten(shapes).items()}
+        if cache is not None and (held := cache.find(made, table)) is not None:
+            return cls(config, aliased(shapes, held, shardings), dtype, mesh)
+        params = read(table, shapes, tensors, ignore=ignore, dtype=keep, shardings=shardings)
+        if cache is not None:
+            cache.keep(params, made, table)
         return cls(config, params, dtype, mesh)
 
     def _call(self, method: str, *arguments):
@@ -136,6 +144,8 @@ class Component(abc.ABC):
 
 class Transformer(Component):
     """The PixArt transformer. ``params`` lacks null_caption where the file held none (diffusers' own files hold none)."""
+
+    _wide = ("timestep_embedder/", "size_embedder/", "ratio_embedder/", "t_block/")
 
     def apply(self, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None) -> jax.Array:
         """[b, h, w, 4], [b] fp32, [b, l, c], [b] int, [b, 2] (height, width in px), [b] → [b, h, w, 8] fp32."""
@@ -176,6 +186,8 @@ class Transformer(Component):
 class DiT(Component):
     """The class-conditional DiT of stage 1, saved under the official code's names."""
 
+    _wide = ("timestep_embedder/", "blocks/modulation/", "final_modulation/")
+
     def apply(self, latents, timesteps, labels) -> jax.Array:
         """[b, h, w, 4], [b] fp32, [b] int (num_classes: no class) → [b, h, w, 8] fp32."""
         return self._call("__call__", latents, timesteps, labels)
@@ -199,7 +211,7 @@ class DiT(Component):
 
 
 class TextEncoder(Component):
-    """The T5 encoder. Computing in bfloat16 it also holds its matrices in bfloat16: half the memory, 9.5 GB for T5-XXL."""
+    """The T5 encoder; T5-XXL computing in bfloat16 is 9.5 GB."""
 
     weights_file = "model.safetensors"
 
@@ -221,7 +233,7 @@ class TextEncoder(Component):
 
     @classmethod
     def _keep(cls, path, dtype):
-        return np.dtype(dtype) if path.endswith("kernel") or path == "embedding" else np.dtype(np.float32)
+        return np.dtype(dtype) if path == "embedding" else super()._keep(path, dtype)
 
     def _config_to_json(self, params):
         return {**t5.config_to_json(self.config), "torch_dtype": str(params["embedding"].dtype)}
@@ -269,12 +281,16 @@ _OLD_CLASS_NAME = "Transformer2DModel"
 _OF_NORM = {"ada_norm_single": transformer.CLASS_NAME, "ada_norm_zero": dit.DIFFUSERS_CLASS_NAME}
 
 
-def load_component(folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None) -> Component:
+def load_component(
+    folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None, *, cache: str | os.PathLike | None = None
+) -> Component:
     """Open one part of a model: the folder of a transformer, DiT, T5 encoder or VAE that diffusers, transformers or this project wrote.
 
-    dtype: of the computation, fp32 by default. Parameters are held in fp32 (TextEncoder: see there). mesh: parameters are
-    laid over it by parallel.rules, each device reading its own part. Raises UserError for a folder that is missing, is a
-    whole model, is of an unknown kind, lacks weights, or holds damaged ones, ones of other names, or ones of other shapes.
+    dtype: of the computation, fp32 by default; matrices are held in it. mesh: parameters are laid over it by parallel.rules, each
+    device reading its own part. cache: a folder where large weights are kept as they lie in memory, so that opening the
+    same files again changes no axes and no dtype (cache.py). Raises UserError for a folder that is missing, is a whole model, is
+    of an unknown kind, lacks weights, or holds damaged ones, ones of other names, or ones of other shapes; names and shapes
+    are checked before any tensor is read.
     """
     folder = Path(folder)
     values = _read_config(folder)
@@ -292,7 +308,8 @@ def load_component(folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mes
     tensors = _Renamed(open_tensors(find_weights(folder)), component, config)
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
         tensors = _WithNullCaption(tensors, folder / NULL_CAPTION)
-    return component._load(config, tensors, values, jnp.dtype(dtype or jnp.float32), mesh)
+    kept = None if cache is None else Cache(Path(cache), folder)
+    return component._load(config, tensors, values, jnp.dtype(dtype or jnp.float32), mesh, kept)
 
 
 def _read_config(folder: Path) -> dict:
@@ -335,6 +352,9 @@ class _Renamed(Tensors):
     def __getitem__(self, key):
         return self._tensors[self._key[key]]
 
+    def release(self, key):
+        self._tensors.release(self._key[key])
+
 
 class _WithNullCaption(Tensors):
     """A transformer's tensors and, under the name that old diffusers files give it, the null caption kept beside them."""
@@ -358,6 +378,10 @@ class _WithNullCaption(Tensors):
 
     def __getitem__(self, key):
         return self._beside["null_caption"] if key == self.KEY else self._tensors[key]
+
+    def release(self, key):
+        if key != self.KEY:
+            self._tensors.release(key)
 
 
 def _whole(array) -> np.ndarray:

@@ -6,7 +6,10 @@ Nothing is unpickled: a PyTorch file is opened by torch's weights-only loader, a
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
+import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +18,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from pixart_jax.errors import UserError
 
@@ -34,6 +36,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # Weights of a component folder, in the order in which they are looked for.
@@ -50,6 +53,9 @@ class Tensors(Mapping[str, np.ndarray]):
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
 
+    def release(self, key: str) -> None:
+        """Give the memory of the tensor's pages back; they are read again when they are asked for. Nothing, where no file is mapped."""
+
 
 class SafetensorsFile(Tensors):
     """One .safetensors file, memory mapped: an array is a view of the file until somebody copies it."""
@@ -62,8 +68,10 @@ class SafetensorsFile(Tensors):
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 self._header = json.loads(file.read(length))
-            self._header.pop("__metadata__", None)
-            self._bytes = np.memmap(path, np.uint8, "r", offset=8 + length) if self._header else np.empty(0, np.uint8)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
+            self._start = 8 + length
+            self._bytes = np.frombuffer(self._map, np.uint8)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read as safetensors, it is damaged or cut short ({_first_line(error)}): copy it again"
@@ -82,8 +90,14 @@ class SafetensorsFile(Tensors):
         entry = self._header[key]
         if entry["dtype"] not in _DTYPES:
             raise UserError(f"{self.source}: {key} is of dtype {entry['dtype']}, which is not known")
-        start, stop = entry["data_offsets"]
+        start, stop = (self._start + offset for offset in entry["data_offsets"])
         return self._bytes[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def release(self, key: str) -> None:
+        start, stop = (self._start + offset for offset in self._header[key]["data_offsets"])
+        start -= start % mmap.PAGESIZE
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 class TorchFile(Tensors):
@@ -98,6 +112,7 @@ class TorchFile(Tensors):
                 self.branch, content = name, content[name]
                 break
         self._tensors = {str(key): value for key, value in content.items() if hasattr(value, "numpy")}
+        self._mapped = _mapped(path)
         if not self._tensors:
             raise UserError(f"{path} holds no tensors by name (it holds: {', '.join(map(str, list(content)[:8])) or 'nothing'})")
 
@@ -117,6 +132,15 @@ class TorchFile(Tensors):
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
+
+    def release(self, key: str) -> None:
+        import ctypes
+
+        storage = self._tensors[key].untyped_storage()
+        start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        start -= start % mmap.PAGESIZE
+        if any(first <= start and stop <= last for first, last in self._mapped):  # never memory that is not a mapped file's
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 class Shards(Tensors):
@@ -154,6 +178,9 @@ class Shards(Tensors):
     def __getitem__(self, key: str) -> np.ndarray:
         return self._shard(key)[key]
 
+    def release(self, key: str) -> None:
+        self._shard(key).release(key)
+
 
 def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Tensors:
     """Open a .safetensors file, an …index.json of shards, or a PyTorch file.
@@ -186,11 +213,33 @@ def find_weights(folder: str | os.PathLike) -> Path:
     )
 
 
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write beside ``path`` and then rename, so that ``path`` is always a whole file. Raises UserError when it cannot be written."""
-    arrays = {key: np.asarray(value, order="C") for key, value in tensors.items()}
-    # diffusers and transformers refuse a file that does not name its format
-    write_atomically(path, lambda staged: safetensors.numpy.save_file(arrays, staged, metadata={"format": "pt"}))
+def write_safetensors(path: str | os.PathLike, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+    """Write {key: anything with shape and dtype that numpy reads}, one tensor in memory at a time.
+
+    Written beside ``path`` and then renamed, so that ``path`` is always a whole file. The file names its format "pt", without which
+    diffusers and transformers refuse it. Tensors of a multiple of 64 bytes come first and begin at one, so that arrays can be used
+    where they lie. Raises UserError when it cannot be written.
+    """
+    dtypes = {key: np.dtype(tensor.dtype) for key, tensor in tensors.items()}
+    sizes = {key: math.prod(tensor.shape) * dtypes[key].itemsize for key, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda key: (sizes[key] % 64 != 0, -dtypes[key].itemsize, key))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for key in order:
+        dtype, size = dtypes[key], sizes[key]
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(tensors[key].shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+
+    def save(staged: Path) -> None:
+        with open(staged, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key in order:
+                value = np.ascontiguousarray(tensors[key], dtypes[key])
+                file.write(value.reshape(-1).view(np.uint8).data)
+
+    write_atomically(path, save)
 
 
 def write_json(path: str | os.PathLike, values: Mapping) -> None:
@@ -258,6 +307,18 @@ def _torch_load(path: Path) -> Mapping:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return content
+
+
+def _mapped(path: Path) -> list[tuple[int, int]]:
+    """Addresses (first, last) at which this process has a file mapped, by Linux's account; none where that cannot be had."""
+    name, found = str(path.resolve()), []
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/maps") as maps:
+        for line in maps:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5] == name:
+                first, last = fields[0].split("-")
+                found.append((int(first, 16), int(last, 16)))
+    return found
 
 
 def _first_line(error: Exception) -> str:

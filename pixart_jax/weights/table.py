@@ -7,7 +7,10 @@ Each model has one table a format (weights/transformer.py, weights/t5.py, weight
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,6 +52,19 @@ class Entry:
             return [self.theirs]
         return [self.theirs.format(i=i) for i in (range(length) if self.layers is None else self.layers)]
 
+    def view(self, theirs: np.ndarray) -> np.ndarray | None:
+        """This parameter's part of their tensor with its axes as ours, not copied; None where it has other axes than the layout takes."""
+        part, parts = self.part
+        if parts > 1:
+            if theirs.ndim == 0 or theirs.shape[0] % parts:
+                return None
+            rows = theirs.shape[0] // parts
+            theirs = theirs[part * rows : (part + 1) * rows]
+        try:
+            return _LAYOUTS[self.layout][0](theirs)
+        except (ValueError, IndexError):
+            return None
+
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
     """Nested dict → {'a/b/c': leaf}."""
@@ -74,95 +90,115 @@ def unflatten(flat: Mapping[str, object]) -> dict:
     return tree
 
 
-def read(
+class Match(NamedTuple):
+    """A parameter and where it is found: its entry, its shape in our tree, and its tensors' keys, one a row where it is stacked."""
+
+    entry: Entry
+    shape: tuple[int, ...]
+    names: list[str]
+
+
+def match(
     table: Iterable[Entry],
     shapes: Mapping,  # our tree of anything with .shape (jax.eval_shape of init)
-    keys: Iterable[str],
-    tensor: Callable[[str], np.ndarray],
+    theirs: Mapping[str, tuple[int, ...]],  # {key: shape} of the file
     *,
     source: str,
-    dtype=np.float32,
     ignore: Iterable[str] = (),
-    place: Callable[[str, np.ndarray], object] | None = None,
-) -> dict:
-    """Fill our tree from a file, one tensor at a time.
+) -> list[Match]:
+    """Every parameter with its tensors, in the table's order; optional ones that the file lacks are left out.
 
-    keys: the names in the file; tensor(key) loads one. ignore: names that released files hold and no model needs.
-    place(path, array): what to make of each parameter as soon as it is filled (put on a mesh); the array itself by default.
-    Raises UserError that names every missing and left-over key at once, before any tensor is read, and then every wrongly
-    shaped one at once.
+    ignore: keys that released files hold and no model needs. Raises UserError that names every missing and left-over key at
+    once, or else every wrongly shaped one; keys that differ in the layer alone are named together ("blocks.[0-27].mlp.fc1.weight").
     """
-    table, keys, shapes = list(table), set(keys), flatten(shapes)
-    wanted: dict[str, list[Entry]] = {}
+    table, shapes = list(table), flatten(shapes)
+    matches = []
     for entry in table:
-        if entry.ours not in shapes:
-            continue
-        for name in entry.names((*shapes[entry.ours].shape, 1)[0]):
-            wanted.setdefault(name, []).append(entry)
-    optional = {k for k, uses in wanted.items() if all(entry.optional for entry in uses)}
-    missing = sorted(k for k in wanted if k not in keys and k not in optional)
-    left = sorted(k for k in keys if k not in wanted and k not in set(ignore))
-    unmapped = sorted(set(shapes) - {e.ours for e in table})
+        if entry.ours in shapes:
+            shape = tuple(shapes[entry.ours].shape)
+            matches.append(Match(entry, shape, entry.names((*shape, 1)[0])))
+    wanted = {name for found in matches for name in found.names}
+    needed = {name for found in matches if not found.entry.optional for name in found.names}
     problems = []
-    for what, names in (("missing", missing), ("left over", left), ("without a name in the table", unmapped)):
+    for what, names in (
+        ("missing", needed - theirs.keys()),
+        ("left over", theirs.keys() - wanted - set(ignore)),
+        ("without a name in the table", shapes.keys() - {entry.ours for entry in table}),
+    ):
         if names:
-            problems.append(f"{len(names)} {what}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}")
+            problems.append(f"{len(names)} {what}: {', '.join(grouped(names))}")
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
 
-    out: dict[str, object] = {}
-    wrong = []
-    for entry in table:  # parameter by parameter, so that the host holds one of them beside what is placed
-        if entry.ours not in shapes:
-            continue
-        shape = tuple(shapes[entry.ours].shape)
-        names = entry.names((*shape, 1)[0])
-        if not all(name in keys for name in names):  # an optional one
-            continue
-        value = np.empty(shape, dtype)
-        for i, name in enumerate(names):
-            theirs = tensor(name)
-            piece, want = _ours(entry, theirs), shape[1:] if entry.stacked else shape
-            if piece is None or tuple(piece.shape) != want:
-                wrong.append(f"{name} {tuple(theirs.shape)} for {entry.ours} {want}")
-            else:
-                value[i if entry.stacked else ...] = piece
-        if not wrong:
-            out[entry.ours] = place(entry.ours, value) if place else value
+    matches = [found for found in matches if all(name in theirs for name in found.names)]
+    wrong: dict[str, list[str]] = {}
+    for entry, shape, names in matches:
+        want = shape[1:] if entry.stacked else shape
+        for name in names:
+            view = entry.view(np.broadcast_to(np.empty((), np.int8), theirs[name]))
+            if view is None or view.shape != want:
+                wrong.setdefault(f"{tuple(theirs[name])} for {entry.ours} {want}", []).append(name)
     if wrong:
-        raise UserError(f"{source} does not fit the model: wrong shape: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
-    return unflatten(out)
+        listed = "; ".join(f"{', '.join(grouped(names))} {what}" for what, names in wrong.items())
+        raise UserError(f"{source} does not fit the model: wrong shape: {listed}")
+    return matches
 
 
-def _ours(entry: Entry, theirs: np.ndarray) -> np.ndarray | None:
-    """An entry's part of their tensor with its axes as ours; None where it has other axes than the layout takes."""
-    part, parts = entry.part
-    if parts > 1:
-        if theirs.ndim == 0 or theirs.shape[0] % parts:
-            return None
-        rows = theirs.shape[0] // parts
-        theirs = theirs[part * rows : (part + 1) * rows]
-    try:
-        return _LAYOUTS[entry.layout][0](theirs)
-    except (ValueError, IndexError):
-        return None
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names in order, those that differ in their first number alone as one: a.0.b, a.1.b, a.3.b → a.[0-1,3].b."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    plain = []
+    for name in names:
+        found = re.fullmatch(r"(.*?\.)(\d+)((?:\..*)?)", name)
+        if found:
+            groups.setdefault((found[1], found[3]), []).append(int(found[2]))
+        else:
+            plain.append(name)
+    for (before, after), numbers in groups.items():
+        numbers = sorted(set(numbers))
+        starts = [n for n in numbers if n - 1 not in numbers]
+        ends = [n for n in numbers if n + 1 not in numbers]
+        ranges = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+        plain.append(f"{before}{ranges if len(numbers) == 1 else f'[{ranges}]'}{after}")
+    return sorted(plain)
 
 
-def write(table: Iterable[Entry], params: Mapping) -> dict[str, np.ndarray]:
-    """Our tree → {their key: array}, the inverse of :func:`read`, to the bit."""
-    flat = {path: np.asarray(value) for path, value in flatten(params).items()}
-    out: dict[str, np.ndarray] = {}
-    parts: dict[str, dict[int, np.ndarray]] = {}
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A tensor of a file to be written: its shape and dtype are known, its values are made when they are asked for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        value = self.make()
+        return value if dtype is None else value.astype(dtype, copy=False)
+
+
+def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
+    """Our tree → {their key: tensor}, the inverse of reading, to the bit. One is made at a time, so a whole copy is never held."""
+    flat = flatten(params)
+    pieces: dict[str, dict[int, tuple[Entry, int]]] = {}
     for entry in table:
-        if entry.ours not in flat:
-            continue
-        for row, key in enumerate(entry.names((*flat[entry.ours].shape, 1)[0])):
-            value = flat[entry.ours][row] if entry.stacked else flat[entry.ours]
-            value = np.ascontiguousarray(_LAYOUTS[entry.layout][1](value))
-            if entry.part[1] == 1:
-                out[key] = value
-            else:
-                parts.setdefault(key, {})[entry.part[0]] = value
-    for key, pieces in parts.items():
-        out[key] = np.concatenate([pieces[k] for k in sorted(pieces)])
+        if entry.ours in flat:
+            for row, key in enumerate(entry.names((*flat[entry.ours].shape, 1)[0])):
+                pieces.setdefault(key, {})[entry.part[0]] = (entry, row)
+
+    def make(key: str) -> np.ndarray:
+        arrays = []
+        for _, (entry, row) in sorted(pieces[key].items(), key=lambda item: item[0]):
+            value = np.asarray(flat[entry.ours])
+            arrays.append(_LAYOUTS[entry.layout][1](value[row] if entry.stacked else value))
+        return np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
+
+    def shape(entry: Entry) -> tuple[int, ...]:
+        ours = flat[entry.ours].shape[1:] if entry.stacked else flat[entry.ours].shape
+        return _LAYOUTS[entry.layout][1](np.broadcast_to(np.empty((), np.int8), ours)).shape
+
+    out = {}
+    for key, parts in pieces.items():
+        shapes = [shape(entry) for entry, _ in parts.values()]
+        whole = shapes[0] if len(shapes) == 1 else (sum(length for length, *_ in shapes), *shapes[0][1:])
+        out[key] = Pending(whole, np.dtype(flat[next(iter(parts.values()))[0].ours].dtype), functools.partial(make, key))
     return out

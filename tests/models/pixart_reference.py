@@ -10,7 +10,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
-from pixart_jax.weights.table import Entry, read
+from pixart_jax.weights.streaming import read
+from pixart_jax.weights.table import Entry
 from pixart_jax.weights.transformer import DIFFUSERS, config_from_json
 
 
@@ -50,7 +51,7 @@ def transformer_shapes(config: TransformerConfig) -> dict:
 
 
 def read_state_dict(table: tuple[Entry, ...], shapes: dict, state: dict, **options) -> dict:
-    return read(table, shapes, state.keys(), lambda key: np.asarray(state[key]), source="the test's state dict", **options)
+    return read(table, shapes, {key: np.asarray(value) for key, value in state.items()}, source="the test's state dict", **options)
 
 
 def diffusers_pair(seed: int = 0, **config) -> tuple[PixArtTransformer2DModel, TransformerConfig, dict]:

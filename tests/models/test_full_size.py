@@ -11,7 +11,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from pixart_jax.models.transformer import PixArtTransformer
-from pixart_jax.weights.table import read
+from pixart_jax.weights.streaming import read
 from pixart_jax.weights.transformer import DIFFUSERS, config_from_json
 from tests.models.pixart_reference import inputs, randomise, relative_error, run_diffusers, transformer_shapes
 
@@ -32,9 +32,9 @@ def test_xl_2_equals_diffusers_at_256_and_512_px(whole_memory):
 
     state = theirs.state_dict()
     del theirs
-    params = read(DIFFUSERS, transformer_shapes(config), list(state), lambda key: state.pop(key).numpy(), source="diffusers")
+    params = read(DIFFUSERS, transformer_shapes(config), {key: value.numpy() for key, value in state.items()}, source="diffusers")
+    state.clear()
     gc.collect()
-    params = jax.device_put(params)
     apply = jax.jit(PixArtTransformer(config).apply)
     for args, reference in zip(cases, references):
         error = relative_error(apply({"params": params}, **args), reference)

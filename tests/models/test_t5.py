@@ -15,7 +15,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from pixart_jax.weights import t5 as tables
-from pixart_jax.weights.table import read, write
+from pixart_jax.weights.streaming import read
+from pixart_jax.weights.table import write
 from tests.models.t5_reference import drawn_anew
 
 SIZES = {
@@ -42,7 +43,7 @@ def reference(config: T5Config, seed: int = 0) -> T5EncoderModel:
 def params_of(config: T5Config, model: T5EncoderModel) -> dict:
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     shapes = nn.unbox(jax.eval_shape(T5Encoder(config).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int)))["params"]
-    return read(tables.TRANSFORMERS, shapes, state, state.__getitem__, source="the reference", ignore=tables.IGNORED)
+    return read(tables.TRANSFORMERS, shapes, state, source="the reference", ignore=tables.IGNORED)
 
 
 def relative_error(ours, theirs) -> float:

@@ -16,7 +16,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.vae import AutoencoderKL, VAEConfig
 from pixart_jax.models.vae_tiled import tile_starts, tiled_decode
 from pixart_jax.weights import vae as tables
-from pixart_jax.weights.table import flatten, read, write
+from pixart_jax.weights.streaming import read
+from pixart_jax.weights.table import flatten, write
 
 SIZES = {
     "tiny": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4),
@@ -50,7 +51,7 @@ def params_of(config: VAEConfig, model: TorchVAE) -> dict:
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     side = config.factor
     shapes = nn.unbox(jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3))))["params"]
-    params = read(tables.diffusers(config), shapes, state, state.__getitem__, source="the reference")
+    params = read(tables.diffusers(config), shapes, state, source="the reference")
     assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(params))
     return params
 

@@ -35,10 +35,39 @@ def test_safetensors_round_trip_is_bit_exact_and_lazy(tmp_path):
         assert tensors.shape(key) == np.shape(array)
         assert tensors[key].dtype == np.asarray(array).dtype
         np.testing.assert_array_equal(tensors[key], array)
-    base = tensors["a"]
-    while base.base is not None and not isinstance(base, np.memmap):
-        base = base.base
-    assert isinstance(base, np.memmap)  # a view of the file, not a copy of it
+    assert np.may_share_memory(tensors["a"], tensors["a"])  # a view of the file, not a copy of it
+    assert safetensors.torch.load_file(path)["a"].shape == np.shape(arrays()["a"])
+
+
+def test_safetensors_begin_where_xla_can_use_them(tmp_path):
+    arrays = {
+        "odd": np.ones(3, np.float16),
+        "a": np.ones((4, 16), np.float32),
+        "b": np.ones(64, ml_dtypes.bfloat16),
+        "c": np.ones(1, np.int64),
+    }
+    write_safetensors(tmp_path / "x.safetensors", arrays, {"made": "by hand"})
+    tensors = open_tensors(tmp_path / "x.safetensors")
+    assert [tensors[key].ctypes.data % 64 for key in ("a", "b")] == [0, 0]
+    assert tensors.metadata == {"format": "pt", "made": "by hand"}
+    with safetensors.safe_open(tmp_path / "x.safetensors", "np") as file:
+        assert {key: file.get_tensor(key).shape for key in file.keys()} == {key: value.shape for key, value in arrays.items()}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "index"])
+def test_a_released_tensor_is_read_again_and_right(tmp_path, form):
+    big = {"a": torch.randn(300, 100), "b": torch.randn(7), "c": torch.randn(50, 50)}
+    if form == "pth":
+        torch.save(big, path := tmp_path / "x.pth")
+    else:
+        safetensors.torch.save_file(big, path := tmp_path / "x.safetensors")
+    if form == "index":
+        (path := tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(big, "x.safetensors")}))
+    tensors = open_tensors(path)
+    for _ in range(2):
+        for key, value in big.items():
+            np.testing.assert_array_equal(tensors[key], value.numpy())
+            tensors.release(key)
 
 
 def test_bfloat16_is_read_from_both_formats(tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.weights.table import Entry, flatten, read, unflatten, write
+from pixart_jax.weights.streaming import read
+from pixart_jax.weights.table import Entry, flatten, grouped, match, unflatten, write
 
 TABLE = (
     Entry("blocks/q/kernel", "b.{i}.qkv.weight", "linear", (0, 3)),
@@ -34,7 +35,7 @@ SHAPES = unflatten({
 
 
 def open_file(tensors=FILE, **options):
-    return read(TABLE, SHAPES, tensors, tensors.__getitem__, source="the file", **options)
+    return read(TABLE, SHAPES, tensors, **options)
 
 
 def test_read_and_write_are_inverse_to_the_bit():
@@ -56,27 +57,16 @@ def test_axes_and_parts_lie_as_they_should():
 def test_a_parameter_of_some_layers_takes_those_layers_tensors():
     table = (Entry("extra/scale", "b.{i}.extra", layers=(1, 3)),)
     tensors = {"b.1.extra": np.full(2, 1.0, np.float32), "b.3.extra": np.full(2, 3.0, np.float32)}
-    params = read(table, {"extra": {"scale": np.empty((2, 2))}}, tensors, tensors.__getitem__, source="the file")
+    params = read(table, {"extra": {"scale": np.empty((2, 2))}}, tensors)
     np.testing.assert_array_equal(params["extra"]["scale"], [[1, 1], [3, 3]])
     assert sorted(write(table, params)) == ["b.1.extra", "b.3.extra"]
     with pytest.raises(UserError, match="1 left over: b.0.extra"):
-        read(table, {"extra": {"scale": np.empty((2, 2))}}, {**tensors, "b.0.extra": 0}, tensors.__getitem__, source="the file")
+        read(table, {"extra": {"scale": np.empty((2, 2))}}, {**tensors, "b.0.extra": np.zeros(2)})
 
 
 def test_an_optional_parameter_may_be_absent():
     params = open_file({key: value for key, value in FILE.items() if key != "null"})
     assert "null" not in params and "scale" in params
-
-
-def test_each_parameter_is_placed_before_the_next_is_read():
-    events = []
-
-    def tensor(key):
-        events.append(key)
-        return FILE[key]
-
-    read(TABLE, SHAPES, FILE, tensor, source="the file", place=lambda path, array: events.append(path) or array)
-    assert events[:6] == ["b.0.qkv.weight", "b.1.qkv.weight", "blocks/q/kernel", "b.0.qkv.weight", "b.1.qkv.weight", "blocks/k/kernel"]
 
 
 def test_ignored_keys_do_not_count():
@@ -87,11 +77,15 @@ def test_missing_and_left_over_keys_are_named_together_before_anything_is_read()
     tensors = {**FILE, "stray": np.zeros(1)}
     del tensors["b.1.qkv.weight"], tensors["norm.weight"]
 
-    def never(key):
-        raise AssertionError(key)
-
     with pytest.raises(UserError, match="the file does not fit the model: 2 missing: b.1.qkv.weight, norm.weight; 1 left over: stray"):
-        read(TABLE, SHAPES, tensors, never, source="the file")
+        match(TABLE, SHAPES, {key: value.shape for key, value in tensors.items()}, source="the file")
+
+
+def test_keys_that_differ_in_their_layer_alone_are_named_together():
+    tensors = {key: value for key, value in FILE.items() if ".qkv." not in key}
+    with pytest.raises(UserError, match=r"2 missing: b.\[0-1\].qkv.weight$"):
+        open_file(tensors)
+    assert grouped(["a.7.x", "a.1.x", "a.0.x", "z", "a.1.y", "a.2"]) == ["a.1.y", "a.2", "a.[0-1,7].x", "z"]
 
 
 def test_every_wrong_shape_is_named_at_once():
@@ -104,4 +98,4 @@ def test_every_wrong_shape_is_named_at_once():
 def test_a_parameter_without_a_name_is_named():
     shapes = {**SHAPES, "new": {"kernel": np.empty(3)}}
     with pytest.raises(UserError, match="1 without a name in the table: new/kernel"):
-        read(TABLE, shapes, FILE, FILE.__getitem__, source="the file")
+        read(TABLE, shapes, FILE)

@@ -1,0 +1,185 @@
+"""From a file to the devices, a parameter at a time: what is read is laid out, cast and put in its place before the next is touched.
+
+A stacked parameter is one buffer for each part of it that a device of this process holds; every layer's tensor is copied
+into its row, axes and dtype changed on the way, by a few threads. Where the device is the CPU the buffer itself becomes the
+array. Pages of the file are given back as soon as they are copied. So the host holds, beside what lives on the devices, one
+parameter, or two where a copy to an accelerator is under way.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from pixart_jax.weights.files import Tensors
+from pixart_jax.weights.table import Entry, Match, flatten, match, unflatten
+
+ALIGNMENT = 64  # bytes: an array that begins at a multiple of it can be used by XLA's CPU devices where it lies
+_TILE = (64, 256)  # of a transposition; two of them fit a core's own cache
+_SLAB = 1 << 23  # elements that one thread copies at a time
+_THREADS = 8
+_AHEAD = 1  # tensors under way beside the one that is waited for
+_LONG = 1 << 30  # bytes; opening more shows a bar
+
+Index = tuple[tuple[int, int], ...]  # (start, stop) along each axis
+
+
+def read(
+    table: Iterable[Entry],
+    shapes: Mapping,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    source: str | None = None,
+    ignore: Iterable[str] = (),
+    dtype: Callable[[str], np.dtype] | np.dtype = np.float32,
+    shardings: Mapping | None = None,
+    finish: Callable[[str, jax.Array], object] | None = None,
+) -> dict:
+    """Our tree of jax arrays, from a file's tensors.
+
+    shapes: our tree of anything with .shape. tensors: a file of files.py, or {key: array}; source: its name in messages. dtype: of
+    each parameter, or a function of its path. shardings: our tree of NamedSharding, or None for the default device. ignore: as
+    table.match, which names all that does not fit, before anything is read. finish(path, array): what to keep instead of
+    the array (int8 values and their scales, say).
+    """
+    matches = match(table, shapes, _shapes(tensors), source=source or getattr(tensors, "source", "the file"), ignore=ignore)
+    shardings = {} if shardings is None else flatten(shardings)
+    dtype_of = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
+    release = getattr(tensors, "release", lambda key: None)
+    total = sum(int(np.prod(found.shape)) * np.dtype(dtype_of(found.entry.ours)).itemsize for found in matches)
+    out: dict[str, object] = {}
+    before: object = None
+    threads = max(1, min(_THREADS, os.cpu_count() or 1))
+    with (
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+        tqdm(total=total, desc="opening", unit="B", unit_scale=True, disable=total < _LONG, leave=False) as bar,
+    ):
+        for found in matches:
+            path = found.entry.ours
+            held = np.dtype(dtype_of(path))
+            array = _parameter(found, tensors, held, shardings.get(path), pool, release)
+            jax.block_until_ready(before)  # a copy to an accelerator keeps its buffer: two of them at most
+            before = out[path] = finish(path, array) if finish else array
+            bar.update(int(np.prod(found.shape)) * held.itemsize)
+    jax.block_until_ready(before)
+    return unflatten(out)
+
+
+def aliased(shapes: Mapping, tensors: Tensors, shardings: Mapping | None = None) -> dict:
+    """Our tree from a file that holds it in our own layout and dtypes: on a CPU's single device the arrays are the file's own pages,
+    read when they are first used."""
+    shardings = {} if shardings is None else flatten(shardings)
+    out: dict[str, object] = {}
+    before: object = None
+    for path in flatten(shapes):
+        if path not in tensors:  # an optional parameter
+            continue
+        value = tensors[path]
+        before = out[path] = _put({_whole(value.shape): value}, value.shape, shardings.get(path))
+        if jax.default_backend() != "cpu":
+            jax.block_until_ready(before)
+            tensors.release(path)
+    return unflatten(out)
+
+
+def _shapes(tensors: Mapping) -> dict[str, tuple[int, ...]]:
+    shape = tensors.shape if isinstance(tensors, Tensors) else lambda key: tuple(np.shape(tensors[key]))
+    return {key: shape(key) for key in tensors}
+
+
+def _parameter(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, release: Callable[[str], None]) -> jax.Array:
+    """One parameter on its devices; each tensor's pages are given back when it is copied."""
+    indices = {_whole(found.shape)} if sharding is None else set(_parts(found.shape, sharding).values())
+    buffers = {index: _aligned([stop - start for start, stop in index], dtype) for index in indices}
+    under_way: collections.deque[tuple[str, list[concurrent.futures.Future]]] = collections.deque()
+
+    def finish(most: int) -> None:
+        while len(under_way) > most:
+            name, copies = under_way.popleft()
+            for done in copies:
+                done.result()
+            release(name)
+
+    for row, name in enumerate(found.names):
+        under_way.append((name, [pool.submit(_copy, *job) for job in _jobs(found.entry, row, tensors[name], buffers)]))
+        finish(_AHEAD)
+    finish(0)
+    return _put(buffers, found.shape, sharding)
+
+
+def _jobs(entry: Entry, row: int, theirs, buffers: Mapping[Index, np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(part of a buffer, what belongs there) of one tensor: few enough elements each that threads share them evenly."""
+    view = entry.view(np.asarray(theirs))
+    for index, buffer in buffers.items():
+        if entry.stacked:
+            (start, stop), index = index[0], index[1:]
+            if not start <= row < stop:
+                continue
+            buffer = buffer[row - start]
+        yield from _slabs(buffer, view[tuple(slice(*bounds) for bounds in index)])
+
+
+def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts both along the axis on which their file is longest strided, so that each slab reads one run of it."""
+    if view.ndim == 0 or view.size <= _SLAB:
+        yield out, view
+        return
+    axis = int(np.argmax(np.abs(view.strides)))
+    rows = max(_TILE[0], _SLAB * view.shape[axis] // view.size)
+    for start in range(0, view.shape[axis], rows):
+        cut = (slice(None),) * axis + (slice(start, start + rows),)
+        yield out[cut], view[cut]
+
+
+def _copy(out: np.ndarray, view: np.ndarray) -> None:
+    """out[...] = view, cast. A transposed matrix goes tile by tile: numpy's own copy takes a cache miss an element there."""
+    if view.ndim != 2 or abs(view.strides[0]) >= abs(view.strides[1]):
+        np.copyto(out, view, casting="unsafe")
+        return
+    height, width = _TILE
+    theirs = view.T
+    bits = np.dtype(f"u{out.itemsize}")  # numpy moves its own types faster than ml_dtypes'
+    target = out.view(bits)
+    for top in range(0, theirs.shape[0], height):
+        rows = np.ascontiguousarray(theirs[top : top + height]).astype(out.dtype, copy=False).view(bits)
+        for left in range(0, theirs.shape[1], width):
+            target[left : left + width, top : top + height] = rows[:, left : left + width].T
+
+
+def _put(buffers: Mapping[Index, np.ndarray], shape: tuple[int, ...], sharding) -> jax.Array:
+    """The array whose parts lie in buffers, which nobody writes any more: a CPU device takes them as they are."""
+    if sharding is None:
+        return jax.device_put(buffers[_whole(shape)], may_alias=True)
+    whole = buffers.get(_whole(shape))
+    arrays = []
+    for device, index in _parts(shape, sharding).items():
+        part = buffers[index] if index in buffers else whole[tuple(slice(*bounds) for bounds in index)]
+        arrays.append(jax.device_put(part, device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _parts(shape: tuple[int, ...], sharding) -> dict[jax.Device, Index]:
+    """{device of this process: what it holds}."""
+    return {
+        device: tuple(part.indices(length)[:2] for part, length in zip(index, shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+
+
+def _whole(shape: tuple[int, ...]) -> Index:
+    return tuple((0, length) for length in shape)
+
+
+def _aligned(shape: Iterable[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that XLA's CPU devices can use where it lies."""
+    shape = tuple(shape)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
