@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
+import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -20,12 +23,14 @@ from tqdm import tqdm
 from pixart_jax.weights.files import Tensors
 from pixart_jax.weights.table import Entry, Match, flatten, match, unflatten
 
-ALIGNMENT = 64  # bytes: an array that begins at a multiple of it can be used by XLA's CPU devices where it lies
-_TILE = (64, 256)  # of a transposition; two of them fit a core's own cache
+_ALIGNMENT = 64  # bytes: an array that begins at a multiple of it can be used by XLA's CPU devices where it lies
+_TILE = (256, 1024)  # of a transposition, rows and columns of the file's matrix
+_PADDING = 16
 _SLAB = 1 << 23  # elements that one thread copies at a time
 _THREADS = 8
 _AHEAD = 1  # tensors under way beside the one that is waited for
-_LONG = 1 << 30  # bytes; opening more shows a bar
+_HUGE = 4 << 20  # bytes; from here on an array is given huge pages
+_LONG = 3 << 30  # bytes; opening more shows a bar
 
 Index = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
@@ -52,7 +57,7 @@ def read(
     shardings = {} if shardings is None else flatten(shardings)
     dtype_of = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
     release = getattr(tensors, "release", lambda key: None)
-    total = sum(int(np.prod(found.shape)) * np.dtype(dtype_of(found.entry.ours)).itemsize for found in matches)
+    total = sum(math.prod(found.shape) * np.dtype(dtype_of(found.entry.ours)).itemsize for found in matches)
     out: dict[str, object] = {}
     before: object = None
     threads = max(1, min(_THREADS, os.cpu_count() or 1))
@@ -66,7 +71,7 @@ def read(
             array = _parameter(found, tensors, held, shardings.get(path), pool, release)
             jax.block_until_ready(before)  # a copy to an accelerator keeps its buffer: two of them at most
             before = out[path] = finish(path, array) if finish else array
-            bar.update(int(np.prod(found.shape)) * held.itemsize)
+            bar.update(math.prod(found.shape) * held.itemsize)
     jax.block_until_ready(before)
     return unflatten(out)
 
@@ -138,7 +143,8 @@ def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.n
 
 
 def _copy(out: np.ndarray, view: np.ndarray) -> None:
-    """out[...] = view, cast. A transposed matrix goes tile by tile: numpy's own copy takes a cache miss an element there."""
+    """out[...] = view, cast. A transposed matrix goes tile by tile through a scratch that fits a core's cache: numpy's own copy
+    misses it at every element. The scratch's rows are padded, for rows a power of two apart would share a cache line's place."""
     if view.ndim != 2 or abs(view.strides[0]) >= abs(view.strides[1]):
         np.copyto(out, view, casting="unsafe")
         return
@@ -146,10 +152,13 @@ def _copy(out: np.ndarray, view: np.ndarray) -> None:
     theirs = view.T
     bits = np.dtype(f"u{out.itemsize}")  # numpy moves its own types faster than ml_dtypes'
     target = out.view(bits)
+    scratch = np.empty((height, width + _PADDING), out.dtype)
     for top in range(0, theirs.shape[0], height):
-        rows = np.ascontiguousarray(theirs[top : top + height]).astype(out.dtype, copy=False).view(bits)
         for left in range(0, theirs.shape[1], width):
-            target[left : left + width, top : top + height] = rows[:, left : left + width].T
+            tile = theirs[top : top + height, left : left + width]
+            cast = scratch[: tile.shape[0], : tile.shape[1]]
+            np.copyto(cast, tile, casting="unsafe")
+            target[left : left + width, top : top + height] = cast.view(bits).T
 
 
 def _put(buffers: Mapping[Index, np.ndarray], shape: tuple[int, ...], sharding) -> jax.Array:
@@ -177,9 +186,15 @@ def _whole(shape: tuple[int, ...]) -> Index:
 
 
 def _aligned(shape: Iterable[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array that XLA's CPU devices can use where it lies."""
+    """An empty array that XLA's CPU devices can use where it lies. In huge pages where the system has them: the first touch of
+    ordinary ones takes longer than the copying."""
     shape = tuple(shape)
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    size = math.prod(shape) * dtype.itemsize
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
