@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+
+from pixart_jax.weights.quantization import quantize
+from pixart_jax.weights.table import flatten, unflatten
 
 
 def drawn_anew(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -15,3 +19,9 @@ def drawn_anew(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             if parameter.ndim == 1:
                 parameter.add_(1.0)
     return model.eval()
+
+
+def quantized(params: dict) -> dict:
+    """An encoder's float parameters → those of the encoder with quantization="int8", as a loader makes them one by one."""
+    leaves = {path: (np.asarray(leaf), quantize(path, np.asarray(leaf))) for path, leaf in flatten(params).items()}
+    return unflatten({path: array if int8 is None else int8 for path, (array, int8) in leaves.items()})
