@@ -1,4 +1,4 @@
-"""Weights for transformers' T5 models that a comparison can stand on."""
+"""Weights of T5 models that a comparison can stand on, and measures of how far two are apart."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ def drawn_anew(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             if parameter.ndim == 1:
                 parameter.add_(1.0)
     return model.eval()
+
+
+def relative_error(ours, theirs) -> float:
+    """Largest difference over the largest magnitude."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def rms_error(ours, theirs) -> float:
+    """Root mean square of the difference over that of theirs."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def quantized(params: dict) -> dict:
