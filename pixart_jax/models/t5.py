@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.attention import attention
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.parallel.axes import ACTIVATION, EMBED, HEADS, LAYERS, MLP, NORM, VOCAB
+
+QUANTIZATIONS = ("int8",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +88,39 @@ class RMSNorm(nn.Module):
         return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon) * scale).astype(self.dtype)
 
 
+def check_quantization(name: str | None) -> None:
+    """Raises UserError when there is no such way to hold the kernels; None holds them as floats."""
+    if name not in (None, *QUANTIZATIONS):
+        raise UserError(f"quantization {name!r} is unknown{nearest(str(name), QUANTIZATIONS)}")
+
+
 class Projection(nn.Module):
-    """x · kernel on the last axis; T5 has no biases."""
+    """x · kernel on the last axis; T5 has no biases. With quantization the kernel is int8 values and scales (quantization.py)."""
 
     features: int
     std: float  # of the initial kernel
     axes: tuple[str, str]
     dtype: jnp.dtype = jnp.float32
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _normal(self.std, self.axes), (x.shape[-1], self.features), jnp.float32)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        shape = (x.shape[-1], self.features)
+        if self.quantization is None:
+            kernel = self._checked(self.param("kernel", _normal(self.std, self.axes), shape, jnp.float32)).astype(self.dtype)
+        else:
+            from pixart_jax.models import quantization  # see there
+
+            init = quantization.quantized(nn.initializers.normal(self.std), self.axes)
+            kernel = quantization.dequantize(self._checked(self.param("kernel", init, shape)), self.axes, self.dtype)
+        return jnp.dot(x.astype(self.dtype), kernel)
+
+    def _checked(self, kernel):
+        """Flax compares shapes alone, and those int8 values and floats have in common."""
+        if hasattr(kernel, "qvalue") != (self.quantization is not None):
+            held = "floats" if self.quantization else "int8 values"
+            raise UserError(f"{'/'.join(self.path)}/kernel holds {held}, which a T5 with quantization={self.quantization!r} does not take")
+        return kernel
 
 
 class T5Block(nn.Module):
@@ -105,6 +128,7 @@ class T5Block(nn.Module):
 
     config: T5Config
     dtype: jnp.dtype = jnp.float32
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -114,7 +138,7 @@ class T5Block(nn.Module):
         inner = c.num_heads * c.d_kv
 
         def project(features, std, axes, name):
-            return Projection(features, std, axes, self.dtype, name=name)
+            return Projection(features, std, axes, self.dtype, self.quantization, name=name)
 
         x = nn.with_logical_constraint(x, ACTIVATION)
         y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="attention_norm")(x)
@@ -137,20 +161,23 @@ class T5Encoder(nn.Module):
 
     Parameters are fp32, stacked over the blocks (params["blocks"][…] [num_layers, …]); the products compute in dtype, while
     the residual stream, norms and softmax stay in fp32: T5's activations outgrow half precision. params["embedding"]
-    [vocab_size, d_model] is the table.
+    [vocab_size, d_model] is the table. quantization "int8": the blocks' kernels are held as int8 values with a scale an
+    output channel (Qwix arrays), a quarter of fp32's memory; they are turned to dtype a layer at a time.
     """
 
     config: T5Config
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # a name of models/remat.py
+    quantization: str | None = None  # a name of QUANTIZATIONS
 
     def setup(self):
         c = self.config
         policy(self.remat)  # an unknown name fails before anything is computed
+        check_quantization(self.quantization)
         self.embedding = self.param("embedding", _normal(1.0, (VOCAB, EMBED)), (c.vocab_size, c.d_model), jnp.float32)
         shape = (c.relative_attention_num_buckets, c.num_heads)
         self.relative_bias = self.param("relative_bias", _normal(c.d_model**-0.5, (None, None)), shape, jnp.float32)
-        self.blocks = T5Block(c, self.dtype)
+        self.blocks = T5Block(c, self.dtype, self.quantization)
         self.final_norm = RMSNorm(c.layer_norm_epsilon)
 
     def __call__(

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from pixart_jax.errors import UserError
 from pixart_jax.weights.files import SafetensorsFile, write_safetensors
-from pixart_jax.weights.table import Entry, flatten
+from pixart_jax.weights.streaming import leaves
+from pixart_jax.weights.table import Entry
 
 SMALLEST = 64 << 20  # bytes; what is smaller opens at once anyway
 _IDENTITY = "pixart_jax"  # the key in the file's metadata
@@ -46,7 +47,7 @@ class Cache:
 
     def keep(self, params: Mapping, made: Made, table: Iterable[Entry]) -> None:
         """Write the parameters, unless they are few, lie on several hosts, or the disk has no room for them, which is said."""
-        flat = flatten(params)
+        flat = leaves(params)
         size = sum(array.nbytes for array in flat.values())
         if size < SMALLEST or not all(array.is_fully_addressable for array in flat.values()):
             return

@@ -19,7 +19,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.dit import DiT as DiTModule
-from pixart_jax.models.t5 import T5Encoder
+from pixart_jax.models.t5 import T5Encoder, check_quantization
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.models.vae_tiled import tiled_decode
@@ -115,16 +115,17 @@ class Component(abc.ABC):
     # Loading.
 
     @classmethod
-    def _load(cls, config, tensors: Tensors, values: Mapping, dtype, mesh, cache: Cache | None = None) -> Self:
-        boxed = jax.eval_shape(cls._module(config, dtype).init, jax.random.key(0), *cls._example(config))["params"]
+    def _load(cls, config, tensors: Tensors, values: Mapping, dtype, mesh, cache: Cache | None = None, quantization: str | None = None):
+        module = cls._module(config, dtype, quantization) if quantization else cls._module(config, dtype)
+        boxed = jax.eval_shape(module.init, jax.random.key(0), *cls._example(config))["params"]
         shapes = nn.unbox(boxed)
         shardings = parameter_shardings(boxed, mesh) if mesh is not None else None
         keep = functools.partial(cls._keep, dtype=dtype)
         table, ignore = cls._names(config, values)
-        made = {path: (shape.shape, keep(path).name) for path, shape in flatten(shapes).items()}
+        made = {path: (leaf.shape, quantization if hasattr(leaf, "qvalue") else keep(path).name) for path, leaf in flatten(shapes).items()}
         if cache is not None and (held := cache.find(made, table)) is not None:
             return cls(config, aliased(shapes, held, shardings), dtype, mesh)
-        params = read(table, shapes, tensors, ignore=ignore, dtype=keep, shardings=shardings)
+        params = read(table, shapes, tensors, ignore=ignore, dtype=keep, shardings=shardings, quantization=quantization)
         if cache is not None:
             cache.keep(params, made, table)
         return cls(config, params, dtype, mesh)
@@ -211,7 +212,8 @@ class DiT(Component):
 
 
 class TextEncoder(Component):
-    """The T5 encoder; T5-XXL computing in bfloat16 is 9.5 GB."""
+    """The T5 encoder. T5-XXL computing in bfloat16 is 9.5 GB; opened with quantization="int8", whose kernels are int8 values and an
+    fp32 scale an output channel, it is 4.9 GB."""
 
     weights_file = "model.safetensors"
 
@@ -219,9 +221,25 @@ class TextEncoder(Component):
         """[b, l] int, [b] int → states [b, l, c] fp32."""
         return self._call("__call__", input_ids, lengths)
 
+    @property
+    def quantization(self) -> str | None:
+        """How the kernels are held: 'int8', or None for floats."""
+        return "int8" if hasattr(self.params["blocks"]["q"]["kernel"], "qvalue") else None
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        return self._module(self.config, self.dtype, self.quantization)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        if self.quantization:
+            raise UserError(
+                f"an encoder of {self.quantization} values cannot be saved to {folder}: open it without quantization to save it"
+            )
+        super().save(folder)
+
     @classmethod
-    def _module(cls, config, dtype):
-        return T5Encoder(config, dtype=dtype)
+    def _module(cls, config, dtype, quantization=None):
+        return T5Encoder(config, dtype=dtype, quantization=quantization)
 
     @classmethod
     def _example(cls, config):
@@ -282,13 +300,19 @@ _OF_NORM = {"ada_norm_single": transformer.CLASS_NAME, "ada_norm_zero": dit.DIFF
 
 
 def load_component(
-    folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None, *, cache: str | os.PathLike | None = None
+    folder: str | os.PathLike,
+    dtype=None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    cache: str | os.PathLike | None = None,
+    quantization: str | None = None,
 ) -> Component:
     """Open one part of a model: the folder of a transformer, DiT, T5 encoder or VAE that diffusers, transformers or this project wrote.
 
     dtype: of the computation, fp32 by default; matrices are held in it. mesh: parameters are laid over it by parallel.rules, each
     device reading its own part. cache: a folder where large weights are kept as they lie in memory, so that opening the
-    same files again changes no axes and no dtype (cache.py). Raises UserError for a folder that is missing, is a whole model, is
+    same files again changes no axes and no dtype (cache.py). quantization: 'int8' for a T5 encoder (weights alone; see TextEncoder).
+    Raises UserError for a folder that is missing, is a whole model, is
     of an unknown kind, lacks weights, or holds damaged ones, ones of other names, or ones of other shapes; names and shapes
     are checked before any tensor is read.
     """
@@ -301,6 +325,9 @@ def load_component(
     if kind not in _KINDS:
         raise UserError(f"{folder / CONFIG} describes a {kind!r}{nearest(str(kind), _KINDS)}: such a part is not known")
     component, config_from_json = _KINDS[kind]
+    check_quantization(quantization)
+    if quantization and component is not TextEncoder:
+        raise UserError(f"{folder} is a {component.__name__}: quantization {quantization!r} is for a T5 encoder")
     try:
         config = config_from_json(values)
     except UserError as error:
@@ -309,7 +336,7 @@ def load_component(
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
         tensors = _WithNullCaption(tensors, folder / NULL_CAPTION)
     kept = None if cache is None else Cache(Path(cache), folder)
-    return component._load(config, tensors, values, jnp.dtype(dtype or jnp.float32), mesh, kept)
+    return component._load(config, tensors, values, jnp.dtype(dtype or jnp.float32), mesh, kept, quantization)
 
 
 def _read_config(folder: Path) -> dict:

@@ -44,19 +44,21 @@ def read(
     ignore: Iterable[str] = (),
     dtype: Callable[[str], np.dtype] | np.dtype = np.float32,
     shardings: Mapping | None = None,
-    finish: Callable[[str, jax.Array], object] | None = None,
+    quantization: str | None = None,
 ) -> dict:
     """Our tree of jax arrays, from a file's tensors.
 
     shapes: our tree of anything with .shape. tensors: a file of files.py, or {key: array}; source: its name in messages. dtype: of
     each parameter, or a function of its path. shardings: our tree of NamedSharding, or None for the default device. ignore: as
-    table.match, which names all that does not fit, before anything is read. finish(path, array): what to keep instead of
-    the array (int8 values and their scales, say).
+    table.match, which names all that does not fit, before anything is read. quantization "int8": kernels become int8 values and
+    scales (quantization.py), a layer at a time; shapes and shardings then hold such a pair at a kernel's path.
     """
     matches = match(table, shapes, _shapes(tensors), source=source or getattr(tensors, "source", "the file"), ignore=ignore)
     shardings = {} if shardings is None else flatten(shardings)
     dtype_of = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
     release = getattr(tensors, "release", lambda key: None)
+    if quantization:
+        from pixart_jax.weights import quantization as quantized  # Qwix takes 0.4 s to import
     total = sum(math.prod(found.shape) * np.dtype(dtype_of(found.entry.ours)).itemsize for found in matches)
     out: dict[str, object] = {}
     before: object = None
@@ -68,29 +70,35 @@ def read(
         for found in matches:
             path = found.entry.ours
             held = np.dtype(dtype_of(path))
-            array = _parameter(found, tensors, held, shardings.get(path), pool, release)
+            load = _quantized if quantization and quantized.applies(path) else _parameter
+            array = load(found, tensors, held, shardings.get(path), pool, release)
             jax.block_until_ready(before)  # a copy to an accelerator keeps its buffer: two of them at most
-            before = out[path] = finish(path, array) if finish else array
+            before = out[path] = array
             bar.update(math.prod(found.shape) * held.itemsize)
     jax.block_until_ready(before)
     return unflatten(out)
 
 
 def aliased(shapes: Mapping, tensors: Tensors, shardings: Mapping | None = None) -> dict:
-    """Our tree from a file that holds it in our own layout and dtypes: on a CPU's single device the arrays are the file's own pages,
-    read when they are first used."""
-    shardings = {} if shardings is None else flatten(shardings)
-    out: dict[str, object] = {}
-    before: object = None
-    for path in flatten(shapes):
-        if path not in tensors:  # an optional parameter
-            continue
-        value = tensors[path]
-        before = out[path] = _put({_whole(value.shape): value}, value.shape, shardings.get(path))
+    """Our tree from a file that holds it in our own layout and dtypes, under the names of :func:`leaves`: on a CPU's single device the
+    arrays are the file's own pages, read when they are first used."""
+    paths = {name.rpartition("/")[0] for name in tensors} | set(tensors)
+    shapes = unflatten({path: leaf for path, leaf in flatten(shapes).items() if path in paths})  # optional ones may be absent
+    where = {} if shardings is None else leaves(shardings)
+    out: list[jax.Array] = []
+    for name in leaves(shapes):
+        value = tensors[name]
+        jax.block_until_ready(out[-1:])
+        out.append(_put({_whole(value.shape): value}, value.shape, where.get(name)))
         if jax.default_backend() != "cpu":
-            jax.block_until_ready(before)
-            tensors.release(path)
-    return unflatten(out)
+            jax.block_until_ready(out[-1])
+            tensors.release(name)
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+
+def leaves(tree: Mapping) -> dict[str, object]:
+    """{'blocks/q/kernel': array} of every array of a tree; those of a quantised kernel are 'blocks/q/kernel/qvalue' and '…/scale'."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _shapes(tensors: Mapping) -> dict[str, tuple[int, ...]]:
@@ -98,10 +106,33 @@ def _shapes(tensors: Mapping) -> dict[str, tuple[int, ...]]:
     return {key: shape(key) for key in tensors}
 
 
+class _Array:
+    """An array in the making: a buffer for each part of it that a device of this process holds."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding):
+        self._shape, self._sharding = shape, sharding
+        indices = {_whole(shape)} if sharding is None else set(_parts(shape, sharding).values())
+        self._buffers = {index: _aligned([stop - start for start, stop in index], dtype) for index in indices}
+
+    def copies(self, row: int | None, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(part of a buffer, what belongs there) of one row of a stacked array, or of a whole one: few enough elements each that
+        threads share them evenly."""
+        for index, buffer in self._buffers.items():
+            if row is not None:
+                (start, stop), index = index[0], index[1:]
+                if not start <= row < stop:
+                    continue
+                buffer = buffer[row - start]
+            yield from _slabs(buffer, view[tuple(slice(*bounds) for bounds in index)])
+
+    def put(self) -> jax.Array:
+        """The array on its devices; nothing is written to it any more."""
+        return _put(self._buffers, self._shape, self._sharding)
+
+
 def _parameter(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, release: Callable[[str], None]) -> jax.Array:
     """One parameter on its devices; each tensor's pages are given back when it is copied."""
-    indices = {_whole(found.shape)} if sharding is None else set(_parts(found.shape, sharding).values())
-    buffers = {index: _aligned([stop - start for start, stop in index], dtype) for index in indices}
+    array = _Array(found.shape, dtype, sharding)
     under_way: collections.deque[tuple[str, list[concurrent.futures.Future]]] = collections.deque()
 
     def finish(most: int) -> None:
@@ -112,22 +143,30 @@ def _parameter(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, 
             release(name)
 
     for row, name in enumerate(found.names):
-        under_way.append((name, [pool.submit(_copy, *job) for job in _jobs(found.entry, row, tensors[name], buffers)]))
+        view = found.entry.view(np.asarray(tensors[name]))
+        jobs = array.copies(row if found.entry.stacked else None, view)
+        under_way.append((name, [pool.submit(_copy, *job) for job in jobs]))
         finish(_AHEAD)
     finish(0)
-    return _put(buffers, found.shape, sharding)
+    return array.put()
 
 
-def _jobs(entry: Entry, row: int, theirs, buffers: Mapping[Index, np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(part of a buffer, what belongs there) of one tensor: few enough elements each that threads share them evenly."""
-    view = entry.view(np.asarray(theirs))
-    for index, buffer in buffers.items():
-        if entry.stacked:
-            (start, stop), index = index[0], index[1:]
-            if not start <= row < stop:
-                continue
-            buffer = buffer[row - start]
-        yield from _slabs(buffer, view[tuple(slice(*bounds) for bounds in index)])
+def _quantized(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, release: Callable[[str], None]):
+    """One kernel on its devices as int8 values and scales, quantised from the file's own numbers, a layer at a time."""
+    from pixart_jax.weights import quantization
+
+    del dtype
+    *layers, inputs, outputs = found.shape
+    values = _Array((*layers, inputs, outputs), np.dtype(np.int8), sharding and sharding.qvalue)
+    scales = _Array((*layers, 1, outputs), np.dtype(np.float32), sharding and sharding.scale)
+    for row, name in enumerate(found.names):
+        at = row if found.entry.stacked else None
+        ours = quantization.quantize_matrix(np.ascontiguousarray(found.entry.view(np.asarray(tensors[name])).T))
+        jobs = [job for array, part in zip((values, scales), ours, strict=True) for job in array.copies(at, part)]
+        for done in [pool.submit(_copy, *job) for job in jobs]:
+            done.result()
+        release(name)
+    return quantization.leaf(values.put(), scales.put())
 
 
 def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,8 +1,12 @@
-"""Weights for transformers' T5 models that a comparison can stand on."""
+"""Weights of T5 models that a comparison can stand on, and measures of how far two are apart."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+
+from pixart_jax.weights.quantization import quantize
+from pixart_jax.weights.table import flatten, unflatten
 
 
 def drawn_anew(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -15,3 +19,21 @@ def drawn_anew(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             if parameter.ndim == 1:
                 parameter.add_(1.0)
     return model.eval()
+
+
+def relative_error(ours, theirs) -> float:
+    """Largest difference over the largest magnitude."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def rms_error(ours, theirs) -> float:
+    """Root mean square of the difference over that of theirs."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def quantized(params: dict) -> dict:
+    """An encoder's float parameters → those of the encoder with quantization="int8", as a loader makes them one by one."""
+    leaves = {path: (np.asarray(leaf), quantize(path, np.asarray(leaf))) for path, leaf in flatten(params).items()}
+    return unflatten({path: array if int8 is None else int8 for path, (array, int8) in leaves.items()})

@@ -17,7 +17,7 @@ from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from pixart_jax.weights import t5 as tables
 from pixart_jax.weights.streaming import read
 from pixart_jax.weights.table import write
-from tests.models.t5_reference import drawn_anew
+from tests.models.t5_reference import drawn_anew, relative_error
 
 SIZES = {
     "tiny": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
@@ -44,11 +44,6 @@ def params_of(config: T5Config, model: T5EncoderModel) -> dict:
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     shapes = nn.unbox(jax.eval_shape(T5Encoder(config).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int)))["params"]
     return read(tables.TRANSFORMERS, shapes, state, source="the reference", ignore=tables.IGNORED)
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -24,7 +24,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.weights.component import NULL_CAPTION, VAE, DiT, TextEncoder, Transformer
-from pixart_jax.weights.table import flatten
+from pixart_jax.weights.streaming import leaves
+from tests.models.t5_reference import quantized
 
 T5 = dict(vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
 GEOMETRY = dict(num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8)
@@ -129,7 +130,7 @@ def valid(kind: str, arguments, output):
 
 
 def assert_equal_to_the_bit(ours: dict, theirs: dict):
-    ours, theirs = flatten(ours), flatten(theirs)
+    ours, theirs = leaves(ours), leaves(theirs)
     assert set(ours) == set(theirs)
     for path, value in ours.items():
         assert np.asarray(value).dtype == np.asarray(theirs[path]).dtype, path
@@ -280,6 +281,33 @@ def test_bfloat16_halves_the_text_encoder_and_survives_a_save(folders, tmp_path)
     arguments, ours = evaluate(part)
     exact = evaluate(load_component(folders["text_encoder"]))[1]
     assert relative_error(valid("text_encoder", arguments, ours), valid("text_encoder", arguments, exact)) < 0.05
+
+
+def test_an_int8_text_encoder_is_opened_quantised_and_kept_so(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("pixart_jax.weights.cache.SMALLEST", 0)
+    exact = load_component(folders["text_encoder"])
+    part = load_component(folders["text_encoder"], quantization="int8")
+    by_hand = quantized(exact.params)
+    assert part.quantization == "int8" and exact.quantization is None
+    assert_equal_to_the_bit(part.params, by_hand)
+    arguments, ours = evaluate(part)
+    assert relative_error(valid("text_encoder", arguments, ours), valid("text_encoder", arguments, evaluate(exact)[1])) < 0.05
+    for _ in range(2):
+        kept = load_component(folders["text_encoder"], quantization="int8", cache=tmp_path)
+        assert_equal_to_the_bit(kept.params, by_hand)
+    np.testing.assert_array_equal(evaluate(kept)[1], ours)
+    on_mesh = load_component(folders["text_encoder"], mesh=make_mesh(MeshConfig()), quantization="int8")
+    np.testing.assert_allclose(evaluate(on_mesh)[1], ours, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_is_for_a_text_encoder_and_is_not_saved(folders, tmp_path):
+    with pytest.raises(UserError, match="is a VAE: quantization 'int8' is for a T5 encoder"):
+        load_component(folders["vae"], quantization="int8")
+    with pytest.raises(UserError, match="did you mean 'int8'"):
+        load_component(folders["text_encoder"], quantization="int9")
+    with pytest.raises(UserError, match="open it without quantization to save it"):
+        load_component(folders["text_encoder"], quantization="int8").save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
