@@ -34,10 +34,16 @@ CONFIG = "config.json"
 NULL_CAPTION = "null_caption.safetensors"  # beside the transformer's weights: diffusers has no place for it and would warn of its key
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(module: nn.Module, method: str, params, *arguments):
-    """One executable a (module, method, shapes); modules of equal config are equal, so other parameters do not recompile."""
+def _apply(module: nn.Module, method: str, params, *arguments):
     return module.apply({"params": params}, *arguments, method=method)
+
+
+# One executable a (module, method, shapes); modules of equal config are equal, so other parameters do not recompile.
+_run = jax.jit(_apply, static_argnums=(0, 1))
+# A CPU multiplies narrow floats as fp32, and XLA would widen the whole stack of a scan's parameters before it begins: 19 GB for T5-XXL.
+_run_layer_by_layer = jax.jit(
+    _apply, static_argnums=(0, 1), compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,9 +139,14 @@ class Component(abc.ABC):
     def _call(self, method: str, *arguments):
         arguments = [None if a is None else jnp.asarray(a) if not isinstance(a, jax.Array) else a for a in arguments]
         if self.mesh is None:
-            return _run(self.module, method, self.params, *arguments)
+            return self._executable(self.module, method, self.params, *arguments)
         with self._on_mesh():
-            return _run(self.module, method, self.params, *arguments)
+            return self._executable(self.module, method, self.params, *arguments)
+
+    @property
+    def _executable(self):
+        narrow = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(self.params))
+        return _run_layer_by_layer if narrow and jax.default_backend() == "cpu" else _run
 
     @contextlib.contextmanager
     def _on_mesh(self):
