@@ -159,7 +159,7 @@ class Transformer(Component):
 
     @classmethod
     def _names(cls, config, values):
-        return transformer.DIFFUSERS, transformer.DIFFUSERS_IGNORE
+        return transformer.diffusers(config), transformer.DIFFUSERS_IGNORE
 
     def _config_to_json(self, params):
         return transformer.config_to_json(self.config)
