@@ -103,7 +103,7 @@ def test_a_result_does_not_depend_on_the_batch_it_ran_in():
 def test_it_starts_as_the_normalised_mean_of_each_patch_group():
     config = sigma()
     args = inputs(config, 2, 2, [2])  # one patch: parameters do not depend on the grid
-    params = nn.unbox(PixArtTransformer(config).init(jax.random.key(0), **args))["params"]["kv_compression"]
+    params = nn.unbox(jax.jit(PixArtTransformer(config).init)(jax.random.key(0), **args))["params"]["kv_compression"]
     by = Compression(jnp.bool_(True), *(params[name][0] for name in ("kernel", "bias", "norm_scale", "norm_bias")))
     tokens = np.random.default_rng(0).normal(size=(2, 24, 24)).astype(np.float32)
     mean = tokens.reshape(2, 2, 2, 3, 2, 24).mean((2, 4)).reshape(2, 6, 24)
