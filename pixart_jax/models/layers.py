@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pixart_jax.models.attention import attention
+from pixart_jax.models.kv_compression import Compression, compress
 from pixart_jax.models.remat import ATTENTION_OUT
 from pixart_jax.parallel.axes import EMBED, HEADS, MLP, NORM
 
@@ -69,7 +70,11 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of the image tokens [b, n, d] over themselves."""
+    """Multi-head attention of the image tokens [b, n, d] over themselves, or over fewer keys and values made of them.
+
+    compression, grid: what KVCompression gives this layer, and the (rows, columns) of the n tokens; None: no layer compresses. Only
+    the way that ``compression.here`` says is computed.
+    """
 
     heads: int
     qk_norm: bool = False  # LayerNorm over the full width of q and of k, before the heads part
@@ -77,8 +82,16 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, compression: Compression | None = None, grid: tuple[int, int] | None = None) -> jax.Array:
         b, n, d = x.shape
+
+        def attend(q, k, v):
+            q, k, v = (a.reshape(b, a.shape[1], self.heads, d // self.heads) for a in (q, k, v))
+            return attention(q, k, v, backend=self.backend).reshape(b, n, d)
+
+        def attend_compressed(q, k, v):
+            return attend(q, compress(k, grid, compression), compress(v, grid, compression))
+
         q, k, v = (Dense(d, (EMBED, HEADS), xavier(d, 3 * d), self.dtype, name=name)(x) for name in ("q", "k", "v"))
         if self.qk_norm:
             q, k = (
@@ -91,8 +104,8 @@ class SelfAttention(nn.Module):
                 )(a)
                 for name, a in (("q_norm", q), ("k_norm", k))
             )
-        q, k, v = (a.reshape(b, n, self.heads, d // self.heads) for a in (q, k, v))
-        x = checkpoint_name(attention(q, k, v, backend=self.backend).reshape(b, n, d), ATTENTION_OUT)
+        x = attend(q, k, v) if compression is None else jax.lax.cond(compression.here, attend_compressed, attend, q, k, v)
+        x = checkpoint_name(x, ATTENTION_OUT)
         return Dense(d, (HEADS, EMBED), dtype=self.dtype, name="out")(x)
 
 

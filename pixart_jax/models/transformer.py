@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pixart_jax.errors import UserError
 from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
 from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.kv_compression import Compression, KVCompression
 from pixart_jax.models.layers import CrossAttention, Dense, Mlp, SelfAttention, modulated_norm, zeros
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.parallel.axes import ACTIVATION, EMBED, LAYERS, MLP, MODULATION, NORM, TEXT
@@ -23,19 +24,36 @@ class TransformerConfig(Geometry):
 
     size_conditions: the multi-scale model, told the image's size and aspect ratio. text_tokens: the longest caption, and
     the length of the null caption. qk_norm: LayerNorm on the queries and keys of self-attention (PixArt-Σ's option).
+    kv_compression: R, where the self-attention of kv_compression_layers (counted from 0) reads one key and value for every
+    R × R patches (PixArt-Σ: 2, in the last 14 of 28); 1: nowhere.
     """
 
     caption_width: int = 4096
     text_tokens: int = 120
     size_conditions: bool = False
     qk_norm: bool = False
+    kv_compression: int = 1
+    kv_compression_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "kv_compression_layers", tuple(self.kv_compression_layers))  # a list, as JSON has it, is no key of jit
         for field in ("caption_width", "text_tokens"):
             self.require(getattr(self, field) >= 1, field, "must be at least 1")
         self.require(
             not self.size_conditions or self.width % 3 == 0, "width", "must be a multiple of 3 with size_conditions (height, width, ratio)"
+        )
+        self.require(self.kv_compression >= 1, "kv_compression", "must be at least 1 (1: none)")
+        layers = self.kv_compression_layers
+        self.require(
+            bool(layers) == (self.kv_compression > 1),
+            "kv_compression_layers",
+            f"must name {'at least one layer' if self.kv_compression > 1 else 'no layer'} with kv_compression = {self.kv_compression}",
+        )
+        self.require(
+            all(isinstance(layer, int) and 0 <= layer < self.depth for layer in layers) and list(layers) == sorted(set(layers)),
+            "kv_compression_layers",
+            f"must be layers of 0 … {self.depth - 1}, each once and in ascending order",
         )
 
 
@@ -66,11 +84,19 @@ class Block(nn.Module):
         """Projected text [b, l, d] → this block's keys and values, each [b, l, k, h]."""
         return self.cross_attn.keys_values(text)
 
-    def __call__(self, x: jax.Array, modulation: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array) -> jax.Array:
-        """x [b, n, d], modulation [b, 6, d] fp32, keys and values [b, l, k, h], lengths [b] → [b, n, d]."""
+    def __call__(
+        self,
+        x: jax.Array,  # [b, n, d]
+        modulation: jax.Array,  # [b, 6, d] fp32
+        keys: jax.Array,  # [b, l, k, h]
+        values: jax.Array,  # [b, l, k, h]
+        lengths: jax.Array,  # [b]
+        compression: Compression | None,  # this layer's; None in a model without
+        grid: tuple[int, int],  # (rows, columns) of the n patches
+    ) -> jax.Array:  # [b, n, d]
         x = nn.with_logical_constraint(x, ACTIVATION)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(self.table + modulation, 1, 0)
-        x = x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a))
+        x = x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a), compression, grid)
         x = x + self.cross_attn(x, keys, values, lengths)
         x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
         return nn.with_logical_constraint(x, ACTIVATION)
@@ -100,6 +126,8 @@ class PixArtTransformer(nn.Module):
         self.t_block = Dense(6 * c.width, (EMBED, MODULATION), normal, precision=high)
         self.caption_projection = Mlp(c.width, c.width, (TEXT, MLP, EMBED), normal, self.dtype)
         self.blocks = Block(c, self.dtype)
+        if c.kv_compression > 1:
+            self.kv_compression = KVCompression(c.kv_compression, c.kv_compression_layers, c.depth, c.width)
         final_table = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), (None, NORM))
         self.final_table = self.param("final_table", final_table, (2, c.width), jnp.float32)
         self.final = Dense(c.patch_size**2 * c.out_channels, (EMBED, None), zeros, self.dtype)
@@ -117,10 +145,11 @@ class PixArtTransformer(nn.Module):
         aspect_ratio: jax.Array | None = None,  # [b] height / width; likewise
     ) -> jax.Array:  # [b, h, w, out_channels] fp32
         """One evaluation; equal to encode_text and then denoise, but each block makes its keys and values where it needs them."""
-        text = self._project(text_states)
+        text, grid = self._project(text_states), self.config.grid(latents.shape)
 
-        def step(block, x, _, modulation, text, lengths):
-            return block(x, modulation, *block.keys_values(text), lengths), None
+        def step(block, x, per_block, modulation, text, lengths):
+            _, compression = per_block
+            return block(x, modulation, *block.keys_values(text), lengths, compression, grid), None
 
         return self._denoise(latents, timesteps, step, None, (text, text_lengths), size, aspect_ratio)
 
@@ -135,9 +164,11 @@ class PixArtTransformer(nn.Module):
         self, latents: jax.Array, timesteps: jax.Array, text: Text, size: jax.Array | None = None, aspect_ratio: jax.Array | None = None
     ) -> jax.Array:
         """One evaluation with the text already encoded; arguments and result as in __call__."""
+        grid = self.config.grid(latents.shape)
 
-        def step(block, x, keys_values, modulation, lengths):
-            return block(x, modulation, *keys_values, lengths), None
+        def step(block, x, per_block, modulation, lengths):
+            keys_values, compression = per_block
+            return block(x, modulation, *keys_values, lengths, compression, grid), None
 
         return self._denoise(latents, timesteps, step, (text.keys, text.values), (text.lengths,), size, aspect_ratio)
 
@@ -167,6 +198,21 @@ class PixArtTransformer(nn.Module):
             t = t + jnp.concatenate([sizes, self.ratio_embedder(aspect_ratio)], axis=-1)
         return t
 
+    def _compression(self, rows: int, columns: int) -> Compression | None:
+        """Every layer's key and value compression on a grid of patches, stacked [depth, …]; None in a model without."""
+        c = self.config
+        if c.kv_compression == 1:
+            return None
+        compression = self.kv_compression()
+        if self.is_initializing():  # the parameters are made, and any grid will do to make them: one patch, too
+            return None
+        if min(rows, columns) < c.kv_compression:
+            raise UserError(
+                f"a grid of {rows} × {columns} patches is too small for kv_compression = {c.kv_compression}: "
+                f"latents of at least {c.kv_compression * c.patch_size} × {c.kv_compression * c.patch_size} would do"
+            )
+        return compression
+
     def _denoise(self, latents, timesteps, step, per_block, shared, size, aspect_ratio) -> jax.Array:
         c = self.config
         rows, columns = c.grid(latents.shape)
@@ -174,7 +220,7 @@ class PixArtTransformer(nn.Module):
         t = self._condition(timesteps, x.shape[0], size, aspect_ratio)
         modulation = self.t_block(nn.silu(t)).reshape(-1, 6, c.width)
         scan = self._scan(remat(step, self.remat), broadcast=1 + len(shared))
-        x, _ = scan(self.blocks, x, per_block, modulation, *shared)
+        x, _ = scan(self.blocks, x, (per_block, self._compression(rows, columns)), modulation, *shared)
         shift, scale = jnp.moveaxis(self.final_table + t[:, None], 1, 0)
         x = self.final(modulated_norm(x, shift, scale))
         return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size)

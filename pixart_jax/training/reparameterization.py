@@ -67,8 +67,9 @@ def _check(dit_config: DiTConfig, config: TransformerConfig) -> None:
         theirs, ours = getattr(dit_config, field), getattr(config, field)
         if theirs != ours:
             raise UserError(f"a DiT with {field} = {theirs!r} cannot become a transformer with {field} = {ours!r}: they must be equal")
-    if config.qk_norm:
-        raise UserError("a DiT cannot become a transformer with qk_norm: it has no such norm, and the result would differ from it")
+    for field, there in (("qk_norm", config.qk_norm), ("kv_compression", config.kv_compression > 1)):
+        if there:
+            raise UserError(f"a DiT cannot become a transformer with {field}: it has nothing like it, and the result would differ from it")
 
 
 def from_dit(dit_params: Mapping, dit_config: DiTConfig, config: TransformerConfig, key: jax.Array) -> dict:

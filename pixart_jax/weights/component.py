@@ -26,7 +26,7 @@ from pixart_jax.models.vae_tiled import tiled_decode
 from pixart_jax.parallel.rules import RULES, parameter_shardings
 from pixart_jax.weights import dit, t5, transformer, vae
 from pixart_jax.weights.cache import Cache
-from pixart_jax.weights.files import SafetensorsFile, Tensors, find_weights, open_tensors, write_json, write_safetensors
+from pixart_jax.weights.files import Renamed, SafetensorsFile, Tensors, find_weights, open_tensors, write_json, write_safetensors
 from pixart_jax.weights.streaming import aliased, read
 from pixart_jax.weights.table import Entry, flatten, write
 
@@ -181,7 +181,7 @@ class Transformer(Component):
 
     @classmethod
     def _names(cls, config, values):
-        return transformer.DIFFUSERS, transformer.DIFFUSERS_IGNORE
+        return transformer.diffusers(config), transformer.DIFFUSERS_IGNORE
 
     def _config_to_json(self, params):
         return transformer.config_to_json(self.config)
@@ -343,7 +343,7 @@ def load_component(
         config = config_from_json(values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    tensors = _Renamed(open_tensors(find_weights(folder)), component, config)
+    tensors = _todays(open_tensors(find_weights(folder)), component, config)
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
         tensors = _WithNullCaption(tensors, folder / NULL_CAPTION)
     kept = None if cache is None else Cache(Path(cache), folder)
@@ -367,31 +367,12 @@ def _read_config(folder: Path) -> dict:
     return values
 
 
-class _Renamed(Tensors):
+def _todays(tensors: Tensors, component: type[Component], config) -> Renamed:
     """A file's tensors under today's names, without those that belong to another model (a whole T5's decoder)."""
-
-    def __init__(self, tensors: Tensors, component: type[Component], config):
-        super().__init__(tensors.source)
-        renames = {VAE: vae.aliases(config) if component is VAE else {}, TextEncoder: t5.ALIASES}.get(component, {})
-        foreign = t5.IGNORED_PREFIXES if component is TextEncoder else ()
-        keys = [key for key in tensors if not key.startswith(foreign)] if foreign else list(tensors)
-        self._tensors = tensors
-        self._key = {renames.get(key, key): key for key in keys} | {key: key for key in keys if key not in renames}
-
-    def __iter__(self):
-        return iter(self._key)
-
-    def __len__(self):
-        return len(self._key)
-
-    def shape(self, key):
-        return self._tensors.shape(self._key[key])
-
-    def __getitem__(self, key):
-        return self._tensors[self._key[key]]
-
-    def release(self, key):
-        self._tensors.release(self._key[key])
+    renames = {VAE: vae.aliases(config) if component is VAE else {}, TextEncoder: t5.ALIASES}.get(component, {})
+    foreign = t5.IGNORED_PREFIXES if component is TextEncoder else ()
+    keys = [key for key in tensors if not key.startswith(foreign)] if foreign else list(tensors)
+    return Renamed(tensors, {renames.get(key, key): key for key in keys} | {key: key for key in keys if key not in renames})
 
 
 class _WithNullCaption(Tensors):

@@ -9,8 +9,8 @@ import numpy as np
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.dit import DiTConfig
-from pixart_jax.weights.table import Entry
-from pixart_jax.weights.transformer import dense, official_geometry
+from pixart_jax.weights.table import Entry, write
+from pixart_jax.weights.transformer import BOOKKEEPING, dense, official_geometry, position_table
 
 CLASS_NAME = "DiT"  # config.json's _class_name in a folder that this project saved
 DIFFUSERS_CLASS_NAME = "DiTTransformer2DModel"
@@ -31,7 +31,7 @@ OFFICIAL: tuple[Entry, ...] = (
     *dense("final_modulation", "final_layer.adaLN_modulation.1"),
     *dense("final", "final_layer.linear"),
 )
-OFFICIAL_IGNORE = ("pos_embed",)  # the position table: computed, not read
+OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 
 # To read only: diffusers keeps a copy of the timestep and label embedders in every block; block 0's is the one it also ends with.
 # Its own model differs from the official one in the sinusoid (it divides the exponent by 127, not 128) and in an epsilon (1e-5);
@@ -59,6 +59,11 @@ def diffusers_ignore(depth: int) -> tuple[str, ...]:
     copies = [f"timestep_embedder.linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
     copies.append("class_embedder.embedding_table.weight")
     return ("pos_embed.pos_embed", *(f"transformer_blocks.{i}.norm1.emb.{copy}" for i in range(1, depth) for copy in copies))
+
+
+def to_official(config: DiTConfig, params: Mapping) -> dict[str, np.ndarray]:
+    """Our tree → {the official code's key: array}, all that its model's strict loading asks for."""
+    return {"pos_embed": position_table(config), **write(OFFICIAL, params)}
 
 
 def config_to_json(config: DiTConfig) -> dict:

@@ -182,6 +182,29 @@ class Shards(Tensors):
         self._shard(key).release(key)
 
 
+class Renamed(Tensors):
+    """Tensors of a file under other names, or some of them."""
+
+    def __init__(self, tensors: Tensors, key_of: Mapping[str, str]):
+        super().__init__(tensors.source)
+        self._tensors, self._key_of = tensors, key_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._key_of)
+
+    def __len__(self) -> int:
+        return len(self._key_of)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._key_of[key])
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._tensors[self._key_of[key]]
+
+    def release(self, key: str) -> None:
+        self._tensors.release(self._key_of[key])
+
+
 def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Tensors:
     """Open a .safetensors file, an …index.json of shards, or a PyTorch file.
 

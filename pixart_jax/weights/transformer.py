@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.geometry import SIZES
+from pixart_jax.models.geometry import SIZES, Geometry
+from pixart_jax.models.positions import sincos_2d
 from pixart_jax.models.transformer import TransformerConfig
-from pixart_jax.weights.table import Entry
+from pixart_jax.weights.table import Entry, write
 
 CLASS_NAME = "PixArtTransformer2DModel"  # config.json's _class_name
+SIGMA_TOKENS = 300  # of a PixArt-Σ caption; a PixArt-α caption has 120
 
 
 def dense(ours: str, theirs: str, part: tuple[int, int] = (0, 1)) -> tuple[Entry, Entry]:
@@ -83,7 +85,43 @@ OFFICIAL: tuple[Entry, ...] = (
     Entry("final_table", "final_layer.scale_shift_table"),
     *dense("final", "final_layer.linear"),
 )
-OFFICIAL_IGNORE = ("pos_embed",)
+BOOKKEEPING = ("n_averaged", "num_updates", "decay")  # counters that averaging wrappers keep beside the weights
+OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
+
+
+def _compression(config: TransformerConfig, convolution: str, norm: str) -> tuple[Entry, ...]:
+    """The rows of key and value compression, which only its layers have; none in a model without."""
+    if config.kv_compression == 1:
+        return ()
+    rows = (
+        ("kernel", f"{convolution}.weight", "conv"),
+        ("bias", f"{convolution}.bias", "same"),
+        ("norm_scale", f"{norm}.weight", "same"),
+        ("norm_bias", f"{norm}.bias", "same"),
+    )
+    return tuple(Entry(f"kv_compression/{ours}", theirs, layout, layers=config.kv_compression_layers) for ours, theirs, layout in rows)
+
+
+def diffusers(config: TransformerConfig) -> tuple[Entry, ...]:
+    """The table of a component folder: DIFFUSERS, and names of our own for key and value compression, which diffusers lacks."""
+    return DIFFUSERS + _compression(config, "transformer_blocks.{i}.attn1.sr", "transformer_blocks.{i}.attn1.sr_norm")
+
+
+def official(config: TransformerConfig) -> tuple[Entry, ...]:
+    """The table of the official code's files, with key and value compression where the config has it."""
+    return OFFICIAL + _compression(config, "blocks.{i}.attn.sr", "blocks.{i}.attn.norm")
+
+
+def to_official(config: TransformerConfig, params: Mapping) -> dict[str, np.ndarray]:
+    """Our tree → {the official code's key: array}, all that its model's strict loading asks for (the null caption where params has it)."""
+    return {"pos_embed": position_table(config), **write(official(config), params)}
+
+
+def position_table(config: Geometry) -> np.ndarray:
+    """[1, n, d] fp32: the buffer that the official models hold for the square grid they are built for."""
+    side = config.sample_size // config.patch_size
+    return sincos_2d(side, side, config.width, config.base, config.position_scale)[None]
+
 
 # config.json fields that say which variant of the architecture the weights are for, and the only one that this model is.
 _FIXED = {
@@ -124,6 +162,8 @@ def config_from_json(data: Mapping) -> TransformerConfig:
             text_tokens=data.get("text_tokens", 120),
             size_conditions=sample == 128 if conditions is None else bool(conditions),
             qk_norm=data.get("qk_norm") == "layer_norm_across_heads",
+            kv_compression=data.get("kv_compression", 1),
+            kv_compression_layers=tuple(data.get("kv_compression_layers", ())),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"config.json: a field has the wrong type: {error}") from None
@@ -158,16 +198,21 @@ def config_to_json(config: TransformerConfig) -> dict:
         data["text_tokens"] = config.text_tokens
     if config.qk_norm:
         data["qk_norm"] = "layer_norm_across_heads"
+    if config.kv_compression > 1:
+        data["kv_compression"] = config.kv_compression
+        data["kv_compression_layers"] = list(config.kv_compression_layers)
     return data
 
 
 def position_scale_of(pos_embed: np.ndarray) -> float | None:
-    """The scale that a stored position table [1, n, d] of a square grid was made with; None if the table is empty.
+    """The scale that a stored position table [1, n, d] of a square grid was made with; None if the table is empty or of one place.
 
     The second place's coordinate is 1 / scale, and its fastest sine and cosine are channels 0 and d/4.
     """
-    place = np.asarray(pos_embed, np.float64).reshape(-1, pos_embed.shape[-1])[1]
-    angle = np.arctan2(place[0], place[place.shape[0] // 4])
+    places = np.asarray(pos_embed, np.float64).reshape(-1, pos_embed.shape[-1])
+    if len(places) < 2:
+        return None
+    angle = np.arctan2(places[1, 0], places[1, places.shape[1] // 4])
     return float(round(1.0 / angle, 5)) if angle > 0 else None
 
 
@@ -186,10 +231,15 @@ def official_geometry(
         if width not in known:
             raise UserError(f"the file does not say how many heads a model of width {width} has: give --heads")
         heads = known[width]
-    if sample_size is None and pos_embed is not None:
-        sample_size = int(round(pos_embed.shape[1] ** 0.5)) * patch
+    if pos_embed is not None:
+        side = int(round(pos_embed.shape[1] ** 0.5)) * patch
+        if sample_size not in (None, side):
+            raise UserError(f"--sample-size {sample_size}: the file's own position table is of {side}")
+        sample_size = side
     if sample_size is None:
-        raise UserError("the file holds no pos_embed, so the size it was trained at is unknown: give sample_size (32, 64 or 128)")
+        raise UserError(
+            "the file holds no pos_embed, so the size it was trained at is unknown: give --sample-size, its pixels / 8 (32, 64, 128 or 256)"
+        )
     return {
         "depth": depth,
         "width": width,
@@ -202,6 +252,17 @@ def official_geometry(
     }
 
 
+def _official_compression(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """The fields of key and value compression that an official file's convolutions [d, 1, R, R] tell."""
+    suffix = ".attn.sr.weight"
+    ratios = {int(key.split(".")[1]): shape[-1] for key, shape in shapes.items() if key.startswith("blocks.") and key.endswith(suffix)}
+    if not ratios:
+        return {}
+    if len(set(ratios.values())) > 1:
+        raise UserError(f"the file's layers compress keys and values by different ratios ({sorted(set(ratios.values()))}): one is known")
+    return {"kv_compression": next(iter(ratios.values())), "kv_compression_layers": tuple(sorted(ratios))}
+
+
 def config_from_official(
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -209,27 +270,34 @@ def config_from_official(
     heads: int | None = None,
     position_scale: float | None = None,
     sample_size: int | None = None,
+    text_tokens: int | None = None,
 ) -> TransformerConfig:
-    """The config of an official .pth, from its tensors' names and shapes.
+    """The config of an official file, from its tensors' names and shapes.
 
     pos_embed: its position table [1, n, d], where the file has one: it tells sample_size and position_scale. Without it the
-    multi-scale model is taken for the 1024 px one, and any other needs sample_size; the scale is then 1, or 2 at 1024 px.
-    heads: known for the widths of DiT and PixArt, needed for any other. UserError where something needed is missing.
+    multi-scale model is taken for the 1024 px one, and any other needs sample_size; the scale is then sample_size / 64 for
+    PixArt-Σ (300 tokens), and for PixArt-α the same but 1 at 256 px. heads: known for the widths of DiT and PixArt, needed for
+    any other. text_tokens: needed where the file has no null caption to tell it (120 without). UserError where something needed
+    is missing, or said otherwise by the file.
     """
     multi_scale = "csize_embedder.mlp.0.weight" in shapes
     if sample_size is None and pos_embed is None and multi_scale:
         sample_size = 128
     geometry = official_geometry(shapes, pos_embed, heads, sample_size)
+    null = shapes.get("y_embedder.y_embedding")
+    if null and text_tokens not in (None, null[0]):
+        raise UserError(f"--tokens {text_tokens}: the file's own null caption is of {null[0]} tokens")
+    tokens = null[0] if null else 120 if text_tokens is None else text_tokens
     if position_scale is None and pos_embed is not None:
         position_scale = position_scale_of(pos_embed)
     if position_scale is None:
-        position_scale = float(max(geometry["sample_size"] // 64, 1))
-    null = shapes.get("y_embedder.y_embedding")
+        position_scale = geometry["sample_size"] / 64 if tokens == SIGMA_TOKENS else float(max(geometry["sample_size"] // 64, 1))
     return TransformerConfig(
         **geometry,
         position_scale=position_scale,
         caption_width=shapes["y_embedder.y_proj.fc1.weight"][1],
-        text_tokens=null[0] if null else 120,
+        text_tokens=tokens,
         size_conditions=multi_scale,
         qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+        **_official_compression(shapes),
     )

@@ -20,7 +20,7 @@ from transformers import T5EncoderModel
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.weights import t5 as tables
 from pixart_jax.weights.quantization import quantize
-from pixart_jax.weights.table import flatten, read, unflatten
+from pixart_jax.weights.table import flatten, unflatten
 from tests.models.t5_reference import relative_error, rms_error
 
 CONFIG = T5Config(vocab_size=256, num_layers=2)
