@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None, rows: tuple[Row, ...] = ROWS) -> int:
         if options.only in row.name and (row.tier == "quick" or not options.quick) and (row.tier != "slow" or options.slow)
     ]
     if not chosen:
-        print(f"error: no row of these tiers has {options.only!r} in its name: --list names them, --slow takes slow ones too", file=sys.stderr)
+        print(
+            f"error: no row of these tiers has {options.only!r} in its name: --list names them, --slow takes slow ones too", file=sys.stderr
+        )
         return 2
     store = options.out.with_suffix(".json")
     results = json.loads(store.read_text()) if store.is_file() else {}
@@ -80,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slow", action="store_true", help="also the rows that take more than ten minutes or 8 GB")
     parser.add_argument("--check", action="store_true", help="exit status 1 where a row fails or is over its bound")
     parser.add_argument("--out", type=Path, default=DOCUMENT, help="the document; its figures lie beside it as .json")
-    parser.add_argument("--scratch", type=Path, default=None, help="where a row's weights lie meanwhile, up to 10 GB (the system's by default)")
+    parser.add_argument(
+        "--scratch", type=Path, default=None, help="where a row's weights lie meanwhile, up to 10 GB (the system's by default)"
+    )
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument("--row", metavar="NAME", help="run this one row and print one line of JSON")
     parser.add_argument("--side", choices=("theirs", "ours"), help=argparse.SUPPRESS)

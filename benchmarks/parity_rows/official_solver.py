@@ -67,9 +67,7 @@ def ours(steps: int, folder: Path) -> Run:
     pipe = Pipeline.from_pretrained(folder / "model")
     noise, text, null = inputs()
     text, negative = (text, np.array(LENGTHS)), (null, np.array(NULL_LENGTHS))
-    return timed(
-        lambda: {"latents": np.asarray(pipe.denoise(*text, noise, *negative, steps=steps, guidance=GUIDANCE, times="fractional"))}
-    )
+    return timed(lambda: {"latents": np.asarray(pipe.denoise(*text, noise, *negative, steps=steps, guidance=GUIDANCE, times="fractional"))})
 
 
 def freeze(checkout: Path) -> None:
