@@ -5,6 +5,7 @@
     python benchmarks/parity.py --only XL/2 --slow   the rows whose name holds XL/2, slow ones too
     python benchmarks/parity.py --check              exit status 1 where a row is over its bound
     python benchmarks/parity.py --list               the rows' names
+    python benchmarks/parity.py --document           runs nothing: the document again from what was measured
 
 Each side of a row runs in a process of its own, one at a time: memory is free between them, and peak memory is that side's alone.
 What was measured lies in parity.json beside the document, one entry a row; the document is written from it, and rows that a call
@@ -51,13 +52,16 @@ def main(argv: list[str] | None = None, rows: tuple[Row, ...] = ROWS) -> int:
         for row in rows
         if options.only in row.name and (row.tier == "quick" or not options.quick) and (row.tier != "slow" or options.slow)
     ]
+    store = options.out.with_suffix(".json")
+    results = json.loads(store.read_text()) if store.is_file() else {}
+    if options.document:
+        options.out.write_text(render(rows, results))
+        return 0
     if not chosen:
         print(
             f"error: no row of these tiers has {options.only!r} in its name: --list names them, --slow takes slow ones too", file=sys.stderr
         )
         return 2
-    store = options.out.with_suffix(".json")
-    results = json.loads(store.read_text()) if store.is_file() else {}
     over = []
     for row in chosen:
         result = measure(row, options.scratch)
@@ -85,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scratch", type=Path, default=None, help="where a row's weights lie meanwhile, up to 10 GB (the system's by default)"
     )
+    parser.add_argument("--document", action="store_true", help="write the document from what was measured and stop")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument("--row", metavar="NAME", help="run this one row and print one line of JSON")
     parser.add_argument("--side", choices=("theirs", "ours"), help=argparse.SUPPRESS)

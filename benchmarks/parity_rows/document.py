@@ -33,18 +33,19 @@ Versions: {versions}.
 _NOTES = """
 ## What the references are
 
-- PixArt: diffusers' PixArtTransformer2DModel. It has no q/k norm; the rows with one put a LayerNorm of the full width behind its projections
-  of queries and keys, before the heads part, where PixArt-Σ has it. Official .pth files are the same weights under the official names, by
-  rules written apart from the tables that read them.
-- DiT: diffusers' DiTTransformer2DModel with its two differences from the published model mended: the timestep's frequencies (its exponent is
-  divided by 127, not 128) and the norms' epsilon (1e-5, not 1e-6).
-- T5: transformers' T5EncoderModel. "Held in bf16" means that the file and our parameters are bf16 and the arithmetic is fp32; the
-  reference then runs one layer at a time in fp32, so that it needs no more memory than one layer.
-- Autoencoder: diffusers' AutoencoderKL; the posterior's mean and deviation of random images, and the images of random latents, which both
-  sides divide by the folder's own scaling factor.
+- PixArt: diffusers' PixArtTransformer2DModel. It has no q/k norm; the rows with one put a LayerNorm of the full width behind its
+  projections of queries and keys, before the heads part, where PixArt-Σ has it. Official .pth files are the same weights under the official
+  names, by rules written apart from the tables that read them.
+- DiT: diffusers' DiTTransformer2DModel with its two differences from the published model mended: the timestep's frequencies (their
+  exponent is divided by 127, not 128) and the norms' epsilon (1e-5, not 1e-6).
+- T5: transformers' T5EncoderModel. "Held in bf16": the file and our parameters are bf16, the arithmetic is fp32; the reference then
+  runs one layer at a time in fp32, so that it needs no more memory than one layer.
+- Autoencoder: diffusers' AutoencoderKL; the posterior's mean and deviation of random images, and the images of random latents, which
+  both sides divide by the folder's own scaling factor.
 - Pipeline: diffusers' PixArtAlphaPipeline from the same initial noise, and for LCM the same noise between the steps. DDIM is diffusers'
-  DDIMScheduler with "leading" spacing, no offset and no clipping. The official DPM-Solver++ takes fractional times; its latents were made by
-  the official code and are frozen beside the script (benchmarks/parity_rows/official_solver.py says how).
+  DDIMScheduler with "leading" spacing, no offset, no clipping and a last step to the clean image. The official DPM-Solver++ takes
+  fractional times; its latents were made by the official code and are frozen beside the script
+  (benchmarks/parity_rows/official_solver.py says how).
 - Images: peak signal-to-noise ratio of 8-bit images, the worst of two.
 """
 
