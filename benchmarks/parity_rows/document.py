@@ -23,7 +23,8 @@ This page is written by that command from docs/parity.json, which it keeps; rows
   difference over the norm of the reference. Of several outputs (mean, deviation and images of an autoencoder) the worst counts. The figure
   that the bound is for is bold.
 - **fp32** rows compute in fp32 on both sides. **bf16** rows compute in bf16 here, beside the fp32 reference.
-- **seconds** are of one warm call, ours / PyTorch's, on the CPU; – where the two are not the same work.
+- **seconds** are of one warm call, ours / PyTorch's, on the CPU; – where a side's would mislead. Of a tiny row neither seconds nor memory
+  are shown: they are those of starting Python.
 - **GiB** is the largest resident memory of each side's process, ours / PyTorch's, reading and writing the weights included, and of a
   converted file the conversion too.
 
@@ -51,11 +52,14 @@ _NOTES = """
 
 
 def render(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
-    """The document: one table a model, rows in their order. A row without a result is left out."""
+    """The document: one table a model, rows in their order. Rows without a result are named at the end."""
     known = [row for row in rows if row.name in results]
     parts = [_HEAD.format(versions=_versions(results), minutes=15)]
     for model in dict.fromkeys(row.model for row in known):
         parts.append(f"\n## {model[0].upper()}{model[1:]}\n\n{_table([row for row in known if row.model == model], results)}")
+    missing = [row.name for row in rows if row.name not in results]
+    if missing:
+        parts.append(f"\nNot measured yet: {', '.join(missing)}.\n")
     return "".join(parts) + _NOTES
 
 
@@ -79,7 +83,8 @@ def _table(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
         else:
             shown = ("psnr",) if images else ("max", "l2")
             cells = [_error(row, result["error"], key) for key in shown]
-            cells += [_bound(row), _pair(result["seconds"]), _pair(result["peak_bytes"], 2**30)]
+            cost = ["", ""] if row.tier == "quick" else [_pair(result["seconds"]), _pair(result["peak_bytes"], 2**30)]
+            cells += [_bound(row), *cost]
         lines.append(f"| {' | '.join([row.format, row.size, row.dtype, *cells])} |")
     return "\n".join(lines) + "\n"
 
