@@ -11,9 +11,9 @@ _HEAD = """# Parity with PyTorch
 Each row draws random weights, none of them zero, in PyTorch (or transformers, or diffusers), writes them in the format that the row names,
 and runs the reference on random inputs. pixart_jax then opens the same file and runs on the same inputs.
 
-    python benchmarks/parity.py            # all rows but the slow ones; about {minutes} minutes on two cores, 4 GB of disk
+    python benchmarks/parity.py            # all rows but the slow ones; about {minutes} minutes on two cores, 6 GB of disk
     python benchmarks/parity.py --quick    # the tiny rows
-    python benchmarks/parity.py --slow     # T5-XXL whole as well: 10 GB of disk, and of memory more than that
+    python benchmarks/parity.py --slow     # T5-XXL whole as well: 10 GB of disk, and more memory than that
     python benchmarks/parity.py --check    # exit status 1 where a row is over its bound
 
 This page is written by that command from docs/parity.json, which it keeps; rows that a call leaves out keep their figures. It needs what
