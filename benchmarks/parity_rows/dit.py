@@ -1,0 +1,90 @@
+"""Rows of the class-conditional DiT: official .pt files, beside diffusers' DiT with its two known differences mended."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.parity_rows import official
+from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.weights import materialised
+
+TINY = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 12, "sample_size": 8, "num_embeds_ada_norm": 6}
+XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "sample_size": 32, "num_embeds_ada_norm": 1000}
+
+
+def inputs(fields: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(latents, timesteps, labels); the last label is "no class"."""
+    side, classes = fields["sample_size"], fields["num_embeds_ada_norm"]
+    latents = np.random.default_rng(1).normal(size=(2, side, side, 4)).astype(np.float32)
+    return latents, np.array([3.0, 700.5], np.float32), np.array([2, classes], np.int32)
+
+
+def build(fields: dict):
+    """diffusers' model, computing as the published one does, which the released weights are for.
+
+    diffusers divides the exponent of the timestep's frequencies by 127 and takes 1e-5 for the norms' epsilon; the published model
+    has 128 and 1e-6. Its blocks carry copies of one embedder, which are one object here.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    def construct():
+        model = DiTTransformer2DModel(**fields, out_channels=8, norm_eps=1e-6)
+        first = model.transformer_blocks[0].norm1.emb
+        first.time_proj.downscale_freq_shift = 0
+        for block in model.transformer_blocks[1:]:
+            block.norm1.emb = first
+        return model
+
+    model = materialised(construct)
+    side, width = fields["sample_size"], fields["num_attention_heads"] * fields["attention_head_dim"]
+    fresh = type(model.pos_embed)(side, side, model.config.patch_size, 4, width)
+    model.pos_embed.pos_embed = fresh.pos_embed  # a buffer that is computed at initialisation
+    return model
+
+
+def theirs(fields: dict, folder: Path) -> Run:
+    import torch
+
+    model = build(fields)
+    latents, timesteps, labels = inputs(fields)
+    given = torch.from_numpy(latents).permute(0, 3, 1, 2).contiguous()
+
+    def call():
+        out = model(given, timestep=torch.from_numpy(timesteps), class_labels=torch.from_numpy(labels).long())
+        return {"output": out.sample.permute(0, 2, 3, 1).numpy()}
+
+    with torch.no_grad():
+        result = timed(call)
+    state = official.dit(dict(model.state_dict()), fields["num_layers"])
+    torch.save({"pos_embed": model.pos_embed.pos_embed, **state}, folder / "official.pt")
+    return result
+
+
+def ours(flags: tuple[str, ...], fields: dict, folder: Path) -> Run:
+    from pixart_jax import load_component
+    from pixart_jax.commands import convert
+
+    convert.main([str(folder / "official.pt"), str(folder / "converted"), *flags])
+    part = load_component(folder / "converted")
+    return timed(lambda: {"output": np.asarray(part.apply(*inputs(fields)))})
+
+
+def _row(name, size, fields, flags=(), **how) -> Row:
+    return Row(
+        name=f"dit {name}",
+        model="DiT",
+        format="official .pt",
+        size=size,
+        theirs=functools.partial(theirs, fields),
+        ours=functools.partial(ours, flags, fields),
+        **how,
+    )
+
+
+ROWS = (
+    _row("tiny", "tiny, 64 × 64 px", TINY, ("--heads", "2")),
+    _row("XL/2", "XL/2, 256 × 256 px", XL, tier="full"),
+)

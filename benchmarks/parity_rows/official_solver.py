@@ -1,0 +1,121 @@
+"""Rows of the official DPM-Solver++, whose times are fractional: our pipeline beside latents that the official code once gave.
+
+The latents lie frozen in official_dpm.npz. They are made from a checkout of the official repository (PixArt-alpha/PixArt-alpha at cac2fd3):
+
+    python benchmarks/parity_rows/official_solver.py path/to/PixArt-alpha
+
+whose diffusion/model/dpm_solver.py then drives diffusers' transformer with guidance, as its demo does. Weights and inputs come from
+NumPy's RandomState, whose stream never changes; the file keeps a checksum of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.parity_rows.row import Row, Run, timed
+
+FROZEN = Path(__file__).with_name("official_dpm.npz")
+STEPS = (20, 14, 8)  # the code's default, its demos', and one where the order falls at the end
+GUIDANCE = 4.5
+TOKENS, LENGTHS, NULL_LENGTHS = 9, (9, 4), (1, 1)
+
+
+def weights(model) -> str:
+    """Fill a PyTorch model from RandomState; the checksum of what it holds then. Deviations as in tests/tiny_diffusers.py."""
+    import torch
+
+    random, digest = np.random.RandomState(6), hashlib.sha256()
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            values = (0.15 * random.standard_normal(tuple(parameter.shape))).astype(np.float32)
+            digest.update(values.tobytes())
+            parameter.copy_(torch.from_numpy(values))
+    return digest.hexdigest()
+
+
+def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(noise [2, 8, 8, 4], text states and states of no text [2, l, 16]), fp32."""
+    random = np.random.RandomState(7)
+    shapes = (2, 8, 8, 4), (2, TOKENS, 16), (2, TOKENS, 16)
+    return tuple(random.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+def theirs(steps: int, folder: Path) -> Run:
+    """The model's folder, and the frozen latents. ValueError where the weights are not those that were frozen."""
+    from tests import tiny_diffusers
+
+    pipe = tiny_diffusers.build(folder, save=False)
+    frozen = np.load(FROZEN)
+    if weights(pipe.transformer) != str(frozen["weights"]):
+        raise ValueError("the weights are not those that the frozen latents were made with: freeze them anew")
+    pipe.save_pretrained(folder / "model")
+    return Run({"latents": frozen[f"latents_{steps}"]}, None)
+
+
+def ours(steps: int, folder: Path) -> Run:
+    from pixart_jax import Pipeline
+
+    pipe = Pipeline.from_pretrained(folder / "model")
+    noise, text, null = inputs()
+    text, negative = (text, np.array(LENGTHS)), (null, np.array(NULL_LENGTHS))
+    return timed(lambda: {"latents": np.asarray(pipe.denoise(*text, noise, *negative, steps=steps, guidance=GUIDANCE, times="fractional"))})
+
+
+def freeze(checkout: Path) -> None:
+    """Run the official solver and write FROZEN."""
+    import tempfile
+
+    import torch
+
+    from tests import tiny_diffusers
+
+    spec = importlib.util.spec_from_file_location("official_dpm_solver", checkout / "diffusion" / "model" / "dpm_solver.py")
+    official = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(official)
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_diffusers.build(Path(folder), save=False).transformer
+    found = {"weights": weights(model)}
+    noise, text, null = (torch.from_numpy(values) for values in inputs())
+    mask = (torch.arange(TOKENS)[None] < torch.tensor(NULL_LENGTHS + LENGTHS)[:, None]).float()
+
+    def epsilon(x, t, states):
+        conditions = {"resolution": None, "aspect_ratio": None}
+        out = model(x, states, timestep=t, added_cond_kwargs=conditions, encoder_attention_mask=mask).sample
+        return out.chunk(2, dim=1)[0]
+
+    schedule = official.NoiseScheduleVP("discrete", betas=torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    guided = {"guidance_type": "classifier-free", "condition": text, "unconditional_condition": null, "guidance_scale": GUIDANCE}
+    solver = official.DPM_Solver(official.model_wrapper(epsilon, schedule, **guided), schedule, algorithm_type="dpmsolver++")
+    for steps in STEPS:
+        with torch.no_grad():
+            latents = solver.sample(noise.permute(0, 3, 1, 2), steps, order=2, skip_type="time_uniform", method="multistep")
+        found[f"latents_{steps}"] = latents.permute(0, 2, 3, 1).numpy()
+    np.savez(FROZEN, **found)
+
+
+ROWS = tuple(
+    Row(
+        name=f"pipeline official dpm++ {steps}",
+        model="pipeline, final latents",
+        format=f"official DPM-Solver++, frozen, {steps} steps, guidance {GUIDANCE}",
+        size="tiny, 64 × 64 px",
+        bound=1e-3,
+        theirs=functools.partial(theirs, steps),
+        ours=functools.partial(ours, steps),
+    )
+    for steps in STEPS
+)
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "diffusion" / "model" / "dpm_solver.py").is_file():
+        sys.exit("error: give a checkout of PixArt-alpha/PixArt-alpha, with diffusion/model/dpm_solver.py in it")
+    freeze(Path(sys.argv[1]))

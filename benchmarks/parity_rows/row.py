@@ -1,0 +1,83 @@
+"""What a row of the parity table is: the same weights and inputs, once through PyTorch and once through pixart_jax, and how far apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+# An output that is nearly nothing proves nothing: below this the reference itself is at fault.
+LEAST_REFERENCE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One side of a row. outputs: {name: array}. seconds: of one call, compiled and warm; None where it would mislead."""
+
+    outputs: Mapping[str, np.ndarray]
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """theirs(folder) draws the weights, writes them into the folder and runs the reference; ours(folder) reads them and runs ours.
+
+    measure: 'max' (largest difference over the largest reference), 'l2' (of the norms), 'psnr' (decibels of uint8 images; the bound
+    is then a floor). tier: 'quick' rows are tiny, 'full' ones at real size, 'slow' ones only when asked for.
+    """
+
+    name: str  # unique, and what --only matches
+    model: str
+    format: str
+    size: str
+    theirs: Callable[[Path], Run]
+    ours: Callable[[Path], Run]
+    dtype: str = "fp32"
+    bound: float = 1e-4
+    measure: str = "max"
+    tier: str = "quick"
+
+    def compare(self, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict:
+        """{'max', 'l2', 'psnr' (images only)}, the worst over the outputs. ValueError where two outputs cannot be compared."""
+        if set(ours) != set(theirs):
+            raise ValueError(f"{self.name}: outputs {sorted(ours)} beside {sorted(theirs)}")
+        found: dict[str, list[float]] = {}
+        for name in theirs:
+            for key, value in errors(ours[name], theirs[name], f"{self.name}: {name}").items():
+                found.setdefault(key, []).append(value)
+        return {key: (min if key == "psnr" else max)(values) for key, values in found.items()}
+
+    def holds(self, error: Mapping[str, float]) -> bool:
+        """Whether a comparison lies within the bound; a number that is no number never does."""
+        value = error[self.measure]
+        return bool(value >= self.bound if self.measure == "psnr" else value <= self.bound)
+
+
+def errors(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, float]:
+    """Relative errors of one output, and of uint8 images the peak signal-to-noise ratio of the worst one."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{what}: {ours.shape} beside {theirs.shape}")
+    images = theirs.dtype == np.uint8
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError(f"{what}: not finite")
+    if np.abs(b).max() < LEAST_REFERENCE or (images and np.ptp(b) < 20):
+        raise ValueError(f"{what}: the reference is as good as nothing, so nothing is compared")
+    found = {"max": float(np.abs(a - b).max() / np.abs(b).max()), "l2": float(np.linalg.norm(a - b) / np.linalg.norm(b))}
+    if images:
+        worst = float(np.square(a - b).reshape(len(a), -1).mean(1).max())
+        found["psnr"] = 99.0 if worst == 0 else float(10 * np.log10(255**2 / worst))
+    return found
+
+
+def timed(call: Callable[[], Mapping[str, np.ndarray]], warm: bool = True) -> Run:
+    """call() → {name: numpy array}, and the seconds of its second run; warm False runs it once and gives no time."""
+    outputs = call()
+    if not warm:
+        return Run(outputs, None)
+    start = time.perf_counter()
+    outputs = call()
+    return Run(outputs, time.perf_counter() - start)

@@ -1,0 +1,181 @@
+"""Rows of the T5 encoder beside transformers' T5EncoderModel; T5-XXL in a slice of two layers, and whole, one layer at a time."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.weights import draw, materialised
+
+_V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "is_encoder_decoder": False, "use_cache": False}
+TINY = {"vocab_size": 97, "d_model": 24, "d_kv": 16, "d_ff": 40, "num_layers": 3, "num_heads": 4, **_V11}
+XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, **_V11}
+SLICE = XXL | {"num_layers": 2}
+LENGTHS = (300, 37)  # the longest caption of PixArt-Σ, and past the last bucket of distances
+
+
+def inputs(fields: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids [b, l], lengths [b], which of [b, l] count)."""
+    ids = np.random.default_rng(2).integers(0, fields["vocab_size"], (len(LENGTHS), max(LENGTHS)))
+    lengths = np.array(LENGTHS)
+    return ids, lengths, np.arange(ids.shape[1]) < lengths[:, None]
+
+
+# ---- theirs ----
+
+
+def build(fields: dict):
+    from transformers import T5Config, T5EncoderModel
+
+    model = materialised(lambda: T5EncoderModel(T5Config(**fields)), t5_head=fields["d_kv"])
+    model.encoder.embed_tokens.weight = model.shared.weight  # one table under two names
+    return model
+
+
+def theirs(fields: dict, write, folder: Path) -> Run:
+    """The reference on its own weights; write(model, folder) leaves them in the row's format."""
+    import torch
+
+    model = build(fields)
+    (folder / "t5").mkdir()
+    write(model, folder / "t5")
+    (folder / "t5" / "config.json").write_text(json.dumps({"model_type": "t5", **fields}))
+    ids, _, counts = inputs(fields)
+
+    def call():
+        states = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(counts).long()).last_hidden_state
+        return {"states": states.numpy()[counts]}
+
+    with torch.no_grad():
+        return timed(call)
+
+
+def write_safetensors(shard: str, model, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size=shard)
+
+
+def write_bin(shards: int, model, folder: Path) -> None:
+    """pytorch_model.bin files behind an index, as transformers wrote them before safetensors: both names of the table stored."""
+    import torch
+
+    state = dict(model.state_dict())
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    keys, names = list(state), [f"pytorch_model-{n + 1:05d}-of-{shards:05d}.bin" for n in range(shards)]
+    where = {key: names[i * shards // len(keys)] for i, key in enumerate(keys)}
+    for name in names:
+        torch.save({key: state[key] for key in keys if where[key] == name}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def layer_by_layer(fields: dict, folder: Path) -> Run:
+    """The whole encoder with the memory of one layer: bf16 weights are drawn, written and run in fp32, a layer at a time.
+
+    Each layer is a T5EncoderModel of one layer that is given the states so far; the bias of the distances, which transformers keeps
+    in the first layer and shares, is given to every one, and the final norm to the last.
+    """
+    import safetensors.torch
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    target = folder / "t5"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps({"model_type": "t5", **fields}))
+    where: dict[str, str] = {}
+
+    def drawn(shapes: dict[str, tuple[int, ...]], seed: int, shard: str) -> dict:
+        tensors = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
+        draw(tensors.items(), seed, t5_head=fields["d_kv"])
+        safetensors.torch.save_file(tensors, target / shard, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, shard))
+        return tensors
+
+    ids, _, counts = inputs(fields)
+    last = fields["num_layers"] - 1
+    names = [f"model-{n + 1:05d}-of-{last + 2:05d}.safetensors" for n in range(last + 2)]
+    table = drawn({"shared.weight": (fields["vocab_size"], fields["d_model"])}, 0, names[0])["shared.weight"]
+    states = table[torch.from_numpy(ids)].float()
+    del table
+    with torch.no_grad():
+        layer = T5EncoderModel(T5Config(**fields | {"num_layers": 1, "vocab_size": 1})).eval()
+        final_norm, layer.encoder.final_layer_norm = layer.encoder.final_layer_norm, torch.nn.Identity()
+        shapes = {key: tuple(value.shape) for key, value in layer.encoder.block.state_dict().items()}
+        for i in range(last + 1):
+            wanted = {f"encoder.block.{i}.{key[2:]}": shape for key, shape in shapes.items()}
+            if i:
+                wanted = {key: shape for key, shape in wanted.items() if "relative_attention_bias" not in key}
+            if i == last:
+                wanted["encoder.final_layer_norm.weight"] = (fields["d_model"],)
+            tensors = drawn(wanted, i + 1, names[i + 1])
+            if i == last:
+                final_norm.weight.copy_(tensors.pop("encoder.final_layer_norm.weight"))
+                layer.encoder.final_layer_norm = final_norm
+            for key, tensor in tensors.items():  # into the one layer; the bias of layer 0 stays
+                layer.get_parameter(key.replace(f"block.{i}.", "block.0.")).copy_(tensor)
+            del tensors
+            states = layer(inputs_embeds=states, attention_mask=torch.from_numpy(counts).long()).last_hidden_state
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return Run({"states": states.numpy()[counts]}, None)
+
+
+# ---- ours ----
+
+
+def ours(fields: dict, dtype: str, folder: Path) -> Run:
+    """dtype: 'float32', 'bfloat16', or 'bfloat16 held', which holds bf16 parameters and computes in fp32."""
+    if dtype.endswith("held") and "jax" not in sys.modules:
+        # Else XLA's CPU compiler widens the whole stack of layers to fp32 before the loop over them: 19 GB for T5-XXL instead of 0.8.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes=while-loop-invariant-code-motion"
+    import jax.numpy as jnp
+
+    from pixart_jax import load_component
+
+    part = load_component(folder / "t5", dtype=dtype.removesuffix(" held"))
+    if dtype.endswith("held"):
+        part = part.replace(dtype=jnp.float32)
+    ids, lengths, counts = inputs(fields)
+    return timed(lambda: {"states": np.asarray(part.apply(ids, lengths))[counts]})
+
+
+# ---- the rows ----
+
+
+def _row(name, size, fields, format, reference, compute="float32", **how) -> Row:
+    return Row(
+        name=f"t5 {name}",
+        model="T5 v1.1 encoder",
+        format=format,
+        size=size,
+        theirs=functools.partial(*reference),
+        ours=functools.partial(ours, fields, compute),
+        **how,
+    )
+
+
+_BF16 = {"dtype": "bf16", "bound": 2e-2, "measure": "l2"}
+_HELD = {"dtype": "fp32, weights held in bf16"}
+_TWO_LAYERS = "T5-XXL, 2 of 24 layers, 300 tokens"
+
+
+def _whole(fields, shard="10GB"):
+    return theirs, fields, functools.partial(write_safetensors, shard)
+
+
+ROWS = (
+    _row("tiny", "tiny, 300 tokens", TINY, "safetensors", _whole(TINY)),
+    _row("tiny sharded", "tiny, 300 tokens", TINY, "safetensors, sharded", _whole(TINY, "8KB")),
+    _row("tiny bin", "tiny, 300 tokens", TINY, ".bin", (theirs, TINY, functools.partial(write_bin, 1))),
+    _row("tiny bin sharded", "tiny, 300 tokens", TINY, ".bin, sharded", (theirs, TINY, functools.partial(write_bin, 3))),
+    _row("tiny by layers", "tiny, 300 tokens", TINY, "bf16 safetensors, sharded", (layer_by_layer, TINY), "bfloat16 held", **_HELD),
+    _row("XXL 2 layers", _TWO_LAYERS, SLICE, "safetensors, sharded", _whole(SLICE, "500MB"), tier="full"),
+    _row("XXL 2 layers bin", _TWO_LAYERS, SLICE, ".bin, sharded", (theirs, SLICE, functools.partial(write_bin, 4)), tier="full"),
+    _row("XXL 2 layers bf16", _TWO_LAYERS, SLICE, "safetensors, sharded", _whole(SLICE, "500MB"), "bfloat16", tier="full", **_BF16),
+    _row("XXL", "T5-XXL whole, 300 tokens", XXL, "bf16 safetensors, sharded", (layer_by_layer, XXL), "bfloat16 held", tier="slow", **_HELD),
+)
