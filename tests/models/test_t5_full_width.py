@@ -19,8 +19,7 @@ from transformers import T5EncoderModel
 
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.weights import t5 as tables
-from pixart_jax.weights.quantization import quantize
-from pixart_jax.weights.table import flatten, unflatten
+from pixart_jax.weights.streaming import read
 from tests.models.t5_reference import relative_error, rms_error
 
 CONFIG = T5Config(vocab_size=256, num_layers=2)
@@ -48,17 +47,20 @@ def encoder():
             wo.div_(torch.tensor(growth)[:, None])
             reference[name] = out.last_hidden_state.numpy()[COUNTED], float(out.hidden_states[1].abs().max())
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    del model, out, wo  # what is read is let go, so that the weights are never there twice in fp32
-    int8 = {}
+    del model, out, wo
 
-    def place(path, array):
-        int8[path] = quantize(path, array)
-        return jnp.asarray(array, jnp.bfloat16 if int8[path] is not None or path == "embedding" else jnp.float32)
+    def kept(path: str) -> np.dtype:
+        return np.dtype(jnp.bfloat16 if path.endswith("kernel") or path == "embedding" else np.float32)
 
-    shapes = nn.unbox(jax.eval_shape(T5Encoder(CONFIG).init, jax.random.key(0), IDS, LENGTHS))["params"]
-    params = read(tables.TRANSFORMERS, shapes, list(state), state.pop, source="the reference", ignore=tables.IGNORED, place=place)
+    def opened(quantization: str | None) -> dict:
+        module = T5Encoder(CONFIG, quantization=quantization)
+        shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), IDS, LENGTHS))["params"]
+        return read(tables.TRANSFORMERS, shapes, state, ignore=tables.IGNORED, dtype=kept, quantization=quantization)
+
+    floats, int8 = opened(None), opened("int8")
+    state.clear()
     gc.collect()
-    return reference, params, unflatten({path: leaf if int8[path] is None else int8[path] for path, leaf in flatten(params).items()})
+    return reference, floats, int8
 
 
 def states(params: dict, growth: str, dtype, quantization: str | None = None) -> np.ndarray:
