@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_jax import png
+from pixart_jax.pipeline import fingerprint
 
 GRID = "grid.png"
 GRID_MOST = 100  # images on a sheet
@@ -65,13 +65,5 @@ class Drawings:
 
 
 def model_hash(folder: str | os.PathLike) -> str:
-    """Ten hex digits that change when a model's transformer does: of its files' names, sizes and some of their bytes."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(folder) / "transformer").iterdir()):
-        if path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                for start in range(0, path.stat().st_size, max(1 << 16, path.stat().st_size // 16)):
-                    file.seek(start)
-                    digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:10]
+    """Ten hex digits that change when a model's transformer does."""
+    return fingerprint.of_folder(Path(folder) / "transformer")
