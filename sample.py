@@ -19,6 +19,7 @@ from pixart_jax.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "shapes"
 CANVAS = ("height", "width", "binning", "seed", "batch_size")
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"  # images/s, however slow
 HOW = ("steps", "guidance", "solver", "times", "null")  # flags that say how to sample
 
 
@@ -66,8 +67,8 @@ class Flags:
     text_states: Path | None = None
     """A file of `python -m pixart_jax encode --prompts`: drawn from without opening the text encoder."""
     offload_text_encoder: str = "auto"
-    """always: encode all texts first and delete the text encoder from the devices before the rest of the model is opened; never; auto: where
-    not all would fit together. The images are the same."""
+    """always: encode all texts first and delete the text encoder from the devices before the rest of the model is opened; never;
+    auto: where not all would fit together. The images are the same."""
     share: str | None = None
     """K/N: this process draws share K (from 0) of N into the same folder; cluster: as JAX detects (Cloud TPU, GKE, SLURM)."""
     grid: bool = True
@@ -137,35 +138,37 @@ def plan(flags: Flags, rows: list[prompts.Row], share):
             raise UserError(f"prompt {n + 1}, {row.prompt[:40]!r}: {fault}" if own else str(fault)) from None
         wanted.append({"prompt": row.prompt, "index": n, **settings, **own, "height": height, "width": width})
     if flags.text_states is not None:
-        kept = text_states(flags, wanted)
-        for image in wanted:
-            image["text_states"] = f"{kept.identity['computed_in']} in {kept.identity['stored_in']}"
+        how = text_states(flags, wanted).precision(settings["dtype"])
+        wanted = [{**image, **({"text_states": how} if how else {})} for image in wanted]
     folder.check_weights(flags.model, ("transformer", "vae") if flags.text_states else folder.PARTS)
     return drawings.Drawings(flags.out, wanted, share)
 
 
 def text_states(flags: Flags, wanted: list[dict]):
     """The states of --text-states, which must be this model's and hold all that is wanted."""
-    from pixart_jax import captions
     from pixart_jax.pipeline import TextStates
     from pixart_jax.pipeline.prompt_encoder import identity
 
     kept = TextStates.open(flags.text_states)
-    clean = captions.clean if flags.clean_caption else captions.plain
-    made = identity(flags.model, dtype(flags), clean)
+    made = identity(flags.model, dtype(flags), cleaning(flags))
     kept.check({name: value for name, value in made.items() if name != "computed_in"})
-    kept.lengths(texts(wanted), clean)
+    kept.lengths(texts(flags, wanted), cleaning(flags))
     return kept
 
 
-def texts(wanted: list[dict]) -> list[str]:
+def texts(flags: Flags, images: list[dict]) -> list[str]:
     """All that the text encoder is to read for these images, once each."""
-    negatives = [
-        image["negative_prompt"]
-        for image in wanted
-        if image["guidance"] != 1 and (image["null"] == "text" or image["negative_prompt"].strip())
-    ]
-    return list(dict.fromkeys([*(image["prompt"] for image in wanted), *negatives]))
+    from pixart_jax.pipeline.text_states import needed
+
+    how = images[0]
+    prompts_, negatives = ([image[name] for image in images] for name in ("prompt", "negative_prompt"))
+    return needed(prompts_, negatives, how["guidance"], how["null"], cleaning(flags))
+
+
+def cleaning(flags: Flags):
+    from pixart_jax import captions
+
+    return captions.clean if flags.clean_caption else captions.plain
 
 
 def dtype(flags: Flags):
@@ -192,7 +195,7 @@ def draw(flags: Flags, drawings) -> None:
     pipe = Pipeline.from_pretrained(flags.model, dtype=dtype(flags), mesh=mesh, text_encoder=states is None)
     quiet = drawings.share.index > 0
     with (
-        tqdm(total=len(drawings.missing), unit=" images", desc="drawing (compiles first)", disable=quiet) as bar,
+        tqdm(total=len(drawings.missing), unit=" images", bar_format=BAR, desc="drawing (compiles first)", disable=quiet) as bar,
         Writer(drawings.write) as writer,
     ):
         for members in drawings.groups():
@@ -217,20 +220,18 @@ def encoded(flags: Flags, images: list[dict], mesh):
     """The text states of the images where the text encoder is not to lie beside the rest of the model; None where it is."""
     from tqdm import tqdm
 
-    from pixart_jax import captions
-    from pixart_jax.pipeline import PromptEncoder, memory
+    from pixart_jax.pipeline import PromptEncoder, TextStates, memory
 
     if flags.text_states is not None:
-        return text_states(flags, images)
+        return TextStates.open(flags.text_states)  # checked when the work was planned
     if flags.offload_text_encoder == "never":
         return None
     if flags.offload_text_encoder == "auto" and not memory.must_offload(flags.model, dtype(flags), mesh):
         return None
     encoder = PromptEncoder.from_pretrained(flags.model, dtype(flags), mesh)
-    wanted = texts(images)
-    with tqdm(total=len(wanted), unit=" prompts", desc="encoding") as bar:
-        clean = captions.clean if flags.clean_caption else captions.plain
-        states = encoder.states(wanted, dtype(flags).__name__, clean, told=bar.update)
+    wanted = texts(flags, images)
+    with tqdm(total=len(wanted), unit=" prompts", bar_format=BAR, desc="encoding") as bar:
+        states = encoder.states(wanted, dtype(flags).__name__, cleaning(flags), told=bar.update)
     encoder.free()
     return states
 

@@ -24,16 +24,17 @@ class Drawings:
 
     wanted: the settings of each image (with prompt, index and seed). An image is there when a PNG of its name carries the very
     same settings; one with other settings is kept, and the new one is written beside it under a number. share: of the
-    processes that draw them together; ``mine`` are the numbers of this one's images, ``missing`` those of them that are not there.
+    processes that draw them together, all by default; ``mine`` are the numbers of its images, ``missing`` those not yet there.
     """
 
-    def __init__(self, folder: str | os.PathLike, wanted: Sequence[Mapping], share: Share = Share()):
+    def __init__(self, folder: str | os.PathLike, wanted: Sequence[Mapping], share: Share | None = None):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.folder):  # an unwritable folder shows before the work, not after it
             pass
         self.wanted = [dict(settings) for settings in wanted]
-        self.share, self.mine = share, share.of([self.group(settings) for settings in self.wanted])
+        self.share = share or Share()
+        self.mine = self.share.of([self.group(settings) for settings in self.wanted])
         found = {n: self._find(self.wanted[n]) for n in self.mine}
         self.paths = {n: path for n, (path, _) in found.items()}
         self.missing = [n for n, (_, there) in found.items() if not there]

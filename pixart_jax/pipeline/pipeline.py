@@ -27,7 +27,7 @@ from pixart_jax.pipeline.preview import previewer
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, identity
 from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
-from pixart_jax.pipeline.text_states import TextStates
+from pixart_jax.pipeline.text_states import TextStates, needed
 
 DEFAULT_BATCH = 16
 _DECODED_PIXELS = 2 * 1024 * 1024  # of one call of the VAE's decoder, whose activations are far larger than its image
@@ -187,8 +187,8 @@ class Pipeline:
         encoder = self.prompt_encoder if text_states is None else text_states
 
         # One text length for all batches, so that they share one executable.
-        read = prompts + (sorted({text for text in negatives if null == "text" or clean(text)}) if guided else [])
-        length = tokens.padded_length(int(encoder.lengths(read, clean).max()), self.transformer.config.text_tokens)
+        lengths = encoder.lengths(needed(prompts, negatives, guidance, null, clean), clean)
+        length = tokens.padded_length(int(lengths.max()), self.transformer.config.text_tokens)
 
         pending = None
         for start in range(0, len(prompts), size):

@@ -89,6 +89,11 @@ class TextStates(Mapping[str, np.ndarray]):
                     "encode the prompts again, into another file"
                 )
 
+    def precision(self, dtype: str) -> str | None:
+        """How these states differ from those that a model computing in ``dtype`` encodes itself; None where they do not to the bit."""
+        computed, kept = self.identity.get("computed_in"), self.identity.get("stored_in")
+        return None if computed == dtype and kept in (dtype, "float32") else f"{computed} kept as {kept}"
+
     def lengths(self, texts: Sequence[str], clean: Callable[[str], str] = captions.clean) -> np.ndarray:
         """Tokens of each text, int32 [n]. UserError where a text is not there, or is there under another cleaning."""
         self.check({"cleaning": cleaning_name(clean)})
@@ -168,6 +173,15 @@ def write(path: str | os.PathLike, texts: Iterable[str], rows: Mapping[str, np.n
             file.write(names)
 
     write_atomically(path, stream)
+
+
+def needed(
+    prompts: Sequence[str], negatives: Sequence[str], guidance: float, null: str, clean: Callable[[str], str] = captions.clean
+) -> list[str]:
+    """The texts whose states a drawing reads, once each. null: 'text' or 'embedding', whose "" needs no states."""
+    guided = float(guidance) != 1.0
+    read = [text for text in dict.fromkeys(negatives) if null == "text" or clean(text)] if guided else []
+    return list(dict.fromkeys([*prompts, *read]))
 
 
 def stored(states: np.ndarray, dtype: str) -> np.ndarray:
