@@ -88,6 +88,7 @@ def encode_prompts(arguments: PromptArguments) -> int:
     if arguments.out.suffix != ".safetensors":
         raise UserError(f"--out {arguments.out}: a file NAME.safetensors is needed")
     rows = prompts.read(arguments.prompts)
+    folder.configs(arguments.model)  # that it is a model
     folder.check_weights(arguments.model, ("text_encoder",))
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -121,7 +121,8 @@ class PromptEncoder:
 def identity(folder: str | os.PathLike, dtype=None, clean: Callable[[str], str] | None = None) -> dict[str, str]:
     """What a model folder's text states are made with, from its files; no weight is loaded. clean: how texts are cleaned, if known.
 
-    Two folders of one identity give the same states of the same texts (computed_in: to that precision).
+    Two folders of one identity give the same states of the same texts (computed_in: to that precision). A folder whose text encoder's
+    weights were left out, to be drawn from by text states alone, says nothing of them.
     """
     folder = Path(folder)
     transformer, _ = model_folder.configs(folder)
@@ -129,9 +130,10 @@ def identity(folder: str | os.PathLike, dtype=None, clean: Callable[[str], str] 
         "width": str(transformer.caption_width),
         "text_tokens": str(transformer.text_tokens),
         "tokenizer": fingerprint.of_folder(folder / "tokenizer"),
-        "text_encoder": fingerprint.of_folder(folder / "text_encoder"),
         "computed_in": jnp.dtype(dtype or jnp.float32).name,
     }
+    if any((folder / "text_encoder").glob("*.safetensors")) or any((folder / "text_encoder").glob("*.bin")):
+        made["text_encoder"] = fingerprint.of_folder(folder / "text_encoder")
     return made if clean is None else {**made, "cleaning": cleaning_name(clean)}
 
 
