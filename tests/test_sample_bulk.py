@@ -72,6 +72,12 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
     assert "5 of them already there" in capsys.readouterr().out
     (path,) = (tmp_path / "bfloat16").glob("0000*.png")
     assert png.settings(path)["text_states"] == "float32 kept as bfloat16"
+    # A machine that only draws needs no weights of the text encoder.
+    light = tmp_path / "light" / tiny_model.name
+    shutil.copytree(tiny_model, light, ignore=shutil.ignore_patterns("model.safetensors"))
+    argv = ["--model", str(light), *base[2:], "--out", str(tmp_path / "lightly"), "--text-states", str(tmp_path / "float32.safetensors")]
+    assert program.run(sample_program.main, argv) == 0
+    assert_within(tmp_path / "lightly", tmp_path / "plain", 0)
 
 
 @pytest.fixture
