@@ -8,7 +8,6 @@ A second call with the same settings draws only what is not there.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import sys
@@ -20,6 +19,7 @@ from pixart_jax.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "shapes"
 CANVAS = ("height", "width", "binning", "seed", "batch_size")
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"  # images/s, however slow
 HOW = ("steps", "guidance", "solver", "times", "null")  # flags that say how to sample
 
 
@@ -51,8 +51,9 @@ class Flags:
     """dpm++, ddim, ddpm, sa, lcm (distilled models, 4 steps) or dmd (1 step). By default the model's own."""
     times: Literal["fractional", "integer"] = "fractional"
     """The time grid of dpm++: the official code's, or diffusers'."""
-    null: Literal["text", "embedding"] = "text"
-    """What an empty negative prompt means: the text encoder's states of "", or the model's null caption (the official code)."""
+    null: str = "auto"
+    """What an empty negative prompt means: text, the text encoder's states of "", or embedding, the model's null caption (the official
+    code); auto: as the model says, text where it says nothing."""
     clean_caption: bool = True
     """Clean prompts as PixArt's training captions were: addresses, markup, file names and the like go."""
     binning: bool = True
@@ -61,23 +62,35 @@ class Flags:
     """Images at once; by default up to 16 a device."""
     vae_tile: int | None = None
     """Decode large images in blended tiles of so many latents a side (64 is 512 pixels)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; auto: bfloat16 on accelerators."""
+    dtype: str = "auto"
+    """Of the computation: float32 or bfloat16; auto: bfloat16 on accelerators."""
+    text_states: Path | None = None
+    """A file of `python -m pixart_jax encode --prompts`: drawn from without opening the text encoder."""
+    offload_text_encoder: str = "auto"
+    """always: encode all texts first and delete the text encoder from the devices before the rest of the model is opened; never;
+    auto: where not all would fit together. The images are the same."""
+    share: str | None = None
+    """K/N: this process draws share K (from 0) of N into the same folder; cluster: as JAX detects (Cloud TPU, GKE, SLURM)."""
     grid: bool = True
     """Also write grid.png where there is more than one prompt."""
 
 
 def main(argv: list[str]) -> int:
+    from pixart_jax.pipeline import shares
+
     flags = program.parse(Flags, argv, prog="sample.py")
     wanted = read_prompts(flags)
-    drawings = plan(flags, wanted)
+    share = shares.parse(flags.share)
+    drawings = plan(flags, wanted, share)
     if drawings.missing:
         draw(flags, drawings)
-    done = len(wanted) - len(drawings.missing)
-    print(f"{len(wanted)} image{'s' * (len(wanted) > 1)} in {flags.out}/" + (f", {done} of them already there" if done else ""))
-    if len(wanted) == 1:
+    done, all_mine = len(drawings.mine) - len(drawings.missing), len(drawings.mine)
+    whose = f" (share {share.index}/{share.count} of {len(wanted)})" if share.count > 1 else ""
+    print(f"{all_mine} image{'s' * (all_mine != 1)} in {flags.out}/{whose}" + (f", {done} of them already there" if done else ""))
+    if len(wanted) == 1 and drawings.paths:
         print(drawings.paths[0])
-    elif flags.grid:
+    elif len(wanted) > 1 and flags.grid and share.index == 0:
+        await_others(drawings)
         print(drawings.write_grid())
     return 0
 
@@ -88,13 +101,16 @@ def read_prompts(flags: Flags) -> list[prompts.Row]:
     return prompts.read(flags.prompts) if flags.prompt is None else [prompts.Row(flags.prompt)]
 
 
-def plan(flags: Flags, rows: list[prompts.Row]):
-    """What is to be drawn, and what of it is there. All flags and rows are checked here, before the weights are read."""
-    from pixart_jax.pipeline import drawings, folder, options, sampling
+def plan(flags: Flags, rows: list[prompts.Row], share):
+    """What is to be drawn, and what of it is there. All that can be wrong is found here, before weights are read or a folder is made."""
+    from pixart_jax.pipeline import drawings, folder, memory, options, sampling
 
+    options.named("dtype", flags.dtype, options.DTYPES)
+    options.named("offload-text-encoder", flags.offload_text_encoder, memory.OFFLOADS)
     configs = folder.configs(flags.model)
-    steps, guidance, solver = sampling.read(flags.model).filled(flags.steps, flags.guidance, flags.solver)
-    flags = dataclasses.replace(flags, steps=steps, guidance=guidance, solver=solver)
+    own = sampling.read(flags.model)
+    steps, guidance, solver = own.filled(flags.steps, flags.guidance, flags.solver)
+    flags = dataclasses.replace(flags, steps=steps, guidance=guidance, solver=solver, null=own.meant(flags.null))
     checked = {name: getattr(flags, name) for name in (*CANVAS, *HOW)} | {"tile": flags.vae_tile}
     settings = {
         "negative_prompt": flags.negative_prompt,
@@ -121,7 +137,38 @@ def plan(flags: Flags, rows: list[prompts.Row]):
         except UserError as fault:
             raise UserError(f"prompt {n + 1}, {row.prompt[:40]!r}: {fault}" if own else str(fault)) from None
         wanted.append({"prompt": row.prompt, "index": n, **settings, **own, "height": height, "width": width})
-    return drawings.Drawings(flags.out, wanted)
+    if flags.text_states is not None:
+        how = text_states(flags, wanted).precision(settings["dtype"])
+        wanted = [{**image, **({"text_states": how} if how else {})} for image in wanted]
+    folder.check_weights(flags.model, ("transformer", "vae") if flags.text_states else folder.PARTS)
+    return drawings.Drawings(flags.out, wanted, share)
+
+
+def text_states(flags: Flags, wanted: list[dict]):
+    """The states of --text-states, which must be this model's and hold all that is wanted."""
+    from pixart_jax.pipeline import TextStates
+    from pixart_jax.pipeline.prompt_encoder import identity
+
+    kept = TextStates.open(flags.text_states)
+    made = identity(flags.model, dtype(flags), cleaning(flags))
+    kept.check({name: value for name, value in made.items() if name != "computed_in"})
+    kept.lengths(texts(flags, wanted), cleaning(flags))
+    return kept
+
+
+def texts(flags: Flags, images: list[dict]) -> list[str]:
+    """All that the text encoder is to read for these images, once each."""
+    from pixart_jax.pipeline.text_states import needed
+
+    how = images[0]
+    prompts_, negatives = ([image[name] for image in images] for name in ("prompt", "negative_prompt"))
+    return needed(prompts_, negatives, how["guidance"], how["null"], cleaning(flags))
+
+
+def cleaning(flags: Flags):
+    from pixart_jax import captions
+
+    return captions.clean if flags.clean_caption else captions.plain
 
 
 def dtype(flags: Flags):
@@ -133,42 +180,70 @@ def dtype(flags: Flags):
 
 
 def draw(flags: Flags, drawings) -> None:
-    """Draw what is missing, the images of one size and seed together; a thread writes files while the device draws on."""
+    """Draw what is missing, the images of one size and seed together; threads write files while the devices draw on."""
     import jax
     from tqdm import tqdm
 
     from pixart_jax import Pipeline
     from pixart_jax.config import MeshConfig
     from pixart_jax.parallel.mesh import make_mesh
+    from pixart_jax.pipeline.writer import Writer
 
-    pipe = Pipeline.from_pretrained(flags.model, dtype=dtype(flags), mesh=make_mesh(MeshConfig()) if jax.device_count() > 1 else None)
-    groups: dict[tuple, list[int]] = {}
-    for n in drawings.missing:
-        groups.setdefault(tuple(drawings.wanted[n][name] for name in ("height", "width", "seed")), []).append(n)
+    devices = jax.local_devices()
+    mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
+    states = encoded(flags, [drawings.wanted[n] for n in drawings.missing], mesh)
+    pipe = Pipeline.from_pretrained(flags.model, dtype=dtype(flags), mesh=mesh, text_encoder=states is None)
+    quiet = drawings.share.index > 0
     with (
-        tqdm(total=len(drawings.missing), unit=" images", desc="drawing (compiles first)") as bar,
-        concurrent.futures.ThreadPoolExecutor(1) as writer,
+        tqdm(total=len(drawings.missing), unit=" images", bar_format=BAR, desc="drawing (compiles first)", disable=quiet) as bar,
+        Writer(drawings.write) as writer,
     ):
-        written: list[concurrent.futures.Future] = []
-        for (height, width, seed), members in groups.items():
+        for members in drawings.groups():
+            images = [drawings.wanted[n] for n in members]
             batches = pipe.draw(
-                [drawings.wanted[n]["prompt"] for n in members],
-                negative_prompt=[drawings.wanted[n]["negative_prompt"] for n in members],
+                [image["prompt"] for image in images],
+                negative_prompt=[image["negative_prompt"] for image in images],
                 indices=members,
-                height=height,
-                width=width,
-                seed=seed,
+                text_states=states,
                 tile=flags.vae_tile,
-                **{name: getattr(flags, name) for name in ("clean_caption", "binning", "batch_size", *HOW)},
+                **{name: images[0][name] for name in ("height", "width", "seed", *HOW)},
+                **{name: getattr(flags, name) for name in ("clean_caption", "binning", "batch_size")},
             )
-            for positions, images in batches:
-                for done in written:  # of the batch before: at most two are in memory, and a full disk stops the drawing
-                    done.result()
-                written = [writer.submit(drawings.write, members[p], image) for p, image in zip(positions, images, strict=True)]
+            for positions, drawn in batches:
+                for position, image in zip(positions, drawn, strict=True):
+                    writer.put(members[position], image)
                 bar.update(len(positions))
                 bar.set_description("drawing")
-        for done in written:
-            done.result()
+
+
+def encoded(flags: Flags, images: list[dict], mesh):
+    """The text states of the images where the text encoder is not to lie beside the rest of the model; None where it is."""
+    from tqdm import tqdm
+
+    from pixart_jax.pipeline import PromptEncoder, TextStates, memory
+
+    if flags.text_states is not None:
+        return TextStates.open(flags.text_states)  # checked when the work was planned
+    if flags.offload_text_encoder == "never":
+        return None
+    if flags.offload_text_encoder == "auto" and not memory.must_offload(flags.model, dtype(flags), mesh):
+        return None
+    encoder = PromptEncoder.from_pretrained(flags.model, dtype(flags), mesh)
+    wanted = texts(flags, images)
+    with tqdm(total=len(wanted), unit=" prompts", bar_format=BAR, desc="encoding") as bar:
+        states = encoder.states(wanted, dtype(flags).__name__, cleaning(flags), told=bar.update)
+    encoder.free()
+    return states
+
+
+def await_others(drawings) -> None:
+    """Wait for what the other shares draw, which the sheet shows too."""
+    from tqdm import tqdm
+
+    others = len(drawings.wanted) - len(drawings.mine)
+    if others:
+        with tqdm(total=others, unit=" images", desc="waiting for the other shares (ctrl-C leaves)") as bar:
+            drawings.wait(bar.update)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pixart_jax.errors import UserError, nearest
 # name: (module, what it does); each module has main(argv) -> exit status, and its own --help.
 COMMANDS = {
     "convert": ("pixart_jax.commands.convert", "official .pth, DiT .pt or diffusers folder → a component folder"),
-    "encode": ("pixart_jax.labelling.encode_command", "images and captions → latents and text states in ArrayRecord shards"),
+    "encode": ("pixart_jax.labelling.encode_command", "images and captions → shards to train from; prompts → text states to draw from"),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
 }
 

@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read."""
+"""The one exception, and the one warning, that a person is meant to read."""
 
 
 class UserError(Exception):
@@ -7,6 +7,10 @@ class UserError(Exception):
     The message is one line: what was wrong, with its value, and what would do. Programs print it as
     ``error: …`` and exit with status 2; a library caller catches it as any exception.
     """
+
+
+class Notice(UserWarning):
+    """Something a person should know of though the work goes on. The message is one line; programs print it as ``warning: …``."""
 
 
 def nearest(name: str, known) -> str:

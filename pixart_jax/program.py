@@ -1,7 +1,8 @@
 """What every program here does with its command line and with a person's mistakes.
 
 ``parse`` reads flags with tyro and turns whatever tyro rejects into one line that names the nearest flag; ``run`` calls a
-program's main and turns a :class:`UserError`, a full disk or an unwritable folder into one line on stderr and exit status 2.
+program's main and turns a :class:`UserError`, a full disk or an unwritable folder into one line on stderr and exit status 2,
+and a :class:`Notice` into one line, said once.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import errno
 import io
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
-from pixart_jax.errors import UserError, nearest
+from pixart_jax.errors import Notice, UserError, nearest
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -27,7 +29,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return main(argv) or 0
+        with _plain_notices():
+            return main(argv) or 0
     except SystemExit as stop:  # --help, and a program's own sys.exit
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -39,6 +42,26 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _plain_notices():
+    """Notices as one line each, the same one once; other warnings as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)  # "once" would be forgotten by the next catch_warnings of a library
+        others, said = warnings.showwarning, set()
+
+        def show(message, category, filename, lineno, file=None, line=None):
+            if not issubclass(category, Notice):
+                others(message, category, filename, lineno, file, line)
+            elif str(message) not in said:
+                said.add(str(message))
+                from tqdm import tqdm
+
+                tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # above a bar that is being drawn
+
+        warnings.showwarning = show
+        yield
 
 
 def as_line(fault: BaseException) -> str | None:

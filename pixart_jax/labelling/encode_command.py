@@ -1,4 +1,7 @@
-"""``python -m pixart_jax encode``: pictures and captions → shards that training reads."""
+"""``python -m pixart_jax encode``: pictures and captions → shards that training reads.
+
+With --prompts FILE: prompts → a file of text states that sample.py draws from (``encode --prompts FILE --help`` lists its flags).
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,65 @@ class Arguments:
     """Encode nothing: compare every byte of the shards in --out with their checksums."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptArguments:
+    """Prompts → a file of text states: sample.py --text-states draws from it without opening the text encoder."""
+
+    prompts: pathlib.Path
+    """One a line, or .csv or .jsonl with 'prompt' and 'negative_prompt', as sample.py reads them; "" is encoded too."""
+    out: pathlib.Path
+    """The file, NAME.safetensors. Where it is there, only what is missing is encoded; so it is after a stop of any kind."""
+    model: pathlib.Path = pathlib.Path("assets/shapes")
+    """A model folder, as sample.py takes it."""
+    negative_prompt: str = ""
+    """That sample.py will be told, if any."""
+    stored: str = "bfloat16"
+    """Of the file: bfloat16, as a model reads them that computes in it, or float32, twice as large."""
+    dtype: str = "auto"
+    """Of the computation: float32 or bfloat16; auto: bfloat16 on accelerators."""
+    clean_caption: bool = True
+    """Clean prompts as sample.py does."""
+
+
+def encode_prompts(arguments: PromptArguments) -> int:
+    """The text states of a file of prompts. Exit status 0."""
+    import jax
+
+    from pixart_jax import captions, prompts
+    from pixart_jax.config import MeshConfig
+    from pixart_jax.labelling import prompt_states
+    from pixart_jax.parallel.mesh import make_mesh
+    from pixart_jax.pipeline import PromptEncoder, folder, options
+    from pixart_jax.pipeline.prompt_encoder import identity
+    from pixart_jax.pipeline.text_states import DTYPES
+
+    options.named("stored", arguments.stored, tuple(DTYPES))
+    dtype = options.named("dtype", arguments.dtype, options.DTYPES)
+    if arguments.out.suffix != ".safetensors":
+        raise UserError(f"--out {arguments.out}: a file NAME.safetensors is needed")
+    rows = prompts.read(arguments.prompts)
+    folder.configs(arguments.model)  # that it is a model
+    folder.check_weights(arguments.model, ("text_encoder",))
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    clean = captions.clean if arguments.clean_caption else captions.plain
+    made = {**identity(arguments.model, dtype, clean), "stored_in": arguments.stored}
+    devices = jax.local_devices()
+    mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
+    texts = [*(row.prompt for row in rows), *(row.negative_prompt or "" for row in rows), arguments.negative_prompt, ""]
+    count = prompt_states.ensure(
+        texts, arguments.out, made, lambda: PromptEncoder.from_pretrained(arguments.model, dtype, mesh), clean=clean
+    )
+    known = f", {count} of them new" if count else ", all of them already there"
+    size = arguments.out.stat().st_size / 2**20
+    print(f"{len({clean(text) for text in texts})} texts{known}, {size:.1f} MiB: {arguments.out}")
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Encode, or check what was encoded. Exit status 0; UserError for whatever the user can put right."""
+    if any(word == "--prompts" or word.startswith("--prompts=") for word in argv):
+        return encode_prompts(program.parse(PromptArguments, argv, prog="python -m pixart_jax encode", description=PromptArguments.__doc__))
     arguments = program.parse(Arguments, argv, prog="python -m pixart_jax encode", description=__doc__)
     if arguments.check:
         return check(arguments.out)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pixart_jax import tokenizer as tokenizers
@@ -15,6 +16,7 @@ from pixart_jax.pipeline import sampling as samplings
 from pixart_jax.pipeline import scheduler as schedulers
 
 INDEX = "model_index.json"
+PARTS = ("transformer", "text_encoder", "vae")  # those with weights
 _CLASSES = {
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "T5EncoderModel"],
@@ -54,38 +56,88 @@ def pipeline_class(folder: Path) -> str:
 
 
 def configs(folder: str | os.PathLike):
-    """(TransformerConfig, VAEConfig) of a model folder; no weight is read."""
+    """(TransformerConfig, VAEConfig) of a model folder; no weight is read. UserError where its parts do not fit each other."""
     from pixart_jax.weights import transformer, vae
 
     folder = check(folder)
-    found = []
-    for name, module in (("transformer", transformer), ("vae", vae)):
-        path = folder / name / "config.json"
-        try:
-            found.append(module.config_from_json(json.loads(path.read_text())))
-        except FileNotFoundError:
-            raise UserError(f"{folder / name} has no config.json") from None
-        except ValueError as fault:
-            raise UserError(f"{path} is no JSON: {fault}") from None
-    return tuple(found)
+    values = _config(folder / "transformer")
+    config = transformer.config_from_json(values)
+    tokens = _TEXT_TOKENS[pipeline_class(folder)]
+    if "text_tokens" not in values:
+        config = dataclasses.replace(config, text_tokens=tokens)
+    _check_fit(folder, config, tokens)
+    return config, vae.config_from_json(_config(folder / "vae"))
 
 
-def read(folder: str | os.PathLike, dtype=None, mesh=None) -> dict:
-    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler', 'sampling'} of a model folder."""
+def _config(folder: Path) -> dict:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no config.json") from None
+    except ValueError as fault:
+        raise UserError(f"{folder / 'config.json'} is no JSON: {fault}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / 'config.json'} holds no JSON object")
+    return values
+
+
+def _check_fit(folder: Path, transformer, tokens: int) -> None:
+    """A Σ transformer in an α folder, or the reverse, would be drawn with texts cut at the wrong length; another T5 not at all."""
+    from pixart_jax.weights.component import NULL_CAPTION
+    from pixart_jax.weights.files import SafetensorsFile
+
+    named = pipeline_class(folder)
+    wants = {"its config.json": transformer.text_tokens}
+    if (path := folder / "transformer" / NULL_CAPTION).is_file():
+        null = SafetensorsFile(path)
+        wants[f"its {NULL_CAPTION}"] = null.shape("null_caption")[0] if "null_caption" in null else transformer.text_tokens
+    of_pipeline = {count: name for name, count in _TEXT_TOKENS.items()}
+    for where, count in wants.items():
+        if count != tokens and count in of_pipeline:
+            raise UserError(
+                f"{folder / INDEX} names {named}, which reads {tokens} tokens of a prompt, but transformer/ wants {count} ({where}): "
+                f"it is a transformer of {of_pipeline[count]}; name that one in {INDEX}, or put the right transformer there"
+            )
+    width = _config(folder / "text_encoder").get("d_model", transformer.caption_width)
+    if width != transformer.caption_width:
+        raise UserError(
+            f"{folder}: text_encoder/ gives states of width {width}, transformer/ wants {transformer.caption_width}: they are of two models"
+        )
+
+
+def check_weights(folder: str | os.PathLike, parts: Sequence[str] = PARTS) -> None:
+    """UserError where the weights of a part are missing, cut short or damaged, as their headers and sizes tell; nothing else is read.
+
+    PyTorch's files have no such header: they are judged when they are opened.
+    """
+    from pixart_jax.weights.files import TORCH_SUFFIXES, find_weights, open_tensors
+
+    for part in parts:
+        path = find_weights(Path(folder) / part)
+        if path.name.removesuffix(".index.json").endswith(TORCH_SUFFIXES):
+            continue
+        tensors = open_tensors(path)
+        for key in tensors:
+            tensors.shape(key)  # opens each shard
+
+
+def read(folder: str | os.PathLike, dtype=None, mesh=None, parts: Sequence[str] = PARTS) -> dict:
+    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler', 'sampling'} of a model folder; of the first three only ``parts``."""
     from pixart_jax.weights.component import load_component
 
     folder = check(folder)
-    parts = {
+    config, _ = configs(folder)
+    found = {
         "tokenizer": tokenizers.load(folder / "tokenizer"),
         "scheduler": schedulers.read(folder / "scheduler"),
         "sampling": samplings.read(folder),
     }
-    for name in ("transformer", "text_encoder", "vae"):
-        parts[name] = load_component(folder / name, dtype=dtype, mesh=mesh)
-    if "text_tokens" not in json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8")):
-        tokens = _TEXT_TOKENS[pipeline_class(folder)]
-        parts["transformer"] = parts["transformer"].replace(config=dataclasses.replace(parts["transformer"].config, text_tokens=tokens))
-    return parts
+    for name in parts:
+        found[name] = load_component(folder / name, dtype=dtype, mesh=mesh)
+    if "transformer" in found and found["transformer"].config.text_tokens != config.text_tokens:
+        own = dataclasses.replace(found["transformer"].config, text_tokens=config.text_tokens)
+        found["transformer"] = found["transformer"].replace(config=own)
+    return found
 
 
 def write(

@@ -8,8 +8,10 @@ from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.pipeline import binning as bins
+from pixart_jax.pipeline import sampling
 
-NULLS = ("text", "embedding")
+NULLS = ("auto", *sampling.NULLS)
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 def check(
@@ -22,7 +24,7 @@ def check(
     width: int | None = None,
     solver: str = "dpm++",
     times: str = "fractional",
-    null: str = "text",
+    null: str = "auto",
     batch_size: int | None = None,
     seed: int = 0,
     tile: int | None = None,
@@ -52,7 +54,13 @@ def check(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed}: a whole number from 0 to {2**32 - 1} is needed")
     for name, value, known in (("solver", solver, diffusion.solvers.NAMES), ("times", times, TIMES), ("null", null, NULLS)):
-        if value not in known:
-            raise UserError(f"{name} {value!r} is unknown{nearest(value, known)}")
+        named(name, value, known)
     diffusion.timesteps(solver, steps, times=times)  # a solver's own demands on the steps
     return height, width
+
+
+def named(what: str, value: str, known: tuple[str, ...]) -> str:
+    """The value, or UserError with the known one that is nearest."""
+    if value not in known:
+        raise UserError(f"{what} {value!r} is unknown{nearest(value, known)}")
+    return value

@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,10 @@ from pixart_jax.pipeline import binning as bins
 from pixart_jax.pipeline import folder as model_folder
 from pixart_jax.pipeline import options
 from pixart_jax.pipeline.preview import previewer
+from pixart_jax.pipeline.prompt_encoder import PromptEncoder, identity
 from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
+from pixart_jax.pipeline.text_states import TextStates, needed
 
 DEFAULT_BATCH = 16
 _DECODED_PIXELS = 2 * 1024 * 1024  # of one call of the VAE's decoder, whose activations are far larger than its image
@@ -37,9 +39,10 @@ Callback = Callable[[int, np.ndarray], None]
 class Pipeline:
     """The parts of a text-to-image model, bound together.
 
-    transformer, text_encoder, vae: components as ``load_component`` gives them. scheduler: what the transformer predicts,
-    and its betas. sampling: what stands in for options that are not given. mesh: where the parameters lie, and over which
-    batches are cut; None for one device.
+    transformer, text_encoder, vae: components as ``load_component`` gives them; without a text encoder (None) it draws from
+    text states alone. scheduler: what the transformer predicts, and its betas. sampling: what stands in for options that are
+    not given. mesh: where the parameters lie, and over which batches are cut; None for one device. text_identity: what text
+    states of this text encoder say that they were made with; empty where its files are not known.
     """
 
     transformer: object
@@ -49,17 +52,25 @@ class Pipeline:
     scheduler: SchedulerConfig = SchedulerConfig()
     sampling: SamplingConfig = SamplingConfig()
     mesh: jax.sharding.Mesh | None = None
+    text_identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None) -> Pipeline:
+    def from_pretrained(
+        cls, folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None, text_encoder: bool = True
+    ) -> Pipeline:
         """Open a diffusers folder, or one that ``save_pretrained`` or a training run wrote.
 
-        dtype: of the computation (jnp.bfloat16 on accelerators), fp32 by default. Raises UserError where a part is missing.
+        dtype: of the computation (jnp.bfloat16 on accelerators), fp32 by default. text_encoder: False leaves the largest part
+        closed, for a pipeline that draws from text states. Raises UserError where a part is missing, damaged or of another model.
         """
-        return cls(**model_folder.read(folder, dtype=dtype, mesh=mesh), mesh=mesh)
+        parts = [part for part in model_folder.PARTS if text_encoder or part != "text_encoder"]
+        found = {"text_encoder": None, **model_folder.read(folder, dtype=dtype, mesh=mesh, parts=parts)}
+        return cls(**found, mesh=mesh, text_identity=identity(folder, dtype))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write a diffusers folder, which diffusers' PixArtAlphaPipeline opens as it is. Parts that lie there are replaced."""
+        if self.text_encoder is None:
+            raise UserError("this pipeline has no text encoder, so it is no whole model to be saved: open the folder again with it")
         model_folder.write(
             folder,
             transformer=self.transformer,
@@ -72,6 +83,8 @@ class Pipeline:
 
     def replace(self, **parts) -> Pipeline:
         """The same pipeline with other parts (a transformer with other parameters, say); nothing recompiles for equal shapes."""
+        if {"text_encoder", "tokenizer"} & set(parts):
+            parts.setdefault("text_identity", {})
         return dataclasses.replace(self, **parts)
 
     @property
@@ -83,6 +96,22 @@ class Pipeline:
     def factor(self) -> int:
         """Pixels a latent, along a side."""
         return self.vae.config.factor
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """The text half. UserError where the text encoder is not here."""
+        if self.text_encoder is None:
+            raise UserError("this pipeline has no text encoder: give text_states, or open the folder with it")
+        return PromptEncoder(self.text_encoder, self.tokenizer, self.transformer.config.text_tokens, self.mesh, dict(self.text_identity))
+
+    def encode_prompts(self, texts: Sequence[str], *, clean_caption: bool = True) -> TextStates:
+        """States of texts (prompts, negative prompts and "" alike) on the host, in the dtype of the computation, for :meth:`draw`."""
+        return self.prompt_encoder.states(texts, self.text_encoder.dtype.name, captions.clean if clean_caption else captions.plain)
+
+    def without_text_encoder(self) -> Pipeline:
+        """This pipeline without its text encoder, whose parameters are deleted from the devices: it draws from text states."""
+        self.prompt_encoder.free()
+        return dataclasses.replace(self, text_encoder=None)
 
     def __call__(self, prompts: str | Sequence[str], **how) -> np.ndarray:
         """Draw prompts; uint8 [n, height, width, 3]. The options are those of :meth:`draw`."""
@@ -104,12 +133,13 @@ class Pipeline:
         solver: str | None = None,
         times: str = "fractional",
         order: int | None = None,
-        null: str = "text",
+        null: str = "auto",
         clean_caption: bool = True,
         binning: bool = True,
         batch_size: int | None = None,
         indices: Sequence[int] | None = None,
         tile: int | None = None,
+        text_states: TextStates | None = None,
         callback: Callback | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b, height, width, 3]) as they are done.
@@ -118,13 +148,15 @@ class Pipeline:
             does no second pass.
         negative_prompt: one for all, or one each; read with guidance other than 1. null: what stands for "no prompt" where
             the negative prompt is "": 'text', the text encoder's states of "" with their own length (diffusers), or
-            'embedding', the transformer's null caption under the prompt's length (the official code).
+            'embedding', the transformer's null caption under the prompt's length (the official code). 'auto': as the model says.
         clean_caption: texts are cleaned as PixArt's training captions were (captions.clean); else lower-cased alone.
         height, width: pixels, by default the side the model was trained at. binning: a model of 256, 512, 1024 or 2048 px draws at the
             nearest size of its bucket table, and the image is resized and cut to what was asked for; else at that very size.
         seed, indices: the noise of image i comes from fold_in(key(seed), indices[i]), i itself by default, so an image does not depend
             on the batch it is drawn in.
         solver, times, order, steps: as ``diffusion.sample``; order: the scheduler's where None. tile: as :meth:`decode`.
+        text_states: of all prompts and negative prompts (:meth:`encode_prompts`, or ``TextStates.open``), instead of encoding them here.
+            The image is the same: to the bit from states in fp32, or in the dtype that the transformer computes in.
         callback(step, latents [b, h, w, c]): called during the scan with the denoised latents as the step sees them. It must
             not call JAX, which is busy with the scan; what :meth:`previewer` gives makes small images of them.
         Raises UserError, before anything is computed, for options that cannot be used.
@@ -146,20 +178,25 @@ class Pipeline:
         wanted = batch_size or min(len(prompts), DEFAULT_BATCH)
         size = self._padded(min(wanted, len(prompts)) if batch_size is None else wanted)
 
-        # One text length for all batches, so that they share one executable.
-        most = self.transformer.config.text_tokens
-        texts = prompts + (sorted(set(negatives)) if guided else [])
         clean = captions.clean if clean_caption else captions.plain
-        _, lengths = tokens.tokenize(self.tokenizer, texts, most, clean=clean)
-        length = tokens.padded_length(int(lengths.max()), most)
+        null = self.sampling.meant(null)
+        if guided and null == "embedding":
+            self._null_caption()  # that it is there
+        if text_states is not None:
+            text_states.check({"width": str(self.transformer.config.caption_width), **_without(self.text_identity, "computed_in")})
+        encoder = self.prompt_encoder if text_states is None else text_states
+
+        # One text length for all batches, so that they share one executable.
+        lengths = encoder.lengths(needed(prompts, negatives, guidance, null, clean), clean)
+        length = tokens.padded_length(int(lengths.max()), self.transformer.config.text_tokens)
 
         pending = None
         for start in range(0, len(prompts), size):
             positions = list(range(start, min(start + size, len(prompts))))
             rows = positions + [positions[-1]] * (size - len(positions))  # the last batch repeats its last image
             noise, keys = self.noise(seed, [indices[n] for n in rows], *canvas)
-            states, lengths = self.encode_text([prompts[n] for n in rows], length, clean)
-            negative = self._negative([negatives[n] for n in rows], states, lengths, null, clean) if guided else (None, None)
+            states, lengths = self._on_devices(encoder.batch([prompts[n] for n in rows], length, clean))
+            negative = self._negative([negatives[n] for n in rows], states, lengths, null, clean, encoder) if guided else (None, None)
             latents = self.denoise(
                 states, lengths, noise, *negative, steps=steps, guidance=guidance, solver=solver, times=times, order=order,
                 keys=keys, callback=_cropped(callback, len(positions)),
@@ -174,9 +211,7 @@ class Pipeline:
         self, texts: Sequence[str], length: int | None = None, clean: Callable[[str], str] = captions.clean
     ) -> tuple[jax.Array, jax.Array]:
         """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of 8 over the longest text."""
-        ids, lengths = tokens.tokenize(self.tokenizer, texts, self.transformer.config.text_tokens, length, clean)
-        with self._on_mesh():
-            return self.text_encoder.apply(self._place(ids), self._place(lengths)), self._place(lengths)
+        return self.prompt_encoder.batch(texts, length, clean)
 
     def noise(self, seed: int, indices: Sequence[int], height: int, width: int) -> tuple[jax.Array, jax.Array]:
         """(noise [n, h, w, c] fp32, keys [n] for the solvers that add noise): image i's come from fold_in(key(seed), i) alone."""
@@ -251,17 +286,32 @@ class Pipeline:
         return previewer(lambda latents: np.asarray(self.decode(jnp.asarray(latents))), self.transformer.config.in_channels, scale=1.0)
 
     def _negative(
-        self, texts: Sequence[str], states: jax.Array, lengths: jax.Array, null: str, clean: Callable[[str], str] = captions.clean
+        self, texts: Sequence[str], states, lengths, null: str, clean: Callable[[str], str] = captions.clean, encoder=None
     ) -> tuple[jax.Array, jax.Array]:
         """States and lengths of the negative prompts, for rows whose prompts have these states and lengths."""
-        negative, negative_lengths = self.encode_text(texts, states.shape[1], clean)
+        encoder = encoder or self.prompt_encoder
         if null == "text":
-            return negative, negative_lengths
+            return self._on_devices(encoder.batch(texts, states.shape[1], clean))
+        caption = jnp.asarray(self._null_caption(), states.dtype)[: states.shape[1]]
+        if not any(clean(text) for text in texts):
+            return jnp.broadcast_to(caption, states.shape), lengths
+        empty = np.array([not clean(text) for text in texts])
+        says = next(text for text in texts if clean(text))  # stands in where nothing is read of what is encoded
+        said = [says if nothing else text for text, nothing in zip(texts, empty, strict=True)]
+        negative, negative_lengths = self._on_devices(encoder.batch(said, states.shape[1], clean))
+        return jnp.where(empty[:, None, None], caption, negative), jnp.where(empty, lengths, negative_lengths)
+
+    def _null_caption(self) -> jax.Array:
         if "null_caption" not in self.transformer.params:
             raise UserError("this transformer has no stored null caption: use null='text'")
-        empty = jnp.asarray([not clean(text) for text in texts])
-        caption = jnp.asarray(self.transformer.params["null_caption"], negative.dtype)[: states.shape[1]]
-        return jnp.where(empty[:, None, None], caption, negative), jnp.where(empty, lengths, negative_lengths)
+        return self.transformer.params["null_caption"]
+
+    def _on_devices(self, text) -> tuple[jax.Array, jax.Array]:
+        """(states in fp32, lengths), from the host where they lie there."""
+        states, lengths = text
+        if isinstance(states, np.ndarray):
+            states, lengths = self._place(states), self._place(lengths)
+        return jnp.asarray(states, jnp.float32), lengths
 
     def _padded(self, batch: int) -> int:
         return batch if self.mesh is None else math.ceil(batch / batch_shards(self.mesh)) * batch_shards(self.mesh)
@@ -335,6 +385,10 @@ def _stacked(first, second):
     length = max(first[0].shape[1], second[0].shape[1])
     states = [jnp.pad(states, ((0, 0), (0, length - states.shape[1]), (0, 0))) for states, _ in (first, second)]
     return jnp.concatenate(states), jnp.concatenate([first[1], second[1]])
+
+
+def _without(values: Mapping[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in values.items() if key != name}
 
 
 def _cropped(callback: Callback | None, count: int) -> Callback | None:

@@ -1,0 +1,198 @@
+"""Text states kept: of each text the encoder's states of its real tokens, on the host or in one file.
+
+Encoded once, a text is drawn with as often as wanted and without its encoder, which for T5-XXL is seven eighths of a model.
+A text is known by what the tokenizer saw of it, so by its cleaned form. The file is safetensors: ``states`` [tokens, c], the
+texts one after the other, ``offsets`` int64 [n + 1] into it, and ``texts``, a JSON list as bytes; what made them, the
+identity, is its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from pixart_jax import captions
+from pixart_jax.errors import UserError
+from pixart_jax.weights.files import SafetensorsFile, write_atomically
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours: safetensors' name
+_IDENTITY = "pixart_jax.text_states"
+_SAID = {  # of an identity: how a difference is told
+    "text_encoder": "another text encoder",
+    "tokenizer": "another tokenizer",
+    "width": "a text encoder of another width",
+    "text_tokens": "another limit of tokens",
+    "cleaning": "another cleaning of prompts",
+    "computed_in": "another precision",
+    "stored_in": "another dtype",
+}
+
+
+def cleaning_name(clean: Callable[[str], str]) -> str:
+    """The name that a cleaning of texts goes by in an identity."""
+    return {captions.clean: "deepfloyd", captions.plain: "lower case"}.get(clean, getattr(clean, "__qualname__", repr(clean)))
+
+
+class TextStates(Mapping[str, np.ndarray]):
+    """{cleaned text: states [l, c] of its real tokens}; a draw takes it in the text encoder's place.
+
+    identity: what made the states (text encoder, tokenizer, width, text_tokens, cleaning, computed_in), compared by
+    :meth:`check`; empty where nobody needs to know. source: their name in messages.
+    """
+
+    def __init__(self, rows: Mapping[str, np.ndarray], identity: Mapping[str, str], source: str = "the text states"):
+        self._rows, self.identity, self.source = rows, dict(identity), source
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> TextStates:
+        """The states in a file of :func:`write`, read when asked for. UserError where it is missing, damaged or of another kind."""
+        path = Path(path)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give the file that `python -m pixart_jax encode --prompts` wrote")
+        if not path.is_file():
+            raise UserError(f"no text states {path}: `python -m pixart_jax encode --prompts FILE --out {path}` makes them")
+        tensors = SafetensorsFile(path)
+        identity = _metadata(path).get(_IDENTITY)
+        if identity is None or set(tensors) != {"states", "offsets", "texts"}:
+            raise UserError(f"{path} holds no text states: give a file that `python -m pixart_jax encode --prompts` wrote")
+        return cls(_FileRows(tensors), json.loads(identity), str(path))
+
+    def __getitem__(self, text: str) -> np.ndarray:
+        return self._rows[text]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, text: object) -> bool:
+        return text in self._rows  # Mapping's own would read the states
+
+    @property
+    def width(self) -> int:
+        """c; 0 where there is no text."""
+        return next((self[text].shape[-1] for text in self), 0)
+
+    def check(self, wanted: Mapping[str, str]) -> None:
+        """UserError where these states were made otherwise than ``wanted`` says; only what both name is compared."""
+        for name, value in wanted.items():
+            found = self.identity.get(name, value)
+            if found != value:
+                raise UserError(
+                    f"{self.source} was made with {_SAID.get(name, f'another {name}')} ({found}) than this model's ({value}): "
+                    "encode the prompts again, into another file"
+                )
+
+    def precision(self, dtype: str) -> str | None:
+        """How these states differ from those that a model computing in ``dtype`` encodes itself; None where they do not to the bit."""
+        computed, kept = self.identity.get("computed_in"), self.identity.get("stored_in")
+        return None if computed == dtype and kept in (dtype, "float32") else f"{computed} kept as {kept}"
+
+    def lengths(self, texts: Sequence[str], clean: Callable[[str], str] = captions.clean) -> np.ndarray:
+        """Tokens of each text, int32 [n]. UserError where a text is not there, or is there under another cleaning."""
+        self.check({"cleaning": cleaning_name(clean)})
+        missing = list(dict.fromkeys(text for text in texts if clean(text) not in self))
+        if missing:
+            count = f"{len(missing)} of the prompts are" if len(missing) > 1 else "a prompt is"
+            first = "the first is " if len(missing) > 1 else ""
+            raise UserError(
+                f"{count} not in {self.source}: {first}{_shortened(missing[0])}; "
+                "`python -m pixart_jax encode --prompts` with the same --out adds what is missing"
+            )
+        return np.array([len(self[clean(text)]) for text in texts], np.int32)
+
+    def batch(self, texts: Sequence[str], length: int, clean: Callable[[str], str] = captions.clean) -> tuple[np.ndarray, np.ndarray]:
+        """(states [n, length, c] in the dtype that they are kept in, lengths int32 [n]); zeros where a text has no token."""
+        rows = [self[clean(text)] for text in texts]
+        states = np.zeros((len(rows), length, rows[0].shape[-1]), rows[0].dtype)
+        for into, row in zip(states, rows, strict=True):
+            into[: len(row)] = row
+        return states, np.array([len(row) for row in rows], np.int32)
+
+
+class _FileRows(Mapping[str, np.ndarray]):
+    """The rows of a file: views of its pages."""
+
+    def __init__(self, tensors: SafetensorsFile):
+        texts = json.loads(tensors["texts"].tobytes().decode("utf-8"))
+        self._states, self._offsets = tensors["states"], np.array(tensors["offsets"])
+        self._number = {text: n for n, text in enumerate(texts)}
+        if len(self._offsets) != len(texts) + 1 or self._offsets[-1] != len(self._states):
+            raise UserError(f"{tensors.source} is damaged: its texts, offsets and states do not fit; encode the prompts again")
+
+    def __getitem__(self, text: str) -> np.ndarray:
+        n = self._number[text]
+        return self._states[self._offsets[n] : self._offsets[n + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._number)
+
+    def __len__(self) -> int:
+        return len(self._number)
+
+    def __contains__(self, text: object) -> bool:
+        return text in self._number
+
+
+def write(path: str | os.PathLike, texts: Iterable[str], rows: Mapping[str, np.ndarray], identity: Mapping[str, str]) -> None:
+    """Write the states of ``texts``, in their order, to one file that appears whole or not at all; one text is in memory at a time.
+
+    rows: states [l, c] of each, all of one dtype (fp32 or bf16) and width.
+    """
+    texts = list(texts)
+    if not texts:
+        raise UserError(f"no texts to write to {path}: give at least one")
+    dtype, width = rows[texts[0]].dtype, rows[texts[0]].shape[-1]
+    offsets = np.cumsum([0, *(len(rows[text]) for text in texts)], dtype=np.int64)
+    names = json.dumps(texts, ensure_ascii=False).encode("utf-8")
+    tensors = (
+        ("states", DTYPES[dtype.name], (int(offsets[-1]), width), int(offsets[-1]) * width * dtype.itemsize),
+        ("offsets", "I64", offsets.shape, offsets.nbytes),
+        ("texts", "U8", (len(names),), len(names)),
+    )
+    header: dict = {"__metadata__": {_IDENTITY: json.dumps(dict(identity), sort_keys=True)}}
+    start = 0
+    for name, kind, shape, size in tensors:
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
+    head = json.dumps(header).encode("utf-8")
+    head += b" " * (-len(head) % 8)  # safetensors aligns what follows
+
+    def stream(staged: Path) -> None:
+        with open(staged, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for text in texts:
+                file.write(np.ascontiguousarray(rows[text], dtype).view(np.uint8).data)
+            file.write(offsets.tobytes())
+            file.write(names)
+
+    write_atomically(path, stream)
+
+
+def needed(
+    prompts: Sequence[str], negatives: Sequence[str], guidance: float, null: str, clean: Callable[[str], str] = captions.clean
+) -> list[str]:
+    """The texts whose states a drawing reads, once each. null: 'text' or 'embedding', whose "" needs no states."""
+    guided = float(guidance) != 1.0
+    read = [text for text in dict.fromkeys(negatives) if null == "text" or clean(text)] if guided else []
+    return list(dict.fromkeys([*prompts, *read]))
+
+
+def stored(states: np.ndarray, dtype: str) -> np.ndarray:
+    """States in the dtype of that name, as :func:`write` takes them."""
+    return np.asarray(states).astype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype])
+
+
+def _metadata(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
+
+
+def _shortened(text: str) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:60]!r}…"
