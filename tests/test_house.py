@@ -22,9 +22,10 @@ PACKAGE = ROOT / "pixart_jax"
 
 # Ground: these know nothing of each other. models may use parallel's axis names, which are constants in one file.
 _GROUND = {"errors", "models", "diffusion", "data", "parallel"}
-_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "captions", "tokenizer", "prompts"}
+_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "captions", "tokenizer", "prompts", "cache"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "cache": set(),  # where what can be made again is kept
     "png": set(),  # files that carry their settings
     "captions": set(),  # how texts are cleaned
     "tokenizer": {"errors", "captions"},
@@ -32,11 +33,11 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"errors"},
     "models": {"errors", "parallel.axes"},
     "diffusion": {"errors"},
-    "data": {"errors"},
+    "data": {"errors", "cache"},
     "config": {"errors", "models"},
     "weights": {"errors", "models", "parallel"},
     "prompts": {"errors"},  # a file of prompts
-    "pipeline": {"errors", "models", "diffusion", "weights", "parallel", "captions", "tokenizer", "png", "data.buckets"},
+    "pipeline": {"errors", "models", "diffusion", "weights", "parallel", "captions", "tokenizer", "png", "cache", "data.buckets"},
     "training": _RUNS,
     "labelling": _RUNS,
     "planning": _RUNS | {"training"},

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{flags.src} does not exist: give a .pth, a .pt, a .safetensors or a diffusers folder")
     check_out(flags)
     component, origin = from_folder(flags) if flags.src.is_dir() else from_file(flags)
-    note = (save if flags.format == "folder" else save_official)(component, flags.out)
+    note = (save if flags.format == "folder" else save_official)(component, flags.out, official=flags.src.is_file())
     print(f"{flags.out}: {describe(component)}\nfrom {origin}" + (f"\n{note}" if note else ""))
     return 0
 
@@ -194,13 +194,21 @@ def check_out(flags: Flags) -> None:
         raise UserError(f"cannot write {out}: {above} may not be written to")
 
 
-def save(component, out: Path) -> str:
-    """The component's folder, whole or not at all: written beside its place and then renamed."""
+def save(component, out: Path, *, official: bool) -> str:
+    """The component's folder, whole or not at all: written beside its place and then renamed.
+
+    official: the source was the official code's, which draws with the null caption that it holds; the folder says so.
+    """
+    from pixart_jax.pipeline import sampling
+    from pixart_jax.weights.files import write_json
+
     staged = None
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
         component.save(staged)
+        if official and "null_caption" in component.params:
+            write_json(staged / sampling.FILE, {"null": "embedding"})
         os.chmod(staged, 0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
         os.replace(staged, out)
     except OSError as error:
@@ -213,8 +221,9 @@ def save(component, out: Path) -> str:
     return ""
 
 
-def save_official(part, out: Path) -> str:
+def save_official(part, out: Path, *, official: bool) -> str:
     """One file under the official code's names; a line about what it lacks."""
+    del official
     from pixart_jax.weights import component, dit, transformer
     from pixart_jax.weights.files import write_safetensors
 

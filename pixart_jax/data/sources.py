@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from pixart_jax.cache import cache_folder
 from pixart_jax.data import images
 from pixart_jax.errors import UserError, nearest
 
@@ -91,12 +92,6 @@ def _filter(where: str) -> Callable[[Mapping], bool]:
 
 
 # ---- tensorflow-datasets -------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> pathlib.Path:
-    """Where prepared sets and encoded shards go by default: $PIXART_JAX_CACHE, else ~/.cache/pixart_jax."""
-    given = os.environ.get("PIXART_JAX_CACHE")
-    return pathlib.Path(given) if given else pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixart_jax"
 
 
 def _tfds_folder(name: str) -> pathlib.Path:

@@ -24,10 +24,11 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from pixart_jax.cache import cache_folder
 from pixart_jax.captions import clean
 from pixart_jax.data import images, records
 from pixart_jax.data.samples import assign_all, tokenize
-from pixart_jax.data.sources import Source, cache_folder
+from pixart_jax.data.sources import Source
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.labelling.identity import component_identity, tokenizer_identity
 

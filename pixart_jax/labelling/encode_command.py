@@ -67,6 +67,10 @@ class PromptArguments:
     """Of the file: bfloat16, as a model reads them that computes in it, or float32, twice as large."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: bfloat16 on accelerators."""
+    text_encoder_int8: bool = False
+    """Hold the text encoder's matrices as int8 values: half of bfloat16's memory, and states that differ by 1 to 2 %."""
+    weights_cache: str = "auto"
+    """As sample.py's: a folder, auto or none."""
     clean_caption: bool = True
     """Clean prompts as sample.py does."""
 
@@ -93,12 +97,13 @@ def encode_prompts(arguments: PromptArguments) -> int:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     clean = captions.clean if arguments.clean_caption else captions.plain
-    made = {**identity(arguments.model, dtype, clean), "stored_in": arguments.stored}
+    how = {"quantization": "int8" if arguments.text_encoder_int8 else None, "cache": options.weights_cache(arguments.weights_cache)}
+    made = {**identity(arguments.model, dtype, clean, how["quantization"]), "stored_in": arguments.stored}
     devices = jax.local_devices()
     mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
     texts = [*(row.prompt for row in rows), *(row.negative_prompt or "" for row in rows), arguments.negative_prompt, ""]
     count = prompt_states.ensure(
-        texts, arguments.out, made, lambda: PromptEncoder.from_pretrained(arguments.model, dtype, mesh), clean=clean
+        texts, arguments.out, made, lambda: PromptEncoder.from_pretrained(arguments.model, dtype, mesh, **how), clean=clean
     )
     known = f", {count} of them new" if count else ", all of them already there"
     size = arguments.out.stat().st_size / 2**20

@@ -121,8 +121,18 @@ def check_weights(folder: str | os.PathLike, parts: Sequence[str] = PARTS) -> No
             tensors.shape(key)  # opens each shard
 
 
-def read(folder: str | os.PathLike, dtype=None, mesh=None, parts: Sequence[str] = PARTS) -> dict:
-    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler', 'sampling'} of a model folder; of the first three only ``parts``."""
+def read(
+    folder: str | os.PathLike,
+    dtype=None,
+    mesh=None,
+    parts: Sequence[str] = PARTS,
+    quantization: str | None = None,
+    cache: str | os.PathLike | None = None,
+) -> dict:
+    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler', 'sampling'} of a model folder; of the first three only ``parts``.
+
+    quantization: of the text encoder. cache: as ``load_component``.
+    """
     from pixart_jax.weights.component import load_component
 
     folder = check(folder)
@@ -133,7 +143,8 @@ def read(folder: str | os.PathLike, dtype=None, mesh=None, parts: Sequence[str] 
         "sampling": samplings.read(folder),
     }
     for name in parts:
-        found[name] = load_component(folder / name, dtype=dtype, mesh=mesh)
+        held = quantization if name == "text_encoder" else None
+        found[name] = load_component(folder / name, dtype=dtype, mesh=mesh, quantization=held, cache=cache)
     if "transformer" in found and found["transformer"].config.text_tokens != config.text_tokens:
         own = dataclasses.replace(found["transformer"].config, text_tokens=config.text_tokens)
         found["transformer"] = found["transformer"].replace(config=own)

@@ -16,7 +16,7 @@ OFFLOADS = ("auto", "always", "never")
 _SHARE = 0.6  # of a device's memory that parameters may take; the rest is for activations, the VAE's above all
 
 
-def must_offload(folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None) -> bool:
+def must_offload(folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None, quantization: str | None = None) -> bool:
     """Whether all parts of a model folder together would take more than 0.6 of the memory of one of the devices.
 
     The parts' sizes are their tensors' on disk, in the dtype that each is held in. A device's memory is what
@@ -24,8 +24,8 @@ def must_offload(folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh 
     device that does not say counts as too small: to encode all texts first costs little, and the images are the same.
     """
     sizes = {part: parameters(Path(folder) / part) for part in ("transformer", "text_encoder", "vae")}
-    held = {"transformer": 4, "text_encoder": jnp.dtype(dtype or jnp.float32).itemsize, "vae": 4}  # as weights.component holds them
-    needed = sum(sizes[part] * held[part] for part in sizes)
+    held = jnp.dtype(dtype or jnp.float32).itemsize
+    needed = sum(size * (1 if quantization and part == "text_encoder" else held) for part, size in sizes.items())
     device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
     if device.platform == "cpu":
         copies = 1 if mesh is None else mesh.devices.size // _cuts(mesh)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pixart_jax import diffusion
+from pixart_jax.cache import cache_folder
 from pixart_jax.diffusion.sampling import TIMES
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.transformer import TransformerConfig
@@ -12,6 +15,13 @@ from pixart_jax.pipeline import sampling
 
 NULLS = ("auto", *sampling.NULLS)
 DTYPES = ("auto", "float32", "bfloat16")
+
+
+def weights_cache(name: str) -> Path | None:
+    """The folder of converted weights that a flag names: 'auto' (one in $PIXART_JAX_CACHE), 'none', or a path."""
+    if name == "none":
+        return None
+    return cache_folder() / "weights" if name == "auto" else Path(name)
 
 
 def check(

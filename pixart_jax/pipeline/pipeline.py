@@ -56,16 +56,25 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None, text_encoder: bool = True
+        cls,
+        folder: str | os.PathLike,
+        dtype=None,
+        mesh: jax.sharding.Mesh | None = None,
+        text_encoder: bool = True,
+        *,
+        quantization: str | None = None,
+        cache: str | os.PathLike | None = None,
     ) -> Pipeline:
         """Open a diffusers folder, or one that ``save_pretrained`` or a training run wrote.
 
         dtype: of the computation (jnp.bfloat16 on accelerators), fp32 by default. text_encoder: False leaves the largest part
-        closed, for a pipeline that draws from text states. Raises UserError where a part is missing, damaged or of another model.
+        closed, for a pipeline that draws from text states. quantization: 'int8' holds the text encoder's matrices as int8 values.
+        cache: a folder where large weights are kept as they lie in memory, so that the next opening changes no axes and no dtype.
+        Raises UserError where a part is missing, damaged or of another model.
         """
         parts = [part for part in model_folder.PARTS if text_encoder or part != "text_encoder"]
-        found = {"text_encoder": None, **model_folder.read(folder, dtype=dtype, mesh=mesh, parts=parts)}
-        return cls(**found, mesh=mesh, text_identity=identity(folder, dtype))
+        found = {"text_encoder": None, **model_folder.read(folder, dtype, mesh, parts, quantization, cache)}
+        return cls(**found, mesh=mesh, text_identity=identity(folder, dtype, quantization=quantization))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write a diffusers folder, which diffusers' PixArtAlphaPipeline opens as it is. Parts that lie there are replaced."""

@@ -43,11 +43,21 @@ class PromptEncoder:
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype=None, mesh: jax.sharding.Mesh | None = None) -> PromptEncoder:
-        """The text half of a model folder; the other half is not opened. UserError as ``Pipeline.from_pretrained``."""
-        parts = model_folder.read(folder, dtype=dtype, mesh=mesh, parts=("text_encoder",))
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        dtype=None,
+        mesh: jax.sharding.Mesh | None = None,
+        *,
+        quantization: str | None = None,
+        cache: str | os.PathLike | None = None,
+    ) -> PromptEncoder:
+        """The text half of a model folder; the other half is not opened. Arguments and UserError as ``Pipeline.from_pretrained``."""
+        parts = model_folder.read(folder, dtype, mesh, ("text_encoder",), quantization, cache)
         transformer, _ = model_folder.configs(folder)
-        return cls(parts["text_encoder"], parts["tokenizer"], transformer.text_tokens, mesh, identity(folder, dtype))
+        return cls(
+            parts["text_encoder"], parts["tokenizer"], transformer.text_tokens, mesh, identity(folder, dtype, quantization=quantization)
+        )
 
     def free(self) -> None:
         """Delete the encoder's parameters from the devices; nothing can be encoded after it, whoever else holds them."""
@@ -118,7 +128,9 @@ class PromptEncoder:
         return jnp.asarray(array) if self.mesh is None else jax.device_put(array, batch_sharding(self.mesh))
 
 
-def identity(folder: str | os.PathLike, dtype=None, clean: Callable[[str], str] | None = None) -> dict[str, str]:
+def identity(
+    folder: str | os.PathLike, dtype=None, clean: Callable[[str], str] | None = None, quantization: str | None = None
+) -> dict[str, str]:
     """What a model folder's text states are made with, from its files; no weight is loaded. clean: how texts are cleaned, if known.
 
     Two folders of one identity give the same states of the same texts (computed_in: to that precision). A folder whose text encoder's
@@ -130,7 +142,7 @@ def identity(folder: str | os.PathLike, dtype=None, clean: Callable[[str], str] 
         "width": str(transformer.caption_width),
         "text_tokens": str(transformer.text_tokens),
         "tokenizer": fingerprint.of_folder(folder / "tokenizer"),
-        "computed_in": jnp.dtype(dtype or jnp.float32).name,
+        "computed_in": jnp.dtype(dtype or jnp.float32).name + (f" from {quantization}" if quantization else ""),
     }
     if any((folder / "text_encoder").glob("*.safetensors")) or any((folder / "text_encoder").glob("*.bin")):
         made["text_encoder"] = fingerprint.of_folder(folder / "text_encoder")

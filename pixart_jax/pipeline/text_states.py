@@ -57,7 +57,7 @@ class TextStates(Mapping[str, np.ndarray]):
         if not path.is_file():
             raise UserError(f"no text states {path}: `python -m pixart_jax encode --prompts FILE --out {path}` makes them")
         tensors = SafetensorsFile(path)
-        identity = _metadata(path).get(_IDENTITY)
+        identity = tensors.metadata.get(_IDENTITY)
         if identity is None or set(tensors) != {"states", "offsets", "texts"}:
             raise UserError(f"{path} holds no text states: give a file that `python -m pixart_jax encode --prompts` wrote")
         return cls(_FileRows(tensors), json.loads(identity), str(path))
@@ -187,11 +187,6 @@ def needed(
 def stored(states: np.ndarray, dtype: str) -> np.ndarray:
     """States in the dtype of that name, as :func:`write` takes them."""
     return np.asarray(states).astype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype])
-
-
-def _metadata(path: Path) -> dict:
-    with open(path, "rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
 
 
 def _shortened(text: str) -> str:
