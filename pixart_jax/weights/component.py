@@ -398,6 +398,10 @@ class _WithNullCaption(Tensors):
     def __getitem__(self, key):
         return self._beside["null_caption"] if key == self.KEY else self._tensors[key]
 
+    def prefetch(self, key):
+        if key != self.KEY:
+            self._tensors.prefetch(key)
+
     def release(self, key):
         if key != self.KEY:
             self._tensors.release(key)

@@ -53,6 +53,9 @@ class Tensors(Mapping[str, np.ndarray]):
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
 
+    def prefetch(self, key: str) -> None:
+        """Tell the system that the tensor's pages are wanted soon, so that it reads them meanwhile."""
+
     def release(self, key: str) -> None:
         """Give the memory of the tensor's pages back; they are read again when they are asked for. Nothing, where no file is mapped."""
 
@@ -93,11 +96,17 @@ class SafetensorsFile(Tensors):
         start, stop = (self._start + offset for offset in entry["data_offsets"])
         return self._bytes[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
+    def prefetch(self, key: str) -> None:
+        self._advise(key, "MADV_WILLNEED")
+
     def release(self, key: str) -> None:
+        self._advise(key, "MADV_DONTNEED")
+
+    def _advise(self, key: str, advice: str) -> None:
         start, stop = (self._start + offset for offset in self._header[key]["data_offsets"])
         start -= start % mmap.PAGESIZE
-        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        if stop > start and hasattr(mmap, advice):
+            self._map.madvise(getattr(mmap, advice), start, stop - start)
 
 
 class TorchFile(Tensors):
@@ -178,6 +187,9 @@ class Shards(Tensors):
     def __getitem__(self, key: str) -> np.ndarray:
         return self._shard(key)[key]
 
+    def prefetch(self, key: str) -> None:
+        self._shard(key).prefetch(key)
+
     def release(self, key: str) -> None:
         self._shard(key).release(key)
 
@@ -200,6 +212,9 @@ class Renamed(Tensors):
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self._tensors[self._key_of[key]]
+
+    def prefetch(self, key: str) -> None:
+        self._tensors.prefetch(self._key_of[key])
 
     def release(self, key: str) -> None:
         self._tensors.release(self._key_of[key])

@@ -24,10 +24,11 @@ from pixart_jax.weights.files import Tensors
 from pixart_jax.weights.table import Entry, Match, flatten, match, unflatten
 
 _ALIGNMENT = 64  # bytes: an array that begins at a multiple of it can be used by XLA's CPU devices where it lies
-_TILE = (256, 1024)  # of a transposition, rows and columns of the file's matrix
+_TILE = (256, 512)  # of a transposition, rows and columns of the file's matrix
 _PADDING = 16
 _SLAB = 1 << 23  # elements that one thread copies at a time
 _THREADS = 8
+_READ_AHEAD = 4  # tensors
 _AHEAD = 1  # tensors under way beside the one that is waited for
 _HUGE = 4 << 20  # bytes; from here on an array is given huge pages
 _LONG = 3 << 30  # bytes; opening more shows a bar
@@ -56,7 +57,7 @@ def read(
     matches = match(table, shapes, _shapes(tensors), source=source or getattr(tensors, "source", "the file"), ignore=ignore)
     shardings = {} if shardings is None else flatten(shardings)
     dtype_of = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
-    release = getattr(tensors, "release", lambda key: None)
+    pages = _Pages(tensors, [name for found in matches for name in found.names])
     if quantization:
         from pixart_jax.weights import quantization as quantized  # Qwix takes 0.4 s to import
     total = sum(math.prod(found.shape) * np.dtype(dtype_of(found.entry.ours)).itemsize for found in matches)
@@ -71,7 +72,7 @@ def read(
             path = found.entry.ours
             held = np.dtype(dtype_of(path))
             load = _quantized if quantization and quantized.applies(path) else _parameter
-            array = load(found, tensors, held, shardings.get(path), pool, release)
+            array = load(found, tensors, held, shardings.get(path), pool, pages)
             jax.block_until_ready(before)  # a copy to an accelerator keeps its buffer: two of them at most
             before = out[path] = array
             bar.update(math.prod(found.shape) * held.itemsize)
@@ -106,6 +107,22 @@ def _shapes(tensors: Mapping) -> dict[str, tuple[int, ...]]:
     return {key: shape(key) for key in tensors}
 
 
+class _Pages:
+    """The pages of the file's tensors, which are taken in this order: read a few tensors ahead, given back behind."""
+
+    def __init__(self, tensors: Mapping, order: Iterable[str]):
+        self._ahead = iter(order)
+        self._prefetch = getattr(tensors, "prefetch", lambda key: None)
+        self.release = getattr(tensors, "release", lambda key: None)
+        for _ in range(_READ_AHEAD):
+            self.prefetch()
+
+    def prefetch(self) -> None:
+        """One tensor more."""
+        if (name := next(self._ahead, None)) is not None:
+            self._prefetch(name)
+
+
 class _Array:
     """An array in the making: a buffer for each part of it that a device of this process holds."""
 
@@ -130,7 +147,7 @@ class _Array:
         return _put(self._buffers, self._shape, self._sharding)
 
 
-def _parameter(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, release: Callable[[str], None]) -> jax.Array:
+def _parameter(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, pages: _Pages) -> jax.Array:
     """One parameter on its devices; each tensor's pages are given back when it is copied."""
     array = _Array(found.shape, dtype, sharding)
     under_way: collections.deque[tuple[str, list[concurrent.futures.Future]]] = collections.deque()
@@ -140,9 +157,10 @@ def _parameter(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, 
             name, copies = under_way.popleft()
             for done in copies:
                 done.result()
-            release(name)
+            pages.release(name)
 
     for row, name in enumerate(found.names):
+        pages.prefetch()
         view = found.entry.view(np.asarray(tensors[name]))
         jobs = array.copies(row if found.entry.stacked else None, view)
         under_way.append((name, [pool.submit(_copy, *job) for job in jobs]))
@@ -151,7 +169,7 @@ def _parameter(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, 
     return array.put()
 
 
-def _quantized(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, release: Callable[[str], None]):
+def _quantized(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, pages: _Pages):
     """One kernel on its devices as int8 values and scales, quantised from the file's own numbers, a layer at a time."""
     from pixart_jax.weights import quantization
 
@@ -160,12 +178,13 @@ def _quantized(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, 
     values = _Array((*layers, inputs, outputs), np.dtype(np.int8), sharding and sharding.qvalue)
     scales = _Array((*layers, 1, outputs), np.dtype(np.float32), sharding and sharding.scale)
     for row, name in enumerate(found.names):
+        pages.prefetch()
         at = row if found.entry.stacked else None
         ours = quantization.quantize_matrix(np.ascontiguousarray(found.entry.view(np.asarray(tensors[name])).T))
         jobs = [job for array, part in zip((values, scales), ours, strict=True) for job in array.copies(at, part)]
         for done in [pool.submit(_copy, *job) for job in jobs]:
             done.result()
-        release(name)
+        pages.release(name)
     return quantization.leaf(values.put(), scales.put())
 
 
