@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import DDPMScheduler, LCMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.schedulers import scheduling_lcm
 
@@ -369,6 +369,20 @@ def test_an_lcm_folder_draws_in_four_steps_what_diffusers_draws(tmp_path, monkey
     found = pipe.denoise(states, lengths, noise, steps=4, guidance=1.0, solver="lcm", times="integer", keys=keys)
     assert np.linalg.norm(found - want) / np.linalg.norm(want) < 1e-4
     assert min(psnr(a, b) for a, b in zip(pipe(PROMPTS[:2], times="integer"), images, strict=True)) >= 45
+
+
+def test_one_step_of_dmd_draws_what_diffusers_draws(tmp_path):
+    """As the official code draws with a distilled checkpoint: one step of a DDPM at time 400, no guidance."""
+    theirs = tiny_diffusers.build(tmp_path)
+    theirs.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    pipe = Pipeline.from_pretrained(tmp_path)
+    noise, _ = pipe.noise(0, range(2), 64, 64)
+    how = {"num_inference_steps": 1, "timesteps": [400], "guidance_scale": 1.0}
+    want, images = tiny_diffusers.draw(theirs, PROMPTS[:2], np.asarray(noise), **how)
+    states, lengths = pipe.encode_text(PROMPTS[:2])
+    found = np.asarray(pipe.denoise(states, lengths, noise, steps=1, guidance=1.0, solver="dmd"))
+    assert np.linalg.norm(found - want) / np.linalg.norm(want) < 1e-5
+    assert min(psnr(a, b) for a, b in zip(pipe(PROMPTS[:2], solver="dmd", guidance=1.0), images, strict=True)) >= 45
 
 
 def test_bfloat16_draws_nearly_the_same(ours, tmp_path):

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.parity_rows import dit, official_solver, pipeline, text_encoder, transformer, vae
+from benchmarks.parity_rows import dit, kv_compression, official_solver, pipeline, text_encoder, transformer, vae
 from benchmarks.parity_rows.row import Row
 
-ROWS: tuple[Row, ...] = (*transformer.ROWS, *dit.ROWS, *text_encoder.ROWS, *vae.ROWS, *pipeline.ROWS, *official_solver.ROWS)
+ROWS: tuple[Row, ...] = (
+    *transformer.ROWS,
+    *kv_compression.ROWS,
+    *dit.ROWS,
+    *text_encoder.ROWS,
+    *vae.ROWS,
+    *pipeline.ROWS,
+    *official_solver.ROWS,
+)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import math
 import mmap
 import os
@@ -30,7 +29,7 @@ _SLAB = 1 << 23  # elements that one thread copies at a time
 _THREADS = 8
 _READ_AHEAD = 4  # tensors
 _AHEAD = 1  # tensors under way beside the one that is waited for
-_HUGE = 4 << 20  # bytes; from here on an array is given huge pages
+_LARGE = 1 << 20  # bytes
 _LONG = 3 << 30  # bytes; opening more shows a bar
 
 Index = tuple[tuple[int, int], ...]  # (start, stop) along each axis
@@ -244,15 +243,12 @@ def _whole(shape: tuple[int, ...]) -> Index:
 
 
 def _aligned(shape: Iterable[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array that XLA's CPU devices can use where it lies. In huge pages where the system has them: the first touch of
-    ordinary ones takes longer than the copying."""
+    """An empty array that XLA's CPU devices can use where it lies. A large one is mapped by itself, in ordinary pages: numpy asks for
+    huge ones, whose first touch takes twice as long on a virtual machine, and gives nothing back to the system for a while."""
     shape = tuple(shape)
     size = math.prod(shape) * dtype.itemsize
-    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
+    if size >= _LARGE:
+        return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8).view(dtype).reshape(shape)
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
