@@ -7,8 +7,9 @@ Files of the released form are written with random numbers: XL/2 as one fp32 saf
 that PixArt's folders hold. Every opening is a process of its own. Of each: seconds until the call returns; seconds until one
 number of every page of every parameter has been read, which makes a lazily mapped file show what it costs; and the peak of
 resident memory over what the process held before, by Linux's account (VmHWM, pages of mapped files counted in). "plain" opens the files;
-"keeping" also writes the converted weights (cache=), once; "kept" opens those. Files are put out of the page cache before
-each opening of them, unless --warm; kept weights are opened as they were left, in it.
+"keeping" also writes the converted weights (cache=), once; "kept" opens those. cold: the files are put out of the page cache
+before each opening; warm: they lie in it, as kept weights always do here. T5-XXL's files are larger than many a machine's memory, so
+they are opened cold alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SUBJECTS = {"xl2": ("transformer", "diffusers", "PixArtTransformer2DModel"), "t5xxl": ("text_encoder", "transformers", "T5EncoderModel")}
-DTYPES = {"xl2": ("float32", "bfloat16"), "t5xxl": ("bfloat16",)}
+CASES = {
+    "xl2": (("float32", "warm"), ("bfloat16", "warm"), ("float32", "cold"), ("bfloat16", "cold")),
+    "t5xxl": (("bfloat16", "cold"),),
+}  # (dtype, page cache)
 SHARD = 9_990_000_000  # bytes, as released
 
 MEASURE = """
@@ -127,6 +131,14 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def remember(folder: Path) -> None:
+    """Have a folder's files in the page cache."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
 def run(code: str, *arguments: str) -> dict:
     root = Path(__file__).resolve().parent.parent
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -140,7 +152,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
     parser.add_argument("--folder", type=Path, help="where the files go, and stay; by default a temporary folder that is deleted")
-    parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--repeat", type=int, default=1, help="openings of each kind; the fastest counts, and the highest peak")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     flags = parser.parse_args()
@@ -153,14 +164,14 @@ def main() -> None:
             if not folder.is_dir():
                 print(f"writing {subject}: {folder}", file=sys.stderr)
                 write_random(subject, folder)
-            for dtype in DTYPES[subject]:
+            for dtype, page_cache in CASES[subject]:
                 found: dict[str, list[dict]] = {library: [], "plain": [], "keeping": [], "kept": []}
                 for _ in range(flags.repeat):
                     kept = root / f"{subject}-kept"
                     shutil.rmtree(kept, ignore_errors=True)
                     for how in found:
-                        if how != "kept" and not flags.warm:
-                            forget(folder)
+                        if how != "kept":
+                            forget(folder) if page_cache == "cold" else remember(folder)
                         if how == library:
                             found[how].append(run(PEER, library, name, str(folder), dtype))
                         else:
@@ -169,7 +180,7 @@ def main() -> None:
                 for how, runs in found.items():
                     best = {key: min(one[key] for one in runs) for key in ("seconds", "seconds_read")}
                     row = {"model": subject, "dtype": dtype, "opened_by": how, **best, "peak": max(one["peak"] for one in runs)}
-                    rows.append({**row, "held": runs[0]["held"], "page_cache": "warm" if flags.warm else "cold"})
+                    rows.append({**row, "held": runs[0]["held"], "page_cache": page_cache})
                     print(line(rows[-1]), flush=True)
     finally:
         if flags.folder is None:

@@ -59,6 +59,10 @@ def sigma_null_caption_in_alpha(model):
     save_file({"null_caption": np.zeros((300, 16), np.float32)}, model / "transformer" / "null_caption.safetensors")
 
 
+def sigma_of_1024_px_in_alpha(model):
+    change(model / "transformer" / "config.json", sample_size=128, use_additional_conditions=False)  # as the released ones say
+
+
 def another_text_encoder(model):
     change(model / "text_encoder" / "config.json", d_model=32)
 
@@ -76,6 +80,7 @@ BROKEN = {
     sigma_in_alpha: "names PixArtAlphaPipeline, which reads 120 tokens of a prompt, but transformer/ wants 300 (its config.json): "
     "it is a transformer of PixArtSigmaPipeline; name that one in model_index.json",
     sigma_null_caption_in_alpha: "transformer/ wants 300 (its null_caption.safetensors)",
+    sigma_of_1024_px_in_alpha: "names PixArtAlphaPipeline, but transformer/ looks like PixArt-Σ's, which reads 300 tokens of a prompt",
     another_text_encoder: "text_encoder/ gives states of width 32, transformer/ wants 16: they are of two models",
     no_config: "vae has no config.json",
 }

@@ -143,12 +143,12 @@ def caption_tokens(config, said: int | None, flags: Flags) -> int:
     UserError where the flag contradicts the source, and where neither says it of a model that can only be a PixArt-Σ: as a
     PixArt-α it would open without complaint and read less than half of a long caption.
     """
+    from pixart_jax.weights.transformer import looks_like_sigma
+
     if said is not None and flags.tokens not in (None, said):
         known = {120: " (PixArt-α)", 300: " (PixArt-Σ)"}.get(said, "")
         raise UserError(f"--tokens {flags.tokens}: {flags.src} says itself that its captions are of {said} tokens{known}")
-    # Of the released models only PixArt-Σ's are of 1024 px and not told the image's size, and only they compress keys and values.
-    sigma = config.kv_compression > 1 or (config.sample_size >= 128 and not config.size_conditions)
-    if said is None and flags.tokens is None and sigma:
+    if said is None and flags.tokens is None and looks_like_sigma(config):
         raise UserError(
             f"{flags.src} does not say how long its captions are, and looks like PixArt-Σ: give --tokens 300, or 120 if it is PixArt-α"
         )

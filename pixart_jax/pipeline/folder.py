@@ -64,6 +64,11 @@ def configs(folder: str | os.PathLike):
     config = transformer.config_from_json(values)
     tokens = _TEXT_TOKENS[pipeline_class(folder)]
     if "text_tokens" not in values:
+        if pipeline_class(folder) == _ALPHA and transformer.looks_like_sigma(config):
+            raise UserError(
+                f"{folder / INDEX} names {_ALPHA}, but transformer/ looks like PixArt-Σ's, which reads {_TEXT_TOKENS[_SIGMA]} tokens of a "
+                f'prompt: name {_SIGMA} in {INDEX}; or put "text_tokens": {tokens} into transformer/config.json if it is a PixArt-α'
+            )
         config = dataclasses.replace(config, text_tokens=tokens)
     _check_fit(folder, config, tokens)
     return config, vae.config_from_json(_config(folder / "vae"))

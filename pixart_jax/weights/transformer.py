@@ -169,6 +169,11 @@ def config_from_json(data: Mapping) -> TransformerConfig:
         raise UserError(f"config.json: a field has the wrong type: {error}") from None
 
 
+def looks_like_sigma(config: TransformerConfig) -> bool:
+    """Of the released models only PixArt-Σ's are of 1024 px and not told the image's size, and only they compress keys and values."""
+    return config.kv_compression > 1 or (config.sample_size >= 128 and not config.size_conditions)
+
+
 def config_to_json(config: TransformerConfig) -> dict:
     """Our config → a config.json that diffusers opens; fields that it does not know appear only where they differ from its model.
 
@@ -194,7 +199,7 @@ def config_to_json(config: TransformerConfig) -> dict:
     }
     if config.mlp_ratio != 4.0:
         data["mlp_ratio"] = config.mlp_ratio
-    if config.text_tokens != 120:
+    if config.text_tokens != 120 or looks_like_sigma(config):
         data["text_tokens"] = config.text_tokens
     if config.qk_norm:
         data["qk_norm"] = "layer_norm_across_heads"
