@@ -74,6 +74,9 @@ class Flags:
     weights_cache: str = "auto"
     """A folder where large weights are kept as they lie in memory, so that the next start is quick; auto: one in $PIXART_JAX_CACHE
     (~/.cache/pixart_jax); none."""
+    mesh: str = "data=-1"
+    """How this process's devices split the work: data=N copies of the model, each drawing its part of a batch, fsdp=N and tensor=N parts
+    that the parameters are cut into; -1: the rest. With commas between: fsdp=4,tensor=2."""
     share: str | None = None
     """K/N: this process draws share K (from 0) of N into the same folder; cluster: as JAX detects (Cloud TPU, GKE, SLURM)."""
     grid: bool = True
@@ -111,6 +114,7 @@ def plan(flags: Flags, rows: list[prompts.Row], share):
     from pixart_jax.pipeline import drawings, folder, memory, options, sampling
 
     options.named("dtype", flags.dtype, options.DTYPES)
+    local_mesh(flags)
     options.named("offload-text-encoder", flags.offload_text_encoder, memory.OFFLOADS)
     configs = folder.configs(flags.model)
     own = sampling.read(flags.model)
@@ -185,6 +189,17 @@ def dtype(flags: Flags):
     return jnp.dtype(chosen).type
 
 
+def local_mesh(flags: Flags):
+    """The mesh of this process's devices; None where it has but one."""
+    import jax
+
+    from pixart_jax.config import MeshConfig
+    from pixart_jax.parallel.mesh import make_mesh
+
+    mesh = make_mesh(MeshConfig.parse(flags.mesh), jax.local_devices())
+    return mesh if mesh.size > 1 else None
+
+
 def opened(flags: Flags) -> dict:
     """How the model is opened."""
     from pixart_jax.pipeline import options
@@ -194,16 +209,12 @@ def opened(flags: Flags) -> dict:
 
 def draw(flags: Flags, drawings) -> None:
     """Draw what is missing, the images of one size and seed together; threads write files while the devices draw on."""
-    import jax
     from tqdm import tqdm
 
     from pixart_jax import Pipeline
-    from pixart_jax.config import MeshConfig
-    from pixart_jax.parallel.mesh import make_mesh
     from pixart_jax.pipeline.writer import Writer
 
-    devices = jax.local_devices()
-    mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
+    mesh = local_mesh(flags)
     states = encoded(flags, [drawings.wanted[n] for n in drawings.missing], mesh)
     pipe = Pipeline.from_pretrained(flags.model, dtype(flags), mesh, text_encoder=states is None, **opened(flags))
     quiet = drawings.share.index > 0

@@ -41,6 +41,24 @@ class MeshConfig:
         if [self.data, self.fsdp, self.context, self.tensor].count(-1) > 1:
             raise UserError("MeshConfig: only one axis can be -1 (the rest)")
 
+    @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """'fsdp=4,tensor=2' → the mesh of these sizes; data is the rest where it is not named. UserError for anything else."""
+        sizes: dict[str, int] = {}
+        known = [field.name for field in dataclasses.fields(cls)]
+        for part in filter(None, text.replace(" ", "").split(",")):
+            name, _, size = part.partition("=")
+            if name not in known:
+                raise UserError(
+                    f"mesh {text!r}: {name!r} is no axis{nearest(name, known)}; AXIS=SIZE with commas between, as fsdp=4,tensor=2"
+                )
+            try:
+                sizes[name] = int(size)
+            except ValueError:
+                raise UserError(f"mesh {text!r}: {part!r} is not AXIS=SIZE with a whole number, as fsdp=4,tensor=2") from None
+        rest = 1 if -1 in sizes.values() else -1
+        return cls(**{"data": rest, **sizes})
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

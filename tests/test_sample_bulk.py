@@ -214,6 +214,51 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
 # Shares.
 
 
+@pytest.mark.parametrize("more", [(), ("--text-encoder-int8",)], ids=["floats", "int8"])
+def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(root, sample_program, tiny_model, prompt_file, tmp_path, more):
+    """Four simulated devices, the parameters in four parts."""
+    argv = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "3", "--no-grid", *more]
+    assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "one")]) == 0
+    command = [sys.executable, str(root / "sample.py"), *argv, "--mesh", "fsdp=2,tensor=2", "--out", str(tmp_path / "four")]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert_within(tmp_path / "one", tmp_path / "four", 1)
+
+
+def test_int8_is_told_in_the_png_and_changes_little(sample_program, tiny_model, prompt_file, tmp_path):
+    argv = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "2", "--no-grid"]
+    assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "floats")]) == 0
+    assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "int8"), "--text-encoder-int8"]) == 0
+    (path,) = (tmp_path / "int8").glob("0000*.png")
+    assert png.settings(path)["text_encoder"] == "int8"
+    one, other = (pictures(tmp_path / name) for name in ("floats", "int8"))
+    assert max(np.abs(one[name] - other[name]).max() for name in one) > 0  # it was really rounded
+    assert np.mean([np.abs(one[name] - other[name]).mean() for name in one]) < 8
+    states = ["--prompts", str(prompt_file), "--model", str(tiny_model), "--out", str(tmp_path / "s.safetensors"), "--stored", "float32"]
+    assert program.run(encode_command.main, [*states, "--text-encoder-int8"]) == 0
+    argv += ["--text-states", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "states")]
+    assert program.run(sample_program.main, argv) == 0
+    assert_within(tmp_path / "states", tmp_path / "int8", 0)
+    (path,) = (tmp_path / "states").glob("0000*.png")
+    assert png.settings(path)["text_states"] == "float32 from int8 kept as float32"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "says"),
+    [
+        ("fdsp=2", "did you mean 'fsdp'"),
+        ("fsdp=two", "is not AXIS=SIZE"),
+        ("fsdp=3", "does not fit 1 device"),
+        ("data=-1,fsdp=-1", "only one axis"),
+    ],
+)
+def test_a_bad_mesh_is_one_line(sample_program, tiny_model, tmp_path, capsys, mesh, says):
+    argv = ["--model", str(tiny_model), "--prompt", "x", "--out", str(tmp_path / "out"), "--mesh", mesh]
+    assert program.run(sample_program.main, argv) == 2
+    assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def start(root: Path, tiny_model: Path, prompts: Path, out: Path, *more: str, **env: str) -> subprocess.Popen:
     command = [sys.executable, str(root / "sample.py"), "--model", str(tiny_model), "--prompts", str(prompts), "--out", str(out)]
     command += ["--steps", "2", *more]

@@ -67,6 +67,8 @@ class PromptArguments:
     """Of the file: bfloat16, as a model reads them that computes in it, or float32, twice as large."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: bfloat16 on accelerators."""
+    mesh: str = "data=-1"
+    """As sample.py's: fsdp=4,tensor=2 cuts the parameters over the devices."""
     text_encoder_int8: bool = False
     """Hold the text encoder's matrices as int8 values: half of bfloat16's memory, and states that differ by 1 to 2 %."""
     weights_cache: str = "auto"
@@ -100,7 +102,8 @@ def encode_prompts(arguments: PromptArguments) -> int:
     how = {"quantization": "int8" if arguments.text_encoder_int8 else None, "cache": options.weights_cache(arguments.weights_cache)}
     made = {**identity(arguments.model, dtype, clean, how["quantization"]), "stored_in": arguments.stored}
     devices = jax.local_devices()
-    mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
+    mesh = make_mesh(MeshConfig.parse(arguments.mesh), devices)
+    mesh = mesh if mesh.size > 1 else None
     texts = [*(row.prompt for row in rows), *(row.negative_prompt or "" for row in rows), arguments.negative_prompt, ""]
     count = prompt_states.ensure(
         texts, arguments.out, made, lambda: PromptEncoder.from_pretrained(arguments.model, dtype, mesh, **how), clean=clean
