@@ -28,7 +28,7 @@ from pixart_jax.weights import dit, t5, transformer, vae
 from pixart_jax.weights.cache import Cache
 from pixart_jax.weights.files import Renamed, SafetensorsFile, Tensors, find_weights, open_tensors, write_json, write_safetensors
 from pixart_jax.weights.streaming import aliased, read
-from pixart_jax.weights.table import Entry, flatten, write
+from pixart_jax.weights.table import Entry, write
 
 CONFIG = "config.json"
 NULL_CAPTION = "null_caption.safetensors"  # beside the transformer's weights: diffusers has no place for it and would warn of its key
@@ -122,18 +122,19 @@ class Component(abc.ABC):
 
     @classmethod
     def _load(cls, config, tensors: Tensors, values: Mapping, dtype, mesh, cache: Cache | None = None, quantization: str | None = None):
+        held = None if cache is None else cache.find()
+        if held is not None and mesh is None:
+            return cls(config, aliased(held), dtype, mesh)
         module = cls._module(config, dtype, quantization) if quantization else cls._module(config, dtype)
         boxed = jax.eval_shape(module.init, jax.random.key(0), *cls._example(config))["params"]
-        shapes = nn.unbox(boxed)
         shardings = parameter_shardings(boxed, mesh) if mesh is not None else None
+        if held is not None:
+            return cls(config, aliased(held, shardings), dtype, mesh)
         keep = functools.partial(cls._keep, dtype=dtype)
         table, ignore = cls._names(config, values)
-        made = {path: (leaf.shape, quantization if hasattr(leaf, "qvalue") else keep(path).name) for path, leaf in flatten(shapes).items()}
-        if cache is not None and (held := cache.find(made, table)) is not None:
-            return cls(config, aliased(shapes, held, shardings), dtype, mesh)
-        params = read(table, shapes, tensors, ignore=ignore, dtype=keep, shardings=shardings, quantization=quantization)
+        params = read(table, nn.unbox(boxed), tensors, ignore=ignore, dtype=keep, shardings=shardings, quantization=quantization)
         if cache is not None:
-            cache.keep(params, made, table)
+            cache.keep(params)
         return cls(config, params, dtype, mesh)
 
     def _call(self, method: str, *arguments):
@@ -346,8 +347,9 @@ def load_component(
     tensors = _todays(open_tensors(find_weights(folder)), component, config)
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
         tensors = _WithNullCaption(tensors, folder / NULL_CAPTION)
-    kept = None if cache is None else Cache(Path(cache), folder)
-    return component._load(config, tensors, values, jnp.dtype(dtype or jnp.float32), mesh, kept, quantization)
+    dtype = jnp.dtype(dtype or jnp.float32)
+    kept = None if cache is None else Cache(Path(cache), folder, (dtype.name, quantization))
+    return component._load(config, tensors, values, dtype, mesh, kept, quantization)
 
 
 def _read_config(folder: Path) -> dict:

@@ -79,21 +79,23 @@ def read(
     return unflatten(out)
 
 
-def aliased(shapes: Mapping, tensors: Tensors, shardings: Mapping | None = None) -> dict:
+def aliased(tensors: Tensors, shardings: Mapping | None = None) -> dict:
     """Our tree from a file that holds it in our own layout and dtypes, under the names of :func:`leaves`: on a CPU's single device the
     arrays are the file's own pages, read when they are first used."""
-    paths = {name.rpartition("/")[0] for name in tensors} | set(tensors)
-    shapes = unflatten({path: leaf for path, leaf in flatten(shapes).items() if path in paths})  # optional ones may be absent
     where = {} if shardings is None else leaves(shardings)
-    out: list[jax.Array] = []
-    for name in leaves(shapes):
+    out: dict[str, jax.Array] = {}
+    for name in tensors:
         value = tensors[name]
-        jax.block_until_ready(out[-1:])
-        out.append(_put({_whole(value.shape): value}, value.shape, where.get(name)))
+        out[name] = _put({_whole(value.shape): value}, value.shape, where.get(name))
         if jax.default_backend() != "cpu":
-            jax.block_until_ready(out[-1])
+            jax.block_until_ready(out[name])
             tensors.release(name)
-    return jax.tree.unflatten(jax.tree.structure(shapes), out)
+    for name in [name for name in out if name.endswith("/qvalue")]:
+        from pixart_jax.weights import quantization
+
+        path = name.removesuffix("/qvalue")
+        out[path] = quantization.leaf(out.pop(name), out.pop(f"{path}/scale"))
+    return unflatten(out)
 
 
 def leaves(tree: Mapping) -> dict[str, object]:

@@ -61,7 +61,7 @@ def test_a_file_in_our_own_layout_is_used_where_it_lies(tmp_path):
     params = read(TABLE, shapes, theirs, dtype=ml_dtypes.bfloat16)
     write_safetensors(tmp_path / "x.safetensors", flatten(params))
     file = open_tensors(tmp_path / "x.safetensors")
-    again = flatten(aliased(shapes, file))
+    again = flatten(aliased(file))
     for path, array in flatten(params).items():
         np.testing.assert_array_equal(again[path], array)
         assert again[path].dtype == array.dtype
@@ -86,7 +86,7 @@ specs |= {"conv": P(), "embedding": P("tensor", "fsdp"), "scale": P()}
 shardings = unflatten({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
 one, many = flatten(read(TABLE, shapes, theirs)), flatten(read(TABLE, shapes, theirs, shardings=shardings))
 write_safetensors({path!r}, one)
-cached = flatten(aliased(shapes, open_tensors({path!r}), shardings))
+cached = flatten(aliased(open_tensors({path!r}), shardings))
 for path, array in one.items():
     for other in (many[path], cached[path]):
         assert other.sharding.spec == specs[path], path
