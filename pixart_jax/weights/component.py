@@ -28,7 +28,7 @@ from pixart_jax.weights import dit, t5, transformer, vae
 from pixart_jax.weights.cache import Cache
 from pixart_jax.weights.files import Renamed, SafetensorsFile, Tensors, find_weights, open_tensors, write_json, write_safetensors
 from pixart_jax.weights.streaming import aliased, read
-from pixart_jax.weights.table import Entry, write
+from pixart_jax.weights.table import Entry, flatten, write
 
 CONFIG = "config.json"
 NULL_CAPTION = "null_caption.safetensors"  # beside the transformer's weights: diffusers has no place for it and would warn of its key
@@ -235,8 +235,8 @@ class TextEncoder(Component):
 
     @property
     def quantization(self) -> str | None:
-        """How the kernels are held: 'int8', or None for floats."""
-        return "int8" if hasattr(self.params["blocks"]["q"]["kernel"], "qvalue") else None
+        """How the kernels are held: 'int8', or None for floats (and where there are no parameters yet)."""
+        return "int8" if any(hasattr(leaf, "qvalue") for leaf in flatten(self.params).values()) else None
 
     @functools.cached_property
     def module(self) -> nn.Module:

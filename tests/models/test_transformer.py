@@ -16,6 +16,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models import remat
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.weights import transformer as names
+from pixart_jax.weights.files import write_safetensors
 from pixart_jax.weights.table import flatten, write
 from tests.models.pixart_reference import (
     diffusers_pair,
@@ -307,12 +308,10 @@ def test_config_survives_diffusers_json_and_opens_there():
 
 
 def test_diffusers_opens_what_is_saved_with_a_null_caption(tmp_path):
-    from safetensors.numpy import save_file
-
     config = tiny()
     params = random_params(config)
     PixArtTransformer2DModel.from_config(names.config_to_json(config)).save_config(tmp_path)
-    save_file(write(names.DIFFUSERS, params), tmp_path / "diffusion_pytorch_model.safetensors")
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", write(names.DIFFUSERS, params))
     theirs = PixArtTransformer2DModel.from_pretrained(tmp_path).eval()
     args = inputs(config, 8, 8, [4, 2])
     assert relative_error(forward(config, params, args), run_diffusers(theirs, **args)) <= 1e-5
