@@ -35,9 +35,9 @@ def _few_torch_threads():
     torch.set_num_threads(2)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def whole_memory(tmp_path_factory):
-    """One test at a time, over all workers, holds more than 10 GiB."""
+    """One module at a time, over all workers, holds many GiB: from its first test that asks for this to its last test."""
     import fcntl
 
     with open(tmp_path_factory.getbasetemp().parent / "whole_memory.lock", "w") as lock:

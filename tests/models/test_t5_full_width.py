@@ -34,7 +34,7 @@ GROWTH = {  # of each channel that the first layer's wo writes
 
 
 @pytest.fixture(scope="module")
-def encoder():
+def encoder(whole_memory):
     """({growth: (fp32 states, largest of the residual stream)}, bfloat16 parameters, int8 parameters) of the same weights."""
     torch.manual_seed(0)
     model = T5EncoderModel(TorchConfig(**tables.config_to_json(CONFIG))).eval()
