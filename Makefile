@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO := runs/demo
+# A train step of XL/2 takes 12 GiB: it is tested when the other tests' processes have gone.
+ALONE := tests/training/test_full_size_step.py
 # A small model's operations are too small to share among threads: two devices, each with half of every batch, use two cores better.
 TWO_DEVICES := --xla_force_host_platform_device_count=2
 TORCH := torch==2.13.0
@@ -71,7 +73,8 @@ demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, scor
 	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn/grid.png; right and wrong marked: $(DEMO)/score/sheet.png; the run: $(DEMO)"
 
 test: $(VENV)/.dev  ## the whole test suite, slow tests too
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=15 --durations-min=5
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=15 --durations-min=5 --ignore $(ALONE)
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(ALONE)
 
 test-fast: $(VENV)/.dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:cacheprovider -m "not slow"
