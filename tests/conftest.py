@@ -50,7 +50,7 @@ def tiny_model(tmp_path_factory) -> Path:
     """The folder of a whole tiny model; read it, or copy it to break it."""
     from tests import tiny_diffusers
 
-    folder = tmp_path_factory.mktemp("tiny") / "model"
+    folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_diffusers.build(folder)
     return folder
 

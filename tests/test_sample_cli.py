@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -16,34 +15,17 @@ import pytest
 from PIL import Image
 
 from pixart_jax import Pipeline, png, program, prompts
-from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star", "a green square"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_diffusers.build(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sample(root):
-    spec = importlib.util.spec_from_file_location("sample", root / "sample.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sample"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def images_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_a_prompt_becomes_a_png_that_says_how(sample, model, tmp_path, capsys):
-    argv = ["--model", str(model), "--prompt", PROMPTS[0], "--out", str(tmp_path), "--steps", "2", "--guidance", "3", "--seed", "5"]
-    assert program.run(sample.main, argv) == 0
+def test_a_prompt_becomes_a_png_that_says_how(sample_program, tiny_model, tmp_path, capsys):
+    argv = ["--model", str(tiny_model), "--prompt", PROMPTS[0], "--out", str(tmp_path), "--steps", "2", "--guidance", "3", "--seed", "5"]
+    assert program.run(sample_program.main, argv) == 0
     out, err = capsys.readouterr()
     path = tmp_path / "0000_a-large-red-circle_5.png"
     assert str(path) in out and "image/s" in err.replace(" images", "image").replace("images", "image")
@@ -54,39 +36,41 @@ def test_a_prompt_becomes_a_png_that_says_how(sample, model, tmp_path, capsys):
     }.items()  # fmt: skip
     with Image.open(path) as image:
         assert image.info["parameters"].startswith(f"{PROMPTS[0]}\nSteps: 2, Sampler: dpm++, CFG scale: 3, Seed: 5, Size: 64x64")
-        np.testing.assert_array_equal(np.asarray(image), Pipeline.from_pretrained(model)(PROMPTS[0], steps=2, guidance=3.0, seed=5)[0])
+        np.testing.assert_array_equal(np.asarray(image), Pipeline.from_pretrained(tiny_model)(PROMPTS[0], steps=2, guidance=3.0, seed=5)[0])
 
 
-def test_without_a_guidance_the_models_own_is_taken_and_told(sample, model, tmp_path):
+def test_without_a_guidance_the_models_own_is_taken_and_told(sample_program, tiny_model, tmp_path):
     own = tmp_path / "own"
-    shutil.copytree(model, own)
+    shutil.copytree(tiny_model, own)
     (own / "sampling_config.json").write_text('{"guidance": 2}')
-    assert program.run(sample.main, ["--model", str(own), "--prompt", PROMPTS[0], "--out", str(tmp_path / "o"), "--steps", "2"]) == 0
+    assert (
+        program.run(sample_program.main, ["--model", str(own), "--prompt", PROMPTS[0], "--out", str(tmp_path / "o"), "--steps", "2"]) == 0
+    )
     (path,) = (tmp_path / "o").glob("*.png")
     assert png.settings(path)["guidance"] == 2.0
     with Image.open(path) as image:
-        np.testing.assert_array_equal(np.asarray(image), Pipeline.from_pretrained(model)(PROMPTS[0], steps=2, guidance=2.0)[0])
+        np.testing.assert_array_equal(np.asarray(image), Pipeline.from_pretrained(tiny_model)(PROMPTS[0], steps=2, guidance=2.0)[0])
 
 
-def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is_missing(sample, model, tmp_path, capsys):
+def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is_missing(sample_program, tiny_model, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:]]))
     out = tmp_path / "out"
-    argv = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--steps", "2", "--batch-size", "2"]
-    assert program.run(sample.main, argv) == 0
+    argv = ["--model", str(tiny_model), "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--steps", "2", "--batch-size", "2"]
+    assert program.run(sample_program.main, argv) == 0
     names = ["0000_a-large-red-circle_0.png", "0001_a-small-blue-star_0.png", "0002_a-green-square_0.png", "grid.png"]
     assert images_in(out) == names
     first = {name: (out / name).read_bytes() for name in names}
     (out / names[1]).unlink()
     stamp = (out / names[0]).stat().st_mtime_ns
     capsys.readouterr()
-    assert program.run(sample.main, argv) == 0
+    assert program.run(sample_program.main, argv) == 0
     assert "2 of them already there" in capsys.readouterr().out
     assert (out / names[0]).stat().st_mtime_ns == stamp
     assert images_in(out) == names
     redrawn, before = (np.asarray(Image.open(p)).astype(int) for p in (out / names[1], _bytes(tmp_path, first[names[1]])))
     assert np.abs(redrawn - before).max() <= 1  # drawn alone this time
     # Other settings: drawn beside, nothing is lost.
-    assert program.run(sample.main, [*argv[:-4], "--steps", "1", "--no-grid"]) == 0
+    assert program.run(sample_program.main, [*argv[:-4], "--steps", "1", "--no-grid"]) == 0
     assert {f"{name[:-4]}_2.png" for name in names[:3]} < set(images_in(out))
     assert (out / names[0]).read_bytes() == first[names[0]]
 
@@ -100,13 +84,16 @@ def _bytes(folder: Path, data: bytes) -> Path:
     ("name", "text"),
     [("p.csv", 'id,prompt\n1,a red circle\n2,"a star, blue"\n'), ("p.jsonl", '{"prompt": "a red circle"}\n\n"a star, blue"\n')],
 )
-def test_csv_and_jsonl_files_of_prompts(sample, tmp_path, name, text):
+def test_csv_and_jsonl_files_of_prompts(sample_program, tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert sample.read_prompts(sample.Flags(prompts=tmp_path / name)) == [prompts.Row("a red circle"), prompts.Row("a star, blue")]
+    assert sample_program.read_prompts(sample_program.Flags(prompts=tmp_path / name)) == [
+        prompts.Row("a red circle"),
+        prompts.Row("a star, blue"),
+    ]
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_compiles_once(sample, model, tmp_path, form):
+def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_compiles_once(sample_program, tiny_model, tmp_path, form):
     from pixart_jax.pipeline.pipeline import _denoise
 
     rows = [(PROMPTS[0], 64, 96, None, None), (PROMPTS[1], 96, 64, 7, None)]
@@ -119,10 +106,10 @@ def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_comp
     (tmp_path / f"p.{form}").write_text("\n".join(lines))
     out, before = tmp_path / "out", _denoise._cache_size()
     how = {"steps": 3, "batch_size": 2}
-    argv = ["--model", str(model), "--prompts", str(tmp_path / f"p.{form}"), "--out", str(out), "--steps", "3", "--batch-size", "2"]
-    assert program.run(sample.main, [*argv, "--no-grid"]) == 0
+    argv = ["--model", str(tiny_model), "--prompts", str(tmp_path / f"p.{form}"), "--out", str(out), "--steps", "3", "--batch-size", "2"]
+    assert program.run(sample_program.main, [*argv, "--no-grid"]) == 0
     assert _denoise._cache_size() - before <= 2  # a size each, whatever the order of the rows
-    pipe = Pipeline.from_pretrained(model)
+    pipe = Pipeline.from_pretrained(tiny_model)
     for n, (prompt, height, width, seed, negative) in enumerate(rows):
         (path,) = out.glob(f"{n:04d}_*.png")
         own = {"height": height, "width": width, "seed": seed or 0, "negative_prompt": negative or ""}
@@ -166,20 +153,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_status_2(sample, model, tmp_path, capsys, case):
+def test_bad_input_is_one_line_and_exit_status_2(sample_program, tiny_model, tmp_path, capsys, case):
     make, says = BAD[case]
-    argv = make(tmp_path, model)
-    given = argv if "--model" in argv else [*argv, "--model", str(model)]
+    argv = make(tmp_path, tiny_model)
+    given = argv if "--model" in argv else [*argv, "--model", str(tiny_model)]
     given = given if "--out" in given else [*given, "--out", str(tmp_path / "out")]
-    assert program.run(sample.main, given) == 2
+    assert program.run(sample_program.main, given) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
     assert not (tmp_path / "out").exists()
 
 
-def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(sample, model, tmp_path, capsys, monkeypatch):
+def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(sample_program, tiny_model, tmp_path, capsys, monkeypatch):
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    where = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    where = ["--model", str(tiny_model), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
     argv = [*where, "--batch-size", "1", "--steps", "2"]
     whole, real = [], os.fsync
 
@@ -190,17 +177,17 @@ def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(sample, mod
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fills_up)
-    assert program.run(sample.main, argv) == 2
+    assert program.run(sample_program.main, argv) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
     assert len(images_in(tmp_path / "out")) == 2 and all(png.settings(path) for path in (tmp_path / "out").iterdir())
     monkeypatch.undo()
-    assert program.run(sample.main, argv) == 0
+    assert program.run(sample_program.main, argv) == 0
     assert len(images_in(tmp_path / "out")) == 4
 
 
-def test_the_program_itself_draws_and_refuses(model, root, tmp_path):
+def test_the_program_itself_draws_and_refuses(tiny_model, root, tmp_path):
     """As a person starts it: another folder, another process."""
-    command = [sys.executable, str(root / "sample.py"), "--model", str(model), "--prompt", PROMPTS[0], "--steps", "1"]
+    command = [sys.executable, str(root / "sample.py"), "--model", str(tiny_model), "--prompt", PROMPTS[0], "--steps", "1"]
     drawn = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "out" / "0000_a-large-red-circle_0.png").is_file()
@@ -209,10 +196,10 @@ def test_the_program_itself_draws_and_refuses(model, root, tmp_path):
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
 
 
-def test_the_shipped_model_is_the_default(sample, root):
-    assert sample.Flags().model == root / "assets" / "shapes"
+def test_the_shipped_model_is_the_default(sample_program, root):
+    assert sample_program.Flags().model == root / "assets" / "shapes"
     if not (root / "assets" / "shapes" / "model_index.json").is_file():
         pytest.skip("assets/shapes is not there yet")
-    assert json.loads((sample.Flags().model / "model_index.json").read_text())["_class_name"] == "PixArtAlphaPipeline"
-    size = sum(p.stat().st_size for p in sample.Flags().model.rglob("*") if p.is_file())
+    assert json.loads((sample_program.Flags().model / "model_index.json").read_text())["_class_name"] == "PixArtAlphaPipeline"
+    size = sum(p.stat().st_size for p in sample_program.Flags().model.rglob("*") if p.is_file())
     assert size <= 25 * 2**20

@@ -58,7 +58,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{flags.src} does not exist: give a .pth, a .pt, a .safetensors or a diffusers folder")
     check_out(flags)
     component, origin = from_folder(flags) if flags.src.is_dir() else from_file(flags)
-    note = (save if flags.format == "folder" else save_official)(component, flags.out, official=flags.src.is_file())
+    if flags.format == "official":
+        note = save_official(component, flags.out)
+    else:
+        note = save(component, flags.out, official=flags.src.is_file())
     print(f"{flags.out}: {describe(component)}\nfrom {origin}" + (f"\n{note}" if note else ""))
     return 0
 
@@ -221,9 +224,8 @@ def save(component, out: Path, *, official: bool) -> str:
     return ""
 
 
-def save_official(part, out: Path, *, official: bool) -> str:
+def save_official(part, out: Path) -> str:
     """One file under the official code's names; a line about what it lacks."""
-    del official
     from pixart_jax.weights import component, dit, transformer
     from pixart_jax.weights.files import write_safetensors
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from pixart_jax import captions
 from pixart_jax.errors import UserError
-from pixart_jax.weights.files import SafetensorsFile, write_atomically
+from pixart_jax.weights.files import InParts, SafetensorsFile, write_safetensors
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours: safetensors' name
 _IDENTITY = "pixart_jax.text_states"
@@ -151,28 +151,12 @@ def write(path: str | os.PathLike, texts: Iterable[str], rows: Mapping[str, np.n
     dtype, width = rows[texts[0]].dtype, rows[texts[0]].shape[-1]
     offsets = np.cumsum([0, *(len(rows[text]) for text in texts)], dtype=np.int64)
     names = json.dumps(texts, ensure_ascii=False).encode("utf-8")
-    tensors = (
-        ("states", DTYPES[dtype.name], (int(offsets[-1]), width), int(offsets[-1]) * width * dtype.itemsize),
-        ("offsets", "I64", offsets.shape, offsets.nbytes),
-        ("texts", "U8", (len(names),), len(names)),
-    )
-    header: dict = {"__metadata__": {_IDENTITY: json.dumps(dict(identity), sort_keys=True)}}
-    start = 0
-    for name, kind, shape, size in tensors:
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, start + size]}
-        start += size
-    head = json.dumps(header).encode("utf-8")
-    head += b" " * (-len(head) % 8)  # safetensors aligns what follows
-
-    def stream(staged: Path) -> None:
-        with open(staged, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for text in texts:
-                file.write(np.ascontiguousarray(rows[text], dtype).view(np.uint8).data)
-            file.write(offsets.tobytes())
-            file.write(names)
-
-    write_atomically(path, stream)
+    tensors = {
+        "states": InParts((int(offsets[-1]), width), dtype, (rows[text] for text in texts)),
+        "offsets": offsets,
+        "texts": np.frombuffer(names, np.uint8),
+    }
+    write_safetensors(path, tensors, {_IDENTITY: json.dumps(dict(identity), sort_keys=True)})
 
 
 def needed(

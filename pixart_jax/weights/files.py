@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import json
 import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -251,8 +252,17 @@ def find_weights(folder: str | os.PathLike) -> Path:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class InParts:
+    """A tensor to be written whose values come in parts, in their order, each made when it is its turn."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: Iterable[np.ndarray]
+
+
 def write_safetensors(path: str | os.PathLike, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
-    """Write {key: anything with shape and dtype that numpy reads}, one tensor in memory at a time.
+    """Write {key: anything with shape and dtype that numpy reads, or InParts}, one tensor, or one part, in memory at a time.
 
     Written beside ``path`` and then renamed, so that ``path`` is always a whole file. The file names its format "pt", without which
     diffusers and transformers refuse it. Tensors of a multiple of 64 bytes come first and begin at one, so that arrays can be used
@@ -274,8 +284,11 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping, metadata: Mappi
         with open(staged, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for key in order:
-                value = np.ascontiguousarray(tensors[key], dtypes[key])
-                file.write(value.reshape(-1).view(np.uint8).data)
+                tensor, written = tensors[key], 0
+                for part in tensor.parts if isinstance(tensor, InParts) else (tensor,):
+                    written += file.write(np.ascontiguousarray(part, dtypes[key]).reshape(-1).view(np.uint8).data)
+                if written != sizes[key]:
+                    raise ValueError(f"{key}: {written} bytes were given for {sizes[key]}")
 
     write_atomically(path, save)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pixart_jax.weights.quantization import quantize
+from pixart_jax.models.quantization import quantize
+from pixart_jax.weights.quantization import applies
 from pixart_jax.weights.table import flatten, unflatten
 
 
@@ -35,5 +36,4 @@ def rms_error(ours, theirs) -> float:
 
 def quantized(params: dict) -> dict:
     """An encoder's float parameters → those of the encoder with quantization="int8", as a loader makes them one by one."""
-    leaves = {path: (np.asarray(leaf), quantize(path, np.asarray(leaf))) for path, leaf in flatten(params).items()}
-    return unflatten({path: array if int8 is None else int8 for path, (array, int8) in leaves.items()})
+    return unflatten({path: quantize(leaf) if applies(path) else np.asarray(leaf) for path, leaf in flatten(params).items()})

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import qwix
 
+from pixart_jax.models.quantization import quantize
 from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.weights.quantization import quantize, quantize_matrix
+from pixart_jax.weights.quantization import applies, leaf, quantize_matrix
 from tests.models.t5_reference import quantized
 
 CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=4)
@@ -27,38 +28,36 @@ def stack(dtype=np.float32) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_no_value_is_further_than_half_a_step_from_what_it_stands_for(dtype):
     kernels = stack(dtype)
-    leaf = quantize("blocks/q/kernel", kernels)
-    assert (leaf.qvalue.dtype, leaf.scale.dtype, leaf.scale.shape) == (np.int8, np.float32, (3, 1, 40))
-    error = np.abs(leaf.qvalue * leaf.scale.astype(np.float64) - kernels.astype(np.float64))
-    assert (error <= leaf.scale * 0.50001).all()
+    held = jax.tree.map(np.asarray, quantize(kernels))
+    assert (held.qvalue.dtype, held.scale.dtype, held.scale.shape) == (np.int8, np.float32, (3, 1, 40))
+    error = np.abs(held.qvalue * held.scale.astype(np.float64) - kernels.astype(np.float64))
+    assert (error <= held.scale * 0.50001).all()
     largest = np.abs(kernels.astype(np.float64)).max(-2, keepdims=True)
-    np.testing.assert_allclose(leaf.scale, np.where(largest > 0, largest / 127.5, 1.0), rtol=1e-6)
-    assert np.abs(leaf.qvalue.astype(int)).max(-2)[largest[:, 0] > 0].min() == 127  # the whole range is used, and never wraps round
+    np.testing.assert_allclose(held.scale, np.where(largest > 0, largest / 127.5, 1.0), rtol=1e-6)
+    assert np.abs(held.qvalue.astype(int)).max(-2)[largest[:, 0] > 0].min() == 127  # the whole range is used, and never wraps round
 
 
 def test_parts_of_a_stack_give_the_parts_of_its_leaf():
     kernels = stack()
-    whole = quantize("blocks/q/kernel", kernels)
+    whole = quantize(kernels)
     for layer in range(3):
-        for part in (
-            quantize("blocks/q/kernel", kernels[layer]),
-            jax.tree.map(lambda a: a[0], quantize("kernel", kernels[layer : layer + 1])),
-        ):
+        for part in (quantize(kernels[layer]), jax.tree.map(lambda a: a[0], quantize(kernels[layer : layer + 1]))):
             np.testing.assert_array_equal(part.qvalue, whole.qvalue[layer])
             np.testing.assert_array_equal(part.scale, whole.scale[layer])
 
 
 def test_a_matrix_of_a_file_gives_the_same_bits():
     kernel = stack()[0]
-    whole = quantize("blocks/q/kernel", kernel)
+    whole = quantize(kernel)
     values, scale = quantize_matrix(np.ascontiguousarray(kernel.T))
     np.testing.assert_array_equal(values, whole.qvalue)
     np.testing.assert_array_equal(scale, whole.scale)
+    assert jax.tree.structure(leaf(values, scale)) == jax.tree.structure(whole)
 
 
 @pytest.mark.parametrize("path", ["embedding", "relative_bias", "blocks/attention_norm/scale", "final_norm/scale"])
 def test_what_is_no_kernel_stays_as_it_is(path):
-    assert quantize(path, np.ones((4, 4), np.float32)) is None
+    assert not applies(path) and applies("blocks/q/kernel")
 
 
 def test_what_is_loaded_has_the_make_of_what_the_module_asks_for():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pixart_jax.errors import UserError
+from pixart_jax.weights.files import Tensors
 from pixart_jax.weights.streaming import read
-from pixart_jax.weights.table import Entry, flatten, grouped, match, unflatten, write
+from pixart_jax.weights.table import Entry, flatten, grouped, unflatten, write
 
 TABLE = (
     Entry("blocks/q/kernel", "b.{i}.qkv.weight", "linear", (0, 3)),
@@ -64,6 +65,42 @@ def test_a_parameter_of_some_layers_takes_those_layers_tensors():
         read(table, {"extra": {"scale": np.empty((2, 2))}}, {**tensors, "b.0.extra": np.zeros(2)})
 
 
+class Watched(Tensors):
+    """A file that notes what is done with its tensors; forbidden: their shapes may be asked for, and nothing else."""
+
+    def __init__(self, tensors: dict[str, np.ndarray], forbidden: bool = False):
+        super().__init__("the file")
+        self._tensors, self._forbidden, self.events = tensors, forbidden, []
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self):
+        return len(self._tensors)
+
+    def shape(self, key):
+        return self._tensors[key].shape
+
+    def __getitem__(self, key):
+        assert not self._forbidden, key
+        self.events.append(("read", key))
+        return self._tensors[key]
+
+    def release(self, key):
+        self.events.append(("release", key))
+
+
+def test_each_parameter_is_done_with_before_the_next_is_read():
+    file = Watched(FILE)
+    read(TABLE, SHAPES, file)
+    layers = ["b.0.qkv.weight", "b.1.qkv.weight"]
+    for n in range(3):  # q, k and v, which share the tensors
+        part = file.events[4 * n : 4 * n + 4]
+        assert sorted(part) == sorted([(what, name) for what in ("read", "release") for name in layers])
+        assert all(part.index(("read", name)) < part.index(("release", name)) for name in layers)
+    assert file.events[12:14] == [("read", "conv.weight"), ("release", "conv.weight")]
+
+
 def test_an_optional_parameter_may_be_absent():
     params = open_file({key: value for key, value in FILE.items() if key != "null"})
     assert "null" not in params and "scale" in params
@@ -78,7 +115,7 @@ def test_missing_and_left_over_keys_are_named_together_before_anything_is_read()
     del tensors["b.1.qkv.weight"], tensors["norm.weight"]
 
     with pytest.raises(UserError, match="the file does not fit the model: 2 missing: b.1.qkv.weight, norm.weight; 1 left over: stray"):
-        match(TABLE, SHAPES, {key: value.shape for key, value in tensors.items()}, source="the file")
+        read(TABLE, SHAPES, Watched(tensors, forbidden=True))
 
 
 def test_keys_that_differ_in_their_layer_alone_are_named_together():
