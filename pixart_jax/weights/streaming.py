@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import itertools
 import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
+import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
@@ -25,6 +27,7 @@ from pixart_jax.weights.table import Entry, Match, flatten, match, unflatten
 _ALIGNMENT = 64  # bytes: an array that begins at a multiple of it can be used by XLA's CPU devices where it lies
 _TILE = (256, 512)  # of a transposition, rows and columns of the file's matrix
 _PADDING = 16
+_BLOCK = 1 << 16  # elements that are cast at a time, in a core's cache
 _SLAB = 1 << 23  # elements that one thread copies at a time
 _THREADS = 8
 _READ_AHEAD = 4  # tensors
@@ -201,11 +204,38 @@ def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.n
         yield out[cut], view[cut]
 
 
+def _cast(out: np.ndarray, view: np.ndarray) -> None:
+    """out[...] = view, of one shape. fp32 is rounded to bfloat16 in integers, to nearest with ties to even, at twice the speed of the
+    cast that numpy knows; a block with a NaN in it, which integers would get wrong, is left to that one."""
+    if view.flags.c_contiguous and out.flags.c_contiguous:
+        view, out = view.reshape(1, -1), out.reshape(1, -1)
+    if (view.dtype, out.dtype) != (np.float32, ml_dtypes.bfloat16) or view.ndim != 2 or view.size == 0:
+        np.copyto(out, view, casting="unsafe")
+        return
+    rows, columns = view.shape
+    wide = min(columns, _BLOCK)
+    tall = min(rows, _BLOCK // wide)
+    scratch = np.empty((tall, wide), np.uint32)
+    for top, left in itertools.product(range(0, rows, tall), range(0, columns, wide)):
+        cut = np.s_[top : top + tall, left : left + wide]
+        floats = view[cut]
+        if np.isnan(floats.min()):
+            np.copyto(out[cut], floats, casting="unsafe")
+            continue
+        bits, rounded = floats.view(np.uint32), scratch[: floats.shape[0], : floats.shape[1]]
+        np.right_shift(bits, 16, out=rounded)
+        np.bitwise_and(rounded, 1, out=rounded)
+        np.add(rounded, 0x7FFF, out=rounded)
+        np.add(rounded, bits, out=rounded)
+        np.right_shift(rounded, 16, out=rounded)
+        np.copyto(out[cut].view(np.uint16), rounded, casting="unsafe")
+
+
 def _copy(out: np.ndarray, view: np.ndarray) -> None:
     """out[...] = view, cast. A transposed matrix goes tile by tile through a scratch that fits a core's cache: numpy's own copy
     misses it at every element. The scratch's rows are padded, for rows a power of two apart would share a cache line's place."""
     if view.ndim != 2 or abs(view.strides[0]) >= abs(view.strides[1]):
-        np.copyto(out, view, casting="unsafe")
+        _cast(out, view)
         return
     height, width = _TILE
     theirs = view.T
@@ -216,7 +246,7 @@ def _copy(out: np.ndarray, view: np.ndarray) -> None:
         for left in range(0, theirs.shape[1], width):
             tile = theirs[top : top + height, left : left + width]
             cast = scratch[: tile.shape[0], : tile.shape[1]]
-            np.copyto(cast, tile, casting="unsafe")
+            _cast(cast, tile)
             target[left : left + width, top : top + height] = cast.view(bits).T
 
 

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pixart_jax.weights import streaming
 from pixart_jax.weights.files import open_tensors, write_safetensors
 from pixart_jax.weights.streaming import aliased, read
 from pixart_jax.weights.table import Entry, flatten, unflatten
@@ -75,6 +76,7 @@ ON_A_MESH = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tests.weights.test_streaming import TABLE, model
+from pixart_jax.weights import streaming
 from pixart_jax.weights.files import open_tensors, write_safetensors
 from pixart_jax.weights.streaming import aliased, read
 from pixart_jax.weights.table import flatten, unflatten
@@ -158,3 +160,19 @@ def test_opening_takes_little_more_memory_than_the_parameters(tmp_path, form):
         assert found["peak"] < 1.25 * found["held"]
         sums.append(found["sum"])
     assert abs(sums[0] - sums[1]) < 1e-2 * max(map(abs, sums))
+
+
+@pytest.mark.parametrize("shape", [(700,), (3, 5, 7), (300, 700), (1, 1)])
+@pytest.mark.parametrize("kind", ["numbers", "not_a_number"])
+def test_bfloat16_is_rounded_as_everywhere_whatever_the_layout(shape, kind):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 1 << 32, shape, dtype=np.uint32).view(np.float32)  # every kind of float
+    if kind == "numbers":
+        values = np.where(np.isnan(values), np.float32(np.inf), values)
+        values.reshape(-1)[0] = np.float32(1 + 2**-8)  # half way between two bfloat16s
+    for view in (values, values.T, values[..., ::2], np.asfortranarray(values)):
+        want = view.astype(ml_dtypes.bfloat16)
+        out = np.empty(view.shape, ml_dtypes.bfloat16)
+        streaming._copy(out, view)
+        np.testing.assert_array_equal(np.isnan(out), np.isnan(view))
+        np.testing.assert_array_equal(np.where(np.isnan(view), 0, out.view(np.uint16)), np.where(np.isnan(view), 0, want.view(np.uint16)))
