@@ -27,6 +27,7 @@ from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.interruption import Interruption
 from pixart_jax.training.ledger import PowerMeter, ledger
 from pixart_jax.training.loop import Watch, Window, train
+from pixart_jax.training.mesh_fit import check_models
 from pixart_jax.training.optimizer import make_optimizer, schedule
 from pixart_jax.training.starts import first_params
 from pixart_jax.training.state import TrainState, abstract_state, fresh_params, state_from
@@ -59,6 +60,7 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
         keep_programs(folder.programs)
         mesh = make_mesh(config.mesh)
         _check_batches(config, mesh)
+        check_models(config, mesh)
         _check_folders(config)
         with (
             Checkpoints(folder.checkpoints, config.keep_checkpoints, config.keep_every) as saves,
@@ -131,9 +133,7 @@ class Run:
         boxed = jax.eval_shape(task.init, jax.random.key(0))
         optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
         abstract = abstract_state(boxed, optimizer, self.mesh)
-        whole = rules.large_replicated(abstract.params)
-        if whole:
-            raise UserError(f"mesh fsdp {self.mesh.shape['fsdp']} divides no side of {', '.join(whole)}: choose one that does")
+        rules.check_sharded(boxed, self.mesh)
         return Stage(index, task, loader, optimizer, abstract)
 
     def begin(self, stage: Stage, previous) -> TrainState:
