@@ -35,4 +35,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    from pixart_jax.parallel.processes import conclude
+
+    sys.exit(conclude(lambda: program.run(main)) if sys.argv[1:2] == ["encode"] else program.run(main))

@@ -26,6 +26,7 @@ from pixart_jax.parallel.processes import ENVIRONMENT
 
 PROG = "python -m pixart_jax launch"
 _PATIENCE = 20.0  # seconds that the others have to end by themselves, with their own last words, once one has ended badly
+_LIBC = ctypes.CDLL(None)
 _DEVICES = "--xla_force_host_platform_device_count"
 
 
@@ -210,4 +211,4 @@ def _free_port() -> int:
 def _die_with_parent() -> None:
     """In the child, before it begins: killed when the launcher is, however that ends (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 from tqdm import tqdm
 
+from pixart_jax.parallel import liveness
 from pixart_jax.training.batches import put
 from pixart_jax.training.state import TrainState
 
@@ -75,6 +76,7 @@ def train(
             raise Diverged(f"stage {name}, step {number}: {' and '.join(f'{key} is {values[key]}' for key in bad)}")
         window.add(values)
         bar.update()
+        liveness.beat(number)
         since.begin(number)
         if number % watch.log_every == 0 or number == steps:
             line = {**window.means(), "lr": values["lr"], **since.rates(number)}
@@ -100,6 +102,7 @@ def train(
                     if look:
                         watch.preview(number, state)
     finally:
+        liveness.beat(None)
         bar.close()
         close = getattr(batches, "close", None)
         if close:

@@ -12,7 +12,7 @@ import jax
 from pixart_jax import png
 from pixart_jax.config import Config
 from pixart_jax.errors import UserError
-from pixart_jax.parallel import rules
+from pixart_jax.parallel import liveness, rules
 from pixart_jax.parallel.mesh import batch_shards, make_mesh
 from pixart_jax.training import metrics as figures
 from pixart_jax.training.batches import Encode, open_loader
@@ -55,7 +55,7 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
         ):
             latest = saves.latest()
             place = Place() if latest is None else saves.place(latest)
-            with figures.Metrics(folder.path, place.total) as metrics:
+            with figures.Metrics(folder.path, place.total) as metrics, liveness.told():
                 Run(config, folder, mesh, saves, metrics, meter, encode).stages(place)
 
 
@@ -87,7 +87,7 @@ class Run:
     def prepare(self, index: int) -> Stage:
         """Open data and model of a stage."""
         config = self.config.stages[index]
-        loader = open_loader(self.config, index, self.frozen, self.encode)
+        loader = open_loader(self.config, index, self.frozen, self.encode, self.mesh)
         task = make_task(self.config, config, self.frozen)
         boxed = jax.eval_shape(task.init, jax.random.key(0))
         optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
@@ -159,7 +159,7 @@ class Run:
 
     def draw(self, stage: Stage, state: TrainState, number: int, total: int) -> None:
         """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
-        pictures, captions = stage.task.preview(state.average, stage.loader.batch(0), self.config.preview)
+        pictures, captions = stage.task.preview(state.average, stage.loader.whole(0, rows=8), self.config.preview)
         if len(pictures) and jax.process_index() == 0:
             sheet = png.grid(pictures, captions)
             name = self.config.stages[stage.index].name
@@ -174,8 +174,9 @@ class Run:
             account = ledger(self.cost, self.mesh.size, device.device_kind, self.config.hardware, self.meter.source)
             write_atomic(self.folder.path / "ledger.json", json.dumps(account, indent=1) + "\n")
             png.write(self.folder.path / "loss.png", figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")))
-        stage.task.export(params, self.folder.model, stage.loader.batch)
-        print(f"done: {self.folder.model}")
+        stage.task.export(params, self.folder.model, stage.loader.whole)
+        if jax.process_index() == 0:
+            print(f"done: {self.folder.model}")
 
 
 def _check_batches(config: Config, mesh) -> None:
