@@ -10,6 +10,7 @@ from pathlib import Path
 from pixart_jax import program
 from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.parallel.processes import usage
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 USAGE = "python train.py configs/NAME.py --workdir DIR [--FIELD VALUE …]"
@@ -20,7 +21,7 @@ def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
     argv = list(argv)
     names = known()
     if not argv or argv[0] in ("-h", "--help"):
-        text = f"usage: {USAGE}\n\nrecipes: {', '.join(names)}\n`python train.py NAME --help` lists the options of one."
+        text = f"usage: {USAGE}\n\nrecipes: {', '.join(names)}\n`python train.py NAME --help` lists the options of one.\n\n{usage()}"
         if argv:
             print(text)
             raise SystemExit(0)
@@ -65,7 +66,7 @@ def configured(recipe: Path, overrides: Sequence[str]) -> Config:
         overrides,
         prog=f"train.py {recipe.stem}",
         default=default,
-        description=f"Options of {recipe.name}.",
+        description=f"Options of {recipe.name}.\n\n{usage()}",
     )
 
 
