@@ -15,16 +15,15 @@ from pixart_jax.errors import UserError
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import batch_shards, make_mesh
 from pixart_jax.training import metrics as figures
+from pixart_jax.training.abstract import Parts, compiled_step, parts
 from pixart_jax.training.batches import Encode, open_loader
 from pixart_jax.training.checkpoint import Checkpoints, Place
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.ledger import PowerMeter, ledger
 from pixart_jax.training.loop import Watch, Window, train
-from pixart_jax.training.optimizer import make_optimizer, schedule
 from pixart_jax.training.starts import first_params
-from pixart_jax.training.state import TrainState, abstract_state, fresh_params, state_from
-from pixart_jax.training.step import CompiledStep
-from pixart_jax.training.tasks import Task, make_task
+from pixart_jax.training.state import TrainState, fresh_params, state_from
+from pixart_jax.training.tasks import Task
 from pixart_jax.training.workdir import Workdir, write_atomic
 
 
@@ -88,14 +87,11 @@ class Run:
         """Open data and model of a stage."""
         config = self.config.stages[index]
         loader = open_loader(self.config, index, self.frozen, self.encode)
-        task = make_task(self.config, config, self.frozen)
-        boxed = jax.eval_shape(task.init, jax.random.key(0))
-        optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
-        abstract = abstract_state(boxed, optimizer, self.mesh)
-        whole = rules.large_replicated(abstract.params)
+        made = parts(self.config, config, self.frozen, self.mesh)
+        whole = rules.large_replicated(made.abstract.params)
         if whole:
             raise UserError(f"mesh fsdp {self.mesh.shape['fsdp']} divides no side of {', '.join(whole)}: choose one that does")
-        return Stage(index, task, loader, optimizer, abstract)
+        return Stage(index, made.task, loader, made.optimizer, made.abstract)
 
     def begin(self, stage: Stage, previous) -> TrainState:
         """The state before a stage's first step."""
@@ -142,8 +138,7 @@ class Run:
         def preview(number, state):
             self.draw(stage, state, number, done + number)
 
-        rate = schedule(config.optimizer, config.steps, config.batch_size)
-        step = CompiledStep(task.losses, stage.optimizer, rate, stage.abstract, self.mesh, config.optimizer.accumulate)
+        step = compiled_step(config, Parts(task, stage.optimizer, stage.abstract), self.mesh)
         watch = Watch(self.config.log_every, self.config.checkpoint_every, self.config.preview.every, log, save, preview)
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1_000 + stage.index)
         sharding = rules.batch_sharding(self.mesh)
