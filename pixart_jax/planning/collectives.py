@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -47,40 +47,52 @@ class Collective:
 def collectives(text: str, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
     """Those of ``compiled.as_text()`` on a mesh of these axes, the largest first; devices are numbered in the mesh's order."""
     totals: dict[tuple, list[float]] = {}
-    seen: set[tuple] = set()
-    for run in hlo.executed(text):
-        fused = run.computation.startswith(("async_collective_fusion", "async-collective"))
-        for instruction in run.instructions:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS:
-                continue
-            chain = _CHAIN.search(instruction.rest)
-            if chain:  # the pieces of one asynchronous collective, fused into the work that hides it
-                channel = _CHANNEL.search(instruction.rest)
-                identity = (run.loop, kind, chain[1], channel and channel[1])
-                if identity in seen:
-                    continue
-                seen.add(identity)
-            started = instruction.opcode.endswith("-start")
-            asynchronous = fused or chain is not None or started or _wrapped(run) or 'async_collective_name="' in instruction.rest
-            if '"is_sync":true' in instruction.rest:
-                asynchronous = False
-            whole = _whole(kind, instruction, started)
-            if kind == "all-reduce" and run.computation.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # TPU: an all-reduce whose result is cut in the same fusion
-            group, names = _groups(instruction.rest, axes, sizes)
-            if group == 1:
-                continue
-            if kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
-                whole *= group  # its shape is that of the part
-            entry = totals.setdefault((kind, names, group, asynchronous), [0.0, 0.0])
-            entry[0] += run.times
-            entry[1] += run.times * whole
+    for run, instruction in _once(text):
+        kind = instruction.opcode.removesuffix("-start")
+        chain = _CHAIN.search(instruction.rest)
+        started = instruction.opcode.endswith("-start")
+        asynchronous = chain is not None or started or _wrapped(run) or 'async_collective_name="' in instruction.rest
+        if '"is_sync":true' in instruction.rest:
+            asynchronous = False
+        whole = _whole(kind, instruction, started)
+        if kind == "all-reduce" and run.computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # TPU: an all-reduce whose result is cut in the same fusion
+        group, names = _groups(instruction.rest, axes, sizes)
+        if group == 1:
+            continue
+        if kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
+            whole *= group  # its shape is that of the part
+        entry = totals.setdefault((kind, names, group, asynchronous), [0.0, 0.0])
+        entry[0] += run.times
+        entry[1] += run.times * whole
     found = [
         Collective(kind, names, group, count, total, total * _share(kind, group), asynchronous)
         for (kind, names, group, asynchronous), (count, total) in totals.items()
     ]
     return sorted(found, key=lambda c: -c.moved)
+
+
+def _once(text: str) -> Iterator[tuple[hlo.Run, hlo.Instruction]]:
+    """Every collective that is started, with the run that starts it.
+
+    On a TPU an asynchronous one is a chain of pieces fused into the work that hides it, some inside a loop that turns meanwhile; all
+    bear the chain's number, and the piece that runs least often says how often the chain does.
+    """
+    chains: dict[tuple, tuple[hlo.Run, hlo.Instruction]] = {}
+    for run in hlo.executed(text):
+        for instruction in run.instructions:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            chain = _CHAIN.search(instruction.rest)
+            if chain is None:
+                yield run, instruction
+                continue
+            channel = _CHANNEL.search(instruction.rest)
+            identity = (kind, chain[1], channel and channel[1])
+            if identity not in chains or run.times < chains[identity][0].times:
+                chains[identity] = (run, instruction)
+    yield from chains.values()
 
 
 def _share(kind: str, group: int) -> float:
