@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": ("pixart_jax.commands.convert", "official .pth, DiT .pt or diffusers folder → a component folder"),
     "encode": ("pixart_jax.labelling.encode_command", "images and captions → shards to train from; prompts → text states to draw from"),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
+    "plan": ("pixart_jax.planning.command", "memory, time and cost of a run on hardware that is not here, from its compiled program"),
 }
 
 

@@ -79,7 +79,16 @@ def executed(text: str) -> Iterator[Run]:
     def walk(name: str, times: float, loop: str) -> Iterator[Run]:
         yield Run(name, found[name], times, loop)
         for instruction in found[name]:
-            if instruction.opcode in ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "map", "reduce-window", "select-and-scatter"):
+            if instruction.opcode in (
+                "reduce",
+                "all-reduce",
+                "reduce-scatter",
+                "scatter",
+                "sort",
+                "map",
+                "reduce-window",
+                "select-and-scatter",
+            ):
                 continue  # what they apply is arithmetic on scalars
             if instruction.opcode.endswith(("-update", "-done")):
                 continue  # counted where they start

@@ -65,7 +65,9 @@ def resolved(mesh: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     if product != devices:
         asked = " × ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
         fits = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-        raise UserError(f"mesh {asked} does not fit {devices} devices: the product must be {devices}; sizes that divide it: {fits} (-1: the rest)")
+        raise UserError(
+            f"mesh {asked} does not fit {devices} devices: the product must be {devices}; sizes that divide it: {fits} (-1: the rest)"
+        )
     return tuple(sizes)
 
 

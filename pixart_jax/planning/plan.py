@@ -112,7 +112,9 @@ def check(job: Job) -> None:
         raise UserError(f"mesh data {axes['data']} is not a multiple of the {job.topology.slices} slices: slices lie along data")
     if job.drawing is not None:
         if job.drawing.batch % shards:
-            raise UserError(f"batch size {job.drawing.batch} is not a multiple of {shards} (mesh data {axes['data']} × fsdp {axes['fsdp']})")
+            raise UserError(
+                f"batch size {job.drawing.batch} is not a multiple of {shards} (mesh data {axes['data']} × fsdp {axes['fsdp']})"
+            )
         tokens = {f"{job.drawing.height}×{job.drawing.width}": _tokens(job, job.drawing.height, job.drawing.width)}
     else:
         unit = shards * stage.optimizer.accumulate

@@ -44,7 +44,9 @@ def title(plan: Plan) -> str:
     if job.drawing is not None:
         d = job.drawing
         guided = f"guidance {d.guidance:g}" if d.guidance != 1 else "no guidance"
-        what = f"{d.height} × {d.width} px, {d.steps} steps of {d.solver}, {guided}" if job.part == "denoise" else f"{d.height} × {d.width} px"
+        what = (
+            f"{d.height} × {d.width} px, {d.steps} steps of {d.solver}, {guided}" if job.part == "denoise" else f"{d.height} × {d.width} px"
+        )
         return f"sampling, {job.part}: {what}, batch {d.batch}, {d.dtype} · {mesh}"
     stage = job.stage_config
     many = f", largest of {len(stage.data.buckets)} buckets" if len(stage.data.buckets) > 1 else ""
@@ -92,7 +94,11 @@ def arithmetic(plan: Plan) -> list[Row]:
     if plan.image_flops is not None:
         rows = [
             ("model FLOPs an image", amount(plan.image_flops, "FLOP"), COUNTED),
-            ("model FLOPs a step" if plan.job.drawing is None else "model FLOPs a batch", amount(plan.image_flops * plan.batch, "FLOP"), COUNTED),
+            (
+                "model FLOPs a step" if plan.job.drawing is None else "model FLOPs a batch",
+                amount(plan.image_flops * plan.batch, "FLOP"),
+                COUNTED,
+            ),
         ]
         if plan.job.drawing is None:
             rows.append(("products as traced, of that", f"{plan.facts.flops / (plan.image_flops * plan.batch):.3f}", COUNTED))
@@ -163,7 +169,9 @@ def text(plan: Plan) -> str:
     took = "kept from before" if f.cached else f"compiled in {f.compile_seconds:.0f} s"
     lines.append(f"  {took} by {f.compiler} for {f.device_kind}, with {data(f.host_peak)} of this machine's memory")
     if f.whole_share > 0.02 and plan.job.axes["fsdp"] > 1:
-        lines.append(f"  {f.whole_share:.0%} of the parameters lie whole on every device: fsdp {plan.job.axes['fsdp']} does not divide them")
+        lines.append(
+            f"  {f.whole_share:.0%} of the parameters lie whole on every device: fsdp {plan.job.axes['fsdp']} does not divide them"
+        )
     lines += [f"  assumed: {words}" for words in f.assumptions]
     return "\n".join(lines)
 

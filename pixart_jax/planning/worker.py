@@ -46,7 +46,12 @@ def facts(job: Job, cache: Path) -> Facts:
 
     begun = time.perf_counter()
     wanted = available = None
-    message, collectives, sizes, compiled = "", (), dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "host"), 0.0), None
+    message, collectives, sizes, compiled = (
+        "",
+        (),
+        dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code", "host"), 0.0),
+        None,
+    )
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as fault:

@@ -32,9 +32,7 @@ def curve(config, mesh) -> tuple[list[float], list[str], list[int]]:
     stage = run.prepare(0)
     state = run.begin(stage, None)
     options = config.stages[0].optimizer
-    step = CompiledStep(
-        stage.task.losses, stage.optimizer, lambda step: options.learning_rate, stage.abstract, mesh, options.accumulate
-    )
+    step = CompiledStep(stage.task.losses, stage.optimizer, lambda step: options.learning_rate, stage.abstract, mesh, options.accumulate)
     losses = []
     for number in range(STEPS):
         batch = put(stage.loader.batch(number), rules.batch_sharding(mesh))
