@@ -19,6 +19,7 @@ from pixart_jax.parallel import liveness, rules
 from pixart_jax.parallel.chips import chip_of
 from pixart_jax.parallel.mesh import batch_shards, make_mesh
 from pixart_jax.training import metrics as figures
+from pixart_jax.training.abstract import Parts, compiled_step, parts
 from pixart_jax.training.attempts import Attempts
 from pixart_jax.training.batches import Encode, open_loader
 from pixart_jax.training.checkpoint import Checkpoints, Place
@@ -28,12 +29,10 @@ from pixart_jax.training.interruption import Interruption
 from pixart_jax.training.ledger import PowerMeter, ledger
 from pixart_jax.training.loop import Watch, Window, train
 from pixart_jax.training.mesh_fit import check_models
-from pixart_jax.training.optimizer import make_optimizer, schedule
 from pixart_jax.training.starts import first_params
-from pixart_jax.training.state import TrainState, abstract_state, fresh_params, state_from
-from pixart_jax.training.step import CompiledStep
+from pixart_jax.training.state import TrainState, fresh_params, state_from
 from pixart_jax.training.summary import summary
-from pixart_jax.training.tasks import Task, make_task
+from pixart_jax.training.tasks import Task
 from pixart_jax.training.trace import Trace
 from pixart_jax.training.workdir import Workdir, keep_programs, write_atomic
 
@@ -129,12 +128,8 @@ class Run:
         """Open data and model of a stage."""
         config = self.config.stages[index]
         loader = open_loader(self.config, index, self.frozen, self.encode, self.mesh)
-        task = make_task(self.config, config, self.frozen)
-        boxed = jax.eval_shape(task.init, jax.random.key(0))
-        optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
-        abstract = abstract_state(boxed, optimizer, self.mesh)
-        rules.check_sharded(boxed, self.mesh)
-        return Stage(index, task, loader, optimizer, abstract)
+        made = parts(self.config, config, self.frozen, self.mesh)
+        return Stage(index, made.task, loader, made.optimizer, made.abstract)
 
     def begin(self, stage: Stage, previous) -> TrainState:
         """The state before a stage's first step."""
@@ -192,9 +187,8 @@ class Run:
             self.metrics.bad_step(stage=config.name, step=number, total=done + number, values=values, keys=keys)
             return keys
 
-        rate = schedule(config.optimizer, config.steps, config.batch_size)
         guard, every = self.config.guard, self.config.keep_every
-        step = CompiledStep(task.losses, stage.optimizer, rate, stage.abstract, self.mesh, config.optimizer.accumulate, guard.spike_factor)
+        step = compiled_step(self.config, config, Parts(task, stage.optimizer, stage.abstract), self.mesh)
         clock = Clock(config.batch_size, self.productive, self.peak)
         watch = Watch(
             self.config.log_every, self.config.preview.every, guard.bad_steps_in_row, done, saves, log, save, preview, bad,

@@ -107,6 +107,11 @@ class CompiledStep:
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
             return self.jitted(state, batch, key)
 
+    def trace(self, state: TrainState, batch: Batch, key) -> jax.stages.Traced:
+        """The step traced for arrays of these shapes, as a call would trace it; ``.lower().compile()`` makes the executable."""
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
+            return self.jitted.trace(state, batch, key)
+
     @property
     def executables(self) -> int:
         """How many batch shapes have been compiled."""

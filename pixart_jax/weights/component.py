@@ -38,7 +38,7 @@ from pixart_jax.weights.files import (
     write_safetensors,
 )
 from pixart_jax.weights.streaming import aliased, read
-from pixart_jax.weights.table import Entry, Pending, flatten, write
+from pixart_jax.weights.table import Entry, Pending, flatten, unflatten, write
 
 CONFIG = "config.json"
 NULL_CAPTION = "null_caption.safetensors"  # beside the transformer's weights: diffusers has no place for it and would warn of its key
@@ -132,6 +132,16 @@ class Component(abc.ABC):
         return np.dtype(dtype) if narrow else np.dtype(np.float32)
 
     # Loading.
+
+    @classmethod
+    def abstract(cls, config, dtype, mesh: jax.sharding.Mesh) -> Self:
+        """The component as it would be opened on ``mesh``, its parameters as shapes with dtypes and shardings alone."""
+        dtype = jnp.dtype(dtype)
+        boxed = jax.eval_shape(cls._module(config, dtype).init, jax.random.key(0), *cls._example(config))["params"]
+        held = {path: cls._keep(path, dtype) for path in flatten(nn.unbox(boxed))}
+        shapes, shardings = flatten(nn.unbox(boxed)), flatten(parameter_shardings(boxed, mesh))
+        params = {p: jax.ShapeDtypeStruct(shapes[p].shape, held[p], sharding=shardings[p]) for p in shapes}
+        return cls(config, unflatten(params), dtype, mesh)
 
     @classmethod
     def _load(cls, config, tensors: Tensors, values: Mapping, dtype, mesh, cache: Cache | None = None, quantization: str | None = None):

@@ -21,6 +21,7 @@ from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training import stages
 from pixart_jax.training.batches import put
+from pixart_jax.training.step import CompiledStep
 
 STEPS = 6
 
@@ -31,9 +32,7 @@ def curve(config, mesh) -> tuple[list[float], list[str], list[int]]:
     stage = run.prepare(0)
     state = run.begin(stage, None)
     options = config.stages[0].optimizer
-    step = stages.CompiledStep(
-        stage.task.losses, stage.optimizer, lambda step: options.learning_rate, stage.abstract, mesh, options.accumulate
-    )
+    step = CompiledStep(stage.task.losses, stage.optimizer, lambda step: options.learning_rate, stage.abstract, mesh, options.accumulate)
     losses = []
     for number in range(STEPS):
         batch = put(stage.loader.batch(number), rules.batch_sharding(mesh))

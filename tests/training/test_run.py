@@ -46,8 +46,8 @@ def finished(world, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     compiled, prepared = [], []
     patch = pytest.MonkeyPatch()
-    step, prepare = stages.CompiledStep, stages.Run.prepare
-    patch.setattr(stages, "CompiledStep", lambda *a: compiled.append(step(*a)) or compiled[-1])
+    step, prepare = stages.compiled_step, stages.Run.prepare
+    patch.setattr(stages, "compiled_step", lambda *a: compiled.append(step(*a)) or compiled[-1])
     patch.setattr(stages.Run, "prepare", lambda self, index: prepared.append(prepare(self, index)) or prepared[-1])
     stages.run(tiny_run.curriculum(world), workdir)
     patch.undo()

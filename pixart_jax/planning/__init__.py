@@ -1,0 +1,1 @@
+"""The very step and sampler compiled for hardware that is not here: memory, time, cost."""

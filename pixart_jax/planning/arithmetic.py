@@ -1,0 +1,75 @@
+"""The arithmetic of a traced program: its matrix products and convolutions counted, loops and recomputation with them.
+
+XLA's own count takes a loop's body once; here a scan counts as often as it turns. What remat computes again stands in the traced
+program of the gradient, so it is counted as it will run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """flops: 2·m·n·k summed. bytes: of operands and results, each read or written once a product, as if all else were fused into them."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Products) -> Products:
+        return Products(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Products:
+        return Products(self.flops * times, self.bytes * times)
+
+
+def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
+    """Of one execution over all devices together. A while loop of unknown length counts once, of a conditional the dearest branch."""
+    total = Products()
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            total += _dot(equation)
+        elif name == "conv_general_dilated":
+            total += _convolution(equation)
+        elif name == "cond":
+            total += max((products(branch.jaxpr) for branch in parameters["branches"]), key=lambda p: p.flops)
+        else:
+            times = parameters["length"] if name == "scan" else 1
+            if name == "shard_map":  # what each device of the mesh does, in shapes of its part
+                mesh = parameters["mesh"]
+                times = math.prod(mesh.shape[axis] for axis in parameters["manual_axes"])
+            total += sum((products(inner) for inner in _inner(parameters)), Products()) * times
+    return total
+
+
+def _inner(parameters: dict):
+    for name, value in parameters.items():
+        if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun", "cond_jaxpr"):
+            continue
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+            elif hasattr(item, "jaxpr") and hasattr(item.jaxpr, "eqns"):
+                yield item.jaxpr
+
+
+def _dot(equation) -> Products:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, result = equation.invars[0].aval, equation.outvars[0].aval
+    depth = math.prod(left.shape[axis] for axis in contracted)
+    return Products(2.0 * math.prod(result.shape) * depth, _bytes(equation))
+
+
+def _convolution(equation) -> Products:
+    kernel, result = equation.invars[1].aval, equation.outvars[0].aval
+    numbers = equation.params["dimension_numbers"]
+    out_features = kernel.shape[numbers.rhs_spec[0]]
+    return Products(2.0 * math.prod(result.shape) * math.prod(kernel.shape) / out_features, _bytes(equation))
+
+
+def _bytes(equation) -> float:
+    return float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in [*equation.invars, *equation.outvars]))

@@ -1,0 +1,137 @@
+"""The programs of a job, traced from shapes alone in a process that has the topology's devices: the train step, and the sampler's parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pixart_jax.config import Config, MeshConfig
+from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.vae import VAEConfig
+from pixart_jax.parallel import rules
+from pixart_jax.parallel.mesh import AXES, make_mesh
+from pixart_jax.pipeline import Pipeline
+from pixart_jax.pipeline.scheduler import SchedulerConfig
+from pixart_jax.planning import topology
+from pixart_jax.planning.jobs import Job
+from pixart_jax.training import abstract
+from pixart_jax.training.ema import averaged
+from pixart_jax.training.tasks.text_to_image import placed
+from pixart_jax.weights import t5, vae
+from pixart_jax.weights.component import VAE, TextEncoder, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """traced: ready to be lowered. counted: bytes a device by kind. whole_share: see jobs.Facts."""
+
+    traced: jax.stages.Traced
+    mesh: jax.sharding.Mesh
+    counted: dict[str, float]
+    whole_share: float
+    assumptions: tuple[str, ...]
+
+
+def program(job: Job) -> Program:
+    """The job's program on its topology's devices."""
+    mesh = make_mesh(MeshConfig(**dict(zip(AXES, job.mesh, strict=True))), topology.devices(job.topology))
+    return _step(job, mesh) if job.drawing is None else _drawing(job, mesh)
+
+
+def held(tree) -> float:
+    """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree)))
+
+
+def _itemsize(dtype) -> int:
+    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def _step(job: Job, mesh) -> Program:
+    stage = job.stage_config
+    frozen = abstract.AssumedFrozen(job.config)
+    made = abstract.parts(job.config, stage, frozen, mesh)
+    batch = abstract.abstract_batch(job.config, stage, job.bucket, mesh)
+    traced = abstract.compiled_step(config, stage, made, mesh).trace(made.abstract, batch, abstract.abstract_key(mesh))
+    state = made.abstract
+    ema = averaged(state.opt_state)
+    counted = {"parameters": held(state.params), "EMA": held(ema) if ema is not None else 0.0}
+    counted["optimizer"] = held(state) - sum(counted.values())
+    counted["batch"] = held(batch)
+    sizes = {True: 0, False: 0}
+    for leaf in jax.tree.leaves(state.params):
+        sizes[leaf.sharding.is_fully_replicated] += leaf.size
+    return Program(traced, mesh, counted, sizes[True] / sum(sizes.values()), tuple(frozen.assumptions))
+
+
+def _drawing(job: Job, mesh) -> Program:
+    """Pipeline.denoise or the VAE's decode, of parameters as they would be opened on the mesh."""
+    drawing, assumptions = job.drawing, []
+    model = placed(job.config.model, job.stage_config)
+    transformer = Transformer.abstract(model, drawing.dtype, mesh)
+    autoencoder = VAE.abstract(vae_config(job.config, assumptions), drawing.dtype, mesh)
+    encoder = TextEncoder.abstract(text_config(job.config, assumptions), drawing.dtype, mesh)
+    counted = {"transformer": held(transformer.params), "VAE": held(autoencoder.params), "text encoder": held(encoder.params)}
+    whole, rows = rules.replicated(mesh), rules.batch_sharding(mesh)
+    b, h, w = drawing.batch, drawing.height // autoencoder.config.factor, drawing.width // autoencoder.config.factor
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((b, *sizes), dtype, sharding=rows)
+
+    noise = shape(h, w, model.in_channels)
+    if job.part == "decode":
+        module = autoencoder.module
+
+        def run(params, latents):
+            return module.apply({"params": params}, latents / autoencoder.config.scaling_factor, method="decode")
+
+        arguments = (autoencoder.params, noise)
+    else:
+        objective = job.stage_config.objective
+        scheduler = SchedulerConfig(objective.prediction, objective.timesteps, objective.beta_start, objective.beta_end)
+        bare = Pipeline(transformer.replace(mesh=None), None, autoencoder, None, scheduler)  # its mesh is set here, around the trace
+        states, lengths = shape(model.text_tokens, model.caption_width), shape(dtype=jnp.int32)
+
+        def run(params, noise, states, lengths, negative, negative_lengths):
+            pipeline = bare.replace(transformer=bare.transformer.replace(params=params))
+            how = {"steps": drawing.steps, "guidance": drawing.guidance, "solver": drawing.solver}
+            return pipeline.denoise(states, lengths, noise, negative, negative_lengths, **how)
+
+        arguments = (transformer.params, noise, states, lengths, states, lengths)
+    counted["batch"] = held(arguments[1:])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
+        jitted = jax.jit(run, in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments), out_shardings=rows)
+        traced = jitted.trace(*arguments)
+    del whole
+    return Program(traced, mesh, counted, 0.0, tuple(assumptions))
+
+
+def vae_config(config: Config, assumptions: list[str]) -> VAEConfig:
+    """Of the config's VAE folder where it is here, else of the VAE it trains, else Stable Diffusion's."""
+    found = _read(config.vae, "vae")
+    if found is not None:
+        return vae.config_from_json(found)
+    if config.vae_model is None:
+        assumptions.append("the VAE is Stable Diffusion's (its folder is not here)")
+    return config.vae_model or VAEConfig()
+
+
+def text_config(config: Config, assumptions: list[str]) -> T5Config:
+    """Likewise of the text encoder; else T5-XXL's."""
+    found = _read(config.text_encoder, "text_encoder")
+    if found is not None:
+        return t5.config_from_json(found)
+    if config.text_model is None:
+        assumptions.append("the text encoder is T5 v1.1 XXL (its folder is not here)")
+    return config.text_model or T5Config()
+
+
+def _read(folder: str | None, part: str) -> dict | None:
+    paths = [Path(folder) / part / "config.json", Path(folder) / "config.json"] if folder else []
+    return next((json.loads(path.read_text()) for path in paths if path.is_file()), None)
