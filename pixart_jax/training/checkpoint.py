@@ -122,7 +122,7 @@ class Checkpoints:
     def _compare(self, total: int, wanted: dict) -> None:
         """UserError where the save's arrays are not those that the run's model and optimizer have."""
         try:
-            saved = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(self.folder / str(total) / "state").item_metadata.tree
+            saved = ocp.StandardCheckpointHandler().metadata(self.folder / str(total) / "state").tree
         except Exception as fault:  # Orbax, TensorStore and JSON each raise their own kinds
             raise self._damaged(total, " ".join(str(fault).split())[:200]) from fault
         theirs, mine = _shapes(saved), _shapes(wanted)

@@ -252,7 +252,7 @@ def test_without_another_place_compiled_programs_are_kept_in_the_workdir(world, 
     there = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "train.py", tiny_run.recipe(world), "--workdir", tmp_path / "run", "--checkpoint-every", "1"]
     first = subprocess.Popen(command, env={**there, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while first.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+    while first.poll() is None and not read(tmp_path / "run" / "metrics.jsonl"):
         time.sleep(0.1)
     first.kill()
     first.wait()
