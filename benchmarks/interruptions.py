@@ -95,13 +95,14 @@ def saving(workdir: Path) -> bool:
 def await_moment(moment: str, workdir: Path, process: subprocess.Popen, rng: random.Random, typical: float) -> None:
     """Returns when it is time to strike, or the process has ended. typical: seconds that a start lives without a kill."""
     begun, start = time.monotonic(), committed(workdir) or 0
+    starts = len(read(workdir / "attempts.jsonl"))
     steps, blink, delay = rng.randint(1, 12), rng.uniform(0, 0.08), rng.uniform(0, typical)
     saves, seen = rng.randint(1, 3), 0
     was = False
     while process.poll() is None and time.monotonic() - begun < PATIENCE:
         if moment == "any time" and time.monotonic() - begun >= delay:
             return
-        if moment == "some steps on" and logged(workdir) >= start + steps:
+        if moment == "some steps on" and len(read(workdir / "attempts.jsonl")) > starts and logged(workdir) >= start + steps:
             time.sleep(blink)
             return
         if moment == "in a save":

@@ -175,6 +175,28 @@ def test_told_to_stop_it_saves_the_step_says_where_it_stands_and_goes_on_to_the_
     assert read(workdir / "metrics.jsonl")[-1]["restarts"] == 3
 
 
+def test_a_disk_that_is_full_keeps_the_last_save_and_the_same_command_goes_on_once_there_is_space(finished, world, tmp_path):
+    """A real one: a small file system in memory, in a user namespace of its own, that grows between two starts."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces are not allowed here")
+    disk, train_it = tmp_path / "disk", f"{sys.executable} train.py {tiny_run.recipe(world)} --workdir {tmp_path / 'disk' / 'run'}"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=1200k tmpfs {disk} || exit 99; {train_it}; echo status $? saves $(ls {disk}/run/checkpoints);"
+        f"mount -o remount,size=64m {disk}; {train_it}; echo status $?; cp -r {disk}/run {tmp_path}/run"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True, timeout=1800, env={**os.environ, "XLA_FLAGS": ""}
+    )
+    if done.returncode == 99:
+        pytest.skip("file systems cannot be mounted here")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "could not be written, step 3 is the last save; free some space" in said[0] and "Traceback" not in done.stderr
+    first, second = [line.split() for line in done.stdout.splitlines() if line.startswith("status")]
+    assert first[:4] == ["status", "2", "saves", "3"] and second == ["status", "0"], done.stdout
+    assert_ended_the_same(tmp_path / "run", finished[0], "on a full disk")
+
+
 def test_the_same_command_on_a_finished_run_trains_nothing(finished, world):
     before = figures(finished[0])
     stages.run(tiny_run.curriculum(world), finished[0])
