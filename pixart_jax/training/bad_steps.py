@@ -1,7 +1,7 @@
 """Which steps are not taken: a loss or gradient that is no number, or far above what it has lately been.
 
-The step decides on the device, without a second copy of the state: every new value is selected against the old one where it is
-written. A skipped step leaves parameters, moments and average as they were to the bit; the run goes on with the next batch.
+The step decides on the device (training/step.py). A skipped one leaves parameters, moments and average as they were to the bit, and
+the run goes on with the next batch. What is usual is counted in the state, so a resumed run decides as one that never stopped.
 """
 
 from __future__ import annotations
@@ -53,11 +53,6 @@ class Guard:
             mean(self.grad_norm, grad_norm),
         )
         return ok, after
-
-
-def taken(ok: jax.Array, new, old):
-    """The new tree where the step is good, else the old one."""
-    return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
 
 
 def describe(values: dict[str, float], keys: list[str], most: int = 8) -> str:

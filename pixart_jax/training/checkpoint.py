@@ -10,9 +10,11 @@ Orbax reads anything; the second finds any altered bit of the state.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import zlib
 from pathlib import Path
 
@@ -56,6 +58,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, every: int | None = None):
         self.folder = Path(folder).absolute()
         self._saving: int | None = None
+        logging.getLogger("absl").addFilter(_raised_anyway)
         policies = [keeping.LatestN(keep)] + ([keeping.EveryNSteps(every)] if every else [])
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -75,7 +78,8 @@ class Checkpoints:
         self.close()
 
     def close(self):
-        self._manager.close()
+        with self._space():
+            self._manager.close()
 
     def latest(self) -> int | None:
         """The total step of the newest save, or None."""
@@ -83,7 +87,7 @@ class Checkpoints:
 
     def save(self, place: Place, state: TrainState) -> None:
         """Begin a save; returns once the state is copied and may be donated."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._saving = place.total
         if state.guard is not None:
             numbers = {field.name: getattr(state.guard, field.name) for field in dataclasses.fields(Guard)}
@@ -99,7 +103,29 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until the last save is committed. UserError where the disk was full."""
+        with self._space():
+            self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises what the save under way has failed with, if it has; waits for nothing."""
+        with self._space():
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _space(self):
+        """A full disk as one line that says what holds."""
+        try:
+            yield
+        except Exception as fault:  # TensorStore gives a ValueError, Python's own files an OSError
+            if "No space left on device" not in str(fault):
+                raise
+            before = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+            holds = f"step {max(before)} is the last save" if before else "there is no save before it"
+            raise UserError(
+                f"the disk is full: checkpoint {self._saving} of {self.folder} could not be written, {holds}; "
+                "free some space and run the same command again"
+            ) from fault
 
     def place(self, total: int) -> Place:
         return Place(**self._open(total, place=ocp.args.JsonRestore()).place)
@@ -122,7 +148,7 @@ class Checkpoints:
     def _compare(self, total: int, wanted: dict) -> None:
         """UserError where the save's arrays are not those that the run's model and optimizer have."""
         try:
-            saved = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(self.folder / str(total) / "state").item_metadata.tree
+            saved = ocp.StandardCheckpointHandler().metadata(self.folder / str(total) / "state").tree
         except Exception as fault:  # Orbax, TensorStore and JSON each raise their own kinds
             raise self._damaged(total, " ".join(str(fault).split())[:200]) from fault
         theirs, mine = _shapes(saved), _shapes(wanted)
@@ -172,6 +198,11 @@ class Checkpoints:
 def _describe(path: Path) -> list[int | None]:
     size = path.stat().st_size
     return [size, zlib.crc32(path.read_bytes()) if size <= _SMALL else None]
+
+
+def _raised_anyway(record: logging.LogRecord) -> bool:
+    """Drops the tracebacks that Orbax's threads log of a fault that it then raises: it is to be said once."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _arrays(state: TrainState) -> dict:

@@ -177,6 +177,7 @@ class Run:
             self.saves.save(place, state)
 
         def saves(number):
+            self.saves.check()  # a save that fails in the background is no news for the next save's time
             return number % self.config.checkpoint_every == 0 or bool(every and (done + number) % every == 0)
 
         def preview(number, state):

@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixart_jax.parallel import rules
-from pixart_jax.training.bad_steps import taken
 from pixart_jax.training.state import TrainState, shardings_of
 
 Batch = dict[str, jax.Array]  # each [b, …]
@@ -60,9 +59,13 @@ def train_step(
 
     grad_norm = optax.global_norm(grads)
     ok, guard = state.guard.judge(terms["loss"], grad_norm, spike_factor)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    moved = (optax.apply_updates(state.params, updates), opt_state)
-    params, opt_state = taken(ok, moved, (state.params, state.opt_state))
+
+    def take(params, opt_state, grads):
+        updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
+        return optax.apply_updates(params, updates), opt_state
+
+    # A branch and not a selection: XLA would keep the new moments beside the selected ones, more than a copy of the parameters.
+    params, opt_state = jax.lax.cond(ok, take, lambda params, opt_state, _: (params, opt_state), state.params, state.opt_state, grads)
     metrics = {
         **terms,
         "lr": jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32),  # the optimizer counts the steps that it took

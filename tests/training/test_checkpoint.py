@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +17,7 @@ import pytest
 
 from pixart_jax.errors import UserError
 from pixart_jax.training import checkpoint
+from pixart_jax.training.bad_steps import Guard
 from pixart_jax.training.checkpoint import Checkpoints, Place
 from pixart_jax.training.state import TrainState
 
@@ -118,3 +123,75 @@ def test_a_save_that_is_an_empty_folder_is_named(saved, tmp_path):
     (copy / "3").mkdir()
     with Checkpoints(copy, keep=2) as saves, pytest.raises(UserError, match="3 is damaged"):
         saves.place(saves.latest())
+
+
+def test_saves_at_multiples_of_every_stay_for_good_beside_the_newest(tmp_path):
+    with Checkpoints(tmp_path, keep=2, every=4) as saves:
+        for total in (1, 4, 5, 8, 9, 11):
+            saves.save(Place(0, total, total), make(total))
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [4, 8, 9, 11]
+    with Checkpoints(tmp_path, keep=1) as saves:  # without the option they are saves as others are
+        saves.save(Place(0, 12, 12), make(12))
+    assert [path.name for path in tmp_path.iterdir()] == ["12"]
+
+
+def test_what_the_guard_counts_is_saved_and_a_save_of_an_older_version_begins_it_anew(tmp_path):
+    counted = Guard(jnp.int32(3), jnp.int32(2), jnp.int32(40), jnp.float32(0.1), jnp.float32(1 / 3))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), Guard.fresh())
+    wanted = abstract().replace(guard=shapes)
+    with Checkpoints(tmp_path, keep=2) as saves:
+        saves.save(Place(0, 1, 1), make(1).replace(guard=counted))
+        saves.save(Place(0, 2, 2), make(2))  # as before there were guards
+        saves.wait()
+        for total, guard in ((1, counted), (2, Guard.fresh())):
+            restored = saves.restore(total, wanted)
+            for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(make(total).replace(guard=guard)), strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_a_save_of_another_model_is_refused_with_what_differs(saved):
+    params = {"w": jax.ShapeDtypeStruct((64, 48), jnp.float32), "extra": jax.ShapeDtypeStruct((5,), jnp.float32)}
+    other = abstract().replace(params=params)
+    with Checkpoints(saved, keep=2) as saves, pytest.raises(UserError) as fault:
+        saves.restore(3, other)
+    said = str(fault.value)
+    assert "3 is of another model: " in said and "\n" not in said and "and 1 more" in said
+    assert (
+        "params/half is [40] bfloat16 there and absent here" in said
+        and "params/w is [64, 32] float32 there and [64, 48] float32 here" in said
+    )
+
+
+@pytest.mark.slow
+def test_a_save_opens_on_fewer_devices_with_the_same_bits(tmp_path):
+    """Eight simulated devices write, four and one read and write again."""
+    program = Path(__file__).parent / "checkpoint_on_meshes.py"
+    for devices, fsdp in ((8, 4), (4, 2), (1, 1)):
+        done = subprocess.run(
+            [sys.executable, program, tmp_path, str(fsdp)], capture_output=True, text=True, timeout=600,
+            env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.split() == [str(devices), "equal"]
+
+
+@pytest.mark.slow
+def test_two_processes_save_together_and_one_opens_it(tmp_path):
+    """Each holds half of every array; the list of files and the sums are those of the whole."""
+    program = Path(__file__).parent / "checkpoint_on_meshes.py"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    pair = [subprocess.Popen([sys.executable, program, tmp_path, "2", address, str(k)], **pipes) for k in range(2)]
+    for process in pair:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err[-3000:]
+        assert out.split()[-2:] == ["4", "equal"]
+    listed = json.loads((tmp_path / "4" / "files.json").read_text())
+    on_disk = {str(p.relative_to(tmp_path / "4")) for p in (tmp_path / "4").rglob("*") if p.is_file()}
+    assert set(listed) == on_disk - {"files.json", "commit_success.txt", "_CHECKPOINT_METADATA"}
+    alone = subprocess.run([sys.executable, program, tmp_path, "1"], capture_output=True, text=True, timeout=600)
+    assert alone.returncode == 0 and alone.stdout.split() == ["1", "equal"], alone.stderr[-3000:]

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -24,10 +25,10 @@ from PIL import Image
 
 import train
 from pixart_jax import program
-from pixart_jax.config import DataConfig
+from pixart_jax.config import DataConfig, ProfileConfig
 from pixart_jax.data.sources import Sample
 from pixart_jax.training import batches, stages
-from pixart_jax.training.metrics import read
+from pixart_jax.training.metrics import TIMING, read
 
 pytestmark = pytest.mark.slow
 STEPS = 7 + 8 + 9
@@ -61,7 +62,7 @@ def final_state(workdir: Path):
 
 def figures(workdir: Path):
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in line.items() if not k.endswith("per_second")} for line in read(workdir / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in read(workdir / "metrics.jsonl")]
 
 
 def test_one_executable_a_stage_and_bucket(finished):
@@ -115,14 +116,26 @@ def test_the_null_caption_is_the_empty_text_where_the_stage_says_so_and_never_tr
     assert (null[len(empty) :] == 0).all()
 
 
-def start(kill_at: int, recipe: Path, workdir: Path) -> int:
+def program_started(kill_at: int | str, recipe: Path, workdir: Path, *more: str):
     program = Path(__file__).parent / "train_until_killed.py"
-    done = subprocess.run(
-        [sys.executable, program, str(kill_at), recipe, "--workdir", workdir], capture_output=True, text=True, timeout=1800,
+    return subprocess.run(
+        [sys.executable, program, str(kill_at), recipe, "--workdir", workdir, *more], capture_output=True, text=True, timeout=1800,
         env={**os.environ, "XLA_FLAGS": ""},
     )  # fmt: skip
+
+
+def start(kill_at: int, recipe: Path, workdir: Path) -> int:
+    done = program_started(kill_at, recipe, workdir)
     assert done.returncode in (0, -9), done.stderr[-2000:]
     return done.returncode
+
+
+def assert_ended_the_same(workdir: Path, whole: Path, how) -> None:
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(final_state(whole)), jax.tree.leaves(final_state(workdir)), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=f"{path}, {how}")
+    assert figures(workdir) == figures(whole)
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "transformer/null_caption.safetensors"):
+        assert (workdir / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
 
 
 def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bit(finished, world, tmp_path):
@@ -134,13 +147,54 @@ def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bi
             kill = 7 - saved + 1
         kills[number] = kill
         assert start(kill, recipe, workdir) == (-9 if kill else 0), kills
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(final_state(finished[0])), jax.tree.leaves(final_state(workdir)), strict=True
+    assert_ended_the_same(workdir, finished[0], f"killed at {kills}")
+
+
+def test_told_to_stop_it_saves_the_step_says_where_it_stands_and_goes_on_to_the_same_bits(finished, world, tmp_path):
+    workdir, recipe = tmp_path / "run", tiny_run.recipe(world)
+    for at, told, saved, more in (
+        ("5:SIGTERM", "stopped by SIGTERM: stage pixels, step 5 of 7 is saved; the same command goes on from there", 5, ()),
+        (
+            "6:SIGINT",
+            "stopped by SIGINT: stage words, step 4 of 8 is saved; the same command goes on from there",
+            11,
+            ("--keep-every", "2"),
+        ),
     ):
-        np.testing.assert_array_equal(a, b, err_msg=f"{path}, killed at {kills}")
-    assert figures(workdir) == figures(finished[0])
-    for name in ("transformer/diffusion_pytorch_model.safetensors", "transformer/null_caption.safetensors"):
-        assert (workdir / "model" / name).read_bytes() == (finished[0] / "model" / name).read_bytes()
+        done = program_started(at, recipe, workdir, *more)
+        assert done.returncode == 75, done.stderr[-2000:]
+        assert done.stderr.splitlines()[-1] == told and "Traceback" not in done.stderr
+        assert max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == saved
+    done = program_started("2:SIGTERM,SIGTERM", recipe, workdir)
+    assert done.returncode == 143 and "stopped at once" in done.stderr
+    stages.run(tiny_run.curriculum(world, keep_every=2), workdir)
+    assert_ended_the_same(workdir, finished[0], "stopped three times")
+    kept = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
+    assert {12, 14, 16, 18, 20, 22, 24} <= kept and not {5, 7, 11} & kept  # keep-every from its first start on, keep-last below
+    assert [line["total_step"] for line in read(workdir / "attempts.jsonl")] == [0, 5, 11, 11]
+    assert read(workdir / "metrics.jsonl")[-1]["restarts"] == 3
+
+
+def test_a_disk_that_is_full_keeps_the_last_save_and_the_same_command_goes_on_once_there_is_space(finished, world, tmp_path):
+    """A real one: a small file system in memory, in a user namespace of its own, that grows between two starts."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces are not allowed here")
+    disk, train_it = tmp_path / "disk", f"{sys.executable} train.py {tiny_run.recipe(world)} --workdir {tmp_path / 'disk' / 'run'}"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=1200k tmpfs {disk} || exit 99; {train_it}; echo status $? saves $(ls {disk}/run/checkpoints);"
+        f"mount -o remount,size=64m {disk}; {train_it}; echo status $?; cp -r {disk}/run {tmp_path}/run"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True, timeout=1800, env={**os.environ, "XLA_FLAGS": ""}
+    )
+    if done.returncode == 99:
+        pytest.skip("file systems cannot be mounted here")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "could not be written, step 3 is the last save; free some space" in said[0] and "Traceback" not in done.stderr
+    first, second = [line.split() for line in done.stdout.splitlines() if line.startswith("status")]
+    assert first[:4] == ["status", "2", "saves", "3"] and second == ["status", "0"], done.stdout
+    assert_ended_the_same(tmp_path / "run", finished[0], "on a full disk")
 
 
 def test_the_same_command_on_a_finished_run_trains_nothing(finished, world):
@@ -172,9 +226,59 @@ def test_a_checkpoint_cut_short_is_named_and_nothing_is_touched(finished, world,
 
 def test_a_loss_that_is_no_number_stops_the_run_with_status_1_and_keeps_the_last_save(world, tmp_path, capsys):
     wild = ["--stages.0.optimizer.learning-rate", "1e30", "--stages.0.optimizer.warmup-steps", "0", "--checkpoint-every", "1"]
-    line = one_line(capsys, 1, tiny_run.recipe(world), "--workdir", tmp_path / "run", *wild)
-    assert "stage pixels, step 2: loss is" in line
+    line = one_line(capsys, 1, tiny_run.recipe(world), "--workdir", tmp_path / "run", *wild, "--guard.bad-steps-in-row", "4")
+    assert "stage pixels, step 5, the last of 4 bad steps in a row: loss is" in line
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
+    bad = read(tmp_path / "run" / "bad_steps.jsonl")
+    assert [entry["step"] for entry in bad] == [2, 3, 4, 5]
+    assert bad[-1]["keys"][0] in line and all(len(entry["keys"]) == 8 and entry["keys"][0].startswith("r0-") for entry in bad)
+
+
+def test_a_record_that_is_no_number_costs_its_batches_alone(world, tmp_path):
+    """A run on shards with one such record: its batches are skipped and named, all else is learned."""
+    from pixart_jax.data import records
+
+    folder, original = tmp_path / "spoilt", world / "square"
+    shutil.copytree(original, folder)
+    (shard,) = folder.glob("*.array_record")
+    manifest = records.Manifest.read(folder)
+    held = records.Records(original)
+    packed = []
+    for index in range(len(held)):
+        arrays, metadata = records.unpack(held.bytes(index))
+        spoilt = {"mean": np.full_like(arrays["mean"], np.nan)} if metadata["key"] == "r0-5" else {}
+        packed.append(records.pack({**arrays, **spoilt}, metadata))
+    shard.unlink()
+    records.write_shard(shard, packed)
+    entry = dataclasses.replace(manifest.shards[0], bytes=shard.stat().st_size, sha256=records.sha256(shard))
+    dataclasses.replace(manifest, shards=(entry,)).write(folder)
+    config = tiny_run.curriculum(world)
+    stage = dataclasses.replace(config.stages[0], data=dataclasses.replace(config.stages[0].data, source=str(folder)))
+    stages.run(dataclasses.replace(config, stages=(stage,)), tmp_path / "run")
+    lines, bad = read(tmp_path / "run" / "metrics.jsonl"), read(tmp_path / "run" / "bad_steps.jsonl")
+    assert len(lines) == 7 and 2 <= len(bad) <= 3  # 24 records in batches of 8: one batch in three
+    assert all("r0-5" in entry["keys"] for entry in bad)
+    assert [line["step"] for line in lines if line["skipped"]] == [entry["step"] for entry in bad]
+    assert all(np.isfinite(line["loss"]) for line in lines if not line["skipped"])
+
+
+def test_a_trace_of_asked_steps_lies_in_the_workdir(world, tmp_path, capsys):
+    config = tiny_run.curriculum(world)
+    config = dataclasses.replace(config, stages=config.stages[:1], profile=ProfileConfig((3, 4)))
+    stages.run(config, tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert f"profile of steps 3 to 4: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
+
+
+def test_without_another_place_compiled_programs_are_kept_in_the_workdir(world, tmp_path):
+    there = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "train.py", tiny_run.recipe(world), "--workdir", tmp_path / "run", "--checkpoint-every", "1"]
+    first = subprocess.Popen(command, env={**there, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not read(tmp_path / "run" / "metrics.jsonl"):
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    assert list((tmp_path / "run" / "compilation_cache").iterdir())
 
 
 class Noise:

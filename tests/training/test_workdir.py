@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import pytest
 
-from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig
+from pixart_jax.config import Config, DataConfig, GuardConfig, OptimizerConfig, ProfileConfig, StageConfig
 from pixart_jax.errors import UserError
-from pixart_jax.training.workdir import Workdir, as_json
+from pixart_jax.training.workdir import Workdir, as_json, keep_programs
 
 CONFIG = Config(name="a", stages=(StageConfig("one", steps=10), StageConfig("two", optimizer=OptimizerConfig(learning_rate=1e-3))))
 
@@ -62,3 +63,40 @@ def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="is a file"), Workdir(tmp_path / "run", CONFIG):
         pass
+
+
+def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(tmp_path):
+    with Workdir(tmp_path, CONFIG):
+        pass
+    file = tmp_path / "config.json"
+    old = json.loads(file.read_text())
+    del old["guard"], old["keep_every"], old["profile"], old["stages"][1]["optimizer"]["clip"], old["model"]["qk_norm"]
+    file.write_text(json.dumps(old))
+    with Workdir(tmp_path, CONFIG):
+        pass
+    assert json.loads(file.read_text()) == as_json(CONFIG)
+    file.write_text(json.dumps(old))
+    changed = dataclasses.replace(CONFIG, guard=GuardConfig(spike_factor=None))
+    with pytest.raises(UserError, match="guard.spike_factor was 20.0, now null"), Workdir(tmp_path, changed):
+        pass
+
+
+def test_what_only_changes_what_is_kept_or_when_to_give_up_may_change(tmp_path):
+    with Workdir(tmp_path, CONFIG):
+        pass
+    changes = {"keep_every": 7, "keep_checkpoints": 1, "profile": ProfileConfig((1, 2)), "guard": GuardConfig(bad_steps_in_row=3)}
+    with Workdir(tmp_path, dataclasses.replace(CONFIG, **changes)):
+        pass
+
+
+def test_another_place_for_compiled_programs_wins(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "given"))
+        keep_programs(tmp_path / "ours")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "given")
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_programs(tmp_path / "ours")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

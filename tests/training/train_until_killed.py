@@ -1,4 +1,7 @@
-"""train.py, killed by the kernel before its n-th step: python train_until_killed.py N RECIPE --workdir DIR. N = 0: never."""
+"""train.py that sends itself a signal before its n-th step: python train_until_killed.py N[:SIGNAL…] RECIPE --workdir DIR.
+
+N = 0: never. SIGNAL: a name, SIGKILL by default; several, with commas, are sent one after the other.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ import train
 from pixart_jax import program
 from pixart_jax.training import loop
 
-left = int(sys.argv[1])
+at, _, names = sys.argv[1].partition(":")
+left, signals = int(at), [signal.Signals[name] for name in (names or "SIGKILL").split(",")]
 real = loop.put
 
 
@@ -21,7 +25,8 @@ def put(batch, sharding):
     global left
     left -= 1
     if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+        for number in signals:
+            os.kill(os.getpid(), number)
     return real(batch, sharding)
 
 
