@@ -164,7 +164,7 @@ class Watch:
                 return status
             _end(PEER_LOST, f"error: {line}\n")
         elif self._index == 0:  # the service is here: the others read of this end before it goes
-            self._until(self._all_ended, _GRACE + 3)
+            self._until(self._all_ended, 2.0 if status == PEER_LOST else _GRACE + 3)
         _end(status)
 
     def _all_ended(self) -> bool:
@@ -238,10 +238,12 @@ class Watch:
                 return f"process 0 of {self._count}, the coordinator, has not answered for {now - self._round:.0f} s; {_AGAIN}"
             if self._stall and self.step is not None and now - self._moved > self._stall:
                 steps = {self._index: self.step} | {k: peer["step"] for k, peer in self._peers.items()}
-                last = min(steps, key=lambda k: -1 if steps[k] is None else steps[k])
+                least = min((step for step in steps.values() if step is not None), default=None)
+                last = [str(k) for k in sorted(steps) if steps[k] in (None, least)]
+                behind = "all stand" if len(last) == self._count else f"process {', '.join(last[:8])} stands"
                 return (
                     f"no step was done for {now - self._moved:.0f} s though all {self._count} processes live; "
-                    f"process {last} stands at step {steps[last]}, this one ({self._index}) at {self.step}; {_AGAIN}"
+                    f"{behind} at step {least}; {_AGAIN}"
                 )
         return None
 
