@@ -25,7 +25,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSS_LIMIT = 1e-4  # relative, every step
-PARAMETER_LIMIT = 1e-4  # ‖difference‖ / ‖parameters‖, over all and the worst array; see `parameters`
+PARAMETER_LIMIT = 1e-4  # ‖difference‖ / ‖parameters‖ of the worst array; see `difference`
+# What is added to all keys adds one number to all of a query's scores, which softmax ignores: the gradient is 0, computed as rounding.
+UNTRAINED = ("attn1.to_k.bias", "attn2.to_k.bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +143,11 @@ def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> tupl
     """(‖difference‖ / ‖parameters‖ over all, that of the worst array, its name).
 
     By norms and not value by value: where a gradient is zero but for rounding, Adam divides rounding by rounding, and a value
-    may move by a step of the learning rate either way; such values are few and small, and their array's norm shows them.
+    may move by a step of the learning rate either way; such values are few and small, and their array's norm shows them. The
+    keys' biases are such values altogether (UNTRAINED), and left out.
     """
     assert one.keys() == other.keys()
+    one, other = ({name: array for name, array in of.items() if not name.endswith(UNTRAINED)} for of in (one, other))
     gaps = {name: np.linalg.norm(one[name].astype(np.float64) - other[name]) for name in one}
     norms = {name: np.linalg.norm(one[name].astype(np.float64)) for name in one}
     relative = {name: gaps[name] / norms[name] if norms[name] else gaps[name] for name in one}

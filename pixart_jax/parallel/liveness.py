@@ -27,7 +27,7 @@ from pixart_jax.errors import UserError
 PEER_LOST = 76  # exit status
 _ORDERLY = (0, 75)  # ends that all processes reach together: done, or told to stop and saved
 _GRACE = 10.0  # seconds that a peer's failure leaves the others to end by themselves, with their own account of it
-_UNWINDING = 30.0  # seconds that a failing process may take to end by itself
+_UNWINDING = 120.0  # seconds that a failing process may take to end by itself: the save that is under way, say
 _KEY = "pixart_jax/alive/"
 _SYMPTOM = re.compile(r"gloo|nccl|collective|connection|socket|peer|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|coordination", re.I)
 _AGAIN = "what was saved holds: start all processes again with the same command"
@@ -66,7 +66,7 @@ def told():
     """A fault inside is made known to the peers at once, before this process waits for anything on its way out."""
     try:
         yield
-    except BaseException as fault:
+    except Exception as fault:  # not an interruption: that is no fault, and all processes hear of it in their own way
         if _watch is not None:
             _watch.fail(fault)
         raise
