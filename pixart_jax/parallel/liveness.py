@@ -88,25 +88,49 @@ def leave(status: int) -> int:
 
 def once(name: str, make) -> None:
     """make() on process 0; the others return when it is done. Calls with one name must come in the same order on every process."""
-    if jax.process_count() == 1:
-        make()
-        return
-    from jax._src import distributed
-
-    client = distributed.global_state.client
-    number = _counted[name] = _counted.get(name, 0) + 1
-    key = f"pixart_jax/once/{name}/{number}"
     if jax.process_index() == 0:
         make()
-        client.key_value_set(key, "done")
-        return
-    while True:  # the watch ends this where process 0 fails
+    tell(f"once/{name}", "done")
+
+
+def tell(name: str, text: str) -> str:
+    """What process 0 says, on every process; as often as it is called with a name, each time anew."""
+    if jax.process_count() == 1:
+        return text
+    key = f"pixart_jax/{name}/{_number(name)}"
+    if jax.process_index() == 0:
+        _client().key_value_set(key, text)
+        return text
+    return _patiently(lambda: _client().blocking_key_value_get(key, 5_000))
+
+
+def meet(name: str) -> None:
+    """Returns when every process has called it."""
+    if jax.process_count() > 1:
+        number = _number(name)
+        _client().key_value_set(f"pixart_jax/{name}-came/{number}/{jax.process_index()}", "came")
+        for k in range(jax.process_count()):
+            _patiently(lambda k=k: _client().blocking_key_value_get(f"pixart_jax/{name}-came/{number}/{k}", 5_000))
+
+
+def _patiently(ask):
+    while True:  # the watch ends this where a process fails
         try:
-            client.blocking_key_value_get(key, 5_000)
-            return
+            return ask()
         except Exception as fault:
             if "DEADLINE_EXCEEDED" not in str(fault):
                 raise
+
+
+def _client():
+    from jax._src import distributed  # the client of the coordination service has no public name
+
+    return distributed.global_state.client
+
+
+def _number(name: str) -> int:
+    _counted[name] = _counted.get(name, 0) + 1
+    return _counted[name]
 
 
 _counted: dict[str, int] = {}

@@ -10,10 +10,13 @@ Peers are watched from the start on (liveness.py): one that is dead or hung ends
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 
@@ -138,6 +141,39 @@ def start(options: Start) -> None:
             "or --distributed none for this one alone"
         ) from None
     liveness.begin(options.peer_timeout, options.stall_timeout)
+
+
+def agree(command: str, folder: str | os.PathLike | None = None, patience: float = 60) -> None:
+    """That all processes mean the same: command (whatever determines the run, as text) and folder, which all must see.
+
+    patience: seconds, for a network disk may show a new file late.
+
+    Raises UserError on the process that differs from process 0; nothing where there is one process alone.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(command.encode()).hexdigest()
+    mark = ""
+    if jax.process_index() == 0 and folder is not None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = f".seen-by-all-{os.urandom(8).hex()}"
+        (folder / mark).touch()
+    told, mark = liveness.tell("agree", f"{digest} {mark}").split(" ")
+    if told != digest:
+        raise UserError(f"process {jax.process_index()} was started with another config than process 0: give all the same command")
+    if folder is not None:
+        deadline = time.monotonic() + patience
+        while not (Path(folder) / mark).exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is not one folder that all processes see (process {jax.process_index()} does not see what process 0 "
+                    "wrote there): name one on a shared disk"
+                )
+            time.sleep(0.2)
+        liveness.meet("agree")
+        if jax.process_index() == 0:
+            (Path(folder) / mark).unlink(missing_ok=True)
 
 
 def conclude(run: Callable[[], int]) -> int:

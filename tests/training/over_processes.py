@@ -1,4 +1,4 @@
-"""What several processes do that one test cannot do alone; run by the launcher: python over_processes.py rows | export FOLDER."""
+"""What several processes do that one test cannot do alone; run by the launcher: python over_processes.py rows | export FOLDER | agree FOLDER WHAT."""
 
 from __future__ import annotations
 
@@ -86,7 +86,13 @@ def resident(field: str) -> int:
 def main(argv: list[str]) -> int:
     start, (what, *rest) = processes.split(argv)
     processes.start(start)
-    rows() if what == "rows" else export(Path(rest[0]))
+    if what == "agree":
+        own = Path(rest[0]) / (f"of-{jax.process_index()}" if rest[1] == "folder" else "all")
+        processes.agree(f"config {jax.process_index() if rest[1] == 'config' else ''}", own, patience=1)
+    elif what == "rows":
+        rows()
+    else:
+        export(Path(rest[0]))
     return 0
 
 

@@ -18,10 +18,14 @@ from pixart_jax.weights.component import Transformer
 PROGRAM = Path(__file__).parent / "over_processes.py"
 
 
+def started(processes: int, devices: int, *argv) -> subprocess.CompletedProcess:
+    command = ["-m", "pixart_jax", "launch", "--processes", processes, "--devices-per-process", devices, "--", PROGRAM, *argv]
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=600)
+
+
 def launch(processes: int, devices: int, *argv) -> list[dict]:
     """What each process printed as JSON."""
-    command = ["-m", "pixart_jax", "launch", "--processes", processes, "--devices-per-process", devices, "--", PROGRAM, *argv]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=600)
+    done = started(processes, devices, *argv)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "] {" in line]
     return [json.loads(line.split("] ", 1)[1]) for line in sorted(lines)]
@@ -56,6 +60,23 @@ def test_an_export_from_many_processes_is_the_one_of_one_to_the_bit_and_never_ho
     for process in told:
         # A layer's largest tensor is 4 MiB, its gathered copies on two devices and its transposed one a few of that.
         assert process["grown"] < 48 << 20 < process["total"] / 2, process
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("config", "process 1 was started with another config than process 0"),
+        ("folder", "is not one folder that all processes see"),
+        ("nothing", None),
+    ],
+)
+def test_processes_that_do_not_mean_the_same_are_told_so(tmp_path, what, line):
+    done = started(2, 1, "agree", tmp_path, what)
+    assert done.returncode == (2 if line else 0), done.stderr
+    if line:
+        assert line in done.stderr and "error: process 1 of 2 has ended with status 2" in done.stderr
+    else:
+        assert not list(tmp_path.glob("all/.seen*"))
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused():
