@@ -21,11 +21,9 @@ from pathlib import Path
 import jax
 
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.parallel import liveness
+from pixart_jax.parallel import ENVIRONMENT, liveness
 from pixart_jax.parallel.liveness import PEER_LOST as PEER_LOST
 
-# What the local launcher sets, and any other may: read together or not at all.
-ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 FLAGS = {
     "--coordinator": ("HOST:PORT", "where process 0 listens; with --processes and --process-index"),
     "--processes": ("N", "how many processes there are"),

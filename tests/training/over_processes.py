@@ -1,4 +1,4 @@
-"""What several processes do that one test cannot do alone; run by the launcher: python over_processes.py rows | export FOLDER | agree FOLDER WHAT."""
+"""What several processes do together; run by the launcher: python over_processes.py rows | export FOLDER | agree FOLDER WHAT."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def struck(launcher: subprocess.Popen, workdir: Path, index: int, number: int, s
     """(status, output, seconds from the blow to the end) of a run of which one process is struck once ``step`` is saved."""
     deadline = time.monotonic() + 400
     while saved(workdir) < step:
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[0][-4000:]
         time.sleep(0.01)
     os.kill(processes(launcher)[index], number)
     began = time.monotonic()
