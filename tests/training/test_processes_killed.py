@@ -21,7 +21,7 @@ from pixart_jax.parallel.processes import PEER_LOST
 from pixart_jax.training.metrics import read
 
 pytestmark = pytest.mark.slow
-STEPS, EVERY, PATIENCE = 100, 5, 4
+STEPS, EVERY, PATIENCE = 60, 5, 15  # patience: far above what a busy machine makes a process wait for its turn
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def recipe(tmp_path_factory) -> Path:
     return file
 
 
-def start(root: Path, recipe: Path, workdir: Path) -> subprocess.Popen:
-    launcher = ["-m", "pixart_jax", "launch", "--processes", "2", "--devices-per-process", "2", "--patience", "12"]
+def start(root: Path, recipe: Path, workdir: Path, patience: int = 60) -> subprocess.Popen:
+    launcher = ["-m", "pixart_jax", "launch", "--processes", "2", "--devices-per-process", "2", "--patience", patience]
     flags = ["--workdir", workdir, "--mesh.fsdp", "2", "--peer-timeout", PATIENCE]
     command = [sys.executable, *launcher, "--", "train.py", recipe, *flags]
     return subprocess.Popen(list(map(str, command)), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -91,10 +91,10 @@ def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_sam
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output
 
-    status, output, seconds = struck(start(root, recipe, broken), broken, 1, signal.SIGSTOP, EVERY)
+    status, output, seconds = struck(start(root, recipe, broken, 3), broken, 1, signal.SIGSTOP, EVERY)
     assert status == PEER_LOST, output
     assert "error: process 1 of 2 has not answered for" in output and "the same command" in output
-    assert "still at work" in output and seconds < PATIENCE + 12 + 15  # the launcher does away with the hung one
+    assert "still at work" in output and seconds < PATIENCE + 3 + 30  # the launcher does away with the hung one
 
     reached = saved(broken)
     assert EVERY <= reached < STEPS
