@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     recipe, workdir, overrides = cli.split(argv)
     config = cli.configured(recipe, overrides)
     processes.start(joined)
+    processes.agree(repr(config), workdir)
 
     from pixart_jax.training import loop, stages  # heavy: only for a command line that holds
 

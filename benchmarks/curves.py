@@ -1,6 +1,6 @@
 """One run on many meshes: how far loss curves and final parameters lie apart when the devices and processes change, and nothing else.
 
-    python benchmarks/curves.py --folder out/curves [--steps 50] [--png docs/images/curves.png]
+    python benchmarks/curves.py --folder out/curves [--steps 50] [--doc docs/pods.md --png docs/images/curves.png]
 
 Runs the real train.py, in subprocesses with simulated CPU devices, on a curriculum of three stages (class-conditional, text,
 text at two aspect ratios) of random latents: on 1 device, 8 of fsdp, 4 × 2 of fsdp × tensor, 2 × 2 × 2 of data × context ×
@@ -25,7 +25,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSS_LIMIT = 1e-4  # relative, every step
-PARAMETER_LIMIT = 1e-4  # ‖difference‖ / ‖parameters‖, over all and the worst array; see `parameters`
+PARAMETER_LIMIT = 1e-4  # ‖difference‖ / ‖parameters‖ of the worst array; see `difference`
+BEGIN, END = "<!-- curves: begin -->", "<!-- curves: end -->"
+# What is added to all keys adds one number to all of a query's scores, which softmax ignores: the gradient is 0, computed as rounding.
+UNTRAINED = ("attn1.to_k.bias", "attn2.to_k.bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +144,11 @@ def difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> tupl
     """(‖difference‖ / ‖parameters‖ over all, that of the worst array, its name).
 
     By norms and not value by value: where a gradient is zero but for rounding, Adam divides rounding by rounding, and a value
-    may move by a step of the learning rate either way; such values are few and small, and their array's norm shows them.
+    may move by a step of the learning rate either way; such values are few and small, and their array's norm shows them. The
+    keys' biases are such values altogether (UNTRAINED), and left out.
     """
     assert one.keys() == other.keys()
+    one, other = ({name: array for name, array in of.items() if not name.endswith(UNTRAINED)} for of in (one, other))
     gaps = {name: np.linalg.norm(one[name].astype(np.float64) - other[name]) for name in one}
     norms = {name: np.linalg.norm(one[name].astype(np.float64)) for name in one}
     relative = {name: gaps[name] / norms[name] if norms[name] else gaps[name] for name in one}
@@ -190,7 +195,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("out/curves"))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", help="a part of the names of the runs to make, beside 1 device")
-    parser.add_argument("--png", type=Path)
+    parser.add_argument("--png", type=Path, help="the curves, drawn on top of each other")
+    parser.add_argument("--doc", type=Path, help="a page that takes the table between its markers, docs/pods.md")
     arguments = parser.parse_args()
     file = recipe(arguments.folder.absolute(), arguments.steps)
     curves, rows, failed = {}, [], False
@@ -212,7 +218,11 @@ def main() -> int:
             f"{name}: {time.perf_counter() - began:.0f} s; losses {gap.max():.1e}, parameters {total:.1e}, worst array {worst:.1e}",
             flush=True,
         )
-    print("\n| run | steps | losses | all parameters | worst array |\n|---|---|---|---|---|\n" + "\n".join(rows))
+    table = "\n".join(["| run | steps | losses | all parameters | worst array |", "|---|---|---|---|---|", *rows])
+    print(f"\n{table}")
+    if arguments.doc:
+        before, rest = arguments.doc.read_text(encoding="utf-8").split(BEGIN)
+        arguments.doc.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     if arguments.png:
         from pixart_jax import png
 

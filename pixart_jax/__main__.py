@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from pixart_jax.parallel.processes import conclude
+    if sys.argv[1:2] == ["encode"]:  # the one command whose processes work together
+        from pixart_jax.parallel.processes import conclude
 
-    sys.exit(conclude(lambda: program.run(main)) if sys.argv[1:2] == ["encode"] else program.run(main))
+        sys.exit(conclude(lambda: program.run(main)))
+    sys.exit(program.run(main))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pixart_jax import program
 from pixart_jax.errors import UserError
-from pixart_jax.parallel.processes import ENVIRONMENT
+from pixart_jax.parallel import ENVIRONMENT
 
 PROG = "python -m pixart_jax launch"
 _PATIENCE = 20.0  # seconds that the others have to end by themselves, with their own last words, once one has ended badly

@@ -27,7 +27,7 @@ from pixart_jax.errors import UserError
 PEER_LOST = 76  # exit status
 _ORDERLY = (0, 75)  # ends that all processes reach together: done, or told to stop and saved
 _GRACE = 10.0  # seconds that a peer's failure leaves the others to end by themselves, with their own account of it
-_UNWINDING = 30.0  # seconds that a failing process may take to end by itself
+_UNWINDING = 120.0  # seconds that a failing process may take to end by itself: the save that is under way, say
 _KEY = "pixart_jax/alive/"
 _SYMPTOM = re.compile(r"gloo|nccl|collective|connection|socket|peer|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|coordination", re.I)
 _AGAIN = "what was saved holds: start all processes again with the same command"
@@ -66,7 +66,7 @@ def told():
     """A fault inside is made known to the peers at once, before this process waits for anything on its way out."""
     try:
         yield
-    except BaseException as fault:
+    except Exception as fault:  # not an interruption: that is no fault, and all processes hear of it in their own way
         if _watch is not None:
             _watch.fail(fault)
         raise
@@ -88,25 +88,49 @@ def leave(status: int) -> int:
 
 def once(name: str, make) -> None:
     """make() on process 0; the others return when it is done. Calls with one name must come in the same order on every process."""
-    if jax.process_count() == 1:
-        make()
-        return
-    from jax._src import distributed
-
-    client = distributed.global_state.client
-    number = _counted[name] = _counted.get(name, 0) + 1
-    key = f"pixart_jax/once/{name}/{number}"
     if jax.process_index() == 0:
         make()
-        client.key_value_set(key, "done")
-        return
-    while True:  # the watch ends this where process 0 fails
+    tell(f"once/{name}", "done")
+
+
+def tell(name: str, text: str) -> str:
+    """What process 0 says, on every process; as often as it is called with a name, each time anew."""
+    if jax.process_count() == 1:
+        return text
+    key = f"pixart_jax/{name}/{_number(name)}"
+    if jax.process_index() == 0:
+        _client().key_value_set(key, text)
+        return text
+    return _patiently(lambda: _client().blocking_key_value_get(key, 5_000))
+
+
+def meet(name: str) -> None:
+    """Returns when every process has called it."""
+    if jax.process_count() > 1:
+        number = _number(name)
+        _client().key_value_set(f"pixart_jax/{name}-came/{number}/{jax.process_index()}", "came")
+        for k in range(jax.process_count()):
+            _patiently(lambda k=k: _client().blocking_key_value_get(f"pixart_jax/{name}-came/{number}/{k}", 5_000))
+
+
+def _patiently(ask):
+    while True:  # the watch ends this where a process fails
         try:
-            client.blocking_key_value_get(key, 5_000)
-            return
+            return ask()
         except Exception as fault:
             if "DEADLINE_EXCEEDED" not in str(fault):
                 raise
+
+
+def _client():
+    from jax._src import distributed  # the client of the coordination service has no public name
+
+    return distributed.global_state.client
+
+
+def _number(name: str) -> int:
+    _counted[name] = _counted.get(name, 0) + 1
+    return _counted[name]
 
 
 _counted: dict[str, int] = {}
@@ -164,7 +188,7 @@ class Watch:
                 return status
             _end(PEER_LOST, f"error: {line}\n")
         elif self._index == 0:  # the service is here: the others read of this end before it goes
-            self._until(self._all_ended, _GRACE + 3)
+            self._until(self._all_ended, 2.0 if status == PEER_LOST else _GRACE + 3)
         _end(status)
 
     def _all_ended(self) -> bool:
@@ -238,10 +262,12 @@ class Watch:
                 return f"process 0 of {self._count}, the coordinator, has not answered for {now - self._round:.0f} s; {_AGAIN}"
             if self._stall and self.step is not None and now - self._moved > self._stall:
                 steps = {self._index: self.step} | {k: peer["step"] for k, peer in self._peers.items()}
-                last = min(steps, key=lambda k: -1 if steps[k] is None else steps[k])
+                least = min((step for step in steps.values() if step is not None), default=None)
+                last = [str(k) for k in sorted(steps) if steps[k] in (None, least)]
+                behind = "all stand" if len(last) == self._count else f"process {', '.join(last[:8])} stands"
                 return (
                     f"no step was done for {now - self._moved:.0f} s though all {self._count} processes live; "
-                    f"process {last} stands at step {steps[last]}, this one ({self._index}) at {self.step}; {_AGAIN}"
+                    f"{behind} at step {least}; {_AGAIN}"
                 )
         return None
 

@@ -10,19 +10,20 @@ Peers are watched from the start on (liveness.py): one that is dead or hung ends
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.parallel import liveness
+from pixart_jax.parallel import ENVIRONMENT, liveness
 from pixart_jax.parallel.liveness import PEER_LOST as PEER_LOST
 
-# What the local launcher sets, and any other may: read together or not at all.
-ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 FLAGS = {
     "--coordinator": ("HOST:PORT", "where process 0 listens; with --processes and --process-index"),
     "--processes": ("N", "how many processes there are"),
@@ -138,6 +139,39 @@ def start(options: Start) -> None:
             "or --distributed none for this one alone"
         ) from None
     liveness.begin(options.peer_timeout, options.stall_timeout)
+
+
+def agree(command: str, folder: str | os.PathLike | None = None, patience: float = 60) -> None:
+    """That all processes mean the same: command (whatever determines the run, as text) and folder, which all must see.
+
+    patience: seconds, for a network disk may show a new file late.
+
+    Raises UserError on the process that differs from process 0; nothing where there is one process alone.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(command.encode()).hexdigest()
+    mark = ""
+    if jax.process_index() == 0 and folder is not None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = f".seen-by-all-{os.urandom(8).hex()}"
+        (folder / mark).touch()
+    told, mark = liveness.tell("agree", f"{digest} {mark}").split(" ")
+    if told != digest:
+        raise UserError(f"process {jax.process_index()} was started with another config than process 0: give all the same command")
+    if folder is not None:
+        deadline = time.monotonic() + patience
+        while not (Path(folder) / mark).exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is not one folder that all processes see (process {jax.process_index()} does not see what process 0 "
+                    "wrote there): name one on a shared disk"
+                )
+            time.sleep(0.2)
+        liveness.meet("agree")
+        if jax.process_index() == 0:
+            (Path(folder) / mark).unlink(missing_ok=True)
 
 
 def conclude(run: Callable[[], int]) -> int:

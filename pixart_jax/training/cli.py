@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
             workdir = Path(rest[i + 1] if token == "--workdir" else token.split("=", 1)[1])
             rest = rest[:i] + rest[i + (2 if token == "--workdir" else 1) :]
             break
+    if workdir is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(workdir)):
+        raise UserError(f"--workdir {workdir}: a folder is needed, on a disk that all processes see; an address is none: mount it")
     if workdir is None and not {"-h", "--help"} & set(rest):
         raise UserError(f"--workdir is missing, the folder of the run: {USAGE}")
     return recipe, workdir, rest
