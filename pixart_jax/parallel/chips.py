@@ -55,7 +55,7 @@ def _tpu(watts: str, usd: str = "list", usable: str = "measured") -> dict[str, s
     return dict.fromkeys(("peak", "hbm", "links", "network"), "cloud") | {"usable": usable, "watts": watts, "usd": usd, "host": "assumed"}
 
 
-_V4, _TPU, _TPU7X = _tpu("isca23", usable="assumed"), _tpu("assumed"), _tpu("assumed", "assumed")
+_V4, _TPU, _TPU7X = _tpu("isca23"), _tpu("assumed"), _tpu("assumed", "assumed", "assumed")
 _GPU = dict.fromkeys(("peak", "hbm", "links", "watts", "host"), "nvidia") | {"usable": "assumed", "network": "dgx", "usd": "list"}
 
 # fmt: off
@@ -63,9 +63,9 @@ CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         #    name     bf16       memory      usable        memory/s torus link   network  host  a host W   USD/h
-        Chip("v4",    275e12,    32 * GIB,   31.75 * GIB,  1228e9,  3,    50e9,  6.25e9,  16e9, 4,     170, 3.22, _V4),
+        Chip("v4",    275e12,    32 * GIB,   30.75 * GIB,  1228e9,  3,    50e9,  6.25e9,  16e9, 4,     170, 3.22, _V4),
         Chip("v5e",   197e12,    16 * GIB,   15.75 * GIB,  819e9,   2,    50e9,  3.125e9, 16e9, 8,     200, 1.20, _TPU),
-        Chip("v5p",   459e12,    95 * GIB,   95 * GIB,     2765e9,  3,    100e9, 6.25e9,  16e9, 4,     450, 4.20, _TPU),
+        Chip("v5p",   459e12,    96 * GIB,   95.74 * GIB,  2765e9,  3,    100e9, 6.25e9,  16e9, 4,     450, 4.20, _TPU),
         Chip("v6e",   918e12,    32 * GIB,   31.25 * GIB,  1640e9,  2,    100e9, 12.5e9,  32e9, 8,     300, 2.70, _TPU),
         Chip("tpu7x", 1153.5e12, 96 * GIB,   94.75 * GIB,  3690e9,  3,    50e9,  6.25e9,  16e9, 8,     450, 6.00, _TPU7X),
         Chip("h100",  989.4e12,  80e9,       0.92 * 80e9,  3350e9,  0,    450e9, 50e9,    64e9, 8,     700, 6.88, _GPU),
