@@ -11,9 +11,12 @@ import re
 from typing import Literal
 
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.models.context import NAMES as CONTEXT_ATTENTIONS
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
+
+_MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
 def _require(condition: bool, owner: object, field: str, what: str) -> None:
@@ -28,23 +31,31 @@ def _one_of(owner: object, field: str, known: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be −1: all devices that the others leave."""
+    """Sizes of the mesh axes; one of them may be −1: all devices that the others leave.
+
+    context_attention: how keys and values meet all queries where context splits the image tokens: 'all_gather' or 'ring', which holds
+    less and hides its transfers behind the products (models/context.py). The numbers are the same.
+    """
 
     data: int = -1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    context_attention: str = "all_gather"
 
     def __post_init__(self):
-        for name in ("data", "fsdp", "context", "tensor"):
+        _one_of(self, "context_attention", CONTEXT_ATTENTIONS)
+        for name in _MESH_AXES:
             _require(getattr(self, name) == -1 or getattr(self, name) >= 1, self, name, "a mesh axis is at least 1, or -1 for the rest")
         if [self.data, self.fsdp, self.context, self.tensor].count(-1) > 1:
             raise UserError("MeshConfig: only one axis can be -1 (the rest)")
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """'fsdp=4,tensor=2' → the mesh of these sizes; data is the rest where it is not named. UserError for anything else."""
-        sizes: dict[str, int] = {}
+        """'fsdp=4,tensor=2' → the mesh of these sizes; data is the rest where it is not named. context_attention=ring may stand beside
+        them. UserError for anything else.
+        """
+        sizes: dict[str, int | str] = {}
         known = [field.name for field in dataclasses.fields(cls)]
         for part in filter(None, text.replace(" ", "").split(",")):
             name, _, size = part.partition("=")
@@ -53,7 +64,7 @@ class MeshConfig:
                     f"mesh {text!r}: {name!r} is no axis{nearest(name, known)}; AXIS=SIZE with commas between, as fsdp=4,tensor=2"
                 )
             try:
-                sizes[name] = int(size)
+                sizes[name] = int(size) if name in _MESH_AXES else size
             except ValueError:
                 raise UserError(f"mesh {text!r}: {part!r} is not AXIS=SIZE with a whole number, as fsdp=4,tensor=2") from None
         rest = 1 if -1 in sizes.values() else -1

@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import LabelEmbedder, PatchEmbedder, ScalarEmbedder, unpatchify
 from pixart_jax.models.geometry import Geometry
 from pixart_jax.models.layers import Dense, Mlp, SelfAttention, modulated_norm, zeros
 from pixart_jax.models.remat import policy, remat
-from pixart_jax.parallel.axes import ACTIVATION, EMBED, LAYERS, MODULATION
+from pixart_jax.parallel.axes import ACTIVATION, CONDITION, EMBED, LAYERS, MODULATION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +32,20 @@ class DiTBlock(nn.Module):
 
     config: DiTConfig
     dtype: jnp.dtype = jnp.float32
+    context_attention: str = "all_gather"
 
     def setup(self):
         c = self.config
         self.modulation = Dense(6 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST)
-        self.attn = SelfAttention(c.heads, False, c.attention_backend, self.dtype)
+        self.attn = SelfAttention(c.heads, False, c.attention_backend, self.dtype, self.context_attention)
         self.mlp = Mlp(c.mlp_width, c.width, dtype=self.dtype)
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """x [b, n, d], condition [b, d] fp32 (after SiLU) → [b, n, d]."""
         x = nn.with_logical_constraint(x, ACTIVATION)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(self.modulation(condition), 6, axis=-1)
-        x = x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a))
+        modulation = nn.with_logical_constraint(self.modulation(condition), CONDITION)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        x = nn.with_logical_constraint(x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a)), ACTIVATION)
         x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
         return nn.with_logical_constraint(x, ACTIVATION)
 
@@ -53,14 +56,16 @@ class DiT(nn.Module):
     config: DiTConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # a name of models/remat.py
+    context_attention: str = "all_gather"  # a name of models/context.py
 
     def setup(self):
         c = self.config
         policy(self.remat)
+        check_context_attention(self.context_attention)
         self.patch_embedder = PatchEmbedder(c, self.dtype)
         self.timestep_embedder = ScalarEmbedder(c.width)
         self.label_embedder = LabelEmbedder(c.num_classes, c.width)
-        self.blocks = DiTBlock(c, self.dtype)
+        self.blocks = DiTBlock(c, self.dtype, self.context_attention)
         self.final_modulation = Dense(2 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST)
         self.final = Dense(c.patch_size**2 * c.out_channels, (EMBED, None), zeros, self.dtype)
 
@@ -74,7 +79,7 @@ class DiT(nn.Module):
         rows, columns = c.grid(latents.shape)
         x = nn.with_logical_constraint(self.patch_embedder(latents), ACTIVATION)
         t = self.timestep_embedder(jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (x.shape[0],)))
-        condition = nn.silu(t + self.label_embedder(labels))
+        condition = nn.with_logical_constraint(nn.silu(t + self.label_embedder(labels)), CONDITION)
         scan = nn.scan(
             remat(lambda block, x, condition: (block(x, condition), None), self.remat),
             variable_axes={"params": 0},

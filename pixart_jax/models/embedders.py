@@ -10,7 +10,7 @@ import numpy as np
 from pixart_jax.models.geometry import Geometry
 from pixart_jax.models.layers import Dense, xavier
 from pixart_jax.models.positions import sincos_1d
-from pixart_jax.parallel.axes import CONV_IN, EMBED, MLP, NORM, VOCAB
+from pixart_jax.parallel.axes import ACT_EMBED, BATCH, CONV_IN, EMBED, MLP, NORM, VOCAB
 
 _SINUSOID = 256  # channels of every sinusoid of a scalar
 normal = nn.initializers.normal(0.02)
@@ -41,7 +41,7 @@ class ScalarEmbedder(nn.Module):
         self.fc2 = Dense(self.width, (EMBED, MLP), normal, precision=high)
 
     def __call__(self, values: jax.Array) -> jax.Array:
-        return self.fc2(nn.silu(self.fc1(sinusoid(values))))
+        return _held(self.fc2(nn.silu(_held(self.fc1(sinusoid(values))))))
 
 
 class PatchEmbedder(nn.Module):
@@ -82,7 +82,12 @@ class LabelEmbedder(nn.Module):
     @nn.compact
     def __call__(self, labels: jax.Array) -> jax.Array:
         table = self.param("table", nn.with_logical_partitioning(normal, (VOCAB, EMBED)), (self.classes + 1, self.width), jnp.float32)
-        return jnp.take(table, labels, axis=0).astype(jnp.float32)
+        return _held(jnp.take(table, labels, axis=0).astype(jnp.float32))
+
+
+def _held(vectors: jax.Array) -> jax.Array:
+    """Vectors [b, .., d] each whole with their sample: a kernel cut along d would otherwise have the batch's vectors gathered."""
+    return nn.with_logical_constraint(vectors, (BATCH, *[None] * (vectors.ndim - 2), ACT_EMBED))
 
 
 def unpatchify(tokens: jax.Array, rows: int, columns: int, patch: int) -> jax.Array:

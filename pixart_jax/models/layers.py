@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pixart_jax.models.attention import attention
+from pixart_jax.models.context import self_attention
 from pixart_jax.models.kv_compression import Compression, compress
 from pixart_jax.models.remat import ATTENTION_OUT
-from pixart_jax.parallel.axes import EMBED, HEADS, MLP, NORM
+from pixart_jax.parallel.axes import ACT_HEADS, ACT_MLP, BATCH, EMBED, HEADS, MLP, NORM, TEXT_TOKENS, TOKENS
 
 zeros = nn.initializers.zeros_init()
 
@@ -55,17 +56,19 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh form), Linear; [.., d_in] → [.., out]."""
+    """Linear, GELU (tanh form), Linear; [b, n, d_in] → [b, n, out]. tokens: the logical name of the n."""
 
     hidden: int
     out: int
     axes: tuple[str | None, str | None, str | None] = (EMBED, MLP, EMBED)
     kernel_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
+    tokens: str = TOKENS
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = Dense(self.hidden, self.axes[:2], self.kernel_init, self.dtype, name="fc1")(x)
+        x = nn.with_logical_constraint(x, (BATCH, self.tokens, ACT_MLP))  # else fc2 may gather its kernel over tensor
         return Dense(self.out, self.axes[1:], self.kernel_init, self.dtype, name="fc2")(nn.gelu(x, approximate=True))
 
 
@@ -73,24 +76,26 @@ class SelfAttention(nn.Module):
     """Multi-head attention of the image tokens [b, n, d] over themselves, or over fewer keys and values made of them.
 
     compression, grid: what KVCompression gives this layer, and the (rows, columns) of the n tokens; None: no layer compresses. Only
-    the way that ``compression.here`` says is computed.
+    the way that ``compression.here`` says is computed. Where the tokens are split over devices, context_attention says how keys and
+    values meet all queries (models/context.py); compressed ones, R² times fewer, are gathered in any case.
     """
 
     heads: int
     qk_norm: bool = False  # LayerNorm over the full width of q and of k, before the heads part
     backend: str = "xla"
     dtype: jnp.dtype = jnp.float32
+    context_attention: str = "all_gather"
 
     @nn.compact
     def __call__(self, x: jax.Array, compression: Compression | None = None, grid: tuple[int, int] | None = None) -> jax.Array:
         b, n, d = x.shape
 
-        def attend(q, k, v):
+        def attend(q, k, v, how=self.context_attention):
             q, k, v = (a.reshape(b, a.shape[1], self.heads, d // self.heads) for a in (q, k, v))
-            return attention(q, k, v, backend=self.backend).reshape(b, n, d)
+            return self_attention(q, k, v, backend=self.backend, context_attention=how)
 
         def attend_compressed(q, k, v):
-            return attend(q, compress(k, grid, compression), compress(v, grid, compression))
+            return attend(q, compress(k, grid, compression), compress(v, grid, compression), "replicated")
 
         q, k, v = (Dense(d, (EMBED, HEADS), xavier(d, 3 * d), self.dtype, name=name)(x) for name in ("q", "k", "v"))
         if self.qk_norm:
@@ -105,7 +110,6 @@ class SelfAttention(nn.Module):
                 for name, a in (("q_norm", q), ("k_norm", k))
             )
         x = attend(q, k, v) if compression is None else jax.lax.cond(compression.here, attend_compressed, attend, q, k, v)
-        x = checkpoint_name(x, ATTENTION_OUT)
         return Dense(d, (HEADS, EMBED), dtype=self.dtype, name="out")(x)
 
 
@@ -130,11 +134,12 @@ class CrossAttention(nn.Module):
     def keys_values(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Projected text [b, l, d] → keys and values, each [b, l, k, h]."""
         shape = (*text.shape[:2], self.heads, self.width // self.heads)
-        return self.k(text).reshape(shape), self.v(text).reshape(shape)
+        keys, values = (a.reshape(shape) for a in (self.k(text), self.v(text)))
+        return tuple(nn.with_logical_constraint(a, (BATCH, TEXT_TOKENS, ACT_HEADS, None)) for a in (keys, values))
 
     def __call__(self, x: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array) -> jax.Array:
         """x [b, n, d], keys and values [b, l, k, h], lengths [b] → [b, n, d]."""
         b, n, d = x.shape
-        q = self.q(x).reshape(b, n, self.heads, d // self.heads)
+        q = nn.with_logical_constraint(self.q(x).reshape(b, n, self.heads, d // self.heads), (BATCH, TOKENS, ACT_HEADS, None))
         out = attention(q, keys, values, lengths=lengths, backend=self.backend).reshape(b, n, d)
         return self.out(checkpoint_name(out, ATTENTION_OUT))

@@ -1,4 +1,17 @@
-"""Which intermediate values of a block are kept for the backward pass, by name."""
+"""Which intermediate values of a block are kept for the backward pass, by name.
+
+What a policy keeps of each block, in values of the compute dtype an image token of width d (MLP 4·d), and what the backward pass
+computes again; an image's own matrix products count as 1 forward pass, the whole step as 3:
+
+name           kept on the device                            computed again               for
+none           everything, the softmaxes too                 nothing                      small models; the fastest where it fits
+dots           the block's input, projections' outputs: 12·d attention, norms, GELU       memory to spare: costs the attention only
+attention_out  the block's input and both attentions: 3·d    the rest: below 1 forward    the usual one
+full           the block's input: d                          1 forward pass (step 3 → 4)  the least memory without a host's
+offload        nothing: input and attentions, 3·d, lie in    as attention_out             long sequences; 2 × 3·d bytes a token and
+               the host's pinned memory                                                   block cross PCIe, which must be shorter than
+                                                                                          the block's compute to be hidden
+"""
 
 from __future__ import annotations
 
@@ -6,18 +19,25 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from pixart_jax.errors import UserError, nearest
 
-# The name under which blocks mark the outputs of their attentions (jax.ad_checkpoint.checkpoint_name).
-ATTENTION_OUT = "attention_out"
+# The names under which blocks mark values (jax.ad_checkpoint.checkpoint_name).
+ATTENTION_OUT = "attention_out"  # the outputs of their attentions
+BLOCK_INPUT = "block_input"  # the residual stream as it comes in
+HOST = "pinned_host"  # JAX's kind of memory that "offload" writes to
 
+_OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT, ATTENTION_OUT], offload_src="device", offload_dst=HOST
+)
 _POLICIES: dict[str, Callable] = {
-    "full": jax.checkpoint_policies.nothing_saveable,  # only the blocks' inputs: the least memory, one more forward pass
-    "attention_out": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),  # and what the attentions gave
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and every projection's output: attention and pointwise work again
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention_out": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": _OFFLOAD,
 }
-NAMES = ("none", *_POLICIES)  # none: keep everything, compute nothing twice
+NAMES = ("none", *_POLICIES)
 
 
 def policy(name: str) -> Callable | None:
@@ -27,10 +47,22 @@ def policy(name: str) -> Callable | None:
     return _POLICIES.get(name)
 
 
+def check_platform(name: str, platform: str) -> None:
+    """UserError where devices of this platform ('tpu', 'gpu', 'cpu') have no host memory of their own to offload to."""
+    if name == "offload" and platform == "cpu":
+        raise UserError("remat offload: a CPU has no other memory to offload to; attention_out computes the same again, full keeps least")
+
+
 def remat(step: Callable, name: str) -> Callable:
     """Wrap the body of a scan over blocks, ``step(module, carry, …)``, in the named policy.
 
     prevent_cse is off: inside a scan the loop itself keeps forward and backward apart, and its barriers would cost speed.
     """
     chosen = policy(name)
-    return step if chosen is None else nn.remat(step, policy=chosen, prevent_cse=False)
+    if chosen is None:
+        return step
+
+    def named(module, carry, *rest):
+        return step(module, checkpoint_name(carry, BLOCK_INPUT), *rest)
+
+    return nn.remat(named, policy=chosen, prevent_cse=False)

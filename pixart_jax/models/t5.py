@@ -17,7 +17,7 @@ import numpy as np
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.attention import attention
 from pixart_jax.models.remat import policy, remat
-from pixart_jax.parallel.axes import ACTIVATION, EMBED, HEADS, LAYERS, MLP, NORM, VOCAB
+from pixart_jax.parallel.axes import EMBED, HEADS, LAYERS, MLP, NORM, TEXT_ACTIVATION, VOCAB
 
 QUANTIZATIONS = ("int8",)
 
@@ -140,7 +140,7 @@ class T5Block(nn.Module):
         def project(features, std, axes, name):
             return Projection(features, std, axes, self.dtype, self.quantization, name=name)
 
-        x = nn.with_logical_constraint(x, ACTIVATION)
+        x = nn.with_logical_constraint(x, TEXT_ACTIVATION)
         y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="attention_norm")(x)
         q = project(inner, (d * c.d_kv) ** -0.5, (EMBED, HEADS), "q")(y)
         k = project(inner, d**-0.5, (EMBED, HEADS), "k")(y)
@@ -153,7 +153,7 @@ class T5Block(nn.Module):
         gate = nn.gelu(project(c.d_ff, d**-0.5, (EMBED, MLP), "wi_0")(y), approximate=True)
         y = gate * project(c.d_ff, d**-0.5, (EMBED, MLP), "wi_1")(y)
         x = x + project(d, c.d_ff**-0.5, (MLP, EMBED), "wo")(y)
-        return nn.with_logical_constraint(x, ACTIVATION)
+        return nn.with_logical_constraint(x, TEXT_ACTIVATION)
 
 
 class T5Encoder(nn.Module):
@@ -188,7 +188,7 @@ class T5Encoder(nn.Module):
         c = self.config
         if input_ids.ndim != 2 or lengths.shape != input_ids.shape[:1]:
             raise UserError(f"input_ids {tuple(input_ids.shape)} and lengths {tuple(lengths.shape)} do not fit: [b, l] and [b] would")
-        x = nn.with_logical_constraint(self.embedding[input_ids].astype(jnp.float32), ACTIVATION)
+        x = nn.with_logical_constraint(self.embedding[input_ids].astype(jnp.float32), TEXT_ACTIVATION)
         buckets = relative_buckets(x.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance)
         bias = self.relative_bias[buckets].transpose(2, 0, 1)[None]  # [1, k, l, l]
         scan = nn.scan(

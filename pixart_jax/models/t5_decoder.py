@@ -13,7 +13,7 @@ import numpy as np
 
 from pixart_jax.models.attention import attention
 from pixart_jax.models.t5 import Projection, RMSNorm, T5Config, relative_buckets
-from pixart_jax.parallel.axes import ACTIVATION, EMBED, HEADS, MLP
+from pixart_jax.parallel.axes import EMBED, HEADS, MLP, TEXT_ACTIVATION
 
 _LATER = -1e9  # added to the logits of tokens that are not written yet
 
@@ -78,7 +78,7 @@ class T5Decoder(nn.Module):
     ) -> jax.Array:  # [b, m, vocab_size] fp32
         c = self.config
         written = jnp.pad(target_ids[:, :-1], ((0, 0), (1, 0)))  # the padding token opens every text
-        x = nn.with_logical_constraint(embedding[written].astype(jnp.float32), ACTIVATION)
+        x = nn.with_logical_constraint(embedding[written].astype(jnp.float32), TEXT_ACTIVATION)
         length = x.shape[1]
         init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), (None, None))
         table = self.param("relative_bias", init, (c.relative_attention_num_buckets, c.num_heads), jnp.float32)

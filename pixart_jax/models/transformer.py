@@ -10,12 +10,26 @@ import jax
 import jax.numpy as jnp
 
 from pixart_jax.errors import UserError
+from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
 from pixart_jax.models.geometry import Geometry
 from pixart_jax.models.kv_compression import Compression, KVCompression
 from pixart_jax.models.layers import CrossAttention, Dense, Mlp, SelfAttention, modulated_norm, zeros
 from pixart_jax.models.remat import policy, remat
-from pixart_jax.parallel.axes import ACTIVATION, EMBED, LAYERS, MLP, MODULATION, NORM, TEXT
+from pixart_jax.parallel.axes import (
+    ACT_EMBED,
+    ACTIVATION,
+    BATCH,
+    CONDITION,
+    EMBED,
+    LAYERS,
+    MLP,
+    MODULATION,
+    NORM,
+    TEXT,
+    TEXT_ACTIVATION,
+    TEXT_TOKENS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +84,14 @@ class Block(nn.Module):
 
     config: TransformerConfig
     dtype: jnp.dtype = jnp.float32
+    context_attention: str = "all_gather"
 
     def setup(self):
         c = self.config
         # Drawn at 1/√d, so the gates do not start at zero.
         table = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), (None, NORM))
         self.table = self.param("table", table, (6, c.width), jnp.float32)
-        self.attn = SelfAttention(c.heads, c.qk_norm, c.attention_backend, self.dtype)
+        self.attn = SelfAttention(c.heads, c.qk_norm, c.attention_backend, self.dtype, self.context_attention)
         self.cross_attn = CrossAttention(c.width, c.heads, c.attention_backend, self.dtype)
         self.mlp = Mlp(c.mlp_width, c.width, dtype=self.dtype)
 
@@ -96,8 +111,10 @@ class Block(nn.Module):
     ) -> jax.Array:  # [b, n, d]
         x = nn.with_logical_constraint(x, ACTIVATION)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(self.table + modulation, 1, 0)
-        x = x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a), compression, grid)
-        x = x + self.cross_attn(x, keys, values, lengths)
+        # Constrained after each sum, so that what tensor's parts add up to is summed there, and the stream stays whole along d.
+        attended = self.attn(modulated_norm(x, shift_a, scale_a), compression, grid)
+        x = nn.with_logical_constraint(x + gate_a[:, None].astype(x.dtype) * attended, ACTIVATION)
+        x = nn.with_logical_constraint(x + self.cross_attn(x, keys, values, lengths), ACTIVATION)
         x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
         return nn.with_logical_constraint(x, ACTIVATION)
 
@@ -113,10 +130,12 @@ class PixArtTransformer(nn.Module):
     config: TransformerConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # a name of models/remat.py
+    context_attention: str = "all_gather"  # a name of models/context.py; read where image tokens are split over devices
 
     def setup(self):
         c = self.config
         policy(self.remat)  # an unknown name fails before anything is computed
+        check_context_attention(self.context_attention)
         high = jax.lax.Precision.HIGHEST
         self.patch_embedder = PatchEmbedder(c, self.dtype)
         self.timestep_embedder = ScalarEmbedder(c.width)
@@ -124,8 +143,8 @@ class PixArtTransformer(nn.Module):
             self.size_embedder = ScalarEmbedder(c.width // 3)
             self.ratio_embedder = ScalarEmbedder(c.width // 3)
         self.t_block = Dense(6 * c.width, (EMBED, MODULATION), normal, precision=high)
-        self.caption_projection = Mlp(c.width, c.width, (TEXT, MLP, EMBED), normal, self.dtype)
-        self.blocks = Block(c, self.dtype)
+        self.caption_projection = Mlp(c.width, c.width, (TEXT, MLP, EMBED), normal, self.dtype, TEXT_TOKENS)
+        self.blocks = Block(c, self.dtype, self.context_attention)
         if c.kv_compression > 1:
             self.kv_compression = KVCompression(c.kv_compression, c.kv_compression_layers, c.depth, c.width)
         final_table = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), (None, NORM))
@@ -175,7 +194,7 @@ class PixArtTransformer(nn.Module):
     def _project(self, text_states: jax.Array) -> jax.Array:
         if text_states.shape[-1] != self.config.caption_width:
             raise UserError(f"text states {tuple(text_states.shape)} do not fit: want [b, l, {self.config.caption_width}]")
-        return self.caption_projection(text_states)
+        return nn.with_logical_constraint(self.caption_projection(text_states), TEXT_ACTIVATION)
 
     def _scan(self, step, broadcast: int):
         """One loop over the stacked blocks; step(block, carry, per_block, *broadcast) → (carry, out)."""
@@ -196,7 +215,7 @@ class PixArtTransformer(nn.Module):
                 raise UserError("this model has size conditions: give size [b, 2] (height, width in pixels) and aspect_ratio [b]")
             sizes = self.size_embedder(size).reshape(batch, -1)  # [b, 2, d/3] → [b, 2d/3]
             t = t + jnp.concatenate([sizes, self.ratio_embedder(aspect_ratio)], axis=-1)
-        return t
+        return nn.with_logical_constraint(t, CONDITION)
 
     def _compression(self, rows: int, columns: int) -> Compression | None:
         """Every layer's key and value compression on a grid of patches, stacked [depth, …]; None in a model without."""
@@ -218,7 +237,7 @@ class PixArtTransformer(nn.Module):
         rows, columns = c.grid(latents.shape)
         x = nn.with_logical_constraint(self.patch_embedder(latents), ACTIVATION)
         t = self._condition(timesteps, x.shape[0], size, aspect_ratio)
-        modulation = self.t_block(nn.silu(t)).reshape(-1, 6, c.width)
+        modulation = nn.with_logical_constraint(self.t_block(nn.silu(t)).reshape(-1, 6, c.width), (BATCH, None, ACT_EMBED))
         scan = self._scan(remat(step, self.remat), broadcast=1 + len(shared))
         x, _ = scan(self.blocks, x, (per_block, self._compression(rows, columns)), modulation, *shared)
         shift, scale = jnp.moveaxis(self.final_table + t[:, None], 1, 0)

@@ -16,7 +16,13 @@ NORM = "norm"  # norm scales and other vectors; small
 
 # Activations.
 BATCH = "batch"
-TOKENS = "tokens"
+TOKENS = "tokens"  # of the image
+TEXT_TOKENS = "text_tokens"  # of a caption: few, so never split
 ACT_EMBED = "act_embed"
+ACT_HEADS = "act_heads"  # attention heads
+ACT_MLP = "act_mlp"  # the MLP's inner width
 
 ACTIVATION = (BATCH, TOKENS, ACT_EMBED)  # [b, n, d], the residual stream
+CONDITION = (BATCH, ACT_EMBED)  # [b, d], what every token of a sample is told alike
+TEXT_ACTIVATION = (BATCH, TEXT_TOKENS, ACT_EMBED)  # [b, l, d], a text model's
+OF_ACTIVATIONS = (BATCH, TOKENS, TEXT_TOKENS, ACT_EMBED, ACT_HEADS, ACT_MLP)

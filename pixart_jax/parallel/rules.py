@@ -7,19 +7,25 @@ replicated, though large, is cut along its largest other dimension, so that memo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pixart_jax.errors import UserError
 from pixart_jax.parallel import axes
+from pixart_jax.parallel.mesh import batch_shards
 
 # In order of preference: the first row whose mesh axis is still free for an array wins.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.BATCH, ("data", "fsdp")),
     (axes.TOKENS, "context"),
+    (axes.TEXT_TOKENS, None),
     (axes.ACT_EMBED, None),
+    (axes.ACT_HEADS, "tensor"),
+    (axes.ACT_MLP, "tensor"),
     (axes.HEADS, "tensor"),
     (axes.MLP, "tensor"),
     (axes.TEXT, "fsdp"),
@@ -31,9 +37,13 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.MODULATION, None),
     (axes.NORM, None),
 )
-ACTIVATION_RULES = tuple(row for row in RULES if row[0] in axes.ACTIVATION)  # for flax.linen.logical_axis_rules around a step
+ACTIVATION_RULES = tuple(row for row in RULES if row[0] in axes.OF_ACTIVATIONS)  # for flax.linen.logical_axis_rules around a step
 REPLICATED_LIMIT = 1 << 20  # bytes; above this no parameter may be a whole copy on each device when fsdp > 1
 
+ACCIDENT_SHARE = 0.02  # of the parameters that may stay whole on an fsdp axis because a size happens not to divide
+
+_KEPT_WHOLE = {axes.MODULATION, axes.NORM}
+_CUT_OVER_FSDP = {name for name, target in RULES if target == "fsdp"}
 _PARAMETER_AXES = {name: target for name, target in RULES if isinstance(target, str)}
 
 
@@ -82,9 +92,62 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of an array of so many rows: as a batch where the mesh's parts divide them, else a whole copy on every device."""
+    return batch_sharding(mesh) if rows % batch_shards(mesh) == 0 else replicated(mesh)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """How much of a model every device of an fsdp mesh holds whole."""
+
+    by_accident: dict[str, int]  # parameter → elements, largest first: its axis is meant to be cut, and fsdp does not divide it
+    on_purpose: int  # elements of vectors, norms and modulation tables, which the table keeps whole
+    total: int  # elements of the model
+
+    @property
+    def share(self) -> float:
+        """Of the parameters, by accident."""
+        return sum(self.by_accident.values()) / max(1, self.total)
+
+
+def kept_whole(boxed_shapes, mesh: Mesh) -> Whole:
+    """What the table leaves uncut over fsdp of a model (jax.eval_shape of its init, boxed); nothing where fsdp is 1."""
+    accident, purpose, total = {}, 0, 0
+    names = jax.tree.leaves(logical_names(boxed_shapes), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(unboxed(boxed_shapes)), names, strict=True):
+        size = math.prod(leaf.shape)
+        total += size
+        if mesh.shape["fsdp"] == 1 or "fsdp" in parameter_spec(own, leaf.shape, leaf.dtype.itemsize, mesh):
+            continue
+        vector = len(leaf.shape) - (axes.LAYERS in own) <= 1
+        if vector or (set(own) & _KEPT_WHOLE and not set(own) & _CUT_OVER_FSDP):
+            purpose += size
+        else:
+            accident[jax.tree_util.keystr(path, simple=True, separator="/")] = size
+    return Whole(dict(sorted(accident.items(), key=lambda item: -item[1])), purpose, total)
+
+
+def check_sharded(boxed_shapes, mesh: Mesh) -> Whole:
+    """:func:`kept_whole`, or a UserError where over 2 % of the parameters stay whole by accident, and over 1 MB of them in fp32."""
+    whole = kept_whole(boxed_shapes, mesh)
+    amount = sum(whole.by_accident.values())
+    if whole.share <= ACCIDENT_SHARE or 4 * amount <= REPLICATED_LIMIT:
+        return whole
+    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(unboxed(boxed_shapes))}
+    sides = [leaves[name].shape for name in whole.by_accident]
+    fits = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and all(any(side % n == 0 for side in shape[-2:]) for shape in sides)]
+    first, more = list(whole.by_accident)[:3], len(whole.by_accident) - 3
+    raise UserError(
+        f"mesh fsdp {mesh.shape['fsdp']} leaves {whole.share:.0%} of the parameters ({amount:,} of {whole.total:,}) whole on every device:"
+        f" it divides no side of {', '.join(first)}{f' and {more} more' if more > 0 else ''}; fsdp {', '.join(map(str, fits))} would do"
+        f" (another {whole.on_purpose / whole.total:.1%}, vectors and tables, are whole on purpose)"
+    )
 
 
 def large_replicated(tree, limit: int = REPLICATED_LIMIT) -> list[str]:

@@ -37,9 +37,13 @@ class Parts:
 
 
 def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
-    """The parts of a stage on a mesh. frozen: training.frozen.Frozen, or AssumedFrozen where its folders are not at hand."""
+    """The parts of a stage on a mesh. frozen: training.frozen.Frozen, or AssumedFrozen where its folders are not at hand.
+
+    Raises UserError for a task that does not fit its config, and where the mesh leaves much of the model whole on every device.
+    """
     task = make_task(config, stage, frozen)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
+    rules.check_sharded(boxed, mesh)
     optimizer = make_optimizer(stage.optimizer, stage.steps, stage.batch_size, rules.logical_names(boxed))
     return Parts(task, optimizer, abstract_state(boxed, optimizer, mesh))
 

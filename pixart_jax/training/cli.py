@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from pixart_jax import program
-from pixart_jax.config import Config
+from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError, nearest
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
@@ -58,7 +59,7 @@ def configured(recipe: Path, overrides: Sequence[str]) -> Config:
     """The recipe's config with its overrides; every complaint is a UserError of one line."""
     import tyro
 
-    default = load(recipe)
+    default, overrides = meshed(load(recipe), overrides)
     return program.parse(
         tyro.conf.AvoidSubcommands[Config],
         overrides,
@@ -66,6 +67,21 @@ def configured(recipe: Path, overrides: Sequence[str]) -> Config:
         default=default,
         description=f"Options of {recipe.name}.",
     )
+
+
+def meshed(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """``--mesh fsdp=8,tensor=2``, the whole mesh in one flag, set in the config; (the config, the overrides that are left)."""
+    left: list[str] = []
+    rest = iter(overrides)
+    for token in rest:
+        if token != "--mesh" and not token.startswith("--mesh="):
+            left.append(token)
+            continue
+        text = next(rest, None) if token == "--mesh" else token.split("=", 1)[1]
+        if text is None or text.startswith("--"):
+            raise UserError("--mesh needs the sizes of its axes, as --mesh fsdp=8,tensor=2")
+        config = dataclasses.replace(config, mesh=MeshConfig.parse(text))
+    return config, left
 
 
 def load(recipe: Path) -> Config:

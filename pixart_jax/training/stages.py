@@ -21,6 +21,7 @@ from pixart_jax.training.checkpoint import Checkpoints, Place
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.ledger import PowerMeter, ledger
 from pixart_jax.training.loop import Watch, Window, train
+from pixart_jax.training.mesh_fit import check_models
 from pixart_jax.training.starts import first_params
 from pixart_jax.training.state import TrainState, fresh_params, state_from
 from pixart_jax.training.tasks import Task
@@ -47,6 +48,7 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
     with Workdir(workdir, config) as folder:
         mesh = make_mesh(config.mesh)
         _check_batches(config, mesh)
+        check_models(config, mesh)
         _check_folders(config)
         with (
             Checkpoints(folder.checkpoints, config.keep_checkpoints) as saves,
@@ -88,9 +90,6 @@ class Run:
         config = self.config.stages[index]
         loader = open_loader(self.config, index, self.frozen, self.encode)
         made = parts(self.config, config, self.frozen, self.mesh)
-        whole = rules.large_replicated(made.abstract.params)
-        if whole:
-            raise UserError(f"mesh fsdp {self.mesh.shape['fsdp']} divides no side of {', '.join(whole)}: choose one that does")
         return Stage(index, made.task, loader, made.optimizer, made.abstract)
 
     def begin(self, stage: Stage, previous) -> TrainState:

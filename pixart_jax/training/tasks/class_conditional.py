@@ -77,7 +77,8 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -
     geometry = {field.name: getattr(model, field.name) for field in dataclasses.fields(Geometry)}
     if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
         raise UserError(f"model.out_channels = {model.out_channels}: a learned range needs {2 * model.in_channels}")
-    module = DiT(DiTConfig(**geometry, num_classes=config.num_classes), dtype=dtype, remat=config.remat)
+    sizes = DiTConfig(**geometry, num_classes=config.num_classes)
+    module = DiT(sizes, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention)
     return ClassConditional(module, Denoising(stage.objective, frozen.scaling_factor), frozen)
 
 

@@ -116,7 +116,7 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -
         raise UserError(f"model.out_channels = {model.out_channels}: a learned range needs {2 * model.in_channels}")
     model = placed(model, stage)
     null_length = len(frozen.text_states([""], model.text_tokens)[0]) if stage.objective.null_condition == "empty" else 0
-    module = PixArtTransformer(model, dtype=dtype, remat=config.remat)
+    module = PixArtTransformer(model, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention)
     sampling = SamplingConfig(config.preview.guidance)
     return TextToImage(module, Denoising(stage.objective, frozen.scaling_factor), frozen, null_length, sampling)
 
