@@ -240,6 +240,37 @@ class PreviewConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Which steps are skipped, and when a run gives up. A step whose loss or gradient is not finite is never taken.
+
+    spike_factor: nor is one whose loss or gradient norm is this many times its running mean over the last 100 good steps of
+    the stage; None: only what is not finite is skipped. bad_steps_in_row: so many in a row stop the run.
+    """
+
+    spike_factor: float | None = 20.0
+    bad_steps_in_row: int = 10
+
+    def __post_init__(self):
+        _require(self.spike_factor is None or self.spike_factor > 1, self, "spike_factor", "must be above 1, or None for no limit")
+        _require(self.bad_steps_in_row >= 1, self, "bad_steps_in_row", "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A profiler trace → WORKDIR/profile. steps: (first, last) by the run's own count, total_step in metrics.jsonl; None: no trace."""
+
+    steps: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        _require(
+            self.steps is None or 1 <= self.steps[0] <= self.steps[1],
+            self,
+            "steps",
+            "want the first and the last step, counted from 1, the first not above the last",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class HardwareConfig:
     """What the ledger assumes where nothing measures it."""
 
@@ -269,8 +300,11 @@ class Config:
     remat: str = "none"  # a name of models/remat.py
     seed: int = 0
     log_every: int = 50
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
+    checkpoint_every: int = 1000  # steps of a stage; its last step is saved always
+    keep_checkpoints: int = 3  # the newest so many stay …
+    keep_every: int | None = None  # … and for good each at a multiple of so many steps of the run, which is saved in any case
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
     hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
 
@@ -282,6 +316,7 @@ class Config:
         _require(self.seed >= 0, self, "seed", "must not be negative")
         for field in ("log_every", "checkpoint_every", "keep_checkpoints", "num_classes"):
             _require(getattr(self, field) >= 1, self, field, "must be at least 1")
+        _require(self.keep_every is None or self.keep_every >= 1, self, "keep_every", "must be at least 1, or None")
         unit = 8 * self.model.patch_size
         for stage in self.stages:
             for height, width in stage.data.buckets:

@@ -1,4 +1,4 @@
-"""The one exception, and the one warning, that a person is meant to read."""
+"""The exceptions, and the one warning, that a person is meant to read."""
 
 
 class UserError(Exception):
@@ -6,6 +6,13 @@ class UserError(Exception):
 
     The message is one line: what was wrong, with its value, and what would do. Programs print it as
     ``error: …`` and exit with status 2; a library caller catches it as any exception.
+    """
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked a run to stop, and what was to be saved is saved. The message is one line: where it stands, how it goes on.
+
+    A program prints it and exits with ``program.INTERRUPTED``. No Exception, so that nothing that handles faults takes it for one.
     """
 
 

@@ -15,7 +15,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from pixart_jax.errors import Notice, UserError, nearest
+from pixart_jax.errors import Interrupted, Notice, UserError, nearest
+
+# Exit statuses; 0 is success, and a fault of the program, with its traceback, is Python's own 1.
+GAVE_UP = 1  # a training run stopped itself: too many bad steps in a row
+BAD_INPUT = 2  # what a person can put right, said in one line
+INTERRUPTED = 75  # a signal stopped the run, its state is saved, the same command goes on (sysexits.h: EX_TEMPFAIL)
+KILLED_BY_KEYBOARD = 130  # Ctrl-C where nothing had to be saved
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -24,8 +30,8 @@ _FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENO
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)`` (the process's own arguments by default) and return the process's exit status.
 
-    0 or what main returns; 2 with one line ``error: …`` on stderr for what a person can put right; 130 when interrupted.
-    Anything else is a fault of the program and keeps its traceback.
+    0 or what main returns; 2 with one line ``error: …`` on stderr for what a person can put right; 75 with one line where a
+    run was told to stop and saved itself; 130 when interrupted otherwise. Anything else is a fault of the program and keeps its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -33,15 +39,18 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
             return main(argv) or 0
     except SystemExit as stop:  # --help, and a program's own sys.exit
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return KILLED_BY_KEYBOARD
     except Exception as fault:
         line = as_line(fault)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
 
 
 @contextlib.contextmanager

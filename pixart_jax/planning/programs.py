@@ -58,7 +58,7 @@ def _step(job: Job, mesh) -> Program:
     frozen = abstract.AssumedFrozen(job.config)
     made = abstract.parts(job.config, stage, frozen, mesh)
     batch = abstract.abstract_batch(job.config, stage, job.bucket, mesh)
-    traced = abstract.compiled_step(stage, made, mesh).trace(made.abstract, batch, abstract.abstract_key(mesh))
+    traced = abstract.compiled_step(job.config, stage, made, mesh).trace(made.abstract, batch, abstract.abstract_key(mesh))
     state = made.abstract
     ema = averaged(state.opt_state)
     counted = {"parameters": held(state.params), "EMA": held(ema) if ema is not None else 0.0}

@@ -48,10 +48,11 @@ def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
     return Parts(task, optimizer, abstract_state(boxed, optimizer, mesh))
 
 
-def compiled_step(stage: StageConfig, made: Parts, mesh: Mesh) -> CompiledStep:
+def compiled_step(config: Config, stage: StageConfig, made: Parts, mesh: Mesh) -> CompiledStep:
     """The step of a stage; nothing is compiled before its first call."""
     rate = schedule(stage.optimizer, stage.steps, stage.batch_size)
-    return CompiledStep(made.task.losses, made.optimizer, rate, made.abstract, mesh, stage.optimizer.accumulate)
+    spikes = config.guard.spike_factor
+    return CompiledStep(made.task.losses, made.optimizer, rate, made.abstract, mesh, stage.optimizer.accumulate, spikes)
 
 
 def abstract_batch(config: Config, stage: StageConfig, bucket: tuple[int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

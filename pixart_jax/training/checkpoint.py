@@ -1,5 +1,8 @@
 """Saves and restores: Orbax, asynchronous, state and place in the run together, and each save checked when it is opened again.
 
+Together they determine all that follows: random keys are derived from the config's seed and the step and are not state; the
+loader's place is a number. A save is opened onto whatever mesh and number of processes asks for it.
+
 A save carries a list of its files, written just before Orbax commits it (renames it to its step), and checksums of its
 arrays, taken on the device before it began. The first finds what is missing, cut short or, in small files, altered, before
 Orbax reads anything; the second finds any altered bit of the state.
@@ -8,15 +11,21 @@ Orbax reads anything; the second finds any altered bit of the state.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
 from pixart_jax.errors import UserError
+from pixart_jax.parallel import rules
+from pixart_jax.training.bad_steps import Guard
 from pixart_jax.training.state import TrainState
 
 FILES = "files.json"  # in a save's folder: each file's size and, up to _SMALL bytes, CRC-32
@@ -34,19 +43,25 @@ class Place:
     cost: dict = dataclasses.field(default_factory=dict)  # a stage's name → what the ledger counts
     window: dict = dataclasses.field(default_factory=dict)  # metrics not logged yet
     loader: dict = dataclasses.field(default_factory=dict)  # the loader's state
+    guard: dict = dataclasses.field(default_factory=dict)  # TrainState.guard, put here by save
+    productive: float = 0.0  # seconds of stepping until here (training/clock.py)
 
 
 class Checkpoints:
-    """The saves of a run, under ``folder``. Use as a context: leaving it waits for the last save."""
+    """The saves of a run, under ``folder``. Use as a context: leaving it waits for the last save.
 
-    def __init__(self, folder: Path, keep: int):
+    keep: the newest so many stay. every: so does each at a multiple of so many total steps, for good; None: no others.
+    """
+
+    def __init__(self, folder: Path, keep: int, every: int | None = None):
         self.folder = Path(folder).absolute()
         self._saving: int | None = None
+        policies = [keeping.LatestN(keep)] + ([keeping.EveryNSteps(every)] if every else [])
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "place", "sums"),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=keeping.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
@@ -70,6 +85,10 @@ class Checkpoints:
         """Begin a save; returns once the state is copied and may be donated."""
         self._manager.wait_until_finished()
         self._saving = place.total
+        if state.guard is not None:
+            numbers = {field.name: getattr(state.guard, field.name) for field in dataclasses.fields(Guard)}
+            place = dataclasses.replace(place, guard={name: value.item() for name, value in jax.device_get(numbers).items()})
+        state = _arrays(state)
         self._manager.save(
             place.total,
             args=ocp.args.Composite(
@@ -86,13 +105,32 @@ class Checkpoints:
         return Place(**self._open(total, place=ocp.args.JsonRestore()).place)
 
     def restore(self, total: int, abstract: TrainState) -> TrainState:
-        """The state of a save, laid out as ``abstract``. UserError names a save that is damaged; none is ever skipped."""
-        opened = self._open(total, state=ocp.args.StandardRestore(abstract), sums=ocp.args.JsonRestore())
+        """The state of a save, laid out as ``abstract``.
+
+        UserError where it is of another model, before an array of it is read, and where it is damaged; none is ever skipped.
+        """
+        wanted = _arrays(abstract)
+        self._check(total)
+        self._compare(total, wanted)
+        opened = self._open(total, state=ocp.args.StandardRestore(wanted), sums=ocp.args.JsonRestore(), place=ocp.args.JsonRestore())
         found = _sums(opened.state)
         wrong = sorted(name for name in found | opened.sums if found.get(name) != opened.sums.get(name))
         if wrong:
             raise self._damaged(total, f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}")
-        return opened.state
+        return TrainState(**opened.state, guard=_guard(opened.place.get("guard"), abstract.guard))
+
+    def _compare(self, total: int, wanted: dict) -> None:
+        """UserError where the save's arrays are not those that the run's model and optimizer have."""
+        try:
+            saved = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(self.folder / str(total) / "state").item_metadata.tree
+        except Exception as fault:  # Orbax, TensorStore and JSON each raise their own kinds
+            raise self._damaged(total, " ".join(str(fault).split())[:200]) from fault
+        theirs, mine = _shapes(saved), _shapes(wanted)
+        other = [name for name in dict.fromkeys([*theirs, *mine]) if theirs.get(name) != mine.get(name)]
+        if other:
+            said = [f"{name} is {_shown(theirs.get(name))} there and {_shown(mine.get(name))} here" for name in other[:2]]
+            more = f" and {len(other) - 2} more" if len(other) > 2 else ""
+            raise UserError(f"checkpoint {self.folder / str(total)} is of another model: {'; '.join(said)}{more}; name another workdir")
 
     def _list_files(self) -> None:
         """Called by Orbax when all of a save is written, before it gets its name."""
@@ -136,10 +174,45 @@ def _describe(path: Path) -> list[int | None]:
     return [size, zlib.crc32(path.read_bytes()) if size <= _SMALL else None]
 
 
+def _arrays(state: TrainState) -> dict:
+    """What of the state a save holds as arrays: all but the guard's few numbers."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _guard(numbers: dict | None, abstract: Guard | None) -> Guard | None:
+    """The guard as it was saved, laid out as ``abstract``; a fresh one where the save is older than guards are."""
+    if abstract is None:
+        return None
+    guard = Guard(**numbers) if numbers else Guard.fresh()
+    return jax.tree.map(lambda value, like: jax.device_put(np.asarray(value, like.dtype), like.sharding), guard, abstract)
+
+
+def _shapes(tree) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Array name → (shape, dtype); what has no shape, as an empty part of the optimizer's state, is left out."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
+
+
+def _shown(found) -> str:
+    return "absent" if found is None else f"{list(found[0])} {found[1]}"
+
+
 def _sums(tree) -> dict[str, int]:
     """A checksum of each array's bits, the same however the array is laid out: Σ (2i + 1) · bits_i mod 2³²."""
-    values = jax.device_get(jax.jit(lambda t: jax.tree.map(_sum, t))(tree))
+    sharding = jax.tree.leaves(tree)[0].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    values = jax.device_get(_summing(mesh)(tree))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): int(v) for path, v in jax.tree_util.tree_leaves_with_path(values)}
+
+
+@functools.cache
+def _summing(mesh):
+    """The program that sums; what it gives lies whole on every device, so that each process can read it."""
+    where = {} if mesh is None else {"out_shardings": rules.replicated(mesh)}
+    return jax.jit(lambda tree: jax.tree.map(_sum, tree), **where)
 
 
 def _sum(x: jax.Array) -> jax.Array:

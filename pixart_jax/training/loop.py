@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -11,40 +10,66 @@ from collections.abc import Callable
 import jax
 from tqdm import tqdm
 
+from pixart_jax.errors import Interrupted
+from pixart_jax.training.bad_steps import describe
 from pixart_jax.training.batches import put
+from pixart_jax.training.clock import Clock
+from pixart_jax.training.interruption import Interruption
 from pixart_jax.training.state import TrainState
+from pixart_jax.training.trace import Trace
 
 
 class Diverged(Exception):
-    """Loss or gradient is no longer finite. The message names the stage and the step."""
+    """Too many steps in a row could not be taken. The message names the stage, the step, what was wrong and the batch's records."""
 
 
 @dataclasses.dataclass
 class Window:
-    """Sums of the metrics since the last logged line; saved with a checkpoint, so that a resumed run logs the same lines."""
+    """Sums of the metrics since the last logged line; saved with a checkpoint, so that a resumed run logs the same lines.
+
+    A skipped step counts as skipped, and nowhere else: its loss may be no number.
+    """
 
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     count: int = 0
+    skipped: int = 0
 
     def add(self, values: dict[str, float]) -> None:
+        if values["skipped"]:
+            self.skipped += 1
+            return
         self.count += 1
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            if not name.startswith("skipped"):
+                self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        return {name: value / self.count for name, value in self.sums.items()}
+        """Of the good steps; no loss where there was none."""
+        return {name: value / self.count for name, value in self.sums.items()} | {"skipped": self.skipped}
 
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """What the loop does besides stepping. log(step, values); save(step, state, window); preview(step, state)."""
+    """What the loop does besides stepping. Steps are those of the stage, counted from 1.
+
+    log_every, preview_every: steps (preview 0: at the end alone). saves(step): whether one is due. patience: so many bad steps
+    in a row end the run. done: steps of the run before this stage. log(step, values); save(step, state, window);
+    preview(step, state); bad(step, values) → the record keys of the step's batch; flops(batch) of its forward and backward pass.
+    """
 
     log_every: int
-    save_every: int
     preview_every: int
+    patience: int
+    done: int
+    saves: Callable[[int], bool]
     log: Callable[[int, dict[str, float]], None]
     save: Callable[[int, TrainState, Window], None]
     preview: Callable[[int, TrainState], None]
+    bad: Callable[[int, dict[str, float]], list[str]]
+    flops: Callable[[dict], float]
+    clock: Clock
+    interruption: Interruption
+    trace: Trace
 
 
 def train(
@@ -52,93 +77,81 @@ def train(
 ) -> TrainState:
     """Run steps start … steps − 1 of a stage; step k's key is ``key`` with k folded in.
 
-    Each step's metrics are read while the next one runs, so a NaN stops the run one dispatch later, before anything is
-    saved, and the device never waits for the host. Raises Diverged with the step's number (counted from 1).
+    Each step's metrics are read while the next one runs, so the device never waits for the host. A save that falls due within
+    a row of bad steps waits for the first good one. Raises Diverged after ``watch.patience`` bad steps in a row, before
+    anything more is saved, and Interrupted, the state saved, when a signal asked for it.
     """
     if start >= steps:
         return state
     batches = loader.iterator(start=start)
     often = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file wants few lines
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=often, disable=jax.process_index() > 0)
-    pending: tuple[int, dict] | None = None
-    since = Since(loader)
+    pending: tuple[int, dict, float] | None = None
+    in_row, due = 0, False
+    shapes, clock = set(), watch.clock
 
     def settle() -> None:
-        nonlocal pending, window
+        """Read what the step that was begun last has given."""
+        nonlocal pending, window, in_row
         if pending is None:
             return
-        number, metrics = pending
-        pending = None
+        (number, metrics, flops), pending = pending, None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        bad = [key for key in ("loss", "grad_norm") if not math.isfinite(values[key])]
-        if bad:
-            raise Diverged(f"stage {name}, step {number}: {' and '.join(f'{key} is {values[key]}' for key in bad)}")
-        window.add(values)
+        clock.done(flops)
         bar.update()
-        since.begin(number)
+        in_row = int(values["skipped_in_row"])
+        if values["skipped"]:
+            keys = watch.bad(number, values)
+            if in_row >= watch.patience:
+                raise Diverged(f"stage {name}, step {number}, the last of {in_row} bad steps in a row: {describe(values, keys)}")
+        window.add(values)
         if number % watch.log_every == 0 or number == steps:
-            line = {**window.means(), "lr": values["lr"], **since.rates(number)}
-            rate = line.get("images_per_second")
-            bar.set_postfix(loss=f"{line['loss']:.4g}", **({"images_s": f"{rate:.3g}"} if rate else {}), refresh=False)
+            line = {**window.means(), "lr": values["lr"], **clock.rates(), "recompilations": step_function.executables - len(shapes)}
+            shown = {"loss": "loss", "images_s": "images_per_second", "mfu": "mfu"}
+            bar.set_postfix({short: f"{line[long]:.4g}" for short, long in shown.items() if long in line}, refresh=False)
             watch.log(number, line)
             window = Window()
 
+    def dispatch(state, batch, number):
+        """Begin a step. A call that had to compile is no step's time."""
+        before, begun = step_function.executables, time.perf_counter()
+        state, metrics = step_function(state, batch, jax.random.fold_in(key, number - 1))
+        if step_function.executables > before:
+            clock.compiled(time.perf_counter() - begun)
+        return state, metrics
+
     try:
-        for number in range(start + 1, steps + 1):
-            batch = put(next(batches), sharding)
-            state, metrics = step_function(state, batch, jax.random.fold_in(key, number - 1))
-            settle()
-            pending = (number, metrics)
-            last = number == steps
-            look = last or (watch.preview_every and number % watch.preview_every == 0)
-            keep = last or number % watch.save_every == 0
-            if look or keep:
+        with watch.interruption.held(), watch.trace:
+            for number in range(start + 1, steps + 1):
+                if watch.trace.opens(watch.done + number):
+                    settle()
+                    watch.trace.start()
+                with clock.waiting():
+                    rows = next(batches)
+                    batch = put(rows, sharding)
+                shapes.add(tuple(sorted((name, array.shape) for name, array in batch.items())))
+                state, metrics = dispatch(state, batch, number)
                 settle()
-                with since.paused():
-                    if keep:
-                        watch.save(number, state, window)
-                    if look:
-                        watch.preview(number, state)
+                pending = (number, metrics, watch.flops(rows))
+                last, stop = number == steps, watch.interruption.reached(watch.done + number)
+                look = last or (watch.preview_every and number % watch.preview_every == 0)
+                due = due or watch.saves(number)
+                if watch.trace.closes(watch.done + number):
+                    settle()
+                    watch.trace.stop()
+                if last or stop or look or due:
+                    settle()
+                    with clock.paused():
+                        if last or stop or (due and not in_row):
+                            watch.save(number, state, window)
+                            due = False
+                        if look and not stop:
+                            watch.preview(number, state)
+                if stop:
+                    raise Interrupted(stop)
     finally:
         bar.close()
         close = getattr(batches, "close", None)
         if close:
             close()
     return state
-
-
-class Since:
-    """Rates since the last line, saves and previews left out, and the first step of a process, which compiles, too."""
-
-    def __init__(self, loader):
-        self._batch = loader.plan.batch_size
-        self._from: tuple[float, int] | None = None
-        self._out = 0.0
-
-    def begin(self, number: int) -> None:
-        """Step ``number`` is done; the first call starts the clock."""
-        if self._from is None:
-            self._from = (time.perf_counter(), number)
-
-    def rates(self, number: int) -> dict[str, float]:
-        """{} where no step has been timed yet."""
-        now = time.perf_counter()
-        seconds, steps = now - self._from[0] - self._out, number - self._from[1]
-        self._from, self._out = (now, number), 0.0
-        if steps == 0:
-            return {}
-        return {"steps_per_second": steps / seconds, "images_per_second": steps * self._batch / seconds}
-
-    def paused(self):
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, since: Since):
-        self._since = since
-
-    def __enter__(self):
-        self._at = time.perf_counter()
-
-    def __exit__(self, *_):
-        self._since._out += time.perf_counter() - self._at

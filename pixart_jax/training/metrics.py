@@ -1,4 +1,4 @@
-"""A run's figures: metrics.jsonl, TensorBoard events and, at the end, the loss curve as a PNG."""
+"""A run's figures: metrics.jsonl, bad_steps.jsonl, TensorBoard events and, at the end, the loss curve as a PNG."""
 
 from __future__ import annotations
 
@@ -9,17 +9,32 @@ from pathlib import Path
 import jax
 import numpy as np
 
+# Figures that depend on the machine and its clock. All others are equal to the bit in a run that was never stopped and in one that was.
+TIMING = (
+    "steps_per_second",
+    "images_per_second",
+    "data_wait",
+    "mfu",
+    "goodput",
+    "restarts",
+    "recompilations",
+    "device_memory_gib",
+    "device_memory_peak_gib",
+)
+
 
 class Metrics:
     """Writes under ``folder``; a context. start: total steps already done, anything logged beyond them is taken back."""
 
     def __init__(self, folder: Path, start: int):
         self.file = Path(folder) / "metrics.jsonl"
+        self.bad = Path(folder) / "bad_steps.jsonl"
         self._writer = jax.process_index() == 0
         if self._writer:
             from tensorboardX import SummaryWriter
 
             _forget_after(self.file, start)
+            _forget_after(self.bad, start)
             self._lines = open(self.file, "a")
             self._events = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
@@ -41,6 +56,13 @@ class Metrics:
         for name, value in values.items():
             self._events.add_scalar(f"{stage}/{name}", value, total)
 
+    def bad_step(self, *, stage: str, step: int, total: int, values: dict[str, float], keys: list[str]) -> None:
+        """One line for a step that was skipped. keys: the records of its batch."""
+        if self._writer:
+            shown = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+            with open(self.bad, "a") as file:
+                file.write(json.dumps({"stage": stage, "step": step, "total_step": total, **shown, "keys": keys}) + "\n")
+
     def image(self, name: str, picture: np.ndarray, total: int) -> None:
         """picture: uint8 [h, w, 3]."""
         if self._writer:
@@ -56,6 +78,13 @@ def read(file: Path) -> list[dict]:
         except ValueError:
             break
     return lines
+
+
+def device_memory(devices) -> dict[str, float]:
+    """GiB in use and at most in use on the fullest of this process's devices; {} where the platform does not tell (a CPU)."""
+    stats = [found for device in devices if device.process_index == jax.process_index() and (found := device.memory_stats())]
+    names = {"device_memory_gib": "bytes_in_use", "device_memory_peak_gib": "peak_bytes_in_use"}
+    return {name: max(s[key] for s in stats) / 2**30 for name, key in names.items() if stats and all(key in s for s in stats)}
 
 
 def _forget_after(file: Path, total: int) -> None:

@@ -38,7 +38,7 @@ def schedule(config: OptimizerConfig, steps: int, batch_size: int) -> Callable[[
     return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), curve], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, names) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, names) -> optax.GradientTransformationExtraArgs:
     """The chain. names: tree like the parameters of tuples of logical axis names (parallel.rules.logical_names)."""
     rate = schedule(config, steps, batch_size)
 
@@ -62,20 +62,20 @@ def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, names) 
     else:
         chain.append(optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay))
     optimizer = optax.partition({"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels)
-    return optax.chain(optimizer, parameter_ema(config.ema)) if config.ema else optimizer
+    return optax.with_extra_args_support(optax.chain(optimizer, parameter_ema(config.ema)) if config.ema else optimizer)
 
 
-def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """g · min(1, most / ‖g‖), the norm over all parameters.
+def clip_by_global_norm(most: float) -> optax.GradientTransformationExtraArgs:
+    """g · min(1, most / ‖g‖), the norm over all parameters: the update's grad_norm where the caller has it already.
 
     optax's own selects between g and its clipped form, for which XLA keeps both: a second copy of all gradients (2.4 GB for
     XL/2). A factor is fused into whatever reads the gradient.
     """
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, grad_norm=None, **_):
         del params
-        norm = optax.global_norm(updates)
+        norm = optax.global_norm(updates) if grad_norm is None else grad_norm
         factor = jnp.minimum(1.0, most / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         return jax.tree.map(lambda g: g * factor, updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -11,21 +11,30 @@ import jax
 
 from pixart_jax import png
 from pixart_jax.config import Config
-from pixart_jax.errors import UserError
+from pixart_jax.errors import Interrupted, UserError
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.flops import PIXELS, train_flops
+from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.parallel import rules
+from pixart_jax.parallel.chips import chip_of
 from pixart_jax.parallel.mesh import batch_shards, make_mesh
 from pixart_jax.training import metrics as figures
 from pixart_jax.training.abstract import Parts, compiled_step, parts
+from pixart_jax.training.attempts import Attempts
 from pixart_jax.training.batches import Encode, open_loader
 from pixart_jax.training.checkpoint import Checkpoints, Place
+from pixart_jax.training.clock import Clock
 from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.interruption import Interruption
 from pixart_jax.training.ledger import PowerMeter, ledger
 from pixart_jax.training.loop import Watch, Window, train
 from pixart_jax.training.mesh_fit import check_models
 from pixart_jax.training.starts import first_params
 from pixart_jax.training.state import TrainState, fresh_params, state_from
+from pixart_jax.training.summary import summary
 from pixart_jax.training.tasks import Task
-from pixart_jax.training.workdir import Workdir, write_atomic
+from pixart_jax.training.trace import Trace
+from pixart_jax.training.workdir import Workdir, keep_programs, write_atomic
 
 
 @dataclasses.dataclass
@@ -43,36 +52,66 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
     """Train what is not trained yet and export workdir/model. The same call goes on where a stopped one was.
 
     encode: what turns a tfds source into encoded shards (see batches.Encode); only diffusion tasks on such sources need it.
-    Raises UserError for what a person can put right, loop.Diverged when the loss is no longer finite.
+    Raises UserError for what a person can put right, loop.Diverged after too many bad steps in a row, Interrupted when a signal
+    stopped the run and its state is saved.
     """
-    with Workdir(workdir, config) as folder:
+    with Workdir(workdir, config) as folder, Interruption() as interruption:
+        keep_programs(folder.programs)
         mesh = make_mesh(config.mesh)
         _check_batches(config, mesh)
         check_models(config, mesh)
         _check_folders(config)
         with (
-            Checkpoints(folder.checkpoints, config.keep_checkpoints) as saves,
+            Checkpoints(folder.checkpoints, config.keep_checkpoints, config.keep_every) as saves,
             PowerMeter(mesh.devices.flat[0].platform) as meter,
         ):
             latest = saves.latest()
             place = Place() if latest is None else saves.place(latest)
-            with figures.Metrics(folder.path, place.total) as metrics:
-                Run(config, folder, mesh, saves, metrics, meter, encode).stages(place)
+            try:
+                with figures.Metrics(folder.path, place.total) as metrics:
+                    Run(config, folder, mesh, saves, metrics, meter, encode, interruption).stages(place)
+            except Interrupted as stop:
+                raise Interrupted(f"stopped by {stop}: {_stands(config, saves)}") from None
+
+
+def _stands(config: Config, saves: Checkpoints) -> str:
+    """Where the last committed save stands, in words."""
+    saves.wait()
+    latest = saves.latest()
+    if latest is None:
+        return "nothing was trained yet; the same command begins"
+    place = saves.place(latest)
+    stage = config.stages[place.stage]
+    return f"stage {stage.name}, step {place.step} of {stage.steps} is saved; the same command goes on from there"
 
 
 class Run:
     """The parts that all stages of one run share."""
 
     def __init__(
-        self, config: Config, folder: Workdir, mesh, saves: Checkpoints, metrics: figures.Metrics, meter: PowerMeter, encode: Encode | None
+        self,
+        config: Config,
+        folder: Workdir,
+        mesh,
+        saves: Checkpoints,
+        metrics: figures.Metrics,
+        meter: PowerMeter,
+        encode: Encode | None,
+        interruption: Interruption | None = None,
     ):
         self.config, self.folder, self.mesh = config, folder, mesh
         self.saves, self.metrics, self.meter, self.encode = saves, metrics, meter, encode
+        self.interruption = interruption or Interruption()
         self.frozen = Frozen(config, folder.path)
 
     def stages(self, place: Place) -> None:
         """From a place in the run to its end."""
-        self.cost = dict(place.cost)
+        self.cost, self.productive = dict(place.cost), place.productive
+        kind = self.mesh.devices.flat[0].device_kind
+        if place.total < sum(stage.steps for stage in self.config.stages):  # else nothing is trained, and the account is closed
+            self.attempts = Attempts(self.folder.path, place.total, self.mesh.size, kind)
+        chip = chip_of(kind)
+        self.peak = chip.peak_bf16_flops * self.mesh.size if chip else None  # FLOP/s of all devices
         previous = None
         for index in range(place.stage, len(self.config.stages)):
             stage = self.prepare(index)
@@ -111,34 +150,50 @@ class Run:
 
     def train(self, stage: Stage, state: TrainState, start: int, window: Window, done: int) -> TrainState:
         config, task = self.config.stages[stage.index], stage.task
-        clock = time.perf_counter()
+        since = time.perf_counter()
         joules = self.meter.joules or 0.0
 
         def cost_until(number: int) -> None:
-            nonlocal clock, joules
+            nonlocal since, joules
             now, energy = time.perf_counter(), self.meter.joules or 0.0
             old = self.cost.get(config.name, {"seconds": 0.0, "joules": 0.0})
             self.cost[config.name] = {
-                "seconds": old["seconds"] + now - clock,
+                "seconds": old["seconds"] + now - since,
                 "joules": old["joules"] + energy - joules,
                 "steps": number,
                 "images": number * config.batch_size,
             }
-            clock, joules = now, energy
+            since, joules = now, energy
 
         def log(number, values):
-            self.metrics.write(stage=config.name, step=number, total=done + number, values=values)
+            more = {"goodput": self.attempts.goodput(clock.productive), "restarts": self.attempts.restarts}
+            more |= figures.device_memory(self.mesh.devices.flat)
+            self.metrics.write(stage=config.name, step=number, total=done + number, values={**values, **more})
 
         def save(number, state, window):
             cost_until(number)
-            place = Place(stage.index, number, done + number, dict(self.cost), dataclasses.asdict(window), stage.loader.state_at(number))
+            loader, self.productive = stage.loader.state_at(number), clock.productive
+            place = Place(stage.index, number, done + number, dict(self.cost), dataclasses.asdict(window), loader, {}, clock.productive)
             self.saves.save(place, state)
+
+        def saves(number):
+            return number % self.config.checkpoint_every == 0 or bool(every and (done + number) % every == 0)
 
         def preview(number, state):
             self.draw(stage, state, number, done + number)
 
-        step = compiled_step(config, Parts(task, stage.optimizer, stage.abstract), self.mesh)
-        watch = Watch(self.config.log_every, self.config.checkpoint_every, self.config.preview.every, log, save, preview)
+        def bad(number, values):
+            keys = record_keys(stage.loader, number - 1)
+            self.metrics.bad_step(stage=config.name, step=number, total=done + number, values=values, keys=keys)
+            return keys
+
+        guard, every = self.config.guard, self.config.keep_every
+        step = compiled_step(self.config, config, Parts(task, stage.optimizer, stage.abstract), self.mesh)
+        clock = Clock(config.batch_size, self.productive, self.peak)
+        watch = Watch(
+            self.config.log_every, self.config.preview.every, guard.bad_steps_in_row, done, saves, log, save, preview, bad,
+            batch_flops(task, config.batch_size), clock, self.interruption, Trace(self.folder.profile, self.config.profile.steps),
+        )  # fmt: skip
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1_000 + stage.index)
         sharding = rules.batch_sharding(self.mesh)
         place = {"name": config.name, "start": start, "steps": config.steps, "key": key, "window": window}
@@ -169,7 +224,32 @@ class Run:
             write_atomic(self.folder.path / "ledger.json", json.dumps(account, indent=1) + "\n")
             png.write(self.folder.path / "loss.png", figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")))
         stage.task.export(params, self.folder.model, stage.loader.batch)
-        print(f"done: {self.folder.model}")
+        if jax.process_index() == 0:
+            print(summary(self.folder.path))
+            print(f"done: {self.folder.model}")
+
+
+def record_keys(loader, step: int, rows: int = 64) -> list[str]:
+    """Names of the records in the global batch of a step (counted from 0), whichever process reads them; a few rows at a time."""
+    batch = loader.plan.batch(step)
+    keys: list[str] = []
+    for at in range(0, len(batch.indices), rows):
+        part = loader.samples.read(batch.indices[at : at + rows], batch.bucket, batch.draws[at : at + rows])
+        keys += [str(key) for key in part["key"]]
+    return keys
+
+
+def batch_flops(task: Task, batch_size: int):
+    """batch (its rows in this process) → FLOPs of a train step on the whole of it; 0 for a task whose model is not counted."""
+    model = getattr(task.module, "config", None)
+    if not isinstance(model, TransformerConfig | DiTConfig):
+        return lambda batch: 0.0
+
+    def flops(batch) -> float:
+        height, width = (side * PIXELS for side in batch["mean"].shape[1:3])
+        return batch_size * train_flops(model, height, width, batch["text_states"].shape[1] if "text_states" in batch else 0)
+
+    return flops
 
 
 def _check_batches(config: Config, mesh) -> None:

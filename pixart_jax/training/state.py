@@ -11,16 +11,19 @@ import optax
 from jax.sharding import Mesh
 
 from pixart_jax.parallel import rules
+from pixart_jax.training.bad_steps import Guard
 from pixart_jax.training.ema import averaged
 
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 scalar, steps done in this stage. params: fp32 masters. opt_state: Optax's, the EMA within."""
+    """step: int32 scalar, steps done in this stage, skipped ones too. params: fp32 masters. opt_state: Optax's, the EMA within.
+    guard: what lets a bad step be told (training/bad_steps.py); None in a state that never steps."""
 
     step: jax.Array
     params: optax.Params
     opt_state: optax.OptState
+    guard: Guard | None = None
 
     @property
     def average(self) -> optax.Params:
@@ -71,7 +74,7 @@ def shardings_of(abstract):
 
 
 def _begin(params, optimizer) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), Guard.fresh())
 
 
 def _names(path) -> tuple[str, ...]:

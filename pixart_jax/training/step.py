@@ -19,13 +19,23 @@ Losses = Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]  # (params, bat
 
 
 def train_step(
-    state: TrainState, batch: Batch, key: jax.Array, *, losses: Losses, optimizer, rate, accumulate: int = 1, mesh: Mesh | None = None
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    losses: Losses,
+    optimizer,
+    rate,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
+    spike_factor: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Move the state one step.
+    """Move the state one step, or, where loss or gradient are not finite or a spike (training/bad_steps.py), only its count.
 
     losses gives one value a sample, so that a batch's loss is the mean whatever the micro-batches; each sample has its own
     key, split from ``key`` by its place in the whole batch. With accumulate > 1 a scan adds up the gradients of that
-    many micro-batches; the result is the whole batch's. Metrics are fp32 scalars: the means of what losses gives, lr, grad_norm.
+    many micro-batches; the result is the whole batch's. Metrics are fp32 scalars: the means of what losses gives, lr, grad_norm,
+    skipped (1 where the step was not taken) and skipped_in_row, how many have not been until now.
     """
     size = len(jax.tree.leaves(batch)[0])
     keys = jax.random.split(key, size)
@@ -47,9 +57,23 @@ def train_step(
         total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), micro)
         grads, terms = jax.tree.map(lambda x: x / accumulate, total)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {**terms, "lr": jnp.asarray(rate(state.step), jnp.float32), "grad_norm": optax.global_norm(grads)}
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    grad_norm = optax.global_norm(grads)
+    ok, guard = state.guard.judge(terms["loss"], grad_norm, spike_factor)
+
+    def take(params, opt_state, grads):
+        updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
+        return optax.apply_updates(params, updates), opt_state
+
+    # A branch and not a selection: XLA would keep the new moments beside the selected ones, more than a copy of the parameters.
+    params, opt_state = jax.lax.cond(ok, take, lambda params, opt_state, _: (params, opt_state), state.params, state.opt_state, grads)
+    metrics = {
+        **terms,
+        "lr": jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32),  # the optimizer counts the steps that it took
+        "grad_norm": grad_norm,
+        "skipped": 1.0 - ok.astype(jnp.float32),
+        "skipped_in_row": guard.in_row.astype(jnp.float32),
+    }
+    return TrainState(state.step + 1, params, opt_state, guard), metrics
 
 
 class CompiledStep:
@@ -58,9 +82,20 @@ class CompiledStep:
     Mesh and activation rules hold inside the call alone, so that nothing else is placed by them.
     """
 
-    def __init__(self, losses: Losses, optimizer, rate, abstract: TrainState, mesh: Mesh, accumulate: int = 1):
+    def __init__(
+        self,
+        losses: Losses,
+        optimizer,
+        rate,
+        abstract: TrainState,
+        mesh: Mesh,
+        accumulate: int = 1,
+        spike_factor: float | None = None,
+    ):
+        how = {"losses": losses, "optimizer": optimizer, "rate": rate, "accumulate": accumulate, "mesh": mesh, "spike_factor": spike_factor}
+
         def step(state, batch, key):
-            return train_step(state, batch, key, losses=losses, optimizer=optimizer, rate=rate, accumulate=accumulate, mesh=mesh)
+            return train_step(state, batch, key, **how)
 
         whole = rules.replicated(mesh)
         self._mesh = mesh

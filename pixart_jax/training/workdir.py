@@ -1,4 +1,4 @@
-"""A run's folder: one config, one writer at a time."""
+"""A run's folder: one config, one writer at a time, and a place for compiled programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,19 @@ from pixart_jax.config import Config
 from pixart_jax.errors import UserError
 
 # What may change between two calls: it changes what is shown, kept or where it is computed, not what is learned.
-FREE = ("log_every", "checkpoint_every", "keep_checkpoints", "preview", "hardware", "mesh", "remat", "workers")
+FREE = (
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "bad_steps_in_row",
+    "profile",
+    "preview",
+    "hardware",
+    "mesh",
+    "remat",
+    "workers",
+)
 
 
 class Workdir:
@@ -27,6 +39,7 @@ class Workdir:
         self.path, self.config = Path(path).absolute(), config
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self.model = self.path / "model"
+        self.programs, self.profile = self.path / "compilation_cache", self.path / "profile"
 
     def __enter__(self) -> Workdir:
         if self.path.exists() and not self.path.is_dir():
@@ -53,7 +66,7 @@ class Workdir:
                 theirs = json.loads(file.read_text())
             except ValueError:
                 raise UserError(f"{file} is damaged: move it away if the workdir is this config's") from None
-            differing = differences(theirs, mine)
+            differing = differences(with_defaults(theirs, self.config), mine)
             if differing:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 raise UserError(f"workdir {self.path} holds another config: {'; '.join(differing[:3])}{more}; name another folder")
@@ -65,7 +78,44 @@ class Workdir:
 
 def as_json(config: Config) -> dict:
     """The resolved config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return _plain(config)
+
+
+def _plain(value):
+    """Dataclasses, tuples and plain values → what JSON gives back of them."""
+    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
+
+
+def keep_programs(folder: Path) -> None:
+    """Compiled programs are kept in ``folder`` and read from there by the next start, unless JAX has been given another place for them.
+
+    To be called before the first compilation.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:  # set by the program or by JAX_COMPILATION_CACHE_DIR
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # a start is made of many small programs
+
+
+def with_defaults(stored, config):
+    """A stored config as JSON, completed by the defaults of the fields that its version of the program did not know.
+
+    config: the dataclass that it is to be compared with, which says what fields there are.
+    """
+    if isinstance(stored, list) and isinstance(config, tuple):
+        return [*(with_defaults(a, b) for a, b in zip(stored, config)), *stored[len(config) :]]
+    if not (isinstance(stored, dict) and dataclasses.is_dataclass(config)):
+        return stored
+    completed = dict(stored)
+    for field in dataclasses.fields(config):
+        if field.name in stored:
+            completed[field.name] = with_defaults(stored[field.name], getattr(config, field.name))
+        elif field.default is not dataclasses.MISSING:
+            completed[field.name] = _plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            completed[field.name] = _plain(field.default_factory())
+    return completed
 
 
 def differences(old: dict, new: dict) -> list[str]:

@@ -38,7 +38,7 @@ def main(fsdp: int, remat: str) -> None:
     mesh = make_mesh(small_run.MeshConfig(data=-1, fsdp=fsdp))
     made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
     shapes = abstract.abstract_batch(config, stage, small_run.BUCKET, mesh)
-    step = abstract.compiled_step(stage, made, mesh)
+    step = abstract.compiled_step(config, stage, made, mesh)
     compiled = step.trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().compile()
     key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import types
-
 import jax
 import numpy as np
 import pytest
 
 from pixart_jax.config import MeshConfig
+from pixart_jax.errors import Interrupted
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import batch_sharding
+from pixart_jax.training.clock import Clock
+from pixart_jax.training.interruption import Interruption
 from pixart_jax.training.loop import Diverged, Watch, Window, train
+from pixart_jax.training.trace import Trace
 
 
 class Batches:
     """Batch k holds the number k."""
-
-    plan = types.SimpleNamespace(batch_size=4)
 
     def iterator(self, start):
         step = start
@@ -26,22 +26,38 @@ class Batches:
             step += 1
 
 
-def run(steps=10, start=0, bad=None, window=None, **every):
-    """Returns (steps seen by the step, logged lines, saves, previews, the exception or None)."""
-    seen, logged, saved, looked = [], [], [], []
+class Step:
+    """Counts, and says that the steps named in ``bad`` (from 1) were not taken. What it carries is the number of those that were."""
 
-    def step(state, batch, key):
+    def __init__(self, bad=()):
+        self.bad, self.seen, self.row, self.executables = set(bad), [], 0, 0
+
+    def __call__(self, state, batch, key):
         assert set(batch) == {"number"}
+        self.executables = 1
         number = int(batch["number"][0])
-        seen.append(number)
-        loss = float("nan") if bad == number + 1 else float(number + 1)
-        return state + 1, {"loss": np.float32(loss), "grad_norm": np.float32(1.0), "lr": np.float32(0.5)}
+        self.seen.append(number)
+        skipped = number + 1 in self.bad
+        self.row = self.row + 1 if skipped else 0
+        loss = float("nan") if skipped else float(number + 1)
+        metrics = {"loss": loss, "grad_norm": 1.0, "lr": 0.5, "skipped": float(skipped), "skipped_in_row": float(self.row)}
+        return state + (not skipped), {name: np.float32(value) for name, value in metrics.items()}
 
+
+def run(steps=10, start=0, bad=(), window=None, patience=3, stop=None, **every):
+    """Returns (steps seen by the step, logged lines, saves, previews, the exception or None)."""
+    logged, saved, looked, step = [], [], [], Step(bad)
+    interruption = Interruption()
+    if stop:
+        interruption.reached = lambda total: "SIGTERM" if total == stop + 100 else None
     watch = Watch(
-        every.get("log", 3), every.get("save", 4), every.get("look", 0),
-        lambda n, values: logged.append((n, values["loss"])),
-        lambda n, state, w: saved.append((n, state, dict(w.sums), w.count)),
+        every.get("log", 3), every.get("look", 0), patience, 100,
+        lambda n: n % every.get("save", 4) == 0,
+        lambda n, values: logged.append((n, values.get("loss"), values["skipped"])),
+        lambda n, state, w: saved.append((n, state, dict(w.sums), w.count, w.skipped)),
         lambda n, state: looked.append(n),
+        lambda n, values: [f"record of {n}"],
+        lambda rows: 0.0, Clock(4), interruption, Trace("nowhere", None),
     )  # fmt: skip
     fault = None
     try:
@@ -49,36 +65,69 @@ def run(steps=10, start=0, bad=None, window=None, **every):
             start, step, Batches(), name="s", start=start, steps=steps, key=jax.random.key(0), watch=watch, window=window or Window(),
             sharding=batch_sharding(make_mesh(MeshConfig())),
         )  # fmt: skip
-    except Diverged as diverged:
-        fault = diverged
-    return seen, logged, saved, looked, fault
+    except (Diverged, Interrupted) as raised:
+        fault = raised
+    return step.seen, logged, saved, looked, fault
 
 
 def test_lines_are_means_since_the_last_line():
     seen, logged, saved, looked, _ = run()
     assert seen == list(range(10))
-    assert logged == [(3, 2.0), (6, 5.0), (9, 8.0), (10, 10.0)]
+    assert logged == [(3, 2.0, 0), (6, 5.0, 0), (9, 8.0, 0), (10, 10.0, 0)]
     assert [n for n, *_ in saved] == [4, 8, 10] and looked == [10]
     assert [state for _, state, *_ in saved] == [4, 8, 10]
 
 
-def test_a_resumed_run_logs_the_lines_of_one_that_never_stopped():
-    _, logged, saved, _, _ = run()
-    number, _, sums, count = saved[0]
-    assert run(start=number, window=Window(sums, count))[1] == [line for line in logged if line[0] > number]
+@pytest.mark.parametrize("bad", [(), (5,), (3, 4, 6)])
+def test_a_resumed_run_logs_the_lines_of_one_that_never_stopped(bad):
+    _, logged, saved, _, _ = run(bad=bad, patience=4)
+    number, _, *window = saved[0]
+    assert run(start=number, window=Window(*window), bad=bad, patience=4)[1] == [line for line in logged if line[0] > number]
 
 
-def test_nan_stops_at_once_and_names_the_step():
-    seen, logged, saved, looked, fault = run(bad=7)
+def test_a_skipped_step_is_counted_and_its_loss_is_in_no_mean():
+    _, logged, saved, _, fault = run(bad=(2, 7, 8, 9))
+    assert logged[:2] == [(3, 2.0, 1), (6, 5.0, 0)]
+    assert "step 9, the last of 3 bad steps in a row" in str(fault)
+    _, logged, *_ = run(bad=(7, 8, 9), patience=4)
+    assert logged[2:] == [(9, None, 3), (10, 10.0, 0)]  # a line without a good step has no loss
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_step_and_records():
+    seen, logged, saved, looked, fault = run(bad=range(6, 11))
+    assert isinstance(fault, Diverged)
+    assert str(fault) == "stage s, step 8, the last of 3 bad steps in a row: loss is nan; the batch held record of 8"
+    assert seen[-1] <= 8  # at most the step after it was begun
+    assert [n for n, *_ in saved] == [4] and looked == []
+
+
+def test_with_a_patience_of_one_the_first_nan_stops_the_run_at_once():
+    seen, _, saved, _, fault = run(bad=(7,), patience=1)
     assert "stage s, step 7" in str(fault) and "loss is nan" in str(fault)
-    assert seen[-1] <= 7  # at most the step after it was begun
-    assert [n for n, *_ in saved] == [4]
+    assert seen[-1] <= 7 and [n for n, *_ in saved] == [4]
 
 
 @pytest.mark.parametrize("bad", [4, 8, 10])
-def test_nan_at_a_step_that_would_be_saved_is_not_saved(bad):
-    *_, saved, looked, fault = run(bad=bad)
+def test_what_stops_the_run_at_a_step_that_would_be_saved_is_not_saved(bad):
+    *_, saved, looked, fault = run(bad=(bad,), patience=1)
     assert f"step {bad}" in str(fault) and all(n < bad for n, *_ in saved) and looked == []
+
+
+def test_a_save_that_falls_due_among_bad_steps_waits_for_a_good_one():
+    """Else a long row of them would push the last saves before it out of those that are kept."""
+    *_, saved, _, _ = run(bad=(4, 5))
+    assert [n for n, *_ in saved] == [6, 8, 10]
+
+
+def test_a_signal_saves_the_step_and_leaves_the_rest():
+    seen, _, saved, looked, fault = run(stop=5)
+    assert isinstance(fault, Interrupted) and seen == [0, 1, 2, 3, 4]
+    assert [n for n, *_ in saved] == [4, 5] and looked == []
+
+
+def test_a_signal_at_a_step_that_is_saved_anyway_saves_it_once():
+    assert [n for n, *_ in run(stop=4)[2]] == [4]
+    assert [n for n, *_ in run(stop=10)[2]] == [4, 8, 10]
 
 
 def test_a_finished_stage_does_nothing():

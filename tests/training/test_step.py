@@ -67,7 +67,7 @@ def test_one_executable_for_one_shape():
 def test_step_counts_and_metrics_are_named():
     state, history, _ = run(1)
     assert int(state.step) == 5
-    assert set(history[0]) == {"loss", "absolute", "lr", "grad_norm"}
+    assert set(history[0]) == {"loss", "absolute", "lr", "grad_norm", "skipped", "skipped_in_row"}
 
 
 def test_the_state_starts_with_its_parameters_as_average():
