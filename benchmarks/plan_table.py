@@ -26,7 +26,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "pods.md"
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 
 # recipe: the nearest multiple of 512 to its batch, so that one batch divides on every row.
-BATCHES = {"xl2_256_sam": 11_264, "xl2_512_aesthetic": 1_536, "xl2_1024_ms": 512}
+BATCHES = {"xl2_256_sam": 11_264, "xl2_512_aesthetic": 2_560, "xl2_1024_ms": 512}
 # (topology, slices, mesh, {recipe: micro-batches a step where not 1})
 ROWS = (
     ("v5e:16x16", 1, "data=16,fsdp=16", {}),
@@ -124,8 +124,9 @@ def main(argv: list[str]) -> int:
 def written(lines: list[list[str]], worst: list[float]) -> str:
     """The table and what it rests on."""
     notes = (
-        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, remat full, AdamW and EMA; of the 1024 px recipe the largest of its "
-        "40 buckets for memory, the mean over them for time. Memory is compiled: the compiler's word on the very step that `train.py` runs. "
+        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, remat full, AdamW and EMA; of the 1024 px recipe the "
+        "largest of its 40 buckets for memory, the mean over them for time. Memory is compiled: the compiler's word on the very step "
+        "that `train.py` runs. "
         "Model FLOPs are counted from shapes. Times, images/s, MFU and cost are estimates, a roofline: "
         f"{estimate.ASSUMPTIONS}. Cost: the recipe's steps at this batch, at the list prices of pixart_jax/parallel/chips.py. "
         f"The last column is this page's making on two cores shared with other work, each program in a process of its own: at most "
