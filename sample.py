@@ -76,7 +76,8 @@ class Flags:
     (~/.cache/pixart_jax); none."""
     mesh: str = "data=-1"
     """How this process's devices split the work: data=N copies of the model, each drawing its part of a batch, fsdp=N and tensor=N parts
-    that the parameters are cut into; -1: the rest. With commas between: fsdp=4,tensor=2."""
+    that the parameters are cut into, context=N the parts that an image's tokens are; -1: the rest. With commas between: fsdp=4,tensor=2.
+    Where half as many images as data × fsdp are drawn, each one's two halves of guidance are computed side by side."""
     share: str | None = None
     """K/N: this process draws share K (from 0) of N into the same folder; cluster: as JAX detects (Cloud TPU, GKE, SLURM). By default
     all, or what `python -m pixart_jax launch` says."""
@@ -213,11 +214,13 @@ def draw(flags: Flags, drawings) -> None:
     from tqdm import tqdm
 
     from pixart_jax import Pipeline
+    from pixart_jax.config import MeshConfig
     from pixart_jax.pipeline.writer import Writer
 
     mesh = local_mesh(flags)
     states = encoded(flags, [drawings.wanted[n] for n in drawings.missing], mesh)
     pipe = Pipeline.from_pretrained(flags.model, dtype(flags), mesh, text_encoder=states is None, **opened(flags))
+    pipe = pipe.replace(context_attention=MeshConfig.parse(flags.mesh).context_attention)
     quiet = drawings.share.index > 0
     with (
         tqdm(total=len(drawings.missing), unit=" images", bar_format=BAR, desc="drawing (compiles first)", disable=quiet) as bar,

@@ -70,22 +70,22 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_divides(mesh: jax.sharding.Mesh, what: str, *, heads: int = 1, mlp_width: int = 1, tokens: dict[str, int] | None = None) -> None:
+def check_divides(
+    mesh: jax.sharding.Mesh, what: str, *, heads: int | None = None, mlp_width: int | None = None, tokens: dict[str, int] | None = None
+) -> None:
     """Raises UserError, naming ``what``, where the tensor axis does not divide heads or the MLP, or context the image tokens.
 
     tokens: for each size or bucket, by the name it is to be called, its image tokens.
     """
-    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
-    for name, size in (("heads", heads), ("MLP width", mlp_width)):
-        if size % tensor:
-            raise UserError(f"{what}: mesh tensor {tensor} does not divide its {size} {name}; {_common(tensor, heads, mlp_width)} would do")
-    odd = {name: n for name, n in (tokens or {}).items() if n % context}
+    _check_axis(mesh, "tensor", what, {name: n for name, n in ((f"{heads} heads", heads), (f"MLP width {mlp_width}", mlp_width)) if n})
+    _check_axis(mesh, "context", what, {f"{name} ({n} tokens)": n for name, n in (tokens or {}).items()})
+
+
+def _check_axis(mesh: jax.sharding.Mesh, axis: str, what: str, numbers: dict[str, int]) -> None:
+    """numbers: what the axis must divide, by how it is called."""
+    size = mesh.shape[axis]
+    odd = [name for name, n in numbers.items() if n % size]
     if odd:
-        named = ", ".join(f"{name} ({n} tokens)" for name, n in odd.items())
-        raise UserError(f"{what}: mesh context {context} does not divide {named}; {_common(context, *tokens.values())} would do")
-
-
-def _common(most: int, *numbers: int) -> str:
-    """The axis sizes up to twice the one asked for that divide all the numbers, in words."""
-    sizes = [str(n) for n in range(1, 2 * most + 1) if all(number % n == 0 for number in numbers)]
-    return " or ".join([", ".join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)
+        fits = [str(n) for n in range(1, 2 * size + 1) if not any(number % n for number in numbers.values())]
+        fits = " or ".join([", ".join(fits[:-1]), fits[-1]] if len(fits) > 1 else fits)
+        raise UserError(f"{what}: mesh {axis} {size} does not divide {', '.join(odd)}; {axis} {fits} would do")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixart_jax.errors import UserError
 from pixart_jax.parallel import axes
+from pixart_jax.parallel.mesh import batch_shards
 
 # In order of preference: the first row whose mesh axis is still free for an array wins.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
@@ -89,6 +90,11 @@ def parameter_shardings(boxed_shapes, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """A batch's leading axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of an array of so many rows: as a batch where the mesh's parts divide them, else a whole copy on every device."""
+    return batch_sharding(mesh) if rows % batch_shards(mesh) == 0 else replicated(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -22,7 +22,7 @@ import numpy as np
 from pixart_jax import captions
 from pixart_jax import tokenizer as tokens
 from pixart_jax.parallel.mesh import batch_shards
-from pixart_jax.parallel.rules import RULES, batch_sharding
+from pixart_jax.parallel.rules import RULES, rows_sharding
 from pixart_jax.pipeline import fingerprint
 from pixart_jax.pipeline import folder as model_folder
 from pixart_jax.pipeline.text_states import TextStates, cleaning_name, stored
@@ -80,7 +80,8 @@ class PromptEncoder:
             parts.append(states)
         place = np.argsort(np.where(np.array(members) < 0, len(texts), members), kind="stable")[: len(texts)].astype(np.int32)
         with _on(self.mesh):
-            return _gathered(parts, place, ids.shape[1], None if self.mesh is None else batch_sharding(self.mesh)), self._place(lengths)
+            sharding = None if self.mesh is None else rows_sharding(self.mesh, len(texts))
+            return _gathered(parts, place, ids.shape[1], sharding), self._place(lengths)
 
     def states(
         self,
@@ -125,7 +126,7 @@ class PromptEncoder:
         return min(self.tokens, max(_SHORTEST, 1 << (length - 1).bit_length()))
 
     def _place(self, array: np.ndarray) -> jax.Array:
-        return jnp.asarray(array) if self.mesh is None else jax.device_put(array, batch_sharding(self.mesh))
+        return jnp.asarray(array) if self.mesh is None else jax.device_put(array, rows_sharding(self.mesh, len(array)))
 
 
 def identity(

@@ -108,14 +108,14 @@ def executed(text: str) -> Iterator[Run]:
 
 def _split(text: str) -> tuple[str, str, str]:
     """'f32[2]{0} add(%a, %b), metadata=…' → (shape, opcode, rest); the shape may be a tuple of any depth."""
-    depth, start = 0, 0
+    start = text.find(" ")  # layouts, as {0:T(8,128)}, hold no blank
     if text.startswith("("):
-        for start, character in enumerate(text):
+        depth = 0
+        for place, character in enumerate(text):
             depth += (character == "(") - (character == ")")
             if depth == 0:
+                start = place
                 break
-    else:  # layouts, as {0:T(8,128)}, hold no blank
-        start = text.find(" ")
     opcode = _OPCODE.search(text, start)
     if opcode is None:
         return text, "", ""

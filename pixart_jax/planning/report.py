@@ -52,7 +52,8 @@ def title(plan: Plan) -> str:
     many = f", largest of {len(stage.data.buckets)} buckets" if len(stage.data.buckets) > 1 else ""
     size = f"{job.bucket[0]} × {job.bucket[1]} px{many}, " if stage.task != "text_to_text" else ""
     more = f", {stage.optimizer.accumulate} micro-batches" if stage.optimizer.accumulate > 1 else ""
-    return f"stage {stage.name} ({stage.task}): {size}batch {stage.batch_size}{more}, remat {job.config.remat}, {job.config.compute_dtype} · {mesh}"
+    how = f"remat {job.config.remat}, {job.config.compute_dtype}"
+    return f"stage {stage.name} ({stage.task}): {size}batch {stage.batch_size}{more}, {how} · {mesh}"
 
 
 def memory(plan: Plan) -> list[Row]:

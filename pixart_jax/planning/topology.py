@@ -118,7 +118,13 @@ def _found(module: str) -> bool:
 def environment(topology: Topology) -> dict[str, str]:
     """The variables of a process that compiles for a topology: no device of its own is looked for, no server asked."""
     found = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "LIBTPU_INIT_ARGS")}
-    found |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    found |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }
     found["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # results are kept, not executables
     if topology.platform == "cpu":
         found["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.size}"

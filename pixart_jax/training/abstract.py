@@ -39,7 +39,7 @@ class Parts:
 def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
     """The parts of a stage on a mesh. frozen: training.frozen.Frozen, or AssumedFrozen where its folders are not at hand.
 
-    UserError where fsdp leaves over 2 % of the parameters whole by accident (rules.check_sharded).
+    Raises UserError for a task that does not fit its config, and where the mesh leaves much of the model whole on every device.
     """
     task = make_task(config, stage, frozen)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
@@ -51,7 +51,8 @@ def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
 def compiled_step(config: Config, stage: StageConfig, made: Parts, mesh: Mesh) -> CompiledStep:
     """The step of a stage; nothing is compiled before its first call."""
     rate = schedule(stage.optimizer, stage.steps, stage.batch_size)
-    return CompiledStep(made.task.losses, made.optimizer, rate, made.abstract, mesh, stage.optimizer.accumulate, config.guard.spike_factor)
+    spikes = config.guard.spike_factor
+    return CompiledStep(made.task.losses, made.optimizer, rate, made.abstract, mesh, stage.optimizer.accumulate, spikes)
 
 
 def abstract_batch(config: Config, stage: StageConfig, bucket: tuple[int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

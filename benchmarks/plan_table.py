@@ -1,0 +1,141 @@
+"""The planner's table in docs/pods.md: XL/2 at 256, 512 and 1024 px on slices of TPUs and on a host of H200s.
+
+python benchmarks/plan_table.py [--only TOPOLOGY] [--print]
+
+Compiles what is not kept yet (under $PIXART_JAX_CACHE/plans), one program at a time, and writes the table between the markers of the
+page. It needs the compilers, not the devices: pip install 'jax[tpu]', and for H200 JAX's CUDA plugin; a row whose compiler is not
+here says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pixart_jax import program
+from pixart_jax.config import Config, MeshConfig
+from pixart_jax.errors import UserError
+from pixart_jax.planning import compilation, estimate, jobs, plan, report, topology
+from pixart_jax.training import cli
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "pods.md"
+BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
+
+# recipe: the nearest multiple of 512 to its batch, so that one batch divides on every row.
+BATCHES = {"xl2_256_sam": 11_264, "xl2_512_aesthetic": 2_560, "xl2_1024_ms": 512}
+# (topology, slices, mesh, {recipe: micro-batches a step where not 1})
+ROWS = (
+    ("v5e:16x16", 1, "data=16,fsdp=16", {}),
+    ("v5p:4x4x4", 1, "data=4,fsdp=16", {}),
+    ("v6e:4x4", 1, "fsdp=16,data=1", {"xl2_256_sam": 4, "xl2_512_aesthetic": 4, "xl2_1024_ms": 8}),
+    ("v5e:16x16", 2, "data=32,fsdp=16", {}),
+    ("h200:8", 1, "fsdp=8,data=1", {"xl2_256_sam": 2, "xl2_512_aesthetic": 2, "xl2_1024_ms": 4}),
+)
+
+
+def job(recipe: str, name: str, slices: int, mesh: str, accumulate: int) -> jobs.Job:
+    """The step of a recipe on a row's hardware."""
+    config: Config = cli.load(cli.find(recipe))
+    stage = config.stages[0]
+    optimizer = dataclasses.replace(stage.optimizer, accumulate=accumulate)
+    stage = dataclasses.replace(stage, batch_size=BATCHES[recipe], optimizer=optimizer)
+    where = topology.parse(name, slices)
+    sizes = MeshConfig.parse(mesh)
+    made = jobs.Job(
+        where, dataclasses.replace(config, stages=(stage,), mesh=sizes), 0, jobs.resolved(sizes, where.size), plan.largest(stage)
+    )
+    plan.check(made)
+    return made
+
+
+def row(made: plan.Plan) -> list[str]:
+    """A line of the table."""
+    f, t, stage = made.facts, made.time, made.job.stage_config
+    micro = f" in {stage.optimizer.accumulate}" if stage.optimizer.accumulate > 1 else ""
+    first = [
+        f"{min(made.job.bucket)} px",
+        made.job.topology.label,
+        made.job.label.replace(" ", ", "),
+        f"{made.batch:,}{micro}",
+        f"{report.data(f.total)} of {report.data(made.usable)}",
+    ]
+    if t is None:
+        return [*first, "–", "–", "–", "does not fit", "–", compiled(made)]
+    return [
+        *first,
+        f"{made.image_flops * made.batch / 1e15:,.1f}",
+        f"{1e3 * t.step * made.mean:,.0f} ({1e3 * t.compute:,.0f} / {1e3 * t.memory:,.0f} / {1e3 * t.exposed:,.0f})",
+        f"{made.images_per_second:,.0f}",
+        f"{made.mfu:.0%}",
+        f"{made.cost.days:,.2f} d, {made.cost.usd:,.0f} USD",
+        compiled(made),
+    ]
+
+
+def compiled(made: plan.Plan) -> str:
+    return f"{made.facts.compile_seconds:.0f} s, {made.facts.host_peak / jobs.GIB:.1f} GiB"
+
+
+HEADER = [
+    "size", "hardware", "mesh", "batch (micro-batches)", "memory a device", "model PFLOP a step",
+    "step, ms (compute / memory / exposed)", "images/s", "MFU", "the stage", "compiled here in",
+]  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="a topology's name")
+    parser.add_argument("--print", action="store_true", help="show the table and leave the page as it is")
+    options = parser.parse_args(argv)
+    chosen = [r for r in ROWS if options.only in (None, r[0])]
+    if not chosen:
+        raise UserError(f"--only {options.only}: one of {', '.join(dict.fromkeys(r[0] for r in ROWS))}")
+    lines, worst = [], [0.0, 0.0]
+    todo = [(recipe, *r) for recipe in BATCHES for r in chosen]
+    for recipe, name, slices, mesh, micro in tqdm(todo, desc="compiling", unit="program", dynamic_ncols=True):
+        wanted = job(recipe, name, slices, mesh, micro.get(recipe, 1))
+        try:
+            made = plan.make(wanted, compilation.Bounds())
+        except UserError as fault:
+            tqdm.write(f"{recipe}, {name}: {fault}", file=sys.stderr)
+            lines.append([wanted.stage_config.name, name, *["–"] * 8, str(fault)])
+            continue
+        lines.append(row(made))
+        tqdm.write(" | ".join(lines[-1]), file=sys.stderr)
+        worst = [max(worst[0], made.facts.compile_seconds), max(worst[1], made.facts.host_peak / jobs.GIB)]
+    text = written(lines, worst)
+    if options.print or options.only:
+        print(text)
+        return 0
+    page = PAGE.read_text(encoding="utf-8")
+    if BEGIN not in page or END not in page:
+        raise UserError(f"{PAGE} lacks the markers {BEGIN} and {END}")
+    head, _, rest = page.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    print(f"{PAGE.name}: {len(lines)} programs; the longest compiled in {worst[0]:.0f} s, the largest took {worst[1]:.1f} GiB")
+    return 0
+
+
+def written(lines: list[list[str]], worst: list[float]) -> str:
+    """The table and what it rests on."""
+    notes = (
+        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, remat full, AdamW and EMA; of the 1024 px recipe the "
+        "largest of its 40 buckets for memory, the mean over them for time. Memory is compiled: the compiler's word on the very step "
+        "that `train.py` runs. "
+        "Model FLOPs are counted from shapes. Times, images/s, MFU and cost are estimates, a roofline: "
+        f"{estimate.ASSUMPTIONS}. Cost: the recipe's steps at this batch, at the list prices of pixart_jax/parallel/chips.py. "
+        f"The last column is this page's making on two cores shared with other work, each program in a process of its own: at most "
+        f"{worst[0]:.0f} s and {worst[1]:.1f} GiB."
+    )
+    return "\n".join(
+        [notes, "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER), *("| " + " | ".join(line) + " |" for line in lines)]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(main))

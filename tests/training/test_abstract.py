@@ -1,0 +1,58 @@
+"""A plan is of the very program that a run executes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+from training import tiny_run
+
+from pixart_jax.config import MeshConfig
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.parallel.rules import batch_sharding
+from pixart_jax.training import abstract, stages
+from pixart_jax.training.batches import put
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return folder, tiny_run.curriculum(folder)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
+    """Stage 1, stage 2 with CAME, stage 3 with micro-batches: the lowered text of both; the run's batch is a real one."""
+    folder, config = world
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    run = stages.Run(config, type("Folder", (), {"path": folder})(), mesh, None, None, None, None)
+    stage, prepared = config.stages[index], run.prepare(index)
+    of_run = abstract.compiled_step(config, stage, abstract.Parts(prepared.task, prepared.optimizer, prepared.abstract), mesh)
+    batch = put(prepared.loader.batch(0), batch_sharding(mesh))
+    key = jax.random.key(0)
+    real = of_run.trace(prepared.abstract, batch, key).lower().as_text()
+
+    bucket = tuple(8 * n for n in batch["mean"].shape[1:3])
+    texts = batch["text_states"].shape[1] if "text_states" in batch else stage.data.max_text_tokens
+    stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, max_text_tokens=texts))
+    made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
+    shapes = abstract.abstract_batch(config, stage, bucket, mesh)
+    assert {name: (s.shape, s.dtype) for name, s in shapes.items()} == {name: (a.shape, a.dtype) for name, a in batch.items()}
+    assert (
+        abstract.compiled_step(config, stage, made, mesh).trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().as_text()
+        == real
+    )
+
+
+def test_what_is_assumed_of_absent_folders_is_said():
+    config = dataclasses.replace(tiny_config(), vae="models/none", text_encoder="models/none")
+    frozen = abstract.AssumedFrozen(config)
+    assert frozen.scaling_factor == 0.18215 and len(frozen.text_states([""], 8)[0]) == 1
+    assert len(frozen.assumptions) == 2 and "0.18215" in frozen.assumptions[0]
+
+
+def tiny_config():
+    from pixart_jax.config import Config, StageConfig
+
+    return Config("none", (StageConfig("words"),), model=tiny_run.MODEL)
