@@ -78,7 +78,8 @@ class Flags:
     """How this process's devices split the work: data=N copies of the model, each drawing its part of a batch, fsdp=N and tensor=N parts
     that the parameters are cut into; -1: the rest. With commas between: fsdp=4,tensor=2."""
     share: str | None = None
-    """K/N: this process draws share K (from 0) of N into the same folder; cluster: as JAX detects (Cloud TPU, GKE, SLURM)."""
+    """K/N: this process draws share K (from 0) of N into the same folder; cluster: as JAX detects (Cloud TPU, GKE, SLURM). By default
+    all, or what `python -m pixart_jax launch` says."""
     grid: bool = True
     """Also write grid.png where there is more than one prompt."""
 

@@ -1,6 +1,7 @@
 """Train a recipe's stages: python train.py configs/NAME.py --workdir DIR [--stages.1.optimizer.learning-rate 1e-4 …].
 
 The same command with the same workdir goes on where a stopped run was. --help after a recipe's name lists every option.
+Several processes (Cloud TPU, GKE, SLURM, or started by hand) run the same command each: docs/pods.md.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from pixart_jax import program
 
 
 def main(argv: list[str]) -> int:
+    from pixart_jax.parallel import processes
     from pixart_jax.training import cli
 
+    joined, argv = processes.split(argv)
     recipe, workdir, overrides = cli.split(argv)
     config = cli.configured(recipe, overrides)
+    processes.start(joined)
+    processes.agree(repr(config), workdir)
 
     from pixart_jax.training import loop, stages  # heavy: only for a command line that holds
 
@@ -36,4 +41,6 @@ def encode(source, *, frozen, **options) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    from pixart_jax.parallel.processes import conclude
+
+    sys.exit(conclude(lambda: program.run(main)))

@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": ("pixart_jax.commands.convert", "official .pth, DiT .pt or diffusers folder → a component folder"),
     "encode": ("pixart_jax.labelling.encode_command", "images and captions → shards to train from; prompts → text states to draw from"),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
+    "launch": ("pixart_jax.commands.launch", "several processes of train.py, sample.py or a command on this machine"),
 }
 
 
@@ -34,4 +35,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["encode"]:  # the one command whose processes work together
+        from pixart_jax.parallel.processes import conclude
+
+        sys.exit(conclude(lambda: program.run(main)))
     sys.exit(program.run(main))

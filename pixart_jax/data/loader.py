@@ -10,6 +10,8 @@ What a batch holds depends on (seed, step) alone: not on processes, threads, pre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grain
 import numpy as np
 
@@ -21,8 +23,9 @@ _STEPS = 2**31 - 1  # more than any run takes
 
 
 class Loader:
-    """samples: what to read (data/samples.py, data/encoded.py). batch_size: of the global batch, of which each of
-    process_count processes reads its own contiguous rows. workers: threads that read ahead, each a batch at a time."""
+    """samples: what to read (data/samples.py, data/encoded.py). batch_size: of the global batch. rows: numbers of its rows
+    that this process reads (training.batches.rows_of), in their order; None: all. workers: threads that read ahead, each a
+    batch at a time."""
 
     def __init__(
         self,
@@ -30,26 +33,29 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         workers: int = 2,
         prefetch: int | None = None,
     ):
-        if batch_size % process_count:
-            raise UserError(f"batch size {batch_size} cannot be shared by {process_count} processes: it must be a multiple")
-        if not 0 <= process_index < process_count:
-            raise UserError(f"process {process_index} of {process_count}: no such process")
         self.samples = samples
         self.plan = Plan(samples.bucket_of, batch_size, seed)
-        rows = batch_size // process_count
-        self._rows = slice(process_index * rows, (process_index + 1) * rows)
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        if not len(self._rows) or self._rows.min() < 0 or self._rows.max() >= batch_size:
+            raise UserError(f"a batch of {batch_size} has rows 0 to {batch_size - 1}, at least one of which a process reads")
         self._workers = max(workers, 0)
         self._prefetch = prefetch if prefetch is not None else 2 * self._workers + 2
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of the batch of a step, read now."""
+        return self._read(step, self._rows)
+
+    def whole(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
+        """The global batch of a step, or its first ``rows``, the same on every process, read now."""
+        return self._read(step, np.arange(self.plan.batch_size)[:rows])
+
+    def _read(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         batch = self.plan.batch(step)
-        return self.samples.read(batch.indices[self._rows], batch.bucket, batch.draws[self._rows])
+        return self.samples.read(batch.indices[rows], batch.bucket, batch.draws[rows])
 
     def bucket(self, step: int) -> tuple[int, int]:
         """(height, width) in px of a step's batch, the same on every process."""

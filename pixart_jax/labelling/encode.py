@@ -161,6 +161,8 @@ def _make(folder, made, source, options, vae, text_encoder, tokenizer, process_i
                 bar.write(f"skipped {key}: {reason}")
             finished[shard.file] = note
     if process_index == 0:
+        if len(finished) < len(work):
+            bar.write(f"waiting for the {len(work) - len(finished)} shards of the other processes")
         while len(finished) < len(work):
             time.sleep(1)
             finished = _finished(folder, made)

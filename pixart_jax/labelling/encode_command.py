@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
+import jax
 import tyro
 
 from pixart_jax import program, tokenizer
@@ -19,6 +20,7 @@ from pixart_jax.data import records
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
 from pixart_jax.labelling.encode import EncodeOptions, ensure
+from pixart_jax.parallel import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +117,14 @@ def encode_prompts(arguments: PromptArguments) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Encode, or check what was encoded. Exit status 0; UserError for whatever the user can put right."""
+    """Encode, or check what was encoded. Exit status 0; UserError for whatever the user can put right.
+
+    Several processes (docs/pods.md) encode the shards of one set together, into a folder that all of them see.
+    """
+    joined, argv = processes.split(argv)
     if any(word == "--prompts" or word.startswith("--prompts=") for word in argv):
         return encode_prompts(program.parse(PromptArguments, argv, prog="python -m pixart_jax encode", description=PromptArguments.__doc__))
-    arguments = program.parse(Arguments, argv, prog="python -m pixart_jax encode", description=__doc__)
+    arguments = program.parse(Arguments, argv, prog="python -m pixart_jax encode", description=f"{__doc__}\n{processes.usage()}")
     if arguments.check:
         return check(arguments.out)
     kinds = () if arguments.captions in ("", "none") else tuple(kind.strip() for kind in arguments.captions.split(","))
@@ -133,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
     for part in ("vae", *(("text_encoder", "tokenizer") if kinds else ())):
         if not (arguments.model / part).is_dir():
             raise UserError(f"no {part} in {arguments.model}: give --model a folder with vae/, text_encoder/ and tokenizer/")
+    processes.start(joined)
     from pixart_jax.weights.component import load_component  # --check and --help need no model code
 
     source = open_source(arguments.source, arguments.split, where=arguments.where, limit=arguments.limit)
@@ -144,7 +151,8 @@ def main(argv: Sequence[str]) -> int:
         tokenizer=tokenizer.load(arguments.model / "tokenizer") if kinds else None,
         folder=arguments.out,
     )
-    print(summary(folder))
+    if jax.process_index() == 0:
+        print(summary(folder))
     return 0
 
 

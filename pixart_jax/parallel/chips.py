@@ -52,43 +52,24 @@ class Chip:
 
 
 def _tpu(watts: str, usd: str = "list", usable: str = "measured") -> dict[str, str]:
-    return {
-        "peak": "cloud",
-        "hbm": "cloud",
-        "usable": usable,
-        "links": "cloud",
-        "network": "cloud",
-        "watts": watts,
-        "usd": usd,
-        "host": "assumed",
-    }
+    return dict.fromkeys(("peak", "hbm", "links", "network"), "cloud") | {"usable": usable, "watts": watts, "usd": usd, "host": "assumed"}
 
 
-def _gpu() -> dict[str, str]:
-    return {
-        "peak": "nvidia",
-        "hbm": "nvidia",
-        "usable": "assumed",
-        "links": "nvidia",
-        "network": "dgx",
-        "watts": "nvidia",
-        "usd": "list",
-        "host": "nvidia",
-    }
-
+_V4, _TPU, _TPU7X = _tpu("isca23"), _tpu("assumed"), _tpu("assumed", "assumed", "assumed")
+_GPU = dict.fromkeys(("peak", "hbm", "links", "watts", "host"), "nvidia") | {"usable": "assumed", "network": "dgx", "usd": "list"}
 
 # fmt: off
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        #    name     bf16      memory      usable         memory/s  torus link    network  host   a host W    USD/h
-        Chip("v4",    275e12,   32 * GIB,   31.75 * GIB,   1228e9,   3,    50e9,   6.25e9,  16e9,  4,     170, 3.22, _tpu("isca23", usable="assumed")),
-        Chip("v5e",   197e12,   16 * GIB,   15.75 * GIB,   819e9,    2,    50e9,   3.125e9, 16e9,  8,     200, 1.20, _tpu("assumed")),
-        Chip("v5p",   459e12,   95 * GIB,   95 * GIB,      2765e9,   3,    100e9,  6.25e9,  16e9,  4,     450, 4.20, _tpu("assumed")),
-        Chip("v6e",   918e12,   32 * GIB,   31.25 * GIB,   1640e9,   2,    100e9,  12.5e9,  32e9,  8,     300, 2.70, _tpu("assumed")),
-        Chip("tpu7x", 1153.5e12, 96 * GIB,  94.75 * GIB,   3690e9,   3,    50e9,   6.25e9,  16e9,  8,     450, 6.00, _tpu("assumed", "assumed")),
-        Chip("h100",  989.4e12, 80e9,       0.92 * 80e9,   3350e9,   0,    450e9,  50e9,    64e9,  8,     700, 6.88, _gpu()),
-        Chip("h200",  989.4e12, 141e9,      0.92 * 141e9,  4800e9,   0,    450e9,  50e9,    64e9,  8,     700, 7.91, _gpu()),
+        #    name     bf16       memory      usable        memory/s torus link   network  host  a host W   USD/h
+        Chip("v4",    275e12,    32 * GIB,   30.75 * GIB,  1228e9,  3,    50e9,  6.25e9,  16e9, 4,     170, 3.22, _V4),
+        Chip("v5e",   197e12,    16 * GIB,   15.75 * GIB,  819e9,   2,    50e9,  3.125e9, 16e9, 8,     200, 1.20, _TPU),
+        Chip("v5p",   459e12,    96 * GIB,   95.74 * GIB,  2765e9,  3,    100e9, 6.25e9,  16e9, 4,     450, 4.20, _TPU),
+        Chip("v6e",   918e12,    32 * GIB,   31.25 * GIB,  1640e9,  2,    100e9, 12.5e9,  32e9, 8,     300, 2.70, _TPU),
+        Chip("tpu7x", 1153.5e12, 96 * GIB,   94.75 * GIB,  3690e9,  3,    50e9,  6.25e9,  16e9, 8,     450, 6.00, _TPU7X),
+        Chip("h100",  989.4e12,  80e9,       0.92 * 80e9,  3350e9,  0,    450e9, 50e9,    64e9, 8,     700, 6.88, _GPU),
+        Chip("h200",  989.4e12,  141e9,      0.92 * 141e9, 4800e9,  0,    450e9, 50e9,    64e9, 8,     700, 7.91, _GPU),
     )
 }
 # fmt: on

@@ -166,8 +166,17 @@ def write(
     scheduler: schedulers.SchedulerConfig,
     sampling: samplings.SamplingConfig,
 ) -> None:
-    """Write the parts beside the folder and then put each in its place, the index last: an interrupted call leaves no half part."""
+    """Write the parts beside the folder and then put each in its place, the index last: an interrupted call leaves no half part.
+
+    Where several processes share a part's parameters all must call it; the first one writes.
+    """
+    import jax
+
     folder = Path(folder)
+    if jax.process_index() > 0:
+        for part in (transformer, text_encoder, vae):
+            part.save(folder)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving.", dir=folder))
     try:

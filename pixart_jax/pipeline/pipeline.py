@@ -18,6 +18,7 @@ import numpy as np
 from pixart_jax import captions, diffusion
 from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
+from pixart_jax.parallel.gather import spread
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import RULES, batch_sharding
 from pixart_jax.pipeline import binning as bins
@@ -326,7 +327,7 @@ class Pipeline:
         return batch if self.mesh is None else math.ceil(batch / batch_shards(self.mesh)) * batch_shards(self.mesh)
 
     def _place(self, array):
-        return jnp.asarray(array) if self.mesh is None else jax.device_put(array, batch_sharding(self.mesh))
+        return jnp.asarray(array) if self.mesh is None else spread(array, batch_sharding(self.mesh))
 
     @contextlib.contextmanager
     def _on_mesh(self):

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 
 from pixart_jax.errors import UserError
+from pixart_jax.parallel import processes
 
 CLUSTER = "cluster"
 
@@ -35,20 +36,17 @@ class Share:
 
 def parse(text: str | None) -> Share:
     """'K/N' → that share; 'cluster' → as JAX's multi-process runtime detects it (Cloud TPU, GKE, SLURM, Open MPI), which must not
-    have been used yet; None → the whole, or this process's share where the runtime was already started."""
+    have been used yet; None → the whole, or this process's share where a launcher says so (``python -m pixart_jax launch``) or the
+    runtime was already started."""
     import jax
 
     if text is None:
-        if not jax.distributed.is_initialized():
-            return Share()
-        return Share(jax.process_index(), jax.process_count())
+        if jax.distributed.is_initialized():
+            return Share(jax.process_index(), jax.process_count())
+        told, _ = processes.split([])
+        return Share(told.process_index, told.processes) if told.processes else Share()
     if text == CLUSTER:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as fault:
-            line = (str(fault).splitlines() or [""])[0]
-            raise UserError(f"--share cluster: JAX finds no cluster to join ({line}); --share K/N says the share outright") from None
-        return Share(jax.process_index(), jax.process_count())
+        return _detected()
     try:
         index, count = (int(part) for part in text.split("/"))
     except ValueError:
@@ -56,3 +54,19 @@ def parse(text: str | None) -> Share:
     if not 0 <= index < count:
         raise UserError(f"--share {text!r}: K/N is needed, the share's number from 0 and how many there are (0/4 … 3/4), or 'cluster'")
     return Share(index, count)
+
+
+def _detected() -> Share:
+    """This process's place in the cluster. The runtime is left again at once: under it the death of one process would end all, and
+    the first to be done would wait for the last."""
+    import jax
+    from jax._src import distributed  # process_index() would open the devices of the whole cluster
+
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as fault:
+        line = (str(fault).splitlines() or [""])[0]
+        raise UserError(f"--share cluster: JAX finds no cluster to join ({line}); --share K/N says the share outright") from None
+    share = Share(distributed.global_state.process_id, distributed.global_state.num_processes)
+    jax.distributed.shutdown()
+    return share

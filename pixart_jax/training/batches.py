@@ -14,6 +14,8 @@ from pixart_jax.data.loader import Loader
 from pixart_jax.data.samples import ImageSamples, TokenSamples
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
+from pixart_jax.parallel.mesh import batch_shards
+from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.training.frozen import Frozen
 
 Encode = Callable[..., Path]
@@ -23,15 +25,17 @@ Encoding stands above training in the house, so whoever starts a run hands it in
 """
 
 
-def open_loader(config: Config, index: int, frozen: Frozen, encode: Encode | None) -> Loader:
-    """The loader of stage ``index``: this process's rows of each global batch, the same whenever and wherever it is asked."""
+def open_loader(config: Config, index: int, frozen: Frozen, encode: Encode | None, mesh: jax.sharding.Mesh | None = None) -> Loader:
+    """The loader of stage ``index``: the rows of each global batch that this process's devices of ``mesh`` need (None: all of them).
+
+    The global batch is the same whenever and wherever it is asked for.
+    """
     stage = config.stages[index]
     return Loader(
         _samples(stage, frozen, encode),
         batch_size=stage.batch_size,
         seed=stage_seed(config, index),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=None if mesh is None else rows_of(batch_sharding(mesh), stage.batch_size),
         workers=stage.data.workers,
     )
 
@@ -59,6 +63,40 @@ def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None):
     return TokenSamples(source, frozen.tokenizer, data.captions, data.max_text_tokens, target=stage.text_to_text.target)
 
 
+def rows_of(sharding: jax.sharding.NamedSharding, size: int) -> np.ndarray:
+    """Numbers (ascending) of a global batch's rows that lie on this process's devices.
+
+    Processes whose devices differ only along context or tensor have the same rows, and one's rows need not be neighbours.
+    UserError where the batch does not cut into equal parts.
+    """
+    parts = _parts(sharding)
+    if size % parts:
+        raise UserError(f"batch size {size} does not cut into {parts} equal parts, one for each batch shard of the mesh")
+    held = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in held]))
+
+
 def put(batch: dict[str, np.ndarray], sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
     """This process's rows → the global batch on the mesh; names and other text stay behind."""
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items() if rows.dtype.kind != "U"}
+    arrays = {name: rows for name, rows in batch.items() if rows.dtype.kind != "U"}
+    if sharding.is_fully_addressable:
+        return jax.device_put(arrays, sharding)
+    mine = len(next(iter(arrays.values())))
+    distinct = len(set(map(str, sharding.addressable_devices_indices_map((_parts(sharding),)).values())))
+    size = mine // distinct * _parts(sharding)
+    numbers = rows_of(sharding, size)
+
+    def part(rows: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        first, stop, _ = index[0].indices(size)
+        at = np.searchsorted(numbers, first)
+        return rows[at : at + stop - first]  # the rows of one device are neighbours, here as there
+
+    return {
+        name: jax.make_array_from_callback((size, *rows.shape[1:]), sharding, lambda index, rows=rows: part(rows, index))
+        for name, rows in arrays.items()
+    }
+
+
+def _parts(sharding: jax.sharding.NamedSharding) -> int:
+    """How many parts a batch is cut into."""
+    return batch_shards(sharding.mesh)

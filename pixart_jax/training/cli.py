@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from pixart_jax import program
 from pixart_jax.config import Config
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.parallel.processes import usage
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 USAGE = "python train.py configs/NAME.py --workdir DIR [--FIELD VALUE …]"
@@ -19,7 +21,7 @@ def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
     argv = list(argv)
     names = known()
     if not argv or argv[0] in ("-h", "--help"):
-        text = f"usage: {USAGE}\n\nrecipes: {', '.join(names)}\n`python train.py NAME --help` lists the options of one."
+        text = f"usage: {USAGE}\n\nrecipes: {', '.join(names)}\n`python train.py NAME --help` lists the options of one.\n\n{usage()}"
         if argv:
             print(text)
             raise SystemExit(0)
@@ -35,6 +37,8 @@ def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
             workdir = Path(rest[i + 1] if token == "--workdir" else token.split("=", 1)[1])
             rest = rest[:i] + rest[i + (2 if token == "--workdir" else 1) :]
             break
+    if workdir is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(workdir)):
+        raise UserError(f"--workdir {workdir}: a folder is needed, on a disk that all processes see; an address is none: mount it")
     if workdir is None and not {"-h", "--help"} & set(rest):
         raise UserError(f"--workdir is missing, the folder of the run: {USAGE}")
     return recipe, workdir, rest
@@ -64,7 +68,7 @@ def configured(recipe: Path, overrides: Sequence[str]) -> Config:
         overrides,
         prog=f"train.py {recipe.stem}",
         default=default,
-        description=f"Options of {recipe.name}.",
+        description=f"Options of {recipe.name}.\n\n{usage()}",
     )
 
 

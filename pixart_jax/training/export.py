@@ -1,10 +1,15 @@
-"""What a run leaves behind: a folder in the diffusers form, whole where every part is known."""
+"""What a run leaves behind: a folder in the diffusers form, whole where every part is known.
+
+All processes of a run call these; the first one writes, the others give it their parts of the parameters.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 from pathlib import Path
+
+import jax
 
 from pixart_jax.pipeline import folder as model_folder
 from pixart_jax.pipeline import scheduler as schedulers
@@ -19,7 +24,8 @@ class Copied:
     source: Path
 
     def save(self, folder: Path) -> None:
-        shutil.copytree(self.source, folder)
+        if jax.process_index() == 0:
+            shutil.copytree(self.source, folder)
 
 
 def write_model(folder: Path, transformer, scheduler: schedulers.SchedulerConfig, sampling: SamplingConfig, frozen: Frozen) -> None:
@@ -37,8 +43,10 @@ def write_model(folder: Path, transformer, scheduler: schedulers.SchedulerConfig
 
 def write_parts(folder: Path, transformer, scheduler: schedulers.SchedulerConfig, frozen: Frozen) -> None:
     """The class-conditional model with its VAE and scheduler; there is no diffusers pipeline of text for it."""
-    for part in ("transformer", "vae", "scheduler"):
+    first = jax.process_index() == 0
+    for part in ("transformer", "vae", "scheduler") if first else ():
         shutil.rmtree(folder / part, ignore_errors=True)
     transformer.save(folder / "transformer")
     Copied(frozen.folder("vae")).save(folder / "vae")
-    schedulers.write(scheduler, folder / "scheduler")
+    if first:
+        schedulers.write(scheduler, folder / "scheduler")

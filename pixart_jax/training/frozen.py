@@ -16,6 +16,7 @@ from pixart_jax import tokenizer as tokenizers
 from pixart_jax.config import Config
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
+from pixart_jax.parallel.liveness import once
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.vae import config_from_json
 
@@ -73,7 +74,7 @@ class Frozen:
             return tokenizers.load(self.folder("tokenizer"))
         folder = self._workdir / "tokenizer"
         if not (folder / "tokenizer_config.json").is_file():
-            tokenizers.save(tokenizers.from_words(self._words()), folder)
+            once("tokenizer", lambda: tokenizers.save(tokenizers.from_words(self._words()), folder))
         return tokenizers.load(folder)
 
     def _words(self) -> list[str]:

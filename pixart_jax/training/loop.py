@@ -11,6 +11,7 @@ import jax
 from tqdm import tqdm
 
 from pixart_jax.errors import Interrupted
+from pixart_jax.parallel import liveness
 from pixart_jax.training.bad_steps import describe
 from pixart_jax.training.batches import put
 from pixart_jax.training.clock import Clock
@@ -99,6 +100,7 @@ def train(
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         clock.done(flops)
         bar.update()
+        liveness.beat(number)
         in_row = int(values["skipped_in_row"])
         if values["skipped"]:
             keys = watch.bad(number, values)
@@ -150,6 +152,7 @@ def train(
                 if stop:
                     raise Interrupted(stop)
     finally:
+        liveness.beat(None)
         bar.close()
         close = getattr(batches, "close", None)
         if close:

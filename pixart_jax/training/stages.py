@@ -15,7 +15,7 @@ from pixart_jax.errors import Interrupted, UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.flops import PIXELS, train_flops
 from pixart_jax.models.transformer import TransformerConfig
-from pixart_jax.parallel import rules
+from pixart_jax.parallel import liveness, rules
 from pixart_jax.parallel.chips import chip_of
 from pixart_jax.parallel.mesh import batch_shards, make_mesh
 from pixart_jax.training import metrics as figures
@@ -67,7 +67,7 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
             latest = saves.latest()
             place = Place() if latest is None else saves.place(latest)
             try:
-                with figures.Metrics(folder.path, place.total) as metrics:
+                with figures.Metrics(folder.path, place.total) as metrics, liveness.told():
                     Run(config, folder, mesh, saves, metrics, meter, encode, interruption).stages(place)
             except Interrupted as stop:
                 raise Interrupted(f"stopped by {stop}: {_stands(config, saves)}") from None
@@ -126,7 +126,7 @@ class Run:
     def prepare(self, index: int) -> Stage:
         """Open data and model of a stage."""
         config = self.config.stages[index]
-        loader = open_loader(self.config, index, self.frozen, self.encode)
+        loader = open_loader(self.config, index, self.frozen, self.encode, self.mesh)
         task = make_task(self.config, config, self.frozen)
         boxed = jax.eval_shape(task.init, jax.random.key(0))
         optimizer = make_optimizer(config.optimizer, config.steps, config.batch_size, rules.logical_names(boxed))
@@ -215,7 +215,7 @@ class Run:
 
     def draw(self, stage: Stage, state: TrainState, number: int, total: int) -> None:
         """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
-        pictures, captions = stage.task.preview(state.average, stage.loader.batch(0), self.config.preview)
+        pictures, captions = stage.task.preview(state.average, stage.loader.whole(0, rows=8), self.config.preview)
         if len(pictures) and jax.process_index() == 0:
             sheet = png.grid(pictures, captions)
             name = self.config.stages[stage.index].name
@@ -230,7 +230,7 @@ class Run:
             account = ledger(self.cost, self.mesh.size, device.device_kind, self.config.hardware, self.meter.source)
             write_atomic(self.folder.path / "ledger.json", json.dumps(account, indent=1) + "\n")
             png.write(self.folder.path / "loss.png", figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")))
-        stage.task.export(params, self.folder.model, stage.loader.batch)
+        stage.task.export(params, self.folder.model, stage.loader.whole)
         if jax.process_index() == 0:
             print(summary(self.folder.path))
             print(f"done: {self.folder.model}")

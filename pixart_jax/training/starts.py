@@ -13,6 +13,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.parallel.gather import on_host
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.table import flatten, unflatten
@@ -54,7 +55,8 @@ def opened(stage: StageConfig):
 def converted(stage: StageConfig, kind: str, model, params, task, fresh, key: jax.Array, report):
     """Parameters of a model of task ``kind`` as the stage's task needs them."""
     if kind == "class_conditional" and stage.task == "text_to_image":
-        old, params = params, from_dit(params, model, task.module.config, key)
+        old = jax.tree.map(on_host, params)
+        params = from_dit(old, model, task.module.config, key)
         height, width = stage.data.buckets[0]
         latents = jax.random.normal(jax.random.fold_in(key, 1), (2, height // 8, width // 8, model.in_channels))
         report("reparameterization", reparameterization_error(old, model, params, task.module.config, latents).summary())
@@ -85,5 +87,5 @@ def fitted(stage: StageConfig, params, task, fresh):
     if missing:
         made = flatten(fresh())
         # The embedders' last layer is put to zero, so that the model begins as the plain one that it was.
-        given |= {path: np.zeros_like(made[path]) if "/fc2/" in path else made[path] for path in missing}
+        given |= {path: np.zeros(made[path].shape, made[path].dtype) if "/fc2/" in path else made[path] for path in missing}
     return unflatten(given)

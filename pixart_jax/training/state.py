@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pixart_jax.parallel import rules
+from pixart_jax.parallel import gather, rules
 from pixart_jax.training.bad_steps import Guard
 from pixart_jax.training.ema import averaged
 
@@ -65,7 +65,7 @@ def fresh_params(init: Callable[[jax.Array], optax.Params], key: jax.Array, abst
 
 def state_from(params: optax.Params, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
     """Step 0 from given parameters (numpy or jax arrays, anywhere); those that already lie right are taken over, not copied."""
-    placed = jax.tree.map(lambda p, like: jax.device_put(jnp.asarray(p, like.dtype), like.sharding), params, abstract.params)
+    placed = jax.tree.map(gather.placed, params, abstract.params)
     return jax.jit(lambda p: _begin(p, optimizer), out_shardings=shardings_of(abstract), donate_argnums=0)(placed)
 
 

@@ -23,12 +23,22 @@ from pixart_jax.models.t5 import T5Encoder, check_quantization
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.models.vae_tiled import tiled_decode
+from pixart_jax.parallel.gather import on_host
 from pixart_jax.parallel.rules import RULES, parameter_shardings
 from pixart_jax.weights import dit, t5, transformer, vae
 from pixart_jax.weights.cache import Cache
-from pixart_jax.weights.files import Renamed, SafetensorsFile, Tensors, find_weights, open_tensors, write_json, write_safetensors
+from pixart_jax.weights.files import (
+    Renamed,
+    SafetensorsFile,
+    Tensors,
+    find_weights,
+    in_order,
+    open_tensors,
+    write_json,
+    write_safetensors,
+)
 from pixart_jax.weights.streaming import aliased, read
-from pixart_jax.weights.table import Entry, flatten, write
+from pixart_jax.weights.table import Entry, Pending, flatten, write
 
 CONFIG = "config.json"
 NULL_CAPTION = "null_caption.safetensors"  # beside the transformer's weights: diffusers has no place for it and would warn of its key
@@ -76,13 +86,16 @@ class Component(abc.ABC):
     def save(self, folder: str | os.PathLike) -> None:
         """Write config.json and the weights, each whole or not at all, in the dtype that params are held in.
 
-        On several hosts all must call it; the first one writes. Raises UserError when the folder cannot be written.
+        Where several processes share the parameters all must call it: tensor by tensor, a stack's layer by layer, they gather
+        what the first one writes, so that no host holds more than one beside its own. Raises UserError when the folder
+        cannot be written.
         """
-        params = jax.tree.map(_whole, nn.unbox(dict(self.params)))
+        params, folder = nn.unbox(dict(self.params)), Path(folder)
         if jax.process_index() == 0:
-            folder = Path(folder)
             self._write_weights(folder, params)
             write_json(folder / CONFIG, self._config_to_json(params))
+        elif any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+            self._write_weights(folder, params)
 
     # What each kind of component fills in.
 
@@ -107,7 +120,7 @@ class Component(abc.ABC):
 
     def _write_weights(self, folder: Path, params: Mapping) -> None:
         tensors = write(self._names(self.config, self._config_to_json(params))[0], params)
-        write_safetensors(folder / self.weights_file, tensors)
+        _write(folder / self.weights_file, tensors)
 
     # Modules that compute in fp32 whatever the model's dtype is.
     _wide: ClassVar[tuple[str, ...]] = ()
@@ -191,8 +204,8 @@ class Transformer(Component):
         null = params.get("null_caption")
         super()._write_weights(folder, {name: value for name, value in params.items() if name != "null_caption"})
         if null is not None:
-            write_safetensors(folder / NULL_CAPTION, {"null_caption": null})
-        else:
+            _write(folder / NULL_CAPTION, {"null_caption": Pending(null.shape, np.dtype(null.dtype), lambda: on_host(null))})
+        elif jax.process_index() == 0:
             (folder / NULL_CAPTION).unlink(missing_ok=True)
 
 
@@ -409,10 +422,10 @@ class _WithNullCaption(Tensors):
             self._tensors.release(key)
 
 
-def _whole(array) -> np.ndarray:
-    """The array on this host, gathered from the others where they hold parts of it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
+def _write(path: Path, tensors: Mapping[str, Pending]) -> None:
+    """The file, on the first process; the others make each tensor as it does, which is how they give it their parts."""
+    if jax.process_index() == 0:
+        write_safetensors(path, tensors)
+        return
+    for key in in_order(tensors):
+        tensors[key].make()

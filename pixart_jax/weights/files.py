@@ -260,7 +260,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping, metadata: Mappi
     """
     dtypes = {key: np.dtype(tensor.dtype) for key, tensor in tensors.items()}
     sizes = {key: math.prod(tensor.shape) * dtypes[key].itemsize for key, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda key: (sizes[key] % 64 != 0, -dtypes[key].itemsize, key))
+    order = in_order(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for key in order:
@@ -278,6 +278,16 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping, metadata: Mappi
                 file.write(value.reshape(-1).view(np.uint8).data)
 
     write_atomically(path, save)
+
+
+def in_order(tensors: Mapping) -> list[str]:
+    """The keys as ``write_safetensors`` writes them, and asks for their values."""
+
+    def place(key: str) -> tuple:
+        itemsize = np.dtype(tensors[key].dtype).itemsize
+        return math.prod(tensors[key].shape) * itemsize % 64 != 0, -itemsize, key
+
+    return sorted(tensors, key=place)
 
 
 def write_json(path: str | os.PathLike, values: Mapping) -> None:

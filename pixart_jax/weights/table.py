@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pixart_jax.errors import UserError
+from pixart_jax.parallel.gather import on_host
 
 _LAYOUTS: dict[str, tuple[Callable, Callable]] = {
     # name: (their axes → ours, ours → theirs)
@@ -177,7 +178,10 @@ class Pending:
 
 
 def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
-    """Our tree → {their key: tensor}, the inverse of reading, to the bit. One is made at a time, so a whole copy is never held."""
+    """Our tree → {their key: tensor}, the inverse of reading, to the bit. One is made at a time, so a whole copy is never held.
+
+    Of a stack of layers that lies over a mesh one layer is gathered for its tensor (parallel.gather.on_host).
+    """
     flat = flatten(params)
     pieces: dict[str, dict[int, tuple[Entry, int]]] = {}
     for entry in table:
@@ -188,8 +192,7 @@ def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
     def make(key: str) -> np.ndarray:
         arrays = []
         for _, (entry, row) in sorted(pieces[key].items(), key=lambda item: item[0]):
-            value = np.asarray(flat[entry.ours])
-            arrays.append(_LAYOUTS[entry.layout][1](value[row] if entry.stacked else value))
+            arrays.append(_LAYOUTS[entry.layout][1](on_host(flat[entry.ours], row if entry.stacked else None)))
         return np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
 
     def shape(entry: Entry) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from pixart_jax.config import AutoencoderConfig, Config, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.vae import AutoencoderKL
+from pixart_jax.parallel.gather import on_host
 from pixart_jax.weights.component import VAE
 
 _CALIBRATION = 32  # batches that the scaling factor is measured on
@@ -49,7 +50,7 @@ class Autoencoder:
         """Up to 8 pairs of image and reconstruction."""
         images = np.asarray(batch["images"][:8], np.float32)
         vae = VAE(self.module.config, params, self.module.dtype)
-        decoded = np.asarray(vae.decode(vae.encode(images)[0]))
+        decoded = on_host(vae.decode(vae.encode(images)[0]))
         pairs = [_pixels(picture) for pair in zip(images, decoded, strict=True) for picture in pair]
         return pairs, ["image", "reconstruction"] * len(images)
 

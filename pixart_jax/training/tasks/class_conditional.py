@@ -15,6 +15,7 @@ from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.geometry import Geometry
+from pixart_jax.parallel.gather import on_host
 from pixart_jax.training.export import write_parts
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import Denoising
@@ -60,7 +61,7 @@ class ClassConditional:
         latents = _draw(
             self.module, self.denoising, settings.steps, settings.guidance, shape, params, labels, jax.random.key(settings.seed)
         )
-        images = np.asarray(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
+        images = on_host(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
         return list(np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)), [f"class {n}" for n in labels]
 
     def component(self, params):

@@ -12,6 +12,7 @@ import numpy as np
 from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import PixArtTransformer
+from pixart_jax.parallel.gather import on_host
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.sampling import SamplingConfig
@@ -89,7 +90,7 @@ class TextToImage:
         latents = pipeline.denoise(
             *_padded(texts, length), noise, *_padded([empty] * count, length), steps=settings.steps, guidance=settings.guidance, keys=keys
         )
-        return list(np.asarray(pipeline.decode(latents)))[: len(captions)], captions
+        return list(on_host(pipeline.decode(latents)))[: len(captions)], captions
 
     def component(self, params):
         """The transformer bound to parameters, as load_component gives one."""

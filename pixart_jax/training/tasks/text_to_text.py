@@ -75,7 +75,8 @@ class TextToText:
     def export(self, params, folder: Path, batches) -> None:
         """folder/text_encoder and folder/tokenizer."""
         TextEncoder(self.module.config, params["encoder"]).save(folder / "text_encoder")
-        tokenizers.save(self.tokenizer, folder / "tokenizer")
+        if jax.process_index() == 0:
+            tokenizers.save(self.tokenizer, folder / "tokenizer")
 
 
 def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> TextToText:

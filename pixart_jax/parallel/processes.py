@@ -1,0 +1,218 @@
+"""The processes of one run: how JAX's multi-process runtime is started, by flags, by the environment or as JAX detects the cluster.
+
+    options, rest = split(argv)      # takes the flags of FLAGS out of a command line
+    start(options)                   # before any device is touched; one process alone where nothing says otherwise
+    sys.exit(conclude(run))          # run() → exit status, told to the other processes; a lost one is never waited for
+
+Peers are watched from the start on (liveness.py): one that is dead or hung ends the others with a line and status PEER_LOST.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from pixart_jax.errors import UserError, nearest
+from pixart_jax.parallel import ENVIRONMENT, liveness
+from pixart_jax.parallel.liveness import PEER_LOST as PEER_LOST
+
+FLAGS = {
+    "--coordinator": ("HOST:PORT", "where process 0 listens; with --processes and --process-index"),
+    "--processes": ("N", "how many processes there are"),
+    "--process-index": ("K", "which one this is, from 0"),
+    "--distributed": ("auto|none", "none: one process alone, whatever JAX would detect (Cloud TPU, GKE, SLURM, Open MPI)"),
+    "--start-timeout": ("SECONDS", "until all processes must have come (300)"),
+    "--peer-timeout": ("SECONDS", "without a sign of life after which a process counts as lost (60)"),
+    "--stall-timeout": ("SECONDS", "without a step on any process after which the run is ended (1800; 0: never)"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How the processes of a run find each other. Raises UserError for what cannot be meant."""
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_index: int | None = None
+    distributed: str = "auto"
+    start_timeout: float = 300
+    peer_timeout: float = 60
+    stall_timeout: float = 1800
+
+    def __post_init__(self):
+        if self.distributed not in ("auto", "none"):
+            raise UserError(f"--distributed {self.distributed!r}{nearest(self.distributed, ('auto', 'none'))}")
+        given = {"--coordinator": self.coordinator, "--processes": self.processes, "--process-index": self.process_index}
+        missing = [flag for flag, value in given.items() if value is None]
+        if missing and len(missing) < 3:
+            said = ", ".join(flag for flag in given if flag not in missing)
+            raise UserError(f"{said} without {', '.join(missing)}: give all three, or none where JAX detects the cluster")
+        if not missing:
+            _address(self.coordinator)
+            if self.processes < 1:
+                raise UserError(f"--processes {self.processes}: at least 1")
+            if not 0 <= self.process_index < self.processes:
+                raise UserError(
+                    f"--process-index {self.process_index} of --processes {self.processes}: the indices are 0 to {self.processes - 1}"
+                )
+            if self.distributed == "none":
+                raise UserError("--distributed none together with --coordinator: one process alone, or several?")
+        for flag, seconds in (("start", self.start_timeout), ("peer", self.peer_timeout)):
+            if seconds < 1:
+                raise UserError(f"--{flag}-timeout {seconds:g}: at least 1 second")
+        if self.stall_timeout < 0:
+            raise UserError(f"--stall-timeout {self.stall_timeout:g}: seconds, or 0 for never")
+
+
+def split(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[Start, list[str]]:
+    """(the options of a command line and the environment, the arguments that are left). The command line wins."""
+    environment = os.environ if environment is None else environment
+    given: dict[str, str] = {}
+    if all(environment.get(name) for name in ENVIRONMENT):
+        given = dict(zip(("coordinator", "processes", "process_index"), (environment[name] for name in ENVIRONMENT), strict=True))
+    rest, argv, flagged = [], list(argv), {}
+    while argv:
+        token = argv.pop(0)
+        flag, equals, value = token.partition("=")
+        flag = flag.replace("_", "-")
+        if flag not in FLAGS:
+            rest.append(token)
+            continue
+        if not equals:
+            if not argv or argv[0].startswith("--"):
+                raise UserError(f"{flag} needs {FLAGS[flag][0]}")
+            value = argv.pop(0)
+        flagged[flag[2:].replace("-", "_")] = value
+    if {"coordinator", "processes", "process_index"} & set(flagged) or flagged.get("distributed") == "none":
+        given = {}
+    return Start(**{name: _typed(name, value) for name, value in (given | flagged).items()}), rest
+
+
+def usage() -> str:
+    """The flags, for a program's --help."""
+    lines = [f"  {f'{flag} {value}':28} {what}" for flag, (value, what) in FLAGS.items()]
+    return "\n".join(["Several processes (docs/pods.md):", *lines])
+
+
+def start(options: Start) -> None:
+    """Join the other processes; returns when all have come. Nothing, and no delay, where there is but this one.
+
+    Must come before anything asks JAX for a device. Raises UserError where a cluster is detected that cannot be joined; a
+    coordinator that is not reached in time ends this process with one line and status 2.
+    """
+    if jax.distributed.is_initialized() or options.distributed == "none":
+        return
+    where = {}
+    if options.coordinator is not None:
+        if options.processes == 1:
+            return
+        where = {
+            "coordinator_address": options.coordinator,
+            "num_processes": options.processes,
+            "process_id": options.process_index,
+            "cluster_detection_method": "deactivate",
+        }
+    if jax.config.jax_cpu_collectives_implementation in (None, "none"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    liveness.explain_aborts(_late(options))
+    try:
+        jax.distributed.initialize(
+            **where,
+            initialization_timeout=int(options.start_timeout),
+            heartbeat_timeout_seconds=int(max(100, 2 * options.peer_timeout)),  # our own watch speaks first
+        )
+    except (ValueError, RuntimeError, TypeError) as fault:
+        liveness.explain_aborts(None)
+        line = " ".join(str(fault).split())[:200]
+        if not where and "coordinator_address should be defined" in line:
+            return  # no cluster: this process alone
+        raise UserError(
+            f"cannot join the other processes ({line}); say --coordinator HOST:PORT --processes N --process-index K, "
+            "or --distributed none for this one alone"
+        ) from None
+    liveness.begin(options.peer_timeout, options.stall_timeout)
+
+
+def agree(command: str, folder: str | os.PathLike | None = None, patience: float = 60) -> None:
+    """That all processes mean the same: command (whatever determines the run, as text) and folder, which all must see.
+
+    patience: seconds, for a network disk may show a new file late.
+
+    Raises UserError on the process that differs from process 0; nothing where there is one process alone.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(command.encode()).hexdigest()
+    mark = ""
+    if jax.process_index() == 0 and folder is not None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = f".seen-by-all-{os.urandom(8).hex()}"
+        (folder / mark).touch()
+    told, mark = liveness.tell("agree", f"{digest} {mark}").split(" ")
+    if told != digest:
+        raise UserError(f"process {jax.process_index()} was started with another config than process 0: give all the same command")
+    if folder is not None:
+        deadline = time.monotonic() + patience
+        while not (Path(folder) / mark).exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is not one folder that all processes see (process {jax.process_index()} does not see what process 0 "
+                    "wrote there): name one on a shared disk"
+                )
+            time.sleep(0.2)
+        liveness.meet("agree")
+        if jax.process_index() == 0:
+            (Path(folder) / mark).unlink(missing_ok=True)
+
+
+def conclude(run: Callable[[], int]) -> int:
+    """run()'s exit status, made known to the other processes.
+
+    Where all end well they end together. Where this one does not, the others learn of it at once, and nobody waits for a peer
+    that will not come: the process then ends here, its traceback printed where a fault of the program is the cause.
+    """
+    try:
+        status = run()
+    except BaseException as fault:
+        if not liveness.watching():
+            raise
+        if (lost := liveness.verdict(fault)) is not None:  # a broken collective is a symptom; the cause is the peer
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+            status = PEER_LOST
+        else:
+            traceback.print_exc()
+            status = 1
+    return liveness.leave(status)
+
+
+def _late(options: Start) -> str:
+    if options.coordinator is None:
+        who = "not all processes of the detected cluster have come"
+    elif options.process_index == 0:
+        who = f"not all of the {options.processes} processes have come to {options.coordinator}"
+    else:
+        who = f"no coordinator at {options.coordinator}, or not all of the {options.processes} processes have come to it"
+    return f"{who} within {options.start_timeout:g} s (--start-timeout); --distributed none runs this process alone"
+
+
+def _address(text: str) -> None:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator {text!r}: HOST:PORT is needed, as 10.0.0.1:12345")
+
+
+def _typed(name: str, value: str):
+    kind = {"processes": int, "process_index": int, "start_timeout": float, "peer_timeout": float, "stall_timeout": float}.get(name, str)
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"--{name.replace('_', '-')} {value!r}: a {'whole ' * (kind is int)}number is needed") from None
