@@ -14,6 +14,7 @@ from pixart_jax import program
 
 def main(argv: list[str]) -> int:
     from pixart_jax.parallel import processes
+    from pixart_jax.parallel.mesh import make_mesh
     from pixart_jax.training import cli
 
     joined, argv = processes.split(argv)
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
     config = cli.configured(recipe, overrides)
     processes.start(joined)
     processes.agree(repr(config), workdir)
+    processes.acquaint(make_mesh(config.mesh))
 
     from pixart_jax.training import loop, stages  # heavy: only for a command line that holds
 

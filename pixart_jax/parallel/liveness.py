@@ -74,9 +74,14 @@ def told():
 
 def verdict(fault: BaseException) -> str | None:
     """The line about the peer that was lost or has failed where ``fault`` comes of it, or None. Waits until that is known."""
-    if _watch is None or not _SYMPTOM.search(f"{type(fault).__name__} {fault}"):
+    if _watch is None or not _is_symptom(fault):
         return None
     return _watch.verdict()
+
+
+def _is_symptom(fault: BaseException) -> bool:
+    """Whether a fault may come of a lost peer: a collective that broke."""
+    return not isinstance(fault, UserError) and _SYMPTOM.search(f"{type(fault).__name__} {fault}") is not None
 
 
 def leave(status: int) -> int:
@@ -160,8 +165,10 @@ class Watch:
         if self._failed is None:
             line = " ".join((str(fault).strip().splitlines() or [""])[0].split())
             said = line if isinstance(fault, UserError) else f"{type(fault).__name__}: {line}"
-            self._failed, self._state, self._what = time.monotonic(), "fails", said[:300]
             self._trace = None if isinstance(fault, UserError) else traceback.format_exc()
+            if not _is_symptom(fault):  # else the peers need not hear of it: they see for themselves who is lost
+                self._state, self._what = "fails", said[:300]
+            self._failed = time.monotonic()
 
     def verdict(self) -> str | None:
         quick = min(self._patience, max(5.0, 5 * self._every))
@@ -241,7 +248,7 @@ class Watch:
                 if self.step != step:
                     step, self._moved = self.step, now
             before = now
-            if self._state == "fails" and now - self._failed > _UNWINDING:
+            if self._failed is not None and self._state != "ended" and now - self._failed > _UNWINDING + self._patience:
                 _end(1 if self._trace else 2, self._trace or f"error: {self._what}\n")
             if self._state == "runs" and (line := self._lost(now, self._patience, _GRACE)):
                 _end(PEER_LOST, f"\nerror: {line}\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import sys
 import time
@@ -19,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.parallel import ENVIRONMENT, liveness
@@ -172,6 +175,29 @@ def agree(command: str, folder: str | os.PathLike | None = None, patience: float
         liveness.meet("agree")
         if jax.process_index() == 0:
             (Path(folder) / mark).unlink(missing_ok=True)
+
+
+def acquaint(mesh: jax.sharding.Mesh) -> None:
+    """Let the processes of a CPU mesh open their connections now, while all are here; nothing on other platforms.
+
+    Gloo opens those of a group of devices at the group's first collective, and gives up where the others are 30 s late: as
+    they are when one process compiles a step longer than another.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    groups = [group for count in range(1, len(names) + 1) for group in itertools.combinations(names, count)]
+    spec = PartitionSpec(mesh.axis_names)
+
+    def sums(x: jax.Array) -> jax.Array:
+        for group in groups:
+            x = x + jax.lax.psum(x, group)
+        return x
+
+    ones = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, spec), lambda _: np.ones(1, np.float32))
+    add = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)).lower(ones).compile()
+    liveness.meet("acquaint")
+    add(ones).block_until_ready()
 
 
 def conclude(run: Callable[[], int]) -> int:
