@@ -83,7 +83,7 @@ def _drawing(job: Job, mesh) -> Program:
     autoencoder = VAE.abstract(vae_config(job.config, assumptions), drawing.dtype, mesh)
     encoder = TextEncoder.abstract(text_config(job.config, assumptions), drawing.dtype, mesh)
     counted = {"transformer": held(transformer.params), "VAE": held(autoencoder.params), "text encoder": held(encoder.params)}
-    rows = rules.batch_sharding(mesh)
+    rows = rules.rows_sharding(mesh, drawing.batch)
     b, h, w = drawing.batch, drawing.height // autoencoder.config.factor, drawing.width // autoencoder.config.factor
 
     def shape(*sizes, dtype=jnp.float32):

@@ -35,7 +35,7 @@ def kept(tmp_path_factory):
         ([], "--topology"),
         (["--topology", "v5e:3x5"], "v5e:4x4"),
         (["--topology", "cpu:8", "--mesh", "fsdp=3"], "sizes that divide it: 1, 2, 4, 8"),
-        (["--topology", "cpu:8", "--mesh", "tensor=4"], "does not divide its 6 heads"),
+        (["--topology", "cpu:8", "--mesh", "tensor=4"], "does not divide 6 heads"),
         (["--topology", "cpu:8", "--mesh", "widht=4"], "'widht' is no axis"),
         (["--topology", "cpu:8", "--batch-size", "12"], "8 or 16 would be"),
         (["--topology", "cpu:8", "--stage", "wrods"], "did you mean 'words'"),
@@ -91,7 +91,8 @@ def test_a_plan_of_drawing_has_both_programs_and_all_weights(tmp_path):
     assert [p["program"] for p in found["programs"]] == ["denoise", "decode"]
     assert found["batch"]["peak"] > found["batch"]["weights"] > 9.5e9 / 2 * 0.98  # T5-XXL in bfloat16 on two devices
     denoise = found["programs"][0]
-    assert denoise["flops"]["traced"]["value"] == pytest.approx(2 * denoise["flops"]["image"]["value"], rel=0.1)
+    ratio = denoise["flops"]["traced"]["value"] / (2 * denoise["flops"]["image"]["value"])
+    assert 0.5 < ratio <= 1.0  # the texts' keys and values are made once, not at each of the steps
 
 
 # ---- what is made of a compiled program ----
