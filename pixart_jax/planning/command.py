@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,8 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
 
 
 def main(argv: list[str]) -> int:
+    if "jax" not in sys.modules:  # this process only reads and counts: no device is looked for, whatever is installed
+        os.environ["JAX_PLATFORMS"] = "cpu"
     from pixart_jax.training import cli
 
     recipe, own, overrides = split(argv)
@@ -75,8 +78,13 @@ def main(argv: list[str]) -> int:
         own = ["--help"]
     options = program.parse(PlanOptions, own, prog="pixart_jax plan", description=f"usage: {USAGE}")
 
+    if options.most < 1:
+        raise UserError(f"--most {options.most}: at least 1")
+
+    from pixart_jax.planning import compilation
     from pixart_jax.planning import topology as topologies
 
+    bounds = compilation.Bounds(options.compile_gib, options.compile_seconds)
     topology = topologies.parse(options.topology, options.slices)
     config = configured(cli.configured(cli.find(recipe), overrides), options)
     chosen = stages(config, options)
@@ -88,7 +96,7 @@ def main(argv: list[str]) -> int:
         for one in jobs:
             plans.check(one)
     topologies.require_compiler(topology)
-    found = swept(jobs, options) if options.sweep else planned(jobs, options)
+    found = swept(jobs, options, bounds) if options.sweep else planned(jobs, options, bounds)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -117,8 +125,6 @@ def stages(config: Config, options: PlanOptions) -> list[int]:
                 f"config {config.name} has no stage {options.stage!r}{nearest(options.stage, names)}; it has {', '.join(names)}"
             )
         return [names.index(options.stage)]
-    if options.most < 1:
-        raise UserError(f"--most {options.most}: at least 1")
     return [len(names) - 1] if options.sample else list(range(len(names)))
 
 
@@ -149,12 +155,11 @@ def drawing(config: Config, options: PlanOptions, shards: int):
     return jobs.Drawing(options.batch_size or shards, height, width, **how, dtype=options.dtype)
 
 
-def planned(jobs, options: PlanOptions) -> dict:
+def planned(jobs, options: PlanOptions, bounds) -> dict:
     """Each job compiled and told."""
-    from pixart_jax.planning import compilation, drawings, report
+    from pixart_jax.planning import drawings, report
     from pixart_jax.planning import plan as plans
 
-    bounds = compilation.Bounds(options.compile_gib, options.compile_seconds)
     made = []
     for one in jobs:
         if one.drawing is not None:
@@ -171,11 +176,10 @@ def planned(jobs, options: PlanOptions) -> dict:
     return {"programs": [report.as_json(p) for p in made]}
 
 
-def swept(jobs, options: PlanOptions) -> dict:
+def swept(jobs, options: PlanOptions, bounds) -> dict:
     """The ranking of each job's candidates."""
-    from pixart_jax.planning import compilation, report, sweep
+    from pixart_jax.planning import report, sweep
 
-    bounds = compilation.Bounds(options.compile_gib, options.compile_seconds)
     found = []
     for one in jobs:
         outcomes = sweep.run(one, options.most, bounds, sizes=options.batch_size is None)
@@ -186,7 +190,7 @@ def swept(jobs, options: PlanOptions) -> dict:
                 "ranking": [report.as_json(o.plan) if o.plan else {"mesh": o.job.axes, "fault": o.fault} for o in outcomes],
             }
         )
-    print(f"\n{report.LEGEND}", file=sys.stdout)
+    print(f"\n{report.LEGEND}")
     return {"sweeps": found}
 
 

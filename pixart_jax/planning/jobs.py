@@ -109,6 +109,7 @@ class Facts:
     assumptions: tuple[str, ...]
     trace_seconds: float
     compile_seconds: float
+    compile_cpu_seconds: float  # of all cores together: what the clock above would be on one core with nothing else to do
     host_peak: float  # of the compiling process
     compiler: str
     cached: bool = False

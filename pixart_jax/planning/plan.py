@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from types import SimpleNamespace
 
 from pixart_jax.config import StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.flops import forward_flops, train_flops
 from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.remat import check_platform
+from pixart_jax.parallel.mesh import check_divides
 from pixart_jax.planning import estimate
 from pixart_jax.planning.compilation import Bounds, compiled
 from pixart_jax.planning.jobs import Facts, Job
@@ -126,15 +129,11 @@ def check(job: Job) -> None:
                 f"{' or '.join(map(str, near))} would be (--batch-size)"
             )
         tokens = {f"{h}×{w}": _tokens(job, h, w) for h, w in stage.data.buckets}
+    check_platform(job.config.remat, {"cuda": "gpu"}.get(job.topology.platform, job.topology.platform))
     model = geometry(job)
-    if model is None:
-        return
-    for name, size in (("heads", model.heads), ("MLP width", model.mlp_width)):
-        if size % axes["tensor"]:
-            raise UserError(f"stage {stage.name}: mesh tensor {axes['tensor']} does not divide its {size} {name}")
-    odd = [f"{bucket} ({n})" for bucket, n in tokens.items() if n % axes["context"]]
-    if odd:
-        raise UserError(f"stage {stage.name}: mesh context {axes['context']} does not divide the image tokens of {', '.join(odd[:4])}")
+    if model is not None:
+        mesh = SimpleNamespace(shape=axes)
+        check_divides(mesh, f"stage {stage.name}", heads=model.heads, mlp_width=model.mlp_width, tokens=tokens)
 
 
 def _tokens(job: Job, height: int, width: int) -> int:

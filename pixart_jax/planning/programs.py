@@ -53,6 +53,13 @@ def _itemsize(dtype) -> int:
     return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
+def state_bytes(state) -> dict[str, float]:
+    """Bytes on one device of an abstract TrainState, by kind; the step's counters and guard lie with the optimizer."""
+    ema = averaged(state.opt_state)
+    counted = {"parameters": held(state.params), "EMA": held(ema) if ema is not None else 0.0}
+    return counted | {"optimizer": held(state) - sum(counted.values())}
+
+
 def _step(job: Job, mesh) -> Program:
     stage = job.stage_config
     frozen = abstract.AssumedFrozen(job.config)
@@ -60,9 +67,7 @@ def _step(job: Job, mesh) -> Program:
     batch = abstract.abstract_batch(job.config, stage, job.bucket, mesh)
     traced = abstract.compiled_step(job.config, stage, made, mesh).trace(made.abstract, batch, abstract.abstract_key(mesh))
     state = made.abstract
-    ema = averaged(state.opt_state)
-    counted = {"parameters": held(state.params), "EMA": held(ema) if ema is not None else 0.0}
-    counted["optimizer"] = held(state) - sum(counted.values())
+    counted = state_bytes(state)
     counted["batch"] = held(batch)
     sizes = {True: 0, False: 0}
     for leaf in jax.tree.leaves(state.params):
@@ -78,7 +83,7 @@ def _drawing(job: Job, mesh) -> Program:
     autoencoder = VAE.abstract(vae_config(job.config, assumptions), drawing.dtype, mesh)
     encoder = TextEncoder.abstract(text_config(job.config, assumptions), drawing.dtype, mesh)
     counted = {"transformer": held(transformer.params), "VAE": held(autoencoder.params), "text encoder": held(encoder.params)}
-    whole, rows = rules.replicated(mesh), rules.batch_sharding(mesh)
+    rows = rules.rows_sharding(mesh, drawing.batch)
     b, h, w = drawing.batch, drawing.height // autoencoder.config.factor, drawing.width // autoencoder.config.factor
 
     def shape(*sizes, dtype=jnp.float32):
@@ -108,7 +113,6 @@ def _drawing(job: Job, mesh) -> Program:
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
         jitted = jax.jit(run, in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments), out_shardings=rows)
         traced = jitted.trace(*arguments)
-    del whole
     return Program(traced, mesh, counted, 0.0, tuple(assumptions))
 
 

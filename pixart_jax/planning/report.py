@@ -167,7 +167,7 @@ def text(plan: Plan) -> str:
             lines.append(f"  {name}")
             lines += [f"    {what:{first}}  {figure:{second}}  {basis}".rstrip() for what, figure, basis in part]
     f = plan.facts
-    took = "kept from before" if f.cached else f"compiled in {f.compile_seconds:.0f} s"
+    took = "kept from before" if f.cached else f"compiled in {f.compile_seconds:.0f} s ({f.compile_cpu_seconds:.0f} s of CPU)"
     lines.append(f"  {took} by {f.compiler} for {f.device_kind}, with {data(f.host_peak)} of this machine's memory")
     if f.whole_share > 0.02 and plan.job.axes["fsdp"] > 1:
         lines.append(
@@ -231,7 +231,10 @@ def as_json(plan: Plan) -> dict:
             }
             for c in facts.collectives
         ],
-        "compile": {"seconds": facts.compile_seconds, "host_peak": facts.host_peak, "compiler": facts.compiler, "kept": facts.cached},
+        "compile": {
+            "seconds": facts.compile_seconds, "cpu_seconds": facts.compile_cpu_seconds, "host_peak": facts.host_peak,
+            "compiler": facts.compiler, "kept": facts.cached,
+        },
         "assumptions": [*facts.assumptions, estimate.ASSUMPTIONS],
     }  # fmt: skip
     if plan.time is not None:

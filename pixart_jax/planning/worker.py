@@ -5,6 +5,7 @@ python -m pixart_jax.planning.worker JOB RESULT CACHE
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import itertools
@@ -12,6 +13,7 @@ import json
 import pickle
 import re
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -44,7 +46,7 @@ def facts(job: Job, cache: Path) -> Facts:
     if kept.is_file():
         return Facts.from_json(json.loads(kept.read_text()), cached=True, trace_seconds=traced)
 
-    begun = time.perf_counter()
+    begun, busy = time.perf_counter(), time.process_time()
     wanted = available = None
     message, collectives, sizes, compiled = (
         "",
@@ -60,7 +62,7 @@ def facts(job: Job, cache: Path) -> Facts:
             raise UserError(f"{job.topology.name}: the compiler failed: {str(fault).splitlines()[0][:300]}") from fault
         wanted, available = (float(n[:-1]) * _UNITS[n[-1]] for n in over.groups())
         message = str(fault).splitlines()[0][:300]
-    seconds = time.perf_counter() - begun
+    seconds, busy = time.perf_counter() - begun, time.process_time() - busy
     if compiled is not None:
         collectives, sizes = read(compiled, made.mesh)
     found = Facts(
@@ -78,6 +80,7 @@ def facts(job: Job, cache: Path) -> Facts:
         assumptions=made.assumptions,
         trace_seconds=traced,
         compile_seconds=seconds,
+        compile_cpu_seconds=busy,
         host_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
         compiler=compiler,
     )
@@ -154,11 +157,18 @@ def _keep(path: Path, found: Facts) -> None:
 
 
 def main(job: str, result: str, cache: str) -> None:
+    _end_with_parent()
     try:
         found = {"facts": facts(pickle.loads(Path(job).read_bytes()), Path(cache)).to_json()}
     except UserError as fault:
         found = {"error": str(fault)}
     Path(result).write_text(json.dumps(found))
+
+
+def _end_with_parent() -> None:
+    """On Linux, so that a killed command leaves no compiler behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""python -m pixart_jax plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from planning import small_run
+
+from pixart_jax.errors import UserError
+from pixart_jax.parallel.chips import CHIPS
+from pixart_jax.planning import command, compilation, estimate, plan, report, sweep, topology
+from pixart_jax.planning.collectives import Collective
+from pixart_jax.planning.jobs import Facts, Job, Link
+
+RECIPE = str(Path(small_run.__file__))
+TINY = ["--model.depth", "2", "--model.width", "64", "--model.heads", "4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory):
+    """One folder of kept results for all tests here."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PIXART_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ([], "--topology"),
+        (["--topology", "v5e:3x5"], "v5e:4x4"),
+        (["--topology", "cpu:8", "--mesh", "fsdp=3"], "sizes that divide it: 1, 2, 4, 8"),
+        (["--topology", "cpu:8", "--mesh", "tensor=4"], "does not divide 6 heads"),
+        (["--topology", "cpu:8", "--mesh", "widht=4"], "'widht' is no axis"),
+        (["--topology", "cpu:8", "--batch-size", "12"], "8 or 16 would be"),
+        (["--topology", "cpu:8", "--stage", "wrods"], "did you mean 'words'"),
+        (["--topology", "v5e:4x4", "--slices", "3", "--mesh", "data=16,fsdp=3"], "not a multiple of the 3 slices"),
+        (["--topology", "v5e:4x4", "--slices", "2", "--mesh", "data=1,fsdp=32"], "slices lie along data"),
+        (["--topology", "cpu:8", "--stages.0.steps", "none"], "--stages.0.steps"),
+        (["--topology", "cpu:8", "--compile-gib", "-1"], "must be positive"),
+        (["--topology", "cpu:8", "--sample", "--height", "100"], "height 100"),
+        (["--topology", "cpu:8", "--sweep", "--most", "0"], "--most 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_before_anything_is_compiled(flags, says, monkeypatch):
+    monkeypatch.setattr(compilation.subprocess, "Popen", lambda *a, **k: pytest.fail("something was compiled"))
+    monkeypatch.setattr(topology, "require_compiler", lambda where: None)
+    with pytest.raises(UserError) as fault:
+        command.main([RECIPE, *flags])
+    assert says in str(fault.value) and "\n" not in str(fault.value)
+
+
+def test_without_a_recipe_the_recipes_are_listed():
+    with pytest.raises(UserError, match="xl2_1024_ms"):
+        command.main(["--topology", "cpu:8"])
+
+
+def test_flags_of_the_command_and_overrides_of_the_recipe_are_told_apart():
+    recipe, own, rest = command.split(["xl2", "--topology=v5e:4x4", "--remat", "dots", "--sweep", "--stages.0.steps", "5", "--stage", "a"])
+    assert (recipe, own, rest) == ("xl2", ["--topology=v5e:4x4", "--sweep", "--stage", "a"], ["--remat", "dots", "--stages.0.steps", "5"])
+
+
+def test_a_plan_tells_memory_flops_and_collectives_and_is_kept(tmp_path, capsys):
+    arguments = [RECIPE, "--topology", "cpu:8", "--mesh", "data=2,fsdp=4", *TINY, "--json", str(tmp_path / "plan.json")]
+    assert command.main(arguments) == 0
+    said = capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
+    memory = {name: entry["value"] for name, entry in found["memory"].items()}
+    assert memory["EMA"] == memory["parameters"] > 0 and memory["optimizer"] > 1.9 * memory["parameters"]
+    assert memory["total"] > memory["temporaries"] > 0
+    assert found["flops"]["traced"]["value"] == pytest.approx(4 / 3 * found["batch_size"] * found["flops"]["image"]["value"], rel=0.05)
+    assert {"all-gather", "all-reduce"} & {c["kind"] for c in found["collectives"] if c["axes"] == ["fsdp"]}
+    assert all(set(c["axes"]) <= {"data", "fsdp"} for c in found["collectives"])
+    assert found["fits"] is None and "time" not in found
+    assert "compiled" in said and "counted" in said and "0.18215" in said
+    command.main(arguments)
+    (again,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
+    assert again["compile"].pop("kept") and not found["compile"].pop("kept") and again == found
+
+
+@pytest.mark.slow
+def test_a_plan_of_drawing_has_both_programs_and_all_weights(tmp_path):
+    arguments = [RECIPE, "--topology", "cpu:2", "--mesh", "fsdp=2,data=1", *TINY, "--sample", "--batch-size", "2", "--steps", "3"]
+    assert command.main([*arguments, "--height", "32", "--width", "32", "--json", str(tmp_path / "plan.json")]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert [p["program"] for p in found["programs"]] == ["denoise", "decode"]
+    assert found["batch"]["peak"] > found["batch"]["weights"] > 9.5e9 / 2 * 0.98  # T5-XXL in bfloat16 on two devices
+    denoise = found["programs"][0]
+    ratio = denoise["flops"]["traced"]["value"] / (2 * denoise["flops"]["image"]["value"])
+    assert 0.5 < ratio <= 1.0  # the texts' keys and values are made once, not at each of the steps
+
+
+# ---- what is made of a compiled program ----
+
+
+def job(name: str = "v5e:2x4", mesh=(1, 8, 1, 1), **changes) -> Job:
+    where = topology.parse(name)
+    return Job(where, small_run.get_config(**changes), 0, mesh, small_run.BUCKET)
+
+
+def facts(**changes) -> Facts:
+    one = Collective("all-gather", ("fsdp",), 8, 4, 8e9, 7e9, True)
+    two = Collective("all-reduce", ("fsdp",), 8, 1, 4e9, 7e9, False)
+    plain = {
+        "device_kind": "TPU v5 lite", "counted": {"parameters": 1e9, "EMA": 1e9, "optimizer": 2e9, "batch": 1e8}, "arguments": 4.1e9,
+        "outputs": 4e9, "aliased": 4e9, "temporaries": 3e9, "code": 1e8, "host": 0.0, "wanted": None, "available": None, "message": "",
+        "flops": 8 * 197e12 * 0.7, "product_bytes": 0.0, "collectives": (one, two), "links": (Link(("fsdp",), 8, 2, 1),),
+        "whole_share": 0.0, "assumptions": (), "trace_seconds": 1.0, "compile_seconds": 1.0, "compile_cpu_seconds": 1.0, "host_peak": 1e9,
+        "compiler": "none",
+    }  # fmt: skip
+    return Facts(**{**plain, **changes})
+
+
+def test_a_roofline_is_the_sum_of_what_its_docstring_says():
+    found = estimate.time_of(job(), facts(), CHIPS["v5e"])
+    assert found.compute == pytest.approx(1.0)
+    wire = 7e9 / (50e9 * 2 * estimate.WIRES)
+    assert found.wires == pytest.approx((wire, wire))
+    assert found.exposed == pytest.approx(wire)  # the asynchronous one hides behind a second of work
+    assert found.step == pytest.approx(max(found.compute, found.memory) + wire)
+
+
+def test_what_crosses_slices_takes_the_network():
+    slow = facts(links=(Link(("fsdp",), 8, 2, 2),))
+    chip = CHIPS["v5e"]
+    within = 7e9 / (chip.link_bandwidth * 2 * estimate.WIRES)
+    across = 7e9 / 4 / (chip.network_bandwidth * estimate.WIRES)
+    assert estimate.time_of(job(), slow, chip).wires[0] == pytest.approx(within + across)
+
+
+def test_a_stage_costs_its_steps_on_all_devices():
+    made = plan.of(job(), facts())
+    hours = made.job.stage_config.steps * made.time.step / 3600
+    assert made.cost.usd == pytest.approx(hours * 8 * CHIPS["v5e"].usd_per_hour)
+    own = dataclasses.replace(made.job.config.hardware, usd_per_device_hour=9.0)
+    other = dataclasses.replace(made.job, config=dataclasses.replace(made.job.config, hardware=own))
+    assert plan.of(other, facts()).cost.usd == pytest.approx(hours * 8 * 9.0)
+
+
+def test_what_does_not_fit_says_by_how_much():
+    over = plan.of(job(), facts(wanted=20 * 2**30, available=15.75 * 2**30))
+    assert over.fits is False and over.time is None
+    assert "needs 20.00 GiB of 15.75 GiB, 4.25 GiB over" in report.text(over)
+
+
+def test_a_sweep_compiles_no_more_than_asked_and_ranks_what_fits_by_speed():
+    asked = []
+
+    def made(one, bounds):
+        asked.append(one)
+        if len(asked) == 2:
+            raise UserError("no")
+        return plan.of(one, facts(flops=8 * 197e12 * len(asked)))
+
+    found = sweep.run(job(), 4, compilation.Bounds(), True, made)
+    assert len(found) == len(asked) == 4 and found[-1].plan is None
+    speeds = [o.plan.images_per_second for o in found[:-1]]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_a_sweep_leaves_out_what_arithmetic_rules_out():
+    found = sweep.candidates(job("v5e:4x4", (16, 1, 1, 1)))
+    assert found
+    for one in found:
+        plan.check(one)
+        assert one.axes["tensor"] in (1, 2) and small_run.get_config().model.width % one.axes["fsdp"] == 0
+    assert len({(one.mesh, one.stage_config.batch_size) for one in found}) == len(found)
+
+
+# ---- with the TPU's own compiler ----
+
+libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed (pip install 'jax[tpu]')"
+)
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path):
+    arguments = [RECIPE, "--topology", "v5e:2x4", "--mesh", "data=2,fsdp=4", *TINY, "--json", str(tmp_path / "plan.json")]
+    assert command.main(arguments) == 0
+    (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
+    assert found["fits"] and found["time"]["images_per_second"]["value"] > 0 and found["cost"]["usd"]["value"] > 0
+    assert found["memory"]["total"]["value"] < 2**30
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_program_that_a_slice_cannot_hold_is_told_and_is_no_traceback(capsys):
+    assert command.main([RECIPE, "--topology", "v5e:2x2", "--mesh", "fsdp=4,data=1", "--remat", "none", "--batch-size", "65536"]) == 0
+    assert "does not fit: needs" in capsys.readouterr().out
