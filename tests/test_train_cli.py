@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import train
 from pixart_jax import program
+from pixart_jax.config import MeshConfig
+from pixart_jax.errors import UserError
+from pixart_jax.parallel.mesh import AXES
+from pixart_jax.training import cli
+from pixart_jax.training.mesh_fit import check_models
 
 RECIPE = """
 from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig
@@ -129,3 +137,37 @@ def test_the_program_itself_exits_with_2_and_one_line(root: Path, tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: no recipe 'shapes_dmeo'")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", [["--mesh", "fsdp=8,tensor=2"], ["--mesh=fsdp=8,tensor=2"], ["--mesh.fsdp", "8", "--mesh.tensor", "2"]])
+def test_a_mesh_is_one_flag_or_one_for_each_axis(recipe, flag):
+    config = cli.configured(Path(recipe), [*flag, "--seed", "3"])
+    assert config.mesh == MeshConfig(data=-1, fsdp=8, tensor=2) and config.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--mesh"], "as --mesh fsdp=8,tensor=2"),
+        (["--mesh", "fdsp=8"], "did you mean 'fsdp'"),
+        (["--mesh", "fsdp=8"], "does not fit 1 device"),
+        (["--mesh", "context_attention=rnig"], "did you mean 'ring'"),
+        (["--remat", "offload"], "a CPU has no other memory"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(capsys, recipe, tmp_path, flags, said):
+    assert said in refused(capsys, recipe, "--workdir", tmp_path / "run", *flags)
+
+
+def test_heads_and_tokens_that_the_mesh_does_not_divide_are_named_before_anything_is_opened(recipe):
+    config = cli.configured(Path(recipe), [])
+    with pytest.raises(UserError, match="stage words: mesh tensor 4 does not divide 2 heads; tensor 1 or 2 would do"):
+        check_models(config, mesh_of(tensor=4))
+    with pytest.raises(UserError, match=r"mesh context 3 does not divide bucket 64×64 \(16 tokens\); context 1, 2 or 4 would do"):
+        check_models(config, mesh_of(context=3))
+
+
+def mesh_of(**sizes):
+    """One device over and over: enough to say what divides."""
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return jax.sharding.Mesh(np.array(jax.devices()[:1] * math.prod(shape)).reshape(shape), AXES)

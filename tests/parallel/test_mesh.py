@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import pytest
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
-from pixart_jax.parallel.mesh import AXES, batch_shards, make_mesh
+from pixart_jax.parallel.mesh import AXES, batch_shards, check_divides, make_mesh, over_slices, slices
 
 
 def test_the_rest_goes_to_the_axis_that_asks_for_it():
@@ -27,3 +29,55 @@ def test_a_mesh_that_does_not_fit_is_one_clear_line(sizes):
 def test_two_rests_are_refused():
     with pytest.raises(UserError, match="only one axis"):
         MeshConfig(data=-1, fsdp=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the mesh asks of a TPU device."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def two_slices() -> list[Chip]:
+    """Two slices of 2 × 4 chips, listed in turns, as no order is promised."""
+    return [Chip(8 * s + 4 * x + y, s, (x, y, 0)) for x in range(2) for y in range(4) for s in range(2)]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 1, 1), (4, 2, 1, 2), (16, 1, 1, 1), (2, 2, 4, 1)])
+def test_slices_lie_along_data_and_no_other_axis_crosses_them(shape):
+    devices = over_slices(shape, two_slices())
+    assert devices.shape == shape
+    rows = devices.reshape(shape[0], -1)
+    of_rows = [{device.slice_index for device in row} for row in rows]
+    assert all(len(own) == 1 for own in of_rows)
+    assert [own.pop() for own in of_rows] == [0] * (shape[0] // 2) + [1] * (shape[0] // 2)
+    assert len({device.id for device in devices.flat}) == 16
+
+
+def test_data_that_slices_do_not_divide_is_one_clear_line():
+    assert slices(two_slices()) == 2
+    with pytest.raises(UserError, match="mesh data 1 is not a multiple of the 2 slices"):
+        over_slices((1, 16, 1, 1), two_slices())
+
+
+def test_devices_that_are_no_tpus_are_one_slice():
+    hosts = [dataclasses.replace(chip, platform="gpu") for chip in two_slices()]
+    assert slices(hosts) == slices(jax.devices()) == 1
+
+
+def abstract(**sizes):
+    return jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+
+
+def test_what_does_not_divide_is_named_with_what_would():
+    check_divides(abstract(tensor=4, context=2), "stage words", heads=16, mlp_width=4608, tokens={"bucket 256×256": 256})
+    with pytest.raises(UserError, match="stage words: mesh tensor 3 does not divide 16 heads; tensor 1, 2 or 4 would do"):
+        check_divides(abstract(tensor=3), "stage words", heads=16, mlp_width=4608)
+    with pytest.raises(UserError, match=r"mesh context 4 does not divide bucket 32×48 \(6 tokens\); context 1 or 2 would do"):
+        check_divides(abstract(context=4), "stage words", tokens={"bucket 32×32": 4, "bucket 32×48": 6})

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import types
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pixart_jax.errors import UserError
+from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import AXES
 
@@ -49,3 +53,44 @@ def test_large_replicated_names_what_every_device_holds_whole():
 
     tree = {"blocks": {"kernel": leaf((1152, 1152), "fsdp")}, "table": leaf((28, 6, 1152)), "stray": leaf((1152, 1152))}
     assert rules.large_replicated(tree) == ["stray"]
+
+
+def boxed(**parameters):
+    """name=(logical names, shape) → boxed fp32 shapes, as eval_shape of a module's init gives them."""
+    return {name: nn.Partitioned(jax.ShapeDtypeStruct(shape, "float32"), names) for name, (names, shape) in parameters.items()}
+
+
+ODD = boxed(
+    kernel=(("layers", "embed", "heads"), (4, 1024, 1024)),
+    odd=(("layers", "embed", "mlp"), (4, 515, 517)),  # no side by eight: whole by accident
+    bias=(("layers", "heads"), (4, 517)),
+    table=(("layers", None, "norm"), (4, 6, 515)),
+)
+
+
+def test_what_is_whole_by_accident_is_told_from_what_is_whole_on_purpose():
+    whole = rules.kept_whole(ODD, mesh())
+    assert whole.by_accident == {"odd": 4 * 515 * 517}
+    assert whole.on_purpose == 4 * 517 + 4 * 6 * 515
+    assert whole.total == 4 * (1024 * 1024 + 515 * 517 + 517 + 6 * 515)
+    assert rules.kept_whole(ODD, mesh(data=8, fsdp=1)).share == 0  # no fsdp axis, no accident
+
+
+def test_more_than_two_percent_whole_by_accident_is_refused_with_names_and_share():
+    with pytest.raises(
+        UserError, match=r"fsdp 8 leaves 20% of the parameters .*1,065,020 of .* divides no side of odd; fsdp 1 would do"
+    ) as fault:
+        rules.check_sharded(ODD, mesh())
+    assert "\n" not in str(fault.value)
+    little = boxed(kernel=(("embed", "heads"), (8192, 4096)), odd=(("embed", "mlp"), (515, 517)))
+    assert rules.check_sharded(little, mesh()).share == pytest.approx(515 * 517 / (8192 * 4096 + 515 * 517))  # 0.8 %
+
+
+def test_nothing_of_xl2_is_whole_by_accident_on_256_chips():
+    model = PixArtTransformer(TransformerConfig.preset("XL/2"))
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, 2, 2, 4)), jnp.zeros((1,)), jnp.zeros((1, 1, 4096)), jnp.ones((1,), jnp.int32)
+    )["params"]
+    for fsdp in (8, 16, 64, 128):
+        whole = rules.check_sharded(shapes, mesh(fsdp=fsdp))
+        assert whole.share < 0.002 and whole.on_purpose < 0.002 * whole.total, (fsdp, whole)

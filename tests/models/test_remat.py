@@ -1,0 +1,55 @@
+"""Remat policies: what they keep changes, what they compute does not."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.remat import HOST, NAMES, check_platform
+from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+
+CONFIG = TransformerConfig(depth=4, width=64, heads=4, caption_width=16, text_tokens=8, sample_size=16)
+
+
+def gradient(name: str):
+    """(the traced gradient of a loss in the parameters, its arguments)."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs = jax.random.normal(keys[0], (4, 16, 16, 4)), jnp.arange(4.0), jax.random.normal(keys[1], (4, 8, 16)), jnp.full(4, 8)
+    module = PixArtTransformer(CONFIG, remat=name)
+    params = jax.tree.map(lambda x: x + 0.01, jax.jit(PixArtTransformer(CONFIG).init)(keys[2], *inputs)["params"])
+
+    def loss(params):
+        return jnp.square(module.apply({"params": params}, *inputs)).mean()
+
+    return jax.jit(jax.grad(loss)).trace(params), params
+
+
+def test_every_policy_gives_the_same_gradients_and_less_is_kept_from_none_to_full():
+    made = {}
+    for name in NAMES:
+        traced, params = gradient(name)
+        program = traced.lower().compile()
+        made[name] = (program.memory_analysis().temp_size_in_bytes, program(params))
+    for name in NAMES:
+        for ours, theirs in zip(jax.tree.leaves(made[name][1]), jax.tree.leaves(made["none"][1]), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()) + 1e-8)
+    order = ["none", "dots", "attention_out", "full"]
+    kept = [made[name][0] for name in order]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4, dict(zip(order, kept))
+
+
+def test_offload_moves_what_attention_out_keeps_to_the_host():
+    """In the program for a TPU; on a CPU, JAX leaves the move out."""
+    programs = {name: gradient(name)[0].lower(lowering_platforms=("tpu",)).as_text() for name in ("offload", "attention_out")}
+    assert programs["offload"].count(HOST) == 3  # the block's input and both attentions
+    assert HOST not in programs["attention_out"]
+
+
+def test_offload_on_a_cpu_is_one_clear_line():
+    check_platform("offload", "tpu")
+    check_platform("full", "cpu")
+    with pytest.raises(UserError, match="remat offload: a CPU has no other memory"):
+        check_platform("offload", "cpu")

@@ -1,0 +1,55 @@
+"""Draw one prompt with guidance on 1 device and on 2 simulated ones; print as JSON how they differ. Needs XLA's 2 host devices.
+
+python guidance_on_two_devices.py FOLDER PROMPT: FOLDER is a model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from pixart_jax import Pipeline
+from pixart_jax.config import MeshConfig
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.pipeline import pipeline
+
+
+def drawn(pipe, prompt: str, monitored: list) -> tuple[np.ndarray, np.ndarray]:
+    """(latents [b, h, w, c] of the compiled scan, images); monitored: what the scan's program costs a device is put there."""
+    run, seen = pipeline._denoise, []
+
+    def watched(*arguments):
+        monitored.append(run.lower(*arguments).compile().cost_analysis()["flops"])
+        seen.append(run(*arguments))
+        return seen[-1]
+
+    pipeline._denoise = watched
+    try:
+        images = pipe([prompt], steps=4, seed=3)
+    finally:
+        pipeline._denoise = run
+    return np.asarray(seen[0]), images
+
+
+def main(folder: str, prompt: str) -> None:
+    single: list[float] = []
+    latents, images = drawn(Pipeline.from_pretrained(folder), prompt, single)
+    found = {}
+    for name in ("data=2", "fsdp=2,data=1"):
+        flops: list[float] = []
+        mesh = make_mesh(MeshConfig.parse(name), jax.devices())
+        ours, pictures = drawn(Pipeline.from_pretrained(folder, mesh=mesh), prompt, flops)
+        found[name] = {
+            "rows": len(ours),
+            "latents": float(np.abs(ours - latents).max() / np.abs(latents).max()),
+            "images": int(np.abs(pictures.astype(int) - images).max()),
+            "work": flops[0] / single[0],
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
