@@ -166,7 +166,7 @@ def check_death(death: Death, before: int | None, starts: int, workdir: Path, lo
     attempts = read(workdir / "attempts.jsonl")
     if len(attempts) > starts and attempts[-1]["total_step"] != (before or 0):
         raise Broken(f"the newest save was {before}, and the run went on from {attempts[-1]['total_step']}")
-    if death.status == 75 and logged(workdir) != (death.committed or 0):
+    if death.status == 75 and len(attempts) > starts and logged(workdir) != (death.committed or 0):
         raise Broken(f"SIGTERM saved step {death.committed}, and step {logged(workdir)} had been done")
 
 
