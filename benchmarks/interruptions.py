@@ -102,10 +102,11 @@ def await_moment(moment: str, workdir: Path, process: subprocess.Popen, rng: ran
     while process.poll() is None and time.monotonic() - begun < PATIENCE:
         if moment == "any time" and time.monotonic() - begun >= delay:
             return
-        if moment == "some steps on" and len(read(workdir / "attempts.jsonl")) > starts and logged(workdir) >= start + steps:
+        trains = moment != "any time" and len(read(workdir / "attempts.jsonl")) > starts  # what lies there is this start's own
+        if trains and moment == "some steps on" and logged(workdir) >= start + steps:
             time.sleep(blink)
             return
-        if moment == "in a save":
+        if trains and moment == "in a save":
             now = saving(workdir)
             seen += now and not was
             was = now
