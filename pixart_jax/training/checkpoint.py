@@ -60,7 +60,7 @@ class Checkpoints:
         self._saving: int | None = None
         logging.getLogger("absl").addFilter(_raised_anyway)
         policies = [keeping.LatestN(keep)] + ([keeping.EveryNSteps(every)] if every else [])
-        self._manager = _Manager(
+        self._manager = _Orbax(
             self.folder,
             item_names=("state", "place", "sums"),
             options=ocp.CheckpointManagerOptions(
@@ -200,8 +200,8 @@ def _describe(path: Path) -> list[int | None]:
     return [size, zlib.crc32(path.read_bytes()) if size <= _SMALL else None]
 
 
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, which asks JAX's preemption service nothing: the loop asks it, at each step (training/interruption.py).
+class _Orbax(ocp.CheckpointManager):
+    """Orbax's manager, which asks JAX's preemption service nothing: the loop asks it, at each step (training/interruption.py).
 
     Orbax would ask for the step of a save once more when it is committed, from a thread of its own, steps later. The service
     takes the step it was asked for last as where a process is, and could then name one for stopping that is already past.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,3 +196,19 @@ def test_two_processes_save_together_and_one_opens_it(tmp_path):
     assert set(listed) == on_disk - {"files.json", "commit_success.txt", "_CHECKPOINT_METADATA"}
     alone = subprocess.run([sys.executable, program, tmp_path, "1"], capture_output=True, text=True, timeout=600)
     assert alone.returncode == 0 and alone.stdout.split() == ["1", "equal"], alone.stderr[-3000:]
+
+
+def test_a_save_in_the_form_of_an_older_version_opens(tmp_path, monkeypatch):
+    """Then the state was one dataclass of three fields, and its place knew no guard."""
+
+    @flax.struct.dataclass
+    class Older:
+        step: jax.Array
+        params: dict
+        opt_state: tuple
+
+    with monkeypatch.context() as before, Checkpoints(tmp_path, keep=2) as saves:
+        before.setattr(checkpoint, "_arrays", lambda state: Older(state.step, state.params, state.opt_state))
+        saves.save(Place(0, 1, 1), make(1))
+    with Checkpoints(tmp_path, keep=2) as saves:
+        assert_equal(saves.restore(1, abstract()), make(1))
