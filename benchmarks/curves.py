@@ -186,7 +186,12 @@ def picture(curves: dict[str, np.ndarray]) -> np.ndarray:
             ]
             draw.line(points, fill=colours[number % 6], width=3 if number == 0 else 1)
     for number, name in enumerate(curves):
-        draw.text((left + 300 * (number % 3), 345 + 16 * (number // 3)), name, fill=colours[number % 6], font=font)
+        draw.text(
+            (left + 300 * (number % 3), 338 + 14 * (number // 3)),
+            name.replace("×", "x").replace("→", "-"),
+            fill=colours[number % 6],
+            font=font,
+        )
     return np.asarray(sheet)
 
 

@@ -21,7 +21,7 @@ from pixart_jax.parallel.processes import PEER_LOST
 from pixart_jax.training.metrics import read
 
 pytestmark = pytest.mark.slow
-STEPS, EVERY, PATIENCE = 60, 5, 15  # patience: far above what a busy machine makes a process wait for its turn
+STEPS, EVERY, PATIENCE = 40, 5, 15  # patience: far above what a busy machine makes a process wait for its turn
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,8 @@ def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_sam
 
     reached = saved(broken)
     assert EVERY <= reached < STEPS
-    status, output, _ = struck(start(root, recipe, broken), broken, 1, signal.SIGKILL, reached + EVERY)
-    assert status == 128 + signal.SIGKILL and "launch: process 1 was killed by SIGKILL" in output
-    assert "error: process 1 of 2 has not answered for" in output
-
-    reached = saved(broken)
-    assert reached < STEPS
     status, output, _ = struck(start(root, recipe, broken), broken, 0, signal.SIGKILL, reached + EVERY)
+    assert status == 128 + signal.SIGKILL and "launch: process 0 was killed by SIGKILL" in output
     assert "error: process 0 of 2, the coordinator at localhost" in output and "is gone" in output
 
     assert saved(broken) < STEPS
