@@ -65,7 +65,18 @@ def candidates(job: Job, sizes: bool = True) -> list[Job]:
             if _state(other) > _usable(job):
                 continue
             found.append((_promise(other, batch), other))
-    return [other for _, other in sorted(found, key=lambda pair: -pair[0])]
+    return _varied(found)
+
+
+def _varied(found: list[tuple[float, Job]]) -> list[Job]:
+    """By promise, halved for each candidate of the same mesh that stands before: another mesh may tell more than another batch."""
+    before: dict[tuple, int] = {}
+    scored = []
+    for promise, other in sorted(found, key=lambda pair: -pair[0]):
+        count = before.setdefault(other.mesh, 0)
+        before[other.mesh] += 1
+        scored.append((promise * 0.5**count if promise > 0 else promise - count, other))
+    return [other for _, other in sorted(scored, key=lambda pair: -pair[0])]
 
 
 def at(job: Job, mesh: tuple[int, int, int, int], batch: int) -> Job:

@@ -170,6 +170,7 @@ def test_a_sweep_leaves_out_what_arithmetic_rules_out():
         plan.check(one)
         assert one.axes["tensor"] in (1, 2) and small_run.get_config().model.width % one.axes["fsdp"] == 0
     assert len({(one.mesh, one.stage_config.batch_size) for one in found}) == len(found)
+    assert len({one.mesh for one in found[:4]}) > 1
 
 
 # ---- with the TPU's own compiler ----
