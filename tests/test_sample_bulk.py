@@ -219,7 +219,7 @@ def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(root, sample_prog
     """Four simulated devices, the parameters in four parts."""
     argv = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "3", "--no-grid", *more]
     assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "one")]) == 0
-    command = [sys.executable, str(root / "sample.py"), *argv, "--mesh", "fsdp=2,tensor=2", "--out", str(tmp_path / "four")]
+    command = [sys.executable, str(root / "sample.py"), *argv, "--mesh", "fsdp=4", "--out", str(tmp_path / "four")]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     assert_within(tmp_path / "one", tmp_path / "four", 1)
