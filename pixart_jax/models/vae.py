@@ -18,6 +18,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.attention import attention
 from pixart_jax.parallel.axes import BATCH, CONV_IN, CONV_OUT, NORM
 
+_IMAGES = (BATCH, None, None, None)  # logical names of [b, h, w, c]
 _GROUP_NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -72,7 +73,7 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Conv(
+        x = nn.Conv(
             self.features,
             (3, 3),
             strides=self.stride,
@@ -82,6 +83,7 @@ class Convolution(nn.Module):
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (CONV_OUT,)),
             name="conv",
         )(x)
+        return nn.with_logical_constraint(x, _IMAGES)  # else an fsdp mesh may gather images rather than kernels
 
 
 def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
@@ -139,8 +141,8 @@ class ResidualBlock(nn.Module):
         y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm2")(y))
         y = Convolution(self.features, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
-            x = _dense(self.features, self.dtype, "shortcut")(x)
-        return nn.with_logical_constraint(x + y, (BATCH, None, None, None))
+            x = nn.with_logical_constraint(_dense(self.features, self.dtype, "shortcut")(x), _IMAGES)
+        return nn.with_logical_constraint(x + y, _IMAGES)
 
 
 class SpatialAttention(nn.Module):
@@ -153,7 +155,10 @@ class SpatialAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         y = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, h * w, c)
-        q, k, v = (_dense(c, self.dtype, name)(y)[:, :, None] for name in ("query", "key", "value"))  # [b, h·w, 1, c]
+        q, k, v = (
+            nn.with_logical_constraint(_dense(c, self.dtype, name)(y)[:, :, None], _IMAGES)  # [b, h·w, 1, c]
+            for name in ("query", "key", "value")
+        )
         y = attention(q, k, v)[:, :, 0]
         return x + _dense(c, self.dtype, "out")(y).reshape(b, h, w, c)
 
