@@ -137,6 +137,8 @@ def start(options: Start) -> None:
         line = " ".join(str(fault).split())[:200]
         if not where and "coordinator_address should be defined" in line:
             return  # no cluster: this process alone
+        if not where and "before any JAX calls" in line and not _in_cluster():
+            return  # a program called from another, in a process that computes already: there is nothing to join
         raise UserError(
             f"cannot join the other processes ({line}); say --coordinator HOST:PORT --processes N --process-index K, "
             "or --distributed none for this one alone"
@@ -218,6 +220,13 @@ def conclude(run: Callable[[], int]) -> int:
             traceback.print_exc()
             status = 1
     return liveness.leave(status)
+
+
+def _in_cluster() -> bool:
+    """Whether JAX would detect a cluster around this process."""
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
+
+    return any(not kind.opt_in_only_method and kind.is_env_present() for kind in ClusterEnv._cluster_types)
 
 
 def _late(options: Start) -> str:

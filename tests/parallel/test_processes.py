@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 
+import jax
 import pytest
 
 from pixart_jax.errors import UserError
@@ -78,6 +79,22 @@ def test_what_a_cluster_that_cannot_be_joined_says_is_a_user_error(monkeypatch):
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", refuse)
     with pytest.raises(UserError, match="jobs must be indexed.*--coordinator HOST:PORT.*--distributed none"):
+        processes.start(Start())
+
+
+def test_a_process_that_computes_already_is_alone_but_not_in_a_cluster(monkeypatch):
+    jax.devices()
+    processes.start(Start())
+    assert not jax.distributed.is_initialized()
+    for name, value in {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "a,b",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="cannot join the other processes.*--distributed none"):
         processes.start(Start())
 
 

@@ -204,8 +204,7 @@ def test_the_same_command_on_a_finished_run_trains_nothing(finished, world):
 
 
 def one_line(capsys, status: int, *argv) -> str:
-    alone = ["--distributed", "none"]  # this process has used JAX already, and can join no others
-    assert program.run(train.main, [str(a) for a in argv] + alone) == status
+    assert program.run(train.main, [str(a) for a in argv]) == status
     err = capsys.readouterr().err
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
