@@ -27,6 +27,8 @@ from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training import stages
 from pixart_jax.training.batches import put
+from pixart_jax.training.state import abstract_state, state_from
+from pixart_jax.training.step import CompiledStep
 
 # No parameter has a side of the batch, of the image tokens or of the text tokens, so that shapes tell them apart.
 BATCH, BUCKET, TOKENS, TEXT_TOKENS = 24, (128, 96), 48, 40
@@ -83,9 +85,9 @@ def step(config, mesh, params=None):
     boxed = jax.eval_shape(stage.task.init, jax.random.key(0))
     params = params or first_params(stage.task)
     optimizer = optax.chain(keep_gradient(), stage.optimizer)
-    abstract = stages.abstract_state(boxed, optimizer, mesh)
-    state = stages.state_from(params, optimizer, abstract)
-    compiled = stages.CompiledStep(stage.task.losses, optimizer, lambda _: 1e-3, abstract, mesh)
+    abstract = abstract_state(boxed, optimizer, mesh)
+    state = state_from(params, optimizer, abstract)
+    compiled = CompiledStep(stage.task.losses, optimizer, lambda _: 1e-3, abstract, mesh)
     batch = put(stage.loader.batch(0), rules.batch_sharding(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
         program = compiled.jitted.lower(state, batch, jax.random.key(7)).compile()
