@@ -251,7 +251,10 @@ class Watch:
             if self._failed is not None and self._state != "ended" and now - self._failed > _UNWINDING + self._patience:
                 _end(1 if self._trace else 2, self._trace or f"error: {self._what}\n")
             if self._state == "runs" and (line := self._lost(now, self._patience, _GRACE)):
-                _end(PEER_LOST, f"\nerror: {line}\n")
+                if self._index == 0:  # the service goes with this process: the others come to their own verdict first
+                    self._stop.wait(2 * self._every + 1)
+                if self._state == "runs":
+                    _end(PEER_LOST, f"\nerror: {line}\n")
 
     def _lost(self, now: float, patience: float, grace: float) -> str | None:
         """The line about what is wrong with the others, or None."""
