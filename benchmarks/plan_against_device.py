@@ -11,6 +11,9 @@ import argparse
 import dataclasses
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pixart_jax import program
 from pixart_jax.errors import UserError

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pixart_jax import program
 from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError
