@@ -22,18 +22,19 @@ PACKAGE = ROOT / "pixart_jax"
 
 # Ground: these know nothing of each other. models may use parallel's axis names, which are constants in one file.
 _GROUND = {"errors", "models", "diffusion", "data", "parallel"}
-_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "captions", "tokenizer", "prompts", "cache"}
+_RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "charts", "captions", "tokenizer", "prompts", "cache"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "cache": set(),  # where what can be made again is kept
     "png": set(),  # files that carry their settings
+    "charts": set(),  # numbers as pictures
     "captions": set(),  # how texts are cleaned
     "tokenizer": {"errors", "captions"},
     "program": {"errors"},  # command lines: flags, one-line mistakes
     "parallel": {"errors"},
     "models": {"errors", "parallel.axes"},
     "diffusion": {"errors"},
-    "data": {"errors", "cache"},
+    "data": {"errors", "cache", "charts"},
     "config": {"errors", "models"},
     "weights": {"errors", "models", "parallel"},
     "prompts": {"errors"},  # a file of prompts

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from pixart_jax.training.events import Events
+
 # Figures that depend on the machine and its clock. All others are equal to the bit in a run that was never stopped and in one that was.
 TIMING = (
     "steps_per_second",
@@ -31,20 +33,22 @@ class Metrics:
         self.bad = Path(folder) / "bad_steps.jsonl"
         self._writer = jax.process_index() == 0
         if self._writer:
-            from tensorboardX import SummaryWriter
-
             _forget_after(self.file, start)
             _forget_after(self.bad, start)
             self._lines = open(self.file, "a")
-            self._events = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+            self._events = Events(folder, purge_step=start + 1 if start else None)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self._writer:
-            self._lines.close()
-            self._events.close()
+            for file in (self._lines, self._events):
+                try:
+                    file.close()
+                except OSError:
+                    if kind is None:  # else the run ends for a reason of its own, which is what is said
+                        raise
 
     def write(self, *, stage: str, step: int, total: int, values: dict[str, float]) -> None:
         """One line, and one event a value. step: within the stage; total: of the whole run."""
@@ -54,7 +58,8 @@ class Metrics:
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{stage}/{name}", value, total)
+            self._events.scalar(f"{stage}/{name}", value, total)
+        self._events.flush()
 
     def bad_step(self, *, stage: str, step: int, total: int, values: dict[str, float], keys: list[str]) -> None:
         """One line for a step that was skipped. keys: the records of its batch."""
@@ -66,7 +71,8 @@ class Metrics:
     def image(self, name: str, picture: np.ndarray, total: int) -> None:
         """picture: uint8 [h, w, 3]."""
         if self._writer:
-            self._events.add_image(name, picture, total, dataformats="HWC")
+            self._events.image(name, picture, total)
+            self._events.flush()
 
 
 def read(file: Path) -> list[dict]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from pixart_jax.training.metrics import Metrics, loss_curve, read
 
@@ -16,6 +22,53 @@ def test_one_object_a_line_and_events_beside(tmp_path):
         metrics.write(stage="a", step=1, total=1, values={"loss": 0.5, "lr": 1e-3})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"stage": "a", "step": 1, "total_step": 1, "loss": 0.5, "lr": 1e-3}
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def made(folder):
+    folder.mkdir()
+    return folder
+
+
+def events(file):
+    """The protocol buffers of an event file: 8 bytes of length, 4 of its checksum, the event, 4 of its checksum."""
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        yield Event.FromString(data[at + 12 : at + 12 + length])
+        at += 16 + length
+
+
+def test_the_event_file_holds_every_figure_and_picture_and_takes_back_what_a_killed_run_wrote(tmp_path):
+    with Metrics(tmp_path, 5) as metrics:
+        metrics.write(stage="a", step=6, total=6, values={"loss": 0.5})
+        metrics.image("drawn", np.full((4, 6, 3), 200, np.uint8), 6)
+        (file,) = tmp_path.glob("events.out.tfevents.*")
+        version, start, loss, drawn = events(file)  # already there, though the run goes on
+    assert version.file_version == "brain.Event:2" and (start.step, start.session_log.status) == (6, 1)
+    assert (loss.step, loss.summary.value[0].tag, loss.summary.value[0].simple_value) == (6, "a/loss", 0.5)
+    image = drawn.summary.value[0].image
+    assert (drawn.step, image.height, image.width, image.encoded_image_string[:4]) == (6, 4, 6, b"\x89PNG")
+
+
+@pytest.mark.parametrize("full", ["_lines", "_events"])
+def test_a_full_disk_is_an_error_of_the_step_and_never_hides_why_a_run_ended(tmp_path, full):
+    """/dev/full refuses every write as a full disk does."""
+
+    def fill(metrics):
+        if full == "_lines":
+            metrics._lines = open("/dev/full", "a")
+        else:
+            metrics._events._records._writer = open("/dev/full", "wb")
+
+    with pytest.raises(OSError) as fault, Metrics(made(tmp_path / "a"), 0) as metrics:
+        fill(metrics)
+        metrics.write(stage="a", step=1, total=1, values={"loss": 0.5})
+    assert fault.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="its own reason"), Metrics(made(tmp_path / "b"), 0) as metrics:
+        fill(metrics)
+        metrics._lines.write("what is still to be written when the run ends")
+        metrics._events._records.write(b"likewise")
+        raise RuntimeError("its own reason")
 
 
 def test_lines_beyond_the_restored_step_are_taken_back_and_a_cut_line_with_them(tmp_path):

@@ -1,0 +1,71 @@
+"""What is wrong with a set's records: each named by file and record, counted by kind, and the rest goes on; or, strict, the first stops."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator
+
+from pixart_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """place: the file, and the record in it ('a.tar, 000123.jpg'); kind: a few fixed words that are counted ('unreadable image',
+    'missing caption', 'key twice', 'cut file'); detail: what exactly, one line, may be empty."""
+
+    place: str
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.kind}{f' ({self.detail})' if self.detail else ''}"
+
+
+class Faults:
+    """Collects faults, in the order they were found, each once; threads may report at once.
+
+    strict: the first one is raised as a UserError. kept: so many are kept by name, more are counted alone, so that a set whose
+    every record is bad does not fill the memory.
+    """
+
+    def __init__(self, strict: bool = False, kept: int = 10_000):
+        self.strict, self._most = strict, kept
+        self._kept: dict[Fault, None] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()
+
+    def add(self, place: str, kind: str, detail: str = "") -> None:
+        """Report one. UserError where strict."""
+        fault = Fault(_line(place), kind, _line(detail))
+        if self.strict:
+            raise UserError(f"{fault}; without --strict it would be counted and left out")
+        with self._lock:
+            if fault in self._kept:
+                return
+            self.counts[kind] += 1
+            if len(self._kept) < self._most:
+                self._kept[fault] = None
+
+    def extend(self, faults: Iterable[Fault]) -> None:
+        """Report several."""
+        for fault in faults:
+            self.add(fault.place, fault.kind, fault.detail)
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __iter__(self) -> Iterator[Fault]:
+        return iter(list(self._kept))
+
+    def summary(self) -> str:
+        """'3 left out: 2 unreadable image, 1 key twice'; '' where there is none."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
+        return f"{len(self)} left out: {kinds}" if self.counts else ""
+
+
+def _line(text: str, most: int = 300) -> str:
+    """One printable line: control characters and line breaks as spaces, at most ``most`` characters."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: 2 * most])
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"

@@ -1,0 +1,31 @@
+"""Numbers as pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from pixart_jax import charts
+
+
+def blue(path) -> np.ndarray:
+    """bool [h, w]: where bars are drawn."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return (abs(pixels - (0x3B, 0x6E, 0xA5)) < 12).all(-1)
+
+
+def test_a_bar_is_as_long_as_its_number(tmp_path):
+    drawn = blue(charts.bars(tmp_path / "bars.png", {"a": 100, "b": 50, "c": 0}, title="three"))
+    heights = drawn.sum(0)
+    tall = heights.max()
+    values, counts = np.unique(heights[heights > 0], return_counts=True)
+    assert len(values[counts > 5]) == 2, "two bars are seen, the third is 0"
+    assert abs(min(values[counts > 5]) / tall - 0.5) < 0.02
+
+
+def test_the_same_numbers_give_the_same_bytes_and_nothing_half_written_stays(tmp_path):
+    one = charts.histograms(tmp_path / "1.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5).read_bytes()
+    two = charts.histograms(tmp_path / "2.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5).read_bytes()
+    other = charts.histograms(tmp_path / "3.png", [0, 1, 2], {"x": [3, 5]}, title="t", axis="tokens", mark=1.5).read_bytes()
+    assert one == two != other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png", "3.png"]
