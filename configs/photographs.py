@@ -1,0 +1,50 @@
+"""The real recipes' three stages, shrunk to what two CPU cores train in minutes, on real photographs in the real data's forms.
+
+Each stage is that of its xl2_* recipe (xl2_256_imagenet, xl2_256_sam, xl2_1024_ms) with fewer steps, smaller pictures and a faster
+optimizer: the tasks, the objective (epsilon, learned range), the size conditions and the position scales are theirs. docs/data.md
+makes the data and runs it. Expected: the photographs' colours and rough shapes, no more: 240 pictures, 0.5M parameters.
+    python train.py configs/photographs.py --workdir runs/photographs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from configs import xl2_256_imagenet, xl2_256_sam, xl2_1024_ms
+from pixart_jax.config import Config, DataConfig, PreviewConfig
+from pixart_jax.models.transformer import TransformerConfig
+
+DATA = "data/photographs"
+PROMPTS = ("a ginger cat", "portrait of an astronaut", "a red flower", "surface of the moon", "cup of coffee on a table", "grass")
+
+
+def shrunk(recipe, steps: int, position_base: int, data: DataConfig, **changes):
+    """The one stage of a recipe, for a small model."""
+    (stage,) = recipe.get_config().stages
+    optimizer = dataclasses.replace(stage.optimizer, learning_rate=1e-3, warmup_steps=min(50, steps // 4), clip=1.0, ema=0.99)
+    return dataclasses.replace(stage, steps=steps, batch_size=16, optimizer=optimizer, position_base=position_base, data=data, **changes)
+
+
+def get_config(imagenet_steps: int = 300, sam_steps: int = 300, aesthetic_steps: int = 300) -> Config:
+    mixed = (("caption", 0.5), ("dense", 0.5))
+    return Config(
+        name="photographs",
+        stages=(
+            shrunk(xl2_256_imagenet, imagenet_steps, 4, DataConfig(f"{DATA}/imagenet_64", buckets=((64, 64),))),
+            shrunk(xl2_256_sam, sam_steps, 4, DataConfig(f"{DATA}/sam_64", captions=mixed, buckets=((64, 64),)), start="previous"),
+            shrunk(
+                xl2_1024_ms,
+                aesthetic_steps,
+                4,
+                DataConfig(f"{DATA}/web_96", captions=mixed, buckets=((96, 96), (80, 112), (112, 80), (64, 128), (128, 64))),
+                start="previous",
+            ),
+        ),
+        model=TransformerConfig(
+            depth=3, width=96, heads=4, patch_size=2, sample_size=12, caption_width=64, text_tokens=120, size_conditions=True
+        ),
+        compute_dtype="float32",
+        log_every=20,
+        checkpoint_every=100,
+        preview=PreviewConfig(prompts=PROMPTS, steps=20, guidance=3.0),
+    )
