@@ -34,7 +34,7 @@ def kind_of(source: str) -> tuple[str, str]:
         return kind, rest
     path = pathlib.Path(source)
     if path.is_dir():
-        if (path / records.MANIFEST).exists() or (path / "progress").is_dir() or any(path.glob("*.array_record")):
+        if (path / records.MANIFEST).exists() or (path / "progress" / "identity.json").exists() or any(path.glob("*.array_record")):
             return "records", source
         if any(path.glob("*.tar")):
             return "webdataset", source
