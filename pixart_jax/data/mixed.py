@@ -1,0 +1,102 @@
+"""Several sets of training samples as one, each drawn with its share.
+
+An epoch is as long as all the sets together, N samples. Of a set with n samples and share w it shows w·N, so each of its samples
+r = w·N / n times: ⌊r⌋ times for certain, and once more with the chance that is left, bucket by bucket. For that the set's
+samples are cut into as many equal groups as there are places left over, and each place shows one of its group, by the row's draw: no sample is
+preferred for ever, none is shown by two such places of an epoch, and what a step shows is still a function of seed and step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pixart_jax.data.samples import Samples
+from pixart_jax.errors import UserError
+
+# Of an identity, what may differ between sets that are trained on together.
+_OF_THE_SET = ("source", "samples", "shard_size", "captions", "buckets", "flip")
+
+
+class MixedSamples:
+    """parts: what to read, each with rows of one form. shares: positive, adding up to 1.
+
+    Parts with texts are padded to one length. UserError where a part has nothing to train on, or where records were made by different
+    encoders.
+    """
+
+    def __init__(self, parts: Sequence[Samples], shares: Sequence[float], names: Sequence[str]):
+        _refuse_unlike(parts, names)
+        self.parts = tuple(parts)
+        lengths = [part.length for part in parts if getattr(part, "length", 0)]
+        if lengths:
+            self.length = max(lengths)
+            for part in parts:
+                part.length = self.length
+        self.buckets = tuple(dict.fromkeys(bucket for part in parts for bucket in part.buckets))
+        self._bucket_in = [{self.buckets.index(bucket): i for i, bucket in enumerate(part.buckets)} for part in parts]
+        counts = [int((part.bucket_of >= 0).sum()) for part in parts]
+        for name, count in zip(names, counts, strict=True):
+            if not count:
+                raise UserError(f"{name}, a part of a mixture, has no sample to train on")
+        whole = sum(counts)
+        slots: list[tuple[np.ndarray, ...]] = []
+        members, at = [], 0
+        for number, (part, share, count) in enumerate(zip(parts, shares, counts, strict=True)):
+            rate = share * whole / count
+            for own, bucket in enumerate(part.buckets):
+                inside = np.flatnonzero(part.bucket_of == own)
+                starts, ends = _places(len(inside), rate)
+                slots.append((starts + at, ends + at, np.full(len(starts), number), np.full(len(starts), self.buckets.index(bucket))))
+                members.append(inside)
+                at += len(inside)
+        self._members = np.concatenate(members)
+        self._starts, self._ends, self._part = (np.concatenate([slot[i] for slot in slots]) for i in range(3))
+        self.bucket_of = np.concatenate([slot[3] for slot in slots]).astype(np.int16)
+
+    def __len__(self) -> int:
+        return len(self.bucket_of)
+
+    def chosen(self, indices: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(number of the part, number of the sample in it, the rest of the draw, again uniform in [0, 1)) of each place of the plan."""
+        starts, sizes = self._starts[indices], self._ends[indices] - self._starts[indices]
+        scaled = np.asarray(draws) * sizes
+        which = np.minimum(scaled.astype(np.int64), sizes - 1)
+        return self._part[indices], self._members[starts + which], np.minimum(scaled - which, np.nextafter(1.0, 0.0))
+
+    def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of one bucket."""
+        parts, samples, rests = self.chosen(np.asarray(indices, np.int64), draws)
+        rows = [np.flatnonzero(parts == number) for number in range(len(self.parts))]
+        found = [
+            part.read(samples[mine], own[bucket], rests[mine])
+            for part, own, mine in zip(self.parts, self._bucket_in, rows, strict=True)
+            if len(mine)
+        ]
+        if len(found) == 1:
+            return found[0]
+        back = np.argsort(np.concatenate(rows), kind="stable")
+        return {name: np.concatenate([batch[name] for batch in found])[back] for name in found[0]}
+
+
+def _places(count: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """(first, behind the last) of the samples that each place of an epoch chooses from."""
+    certain, left = int(rate), round((rate - int(rate)) * count)
+    alone = np.tile(np.arange(count), certain)
+    edges = np.arange(left + 1) * count // max(left, 1)
+    return np.concatenate([alone, edges[:left]]), np.concatenate([alone + 1, edges[1 : left + 1]])
+
+
+def _refuse_unlike(parts: Sequence[Samples], names: Sequence[str]) -> None:
+    made = [getattr(part, "identity", None) for part in parts]
+    for identity, name in zip(made[1:], names[1:], strict=True):
+        first = made[0]
+        if (first is None) != (identity is None):
+            raise UserError(f"{names[0]} and {name} cannot be mixed: only one of them says which encoders made it")
+        for field in sorted({*(first or {}), *(identity or {})} - set(_OF_THE_SET)):
+            if field in first and field in identity and first[field] != identity[field]:
+                raise UserError(
+                    f"{names[0]} and {name} cannot be mixed: {field} is {first[field][:12]} in the one and {identity[field][:12]} in the other; "
+                    "encode both with the same model and cap"
+                )
