@@ -55,8 +55,9 @@ class _Found:
 class FeatureSamples:
     """The pictures of a layout whose features are there and whole; the others are named and left out, and none takes their place.
 
-    captions: kinds and weights: 'prompt' for the features of a data_info.json ('caption' for SAM's), 'sharegpt4v' for PixArt-Σ's second ones.
-    latents: the folder of latents, where the layout holds several. Batches are those of data/encoded.py; label is −1 throughout,
+    captions: kinds and weights: 'prompt' for the features of a data_info.json ('caption' for SAM's), 'sharegpt4v' for PixArt-Σ's
+    second ones. latents: the folder of latents, where the layout holds several.
+    Batches are those of data/encoded.py; label is −1 throughout,
     and size is that of the picture where the list knows it, else the bucket's.
     """
 
@@ -86,9 +87,7 @@ class FeatureSamples:
             raise UserError(f"{self.name}: no picture has all its features ({self.faults.summary() or 'the lists are empty'})")
         if buckets is not None and (others := [bucket for bucket in self.buckets if bucket not in {tuple(b) for b in buckets}]):
             shown = ", ".join(f"{h}×{w}" for h, w in others[:4])
-            raise UserError(
-                f"{self.name} holds latents of {shown} px, which the stage's buckets do not hold: name the buckets that they are of"
-            )
+            raise UserError(f"{self.name} holds latents of {shown} px, which are none of the stage's buckets: name theirs")
         self._ratios = [key_of(bucket) for bucket in self.buckets]
         numbers = {bucket: number for number, bucket in enumerate(self.buckets)}
         self.bucket_of = np.array([numbers[found.bucket] if found else -1 for found in self._found], np.int16)

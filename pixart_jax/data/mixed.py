@@ -2,8 +2,8 @@
 
 An epoch is as long as all the sets together, N samples. Of a set with n samples and share w it shows w·N, so each of its samples
 r = w·N / n times: ⌊r⌋ times for certain, and once more with the chance that is left, bucket by bucket. For that the set's
-samples are cut into as many equal groups as there are places left over, and each place shows one of its group, by the row's draw: no sample is
-preferred for ever, none is shown by two such places of an epoch, and what a step shows is still a function of seed and step alone.
+samples are cut into as many equal groups as there are places left over, and each place shows one of its group, by the row's draw: no
+sample is preferred for ever, none is shown by two such places of an epoch, and what a step shows is a function of seed and step alone.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _refuse_unlike(parts: Sequence[Samples], names: Sequence[str]) -> None:
             raise UserError(f"{names[0]} and {name} cannot be mixed: only one of them says which encoders made it")
         for field in sorted({*(first or {}), *(identity or {})} - set(_OF_THE_SET)):
             if field in first and field in identity and first[field] != identity[field]:
+                one, other = first[field][:12], identity[field][:12]
                 raise UserError(
-                    f"{names[0]} and {name} cannot be mixed: {field} is {first[field][:12]} in the one and {identity[field][:12]} in the other; "
+                    f"{names[0]} and {name} cannot be mixed: {field} is {one} in the one and {other} in the other; "
                     "encode both with the same model and cap"
                 )
