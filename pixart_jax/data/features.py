@@ -225,7 +225,7 @@ def _features_of(entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Pat
     except _DAMAGE as fault:
         faults.add(str(latents), "unreadable features", str(fault))
         return None
-    held = []
+    held, damaged = [], False
     for kind in texts:
         file = _first(kind, names, ".npz")
         try:
@@ -233,8 +233,10 @@ def _features_of(entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Pat
         except _DAMAGE as fault:
             faults.add(str(file), "unreadable features", str(fault))
             held.append(None)
+            damaged = True
     if texts and not any(held):
-        faults.add(place, "missing features", f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)} that can be read")
+        if not damaged:
+            faults.add(place, "missing features", f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}")
         return None
     return _Found(str(latents), bucket, tuple(held))
 

@@ -1,9 +1,10 @@
 """Several sets of training samples as one, each drawn with its share.
 
 An epoch is as long as all the sets together, N samples. Of a set with n samples and share w it shows w·N, so each of its samples
-r = w·N / n times: ⌊r⌋ times for certain, and once more with the chance that is left, bucket by bucket. For that the set's
-samples are cut into as many equal groups as there are places left over, and each place shows one of its group, by the row's draw: no
-sample is preferred for ever, none is shown by two such places of an epoch, and what a step shows is a function of seed and step alone.
+r = w·N / n times in the mean: ⌊r⌋ times for certain, and the rest by chance, bucket by bucket. For that the line of the set's samples is
+cut into as many equal stretches as there are places left over, and each place shows the sample that the row's draw meets in its
+stretch. So no sample is preferred for ever, two places of an epoch may share the one on their border and no other, and what a step
+shows is a function of seed and step alone.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ class MixedSamples:
 
     def chosen(self, indices: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(number of the part, number of the sample in it, the rest of the draw, again uniform in [0, 1)) of each place of the plan."""
-        starts, sizes = self._starts[indices], self._ends[indices] - self._starts[indices]
-        scaled = np.asarray(draws) * sizes
-        which = np.minimum(scaled.astype(np.int64), sizes - 1)
-        return self._part[indices], self._members[starts + which], np.minimum(scaled - which, np.nextafter(1.0, 0.0))
+        starts, ends = self._starts[indices], self._ends[indices]
+        met = starts + np.asarray(draws) * (ends - starts)
+        which = np.minimum(np.floor(met), np.ceil(ends) - 1)
+        first, last = np.maximum(which, starts), np.minimum(which + 1, ends)  # the part of the stretch that shows this sample
+        rest = np.clip((met - first) / (last - first), 0.0, np.nextafter(1.0, 0.0))
+        return self._part[indices], self._members[which.astype(np.int64)], rest
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one bucket."""
@@ -81,10 +84,11 @@ class MixedSamples:
 
 
 def _places(count: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """(first, behind the last) of the samples that each place of an epoch chooses from."""
+    """float64 (begin, end) of the stretch that each place of an epoch chooses from; sample i is [i, i + 1)."""
     certain, left = int(rate), round((rate - int(rate)) * count)
-    alone = np.tile(np.arange(count), certain)
-    edges = np.arange(left + 1) * count // max(left, 1)
+    alone = np.tile(np.arange(count, dtype=np.float64), certain)
+    edges = np.arange(left + 1) * (count / max(left, 1))
+    edges[left] = count if left else 0
     return np.concatenate([alone, edges[:left]]), np.concatenate([alone + 1, edges[1 : left + 1]])
 
 

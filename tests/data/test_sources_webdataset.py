@@ -41,7 +41,8 @@ def test_shards_of_img2dataset_are_read_at_random(tmp_path, form):
 def test_members_of_other_kinds_are_captions_labels_and_fields(tmp_path):
     members = {
         "deep/a.png": encoded(picture(1)), "deep/a.cls": "2", "deep/a.dense.txt": "at length", 
-        "deep/a.json": json.dumps({"short": "a", "score": 0.9}), "b.v2.jpg": PHOTO, "b.jpg": PHOTO, "b.txt": "b", "b.cls": "0", "b.json": json.dumps({"score": 0.1}),
+        "deep/a.json": json.dumps({"short": "a", "score": 0.9}),
+        "b.v2.jpg": PHOTO, "b.jpg": PHOTO, "b.txt": "b", "b.cls": "0", "b.json": json.dumps({"score": 0.1}),
         "c.webp": encoded(picture(2), "WEBP"), "c.json": json.dumps({"score": 0.2, "label": 4}), "notes.md": "read me",
     }  # fmt: skip
     source = open_source(str(tar(tmp_path / "set.tar", members)))
@@ -105,7 +106,8 @@ def test_a_damaged_header_loses_what_lies_behind_it_and_says_so(tmp_path):
 def test_bad_members_are_named_and_the_rest_goes_on(tmp_path):
     members = {
         "a.jpg": PHOTO, "a.txt": "bell\x07", "b.txt": "of nothing", "c.jpg": PHOTO, "c.txt": "w" * 10_000_000, "d.jpg": PHOTO,
-        "d.json": "{cut", "e.jpg": b"", "f.jpg": PHOTO[:-40], "f.cls": "two", "g.jpg": PHOTO, "g.json": json.dumps({"caption": "w" * 10_000_000}),
+        "d.json": "{cut",
+        "e.jpg": b"", "f.jpg": PHOTO[:-40], "f.cls": "two", "g.jpg": PHOTO, "g.json": json.dumps({"caption": "w" * 10_000_000}),
     }  # fmt: skip
     path = tar(tmp_path / "a.tar", members)
     with tarfile.open(path, "a") as more:  # a key twice
