@@ -39,7 +39,8 @@ def encode(source, *, frozen, **options) -> Path:
     from pixart_jax.labelling.encode import EncodeOptions, ensure
 
     text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer} if options["captions"] else {}
-    return ensure(source, EncodeOptions(**options), vae=frozen.vae, **text)
+    folders = {part: frozen.folder(part) for part in ("vae", *text)}
+    return ensure(source, EncodeOptions(**options), vae=frozen.vae, **text, folders=folders)
 
 
 if __name__ == "__main__":

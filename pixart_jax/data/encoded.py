@@ -18,7 +18,9 @@ from pixart_jax.errors import UserError
 class EncodedSamples:
     """A folder of encoded shards.
 
-    captions: kinds and their weights in the mix; empty for no text. Batches hold
+    captions: kinds and their weights in the mix; empty for no text. expected: entries of the identity that the records must have been
+    made with (pipeline.encoder_identity). buckets: those that the stage takes, (height, width); records of any other are refused.
+    Batches hold
       mean, std       float32 [b, height/f, width/f, c]   of the VAE's posterior, unscaled
       text_states     bfloat16 [b, l, c], text_lengths int32 [b]   (with captions); l is the same in the whole stage
       label           int32 [b], −1 where there is none
@@ -33,10 +35,16 @@ class EncodedSamples:
         captions: Sequence[tuple[str, float]],
         max_text_tokens: int,
         expected: Mapping[str, str] | None = None,
+        buckets: Sequence[tuple[int, int]] | None = None,
     ):
         self._records = records.Records(folder, expected)
         shards = self._records.manifest.shards
         self.buckets = tuple(dict.fromkeys(shard.bucket for shard in shards))
+        if buckets is not None and (others := [bucket for bucket in self.buckets if bucket not in {tuple(b) for b in buckets}]):
+            raise UserError(
+                f"{folder} was encoded at {_sizes(others)}, which the stage's buckets ({_sizes(buckets)}) do not hold: "
+                "name the buckets that it was encoded with, or encode again"
+            )
         self._ratios = [key_of(bucket) for bucket in self.buckets]
         self.bucket_of = np.concatenate(
             [np.full(s.count, self.buckets.index(s.bucket), np.int16) for s in shards] or [np.zeros(0, np.int16)]
@@ -87,3 +95,8 @@ class EncodedSamples:
             "key": np.array(keys),
         }
         return batch | ({"text_states": states, "text_lengths": lengths} if self._mix else {})
+
+
+def _sizes(buckets: Sequence[tuple[int, int]], most: int = 4) -> str:
+    shown = ", ".join(f"{height}×{width}" for height, width in buckets[:most])
+    return shown + (f" and {len(buckets) - most} more" if len(buckets) > most else "")

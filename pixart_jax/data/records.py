@@ -139,10 +139,13 @@ def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """identity: what the records were made with, name → text (encoders' hashes, source, buckets, caption kinds, token cap)."""
+    """identity: what the records were made with, name → text (encoders' hashes, source, buckets, caption kinds, token cap).
+    made_from: which files the encoders were opened from, encoder → {"files", "dtype"}, empty where nobody said; the same identity may
+    come of other files (a copy of another format), so this is no part of it."""
 
     identity: Mapping[str, str]
     shards: tuple[Shard, ...]
+    made_from: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -160,7 +163,8 @@ class Manifest:
 
     def write(self, folder: pathlib.Path) -> None:
         shards = [dataclasses.asdict(shard) for shard in self.shards]
-        write_json(folder / MANIFEST, {"format": FORMAT, "identity": dict(self.identity), "samples": self.samples, "shards": shards})
+        said = {"identity": dict(self.identity), "made_from": {part: dict(how) for part, how in self.made_from.items()}}
+        write_json(folder / MANIFEST, {"format": FORMAT, **said, "samples": self.samples, "shards": shards})
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest:
@@ -175,7 +179,7 @@ class Manifest:
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise UserError(f"{path} has a format this version does not read: encode the set again")
         try:
-            return cls(fields["identity"], tuple(Shard.from_json(shard) for shard in fields["shards"]))
+            return cls(fields["identity"], tuple(Shard.from_json(shard) for shard in fields["shards"]), fields.get("made_from", {}))
         except (KeyError, TypeError) as fault:
             raise UserError(f"{path} is damaged: {fault!r}") from None
 

@@ -30,7 +30,7 @@ from pixart_jax.data import images, records
 from pixart_jax.data.samples import assign_all, tokenize
 from pixart_jax.data.sources import Source
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.labelling.identity import component_identity, tokenizer_identity
+from pixart_jax.pipeline.encoder_identity import component_identity, made_from, tokenizer_identity
 
 CLEANING = "deepfloyd"  # of captions; another would make other states of the same words
 _PROGRESS = "progress"  # notes of finished shards, until the manifest holds them
@@ -102,6 +102,7 @@ def ensure(
     text_encoder=None,
     tokenizer=None,
     folder: str | os.PathLike | None = None,
+    folders: Mapping[str, pathlib.Path] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
     progress: bool = True,
@@ -109,6 +110,7 @@ def ensure(
     """The folder of the source's encoded shards: made where absent, finished where begun, verified where present.
 
     vae: .encode(images [b, h, w, 3] in [−1, 1]) → (mean, std). text_encoder: .apply(ids [b, l], lengths [b]) → [b, l, c].
+    folders: what they were opened from, by 'vae', 'text_encoder' and 'tokenizer': a reader can tell them by their files then.
     Each of process_count processes (JAX's own by default) makes its share of the shards; all return when all are there.
     Raises UserError where the folder holds shards of another identity, or a damaged one, or where processes do not share it.
     """
@@ -123,7 +125,13 @@ def ensure(
 
     notes.mkdir(parents=True, exist_ok=True)
     with _alone(notes / f"process-{process_index}"):
-        return _make(folder, made, source, options, vae, text_encoder, tokenizer, process_index, process_count, progress)
+        opened = _made_from(folders or {}, vae, text_encoder)
+        return _make(folder, made, opened, source, options, vae, text_encoder, tokenizer, process_index, process_count, progress)
+
+
+def _made_from(folders: Mapping[str, pathlib.Path], vae, text_encoder) -> dict[str, dict[str, str]]:
+    dtypes = {part: str(encoder.dtype) for part, encoder in (("vae", vae), ("text_encoder", text_encoder)) if hasattr(encoder, "dtype")}
+    return made_from(folders, dtypes)
 
 
 @contextlib.contextmanager
@@ -139,7 +147,7 @@ def _alone(mark: pathlib.Path):
         yield
 
 
-def _make(folder, made, source, options, vae, text_encoder, tokenizer, process_index, process_count, progress) -> pathlib.Path:
+def _make(folder, made, opened, source, options, vae, text_encoder, tokenizer, process_index, process_count, progress) -> pathlib.Path:
     """This process's share of the shards that :func:`ensure` finds missing, once no other run is at it."""
     notes = folder / _PROGRESS
     notes.mkdir(parents=True, exist_ok=True)  # gone, where another run has just finished
@@ -166,7 +174,7 @@ def _make(folder, made, source, options, vae, text_encoder, tokenizer, process_i
         while len(finished) < len(work):
             time.sleep(1)
             finished = _finished(folder, made)
-        manifest = records.Manifest(made, tuple(finished[shard.file] for shard in work))
+        manifest = records.Manifest(made, tuple(finished[shard.file] for shard in work), opened)
         manifest.write(folder)
         shutil.rmtree(notes, ignore_errors=True)
         for left in folder.glob(".*.partial"):  # of a run that was killed

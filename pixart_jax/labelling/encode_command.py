@@ -136,7 +136,8 @@ def main(argv: Sequence[str]) -> int:
         shard_size=arguments.shard_size,
         strict=arguments.strict,
     )
-    for part in ("vae", *(("text_encoder", "tokenizer") if kinds else ())):
+    parts = ("vae", *(("text_encoder", "tokenizer") if kinds else ()))
+    for part in parts:
         if not (arguments.model / part).is_dir():
             raise UserError(f"no {part} in {arguments.model}: give --model a folder with vae/, text_encoder/ and tokenizer/")
     processes.start(joined)
@@ -150,6 +151,7 @@ def main(argv: Sequence[str]) -> int:
         text_encoder=load_component(arguments.model / "text_encoder") if kinds else None,
         tokenizer=tokenizer.load(arguments.model / "tokenizer") if kinds else None,
         folder=arguments.out,
+        folders={part: arguments.model / part for part in parts},
     )
     if jax.process_index() == 0:
         print(summary(folder))

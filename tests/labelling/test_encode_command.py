@@ -10,9 +10,9 @@ from pixart_jax.data.buckets import TABLES
 from pixart_jax.errors import UserError
 from pixart_jax.labelling import encode_command
 from pixart_jax.labelling.encode import EncodeOptions, ensure
-from pixart_jax.labelling.identity import component_identity, tokenizer_identity
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAEConfig
+from pixart_jax.pipeline.encoder_identity import component_identity, tokenizer_identity
 from pixart_jax.weights import component
 from tests.labelling import tiny_encoders as tiny
 
