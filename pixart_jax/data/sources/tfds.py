@@ -10,7 +10,7 @@ import numpy as np
 
 from pixart_jax.cache import cache_folder
 from pixart_jax.data.faults import Faults
-from pixart_jax.data.sources import filters, texts
+from pixart_jax.data.sources import filters, texts, tf_files
 from pixart_jax.data.sources.listed import measured
 from pixart_jax.data.sources.sample import Sample
 from pixart_jax.errors import UserError, nearest
@@ -22,6 +22,9 @@ def _tfds_folder(name: str) -> pathlib.Path:
         return pathlib.Path(given)
     home = pathlib.Path("~/tensorflow_datasets").expanduser()
     return home if (home / name.split("/")[0].split(":")[0]).is_dir() else cache_folder() / "tensorflow_datasets"
+
+
+_NAMES = ("file_name", "filename", "image_id", "url")  # texts of a set that say nothing of its pictures
 
 
 class TfdsSource:
@@ -118,7 +121,8 @@ def _builder(name: str, data_dir: pathlib.Path):
     if name.split("/")[0].split(":")[0] == "shapes":
         import pixart_jax.data.shapes_builder  # noqa: F401 - registers the embedded world
     try:
-        builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+        with tf_files.stand_in():
+            builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
         raise UserError(
             f"no tensorflow-datasets set is called {name!r}{nearest(name, tfds.list_builders(with_community_datasets=False))}"
@@ -131,9 +135,13 @@ def _builder(name: str, data_dir: pathlib.Path):
         data_dir.mkdir(parents=True, exist_ok=True)
         with _lock(data_dir / f".{name.replace('/', '-').replace(':', '-')}.lock"):
             try:
-                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
+                with tf_files.stand_in():
+                    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
             except ModuleNotFoundError as fault:
                 raise UserError(f"tfds:{name} cannot be built here: its builder needs {fault.name}") from None
+            except AssertionError as fault:  # files that a person has to fetch are not where the builder looks for them
+                said = " ".join(str(fault).split())
+                raise UserError(f"tfds:{name} cannot be built: {said[:400]}") from None
     return builder
 
 
@@ -178,7 +186,8 @@ def _roles(features, name: str) -> tuple[str, str | None, list[str] | None, dict
 
     def walk(node, path: tuple[str, ...]):
         if isinstance(node, feature.Text):
-            texts["/".join(path)] = path
+            if path[-1].rsplit("/", 1)[-1] not in _NAMES:
+                texts["/".join(path)] = path
         elif isinstance(node, feature.FeaturesDict):
             for key, child in node.items():
                 walk(child, (*path, key))

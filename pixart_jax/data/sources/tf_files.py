@@ -69,7 +69,8 @@ def _module() -> types.ModuleType:
 def _glob(patterns) -> list[str]:
     import glob
 
-    return [found for pattern in ([patterns] if isinstance(patterns, (str, os.PathLike)) else patterns) for found in glob.glob(str(pattern))]
+    patterns = [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns
+    return [found for pattern in patterns for found in glob.glob(str(pattern))]
 
 
 def _absent(name: str):
