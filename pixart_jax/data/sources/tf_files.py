@@ -1,7 +1,7 @@
 """TensorFlow's file functions without TensorFlow, for as long as tensorflow-datasets builds a set.
 
-Many of its builders, ImageNet's among them, need TensorFlow for ``tf.io.gfile`` and names of dtypes alone. etils.epath, which
-tensorflow-datasets itself uses elsewhere, opens the same paths. A builder that asks for more gets the ModuleNotFoundError that it
+Many of its builders, ImageNet's among them, need TensorFlow for ``tf.io.gfile`` and names of dtypes alone. Its own paths, which
+open what gfile opens, serve as well. A builder that asks for more gets the ModuleNotFoundError that it
 would get without this.
 """
 
@@ -34,21 +34,21 @@ def stand_in() -> Iterator[None]:
 
 
 def _module() -> types.ModuleType:
-    from etils import epath
+    from tensorflow_datasets.core import as_path
 
     class GFile:
-        """``tf.io.gfile.GFile``: a file opened by epath."""
+        """``tf.io.gfile.GFile``: a file opened by its path."""
 
         def __new__(cls, name, mode="r"):
-            return epath.Path(os.fspath(name)).open(mode)
+            return as_path(os.fspath(name)).open(mode)
 
     gfile = types.SimpleNamespace(
         GFile=GFile,
         Open=GFile,
-        exists=lambda path: epath.Path(path).exists(),
-        isdir=lambda path: epath.Path(path).is_dir(),
-        listdir=lambda path: [child.name for child in epath.Path(path).iterdir()],
-        makedirs=lambda path: epath.Path(path).mkdir(parents=True, exist_ok=True),
+        exists=lambda path: as_path(path).exists(),
+        isdir=lambda path: as_path(path).is_dir(),
+        listdir=lambda path: [child.name for child in as_path(path).iterdir()],
+        makedirs=lambda path: as_path(path).mkdir(parents=True, exist_ok=True),
         glob=_glob,
         walk=os.walk,
         join=os.path.join,
@@ -60,6 +60,7 @@ def _module() -> types.ModuleType:
     for name in _DTYPES:
         setattr(module, name, np.dtype(name).type)
     module.string = object
+    module.dtypes = types.SimpleNamespace(DType=type("DType", (), {}), as_dtype=np.dtype)
     for name in ("Tensor", "RaggedTensor", "SparseTensor"):  # only asked of values whether they are one
         setattr(module, name, type(name, (), {}))
     module.__getattr__ = _absent

@@ -1,0 +1,87 @@
+"""Sets of tensorflow-datasets that ask for TensorFlow, built and read without it."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+import tarfile
+
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from pixart_jax.data.sources import open_source, tf_files
+from pixart_jax.errors import UserError
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed")
+
+
+def jpeg(shade: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade, 0, 0)).save(data, "JPEG")
+    return data.getvalue()
+
+
+def tar(files) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """A data_dir with ImageNet's archives, of six pictures in two classes, where a person would put them."""
+    manual = tmp_path / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    classes = {word: tar((f"{word}_{i}.JPEG", jpeg(i)) for i in range(3)) for word in ("n02123045", "n04266014")}
+    (manual / "ILSVRC2012_img_train.tar").write_bytes(tar((f"{word}.tar", data) for word, data in classes.items()))
+    (manual / "ILSVRC2012_img_val.tar").write_bytes(tar([("ILSVRC2012_val_00000001.JPEG", jpeg(9))]))
+    return tmp_path
+
+
+def test_imagenet_builds_from_its_archives_with_labels_for_stage_1(imagenet):
+    source = open_source("tfds:imagenet2012", data_dir=imagenet)
+    assert (len(source), source.num_classes, source.caption_kinds) == (6, 1000, ("class",))
+    words = sorted({sample.captions["class"][0] for sample in source})
+    assert (
+        words == ["n02123045", "n04266014"] and len({sample.label for sample in source}) == 2 and 281 in {sample.label for sample in source}
+    )
+    assert source[0].pixels().shape == (30, 40, 3)
+    assert "tensorflow" not in sys.modules
+
+
+def test_coco_captions_has_every_caption_of_a_picture(tmp_path):
+    """Its builder names dtypes of TensorFlow's; the pictures are written by the builder itself, without the download."""
+    with tf_files.stand_in():
+        builder = tfds.builder("coco_captions", data_dir=str(tmp_path), file_format="array_record")
+        pictures = (
+            {"image": io.BytesIO(jpeg(i)), "image/filename": f"{i:012d}.jpg", "image/id": i, "objects": [],
+             "captions": [{"text": f"caption {k} of {i}", "id": k} for k in range(5)]}
+            for i in range(4)
+        )  # fmt: skip
+        builder._split_generators = lambda _: {"val": enumerate(pictures)}
+        builder.download_and_prepare()
+    source = open_source("tfds:coco_captions", "val", data_dir=tmp_path)
+    assert source.caption_kinds == ("captions/text",) and len(source) == 4
+    said = source[2].texts("captions/text")
+    number = said[0].split()[-1]
+    assert said == tuple(f"caption {k} of {number}" for k in range(5))
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_set_whose_files_a_person_must_fetch_says_where_they_go(tmp_path):
+    with pytest.raises(UserError, match="downloads/manual does not exist or is empty.*ILSVRC2012_img_train.tar"):
+        open_source("tfds:imagenet2012", data_dir=tmp_path)
+
+
+def test_the_stand_in_refuses_what_only_tensorflow_does():
+    with tf_files.stand_in():
+        import tensorflow as tf
+
+        with pytest.raises(ModuleNotFoundError, match="needs TensorFlow itself"):
+            tf.image  # noqa: B018
