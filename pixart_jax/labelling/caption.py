@@ -76,7 +76,10 @@ class Opening:
 
 
 class Worker:
-    """A model and a source; Ray makes one a process and calls it with the numbers of samples."""
+    """A model and a source; Ray makes one a process and calls it with the numbers of samples.
+
+    Both are opened at the first call: of what a call raises Ray tells the program, an object that cannot be made it tries again.
+    """
 
     def __init__(
         self,
@@ -85,13 +88,15 @@ class Worker:
         threads: int | None = None,
         open_model: Callable[[str, str, int | None], VisionLanguageModel] = VisionLanguageModel,
     ):
-        self._source = opening.open()
-        self._options = options
-        self._model = open_model(options.model, options.dtype, threads)
-        self._readers = ThreadPoolExecutor(8)
+        self._opening, self._options, self._threads, self._open_model = opening, options, threads, open_model
+        self._source = self._model = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"data": int64 [n]} → {"row": [n] objects of JSON}: see ``rows``."""
+        if self._model is None:
+            self._source = self._opening.open()
+            self._model = self._open_model(self._options.model, self._options.dtype, self._threads)
+            self._readers = ThreadPoolExecutor(8)
         numbers = [int(number) for number in batch["data"]]
         found = rows(self._model, numbers, list(self._readers.map(self._read, numbers)), self._options)
         return {"row": np.array([json.dumps(row) for row in found], object)}

@@ -25,7 +25,7 @@ class Arguments:
     """The pictures: whatever encode takes, as 'folder:DIR', 'webdataset:DIR' or 'tfds:NAME'."""
     model: str
     """A folder, or a name on the hub, of a model that AutoModelForImageTextToText opens: LLaVA, SmolVLM, Qwen-VL, …"""
-    out: Annotated[pathlib.Path | None, tyro.conf.arg(help_behavior_hint="(required, but for --in-place beside a folder's pictures)")] = None
+    out: Annotated[pathlib.Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None
     """NAME.jsonl, a line a picture; with --format txt or webdataset a folder, which gets captions.jsonl besides."""
     format: Literal["jsonl", "txt", "webdataset"] = "jsonl"
     """txt: also a file KEY.txt a picture. webdataset: also the source's tars, copied, with a member KEY.KIND.txt a sample."""
@@ -77,9 +77,7 @@ def main(argv: Sequence[str]) -> int:
     from pixart_jax.labelling import caption_run, vision_language
     from pixart_jax.labelling.caption import CaptionOptions, Opening
 
-    options = CaptionOptions(
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(CaptionOptions)}
-    )
+    options = CaptionOptions(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(CaptionOptions)})
     cluster = caption_run.Cluster(arguments.ray_address, arguments.workers, arguments.gpus_per_worker, arguments.batch_size)
     vision_language.torch_or_error()
     vision_language.check(options.model)
@@ -102,11 +100,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _places(arguments: Arguments) -> tuple[pathlib.Path, pathlib.Path | None, list[pathlib.Path]]:
     """(the caption file, the folder of the pictures for --in-place txt, the source's tars); every misfit before anything is opened."""
-    from pixart_jax.labelling.caption_export import tars
-
     if not re.fullmatch(r"[\w-]+", arguments.kind):
         raise UserError(f"--kind {arguments.kind!r}: letters, digits, _ and - only, as it becomes part of file names")
-    name, out = arguments.source.partition(":")[2] or arguments.source, arguments.out
+    out = arguments.out
     if out is None:
         raise UserError("--out is missing: NAME.jsonl, or a folder with --format txt or webdataset")
     if arguments.format == "jsonl":
@@ -117,13 +113,18 @@ def _places(arguments: Arguments) -> tuple[pathlib.Path, pathlib.Path | None, li
         return out, None, []
     if out.suffix == ".jsonl" or out.is_file():
         raise UserError(f"--out {out}: with --format {arguments.format} it is a folder")
+    from pixart_jax.data.sources import kind_of, parts_of
+    from pixart_jax.data.sources.webdataset import _files
+
+    kinds = [kind_of(text) for _, text in parts_of(arguments.source)]
+    kind, place = kinds[0] if len(kinds) == 1 else ("mixture", "")
     if arguments.format == "webdataset":
-        if not arguments.source.startswith("webdataset:"):
-            raise UserError(f"--format webdataset adds to the tars of 'webdataset:PATTERN', and {arguments.source} has none")
-        return out / "captions.jsonl", None, tars(name)
-    if arguments.in_place and not pathlib.Path(name.partition("?")[0]).is_dir():
-        raise UserError(f"--in-place --format txt writes beside the pictures of a folder, and {arguments.source} is none")
-    return out / "captions.jsonl", pathlib.Path(name.partition("?")[0]) if arguments.in_place else None, []
+        if kind != "webdataset":
+            raise UserError(f"--format webdataset adds to the tars of 'webdataset:TARS', and {arguments.source} is a {kind}")
+        return out / "captions.jsonl", None, _files(place, Faults())
+    if arguments.in_place and kind != "folder":
+        raise UserError(f"--in-place --format txt writes beside the pictures of a folder, and {arguments.source} is a {kind}")
+    return out / "captions.jsonl", pathlib.Path(place.partition("?")[0]) if arguments.in_place else None, []
 
 
 def _export(arguments: Arguments, file: pathlib.Path, pictures: pathlib.Path | None, tar_files: list[pathlib.Path]) -> None:

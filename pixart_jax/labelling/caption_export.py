@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_jax.data.faults import Faults
+from pixart_jax.data.sources.folder import PICTURES
 from pixart_jax.errors import UserError
 
 
@@ -89,31 +89,6 @@ def to_texts(captions: CaptionsByKey, folder: Path, suffix: str, faults: Faults,
 # ---- webdataset tars ----
 
 
-def tars(pattern: str) -> list[Path]:
-    """The tars that 'webdataset:PATTERN' names: a folder's, one file, or ranges as in {00000..00009}.tar. UserError where one is missing."""
-    folder = Path(pattern)
-    if folder.is_dir():
-        found = sorted(folder.rglob("*.tar"))
-    else:
-        found = [Path(text) for text in _ranges(pattern)]
-        if missing := [str(file) for file in found if not file.is_file()]:
-            raise UserError(f"webdataset:{pattern}: {missing[0]} is not there")
-    if not found:
-        raise UserError(f"webdataset:{pattern} names no .tar file")
-    return found
-
-
-def _ranges(pattern: str) -> Iterator[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if not match:
-        yield pattern
-        return
-    first, last, names = match.groups()
-    parts = names.split(",") if names else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    for part in parts:
-        yield from _ranges(pattern[: match.start()] + part + pattern[match.end() :])
-
-
 def to_tars(captions: CaptionsByKey, files: list[Path], folder: Path | None, kind: str, faults: Faults, newer_than: int = 0) -> int:
     """Copies of the tars with a member KEY.kind.txt after each sample's own; how many captions they hold.
 
@@ -130,18 +105,24 @@ def to_tars(captions: CaptionsByKey, files: list[Path], folder: Path | None, kin
             raise UserError("two of the tars have the same name: caption their folders one by one")
         if any(file.resolve().parent == folder.resolve() for file in files):
             raise UserError(f"{folder} is the folder of the tars themselves: another --out, or --in-place to replace them")
-    held = 0
+    held, seen = 0, set()
     for file in tqdm(files, desc="tars", unit=" tars", disable=len(files) < 2):
         out = file if folder is None else folder / file.name
+        members, end = _members(file, faults)
+        # A key that an earlier tar has too is TAR/KEY to the source.
+        keys = {_key(member.name) for member in members if Path(member.name).suffix.lower() in PICTURES}
+        names = {key: f"{file.stem}/{key}" if _hash(key) in seen else key for key in keys}
+        seen.update(map(_hash, keys))
         if folder is not None and out.is_file() and out.stat().st_mtime_ns > newer_than > 0:
             held += _count(out, kind)
         else:
-            held += _rewrite(captions, file, out, kind, faults)
+            held += _rewrite(captions, file, out, members, end, names, kind)
     return held
 
 
-def _rewrite(captions: CaptionsByKey, file: Path, out: Path, kind: str, faults: Faults) -> int:
-    members, end = _members(file, faults)
+def _rewrite(
+    captions: CaptionsByKey, file: Path, out: Path, members: list[tarfile.TarInfo], end: int, names: dict[str, str], kind: str
+) -> int:
     last = {_key(member.name): place for place, member in enumerate(members)}  # a sample's last member
     there = {member.name: member for member in members}
     fresh, held, added = out.with_name(f".{out.name}.new"), 0, 0
@@ -152,8 +133,7 @@ def _rewrite(captions: CaptionsByKey, file: Path, out: Path, kind: str, faults: 
             key = _key(member.name)
             if last[key] != place:
                 continue
-            # Where two tars have a key in common, their source calls the samples TAR/KEY.
-            text = captions.get(f"{file.name.removesuffix('.tar')}/{key}") or captions.get(key)
+            text = captions.get(names[key]) if key in names else None
             if text is None:
                 continue
             name, data = f"{key}.{kind}.txt", text.encode()

@@ -1,9 +1,9 @@
 """The file of a captioning run: a journal that only grows while it runs, and at its end the captions in the source's order.
 
-    NAME.jsonl            the captions, one object a line; written whole, at the end
-    NAME.manifest.json    what they were made of and how many: its presence says that the file is finished
-    NAME.jsonl.partial    while the run goes on: a line of identity, then a line a sample, in the order in which they were done
-    NAME.faults.jsonl     what was left out, by name
+NAME.jsonl            the captions, one object a line; written whole, at the end
+NAME.manifest.json    what they were made of and how many: its presence says that the file is finished
+NAME.jsonl.partial    while the run goes on: a line of identity, then a line a sample, in the order in which they were done
+NAME.faults.jsonl     what was left out, by name
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ MOST_RAW = 8_000
 
 
 def template(prompt: str, with_raw: bool) -> str:
-    """The text with '{caption}' where a raw caption belongs. prompt: a name of PROMPTS, or the text itself. UserError where they disagree."""
+    """The text with '{caption}' where a raw caption belongs. prompt: a name of PROMPTS, or the text. UserError where they disagree."""
     if prompt in PROMPTS:
         return PROMPTS[prompt][with_raw]
     if not prompt.strip():

@@ -59,7 +59,7 @@ def run(
     opening: how a worker opens the same source. faults: collects what is left out; strict, the first stops the run, and what was
     captioned before it stays. Killed at any moment, the same call goes on. open_model: for tests.
     """
-    faults = faults or Faults()
+    faults = Faults() if faults is None else faults  # an empty one is false
     made = {key: str(value) for key, value in dataclasses.asdict(options).items()}
     made |= {"source": opening.source, "split": opening.split, "where": str(opening.where), "kind": kind}
     if open_model is vision_language.VisionLanguageModel:

@@ -106,7 +106,12 @@ class VisionLanguageModel:
                 inputs[name] = values.to(self.model.dtype)
         # The model's own settings (a temperature, a penalty) would be filled in where these say nothing.
         config = GenerationConfig(
-            max_new_tokens=most, do_sample=False, num_beams=1, use_cache=True, eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id
+            max_new_tokens=most,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=self.ends,
+            pad_token_id=self.tokenizer.pad_token_id,
         )
         self.model.generation_config = config
         noise = [] if temperature <= 0 else [_Gumbel(temperature, seeds, self.device)]

@@ -17,6 +17,7 @@ from pixart_jax.labelling.caption_guards import guards
 from pixart_jax.labelling.vision_language import VisionLanguageModel, check, identity, resize, seed_of
 
 torch = pytest.importorskip("torch")
+COLOURS = "red blue green black white".split()
 RANDOM = np.random.default_rng(7)
 PICTURES = [Image.fromarray(RANDOM.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((40, 60), (90, 30), (64, 64), (20, 70))]
 PROMPTS = ["a dog", "describe this picture in a very detailed manner", "red", "a large old wooden house with a red car in the street"]
@@ -124,7 +125,7 @@ def test_pictures_are_resized_as_the_official_script_does():
         ("dog dog dog", "stop", ("repeating",)),
         ("It is a very, very, very large dog that sits on the green grass of a park.", "stop", ()),
         ("Two dogs. " * 9 + "It is late.", "stop", ("repeating",)),
-        (" ".join(f"There is a {c} car on the left side of the street." for c in "red blue green black white".split()), "stop", ("repeating",)),
+        (" ".join(f"There is a {c} car on the left side of the street." for c in COLOURS), "stop", ("repeating",)),
         ("I'm sorry, but I cannot see any image here.", "stop", ("refusal",)),
         ("As an AI language model, I am unable to view images.", "stop", ("refusal",)),
         ("A woman looks sorry; she cannot see the dog.", "stop", ()),

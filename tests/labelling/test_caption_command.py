@@ -30,7 +30,8 @@ FEW = ["--max-new-tokens", "8", "--guard-action", "keep", "--batch-size", "4"]
 @pytest.fixture(scope="module")
 def cluster():
     """One Ray for all tests of this file; the command uses the one that runs already."""
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 2**20)
     yield
     ray.shutdown()
@@ -62,7 +63,8 @@ def test_pictures_are_captioned_by_the_model_and_bad_ones_named(cluster, model, 
 
     for row in found:
         sample = next(source[i] for i in range(len(source)) if source[i].key == row["key"])
-        prompt = f"Give the caption of this image 'raw caption {int(row['key'][1:])}', describe this image and its style in a very detailed manner"
+        raw = f"raw caption {int(row['key'][1:])}"
+        prompt = f"Give the caption of this image '{raw}', describe this image and its style in a very detailed manner"
         (said,) = alone.say([Image.fromarray(sample.pixels())], [prompt], [seed_of(0, row["key"])], temperature=0.2, most=8)
         assert (row["prompt"], row["caption"], row["tokens"], row["finish"]) == (prompt, said.text, said.tokens, said.finish)
         assert (row["kind"], row["model"]) == ("dense", str(model))
@@ -143,7 +145,7 @@ def test_a_worker_s_complaint_is_one_line(cluster, tmp_path):
         (["folder:x", "--model", "m"], "--out is missing"),
         (["folder:x", "--model", "m", "--out", "x"], "NAME.jsonl is needed"),
         (["folder:x", "--model", "m", "--out", "x.jsonl", "--in-place"], "--in-place goes with"),
-        (["folder:x", "--model", "m", "--out", "x", "--format", "webdataset"], "adds to the tars"),
+        (["folder:x", "--model", "m", "--out", "x", "--format", "webdataset"], "folder:x is a folder"),
         (["folder:x", "--model", "m", "--out", "x.jsonl", "--format", "txt"], "it is a folder"),
         (["folder:x", "--model", "nowhere/at-all", "--out", "x.jsonl"], "no model folder nowhere/at-all here"),
         (["folder:x", "--model", "m", "--out", "x.jsonl", "--batch-size", "0"], "batch size 0"),

@@ -58,7 +58,7 @@ def test_a_journal_cut_at_any_byte_goes_on_with_what_was_whole(tmp_path, cut):
 def test_a_damaged_line_is_named_and_its_picture_done_again(tmp_path):
     with journal(tmp_path) as made:
         made.append([row(i) for i in range(3)])
-    data = made.partial.read_bytes().replace(b'"index": 1', b'\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00')
+    data = made.partial.read_bytes().replace(b'"index": 1', b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")
     made.partial.write_bytes(data)
     with pytest.warns(Notice, match="line 3, is damaged"), journal(tmp_path) as again:
         assert again.done.tolist() == [True, False, True, False, False]
@@ -138,7 +138,16 @@ def test_tars_get_a_member_a_sample_and_keep_theirs_byte_for_byte(tmp_path, form
     assert held == 4 and not len(faults) and old.read_bytes() == before
     with tarfile.open(old) as was, tarfile.open(tmp_path / "out" / "00000.tar") as now:
         names = now.getnames()
-        assert names == [*NAMES[:3], "000.dense.txt", "001.jpg", "001.dense.txt", *NAMES[4:6], f"{LONG}.dense.txt", "b/002.png", "b/002.dense.txt"]
+        assert names == [
+            *NAMES[:3],
+            "000.dense.txt",
+            "001.jpg",
+            "001.dense.txt",
+            *NAMES[4:6],
+            f"{LONG}.dense.txt",
+            "b/002.png",
+            "b/002.dense.txt",
+        ]
         for member in was:
             other = now.getmember(member.name)
             assert was.extractfile(member).read() == now.extractfile(other).read()
@@ -187,13 +196,15 @@ def test_a_compressed_tar_and_the_originals_folder_are_refused(tmp_path):
         caption_export.to_tars(found, [tmp_path / "in" / "z.tar"], tmp_path / "out", "dense", Faults())
 
 
-def test_a_range_of_tars_is_spelled_out_and_a_missing_one_is_named(tmp_path):
-    for n in range(3):
-        tar(tmp_path / f"{n:05d}.tar", NAMES[:1])
-    assert [t.name for t in caption_export.tars(f"{tmp_path}/{{00000..00002}}.tar")] == ["00000.tar", "00001.tar", "00002.tar"]
-    assert len(caption_export.tars(str(tmp_path))) == 3
-    with pytest.raises(UserError, match="00003.tar is not there"):
-        caption_export.tars(f"{tmp_path}/{{00000..00003}}.tar")
+def test_a_key_that_two_tars_have_gets_its_own_caption_or_none(tmp_path):
+    old = [tar(tmp_path / "in" / name, ["000.jpg", "000.txt"]) for name in ("a.tar", "b.tar", "c.tar")]
+    found = captions(tmp_path, {"000": "In a.", "c/000": "In c."})  # the picture in b could not be read
+    assert caption_export.to_tars(found, old, tmp_path / "out", "dense", Faults()) == 2
+    said = []
+    for name in ("a.tar", "b.tar", "c.tar"):
+        with tarfile.open(tmp_path / "out" / name) as now:
+            said.append(now.extractfile("000.dense.txt").read() if "000.dense.txt" in now.getnames() else None)
+    assert said == [b"In a.", None, b"In c."]
 
 
 def test_texts_are_written_below_the_folder_alone_and_never_over_another_text(tmp_path):

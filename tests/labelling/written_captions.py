@@ -24,7 +24,7 @@ SAID = {
 
 
 class Written:
-    """Says SAID by colour; from the second draw on GOOD, but for what is 3, which never leaves its loop. delay: seconds a batch."""
+    """Says SAID by colour; where it is warmer than 0.3, GOOD, but for what is 3, which never leaves its loop. delay: seconds a batch."""
 
     special = ("<image>",)
 
@@ -36,7 +36,7 @@ class Written:
         time.sleep(self._delay)
         colours = [image.getpixel((0, 0))[0] for image in images]
         self.calls.append((colours, temperature))
-        said = [SAID.get(colour, SAID[0]) if len(self.calls) == 1 or colour == 3 else SAID[0] for colour in colours]
+        said = [SAID.get(colour, SAID[0]) if temperature < 0.3 or colour == 3 else SAID[0] for colour in colours]
         return [Said(text, len(text.split()), finish) for text, finish in said]
 
 
