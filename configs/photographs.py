@@ -31,7 +31,9 @@ def get_config(imagenet_steps: int = 300, sam_steps: int = 300, aesthetic_steps:
         name="photographs",
         stages=(
             shrunk(xl2_256_imagenet, imagenet_steps, 4, DataConfig(f"{DATA}/imagenet_64", buckets=((64, 64),))),
-            shrunk(xl2_256_sam, sam_steps, 4, DataConfig(f"{DATA}/sam_64", captions=mixed, buckets=((64, 64),)), start="previous"),
+            shrunk(
+                xl2_256_sam, sam_steps, 4, DataConfig(f"{DATA}/sam_64", captions=(("caption", 1.0),), buckets=((64, 64),)), start="previous"
+            ),
             shrunk(
                 xl2_1024_ms,
                 aesthetic_steps,
@@ -43,6 +45,8 @@ def get_config(imagenet_steps: int = 300, sam_steps: int = 300, aesthetic_steps:
         model=TransformerConfig(
             depth=3, width=96, heads=4, patch_size=2, sample_size=12, caption_width=64, text_tokens=120, size_conditions=True
         ),
+        vae="data/photographs/encoders",
+        text_encoder="data/photographs/encoders",
         compute_dtype="float32",
         log_every=20,
         checkpoint_every=100,

@@ -1,4 +1,4 @@
-"""An autoencoder for docs/data.md's photographs: that of the embedded world (assets/shapes), trained on for two minutes.
+"""An autoencoder for docs/data.md's photographs: that of the embedded world (assets/shapes), trained on for a minute or two.
 
 A real run rests on Stable Diffusion's VAE, which is not to be had without a network; this one gives photographs their colours and
 rough shapes back. Expected: 22 dB on the pictures that it was trained on, from 18.
@@ -12,7 +12,7 @@ from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
 
 
-def get_config(steps: int = 500) -> Config:
+def get_config(steps: int = 200) -> Config:
     return Config(
         name="photographs_vae",
         stages=(

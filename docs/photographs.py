@@ -5,7 +5,7 @@ of a size, a place and a ratio drawn from the seed, with captions written by han
 dense one, as a vision-language model writes them.
 
     OUT/tfds/downloads/manual      stage 1: ImageNet's two archives, which tensorflow-datasets prepares itself (TFDS_DATA_DIR=OUT/tfds)
-    OUT/sam                        stage 2: SAM's form in the official code, partition/*.txt and images/*.jpg
+    OUT/sam                        stage 2: SAM's form in the official code, partition/*.txt and images/*.jpg, without captions
     OUT/web/{00000..00002}.tar     stage 3: webdataset tars as img2dataset writes them, of many aspect ratios
 """
 
@@ -97,14 +97,13 @@ def _tar(files) -> bytes:
 
 
 def write_sam(pictures, count: int, folder: Path) -> None:
-    """partition/part0.txt names the pictures of images/; beside them, what people wrote (a caption of the web's length)."""
+    """partition/part0.txt names the pictures of images/. SAM has no captions."""
     for name in ("partition", "images"):
         (folder / name).mkdir(parents=True)
     stems = []
-    for number, (name, data, _) in enumerate(crops(pictures, count, 2, (0.7, 1.5))):
+    for number, (_, data, _) in enumerate(crops(pictures, count, 2, (0.7, 1.5))):
         stems.append(f"sa_{number:06d}")
         (folder / "images" / f"{stems[-1]}.jpg").write_bytes(data)
-        (folder / "images" / f"{stems[-1]}.txt").write_text(PICTURES[name][1] + "\n")
     (folder / "partition" / "part0.txt").write_text("".join(f"{stem}\n" for stem in stems))
 
 

@@ -63,7 +63,7 @@ def test_a_tfds_set_is_built_and_read_without_tensorflow(prepared):
 
     source = sources.open_source("tfds:tiny_photos", "train", data_dir=prepared)
     assert isinstance(source, sources.Source) and len(source) == 9 and source.num_classes == 3
-    assert source.caption_kinds == ("file_name", "captions/text", "class")
+    assert source.caption_kinds == ("captions/text", "class")
     sample = source[4]
     assert sample.label == 1 and sample.texts("class") == ("hen",) and sample.texts("captions/text") == ("caption 0 of 4", "caption 1 of 4")
     assert sample.key == "tiny_photos/1.0.0/train/00000004"

@@ -42,11 +42,12 @@ class OfficialSource(Listed):
             self._add(key, entry, pictures.find(entry.path), seal, kinds)
         if self._layout.sam:
             self._captions = self._layout.root / "captions"
-            kinds = {"caption": None} if self._captions.is_dir() else {}
-            if kinds:
-                for entry in sorted(self._captions.iterdir()):
-                    status = entry.stat()
-                    seal.update(f"{entry.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "replace"))
+            written = sorted(self._captions.rglob("*.txt")) if self._captions.is_dir() else []
+            kinds = {"caption": None} if written else {}
+            for entry in written:
+                status = entry.stat()
+                name = entry.relative_to(self._captions)
+                seal.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "replace"))
         self.caption_kinds, self.num_classes = tuple(kinds), None
         self._choose(len(self._keys), ["pixart", seal.hexdigest()], where, limit)
 
