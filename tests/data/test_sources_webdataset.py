@@ -40,7 +40,7 @@ def test_shards_of_img2dataset_are_read_at_random(tmp_path, form):
 
 def test_members_of_other_kinds_are_captions_labels_and_fields(tmp_path):
     members = {
-        "deep/a.png": encoded(picture(1)), "deep/a.cls": "2", "deep/a.dense.txt": "at length", 
+        "deep/a.png": encoded(picture(1)), "deep/a.cls": "2", "deep/a.dense.txt": "at length",
         "deep/a.json": json.dumps({"short": "a", "score": 0.9}),
         "b.v2.jpg": PHOTO, "b.jpg": PHOTO, "b.txt": "b", "b.cls": "0", "b.json": json.dumps({"score": 0.1}),
         "c.webp": encoded(picture(2), "WEBP"), "c.json": json.dumps({"score": 0.2, "label": 4}), "notes.md": "read me",
