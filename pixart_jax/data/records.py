@@ -11,6 +11,7 @@ compares whole files with their checksums.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -24,10 +25,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from pixart_jax.data.reused_memory import keep_freed_memory
 from pixart_jax.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_OPEN = 256  # shards open at a time: a set of millions of pictures has more than a process may open, and to open one costs 0.2 ms
 _CODES = {
     "BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I16": np.dtype("<i2"), "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"),
@@ -229,8 +232,9 @@ class Records:
             if trouble := missing_or_short(self.folder, shard):
                 raise UserError(f"{trouble}; delete the file and encode again: only what is missing is made anew")
         self._starts = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
-        self._readers: list = [None] * len(self.manifest.shards)
+        self._readers: collections.OrderedDict[int, object] = collections.OrderedDict()  # those open, the latest used last
         self._opening = threading.Lock()
+        keep_freed_memory()
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -253,11 +257,14 @@ class Records:
         return unpack(self.bytes(range(len(self))[index]))
 
     def _reader(self, shard: int):
-        if self._readers[shard] is None:
-            from array_record.python import array_record_module
+        with self._opening:
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                from array_record.python import array_record_module
 
-            with self._opening:
-                if self._readers[shard] is None:
-                    path = str(self.folder / self.manifest.shards[shard].file)
-                    self._readers[shard] = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
-        return self._readers[shard]
+                path = str(self.folder / self.manifest.shards[shard].file)
+                reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+            self._readers[shard] = reader
+            if len(self._readers) > _OPEN:  # a thread that still reads from it keeps it
+                self._readers.popitem(last=False)
+            return reader
