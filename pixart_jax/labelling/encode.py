@@ -259,13 +259,16 @@ class _Encoder:
         """Make one shard."""
         longest: dict[str, int] = dict.fromkeys(self._options.captions, 0)
         skipped: list[tuple[str, str]] = []
+        lacking: dict[str, list[int]] = {}
         path = folder / work.file
-        count = records.write_shard(path, self._records(work, longest, skipped, bar))
-        return records.Shard(work.file, work.bucket, count, path.stat().st_size, records.sha256(path), longest, tuple(skipped))
+        count = records.write_shard(path, self._records(work, longest, lacking, skipped, bar))
+        without = {kind: tuple(places) for kind, places in lacking.items()}
+        return records.Shard(work.file, work.bucket, count, path.stat().st_size, records.sha256(path), longest, tuple(skipped), without)
 
-    def _records(self, work: _Work, longest: dict[str, int], skipped: list, bar: tqdm) -> Iterator[bytes]:
+    def _records(self, work: _Work, longest: dict[str, int], lacking: dict[str, list[int]], skipped: list, bar: tqdm) -> Iterator[bytes]:
         size = self._options.batch_size
         batches = [work.indices[i : i + size] for i in range(0, len(work.indices), size)]
+        place = 0  # in the shard
         with concurrent.futures.ThreadPoolExecutor(1) as reader:  # decodes the next batch while the device encodes this one
             ready = reader.submit(self._read, batches[0], work.bucket)
             for number, indices in enumerate(batches):
@@ -273,6 +276,11 @@ class _Encoder:
                 if number + 1 < len(batches):
                     ready = reader.submit(self._read, batches[number + 1], work.bucket)
                 skipped.extend(batch.skipped)
+                for place, (_, metadata) in enumerate(batch.records, place):
+                    for kind in self._options.captions:
+                        if f"captions.{kind}" not in metadata:
+                            lacking.setdefault(kind, []).append(place)
+                place += bool(batch.records)
                 yield from self._encode(batch, longest)
                 bar.update(len(indices))
 
@@ -282,7 +290,7 @@ class _Encoder:
             sample = self._source[int(index)]
             try:
                 image = sample.pixels()
-                said = {kind: sample.texts(kind) for kind in self._options.captions}
+                said = sample.said(self._options.captions)
             except UserError as fault:
                 if self._options.strict:
                     raise

@@ -114,6 +114,31 @@ def test_a_sample_that_lacks_a_caption_is_left_out_and_one_that_lacks_a_kind_tak
     assert len(lengths) == 1
 
 
+def test_records_that_lack_a_kind_take_the_other_and_those_without_any_are_left_out(world, capsys):
+    folder = write(world.folder / "mixed", {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(6)})
+    long = "a red circle left of a blue square right of a green circle"
+    write(
+        folder,
+        {"0.txt": "a circle", "0.dense.txt": long, "1.txt": "a circle", "2.dense.txt": long, "3.txt": "a circle", "4.dense.txt": long},
+    )
+    mix = (("caption", 1.0), ("dense", 1.0))
+    loader = opened(world(str(folder), captions=mix))
+    samples = loader.samples
+    assert len(samples) == 5  # 5.png has no text of any kind, and is named by the encoder
+    lengths: dict[str, set[int]] = {}
+    for step in range(60):
+        batch = loader.batch(step)
+        for key, length in zip(batch["key"], batch["text_lengths"]):
+            lengths.setdefault(str(key), set()).add(int(length))
+    short, wordy = min(map(min, lengths.values())), max(map(max, lengths.values()))
+    assert lengths == {"0": {short, wordy}, "1": {short}, "2": {wordy}, "3": {short}, "4": {wordy}} and short < wordy
+    capsys.readouterr()
+    only = opened(world(str(samples._records.folder), captions=(("dense", 1.0),)), None)
+    assert {str(key) for step in range(9) for key in only.batch(step)["key"]} == {"0", "2", "4"}
+    said = capsys.readouterr().out
+    assert "record 1: missing caption (none of the mix: dense)" in said and "2 left out: 2 missing caption" in said
+
+
 def test_records_of_another_encoder_or_size_are_refused_by_name(world, model, tmp_path):
     folder = opened(world(str(world.folder / "photos"))).samples._records.folder
     assert len(opened(world(str(folder)), None).samples) == 6  # who made them may read them
