@@ -276,11 +276,11 @@ class _Encoder:
                 if number + 1 < len(batches):
                     ready = reader.submit(self._read, batches[number + 1], work.bucket)
                 skipped.extend(batch.skipped)
-                for place, (_, metadata) in enumerate(batch.records, place):
+                for row, (_, metadata) in enumerate(batch.records):
                     for kind in self._options.captions:
                         if f"captions.{kind}" not in metadata:
-                            lacking.setdefault(kind, []).append(place)
-                place += bool(batch.records)
+                            lacking.setdefault(kind, []).append(place + row)
+                place += len(batch.records)
                 yield from self._encode(batch, longest)
                 bar.update(len(indices))
 
