@@ -11,6 +11,7 @@ import numpy as np
 
 from pixart_jax.data import records
 from pixart_jax.data.buckets import key_of
+from pixart_jax.data.faults import Faults
 from pixart_jax.data.reused_memory import ReusedMemory
 from pixart_jax.data.samples import CaptionMix, fixed_length
 from pixart_jax.errors import UserError
@@ -21,6 +22,7 @@ class EncodedSamples:
 
     captions: kinds and their weights in the mix; empty for no text. expected: entries of the identity that the records must have been
     made with (pipeline.encoder_identity). buckets: those that the stage takes, (height, width); records of any other are refused.
+    faults: names the records that have no text of any kind of the mix, which are left out; one that lacks a kind takes its others.
     Batches hold
       mean, std       float32 [b, height/f, width/f, c]   of the VAE's posterior, unscaled
       text_states     bfloat16 [b, l, c], text_lengths int32 [b]   (with captions); l is the same in the whole stage
@@ -37,6 +39,7 @@ class EncodedSamples:
         max_text_tokens: int,
         expected: Mapping[str, str] | None = None,
         buckets: Sequence[tuple[int, int]] | None = None,
+        faults: Faults | None = None,
     ):
         self._records = records.Records(folder, expected)
         shards = self._records.manifest.shards
@@ -55,6 +58,8 @@ class EncodedSamples:
         self._mix = CaptionMix(captions, tuple(longest), str(folder)) if captions else None
         self.flipped = self.identity.get("flip") == "yes"
         self._memory = ReusedMemory()
+        if self._mix:
+            self._leave_out_mute(shards, Faults() if faults is None else faults)
         self.length = 0
         if self._mix:
             needed = max(longest[kind] for kind in self._mix.kinds)
@@ -64,6 +69,15 @@ class EncodedSamples:
                     f"{folder} holds texts of {needed} tokens, more than max_text_tokens = {max_text_tokens}: encode again with that cap"
                 )
             self.length = fixed_length(needed, max_text_tokens)
+
+    def _leave_out_mute(self, shards: Sequence[records.Shard], faults: Faults) -> None:
+        """What has no text of the mix at all is in no bucket."""
+        start = 0
+        for shard in shards:
+            for place in sorted(set.intersection(*(set(shard.lacking.get(kind, ())) for kind in self._mix.kinds))):
+                self.bucket_of[start + place] = -1
+                faults.add(f"{shard.file}, record {place}", "missing caption", f"none of the mix: {', '.join(self._mix.kinds)}")
+            start += shard.count
 
     def __len__(self) -> int:
         return len(self._records)
@@ -108,7 +122,11 @@ class EncodedSamples:
         kind, rest = self._mix.choose(draw)
         said = metadata.get(f"captions.{kind}")
         if said is None:
-            raise UserError(f"{metadata['key']}: no text states of kind {kind!r}")
+            present = [kind for kind in self._mix.kinds if f"captions.{kind}" in metadata]
+            if not present:
+                raise UserError(f"{metadata['key']}: no text states of kind {kind!r}")
+            kind, rest = self._mix.choose(draw, present)
+            said = metadata[f"captions.{kind}"]
         return arrays[f"text.{kind}.{int(rest * len(json.loads(said)))}"]
 
 

@@ -13,11 +13,13 @@ from pixart_jax.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """place: the file, and the record in it ('a.tar, 000123.jpg'); kind: a few fixed words that are counted ('unreadable image',
-    'missing caption', 'key twice', 'cut file'); detail: what exactly, one line, may be empty."""
+    'missing caption', 'key twice', 'cut file'); detail: what exactly, one line, may be empty; mended: put right (control characters
+    taken out of a caption), and the record stays."""
 
     place: str
     kind: str
     detail: str = ""
+    mended: bool = False
 
     def __str__(self) -> str:
         return f"{self.place}: {self.kind}{f' ({self.detail})' if self.detail else ''}"
@@ -33,36 +35,41 @@ class Faults:
     def __init__(self, strict: bool = False, kept: int = 10_000):
         self.strict, self._most = strict, kept
         self._kept: dict[Fault, None] = {}
-        self.counts: collections.Counter[str] = collections.Counter()
+        self.counts: collections.Counter[str] = collections.Counter()  # of what was left out
+        self.mended: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
 
-    def add(self, place: str, kind: str, detail: str = "") -> None:
+    def add(self, place: str, kind: str, detail: str = "", mended: bool = False) -> None:
         """Report one. UserError where strict."""
-        fault = Fault(_line(place), kind, _line(detail))
+        fault = Fault(_line(place), kind, _line(detail), mended)
         if self.strict:
-            raise UserError(f"{fault}; without --strict it would be counted and left out")
+            raise UserError(f"{fault}; without --strict it would be counted and {'put right' if mended else 'left out'}")
         with self._lock:
             if fault in self._kept:
                 return
-            self.counts[kind] += 1
+            (self.mended if mended else self.counts)[kind] += 1
             if len(self._kept) < self._most:
                 self._kept[fault] = None
 
     def extend(self, faults: Iterable[Fault]) -> None:
         """Report several."""
         for fault in faults:
-            self.add(fault.place, fault.kind, fault.detail)
+            self.add(fault.place, fault.kind, fault.detail, fault.mended)
 
     def __len__(self) -> int:
+        """How many were left out."""
         return sum(self.counts.values())
 
     def __iter__(self) -> Iterator[Fault]:
         return iter(list(self._kept))
 
     def summary(self) -> str:
-        """'3 left out: 2 unreadable image, 1 key twice'; '' where there is none."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
-        return f"{len(self)} left out: {kinds}" if self.counts else ""
+        """'3 left out: 2 unreadable image, 1 key twice; 1 mended: 1 control characters'; '' where there is none."""
+        said = []
+        for what, counts in (("left out", self.counts), ("mended", self.mended)):
+            if counts:
+                said.append(f"{counts.total()} {what}: " + ", ".join(f"{count} {kind}" for kind, count in counts.most_common()))
+        return "; ".join(said)
 
 
 def _line(text: str, most: int = 300) -> str:

@@ -76,7 +76,8 @@ def unpack(record: bytes, names: Iterable[str] | None = None) -> tuple[dict[str,
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """What the manifest says of a shard. bucket: (height, width) in px; longest: tokens of its longest text by caption kind;
-    skipped: (key, reason) of the samples that could not be encoded."""
+    skipped: (key, reason) of the samples that could not be encoded; lacking: caption kind → places of the records that have no text of
+    it, where their pictures have some but not all kinds."""
 
     file: str
     bucket: tuple[int, int]
@@ -85,10 +86,12 @@ class Shard:
     sha256: str
     longest: Mapping[str, int] = dataclasses.field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
+    lacking: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_json(cls, fields: Mapping) -> Shard:
-        return cls(**{**fields, "bucket": tuple(fields["bucket"]), "skipped": tuple(map(tuple, fields["skipped"]))})
+        lacking = {kind: tuple(places) for kind, places in fields.get("lacking", {}).items()}
+        return cls(**{**fields, "bucket": tuple(fields["bucket"]), "skipped": tuple(map(tuple, fields["skipped"])), "lacking": lacking})
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -1,20 +1,28 @@
-"""What a training batch is made of: pictures, token ids, or encoded records. Each kind knows its buckets and reads rows.
+"""What a training batch is made of: pictures, token ids, encoded records, features. Each kind knows its buckets and reads rows.
 
-All three have the same face, which the loader relies on: ``bucket_of`` (int [n]: number of each sample's bucket, −1 where it
+All have the same face, which the loader relies on: ``bucket_of`` (int [n]: number of each sample's bucket, −1 where it
 cannot be used), ``buckets`` ((height, width) by number) and ``read(indices, bucket, draws) → {name: numpy array}``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import concurrent.futures
+import hashlib
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
 import numpy as np
+from tqdm import tqdm
 
+from pixart_jax.cache import cache_folder
 from pixart_jax.data import buckets as bucket_tables
 from pixart_jax.data import images
-from pixart_jax.data.sources import Source
+from pixart_jax.data.sources.listed import keep
+from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
+
+_KEPT_FROM = 5_000  # pictures; a smaller set is decoded at each start
+_DECODERS = 8  # threads; Pillow lets go of the interpreter while it decodes
 
 
 class Samples(Protocol):
@@ -35,20 +43,37 @@ def assign_all(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndar
 
 
 class CaptionMix:
-    """Caption kinds with weights: one draw in [0, 1) chooses the kind, and within the kind one of its texts."""
+    """Caption kinds with weights: one draw in [0, 1) chooses the kind, and within the kind one of its texts.
+
+    Where a sample lacks the kind that was chosen it takes one of its others, in proportion to their weights: so in a mix of long 3 :
+    short 1 whoever has no long text shows the short one always. A sample that has none of the mix is no sample of it.
+    """
 
     def __init__(self, mix: Sequence[tuple[str, float]], known: Sequence[str], source: str):
         self.kinds = tuple(kind for kind, weight in mix if weight > 0)
         for kind in self.kinds:
             if kind not in known:
                 raise UserError(f"{source} has no captions of kind {kind!r}{nearest(kind, known) if known else ' (it has none at all)'}")
-        weights = np.array([weight for _, weight in mix if weight > 0], float)
-        self._edges = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
+        self._weights = np.array([weight for _, weight in mix if weight > 0], float)
+        self._edges = _edges(self._weights)
 
-    def choose(self, draw: float) -> tuple[str, float]:
-        """(kind, the rest of the draw, again uniform in [0, 1))."""
-        i = int(np.searchsorted(self._edges[1:-1], draw, side="right"))
-        return self.kinds[i], min((draw - self._edges[i]) / (self._edges[i + 1] - self._edges[i]), np.nextafter(1.0, 0.0))
+    def choose(self, draw: float, present: Container[str] | None = None) -> tuple[str, float]:
+        """(kind, the rest of the draw, again uniform in [0, 1)). present: kinds that the sample has, one of the mix at least; None: all."""
+        which, rest = _chosen(self._edges, draw)
+        if present is None or self.kinds[which] in present:
+            return self.kinds[which], rest
+        others = [i for i, kind in enumerate(self.kinds) if kind in present]
+        which, rest = _chosen(_edges(self._weights[others]), rest)
+        return self.kinds[others[which]], rest
+
+
+def _edges(weights: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
+
+
+def _chosen(edges: np.ndarray, draw: float) -> tuple[int, float]:
+    i = int(np.searchsorted(edges[1:-1], draw, side="right"))
+    return i, min((draw - edges[i]) / (edges[i + 1] - edges[i]), np.nextafter(1.0, 0.0))
 
 
 def fixed_length(longest: int, cap: int) -> int:
@@ -59,12 +84,14 @@ def fixed_length(longest: int, cap: int) -> int:
 class ImageSamples:
     """Pictures straight from a source, for the autoencoder: {"images": float32 [b, h, w, 3] in [−1, 1], "key"}.
 
-    Decoded pixels stay in memory where the whole set fits into ``cache_bytes``.
+    Every picture is decoded once when the set is opened: one that cannot be is named in the source's faults and left out, for no
+    picture may take its place in the middle of an epoch. Decoded pixels stay in memory where the whole set fits into ``cache_bytes``.
     """
 
     def __init__(self, source: Source, buckets: Sequence[tuple[int, int]], *, cache_bytes: int = 2**30):
         self.source, self.buckets = source, tuple(tuple(b) for b in buckets)
         self.bucket_of = assign_all(source.sizes(), self.buckets)
+        self.faults = faults_of(source)
         rows = [int((self.bucket_of == i).sum()) for i in range(len(self.buckets))]
         self._cache: list[np.ndarray] | None = None
         if sum(n * h * w * 3 for n, (h, w) in zip(rows, self.buckets)) <= cache_bytes:
@@ -73,12 +100,43 @@ class ImageSamples:
             for i in range(len(self.buckets)):
                 self._row[self.bucket_of == i] = np.arange(rows[i])
             self._keys: list[str | None] = [None] * len(self.bucket_of)  # set once the pixels are there
+        self._leave_out_unreadable()
+
+    def _leave_out_unreadable(self) -> None:
+        """Decode everything once; of a large set what came of it is kept in the cache folder, and the next start need not."""
+        count = len(self.bucket_of)
+        seal = hashlib.sha256(repr((self.source.fingerprint, self.buckets)).encode()).hexdigest()
+        file = cache_folder() / "unreadable" / f"{seal}.npy"
+        known = count >= _KEPT_FROM and file.exists()
+        doubtful = np.load(file) if known else np.arange(count)
+
+        def trouble(index: int) -> tuple[int, str, str] | None:
+            try:
+                self._pixels(index, max(int(self.bucket_of[index]), 0))
+            except images.UnreadableImage as fault:
+                key, colon, reason = str(fault).partition(": ")
+                return (index, key, reason) if colon else (index, f"sample {index}", str(fault))
+
+        with (
+            concurrent.futures.ThreadPoolExecutor(_DECODERS) as readers,
+            tqdm(total=len(doubtful), desc=f"reading {self.source.name}", unit=" images", delay=2, leave=False) as bar,
+        ):
+            bad = []
+            for start in range(0, len(doubtful), 4096):  # a bounded number of tasks at once
+                for found in readers.map(trouble, (int(i) for i in doubtful[start : start + 4096])):
+                    bar.update()
+                    if found:
+                        bad.append(found[0])
+                        self.faults.add(found[1], "unreadable image", found[2])
+        self.bucket_of[bad] = -1
+        if count >= _KEPT_FROM and not known:
+            keep(file, lambda out: np.save(out, np.array(bad, np.int64)))
 
     def _pixels(self, index: int, bucket: int) -> tuple[np.ndarray, str]:
         if self._cache is not None and self._keys[index] is not None:
             return self._cache[bucket][self._row[index]], self._keys[index]
         sample = self.source[index]
-        pixels, _ = images.to_bucket(sample.pixels(), self.buckets[bucket])
+        pixels = sample.fitted(self.buckets[bucket])
         if self._cache is not None:
             self._cache[bucket][self._row[index]] = pixels
             self._keys[index] = sample.key
@@ -93,7 +151,8 @@ class ImageSamples:
 class TokenSamples:
     """Token ids of captions, for the text encoder: {"input_ids": int32 [b, l], "lengths": int32 [b], "key"}.
 
-    Every caption of the mix is tokenised once, when the set is opened. tokenizer: transformers' protocol; texts beyond
+    Every caption of the mix is tokenised once, when the set is opened; a sample that has none of it, or no target, is named in the
+    source's faults and left out. tokenizer: transformers' protocol; texts beyond
     max_text_tokens are cut, their end token kept. clean: what is done to a text first (captions.clean), nothing by default.
     target: a kind of caption whose first text each row brings along: {"target_ids": int32 [b, m], "target_lengths": int32 [b],
     "itself": bool [b], whether the row's caption is that very text}.
@@ -112,29 +171,40 @@ class TokenSamples:
     ):
         self._mix = CaptionMix(captions, source.caption_kinds, source.name)
         self._target = target
+        self.faults = faults_of(source)
         read = dict.fromkeys(self._mix.kinds + (CaptionMix([(target, 1.0)], source.caption_kinds, source.name).kinds if target else ()))
         self._pad = tokenizer.pad_token_id or 0
         self._keys: list[str] = []
         texts: list[str] = []
         places: list[dict[str, tuple[int, int]]] = []  # sample → kind → its texts' range
+        lacking: list[int] = []
         for index in range(len(source)):
             sample = source[index]
             self._keys.append(sample.key)
             places.append({})
-            for kind in read:
-                found = [clean(text) for text in sample.texts(kind)]
-                places[-1][kind] = (len(texts), len(texts) + len(found))
-                texts.extend(found)
+            try:
+                said = {kind: sample.captions[kind] for kind in read if sample.captions.get(kind)}
+                sample.said(self._mix.kinds)
+                if target:
+                    sample.texts(target)
+            except UserError as fault:
+                self.faults.add(sample.key, "missing caption", str(fault).partition(": ")[2])
+                lacking.append(index)
+                continue
+            for kind, raw in said.items():
+                places[-1][kind] = (len(texts), len(texts) + len(raw))
+                texts.extend(clean(text) for text in raw)
         self._places = places
         self._ids = tokenize(tokenizer, texts, max_text_tokens)
-        self.length = fixed_length(max(1, *map(len, self._ids)), max_text_tokens)
+        self.length = fixed_length(max([1, *map(len, self._ids)]), max_text_tokens)
         self.bucket_of = np.zeros(len(places), np.int16)
+        self.bucket_of[lacking] = -1
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows, each with the caption that its draw chooses."""
         chosen = []
         for index, draw in zip(indices, draws):
-            kind, rest = self._mix.choose(draw)
+            kind, rest = self._mix.choose(draw, self._places[index])
             first, end = self._places[index][kind]
             chosen.append(first + int(rest * (end - first)))
         ids, lengths = self._padded(chosen)

@@ -211,20 +211,25 @@ class _Job:
         """Make one shard."""
         longest: dict[str, int] = dict.fromkeys(self.options.captions, 0)
         skipped: list[tuple[str, str]] = []
+        lacking: dict[str, list[int]] = {}
 
         def left_out(key: str, reason: str) -> None:
             skipped.append((key, reason))
             bar.write(f"left out: {key}: {reason}", file=sys.stderr)
 
         def packed() -> Iterator[bytes]:
-            for record, tokens in encoder.records(work.indices, work.bucket, left_out, bar.update):
-                for kind, count in tokens.items():
-                    longest[kind] = max(longest[kind], count)
+            for place, (record, tokens) in enumerate(encoder.records(work.indices, work.bucket, left_out, bar.update)):
+                for kind in self.options.captions:
+                    if kind in tokens:
+                        longest[kind] = max(longest[kind], tokens[kind])
+                    else:
+                        lacking.setdefault(kind, []).append(place)
                 yield record
 
         path = self.folder / work.file
         count = records.write_shard(path, packed())
-        return records.Shard(work.file, work.bucket, count, path.stat().st_size, records.sha256(path), longest, tuple(skipped))
+        without = {kind: tuple(places) for kind, places in lacking.items()}
+        return records.Shard(work.file, work.bucket, count, path.stat().st_size, records.sha256(path), longest, tuple(skipped), without)
 
     def _conclude(self, shards: Sequence[records.Shard], progress: bool) -> None:
         """The faults, the picture of the buckets, and, last, the manifest that makes them a set."""

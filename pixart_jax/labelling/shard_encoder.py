@@ -85,7 +85,7 @@ class ShardEncoder:
         left_out: Callable[[str, str], object],
         told: Callable[[int], object] = lambda count: None,
     ) -> Iterator[tuple[bytes, dict[str, int]]]:
-        """(record, tokens of its longest text by kind) of each sample that can be encoded, in their order.
+        """(record, tokens of its longest text by those kinds that it has) of each sample that can be encoded, in their order.
 
         left_out(key, reason): called for every other. told(count): called when so many more samples are done.
         """
@@ -125,10 +125,10 @@ class ShardEncoder:
 
     def _decoded(self, sample, bucket: tuple[int, int]) -> _Picture:
         metadata, texts = {"key": sample.key}, {}
-        for kind in self._captions:
-            if not sample.captions.get(kind):
-                raise _Unusable("missing caption", f"there is none of kind {kind!r}")
-            found = tuple(sample.captions[kind])
+        said = {kind: tuple(sample.captions[kind]) for kind in self._captions if sample.captions.get(kind)}
+        if self._captions and not said:  # one that lacks some kinds of several is shown with the others
+            raise _Unusable("missing caption", f"there is none of kind {' or '.join(map(repr, self._captions))}")
+        for kind, found in said.items():
             if any(len(text) > LONGEST_CAPTION for text in found):
                 raise _Unusable("caption too long", f"{max(map(len, found)):,} characters of kind {kind!r}")
             metadata[f"captions.{kind}"] = json.dumps(found, ensure_ascii=False)
@@ -178,13 +178,13 @@ class ShardEncoder:
         return array if self._mesh is None else jax.device_put(array, rows_sharding(self._mesh, len(array)))
 
     def _packed(self, batch: _Computing) -> Iterator[tuple[bytes, dict[str, int]]]:
-        longest: list[dict[str, int]] = [dict.fromkeys(self._captions, 0) for _ in batch.pictures]
+        longest: list[dict[str, int]] = [{} for _ in batch.pictures]
         for members, states in batch.texts:
             states = np.asarray(states).astype(ml_dtypes.bfloat16)
             for (row, name, length), state in zip(members, states):
                 batch.pictures[row].arrays[name] = state[:length]
                 kind = name.split(".", 1)[1].rsplit(".", 1)[0]
-                longest[row][kind] = max(longest[row][kind], length)
+                longest[row][kind] = max(longest[row].get(kind, 0), length)
         for side, (mean, std) in batch.posteriors.items():
             mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
             for row, picture in enumerate(batch.pictures):

@@ -130,7 +130,7 @@ class Bad(tiny.Noise):
     def __getitem__(self, index):
         sample = super().__getitem__(index)
         change = {
-            2: {"image": b""}, 3: {"image": sample.image[: len(sample.image) // 2]}, 5: {"captions": {"short": ("a circle",)}},
+            2: {"image": b""}, 3: {"image": sample.image[: len(sample.image) // 2]}, 4: {"captions": {"short": ("a circle",)}}, 5: {"captions": {}},
             6: {"captions": {"short": ("a",), "dense": ("a circle " * 1_200_000,)}},
             7: {"captions": {"short": ("",), "dense": ("a \x00\x07 red\x1b[2J circle\n",)}},
         }  # fmt: skip
@@ -147,6 +147,8 @@ def test_bad_samples_are_named_and_counted_and_the_rest_goes_on(model, tmp_path,
         "noise-00002": "unreadable image", "noise-00003": "unreadable image",
         "noise-00005": "missing caption", "noise-00006": "caption too long",
     }  # fmt: skip
+    (place,) = (manifest.shards[n].lacking["dense"] for n in range(len(manifest.shards)) if manifest.shards[n].lacking)
+    assert len(place) == 1  # what lacks a kind stays, and shows its others
     told = capsys.readouterr().err
     assert "4 left out: 2 unreadable image, 1 missing caption, 1 caption too long" in told and "faults.jsonl names them" in told
     assert "4 left out" in encode_check.summary(folder)

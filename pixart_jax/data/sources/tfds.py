@@ -1,97 +1,19 @@
-"""Where samples come from: one small protocol, and the sets that speak it."""
+"""Any tensorflow-datasets set with pictures, without TensorFlow."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from pixart_jax.cache import cache_folder
-from pixart_jax.data import images
+from pixart_jax.data.faults import Faults
+from pixart_jax.data.sources import filters, texts
+from pixart_jax.data.sources.listed import measured
+from pixart_jax.data.sources.sample import Sample
 from pixart_jax.errors import UserError, nearest
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One picture and what is said of it.
-
-    key: stable name, the same in every run. image: encoded bytes, or uint8 [h, w, 3] (or [h, w, 1]). captions: caption kind
-    → one or several texts. label: class, −1 where there is none.
-    """
-
-    key: str
-    image: bytes | np.ndarray
-    captions: Mapping[str, tuple[str, ...]]
-    label: int = -1
-
-    def pixels(self) -> np.ndarray:
-        """uint8 [height, width, 3], upright; UserError names the sample where it is no readable image."""
-        try:
-            return images.decode(self.image) if isinstance(self.image, bytes) else images.as_rgb(self.image)
-        except UserError as fault:
-            raise images.UnreadableImage(f"{self.key}: {fault}") from None
-
-    def size(self) -> tuple[int, int]:
-        """(height, width) in px, from the header alone."""
-        try:
-            return images.size(self.image) if isinstance(self.image, bytes) else self.image.shape[:2]
-        except UserError as fault:
-            raise images.UnreadableImage(f"{self.key}: {fault}") from None
-
-    def texts(self, kind: str) -> tuple[str, ...]:
-        """The captions of one kind; UserError names the sample where there is none."""
-        if not self.captions.get(kind):
-            raise UserError(f"{self.key}: no caption of kind {kind!r}{nearest(kind, self.captions)}")
-        return self.captions[kind]
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Random access to samples. fingerprint: changes whenever the samples or their order may have changed."""
-
-    name: str
-    fingerprint: str
-    caption_kinds: tuple[str, ...]
-    num_classes: int | None
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def sizes(self) -> np.ndarray:
-        """int32 [n, 2]: (height, width) in px of every sample; (0, 0) where the image is unreadable."""
-        ...
-
-
-# ---- filters -------------------------------------------------------------------------------------------------------
-
-FILTERS: dict[str, Callable[[Mapping], bool]] = {
-    "single": lambda fields: int(fields["count"]) == 1,
-    "labelled": lambda fields: int(fields["label"]) >= 0,
-}
-"""Filters by name, over a record's fields (all but the image decoded). A set without such a field is an error."""
-
-
-def _filter(where: str) -> Callable[[Mapping], bool]:
-    """A filter by name, or a person's own as 'package.module:function'."""
-    if where in FILTERS:
-        return FILTERS[where]
-    module, colon, function = where.partition(":")
-    if not colon:
-        raise UserError(f"unknown filter {where!r}{nearest(where, FILTERS)}; your own goes as 'package.module:function'")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as fault:
-        raise UserError(f"filter {where!r} cannot be imported: {fault}") from None
-
-
-# ---- tensorflow-datasets -------------------------------------------------------------------------------------------
 
 
 def _tfds_folder(name: str) -> pathlib.Path:
@@ -117,6 +39,7 @@ class TfdsSource:
         where: str | None = None,
         limit: int | None = None,
         data_dir: str | os.PathLike | None = None,
+        faults: Faults | None = None,
     ):
         import tensorflow_datasets as tfds
 
@@ -129,6 +52,7 @@ class TfdsSource:
             splits = ", ".join(builder.info.splits) or "none"
             reason = " ".join(str(fault).split())[:200]
             raise UserError(f"tfds:{name} has no split {split!r} that can be read at random (splits: {splits}): {reason}") from None
+        self.faults = Faults() if faults is None else faults
         self.name = f"tfds:{name}"
         self.split = split
         self.num_classes = len(self._class_names) if self._class_names else None
@@ -137,15 +61,16 @@ class TfdsSource:
         self._kept = self._select(where, limit)
         if len(self) == 0:
             raise UserError(f"{self.name}, split {split!r}, holds no sample{f' that passes the filter {where!r}' if where else ''}")
-        state = repr((builder.info.full_name, split, len(self._records), where, limit))
+        state = repr((builder.info.full_name, split, len(self._records), filters.identity(where), limit))
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
+        self._stamp = _stamp(pathlib.Path(builder.data_dir))
         self._sizes: np.ndarray | None = None
 
     def _select(self, where: str | None, limit: int | None) -> np.ndarray | None:
         """Indices into the split that pass the filter, int64; None for all."""
         if where is None:
             return None if limit is None else np.arange(min(limit, len(self._records)))
-        passes, kept = _filter(where), []
+        passes, kept = filters.named(where), []
         for index in range(len(self._records)):
             if len(kept) == limit:
                 break
@@ -163,24 +88,28 @@ class TfdsSource:
         index = range(len(self))[index]
         place = index if self._kept is None else int(self._kept[index])
         fields = self._records[place]
-        captions = {kind: _strings(_at(fields, path)) for kind, path in self._texts.items()}
+        key = _strings(_at(fields, self._key))[0] if self._key else f"{self._prefix}/{place:08d}"
+        captions = {}
+        for kind, path in self._texts.items():
+            said = (texts.cleared(text, key, kind, self.faults) for text in _strings(_at(fields, path)))
+            captions[kind] = tuple(text for text in said if text)
         label = int(fields[self._label]) if self._label else -1
         if self._class_names and label >= 0:
             captions["class"] = (self._class_names[label],)
-        key = _strings(_at(fields, self._key))[0] if self._key else f"{self._prefix}/{place:08d}"
         return Sample(key, fields[self._image], captions, label)
 
     def sizes(self) -> np.ndarray:
         """int32 [n, 2]: (height, width) of every sample; (0, 0) for an unreadable image. One pass over headers, then kept."""
         if self._sizes is None:
-            sizes = np.zeros((len(self), 2), np.int32)
-            for index in range(len(self)):
-                try:
-                    sizes[index] = self[index].size()
-                except images.UnreadableImage:
-                    pass  # whoever reads the sample names it
-            self._sizes = sizes
+            seal = hashlib.sha256(f"{self.fingerprint} {self._stamp}".encode()).hexdigest()  # a set may be built anew under its name
+            self._sizes = measured(len(self), lambda index: self[index].size(), seal, self.name)
         return self._sizes
+
+
+def _stamp(folder: pathlib.Path) -> str:
+    """Names, sizes and times of a built set's files."""
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    return repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
 def _builder(name: str, data_dir: pathlib.Path):
@@ -269,15 +198,3 @@ def _at(fields, path: tuple[str, ...]):
 def _strings(value) -> tuple[str, ...]:
     values = value if isinstance(value, (list, tuple, np.ndarray)) and not isinstance(value, bytes) else [value]
     return tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
-
-
-def open_source(source: str, split: str = "train", *, where: str | None = None, limit: int | None = None, data_dir=None) -> Source:
-    """A set by name: 'tfds:NAME', 'tfds:NAME/CONFIG' ('tfds:shapes/plain' is the embedded world).
-
-    where: a filter by name ('single', 'labelled') or 'package.module:function' over a record's fields. limit: the first so
-    many samples that pass. Raises UserError for an unknown set, split or filter.
-    """
-    kind, colon, name = source.partition(":")
-    if kind == "tfds" and name:
-        return TfdsSource(name, split, where=where, limit=limit, data_dir=data_dir)
-    raise UserError(f"unknown source {source!r}: 'tfds:NAME' or 'tfds:NAME/CONFIG' is what can be opened")
