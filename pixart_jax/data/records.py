@@ -124,8 +124,13 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """Write JSON that appears under its name only when complete and on disk."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file that appears under its name only when complete and on disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # several processes may say the same
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     _publish(partial, path)
 
 
@@ -162,6 +167,14 @@ class Manifest:
         """Caption kind → tokens of its longest text."""
         kinds = {kind for shard in self.shards for kind in shard.longest}
         return {kind: max(shard.longest.get(kind, 0) for shard in self.shards) for kind in sorted(kinds)}
+
+    @property
+    def by_bucket(self) -> dict[tuple[int, int], int]:
+        """(height, width) → records, in the order of the shards."""
+        counts: dict[tuple[int, int], int] = {}
+        for shard in self.shards:
+            counts[shard.bucket] = counts.get(shard.bucket, 0) + shard.count
+        return counts
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
