@@ -60,13 +60,13 @@ class MixedSamples:
         return len(self.bucket_of)
 
     def chosen(self, indices: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(number of the part, number of the sample in it, the rest of the draw, again uniform in [0, 1)) of each place of the plan."""
+        """(number of the part, number of the sample in it, a draw in [0, 1) for what is chosen of that sample) of each place of the
+        plan. A place that shows one sample for certain hands its draw on as it is."""
+        draws = np.asarray(draws, np.float64)
         starts, ends = self._starts[indices], self._ends[indices]
-        met = starts + np.asarray(draws) * (ends - starts)
-        which = np.minimum(np.floor(met), np.ceil(ends) - 1)
-        first, last = np.maximum(which, starts), np.minimum(which + 1, ends)  # the part of the stretch that shows this sample
-        rest = np.clip((met - first) / (last - first), 0.0, np.nextafter(1.0, 0.0))
-        return self._part[indices], self._members[which.astype(np.int64)], rest
+        which = np.minimum(np.floor(starts + draws * (ends - starts)), np.ceil(ends) - 1).astype(np.int64)
+        certain = (ends - starts == 1) & (starts == which)
+        return self._part[indices], self._members[which], np.where(certain, draws, _another(draws))
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one bucket."""
@@ -81,6 +81,14 @@ class MixedSamples:
             return found[0]
         back = np.argsort(np.concatenate(rows), kind="stable")
         return {name: np.concatenate([batch[name] for batch in found])[back] for name in found[0]}
+
+
+def _another(draws: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1): of each draw one that is as good as independent of it, in all its digits (the finaliser of SplitMix64)."""
+    bits = (draws * 2.0**53).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _places(count: int, rate: float) -> tuple[np.ndarray, np.ndarray]:

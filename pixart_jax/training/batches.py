@@ -93,7 +93,7 @@ def _part(text: str, share: float | None, stage: StageConfig, frozen: Frozen, en
                 raise UserError(
                     f"stage {stage.name}: data.{field} chooses among pictures, and {text} is encoded: choose when it is encoded"
                 )
-        return _records(rest, stage, captions, frozen) if kind == "records" else _features(rest, stage, captions, faults)
+        return _records(rest, stage, captions, frozen, faults) if kind == "records" else _features(rest, stage, captions, faults)
     limit = None if data.limit is None else data.limit if share is None else math.ceil(share * data.limit)
     source = open_source(text, data.split, where=data.where, limit=limit, faults=faults)
     if stage.task in _DIFFUSION:
@@ -101,7 +101,7 @@ def _part(text: str, share: float | None, stage: StageConfig, frozen: Frozen, en
             raise UserError(f"stage {stage.name}: {text} is not encoded, and this run was given nothing to encode it with")
         kinds = tuple(kind for kind, weight in captions if weight > 0)
         folder = encode(source, buckets=data.buckets, captions=kinds, max_text_tokens=data.max_text_tokens, frozen=frozen)
-        return EncodedSamples(folder, captions, data.max_text_tokens)
+        return EncodedSamples(folder, captions, data.max_text_tokens, faults=faults)
     if stage.task == "autoencoder":
         if kind == "records":
             raise UserError(
@@ -111,13 +111,13 @@ def _part(text: str, share: float | None, stage: StageConfig, frozen: Frozen, en
     return TokenSamples(source, frozen.tokenizer, data.captions, data.max_text_tokens, target=stage.text_to_text.target)
 
 
-def _records(folder: str, stage: StageConfig, captions, frozen: Frozen) -> EncodedSamples:
+def _records(folder: str, stage: StageConfig, captions, frozen: Frozen, faults: Faults) -> EncodedSamples:
     """Encoded shards, refused where another model's parts than the run's made them, or for other sizes than the stage's."""
     manifest = records.Manifest.read(folder)
     parts = ("vae", "text_encoder", "tokenizer") if captions else ("vae",)
     folders = {part: frozen.folder(part) for part in parts if part in manifest.identity and frozen.given(part)}
     expected = expected_identity(manifest.identity, manifest.made_from, folders)
-    return EncodedSamples(folder, captions, stage.data.max_text_tokens, expected, stage.data.buckets)
+    return EncodedSamples(folder, captions, stage.data.max_text_tokens, expected, stage.data.buckets, faults)
 
 
 def _features(root: str, stage: StageConfig, captions, faults: Faults) -> FeatureSamples:

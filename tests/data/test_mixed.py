@@ -89,12 +89,19 @@ def test_rows_keep_their_order_their_draw_and_one_length_of_text():
         assert batch["text_states"].shape == (len(places), 16, 2)
 
 
-def test_the_draw_that_is_left_is_uniform():
-    samples = MixedSamples([Numbers("a", 30), Numbers("b", 3000)], (0.02, 0.98), "ab")
-    extra = np.flatnonzero(samples._ends - samples._starts > 1)
-    assert len(extra)
-    _, _, rest = samples.chosen(np.repeat(extra, 200), np.random.default_rng(0).random(200 * len(extra)))
-    assert 0 <= rest.min() and rest.max() < 1 and abs(rest.mean() - 0.5) < 0.05
+def test_the_draw_that_is_handed_on_is_uniform_in_every_digit_and_untouched_where_nothing_was_chosen():
+    samples = MixedSamples([Numbers("a", 30), Numbers("b", 3000)], (0.0004, 0.9996), "ab")  # a: one place, for all its samples
+    lengths = samples._ends - samples._starts
+    choosing, certain = np.flatnonzero(lengths > 2), np.flatnonzero(lengths == 1)
+    assert len(choosing) and len(certain)
+    draws = np.random.default_rng(0).random(20_000)
+    which, numbers, handed = samples.chosen(np.resize(choosing, 20_000), draws)
+    assert 0 <= handed.min() and handed.max() < 1 and abs(handed.mean() - 0.5) < 0.01
+    for digit in (1, 2, 20, 44):  # the loader takes far digits too, to mirror pictures by
+        assert abs(np.mean((handed * 2.0**digit).astype(np.int64) & 1) - 0.5) < 0.02
+    for some in (numbers % 2 == 0, numbers % 7 == 3, draws < 0.1):  # whichever sample was chosen
+        assert abs(handed[some].mean() - 0.5) < 0.03
+    np.testing.assert_array_equal(samples.chosen(np.resize(certain, 20_000), draws)[2], draws)
 
 
 def test_what_a_part_leaves_out_is_not_drawn():

@@ -184,6 +184,16 @@ def test_an_own_filter_sees_sizes_captions_and_the_table_s_other_fields(tmp_path
         open_source(str(tmp_path), where=f"{__name__}:scored")
 
 
+def clumsy(fields):
+    return 1 / fields["label"]
+
+
+def test_an_own_filter_that_fails_is_named_with_its_record(tmp_path):
+    write(tmp_path, {"a.jpg": PHOTO, "captions.jsonl": '{"key": "a", "caption": "x", "label": 0}'})
+    with pytest.raises(UserError, match="clumsy' fails on a: ZeroDivisionError"):
+        open_source(str(tmp_path), where=f"{__name__}:clumsy")
+
+
 def test_sizes_of_a_large_set_are_kept_for_the_next_start(tmp_path, monkeypatch):
     from pixart_jax.data.sources import listed
 

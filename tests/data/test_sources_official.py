@@ -74,7 +74,7 @@ def shards(folder, count=4, flip_bit=False):
     made = []
     for i in range(count):
         arrays = {
-            "mean": np.zeros((4, 4, 4), np.float32), "std": np.ones((4, 4, 4), np.float32), "label": np.int64(i), 
+            "mean": np.zeros((4, 4, 4), np.float32), "std": np.ones((4, 4, 4), np.float32), "label": np.int64(i),
             "fit": np.zeros(4, np.int32),
             "size": np.array([30 + i, 40], np.int32), "text.dense.0": np.zeros((3, 8), ml_dtypes.bfloat16),
         }  # fmt: skip
