@@ -116,24 +116,12 @@ def _waves(pending: np.ndarray, opening, options, cluster: Cluster, workers: int
             num_gpus=gpus or None,
             num_cpus=1,
         )
-        with _faults_of_workers():
-            for batch in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-                yield [json.loads(row) for row in batch["row"]]
-
-
-@contextlib.contextmanager
-def _faults_of_workers():
-    """A UserError of a worker as itself; whatever else a worker dies of keeps its traceback."""
-    try:
-        yield
-    except Exception as fault:
-        link: BaseException | None = fault
-        while link is not None:
-            link = getattr(link, "cause", None) or link.__cause__
-            if isinstance(link, UserError):
-                said = " ".join(str(getattr(link, "cause", None) or link).split())
-                raise UserError(said.rpartition("UserError: ")[2]) from None
-        raise
+        for batch in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            found = [json.loads(row) for row in batch["row"]]
+            for row in found:
+                if "error" in row:
+                    raise UserError(row["error"])
+            yield found
 
 
 @contextlib.contextmanager

@@ -23,8 +23,10 @@ PICTURES = [Image.fromarray(RANDOM.integers(0, 256, (h, w, 3), np.uint8)) for h,
 PROMPTS = ["a dog", "describe this picture in a very detailed manner", "red", "a large old wooden house with a red car in the street"]
 
 
-@pytest.fixture(scope="module", params=["llava", "idefics3"])
+@pytest.fixture(scope="module", params=tiny_vlms.FAMILIES)
 def model(request, tmp_path_factory):
+    for package in tiny_vlms.NEEDS.get(request.param, ()):
+        pytest.importorskip(package)
     return VisionLanguageModel(str(tiny_vlms.FAMILIES[request.param](tmp_path_factory.mktemp("vlm") / request.param)))
 
 
