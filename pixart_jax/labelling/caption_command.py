@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
     options = CaptionOptions(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(CaptionOptions)})
     cluster = caption_run.Cluster(arguments.ray_address, arguments.workers, arguments.gpus_per_worker, arguments.batch_size)
-    vision_language.torch_or_error()
+    vision_language.check_engines()
     vision_language.check(options.model)
     faults = Faults(arguments.strict)
     how = {"where": arguments.where, "limit": arguments.limit, "data_dir": arguments.data_dir and str(arguments.data_dir)}

@@ -127,14 +127,13 @@ def _waves(pending: np.ndarray, opening, options, cluster: Cluster, workers: int
 @contextlib.contextmanager
 def _ray(cluster: Cluster) -> Iterator[int]:
     """A Ray to run on, for as long as the block; yields the number of workers. One that runs in this process already is used and left."""
-    try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ side warns of what Ray Data does by itself
-        import ray
-        import ray.data
-    except ImportError:
-        raise UserError(f"captioning needs PyTorch and Ray Data: {vision_language.NEEDS}") from None
+    vision_language.check_engines()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ side warns of what Ray Data does by itself
+    import ray
+    import ray.data
+
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
@@ -145,13 +144,13 @@ def _ray(cluster: Cluster) -> Iterator[int]:
     if ours:
         print("starting Ray", "on this machine" if cluster.address is None else f"({cluster.address})", file=sys.stderr, flush=True)
         try:
-            if cluster.address is None:
-                ray.init(
-                    address="local", num_cpus=max(cluster.workers, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False,
-                    logging_level=logging.ERROR, object_store_memory=128 * 2**20,
-                )  # fmt: skip
-            else:
-                ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+            with _no_stderr():
+                if cluster.address is None:
+                    cores = max(cluster.workers, os.cpu_count() or 1)
+                    ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=128 * 2**20, **quiet)
+                else:
+                    ray.init(address=cluster.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as fault:
             raise UserError(f"Ray does not start ({cluster.address or 'here'}): {' '.join(str(fault).split())[:200]}") from None
     try:
@@ -166,6 +165,20 @@ def _ray(cluster: Cluster) -> Iterator[int]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _no_stderr():
+    """Ray's C++ side greets on file descriptor 2; what goes wrong while it starts comes as an exception."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _gpus_per_worker(cluster: Cluster) -> float:

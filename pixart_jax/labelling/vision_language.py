@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ class VisionLanguageModel:
     """
 
     def __init__(self, model: str, dtype: str = "auto", threads: int | None = None):
-        torch = torch_or_error()
+        import torch
+
         check(model)
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
@@ -146,13 +148,18 @@ class _Gumbel:
         return scores.float() / self._temperature - noise.log()
 
 
-def torch_or_error():
-    """torch, or the one line that says how to get it."""
+def check_engines() -> None:
+    """UserError, the one line that says how to get them, where PyTorch or Ray is not installed."""
+    lacking = [name for name, module in (("PyTorch", "torch"), ("Ray Data", "ray")) if not _installed(module)]
+    if lacking:
+        raise UserError(f"captioning needs PyTorch and Ray Data, and {' and '.join(lacking)} is not installed: {NEEDS}")
+
+
+def _installed(module: str) -> bool:
     try:
-        import torch
-    except ImportError:
-        raise UserError(f"captioning needs PyTorch and Ray Data: {NEEDS}") from None
-    return torch
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # taken out of sys.modules
+        return False
 
 
 def check(model: str):

@@ -194,6 +194,20 @@ def test_a_model_folder_that_is_not_there_is_one_line(tmp_path):
         check(str(tmp_path))
 
 
+def test_without_ray_or_torch_the_line_says_how_to_get_them(monkeypatch):
+    import sys
+
+    from pixart_jax.labelling.vision_language import check_engines
+
+    check_engines()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"Ray Data is not installed: pip install 'pixart-jax\[caption\]'"):
+        check_engines()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="PyTorch and Ray Data is not installed"):
+        check_engines()
+
+
 def test_a_models_identity_is_that_of_its_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(3_000_000))
     first = identity(str(tmp_path))
