@@ -36,11 +36,16 @@ def main(argv: list[str]) -> int:
 
 def encode(source, *, frozen, **options) -> Path:
     """The encoded shards of a source, made with the run's frozen parts where they are absent (training.batches.Encode)."""
+    import jax
+
+    from pixart_jax.config import MeshConfig
     from pixart_jax.labelling.encode import EncodeOptions, ensure
+    from pixart_jax.parallel.mesh import make_mesh
 
     text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer} if options["captions"] else {}
     folders = {part: frozen.folder(part) for part in ("vae", *text)}
-    return ensure(source, EncodeOptions(**options), vae=frozen.vae, **text, folders=folders)
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    return ensure(source, EncodeOptions(**options), vae=frozen.vae, **text, folders=folders, mesh=mesh if mesh.size > 1 else None)
 
 
 if __name__ == "__main__":

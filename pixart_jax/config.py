@@ -160,8 +160,10 @@ class TextToTextConfig:
 class DataConfig:
     """Where a stage's samples come from, and the shapes they take.
 
-    source: 'tfds:NAME/CONFIG' (the embedded world is 'tfds:shapes/plain', '/free', '/rich'; any other set by its name) or a
-    folder of encoded ArrayRecord shards. captions: the caption fields and their weights in the mix. buckets: (height,
+    source: 'tfds:NAME/CONFIG' (the embedded world is 'tfds:shapes/plain', '/free', '/rich'; any other set by its name), a
+    folder of encoded ArrayRecord shards, 'folder:DIR' of pictures, 'webdataset:TARS', 'pixart:ROOT' (the official layout),
+    'pixart-features:ROOT' (its .npz and .npy), or a mixture of these, '0.7*folder:a + 0.3*folder:b' (docs/data_sources.md).
+    captions: kinds and their weights in the mix; a sample that lacks one takes its others in proportion. buckets: (height,
     width) in pixels; each sample goes to the nearest aspect ratio; a batch holds one bucket only.
     """
 
@@ -173,8 +175,10 @@ class DataConfig:
     buckets: tuple[tuple[int, int], ...] = ((64, 64),)
     max_text_tokens: int = 120
     workers: int = 2  # threads that read ahead
+    strict: bool = False  # stop at the first sample that cannot be used; otherwise it is named, counted and left out
 
     def __post_init__(self):
+        _require(self.source.strip() != "", self, "source", "name a set")
         _require(len(self.buckets) > 0, self, "buckets", "name at least one (height, width)")
         _require(all(h > 0 and w > 0 for h, w in self.buckets), self, "buckets", "sides must be positive")
         _require(self.workers >= 0, self, "workers", "must not be negative")

@@ -8,6 +8,7 @@ released inference tables leave out seven extreme ratios (and keep all 40 at 204
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 from pixart_jax.errors import UserError
@@ -70,18 +71,29 @@ def nearest(height: float, width: float, base: int = 1024, *, inference: bool = 
 def assign(height: float, width: float, buckets: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """The one of a config's own (height, width) buckets for an image of this size.
 
-    Nearest ratio height / width, as in the tables; among buckets of one ratio the largest that the image fills without
+    The bucket whose key (:func:`key_of`) lies nearest to height / width, as in the tables: given a whole table this is
+    :func:`nearest`. The smaller key where two are equally near; among buckets of one key the largest that the image fills without
     being enlarged, else the smallest. Equal ratios and sizes cannot be told apart, so the first wins.
     """
     _check(height, width)
-    buckets = list(buckets)
+    buckets = tuple(map(tuple, buckets))
     if not buckets:
         raise UserError("no buckets to choose from: name at least one (height, width)")
     ratio = height / width
-    distance = min(abs(h / w - ratio) for h, w in buckets)
-    same = [(h, w) for h, w in buckets if abs(h / w - ratio) == distance]
+    keyed = _keyed(buckets)
+    nearest = min(keyed, key=lambda key: (abs(key - ratio), key))
+    same = keyed[nearest]
     filled = [(h, w) for h, w in same if h <= height and w <= width]
     return max(filled, key=lambda b: b[0]) if filled else min(same, key=lambda b: b[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _keyed(buckets: tuple[tuple[int, int], ...]) -> dict[float, list[tuple[int, int]]]:
+    """Key → the buckets that have it."""
+    keyed: dict[float, list[tuple[int, int]]] = {}
+    for bucket in buckets:
+        keyed.setdefault(key_of(bucket), []).append(bucket)
+    return keyed
 
 
 def key_of(bucket: tuple[int, int]) -> float:

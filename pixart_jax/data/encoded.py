@@ -11,6 +11,8 @@ import numpy as np
 
 from pixart_jax.data import records
 from pixart_jax.data.buckets import key_of
+from pixart_jax.data.faults import Faults
+from pixart_jax.data.reused_memory import ReusedMemory
 from pixart_jax.data.samples import CaptionMix, fixed_length
 from pixart_jax.errors import UserError
 
@@ -20,6 +22,7 @@ class EncodedSamples:
 
     captions: kinds and their weights in the mix; empty for no text. expected: entries of the identity that the records must have been
     made with (pipeline.encoder_identity). buckets: those that the stage takes, (height, width); records of any other are refused.
+    faults: names the records that have no text of any kind of the mix, which are left out; one that lacks a kind takes its others.
     Batches hold
       mean, std       float32 [b, height/f, width/f, c]   of the VAE's posterior, unscaled
       text_states     bfloat16 [b, l, c], text_lengths int32 [b]   (with captions); l is the same in the whole stage
@@ -36,6 +39,7 @@ class EncodedSamples:
         max_text_tokens: int,
         expected: Mapping[str, str] | None = None,
         buckets: Sequence[tuple[int, int]] | None = None,
+        faults: Faults | None = None,
     ):
         self._records = records.Records(folder, expected)
         shards = self._records.manifest.shards
@@ -52,6 +56,10 @@ class EncodedSamples:
         self.identity = self._records.manifest.identity
         longest = self._records.manifest.longest
         self._mix = CaptionMix(captions, tuple(longest), str(folder)) if captions else None
+        self.flipped = self.identity.get("flip") == "yes"
+        self._memory = ReusedMemory()
+        if self._mix:
+            self._leave_out_mute(shards, Faults() if faults is None else faults)
         self.length = 0
         if self._mix:
             needed = max(longest[kind] for kind in self._mix.kinds)
@@ -62,39 +70,69 @@ class EncodedSamples:
                 )
             self.length = fixed_length(needed, max_text_tokens)
 
+    def _leave_out_mute(self, shards: Sequence[records.Shard], faults: Faults) -> None:
+        """What has no text of the mix at all is in no bucket."""
+        start = 0
+        for shard in shards:
+            for place in sorted(set.intersection(*(set(shard.lacking.get(kind, ())) for kind in self._mix.kinds))):
+                self.bucket_of[start + place] = -1
+                faults.add(f"{shard.file}, record {place}", "missing caption", f"none of the mix: {', '.join(self._mix.kinds)}")
+            start += shard.count
+
     def __len__(self) -> int:
         return len(self._records)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of one bucket, each with the caption that its draw chooses."""
-        means, stds, labels, sizes, keys = [], [], [], [], []
-        states, lengths = None, np.zeros(len(indices), np.int32)
-        for row, (index, draw) in enumerate(zip(indices, draws)):
-            arrays, metadata = records.unpack(self._records.bytes(int(index)))
-            means.append(arrays["mean"])
-            stds.append(arrays["std"])
-            labels.append(arrays["label"])
-            sizes.append(arrays["size"])
-            keys.append(metadata["key"])
-            if self._mix:
-                kind, rest = self._mix.choose(draw)
-                count = metadata.get(f"captions.{kind}")
-                if count is None:
-                    raise UserError(f"{metadata['key']}: no text states of kind {kind!r}")
-                found = arrays[f"text.{kind}.{int(rest * len(json.loads(count)))}"]
-                if states is None:
-                    states = np.zeros((len(indices), self.length, found.shape[-1]), ml_dtypes.bfloat16)
-                states[row, : len(found)] = found
-                lengths[row] = len(found)
-        batch = {
-            "mean": np.stack(means),
-            "std": np.stack(stds),
-            "label": np.array(labels, np.int32),
-            "size": np.array(sizes, np.float32),
-            "aspect_ratio": np.full(len(indices), self._ratios[bucket], np.float32),
-            "key": np.array(keys),
+        """Rows of one bucket, each with the caption that its draw chooses, and mirrored or not as its draw says.
+
+        Every number is copied once, from the record's bytes to its place in the batch.
+        """
+        count = len(indices)
+        batch: dict[str, np.ndarray] = {
+            "label": np.empty(count, np.int32),
+            "size": np.empty((count, 2), np.float32),
+            "aspect_ratio": np.full(count, self._ratios[bucket], np.float32),
         }
-        return batch | ({"text_states": states, "text_lengths": lengths} if self._mix else {})
+        keys = []
+        if self._mix:
+            batch["text_lengths"] = np.empty(count, np.int32)
+        for row, (index, draw) in enumerate(zip(indices, draws)):
+            arrays, metadata = self._records[int(index)]
+            key = metadata["key"]
+            keys.append(key)
+            side = "_flip" if self.flipped and mirrored(draw) else ""
+            mean, std = arrays[f"mean{side}"], arrays[f"std{side}"]
+            if row == 0:
+                batch["mean"], batch["std"] = (np.empty((count, *mean.shape), np.float32) for _ in range(2))
+            batch["mean"][row], batch["std"][row] = mean, std
+            batch["label"][row] = arrays["label"]
+            batch["size"][row] = arrays["size"]
+            if self._mix:
+                states = self._states(arrays, metadata, draw)
+                if row == 0:
+                    batch["text_states"] = self._memory.empty((count, self.length, states.shape[-1]), ml_dtypes.bfloat16)
+                    into = batch["text_states"].view(np.uint16)  # plain integers are copied without the interpreter's lock
+                into[row, : len(states)] = states.view(np.uint16)
+                into[row, len(states) :] = 0
+                batch["text_lengths"][row] = len(states)
+        return batch | {"key": np.array(keys)}
+
+    def _states(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], draw: float) -> np.ndarray:
+        """bfloat16 [l, c] of the caption that a draw chooses."""
+        kind, rest = self._mix.choose(draw)
+        said = metadata.get(f"captions.{kind}")
+        if said is None:
+            present = [kind for kind in self._mix.kinds if f"captions.{kind}" in metadata]
+            if not present:
+                raise UserError(f"{metadata['key']}: no text states of kind {kind!r}")
+            kind, rest = self._mix.choose(draw, present)
+            said = metadata[f"captions.{kind}"]
+        return arrays[f"text.{kind}.{int(rest * len(json.loads(said)))}"]
+
+
+def mirrored(draw: float) -> bool:
+    """Whether a draw takes the mirrored picture: by a far digit of it, which knows nothing of the caption that its near ones choose."""
+    return bool(int(draw * 2**44) & 1)
 
 
 def _sizes(buckets: Sequence[tuple[int, int]], most: int = 4) -> str:

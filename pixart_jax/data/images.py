@@ -24,6 +24,7 @@ PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 """178,956,970: a picture of more pixels is refused (13,377 px square)."""
 # From half of that on Pillow warns; here the limit is the limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)  # which is as none
 
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _EXIF_ORIENTATION = 0x0112

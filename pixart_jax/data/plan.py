@@ -8,6 +8,12 @@ and batches of B,
     mᵢ(e) = ⌊(e+1)·nᵢ / B⌋ − ⌊e·nᵢ / B⌋        batches, Σᵢ mᵢ(e) steps,
 
 in an order drawn for that epoch. Everything before a step is a closed form: any step is found without its history.
+
+A batch holds one bucket and is always full, so at an epoch's end less than B samples a bucket, (e+1)·nᵢ mod B of them, have still to
+come. They are late, by a part of an epoch, and never lost: pass e of a bucket serves each of its samples once, in epoch e or first of
+all in the next. What an epoch's own steps leave over is under 1 % of 100,000 samples in 40 buckets where B is up to 32; a loader that
+dropped it instead would lose as much in every epoch, 7 % with B = 384. A bucket with fewer than B samples gives a batch every B / nᵢ
+epochs, which then holds each of them several times: its samples too are served as often as all others, and not more often.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ class Plan:
         if not (bucket_of >= 0).any():
             raise UserError("no sample to train on")
         self.batch_size, self.seed = batch_size, seed
-        self._members = [np.flatnonzero(bucket_of == bucket) for bucket in range(int(bucket_of.max()) + 1)]
+        self._members = _members(bucket_of)
         self._counts = np.array([len(m) for m in self._members], object)  # Python integers: no overflow in e·n
         self._passes = functools.lru_cache(maxsize=2 * len(self._members) + 2)(self._pass)
         self._orders = functools.lru_cache(maxsize=4)(self._order)
@@ -80,7 +86,7 @@ class Plan:
             at = start + sum(map(len, indices))
             number, offset = at // count, at % count
             taken = self._passes(bucket, number)[offset : offset + self.batch_size - sum(map(len, indices))]
-            indices.append(members[taken])
+            indices.append(members[taken].astype(np.int64))
             epochs.append(np.full(len(taken), number))
         draws = self._random(_DRAWS, step).random(self.batch_size)
         return Batch(step, int(bucket), np.concatenate(indices), np.concatenate(epochs), draws)
@@ -118,6 +124,17 @@ class Plan:
         before = self._random(_SAMPLES, bucket, number - 1).permutation(count)[count - tail :]  # the far end is never moved
         repeated = np.flatnonzero(np.isin(order[:head], before))
         end = count - (number + 1) * count % self.batch_size
-        free = head + np.flatnonzero(~np.isin(order[head:end], before))[: len(repeated)]
+        near = order[head : min(end, head + 3 * self.batch_size)]  # holds more free places than a batch can need
+        free = head + np.flatnonzero(~np.isin(near, before))[: len(repeated)]
         order[repeated], order[free] = order[free], order[repeated]
         return order
+
+
+def _members(bucket_of: np.ndarray) -> list[np.ndarray]:
+    """The samples of each bucket, ascending: int32 where they have room in it, so that ten million take 40 MB."""
+    small = len(bucket_of) < 2**31
+    order = np.argsort(bucket_of, kind="stable")  # of small integers: one pass, not a pass a bucket
+    order = order.astype(np.int32) if small else order
+    ends = np.cumsum(np.bincount(bucket_of[bucket_of >= 0].astype(np.int64, copy=False)))
+    left_out = int((bucket_of < 0).sum())
+    return np.split(order[left_out:], ends[:-1])

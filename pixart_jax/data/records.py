@@ -11,6 +11,7 @@ compares whole files with their checksums.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -24,10 +25,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from pixart_jax.data.reused_memory import keep_freed_memory
 from pixart_jax.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_OPEN = 256  # shards open at a time: a set of millions of pictures has more than a process may open, and to open one costs 0.2 ms
 _CODES = {
     "BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I16": np.dtype("<i2"), "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"),
@@ -73,7 +76,8 @@ def unpack(record: bytes, names: Iterable[str] | None = None) -> tuple[dict[str,
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """What the manifest says of a shard. bucket: (height, width) in px; longest: tokens of its longest text by caption kind;
-    skipped: (key, reason) of the samples that could not be encoded."""
+    skipped: (key, reason) of the samples that could not be encoded; lacking: caption kind → places of the records that have no text of
+    it, where their pictures have some but not all kinds."""
 
     file: str
     bucket: tuple[int, int]
@@ -82,10 +86,12 @@ class Shard:
     sha256: str
     longest: Mapping[str, int] = dataclasses.field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
+    lacking: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_json(cls, fields: Mapping) -> Shard:
-        return cls(**{**fields, "bucket": tuple(fields["bucket"]), "skipped": tuple(map(tuple, fields["skipped"]))})
+        lacking = {kind: tuple(places) for kind, places in fields.get("lacking", {}).items()}
+        return cls(**{**fields, "bucket": tuple(fields["bucket"]), "skipped": tuple(map(tuple, fields["skipped"])), "lacking": lacking})
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -118,8 +124,13 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """Write JSON that appears under its name only when complete and on disk."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file that appears under its name only when complete and on disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # several processes may say the same
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     _publish(partial, path)
 
 
@@ -156,6 +167,14 @@ class Manifest:
         """Caption kind → tokens of its longest text."""
         kinds = {kind for shard in self.shards for kind in shard.longest}
         return {kind: max(shard.longest.get(kind, 0) for shard in self.shards) for kind in sorted(kinds)}
+
+    @property
+    def by_bucket(self) -> dict[tuple[int, int], int]:
+        """(height, width) → records, in the order of the shards."""
+        counts: dict[tuple[int, int], int] = {}
+        for shard in self.shards:
+            counts[shard.bucket] = counts.get(shard.bucket, 0) + shard.count
+        return counts
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -229,8 +248,9 @@ class Records:
             if trouble := missing_or_short(self.folder, shard):
                 raise UserError(f"{trouble}; delete the file and encode again: only what is missing is made anew")
         self._starts = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
-        self._readers: list = [None] * len(self.manifest.shards)
+        self._readers: collections.OrderedDict[int, object] = collections.OrderedDict()  # those open, the latest used last
         self._opening = threading.Lock()
+        keep_freed_memory()
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -253,11 +273,14 @@ class Records:
         return unpack(self.bytes(range(len(self))[index]))
 
     def _reader(self, shard: int):
-        if self._readers[shard] is None:
-            from array_record.python import array_record_module
+        with self._opening:
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                from array_record.python import array_record_module
 
-            with self._opening:
-                if self._readers[shard] is None:
-                    path = str(self.folder / self.manifest.shards[shard].file)
-                    self._readers[shard] = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
-        return self._readers[shard]
+                path = str(self.folder / self.manifest.shards[shard].file)
+                reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+            self._readers[shard] = reader
+            if len(self._readers) > _OPEN:  # a thread that still reads from it keeps it
+                self._readers.popitem(last=False)
+            return reader

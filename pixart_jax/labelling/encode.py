@@ -7,7 +7,6 @@ again. So an interrupted run, started again, ends with the very files of an unin
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -16,36 +15,39 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from pixart_jax.cache import cache_folder
-from pixart_jax.captions import clean
-from pixart_jax.data import images, records
-from pixart_jax.data.samples import assign_all, tokenize
+from pixart_jax.data import bucket_chart, records
+from pixart_jax.data.faults import Faults
+from pixart_jax.data.samples import assign_all
 from pixart_jax.data.sources import Source
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.labelling.shard_encoder import CLEANING, ShardEncoder
 from pixart_jax.pipeline.encoder_identity import component_identity, made_from, tokenizer_identity
 
-CLEANING = "deepfloyd"  # of captions; another would make other states of the same words
+FAULTS = "faults.jsonl"  # every sample that was left out, beside the manifest
 _PROGRESS = "progress"  # notes of finished shards, until the manifest holds them
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeOptions:
     """buckets: (height, width) in px. captions: the kinds to encode, none for no text. shard_size: records a shard, which is
-    also what a kill can cost. strict: stop at the first sample that cannot be encoded instead of naming and counting it."""
+    also what a kill can cost. batch_size: pictures that a device encodes at once. flip: each picture mirrored too, as a second posterior
+    of its record. strict: stop at the first sample that cannot be encoded instead of naming and counting it."""
 
     buckets: tuple[tuple[int, int], ...]
     captions: tuple[str, ...] = ()
     max_text_tokens: int = 120
     batch_size: int = 32
     shard_size: int = 1024
+    flip: bool = False
     strict: bool = False
 
     def __post_init__(self):
@@ -55,7 +57,7 @@ class EncodeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class Work:
     """A shard to be made."""
 
     file: str
@@ -78,6 +80,8 @@ def identity(source: Source, options: EncodeOptions, vae, text_encoder=None, tok
         "shard_size": str(options.shard_size),
         "vae": component_identity(vae),
     }
+    if options.flip:
+        made["flip"] = "yes"
     if options.captions:
         made |= {
             "text_encoder": component_identity(text_encoder),
@@ -105,12 +109,14 @@ def ensure(
     folders: Mapping[str, pathlib.Path] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> pathlib.Path:
     """The folder of the source's encoded shards: made where absent, finished where begun, verified where present.
 
     vae: .encode(images [b, h, w, 3] in [−1, 1]) → (mean, std). text_encoder: .apply(ids [b, l], lengths [b]) → [b, l, c].
     folders: what they were opened from, by 'vae', 'text_encoder' and 'tokenizer': a reader can tell them by their files then.
+    mesh: of this process's own devices, all of which encode (None: the first alone).
     Each of process_count processes (JAX's own by default) makes its share of the shards; all return when all are there.
     Raises UserError where the folder holds shards of another identity, or a damaged one, or where processes do not share it.
     """
@@ -121,12 +127,18 @@ def ensure(
     notes = folder / _PROGRESS
     finished = _finished(folder, made)
     if (folder / records.MANIFEST).exists() and len(finished) == len(records.Manifest.read(folder).shards):
+        if process_index == 0:
+            shutil.rmtree(notes, ignore_errors=True)  # of a run that was killed between the manifest and its end
         return folder
 
     notes.mkdir(parents=True, exist_ok=True)
     with _alone(notes / f"process-{process_index}"):
-        opened = _made_from(folders or {}, vae, text_encoder)
-        return _make(folder, made, opened, source, options, vae, text_encoder, tokenizer, process_index, process_count, progress)
+        job = _Job(folder, made, _made_from(folders or {}, vae, text_encoder), source, options)
+        encoder = ShardEncoder(
+            source, options.captions, options.max_text_tokens, options.batch_size, vae, text_encoder, tokenizer,
+            flip=options.flip, mesh=mesh, strict=options.strict,
+        )  # fmt: skip
+        return job.run(encoder, process_index, process_count, progress)
 
 
 def _made_from(folders: Mapping[str, pathlib.Path], vae, text_encoder) -> dict[str, dict[str, str]]:
@@ -147,44 +159,104 @@ def _alone(mark: pathlib.Path):
         yield
 
 
-def _make(folder, made, opened, source, options, vae, text_encoder, tokenizer, process_index, process_count, progress) -> pathlib.Path:
-    """This process's share of the shards that :func:`ensure` finds missing, once no other run is at it."""
-    notes = folder / _PROGRESS
-    notes.mkdir(parents=True, exist_ok=True)  # gone, where another run has just finished
-    finished = _finished(folder, made)
-    if not (notes / "identity.json").exists():
-        records.write_json(notes / "identity.json", made)
-    _meet(folder, process_index, process_count)
-    work = _plan(source, options)
-    missing = [shard for shard in work if shard.file not in finished]
-    mine = [shard for shard in work[process_index::process_count] if shard.file not in finished]
-    done = sum(len(shard.indices) for shard in work) - sum(len(shard.indices) for shard in missing)
-    encoder = _Encoder(source, options, vae, text_encoder, tokenizer)
-    bar = tqdm(total=len(source), initial=done, unit=" images", desc="encoding", disable=not progress or process_index > 0)
-    with bar:
-        for shard in mine:
-            note = encoder.shard(folder, shard, bar)
-            records.write_json(notes / f"{shard.file}.json", dataclasses.asdict(note))
-            for key, reason in note.skipped:
-                bar.write(f"skipped {key}: {reason}")
-            finished[shard.file] = note
-    if process_index == 0:
-        if len(finished) < len(work):
-            bar.write(f"waiting for the {len(work) - len(finished)} shards of the other processes")
-        while len(finished) < len(work):
+@dataclasses.dataclass
+class _Job:
+    """The shards that :func:`ensure` finds missing, once no other run is at them."""
+
+    folder: pathlib.Path
+    made: Mapping[str, str]
+    made_from: Mapping[str, Mapping[str, str]]
+    source: Source
+    options: EncodeOptions
+
+    @property
+    def notes(self) -> pathlib.Path:
+        return self.folder / _PROGRESS
+
+    def run(self, encoder: ShardEncoder, process_index: int, process_count: int, progress: bool) -> pathlib.Path:
+        """Make this process's share, and wait for the others'."""
+        self.notes.mkdir(parents=True, exist_ok=True)  # gone, where another run has just finished
+        finished = _finished(self.folder, self.made)
+        if not (self.notes / "identity.json").exists():
+            records.write_json(self.notes / "identity.json", self.made)
+        _meet(self.folder, process_index, process_count)
+        work = plan(self.source, self.options)
+        mine = [shard for shard in work[process_index::process_count] if shard.file not in finished]
+        others = {shard.file: len(shard.indices) for shard in work if shard.file not in finished} | {shard.file: 0 for shard in mine}
+        done = sum(len(shard.indices) for shard in work if shard.file in finished)
+        bar = tqdm(total=len(self.source), initial=done, unit=" images", desc="encoding", disable=not progress or process_index > 0)
+        with bar:
+            for shard in mine:
+                note = self._shard(encoder, shard, bar)
+                records.write_json(self.notes / f"{shard.file}.json", dataclasses.asdict(note))
+                finished[shard.file] = note
+                self._tell_others(others, bar)
+            if process_index == 0:
+                while len(finished) < len(work):  # the last shards of the other processes
+                    time.sleep(1)
+                    finished = _finished(self.folder, self.made)
+                    self._tell_others(others, bar)
+        if process_index == 0:
+            self._conclude([finished[shard.file] for shard in work], progress)
+        while not (self.folder / records.MANIFEST).exists():
             time.sleep(1)
-            finished = _finished(folder, made)
-        manifest = records.Manifest(made, tuple(finished[shard.file] for shard in work), opened)
-        manifest.write(folder)
-        shutil.rmtree(notes, ignore_errors=True)
-        for left in folder.glob(".*.partial"):  # of a run that was killed
+        return self.folder
+
+    def _tell_others(self, others: dict[str, int], bar: tqdm) -> None:
+        """Count what other processes have finished since they were last asked, so that the bar is that of all."""
+        for file in [file for file, count in others.items() if count and (self.notes / f"{file}.json").exists()]:
+            bar.update(others.pop(file))
+
+    def _shard(self, encoder: ShardEncoder, work: Work, bar: tqdm) -> records.Shard:
+        """Make one shard."""
+        longest: dict[str, int] = dict.fromkeys(self.options.captions, 0)
+        skipped: list[tuple[str, str]] = []
+        lacking: dict[str, list[int]] = {}
+
+        def left_out(key: str, reason: str) -> None:
+            skipped.append((key, reason))
+            bar.write(f"left out: {key}: {reason}", file=sys.stderr)
+
+        def packed() -> Iterator[bytes]:
+            for place, (record, tokens) in enumerate(encoder.records(work.indices, work.bucket, left_out, bar.update)):
+                for kind in self.options.captions:
+                    if kind in tokens:
+                        longest[kind] = max(longest[kind], tokens[kind])
+                    else:
+                        lacking.setdefault(kind, []).append(place)
+                yield record
+
+        path = self.folder / work.file
+        count = records.write_shard(path, packed())
+        without = {kind: tuple(places) for kind, places in lacking.items()}
+        return records.Shard(work.file, work.bucket, count, path.stat().st_size, records.sha256(path), longest, tuple(skipped), without)
+
+    def _conclude(self, shards: Sequence[records.Shard], progress: bool) -> None:
+        """The faults, the picture of the buckets, and, last, the manifest that makes them a set."""
+        manifest = records.Manifest(self.made, tuple(shards), self.made_from)
+        faults = faults_of(manifest, self.source)
+        lines = [json.dumps(dataclasses.asdict(fault), ensure_ascii=False) + "\n" for fault in faults]
+        if lines:
+            records.write_text(self.folder / FAULTS, "".join(lines))
+        else:
+            (self.folder / FAULTS).unlink(missing_ok=True)
+        bucket_chart.write(self.folder / bucket_chart.BUCKETS_PNG, dict.fromkeys(self.options.buckets, 0) | manifest.by_bucket, "encoded")
+        manifest.write(self.folder)
+        shutil.rmtree(self.notes, ignore_errors=True)
+        for left in self.folder.glob(".*.partial*"):  # of a run that was killed
             left.unlink(missing_ok=True)
-        if manifest.skipped:
-            bar.write(f"{len(manifest.skipped)} of {len(source)} samples could not be encoded; {folder / records.MANIFEST} names them")
-    else:
-        while not (folder / records.MANIFEST).exists():
-            time.sleep(1)
-    return folder
+        if faults and progress:
+            tqdm.write(f"{faults.summary()}; {self.folder / FAULTS} names them", file=sys.stderr)
+
+
+def faults_of(manifest: records.Manifest, source: Source | None = None) -> Faults:
+    """What was left out: by the source when it was opened, and by the encoder."""
+    faults = Faults()
+    faults.extend(getattr(source, "faults", ()))
+    for key, reason in manifest.skipped:
+        kind, _, detail = reason.partition(": ")
+        faults.add(key, kind, detail)
+    return faults
 
 
 def _meet(folder: pathlib.Path, process_index: int, process_count: int, patience: float = 120) -> None:
@@ -227,7 +299,7 @@ def _finished(folder: pathlib.Path, made: Mapping[str, str]) -> dict[str, record
     return finished
 
 
-def _plan(source: Source, options: EncodeOptions) -> list[_Work]:
+def plan(source: Source, options: EncodeOptions) -> list[Work]:
     """All shards, bucket by bucket in the source's order."""
     bucket_of = assign_all(source.sizes(), options.buckets)
     bucket_of = np.maximum(bucket_of, 0)  # an unreadable image belongs to a shard too: the one that will name it
@@ -236,97 +308,5 @@ def _plan(source: Source, options: EncodeOptions) -> list[_Work]:
         members = np.flatnonzero(bucket_of == number)
         for start in range(0, len(members), options.shard_size):
             name = f"{len(work):05d}-{bucket[0]}x{bucket[1]}.array_record"
-            work.append(_Work(name, tuple(bucket), members[start : start + options.shard_size]))
+            work.append(Work(name, tuple(bucket), members[start : start + options.shard_size]))
     return work
-
-
-@dataclasses.dataclass
-class _Ready:
-    """The samples of one batch, decoded: what could not be is in ``skipped``."""
-
-    records: list[tuple[dict[str, np.ndarray], dict[str, str]]]
-    pixels: np.ndarray  # float32 [batch, h, w, 3], the last rows repeated where samples are fewer
-    texts: list[tuple[int, str, str]]  # (row, caption kind with its number, text)
-    skipped: list[tuple[str, str]]
-
-
-class _Encoder:
-    def __init__(self, source: Source, options: EncodeOptions, vae, text_encoder, tokenizer):
-        self._source, self._options = source, options
-        self._vae, self._text_encoder, self._tokenizer = vae, text_encoder, tokenizer
-
-    def shard(self, folder: pathlib.Path, work: _Work, bar: tqdm) -> records.Shard:
-        """Make one shard."""
-        longest: dict[str, int] = dict.fromkeys(self._options.captions, 0)
-        skipped: list[tuple[str, str]] = []
-        path = folder / work.file
-        count = records.write_shard(path, self._records(work, longest, skipped, bar))
-        return records.Shard(work.file, work.bucket, count, path.stat().st_size, records.sha256(path), longest, tuple(skipped))
-
-    def _records(self, work: _Work, longest: dict[str, int], skipped: list, bar: tqdm) -> Iterator[bytes]:
-        size = self._options.batch_size
-        batches = [work.indices[i : i + size] for i in range(0, len(work.indices), size)]
-        with concurrent.futures.ThreadPoolExecutor(1) as reader:  # decodes the next batch while the device encodes this one
-            ready = reader.submit(self._read, batches[0], work.bucket)
-            for number, indices in enumerate(batches):
-                batch = ready.result()
-                if number + 1 < len(batches):
-                    ready = reader.submit(self._read, batches[number + 1], work.bucket)
-                skipped.extend(batch.skipped)
-                yield from self._encode(batch, longest)
-                bar.update(len(indices))
-
-    def _read(self, indices: Sequence[int], bucket: tuple[int, int]) -> _Ready:
-        rows, pixels, texts, skipped = [], [], [], []
-        for index in indices:
-            sample = self._source[int(index)]
-            try:
-                image = sample.pixels()
-                said = {kind: sample.texts(kind) for kind in self._options.captions}
-            except UserError as fault:
-                if self._options.strict:
-                    raise
-                skipped.append((sample.key, str(fault)))
-                continue
-            fitted, how = images.to_bucket(image, bucket)
-            arrays = {
-                "label": np.int64(sample.label),
-                "size": np.array(image.shape[:2], np.int32),
-                "fit": np.array(dataclasses.astuple(how), np.int32),
-            }
-            metadata = {"key": sample.key}
-            for kind, found in said.items():
-                metadata[f"captions.{kind}"] = json.dumps(found, ensure_ascii=False)
-                texts += [(len(rows), f"text.{kind}.{i}", text) for i, text in enumerate(found)]
-            rows.append((arrays, metadata))
-            pixels.append(fitted)
-        missing = self._options.batch_size - len(pixels)
-        filler = [pixels[-1] if pixels else np.zeros((*bucket, 3), np.uint8)] * missing
-        return _Ready(rows, images.to_model(np.stack(pixels + filler)), texts, skipped)
-
-    def _encode(self, batch: _Ready, longest: dict[str, int]) -> Iterator[bytes]:
-        if not batch.records:
-            return
-        mean, std = self._vae.encode(batch.pixels)  # one shape a bucket, so one executable
-        for row, name, states in self._text_states(batch.texts):
-            batch.records[row][0][name] = states
-            kind = name.split(".", 1)[1].rsplit(".", 1)[0]
-            longest[kind] = max(longest[kind], len(states))
-        mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        for row, (arrays, metadata) in enumerate(batch.records):
-            yield records.pack({**arrays, "mean": mean[row], "std": std[row]}, metadata)
-
-    def _text_states(self, texts: list[tuple[int, str, str]]) -> Iterator[tuple[int, str, np.ndarray]]:
-        """(row, name, bfloat16 [l, c] of the real tokens); batches of few widths, so that few executables are made."""
-        most, size = self._options.max_text_tokens, self._options.batch_size
-        for start in range(0, len(texts), size):
-            part = texts[start : start + size]
-            rows = tokenize(self._tokenizer, [clean(text) for _, _, text in part], most)
-            lengths = np.ones(size, np.int32)  # filler is one token long, and so is "" where there is no end mark
-            lengths[: len(rows)] = [max(len(row), 1) for row in rows]
-            ids = np.full((size, min(most, max(16, 1 << int(lengths.max() - 1).bit_length()))), self._tokenizer.pad_token_id or 0, np.int32)
-            for padded, row in zip(ids, rows):
-                padded[: len(row)] = row
-            states = np.asarray(self._text_encoder.apply(ids, lengths)).astype(ml_dtypes.bfloat16)
-            for (row, name, _), length, state in zip(part, lengths, states):
-                yield row, name, state[:length]

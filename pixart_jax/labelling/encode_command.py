@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -15,12 +14,18 @@ import jax
 import tyro
 
 from pixart_jax import program, tokenizer
+from pixart_jax.config import MeshConfig
 from pixart_jax.data import buckets as bucket_tables
 from pixart_jax.data import records
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
-from pixart_jax.labelling.encode import EncodeOptions, ensure
+from pixart_jax.labelling.encode import EncodeOptions, ensure, identity
+from pixart_jax.labelling.encode_check import again, check, summary
+from pixart_jax.labelling.shard_encoder import ShardEncoder
 from pixart_jax.parallel import processes
+from pixart_jax.parallel.mesh import make_mesh
+
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +49,21 @@ class Arguments:
     max_text_tokens: int = 120
     """Longer captions are cut."""
     batch_size: int = 32
-    """Pictures that are encoded at once."""
+    """Pictures that a device encodes at once."""
     shard_size: int = 1024
-    """Records a shard."""
+    """Records a shard, which is also what a kill can cost."""
+    flip: bool = False
+    """Encode each picture mirrored too, as a second posterior of its record; training takes one or the other."""
+    dtype: str = "float32"
+    """Of the text encoder's computation: float32 or bfloat16. The VAE computes in float32."""
+    mesh: str = "data=-1"
+    """How a process's devices share the work: data=-1, each its pictures; fsdp=8, the encoders' parameters cut over them too."""
     strict: bool = False
     """Stop at the first sample that cannot be encoded; otherwise it is named, counted and left out."""
     check: bool = False
-    """Encode nothing: compare every byte of the shards in --out with their checksums."""
+    """Encode nothing: compare every byte of the shards in --out with their checksums, and count the keys that stand twice."""
+    again: int = 0
+    """With --check: so many records encoded anew, by --model from --source, and compared. 4 is a good number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +97,9 @@ def encode_prompts(arguments: PromptArguments) -> int:
     import jax
 
     from pixart_jax import captions, prompts
-    from pixart_jax.config import MeshConfig
     from pixart_jax.labelling import prompt_states
-    from pixart_jax.parallel.mesh import make_mesh
     from pixart_jax.pipeline import PromptEncoder, folder, options
-    from pixart_jax.pipeline.prompt_encoder import identity
+    from pixart_jax.pipeline.prompt_encoder import identity as made_with
     from pixart_jax.pipeline.text_states import DTYPES
 
     options.named("stored", arguments.stored, tuple(DTYPES))
@@ -102,7 +113,7 @@ def encode_prompts(arguments: PromptArguments) -> int:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     clean = captions.clean if arguments.clean_caption else captions.plain
     how = {"quantization": "int8" if arguments.text_encoder_int8 else None, "cache": options.weights_cache(arguments.weights_cache)}
-    made = {**identity(arguments.model, dtype, clean, how["quantization"]), "stored_in": arguments.stored}
+    made = {**made_with(arguments.model, dtype, clean, how["quantization"]), "stored_in": arguments.stored}
     devices = jax.local_devices()
     mesh = make_mesh(MeshConfig.parse(arguments.mesh), devices)
     mesh = mesh if mesh.size > 1 else None
@@ -126,7 +137,9 @@ def main(argv: Sequence[str]) -> int:
         return encode_prompts(program.parse(PromptArguments, argv, prog="python -m pixart_jax encode", description=PromptArguments.__doc__))
     arguments = program.parse(Arguments, argv, prog="python -m pixart_jax encode", description=f"{__doc__}\n{processes.usage()}")
     if arguments.check:
-        return check(arguments.out)
+        check(arguments.out)
+        if not arguments.again:
+            return 0
     kinds = () if arguments.captions in ("", "none") else tuple(kind.strip() for kind in arguments.captions.split(","))
     options = EncodeOptions(
         buckets=parse_buckets(arguments.buckets),
@@ -134,8 +147,12 @@ def main(argv: Sequence[str]) -> int:
         max_text_tokens=arguments.max_text_tokens,
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,
+        flip=arguments.flip,
         strict=arguments.strict,
     )
+    if arguments.dtype not in DTYPES:
+        raise UserError(f"--dtype {arguments.dtype!r}: {' or '.join(DTYPES)}")
+    sizes = MeshConfig.parse(arguments.mesh)
     parts = ("vae", *(("text_encoder", "tokenizer") if kinds else ()))
     for part in parts:
         if not (arguments.model / part).is_dir():
@@ -143,18 +160,29 @@ def main(argv: Sequence[str]) -> int:
     processes.start(joined)
     from pixart_jax.weights.component import load_component  # --check and --help need no model code
 
+    mesh = make_mesh(sizes, jax.local_devices())
+    mesh = mesh if mesh.size > 1 else None
     source = open_source(arguments.source, arguments.split, where=arguments.where, limit=arguments.limit)
-    folder = ensure(
-        source,
-        options,
-        vae=load_component(arguments.model / "vae"),
-        text_encoder=load_component(arguments.model / "text_encoder") if kinds else None,
-        tokenizer=tokenizer.load(arguments.model / "tokenizer") if kinds else None,
-        folder=arguments.out,
-        folders={part: arguments.model / part for part in parts},
-    )
+    encoders = {"vae": load_component(arguments.model / "vae", mesh=mesh)}
+    if kinds:
+        encoders["text_encoder"] = load_component(arguments.model / "text_encoder", arguments.dtype, mesh)
+        encoders["tokenizer"] = tokenizer.load(arguments.model / "tokenizer")
+    if arguments.check:
+        return _again(arguments, source, options, encoders, mesh)
+    folder = ensure(source, options, **encoders, folder=arguments.out, folders={part: arguments.model / part for part in parts}, mesh=mesh)
     if jax.process_index() == 0:
         print(summary(folder))
+    return 0
+
+
+def _again(arguments: Arguments, source, options: EncodeOptions, encoders: dict, mesh) -> int:
+    """The second half of --check. Exit status 0."""
+    made = identity(source, options, **encoders)
+    records.refuse_other(arguments.out, records.Manifest.read(arguments.out).identity, made)
+    encoder = ShardEncoder(
+        source, options.captions, options.max_text_tokens, options.batch_size, **encoders, flip=options.flip, mesh=mesh, strict=True
+    )
+    print(again(arguments.out, source, options, encoder, arguments.again))
     return 0
 
 
@@ -170,30 +198,3 @@ def parse_buckets(text: str) -> tuple[tuple[int, int], ...]:
         bases = ", ".join(map(str, bucket_tables.BASES))
         raise UserError(f"--buckets {text!r}: HEIGHTxWIDTH with commas between, as 64x64,64x96, or one of {bases}")
     return buckets
-
-
-def summary(folder: pathlib.Path) -> str:
-    """One line on what a folder holds."""
-    manifest = records.Manifest.read(folder)
-    size = sum(shard.bytes for shard in manifest.shards) / 2**20
-    counts: dict[tuple[int, int], int] = {}
-    for shard in manifest.shards:
-        counts[shard.bucket] = counts.get(shard.bucket, 0) + shard.count
-    buckets = ", ".join(f"{h}×{w}: {n}" for (h, w), n in counts.items())
-    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
-    return f"{manifest.samples} records ({buckets}){skipped} in {len(manifest.shards)} shards, {size:.1f} MiB: {folder}"
-
-
-def check(folder: pathlib.Path | None) -> int:
-    """Name every damaged shard; UserError, and so exit status 2, where there is one."""
-    if folder is None:
-        raise UserError("--check needs --out FOLDER, the shards to check")
-    damaged = 0
-    for _, trouble in records.check(folder):
-        if trouble:
-            damaged += 1
-            print(trouble, file=sys.stderr)
-    if damaged:
-        raise UserError(f"{damaged} of the shards in {folder} are damaged: delete them and encode again, only they are made anew")
-    print(f"no damage: {summary(folder)}")
-    return 0

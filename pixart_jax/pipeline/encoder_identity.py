@@ -73,7 +73,8 @@ def expected_identity(
 
     identity, opened_from: a manifest's ``identity`` and ``made_from``. A part whose files are those that the records were made from
     is what it is said to be, and costs a few reads; of any other the weights are opened and hashed, in the dtype that the records were
-    computed in. A part that the records say nothing of, or that ``folders`` lacks, is not compared. UserError where a folder cannot be opened.
+    computed in. A part that the records say nothing of, or that ``folders`` lacks, is not compared. UserError where a folder cannot
+    be opened.
     """
     expected = {}
     for part in (*ENCODERS, "tokenizer"):

@@ -1,7 +1,19 @@
-"""A stage's batches: from its data config to arrays on the mesh."""
+"""A stage's batches: from its data config to arrays on the mesh.
+
+What a source is to a task:
+
+    source                          class_conditional, text_to_image                     autoencoder         text_to_text
+    pictures (tfds, folder,         encoded once into the cache folder, by the run's     decoded at each     captions read once
+      webdataset, pixart)             own frozen parts; then as records                    step
+    records: a folder of encode     read as they are; those of another VAE, text         refused             captions read once
+                                      encoder, tokenizer or size are refused
+    pixart-features                 read as they are (no labels: text_to_image alone)    refused             refused
+    a mixture of these              each part as above, and drawn with its share (data/mixed.py)
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +21,18 @@ import jax
 import numpy as np
 
 from pixart_jax.config import Config, StageConfig
+from pixart_jax.data import records
 from pixart_jax.data.encoded import EncodedSamples
+from pixart_jax.data.faults import Faults
+from pixart_jax.data.features import FeatureSamples
 from pixart_jax.data.loader import Loader
-from pixart_jax.data.samples import ImageSamples, TokenSamples
-from pixart_jax.data.sources import open_source
+from pixart_jax.data.mixed import MixedSamples
+from pixart_jax.data.samples import ImageSamples, Samples, TokenSamples
+from pixart_jax.data.sources import kind_of, open_source, parts_of
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import batch_sharding
+from pixart_jax.pipeline.encoder_identity import expected_identity
 from pixart_jax.training.frozen import Frozen
 
 Encode = Callable[..., Path]
@@ -45,22 +62,71 @@ def stage_seed(config: Config, index: int) -> int:
     return config.seed * 1_000_003 + index
 
 
-def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None):
-    data = stage.data
-    if stage.task in ("class_conditional", "text_to_image"):
-        captions = data.captions if stage.task == "text_to_image" else ()
-        if not data.source.startswith("tfds:"):
-            return EncodedSamples(data.source, captions, data.max_text_tokens)
+_DIFFUSION = ("class_conditional", "text_to_image")
+
+
+def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Samples:
+    """What a stage reads. What was left out on the way is counted in a line, and named above it."""
+    faults = Faults(stage.data.strict)
+    parts = parts_of(stage.data.source)
+    read = [_part(text, share if len(parts) > 1 else None, stage, frozen, encode, faults) for share, text in parts]
+    if jax.process_index() == 0:
+        report(stage, faults)
+    return read[0] if len(parts) == 1 else MixedSamples(read, [share for share, _ in parts], [text for _, text in parts])
+
+
+def report(stage: StageConfig, faults: Faults, named: int = 20) -> None:
+    """Say what a stage goes without."""
+    for fault in list(faults)[:named]:
+        print(f"stage {stage.name}: {fault}")
+    if summary := faults.summary():
+        print(f"stage {stage.name}: {stage.data.source}: {summary}")
+
+
+def _part(text: str, share: float | None, stage: StageConfig, frozen: Frozen, encode: Encode | None, faults: Faults) -> Samples:
+    """One source of a stage, alone (share None) or in a mixture."""
+    data, (kind, rest) = stage.data, kind_of(text)
+    captions = data.captions if stage.task == "text_to_image" else ()
+    if stage.task in _DIFFUSION and kind in ("records", "pixart-features"):
+        for field in ("where", "limit"):
+            if getattr(data, field) is not None:
+                raise UserError(
+                    f"stage {stage.name}: data.{field} chooses among pictures, and {text} is encoded: choose when it is encoded"
+                )
+        return _records(rest, stage, captions, frozen, faults) if kind == "records" else _features(rest, stage, captions, faults)
+    limit = None if data.limit is None else data.limit if share is None else math.ceil(share * data.limit)
+    source = open_source(text, data.split, where=data.where, limit=limit, faults=faults)
+    if stage.task in _DIFFUSION:
         if encode is None:
-            raise UserError(f"stage {stage.name}: {data.source} is not encoded, and this run was given nothing to encode it with")
-        source = open_source(data.source, data.split, where=data.where, limit=data.limit)
+            raise UserError(f"stage {stage.name}: {text} is not encoded, and this run was given nothing to encode it with")
         kinds = tuple(kind for kind, weight in captions if weight > 0)
         folder = encode(source, buckets=data.buckets, captions=kinds, max_text_tokens=data.max_text_tokens, frozen=frozen)
-        return EncodedSamples(folder, captions, data.max_text_tokens)
-    source = open_source(data.source, data.split, where=data.where, limit=data.limit)
+        return EncodedSamples(folder, captions, data.max_text_tokens, faults=faults)
     if stage.task == "autoencoder":
+        if kind == "records":
+            raise UserError(
+                f"stage {stage.name}: an autoencoder learns from pictures, and {text} holds none; give the set it was encoded from"
+            )
         return ImageSamples(source, data.buckets)
     return TokenSamples(source, frozen.tokenizer, data.captions, data.max_text_tokens, target=stage.text_to_text.target)
+
+
+def _records(folder: str, stage: StageConfig, captions, frozen: Frozen, faults: Faults) -> EncodedSamples:
+    """Encoded shards, refused where another model's parts than the run's made them, or for other sizes than the stage's."""
+    manifest = records.Manifest.read(folder)
+    parts = ("vae", "text_encoder", "tokenizer") if captions else ("vae",)
+    folders = {part: frozen.folder(part) for part in parts if part in manifest.identity and frozen.given(part)}
+    expected = expected_identity(manifest.identity, manifest.made_from, folders)
+    return EncodedSamples(folder, captions, stage.data.max_text_tokens, expected, stage.data.buckets, faults)
+
+
+def _features(root: str, stage: StageConfig, captions, faults: Faults) -> FeatureSamples:
+    """The official features; nothing says which encoders made them, so that is the config's word."""
+    if stage.task != "text_to_image":
+        raise UserError(f"stage {stage.name}: pixart-features:{root} has no labels; a class-conditional stage needs them")
+    root, _, latents = root.partition("?latents=")
+    data = stage.data
+    return FeatureSamples(root, captions, data.max_text_tokens, latents=latents or None, buckets=data.buckets, faults=faults)
 
 
 def rows_of(sharding: jax.sharding.NamedSharding, size: int) -> np.ndarray:

@@ -46,6 +46,10 @@ class Frozen:
             return given.parent / part
         return given
 
+    def given(self, part: str) -> bool:
+        """Whether the config names where 'vae', 'text_encoder' or 'tokenizer' lies."""
+        return getattr(self._config, "vae" if part == "vae" else "text_encoder") is not None
+
     @functools.cached_property
     def vae(self):
         """The VAE component."""
@@ -82,8 +86,9 @@ class Frozen:
         for data in {stage.data for stage in self._config.stages}:
             source = open_source(data.source, data.split, where=data.where, limit=data.limit)
             for index in range(len(source)):
+                said = source[index].captions
                 for kind, _ in data.captions:
-                    for text in source[index].texts(kind):
+                    for text in said.get(kind, ()):
                         words.update(re.findall(r"[a-z]+", captions.clean(text)))  # marks are pieces of their own
         return sorted(words)
 

@@ -11,6 +11,7 @@ import jax
 
 from pixart_jax import png
 from pixart_jax.config import Config
+from pixart_jax.data.sources import kind_of, parts_of
 from pixart_jax.errors import Interrupted, UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.flops import PIXELS, train_flops
@@ -267,10 +268,11 @@ def _check_folders(config: Config) -> None:
     for stage in config.stages:
         if stage.start not in ("fresh", "previous") and not Path(stage.start).is_dir():
             raise UserError(f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)")
-        if not stage.data.source.startswith("tfds:") and not Path(stage.data.source).is_dir():
-            raise UserError(
-                f"stage {stage.name}: data source {stage.data.source!r} is neither a folder of encoded shards nor tfds:NAME/CONFIG"
-            )
+        for _, source in parts_of(stage.data.source):
+            try:
+                kind_of(source)
+            except UserError as fault:
+                raise UserError(f"stage {stage.name}: {fault}") from None
     for field in ("vae", "text_encoder"):
         folder = getattr(config, field)
         if folder is not None and not Path(folder).is_dir():

@@ -52,6 +52,44 @@ def test_nearest_equals_the_released_choice_for_10000_random_sizes(base):
         assert buckets.nearest(height, width, base) == buckets.TABLES[base][keys[np.abs(keys - height / width).argmin()]]
 
 
+# The official rule, as diffusion/data/datasets writes it: get_closest_ratio over the 40 keys as text and sizes as floats, then the resize
+# that its transform is given, and torchvision's CenterCrop, which rounds the half.
+
+
+def official_choice(height, width, ratios):
+    aspect_ratio = height / width
+    closest_ratio = min(ratios.keys(), key=lambda ratio: abs(float(ratio) - aspect_ratio))
+    return ratios[closest_ratio], float(closest_ratio)
+
+
+def official_crop(ori_h, ori_w, closest_size):
+    if closest_size[0] / ori_h > closest_size[1] / ori_w:
+        resize_size = closest_size[0], int(ori_w * closest_size[0] / ori_h)
+    else:
+        resize_size = int(ori_h * closest_size[1] / ori_w), closest_size[1]
+    return (*resize_size, int(round((resize_size[0] - closest_size[0]) / 2.0)), int(round((resize_size[1] - closest_size[1]) / 2.0)))
+
+
+@pytest.mark.parametrize("base", buckets.BASES)
+def test_bucket_and_crop_equal_the_official_code_s_for_10000_random_sizes(base):
+    released = {key: [h * base / 2048, w * base / 2048] for key, (h, w) in sigma.ASPECT_RATIO_2048_BIN.items()}
+    table = tuple(buckets.TABLES[base].values())
+    rng = np.random.default_rng(base + 1)
+    wild = np.exp(rng.uniform(np.log(32), np.log(8192), (9_000, 2))).astype(int)
+    keys = np.array([float(key) for key in released])
+    border = (keys[:-1] + keys[1:]) / 2  # sizes that lie on, or within a pixel of, a border between two buckets
+    widths = rng.integers(100, 4000, 1000)
+    near = np.stack([np.rint(widths * rng.choice(border, 1000)).astype(int), widths], -1)
+    for height, width in np.concatenate([wild, near]).tolist():
+        (h, w), key = official_choice(height, width, released)
+        assert buckets.nearest(height, width, base) == (h, w) == buckets.assign(height, width, table), (height, width)
+        assert buckets.key_of((int(h), int(w))) == key
+        fit = buckets.fit(height, width, (int(h), int(w)))
+        expected = official_crop(height, width, (int(h), int(w)))
+        if expected[0] >= h and expected[1] >= w:  # its rounding leaves some a pixel short, which CenterCrop fills with black
+            assert (fit.height, fit.width, fit.top, fit.left) == expected
+
+
 def test_fit_covers_the_bucket_and_keeps_the_ratio():
     rng = np.random.default_rng(0)
     for height, width in rng.integers(1, 5000, (2000, 2)).tolist():

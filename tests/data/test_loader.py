@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -250,3 +251,43 @@ def test_mistakes_are_named(samples, tmp_path):
         Loader(samples, batch_size=9, seed=0, rows=[8, 9])
     with pytest.raises(UserError, match="no captions of kind 'dens' .did you mean 'dense'"):
         TokenSamples(Noise(), Tokenizer(), (("dens", 1.0),), 16)
+
+
+def test_a_sample_that_lacks_a_kind_takes_its_others_in_proportion_and_nothing_else_changes():
+    mix = CaptionMix((("long", 3.0), ("short", 1.0), ("tags", 1.0)), ("long", "short", "tags"), "set")
+    draws = np.linspace(0, 1, 20_000, endpoint=False)
+    for draw in draws[::500]:
+        assert mix.choose(draw, {"long", "short", "tags", "other"}) == mix.choose(draw)
+    chosen = [mix.choose(draw, {"short", "long"}) for draw in draws]
+    assert abs(np.mean([kind == "long" for kind, _ in chosen]) - 0.75) < 5e-3 and {kind for kind, _ in chosen} == {"long", "short"}
+    rest = np.array([rest for kind, rest in chosen if kind == "short"])
+    assert (0 <= rest).all() and (rest < 1).all() and abs(rest.mean() - 0.5) < 2e-2
+    assert {mix.choose(draw, {"tags"})[0] for draw in draws} == {"tags"}
+
+
+def test_samples_without_a_caption_of_the_mix_are_named_and_left_out():
+    class Partly(Noise):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return dataclasses.replace(sample, captions={k: v for k, v in sample.captions.items() if (k == "dense") == (index % 2 == 0)})
+
+    samples = TokenSamples(Partly(), Tokenizer(), (("short", 1.0),), 16)
+    assert (samples.bucket_of >= 0).tolist() == [i % 2 == 1 for i in range(60)] and dict(samples.faults.counts) == {"missing caption": 30}
+    assert {str(key) for step in range(20) for key in Loader(samples, batch_size=6, seed=0).batch(step)["key"]} == {
+        f"k{i}" for i in range(1, 60, 2)
+    }
+    both = TokenSamples(Partly(), Tokenizer(), (("short", 1.0), ("dense", 1.0)), 16)
+    assert (both.bucket_of >= 0).all() and not len(both.faults)
+
+
+def test_a_picture_that_shows_its_damage_only_when_decoded_is_left_out_before_the_first_step():
+    class Cut(Noise):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return dataclasses.replace(sample, image=sample.image[:-40]) if index == 7 else sample
+
+    for cache_bytes in (2**30, 0):
+        samples = ImageSamples(Cut(), BUCKETS, cache_bytes=cache_bytes)
+        assert samples.bucket_of[7] == -1 and (samples.bucket_of >= 0).sum() == 59
+        (fault,) = samples.faults
+        assert fault.place == "k7" and fault.kind == "unreadable image" and "cannot be decoded" in fault.detail

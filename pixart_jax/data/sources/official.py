@@ -14,7 +14,7 @@ from pixart_jax.data.sources.filters import Fields
 from pixart_jax.data.sources.layout import Entry, layout
 from pixart_jax.data.sources.listed import Listed
 from pixart_jax.data.sources.sample import Sample
-from pixart_jax.data.sources.strings import Numbers, Strings
+from pixart_jax.data.sources.strings import Strings
 
 
 class OfficialSource(Listed):
@@ -32,14 +32,14 @@ class OfficialSource(Listed):
         pictures = _Pictures(self._layout.root, self._layout.sam)
         self._keys, self._files, self._items = Strings(), Strings(), Strings()
         seal, kinds = hashlib.sha256(), {}
-        entries = list(self._layout.entries(self.faults))
-        keys = Strings(posixpath.splitext(entry.path)[0] if not self._layout.sam else entry.path for entry in entries)
-        repeats = Numbers(keys).repeats()
-        for number, entry in enumerate(entries):
-            if repeats[number]:
+        taken: set[str] = set()
+        for entry in self._layout.entries(self.faults):
+            key = entry.path if self._layout.sam else posixpath.splitext(entry.path)[0]
+            if key in taken:
                 self.faults.add(entry.place, "key twice", entry.path)
                 continue
-            self._add(keys[number], entry, pictures.find(entry.path), seal, kinds)
+            taken.add(key)
+            self._add(key, entry, pictures.find(entry.path), seal, kinds)
         if self._layout.sam:
             self._captions = self._layout.root / "captions"
             kinds = {"caption": None} if self._captions.is_dir() else {}

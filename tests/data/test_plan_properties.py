@@ -1,0 +1,129 @@
+"""What the plan promises whatever the set: drawn sets, batches and numbers of processes, each by its seed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pixart_jax.data.loader import Loader
+from pixart_jax.data.plan import Plan
+
+
+def skewed(n=100_000, buckets=40, seed=0):
+    """int16 [n]: buckets as unequal as the aspect ratios of photographs, the smallest with a few dozen samples."""
+    share = 1 / np.arange(1, buckets + 1) ** 1.6
+    return np.random.default_rng(seed).choice(buckets, n, p=share / share.sum()).astype(np.int16)
+
+
+def drawn(seed):
+    """(bucket of each sample, batch size) of a small set."""
+    rng = np.random.default_rng(seed)
+    buckets = int(rng.integers(1, 12))
+    bucket_of = rng.choice(buckets, int(rng.integers(20, 2000)), p=rng.dirichlet(np.full(buckets, 0.5)))
+    bucket_of[rng.random(len(bucket_of)) < 0.05] = -1
+    return bucket_of, int(rng.choice([1, 3, 8, 24, 64]))
+
+
+@pytest.mark.parametrize("batch_size", [32, 384])
+def test_100000_samples_in_40_buckets_none_is_served_twice_in_an_epoch_and_none_is_lost(batch_size):
+    bucket_of = skewed()
+    sizes, epochs = np.bincount(bucket_of), 3
+    plan = Plan(bucket_of, batch_size, seed=11)
+    served = np.zeros((epochs + 40, len(bucket_of)), np.int8)
+    for epoch in range(epochs):
+        first_seen = served.sum() == 0
+        for step in range(plan.first_step(epoch), plan.first_step(epoch + 1)):
+            batch = plan.batch(step)
+            assert (bucket_of[batch.indices] == batch.bucket).all()
+            np.add.at(served, (batch.epochs, batch.indices), 1)
+        assert served.max() == 1  # each pass serves a sample once at most
+        late = sum((epoch + 1) * int(n) % batch_size for n in sizes)
+        assert served[: epoch + 1].sum() == (epoch + 1) * len(bucket_of) - late
+        if first_seen and batch_size == 32:
+            assert late < 0.01 * len(bucket_of)  # under 1 % unused in an epoch of 100,000 even if the run stopped there
+    lost = served[: epochs - 1][:, sizes[bucket_of] >= batch_size] == 0
+    assert not lost.any()  # what an epoch left over has all come in the next
+
+
+def test_what_dropping_the_rest_would_lose_is_what_the_docstring_says():
+    sizes = np.bincount(skewed())
+    assert 0.06 < sum(int(n) % 384 for n in sizes) / 100_000 < 0.08
+    assert max(sum(int(n) % batch for n in np.bincount(skewed(seed=s))) for batch in (8, 16, 32) for s in range(5)) < 1000
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_each_pass_serves_each_sample_once_and_every_batch_is_full_and_of_one_bucket(seed):
+    bucket_of, batch_size = drawn(seed)
+    plan, usable = Plan(bucket_of, batch_size, seed), bucket_of >= 0
+    served: dict[tuple[int, int], int] = {}
+    steps = plan.first_step(4)
+    for step in range(steps):
+        batch = plan.batch(step)
+        assert len(batch.indices) == len(batch.epochs) == len(batch.draws) == batch_size
+        assert (bucket_of[batch.indices] == batch.bucket).all()
+        for place in zip(batch.epochs.tolist(), batch.indices.tolist()):
+            served[place] = served.get(place, 0) + 1
+    assert set(served.values()) <= {1}
+    for bucket in np.unique(bucket_of[usable]):
+        members = np.flatnonzero(bucket_of == bucket)
+        total = 4 * len(members) // batch_size * batch_size  # the stream of a bucket has no gap
+        assert sum(1 for _, index in served if bucket_of[index] == bucket) == total
+        whole = total // len(members)
+        assert all((epoch, int(index)) in served for epoch in range(whole) for index in members)
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_every_process_agrees_on_the_bucket_and_their_rows_make_up_the_global_batch(seed):
+    bucket_of, batch_size = drawn(seed)
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, min(batch_size, 5) + 1))
+    owner = np.concatenate([np.arange(count), rng.integers(0, count, batch_size - count)])  # rows need not be neighbours
+    rows = [np.flatnonzero(owner == process) for process in range(count)]
+
+    class Numbers:
+        buckets = tuple((32, 32 * (1 + i)) for i in range(int(bucket_of.max()) + 1))
+
+        def __init__(self):
+            self.bucket_of = bucket_of
+
+        def read(self, indices, bucket, draws):
+            return {"index": indices, "bucket": np.full(len(indices), bucket), "draw": draws}
+
+    whole = Loader(Numbers(), batch_size=batch_size, seed=seed)
+    processes = [Loader(Numbers(), batch_size=batch_size, seed=seed, rows=mine) for mine in rows]
+    for step in rng.integers(0, 500, 20).tolist():
+        shares = [process.batch(step) for process in processes]
+        assert len({process.bucket(step) for process in processes}) == 1 == len({int(b) for share in shares for b in share["bucket"]})
+        for name, value in whole.batch(step).items():
+            together = np.empty_like(value)
+            for mine, share in zip(rows, shares):
+                together[mine] = share[name]
+            np.testing.assert_array_equal(together, value)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_resuming_at_any_step_gives_the_same_remaining_sequence(seed):
+    bucket_of, batch_size = drawn(seed)
+    expected = [Plan(bucket_of, batch_size, seed).batch(step) for step in range(60)]  # each from a fresh plan: no history
+    rng = np.random.default_rng(seed)
+    for stop in rng.integers(0, 60, 5).tolist():
+        state = json.loads(json.dumps(Loader.state_at(stop)))
+        plan = Plan(bucket_of, batch_size, seed)
+        for step in range(state["next_index"], 60):
+            batch = plan.batch(step)
+            assert batch.bucket == expected[step].bucket
+            for field in ("indices", "epochs", "draws"):
+                np.testing.assert_array_equal(getattr(batch, field), getattr(expected[step], field))
+
+
+def test_ten_million_samples_are_planned_in_seconds_and_a_far_step_at_once():
+    import resource
+    import time
+
+    bucket_of = skewed(10_000_000)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    plan = Plan(bucket_of, 384, seed=0)
+    batches = [plan.batch(step) for step in (0, 1, 26_041, 10**9)]
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB
+    assert all(batch.indices.max() < 10_000_000 and batch.indices.dtype == np.int64 for batch in batches)

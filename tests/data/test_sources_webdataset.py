@@ -1,0 +1,199 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from pixart_jax.data import images
+from pixart_jax.data.faults import Faults
+from pixart_jax.data.sources import open_source, tar_headers, tar_index
+from pixart_jax.errors import UserError
+from tests.data.tiny_sets import encoded, img2dataset, picture, tar
+
+PHOTO = encoded(picture(), "JPEG")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def keys(source) -> list[str]:
+    return [source[i].key for i in range(len(source))]
+
+
+@pytest.mark.parametrize("form", ["folder", "range", "list", "star", "path"])
+def test_shards_of_img2dataset_are_read_at_random(tmp_path, form):
+    for i in range(3):
+        img2dataset(tmp_path / f"{i:05d}.tar", 10 * i, 4)
+    text = {"folder": "", "range": "/{00000..00002}.tar", "list": "/{00000,00001,00002}.tar", "star": "/*.tar", "path": ""}[form]
+    source = open_source(f"{'' if form == 'path' else 'webdataset:'}{tmp_path}{text}")
+    assert len(source) == 12 and source.caption_kinds == ("caption",) and not len(source.faults)
+    assert keys(source) == [f"{10 * i + j:09d}" for i in range(3) for j in range(4)]
+    for index in (11, 0, 5):
+        sample = source[index]
+        number = int(sample.key)
+        assert sample.captions == {"caption": (f"a photo number {number}",)}  # once, though .txt and .json both say it
+        np.testing.assert_array_equal(sample.pixels(), images.decode(encoded(picture(number), "JPEG", quality=95)))
+    assert source.sizes().tolist() == [[24, 40]] * 12
+
+
+def test_members_of_other_kinds_are_captions_labels_and_fields(tmp_path):
+    members = {
+        "deep/a.png": encoded(picture(1)), "deep/a.cls": "2", "deep/a.dense.txt": "at length",
+        "deep/a.json": json.dumps({"short": "a", "score": 0.9}),
+        "b.v2.jpg": PHOTO, "b.jpg": PHOTO, "b.txt": "b", "b.cls": "0", "b.json": json.dumps({"score": 0.1}),
+        "c.webp": encoded(picture(2), "WEBP"), "c.json": json.dumps({"score": 0.2, "label": 4}), "notes.md": "read me",
+    }  # fmt: skip
+    source = open_source(str(tar(tmp_path / "set.tar", members)))
+    assert keys(source) == ["deep/a", "b", "c"] and source.num_classes == 3 and set(source.caption_kinds) == {"caption", "dense", "short"}
+    assert source[0].captions == {"dense": ("at length",), "short": ("a",)} and [source[i].label for i in range(3)] == [2, 0, 4]
+    assert keys(open_source(str(tmp_path / "set.tar"), where=f"{__name__}:scored")) == ["deep/a"]
+
+
+def scored(fields):
+    return fields["score"] > 0.3 and fields["width"] == 40
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_are_understood_in_every_form_of_tar(tmp_path, form):
+    name = ("n" * 60 + "/") * 2 + "photo" if form == tarfile.USTAR_FORMAT else "länger/" + "n" * 200
+    source = open_source(str(tar(tmp_path / "a.tar", {f"{name}.jpg": PHOTO, f"{name}.txt": "x"}, form)))
+    assert keys(source) == [name] and source[0].texts("caption") == ("x",)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_say_what_tarfile_reads_and_no_cut_is_a_traceback(tmp_path, form):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as out:
+        for number in range(12):
+            name = f"dir/{'n' * (0 if form == tarfile.USTAR_FORMAT else 30 * number)}{number}.jpg"
+            info = tarfile.TarInfo(name)
+            info.size = 100 * number
+            out.addfile(info, io.BytesIO(bytes(info.size)))
+            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+                link = tarfile.TarInfo(f"link{number}.jpg")
+                link.type, link.linkname = kind, name
+                out.addfile(link)
+    with tarfile.open(path) as held:
+        expected = [(member.name, member.offset_data, member.size) for member in held if member.isreg()]
+    faults = Faults()
+    assert list(tar_headers.members(path, faults)) == expected and not len(faults)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for cut in rng.integers(0, len(whole) - 10240, 60):
+        path.write_bytes(whole[:cut])
+        faults = Faults()
+        found = list(tar_headers.members(path, faults))
+        assert found == expected[: len(found)] and dict(faults.counts) == {"cut file": 1}
+    for place in rng.integers(0, len(whole) - 10240, 100):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(spoilt)
+        found = list(tar_headers.members(path, Faults()))
+        assert len(found) <= len(expected)
+
+
+def test_a_key_of_two_tars_is_told_by_its_tar_and_the_first_stays_plain(tmp_path):
+    img2dataset(tmp_path / "a.tar", 0, 2)
+    first = keys(open_source(str(tmp_path)))
+    img2dataset(tmp_path / "b.tar", 1, 2)
+    source = open_source(str(tmp_path))
+    assert keys(source) == [*first, "b/000000001", "000000002"] and not len(source.faults)
+
+
+def test_a_tar_cut_in_the_middle_gives_what_is_whole_and_is_named(tmp_path):
+    whole = img2dataset(tmp_path / "a.tar", 0, 5).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as held:
+        third = next(m for m in held.getmembers() if m.name == "000000002.jpg")
+    img2dataset(tmp_path / "b.tar", 10, 2)
+    for cut, count, detail in (
+        (third.offset_data + 10, 2, "the tar ends"),  # inside a picture
+        (third.offset, 2, "without an end mark"),  # between two samples
+        (third.offset + 100, 2, "ends at byte|at byte"),  # inside a header
+    ):
+        (tmp_path / "a.tar").write_bytes(whole[:cut])
+        source = open_source(str(tmp_path))
+        assert len(source) == count + 2 and dict(source.faults.counts) == {"cut file": 1}, cut
+        (fault,) = source.faults
+        assert fault.place.startswith("a.tar") and any(part in fault.detail for part in detail.split("|"))
+        assert [source[i].pixels().shape for i in range(len(source))] == [(24, 40, 3)] * len(source)
+        with pytest.raises(UserError, match="a.tar.*: cut file"):
+            open_source(str(tmp_path), strict=True)
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert len(open_source(str(tmp_path))) == 2
+
+
+def test_a_damaged_header_loses_what_lies_behind_it_and_says_so(tmp_path):
+    data = bytearray(img2dataset(tmp_path / "a.tar", 0, 5).read_bytes())
+    with tarfile.open(tmp_path / "a.tar") as held:
+        place = next(m.offset for m in held.getmembers() if m.name == "000000003.jpg")
+    data[place + 150] ^= 0xFF
+    (tmp_path / "a.tar").write_bytes(data)
+    source = open_source(str(tmp_path / "a.tar"))
+    assert keys(source) == ["000000000", "000000001", "000000002"]
+    assert "what lies behind is lost" in str(next(iter(source.faults)))
+
+
+def test_bad_members_are_named_and_the_rest_goes_on(tmp_path):
+    members = {
+        "a.jpg": PHOTO, "a.txt": "bell\x07", "b.txt": "of nothing", "c.jpg": PHOTO, "c.txt": "w" * 10_000_000, "d.jpg": PHOTO,
+        "d.json": "{cut",
+        "e.jpg": b"", "f.jpg": PHOTO[:-40], "f.cls": "two", "g.jpg": PHOTO, "g.json": json.dumps({"caption": "w" * 10_000_000}),
+    }  # fmt: skip
+    path = tar(tmp_path / "a.tar", members)
+    with tarfile.open(path, "a") as more:  # a key twice
+        info = tarfile.TarInfo("a.jpg")
+        info.size = len(PHOTO)
+        more.addfile(info, io.BytesIO(PHOTO))
+    for _ in range(2):  # the second time from the cache
+        source = open_source(str(path))
+        said = {sample.key: sample.captions for sample in source}
+        assert dict(source.faults.counts) == {
+            "caption without picture": 1, "caption too long": 2, "unreadable row": 1, "unreadable label": 1, "key twice": 1,
+        }  # fmt: skip
+        assert dict(source.faults.mended) == {"control characters": 1}
+        assert said == {"a": {"caption": ("bell",)}, "c": {}, "d": {}, "e": {}, "f": {}, "g": {}}
+        assert source.sizes().tolist() == [[24, 40]] * 3 + [[0, 0]] + [[24, 40]] * 2
+        assert "a.tar, c.txt" in [fault.place for fault in source.faults] and "a.tar, d.json" in [fault.place for fault in source.faults]
+        with pytest.raises(UserError, match="f: the image cannot be decoded"):
+            source[4].pixels()
+    with pytest.raises(UserError, match="a.tar, c.txt: caption too long"):
+        open_source(str(path), strict=True)
+
+
+def test_headers_are_read_once_and_again_when_the_tar_has_changed(tmp_path, monkeypatch):
+    path = img2dataset(tmp_path / "a.tar", 0, 3)
+    first = open_source(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "_read", None)
+        assert keys(open_source(str(path))) == keys(first) and open_source(str(path)).fingerprint == first.fingerprint
+    img2dataset(path, 5, 4)
+    again = open_source(str(path))
+    assert len(again) == 4 and again.fingerprint != first.fingerprint
+
+
+def test_a_tar_that_shrinks_while_it_is_read_is_named(tmp_path):
+    path = img2dataset(tmp_path / "a.tar", 0, 3)
+    source = open_source(str(path))
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match="a.tar has become shorter"):
+        source[2]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nowhere.tar", "no such tar"), ("{3..1}.tar", "runs backwards"), ("https://x/{0..9}.tar", "copy them to one first"),
+        ("a.tar.gz", "cannot be read at random"), ("{0..2}.tar", "no such tar"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(pattern, message):
+    with pytest.raises(UserError, match=message):
+        open_source(f"webdataset:{pattern}")
+
+
+def test_a_tar_missing_from_a_range_is_named(tmp_path):
+    img2dataset(tmp_path / "0.tar", 0, 2)
+    source = open_source(f"webdataset:{tmp_path}/{{0..1}}.tar")
+    assert len(source) == 2 and dict(source.faults.counts) == {"missing file": 1}

@@ -1,0 +1,48 @@
+"""A program for tests, started with four simulated devices: encode one set with the model in argv[1] into folders below argv[2], each on
+other devices: one name a mesh ("data=2"), "+" where the encoders were opened on one device and are copied to the rest."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from pixart_jax import tokenizer as tokens
+from pixart_jax.config import MeshConfig
+from pixart_jax.labelling import encode
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.weights.component import load_component
+from tests.labelling import tiny_encoders as tiny
+from tests.training import tiny_run
+
+OPTIONS = encode.EncodeOptions(((32, 32), (32, 64)), ("short", "dense"), 24, batch_size=4, shard_size=16, flip=True)
+
+
+class Texts(tiny.Noise):
+    """Captions of the tiny tokenizer's words, some longer than the shortest width."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        words = np.random.default_rng(index).choice(tiny_run.WORDS, 1 + index % 22)
+        return dataclasses.replace(sample, captions={"short": ("a red circle",), "dense": (" ".join(words), "a square")})
+
+
+def encoders(model, mesh=None):
+    return {
+        "vae": load_component(model / "vae", mesh=mesh),
+        "text_encoder": load_component(model / "text_encoder", mesh=mesh),
+        "tokenizer": tokens.load(model / "tokenizer"),
+    }
+
+
+def made(model, folder, mesh=None, opened_on=None):
+    return encode.ensure(Texts(22), OPTIONS, **encoders(model, opened_on), folder=folder, mesh=mesh, progress=False)
+
+
+if __name__ == "__main__":
+    model, out = Path(sys.argv[1]), Path(sys.argv[2])
+    for name in sys.argv[3:]:
+        sizes = MeshConfig.parse(name.rstrip("+"))
+        mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp])
+        made(model, out / name, mesh, None if name.endswith("+") else mesh)
