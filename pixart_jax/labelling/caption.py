@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_jax.data.sources import Sample, open_source
+from pixart_jax.data.sources.sample import faults_of
 from pixart_jax.errors import UserError
 from pixart_jax.labelling import caption_prompts
 from pixart_jax.labelling.caption_guards import guards
@@ -105,8 +106,14 @@ class Worker:
             self._source = self._opening.open()
             self._model = self._open_model(self._options.model, self._options.dtype, self._threads)
             self._readers = ThreadPoolExecutor(8)
+            self._noticed = len(list(faults_of(self._source)))  # what was found at opening the program found too
         numbers = [int(number) for number in batch["data"]]
-        return rows(self._model, numbers, list(self._readers.map(self._read, numbers)), self._options)
+        found = rows(self._model, numbers, list(self._readers.map(self._read, numbers)), self._options)
+        noticed = list(faults_of(self._source))[self._noticed :]
+        self._noticed += len(noticed)
+        if noticed:
+            found[0]["noticed"] = [dataclasses.astuple(fault) for fault in noticed]
+        return found
 
     def _read(self, number: int) -> Sample | UserError:
         try:

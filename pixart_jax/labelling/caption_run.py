@@ -86,6 +86,8 @@ def _caption(journal: Journal, pending, opening, options, cluster, workers: int,
     with tqdm(total=total, initial=started, unit=" captions", desc="captioning", smoothing=0.1, dynamic_ncols=True) as bar:
         for rows in _waves(pending, opening, options, cluster, workers, open_model):
             for row in rows if faults.strict else ():
+                for noticed in row.get("noticed", ()):
+                    faults.add(*noticed)
                 if "left_out" in row:
                     journal.append([other for other in rows if "left_out" not in other])
                     faults.add(_place(opening, row), *row["left_out"])
@@ -227,6 +229,8 @@ def _facts(journal: Journal, faults: Faults) -> dict:
     captions = tokens = mended = 0
     for row in journal.rows():
         against.update(row.get("guards", ()))
+        for noticed in row.get("noticed", ()):  # what a worker found in the source: a raw caption with control characters
+            faults.add(*noticed)
         if "left_out" in row:
             left_out[row["left_out"][0]] += 1
             faults.add(row["key"] or f"sample {row['index']}", *row["left_out"])

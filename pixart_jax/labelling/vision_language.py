@@ -45,7 +45,7 @@ class VisionLanguageModel:
     """Whatever AutoModelForImageTextToText opens, with its AutoProcessor.
 
     model: a folder, or a name on the hub. dtype: of the computation; 'auto' is the file's own on a GPU and float32 on a CPU. threads: of a
-    CPU. UserError in one line for a folder that is not there, a model that sees no pictures, a processor that lacks a package.
+    CPU; given, no GPU is used. UserError for a folder that is not there, a model that sees no pictures, a processor that lacks a package.
     """
 
     def __init__(self, model: str, dtype: str = "auto", threads: int | None = None):
@@ -59,7 +59,7 @@ class VisionLanguageModel:
         logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if threads is None and torch.cuda.is_available() else "cpu")
         kind = dtype if dtype != "auto" else ("float32" if self.device.type == "cpu" else "auto")
         try:
             self.processor = AutoProcessor.from_pretrained(model)

@@ -73,6 +73,9 @@ def test_pictures_are_captioned_by_the_model_and_bad_ones_named(cluster, model, 
         "p001": "unreadable image",
         "p004": "unreadable image",
     }
+    read = open_source(f"folder:{folder}?captions={file}")
+    assert read.caption_kinds == ("caption", "dense") and not len(read.faults)
+    assert read[0].captions == {"caption": ("raw caption 0",), "dense": (found[0]["caption"],)}
     before = file.read_bytes()
     assert caption_command.main(arguments) == 0  # nothing is left to do
     assert file.read_bytes() == before
