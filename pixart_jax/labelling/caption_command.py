@@ -36,7 +36,7 @@ class Arguments:
     prompt: str = "paper"
     """'paper', 'script' (the words of the official captioning script), or a text of your own; {caption} in it is the raw caption."""
     raw_caption: str | None = None
-    """The kind of caption that the source has and that goes into the prompt: 'caption', 'txt', …"""
+    """The kind of caption that the source has and that goes into the prompt: 'caption', …"""
     temperature: float = 0.2
     """Of the draw; 0 takes the likeliest token each time."""
     max_new_tokens: int = 1024

@@ -51,11 +51,16 @@ def test_pictures_are_captioned_by_the_model_and_bad_ones_named(cluster, model, 
     folder = written_captions.folder(tmp_path / "photos", [10, 20, 30, 40, 50, 60])
     (folder / "p001.png").write_bytes(written_captions.png(20, (400, 300))[:-100])
     (folder / "p004.png").write_bytes(b"")
+    (folder / "p002.txt").write_text("raw cap\x07tion 2")
     file = tmp_path / "out" / "captions.jsonl"
     arguments = [f"folder:{folder}", "--model", str(model), "--out", str(file), "--raw-caption", "caption", *FEW]
     assert caption_command.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "4 captions of 6 pictures" in printed and "2 unreadable image" in printed and f"captions: {file}" in printed
+    assert (
+        "4 captions of 6 pictures" in printed
+        and "2 unreadable image; 1 mended: 1 control characters" in printed
+        and f"captions: {file}" in printed
+    )
     found = lines(file)
     assert [row["key"] for row in found] == ["p000", "p002", "p003", "p005"]
     # the very caption that the model gives when it is asked directly, for one picture alone
