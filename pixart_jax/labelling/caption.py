@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_jax.data.sources import Sample, open_source
+from pixart_jax.data.sources.sample import faults_of
 from pixart_jax.errors import UserError
 from pixart_jax.labelling import caption_prompts
 from pixart_jax.labelling.caption_guards import guards
@@ -78,7 +79,8 @@ class Opening:
 class Worker:
     """A model and a source; Ray makes one a process and calls it with the numbers of samples.
 
-    Both are opened at the first call: of what a call raises Ray tells the program, an object that cannot be made it tries again.
+    Both are opened at the first call, and a UserError goes back as a row: an object that cannot be made Ray makes again and again, and
+    of an exception it keeps the traceback.
     """
 
     def __init__(
@@ -92,14 +94,26 @@ class Worker:
         self._source = self._model = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """{"data": int64 [n]} → {"row": [n] objects of JSON}: see ``rows``."""
+        """{"data": int64 [n]} → {"row": [n] objects of JSON}: see ``rows``; or one row, the error that ends the run."""
+        try:
+            found = self._rows(batch)
+        except UserError as fault:
+            found = [{"error": str(fault)}]
+        return {"row": np.array([json.dumps(row) for row in found], object)}
+
+    def _rows(self, batch: dict[str, np.ndarray]) -> list[dict]:
         if self._model is None:
             self._source = self._opening.open()
             self._model = self._open_model(self._options.model, self._options.dtype, self._threads)
             self._readers = ThreadPoolExecutor(8)
+            self._noticed = len(list(faults_of(self._source)))  # what was found at opening the program found too
         numbers = [int(number) for number in batch["data"]]
         found = rows(self._model, numbers, list(self._readers.map(self._read, numbers)), self._options)
-        return {"row": np.array([json.dumps(row) for row in found], object)}
+        noticed = list(faults_of(self._source))[self._noticed :]
+        self._noticed += len(noticed)
+        if noticed:
+            found[0]["noticed"] = [dataclasses.astuple(fault) for fault in noticed]
+        return found
 
     def _read(self, number: int) -> Sample | UserError:
         try:

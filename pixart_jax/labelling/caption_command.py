@@ -36,7 +36,7 @@ class Arguments:
     prompt: str = "paper"
     """'paper', 'script' (the words of the official captioning script), or a text of your own; {caption} in it is the raw caption."""
     raw_caption: str | None = None
-    """The kind of caption that the source has and that goes into the prompt: 'caption', 'txt', …"""
+    """The kind of caption that the source has and that goes into the prompt: 'caption', …"""
     temperature: float = 0.2
     """Of the draw; 0 takes the likeliest token each time."""
     max_new_tokens: int = 1024
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
     options = CaptionOptions(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(CaptionOptions)})
     cluster = caption_run.Cluster(arguments.ray_address, arguments.workers, arguments.gpus_per_worker, arguments.batch_size)
-    vision_language.torch_or_error()
+    vision_language.check_engines()
     vision_language.check(options.model)
     faults = Faults(arguments.strict)
     how = {"where": arguments.where, "limit": arguments.limit, "data_dir": arguments.data_dir and str(arguments.data_dir)}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_jax.data.faults import Faults
-from pixart_jax.data.sources.folder import PICTURES
+from pixart_jax.data.sources.tar_index import PICTURES
 from pixart_jax.errors import UserError
 
 
@@ -110,7 +110,7 @@ def to_tars(captions: CaptionsByKey, files: list[Path], folder: Path | None, kin
         out = file if folder is None else folder / file.name
         members, end = _members(file, faults)
         # A key that an earlier tar has too is TAR/KEY to the source.
-        keys = {_key(member.name) for member in members if Path(member.name).suffix.lower() in PICTURES}
+        keys = {_key(member.name) for member in members if _suffix(member.name) in PICTURES}
         names = {key: f"{file.stem}/{key}" if _hash(key) in seen else key for key in keys}
         seen.update(map(_hash, keys))
         if folder is not None and out.is_file() and out.stat().st_mtime_ns > newer_than > 0:
@@ -199,6 +199,10 @@ def _key(name: str) -> str:
     """webdataset's rule: up to the first dot of the file's own name."""
     folder, slash, base = name.rpartition("/")
     return f"{folder}{slash}{base.partition('.')[0]}"
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _count(file: Path, kind: str) -> int:

@@ -86,6 +86,8 @@ def _caption(journal: Journal, pending, opening, options, cluster, workers: int,
     with tqdm(total=total, initial=started, unit=" captions", desc="captioning", smoothing=0.1, dynamic_ncols=True) as bar:
         for rows in _waves(pending, opening, options, cluster, workers, open_model):
             for row in rows if faults.strict else ():
+                for noticed in row.get("noticed", ()):
+                    faults.add(*noticed)
                 if "left_out" in row:
                     journal.append([other for other in rows if "left_out" not in other])
                     faults.add(_place(opening, row), *row["left_out"])
@@ -116,37 +118,24 @@ def _waves(pending: np.ndarray, opening, options, cluster: Cluster, workers: int
             num_gpus=gpus or None,
             num_cpus=1,
         )
-        with _faults_of_workers():
-            for batch in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-                yield [json.loads(row) for row in batch["row"]]
-
-
-@contextlib.contextmanager
-def _faults_of_workers():
-    """A UserError of a worker as itself; whatever else a worker dies of keeps its traceback."""
-    try:
-        yield
-    except Exception as fault:
-        link: BaseException | None = fault
-        while link is not None:
-            link = getattr(link, "cause", None) or link.__cause__
-            if isinstance(link, UserError):
-                said = " ".join(str(getattr(link, "cause", None) or link).split())
-                raise UserError(said.rpartition("UserError: ")[2]) from None
-        raise
+        for batch in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            found = [json.loads(row) for row in batch["row"]]
+            for row in found:
+                if "error" in row:
+                    raise UserError(row["error"])
+            yield found
 
 
 @contextlib.contextmanager
 def _ray(cluster: Cluster) -> Iterator[int]:
     """A Ray to run on, for as long as the block; yields the number of workers. One that runs in this process already is used and left."""
-    try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ side warns of what Ray Data does by itself
-        import ray
-        import ray.data
-    except ImportError:
-        raise UserError(f"captioning needs PyTorch and Ray Data: {vision_language.NEEDS}") from None
+    vision_language.check_engines()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ side warns of what Ray Data does by itself
+    import ray
+    import ray.data
+
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
@@ -157,13 +146,13 @@ def _ray(cluster: Cluster) -> Iterator[int]:
     if ours:
         print("starting Ray", "on this machine" if cluster.address is None else f"({cluster.address})", file=sys.stderr, flush=True)
         try:
-            if cluster.address is None:
-                ray.init(
-                    address="local", num_cpus=max(cluster.workers, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False,
-                    logging_level=logging.ERROR, object_store_memory=128 * 2**20,
-                )  # fmt: skip
-            else:
-                ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+            quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+            with _no_stderr():
+                if cluster.address is None:
+                    cores = max(cluster.workers, os.cpu_count() or 1)
+                    ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=128 * 2**20, **quiet)
+                else:
+                    ray.init(address=cluster.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as fault:
             raise UserError(f"Ray does not start ({cluster.address or 'here'}): {' '.join(str(fault).split())[:200]}") from None
     try:
@@ -178,6 +167,20 @@ def _ray(cluster: Cluster) -> Iterator[int]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _no_stderr():
+    """Ray's C++ side greets on file descriptor 2; what goes wrong while it starts comes as an exception."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _gpus_per_worker(cluster: Cluster) -> float:
@@ -226,6 +229,8 @@ def _facts(journal: Journal, faults: Faults) -> dict:
     captions = tokens = mended = 0
     for row in journal.rows():
         against.update(row.get("guards", ()))
+        for noticed in row.get("noticed", ()):  # what a worker found in the source: a raw caption with control characters
+            faults.add(*noticed)
         if "left_out" in row:
             left_out[row["left_out"][0]] += 1
             faults.add(row["key"] or f"sample {row['index']}", *row["left_out"])

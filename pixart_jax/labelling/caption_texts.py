@@ -106,14 +106,19 @@ class CaptionTexts:
         return None if named and not found else found
 
     def _of_source(self) -> Iterator[Said]:
+        read = getattr(self._source, "captions_at", None) or self._key_and_captions
         for number in range(len(self._source)):
             try:
-                sample = self._source[number]
+                key, captions = read(number)
             except UserError as fault:
                 self._faults.add(f"{self._source.name}, sample {number}", "unreadable record", str(fault))
                 continue
-            place = f"{self._source.name}, {sample.key}"
-            yield Said(sample.key, place, self._cleared({kind: tuple(said) for kind, said in sample.captions.items()}, place))
+            place = f"{self._source.name}, {key}"
+            yield Said(key, place, self._cleared({kind: tuple(said) for kind, said in captions.items()}, place))
+
+    def _key_and_captions(self, number: int):
+        sample = self._source[number]  # of a set that has no way to its captions alone
+        return sample.key, sample.captions
 
 
 def of_kinds(found: Iterable[Said], kinds: Sequence[str], faults: Faults, what: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:

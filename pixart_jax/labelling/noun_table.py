@@ -17,7 +17,7 @@ RUNS = 32  # sorted files that are merged at once
 class NounTable:
     """noun → how often. At most ``limit`` nouns are in memory; beyond it they go, sorted, into a file, and are added up when read.
 
-    A noun has no tab and no line break. limit 4,000,000 is some 0.6 GB of Python objects.
+    A noun has no tab and no line break. 4,000,000 of them are some 0.4 GB of Python objects.
     """
 
     def __init__(self, limit: int = 4_000_000, folder: str | os.PathLike | None = None):

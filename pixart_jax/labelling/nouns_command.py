@@ -37,7 +37,7 @@ class Arguments:
     workers: int = 0
     """Processes that tag; 0 is one a core. The counts do not depend on it."""
     table: int = 4_000_000
-    """Distinct nouns held in memory, at 150 bytes each; beyond, they go into a temporary file. The counts do not depend on it."""
+    """Distinct nouns held in memory, at some 100 bytes each; beyond, they go into a temporary file. The counts do not depend on it."""
     split: str = "train"
     """Of a tfds set."""
     limit: int | None = None

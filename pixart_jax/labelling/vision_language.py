@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,11 +45,12 @@ class VisionLanguageModel:
     """Whatever AutoModelForImageTextToText opens, with its AutoProcessor.
 
     model: a folder, or a name on the hub. dtype: of the computation; 'auto' is the file's own on a GPU and float32 on a CPU. threads: of a
-    CPU. UserError in one line for a folder that is not there, a model that sees no pictures, a processor that lacks a package.
+    CPU; given, no GPU is used. UserError for a folder that is not there, a model that sees no pictures, a processor that lacks a package.
     """
 
     def __init__(self, model: str, dtype: str = "auto", threads: int | None = None):
-        torch = torch_or_error()
+        import torch
+
         check(model)
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
@@ -57,7 +59,7 @@ class VisionLanguageModel:
         logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if threads is None and torch.cuda.is_available() else "cpu")
         kind = dtype if dtype != "auto" else ("float32" if self.device.type == "cpu" else "auto")
         try:
             self.processor = AutoProcessor.from_pretrained(model)
@@ -146,13 +148,18 @@ class _Gumbel:
         return scores.float() / self._temperature - noise.log()
 
 
-def torch_or_error():
-    """torch, or the one line that says how to get it."""
+def check_engines() -> None:
+    """UserError, the one line that says how to get them, where PyTorch or Ray is not installed."""
+    lacking = [name for name, module in (("PyTorch", "torch"), ("Ray Data", "ray")) if not _installed(module)]
+    if lacking:
+        raise UserError(f"captioning needs PyTorch and Ray Data, and {' and '.join(lacking)} is not installed: {NEEDS}")
+
+
+def _installed(module: str) -> bool:
     try:
-        import torch
-    except ImportError:
-        raise UserError(f"captioning needs PyTorch and Ray Data: {NEEDS}") from None
-    return torch
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # taken out of sys.modules
+        return False
 
 
 def check(model: str):

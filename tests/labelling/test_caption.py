@@ -23,8 +23,10 @@ PICTURES = [Image.fromarray(RANDOM.integers(0, 256, (h, w, 3), np.uint8)) for h,
 PROMPTS = ["a dog", "describe this picture in a very detailed manner", "red", "a large old wooden house with a red car in the street"]
 
 
-@pytest.fixture(scope="module", params=["llava", "idefics3"])
+@pytest.fixture(scope="module", params=tiny_vlms.FAMILIES)
 def model(request, tmp_path_factory):
+    for package in tiny_vlms.NEEDS.get(request.param, ()):
+        pytest.importorskip(package)
     return VisionLanguageModel(str(tiny_vlms.FAMILIES[request.param](tmp_path_factory.mktemp("vlm") / request.param)))
 
 
@@ -190,6 +192,20 @@ def test_a_model_folder_that_is_not_there_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="holds no model of transformers"):
         check(str(tmp_path))
+
+
+def test_without_ray_or_torch_the_line_says_how_to_get_them(monkeypatch):
+    import sys
+
+    from pixart_jax.labelling.vision_language import check_engines
+
+    check_engines()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"Ray Data is not installed: pip install 'pixart-jax\[caption\]'"):
+        check_engines()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="PyTorch and Ray Data is not installed"):
+        check_engines()
 
 
 def test_a_models_identity_is_that_of_its_files(tmp_path):

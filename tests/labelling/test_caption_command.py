@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("torch")
 ray = pytest.importorskip("ray")
 
+from pixart_jax.data.faults import Faults  # noqa: E402
 from pixart_jax.data.sources import open_source  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.labelling import caption_command, caption_run  # noqa: E402
@@ -50,11 +51,16 @@ def test_pictures_are_captioned_by_the_model_and_bad_ones_named(cluster, model, 
     folder = written_captions.folder(tmp_path / "photos", [10, 20, 30, 40, 50, 60])
     (folder / "p001.png").write_bytes(written_captions.png(20, (400, 300))[:-100])
     (folder / "p004.png").write_bytes(b"")
+    (folder / "p002.txt").write_text("raw cap\x07tion 2")
     file = tmp_path / "out" / "captions.jsonl"
     arguments = [f"folder:{folder}", "--model", str(model), "--out", str(file), "--raw-caption", "caption", *FEW]
     assert caption_command.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "4 captions of 6 pictures" in printed and "2 unreadable image" in printed and f"captions: {file}" in printed
+    assert (
+        "4 captions of 6 pictures" in printed
+        and "2 unreadable image; 1 mended: 1 control characters" in printed
+        and f"captions: {file}" in printed
+    )
     found = lines(file)
     assert [row["key"] for row in found] == ["p000", "p002", "p003", "p005"]
     # the very caption that the model gives when it is asked directly, for one picture alone
@@ -72,13 +78,33 @@ def test_pictures_are_captioned_by_the_model_and_bad_ones_named(cluster, model, 
         "p001": "unreadable image",
         "p004": "unreadable image",
     }
+    read = open_source(f"folder:{folder}?captions={file}")
+    assert read.caption_kinds == ("caption", "dense") and not len(read.faults)
+    assert read[0].captions == {"caption": ("raw caption 0",), "dense": (found[0]["caption"],)}
     before = file.read_bytes()
     assert caption_command.main(arguments) == 0  # nothing is left to do
     assert file.read_bytes() == before
     with pytest.raises(UserError, match="written with another .*temperature '0.2', now '0.5'"):
         caption_command.main([*arguments, "--temperature", "0.5"])
-    with pytest.raises(UserError, match="p001: unreadable image.*without --strict"):
-        caption_command.main([*arguments[:3], "--out", str(tmp_path / "strict.jsonl"), "--strict", *FEW])
+
+
+def test_strict_stops_at_the_first_bad_picture_and_keeps_what_was_captioned(cluster, tmp_path):
+    folder = written_captions.folder(tmp_path / "photos", [0] * 8)
+    (folder / "p006.png").write_bytes(b"")
+    source = open_source(f"folder:{folder}")
+    opening = Opening(f"folder:{folder}", fingerprint=source.fingerprint)
+
+    def run(strict: bool):
+        return caption_run.run(
+            source, opening, tmp_path / "c.jsonl", CaptionOptions("written"), caption_run.Cluster(batch_size=4, gpus_per_worker=0),
+            faults=Faults(strict), open_model=written_captions.Written,
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match="p006: unreadable image.*without --strict"):
+        run(strict=True)
+    assert len(lines(tmp_path / "c.jsonl.partial")) == 1 + 7
+    assert run(strict=False)["left out"] == {"unreadable image": 1}
+    assert len(lines(tmp_path / "c.jsonl")) == 7
 
 
 def test_two_workers_write_what_one_writes_and_guards_are_counted(cluster, tmp_path):
@@ -162,7 +188,7 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
 
 def test_killed_at_any_moment_the_same_command_goes_on_and_no_key_is_lost_or_twice(tmp_path, root):
     """Each process starts a Ray of its own, as the command does on a laptop."""
-    folder, file = written_captions.folder(tmp_path / "photos", [0] * 40), tmp_path / "out" / "c.jsonl"
+    folder, file = written_captions.folder(tmp_path / "photos", [0] * 24), tmp_path / "out" / "c.jsonl"
     command = [sys.executable, "-m", "tests.labelling.caption_until_killed", str(folder), str(file)]
     environment = {**os.environ, "PYTHONPATH": str(root), "RAY_worker_niceness": "0"}
     partial = file.with_name("c.jsonl.partial")
@@ -179,12 +205,12 @@ def test_killed_at_any_moment_the_same_command_goes_on_and_no_key_is_lost_or_twi
         process.send_signal(signal.SIGKILL)
         process.wait()
         before = written()
-        assert 8 <= before < 40, (tmp_path / "log").read_text()[-2000:]
+        assert 8 <= before < 24, (tmp_path / "log").read_text()[-2000:]
         with open(partial, "ab") as cut:
-            cut.write(b'{"index": 39, "key": "p0')  # the line that a kill leaves
+            cut.write(b'{"index": 23, "key": "p0')  # the line that a kill leaves
         done = subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=log, timeout=300)
     assert done.returncode == 0, (tmp_path / "log").read_text()[-2000:]
-    assert f"{before}/40" in (tmp_path / "log").read_text()  # it went on where it was
+    assert f"{before}/24" in (tmp_path / "log").read_text()  # it went on where it was
     found = lines(file)
-    assert [row["key"] for row in found] == [f"p{n:03d}" for n in range(40)]
+    assert [row["key"] for row in found] == [f"p{n:03d}" for n in range(24)]
     assert all(row["caption"] == written_captions.expected(row["key"]) for row in found)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import random
+import tarfile
 
 import numpy as np
 import pyarrow
@@ -13,6 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from pixart_jax.data.faults import Faults
+from pixart_jax.data.sources.folder import FolderSource
+from pixart_jax.data.sources.webdataset import WebdatasetSource
 from pixart_jax.errors import UserError
 from pixart_jax.labelling import noun_report, nouns_command, taggers
 from pixart_jax.labelling.noun_table import KeysSeen, NounTable
@@ -89,6 +92,18 @@ def test_every_form_of_a_caption_file_gives_the_same_counts(by_hand, tmp_path):
         assert (found.top, found.images, found.words) == (first.top, 5, first.words), what
         assert found.name in ("hand", "texts", "pictures") and not len(faults)
     assert count(f"folder:{pictures}", FEW, Faults()).top == first.top
+
+
+def test_pictures_are_not_read_for_their_captions(tmp_path, monkeypatch):
+    folder = written_captions.folder(tmp_path / "pictures", [0] * 3)
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        for file in sorted(folder.iterdir()):
+            out.add(file, file.name)
+    monkeypatch.setattr(WebdatasetSource, "_sample", None)
+    monkeypatch.setattr(FolderSource, "_sample", None)
+    for what in (tmp_path / "a.tar", folder):
+        found = count(str(what), FEW, Faults())
+        assert found.images == 3 and dict(found.top) == {"caption": 3}
 
 
 def test_captions_are_read_out_of_a_tensorflow_dataset(monkeypatch):

@@ -1,4 +1,4 @@
-"""Vision-language models of random weights in three families, saved as the hub's folders are: LLaVA, SmolVLM and Qwen2-VL.
+"""Vision-language models of random weights in four families, saved as the hub's folders are: LLaVA, Idefics3, SmolVLM, Qwen2-VL.
 
 Each has a few thousand parameters and a tokenizer of whole words, so that what it says is nonsense that can be read. Weights are
 large, so that the likeliest token is far from the next one and greedy decoding does not hang on the last bit of a sum.
@@ -102,9 +102,35 @@ def idefics(folder: Path) -> Path:
     return _save(Idefics3ForConditionalGeneration(config), processor, folder)
 
 
+def smolvlm(folder: Path) -> Path:
+    """SmolVLM. Its processor needs num2words and, for the videos that it takes too, torchvision."""
+    from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor, SmolVLMVideoProcessor
+    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    special = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    special += [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
+    tokenizer = words_tokenizer(special)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    vision = SmolVLMVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    config = SmolVLMConfig(
+        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=0
+    )
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True)
+    processor = SmolVLMProcessor(
+        images, tokenizer, SmolVLMVideoProcessor(), image_seq_len=4, chat_template=TEMPLATE.replace("IMAGE", "<image>")
+    )
+    return _save(SmolVLMForConditionalGeneration(config), processor, folder)
+
+
 def qwen(folder: Path) -> Path:
-    """Qwen2-VL: pictures in their own shape, rotary positions in three axes."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    """Qwen2-VL: pictures in their own shape, rotary positions in three axes. Its processor needs torchvision, for videos."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     tokenizer = words_tokenizer(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
@@ -119,11 +145,12 @@ def qwen(folder: Path) -> Path:
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
     )  # fmt: skip
-    processor = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
     template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
-    Qwen2VLProcessor.__init__(processor, images, tokenizer, None, chat_template=template)
+    processor = Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
     return _save(Qwen2VLForConditionalGeneration(config), processor, folder)
 
 
-FAMILIES = {"llava": llava, "idefics3": idefics, "qwen2-vl": qwen}
+FAMILIES = {"llava": llava, "idefics3": idefics, "smolvlm": smolvlm, "qwen2-vl": qwen}
+NEEDS = {"smolvlm": ("torchvision", "num2words"), "qwen2-vl": ("torchvision",)}
+"""Packages beside torch that a family's processor asks for; torchvision and torch must be of one build."""

@@ -37,6 +37,8 @@ def is_caption(name: str, value: object) -> bool:
 def captions_of(fields: Mapping[str, object], place: str, faults: Faults) -> dict[str, tuple[str, ...]]:
     """Caption kind → texts of a row, each cleared by :func:`cleared`; empty ones are none."""
     found: dict[str, tuple[str, ...]] = {}
+    if {"caption", "kind", "model", "finish"} <= fields.keys():  # a row of `caption`: its kind is that row's, the prompt is none
+        fields = {str(fields["kind"]): fields["caption"]}
     for name, value in fields.items():
         if is_caption(name, value):
             texts = tuple(cleared(text, place, name, faults) for text in ([value] if isinstance(value, str) else value))
