@@ -6,6 +6,7 @@ large, so that the likeliest token is far from the next one and greedy decoding 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 WORDS = """a an the of in on with and is are small large red green blue white black wooden old young man woman dog cat rocket coffee cup
@@ -154,3 +155,7 @@ def qwen(folder: Path) -> Path:
 FAMILIES = {"llava": llava, "idefics3": idefics, "smolvlm": smolvlm, "qwen2-vl": qwen}
 NEEDS = {"smolvlm": ("torchvision", "num2words"), "qwen2-vl": ("torchvision",)}
 """Packages beside torch that a family's processor asks for; torchvision and torch must be of one build."""
+
+
+if __name__ == "__main__":  # python tests/labelling/tiny_vlms.py FOLDER: the LLaVA of docs/data.md
+    print(llava(Path(sys.argv[1])))
