@@ -247,6 +247,11 @@ class FolderSource(Listed):
         label = max(texts.label_of(self._row(place)[1]), texts.label_of(side))
         return Sample(self._keys[place], image, self._captions(place, side), label)
 
+    def captions_at(self, index: int) -> tuple[str, dict[str, tuple[str, ...]]]:
+        """(key, captions) of a sample, for whoever counts words: the picture is not read."""
+        place = self._place(index)
+        return self._keys[place], self._captions(place, self._json(place, self.faults))
+
     def _fields(self, place: int) -> Fields:
         side, row = self._json(place, self.faults), self._row(place)[1]
         label = max(texts.label_of(row), texts.label_of(side))
