@@ -210,7 +210,8 @@ def _names(path: str) -> list[str]:
     stem = posixpath.splitext(path)[0] if "." in posixpath.basename(path) else path
     joined = "_".join(stem.rsplit("/", 1))
     base = posixpath.basename(stem)
-    return list(dict.fromkeys([joined, posixpath.basename(joined), base, posixpath.basename(joined).split(".")[0]]))
+    above = [] if "/" in path else [f"InternImgs_{base}", f"InternImgs_{base}".split(".")[0]]  # the extractor takes the folder above for it
+    return list(dict.fromkeys([joined, posixpath.basename(joined), base, posixpath.basename(joined).split(".")[0], *above]))
 
 
 def _features_of(entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Path]) -> tuple[_Found | None, list[Fault]]:
