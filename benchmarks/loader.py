@@ -152,8 +152,7 @@ def theirs(case: str, folder: Path, batch: int, batches: int, workers: int):
 
         def __getitem__(self, index):
             sample = self.source[index]
-            pixels, _ = images.to_bucket(sample.pixels(), BUCKET)
-            return {"images": torch.from_numpy(images.to_model(pixels)), "key": sample.key}
+            return {"images": torch.from_numpy(images.to_model(sample.fitted(BUCKET))), "key": sample.key}
 
     plan = Loader(samples_of(case, folder), batch_size=batch, seed=0).plan
     order = [plan.batch(step).indices.tolist() for step in range(batches)]

@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16")
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     source: str = "tfds:shapes/plain"
-    """The set: 'tfds:NAME' or 'tfds:NAME/CONFIG'."""
+    """The set: 'tfds:NAME', a folder of pictures, 'webdataset:FILE.tar' …, as training takes it (docs/data_sources.md)."""
     split: str = "train"
     """The set's split."""
     where: str | None = None
@@ -162,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
 
     mesh = make_mesh(sizes, jax.local_devices())
     mesh = mesh if mesh.size > 1 else None
-    source = open_source(arguments.source, arguments.split, where=arguments.where, limit=arguments.limit)
+    source = open_source(arguments.source, arguments.split, where=arguments.where, limit=arguments.limit, strict=arguments.strict)
     encoders = {"vae": load_component(arguments.model / "vae", mesh=mesh)}
     if kinds:
         encoders["text_encoder"] = load_component(arguments.model / "text_encoder", arguments.dtype, mesh)

@@ -111,3 +111,12 @@ def test_nothing_appears_under_a_shard_s_name_before_it_is_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         records.write_shard(tmp_path / "x.array_record", interrupted())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_more_than_a_few_shards_are_open_at_once(folder, monkeypatch):
+    monkeypatch.setattr(records, "_OPEN", 2)
+    found = records.Records(folder)
+    for index in np.random.default_rng(0).permutation(np.tile(np.arange(15), 4)):
+        shard, place = found.shard_of(int(index))
+        assert found[int(index)][1]["key"] == f"k{shard}{place}"
+        assert len(found._readers) <= 2

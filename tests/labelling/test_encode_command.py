@@ -49,6 +49,8 @@ def test_check_names_a_shard_with_one_flipped_bit(folder, capsys):
         (["--batch-size", "0"], "batch size 0"),
         (["--model", "nowhere"], "no vae in nowhere"),
         (["--check"], "--check needs --out"),
+        (["--dtype", "float16"], "--dtype 'float16': float32 or bfloat16"),
+        (["--mesh", "rows=2"], "rows"),
         (["--check", "--out", "nowhere"], "nowhere holds no manifest.json"),
         (["--bukets", "64x64"], "--buckets"),
     ],
@@ -95,6 +97,20 @@ def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(model
         np.testing.assert_allclose(arrays["std"], std[row], rtol=1e-4, atol=1e-5)
         found = arrays["text.dense.0"].astype(np.float32)
         np.testing.assert_allclose(found, states[row, : lengths[row]], rtol=1e-2, atol=1e-2)
+
+
+def test_flips_and_a_bfloat16_text_encoder_by_flags_and_the_records_encoded_again_are_equal(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode_command, "open_source", lambda *args, **kwargs: tiny.Noise(10))
+    arguments = ["--model", str(model), "--buckets", "32x32,32x64", "--batch-size", "4", "--max-text-tokens", "24", "--flip"]
+    arguments += ["--out", str(tmp_path / "set"), "--dtype", "bfloat16", "--mesh", "data=-1"]
+    assert encode_command.main(arguments) == 0
+    assert "10 records (32×32: 8, 32×64: 2), each mirrored too" in capsys.readouterr().out
+    manifest = records.Manifest.read(tmp_path / "set")
+    assert manifest.made_from["text_encoder"]["dtype"] == "bfloat16" and manifest.made_from["vae"]["dtype"] == "float32"
+    assert encode_command.main([*arguments, "--check", "--again", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "3 records encoded again: 3 equal to the byte"
+    with pytest.raises(UserError, match="was encoded with something else: text_encoder is "):
+        encode_command.main([*arguments[:-4], "--check", "--again", "3"])
 
 
 def test_the_identity_of_an_encoder_is_that_of_its_weights(model):

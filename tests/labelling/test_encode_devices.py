@@ -130,7 +130,8 @@ class Bad(tiny.Noise):
     def __getitem__(self, index):
         sample = super().__getitem__(index)
         change = {
-            2: {"image": b""}, 3: {"image": sample.image[: len(sample.image) // 2]}, 4: {"captions": {"short": ("a circle",)}}, 5: {"captions": {}},
+            2: {"image": b""}, 3: {"image": sample.image[: len(sample.image) // 2]},
+            4: {"captions": {"short": ("a circle",)}}, 5: {"captions": {}},
             6: {"captions": {"short": ("a",), "dense": ("a circle " * 1_200_000,)}},
             7: {"captions": {"short": ("",), "dense": ("a \x00\x07 red\x1b[2J circle\n",)}},
         }  # fmt: skip

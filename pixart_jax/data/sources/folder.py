@@ -34,9 +34,9 @@ class FolderSource(Listed):
       captions.jsonl, .csv, .tsv, .parquet, or metadata.* (Hugging Face's imagefolder), in the folder or one below: every column of
                         texts is a kind, a list is several captions; 'key', 'file', 'file_name' or 'path' names the picture, from the
                         file's own folder or from the root; an integer 'label' is the class
-      the files given as ``tables`` in place of the last.
-    Named and left out: a second picture of one key, captions without a picture, a second row of one picture, captions of more
-    than 100 KB, rows that cannot be read.
+      the files given as ``tables`` in place of the last. Rows of one picture that bring different kinds are put together.
+    Named and left out: a second picture of one key, captions without a picture, a second row of one picture and kind, captions of
+    more than 100 KB, rows that cannot be read.
     """
 
     def __init__(
@@ -167,15 +167,17 @@ class FolderSource(Listed):
             picture = self._find(str(row[field]), here, numbers)
             if picture < 0:
                 self.faults.add(place, "caption without picture", str(row[field]))
-            elif self._row_of[picture] >= 0:
-                self.faults.add(place, "key twice", str(row[field]))
             else:
                 said = texts.captions_of(row, f"{place}, {row[field]}", self.faults)
+                before, known = self._row(picture)
+                if self._row_of[picture] >= 0 and not (said.keys() - before.keys() and said.keys().isdisjoint(before)):
+                    self.faults.add(place, "key twice", str(row[field]))
+                    continue
                 kinds.update(dict.fromkeys(said))
                 others = {k: v for k, v in row.items() if k not in said and not texts.is_caption(k, v) and _plain(v)}
                 greatest = max(greatest, texts.label_of(row))
                 self._row_of[picture] = len(self._rows)
-                self._rows.append(json.dumps([said, others], ensure_ascii=False))
+                self._rows.append(json.dumps([{**before, **said}, {**others, **known}], ensure_ascii=False))
         return greatest
 
     def _find(self, given: str, here: str, numbers: Numbers) -> int:
