@@ -85,13 +85,12 @@ def _caption(journal: Journal, pending, opening, options, cluster, workers: int,
     against: collections.Counter[str] = collections.Counter()
     with tqdm(total=total, initial=started, unit=" captions", desc="captioning", smoothing=0.1, dynamic_ncols=True) as bar:
         for rows in _waves(pending, opening, options, cluster, workers, open_model):
+            journal.append([row for row in rows if not faults.strict or "left_out" not in row])
             for row in rows if faults.strict else ():
                 for noticed in row.get("noticed", ()):
                     faults.add(*noticed)
                 if "left_out" in row:
-                    journal.append([other for other in rows if "left_out" not in other])
                     faults.add(_place(opening, row), *row["left_out"])
-            journal.append(rows)
             against.update(name for row in rows for name in row.get("guards", ()))
             bar.set_postfix({name: count for name, count in against.most_common()}, refresh=False)
             bar.update(len(rows))
