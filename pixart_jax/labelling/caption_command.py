@@ -1,6 +1,6 @@
 """``python -m pixart_jax caption``: pictures → detailed captions by a vision-language model, on this machine or a Ray cluster.
 
-It needs PyTorch and Ray Data: pip install 'pixart-jax[caption]'. Killed at any moment, the same command goes on.
+It needs PyTorch and Ray Data: pip install torch 'ray[data]'. Killed at any moment, the same command goes on.
 """
 
 from __future__ import annotations

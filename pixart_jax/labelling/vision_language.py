@@ -13,7 +13,7 @@ from PIL import Image
 
 from pixart_jax.errors import UserError
 
-NEEDS = "pip install 'pixart-jax[caption]'"
+NEEDS = "pip install torch 'ray[data]'"
 SHORTEST, LONGEST = 400, 800  # px: the sides of a picture as the official script shows it to the model
 
 

@@ -201,7 +201,7 @@ def test_without_ray_or_torch_the_line_says_how_to_get_them(monkeypatch):
 
     check_engines()
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"Ray Data is not installed: pip install 'pixart-jax\[caption\]'"):
+    with pytest.raises(UserError, match=r"Ray Data is not installed: pip install torch 'ray\[data\]'"):
         check_engines()
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="PyTorch and Ray Data is not installed"):

@@ -185,7 +185,7 @@ def _roles(features, name: str) -> tuple[str, str | None, list[str] | None, dict
     texts: dict[str, tuple[str, ...]] = {}
 
     def walk(node, path: tuple[str, ...]):
-        if isinstance(node, feature.Text) or isinstance(node, feature.Tensor) and node.shape == () and node.np_dtype == object:
+        if isinstance(node, feature.Text) or isinstance(node, feature.Tensor) and node.shape == () and np.dtype(node.np_dtype).kind == "O":
             if path[-1].rsplit("/", 1)[-1] not in _NAMES:
                 texts["/".join(path)] = path
         elif isinstance(node, feature.FeaturesDict):
