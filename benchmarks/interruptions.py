@@ -174,7 +174,10 @@ def check_death(death: Death, before: int | None, starts: int, workdir: Path, lo
 def leaves(workdir: Path):
     import jax
 
-    state = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(committed(workdir)) / "state")
+    folder = workdir / "checkpoints" / str(committed(workdir)) / "state"
+    shapes = ocp.StandardCheckpointHandler().metadata(folder).tree
+    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)  # whatever mesh of whatever processes saved it
+    state = ocp.PyTreeCheckpointer().restore(folder, restore_args=whole)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 

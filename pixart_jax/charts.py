@@ -39,6 +39,27 @@ def histograms(
     return _save(figure, path)
 
 
+def panels(path: Path, values: Mapping[str, Mapping[str, float]], *, title: str) -> Path:
+    """Sets side by side: a panel a measure, in it a lying bar a set with its value. values: measure → set → value."""
+    from matplotlib.figure import Figure
+
+    sets = list(dict.fromkeys(name for row in values.values() for name in row))
+    figure = Figure((2.2 + 2.4 * len(values), 1.2 + 0.32 * len(sets)), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for number, (axes, (measure, row)) in enumerate(zip(figure.subplots(1, len(values), squeeze=False)[0], values.items())):
+        numbers = [row.get(name, 0) for name in sets]
+        drawn = axes.barh(range(len(sets)), numbers, color="#3b6ea5")
+        axes.bar_label(drawn, labels=[f"{n:,}" for n in numbers], fontsize=7, padding=2)
+        axes.set_yticks(range(len(sets)), sets if number == 0 else [""] * len(sets), fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.3)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_title(measure, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
 def _figure(title: str, size: tuple[float, float]):
     from matplotlib.figure import Figure  # without pyplot: no window system, no state shared between threads
 

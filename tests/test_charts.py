@@ -29,3 +29,12 @@ def test_the_same_numbers_give_the_same_bytes_and_nothing_half_written_stays(tmp
     other = charts.histograms(tmp_path / "3.png", [0, 1, 2], {"x": [3, 5]}, title="t", axis="tokens", mark=1.5).read_bytes()
     assert one == two != other
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png", "3.png"]
+
+
+def test_panels_show_every_set_in_every_measure(tmp_path):
+    values = {"nouns": {"a": 10, "b": 20}, "average": {"a": 1.5, "b": 3.0}}
+    drawn = blue(charts.panels(tmp_path / "panels.png", values, title="sets"))
+    left, right = drawn[:, : drawn.shape[1] // 2], drawn[:, drawn.shape[1] // 2 :]
+    for panel in (left, right):
+        lengths = np.unique(panel.sum(1)[panel.sum(1) > 5])
+        assert len(lengths) == 2 and abs(lengths[0] / lengths[1] - 0.5) < 0.03

@@ -175,21 +175,32 @@ def test_no_circle_among_modules_when_imported():
 
 
 def test_rooms_know_only_packages_that_requirements_name():
-    """Every third-party import in the package is a direct requirement, an optional engine, or a part of one."""
-    named = {re.split(r"[<>=\[!~ ]", line)[0].lower().replace("-", "_") for line in requirement_lines()}
+    """Every third-party import in the package is a direct requirement, a part of an extra, or an engine that a command names when it
+    is not there. What an extra or nothing installs is imported inside functions, where the lack of it can be told in one line."""
     as_imported = {"pillow": "PIL", "beautifulsoup4": "bs4", "orbax_checkpoint": "orbax", "tensorboardx": "tensorboardX"}
-    known = {as_imported.get(name, name) for name in named}
-    # Engines that a few commands use where they are installed, and say by name when they are not.
-    optional = {"torch", "ray", "tokamax", "absl", "codecarbon", "pynvml", "webdataset", "nltk", "textblob", "sentencepiece"}
+
+    def packages(lines) -> set[str]:
+        named = {re.split(r"[<>=\[!~ ]", line)[0].lower().replace("-", "_") for line in lines}
+        return {as_imported.get(name, name) for name in named}
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    known = packages(requirement_lines())
+    # Of the extras; and engines that a few commands use where they are installed, and say by name when they are not.
+    optional = packages(line for extra in extras.values() for line in extra) | {"tokamax", "absl", "codecarbon", "pynvml", "nltk", "spacy"}
+    optional -= known
     unknown = []
     for module, file in MODULES.items():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        at_import = list(_at_import_time(tree))
+        for node in ast.walk(tree):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
             for name in (n.split(".")[0] for n in names):
                 if name not in known | optional | {"pixart_jax"} | set(sys.stdlib_module_names):
                     unknown.append(f"{module}:{node.lineno} imports {name}")
+                elif name in optional and node in at_import:
+                    unknown.append(f"{module}:{node.lineno} imports {name}, which need not be there, when it is imported itself")
     assert not unknown, "\n".join(unknown)
 
 

@@ -123,8 +123,9 @@ class FeatureSamples:
             found: list[_Found | None] = []
             for start in range(0, count, 4096):
                 some = self._entries[start : start + 4096]
-                for one in readers.map(lambda entry: _features_of(entry, folder, texts, seen), some):
+                for one, faults in readers.map(lambda entry: _features_of(entry, folder, texts), some):
                     found.append(one)
+                    seen.extend(faults)
                     bar.update()
         found = self._alone(found, seen)
         self.faults.extend(seen)
@@ -209,36 +210,33 @@ def _names(path: str) -> list[str]:
     stem = posixpath.splitext(path)[0] if "." in posixpath.basename(path) else path
     joined = "_".join(stem.rsplit("/", 1))
     base = posixpath.basename(stem)
-    return list(dict.fromkeys([joined, posixpath.basename(joined), base, posixpath.basename(joined).split(".")[0]]))
+    above = [] if "/" in path else [f"InternImgs_{base}", f"InternImgs_{base}".split(".")[0]]  # the extractor takes the folder above for it
+    return list(dict.fromkeys([joined, posixpath.basename(joined), base, posixpath.basename(joined).split(".")[0], *above]))
 
 
-def _features_of(entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Path], faults: Faults) -> _Found | None:
-    """None, and named, where latents or all texts are missing or damaged."""
+def _features_of(entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Path]) -> tuple[_Found | None, list[Fault]]:
+    """None, and what is wrong, where latents or all texts are missing or damaged."""
     place = f"{entry.place}, {entry.path}"
     names = _names(entry.path)
     latents = _first(folder, names, ".npy")
     if latents is None:
-        faults.add(place, "missing features", f"no {names[0]}.npy in {folder.name}")
-        return None
+        return None, [Fault(place, "missing features", f"no {names[0]}.npy in {folder.name}")]
     try:
         bucket = _bucket(latents)
     except _DAMAGE as fault:
-        faults.add(str(latents), "unreadable features", str(fault))
-        return None
-    held, damaged = [], False
+        return None, [Fault(str(latents), "unreadable features", str(fault))]
+    held, faults = [], []
     for kind in texts:
         file = _first(kind, names, ".npz")
         try:
             held.append((str(file), _tokens(file)) if file else None)
         except _DAMAGE as fault:
-            faults.add(str(file), "unreadable features", str(fault))
+            faults.append(Fault(str(file), "unreadable features", str(fault)))
             held.append(None)
-            damaged = True
     if texts and not any(held):
-        if not damaged:
-            faults.add(place, "missing features", f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}")
-        return None
-    return _Found(str(latents), bucket, tuple(held))
+        missing = Fault(place, "missing features", f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}")
+        return None, faults or [missing]
+    return _Found(str(latents), bucket, tuple(held)), faults
 
 
 def _first(folder: pathlib.Path, names: Sequence[str], suffix: str) -> pathlib.Path | None:

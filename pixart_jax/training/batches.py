@@ -36,7 +36,7 @@ from pixart_jax.pipeline.encoder_identity import expected_identity
 from pixart_jax.training.frozen import Frozen
 
 Encode = Callable[..., Path]
-"""(source, *, buckets, captions, max_text_tokens, frozen) → the folder of its encoded shards, made where absent.
+"""(source, *, buckets, captions, max_text_tokens, frozen[, strict]) → the folder of its encoded shards, made where absent.
 
 Encoding stands above training in the house, so whoever starts a run hands it in (train.py: pixart_jax.labelling.stage).
 """
@@ -100,7 +100,8 @@ def _part(text: str, share: float | None, stage: StageConfig, frozen: Frozen, en
         if encode is None:
             raise UserError(f"stage {stage.name}: {text} is not encoded, and this run was given nothing to encode it with")
         kinds = tuple(kind for kind, weight in captions if weight > 0)
-        folder = encode(source, buckets=data.buckets, captions=kinds, max_text_tokens=data.max_text_tokens, frozen=frozen)
+        how = {"buckets": data.buckets, "captions": kinds, "max_text_tokens": data.max_text_tokens, "frozen": frozen}
+        folder = encode(source, **how, **({"strict": True} if data.strict else {}))
         return EncodedSamples(folder, captions, data.max_text_tokens, faults=faults)
     if stage.task == "autoencoder":
         if kind == "records":

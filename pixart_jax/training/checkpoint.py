@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import logging
+import sys
 import zlib
 from pathlib import Path
 
@@ -59,6 +60,9 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._saving: int | None = None
         logging.getLogger("absl").addFilter(_raised_anyway)
+        logging.getLogger("asyncio").addFilter(_said_already)
+        if getattr(sys.unraisablehook, "func", None) is not _late:
+            sys.unraisablehook = functools.partial(_late, sys.unraisablehook)
         policies = [keeping.LatestN(keep)] + ([keeping.EveryNSteps(every)] if every else [])
         self._manager = _Orbax(
             self.folder,
@@ -214,6 +218,17 @@ class _Orbax(ocp.CheckpointManager):
 def _raised_anyway(record: logging.LogRecord) -> bool:
     """Drops the tracebacks that Orbax's threads log of a fault that it then raises: it is to be said once."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _said_already(record: logging.LogRecord) -> bool:
+    """Drops what asyncio logs of the other writes that a full disk has failed: the first is raised, and said by Checkpoints."""
+    return not (record.exc_info and "No space left on device" in str(record.exc_info[1]))
+
+
+def _late(usual, fault) -> None:
+    """sys.unraisablehook without what a write of TensorStore's says that fails after Orbax gave up on its save and closed its loop."""
+    if not (fault.exc_type is RuntimeError and str(fault.exc_value) == "Event loop is closed"):
+        usual(fault)
 
 
 def _arrays(state: TrainState) -> dict:

@@ -26,6 +26,7 @@ FREE = (
     "mesh",
     "remat",
     "workers",
+    "strict",
 )
 
 

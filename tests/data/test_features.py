@@ -1,6 +1,7 @@
 """The features of the official repositories train as they are; what is missing is named, and nothing takes its place."""
 
 import json
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -60,6 +61,14 @@ def test_every_name_that_the_official_tools_give_is_found(tmp_path, names, folde
     for index, size in enumerate(SIZES):
         batch = samples.read(np.array([index]), int(samples.bucket_of[index]), np.zeros(1))
         assert batch["mean"].shape == (1, size[0] // 8, size[1] // 8, 4)
+
+
+@pytest.mark.parametrize("path", ["000/000000.png", "a.png", "x/y/z.png", "sub/na.me.png"])
+def test_the_names_are_those_of_the_official_expressions(path):
+    names = reading._names(path)
+    assert "_".join(path.rsplit("/", 1)).replace(".png", ".npz")[:-4] == names[0]  # both loaders
+    assert "_".join(f"InternImgs/{path}".rsplit("/", 2)[-2:]).split(".")[0] in names  # the extractor of several aspect ratios
+    assert pathlib.Path(path).stem in names  # the extractors of texts and of single sizes, and PixArt-Σ's
 
 
 def test_sam_s_features_bear_the_pictures_names(tmp_path):

@@ -80,6 +80,20 @@ def test_a_given_caption_file_goes_before_what_lies_there(tmp_path):
         open_source(f"folder:{tmp_path / 'set'}?captions=nowhere.csv")
 
 
+def test_captions_that_the_command_caption_wrote_are_of_the_kind_that_it_gave_them(tmp_path):
+    write(tmp_path / "set", {"a.jpg": PHOTO, "a.txt": "raw", "b.v2.jpg": PHOTO})
+    for kind in ("dense", "short"):
+        made = {"kind": kind, "model": "a/vlm", "prompt": "Describe this image", "tokens": 9, "finish": "stop"}
+        lines = [json.dumps({"key": key, "caption": f"{kind} of {key}", **made}) for key in ("a", "b.v2")]
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+    source = open_source(f"folder:{tmp_path / 'set'}?captions={tmp_path / 'dense.jsonl'},{tmp_path / 'short.jsonl'}")
+    assert captions(source) == {
+        "a": {"dense": ("dense of a",), "short": ("short of a",), "caption": ("raw",)},
+        "b.v2": {"dense": ("dense of b.v2",), "short": ("short of b.v2",)},
+    }
+    assert set(source.caption_kinds) == {"caption", "dense", "short"} and not len(source.faults)
+
+
 def test_bad_input_is_named_and_counted_and_the_rest_goes_on(tmp_path):
     table = [
         json.dumps({"key": "a", "caption": "good"}), json.dumps({"key": "a", "caption": "again"}),
@@ -182,6 +196,16 @@ def test_an_own_filter_sees_sizes_captions_and_the_table_s_other_fields(tmp_path
     assert [s.key for s in open_source(str(tmp_path), where="labelled", limit=1)] == ["a"]
     with pytest.raises(UserError, match="needs the field 'scor', which folder:"):
         open_source(str(tmp_path), where=f"{__name__}:scored")
+
+
+def clumsy(fields):
+    return 1 / fields["label"]
+
+
+def test_an_own_filter_that_fails_is_named_with_its_record(tmp_path):
+    write(tmp_path, {"a.jpg": PHOTO, "captions.jsonl": '{"key": "a", "caption": "x", "label": 0}'})
+    with pytest.raises(UserError, match="clumsy' fails on a: ZeroDivisionError"):
+        open_source(str(tmp_path), where=f"{__name__}:clumsy")
 
 
 def test_sizes_of_a_large_set_are_kept_for_the_next_start(tmp_path, monkeypatch):

@@ -154,6 +154,20 @@ def test_a_mixture_shows_every_sample_once_under_its_set_s_name(tmp_path):
     assert len({twice[i].key for i in range(4)}) == 4  # a key is never of two samples
 
 
+def test_captions_are_read_without_the_pictures(tmp_path):
+    write(tmp_path / "photos", {"a.png": encoded(picture()), "a.dense.txt": "at length", "b.png": encoded(picture())})
+    img2dataset(tmp_path / "web.tar", 0, 2)
+    parts = [f"folder:{tmp_path / 'photos'}", str(tmp_path / "web.tar"), str(intern(tmp_path / "official")), str(sam(tmp_path / "SA1B"))]
+    parts.append(str(shards(tmp_path / "set")))
+    for text in [*parts[:-1], " + ".join(f"1*{part}" for part in parts)]:
+        source = open_source(text)
+        expected = [(source[i].key, dict(source[i].captions)) for i in range(len(source))]
+        assert [(key, dict(said)) for key, said in map(source.captions_at, range(len(source)))] == expected
+    source = open_source(parts[0])
+    (tmp_path / "photos" / "a.png").unlink()
+    assert source.captions_at(0) == ("a", {"dense": ("at length",)})
+
+
 def test_the_faults_of_all_parts_are_one_list(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / name, {"x.png": encoded(picture()), "x.jpg": b"", "lonely.txt": "x"})

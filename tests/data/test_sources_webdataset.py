@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pixart_jax.data import images
-from pixart_jax.data.sources import open_source, tar_index
+from pixart_jax.data.faults import Faults
+from pixart_jax.data.sources import open_source, tar_headers, tar_index
 from pixart_jax.errors import UserError
 from tests.data.tiny_sets import encoded, img2dataset, picture, tar
 
@@ -60,6 +61,37 @@ def test_long_and_foreign_names_are_understood_in_every_form_of_tar(tmp_path, fo
     name = ("n" * 60 + "/") * 2 + "photo" if form == tarfile.USTAR_FORMAT else "länger/" + "n" * 200
     source = open_source(str(tar(tmp_path / "a.tar", {f"{name}.jpg": PHOTO, f"{name}.txt": "x"}, form)))
     assert keys(source) == [name] and source[0].texts("caption") == ("x",)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_say_what_tarfile_reads_and_no_cut_is_a_traceback(tmp_path, form):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as out:
+        for number in range(12):
+            name = f"dir/{'n' * (0 if form == tarfile.USTAR_FORMAT else 30 * number)}{number}.jpg"
+            info = tarfile.TarInfo(name)
+            info.size = 100 * number
+            out.addfile(info, io.BytesIO(bytes(info.size)))
+            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+                link = tarfile.TarInfo(f"link{number}.jpg")
+                link.type, link.linkname = kind, name
+                out.addfile(link)
+    with tarfile.open(path) as held:
+        expected = [(member.name, member.offset_data, member.size) for member in held if member.isreg()]
+    faults = Faults()
+    assert list(tar_headers.members(path, faults)) == expected and not len(faults)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for cut in rng.integers(0, len(whole) - 10240, 60):
+        path.write_bytes(whole[:cut])
+        faults = Faults()
+        found = list(tar_headers.members(path, faults))
+        assert found == expected[: len(found)] and dict(faults.counts) == {"cut file": 1}
+    for place in rng.integers(0, len(whole) - 10240, 100):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(spoilt)
+        found = list(tar_headers.members(path, Faults()))
+        assert len(found) <= len(expected)
 
 
 def test_a_key_of_two_tars_is_told_by_its_tar_and_the_first_stays_plain(tmp_path):

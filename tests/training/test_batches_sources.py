@@ -96,6 +96,10 @@ def test_what_is_left_out_is_said_and_strict_stops(world, capsys):
     assert "3 left out: 2 unreadable image, 1 caption without picture" in said
     with pytest.raises(UserError, match="lonely.txt: caption without picture"):
         opened(world(str(world.folder / "photos"), "autoencoder", strict=True))
+    (world.folder / "photos" / "lonely.txt").unlink()
+    for task, message in (("autoencoder", "cut: unreadable image"), ("text_to_image", "cut: missing caption")):
+        with pytest.raises(UserError, match=message):
+            opened(world(str(world.folder / "photos"), task, strict=True))
 
 
 def test_a_sample_that_lacks_a_caption_is_left_out_and_one_that_lacks_a_kind_takes_the_other(world, capsys):

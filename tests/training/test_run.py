@@ -192,8 +192,7 @@ def test_a_disk_that_is_full_keeps_the_last_save_and_the_same_command_goes_on_on
         pytest.skip("file systems cannot be mounted here")
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "could not be written, step 3 is the last save; free some space" in said[0]
-    # A write of TensorStore's that ends after Orbax has given up complains of Orbax's closed loop; of ours there is the line alone.
-    assert all("Event loop is closed" in trace for trace in done.stderr.split("Traceback (most recent call last):")[1:]), done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     first, second = [line.split() for line in done.stdout.splitlines() if line.startswith("status")]
     assert first[:4] == ["status", "2", "saves", "3"] and second == ["status", "0"], done.stdout
     assert_ended_the_same(tmp_path / "run", finished[0], "on a full disk")

@@ -50,7 +50,9 @@ def test_another_config_is_refused_with_what_differs(tmp_path, config, said):
 def test_what_only_changes_the_watching_may_change(tmp_path):
     with Workdir(tmp_path, CONFIG):
         pass
-    with Workdir(tmp_path, dataclasses.replace(other(data=DataConfig(workers=7)), log_every=1, checkpoint_every=5, remat="full")):
+    with Workdir(
+        tmp_path, dataclasses.replace(other(data=DataConfig(workers=7, strict=True)), log_every=1, checkpoint_every=5, remat="full")
+    ):
         pass
 
 

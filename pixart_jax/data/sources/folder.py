@@ -34,9 +34,9 @@ class FolderSource(Listed):
       captions.jsonl, .csv, .tsv, .parquet, or metadata.* (Hugging Face's imagefolder), in the folder or one below: every column of
                         texts is a kind, a list is several captions; 'key', 'file', 'file_name' or 'path' names the picture, from the
                         file's own folder or from the root; an integer 'label' is the class
-      the files given as ``tables`` in place of the last.
-    Named and left out: a second picture of one key, captions without a picture, a second row of one picture, captions of more
-    than 100 KB, rows that cannot be read.
+      the files given as ``tables`` in place of the last. Rows of one picture that bring different kinds are put together.
+    Named and left out: a second picture of one key, captions without a picture, a second row of one picture and kind, captions of
+    more than 100 KB, rows that cannot be read.
     """
 
     def __init__(
@@ -167,15 +167,17 @@ class FolderSource(Listed):
             picture = self._find(str(row[field]), here, numbers)
             if picture < 0:
                 self.faults.add(place, "caption without picture", str(row[field]))
-            elif self._row_of[picture] >= 0:
-                self.faults.add(place, "key twice", str(row[field]))
             else:
                 said = texts.captions_of(row, f"{place}, {row[field]}", self.faults)
+                before, known = self._row(picture)
+                if self._row_of[picture] >= 0 and not (said.keys() - before.keys() and said.keys().isdisjoint(before)):
+                    self.faults.add(place, "key twice", str(row[field]))
+                    continue
                 kinds.update(dict.fromkeys(said))
                 others = {k: v for k, v in row.items() if k not in said and not texts.is_caption(k, v) and _plain(v)}
                 greatest = max(greatest, texts.label_of(row))
                 self._row_of[picture] = len(self._rows)
-                self._rows.append(json.dumps([said, others], ensure_ascii=False))
+                self._rows.append(json.dumps([{**before, **said}, {**others, **known}], ensure_ascii=False))
         return greatest
 
     def _find(self, given: str, here: str, numbers: Numbers) -> int:
@@ -244,6 +246,11 @@ class FolderSource(Listed):
             raise images.UnreadableImage(f"{self._keys[place]}: {fault}") from None
         label = max(texts.label_of(self._row(place)[1]), texts.label_of(side))
         return Sample(self._keys[place], image, self._captions(place, side), label)
+
+    def captions_at(self, index: int) -> tuple[str, dict[str, tuple[str, ...]]]:
+        """(key, captions) of a sample, for whoever counts words: the picture is not read."""
+        place = self._place(index)
+        return self._keys[place], self._captions(place, self._json(place, self.faults))
 
     def _fields(self, place: int) -> Fields:
         side, row = self._json(place, self.faults), self._row(place)[1]

@@ -84,6 +84,10 @@ class Listed(abc.ABC):
                 self.faults.add(self._key(place), "missing field", f"{missing!r}, which the filter {where!r} asks for")
             except images.UnreadableImage as fault:
                 self.faults.add(self._key(place), "unreadable image", str(fault))
+            except UserError:
+                raise
+            except Exception as fault:  # in a person's own code: its traceback follows, and the record is said
+                raise UserError(f"filter {where!r} fails on {self._key(place)}: {type(fault).__name__}: {fault}") from fault
         if lacking and lacking == self._records:
             raise UserError(f"filter {where!r} needs the field {missing!r}, which {self.name} does not have")
         return np.array(kept, np.int64)

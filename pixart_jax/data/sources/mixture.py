@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -59,10 +59,25 @@ class Mixture:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, index: int) -> Sample:
+    def _at(self, index: int) -> tuple[int, int]:
+        """(number of the part, index in it)."""
         index = range(len(self))[index]
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        found = self.parts[part][index - int(self.starts[part])]
+        return part, index - int(self.starts[part])
+
+    def captions_at(self, index: int) -> tuple[str, Mapping[str, tuple[str, ...]]]:
+        """(key, captions) of a sample, for whoever counts words: no picture is read where the part's kind of source can do without."""
+        part, inside = self._at(index)
+        if read := getattr(self.parts[part], "captions_at", None):
+            key, captions = read(inside)
+        else:
+            found = self.parts[part][inside]
+            key, captions = found.key, found.captions
+        return f"{self._names[part]}/{key}", captions
+
+    def __getitem__(self, index: int) -> Sample:
+        part, inside = self._at(index)
+        found = self.parts[part][inside]
         return Sample(f"{self._names[part]}/{found.key}", found.image, found.captions, found.label)
 
     def sizes(self) -> np.ndarray:

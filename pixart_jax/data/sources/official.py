@@ -93,6 +93,11 @@ class OfficialSource(Listed):
             raise images.UnreadableImage(f"{self._keys[place]}: {fault}") from None
         return Sample(self._keys[place], image, said, texts.label_of(others))
 
+    def captions_at(self, index: int) -> tuple[str, dict[str, tuple[str, ...]]]:
+        """(key, captions) of a sample, for whoever counts words: the picture is not read."""
+        place = self._place(index)
+        return self._keys[place], self._said(place)[0]
+
     def _fields(self, place: int) -> Fields:
         said, others = self._said(place)
         captions = {kind: found[0] if len(found) == 1 else found for kind, found in said.items()}

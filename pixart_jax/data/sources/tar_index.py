@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
-import tarfile
 
 import numpy as np
 
@@ -16,11 +14,11 @@ from pixart_jax.cache import cache_folder
 from pixart_jax.data.faults import Fault, Faults
 from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.listed import keep
+from pixart_jax.data.sources.tar_headers import members
 
 FORMAT = 1
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _LOOKED_AT = 200  # .json members of a tar that are read to learn which kinds of text there are
-_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ def _read(path: pathlib.Path) -> TarIndex:
     kinds: dict[str, None] = {}
     looked = 0
     with open(path, "rb") as file:
-        for name, offset, size in _members(file, path, faults):
+        for name, offset, size in members(path, faults):
             folder, slash, base = name.rpartition("/")
             stem, dot, suffix = base.partition(".")
             suffix = suffix.lower()
@@ -86,11 +84,11 @@ def _read(path: pathlib.Path) -> TarIndex:
             if suffix.endswith("txt") and size > texts.LONGEST:
                 faults.add(place, "caption too long", f"{size:,} bytes, at most {texts.LONGEST:,} are taken")
                 continue
-            members = samples.setdefault(key, {})
-            if suffix in members or (suffix in PICTURES and any(other in PICTURES for other in members)):
+            held = samples.setdefault(key, {})
+            if suffix in held or (suffix in PICTURES and any(other in PICTURES for other in held)):
                 faults.add(place, "key twice", f"the tar holds another {'picture' if suffix in PICTURES else f'.{suffix}'} of {key!r}")
                 continue
-            members[suffix] = (offset, size)
+            held[suffix] = (offset, size)
             if suffix == "txt" or suffix.endswith(".txt"):
                 kinds[kind(suffix)] = None
             elif suffix == "cls":
@@ -102,16 +100,17 @@ def _read(path: pathlib.Path) -> TarIndex:
             elif suffix == "json" and looked < _LOOKED_AT:
                 looked += 1
                 kinds.update(dict.fromkeys(_kinds(os.pread(file.fileno(), size, offset))))
-    for key in [key for key, members in samples.items() if not any(suffix in PICTURES for suffix in members)]:
-        members = samples.pop(key)
-        if any(suffix.endswith("txt") or suffix == "json" for suffix in members):
-            faults.add(f"{path.name}, {key}", "caption without picture", ", ".join(f".{suffix}" for suffix in members))
-    suffixes = sorted({suffix for members in samples.values() for suffix in members})
-    flat = [(suffixes.index(suffix), *where) for members in samples.values() for suffix, where in members.items()]
+    for key in [key for key, held in samples.items() if not any(suffix in PICTURES for suffix in held)]:
+        held = samples.pop(key)
+        if any(suffix.endswith("txt") or suffix == "json" for suffix in held):
+            faults.add(f"{path.name}, {key}", "caption without picture", ", ".join(f".{suffix}" for suffix in held))
+    suffixes = sorted({suffix for held in samples.values() for suffix in held})
+    number = {suffix: i for i, suffix in enumerate(suffixes)}
+    flat = [(number[suffix], *where) for held in samples.values() for suffix, where in held.items()]
     table = np.array(flat, np.int64).reshape(-1, 3)
     return TarIndex(
         list(samples),
-        np.cumsum([0, *(len(members) for members in samples.values())]).astype(np.int64),
+        np.cumsum([0, *(len(held) for held in samples.values())]).astype(np.int64),
         table[:, 0].astype(np.uint16),
         np.ascontiguousarray(table[:, 1]),
         np.ascontiguousarray(table[:, 2]),
@@ -133,35 +132,3 @@ def _kinds(data: bytes) -> dict[str, tuple[str, ...]]:
     except (ValueError, RecursionError):
         return {}  # named when the sample is read
     return texts.captions_of(fields, "", Faults()) if isinstance(fields, dict) else {}
-
-
-def _members(file: io.BufferedReader, path: pathlib.Path, faults: Faults):
-    """(name, offset, size) of each whole regular file; what is cut off or damaged is named once, with where it begins."""
-    end = os.fstat(file.fileno()).st_size
-    if end == 0:
-        faults.add(path.name, "cut file", "0 bytes")
-        return
-    try:
-        with tarfile.open(fileobj=file, mode="r:", errorlevel=2, encoding="utf-8", errors="replace") as tar:
-            while True:
-                at = tar.offset
-                try:
-                    member = tar.next()
-                except tarfile.TarError as fault:
-                    faults.add(path.name, "cut file", f"at byte {at:,} of {end:,}: {fault}")
-                    return
-                if member is None:
-                    break
-                if (missing := member.offset_data + member.size - end) > 0:
-                    faults.add(f"{path.name}, {member.name}", "cut file", f"the tar ends {missing:,} bytes early")
-                    return
-                if member.isreg():
-                    yield member.name.removeprefix("./"), member.offset_data, member.size
-    except tarfile.TarError as fault:
-        faults.add(path.name, "cut file", str(fault))
-        return
-    block = os.pread(file.fileno(), _BLOCK, at)
-    if block.strip(b"\0"):
-        faults.add(path.name, "cut file", f"at byte {at:,} of {end:,} no header can be read: what lies behind is lost")
-    elif len(block) < _BLOCK:
-        faults.add(path.name, "cut file", f"ends at byte {end:,} without an end mark: samples may be lost")

@@ -35,8 +35,14 @@ def is_caption(name: str, value: object) -> bool:
 
 
 def captions_of(fields: Mapping[str, object], place: str, faults: Faults) -> dict[str, tuple[str, ...]]:
-    """Caption kind → texts of a row, each cleared by :func:`cleared`; empty ones are none."""
+    """Caption kind → texts of a row, each cleared by :func:`cleared`; empty ones are none.
+
+    A row with a caption and a ``kind`` (as the command caption writes them) has that one text of that kind: its others, as the prompt, are
+    what it was made with.
+    """
     found: dict[str, tuple[str, ...]] = {}
+    if isinstance(fields.get("caption"), str) and isinstance(kind := fields.get("kind"), str) and kind:
+        fields = {kind: fields["caption"]}
     for name, value in fields.items():
         if is_caption(name, value):
             texts = tuple(cleared(text, place, name, faults) for text in ([value] if isinstance(value, str) else value))

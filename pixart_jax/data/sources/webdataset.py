@@ -138,6 +138,11 @@ class WebdatasetSource(Listed):
         image = _bytes(*members[_picture_of(members)])
         return Sample(self._keys[place], image, self._captions(place, members, side), self._label(place, side))
 
+    def captions_at(self, index: int) -> tuple[str, dict[str, tuple[str, ...]]]:
+        """(key, captions) of a sample, for whoever counts words: the picture is not read."""
+        members = self._members(place := self._place(index))
+        return self._keys[place], self._captions(place, members, self._json(place, members))
+
     def _fields(self, place: int) -> Fields:
         members = self._members(place)
         side = self._json(place, members)
