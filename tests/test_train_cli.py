@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import AXES
 from pixart_jax.training import cli
 from pixart_jax.training.mesh_fit import check_models
+from pixart_jax.training.workdir import Workdir
 
 RECIPE = """
 from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig
@@ -80,6 +82,7 @@ def test_a_workdir_is_needed(capsys, recipe):
 )
 def test_a_mistake_is_one_line(capsys, recipe, tmp_path, override, said):
     assert said in refused(capsys, recipe, "--workdir", tmp_path / "run", *override)
+    assert not (tmp_path / "run" / "config.json").exists(), "the mended command must not be refused for another config"
 
 
 def test_what_a_later_stage_lacks_is_said_before_the_first_one_trains(capsys, recipe, tmp_path):
@@ -88,7 +91,8 @@ def test_what_a_later_stage_lacks_is_said_before_the_first_one_trains(capsys, re
 
 
 def test_a_workdir_with_another_config(capsys, recipe, tmp_path):
-    refused(capsys, recipe, "--workdir", tmp_path / "run")  # the config is written down before its data is missed
+    with Workdir(tmp_path / "run", runpy.run_path(recipe)["get_config"]()) as folder:
+        folder.keep()
     line = refused(capsys, recipe, "--workdir", tmp_path / "run", "--stages.0.batch-size", "4")
     assert "holds another config: stages.0.batch_size was 8, now 4" in line
 
@@ -108,7 +112,8 @@ def test_a_full_disk_is_one_line(capsys, recipe, tmp_path, monkeypatch, fault):
         raise fault
 
     monkeypatch.setattr(workdir, "write_atomic", full)
-    assert "the disk is full" in refused(capsys, recipe, "--workdir", tmp_path / "run")
+    there = ["--stages.0.data.source", "tfds:shapes/plain", "--stages.0.start", "fresh", "--vae", "assets/shapes"]
+    assert "the disk is full" in refused(capsys, recipe, "--workdir", tmp_path / "run", *there)
 
 
 def test_help_prints_and_exits_with_0(capsys, recipe):

@@ -62,6 +62,7 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
         _check_batches(config, mesh)
         check_models(config, mesh)
         _check_folders(config)
+        folder.keep()
         with (
             Checkpoints(folder.checkpoints, config.keep_checkpoints, config.keep_every) as saves,
             PowerMeter(mesh.devices.flat[0].platform) as meter,

@@ -33,7 +33,8 @@ FREE = (
 class Workdir:
     """The folder ``path`` for a run of ``config``; a context that holds its lock.
 
-    Raises UserError when the folder holds a run of another config (says what differs) or another process is writing there.
+    Entering raises UserError when the folder holds a run of another config (says what differs) or another process is writing there;
+    :meth:`keep` writes the config down, once it is known that the run can begin.
     """
 
     def __init__(self, path: str | os.PathLike, config: Config):
@@ -73,8 +74,11 @@ class Workdir:
                 raise UserError(f"workdir {self.path} holds another config: {'; '.join(differing[:3])}{more}; name another folder")
         elif self.checkpoints.exists():
             raise UserError(f"workdir {self.path} holds checkpoints but no config.json: name another folder")
+
+    def keep(self) -> None:
+        """The resolved config → config.json: from now on the folder is this run's."""
         if jax.process_index() == 0:
-            write_atomic(file, json.dumps(mine, indent=1) + "\n")
+            write_atomic(self.path / "config.json", json.dumps(as_json(self.config), indent=1) + "\n")
 
 
 def as_json(config: Config) -> dict:

@@ -21,10 +21,12 @@ def other(**changes) -> Config:
 
 
 def test_the_same_config_comes_back(tmp_path):
-    with Workdir(tmp_path / "run", CONFIG):
+    with Workdir(tmp_path / "run", CONFIG) as folder:
+        folder.keep()
         pass
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == as_json(CONFIG)
-    with Workdir(tmp_path / "run", CONFIG):
+    with Workdir(tmp_path / "run", CONFIG) as folder:
+        folder.keep()
         pass
 
 
@@ -38,8 +40,8 @@ def test_the_same_config_comes_back(tmp_path):
     ],
 )
 def test_another_config_is_refused_with_what_differs(tmp_path, config, said):
-    with Workdir(tmp_path, CONFIG):
-        pass
+    with Workdir(tmp_path, CONFIG) as folder:
+        folder.keep()
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError) as fault, Workdir(tmp_path, config):
         pass
@@ -48,8 +50,8 @@ def test_another_config_is_refused_with_what_differs(tmp_path, config, said):
 
 
 def test_what_only_changes_the_watching_may_change(tmp_path):
-    with Workdir(tmp_path, CONFIG):
-        pass
+    with Workdir(tmp_path, CONFIG) as folder:
+        folder.keep()
     with Workdir(
         tmp_path, dataclasses.replace(other(data=DataConfig(workers=7, strict=True)), log_every=1, checkpoint_every=5, remat="full")
     ):
@@ -68,14 +70,14 @@ def test_a_file_is_no_workdir(tmp_path):
 
 
 def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(tmp_path):
-    with Workdir(tmp_path, CONFIG):
-        pass
+    with Workdir(tmp_path, CONFIG) as folder:
+        folder.keep()
     file = tmp_path / "config.json"
     old = json.loads(file.read_text())
     del old["guard"], old["keep_every"], old["profile"], old["stages"][1]["optimizer"]["clip"], old["model"]["qk_norm"]
     file.write_text(json.dumps(old))
-    with Workdir(tmp_path, CONFIG):
-        pass
+    with Workdir(tmp_path, CONFIG) as folder:
+        folder.keep()
     assert json.loads(file.read_text()) == as_json(CONFIG)
     file.write_text(json.dumps(old))
     changed = dataclasses.replace(CONFIG, guard=GuardConfig(spike_factor=None))
@@ -84,8 +86,8 @@ def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(t
 
 
 def test_what_only_changes_what_is_kept_or_when_to_give_up_may_change(tmp_path):
-    with Workdir(tmp_path, CONFIG):
-        pass
+    with Workdir(tmp_path, CONFIG) as folder:
+        folder.keep()
     changes = {"keep_every": 7, "keep_checkpoints": 1, "profile": ProfileConfig((1, 2)), "guard": GuardConfig(bad_steps_in_row=3)}
     with Workdir(tmp_path, dataclasses.replace(CONFIG, **changes)):
         pass
