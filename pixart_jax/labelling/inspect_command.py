@@ -1,7 +1,7 @@
 """``python -m pixart_jax inspect DATA``: a page that shows what a set holds, before anything is trained on it.
 
-DATA is a source, as encode takes it. The page has figures, pictures by bucket as training would crop them, captions and how many of
-them are cut, duplicates by perceptual hash, and every record that is left out with its reason.
+DATA is a source, as encode takes it, or with --vae a folder of encoded shards. The page has figures, pictures by bucket as training
+would crop them, captions and how many of them are cut, duplicates by perceptual hash, and every record that is left out with its reason.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tyro
 from pixart_jax import program, tokenizer
 from pixart_jax.data.faults import Faults
 from pixart_jax.data.sources import open_source
+from pixart_jax.data.sources.encoded import RecordsSource
 from pixart_jax.errors import UserError
 
 
@@ -29,8 +30,10 @@ class Arguments:
     """Of a set that has splits."""
     where: str | None = None
     """Only samples that pass this filter: a name ('single') or 'package.module:function'."""
-    buckets: str = "256"
-    """HEIGHTxWIDTH in px, with commas between; or 256, 512, 1024 or 2048 for that base's whole table."""
+    buckets: str | None = None
+    """HEIGHTxWIDTH in px, with commas; or 256 (by itself), 512, 1024 or 2048 for that base's whole table. Encoded shards have their own."""
+    vae: pathlib.Path | None = None
+    """Of encoded shards: the folder of the VAE that made them, or of a model that holds it; it shows what training sees."""
     sample: int | None = None
     """Look at so many samples, drawn at random; all by default."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "none"
@@ -62,8 +65,22 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if arguments.duplicates > 16:
         raise UserError(f"--duplicates {arguments.duplicates}: at most 16 bits; pictures that have nothing in common differ in about 32")
+    counting, name = None, None
+    if arguments.tokenizer != "none":
+        folder = pathlib.Path(arguments.tokenizer)
+        folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+        counting, name = tokenizer.load(folder), arguments.tokenizer
+    buckets = parse_buckets(arguments.buckets or "256")
+    faults = Faults(strict=arguments.strict)
+    source = open_source(arguments.data, arguments.split, where=arguments.where, faults=faults)
+    if isinstance(source, RecordsSource):
+        if arguments.buckets is not None:
+            raise UserError("--buckets: encoded shards have buckets of their own")
+        source, buckets = _decoded(source, arguments.vae), source.buckets
+    elif arguments.vae is not None:
+        raise UserError(f"--vae is for encoded shards, and {arguments.data} has its pictures")
     options = Options(
-        buckets=parse_buckets(arguments.buckets),
+        buckets=buckets,
         max_text_tokens=arguments.max_text_tokens,
         shown=arguments.shown,
         distance=None if arguments.duplicates < 0 else arguments.duplicates,
@@ -71,13 +88,6 @@ def main(argv: Sequence[str]) -> int:
         seed=arguments.seed,
         threads=arguments.threads,
     )
-    counting, name = None, None
-    if arguments.tokenizer != "none":
-        folder = pathlib.Path(arguments.tokenizer)
-        folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-        counting, name = tokenizer.load(folder), arguments.tokenizer
-    faults = Faults(strict=arguments.strict)
-    source = open_source(arguments.data, arguments.split, where=arguments.where)
     found = survey(source, options, counting, faults=faults)
     path = page.write(found, options, arguments.out, name)
     used = sum(count > 0 for count in found.buckets.values())
@@ -89,3 +99,17 @@ def main(argv: Sequence[str]) -> int:
         print(f"  {faults.summary()}")
     print(f"the page: {path}")
     return 0
+
+
+def _decoded(source: RecordsSource, vae: pathlib.Path | None):
+    """Encoded shards with the pictures that their VAE makes of them."""
+    if vae is None:
+        raise UserError(f"{source.name} is encoded: give --vae, the folder of its VAE or of the model, or the set that it was made from")
+    from pixart_jax.labelling.inspection.decoded import Decoded
+    from pixart_jax.pipeline.encoder_identity import component_identity
+    from pixart_jax.weights.component import load_component
+
+    opened = load_component(vae / "vae" if (vae / "vae").is_dir() else vae)
+    if component_identity(opened) != source.identity.get("vae"):
+        raise UserError(f"--vae {vae}: {source.name} was encoded with another VAE")
+    return Decoded(source, opened)

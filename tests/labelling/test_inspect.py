@@ -5,16 +5,18 @@ from __future__ import annotations
 import html.parser
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from skimage import data as photographs
 
 from pixart_jax import program
 from pixart_jax.data.sources import Sample
 from pixart_jax.errors import UserError
-from pixart_jax.labelling import inspect_command
+from pixart_jax.labelling import encode_command, inspect_command
 from pixart_jax.labelling.inspection import duplicates, page
 from pixart_jax.labelling.inspection.survey import Options, survey
 
@@ -181,3 +183,22 @@ def test_the_command_says_what_it_found_and_where_the_page_is(folder, tmp_path, 
 def test_a_mistake_is_one_line_and_leaves_nothing(folder, tmp_path, capsys, flags, line):
     status, _, (error,) = run(capsys, folder, "--out", tmp_path / "page", *flags)
     assert status == 2 and line in error and not (tmp_path / "page").exists()
+
+
+def test_encoded_shards_show_what_their_vae_makes_of_them_and_no_other_vae_is_taken(folder, tmp_path, capsys):
+    shards, out = tmp_path / "shards", tmp_path / "page"
+    flags = ["--source", folder, "--model", "assets/shapes", "--captions", "caption", "--buckets", "64x64,48x80", "--out", shards]
+    assert program.run(encode_command.main, [str(flag) for flag in flags]) == 0
+    status, said, _ = run(capsys, shards, "--vae", "assets/shapes", "--out", out)
+    assert status == 0 and "3 pictures in 2 buckets" in said and "captions caption: 3 of 3 samples" in said
+    (shown,) = [path for path in (out / "pictures").glob("64x64-*.jpg")]
+    near = np.asarray(Image.open(shown)).astype(float) - np.asarray(Image.fromarray(photographs.astronaut()).resize((64, 64))).astype(float)
+    assert np.sqrt((near**2).mean()) < 60, "an autoencoder of coloured shapes keeps the light and dark of a photograph"
+    assert "give --vae" in run(capsys, shards, "--out", out)[2][0]
+    assert "have buckets of their own" in run(capsys, shards, "--vae", "assets/shapes", "--buckets", "64x64")[2][0]
+    assert "--vae is for encoded shards" in run(capsys, folder, "--vae", "assets/shapes")[2][0]
+    other = tmp_path / "other"
+    shutil.copytree("assets/shapes/vae", other)
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    save_file({name: array + 1 for name, array in weights.items()}, other / "diffusion_pytorch_model.safetensors")
+    assert "encoded with another VAE" in run(capsys, shards, "--vae", other)[2][0]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+
+import numpy as np
 
 from pixart_jax.data import images, records
 from pixart_jax.data.faults import Faults
@@ -28,6 +31,20 @@ class RecordsSource(Listed):
         self.num_classes = None
         state = [[shard.file, shard.count, shard.sha256] for shard in manifest.shards]
         self._choose(len(self._held), ["records", state], where, limit)
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in px that its pictures were cropped to."""
+        return tuple(dict.fromkeys(shard.bucket for shard in self._held.manifest.shards))
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What the records were made with (records.Manifest)."""
+        return self._held.manifest.identity
+
+    def latents(self, index: int) -> np.ndarray:
+        """float32 [height/f, width/f, c]: the posterior's mean, unscaled."""
+        return records.unpack(self._held.bytes(self._place(index)), ("mean",))[0]["mean"]
 
     def _read(self, place: int) -> tuple[dict, dict[str, str]]:
         return records.unpack(self._held.bytes(place), ("label", "size"))
