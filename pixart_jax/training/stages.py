@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from pixart_jax import png
 from pixart_jax.config import Config
+from pixart_jax.data import bucket_chart
 from pixart_jax.data.sources import kind_of, parts_of
 from pixart_jax.errors import Interrupted, UserError
 from pixart_jax.models.dit import DiTConfig
@@ -130,6 +132,10 @@ class Run:
         """Open data and model of a stage."""
         config = self.config.stages[index]
         loader = open_loader(self.config, index, self.frozen, self.encode, self.mesh)
+        if len(loader.samples.buckets) > 1 and jax.process_index() == 0:
+            held = np.bincount(loader.samples.bucket_of[loader.samples.bucket_of >= 0], minlength=len(loader.samples.buckets))
+            counts = {bucket: int(count) for bucket, count in zip(loader.samples.buckets, held, strict=True)}
+            bucket_chart.write(self.folder.path / f"buckets-{config.name}.png", counts, title=f"stage {config.name}")
         made = parts(self.config, config, self.frozen, self.mesh)
         return Stage(index, made.task, loader, made.optimizer, made.abstract)
 

@@ -82,6 +82,7 @@ def test_what_a_run_leaves(finished):
     assert {name: stage["images"] for name, stage in ledger["stages"].items()} == {"pixels": 56, "words": 64, "beauty": 144}
     assert json.loads((workdir / "reparameterization.json").read_text())["output_at_500"] < 1e-5
     assert (workdir / "loss.png").exists() and list(workdir.glob("events.out.tfevents.*"))
+    assert [path.name for path in workdir.glob("buckets-*.png")] == ["buckets-beauty.png"]  # the one stage with more than one
 
 
 def test_the_exported_model_draws_and_knows_what_it_predicts(finished):
