@@ -73,11 +73,11 @@ demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, scor
 	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn/grid.png; right and wrong marked: $(DEMO)/score/sheet.png; the run: $(DEMO)"
 
 test: $(VENV)/.dev  ## the whole test suite, slow tests too
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=15 --durations-min=5 --ignore $(ALONE)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider --durations=15 --durations-min=5 --ignore $(ALONE)
 	$(BIN)/python -m pytest -q -p no:cacheprovider $(ALONE)
 
 test-fast: $(VENV)/.dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p no:cacheprovider -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider -m "not slow"
 
 check: $(VENV)/.dev  ## lint and the rules of the house
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 Each stage is that of its xl2_* recipe (xl2_256_imagenet, xl2_256_sam, xl2_1024_ms) with fewer steps, smaller pictures and a faster
 optimizer, and velocity in place of epsilon, which a small model learns in fewer steps: the tasks, the learned range, the size
 conditions and the position scales are theirs. docs/data.md makes the data and runs it. Expected: the photographs' colours and rough
-shapes, no more: 240 pictures, 0.7M parameters, 1,200 steps.
+shapes, no more: 240 pictures, 0.7M parameters, 800 steps.
     python train.py configs/photographs.py --workdir runs/photographs
 """
 
@@ -28,7 +28,7 @@ def shrunk(recipe, steps: int, position_base: int, data: DataConfig, **changes):
     return dataclasses.replace(stage, steps=steps, batch_size=16, **changes)
 
 
-def get_config(imagenet_steps: int = 200, sam_steps: int = 200, aesthetic_steps: int = 800) -> Config:
+def get_config(imagenet_steps: int = 150, sam_steps: int = 150, aesthetic_steps: int = 500) -> Config:
     mixed = (("caption", 0.5), ("dense", 0.5))
     return Config(
         name="photographs",

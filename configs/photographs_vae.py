@@ -1,7 +1,7 @@
 """An autoencoder for docs/data.md's photographs: that of the embedded world (assets/shapes), trained on for a minute or two.
 
 A real run rests on Stable Diffusion's VAE, which is not to be had without a network; this one gives photographs their colours and
-rough shapes back. Expected: 22 dB on the pictures that it was trained on, from 18.
+rough shapes back. Expected: about 20 dB on the pictures that it was trained on, from 18.
     python train.py configs/photographs_vae.py --workdir runs/photographs_vae
 """
 
@@ -12,7 +12,7 @@ from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
 
 
-def get_config(steps: int = 200) -> Config:
+def get_config(steps: int = 150) -> Config:
     return Config(
         name="photographs_vae",
         stages=(

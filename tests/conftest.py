@@ -18,6 +18,27 @@ os.environ.setdefault("PYTHONPATH", str(ROOT))  # for the programs that tests st
 
 import pytest  # noqa: E402
 
+# Files that take minutes are begun first, so that no worker is left alone with one at the end (make test keeps this order).
+LONGEST = (
+    "test_data_document.py",
+    "training/test_run.py",
+    "training/test_processes_killed.py",
+    "labelling/test_caption_command.py",
+    "training/test_curves.py",
+    "training/test_interruptions.py",
+    "parallel/test_train_step_on_meshes.py",
+    "planning/test_memory.py",
+    "test_sample_killed.py",
+    "labelling/test_encode.py",
+    "test_parity_table.py",
+    "models/test_full_size.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
