@@ -3,7 +3,7 @@
 Each stage is that of its xl2_* recipe (xl2_256_imagenet, xl2_256_sam, xl2_1024_ms) with fewer steps, smaller pictures and a faster
 optimizer, and velocity in place of epsilon, which a small model learns in fewer steps: the tasks, the learned range, the size
 conditions and the position scales are theirs. docs/data.md makes the data and runs it. Expected: blots in the photographs' colours; 800
-steps on 240 pictures do not teach 0.7M parameters which photograph a caption means.
+steps on 240 pictures do not teach 0.6M parameters which photograph a caption means.
     python train.py configs/photographs.py --workdir runs/photographs
 """
 
