@@ -20,6 +20,21 @@ TEMPLATE = (
 )
 
 
+# What Idefics3's processor, and SmolVLM's, put around the tiles of a picture.
+TILES = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+TILES += [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+
+
+def small_llama(tokenizer, positions: int):
+    """The config of the language model in three of the families."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=positions, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+
+
 def words_tokenizer(special: list[str]):
     """A fast tokenizer of WORDS; what is not among them is <unk>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -57,14 +72,11 @@ def _save(model, processor, folder: Path) -> Path:
 
 def llava(folder: Path, chat_template: bool = True) -> Path:
     """LLaVA: CLIP's vision tower, a projector, Llama."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokenizer = words_tokenizer(["<image>"])
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    text = small_llama(tokenizer, 512)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14, projection_dim=32
     )
@@ -81,17 +93,12 @@ def llava(folder: Path, chat_template: bool = True) -> Path:
 
 def idefics(folder: Path) -> Path:
     """Idefics3, SmolVLM's family: a picture is cut into tiles, so that the number of its tokens depends on its shape."""
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, LlamaConfig
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    special = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
-    special += [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
-    tokenizer = words_tokenizer(special)
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    tokenizer = words_tokenizer(TILES)
+    text = small_llama(tokenizer, 1024)
     vision = Idefics3VisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
     )
@@ -105,17 +112,12 @@ def idefics(folder: Path) -> Path:
 
 def smolvlm(folder: Path) -> Path:
     """SmolVLM. Its processor needs num2words and, for the videos that it takes too, torchvision."""
-    from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor, SmolVLMVideoProcessor
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor, SmolVLMVideoProcessor
     from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-    special = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
-    special += [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
-    tokenizer = words_tokenizer(special)
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    tokenizer = words_tokenizer(TILES)
+    text = small_llama(tokenizer, 1024)
     vision = SmolVLMVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
     )
