@@ -54,7 +54,7 @@ class TfdsSource:
         except (ValueError, KeyError, NotImplementedError) as fault:
             splits = ", ".join(builder.info.splits) or "none"
             reason = " ".join(str(fault).split())[:200]
-            raise UserError(f"tfds:{name} has no split {split!r} that can be read at random (splits: {splits}): {reason}") from None
+            raise UserError(f"tfds:{name} has no split {split!r} that can be read at random (splits: {splits}): {reason}") from fault
         self.faults = Faults() if faults is None else faults
         self.name = f"tfds:{name}"
         self.split = split
