@@ -114,14 +114,14 @@ def _places(arguments: Arguments) -> tuple[pathlib.Path, pathlib.Path | None, li
     if out.suffix == ".jsonl" or out.is_file():
         raise UserError(f"--out {out}: with --format {arguments.format} it is a folder")
     from pixart_jax.data.sources import kind_of, parts_of
-    from pixart_jax.data.sources.webdataset import _files
+    from pixart_jax.data.sources.webdataset import tars_of
 
     kinds = [kind_of(text) for _, text in parts_of(arguments.source)]
     kind, place = kinds[0] if len(kinds) == 1 else ("mixture", "")
     if arguments.format == "webdataset":
         if kind != "webdataset":
             raise UserError(f"--format webdataset adds to the tars of 'webdataset:TARS', and {arguments.source} is a {kind}")
-        return out / "captions.jsonl", None, _files(place, Faults())
+        return out / "captions.jsonl", None, tars_of(place, Faults())
     if arguments.in_place and kind != "folder":
         raise UserError(f"--in-place --format txt writes beside the pictures of a folder, and {arguments.source} is a {kind}")
     return out / "captions.jsonl", pathlib.Path(place.partition("?")[0]) if arguments.in_place else None, []

@@ -36,7 +36,7 @@ class WebdatasetSource(Listed):
 
     def __init__(self, pattern: str, *, where: str | None = None, limit: int | None = None, faults: Faults | None = None):
         self.faults = Faults() if faults is None else faults
-        self._tars = _files(pattern, self.faults)
+        self._tars = tars_of(pattern, self.faults)
         inside = pathlib.Path(pattern)
         self.name = f"webdataset:{inside.resolve().name if inside.is_dir() else inside.name}"
         parts = self._indices()
@@ -200,7 +200,7 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
-def _files(pattern: str, faults: Faults) -> list[pathlib.Path]:
+def tars_of(pattern: str, faults: Faults) -> list[pathlib.Path]:
     """The tars that a pattern means, in its order; those of a range that are not there are named."""
     if re.match(r"[a-z0-9]+://|pipe:", pattern):
         raise UserError(f"webdataset:{pattern}: tars are read at random, from a disk; copy them to one first")
