@@ -58,6 +58,14 @@ class Flags:
     """Clean prompts as PixArt's training captions were: addresses, markup, file names and the like go."""
     binning: bool = True
     """Draw at the nearest size that the model was trained at, then resize and cut to what was asked for."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these two times (0 … 999); a step outside costs half. This and the next three change the image: docs/speed.md."""
+    cross_attention_steps: int | None = None
+    """After so many steps keep what cross-attention last gave and end guidance."""
+    blocks_every: int = 1
+    """Compute the blocks at every N-th step alone, and between them add what they last gave."""
+    block_schedule: str | None = None
+    """A JSON file that says for each step, block and part (attention, cross-attention, MLP) whether it is computed, 1 or 0."""
     batch_size: int | None = None
     """Images at once; by default up to 16 a device."""
     vae_tile: int | None = None
@@ -122,7 +130,8 @@ def plan(flags: Flags, rows: list[prompts.Row], share):
     own = sampling.read(flags.model)
     steps, guidance, solver = own.filled(flags.steps, flags.guidance, flags.solver)
     flags = dataclasses.replace(flags, steps=steps, guidance=guidance, solver=solver, null=own.meant(flags.null))
-    checked = {name: getattr(flags, name) for name in (*CANVAS, *HOW)} | {"tile": flags.vae_tile}
+    asked = shortcuts(flags)
+    checked = {name: getattr(flags, name) for name in (*CANVAS, *HOW)} | {"tile": flags.vae_tile, "shortcuts": asked}
     settings = {
         "negative_prompt": flags.negative_prompt,
         "height": None,
@@ -130,6 +139,7 @@ def plan(flags: Flags, rows: list[prompts.Row], share):
         "seed": flags.seed,
         **{name: getattr(flags, name) for name in HOW},
         **({"vae_tile": flags.vae_tile} if flags.vae_tile else {}),
+        **asked.settings(),
         **{name: False for name in ("clean_caption", "binning") if not getattr(flags, name)},
         "dtype": dtype(flags).__name__,
         **({"text_encoder": "int8"} if flags.text_encoder_int8 and flags.text_states is None else {}),
@@ -154,6 +164,13 @@ def plan(flags: Flags, rows: list[prompts.Row], share):
         wanted = [{**image, **({"text_states": how} if how else {})} for image in wanted]
     folder.check_weights(flags.model, ("transformer", "vae") if flags.text_states else folder.PARTS)
     return drawings.Drawings(flags.out, wanted, share)
+
+
+def shortcuts(flags: Flags):
+    """What is left out to be faster."""
+    from pixart_jax.pipeline import Shortcuts
+
+    return Shortcuts(flags.guidance_interval, flags.cross_attention_steps, flags.blocks_every, flags.block_schedule)
 
 
 def text_states(flags: Flags, wanted: list[dict]):
@@ -234,6 +251,7 @@ def draw(flags: Flags, drawings) -> None:
                 indices=members,
                 text_states=states,
                 tile=flags.vae_tile,
+                shortcuts=shortcuts(flags),
                 **{name: images[0][name] for name in ("height", "width", "seed", *HOW)},
                 **{name: getattr(flags, name) for name in ("clean_caption", "binning", "batch_size")},
             )

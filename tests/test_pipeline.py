@@ -254,14 +254,14 @@ def test_the_same_images_on_a_mesh_of_four_devices(ours, tmp_path):
 
 
 def test_one_executable_for_all_batches_and_for_other_parameters(ours):
-    from pixart_jax.pipeline.pipeline import _denoise
+    from pixart_jax.pipeline.denoising import drawn
 
     ours(PROMPTS, steps=6, batch_size=2, seed=0)
-    before = _denoise._cache_size()
+    before = drawn._cache_size()
     ours(PROMPTS * 2, steps=6, batch_size=2, seed=9, guidance=2.0, negative_prompt="a star")
     changed = jax.tree.map(lambda x: x * 1.01, ours.transformer.params)
     ours.replace(transformer=ours.transformer.replace(params=changed))(PROMPTS, steps=6, batch_size=2)
-    assert _denoise._cache_size() == before
+    assert drawn._cache_size() == before
 
 
 def test_prompts_are_cleaned_as_diffusers_cleans_them_unless_asked_not_to(pair):

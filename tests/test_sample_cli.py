@@ -94,7 +94,7 @@ def test_csv_and_jsonl_files_of_prompts(sample_program, tmp_path, name, text):
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_compiles_once(sample_program, tiny_model, tmp_path, form):
-    from pixart_jax.pipeline.pipeline import _denoise
+    from pixart_jax.pipeline.denoising import drawn
 
     rows = [(PROMPTS[0], 64, 96, None, None), (PROMPTS[1], 96, 64, 7, None)]
     rows += [(PROMPTS[2], 64, 96, None, "a star"), (PROMPTS[0], 96, 64, 7, "")]
@@ -104,11 +104,11 @@ def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_comp
     else:
         lines = [json.dumps({k: v for k, v in zip(names, row) if v is not None}) for row in rows]
     (tmp_path / f"p.{form}").write_text("\n".join(lines))
-    out, before = tmp_path / "out", _denoise._cache_size()
+    out, before = tmp_path / "out", drawn._cache_size()
     how = {"steps": 3, "batch_size": 2}
     argv = ["--model", str(tiny_model), "--prompts", str(tmp_path / f"p.{form}"), "--out", str(out), "--steps", "3", "--batch-size", "2"]
     assert program.run(sample_program.main, [*argv, "--no-grid"]) == 0
-    assert _denoise._cache_size() - before <= 2  # a size each, whatever the order of the rows
+    assert drawn._cache_size() - before <= 2  # a size each, whatever the order of the rows
     pipe = Pipeline.from_pretrained(tiny_model)
     for n, (prompt, height, width, seed, negative) in enumerate(rows):
         (path,) = out.glob(f"{n:04d}_*.png")

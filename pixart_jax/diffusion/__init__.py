@@ -5,11 +5,12 @@ from pixart_jax.diffusion.gaussian import add_noise, to_epsilon, to_x0, velocity
 from pixart_jax.diffusion.guidance import guided
 from pixart_jax.diffusion.objective import training_loss
 from pixart_jax.diffusion.posterior import ddpm_posterior
-from pixart_jax.diffusion.sampling import sample, timesteps
+from pixart_jax.diffusion.sampling import Stretch, sample, timesteps
 from pixart_jax.diffusion.schedule import Schedule
 
 __all__ = [
     "Schedule",
+    "Stretch",
     "add_noise",
     "ddpm_posterior",
     "guidance",

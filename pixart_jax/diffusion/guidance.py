@@ -14,40 +14,43 @@ from pixart_jax.errors import UserError
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def guided(
-    both: Denoiser,
-    scale: float | jax.Array,
-    *,
-    conditional: Denoiser | None = None,
-    interval: tuple[float, float] | None = None,
-) -> Denoiser:
+def guided(both: Denoiser, scale: float | jax.Array, *, conditional: Denoiser | None = None) -> Denoiser:
     """uncond + scale · (cond − uncond), on every channel of the prediction.
 
     both: (x [2b, …], t [2b]) → [2b, …, c or 2c]; the first b rows are to be unconditional (or under the negative prompt),
         the last b conditional: diffusers' order. It sees the same x and t in both halves.
     scale: one number, or [b], one for each image; may be traced. The plain number 1 does no second pass.
-    conditional: (x [b, …], t [b]) → [b, …], the conditional half alone. Needed where scale is 1 and for an interval.
-    interval: guide only where low ≤ t ≤ high, in the model's timesteps (0 … T − 1); elsewhere the conditional half runs alone and
-        costs half (a branch, not a mask). All images of a batch are at the same t.
+    conditional: (x [b, …], t [b]) → [b, …], the conditional half alone. Needed where scale is 1.
+
+    Guidance in some of the steps only is two stretches of a run (sampling.Stretch), so that the others cost half.
+    """
+    if not isinstance(scale, jax.Array) and np.ndim(scale) == 0 and float(scale) == 1.0:
+        if conditional is None:
+            raise UserError("guidance with scale 1 needs the conditional denoiser alone: give conditional=")
+        return conditional
+    return lambda x, t: combined(both(jnp.concatenate([x, x]), jnp.concatenate([t, t])), scale, x.shape[-1])
+
+
+def combined(output: jax.Array, scale: float | jax.Array, channels: int) -> jax.Array:
+    """Both halves' output [2b, …, c or 2c], the unconditional one first → the guided prediction [b, …, c or 2c]; c: channels.
 
     The variance logits of a 2c-channel model are those of the conditional half, unguided. ε and v may both be guided: they
     differ by a multiple of x_t, the same in both halves.
     """
-    plain = not isinstance(scale, jax.Array) and np.ndim(scale) == 0 and float(scale) == 1.0
-    if conditional is None and (plain or interval is not None):
-        raise UserError("guidance with scale 1 or an interval needs the conditional denoiser alone: give conditional=")
-    if plain:
-        return conditional
+    unconditional, conditioned = jnp.split(output, 2)
+    base, _ = split_output(unconditional, channels)
+    towards, logits = split_output(conditioned, channels)
+    prediction = base + per_image(jnp.asarray(scale), base) * (towards - base)
+    return prediction if logits is None else jnp.concatenate([prediction, logits], axis=-1)
 
-    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        output = both(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
-        unconditional, conditioned = jnp.split(output, 2)
-        base, _ = split_output(unconditional, x.shape[-1])
-        towards, logits = split_output(conditioned, x.shape[-1])
-        prediction = base + per_image(jnp.asarray(scale), base) * (towards - base)
-        return prediction if logits is None else jnp.concatenate([prediction, logits], axis=-1)
 
-    if interval is None:
-        return denoise
-    low, high = interval
-    return lambda x, t: jax.lax.cond((low <= t[0]) & (t[0] <= high), denoise, conditional, x, t)
+def within(t: np.ndarray, interval: tuple[float, float] | None) -> np.ndarray:
+    """Which of the times [n] lie in the interval (low, high), both ends counted; bool [n]. None: all. (arXiv 2404.07724)"""
+    low, high = interval or (-np.inf, np.inf)
+    return (low <= np.asarray(t)) & (np.asarray(t) <= high)
+
+
+def runs(flags: np.ndarray) -> list[tuple[bool, int]]:
+    """Flags [n] as (flag, how many in a row)."""
+    borders = np.flatnonzero(np.diff(np.asarray(flags, int))) + 1
+    return [(bool(part[0]), len(part)) for part in np.split(np.asarray(flags), borders)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,21 @@ Preview = Callable[[int, np.ndarray], None]
 TIMES = ("fractional", "integer")
 
 
+class Stretch(NamedTuple):
+    """Consecutive evaluations that are made alike, in a scan of their own: two of them where the second half of a run costs less.
+
+    steps: how many. denoise: (x [b, …, c], t [b] fp32, given, memory) → (prediction as a denoiser's, memory). given: what was made
+    for this evaluation before the scan (``sample(given=…)``); memory: what the evaluation before this one left, of any structure that
+    stays the same within the stretch. enter: the memory that the stretch before left → the memory that this one begins with.
+    """
+
+    steps: int
+    denoise: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
+    enter: Callable[[Any], Any] = lambda memory: memory
+
+
 def sample(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Sequence[Stretch],
     noise: jax.Array,
     solver: str | Solver = "dpm++",
     steps: int | str = 20,
@@ -34,11 +49,13 @@ def sample(
     prediction: str = "epsilon",
     start: int | None = None,
     preview: Preview | None = None,
+    given: Any = None,
 ) -> jax.Array:
     """Integrates from noise to data. Returns x [b, …, c], in fp32 or wider.
 
     denoiser: (x [b, …, c], t [b] fp32) → the prediction [b, …, c], or [b, …, 2c] with the variance logits behind it, which ddpm uses
-        ((9) of gaussian.py) and the others drop. Guidance is around it (guidance.guided).
+        ((9) of gaussian.py) and the others drop. Guidance is around it (guidance.guided). Or stretches of such, one scan after the
+        other over one solver's state, whose steps are those of the run; what they remember begins as None.
     noise: [b, …, c], standard normal at start 0. The channel axis is the last.
     solver: a name (solvers.NAMES), or one of solvers/ with options of its own.
     steps: how many; ddpm and ddim also read a respacing ('100', 'ddim50', '10,15,20').
@@ -50,6 +67,8 @@ def sample(
     order: of dpm++. eta: of ddim.
     prediction: what the denoiser names, "epsilon" or "v".
     start: skip so many steps; ``noise`` is then x at the time ``timesteps(...)[start]`` (img2img: add_noise up to that time).
+    given: a tree of arrays [n, …], a row for each evaluation of the run, as stretches are given them: what depends on the time alone
+        is made for all steps at once, before the scan.
     preview: called on the host after each evaluation with (step, x_0 estimate [b, …, c] as numpy); step counts from 0 and includes
         the skipped ones. The compiled program has no trace of it when it is None.
 
@@ -73,7 +92,12 @@ def sample(
         "alpha": plan.alpha.astype(x.dtype),
         "sigma": plan.sigma.astype(x.dtype),
         "solver": {name: values.astype(x.dtype) for name, values in plan.coefficients.items()},
+        "given": given,
     }
+    if not callable(denoiser):
+        denoiser = tuple(denoiser)
+        if sum(stretch.steps for stretch in denoiser) != len(plan.t):
+            raise UserError(f"stretches of {[stretch.steps for stretch in denoiser]} steps do not make the run's {len(plan.t)}")
     keys = keys if plan.noisy else None
     if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside someone's jit: part of that program
         return _run(denoiser, solver, prediction, preview, x, keys, table)
@@ -128,15 +152,33 @@ def _program(denoiser, solver, prediction, preview):
 
 
 def _run(denoiser, solver, prediction, preview, x, keys, table):
-    def step(state, now):
+    stretches = (Stretch(len(table["step"]), _forgetful(denoiser)),) if callable(denoiser) else denoiser
+    state, memory, start = solver.init(x), None, 0
+    for stretch in stretches:
+        rows = jax.tree.map(operator.itemgetter(slice(start, start + stretch.steps)), table)
+        step = _step(stretch.denoise, solver, prediction, preview, keys)
+        (state, memory), _ = jax.lax.scan(step, (state, stretch.enter(memory)), rows)
+        start += stretch.steps
+    return state[0]
+
+
+def _forgetful(denoiser: Denoiser):
+    """A denoiser as a stretch has it."""
+    return lambda x, t, given, memory: (denoiser(x, t), memory)
+
+
+def _step(denoise, solver, prediction, preview, keys):
+    """The body of a stretch's scan."""
+
+    def step(carry, now):
+        state, memory = carry
         x = state[0]
-        output = denoiser(x, jnp.full((x.shape[0],), now["t"], jnp.float32))
+        output, memory = denoise(x, jnp.full((x.shape[0],), now["t"], jnp.float32), now["given"], memory)
         output, logits = split_output(output.astype(x.dtype), x.shape[-1])
         x0 = implied_x0(output, x, now["alpha"], now["sigma"], prediction)
         if preview is not None:
             io_callback(lambda i, image: preview(int(i), np.asarray(image)), None, now["step"], x0)
         z = None if keys is None else _normal(keys, now["step"], x)
-        return solver.update(state, x0, logits, now["solver"], z), None
+        return (solver.update(state, x0, logits, now["solver"], z), memory), None
 
-    state, _ = jax.lax.scan(step, solver.init(x), table)
-    return state[0]
+    return step

@@ -71,12 +71,37 @@ class TransformerConfig(Geometry):
         )
 
 
+PARTS = ("attention", "cross_attention", "mlp")  # of a block: the three sums that it adds to the residual stream
+
+
 class Text(NamedTuple):
     """All that the denoiser needs of a prompt; it does not change over the steps of sampling."""
 
     keys: jax.Array  # [depth, b, l, k, h]
     values: jax.Array  # [depth, b, l, k, h]
     lengths: jax.Array  # [b] int
+
+
+class Conditioning(NamedTuple):
+    """All that the denoiser needs of a time and an image's size; it depends on neither latents nor text.
+
+    The 1 stands for the batch where every image is told the same, in a model without size conditions. With a leading axis [steps, …], every
+    step's.
+    """
+
+    vector: jax.Array  # [b or 1, d] fp32, what the final layer is modulated by
+    modulation: jax.Array  # [b or 1, 6, d] fp32, t_block's output
+
+
+class Kept(NamedTuple):
+    """What an evaluation takes over from an earlier one, and what of it is made afresh: of some or all of PARTS, by name.
+
+    fresh: bool [depth], whether each block computes this part. outputs: [depth, b, n, d], what each block's part gave when it was last
+    computed, before its gate; read where it is not fresh.
+    """
+
+    fresh: dict[str, jax.Array]
+    outputs: dict[str, jax.Array]
 
 
 class Block(nn.Module):
@@ -108,15 +133,27 @@ class Block(nn.Module):
         lengths: jax.Array,  # [b]
         compression: Compression | None,  # this layer's; None in a model without
         grid: tuple[int, int],  # (rows, columns) of the n patches
-    ) -> jax.Array:  # [b, n, d]
+        kept: Kept | None = None,  # this block's, without the leading axis
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:  # [b, n, d], and the parts' outputs, of those that kept names
+        outputs = {}
+
+        def part(name, compute, *operands):
+            if kept is None or name not in kept.fresh:
+                return compute(self, *operands)
+            out = nn.cond(kept.fresh[name], compute, lambda block, *operands: kept.outputs[name], self, *operands)
+            outputs[name] = out
+            return out
+
         x = nn.with_logical_constraint(x, ACTIVATION)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(self.table + modulation, 1, 0)
         # Constrained after each sum, so that what tensor's parts add up to is summed there, and the stream stays whole along d.
-        attended = self.attn(modulated_norm(x, shift_a, scale_a), compression, grid)
+        attended = part("attention", lambda block, x: block.attn(modulated_norm(x, shift_a, scale_a), compression, grid), x)
         x = nn.with_logical_constraint(x + gate_a[:, None].astype(x.dtype) * attended, ACTIVATION)
-        x = nn.with_logical_constraint(x + self.cross_attn(x, keys, values, lengths), ACTIVATION)
-        x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
-        return nn.with_logical_constraint(x, ACTIVATION)
+        x = nn.with_logical_constraint(
+            x + part("cross_attention", lambda block, x: block.cross_attn(x, keys, values, lengths), x), ACTIVATION
+        )
+        x = x + gate_m[:, None].astype(x.dtype) * part("mlp", lambda block, x: block.mlp(modulated_norm(x, shift_m, scale_m)), x)
+        return nn.with_logical_constraint(x, ACTIVATION), outputs
 
 
 class PixArtTransformer(nn.Module):
@@ -163,14 +200,17 @@ class PixArtTransformer(nn.Module):
         size: jax.Array | None = None,  # [b, 2] (height, width) in pixels; read only with size_conditions
         aspect_ratio: jax.Array | None = None,  # [b] height / width; likewise
     ) -> jax.Array:  # [b, h, w, out_channels] fp32
-        """One evaluation; equal to encode_text and then denoise, but each block makes its keys and values where it needs them."""
+        """One evaluation; equal to encode_text, encode_times and denoise, but each block makes its keys and values where it needs them."""
         text, grid = self._project(text_states), self.config.grid(latents.shape)
 
         def step(block, x, per_block, modulation, text, lengths):
-            _, compression = per_block
-            return block(x, modulation, *block.keys_values(text), lengths, compression, grid), None
+            _, compression, _ = per_block
+            return block(x, modulation, *block.keys_values(text), lengths, compression, grid)
 
-        return self._denoise(latents, timesteps, step, None, (text, text_lengths), size, aspect_ratio)
+        timesteps = jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), latents.shape[:1])
+        vector = nn.with_logical_constraint(self._condition(timesteps, size, aspect_ratio), CONDITION)
+        modulation = nn.with_logical_constraint(self._modulation(vector), (BATCH, None, ACT_EMBED))
+        return self._denoise(latents, Conditioning(vector, modulation), step, None, (text, text_lengths))[0]
 
     def encode_text(self, text_states: jax.Array, text_lengths: jax.Array) -> Text:
         """Text states [b, l, caption_width], lengths [b] → every block's keys and values: the work that depends on the prompt alone."""
@@ -179,17 +219,26 @@ class PixArtTransformer(nn.Module):
         _, (keys, values) = scan(self.blocks, (), None, text)
         return Text(keys, values, text_lengths)
 
+    def encode_times(
+        self, timesteps: jax.Array, size: jax.Array | None = None, aspect_ratio: jax.Array | None = None
+    ) -> Conditioning:  # vector [s, b or 1, d], modulation [s, b or 1, 6, d]
+        """The work that depends on the times alone, of all steps at once: timesteps [s]; size [b, 2], aspect_ratio [b] as in __call__."""
+        timesteps = jnp.asarray(timesteps, jnp.float32)[:, None]
+        vector = self._condition(timesteps, size, aspect_ratio)
+        return Conditioning(vector, self._modulation(vector))
+
     def denoise(
-        self, latents: jax.Array, timesteps: jax.Array, text: Text, size: jax.Array | None = None, aspect_ratio: jax.Array | None = None
-    ) -> jax.Array:
-        """One evaluation with the text already encoded; arguments and result as in __call__."""
+        self, latents: jax.Array, conditioning: Conditioning, text: Text, kept: Kept | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """One evaluation, time and text already encoded: latents [b, h, w, in_channels] → [b, h, w, out_channels] fp32 and the outputs
+        [depth, b, n, d] of the parts that ``kept`` names, as the next evaluation may take them over."""
         grid = self.config.grid(latents.shape)
 
         def step(block, x, per_block, modulation, lengths):
-            keys_values, compression = per_block
-            return block(x, modulation, *keys_values, lengths, compression, grid), None
+            keys_values, compression, kept = per_block
+            return block(x, modulation, *keys_values, lengths, compression, grid, kept)
 
-        return self._denoise(latents, timesteps, step, (text.keys, text.values), (text.lengths,), size, aspect_ratio)
+        return self._denoise(latents, conditioning, step, (text.keys, text.values), (text.lengths,), kept)
 
     def _project(self, text_states: jax.Array) -> jax.Array:
         if text_states.shape[-1] != self.config.caption_width:
@@ -207,15 +256,20 @@ class PixArtTransformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: LAYERS},
         )
 
-    def _condition(self, timesteps: jax.Array, batch: int, size: jax.Array | None, aspect_ratio: jax.Array | None) -> jax.Array:
-        """The conditioning vector [b, d] fp32: the timestep and, in the multi-scale model, height, width and aspect ratio."""
-        t = self.timestep_embedder(jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (batch,)))
+    def _condition(self, timesteps: jax.Array, size: jax.Array | None, aspect_ratio: jax.Array | None) -> jax.Array:
+        """The conditioning vector, fp32, of the timestep and, in the multi-scale model, height, width and aspect ratio: timesteps [b] →
+        [b, d], or [s, 1] → [s, b or 1, d]."""
+        t = self.timestep_embedder(timesteps)
         if self.config.size_conditions:
             if size is None or aspect_ratio is None:
                 raise UserError("this model has size conditions: give size [b, 2] (height, width in pixels) and aspect_ratio [b]")
-            sizes = self.size_embedder(size).reshape(batch, -1)  # [b, 2, d/3] → [b, 2d/3]
+            sizes = self.size_embedder(size).reshape(len(size), -1)  # [b, 2, d/3] → [b, 2d/3]
             t = t + jnp.concatenate([sizes, self.ratio_embedder(aspect_ratio)], axis=-1)
-        return nn.with_logical_constraint(t, CONDITION)
+        return t
+
+    def _modulation(self, vector: jax.Array) -> jax.Array:
+        """[…, d] → […, 6, d]."""
+        return self.t_block(nn.silu(vector)).reshape(*vector.shape[:-1], 6, self.config.width)
 
     def _compression(self, rows: int, columns: int) -> Compression | None:
         """Every layer's key and value compression on a grid of patches, stacked [depth, …]; None in a model without."""
@@ -232,14 +286,12 @@ class PixArtTransformer(nn.Module):
             )
         return compression
 
-    def _denoise(self, latents, timesteps, step, per_block, shared, size, aspect_ratio) -> jax.Array:
+    def _denoise(self, latents, conditioning, step, per_block, shared, kept=None) -> tuple[jax.Array, dict[str, jax.Array]]:
         c = self.config
         rows, columns = c.grid(latents.shape)
         x = nn.with_logical_constraint(self.patch_embedder(latents), ACTIVATION)
-        t = self._condition(timesteps, x.shape[0], size, aspect_ratio)
-        modulation = nn.with_logical_constraint(self.t_block(nn.silu(t)).reshape(-1, 6, c.width), (BATCH, None, ACT_EMBED))
         scan = self._scan(remat(step, self.remat), broadcast=1 + len(shared))
-        x, _ = scan(self.blocks, x, (per_block, self._compression(rows, columns)), modulation, *shared)
-        shift, scale = jnp.moveaxis(self.final_table + t[:, None], 1, 0)
+        x, outputs = scan(self.blocks, x, (per_block, self._compression(rows, columns), kept), conditioning.modulation, *shared)
+        shift, scale = jnp.moveaxis(self.final_table + conditioning.vector[:, None], 1, 0)
         x = self.final(modulated_norm(x, shift, scale))
-        return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size)
+        return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size), outputs

@@ -12,6 +12,7 @@ from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.pipeline import binning as bins
 from pixart_jax.pipeline import sampling
+from pixart_jax.pipeline.shortcuts import NONE, Shortcuts
 
 NULLS = ("auto", *sampling.NULLS)
 DTYPES = ("auto", "float32", "bfloat16")
@@ -39,6 +40,7 @@ def check(
     seed: int = 0,
     tile: int | None = None,
     binning: bool = True,
+    shortcuts: Shortcuts = NONE,
 ) -> tuple[int, int]:
     """(height, width) in pixels that the options ask for, by default the side that the model was trained at.
 
@@ -65,7 +67,8 @@ def check(
         raise UserError(f"seed {seed}: a whole number from 0 to {2**32 - 1} is needed")
     for name, value, known in (("solver", solver, diffusion.solvers.NAMES), ("times", times, TIMES), ("null", null, NULLS)):
         named(name, value, known)
-    diffusion.timesteps(solver, steps, times=times)  # a solver's own demands on the steps
+    t = diffusion.timesteps(solver, steps, times=times)  # a solver's own demands on the steps
+    shortcuts.plan(t, transformer.depth, float(guidance) != 1.0)  # that a schedule fits them
     return height, width
 
 

@@ -15,23 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax import captions, diffusion
+from pixart_jax import captions
 from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
+from pixart_jax.models.transformer import Text
 from pixart_jax.parallel.gather import spread
 from pixart_jax.parallel.mesh import batch_shards, check_divides
 from pixart_jax.parallel.rules import RULES, rows_sharding
 from pixart_jax.pipeline import binning as bins
+from pixart_jax.pipeline import decoding, denoising, options
 from pixart_jax.pipeline import folder as model_folder
-from pixart_jax.pipeline import options
 from pixart_jax.pipeline.preview import previewer
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, identity
 from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
+from pixart_jax.pipeline.shortcuts import NONE, Shortcuts
 from pixart_jax.pipeline.text_states import TextStates, needed
 
 DEFAULT_BATCH = 16
-_DECODED_PIXELS = 2 * 1024 * 1024  # of one call of the VAE's decoder, whose activations are far larger than its image
+_KEPT_NEGATIVES = 4  # keys and values of so many negative prompts: 31 MB each for XL/2 in bfloat16
 
 Callback = Callable[[int, np.ndarray], None]
 
@@ -56,6 +58,8 @@ class Pipeline:
     mesh: jax.sharding.Mesh | None = None
     text_identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     context_attention: str = "all_gather"
+    # Keys and values of negative prompts that whole batches share; its own for each set of parts, so replace() begins an empty one.
+    _negatives: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.mesh is not None:
@@ -158,6 +162,7 @@ class Pipeline:
         indices: Sequence[int] | None = None,
         tile: int | None = None,
         text_states: TextStates | None = None,
+        shortcuts: Shortcuts = NONE,
         callback: Callback | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b, height, width, 3]) as they are done.
@@ -175,6 +180,7 @@ class Pipeline:
         solver, times, order, steps: as ``diffusion.sample``; order: the scheduler's where None. tile: as :meth:`decode`.
         text_states: of all prompts and negative prompts (:meth:`encode_prompts`, or ``TextStates.open``), instead of encoding them here.
             The image is the same: to the bit from states in fp32, or in the dtype that the transformer computes in.
+        shortcuts: what is left out to be faster, at a price (shortcuts.py); nothing by default.
         callback(step, latents [b, h, w, c]): called during the scan with the denoised latents as the step sees them. It must
             not call JAX, which is busy with the scan; what :meth:`previewer` gives makes small images of them.
         Raises UserError, before anything is computed, for options that cannot be used.
@@ -189,7 +195,7 @@ class Pipeline:
         steps, guidance, solver = self.sampling.filled(steps, guidance, solver)
         height, width = options.check(
             self.transformer.config, self.vae.config, steps=steps, guidance=guidance, height=height, width=width,
-            solver=solver, times=times, null=null, batch_size=batch_size, seed=seed, tile=tile, binning=binning,
+            solver=solver, times=times, null=null, batch_size=batch_size, seed=seed, tile=tile, binning=binning, shortcuts=shortcuts,
         )  # fmt: skip
         canvas = bins.canvas(self.transformer.config, self.vae.config, height, width) if binning else (height, width)
         guided = float(guidance) != 1.0
@@ -217,12 +223,13 @@ class Pipeline:
             rows = positions + [positions[-1]] * (size - len(positions))  # the last batch repeats its last image
             noise, keys = self.noise(seed, [indices[n] for n in rows], *canvas)
             states, lengths = self._on_devices(encoder.batch([prompts[n] for n in rows], length, clean))
-            negative = self._negative([negatives[n] for n in rows], states, lengths, null, clean, encoder) if guided else (None, None)
-            latents = self.denoise(
-                states, lengths, noise, *negative, steps=steps, guidance=guidance, solver=solver, times=times, order=order,
-                keys=keys, callback=_cropped(callback, len(positions)),
-            )  # fmt: skip
-            images = self.decode(latents, tile, (height, width))
+            negative = self._negative([negatives[n] for n in rows], states, lengths, null, clean, encoder) if guided else None
+            arguments = self._arguments((states, lengths), noise, negative, keys, guidance, None, None)
+            run = self._run(solver, order, steps, times, guided, shortcuts)
+            if tile is None and callback is None:
+                images = self._drawn(run, arguments, (height, width))
+            else:
+                images = self.decode(self._denoised(run, arguments, _cropped(callback, len(positions))), tile, (height, width))
             if pending is not None:  # the device works on this batch while the host takes the one before
                 yield pending[0], np.asarray(pending[1])[: len(pending[0])]
             pending = positions, images
@@ -256,6 +263,7 @@ class Pipeline:
         keys: jax.Array | None = None,
         size: jax.Array | None = None,
         aspect_ratio: jax.Array | None = None,
+        shortcuts: Shortcuts = NONE,
         callback: Callback | None = None,
     ) -> jax.Array:
         """The deterministic core, one compiled scan: text states [b, l, c], lengths [b], noise [b, h, w, 4] → latents [b, h, w, 4].
@@ -264,29 +272,17 @@ class Pipeline:
             read with guidance 1, which does no second pass. times: 'fractional' (official) or 'integer' (diffusers).
         keys: [b], or one to be folded with each row's number, for solvers that add noise; None adds none.
         size [b, 2] (height, width in pixels), aspect_ratio [b]: for models that are told them; by default the image's own.
+        shortcuts: as :meth:`draw`.
         """
         noise = jnp.asarray(noise, jnp.float32)
-        batch, rows, columns, _ = noise.shape
-        guided = float(guidance) != 1.0
         text = (jnp.asarray(text_states), jnp.asarray(text_lengths))
-        if guided:
-            if negative_states is None:
-                negative_states, negative_lengths = self._negative([""] * batch, *text, "text")
+        guided, negative = float(guidance) != 1.0, None
+        if guided and negative_states is None:
+            negative = self._negative([""] * len(noise), *text, "text")
+        elif guided:
             negative = (jnp.asarray(negative_states), text[1] if negative_lengths is None else jnp.asarray(negative_lengths))
-            text = _stacked(negative, text)  # diffusers' order: the unconditional half first
-        if self.transformer.config.size_conditions:
-            pixels = (float(rows * self.factor), float(columns * self.factor))
-            size = jnp.tile(jnp.asarray([pixels]), (batch, 1)) if size is None else jnp.asarray(size, jnp.float32)
-            aspect_ratio = jnp.full((batch,), pixels[0] / pixels[1]) if aspect_ratio is None else jnp.asarray(aspect_ratio, jnp.float32)
-        else:
-            size = aspect_ratio = None
-        schedule, prediction = self.scheduler.schedule(), self.scheduler.prediction
-        chosen = self.scheduler.solver(solver, order)
-        module = self.transformer.module.clone(context_attention=self.context_attention)
-        plan = _Plan(module, schedule, prediction, chosen, steps, times, guided, watched=callback is not None)
-        run = functools.partial(_denoise, plan, self.transformer.params, noise, keys, text, size, aspect_ratio, jnp.float32(guidance))
-        with self._on_mesh():
-            return run() if callback is None else _watch(callback, run)
+        arguments = self._arguments(text, noise, negative, keys, guidance, size, aspect_ratio)
+        return self._denoised(self._run(solver, order, steps, times, guided, shortcuts), arguments, callback)
 
     def decode(self, latents: jax.Array, tile: int | None = None, size: tuple[int, int] | None = None) -> jax.Array:
         """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3], on the device.
@@ -294,17 +290,43 @@ class Pipeline:
         tile: side in latents of blended tiles, for images too large to be decoded at once; None decodes them whole. size: (height,
         width) in pixels that the images are fitted to (binning.py).
         """
-        latents = latents / self.vae.config.scaling_factor
-        batch, rows, columns, _ = latents.shape
-        most = max(1, _DECODED_PIXELS // (rows * columns * self.factor**2))
-        part = max(n for n in range(1, batch + 1) if batch % n == 0 and (n <= most or n == 1))
         with self._on_mesh():
-            if self.mesh is not None:
-                fill = self._padded(batch) - batch  # each device decodes its own images, though guidance had them whole on all
-                latents = jnp.concatenate([latents, *[latents[-1:]] * fill]) if fill else latents
-                images = _pixels(self.vae.decode(latents, tile), size)
-                return images[:batch] if fill else images
-            return jnp.concatenate([_pixels(self.vae.decode(latents[n : n + part], tile), size) for n in range(0, batch, part)])
+            if tile is None:
+                return decoding.decoded(self._decoding(len(latents), size), self.vae.params, latents)
+            return _fitted(self.vae.decode(latents / self.vae.config.scaling_factor, tile), size)
+
+    def _run(self, solver: str, order: int | None, steps: int, times: str, guided: bool, shortcuts: Shortcuts) -> denoising.Run:
+        """What a drawing's program depends on, beside shapes."""
+        module = self.transformer.module.clone(context_attention=self.context_attention)
+        chosen = self.scheduler.solver(solver, order)
+        return denoising.Run(module, self.scheduler.schedule(), self.scheduler.prediction, chosen, steps, times, guided, shortcuts)
+
+    def _arguments(self, text, noise, negative, keys, guidance, size, aspect_ratio) -> tuple:
+        """The arrays of a drawing, in the order of ``denoising.latents``."""
+        batch, rows, columns, _ = noise.shape
+        if self.transformer.config.size_conditions:
+            pixels = (float(rows * self.factor), float(columns * self.factor))
+            size = jnp.tile(jnp.asarray([pixels]), (batch, 1)) if size is None else jnp.asarray(size, jnp.float32)
+            aspect_ratio = jnp.full((batch,), pixels[0] / pixels[1]) if aspect_ratio is None else jnp.asarray(aspect_ratio, jnp.float32)
+        else:
+            size = aspect_ratio = None
+        return self.transformer.params, noise, keys, text, negative, size, aspect_ratio, jnp.float32(guidance)
+
+    def _denoised(self, run: denoising.Run, arguments: tuple, callback: Callback | None) -> jax.Array:
+        with self._on_mesh():
+            if callback is None:
+                return denoising.denoised(run, *arguments)
+            run = dataclasses.replace(run, preview=_tell)
+            return _watch(callback, lambda: denoising.denoised(run, *arguments))
+
+    def _drawn(self, run: denoising.Run, arguments: tuple, size: tuple[int, int]) -> jax.Array:
+        """Images; the noise among the arguments is given up."""
+        with self._on_mesh():
+            return denoising.drawn(run, self._decoding(len(arguments[1]), size), *arguments, self.vae.params)[1]
+
+    def _decoding(self, batch: int, size: tuple[int, int] | None) -> decoding.Decoding:
+        config = self.vae.config
+        return decoding.Decoding(self.vae.module, config.scaling_factor, config.factor, size, self.mesh, self._padded(batch))
 
     def previewer(self) -> Callable[[np.ndarray], np.ndarray]:
         """A function for callbacks: latents [b, h, w, c] → rough images uint8 [b, h, w, 3], a pixel a latent."""
@@ -312,19 +334,38 @@ class Pipeline:
 
     def _negative(
         self, texts: Sequence[str], states, lengths, null: str, clean: Callable[[str], str] = captions.clean, encoder=None
-    ) -> tuple[jax.Array, jax.Array]:
-        """States and lengths of the negative prompts, for rows whose prompts have these states and lengths."""
+    ) -> denoising.States | Text:
+        """States and lengths of the negative prompts, for rows whose prompts have these states and lengths; where all rows have the same,
+        as they mostly do, its keys and values, which are kept: "" is read once, not once a batch."""
         encoder = encoder or self.prompt_encoder
+        if len({clean(text) for text in texts}) == 1:
+            return self._shared_negative(texts[0], states.shape[1], lengths, null, clean, encoder)
         if null == "text":
             return self._on_devices(encoder.batch(texts, states.shape[1], clean))
         caption = jnp.asarray(self._null_caption(), states.dtype)[: states.shape[1]]
-        if not any(clean(text) for text in texts):
-            return jnp.broadcast_to(caption, states.shape), lengths
         empty = np.array([not clean(text) for text in texts])
         says = next(text for text in texts if clean(text))  # stands in where nothing is read of what is encoded
         said = [says if nothing else text for text, nothing in zip(texts, empty, strict=True)]
         negative, negative_lengths = self._on_devices(encoder.batch(said, states.shape[1], clean))
         return jnp.where(empty[:, None, None], caption, negative), jnp.where(empty, lengths, negative_lengths)
+
+    def _shared_negative(self, text: str, length: int, lengths, null: str, clean, encoder) -> Text:
+        """Keys and values of one negative prompt, one row; lengths: of the prompts, which the null caption is read under."""
+        embedding = null == "embedding" and not clean(text)
+        source = None if embedding else encoder if isinstance(encoder, TextStates) else self.text_encoder
+        name = (clean(text), embedding, length, id(source))
+        if name not in self._negatives:
+            if embedding:
+                one = jnp.asarray(self._null_caption(), jnp.float32)[None, :length], jnp.full((1,), length, jnp.int32)
+            else:
+                one = self._on_devices(encoder.batch([text], length, clean))
+            with self._on_mesh():
+                made = denoising.encoded(self.transformer.module, self.transformer.params, *one)
+            while len(self._negatives) >= _KEPT_NEGATIVES:
+                self._negatives.pop(next(iter(self._negatives)))
+            self._negatives[name] = made, source  # held, so that no other object takes its id
+        made = self._negatives[name][0]
+        return made._replace(lengths=lengths) if embedding else made
 
     def _null_caption(self) -> jax.Array:
         if "null_caption" not in self.transformer.params:
@@ -361,44 +402,6 @@ class Pipeline:
                 yield
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All that a compiled denoising depends on beside its arrays' shapes."""
-
-    module: nn.Module
-    schedule: diffusion.Schedule
-    prediction: str
-    solver: diffusion.solvers.Solver
-    steps: int
-    times: str
-    guided: bool
-    watched: bool
-
-
-@functools.partial(jax.jit, static_argnames="plan")
-def _denoise(plan, params, noise, keys, text, size, aspect_ratio, guidance):
-    """text: (states, lengths), of 2b rows where guided: the unconditional half, then the conditional."""
-    apply = functools.partial(plan.module.apply, {"params": params})
-    encoded = apply(*text, method="encode_text")  # once for all steps
-    if plan.guided and size is not None:
-        size, aspect_ratio = jnp.concatenate([size, size]), jnp.concatenate([aspect_ratio, aspect_ratio])
-
-    def predict(x, t):
-        return apply(x, t, encoded, size, aspect_ratio, method="denoise")
-
-    return diffusion.sample(
-        diffusion.guided(predict, guidance) if plan.guided else predict,
-        noise,
-        solver=plan.solver,
-        steps=plan.steps,
-        schedule=plan.schedule,
-        key=keys,
-        times=plan.times,
-        prediction=plan.prediction,
-        preview=_tell if plan.watched else None,
-    )
-
-
 @functools.partial(jax.jit, static_argnames="shape")
 def _noise(key, indices, shape):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
@@ -406,18 +409,7 @@ def _noise(key, indices, shape):
     return noise, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _pixels(images, size):
-    """About [-1, 1] → uint8, fitted to size (height, width) where one is given."""
-    images = images if size is None else bins.fitted(images, *size)
-    return jnp.round((images / 2 + 0.5).clip(0, 1) * 255).astype(jnp.uint8)
-
-
-def _stacked(first, second):
-    """Two (states [b, l, c], lengths [b]) on top of each other, the shorter one padded."""
-    length = max(first[0].shape[1], second[0].shape[1])
-    states = [jnp.pad(states, ((0, 0), (0, length - states.shape[1]), (0, 0))) for states, _ in (first, second)]
-    return jnp.concatenate(states), jnp.concatenate([first[1], second[1]])
+_fitted = jax.jit(decoding.fitted, static_argnums=1)
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, transformer) -> None:

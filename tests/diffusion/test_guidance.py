@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pixart_jax import diffusion
+from pixart_jax.diffusion import guidance
 from pixart_jax.errors import UserError
 
 X = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
@@ -65,17 +66,43 @@ def test_variance_logits_are_the_conditional_halfs():
     np.testing.assert_array_equal(out[..., 4:], jnp.ones_like(X))
 
 
+def stretches(model, interval, steps=10, scale=2.0):
+    """A run that is guided within the interval alone."""
+    guided = diffusion.guided(model.both, scale)
+    denoisers = {True: guided, False: model.conditional}
+    flags = guidance.within(diffusion.timesteps("dpm++", steps), interval)
+    return [
+        diffusion.Stretch(count, lambda x, t, given, memory, of=denoisers[flag]: (of(x, t), memory)) for flag, count in guidance.runs(flags)
+    ]
+
+
 def test_outside_the_interval_only_half_the_rows_run():
     model = Counting()
-    denoiser = diffusion.guided(model.both, 2.0, conditional=model.conditional, interval=(300.0, 700.0))
-    jax.block_until_ready(diffusion.sample(denoiser, X, steps=10))
+    made = stretches(model, (300.0, 700.0))
+    assert len(made) == 3
+    jax.block_until_ready(diffusion.sample(made, X, steps=10))
     jax.effects_barrier()
     times = diffusion.timesteps("dpm++", 10)
     assert sorted(model.rows) == sorted(6 if 300 <= t <= 700 else 3 for t in times)
     assert 0 < model.rows.count(6) < 10
 
 
+def test_an_interval_is_what_a_branch_at_each_step_would_compute():
+    model, times = Counting(), diffusion.timesteps("dpm++", 10)
+    guided = diffusion.guided(model.both, 2.0)
+    branching = diffusion.sample(
+        lambda x, t: jax.lax.cond((t[0] >= 300) & (t[0] <= 700), guided, model.conditional, x, t), X, steps=len(times)
+    )
+    np.testing.assert_allclose(diffusion.sample(stretches(model, (300.0, 700.0)), X, steps=10), branching, rtol=1e-5, atol=1e-6)
+
+
 def test_interval_over_all_times_is_plain_guidance():
     model = Counting()
-    whole = diffusion.guided(model.both, 2.0, conditional=model.conditional, interval=(0.0, 1000.0))
+    whole = stretches(model, (0.0, 1000.0), steps=20)
     np.testing.assert_allclose(diffusion.sample(whole, X), diffusion.sample(diffusion.guided(model.both, 2.0), X), rtol=1e-6)
+
+
+def test_runs_and_intervals_of_times():
+    t = np.array([999.0, 600.0, 300.0, 0.0])
+    assert guidance.within(t, None).all() and guidance.within(t, (300, 600)).tolist() == [False, True, True, False]
+    assert guidance.runs(np.array([True, True, False])) == [(True, 2), (False, 1)] and guidance.runs(np.ones(3, bool)) == [(True, 3)]

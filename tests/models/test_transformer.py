@@ -102,9 +102,14 @@ def test_text_encoded_once_gives_the_same_as_the_whole_model():
     module, params, args = PixArtTransformer(config), {"params": random_params(config)}, inputs(tiny(size_conditions=True), 6, 8, [2, 5])
     text = module.apply(params, args["text_states"], args["text_lengths"], method="encode_text")
     assert text.keys.shape == (3, 2, 5, 2, 12)
+    times = np.array([999.0, 420.5, 3.0], np.float32)
+    conditioning = module.apply(params, times, args["size"], args["aspect_ratio"], method="encode_times")
+    assert conditioning.vector.shape == (3, 2, 24) and conditioning.modulation.shape == (3, 2, 6, 24)
     denoise = jax.jit(lambda *args: module.apply(params, *args, method="denoise"))
-    split = denoise(args["latents"], args["timesteps"], text, args["size"], args["aspect_ratio"])
-    assert relative_error(split, forward(module.config, params["params"], args)) <= 1e-6
+    for n, t in enumerate(times):
+        split, kept = denoise(args["latents"], jax.tree.map(lambda a, n=n: a[n], conditioning), text)
+        assert not kept
+        assert relative_error(split, forward(module.config, params["params"], {**args, "timesteps": np.full(2, t)})) <= 1e-6
 
 
 @pytest.mark.parametrize("policy", [name for name in remat.NAMES if name != "none"])
@@ -208,7 +213,7 @@ def test_timesteps_and_sizes_are_not_rounded_to_bf16():
     params, module = random_params(config), PixArtTransformer(config, jnp.bfloat16)
 
     def condition(timesteps, size):
-        return module.apply({"params": params}, timesteps, 1, size, jnp.ones(1), method="_condition")
+        return module.apply({"params": params}, timesteps, size, jnp.ones(1), method="_condition")
 
     size = jnp.array([[1024.0, 1024.0]])
     assert not np.array_equal(condition(jnp.array([900.0]), size), condition(jnp.array([901.0]), size)), "bf16 knows no 901"

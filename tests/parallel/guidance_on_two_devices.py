@@ -14,24 +14,24 @@ import numpy as np
 from pixart_jax import Pipeline
 from pixart_jax.config import MeshConfig
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.pipeline import pipeline
+from pixart_jax.pipeline import denoising
 
 
 def drawn(pipe, prompt: str, monitored: list) -> tuple[np.ndarray, np.ndarray]:
     """(latents [b, h, w, c] of the compiled scan, images); monitored: what the scan's program costs a device is put there."""
-    run, seen = pipeline._denoise, []
+    run, seen = denoising.drawn, []
 
     def watched(*arguments):
         monitored.append(run.lower(*arguments).compile().cost_analysis()["flops"])
         seen.append(run(*arguments))
         return seen[-1]
 
-    pipeline._denoise = watched
+    denoising.drawn = watched
     try:
         images = pipe([prompt], steps=4, seed=3)
     finally:
-        pipeline._denoise = run
-    return np.asarray(seen[0]), images
+        denoising.drawn = run
+    return np.asarray(seen[0][0]), images
 
 
 def main(folder: str, prompt: str) -> None:
