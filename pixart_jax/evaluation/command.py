@@ -42,6 +42,14 @@ class ShapesOptions:
     """dpm++, ddim, ddpm, sa, lcm or dmd; by default the model's own"""
     seed: int = 0
     """of the noise; the scenes are always the same"""
+    guidance_interval: tuple[float, float] | None = None
+    """guide only between these two times (0 … 999); this and the next three as sample.py's, what they cost in quality"""
+    cross_attention_steps: int | None = None
+    """after so many steps keep what cross-attention last gave and end guidance"""
+    blocks_every: int = 1
+    """compute the blocks at every N-th step alone"""
+    block_schedule: str | None = None
+    """a JSON file: for each step, block and part 1 or 0"""
     batch_size: int = 32
     """pictures drawn at once"""
     out: Path | None = None
@@ -99,8 +107,9 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
     """Draw, judge, print; ``pipeline`` instead of the one at ``options.model``."""
-    from pixart_jax.pipeline import Pipeline
+    from pixart_jax.pipeline import Pipeline, Shortcuts
 
+    shortcuts = Shortcuts(options.guidance_interval, options.cross_attention_steps, options.blocks_every, options.block_schedule)
     wanted = asked(options.level, options.per_task, options.captions)
     if options.batch_size < 1:
         raise UserError(f"batch-size {options.batch_size}: at least 1")
@@ -118,12 +127,14 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
             height=height,
             width=width,
             seed=options.seed,
+            shortcuts=shortcuts,
             indices=rows,  # a picture's noise belongs to its scene, whatever else is drawn
             batch_size=min(options.batch_size, len(rows)),
         )
 
     images = _by_canvas(wanted, draw, "drawing")
     how = f"{options.captions} captions · {options.solver} {options.steps} steps, guidance {options.guidance:g}, seed {options.seed}"
+    how += "".join(f", {name.replace('_', ' ')} {value}" for name, value in shortcuts.settings().items())
     return _tell(options, wanted, images, f"shapes · level {options.level} · {how}")
 
 

@@ -23,7 +23,8 @@ class TruePipeline:
     def __init__(self, level: str, per_task: int, wrong: int = 10**9):
         self.wanted, self.wrong, self.calls, self.sampling = asked(level, per_task), wrong, [], SamplingConfig(1.75)
 
-    def draw(self, prompts, *, steps, guidance, solver, height, width, seed, indices, batch_size):
+    def draw(self, prompts, *, steps, guidance, solver, height, width, seed, indices, batch_size, shortcuts):
+        assert shortcuts.settings() == {}
         self.calls.append((height, width, len(prompts), steps, guidance, solver, seed))
         assert prompts == [self.wanted[i].caption for i in indices]
         for start in reversed(range(0, len(prompts), batch_size)):
