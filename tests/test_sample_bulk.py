@@ -167,17 +167,17 @@ def live():
 def bytes_of(part):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(part.params))
 
-seen, real, call, found = {"denoise": 0, "encode": 0}, Pipeline.denoise, component.TextEncoder.apply, {}
+seen, real, call, found = {"denoise": 0, "encode": 0}, Pipeline._drawn, component.TextEncoder.apply, {}
 def denoise(self, *args, **how):
-    latents = real(self, *args, **how).block_until_ready()
+    images = real(self, *args, **how).block_until_ready()
     seen["denoise"] = max(seen["denoise"], live())
     found["rest"] = bytes_of(self.transformer) + bytes_of(self.vae)
-    return latents
+    return images
 def apply(self, *args):
     seen["encode"] = max(seen["encode"], live())
     found["t5"] = bytes_of(self)
     return call(self, *args)
-Pipeline.denoise, component.TextEncoder.apply = denoise, apply
+Pipeline._drawn, component.TextEncoder.apply = denoise, apply
 for mode in ("always", "never"):
     seen.update(denoise=0, encode=0)
     flags = ["--model", model, "--prompts", prompts, "--out", f"{out}/{mode}", "--steps", "2", "--offload-text-encoder", mode]
