@@ -7,8 +7,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from pixart_jax.models.attention import attention
+from pixart_jax.models.attention import attention, platform
 from pixart_jax.models.context import self_attention
 from pixart_jax.models.kv_compression import Compression, compress
 from pixart_jax.parallel.axes import ACT_HEADS, ACT_MLP, BATCH, EMBED, HEADS, MLP, NORM, TEXT_TOKENS, TOKENS
@@ -51,6 +52,15 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
     centred = wide - wide.mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
     return (normed * (1.0 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x [b, n, d]; on a GPU, told to lie as it is written.
+
+    Left alone, XLA has the backward pass want the stream as [b, d, n], and turns around what each block kept for it: one transposed copy
+    of the whole stack, and several of a block's stream. A TPU's layouts are its compiler's to choose; a CPU knows no constraint.
+    """
+    return with_layout_constraint(x, Layout((0, 1, 2))) if platform() == "gpu" else x
 
 
 class Mlp(nn.Module):
