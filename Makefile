@@ -60,6 +60,15 @@ $(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.uv $(VENV)/.torch
 	$(call install,requirements-dev.txt)
 	@touch $@ $(VENV)/.user
 
+# Compilers for TPUs and GPUs lie apart: a JAX that can import the CUDA plugin looks for a GPU. Without them the tests that compile for
+# such hardware are skipped, and say so.
+$(VENV)/.compilers: requirements-compilers.txt $(VENV)/.dev
+	@echo "installing requirements-compilers.txt into $(VENV)/compilers"
+	@$(BIN)/uv pip install -q --python $(BIN)/python --target $(VENV)/compilers --no-deps -r $< 2>$(VENV)/uv.log \
+	  || $(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target $(VENV)/compilers --no-deps -r $< \
+	  || echo "no compilers for TPUs and GPUs within reach; the tests that need them will be skipped"
+	@touch $@
+
 install: $(VENV)/.user  ## .venv with what sampling and training need
 
 # ---- the two commands ----
@@ -72,7 +81,7 @@ demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, scor
 	seconds=$$(( $$(date +%s) - start )); \
 	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn/grid.png; right and wrong marked: $(DEMO)/score/sheet.png; the run: $(DEMO)"
 
-test: $(VENV)/.dev  ## the whole test suite, slow tests too
+test: $(VENV)/.dev $(VENV)/.compilers  ## the whole test suite, slow tests too
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider --durations=15 --durations-min=5 --ignore $(ALONE)
 	$(BIN)/python -m pytest -q -p no:cacheprovider $(ALONE)
 

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.attention import attention
+from pixart_jax.models.attention.dense import marked
 from pixart_jax.models.remat import ATTENTION_OUT
 from pixart_jax.parallel.axes import ACT_HEADS, BATCH, TOKENS
 
@@ -41,9 +42,9 @@ def self_attention(
     k: jax.Array,  # [b, m, k, h]
     v: jax.Array,  # [b, m, k, h]
     *,
-    backend: str = "xla",
+    backend: str = "auto",
     context_attention: str = "all_gather",
-) -> jax.Array:  # [b, n, k·h], v's dtype, under the name ATTENTION_OUT for remat
+) -> jax.Array:  # [b, n, k·h], v's dtype; marked for remat as attention()'s
     """Softmax attention, every query over every key. context_attention: a name of this module, or 'replicated': the keys and values are
     few and may lie whole on each device. UserError where the devices along ``tokens`` do not divide n.
     """
@@ -51,13 +52,13 @@ def self_attention(
     axis, size = _token_axis()
     if size == 1:
         q, k, v = (nn.with_logical_constraint(a, _SPLIT) for a in (q, k, v))
-        return checkpoint_name(attention(q, k, v, backend=backend).reshape(b, n, -1), ATTENTION_OUT)
+        return attention(q, k, v, backend=backend).reshape(b, n, -1)
     if n % size:
         raise UserError(f"{n} image tokens do not cut into {size} equal parts (mesh axis {axis}): choose a size or an axis that divides")
     split, whole = (nn.logical_to_mesh_axes(names) for names in (_SPLIT, _WHOLE))
     if context_attention == "ring":
         run = jax.shard_map(lambda q, k, v: _ring(q, k, v, axis), in_specs=(split,) * 3, out_specs=split, check_vma=False)
-        return run(q, k, v).reshape(b, n, -1)  # named within, with what its backward pass needs besides
+        return run(q, k, v).reshape(b, n, -1)
 
     def local(q, k, v):
         if context_attention == "all_gather":
@@ -66,7 +67,7 @@ def self_attention(
 
     keys = whole if context_attention == "replicated" else split
     run = jax.shard_map(local, in_specs=(split, keys, keys), out_specs=split, check_vma=False)
-    return checkpoint_name(run(q, k, v).reshape(b, n, -1), ATTENTION_OUT)
+    return run(q, k, v).reshape(b, n, -1)
 
 
 def _token_axis() -> tuple[str | None, int]:
@@ -100,7 +101,7 @@ def _ring_forward(q, k, v, axis):
         part = jnp.einsum("bknm,bmkh->bnkh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         out = out * _per_query(shrink) + part
         top, (keys, values) = higher, following or (keys, values)
-    out = _kept((out / _per_query(total)).astype(v.dtype))
+    out = marked((out / _per_query(total)).astype(v.dtype))
     return out, (q, k, v, out, checkpoint_name(top + jnp.log(total), ATTENTION_OUT))
 
 
@@ -135,11 +136,6 @@ def _logits(q, k):
 def _per_query(statistic):
     """[b, k, n] → [b, n, k, 1]."""
     return statistic.swapaxes(1, 2)[..., None]
-
-
-def _kept(out):
-    """Under its name with the heads fused: TPU memory would pad a last axis of one head's width to 128."""
-    return checkpoint_name(out.reshape(*out.shape[:2], -1), ATTENTION_OUT).reshape(out.shape)
 
 
 def _pass_on(arrays, axis):

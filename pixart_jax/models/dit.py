@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import LabelEmbedder, PatchEmbedder, ScalarEmbedder, unpatchify
 from pixart_jax.models.geometry import Geometry
-from pixart_jax.models.layers import Dense, Mlp, SelfAttention, modulated_norm, zeros
+from pixart_jax.models.layers import Dense, Mlp, SelfAttention, modulated_norm, row_major, zeros
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.parallel.axes import ACTIVATION, CONDITION, EMBED, LAYERS, MODULATION
 
@@ -42,7 +42,7 @@ class DiTBlock(nn.Module):
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """x [b, n, d], condition [b, d] fp32 (after SiLU) → [b, n, d]."""
-        x = nn.with_logical_constraint(x, ACTIVATION)
+        x = row_major(nn.with_logical_constraint(x, ACTIVATION))
         modulation = nn.with_logical_constraint(self.modulation(condition), CONDITION)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         x = nn.with_logical_constraint(x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a)), ACTIVATION)

@@ -33,7 +33,7 @@ class Geometry:
     sample_size: int = 32
     position_base: int | None = None
     position_scale: float = 1.0
-    attention_backend: str = "xla"
+    attention_backend: str = "auto"  # a name of models/attention/backends.py
 
     def __post_init__(self):
         for field in ("depth", "width", "heads", "patch_size", "in_channels", "out_channels", "sample_size"):

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from pixart_jax.models.attention import attention
+from pixart_jax.models.attention import attention, platform
 from pixart_jax.models.context import self_attention
 from pixart_jax.models.kv_compression import Compression, compress
-from pixart_jax.models.remat import ATTENTION_OUT
 from pixart_jax.parallel.axes import ACT_HEADS, ACT_MLP, BATCH, EMBED, HEADS, MLP, NORM, TEXT_TOKENS, TOKENS
 
 zeros = nn.initializers.zeros_init()
@@ -55,6 +54,15 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
     return (normed * (1.0 + scale[:, None]) + shift[:, None]).astype(x.dtype)
 
 
+def row_major(x: jax.Array) -> jax.Array:
+    """x [b, n, d]; on a GPU, told to lie as it is written.
+
+    Left alone, XLA has the backward pass want the stream as [b, d, n], and turns around what each block kept for it: one transposed copy
+    of the whole stack, and several of a block's stream. A TPU's layouts are its compiler's to choose; a CPU knows no constraint.
+    """
+    return with_layout_constraint(x, Layout((0, 1, 2))) if platform() == "gpu" else x
+
+
 class Mlp(nn.Module):
     """Linear, GELU (tanh form), Linear; [b, n, d_in] → [b, n, out]. tokens: the logical name of the n."""
 
@@ -72,6 +80,11 @@ class Mlp(nn.Module):
         return Dense(self.out, self.axes[1:], self.kernel_init, self.dtype, name="fc2")(nn.gelu(x, approximate=True))
 
 
+def _backend(module: SelfAttention | CrossAttention) -> str:
+    """Its backend; while parameters are made, which may be elsewhere than where they will be used, the one that runs anywhere."""
+    return "xla" if module.is_initializing() else module.backend
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of the image tokens [b, n, d] over themselves, or over fewer keys and values made of them.
 
@@ -82,7 +95,7 @@ class SelfAttention(nn.Module):
 
     heads: int
     qk_norm: bool = False  # LayerNorm over the full width of q and of k, before the heads part
-    backend: str = "xla"
+    backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
     context_attention: str = "all_gather"
 
@@ -92,7 +105,7 @@ class SelfAttention(nn.Module):
 
         def attend(q, k, v, how=self.context_attention):
             q, k, v = (a.reshape(b, a.shape[1], self.heads, d // self.heads) for a in (q, k, v))
-            return self_attention(q, k, v, backend=self.backend, context_attention=how)
+            return self_attention(q, k, v, backend=_backend(self), context_attention=how)
 
         def attend_compressed(q, k, v):
             return attend(q, compress(k, grid, compression), compress(v, grid, compression), "replicated")
@@ -121,7 +134,7 @@ class CrossAttention(nn.Module):
 
     width: int
     heads: int
-    backend: str = "xla"
+    backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -141,5 +154,5 @@ class CrossAttention(nn.Module):
         """x [b, n, d], keys and values [b, l, k, h], lengths [b] → [b, n, d]."""
         b, n, d = x.shape
         q = nn.with_logical_constraint(self.q(x).reshape(b, n, self.heads, d // self.heads), (BATCH, TOKENS, ACT_HEADS, None))
-        out = attention(q, keys, values, lengths=lengths, backend=self.backend).reshape(b, n, d)
-        return self.out(checkpoint_name(out, ATTENTION_OUT))
+        out = attention(q, keys, values, lengths=lengths, backend=_backend(self)).reshape(b, n, d)
+        return self.out(out)

@@ -28,6 +28,21 @@ ATTENTION_OUT = "attention_out"  # the outputs of their attentions
 BLOCK_INPUT = "block_input"  # the residual stream as it comes in
 HOST = "pinned_host"  # JAX's kind of memory that "offload" writes to
 
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive of cuDNN's forward kernel; it gives what the backward kernel needs
+
+
+def _with_kernels(policy: Callable) -> Callable:
+    """The policy, with what cuDNN's forward kernel gives treated as what is named ATTENTION_OUT: names cannot be put inside it."""
+    (mark,) = jax.make_jaxpr(lambda x: checkpoint_name(x, ATTENTION_OUT))(0.0).eqns
+
+    def with_kernels(primitive, *avals, **params):
+        if primitive.name == CUDNN_FORWARD:
+            return policy(mark.primitive, *avals, **mark.params)
+        return policy(primitive, *avals, **params)
+
+    return with_kernels
+
+
 _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT, ATTENTION_OUT], offload_src="device", offload_dst=HOST
 )
@@ -44,7 +59,8 @@ def policy(name: str) -> Callable | None:
     """The jax.checkpoint policy of this name; None for "none". UserError when unknown."""
     if name not in NAMES:
         raise UserError(f"remat policy {name!r} is unknown{nearest(name, NAMES)}")
-    return _POLICIES.get(name)
+    found = _POLICIES.get(name)
+    return found and _with_kernels(found)
 
 
 def check_platform(name: str, platform: str) -> None:

@@ -14,7 +14,7 @@ from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
 from pixart_jax.models.geometry import Geometry
 from pixart_jax.models.kv_compression import Compression, KVCompression
-from pixart_jax.models.layers import CrossAttention, Dense, Mlp, SelfAttention, modulated_norm, zeros
+from pixart_jax.models.layers import CrossAttention, Dense, Mlp, SelfAttention, modulated_norm, row_major, zeros
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.parallel.axes import (
     ACT_EMBED,
@@ -144,7 +144,7 @@ class Block(nn.Module):
             outputs[name] = out
             return out
 
-        x = nn.with_logical_constraint(x, ACTIVATION)
+        x = row_major(nn.with_logical_constraint(x, ACTIVATION))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(self.table + modulation, 1, 0)
         # Constrained after each sum, so that what tensor's parts add up to is summed there, and the stream stays whole along d.
         attended = part("attention", lambda block, x: block.attn(modulated_norm(x, shift_a, scale_a), compression, grid), x)

@@ -64,8 +64,9 @@ def train_step(
         updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
         return optax.apply_updates(params, updates), opt_state
 
-    # A branch and not a selection: XLA would keep the new moments beside the selected ones, more than a copy of the parameters.
-    params, opt_state = jax.lax.cond(ok, take, lambda params, opt_state, _: (params, opt_state), state.params, state.opt_state, grads)
+    # A loop of one turn or none. It updates the state where it lies; a branch would copy all of it, on a TPU into layouts of its own
+    # besides, and a selection would keep the new moments beside the selected ones.
+    params, opt_state = jax.lax.fori_loop(0, ok.astype(jnp.int32), lambda _, held: take(*held, grads), (state.params, state.opt_state))
     metrics = {
         **terms,
         "lr": jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32),  # the optimizer counts the steps that it took

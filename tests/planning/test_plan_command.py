@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
+import compilers
 import pytest
 from planning import small_run
 
@@ -175,14 +175,17 @@ def test_a_sweep_leaves_out_what_arithmetic_rules_out():
 
 # ---- with the TPU's own compiler ----
 
-libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is not installed (pip install 'jax[tpu]')"
-)
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    """On the path of the process that compiles; the one that asks for it does not have it, and is not to look."""
+    monkeypatch.setenv("PYTHONPATH", compilers.path())
+    monkeypatch.setattr(topology, "require_compiler", lambda where: None)
 
 
-@libtpu
+@compilers.needs("v5e:2x4")
 @pytest.mark.slow
-def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path):
+def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, libtpu):
     arguments = [RECIPE, "--topology", "v5e:2x4", "--mesh", "data=2,fsdp=4", *TINY, "--json", str(tmp_path / "plan.json")]
     assert command.main(arguments) == 0
     (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
@@ -190,8 +193,8 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path):
     assert found["memory"]["total"]["value"] < 2**30
 
 
-@libtpu
+@compilers.needs("v5e:2x2")
 @pytest.mark.slow
-def test_a_program_that_a_slice_cannot_hold_is_told_and_is_no_traceback(capsys):
+def test_a_program_that_a_slice_cannot_hold_is_told_and_is_no_traceback(capsys, libtpu):
     assert command.main([RECIPE, "--topology", "v5e:2x2", "--mesh", "fsdp=4,data=1", "--remat", "none", "--batch-size", "65536"]) == 0
     assert "does not fit: needs" in capsys.readouterr().out

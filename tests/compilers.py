@@ -1,0 +1,51 @@
+"""The compilers of hardware that is not here (requirements-compilers.txt), for processes that a test starts.
+
+They lie in a folder of their own, .venv/compilers, because a JAX that can import the CUDA plugin looks for a GPU. A test marked
+``needs("v5e:4x4")`` runs where that topology's compiler is there or installed as usual; ``path()`` goes onto the PYTHONPATH of its process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pixart_jax.planning import topology
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(os.environ.get("PIXART_JAX_COMPILERS", Path(sys.prefix) / "compilers"))
+
+
+def path() -> str:
+    """A PYTHONPATH: the project, its tests, the compilers."""
+    return os.pathsep.join(map(str, (ROOT, ROOT / "tests", FOLDER)))
+
+
+def missing(name: str) -> str | None:
+    """Why nothing can be compiled for the topology; None where it can."""
+    package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[topology.parse(name).platform]
+    found = [d for d in importlib.metadata.distributions(path=[str(FOLDER), *sys.path]) if d.metadata["Name"].replace("_", "-") == package]
+    if not found:
+        return f"{package}, which compiles for {name}, is not installed (`make test` installs requirements-compilers.txt)"
+    if package != "libtpu" and found[0].version != importlib.metadata.version("jax"):
+        return f"{package} {found[0].version} is not of JAX {importlib.metadata.version('jax')}"
+    return None
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    reason = missing(name)
+    return pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
+def compiled(name: str, script: Path, *arguments: str):
+    """What a script prints as its last line, JSON, in a process that compiles for the topology."""
+    environment = topology.environment(topology.parse(name)) | {"PYTHONPATH": path()}
+    done = subprocess.run([sys.executable, str(script), name, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
