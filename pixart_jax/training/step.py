@@ -64,9 +64,8 @@ def train_step(
         updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
         return optax.apply_updates(params, updates), opt_state
 
-    # A loop of one turn or none. It updates the state where it lies; a branch would copy all of it, on a TPU into layouts of its own
-    # besides, and a selection would keep the new moments beside the selected ones.
-    params, opt_state = jax.lax.fori_loop(0, ok.astype(jnp.int32), lambda _, held: take(*held, grads), (state.params, state.opt_state))
+    on_cpu = mesh is None or mesh.devices.flat[0].platform == "cpu"
+    params, opt_state = _where(ok, take, state.params, state.opt_state, grads, on_cpu=on_cpu)
     metrics = {
         **terms,
         "lr": jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32),  # the optimizer counts the steps that it took
@@ -120,6 +119,23 @@ class CompiledStep:
     def executables(self) -> int:
         """How many batch shapes have been compiled."""
         return self.jitted._cache_size()
+
+
+def _where(ok: jax.Array, take: Callable, params, opt_state, grads, *, on_cpu: bool):
+    """take(params, opt_state, grads) where ok, else params and opt_state as they are, to the bit; donated, both stay where they lie.
+
+    A selection is fused into the update on accelerators. XLA for CPUs would keep the new moments beside the selected ones, more than a
+    copy of the parameters; there it is a loop of one turn or none, whose state is updated in place. A branch would do for CPUs, but XLA
+    for GPUs copies all that a branch gives (9 GiB for XL/2), and the host must read ok before the device can go on.
+    """
+    if on_cpu:
+
+        def turn(carried):
+            _, params, opt_state = carried
+            return (jnp.zeros((), bool), *take(params, opt_state, grads))
+
+        return jax.lax.while_loop(lambda carried: carried[0], turn, (ok, params, opt_state))[1:]
+    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), take(params, opt_state, grads), (params, opt_state))
 
 
 def _split(x: jax.Array, parts: int, mesh: Mesh | None) -> jax.Array:

@@ -131,6 +131,20 @@ class Component(abc.ABC):
         narrow = path.endswith("kernel") and not path.startswith(cls._wide)
         return np.dtype(dtype) if narrow else np.dtype(np.float32)
 
+    @classmethod
+    def computed(cls, params, dtype):
+        """fp32 parameters as a component opened with ``dtype`` holds them: what enters products in it is cast to it, the rest is as given.
+
+        Whoever computes more than once with fp32 parameters casts them once by it, ahead of the loop over blocks. The module's results
+        are the same to the bit, for it casts to the same dtype what it is given in another.
+        """
+
+        def cast(path, leaf):
+            held = cls._keep("/".join(key.key for key in path), dtype)
+            return leaf.astype(held) if leaf.dtype == jnp.float32 else leaf
+
+        return jax.tree_util.tree_map_with_path(cast, params)
+
     # Loading.
 
     @classmethod
@@ -181,7 +195,7 @@ class Component(abc.ABC):
 class Transformer(Component):
     """The PixArt transformer. ``params`` lacks null_caption where the file held none (diffusers' own files hold none)."""
 
-    _wide = ("timestep_embedder/", "size_embedder/", "ratio_embedder/", "t_block/")
+    _wide = ("timestep_embedder/", "size_embedder/", "ratio_embedder/", "t_block/", "kv_compression/")
 
     def apply(self, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None) -> jax.Array:
         """[b, h, w, 4], [b] fp32, [b, l, c], [b] int, [b, 2] (height, width in px), [b] → [b, h, w, 8] fp32."""

@@ -49,6 +49,7 @@ class ClassConditional:
         made = self.denoising.prepare(batch, keys)
         none = self.module.config.num_classes
         labels = jnp.where(made.dropped | (batch["label"] < 0), none, batch["label"])
+        params = component.DiT.computed(params, self.module.dtype)
         output = self.module.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), labels)
         return self.denoising.losses(output, made)
 

@@ -62,6 +62,7 @@ class TextToImage:
         states = jnp.where(made.dropped[:, None, None], null, states)
         if self.null_length:
             lengths = jnp.where(made.dropped, self.null_length, lengths)
+        params = Transformer.computed(params, self.module.dtype)
         output = self.module.apply(
             {"params": params}, made.x_t, made.t.astype(jnp.float32), states, lengths, batch["size"], batch["aspect_ratio"]
         )
