@@ -148,10 +148,16 @@ class Component(abc.ABC):
     # Loading.
 
     @classmethod
+    def _boxed(cls, config, dtype, *more) -> Mapping:
+        """The tree of shapes that the module's init makes, each in its box of axis names; nothing is computed."""
+        key = jax.eval_shape(jax.random.key, 0)
+        return jax.eval_shape(cls._module(config, dtype, *more).init, key, *cls._example(config))["params"]
+
+    @classmethod
     def abstract(cls, config, dtype, mesh: jax.sharding.Mesh) -> Self:
         """The component as it would be opened on ``mesh``, its parameters as shapes with dtypes and shardings alone."""
         dtype = jnp.dtype(dtype)
-        boxed = jax.eval_shape(cls._module(config, dtype).init, jax.random.key(0), *cls._example(config))["params"]
+        boxed = cls._boxed(config, dtype)
         held = {path: cls._keep(path, dtype) for path in flatten(nn.unbox(boxed))}
         shapes, shardings = flatten(nn.unbox(boxed)), flatten(parameter_shardings(boxed, mesh))
         params = {p: jax.ShapeDtypeStruct(shapes[p].shape, held[p], sharding=shardings[p]) for p in shapes}
@@ -162,8 +168,7 @@ class Component(abc.ABC):
         held = None if cache is None else cache.find()
         if held is not None and mesh is None:
             return cls(config, aliased(held), dtype, mesh)
-        module = cls._module(config, dtype, quantization) if quantization else cls._module(config, dtype)
-        boxed = jax.eval_shape(module.init, jax.random.key(0), *cls._example(config))["params"]
+        boxed = cls._boxed(config, dtype, *[quantization] * bool(quantization))
         shardings = parameter_shardings(boxed, mesh) if mesh is not None else None
         if held is not None:
             return cls(config, aliased(held, shardings), dtype, mesh)
@@ -209,12 +214,12 @@ class Transformer(Component):
     def _example(cls, config):
         side, width = config.patch_size, config.caption_width
         return (
-            jnp.zeros((1, side, side, config.in_channels)),
-            jnp.zeros((1,)),
-            jnp.zeros((1, 1, width)),
-            jnp.ones((1,), int),
-            jnp.ones((1, 2)),
-            jnp.ones((1,)),
+            np.zeros((1, side, side, config.in_channels), np.float32),
+            np.zeros((1,), np.float32),
+            np.zeros((1, 1, width), np.float32),
+            np.ones((1,), np.int32),
+            np.ones((1, 2), np.float32),
+            np.ones((1,), np.float32),
         )
 
     @classmethod
@@ -248,7 +253,8 @@ class DiT(Component):
 
     @classmethod
     def _example(cls, config):
-        return jnp.zeros((1, config.patch_size, config.patch_size, config.in_channels)), jnp.zeros((1,)), jnp.zeros((1,), int)
+        latents = np.zeros((1, config.patch_size, config.patch_size, config.in_channels), np.float32)
+        return latents, np.zeros((1,), np.float32), np.zeros((1,), np.int32)
 
     @classmethod
     def _names(cls, config, values):
@@ -292,7 +298,7 @@ class TextEncoder(Component):
 
     @classmethod
     def _example(cls, config):
-        return jnp.zeros((1, 1), int), jnp.ones((1,), int)
+        return np.zeros((1, 1), np.int32), np.ones((1,), np.int32)
 
     @classmethod
     def _names(cls, config, values):
@@ -325,7 +331,7 @@ class VAE(Component):
 
     @classmethod
     def _example(cls, config):
-        return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
+        return (np.zeros((1, config.factor, config.factor, config.in_channels), np.float32),)
 
     @classmethod
     def _names(cls, config, values):

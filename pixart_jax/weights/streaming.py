@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import itertools
 import math
 import mmap
@@ -30,8 +31,8 @@ _PADDING = 16
 _BLOCK = 1 << 16  # elements that are cast at a time, in a core's cache
 _SLAB = 1 << 23  # elements that one thread copies at a time
 _THREADS = 8
-_READ_AHEAD = 4  # tensors
-_AHEAD = 1  # tensors under way beside the one that is waited for
+_READ_AHEAD = 128 << 20  # bytes of the file that the system is asked for before they are copied
+_UNDER_WAY = 48 << 20  # bytes of the file that are given to the threads at a time, and two tensors where those are more
 _LARGE = 1 << 20  # bytes
 _LONG = 3 << 30  # bytes; opening more shows a bar
 
@@ -59,27 +60,24 @@ def read(
     matches = match(table, shapes, _shapes(tensors), source=source or getattr(tensors, "source", "the file"), ignore=ignore)
     shardings = {} if shardings is None else flatten(shardings)
     dtype_of = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
-    pages = _Pages(tensors, [name for found in matches for name in found.names])
     if quantization:
         from pixart_jax.weights import quantization as quantized  # Qwix takes 0.4 s to import
-    total = sum(math.prod(found.shape) * np.dtype(dtype_of(found.entry.ours)).itemsize for found in matches)
-    out: dict[str, object] = {}
-    before: object = None
+    held = {found.entry.ours: np.dtype(dtype_of(found.entry.ours)) for found in matches}
+    total = sum(math.prod(found.shape) * held[found.entry.ours].itemsize for found in matches)
     threads = max(1, min(_THREADS, os.cpu_count() or 1))
     with (
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
         tqdm(total=total, desc="opening", unit="B", unit_scale=True, disable=total < _LONG, leave=False) as bar,
     ):
+        filling = _Filling(tensors, [name for found in matches for name in found.names], pool, bar)
         for found in matches:
             path = found.entry.ours
-            held = np.dtype(dtype_of(path))
-            load = _quantized if quantization and quantized.applies(path) else _parameter
-            array = load(found, tensors, held, shardings.get(path), pool, pages)
-            jax.block_until_ready(before)  # a copy to an accelerator keeps its buffer: two of them at most
-            before = out[path] = array
-            bar.update(math.prod(found.shape) * held.itemsize)
-    jax.block_until_ready(before)
-    return unflatten(out)
+            if quantization and quantized.applies(path):
+                filling.quantized(found, shardings.get(path))
+            else:
+                filling.parameter(found, held[path], shardings.get(path))
+        filling.finish()
+    return unflatten(filling.arrays)
 
 
 def aliased(tensors: Tensors, shardings: Mapping | None = None) -> dict:
@@ -112,19 +110,23 @@ def _shapes(tensors: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 class _Pages:
-    """The pages of the file's tensors, which are taken in this order: read a few tensors ahead, given back behind."""
+    """The pages of the file's tensors, which are taken in this order: read some way ahead, given back behind."""
 
     def __init__(self, tensors: Mapping, order: Iterable[str]):
-        self._ahead = iter(order)
+        self._order = iter(order)
+        self._tensors = tensors
+        self._ahead = 0  # bytes asked for and not yet taken
         self._prefetch = getattr(tensors, "prefetch", lambda key: None)
         self.release = getattr(tensors, "release", lambda key: None)
-        for _ in range(_READ_AHEAD):
-            self.prefetch()
 
-    def prefetch(self) -> None:
-        """One tensor more."""
-        if (name := next(self._ahead, None)) is not None:
-            self._prefetch(name)
+    def take(self, name: str) -> np.ndarray:
+        """The next tensor; those after it are asked for."""
+        tensor = np.asarray(self._tensors[name])
+        while self._ahead < tensor.nbytes + _READ_AHEAD and (coming := next(self._order, None)) is not None:
+            self._prefetch(coming)
+            self._ahead += np.asarray(self._tensors[coming]).nbytes
+        self._ahead -= tensor.nbytes
+        return tensor
 
 
 class _Array:
@@ -151,45 +153,64 @@ class _Array:
         return _put(self._buffers, self._shape, self._sharding)
 
 
-def _parameter(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, pages: _Pages) -> jax.Array:
-    """One parameter on its devices; each tensor's pages are given back when it is copied."""
-    array = _Array(found.shape, dtype, sharding)
-    under_way: collections.deque[tuple[str, list[concurrent.futures.Future]]] = collections.deque()
+class _Filling:
+    """Arrays in the making, a tensor at a time: while the last copies of one are waited for, the threads have begun the next."""
 
-    def finish(most: int) -> None:
-        while len(under_way) > most:
-            name, copies = under_way.popleft()
-            for done in copies:
-                done.result()
-            pages.release(name)
+    def __init__(self, tensors: Mapping, order: Iterable[str], pool: concurrent.futures.Executor, bar: tqdm):
+        self._pages, self._pool, self._bar = _Pages(tensors, order), pool, bar
+        self._under_way: collections.deque[tuple[str, int, list[concurrent.futures.Future], Callable[[], None]]] = collections.deque()
+        self._bytes = 0  # of the tensors under way
+        self._before: object = None
+        self.arrays: dict[str, object] = {}
 
-    for row, name in enumerate(found.names):
-        pages.prefetch()
-        view = found.entry.view(np.asarray(tensors[name]))
-        jobs = array.copies(row if found.entry.stacked else None, view)
-        under_way.append((name, [pool.submit(_copy, *job) for job in jobs]))
-        finish(_AHEAD)
-    finish(0)
-    return array.put()
+    def parameter(self, found: Match, dtype: np.dtype, sharding) -> None:
+        """Begins one parameter, and waits for what was begun some way before."""
+        array = _Array(found.shape, dtype, sharding)
+        for row, name in enumerate(found.names):
+            tensor = self._pages.take(name)
+            jobs = array.copies(row if found.entry.stacked else None, found.entry.view(tensor))
+            last = row == len(found.names) - 1
+            done = functools.partial(self._put, found.entry.ours, array.put) if last else lambda: None
+            self._under_way.append((name, tensor.nbytes, [self._pool.submit(_copy, *job) for job in jobs], done))
+            self._bytes += tensor.nbytes
+            while self._bytes > _UNDER_WAY and len(self._under_way) > 1:
+                self._finish_one()
 
+    def quantized(self, found: Match, sharding) -> None:
+        """One kernel as int8 values and scales, quantised from the file's own numbers, a layer at a time."""
+        from pixart_jax.weights import quantization
 
-def _quantized(found: Match, tensors: Mapping, dtype: np.dtype, sharding, pool, pages: _Pages):
-    """One kernel on its devices as int8 values and scales, quantised from the file's own numbers, a layer at a time."""
-    from pixart_jax.weights import quantization
+        self.finish()
+        *layers, inputs, outputs = found.shape
+        values = _Array((*layers, inputs, outputs), np.dtype(np.int8), sharding and sharding.qvalue)
+        scales = _Array((*layers, 1, outputs), np.dtype(np.float32), sharding and sharding.scale)
+        for row, name in enumerate(found.names):
+            at = row if found.entry.stacked else None
+            ours = quantization.quantize_matrix(np.ascontiguousarray(found.entry.view(self._pages.take(name)).T))
+            jobs = [job for array, part in zip((values, scales), ours, strict=True) for job in array.copies(at, part)]
+            for copied in [self._pool.submit(_copy, *job) for job in jobs]:
+                copied.result()
+            self._pages.release(name)
+        self._put(found.entry.ours, lambda: quantization.leaf(values.put(), scales.put()))
 
-    del dtype
-    *layers, inputs, outputs = found.shape
-    values = _Array((*layers, inputs, outputs), np.dtype(np.int8), sharding and sharding.qvalue)
-    scales = _Array((*layers, 1, outputs), np.dtype(np.float32), sharding and sharding.scale)
-    for row, name in enumerate(found.names):
-        pages.prefetch()
-        at = row if found.entry.stacked else None
-        ours = quantization.quantize_matrix(np.ascontiguousarray(found.entry.view(np.asarray(tensors[name])).T))
-        jobs = [job for array, part in zip((values, scales), ours, strict=True) for job in array.copies(at, part)]
-        for done in [pool.submit(_copy, *job) for job in jobs]:
-            done.result()
-        pages.release(name)
-    return quantization.leaf(values.put(), scales.put())
+    def finish(self) -> None:
+        """Waits for all that was begun."""
+        while self._under_way:
+            self._finish_one()
+        jax.block_until_ready(self._before)
+
+    def _finish_one(self) -> None:
+        name, size, copies, done = self._under_way.popleft()
+        for copied in copies:
+            copied.result()
+        self._pages.release(name)
+        self._bytes -= size
+        done()
+
+    def _put(self, path: str, put: Callable[[], object]) -> None:
+        jax.block_until_ready(self._before)  # a copy to an accelerator keeps its buffer: one such at a time
+        self._before = self.arrays[path] = put()
+        self._bar.update(sum(leaf.nbytes for leaf in jax.tree.leaves(self._before)))
 
 
 def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
