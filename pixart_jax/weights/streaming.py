@@ -26,9 +26,10 @@ from pixart_jax.weights.files import Tensors
 from pixart_jax.weights.table import Entry, Match, flatten, match, unflatten
 
 _ALIGNMENT = 64  # bytes: an array that begins at a multiple of it can be used by XLA's CPU devices where it lies
-_TILE = (256, 512)  # of a transposition, rows and columns of the file's matrix
+_BLOCK = 1 << 17  # elements that are cast, or turned, at a time, in a core's cache
+_SHORTEST = 32  # rows of the file's matrix that are turned at a time: a cache line of bfloat16
+_LONGEST, _LONGEST_AS_IT_IS = 5120, 1152  # of its columns: whole rows are cast fastest, fewer touch fewer pages of what is written
 _PADDING = 16
-_BLOCK = 1 << 16  # elements that are cast at a time, in a core's cache
 _SLAB = 1 << 23  # elements that one thread copies at a time
 _THREADS = 8
 _READ_AHEAD = 128 << 20  # bytes of the file that the system is asked for before they are copied
@@ -219,7 +220,7 @@ def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.n
         yield out, view
         return
     axis = int(np.argmax(np.abs(view.strides)))
-    rows = max(_TILE[0], _SLAB * view.shape[axis] // view.size)
+    rows = max(1, _SLAB * view.shape[axis] // view.size // _SHORTEST) * _SHORTEST
     for start in range(0, view.shape[axis], rows):
         cut = (slice(None),) * axis + (slice(start, start + rows),)
         yield out[cut], view[cut]
@@ -258,8 +259,9 @@ def _copy(out: np.ndarray, view: np.ndarray) -> None:
     if view.ndim != 2 or abs(view.strides[0]) >= abs(view.strides[1]):
         _cast(out, view)
         return
-    height, width = _TILE
     theirs = view.T
+    width = min(theirs.shape[1], _LONGEST_AS_IT_IS if view.dtype == out.dtype else _LONGEST)
+    height = max(_SHORTEST, _BLOCK // max(width, 1) // _SHORTEST * _SHORTEST)
     bits = np.dtype(f"u{out.itemsize}")  # numpy moves its own types faster than ml_dtypes'
     target = out.view(bits)
     scratch = np.empty((height, width + _PADDING), out.dtype)
