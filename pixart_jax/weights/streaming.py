@@ -3,7 +3,7 @@
 A stacked parameter is one buffer for each part of it that a device of this process holds; every layer's tensor is copied
 into its row, axes and dtype changed on the way, by a few threads. Where the device is the CPU the buffer itself becomes the
 array. Pages of the file are given back as soon as they are copied. So the host holds, beside what lives on the devices, one
-parameter, or two where a copy to an accelerator is under way.
+parameter and what is begun of the next, and one more where a copy to an accelerator is under way.
 """
 
 from __future__ import annotations
