@@ -1,0 +1,92 @@
+"""The largest batch whose train step fits a device: searched over what the compiler says of its memory, never by running out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.speed.cases import Case
+from pixart_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARE = 0.95  # of the device's memory that a program is given: allocators leave gaps
+
+
+def largest(bytes_of: Callable[[int], float], limit: float, first: int = 32, unit: int = 8, most: int = 1 << 14) -> int:
+    """The largest multiple of unit (or number below unit) with bytes_of(batch) ≤ limit; 0 where one sample does not fit.
+
+    Memory grows with the batch nearly along a straight line, so each guess lies where the line through the last two measurements meets
+    the limit, held inside the bracket; without a use of the line the bracket is halved. bytes_of is asked for each batch once.
+    """
+    known: dict[int, float] = {}
+
+    def fits(batch: int) -> bool:
+        known[batch] = bytes_of(batch)
+        return known[batch] <= limit
+
+    low, high, guess = 0, None, first
+    while True:
+        if fits(guess):
+            low = guess
+        else:
+            high = guess
+        step = unit if low >= unit or (high or most) > unit else 1
+        if low >= most or (high is not None and high - low <= step):
+            return low
+        top = most + 1 if high is None else high
+        guess = min(max(low + step, _on_the_line(known, limit, step) or 2 * guess), top - (step if high is not None else 1))
+        if guess in known:
+            guess = low + max(step, (top - low) // 2 // step * step)
+
+
+def _on_the_line(known: dict[int, float], limit: float, step: int) -> int | None:
+    if len(known) < 2:
+        return None
+    (a, x), (b, y) = list(known.items())[-2:]
+    slope = (y - x) / (b - a)
+    return int((a + (limit - x) / slope) // step * step) if slope > 0 else None
+
+
+def search(case: Case, remat: str, told: Callable[[str], None]) -> int:
+    """The largest batch of the case on the device that jax finds; the batch that the case has is the first guess."""
+    command = [sys.executable, "-m", "benchmarks.speed.largest_batch", json.dumps(dataclasses.asdict(case)), remat]
+    asked = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with asked:
+        limit = float(asked.stdout.readline() or 0)
+        if not limit:
+            raise UserError("this device does not say how much memory it has: --largest-batch is for GPUs and TPUs")
+
+        def bytes_of(batch: int) -> float:
+            asked.stdin.write(f"{batch}\n")
+            asked.stdin.flush()
+            found = float(asked.stdout.readline())
+            told(f"batch {batch}: {found / 2**30:.2f} of {limit / 2**30:.2f} GiB")
+            return found
+
+        found = largest(bytes_of, limit, case.batch)
+        asked.stdin.close()
+    if not found:
+        raise UserError(f"{case}, remat {remat}: one sample does not fit")
+    return found
+
+
+def main(case: Case, remat: str) -> None:
+    """Says the limit, then for each batch that is asked for the bytes of its compiled step."""
+    import jax
+
+    from benchmarks.speed.ours import memory_of, traced_step
+
+    stats = jax.devices()[0].memory_stats() or {}
+    print(SHARE * stats.get("bytes_limit", 0), flush=True)
+    quick = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None  # which kernels are fastest is not asked
+    for line in sys.stdin:
+        _, traced, _ = traced_step(dataclasses.replace(case, batch=int(line)), remat)
+        print(memory_of(traced.lower().compile(compiler_options=quick))["all"], flush=True)
+
+
+if __name__ == "__main__":
+    main(Case(**json.loads(sys.argv[1])), sys.argv[2])
