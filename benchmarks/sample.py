@@ -8,7 +8,8 @@
 
 Both sides are given the same text states, lengths and noise; the relative difference of their latents stands in the last column, and exit
 status 1 says that a side failed or that fp32 latents differ by more than 1e-3. In bfloat16 both sides round at each step. --options are
-more arguments of Pipeline.denoise (of Pipeline.draw with --draw), as JSON; then the latents need not be the same.
+ours alone, shortcuts of pixart_jax/pipeline/shortcuts.py as JSON, {"blocks_every": 2}; then the latents are not the same, and the last column
+says how far apart they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.speed import command, compile_time  # noqa: E402
 from pixart_jax import program  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
+from pixart_jax.pipeline import Shortcuts  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--draw", action="store_true", help="from prompts to PNG files; text encoder and VAE of random numbers")
-    parser.add_argument("--options", default="{}", metavar="JSON", help="more arguments of Pipeline.denoise")
+    parser.add_argument("--options", default="{}", metavar="JSON", help="shortcuts (pixart_jax/pipeline/shortcuts.py)")
     parser.add_argument("--compile-time", action="store_true", help="measure that alone: cold and from the persistent cache")
     flags = command.begin(argv, parser)
     if flags.table:
@@ -41,9 +43,10 @@ def main(argv: list[str]) -> int:
         raise UserError("diffusers' pipeline tells a model the image's size at 1024 px alone: --px 1024ms, or 512 and the like without ms")
     try:
         options = json.loads(flags.options)
-    except ValueError as fault:
+        Shortcuts(**options)
+    except (ValueError, TypeError) as fault:
         raise UserError(f"--options {flags.options}: {fault}") from None
-    contenders = [command.ours(**({"options": options} if options else {})), *command.peers(flags)]
+    contenders = [command.ours("with shortcuts" if options else "", **({"shortcuts": options} if options else {})), *command.peers(flags)]
     check = command.within(float("inf") if options else 1e-3)
     return command.run(argv, flags, of, contenders, command.rules(flags, command.alone(flags, of, contenders, 4)), check)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,7 +34,8 @@ def main(argv: list[str]) -> int:
     parser = command.parser(__doc__, px="256", repeat=5)
     parser.add_argument("--remat", default="full", metavar="NAMES", help=f"of {', '.join(remat.NAMES)}, with commas between, or all")
     parser.add_argument("--peer-checkpointing", choices=("auto", "yes", "no"), default="auto", help="auto: unless remat is none")
-    parser.add_argument("--largest-batch", action="store_true", help="instead of --batch, what the device's memory holds")
+    parser.add_argument("--largest-batch", action="store_true", help="what the device's memory holds; --batch is the first guess")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of --largest-batch, instead of the device's")
     parser.add_argument("--compile-time", action="store_true", help="measure that alone: cold and from the persistent cache")
     flags = command.begin(argv, parser)
     if flags.table:
@@ -44,13 +46,14 @@ def main(argv: list[str]) -> int:
     if flags.remat == "all" and command.platform() == "cpu":
         policies.remove("offload")
         command.tell("offload is left out: a CPU has no other memory to offload to")
-    of = command.cases("train", flags)
+    of: Iterable = command.cases("train", flags)
     if flags.compile_time:
         return compile_time.measure(argv, flags, [(case, {"remat": name}) for case in of for name in policies])
     if flags.largest_batch:
         if len(policies) != 1:
             raise UserError("--largest-batch is of one --remat")
-        of = [dataclasses.replace(case, batch=largest_batch.search(case, policies[0], command.tell)) for case in of]
+        memory = None if flags.memory is None else flags.memory * 2**30
+        of = (dataclasses.replace(case, batch=largest_batch.search(case, policies[0], command.tell, memory)) for case in of)
     checkpointing = flags.peer_checkpointing == "yes" or (flags.peer_checkpointing == "auto" and policies != ["none"])
     suffix = ", checkpointing" if checkpointing else ""
     contenders = [command.ours(f"remat {name}", remat=name) for name in policies]

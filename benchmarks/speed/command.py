@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.speed import machine
@@ -100,18 +100,17 @@ def show(path: Path) -> int:
     return 0
 
 
-def run(argv: Sequence[str], flags, of: Sequence[Case], contenders: Sequence[Contender], rules: Rules, check: Callable[[dict], str | None]) -> int:
+def run(argv: Sequence[str], flags, of: Iterable[Case], contenders: Sequence[Contender], rules: Rules, check: Callable[[dict], str | None]) -> int:
     """Every case, its table as it comes to standard output. 1 where a side failed or check(row) finds a fault."""
     record, faults = Record(flags.json, " ".join(["python", Path(sys.argv[0]).name, *argv])), 0
     with Contest(contenders, rules, tell) as contest:
         for case in of:
             tell(str(case))
-            found = list(contest.rows(case))
-            record.run["rows"] += found
-            record.run["limits"] = {case.dtype: contest.limits(case.dtype)}
-            record.run["machine"] |= contest.machine
-            record.write()
-            for one in found:
+            for one in contest.rows(case):
+                record.run["rows"].append(one)
+                record.run["limits"][case.dtype] = contest.limits(case.dtype)
+                record.run["machine"] |= contest.machine
+                record.write()
                 fault = one.get("failed") or check(one)
                 if fault:
                     tell(f"{one['side']}: {fault}")

@@ -25,6 +25,7 @@ from pixart_jax.parallel.chips import chip_of
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "pixart_jax"
+REST = 0.25  # seconds before each turn: threads of the side that ran before look for work in circles for a while
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +149,9 @@ class Contest:
         found = {contender.label: {} for contender in self._contenders}
         for group in [[one] for one in self._contenders] if self._rules.alone else [self._contenders]:
             self._measure(group, case, folder, str(arrays), found)
-        first = next((found[one.label] for one in self._contenders if one.ours and "seconds" in found[one.label]), None)
-        for contender in self._contenders:
-            yield row(case, contender, found[contender.label], first, limits, self.machine.get("device", ""))
+            first = next((found[one.label] for one in self._contenders if one.ours and found[one.label].get("seconds")), None)
+            for contender in group:
+                yield row(case, contender, found[contender.label], first, limits, self.machine.get("device", ""))
 
     def _measure(self, group: Sequence[Contender], case: Case, folder: str, arrays: str, found: dict[str, dict]) -> None:
         living = []
@@ -173,6 +174,7 @@ class Contest:
                 break
             for contender in list(living):
                 with self._noting_death(contender, found, living):
+                    time.sleep(REST)
                     found[contender.label]["seconds"].append(self._process(contender).call("run")["seconds"])
         for contender in list(living):
             with self._noting_death(contender, found, living):

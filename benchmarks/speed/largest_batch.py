@@ -51,14 +51,16 @@ def _on_the_line(known: dict[int, float], limit: float, step: int) -> int | None
     return int((a + (limit - x) / slope) // step * step) if slope > 0 else None
 
 
-def search(case: Case, remat: str, told: Callable[[str], None]) -> int:
-    """The largest batch of the case on the device that jax finds; the batch that the case has is the first guess."""
+def search(case: Case, remat: str, told: Callable[[str], None], memory: float | None = None) -> int:
+    """The largest batch of the case on the device that jax finds; the batch that the case has is the first guess. memory: bytes, instead
+    of what the device says it has."""
     command = [sys.executable, "-m", "benchmarks.speed.largest_batch", json.dumps(dataclasses.asdict(case)), remat]
     asked = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with asked:
         limit = float(asked.stdout.readline() or 0)
+        limit = limit if memory is None else memory
         if not limit:
-            raise UserError("this device does not say how much memory it has: --largest-batch is for GPUs and TPUs")
+            raise UserError("this device does not say how much memory it has: give --memory GIB, or a GPU")
 
         def bytes_of(batch: int) -> float:
             asked.stdin.write(f"{batch}\n")
@@ -67,7 +69,7 @@ def search(case: Case, remat: str, told: Callable[[str], None]) -> int:
             told(f"batch {batch}: {found / 2**30:.2f} of {limit / 2**30:.2f} GiB")
             return found
 
-        found = largest(bytes_of, limit, case.batch)
+        found = largest(bytes_of, limit, case.batch, unit=min(8, case.batch))
         asked.stdin.close()
     if not found:
         raise UserError(f"{case}, remat {remat}: one sample does not fit")

@@ -18,8 +18,7 @@ from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.pipeline import Pipeline
-from pixart_jax.pipeline.scheduler import SchedulerConfig
+from pixart_jax.pipeline import Pipeline, SchedulerConfig, Shortcuts
 from pixart_jax.training import abstract
 from pixart_jax.training.batches import put
 from pixart_jax.training.state import state_from
@@ -53,14 +52,19 @@ class Forward:
 
 
 class Sample:
-    """All steps of sampling with guidance, from text states to latents. how["options"]: more arguments of Pipeline.denoise."""
+    """All steps of sampling with guidance, from text states to latents. how["shortcuts"]: fields of pipeline/shortcuts.py.
+
+    The negative prompt is one row for all images, as Pipeline.draw has it.
+    """
 
     def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
         vae = VAE(VAEConfig(), {})  # for its factor; nothing is decoded
         self._pipeline = Pipeline(load_component(folder, dtype=case.dtype), None, vae, None, SchedulerConfig())
         names = ("text_states", "text_lengths", "noise", "negative_states", "negative_lengths")
-        self._arguments = [jax.device_put(arrays[name]) for name in names]
-        self._how = {"steps": case.steps, "guidance": case.guidance, "times": "integer", **how.get("options", {})}
+        given = {**arrays, **{name: arrays[name][:1] for name in names if name.startswith("negative")}}
+        self._arguments = [jax.device_put(given[name]) for name in names]
+        shortcuts = Shortcuts(**how.get("shortcuts", {}))
+        self._how = {"steps": case.steps, "guidance": case.guidance, "times": "integer", "shortcuts": shortcuts}
 
     def run(self) -> None:
         self._latents = self._pipeline.denoise(*self._arguments, **self._how).block_until_ready()
@@ -83,13 +87,13 @@ class Draw:
         self._pipeline = Pipeline(load_component(folder, dtype=case.dtype), encoder, vae, words, SchedulerConfig())
         self._case, self._out = case, Path(tempfile.mkdtemp(prefix="drawn."))
         self._prompts = [PROMPTS[n % len(PROMPTS)] for n in range(case.batch)]
-        self._options = how.get("options", {})
+        self._shortcuts = Shortcuts(**how.get("shortcuts", {}))
 
     def run(self) -> None:
         case = self._case
         images = self._pipeline(
             self._prompts, steps=case.steps, guidance=case.guidance, height=case.px, width=case.px, times="integer", binning=False,
-            batch_size=case.batch, **self._options,
+            batch_size=case.batch, shortcuts=self._shortcuts,
         )  # fmt: skip
         for number, image in enumerate(images):
             png.write(self._out / f"{number}.png", image, {})

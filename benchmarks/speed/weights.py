@@ -1,6 +1,6 @@
 """Random weights that both sides open: written once by diffusers' save_pretrained, under the cache folder.
 
-    python -m benchmarks.speed.weights XL/2 [multi-scale]       (what the benchmarks start; 2.4 GB for XL/2)
+    python -m benchmarks.speed.weights XL/2 plain multi-scale       (what the benchmarks start by themselves; 2.4 GB each)
 
 The numbers lie in one file a model; each image size has a folder with its own config.json and a link to that file.
 """
@@ -22,34 +22,42 @@ from pixart_jax.weights.transformer import config_to_json
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def _numbers(model: str, multi_scale: bool) -> Path:
+    return cache_folder() / "benchmarks" / f"{model.replace('/', '-')}{'-ms' if multi_scale else ''}"
+
+
 def folder_of(case: Case) -> Path:
     """A transformer's folder for the case, made where it is not there."""
-    name = f"{case.model.replace('/', '-')}{'-ms' if case.multi_scale else ''}"
-    numbers = cache_folder() / "benchmarks" / name
-    if not (numbers / Transformer.weights_file).is_file():
-        subprocess.run([sys.executable, "-m", "benchmarks.speed.weights", case.model, *["multi-scale"] * case.multi_scale], cwd=ROOT, check=True)
-    sized = numbers.with_name(f"{name}-{case.px}")
+    numbers = _numbers(case.model, case.multi_scale)
+    if not numbers.is_dir():
+        kind = "multi-scale" if case.multi_scale else "plain"
+        subprocess.run([sys.executable, "-m", "benchmarks.speed.weights", case.model, kind], cwd=ROOT, check=True)
+    sized = numbers.with_name(f"{numbers.name}-{case.px}")
     sized.mkdir(exist_ok=True)
     write_json(sized / CONFIG, config_to_json(case.config))
     link = sized / Transformer.weights_file
     if not link.is_symlink():
-        link.symlink_to(Path(os.pardir) / name / Transformer.weights_file)
+        link.symlink_to(Path(os.pardir) / numbers.name / Transformer.weights_file)
     return sized
 
 
 def write(model: str, multi_scale: bool) -> None:
+    """The numbers of a model, unless they are there."""
+    target = _numbers(model, multi_scale)
+    if target.is_dir():
+        return
     from diffusers import PixArtTransformer2DModel
 
     from benchmarks.parity_rows.weights import materialised
 
-    case = Case("forward", model, 256, 1, "float32", multi_scale)
-    target = cache_folder() / "benchmarks" / f"{model.replace('/', '-')}{'-ms' if multi_scale else ''}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = materialised(lambda: PixArtTransformer2DModel.from_config(config_to_json(case.config)))
+    fields = config_to_json(Case("forward", model, 256, 1, "float32", multi_scale).config)
+    made = materialised(lambda: PixArtTransformer2DModel.from_config(fields))
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made.save_pretrained(Path(scratch) / "model", max_shard_size="1TB")
         os.rename(Path(scratch) / "model", target)
 
 
 if __name__ == "__main__":
-    write(sys.argv[1], "multi-scale" in sys.argv[2:])
+    for kind in sys.argv[2:]:
+        write(sys.argv[1], kind == "multi-scale")
