@@ -47,11 +47,11 @@ if [ -n "${PIXART_WHEELS:-}" ]; then
   export PYTHONPATH="$SCRATCH/site:$PYTHONPATH"
 fi
 if [ -n "$REHEARSE" ]; then
-  export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=""
+  export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
   [ "$OUT" != docs/benchmarks-h200.json ] || OUT="$SCRATCH/rehearsal.json"
-  MODEL=tiny TRAIN=(--px 32,64,64ms --batch 2) ONE=(--px 32,64 --batch 1 --steps 3) MANY=(--px 32,64 --batch 2 --steps 3)
-  DRAW=(--px 64 --steps 3) LARGEST=(--px 32,64ms --batch 2 --memory 0.02) CHECK=(--tiny)
-  COMMON=(--keep --repeat 2 --peer-backend aot_eager --compile-cache "${JAX_COMPILATION_CACHE_DIR:-$SCRATCH}/rehearsal")
+  MODEL=tiny TRAIN=(--px 32,64ms --batch 2) ONE=(--px 32 --batch 1 --steps 3) MANY=(--px 32 --batch 2 --steps 3)
+  DRAW=(--px 64 --steps 3) LARGEST=(--px 32 --batch 2 --memory 0.004) CHECK=(--tiny)
+  COMMON=(--keep --repeat 2 --peer-backend eager --compile-cache "${JAX_COMPILATION_CACHE_DIR:-$SCRATCH}/rehearsal")
 else
   MODEL=XL/2 TRAIN=(--px 256,512,1024ms --batch 32) ONE=(--px 512,1024ms --batch 1) MANY=(--px 512,1024ms --batch 16)
   DRAW=(--px 1024ms) LARGEST=(--px 256,512,1024ms --batch 64) CHECK=()
@@ -65,7 +65,7 @@ part() { # NAME, SECONDS at most, COMMAND …
   local name=$1 most=$2 begun=$SECONDS left=$((END - SECONDS)) status
   shift 2
   case ",$ONLY," in ",,") ;; *",$name,"*) ;; *) return ;; esac
-  [ "$left" -lt "$most" ] && most=$left
+  [ "$left" -lt "$most" ] || [ -n "$REHEARSE" ] && most=$left # a rehearsal's machine may be a busy one
   if [ "$most" -lt 5 ]; then
     status="no time left"
   else

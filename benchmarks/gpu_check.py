@@ -1,4 +1,4 @@
-"""On a GPU: each attention backend that is there beside xla's in fp32, forward and gradients, at the shapes of PixArt; and the machine's limits.
+"""On a GPU: each attention backend that is there beside xla's in fp32, output and gradients, at PixArt's shapes; and the limits.
 
     python benchmarks/gpu_check.py [--json FILE] [--tiny]
 
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
             record.write()
             held &= holds
     print(render(COLUMNS, record.run["cells"], "Attention beside fp32"))
-    print(limits_line(record.run))
+    print(limits_line([record.run]))
     return int(not held)
 
 

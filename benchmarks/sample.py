@@ -8,8 +8,8 @@
 
 Both sides are given the same text states, lengths and noise; the relative difference of their latents stands in the last column, and exit
 status 1 says that a side failed or that fp32 latents differ by more than 1e-3. In bfloat16 both sides round at each step. --options are
-ours alone, shortcuts of pixart_jax/pipeline/shortcuts.py as JSON, {"blocks_every": 2}; then the latents are not the same, and the last column
-says how far apart they are.
+ours alone, shortcuts of pixart_jax/pipeline/shortcuts.py as JSON, {"blocks_every": 2}; then the latents are not the same, and the last
+column says how far apart they are.
 """
 
 from __future__ import annotations

@@ -66,9 +66,7 @@ def ours(label: str = "", **how) -> Contender:
 def cases(kind: str, flags, **more) -> list[Case]:
     """Small ones first."""
     dtype = flags.dtype or ("bfloat16" if platform() == "gpu" else "float32")
-    found = [
-        Case(kind, flags.model, px, batch, dtype, told, flags.text_tokens, **more) for batch in flags.batch for px, told in flags.px
-    ]
+    found = [Case(kind, flags.model, px, batch, dtype, told, flags.text_tokens, **more) for batch in flags.batch for px, told in flags.px]
     return sorted(found, key=lambda case: case.flops)
 
 
@@ -100,7 +98,9 @@ def show(path: Path) -> int:
     return 0
 
 
-def run(argv: Sequence[str], flags, of: Iterable[Case], contenders: Sequence[Contender], rules: Rules, check: Callable[[dict], str | None]) -> int:
+def run(
+    argv: Sequence[str], flags, of: Iterable[Case], contenders: Sequence[Contender], rules: Rules, check: Callable[[dict], str | None]
+) -> int:
     """Every case, its table as it comes to standard output. 1 where a side failed or check(row) finds a fault."""
     record, faults = Record(flags.json, " ".join(["python", Path(sys.argv[0]).name, *argv])), 0
     with Contest(contenders, rules, tell) as contest:

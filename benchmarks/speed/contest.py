@@ -1,7 +1,7 @@
 """A contest: processes of both sides take turns at one case after another, and what comes out are rows.
 
-By default all sides of a case are open at once and run by turns, A B A B …, so that a machine that slows down slows all of them. Where their
-memory does not go together each lives alone, one after the other (``alone``).
+By default all sides of a case are open at once and run by turns, A B A B …, so that a machine that slows down slows all of them. Where
+their memory does not go together each lives alone, one after the other (``alone``).
 """
 
 from __future__ import annotations

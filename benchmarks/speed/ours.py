@@ -167,7 +167,8 @@ def memory_of(compiled) -> dict[str, int]:
     """arguments (state and batch, donated), temporaries and all of a compiled program, bytes a device, by the compiler's word."""
     found = compiled.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
-    return {"arguments": arguments, "temporaries": temporaries, "all": arguments + temporaries + found.output_size_in_bytes - found.alias_size_in_bytes}
+    new = found.output_size_in_bytes - found.alias_size_in_bytes
+    return {"arguments": arguments, "temporaries": temporaries, "all": arguments + temporaries + new}
 
 
 KINDS = {"forward": Forward, "sample": Sample, "draw": Draw, "train": Train}

@@ -103,7 +103,8 @@ class Train:
             size, ratio = (torch.from_numpy(arrays[name]).to(device) for name in ("size", "aspect_ratio"))
             self._told = {"resolution": size, "aspect_ratio": ratio[:, None]}
         dropped = torch.from_numpy(np.array(arrays["first_dropped"])).to(device)
-        self._given = (latents("first_x0"), latents("first_noise"), torch.from_numpy(np.array(arrays["first_t"])).long().to(device), dropped)
+        times = torch.from_numpy(np.array(arrays["first_t"])).long().to(device)
+        self._given = (latents("first_x0"), latents("first_noise"), times, dropped)
         self._first: dict[str, np.ndarray] = {}
 
     def _draws(self):

@@ -1,6 +1,6 @@
 """The JSON file of a benchmark: a list of runs, each with its machine, limits and rows, written anew as they come.
 
-    python -m benchmarks.speed.record FILE PART STATUS SECONDS      (what gpu.sh notes of a part)
+python -m benchmarks.speed.record FILE PART STATUS SECONDS      (what gpu.sh notes of a part)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Markdown of what was measured.
 
-    python -m benchmarks.speed.table FILE [FILE …]     (the tables of files that --json wrote)
+python -m benchmarks.speed.table FILE [FILE …]     (the tables of files that --json wrote)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ COLUMNS = (
     "model", "px", "batch", "dtype", "side", "median s", "best s", "ours / it", "TFLOP/s", "of the limit", "MFU", "images/s", "compile s",
     "peak GiB", "error",
 )  # fmt: skip
+NAMES = {"ours": "jax", "peer": "torch"}
 KINDS = {"forward": "Forward", "sample": "Sampling", "draw": "Prompt to PNG", "train": "Train step"}
 
 
@@ -35,8 +36,8 @@ def cells(row: dict) -> list[str]:
     ratio = "" if row["ratio"] is None else f"**{row['ratio']:.3f}**"
     error = f"{max(row['errors'].values()):.1e}" if row["errors"] else ""
     return [
-        *first, f"{row['median']:.4g}", f"{row['best']:.4g}", ratio, f"{row['flop_per_second'] / 1e12:.3g}", f"{row['share_of_limit']:.2f}", share,
-        f"{row['images_per_second']:.3g}", f"{row['compile_seconds']:.1f}", f"{row['peak_bytes'] / 2**30:.2f}", error,
+        *first, f"{row['median']:.4g}", f"{row['best']:.4g}", ratio, f"{row['flop_per_second'] / 1e12:.3g}", f"{row['share_of_limit']:.2f}",
+        share, f"{row['images_per_second']:.3g}", f"{row['compile_seconds']:.1f}", f"{row['peak_bytes'] / 2**30:.2f}", error,
     ]  # fmt: skip
 
 
@@ -49,27 +50,32 @@ def tables(runs: Sequence[dict]) -> str:
         if found:
             parts.append(f"**{title}**\n\n{table(COLUMNS, [cells(row) for row in found])}")
     parts += [render(run["columns"], run["cells"], run["title"]) for run in runs if "cells" in run]
-    said = [limits_line(run) for run in runs if run.get("limits")]
     failures = [f"- {row['size']} px, batch {row['case']['batch']}, {row['side']}: {row['failed']}" for row in rows if "failed" in row]
     failures += [f"- {run['part']}: {run['status']} after {run['seconds']:.0f} s" for run in runs if run.get("status", "done") != "done"]
     if failures:
         parts.append("Failed:\n\n" + "\n".join(failures) + "\n")
-    return "\n".join([*parts, *dict.fromkeys(said)])
+    return "\n".join([*parts, limits_line(runs)])
 
 
 def render(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
     return f"**{title}**\n\n{table(columns, rows)}"
 
 
-def limits_line(run: dict) -> str:
-    """What the machine can do at most, as the run measured it."""
+def limits_line(runs: Sequence[dict]) -> str:
+    """What the machine can do at most, the best that the runs measured; and the versions."""
+    measured = [run for run in runs if run.get("limits")]
+    if not measured:
+        return ""
     found = []
-    for dtype, sides in run["limits"].items():
-        products = ", ".join(f"{side} {limit['product'] / 1e12:.3g}" for side, limit in sorted(sides.items()))
-        copies = max(limit["copy"] for limit in sides.values())
-        found.append(f"{dtype} product of {next(iter(sides.values()))['side']}³: {products} TFLOP/s; copy {copies / 1e9:.3g} GB/s")
-    versions = ", ".join(f"{name} {version}" for name, version in run["machine"]["versions"].items())
-    return f"Limits on {run['machine'].get('device', 'this machine')} ({'; '.join(found)}). {versions}.\n"
+    for dtype in dict.fromkeys(dtype for run in measured for dtype in run["limits"]):
+        sides = [side for run in measured for side in run["limits"].get(dtype, {}).items()]
+        best = {name: max(limit["product"] for other, limit in sides if other == name) for name in sorted({name for name, _ in sides})}
+        products = ", ".join(f"{NAMES[name]} {product / 1e12:.3g}" for name, product in best.items())
+        copy = max(limit["copy"] for _, limit in sides)
+        found.append(f"{dtype} product of {sides[0][1]['side']}³: {products} TFLOP/s; copy, read and written, {copy / 1e9:.3g} GB/s")
+    machine = measured[-1]["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"Limits of {machine.get('device', 'this machine')}, {machine['cores']} cores: {'; '.join(found)}. {versions}.\n"
 
 
 if __name__ == "__main__":
