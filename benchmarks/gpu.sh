@@ -4,7 +4,7 @@
 #     bash benchmarks/gpu.sh                              every part; figures to docs/benchmarks-h200.json as they come
 #     bash benchmarks/gpu.sh --only train,sample-1        some parts; --list names them
 #     bash benchmarks/gpu.sh --rehearse                   tiny sizes on the CPU, every part, about two minutes; figures to a scratch file
-#     bash benchmarks/gpu.sh --out FILE --minutes 9
+#     bash benchmarks/gpu.sh --out FILE --minutes 9 --remat full,attention_out      the remat policies that train steps take
 #
 # The machine has Python 3.12, jax with CUDA (jax[cuda13], 0.10.2 to 0.12), PyTorch with CUDA, and a C compiler, which torch.compile needs.
 # What else is missing comes as wheels in a folder that PIXART_WHEELS names; they are installed into a temporary folder, without dependencies.
@@ -19,16 +19,16 @@
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-OUT=docs/benchmarks-h200.json ONLY="" MINUTES=9 REHEARSE="" LIST=""
+OUT=docs/benchmarks-h200.json ONLY="" MINUTES=9 REMAT=full,attention_out REHEARSE="" LIST=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --rehearse) REHEARSE=1 ;;
     --list) LIST=1 ;;
-    --out | --only | --minutes)
+    --out | --only | --minutes | --remat)
       [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-      case "$1" in --out) OUT="$2" ;; --only) ONLY="$2" ;; --minutes) MINUTES="$2" ;; esac
+      case "$1" in --out) OUT="$2" ;; --only) ONLY="$2" ;; --minutes) MINUTES="$2" ;; --remat) REMAT="$2" ;; esac
       shift ;;
-    *) echo "error: $1 is unknown: --rehearse, --only PARTS, --list, --out FILE, --minutes N" >&2; exit 2 ;;
+    *) echo "error: $1 is unknown: --rehearse, --only PARTS, --list, --out FILE, --minutes N, --remat NAMES" >&2; exit 2 ;;
   esac
   shift
 done
@@ -80,7 +80,7 @@ part() { # NAME, SECONDS at most, COMMAND …
 
 part weights 90 "$PYTHON" -m benchmarks.speed.weights "$MODEL" plain multi-scale
 # Blocks are compiled one for all where the GPU is busy with large batches: the same kernels, and less of the nine minutes.
-part train 200 "$PYTHON" benchmarks/train_step.py "${COMMON[@]}" "${TRAIN[@]}" --peer-compile blocks --budget 12
+part train 200 "$PYTHON" benchmarks/train_step.py "${COMMON[@]}" "${TRAIN[@]}" --remat "$REMAT" --peer-compile blocks --budget 12
 part sample-1 150 "$PYTHON" benchmarks/sample.py "${COMMON[@]}" "${ONE[@]}" --peer-compile whole --budget 8
 part check 60 "$PYTHON" benchmarks/gpu_check.py --json "$OUT" ${CHECK[@]+"${CHECK[@]}"}
 part draw 120 "$PYTHON" benchmarks/sample.py "${COMMON[@]}" "${DRAW[@]}" --draw --peer-compile whole --budget 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import subprocess
@@ -13,42 +14,39 @@ from benchmarks.speed.cases import Case
 from pixart_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+LINES = 4  # measurements after which the bracket is halved
 SHARE = 0.95  # of the device's memory that a program is given: allocators leave gaps
 
 
 def largest(bytes_of: Callable[[int], float], limit: float, first: int = 32, unit: int = 8, most: int = 1 << 14) -> int:
-    """The largest multiple of unit (or number below unit) with bytes_of(batch) ≤ limit; 0 where one sample does not fit.
+    """The largest multiple of unit (or number below unit) up to most with bytes_of(batch) ≤ limit; 0 where one sample does not fit.
 
-    Memory grows with the batch nearly along a straight line, so each guess lies where the line through the last two measurements meets
-    the limit, held inside the bracket; without a use of the line the bracket is halved. bytes_of is asked for each batch once.
+    A bisection. Memory grows with the batch nearly along a straight line, so the first guesses lie where the line through the last two
+    measurements meets the limit; bytes_of is asked for no batch twice.
     """
-    known: dict[int, float] = {}
-
-    def fits(batch: int) -> bool:
-        known[batch] = bytes_of(batch)
-        return known[batch] <= limit
-
-    low, high, guess = 0, None, first
-    while True:
-        if fits(guess):
-            low = guess
+    batches = [*range(1, unit), *range(unit, most + 1, unit)]
+    known: list[tuple[int, float]] = []
+    low, high = -1, len(batches)  # places in batches: the largest known to fit, the least known not to
+    guess = bisect.bisect(batches, first) - 1
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1)
+        known.append((batches[guess], bytes_of(batches[guess])))
+        low, high = (guess, high) if known[-1][1] <= limit else (low, guess)
+        met = _on_the_line(known, limit) if len(known) <= LINES else None
+        if met is not None:
+            guess = bisect.bisect(batches, met) - 1
         else:
-            high = guess
-        step = unit if low >= unit or (high or most) > unit else 1
-        if low >= most or (high is not None and high - low <= step):
-            return low
-        top = most + 1 if high is None else high
-        guess = min(max(low + step, _on_the_line(known, limit, step) or 2 * guess), top - (step if high is not None else 1))
-        if guess in known:
-            guess = low + max(step, (top - low) // 2 // step * step)
+            guess = (low + high) // 2 if high < len(batches) else 2 * guess + 1
+    return batches[low] if low >= 0 else 0
 
 
-def _on_the_line(known: dict[int, float], limit: float, step: int) -> int | None:
+def _on_the_line(known: list[tuple[int, float]], limit: float) -> float | None:
+    """Where the line through the last two measurements meets the limit; None where there is none."""
     if len(known) < 2:
         return None
-    (a, x), (b, y) = list(known.items())[-2:]
+    (a, x), (b, y) = known[-2:]
     slope = (y - x) / (b - a)
-    return int((a + (limit - x) / slope) // step * step) if slope > 0 else None
+    return a + (limit - x) / slope if slope > 0 else None
 
 
 def search(case: Case, remat: str, told: Callable[[str], None], memory: float | None = None) -> int:

@@ -59,5 +59,9 @@ def write(model: str, multi_scale: bool) -> None:
 
 
 if __name__ == "__main__":
-    for kind in sys.argv[2:]:
-        write(sys.argv[1], kind == "multi-scale")
+    model, kinds = sys.argv[1], sys.argv[2:]
+    if len(kinds) == 1:
+        write(model, kinds == ["multi-scale"])
+    else:  # each in a process of its own, at the same time
+        made = [subprocess.Popen([sys.executable, "-m", "benchmarks.speed.weights", model, kind], cwd=ROOT) for kind in kinds]
+        sys.exit(max(process.wait() for process in made))

