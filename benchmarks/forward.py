@@ -24,7 +24,9 @@ def main(argv: list[str]) -> int:
     if flags.table:
         return command.show(flags.table)
     of, contenders = command.cases("forward", flags), [command.ours(), *command.peers(flags)]
-    return command.run(argv, flags, of, contenders, command.rules(flags, command.alone(flags, of, contenders, 4)), command.within(1e-4))
+    return command.run(
+        argv, flags, of, contenders, command.rules(flags, command.alone(flags, of, contenders, 4)), command.within({"output": 1e-4})
+    )
 
 
 if __name__ == "__main__":

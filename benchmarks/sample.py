@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError) as fault:
         raise UserError(f"--options {flags.options}: {fault}") from None
     contenders = [command.ours("with shortcuts" if options else "", **({"shortcuts": options} if options else {})), *command.peers(flags)]
-    check = command.within(float("inf") if options else 1e-3)
+    check = command.within({"latents": float("inf") if options else 1e-3})
     return command.run(argv, flags, of, contenders, command.rules(flags, command.alone(flags, of, contenders, 4)), check)
 
 
