@@ -49,7 +49,7 @@ fi
 if [ -n "$REHEARSE" ]; then
   export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
   [ "$OUT" != docs/benchmarks-h200.json ] || OUT="$SCRATCH/rehearsal.json"
-  MODEL=tiny TRAIN=(--px 32,64ms --batch 2) ONE=(--px 32 --batch 1 --steps 3) MANY=(--px 32 --batch 2 --steps 3)
+  MODEL=tiny TRAIN=(--px 32ms --batch 2) ONE=(--px 32 --batch 1 --steps 3) MANY=(--px 32 --batch 2 --steps 3)
   DRAW=(--px 64 --steps 3) LARGEST=(--px 32 --batch 2 --memory 0.004) CHECK=(--tiny)
   COMMON=(--keep --repeat 2 --peer-backend eager --compile-cache "${JAX_COMPILATION_CACHE_DIR:-$SCRATCH}/rehearsal")
 else

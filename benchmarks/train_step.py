@@ -9,8 +9,8 @@
 
 Ours is the step that train.py runs. The peer's model checkpoints each block where our remat is not 'none' (--peer-checkpointing); AdamW
 is torch's fused one, the loss is written out in benchmarks/speed/peer_training.py. Loss and gradient norm of the first step are compared:
-exit status 1 where a side failed or, in fp32, the losses differ by more than 1e-4 or the norms by more than 1e-3. XL/2 in fp32 takes about 12 GiB a side at batch 1; where all
-sides together do not fit, each runs alone, one after the other.
+exit status 1 where a side failed or, in fp32, the losses differ by more than 1e-4 or the norms by more than 1e-3. XL/2 in fp32 takes
+about 12 GiB a side at batch 1; where all sides together do not fit, each runs alone, one after the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pixart_jax import program  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.models import remat  # noqa: E402
 
-BOUNDS = {"loss": 1e-4, "grad_norm": 1e-3}  # relative, in fp32; the norm adds up all parameters' squares, each side in its own order
+BOUNDS = {"loss": 1e-4, "grad_norm": 1e-3}  # relative, in fp32; torch's norm on a CPU adds up millions of squares one by one
 STATE = 20  # bytes a parameter: master, gradient, two moments, EMA
 
 
