@@ -40,6 +40,14 @@ def train_flops(config: TransformerConfig | DiTConfig, height: int, width: int, 
     return 3.0 * forward_flops(config, height, width, text_tokens)
 
 
+def sampling_flops(config: TransformerConfig, height: int, width: int, text_tokens: int, steps: int = 20, guided: bool = True) -> float:
+    """Of drawing one image: an evaluation a step, two under guidance; what depends on a text alone (its projection, every block's keys
+    and values) once a text."""
+    text = forward_flops(config, 0, 0, text_tokens) - forward_flops(config, 0, 0, 0)
+    halves = 2 if guided else 1
+    return halves * (text + steps * (forward_flops(config, height, width, text_tokens) - text))
+
+
 def _self_attention(config: Geometry, rows: int, columns: int) -> int:
     """Scores and weighted values of all layers; a compressed layer (PixArt-Σ) has 1 / R² of the keys."""
     n, r = rows * columns, getattr(config, "kv_compression", 1)
