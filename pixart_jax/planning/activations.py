@@ -52,7 +52,8 @@ def counted(job: Job, parameters: float) -> dict[str, float]:
     }
     if config.remat not in of_a_block:
         raise UserError(f"remat {config.remat!r}: activations are counted for {', '.join(of_a_block)}")
-    logits = sum(10 * s * heads * n * (_lanes(keys) if platform == "tpu" else keys) for name, keys in ((ours, n), (cross, text)) if name == "xla")
+    keys = [m for name, m in ((ours, n * context), (cross, text)) if name == "xla"]
+    logits = sum(10 * s * heads * n * (_lanes(m) if platform == "tpu" else m) for m in keys)
     block = 8 * model.width**2 + 2 * model.width * model.mlp_width
     return {
         "kept": model.depth * of_a_block[config.remat],

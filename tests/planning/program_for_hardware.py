@@ -39,7 +39,7 @@ def job_of(name: str, recipe: str, part: str, mesh: str, batch: str, side: str, 
 def kernels(text: str) -> dict[str, int]:
     """Names of the attention kernels in a program's text, and how many calls of each are written there."""
     calls = [i for instructions in hlo.computations(text)[0].values() for i in instructions if i.opcode == "custom-call"]
-    names = [i.name.split(".")[0] for i in calls if 'custom_call_target="tpu_custom_call"' in i.rest]
+    names = [i.name.split(".")[0] for i in calls if i.name.startswith("splash_")]
     names += [target for i in calls if (target := i.rest.partition('custom_call_target="')[2].partition('"')[0]).startswith("__cudnn$")]
     return dict(collections.Counter(names))
 
