@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("program_for_hardware.py")
 SPLASH = {"splash_mha_fwd_residuals": 1, "splash_mha_dkv_no_residuals": 1}  # each once: the forward kernel is not run again
 OF_MANY_KEYS = SPLASH | {"splash_mha_dq_no_residuals": 1}
-# Over fsdp 16 the output projections of both attentions lie as [28, 1152, 72], their cut side last. Cast for the loop, each goes through the
+# Over fsdp 16 the output projections of both attentions lie as [28, 1152, 72], the cut side last. Cast for the loop, each goes through the
 # layout that pads it to 128 and back: four copies of 4 MB, once a step.
 CAST_OF_OUTPUT_PROJECTIONS = " = bf16[28,1152,72]"
 CUDNN = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 2}  # self-attention and cross-attention
