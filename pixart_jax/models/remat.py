@@ -11,6 +11,10 @@ full           the block's input: d                          1 forward pass (ste
 offload        nothing: input and attentions, 3·d, lie in    as attention_out             long sequences; 2 × 3·d bytes a token and
                the host's pinned memory                                                   block cross PCIe, which must be shorter than
                                                                                           the block's compute to be hidden
+
+What attentions give is their outputs, and of a flash kernel (models/attention) also the softmax's logarithm, 4 bytes a token and head, so
+that attention_out and offload run no forward kernel again; full and dots do. Of what splash gives, heads of 72 lie in lanes of 128.
+Dense attention keeps no weights: attention_out computes its logits and softmax again.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ _OPCODE = re.compile(r"(?<![\w%.\-])([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-~]+)")
 _LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[su]\d+|bf16|f\d+\w*|c\d+)\[([\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count\D+(\d+)")
 _CONSTANT = re.compile(r"^[su](?:32|64)\[\]\S* constant\((\d+)\)")
 
@@ -133,3 +134,31 @@ def _compared(found: dict[str, list[Instruction]], condition: str) -> int:
                 constants.append(int(constant[1]))
             todo += [name for _, name in _CALLED.findall(instruction.rest)]
     return max(constants[0], 1) if len(set(constants)) == 1 else 1
+
+
+def rearranged(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
+    """Copies and transposes, as written, of arrays of these shapes in any order of their dimensions, those of 1 left out.
+
+    Not counted: copies to another memory of the same chip, which are asynchronous (copy-start), those of a broadcast, which is how a
+    loop's sums begin at zero, and what a loop over stacked blocks does at each turn: it takes a slice out of the stack and puts one in.
+    """
+    wanted = {_outline(shape) for shape in shapes}
+    found, seen = [], set()
+    for run in executed(text):
+        if run.computation in seen:
+            continue
+        seen.add(run.computation)
+        made = {i.name: i.opcode for i in run.instructions}
+        put = {name for i in run.instructions if i.opcode == "dynamic-update-slice" for name in _OPERAND.findall(i.rest)}
+        for i in run.instructions:
+            if i.opcode not in ("copy", "transpose") or i.name in put:
+                continue
+            (operand, *_), ((_, dims), *_) = _OPERAND.findall(i.rest), _ARRAY.findall(i.shape)
+            shape = tuple(int(n) for n in dims.split(",") if n)
+            if _outline(shape) in wanted and made.get(operand) not in ("broadcast", "dynamic-slice"):
+                found.append(f"{run.loop}: {i.name} = {i.shape.strip()} {i.opcode}({i.rest[:200]}")
+    return found
+
+
+def _outline(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in shape if n > 1))
