@@ -41,6 +41,29 @@ def test_every_policy_gives_the_same_gradients_and_less_is_kept_from_none_to_ful
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4, dict(zip(order, kept))
 
 
+def test_only_none_keeps_what_attention_makes_for_each_pair_of_tokens():
+    """Logits and probabilities [.., n, m] of the 64 image tokens over themselves or the 8 text tokens, stacked over the blocks."""
+    pairs = {(64, 64), (64, 8)}
+
+    def kept(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                yield from (v.aval.shape for v in equation.outvars[equation.params["num_carry"] :])
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from kept(inner)
+
+    for name in NAMES:
+        found = any(shape[-2:] in pairs and len(shape) == 5 for shape in kept(gradient(name)[0].jaxpr.jaxpr))
+        assert found == (name == "none"), name
+
+
+def test_dots_attention_keeps_what_dots_does_and_computes_no_attention_again():
+    from pixart_jax.planning.arithmetic import products
+
+    flops = {name: products(gradient(name)[0].jaxpr.jaxpr).flops for name in NAMES}
+    assert flops["none"] < flops["dots_attention"] < flops["dots"] < flops["attention_out"] < flops["full"]
+
+
 def test_offload_moves_what_attention_out_keeps_to_the_host():
     """In the program for a TPU; on a CPU, JAX leaves the move out."""
     programs = {name: gradient(name)[0].lower(lowering_platforms=("tpu",)).as_text() for name in ("offload", "attention_out")}
