@@ -6,7 +6,7 @@ attention "xla" at 256 px and at 1024 px:
 
 name            kept on the device                              computed again               step         for
 none            everything, the softmaxes too                   nothing                      1      1     small models
-dots_attention  as dots, and both attentions: 14·d              norms, GELU                  1.01   1.06  long sequences, memory to spare
+dots_attention  as dots, and both attentions: 14·d              norms, GELU, "xla"'s logits   1.01   1.06  long sequences, memory to spare
 dots            the block's input, projections' outputs: 12·d   attention, norms, GELU       1.01   1.11  the usual one where it fits
 attention_out   the block's input and both attentions: 3·d      projections, norms, GELU     1.33   1.28  long sequences, where dots does
                                                                                                           not fit

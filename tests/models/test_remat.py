@@ -10,6 +10,7 @@ import pytest
 from pixart_jax.errors import UserError
 from pixart_jax.models.remat import HOST, NAMES, check_platform
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.planning.arithmetic import products
 
 CONFIG = TransformerConfig(depth=4, width=64, heads=4, caption_width=16, text_tokens=8, sample_size=16)
 
@@ -58,8 +59,6 @@ def test_only_none_keeps_what_attention_makes_for_each_pair_of_tokens():
 
 
 def test_dots_attention_keeps_what_dots_does_and_computes_no_attention_again():
-    from pixart_jax.planning.arithmetic import products
-
     flops = {name: products(gradient(name)[0].jaxpr.jaxpr).flops for name in NAMES}
     assert flops["none"] < flops["dots_attention"] < flops["dots"] < flops["attention_out"] < flops["full"]
 

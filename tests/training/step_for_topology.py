@@ -8,7 +8,6 @@ import re
 import sys
 
 import jax
-
 from training.test_step_compiled import small
 
 from pixart_jax.config import MeshConfig

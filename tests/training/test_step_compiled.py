@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import compilers
@@ -19,7 +16,6 @@ from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import unboxed
-from pixart_jax.planning import topology
 from pixart_jax.training import abstract
 from pixart_jax.training.step import taken_where
 from pixart_jax.training.tasks.class_conditional import ClassConditional
@@ -135,20 +131,14 @@ def small(remat="full", accumulate=1, dtype="bfloat16") -> Config:
     return Config(name="small", stages=(stage,), model=model, compute_dtype=dtype, remat=remat)
 
 
-def compiled(name: str) -> dict:
-    """Of the step of ``small`` on a topology: bytes of state, batch and temporaries on a device, and of what is gathered and copied."""
-    program = Path(__file__).parent / "step_for_topology.py"
-    env = topology.environment(topology.parse(name)) | {"PYTHONPATH": compilers.path()}
-    done = subprocess.run([sys.executable, program, name], capture_output=True, text=True, timeout=600, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+PROGRAM = Path(__file__).parent / "step_for_topology.py"  # of ``small``: bytes of state, temporaries and of what is gathered and copied
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu:1", *(pytest.param(name, marks=compilers.needs(name)) for name in ("h200:1", "v5e:1x1"))])
 def test_the_state_is_updated_where_it_lies(name):
     """Donated, and never copied: besides it a step holds gradients, a copy in the compute dtype and activations, less than half of it."""
-    found = compiled(name)
+    found = compilers.compiled(name, PROGRAM)
     assert found["aliased"] >= found["state"]
     assert found["temporaries"] < 0.5 * found["state"], found
     if name != "cpu:1":  # whose kernels are copied into the layout that its products want
@@ -158,7 +148,7 @@ def test_the_state_is_updated_where_it_lies(name):
 @pytest.mark.slow
 @compilers.needs("v5e:2x2")
 def test_on_a_tpu_slice_bfloat16_is_gathered_and_not_the_masters():
-    found = compiled("v5e:2x2")
+    found = compilers.compiled("v5e:2x2", PROGRAM)
     gathered, parameters = found["gathered"], found["parameters"]
     assert gathered["bf16"] > 2 * parameters  # forward and backward pass, 2 bytes each
     assert gathered["f32"] < 0.25 * gathered["bf16"], found  # of the timestep's layers, which compute in it
