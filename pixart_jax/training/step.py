@@ -65,7 +65,7 @@ def train_step(
         return optax.apply_updates(params, updates), opt_state
 
     on_cpu = mesh is None or mesh.devices.flat[0].platform == "cpu"
-    params, opt_state = _where(ok, take, state.params, state.opt_state, grads, on_cpu=on_cpu)
+    params, opt_state = taken_where(ok, take, state.params, state.opt_state, grads, on_cpu=on_cpu)
     metrics = {
         **terms,
         "lr": jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32),  # the optimizer counts the steps that it took
@@ -121,7 +121,7 @@ class CompiledStep:
         return self.jitted._cache_size()
 
 
-def _where(ok: jax.Array, take: Callable, params, opt_state, grads, *, on_cpu: bool):
+def taken_where(ok: jax.Array, take: Callable, params, opt_state, grads, *, on_cpu: bool):
     """take(params, opt_state, grads) where ok, else params and opt_state as they are, to the bit; donated, both stay where they lie.
 
     A selection is fused into the update on accelerators. XLA for CPUs would keep the new moments beside the selected ones, more than a

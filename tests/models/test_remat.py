@@ -10,6 +10,7 @@ import pytest
 from pixart_jax.errors import UserError
 from pixart_jax.models.remat import HOST, NAMES, check_platform
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.planning.arithmetic import products
 
 CONFIG = TransformerConfig(depth=4, width=64, heads=4, caption_width=16, text_tokens=8, sample_size=16)
 
@@ -39,6 +40,27 @@ def test_every_policy_gives_the_same_gradients_and_less_is_kept_from_none_to_ful
     order = ["none", "dots", "attention_out", "full"]
     kept = [made[name][0] for name in order]
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4, dict(zip(order, kept))
+
+
+def test_only_none_keeps_what_attention_makes_for_each_pair_of_tokens():
+    """Logits and probabilities [.., n, m] of the 64 image tokens over themselves or the 8 text tokens, stacked over the blocks."""
+    pairs = {(64, 64), (64, 8)}
+
+    def kept(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                yield from (v.aval.shape for v in equation.outvars[equation.params["num_carry"] :])
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from kept(inner)
+
+    for name in NAMES:
+        found = any(shape[-2:] in pairs and len(shape) == 5 for shape in kept(gradient(name)[0].jaxpr.jaxpr))
+        assert found == (name == "none"), name
+
+
+def test_dots_attention_keeps_what_dots_does_and_computes_no_attention_again():
+    flops = {name: products(gradient(name)[0].jaxpr.jaxpr).flops for name in NAMES}
+    assert flops["none"] < flops["dots_attention"] < flops["dots"] < flops["attention_out"] < flops["full"]
 
 
 def test_offload_moves_what_attention_out_keeps_to_the_host():

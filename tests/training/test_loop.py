@@ -10,6 +10,7 @@ from pixart_jax.config import MeshConfig
 from pixart_jax.errors import Interrupted
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import batch_sharding
+from pixart_jax.training import loop
 from pixart_jax.training.clock import Clock
 from pixart_jax.training.interruption import Interruption
 from pixart_jax.training.loop import Diverged, Watch, Window, train
@@ -128,6 +129,39 @@ def test_a_signal_saves_the_step_and_leaves_the_rest():
 def test_a_signal_at_a_step_that_is_saved_anyway_saves_it_once():
     assert [n for n, *_ in run(stop=4)[2]] == [4]
     assert [n for n, *_ in run(stop=10)[2]] == [4, 8, 10]
+
+
+class Told(np.ndarray):
+    """A metric that tells when the host reads it."""
+
+    read = None
+
+    def __float__(self):
+        self.read()
+        return super().__float__()
+
+
+def test_the_next_batch_is_on_its_way_and_its_step_begun_before_a_step_is_waited_for(monkeypatch):
+    """Two steps are always begun, so the device finds its next batch where it computes and never waits for the host."""
+    events = []
+    real = loop.put
+    monkeypatch.setattr(loop, "put", lambda rows, sharding: events.append(f"put {rows['number'][0] + 1}") or real(rows, sharding))
+    call = Step.__call__
+
+    def begin(self, state, batch, key):
+        number = int(batch["number"][0]) + 1
+        events.append(f"begin {number}")
+        state, metrics = call(self, state, batch, key)
+        metrics["loss"] = np.asarray(metrics["loss"]).view(Told)
+        metrics["loss"].read = lambda: events.append(f"wait {number}")
+        return state, metrics
+
+    monkeypatch.setattr(Step, "__call__", begin)
+    monkeypatch.setattr(jax, "device_get", lambda tree: tree)
+    run(steps=4, save=100)
+    assert events == [
+        "put 1", "begin 1", "put 2", "begin 2", "wait 1", "put 3", "begin 3", "wait 2", "put 4", "begin 4", "wait 3", "wait 4",
+    ]  # fmt: skip
 
 
 def test_a_finished_stage_does_nothing():
