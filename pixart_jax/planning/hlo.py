@@ -61,7 +61,7 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if head:
             current = found.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # attributes of a kernel run over lines, and one of those may begin so
             current = None
         elif current is not None and (parts := _INSTRUCTION.match(line)):
             shape, opcode, rest = _split(parts[2])

@@ -8,6 +8,9 @@ TEXT = """
 %loop (p: (s32[], bf16[28,64,32])) -> bf16[1,64,32] {
   %stack = bf16[28,64,32]{2,1,0} get-tuple-element(%p), index=1
   %slice.1 = bf16[1,64,32]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero)
+  %kernel.1 = bf16[64]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  "blocks": "{}"
+}}, metadata={op_name="x"}
   %copy.1 = bf16[1,64,32]{2,1,0} copy(%slice.1)
   %copy.2 = bf16[1,64,32]{2,1,0} copy(%gradient)
   ROOT %put = bf16[28,64,32]{2,1,0} dynamic-update-slice(%stack, %copy.2, %i, %zero, %zero)
