@@ -72,7 +72,7 @@ def test_a_text_does_not_depend_on_its_padding_or_its_batch():
     ids = np.random.default_rng(2).integers(0, config.vocab_size, (3, 20))
     long = module.apply({"params": params}, jnp.asarray(ids), jnp.array([5, 20, 9]))
     short = module.apply({"params": params}, jnp.asarray(ids[:1, :5]), jnp.array([5]))
-    np.testing.assert_allclose(long[:1, :5], short, atol=2e-6)
+    np.testing.assert_allclose(long[:1, :5], short, atol=2e-6 * np.abs(short).max())
 
 
 def test_names_are_written_back_as_they_were_read():
