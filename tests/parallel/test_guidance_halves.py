@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import pytest
 
-import sample
 from pixart_jax import program
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
@@ -52,8 +51,8 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_where_the_pipeline_is_
         pipe.replace(mesh=sevenths)
 
 
-def test_a_mesh_of_more_devices_than_there_are_is_one_line(root, capsys, tmp_path):
-    assert program.run(sample.main, ["--prompt", PROMPT, "--out", str(tmp_path), "--mesh", "data=3,fsdp=5"]) == 2
+def test_a_mesh_of_more_devices_than_there_are_is_one_line(sample_program, capsys, tmp_path):
+    assert program.run(sample_program.main, ["--prompt", PROMPT, "--out", str(tmp_path), "--mesh", "data=3,fsdp=5"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: mesh data 3 × fsdp 5") and said.count("\n") == 1
     assert MeshConfig.parse("fsdp=2,context_attention=ring").context_attention == "ring"

@@ -55,7 +55,7 @@ def test_shared_network_is_the_least_squares_fit_over_all_timesteps(dit_params):
     params = from_dit(dit_params, DIT, PIXART, jax.random.key(0))
     module, t = PixArtTransformer(PIXART), jnp.arange(1000.0)
     # φ(t) from the model itself, rows 0 … 999, and the features that the error depends on.
-    embed = module.apply({"params": params}, t, 1000, None, None, method="_condition")
+    embed = module.apply({"params": params}, t, None, None, method="_condition")
     phi = np.asarray(jax.nn.silu(embed), np.float64)
     features = phi - phi[500]  # [1000, d]
     own = np.stack([features @ np.asarray(w, np.float64) for w in dit_params["blocks"]["modulation"]["kernel"]])  # [depth, 1000, 6d]
