@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh                              every part; figures to docs/benchmarks-h200.json as they come
 #     bash benchmarks/gpu.sh --only train,sample-1        some parts; --list names them
-#     bash benchmarks/gpu.sh --rehearse                   tiny sizes on the CPU, every part, about two minutes; figures to a scratch file
+#     bash benchmarks/gpu.sh --rehearse                   tiny sizes on the CPU, every part, two and a half minutes; figures to a scratch file
 #     bash benchmarks/gpu.sh --out FILE --minutes 9 --remat full,attention_out      the remat policies that train steps take
 #
 # The machine has Python 3.12, jax with CUDA (jax[cuda13], 0.10.2 to 0.12), PyTorch with CUDA, and a C compiler, which torch.compile needs.
