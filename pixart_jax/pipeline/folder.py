@@ -16,7 +16,7 @@ from pixart_jax.pipeline import sampling as samplings
 from pixart_jax.pipeline import scheduler as schedulers
 
 INDEX = "model_index.json"
-PARTS = ("transformer", "text_encoder", "vae")  # those with weights
+PARTS = ("text_encoder", "transformer", "vae")  # those with weights, in the order in which a drawing needs them
 _CLASSES = {
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "T5EncoderModel"],

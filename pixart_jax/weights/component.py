@@ -37,7 +37,8 @@ from pixart_jax.weights.files import (
     write_json,
     write_safetensors,
 )
-from pixart_jax.weights.streaming import aliased, read
+from pixart_jax.weights.opening import Opening, Parameters
+from pixart_jax.weights.streaming import Reading, aliased
 from pixart_jax.weights.table import Entry, Pending, flatten, unflatten, write
 
 CONFIG = "config.json"
@@ -60,12 +61,13 @@ _run_layer_by_layer = jax.jit(
 class Component(abc.ABC):
     """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation. mesh: where params lie, or None.
 
+    A component that was just opened reads its parameters while its caller goes on; asking for ``params`` waits for them (opening.py).
     Opened with a dtype, the matrices of what computes in it are held in it too, so bfloat16 is half the memory; norms, tables,
     biases and all that computes in fp32 stay in fp32.
     """
 
     config: object
-    params: Mapping
+    params: Mapping = Parameters()
     dtype: jnp.dtype = jnp.float32
     mesh: jax.sharding.Mesh | None = None
 
@@ -81,7 +83,17 @@ class Component(abc.ABC):
 
     def replace(self, **changes) -> Self:
         """The same component with other params (or config, dtype, mesh)."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **{"params": self._held, **changes})
+
+    @property
+    def shapes(self) -> Mapping:
+        """The tree of params as jax.ShapeDtypeStruct, without waiting for those that are being read."""
+        held = self._held
+        return held.shapes if isinstance(held, Opening) else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
+
+    @property
+    def _held(self) -> Mapping | Opening:
+        return vars(self)["params"]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write config.json and the weights, each whole or not at all, in the dtype that params are held in.
@@ -174,25 +186,34 @@ class Component(abc.ABC):
             return cls(config, aliased(held, shardings), dtype, mesh)
         keep = functools.partial(cls._keep, dtype=dtype)
         table, ignore = cls._names(config, values)
-        params = read(table, nn.unbox(boxed), tensors, ignore=ignore, dtype=keep, shardings=shardings, quantization=quantization)
-        if cache is not None:
-            cache.keep(params)
-        return cls(config, params, dtype, mesh)
+        reading = Reading(table, nn.unbox(boxed), tensors, ignore=ignore, dtype=keep, shardings=shardings, quantization=quantization)
+
+        def read():
+            params = reading.read()
+            if cache is not None:
+                cache.keep(params)
+            return params
+
+        return cls(config, Opening(reading.shapes, read), dtype, mesh)
 
     def _call(self, method: str, *arguments):
         arguments = [None if a is None else jnp.asarray(a) if not isinstance(a, jax.Array) else a for a in arguments]
-        if self.mesh is None:
-            return self._executable(self.module, method, self.params, *arguments)
+        run = self._executable
         with self._on_mesh():
-            return self._executable(self.module, method, self.params, *arguments)
+            if isinstance(self._held, Opening):  # JAX keeps what it made for these shapes, and is done with it when the parameters are there
+                run.lower(self.module, method, self.shapes, *arguments).compile()
+            return run(self.module, method, self.params, *arguments)
 
     @property
     def _executable(self):
-        narrow = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(self.params))
+        narrow = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(self.shapes))
         return _run_layer_by_layer if narrow and jax.default_backend() == "cpu" else _run
 
     @contextlib.contextmanager
     def _on_mesh(self):
+        if self.mesh is None:
+            yield
+            return
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
             yield
 
@@ -279,7 +300,7 @@ class TextEncoder(Component):
     @property
     def quantization(self) -> str | None:
         """How the kernels are held: 'int8', or None for floats (and where there are no parameters yet)."""
-        return "int8" if any(hasattr(leaf, "qvalue") for leaf in flatten(self.params).values()) else None
+        return "int8" if any(hasattr(leaf, "qvalue") for leaf in flatten(self.shapes).values()) else None
 
     @functools.cached_property
     def module(self) -> nn.Module:
@@ -368,8 +389,8 @@ def load_component(
     device reading its own part. cache: a folder where large weights are kept as they lie in memory, so that opening the
     same files again changes no axes and no dtype (cache.py). quantization: 'int8' for a T5 encoder (weights alone; see TextEncoder).
     Raises UserError for a folder that is missing, is a whole model, is
-    of an unknown kind, lacks weights, or holds damaged ones, ones of other names, or ones of other shapes; names and shapes
-    are checked before any tensor is read.
+    of an unknown kind, lacks weights, or holds damaged ones, ones of other names, or ones of other shapes. It returns when names
+    and shapes are checked; the tensors are read while the caller goes on, and whoever asks for ``params`` waits for them.
     """
     folder = Path(folder)
     values = _read_config(folder)

@@ -40,17 +40,71 @@ _LONG = 3 << 30  # bytes; opening more shows a bar
 Index = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
 
-def read(
-    table: Iterable[Entry],
-    shapes: Mapping,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    source: str | None = None,
-    ignore: Iterable[str] = (),
-    dtype: Callable[[str], np.dtype] | np.dtype = np.float32,
-    shardings: Mapping | None = None,
-    quantization: str | None = None,
-) -> dict:
+class Reading:
+    """Our tree of jax arrays, to be read from a file's tensors; what of it can be told by names and shapes is checked at once.
+
+    table, shapes, tensors, source, ignore, dtype, shardings, quantization: as :func:`read`, which also says what is raised.
+    """
+
+    def __init__(
+        self,
+        table: Iterable[Entry],
+        shapes: Mapping,
+        tensors: Mapping[str, np.ndarray],
+        *,
+        source: str | None = None,
+        ignore: Iterable[str] = (),
+        dtype: Callable[[str], np.dtype] | np.dtype = np.float32,
+        shardings: Mapping | None = None,
+        quantization: str | None = None,
+    ):
+        self._tensors = tensors
+        self._matches = match(table, shapes, _shapes(tensors), source=source or getattr(tensors, "source", "the file"), ignore=ignore)
+        self._shardings = {} if shardings is None else flatten(shardings)
+        dtype_of = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
+        self._held = {found.entry.ours: np.dtype(dtype_of(found.entry.ours)) for found in self._matches}
+        self._quantized = set()
+        if quantization:
+            from pixart_jax.weights import quantization as quantized  # Qwix takes 0.4 s to import
+
+            self._quantized = {path for path in self._held if quantized.applies(path)}
+
+    @property
+    def shapes(self) -> dict:
+        """The tree of what is read, as jax.ShapeDtypeStruct."""
+        return unflatten({found.entry.ours: self._shape(found) for found in self._matches})
+
+    def _shape(self, found: Match) -> object:
+        path = found.entry.ours
+        sharding = self._shardings.get(path)
+        if path not in self._quantized:
+            return jax.ShapeDtypeStruct(found.shape, self._held[path], sharding=sharding)
+        from pixart_jax.weights import quantization
+
+        values = jax.ShapeDtypeStruct(found.shape, np.int8, sharding=sharding and sharding.qvalue)
+        scales = jax.ShapeDtypeStruct((*found.shape[:-2], 1, found.shape[-1]), np.float32, sharding=sharding and sharding.scale)
+        return quantization.leaf(values, scales)
+
+    def read(self) -> dict:
+        """The tree. A bar tells how far it is, of much."""
+        total = sum(math.prod(found.shape) * self._held[found.entry.ours].itemsize for found in self._matches)
+        threads = max(1, min(_THREADS, os.cpu_count() or 1))
+        with (
+            concurrent.futures.ThreadPoolExecutor(threads) as pool,
+            tqdm(total=total, desc="opening", unit="B", unit_scale=True, disable=total < _LONG, leave=False) as bar,
+        ):
+            filling = _Filling(self._tensors, [name for found in self._matches for name in found.names], pool, bar)
+            for found in self._matches:
+                path = found.entry.ours
+                if path in self._quantized:
+                    filling.quantized(found, self._shardings.get(path))
+                else:
+                    filling.parameter(found, self._held[path], self._shardings.get(path))
+            filling.finish()
+        return unflatten(filling.arrays)
+
+
+def read(table: Iterable[Entry], shapes: Mapping, tensors: Mapping[str, np.ndarray], **how) -> dict:
     """Our tree of jax arrays, from a file's tensors.
 
     shapes: our tree of anything with .shape. tensors: a file of files.py, or {key: array}; source: its name in messages. dtype: of
@@ -58,27 +112,7 @@ def read(
     table.match, which names all that does not fit, before anything is read. quantization "int8": kernels become int8 values and
     scales (quantization.py), a layer at a time; shapes and shardings then hold such a pair at a kernel's path.
     """
-    matches = match(table, shapes, _shapes(tensors), source=source or getattr(tensors, "source", "the file"), ignore=ignore)
-    shardings = {} if shardings is None else flatten(shardings)
-    dtype_of = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
-    if quantization:
-        from pixart_jax.weights import quantization as quantized  # Qwix takes 0.4 s to import
-    held = {found.entry.ours: np.dtype(dtype_of(found.entry.ours)) for found in matches}
-    total = sum(math.prod(found.shape) * held[found.entry.ours].itemsize for found in matches)
-    threads = max(1, min(_THREADS, os.cpu_count() or 1))
-    with (
-        concurrent.futures.ThreadPoolExecutor(threads) as pool,
-        tqdm(total=total, desc="opening", unit="B", unit_scale=True, disable=total < _LONG, leave=False) as bar,
-    ):
-        filling = _Filling(tensors, [name for found in matches for name in found.names], pool, bar)
-        for found in matches:
-            path = found.entry.ours
-            if quantization and quantized.applies(path):
-                filling.quantized(found, shardings.get(path))
-            else:
-                filling.parameter(found, held[path], shardings.get(path))
-        filling.finish()
-    return unflatten(filling.arrays)
+    return Reading(table, shapes, tensors, **how).read()
 
 
 def aliased(tensors: Tensors, shardings: Mapping | None = None) -> dict:
