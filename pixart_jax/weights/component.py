@@ -200,7 +200,7 @@ class Component(abc.ABC):
         arguments = [None if a is None else jnp.asarray(a) if not isinstance(a, jax.Array) else a for a in arguments]
         run = self._executable
         with self._on_mesh():
-            if isinstance(self._held, Opening):  # JAX keeps what it made for these shapes, and is done with it when the parameters are there
+            if isinstance(self._held, Opening):  # what is made for these shapes is kept by JAX, and used below
                 run.lower(self.module, method, self.shapes, *arguments).compile()
             return run(self.module, method, self.params, *arguments)
 
