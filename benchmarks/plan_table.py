@@ -63,6 +63,7 @@ def row(made: plan.Plan) -> list[str]:
         made.job.topology.label,
         made.job.label.replace(" ", ", "),
         f"{made.batch:,}{micro}",
+        f.remat,
         f"{report.data(f.total)} of {report.data(made.usable)}",
     ]
     if t is None:
@@ -84,7 +85,7 @@ def compiled(made: plan.Plan) -> str:
 
 
 HEADER = [
-    "size", "hardware", "mesh", "batch (micro-batches)", "memory a device", "model PFLOP a step",
+    "size", "hardware", "mesh", "batch (micro-batches)", "remat", "memory a device", "model PFLOP a step",
     "step, ms (compute / memory / exposed)", "images/s", "MFU", "the stage", "compiled here in",
 ]  # fmt: skip
 
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> int:
             made = plan.make(wanted, compilation.Bounds())
         except UserError as fault:
             tqdm.write(f"{recipe}, {name}: {fault}", file=sys.stderr)
-            lines.append([wanted.stage_config.name, name, *["–"] * 8, str(fault)])
+            lines.append([wanted.stage_config.name, name, *["–"] * 9, str(fault)])
             continue
         lines.append(row(made))
         tqdm.write(" | ".join(lines[-1]), file=sys.stderr)
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> int:
 def written(lines: list[list[str]], worst: list[float]) -> str:
     """The table and what it rests on."""
     notes = (
-        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, remat full, AdamW and EMA; of the 1024 px recipe the "
+        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, AdamW and EMA, the remat policy that the recipe's `auto` chose there; of the 1024 px recipe the "
         "largest of its 40 buckets for memory, the mean over them for time. Memory is compiled: the compiler's word on the very step "
         "that `train.py` runs. "
         "Model FLOPs are counted from shapes. Times, images/s, MFU and cost are estimates, a roofline: "

@@ -46,7 +46,7 @@ def get_config() -> Config:
         text_encoder="models/t5-v1_1-xxl",
         mesh=MeshConfig(data=1, fsdp=-1),
         compute_dtype="bfloat16",
-        remat="full",
+        remat="auto",
         checkpoint_every=2000,
         preview=PreviewConfig(every=5000, prompts=PROMPTS),
     )

@@ -39,7 +39,7 @@ def get_config() -> Config:
         text_encoder=None,  # no text in this stage
         mesh=MeshConfig(data=1, fsdp=-1),
         compute_dtype="bfloat16",
-        remat="full",
+        remat="auto",
         checkpoint_every=2000,
         preview=PreviewConfig(every=10_000),
     )

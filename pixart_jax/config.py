@@ -301,7 +301,7 @@ class Config:
     text_model: T5Config | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: str = "none"  # a name of models/remat.py
+    remat: str = "none"  # a name of models/remat.py, or "auto": the fastest that fits the device (training/rematerialization.py)
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 1000  # steps of a stage; its last step is saved always

@@ -39,7 +39,8 @@ ATTENTION_OUT = "attention_out"  # the outputs of their attentions
 BLOCK_INPUT = "block_input"  # the residual stream as it comes in
 HOST = "pinned_host"  # JAX's kind of memory that "offload" writes to
 
-CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitive of cuDNN's forward kernel; it gives what the backward kernel needs
+# JAX's primitives of cuDNN's kernels; the forward one gives what the backward one needs.
+CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
 
 
 def _with_kernels(policy: Callable) -> Callable:
@@ -67,12 +68,15 @@ _POLICIES: dict[str, Callable] = {
     "offload": _OFFLOAD,
 }
 NAMES = ("none", *_POLICIES)
+# The order of their measured time (docs/benchmarks.md), of those that keep less than everything and need no host.
+BY_SPEED = ("dots_attention", "dots", "attention_out", "full")
+AUTO = "auto"  # in a config: training chooses by the device's memory (training/rematerialization.py)
 
 
 def policy(name: str) -> Callable | None:
     """The jax.checkpoint policy of this name; None for "none". UserError when unknown."""
     if name not in NAMES:
-        raise UserError(f"remat policy {name!r} is unknown{nearest(name, NAMES)}")
+        raise UserError(f"remat policy {name!r} is unknown{nearest(name, (*NAMES, AUTO))}")
     found = _POLICIES.get(name)
     return found and _with_kernels(found)
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a traced program: its matrix products and convolutions counted, loops and recomputation with them.
+"""The arithmetic of a traced program: its matrix products and convolutions counted, loops, kernels and recomputation with them.
 
 XLA's own count takes a loop's body once; here a scan counts as often as it turns. What remat computes again stands in the traced
 program of the gradient, so it is counted as it will run.
@@ -10,6 +10,10 @@ import dataclasses
 import math
 
 import jax
+
+from pixart_jax.models.remat import CUDNN_BACKWARD, CUDNN_FORWARD
+
+_OF_CUDNN = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}  # products of queries × keys × head in each kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +39,19 @@ def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
             total += _dot(equation)
         elif name == "conv_general_dilated":
             total += _convolution(equation)
+        elif name in _OF_CUDNN:
+            total += _attention(equation) * _OF_CUDNN[name] + Products(0.0, _bytes(equation))
+        elif name == "pallas_call":  # the grid's cells one by one; memory is moved as of one product
+            cells = math.prod(parameters["grid_mapping"].grid)
+            flops = sum(products(inner).flops for inner in _inner(parameters)) * cells
+            total += Products(flops, _bytes(equation))
         elif name == "cond":
             total += max((products(branch.jaxpr) for branch in parameters["branches"]), key=lambda p: p.flops)
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":  # what each device of the mesh does, in shapes of its part
                 mesh = parameters["mesh"]
-                times = math.prod(mesh.shape[axis] for axis in parameters["manual_axes"])
+                times = math.prod(mesh.shape[axis] for axis in parameters["newly_manual_axes"])
             total += sum((products(inner) for inner in _inner(parameters)), Products()) * times
     return total
 
@@ -62,6 +72,12 @@ def _dot(equation) -> Products:
     left, result = equation.invars[0].aval, equation.outvars[0].aval
     depth = math.prod(left.shape[axis] for axis in contracted)
     return Products(2.0 * math.prod(result.shape) * depth, _bytes(equation))
+
+
+def _attention(equation) -> Products:
+    """One product of attention's two: every query [b, n, k, h] with every key [b, m, k, h]."""
+    queries, keys = (variable.aval for variable in equation.invars[:2])
+    return Products(2.0 * math.prod(queries.shape) * keys.shape[1])
 
 
 def _convolution(equation) -> Products:

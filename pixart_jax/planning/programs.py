@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import flax.linen as nn
@@ -22,6 +21,7 @@ from pixart_jax.planning import topology
 from pixart_jax.planning.jobs import Job
 from pixart_jax.training import abstract
 from pixart_jax.training.ema import averaged
+from pixart_jax.training.rematerialization import held_bytes
 from pixart_jax.training.tasks.text_to_image import placed
 from pixart_jax.weights import t5, vae
 from pixart_jax.weights.component import VAE, TextEncoder, Transformer
@@ -29,13 +29,14 @@ from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """traced: ready to be lowered. counted: bytes a device by kind. whole_share: see jobs.Facts."""
+    """traced: ready to be lowered. counted: bytes a device by kind. whole_share, remat: see jobs.Facts."""
 
     traced: jax.stages.Traced
     mesh: jax.sharding.Mesh
     counted: dict[str, float]
     whole_share: float
     assumptions: tuple[str, ...]
+    remat: str = ""
 
 
 def program(job: Job) -> Program:
@@ -44,20 +45,11 @@ def program(job: Job) -> Program:
     return _step(job, mesh) if job.drawing is None else _drawing(job, mesh)
 
 
-def held(tree) -> float:
-    """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
-    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree)))
-
-
-def _itemsize(dtype) -> int:
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
-
-
 def state_bytes(state) -> dict[str, float]:
     """Bytes on one device of an abstract TrainState, by kind; the step's counters and guard lie with the optimizer."""
     ema = averaged(state.opt_state)
-    counted = {"parameters": held(state.params), "EMA": held(ema) if ema is not None else 0.0}
-    return counted | {"optimizer": held(state) - sum(counted.values())}
+    counted = {"parameters": held_bytes(state.params), "EMA": held_bytes(ema) if ema is not None else 0.0}
+    return counted | {"optimizer": held_bytes(state) - sum(counted.values())}
 
 
 def _step(job: Job, mesh) -> Program:
@@ -68,11 +60,13 @@ def _step(job: Job, mesh) -> Program:
     traced = abstract.compiled_step(job.config, stage, made, mesh).trace(made.abstract, batch, abstract.abstract_key(mesh))
     state = made.abstract
     counted = state_bytes(state)
-    counted["batch"] = held(batch)
+    counted["batch"] = held_bytes(batch)
     sizes = {True: 0, False: 0}
     for leaf in jax.tree.leaves(state.params):
         sizes[leaf.sharding.is_fully_replicated] += leaf.size
-    return Program(traced, mesh, counted, sizes[True] / sum(sizes.values()), tuple(frozen.assumptions))
+    chosen = [f"auto: {made.remat}"] if made.remat else []
+    remat = made.remat.name if made.remat else job.config.remat
+    return Program(traced, mesh, counted, sizes[True] / sum(sizes.values()), (*chosen, *frozen.assumptions), remat)
 
 
 def _drawing(job: Job, mesh) -> Program:
@@ -82,7 +76,8 @@ def _drawing(job: Job, mesh) -> Program:
     transformer = Transformer.abstract(model, drawing.dtype, mesh)
     autoencoder = VAE.abstract(vae_config(job.config, assumptions), drawing.dtype, mesh)
     encoder = TextEncoder.abstract(text_config(job.config, assumptions), drawing.dtype, mesh)
-    counted = {"transformer": held(transformer.params), "VAE": held(autoencoder.params), "text encoder": held(encoder.params)}
+    opened = {"transformer": transformer, "VAE": autoencoder, "text encoder": encoder}
+    counted = {name: held_bytes(part.params) for name, part in opened.items()}
     rows = rules.rows_sharding(mesh, drawing.batch)
     b, h, w = drawing.batch, drawing.height // autoencoder.config.factor, drawing.width // autoencoder.config.factor
 
@@ -109,7 +104,7 @@ def _drawing(job: Job, mesh) -> Program:
             return pipeline.denoise(states, lengths, noise, negative, negative_lengths, **how)
 
         arguments = (transformer.params, noise, states, lengths, states, lengths)
-    counted["batch"] = held(arguments[1:])
+    counted["batch"] = held_bytes(arguments[1:])
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
         jitted = jax.jit(run, in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments), out_shardings=rows)
         traced = jitted.trace(*arguments)

@@ -52,7 +52,7 @@ def title(plan: Plan) -> str:
     many = f", largest of {len(stage.data.buckets)} buckets" if len(stage.data.buckets) > 1 else ""
     size = f"{job.bucket[0]} × {job.bucket[1]} px{many}, " if stage.task != "text_to_text" else ""
     more = f", {stage.optimizer.accumulate} micro-batches" if stage.optimizer.accumulate > 1 else ""
-    how = f"remat {job.config.remat}, {job.config.compute_dtype}"
+    how = f"remat {plan.facts.remat}, {job.config.compute_dtype}"
     return f"stage {stage.name} ({stage.task}): {size}batch {stage.batch_size}{more}, {how} · {mesh}"
 
 
@@ -210,7 +210,7 @@ def as_json(plan: Plan) -> dict:
         "stage": job.stage_config.name,
         "batch_size": plan.batch,
         "bucket": list(job.bucket if job.drawing is None else (job.drawing.height, job.drawing.width)),
-        "remat": job.config.remat,
+        "remat": facts.remat,
         "fits": plan.fits,
         "memory": {
             **{name: figure(size, COUNTED) for name, size in facts.counted.items()},

@@ -78,6 +78,7 @@ def facts(job: Job, cache: Path) -> Facts:
         links=tuple(links(job, made.mesh, [c.axes for c in collectives])),
         whole_share=made.whole_share,
         assumptions=made.assumptions,
+        remat=made.remat,
         trace_seconds=traced,
         compile_seconds=seconds,
         compile_cpu_seconds=busy,
@@ -146,7 +147,7 @@ def _name(job: Job, made, text: str, compiler: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-FORMAT = 1  # of the kept JSON and of what is read from a program; a higher one forgets what was kept
+FORMAT = 2  # of the kept JSON and of what is read from a program; a higher one forgets what was kept
 
 
 def _keep(path: Path, found: Facts) -> None:

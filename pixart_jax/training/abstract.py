@@ -17,8 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixart_jax.config import Config, StageConfig
+from pixart_jax.models.remat import AUTO
 from pixart_jax.parallel import rules
 from pixart_jax.training.optimizer import make_optimizer, schedule
+from pixart_jax.training.rematerialization import Choice, choose
 from pixart_jax.training.state import TrainState, abstract_state
 from pixart_jax.training.step import CompiledStep
 from pixart_jax.training.tasks import Task, make_task
@@ -34,6 +36,7 @@ class Parts:
     task: Task
     optimizer: object
     abstract: TrainState
+    remat: Choice | None = None  # what was chosen, where the config leaves it to be chosen
 
 
 def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
@@ -41,11 +44,16 @@ def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
 
     Raises UserError for a task that does not fit its config, and where the mesh leaves much of the model whole on every device.
     """
-    task = make_task(config, stage, frozen)
+    left = config.remat == AUTO
+    task = make_task(dataclasses.replace(config, remat="none") if left else config, stage, frozen)  # the state is the same whichever it is
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     rules.check_sharded(boxed, mesh)
     optimizer = make_optimizer(stage.optimizer, stage.steps, stage.batch_size, rules.logical_names(boxed))
-    return Parts(task, optimizer, abstract_state(boxed, optimizer, mesh))
+    state = abstract_state(boxed, optimizer, mesh)
+    if not left:
+        return Parts(task, optimizer, state)
+    remat = choose(config, stage, state, mesh)
+    return Parts(make_task(dataclasses.replace(config, remat=remat.name), stage, frozen), optimizer, state, remat)
 
 
 def compiled_step(config: Config, stage: StageConfig, made: Parts, mesh: Mesh) -> CompiledStep:

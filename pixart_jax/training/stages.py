@@ -137,6 +137,8 @@ class Run:
             counts = {bucket: int(count) for bucket, count in zip(loader.samples.buckets, held, strict=True)}
             bucket_chart.write(self.folder.path / f"buckets-{config.name}.png", counts, title=f"stage {config.name}")
         made = parts(self.config, config, self.frozen, self.mesh)
+        if made.remat and jax.process_index() == 0:
+            print(f"stage {config.name}: {made.remat}")
         return Stage(index, made.task, loader, made.optimizer, made.abstract)
 
     def begin(self, stage: Stage, previous) -> TrainState:

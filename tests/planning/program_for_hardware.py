@@ -16,7 +16,9 @@ from pathlib import Path
 
 import jax
 
+from pixart_jax.models.flops import train_flops
 from pixart_jax.planning import activations, hlo, topology
+from pixart_jax.planning.arithmetic import products
 from pixart_jax.planning.jobs import Drawing, Job
 from pixart_jax.planning.programs import program
 from pixart_jax.weights.component import Transformer
@@ -65,6 +67,8 @@ def main(name: str, *what: str) -> None:
     }
     if job.part == "step":
         found["counted"] = activations.counted(job, made.counted["parameters"])
+        one = train_flops(job.config.model, *job.bucket, job.stage_config.data.max_text_tokens)
+        found["passes"] = 3 * products(made.traced.jaxpr.jaxpr).flops / (one * job.stage_config.batch_size)
     print(json.dumps(found))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from pixart_jax.planning.arithmetic import products
 
@@ -47,3 +49,35 @@ def test_recomputation_is_one_more_forward_pass(remat, passes):
     one = 2 * 4 * 8 * 8 * 6
     found = count(lambda w, x: jax.grad(loss, argnums=(0, 1))(w, x), (6, 8, 8), (4, 8))
     assert found.flops == passes * one
+
+
+def test_of_a_mesh_every_device_counts():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"))
+    spec = jax.sharding.PartitionSpec("data", None)
+    with jax.sharding.use_abstract_mesh(mesh):
+        one = jax.shard_map(jnp.dot, in_specs=(spec, jax.sharding.PartitionSpec(None, "tensor")),
+                            out_specs=jax.sharding.PartitionSpec("data", "tensor"))  # fmt: skip
+        found = count(one, (6, 5), (5, 8))
+    assert found.flops == 2 * 6 * 5 * 8
+
+
+def test_a_kernel_counts_each_cell_of_its_grid_and_moves_its_arrays_once():
+    def cell(x, w, out):
+        out[...] = jnp.dot(x[...], w[...])
+
+    def kernel(x, w):
+        rows, out = (pl.BlockSpec((8, size), lambda i: (i, 0)) for size in (16, 4))
+        whole = pl.BlockSpec((16, 4), lambda i: (0, 0))
+        shape = jax.ShapeDtypeStruct((24, 4), jnp.float32)
+        return pl.pallas_call(cell, grid=(3,), in_specs=[rows, whole], out_specs=out, out_shape=shape)(x, w)
+
+    found = count(kernel, (24, 16), (16, 4))
+    assert (found.flops, found.bytes) == (2 * 24 * 16 * 4, 4 * (24 * 16 + 16 * 4 + 24 * 4))
+
+
+@pytest.mark.parametrize("name, products_of_it", [("fwd", 2), ("bwd", 5)])
+def test_cudnns_kernels_count_as_what_they_compute(name, products_of_it):
+    kernel = jax.extend.core.Primitive(f"dot_product_attention_{name}_wrapper")
+    kernel.def_abstract_eval(lambda q, k, v: q)
+    shape, keys = (2, 6, 3, 8), (2, 5, 3, 8)  # [b, n, k, h]
+    assert count(kernel.bind, shape, keys, keys).flops == products_of_it * 2 * (2 * 3) * 6 * 5 * 8

@@ -1,0 +1,99 @@
+"""remat "auto": the fastest policy, by measurement, whose step fits the device by count."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+from training import tiny_run
+
+from pixart_jax.config import MeshConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.remat import BY_SPEED, policy
+from pixart_jax.parallel.chips import CHIPS, GIB
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.training import abstract, cli, rematerialization, stages
+from pixart_jax.training.activations import counted
+
+BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def parts(config, mesh):
+    return abstract.parts(config, config.stages[0], abstract.AssumedFrozen(config), mesh)
+
+
+def needed(config, made, mesh, name):
+    stage, held = config.stages[0], rematerialization.held_bytes
+    terms = counted(config, stage, name, dict(mesh.shape), stage.data.buckets[0], "cpu", held(made.abstract.params))
+    return held(made.abstract) + 1.2 * sum(terms.values())
+
+
+def test_the_order_is_that_of_the_measured_table():
+    rows = re.findall(r"pixart_jax remat (\w+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", BENCHMARKS.read_text())
+    seconds = {name: float(median) for name, median in rows}
+    assert sorted(BY_SPEED, key=seconds.get) == list(BY_SPEED)
+
+
+def test_the_fastest_that_fits_is_taken_and_the_smallest_where_none_does(mesh, monkeypatch):
+    config = dataclasses.replace(cli.load(cli.find("xl2_256_sam")), remat="auto")
+    config = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], batch_size=64),))
+    made = parts(config, mesh)
+    sizes = [needed(config, made, mesh, name) for name in BY_SPEED]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    for name, size in zip(BY_SPEED, sizes, strict=True):
+        monkeypatch.setattr(rematerialization, "usable_bytes", lambda device, size=size: size + 1.0)
+        found = parts(config, mesh)
+        assert found.remat.name == name and "the fastest that fits" in str(found.remat)
+        assert found.task.module.remat == name
+    monkeypatch.setattr(rematerialization, "usable_bytes", lambda device: sizes[-1] - 1.0)
+    assert str(parts(config, mesh).remat).startswith("remat full, the smallest, which may not fit")
+    monkeypatch.setattr(rematerialization, "usable_bytes", lambda device: None)
+    assert str(parts(config, mesh).remat) == "remat full: what this stage takes, or what its device has, is not known"
+    assert parts(dataclasses.replace(config, remat="dots"), mesh).remat is None
+
+
+def test_what_a_program_may_have_of_a_device(monkeypatch):
+    def device(platform, kind):
+        return SimpleNamespace(platform=platform, device_kind=kind)
+
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    usable = rematerialization.usable_bytes
+    assert usable(device("tpu", "TPU v5e")) == CHIPS["v5e"].usable_bytes == 15.75 * GIB
+    assert usable(device("gpu", "NVIDIA H200")) == 0.75 * 141e9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.98")
+    assert usable(device("gpu", "NVIDIA H200")) == CHIPS["h200"].usable_bytes
+    assert usable(device("gpu", "NVIDIA A100")) is None and usable(device("tpu", "TPU v9")) is None
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert usable(jax.devices()[0]) == 0.8 * whole / jax.local_device_count()
+
+
+def test_a_run_says_what_it_took_and_its_step_is_that_policys(tmp_path, mesh, capsys):
+    config = dataclasses.replace(tiny_run.curriculum(tmp_path), remat="auto")
+
+    def step(config):
+        run = stages.Run(config, type("Folder", (), {"path": tmp_path})(), mesh, None, None, None, None)
+        stage, made = config.stages[0], run.prepare(0)
+        shapes = abstract.abstract_batch(config, stage, stage.data.buckets[0], mesh)
+        one = abstract.compiled_step(config, stage, abstract.Parts(made.task, made.optimizer, made.abstract), mesh)
+        return one.trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().as_text()
+
+    chosen = step(config)
+    assert f"stage {config.stages[0].name}: remat dots_attention, the fastest that fits: by count 0." in capsys.readouterr().out
+    assert chosen == step(dataclasses.replace(config, remat="dots_attention"))
+    assert not capsys.readouterr().out
+    assert chosen != step(dataclasses.replace(config, remat="full"))
+
+
+def test_a_mistyped_auto_is_told():
+    with pytest.raises(UserError, match="did you mean 'auto'"):
+        policy("aut")
