@@ -129,9 +129,9 @@ def main(argv: list[str]) -> int:
 def written(lines: list[list[str]], worst: list[float]) -> str:
     """The table and what it rests on."""
     notes = (
-        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, AdamW and EMA, the remat policy that the recipe's `auto` chose there; of the 1024 px recipe the "
-        "largest of its 40 buckets for memory, the mean over them for time. Memory is compiled: the compiler's word on the very step "
-        "that `train.py` runs. "
+        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, AdamW and EMA, the remat policy that the recipe's `auto` "
+        "chose there; of the 1024 px recipe the largest of its 40 buckets for memory, the mean over them for time. Memory is compiled: "
+        "the compiler's word on the very step that `train.py` runs. "
         "Model FLOPs are counted from shapes. Times, images/s, MFU and cost are estimates, a roofline: "
         f"{estimate.ASSUMPTIONS}. Cost: the recipe's steps at this batch, at the list prices of pixart_jax/parallel/chips.py. "
         "The last column is this page's making, each program in a process of its own on two cores that had other work too, so that the "
