@@ -107,13 +107,13 @@ class Facts:
     links: tuple[Link, ...]
     whole_share: float  # of the parameters' bytes that every device holds whole
     assumptions: tuple[str, ...]
-    remat: str  # the policy of the program, chosen where the config says "auto"; "" of a drawing
     trace_seconds: float
     compile_seconds: float
     compile_cpu_seconds: float  # of all cores together: what the clock above would be on one core with nothing else to do
     host_peak: float  # of the compiling process
     compiler: str
     cached: bool = False
+    remat: str = ""  # the policy of the program, chosen where the config says "auto"; "" of a drawing
 
     @property
     def total(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 
@@ -49,8 +50,8 @@ def test_only_none_keeps_what_attention_makes_for_each_pair_of_tokens():
     def kept(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "scan":
-                yield from (v.aval.shape for v in equation.outvars[equation.params["num_carry"] :])
-            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from (v.aval.shape for v in jaxprs.stacked(equation))
+            for inner in jaxprs.within(equation):
                 yield from kept(inner)
 
     for name in NAMES:

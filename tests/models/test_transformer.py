@@ -7,6 +7,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 import torch
@@ -140,7 +141,7 @@ def saved_bytes(policy: str) -> int:
 
     scans = [e for e in jax.make_jaxpr(jax.grad(total))(params).jaxpr.eqns if e.primitive.name == "scan"]
     forward = scans[0]
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in forward.outvars[forward.params["num_carry"] :])
+    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in jaxprs.stacked(forward))
 
 
 def test_remat_policies_really_apply():

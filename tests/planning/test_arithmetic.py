@@ -52,7 +52,7 @@ def test_recomputation_is_one_more_forward_pass(remat, passes):
 
 
 def test_of_a_mesh_every_device_counts():
-    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"))
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec("data", None)
     with jax.sharding.use_abstract_mesh(mesh):
         one = jax.shard_map(jnp.dot, in_specs=(spec, jax.sharding.PartitionSpec(None, "tensor")),

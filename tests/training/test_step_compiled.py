@@ -8,6 +8,7 @@ from pathlib import Path
 import compilers
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 
@@ -94,7 +95,7 @@ def test_no_kernel_is_cast_within_the_loop_over_blocks(kind):
             loop = inside or equation.primitive.name == "scan"
             if inside and equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == jnp.bfloat16:
                 yield from (v.aval.shape for v in equation.invars if v.aval.dtype == jnp.float32)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs.within(equation):
                 yield from casts(inner, loop)
 
     assert not kernels & set(casts(traced.jaxpr.jaxpr, False))
