@@ -158,22 +158,35 @@ def forward(case: Case, ways: tuple[Way, ...]) -> dict[str, Callable[[], np.ndar
     return {way.name: of(way) for way in ways}
 
 
+def drawing_of(case: Case, way: Way, mesh) -> jax.stages.Traced:
+    """The sampler of Pipeline.denoise on the mesh, traced the way's way from shapes alone."""
+    whole = Transformer.abstract(case.config, case.dtype, mesh)
+    bare = Pipeline(whole.replace(mesh=None), None, VAE(ours.VAEConfig(), {}), None, SchedulerConfig())
+    split = rules.rows_sharding(mesh, case.batch)
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((case.batch, *sizes), dtype, sharding=split)
+
+    states, lengths = shape(case.text_tokens, case.config.caption_width), shape(dtype=jnp.int32)
+    noise = shape(*[case.px // LATENT] * 2, case.config.in_channels)
+    arguments = (whole.params, states, lengths, noise, states, lengths)
+
+    def draw(params, *given):
+        pipeline = bare.replace(transformer=whole.replace(mesh=None, params=prepared(way, params)))
+        return pipeline.denoise(*given, steps=case.steps, guidance=case.guidance, times="integer")
+
+    jax.clear_caches()  # the pipeline's own jit would give what another way has traced
+    with computing(way), jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
+        return jax.jit(draw, in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments), out_shardings=split).trace(*arguments)
+
+
 def sample(case: Case, ways: tuple[Way, ...]) -> dict[str, Callable[[], np.ndarray]]:
-    arrays, params = inputs.make(case), random_params(case, make_mesh(MeshConfig(), jax.devices()[:1]))
+    arrays, mesh = inputs.make(case), make_mesh(MeshConfig(), jax.devices()[:1])
+    compiled = {way.name: drawing_of(case, way, mesh).lower().compile() for way in ways}
+    params = jax.device_put(random_params(case, mesh), rules.replicated(mesh))
     names = ("text_states", "text_lengths", "noise", "negative_states", "negative_lengths")
-    given = [jax.device_put(arrays[name]) for name in names]
-    bare = Pipeline(Transformer(case.config, params, case.dtype), None, VAE(ours.VAEConfig(), {}), None, SchedulerConfig())
-
-    def of(way):
-        def draw(params, *given):
-            with computing(way):
-                pipeline = bare.replace(transformer=bare.transformer.replace(params=prepared(way, params)))
-                return pipeline.denoise(*given, steps=case.steps, guidance=case.guidance, times="integer")
-
-        jitted = jax.jit(draw)
-        return lambda: np.asarray(jitted(params, *given))
-
-    return {way.name: of(way) for way in ways}
+    given = [jax.device_put(arrays[name], rules.rows_sharding(mesh, case.batch)) for name in names]
+    return {name: lambda made=made: np.asarray(made(params, *given)) for name, made in compiled.items()}
 
 
 def step_of(case: Case, policy: str, way: Way, mesh):
@@ -233,29 +246,6 @@ COMPILED = (
     "hardware", "mesh", "work", "px", "batch", "projections", "products", "cycles, millions", "copies GiB", "temporaries GiB", "seconds",
 )  # fmt: skip
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
-
-
-def drawing_of(case: Case, way: Way, mesh) -> jax.stages.Traced:
-    """The sampler of Pipeline.denoise on the mesh, traced from shapes alone."""
-    whole = Transformer.abstract(case.config, case.dtype, mesh)
-    bare = Pipeline(whole.replace(mesh=None), None, VAE(ours.VAEConfig(), {}), None, SchedulerConfig())
-    split = rules.rows_sharding(mesh, case.batch)
-
-    def shape(*sizes, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((case.batch, *sizes), dtype, sharding=split)
-
-    states, lengths = shape(case.text_tokens, case.config.caption_width), shape(dtype=jnp.int32)
-    noise = shape(*[case.px // LATENT] * 2, case.config.in_channels)
-    arguments = (whole.params, states, lengths, noise, states, lengths)
-
-    def draw(params, *given):
-        with computing(way):
-            return bare.replace(transformer=whole.replace(mesh=None, params=prepared(way, params))).denoise(
-                *given, steps=case.steps, guidance=case.guidance
-            )
-
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
-        return jax.jit(draw, in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments), out_shardings=split).trace(*arguments)
 
 
 def compiled(case: Case, way: Way, policy: str, where: topology.Topology, axes: str) -> list[str]:

@@ -3,7 +3,7 @@
     PYTHONPATH=.venv/compilers python benchmarks/remat_memory.py [--only TOPOLOGY] [--remat NAMES] [--json FILE]
 
 XL/2's train steps as tests/planning/test_programs_for_hardware.py compiles them, one policy after the other. *temporaries*: the compiler's
-word, GiB a device. *counted*: all terms of planning/activations.py; *kept* is that of the policy. *strictly*: the temporaries less the
+word, GiB a device. *counted*: all terms of training/activations.py; *kept* is that of the policy. *strictly*: the temporaries less the
 terms that are there whatever the policy is, over *kept* alone. What was compiled once is kept under $PIXART_JAX_CACHE/plans. `make test`
 installs the compilers into .venv/compilers.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -62,6 +63,13 @@ def test_a_way_has_fewer_products_and_as_much_arithmetic(given):
     assert whole - written("the text's k, v side by side, ahead") == 3 * 1
     assert whole - written("both side by side, ahead") == 3 * 3
     assert len({products(traced(given, way).jaxpr.jaxpr).flops for way in WAYS.values()}) == 1
+
+
+def test_the_sampler_is_traced_the_ways_way():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    case = dataclasses.replace(CASE, kind="sample", steps=2)
+    written = [fused.drawing_of(case, way, mesh).lower().as_text().count("stablehlo.dot_general") for way in fused.WAYS]
+    assert [written[0] - n for n in written] == [0, 2, 2, 2, 2, 4]  # once in the loop over the blocks; the texts' of either half
 
 
 @pytest.mark.slow
