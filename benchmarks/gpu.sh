@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-PARTS="weights train sample-1 check draw sample-16 largest"
+PARTS="weights train sample-1 check draw sample-16 largest fused"
 if [ -n "$LIST" ]; then echo "$PARTS" | tr ' ' '\n'; exit 0; fi
 for name in ${ONLY//,/ }; do
   case " $PARTS " in *" $name "*) ;; *) echo "error: no part $name: --list names them" >&2; exit 2 ;; esac
@@ -51,10 +51,12 @@ if [ -n "$REHEARSE" ]; then
   [ "$OUT" != docs/benchmarks-h200.json ] || OUT="$SCRATCH/rehearsal.json"
   MODEL=tiny TRAIN=(--px 32ms --batch 2) ONE=(--px 32 --batch 1 --steps 3) MANY=(--px 32 --batch 2 --steps 3)
   DRAW=(--px 64 --steps 3) LARGEST=(--px 32 --batch 2 --memory 0.004) CHECK=(--tiny)
+  FUSED=(--work train --px 32 --batch 2 --repeat 2)
   COMMON=(--keep --repeat 2 --peer-backend eager --compile-cache "${JAX_COMPILATION_CACHE_DIR:-$SCRATCH}/rehearsal")
 else
   MODEL=XL/2 TRAIN=(--px 256,512,1024ms --batch 32) ONE=(--px 512,1024ms --batch 1) MANY=(--px 512,1024ms --batch 16)
   DRAW=(--px 1024ms) LARGEST=(--px 256,512,1024ms --batch 64) CHECK=()
+  FUSED=(--work train,sample --px 256 --batch 32 --dtype bfloat16)
   COMMON=(--keep)
 fi
 COMMON+=(--model "$MODEL" --json "$OUT")
@@ -86,6 +88,7 @@ part check 60 "$PYTHON" benchmarks/gpu_check.py --json "$OUT" ${CHECK[@]+"${CHEC
 part draw 120 "$PYTHON" benchmarks/sample.py "${COMMON[@]}" "${DRAW[@]}" --draw --peer-compile whole --budget 8
 part sample-16 150 "$PYTHON" benchmarks/sample.py "${COMMON[@]}" "${MANY[@]}" --peer-compile blocks --budget 15
 part largest 240 "$PYTHON" benchmarks/train_step.py "${COMMON[@]}" "${LARGEST[@]}" --largest-batch --peer-compile blocks --budget 8
+part fused 120 "$PYTHON" benchmarks/fused_projections.py --model "$MODEL" --json "$OUT" "${FUSED[@]}" --ways 1,3
 
 "$PYTHON" -m benchmarks.speed.table "$OUT"
 exit "$FAILED"

@@ -66,7 +66,10 @@ def main(name: str, *what: str) -> None:
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
     }
     if job.part == "step":
-        found["counted"] = activations.counted(job, made.counted["parameters"])
+        counted = found["counted"] = activations.counted(job, made.counted["parameters"])
+        own = found["temporaries"] - sum(counted[name] for name in activations.ANY_POLICY)
+        found["ratio"] = found["temporaries"] / sum(counted.values())
+        found["strictly"] = own / counted["kept"] if counted["kept"] else None  # beside what the policy keeps alone
         one = train_flops(job.config.model, *job.bucket, job.stage_config.data.max_text_tokens)
         found["passes"] = 3 * products(made.traced.jaxpr.jaxpr).flops / (one * job.stage_config.batch_size)
     print(json.dumps(found))
