@@ -75,6 +75,8 @@ AUTO = "auto"  # in a config: training chooses by the device's memory (training/
 
 def policy(name: str) -> Callable | None:
     """The jax.checkpoint policy of this name; None for "none". UserError when unknown."""
+    if name == AUTO:
+        raise UserError(f"remat 'auto' is for a run, which knows its device: name one of {', '.join(NAMES)} here")
     if name not in NAMES:
         raise UserError(f"remat policy {name!r} is unknown{nearest(name, (*NAMES, AUTO))}")
     found = _POLICIES.get(name)

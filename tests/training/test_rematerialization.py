@@ -94,6 +94,8 @@ def test_a_run_says_what_it_took_and_its_step_is_that_policys(tmp_path, mesh, ca
     assert chosen != step(dataclasses.replace(config, remat="full"))
 
 
-def test_a_mistyped_auto_is_told():
+def test_auto_is_no_policy_of_a_model_and_a_mistyped_one_is_told():
+    with pytest.raises(UserError, match="name one of none, full"):
+        policy("auto")
     with pytest.raises(UserError, match="did you mean 'auto'"):
         policy("aut")
