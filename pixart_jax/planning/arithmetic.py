@@ -33,7 +33,7 @@ class Products:
 def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
     """Of one execution over all devices together. A while loop of unknown length counts once, of a conditional the dearest branch."""
     total = Products()
-    for equation in jaxpr.eqns:
+    for equation in _used(jaxpr):
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
             total += _dot(equation)
@@ -54,6 +54,18 @@ def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
                 times = math.prod(mesh.shape[axis] for axis in parameters["newly_manual_axes"])
             total += sum((products(inner) for inner in _inner(parameters)), Products()) * times
     return total
+
+
+def _used(jaxpr: jax.extend.core.Jaxpr) -> list:
+    """The equations that a result depends on, or that write somewhere, as within a kernel; a compiler drops the others, such as a
+    kernel that remat runs again for nothing."""
+    needed = {id(variable) for variable in jaxpr.outvars}
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or any(id(variable) in needed for variable in equation.outvars):
+            found.append(equation)
+            needed |= {id(variable) for variable in equation.invars}
+    return found[::-1]
 
 
 def _inner(parameters: dict):

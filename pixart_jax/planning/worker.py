@@ -147,7 +147,7 @@ def _name(job: Job, made, text: str, compiler: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-FORMAT = 2  # of the kept JSON and of what is read from a program; a higher one forgets what was kept
+FORMAT = 3  # of the kept JSON and of what is read from a program; a higher one forgets what was kept
 
 
 def _keep(path: Path, found: Facts) -> None:

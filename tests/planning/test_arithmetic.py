@@ -25,6 +25,14 @@ def test_a_scan_counts_as_often_as_it_turns():
     assert found.flops == 11 * 2 * 3 * 5 * 5
 
 
+def test_what_no_result_depends_on_is_not_counted():
+    def both(x, w):
+        unused = (x @ w) @ w
+        return x @ w, jax.lax.scan(lambda c, _: (c, unused.sum()), 0.0, None, length=3)[0]
+
+    assert count(both, (3, 5), (5, 5)).flops == 2 * 3 * 5 * 5
+
+
 def test_of_a_conditional_the_dearest_branch_counts():
     found = count(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), (3, 5), (5, 5))
     assert found.flops == 2 * 2 * 3 * 5 * 5

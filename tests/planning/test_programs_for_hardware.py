@@ -37,7 +37,8 @@ def test_a_train_step_has_its_kernels_copies_no_parameter_and_holds_what_is_coun
     cast = [line for line in found["rearranged"] if CAST_OF_OUTPUT_PROJECTIONS in line and line.startswith("entry: ")]
     assert len(cast) <= 4 and len(found["rearranged"]) == len(cast), "\n".join(found["rearranged"])
     assert 0.7 < found["ratio"] <= 1.2, found
-    assert 3.7 < found["passes"] < 4.1, found  # forward passes, as planning counts the step: three, and one again but for its attention
+    # Forward passes, as planning counts the step: three, and one again but for its attention; two kernels of splash share no logits.
+    assert 3.7 < found["passes"] < 4.3, found
 
 
 @pytest.mark.slow
