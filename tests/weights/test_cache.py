@@ -9,26 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers import PixArtTransformer2DModel
 
 from pixart_jax import load_component
 from pixart_jax.weights import cache, component
 from pixart_jax.weights.table import flatten
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "transformer"
-    PixArtTransformer2DModel(
-        num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8, cross_attention_dim=24, caption_channels=10
-    ).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(saved, tmp_path, monkeypatch):
+def folder(saved_transformer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SMALLEST", 0)
-    return shutil.copytree(saved, tmp_path / "model" / "transformer")
+    return shutil.copytree(saved_transformer, tmp_path / "model" / "transformer")
 
 
 @pytest.fixture
@@ -88,8 +78,8 @@ def test_a_damaged_file_is_named_and_made_anew(folder, tmp_path, conversions, ca
     assert not conversions
 
 
-def test_a_small_model_is_not_kept(saved, tmp_path):
-    opened(saved, cache=tmp_path / "kept")
+def test_a_small_model_is_not_kept(saved_transformer, tmp_path):
+    opened(saved_transformer, cache=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 

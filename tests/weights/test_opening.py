@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers import PixArtTransformer2DModel
 
 from pixart_jax import load_component
 from pixart_jax.errors import UserError
@@ -20,13 +19,9 @@ from pixart_jax.weights.opening import Opening
 BATCH = 2
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "transformer"
-    PixArtTransformer2DModel(
-        num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8, cross_attention_dim=24, caption_channels=10
-    ).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def folder(saved_transformer):
+    return saved_transformer
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def test_what_needs_no_parameter_waits_for_none(folder, gate, dtype):
 
 
 def test_a_call_compiles_while_parameters_are_read_and_does_not_compile_again(folder, gate):
-    part = load_component(folder).replace()
+    part = load_component(folder)
     compiled = []
 
     def heard(event, duration, **more):
