@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# The slowest tests take ten minutes on two slow cores: `make test` begins them if it has taken fewer minutes than this.
+SLOWEST_BEFORE ?= 28
 DEMO := runs/demo
 # A train step of XL/2 takes 12 GiB: it is tested when the other tests' processes have gone.
 ALONE := tests/training/test_full_size_step.py
@@ -20,10 +22,10 @@ export PIXART_JAX_CACHE ?= $(CURDIR)/.cache/pixart_jax
 export TRANSFORMERS_VERBOSITY ?= error
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check clean clean-demo
+.PHONY: help install demo test test-slowest test-fast check clean clean-demo
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # ---- environment: stamp files, so that nothing is installed twice ----
 
@@ -81,12 +83,22 @@ demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, scor
 	seconds=$$(( $$(date +%s) - start )); \
 	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn/grid.png; right and wrong marked: $(DEMO)/score/sheet.png; the run: $(DEMO)"
 
-test: $(VENV)/.dev $(VENV)/.compilers  ## the whole test suite, slow tests too
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider --durations=15 --durations-min=5 --ignore $(ALONE)
-	$(BIN)/python -m pytest -q -p no:cacheprovider $(ALONE)
+PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
+MANY := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: $(VENV)/.dev $(VENV)/.compilers  ## the whole test suite, slow tests too; the slowest, where time is left
+	@set -e; begun=$$(date +%s); set -x; \
+	$(MANY) --durations=15 --durations-min=5 --ignore $(ALONE) -m "not slowest"; \
+	$(PYTEST) $(ALONE); \
+	{ set +x; } 2>/dev/null; minutes=$$(( ($$(date +%s) - begun) / 60 )); \
+	if [ $$minutes -lt $(SLOWEST_BEFORE) ]; then $(MAKE) test-slowest; \
+	else echo "left out after $$minutes minutes, for $(SLOWEST_BEFORE) had to be enough: the slowest tests; make test-slowest runs them"; fi
+
+test-slowest: $(VENV)/.dev  ## whole ways through the house: the script of docs/data.md, the rehearsal of benchmarks/gpu.sh
+	$(MANY) --durations=5 -m slowest
 
 test-fast: $(VENV)/.dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider -m "not slow"
+	$(MANY) -m "not slow"
 
 check: $(VENV)/.dev  ## lint and the rules of the house
 	$(BIN)/ruff check .

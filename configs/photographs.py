@@ -2,7 +2,7 @@
 
 Each stage is that of its xl2_* recipe (xl2_256_imagenet, xl2_256_sam, xl2_1024_ms) with fewer steps, smaller pictures and a faster
 optimizer, and velocity in place of epsilon, which a small model learns in fewer steps: the tasks, the learned range, the size
-conditions and the position scales are theirs. docs/data.md makes the data and runs it. Expected: blots in the photographs' colours; 800
+conditions and the position scales are theirs. docs/data.md makes the data and runs it. Expected: blots in the photographs' colours; 500
 steps on 240 pictures do not teach 0.6M parameters which photograph a caption means.
     python train.py configs/photographs.py --workdir runs/photographs
 """
@@ -28,7 +28,7 @@ def shrunk(recipe, steps: int, position_base: int, data: DataConfig, **changes):
     return dataclasses.replace(stage, steps=steps, batch_size=16, **changes)
 
 
-def get_config(imagenet_steps: int = 150, sam_steps: int = 150, aesthetic_steps: int = 500) -> Config:
+def get_config(imagenet_steps: int = 100, sam_steps: int = 100, aesthetic_steps: int = 300) -> Config:
     mixed = (("caption", 0.5), ("dense", 0.5))
     return Config(
         name="photographs",

@@ -25,7 +25,6 @@ host_memory.keep_freed()  # as train.py begins
 # Files that take minutes are begun first, so that no worker is left alone with one at the end (make test keeps this order).
 LONGEST = (
     "test_data_document.py",
-    "benchmarks/test_speed.py",
     "training/test_run.py",
     "training/test_processes_killed.py",
     "labelling/test_caption_command.py",

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.speed import inputs, limits
 from benchmarks.speed.cases import PROMPTS, TINY, WORDS, Case
-from pixart_jax import host_memory, load_component, png, tokenizer
+from pixart_jax import load_component, png, tokenizer
 from pixart_jax.config import Config, DataConfig, MeshConfig, StageConfig
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAEConfig
@@ -23,8 +23,6 @@ from pixart_jax.training import abstract
 from pixart_jax.training.batches import put
 from pixart_jax.training.state import state_from
 from pixart_jax.weights.component import VAE, TextEncoder
-
-host_memory.keep_freed()  # as train.py and sample.py begin
 
 TINY_VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
 

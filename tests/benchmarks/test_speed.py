@@ -137,6 +137,7 @@ def test_a_contest_of_the_forward_pass_has_both_sides_of_one_output(root, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.slowest
 def test_the_gpu_script_runs_every_part_in_its_rehearsal(root, tmp_path):
     out = tmp_path / "figures.json"
     environment = {**os.environ, "PYTHON": sys.executable}
