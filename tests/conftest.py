@@ -18,10 +18,6 @@ os.environ.setdefault("PYTHONPATH", str(ROOT))  # for the programs that tests st
 
 import pytest  # noqa: E402
 
-from pixart_jax import host_memory  # noqa: E402
-
-host_memory.keep_freed()  # as train.py begins
-
 # Files that take minutes are begun first, so that no worker is left alone with one at the end (make test keeps this order).
 LONGEST = (
     "test_data_document.py",
