@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from pixart_jax import host_memory, program, prompts
+from pixart_jax import program, prompts
 from pixart_jax.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "shapes"
@@ -293,5 +293,4 @@ def await_others(drawings) -> None:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()
     sys.exit(program.run(main))

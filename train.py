@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pixart_jax import host_memory, program
+from pixart_jax import program
 
 
 def main(argv: list[str]) -> int:
@@ -49,8 +49,6 @@ def encode(source, *, frozen, **options) -> Path:
 
 
 if __name__ == "__main__":
-    host_memory.keep_freed()  # before anything starts threads
-
     from pixart_jax.parallel.processes import conclude
 
     sys.exit(conclude(lambda: program.run(main)))

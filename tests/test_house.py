@@ -26,7 +26,6 @@ _RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "charts", 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "cache": set(),  # where what can be made again is kept
-    "host_memory": set(),  # what malloc does with what is freed
     "png": set(),  # files that carry their settings
     "charts": set(),  # numbers as pictures
     "captions": set(),  # how texts are cleaned

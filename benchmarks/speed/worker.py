@@ -14,15 +14,10 @@ import os
 import sys
 import time
 
-from pixart_jax import host_memory
+import numpy as np
 
-if __name__ == "__main__" and sys.argv[1:] == ["ours"]:
-    host_memory.keep_freed()  # as train.py and sample.py begin, before whatever starts threads
-
-import numpy as np  # noqa: E402
-
-from benchmarks.speed import inputs, machine  # noqa: E402
-from benchmarks.speed.cases import Case  # noqa: E402
+from benchmarks.speed import inputs, machine
+from benchmarks.speed.cases import Case
 
 
 class Worker:
