@@ -87,17 +87,18 @@ demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, scor
 
 PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
 MANY := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SLOWEST := $(MANY) --durations=5 -m slowest
 
 test: $(VENV)/.dev $(VENV)/.compilers  ## the whole test suite, slow tests too; the slowest, where time is left
 	@set -e; begun=$$(date +%s); set -x; \
 	$(MANY) --durations=15 --durations-min=5 --ignore $(ALONE) -m "not slowest"; \
 	$(PYTEST) $(ALONE); \
 	{ set +x; } 2>/dev/null; minutes=$$(( ($$(date +%s) - begun) / 60 )); \
-	if [ $$minutes -lt $(SLOWEST_BEFORE) ]; then $(MAKE) test-slowest; \
+	if [ $$minutes -lt $(SLOWEST_BEFORE) ]; then $(SLOWEST); \
 	else echo "left out after $$minutes minutes, for $(SLOWEST_BEFORE) had to be enough: the slowest tests; make test-slowest runs them"; fi
 
 test-slowest: $(VENV)/.dev  ## whole ways through the house: the script of docs/data.md, the rehearsal of benchmarks/gpu.sh
-	$(MANY) --durations=5 -m slowest
+	$(SLOWEST)
 
 test-fast: $(VENV)/.dev  ## the tests that take seconds
 	$(MANY) -m "not slow"

@@ -20,7 +20,6 @@ import pytest  # noqa: E402
 
 # Files that take minutes are begun first, so that no worker is left alone with one at the end (make test keeps this order).
 LONGEST = (
-    "test_data_document.py",
     "training/test_run.py",
     "training/test_processes_killed.py",
     "labelling/test_caption_command.py",
