@@ -12,8 +12,6 @@ DEMO := runs/demo
 ALONE := tests/training/test_full_size_step.py
 # A small model's operations are too small to share among threads: two devices, each with half of every batch, use two cores better.
 TWO_DEVICES := --xla_force_host_platform_device_count=2
-# A step takes its temporaries from malloc and gives them back; glibc would have the kernel clear them page by page each time.
-HUGE_PAGES := glibc.malloc.hugetlb=1
 TORCH := torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -79,7 +77,7 @@ install: $(VENV)/.user  ## .venv with what sampling and training need
 
 demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, score: about ten minutes on a laptop
 	@set -e; start=$$(date +%s); \
-	GLIBC_TUNABLES="$(HUGE_PAGES)" XLA_FLAGS="$(TWO_DEVICES)" $(BIN)/python train.py configs/shapes_demo.py --workdir $(DEMO); \
+	XLA_FLAGS="$(TWO_DEVICES)" $(BIN)/python train.py configs/shapes_demo.py --workdir $(DEMO); \
 	$(BIN)/python sample.py --model $(DEMO)/model --prompts configs/shapes_prompts.txt --out $(DEMO)/drawn; \
 	$(BIN)/python -m pixart_jax evaluate shapes --model $(DEMO)/model --out $(DEMO)/score; \
 	seconds=$$(( $$(date +%s) - start )); \

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pixart_jax import program
+from pixart_jax import huge_pages, program
 
 
 def main(argv: list[str]) -> int:
@@ -49,6 +49,7 @@ def encode(source, *, frozen, **options) -> Path:
 
 
 if __name__ == "__main__":
+    huge_pages.start_again()
     from pixart_jax.parallel.processes import conclude
 
     sys.exit(conclude(lambda: program.run(main)))

@@ -10,7 +10,8 @@
 Ours is the step that train.py runs. The peer's model checkpoints each block where our remat is not 'none' (--peer-checkpointing); AdamW
 is torch's fused one, the loss is written out in benchmarks/speed/peer_training.py. Loss and gradient norm of the first step are compared:
 exit status 1 where a side failed or, in fp32, the losses differ by more than 1e-4 or the norms by more than 1e-3. XL/2 in fp32 takes
-about 12 GiB a side at batch 1; where all sides together do not fit, each runs alone, one after the other.
+about 12 GiB a side at batch 1; where all sides together do not fit, each runs alone, one after the other. Our process has the huge pages
+that train.py gives itself on a CPU (pixart_jax/huge_pages.py), the peer's has what PyTorch comes with (--huge-pages).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.speed import command, compile_time, largest_batch  # noqa: E402
-from pixart_jax import program  # noqa: E402
+from pixart_jax import huge_pages, program  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.models import remat  # noqa: E402
 
@@ -35,6 +36,9 @@ def main(argv: list[str]) -> int:
     parser = command.parser(__doc__, px="256", repeat=5)
     parser.add_argument("--remat", default="full", metavar="NAMES", help=f"of {', '.join(remat.NAMES)}, with commas between, or all")
     parser.add_argument("--peer-checkpointing", choices=("auto", "yes", "no"), default="auto", help="auto: unless remat is none")
+    parser.add_argument(
+        "--huge-pages", choices=("ours", "both", "none"), default="ours", help="on a CPU, whose processes ask malloc for them"
+    )
     parser.add_argument("--largest-batch", action="store_true", help="what the device's memory holds; --batch is the first guess")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of --largest-batch, instead of the device's")
     parser.add_argument("--compile-time", action="store_true", help="measure that alone: cold and from the persistent cache")
@@ -59,6 +63,9 @@ def main(argv: list[str]) -> int:
     suffix = ", checkpointing" if checkpointing else ""
     contenders = [command.ours(f"remat {name}", remat=name) for name in policies]
     contenders += command.peers(flags, {"checkpointing": checkpointing}, suffix)
+    pages = tuple((huge_pages.here() or {}).items())
+    given = {"ours": [True], "both": [True, False], "none": []}[flags.huge_pages]
+    contenders = [dataclasses.replace(one, env=pages if one.ours in given else ()) for one in contenders]
     lonely = flags.largest_batch or command.alone(flags, of, contenders, STATE)
     return command.run(argv, flags, of, contenders, command.rules(flags, lonely), command.within(BOUNDS))
 

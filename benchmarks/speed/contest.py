@@ -30,11 +30,12 @@ REST = 0.25  # seconds before each turn: threads of the side that ran before loo
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """label: what tables call it. side: 'ours' or 'peer', the worker's module. how: see ours.py and peer.py."""
+    """label: what tables call it. side: 'ours' or 'peer', the worker's module. how: see ours.py and peer.py. env: of its process."""
 
     label: str
     side: str
     how: tuple[tuple[str, object], ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
 
     @property
     def ours(self) -> bool:
@@ -48,13 +49,14 @@ class Died(Exception):
 class Process:
     """A worker (worker.py) that is asked and answers. compile_cache: where both sides keep what they compile; fresh a contest."""
 
-    def __init__(self, side: str, scratch: Path, compile_cache: Path):
+    def __init__(self, side: str, scratch: Path, compile_cache: Path, env: Sequence[tuple[str, str]] = ()):
         self.said: dict | None = None  # its platform and device, once it has begun
         self._log = open(scratch / f"{side}-{time.monotonic_ns()}.log", "w+")
         env = {
             **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))), "HF_HUB_OFFLINE": "1",
             "JAX_COMPILATION_CACHE_DIR": str(compile_cache / "jax"), "TORCHINDUCTOR_CACHE_DIR": str(compile_cache / "inductor"),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+            **dict(env),
         }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.speed.worker", side]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log, "text": True}
@@ -198,7 +200,7 @@ class Contest:
 
     def _start(self, contender: Contender) -> None:
         if contender.label not in self._processes:
-            self._processes[contender.label] = Process(contender.side, self._scratch, self._compile_cache)
+            self._processes[contender.label] = Process(contender.side, self._scratch, self._compile_cache, contender.env)
 
     def _process(self, contender: Contender) -> Process:
         """The contender's process, which has said where it runs."""

@@ -78,5 +78,3 @@ def test_it_pays_where_the_output_is_not_kept_on_one_cpu_device_for_few_samples(
     for devices in (1, 2):
         with jax.sharding.use_abstract_mesh(AbstractMesh((devices,), ("data",))):
             assert pays("full", 1) == (devices == 1)
-
-
