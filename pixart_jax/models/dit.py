@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import LabelEmbedder, PatchEmbedder, ScalarEmbedder, unpatchify
-from pixart_jax.models.gated_dense import pays
 from pixart_jax.models.geometry import Geometry
 from pixart_jax.models.layers import Dense, Mlp, SelfAttention, modulated_norm, row_major, zeros
 from pixart_jax.models.remat import policy, remat
@@ -34,7 +33,6 @@ class DiTBlock(nn.Module):
     config: DiTConfig
     dtype: jnp.dtype = jnp.float32
     context_attention: str = "all_gather"
-    remat: str = "none"  # what it runs under
 
     def setup(self):
         c = self.config
@@ -48,10 +46,7 @@ class DiTBlock(nn.Module):
         modulation = nn.with_logical_constraint(self.modulation(condition), CONDITION)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         x = nn.with_logical_constraint(x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a)), ACTIVATION)
-        if pays(self.remat, len(x)):
-            x = x + self.mlp(modulated_norm(x, shift_m, scale_m), gate_m)
-        else:
-            x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
+        x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
         return nn.with_logical_constraint(x, ACTIVATION)
 
 
@@ -70,7 +65,7 @@ class DiT(nn.Module):
         self.patch_embedder = PatchEmbedder(c, self.dtype)
         self.timestep_embedder = ScalarEmbedder(c.width)
         self.label_embedder = LabelEmbedder(c.num_classes, c.width)
-        self.blocks = DiTBlock(c, self.dtype, self.context_attention, self.remat)
+        self.blocks = DiTBlock(c, self.dtype, self.context_attention)
         self.final_modulation = Dense(2 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST)
         self.final = Dense(c.patch_size**2 * c.out_channels, (EMBED, None), zeros, self.dtype)
 

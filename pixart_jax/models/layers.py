@@ -11,7 +11,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from pixart_jax.models.attention import attention, platform
 from pixart_jax.models.context import self_attention
-from pixart_jax.models.gated_dense import gated_dense
 from pixart_jax.models.kv_compression import Compression, compress
 from pixart_jax.parallel.axes import ACT_HEADS, ACT_MLP, BATCH, EMBED, HEADS, MLP, NORM, TEXT_TOKENS, TOKENS
 
@@ -29,8 +28,7 @@ def xavier(fan_in: int, fan_out: int) -> Callable:
 
 
 class Dense(nn.Module):
-    """x · kernel + bias on the last axis, with logical axis names; parameters fp32, computation in dtype. gate [b, features]: a factor of
-    the result, by models/gated_dense.py."""
+    """x · kernel + bias on the last axis, with logical axis names; parameters fp32, computation in dtype."""
 
     features: int
     axes: tuple[str | None, str | None]  # (in, out)
@@ -39,14 +37,12 @@ class Dense(nn.Module):
     precision: jax.lax.Precision | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         init = self.kernel_init or xavier(x.shape[-1], self.features)
         out = NORM if self.axes[1] == EMBED else self.axes[1]  # a bias of width d is too small to be worth a gather
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.with_logical_partitioning(zeros, (out,)), (self.features,), jnp.float32)
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
-        if gate is not None:
-            return gated_dense(x, kernel, bias, gate.astype(self.dtype))
         return jnp.dot(x, kernel, precision=self.precision) + bias
 
 
@@ -68,7 +64,7 @@ def row_major(x: jax.Array) -> jax.Array:
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh form), Linear; [b, n, d_in] → [b, n, out]. tokens: the logical name of the n. gate [b, out]: see Dense."""
+    """Linear, GELU (tanh form), Linear; [b, n, d_in] → [b, n, out]. tokens: the logical name of the n."""
 
     hidden: int
     out: int
@@ -78,10 +74,10 @@ class Mlp(nn.Module):
     tokens: str = TOKENS
 
     @nn.compact
-    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = Dense(self.hidden, self.axes[:2], self.kernel_init, self.dtype, name="fc1")(x)
         x = nn.with_logical_constraint(x, (BATCH, self.tokens, ACT_MLP))  # else fc2 may gather its kernel over tensor
-        return Dense(self.out, self.axes[1:], self.kernel_init, self.dtype, name="fc2")(nn.gelu(x, approximate=True), gate)
+        return Dense(self.out, self.axes[1:], self.kernel_init, self.dtype, name="fc2")(nn.gelu(x, approximate=True))
 
 
 def _backend(module: SelfAttention | CrossAttention) -> str:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from pixart_jax.errors import UserError
 from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
-from pixart_jax.models.gated_dense import pays
 from pixart_jax.models.geometry import Geometry
 from pixart_jax.models.kv_compression import Compression, KVCompression
 from pixart_jax.models.layers import CrossAttention, Dense, Mlp, SelfAttention, modulated_norm, row_major, zeros
@@ -111,7 +110,6 @@ class Block(nn.Module):
     config: TransformerConfig
     dtype: jnp.dtype = jnp.float32
     context_attention: str = "all_gather"
-    remat: str = "none"  # what it runs under
 
     def setup(self):
         c = self.config
@@ -154,10 +152,7 @@ class Block(nn.Module):
         x = nn.with_logical_constraint(
             x + part("cross_attention", lambda block, x: block.cross_attn(x, keys, values, lengths), x), ACTIVATION
         )
-        if kept is None and pays(self.remat, len(x)):
-            x = x + self.mlp(modulated_norm(x, shift_m, scale_m), gate_m)
-        else:
-            x = x + gate_m[:, None].astype(x.dtype) * part("mlp", lambda block, x: block.mlp(modulated_norm(x, shift_m, scale_m)), x)
+        x = x + gate_m[:, None].astype(x.dtype) * part("mlp", lambda block, x: block.mlp(modulated_norm(x, shift_m, scale_m)), x)
         return nn.with_logical_constraint(x, ACTIVATION), outputs
 
 
@@ -186,7 +181,7 @@ class PixArtTransformer(nn.Module):
             self.ratio_embedder = ScalarEmbedder(c.width // 3)
         self.t_block = Dense(6 * c.width, (EMBED, MODULATION), normal, precision=high)
         self.caption_projection = Mlp(c.width, c.width, (TEXT, MLP, EMBED), normal, self.dtype, TEXT_TOKENS)
-        self.blocks = Block(c, self.dtype, self.context_attention, self.remat)
+        self.blocks = Block(c, self.dtype, self.context_attention)
         if c.kv_compression > 1:
             self.kv_compression = KVCompression(c.kv_compression, c.kv_compression_layers, c.depth, c.width)
         final_table = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), (None, NORM))
