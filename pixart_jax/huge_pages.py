@@ -48,9 +48,11 @@ def here() -> dict[str, str] | None:
 def start_again() -> None:
     """Start this very command again with huge pages, in the same process (same number, same open pipes), where that helps.
 
-    To be called first of all: what the process holds is lost. Under a debugger or a tracer nothing happens.
+    To be called first of all: what the process holds is lost. Under a debugger or a tracer, and where this command is not the process's
+    own, as in a notebook's %run, nothing happens.
     """
-    env = here() if sys.gettrace() is None else None
+    own = sys.gettrace() is None and sys.orig_argv[-len(sys.argv) :] == sys.argv
+    env = here() if own else None
     if env is not None:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -50,12 +50,13 @@ def test_nothing_happens_where_nothing_is_gained(environ, machine):
     assert huge_pages.environment(environ, **{**ABLE, **machine}) is None
 
 
-def started(tmp_path, *flags: str, **env: str) -> list:
-    script = tmp_path / "prints.py"
+def started(tmp_path, *flags: str, run: str | None = None, **env: str) -> list:
+    """What a script says that calls start_again. run: Python that runs the file script.py, in place of the file itself."""
+    script = tmp_path / "script.py"
     script.write_text(PRINTS)
     env = {**{k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env}
-    command = [sys.executable, *flags, str(script), "--prompt", "a  b", "*"]
-    done = subprocess.run(command, env=env, input="given", capture_output=True, text=True, check=True)
+    command = [sys.executable, *flags, *([str(script)] if run is None else ["-c", run]), "--prompt", "a  b", "*"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, input="given", capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -75,3 +76,8 @@ def test_a_decision_is_left_as_it_is(tmp_path):
         "glibc.malloc.hugetlb=0",
         "given",
     ]
+
+
+def test_a_process_that_runs_the_command_among_others_is_not_started_again(tmp_path):
+    run = "import runpy, sys; sys.argv = ['script.py', '--prompt']; runpy.run_path('script.py', run_name='__main__')"
+    assert started(tmp_path, run=run) == [True, ["--prompt"], None, "given"]
