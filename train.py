@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pixart_jax import huge_pages, program
+from pixart_jax import program
+from pixart_jax.training import huge_pages
 
 
 def main(argv: list[str]) -> int:

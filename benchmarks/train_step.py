@@ -11,7 +11,7 @@ Ours is the step that train.py runs. The peer's model checkpoints each block whe
 is torch's fused one, the loss is written out in benchmarks/speed/peer_training.py. Loss and gradient norm of the first step are compared:
 exit status 1 where a side failed or, in fp32, the losses differ by more than 1e-4 or the norms by more than 1e-3. XL/2 in fp32 takes
 about 12 GiB a side at batch 1; where all sides together do not fit, each runs alone, one after the other. Our process has the huge pages
-that train.py gives itself on a CPU (pixart_jax/huge_pages.py), the peer's has what PyTorch comes with (--huge-pages).
+that train.py gives itself on a CPU (pixart_jax/training/huge_pages.py), the peer's has what PyTorch comes with (--huge-pages).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.speed import command, compile_time, largest_batch  # noqa: E402
-from pixart_jax import huge_pages, program  # noqa: E402
+from pixart_jax import program  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.models import remat  # noqa: E402
+from pixart_jax.training import huge_pages  # noqa: E402
 
 BOUNDS = {"loss": 1e-4, "grad_norm": 1e-3}  # relative, in fp32; torch's norm on a CPU adds up millions of squares one by one
 STATE = 20  # bytes a parameter: master, gradient, two moments, EMA
@@ -63,9 +64,9 @@ def main(argv: list[str]) -> int:
     suffix = ", checkpointing" if checkpointing else ""
     contenders = [command.ours(f"remat {name}", remat=name) for name in policies]
     contenders += command.peers(flags, {"checkpointing": checkpointing}, suffix)
-    pages = tuple((huge_pages.here() or {}).items())
-    given = {"ours": [True], "both": [True, False], "none": []}[flags.huge_pages]
-    contenders = [dataclasses.replace(one, env=pages if one.ours in given else ()) for one in contenders]
+    with_pages = {"ours": ("ours",), "both": ("ours", "peer"), "none": ()}[flags.huge_pages]
+    pages = tuple(huge_pages.here().items())
+    contenders = [dataclasses.replace(one, env=pages) if one.side in with_pages else one for one in contenders]
     lonely = flags.largest_batch or command.alone(flags, of, contenders, STATE)
     return command.run(argv, flags, of, contenders, command.rules(flags, lonely), command.within(BOUNDS))
 

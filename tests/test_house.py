@@ -26,7 +26,6 @@ _RUNS = _GROUND | {"weights", "config", "pipeline", "program", "png", "charts", 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "cache": set(),  # where what can be made again is kept
-    "huge_pages": set(),  # of a training process on a CPU
     "png": set(),  # files that carry their settings
     "charts": set(),  # numbers as pictures
     "captions": set(),  # how texts are cleaned

@@ -30,7 +30,7 @@ REST = 0.25  # seconds before each turn: threads of the side that ran before loo
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """label: what tables call it. side: 'ours' or 'peer', the worker's module. how: see ours.py and peer.py. env: of its process."""
+    """label: what tables call it. side: 'ours' or 'peer', the worker's module. how: see ours.py and peer.py. env: added for its process."""
 
     label: str
     side: str

@@ -20,8 +20,8 @@ KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PLUGINS = ("jax_plugins", "libtpu")  # packages by which JAX finds an accelerator
 
 
-def environment(environ: Mapping[str, str], kernel: str, libc: str, accelerators: bool) -> dict[str, str] | None:
-    """The environment to start again with, or None where nothing is to be gained or somebody has decided already.
+def variables(environ: Mapping[str, str], kernel: str, libc: str, accelerators: bool) -> dict[str, str]:
+    """What to add to environ before the process begins; nothing where nothing is to be gained or somebody has decided already.
 
     kernel: what the file KERNEL says, as ``always [madvise] never``; libc: as ``glibc 2.36``; accelerators: JAX may find one.
     ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` in environ keeps the process as it is.
@@ -32,17 +32,17 @@ def environment(environ: Mapping[str, str], kernel: str, libc: str, accelerators
     version = re.fullmatch(r"glibc (\d+)\.(\d+).*", libc)
     able = version is not None and tuple(map(int, version.groups())) >= SINCE and "[madvise]" in kernel
     if not on_cpu or not able or TUNABLE in tunables:
-        return None
-    return {**environ, "GLIBC_TUNABLES": ":".join(filter(None, (tunables, f"{TUNABLE}=1")))}
+        return {}
+    return {"GLIBC_TUNABLES": ":".join(filter(None, (tunables, f"{TUNABLE}=1")))}
 
 
-def here() -> dict[str, str] | None:
-    """``environment`` of this process on this machine."""
+def here(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """``variables`` of this machine."""
     if not sys.platform.startswith("linux") or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
-        return None
+        return {}
     kernel = KERNEL.read_text() if KERNEL.is_file() else ""
     accelerators = any(importlib.util.find_spec(name) for name in PLUGINS)
-    return environment(os.environ, kernel, os.confstr("CS_GNU_LIBC_VERSION") or "", accelerators)
+    return variables(environ, kernel, os.confstr("CS_GNU_LIBC_VERSION") or "", accelerators)
 
 
 def start_again() -> None:
@@ -52,8 +52,8 @@ def start_again() -> None:
     own, as in a notebook's %run, nothing happens.
     """
     own = sys.gettrace() is None and sys.orig_argv[-len(sys.argv) :] == sys.argv
-    env = here() if own else None
-    if env is not None:
+    added = here() if own else {}
+    if added:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})
