@@ -37,8 +37,11 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     try:
         with _plain_notices():
             return main(argv) or 0
-    except SystemExit as stop:  # --help, and a program's own sys.exit
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SystemExit as stop:  # --help, and a program's own sys.exit, of which a text is for stderr
+        if isinstance(stop.code, int | None):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return INTERRUPTED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,28 +16,51 @@ os.environ.setdefault("PIXART_JAX_CACHE", str(ROOT / ".cache" / "pixart_jax"))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is a mistake, and should say so at once
 os.environ.setdefault("PYTHONPATH", str(ROOT))  # for the programs that tests start
+# Most of these tests' time is compilation, and models so small gain nothing by good machine code. Modules that ask for ``optimized`` are
+# compiled as a user's are, and so is everything on another platform; `JAX_DISABLE_MOST_OPTIMIZATIONS=false make test`: all modules.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import pytest  # noqa: E402
 
-# Files that take minutes are begun first, so that no worker is left alone with one at the end (make test keeps this order).
-LONGEST = (
+# Slow tests are begun in this order, so that where the time does not suffice for all (TESTS_UNTIL) what is left out is what others
+# show too, in less time; and so that no worker is left alone with minutes of work at the end.
+FIRST = (
     "training/test_run.py",
-    "training/test_processes_killed.py",
-    "labelling/test_caption_command.py",
-    "training/test_curves.py",
-    "training/test_interruptions.py",
     "parallel/test_train_step_on_meshes.py",
-    "planning/test_memory.py",
-    "test_sample_killed.py",
-    "labelling/test_encode.py",
+    "training/test_processes_killed.py",
+    "planning/test_programs_for_hardware.py",
     "test_parity_table.py",
+    "training/test_step_compiled.py",
+    "test_sample_bulk.py",
+    "labelling/test_encode.py",
+    "training/test_checkpoint.py",
+    "labelling/test_caption_command.py",
+)
+LAST = (
     "models/test_full_size.py",
+    "planning/test_memory.py",
+    "training/test_interruptions.py",
+    "training/test_curves.py",
+    "test_sample_killed.py",
+    "test_data_document.py",
+    "benchmarks/test_fused_projections.py",
+    "benchmarks/test_speed.py",
 )
 
 
 def pytest_collection_modifyitems(items):
-    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path, len(place)))
+    place = {ROOT / "tests" / name: number - len(FIRST) for number, name in enumerate(FIRST)}
+    place |= {ROOT / "tests" / name: number + 1 for number, name in enumerate(LAST)}
+    items.sort(key=lambda item: place.get(item.path, 0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """TESTS_UNTIL, seconds since 1970: a slow test that would begin later is skipped. `make test` sets it."""
+    until = os.environ.get("TESTS_UNTIL")
+    if until and time.time() > float(until) and item.get_closest_marker("slow"):
+        pytest.skip("slow, and the time is up: `make test-slow` runs all of these")
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +87,19 @@ def whole_memory(tmp_path_factory):
     with open(tmp_path_factory.getbasetemp().parent / "whole_memory.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """This module's programs, and those of the processes it starts, are compiled as users compile them."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

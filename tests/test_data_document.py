@@ -18,7 +18,6 @@ SEEN_FROM_THERE = ("assets", "configs", "docs", "pixart_jax", "tests", "train.py
 
 
 @pytest.mark.slow
-@pytest.mark.slowest
 def test_the_script_in_the_document_takes_photographs_to_pictures(tmp_path):
     (script,) = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.M | re.S)
     for name in SEEN_FROM_THERE:

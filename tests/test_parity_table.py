@@ -15,6 +15,7 @@ from benchmarks.parity_rows import ROWS
 from benchmarks.parity_rows.document import render
 from benchmarks.parity_rows.row import errors
 
+pytestmark = pytest.mark.usefixtures("optimized")
 QUICK = [row for row in ROWS if row.tier == "quick"]
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -86,6 +87,7 @@ def one_line(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_one_row_is_one_line_of_json_with_a_process_a_side():
     result = one_line("--row", "vae tiny")
     assert BY_NAME["vae tiny"].holds(result["error"])

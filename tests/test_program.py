@@ -52,6 +52,15 @@ def test_good_command_lines_and_help(capsys):
     assert "--batch-size" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("code", "status", "said"), [(None, 0, ""), (7, 7, ""), ("no data here", 1, "no data here\n"), ("", 1, "\n")])
+def test_a_recipe_s_own_exit_is_what_python_makes_of_it(capsys, code, status, said):
+    def leaves(argv):
+        raise SystemExit(code)
+
+    assert program.run(leaves, []) == status
+    assert capsys.readouterr() == ("", said)
+
+
 def wrapped(inner: Exception) -> Exception:
     try:
         try:

@@ -214,6 +214,7 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
 # Shares.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--text-encoder-int8",)], ids=["floats", "int8"])
 def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(root, sample_program, tiny_model, prompt_file, tmp_path, more):
     """Four simulated devices, the parameters in four parts."""
@@ -279,6 +280,7 @@ def sized(tmp_path) -> Path:
     return tmp_path / "p.jsonl"
 
 
+@pytest.mark.slow
 def test_two_processes_draw_together_what_one_draws(root, tiny_model, sized, tmp_path):
     both = [start(root, tiny_model, sized, tmp_path / "two", "--share", f"{k}/2") for k in (0, 1)]
     first, second = (finished(run) for run in both)
@@ -290,6 +292,7 @@ def test_two_processes_draw_together_what_one_draws(root, tiny_model, sized, tmp
         assert np.abs(np.asarray(grid, int) - np.asarray(other, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_detected_cluster_draw_together(root, tiny_model, sized, tmp_path):
     """As SLURM starts them; JAX's own multi-process runtime between them."""
     with socket.socket() as free:

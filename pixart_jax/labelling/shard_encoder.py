@@ -2,8 +2,10 @@
 
 A device always computes batches of the same few shapes: so many pictures of a bucket, eight texts of 16, 32, 64 … tokens, and the width
 that a text is padded to is its own. So what is computed of a sample does not depend on what lies beside it, nor on how many devices there
-are: on a mesh that copies the parameters (data), records are the same to the bit. Where fsdp or tensor cut them, sums may be
-taken in another order, and the last digits of the fp32 posterior and, rarely, of a bfloat16 state differ.
+are, as far as the device's library computes every row of a batch alike. A CPU's convolutions of few channels do not where it has AVX2
+alone: the last rows of a thread's share are summed in another order, so a posterior of another place or thread may differ in its last
+digit. Where fsdp or tensor cut the parameters, all sums may be taken in another order, and the last digits of the fp32 posterior and,
+rarely, of a bfloat16 state differ.
 """
 
 from __future__ import annotations

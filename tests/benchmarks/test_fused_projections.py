@@ -19,6 +19,7 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.planning.arithmetic import products
 from pixart_jax.weights.component import Transformer
 
+pytestmark = pytest.mark.usefixtures("optimized")
 CASE = Case("forward", "tiny", 32, 2, "float32")
 WAYS = {way.name: way for way in fused.WAYS}
 
@@ -43,6 +44,7 @@ def traced(given, way: fused.Way):
     return jax.jit(jax.grad(loss)).trace(params)
 
 
+@pytest.mark.slow
 def test_every_way_gives_the_gradients_of_the_parameters_as_they_are(given):
     quick = {"xla_backend_optimization_level": 0}  # the code generator's passes are most of a compile's time
     found = {name: traced(given, way).lower().compile(quick)(given[1]) for name, way in WAYS.items()}

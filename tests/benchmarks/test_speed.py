@@ -21,6 +21,7 @@ from benchmarks.speed.peer_training import Process
 from pixart_jax import diffusion
 from pixart_jax.models.flops import sampling_flops, train_flops
 
+pytestmark = pytest.mark.usefixtures("optimized")
 CASE = Case("train", "tiny", 32, 4, "float32")
 OURS, PEER = Contender("pixart_jax", "ours"), Contender("diffusers eager", "peer", (("compile", "none"),))
 LIMITS = {"ours": {"product": 4e12, "copy": 1e9, "side": 64}, "peer": {"product": 2e12, "copy": 2e9, "side": 64}}
@@ -137,7 +138,6 @@ def test_a_contest_of_the_forward_pass_has_both_sides_of_one_output(root, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.slowest
 def test_the_gpu_script_runs_every_part_in_its_rehearsal(root, tmp_path):
     out = tmp_path / "figures.json"
     environment = {**os.environ, "PYTHON": sys.executable}

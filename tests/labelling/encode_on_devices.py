@@ -1,5 +1,6 @@
 """A program for tests, started with four simulated devices: encode one set with the model in argv[1] into folders below argv[2], each on
-other devices: one name a mesh ("data=2"), "+" where the encoders were opened on one device and are copied to the rest."""
+other devices: one name a mesh ("data=2"), "+" where the encoders were opened on one device and are copied to the rest, "!" with encoders of
+a few lines in place of the model's."""
 
 import dataclasses
 import sys
@@ -36,13 +37,19 @@ def encoders(model, mesh=None):
     }
 
 
-def made(model, folder, mesh=None, opened_on=None):
-    return encode.ensure(Texts(22), OPTIONS, **encoders(model, opened_on), folder=folder, mesh=mesh, progress=False)
+def simple_encoders(model):
+    """Encoders whose every value is computed alike wherever in a batch it stands, which a library's convolutions do not promise."""
+    return {"vae": tiny.vae(), "text_encoder": tiny.text_encoder(), "tokenizer": tokens.load(model / "tokenizer")}
+
+
+def made(parts, folder, mesh=None):
+    return encode.ensure(Texts(22), OPTIONS, **parts, folder=folder, mesh=mesh, progress=False)
 
 
 if __name__ == "__main__":
     model, out = Path(sys.argv[1]), Path(sys.argv[2])
     for name in sys.argv[3:]:
-        sizes = MeshConfig.parse(name.rstrip("+"))
+        sizes = MeshConfig.parse(name.rstrip("+!"))
         mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp])
-        made(model, out / name, mesh, None if name.endswith("+") else mesh)
+        parts = simple_encoders(model) if name.endswith("!") else encoders(model, None if name.endswith("+") else mesh)
+        made(parts, out / name, mesh)

@@ -21,11 +21,12 @@ from pixart_jax.errors import UserError
 from pixart_jax.labelling import encode, encode_check
 from pixart_jax.labelling.shard_encoder import ShardEncoder
 from tests.labelling import tiny_encoders as tiny
-from tests.labelling.encode_on_devices import OPTIONS, Texts, encoders, made
+from tests.labelling.encode_on_devices import OPTIONS, Texts, encoders, made, simple_encoders
 from tests.training import tiny_run
 
 ROOT = pathlib.Path(__file__).parents[2]
-MESHES = ("data=2", "data=2+", "data=4", "data=4+", "data=2,fsdp=2")
+SIMPLE = ("data=2!", "data=4!")
+MESHES = ("data=2", "data=2+", "data=4+", "data=2,fsdp=2")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    return made(model, tmp_path_factory.mktemp("alone") / "set")
+    return made(encoders(model), tmp_path_factory.mktemp("alone") / "set")
 
 
 def every_record(folder):
@@ -45,28 +46,34 @@ def every_record(folder):
 
 @pytest.fixture(scope="module")
 def on_devices(model, tmp_path_factory):
-    """Folder of each of MESHES, made where there are four devices."""
+    """Folder of each of SIMPLE and MESHES, made where there are four devices."""
     out = tmp_path_factory.mktemp("devices")
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    program = [sys.executable, "-m", "tests.labelling.encode_on_devices", str(model), str(out), *MESHES]
+    program = [sys.executable, "-m", "tests.labelling.encode_on_devices", str(model), str(out), *SIMPLE, *MESHES]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: out / name for name in MESHES}
+    return {name: out / name for name in (*SIMPLE, *MESHES)}
 
 
-@pytest.mark.parametrize("name", MESHES[:-1])
-def test_records_are_the_same_to_the_byte_on_any_number_of_devices(alone, on_devices, name):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIMPLE)
+def test_a_record_is_the_same_to_the_byte_on_any_number_of_devices(model, on_devices, name, tmp_path):
+    alone = made(simple_encoders(model), tmp_path / "set")
     assert every_record(on_devices[name]) == every_record(alone)
     assert records.Manifest.read(on_devices[name]).identity == records.Manifest.read(alone).identity
 
 
-def test_parameters_cut_over_the_devices_give_the_same_records_to_rounding(alone, on_devices):
-    one, two = records.Records(alone), records.Records(on_devices["data=2,fsdp=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_the_model_s_own_encoders_give_the_same_records_to_rounding(alone, on_devices, name):
+    """More devices are more threads, and a convolution of few channels adds in another order at a thread's last rows."""
+    assert records.Manifest.read(on_devices[name]).identity == records.Manifest.read(alone).identity
+    one, other = records.Records(alone), records.Records(on_devices[name])
     for index in range(len(one)):
-        (before, said), (after, said_too) = one[index], two[index]
+        (before, said), (after, said_too) = one[index], other[index]
         assert said == said_too and set(before) == set(after)
-        for name in before:
-            np.testing.assert_allclose(before[name].astype(np.float64), after[name].astype(np.float64), rtol=1e-2, atol=1e-5)
+        for part in before:
+            np.testing.assert_allclose(before[part].astype(np.float64), after[part].astype(np.float64), rtol=1e-2, atol=1e-5)
 
 
 def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(model, alone):
@@ -77,6 +84,7 @@ def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(mode
         sample = source[number]
         index = numbers[sample.key]
         bucket = int(samples.bucket_of[index])
+        place = (index - np.flatnonzero(samples.bucket_of == bucket)[0]) % OPTIONS.batch_size  # in the batch it was encoded in
         pixels, fit = images.to_bucket(sample.pixels(), samples.buckets[bucket])
         stored, _ = samples._records[index]
         height, width, top, left = stored["fit"]
@@ -90,8 +98,8 @@ def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(mode
         for row, draw in enumerate(draws):
             seen = pixels[:, ::-1] if mirrored(draw) else pixels
             mean, std = parts["vae"].encode(images.to_model(np.stack([seen] * 4)))
-            np.testing.assert_array_equal(batch["mean"][row], mean[0])
-            np.testing.assert_array_equal(batch["std"][row], std[0])
+            np.testing.assert_array_equal(batch["mean"][row], mean[place])
+            np.testing.assert_array_equal(batch["std"][row], std[place])
             ids, lengths = tokens.tokenize(parts["tokenizer"], [sample.captions["dense"][row]], 24, None, captions.clean)
             padded = np.zeros((4, 16 if lengths[0] <= 16 else 24), np.int32)
             padded[0, : lengths[0]] = ids[0, : lengths[0]]

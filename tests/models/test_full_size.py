@@ -15,6 +15,8 @@ from pixart_jax.weights.streaming import read
 from pixart_jax.weights.transformer import DIFFUSERS, config_from_json
 from tests.models.pixart_reference import inputs, randomise, relative_error, run_diffusers, transformer_shapes
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.slow
 def test_xl_2_equals_diffusers_at_256_and_512_px(whole_memory):

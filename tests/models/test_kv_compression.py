@@ -53,6 +53,7 @@ def test_forward_equals_the_reference(case):
     assert relative_error(ours, run_official(theirs, **args)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_equal_the_references_under_every_remat_policy():
     config = sigma(qk_norm=True)
     theirs, params = pair(config)

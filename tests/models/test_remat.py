@@ -13,6 +13,7 @@ from pixart_jax.models.remat import HOST, NAMES, check_platform
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.planning.arithmetic import products
 
+pytestmark = pytest.mark.usefixtures("optimized")
 CONFIG = TransformerConfig(depth=4, width=64, heads=4, caption_width=16, text_tokens=8, sample_size=16)
 
 
@@ -29,6 +30,7 @@ def gradient(name: str):
     return jax.jit(jax.grad(loss)).trace(params), params
 
 
+@pytest.mark.slow
 def test_every_policy_gives_the_same_gradients_and_less_is_kept_from_none_to_full():
     made = {}
     for name in NAMES:

@@ -22,6 +22,7 @@ from pixart_jax.weights import t5 as tables
 from pixart_jax.weights.streaming import read
 from tests.models.t5_reference import relative_error, rms_error
 
+pytestmark = pytest.mark.usefixtures("optimized")
 CONFIG = T5Config(vocab_size=256, num_layers=2)
 IDS, LENGTHS = np.random.default_rng(1).integers(0, 256, (2, 48)), np.array([48, 31])
 COUNTED = np.arange(48) < LENGTHS[:, None]

@@ -197,6 +197,7 @@ def test_a_mistake_on_one_process_alone_ends_both_at_once(pair):
     assert "process 1 of 2 has ended with status 2" in last_line(children[0])
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_program_keeps_its_traceback_and_ends_the_other(pair):
     children = pair("bug-0")
     assert children[0].wait(timeout=60) == 1

@@ -16,6 +16,7 @@ from pixart_jax.planning.compilation import Bounds, compiled
 from pixart_jax.planning.jobs import Job
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.mark.slow

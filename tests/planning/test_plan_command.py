@@ -16,6 +16,7 @@ from pixart_jax.planning import command, compilation, estimate, plan, report, sw
 from pixart_jax.planning.collectives import Collective
 from pixart_jax.planning.jobs import Facts, Job, Link
 
+pytestmark = pytest.mark.usefixtures("optimized")
 RECIPE = str(Path(small_run.__file__))
 TINY = ["--model.depth", "2", "--model.width", "64", "--model.heads", "4"]
 
@@ -65,6 +66,7 @@ def test_flags_of_the_command_and_overrides_of_the_recipe_are_told_apart():
     assert (recipe, own, rest) == ("xl2", ["--topology=v5e:4x4", "--sweep", "--stage", "a"], ["--remat", "dots", "--stages.0.steps", "5"])
 
 
+@pytest.mark.slow
 def test_a_plan_tells_memory_flops_and_collectives_and_is_kept(tmp_path, capsys):
     arguments = [RECIPE, "--topology", "cpu:8", "--mesh", "data=2,fsdp=4", *TINY, "--json", str(tmp_path / "plan.json")]
     assert command.main(arguments) == 0

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.slow
 def test_a_full_size_step_at_256_px_takes_less_than_14_gib(whole_memory):

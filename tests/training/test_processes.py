@@ -31,6 +31,7 @@ def launch(processes: int, devices: int, *argv) -> list[dict]:
     return [json.loads(line.split("] ", 1)[1]) for line in sorted(lines)]
 
 
+@pytest.mark.slow
 def test_each_process_reads_the_rows_of_its_devices_and_all_rows_are_read():
     found = [told["rows"] for told in launch(4, 2, "rows")]
     assert len(found) == 4
@@ -59,6 +60,7 @@ def test_an_export_from_many_processes_is_the_one_of_one_to_the_bit_and_never_ho
         assert process["grown"] < 48 << 20 < process["total"] / 2, process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "line"),
     [

@@ -50,6 +50,7 @@ def drawn(made):
     return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["transformer", "dit"])
 def test_casting_ahead_of_the_blocks_changes_neither_losses_nor_gradients(kind):
     """The plain way: the module is given the fp32 masters and casts in each turn of its loop."""

@@ -133,6 +133,7 @@ def peak(folder, dtype: str, cache="") -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin shards"])
 def test_opening_takes_little_more_memory_than_the_parameters(tmp_path, form):
