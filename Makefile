@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # `make test` begins slow tests in its first so many minutes, and names those that are left.
-SLOW_TESTS_UNTIL ?= 29
+SLOW_TESTS_UNTIL ?= 32
 DEMO := runs/demo
 # A train step of XL/2 takes 12 GiB: it is tested when the other tests' processes have gone.
 ALONE := tests/training/test_full_size_step.py
@@ -87,7 +87,7 @@ PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
 MANY := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SLOW := $(MANY) --durations=15 --durations-min=5 --ignore $(ALONE) -m slow
 
-test: $(VENV)/.dev $(VENV)/.compilers  ## the whole test suite; of the slow tests as many as are begun in its first 29 minutes
+test: $(VENV)/.dev $(VENV)/.compilers  ## the whole test suite; of the slow tests as many as are begun in its first 32 minutes
 	@set -e; export TESTS_UNTIL=$$(( $$(date +%s) + 60 * $(SLOW_TESTS_UNTIL) )); set -x; \
 	$(MANY) -m "not slow"; \
 	$(PYTEST) $(ALONE); \

@@ -23,23 +23,20 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 import pytest  # noqa: E402
 
-# Slow tests are begun in this order, so that where the time does not suffice for all (TESTS_UNTIL) what is left out is what others
-# show too, in less time; and so that no worker is left alone with minutes of work at the end.
+# The order in which files are begun: where the time does not suffice for all slow tests (TESTS_UNTIL), those are left out that take minutes
+# each and strike, move or measure once more what others have shown in less.
 FIRST = (
     "training/test_run.py",
     "parallel/test_train_step_on_meshes.py",
-    "training/test_processes_killed.py",
-    "planning/test_programs_for_hardware.py",
     "test_parity_table.py",
     "training/test_step_compiled.py",
-    "test_sample_bulk.py",
-    "labelling/test_encode.py",
-    "training/test_checkpoint.py",
-    "labelling/test_caption_command.py",
 )
 LAST = (
-    "models/test_full_size.py",
+    "planning/test_programs_for_hardware.py",
+    "training/test_processes_killed.py",
+    "labelling/test_caption_command.py",
     "planning/test_memory.py",
+    "models/test_full_size.py",
     "training/test_interruptions.py",
     "training/test_curves.py",
     "test_sample_killed.py",
