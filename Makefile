@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-# `make test` begins slow tests in its first so many minutes, and names those that are left.
+# `make test` begins slow tests in its first so many minutes, and counts those that are left.
 SLOW_TESTS_UNTIL ?= 32
 DEMO := runs/demo
 # A train step of XL/2 takes 12 GiB: it is tested when the other tests' processes have gone.

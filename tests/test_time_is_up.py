@@ -1,4 +1,4 @@
-"""A slow test that would begin after TESTS_UNTIL is skipped and named; others run."""
+"""A slow test that would begin after TESTS_UNTIL is skipped and says so; others run."""
 
 from __future__ import annotations
 
