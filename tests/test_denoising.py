@@ -65,6 +65,7 @@ def lowered(pipe: Pipeline, monkeypatch, **how):
     return seen[0]
 
 
+@pytest.mark.usefixtures("optimized")
 def test_one_program_draws_from_noise_to_pixels_in_the_memory_of_the_noise(pipe, monkeypatch):
     made = lowered(pipe, monkeypatch, steps=3)
     latents, images = made.out_info

@@ -26,7 +26,7 @@ from tests.training import tiny_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIMPLE = ("data=2!", "data=4!")
-MESHES = ("data=2", "data=2+", "data=4+", "data=2,fsdp=2")
+MESHES = ("data=2", "data=2+", "data=4", "data=4+", "data=2,fsdp=2")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,12 @@ def test_the_model_s_own_encoders_give_the_same_records_to_rounding(alone, on_de
         (before, said), (after, said_too) = one[index], other[index]
         assert said == said_too and set(before) == set(after)
         for part in before:
-            np.testing.assert_allclose(before[part].astype(np.float64), after[part].astype(np.float64), rtol=1e-2, atol=1e-5)
+            if "fsdp" in name:
+                np.testing.assert_allclose(before[part].astype(np.float64), after[part].astype(np.float64), rtol=1e-2, atol=1e-5)
+            elif part.startswith(("mean", "std")):
+                np.testing.assert_allclose(before[part], after[part], rtol=1e-5, atol=3e-6)
+            else:
+                np.testing.assert_array_equal(before[part], after[part])
 
 
 def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(model, alone):

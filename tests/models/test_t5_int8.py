@@ -37,6 +37,7 @@ def test_a_small_encoder_stays_near_its_float_states(dtype):
     assert relative_error(int8[counted], exact) < 0.04
 
 
+@pytest.mark.usefixtures("optimized")
 def test_t5_xxl_takes_half_the_memory_and_no_second_copy_in_floats():
     module = T5Encoder(T5Config(), dtype=jnp.bfloat16, quantization="int8")
     ids, lengths = jax.ShapeDtypeStruct((1, 120), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)

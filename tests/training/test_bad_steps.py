@@ -115,6 +115,7 @@ def test_the_running_means_are_those_of_the_good_steps_alone():
     assert float(state.guard.grad_norm) == pytest.approx(np.mean([row["grad_norm"] for row in good]), rel=1e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["adamw", "came"])
 def test_guarding_takes_no_memory(name, monkeypatch):
     """XLA's own account of the step with and without the branch, where the state is much larger than the activations."""

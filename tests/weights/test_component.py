@@ -285,6 +285,7 @@ def test_bfloat16_halves_the_text_encoder_and_survives_a_save(folders, tmp_path)
     assert relative_error(valid("text_encoder", arguments, ours), valid("text_encoder", arguments, exact)) < 0.05
 
 
+@pytest.mark.usefixtures("optimized")
 def test_narrow_parameters_are_widened_a_layer_at_a_time(folders):
     """Not all at once before the first: T5-XXL in bfloat16 would take three times its size on a CPU."""
     part = load_component(folders["text_encoder"], dtype=jnp.bfloat16)
