@@ -1,7 +1,9 @@
-"""Train a recipe's stages: python train.py configs/NAME.py --workdir DIR [--stages.1.optimizer.learning-rate 1e-4 …].
+"""Train a recipe's stages: python train.py configs/NAME.py --workdir DIR
+[--stages.1.optimizer.learning-rate 1e-4 …].
 
-The same command with the same workdir goes on where a stopped run was. --help after a recipe's name lists every option.
-Several processes (Cloud TPU, GKE, SLURM, or started by hand) run the same command each: docs/pods.md.
+The same command with the same workdir goes on where a stopped run was. --help after a recipe's name
+lists every option. Several processes (Cloud TPU, GKE, SLURM, or started by hand) run the same
+command each: docs/pods.md.
 """
 
 from __future__ import annotations
@@ -30,23 +32,38 @@ def main(argv: list[str]) -> int:
     try:
         stages.run(config, workdir, encode)
     except loop.Diverged as fault:
-        print(f"error: {fault}; the last save holds, lower the learning rate or look at the data", file=sys.stderr)
+        print(
+            f"error: {fault}; the last save holds, lower the learning rate or look at the data",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
 
 def encode(source, *, frozen, **options) -> Path:
-    """The encoded shards of a source, made with the run's frozen parts where they are absent (training.batches.Encode)."""
+    """The encoded shards of a source, made with the run's frozen parts where they are absent
+    (training.batches.Encode)."""
     import jax
 
     from pixart_jax.config import MeshConfig
     from pixart_jax.labelling.encode import EncodeOptions, ensure
     from pixart_jax.parallel.mesh import make_mesh
 
-    text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer} if options["captions"] else {}
+    text = (
+        {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer}
+        if options["captions"]
+        else {}
+    )
     folders = {part: frozen.folder(part) for part in ("vae", *text)}
     mesh = make_mesh(MeshConfig(), jax.local_devices())
-    return ensure(source, EncodeOptions(**options), vae=frozen.vae, **text, folders=folders, mesh=mesh if mesh.size > 1 else None)
+    return ensure(
+        source,
+        EncodeOptions(**options),
+        vae=frozen.vae,
+        **text,
+        folders=folders,
+        mesh=mesh if mesh.size > 1 else None,
+    )
 
 
 if __name__ == "__main__":

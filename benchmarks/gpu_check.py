@@ -1,9 +1,10 @@
-"""On a GPU: each attention backend that is there beside xla's in fp32, output and gradients, at PixArt's shapes; and the limits.
+"""On a GPU: each attention backend that is there beside xla's in fp32, output and gradients, at
+PixArt's shapes; and the limits.
 
     python benchmarks/gpu_check.py [--json FILE] [--tiny]
 
-Exit status 1 where a backend differs by more than bfloat16's rounding explains. A backend that this platform or this version does not
-have is left out, and the reason is said and recorded.
+Exit status 1 where a backend differs by more than bfloat16's rounding explains. A backend that this
+platform or this version does not have is left out, and the reason is said and recorded.
 """
 
 from __future__ import annotations
@@ -53,10 +54,14 @@ def results(q, k, v, weights, lengths, backend: str) -> list[np.ndarray]:
 
 
 def compared(name: str, shape: tuple, backend: str) -> tuple[list[str], bool]:
-    """(cells of the table, whether it holds). A shape with lengths has a sample without any key beside others."""
+    """(cells of the table, whether it holds). A shape with lengths has a sample without any key
+    beside others."""
     batch, queries, keys, some = shape
     parts = jax.random.split(jax.random.key(0), 4)
-    q, v, weights = (jax.random.normal(parts[n], (batch, m, HEADS, HEAD_DIM)) for n, m in ((0, queries), (2, keys), (3, queries)))
+    q, v, weights = (
+        jax.random.normal(parts[n], (batch, m, HEADS, HEAD_DIM))
+        for n, m in ((0, queries), (2, keys), (3, queries))
+    )
     k = jax.random.normal(parts[1], (batch, keys, HEADS, HEAD_DIM))
     lengths = jnp.asarray(np.linspace(1, keys, batch).round(), jnp.int32) if some else None
     narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
@@ -68,18 +73,28 @@ def compared(name: str, shape: tuple, backend: str) -> tuple[list[str], bool]:
         return [*first, "", "", "", "", f"left out: {fault}"], True
     with jax.default_matmul_precision("highest"):
         theirs = results(*[x.astype(jnp.float32) for x in narrow], weights, lengths, "xla")
-    errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(mine, theirs, strict=True)]
+    errors = [
+        float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(mine, theirs, strict=True)
+    ]
     holds = all(error < BOUND for error in errors)  # false for a number that is none
     return [*first, *(f"{error:.1e}" for error in errors), "" if holds else "over"], holds
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see it work")
     flags = parser.parse_args(argv)
     dtype = "float32" if flags.tiny else "bfloat16"
-    record = Record(flags.json, " ".join(["python gpu_check.py", *argv]), columns=list(COLUMNS), title="Attention beside fp32", cells=[])
+    record = Record(
+        flags.json,
+        " ".join(["python gpu_check.py", *argv]),
+        columns=list(COLUMNS),
+        title="Attention beside fp32",
+        cells=[],
+    )
     record.run["machine"] |= ours.described()
     record.run["limits"] = {dtype: {"ours": limits.of_jax(dtype)}}
     held = True

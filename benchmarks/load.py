@@ -1,17 +1,21 @@
-"""Opening full-size weights: time and peak memory, beside diffusers and transformers on the same files.
+"""Opening full-size weights: time and peak memory, beside diffusers and transformers on the same
+files.
 
-    python benchmarks/load.py --out docs/load.json            (XL/2 and T5-XXL; about 40 GB of disk, 16 GB of memory)
+    python benchmarks/load.py --out docs/load.json            (XL/2 and T5-XXL; about 40 GB of disk,
+    16 GB of memory)
     python benchmarks/load.py --only xl2                      (6 GB of disk)
 
-Files of the released form are written with random numbers: XL/2 as one fp32 safetensors file, T5-XXL as the two fp32 shards
-that PixArt's folders hold. Every opening is a process of its own. Of each: seconds until the call returns; seconds until one
-number of every page of every parameter has been read, which makes a lazily mapped file show what it costs; the peak of
-resident memory over what the process held before, by Linux's account (VmHWM, pages of mapped files counted in); and, of XL/2 in
-a process of its own, seconds until the first forward pass at 256 px, batch 1, has given its output: tracing is counted in, and so is
-fetching the program from the compilation cache, which one opening before has filled. "plain" opens the files;
-"keeping" also writes the converted weights (cache=), once; "kept" opens those. cold: the files are put out of the page cache
-before each opening; warm: they lie in it, as kept weights always do here. T5-XXL's files are larger than many a machine's memory, so
-they are opened cold alone.
+Files of the released form are written with random numbers: XL/2 as one fp32 safetensors file,
+T5-XXL as the two fp32 shards that PixArt's folders hold. Every opening is a process of its own. Of
+each: seconds until the call returns; seconds until one number of every page of every parameter has
+been read, which makes a lazily mapped file show what it costs; the peak of resident memory over
+what the process held before, by Linux's account (VmHWM, pages of mapped files counted in); and, of
+XL/2 in a process of its own, seconds until the first forward pass at 256 px, batch 1, has given its
+output: tracing is counted in, and so is fetching the program from the compilation cache, which one
+opening before has filled. "plain" opens the files; "keeping" also writes the converted weights
+(cache=), once; "kept" opens those. cold: the files are put out of the page cache before each
+opening; warm: they lie in it, as kept weights always do here. T5-XXL's files are larger than many a
+machine's memory, so they are opened cold alone.
 """
 
 from __future__ import annotations
@@ -31,7 +35,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SUBJECTS = {"xl2": ("transformer", "diffusers", "PixArtTransformer2DModel"), "t5xxl": ("text_encoder", "transformers", "T5EncoderModel")}
+SUBJECTS = {
+    "xl2": ("transformer", "diffusers", "PixArtTransformer2DModel"),
+    "t5xxl": ("text_encoder", "transformers", "T5EncoderModel"),
+}
 CASES = {
     "xl2": (("float32", "warm"), ("bfloat16", "warm"), ("float32", "cold"), ("bfloat16", "cold")),
     "t5xxl": (("bfloat16", "cold"),),
@@ -58,7 +65,7 @@ def measured(open_it, leaves, touch, forward):
     read = time.perf_counter() - start
     held = sum(leaf.nbytes for leaf in leaves(part))
     print(json.dumps({"seconds": opened, "seconds_read": read, "peak": status("VmHWM:") - before, "held": held}))
-"""
+"""  # noqa: E501
 OURS = (
     MEASURE
     + """
@@ -90,7 +97,7 @@ def forward(part):
 def touch(leaf):
     leaf.detach().view(-1).view(torch.uint8)[::4096].sum()
 measured(lambda: model.from_pretrained(folder, torch_dtype=dtype), lambda part: list(part.parameters()), touch, first and forward)
-"""
+"""  # noqa: E501
 )
 
 
@@ -106,9 +113,17 @@ def write_random(subject: str, folder: Path) -> None:
     from pixart_jax.weights.files import write_json, write_safetensors
     from pixart_jax.weights.table import Pending, write
 
-    kind, config = (Transformer, TransformerConfig.preset("XL/2")) if subject == "xl2" else (TextEncoder, T5Config())
+    kind, config = (
+        (Transformer, TransformerConfig.preset("XL/2"))
+        if subject == "xl2"
+        else (TextEncoder, T5Config())
+    )
     names = transformer if subject == "xl2" else t5
-    shapes = nn.unbox(jax.eval_shape(kind(config, {}).module.init, jax.random.key(0), *kind._example(config))["params"])
+    shapes = nn.unbox(
+        jax.eval_shape(kind(config, {}).module.init, jax.random.key(0), *kind._example(config))[
+            "params"
+        ]
+    )
     shapes.pop("null_caption", None)
     block = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(0.02)
 
@@ -119,7 +134,10 @@ def write_random(subject: str, folder: Path) -> None:
         return Pending(tensor.shape, np.dtype(np.float32), make)
 
     tensors = {
-        key: pending(tensor) for key, tensor in write(transformer.DIFFUSERS if subject == "xl2" else t5.TRANSFORMERS, shapes).items()
+        key: pending(tensor)
+        for key, tensor in write(
+            transformer.DIFFUSERS if subject == "xl2" else t5.TRANSFORMERS, shapes
+        ).items()
     }
     folder.mkdir(parents=True)
     if subject == "xl2":
@@ -127,7 +145,11 @@ def write_random(subject: str, folder: Path) -> None:
     else:
         shards: list[dict] = [{}]
         for key, tensor in tensors.items():
-            if sum(math.prod(t.shape) * 4 for t in shards[-1].values()) + math.prod(tensor.shape) * 4 > SHARD:
+            if (
+                sum(math.prod(t.shape) * 4 for t in shards[-1].values())
+                + math.prod(tensor.shape) * 4
+                > SHARD
+            ):
                 shards.append({})
             shards[-1][key] = tensor
         weight_map = {}
@@ -136,7 +158,10 @@ def write_random(subject: str, folder: Path) -> None:
             write_safetensors(folder / name, shard)
             weight_map |= dict.fromkeys(shard, name)
         total = sum(math.prod(tensor.shape) * 4 for tensor in tensors.values())
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
     write_json(folder / "config.json", names.config_to_json(config))
 
 
@@ -158,19 +183,41 @@ def remember(folder: Path) -> None:
 
 def run(code: str, *arguments: str, programs: Path) -> dict:
     root = Path(__file__).resolve().parent.parent
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(programs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    env = {**os.environ, **compiled, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, env=env, capture_output=True, text=True)
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    env = {
+        **os.environ,
+        **compiled,
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=root, env=env, capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
-    parser.add_argument("--folder", type=Path, help="where the files go, and stay; by default a temporary folder that is deleted")
-    parser.add_argument("--repeat", type=int, default=1, help="openings of each kind; the fastest counts, and the highest peak")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the files go, and stay; by default a temporary folder that is deleted",
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=1,
+        help="openings of each kind; the fastest counts, and the highest peak",
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     flags = parser.parse_args()
     root = flags.folder or Path(tempfile.mkdtemp(prefix="load."))
@@ -190,17 +237,35 @@ def main() -> None:
                     kept = root / f"{subject}-kept"
                     shutil.rmtree(kept, ignore_errors=True)
                     for how in found:
-                        code, last = (PEER, [library, name]) if how == library else (OURS, ["" if how == "plain" else str(kept)])
+                        code, last = (
+                            (PEER, [library, name])
+                            if how == library
+                            else (OURS, ["" if how == "plain" else str(kept)])
+                        )
                         first_as_well = subject == "xl2" and how != "keeping"
                         for first in ["", "first"] if first_as_well else [""]:
                             if how != "kept":
                                 forget(folder) if page_cache == "cold" else remember(folder)
-                            figures = run(code, str(folder), dtype, first, *last, programs=root / "programs")
-                            found[how].append(figures) if not first else found[how][-1].update(figures)
+                            figures = run(
+                                code, str(folder), dtype, first, *last, programs=root / "programs"
+                            )
+                            found[how].append(figures) if not first else found[how][-1].update(
+                                figures
+                            )
                     shutil.rmtree(kept, ignore_errors=True)
                 for how, runs in found.items():
-                    best = {key: min(one[key] for one in runs) for key in ("seconds", "seconds_read", "seconds_first") if key in runs[0]}
-                    row = {"model": subject, "dtype": dtype, "opened_by": how, **best, "peak": max(one["peak"] for one in runs)}
+                    best = {
+                        key: min(one[key] for one in runs)
+                        for key in ("seconds", "seconds_read", "seconds_first")
+                        if key in runs[0]
+                    }
+                    row = {
+                        "model": subject,
+                        "dtype": dtype,
+                        "opened_by": how,
+                        **best,
+                        "peak": max(one["peak"] for one in runs),
+                    }
                     rows.append({**row, "held": runs[0]["held"], "page_cache": page_cache})
                     print(line(rows[-1]), flush=True)
     finally:
@@ -212,8 +277,15 @@ def main() -> None:
         import torch
         import transformers
 
-        versions = {module.__name__: module.__version__ for module in (jax, torch, diffusers, transformers)}
-        machine = {"cores": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version(), **versions}
+        versions = {
+            module.__name__: module.__version__ for module in (jax, torch, diffusers, transformers)
+        }
+        machine = {
+            "cores": os.cpu_count(),
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            **versions,
+        }
         flags.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
@@ -221,7 +293,8 @@ def line(row: dict) -> str:
     """A row of the table in docs/benchmarks.md."""
     first = f"{row['seconds_first']:.2f}" if "seconds_first" in row else ""
     return (
-        f"| {row['model']} | {row['dtype']} | {row['page_cache']} | {row['opened_by']} | {row['seconds']:.2f} | {row['seconds_read']:.2f} "
+        f"| {row['model']} | {row['dtype']} | {row['page_cache']} | {row['opened_by']} | "
+        f"{row['seconds']:.2f} | {row['seconds_read']:.2f} "
         f"| {first} | {row['peak'] / 1e9:.2f} | {row['peak'] / row['held']:.2f} |"
     )
 

@@ -1,15 +1,20 @@
-"""Samples a second that reach the training loop, beside torch's DataLoader on the same records and pictures in the same run.
+"""Samples a second that reach the training loop, beside torch's DataLoader on the same records and
+pictures in the same run.
 
-    python benchmarks/loader.py --out loader.json             (4 GB of disk, 4 GB of memory; minutes on two idle cores)
+    python benchmarks/loader.py --out loader.json             (4 GB of disk, 4 GB of memory; minutes
+    on two idle cores)
     python benchmarks/loader.py --records 400 --repeat 1      (a look)
 
-*encoded*: records as `encode` writes them at 256 px with T5-XXL: a posterior of 32×32×4 (mean and std, fp32) and 120 tokens of 4096
-bfloat16 values, 1.05 MB each. *jpeg*: photographs of scikit-image with a short side of 512 px, decoded, resized and cropped to 256 px,
-as the autoencoder's stage reads them. The peer is a torch Dataset over the very same bytes, read, unpacked, decoded and resized by the same
-functions, behind DataLoader with 0, 1 and 2 worker processes, of which the best counts. Both are asked for the same samples in the same
-batches, both read ahead by the same number of batches; the first batch is checked to be equal. Every measurement is a process of its own,
-ours and the peer's in turn; the clock starts when the first batch has come, so that the start of workers is not counted. warm: the files
-lie in the page cache; cold: they are put out of it first. The figures are medians of the repeats.
+*encoded*: records as `encode` writes them at 256 px with T5-XXL: a posterior of 32×32×4 (mean and
+std, fp32) and 120 tokens of 4096 bfloat16 values, 1.05 MB each. *jpeg*: photographs of scikit-image
+with a short side of 512 px, decoded, resized and cropped to 256 px, as the autoencoder's stage
+reads them. The peer is a torch Dataset over the very same bytes, read, unpacked, decoded and
+resized by the same functions, behind DataLoader with 0, 1 and 2 worker processes, of which the best
+counts. Both are asked for the same samples in the same batches, both read ahead by the same number
+of batches; the first batch is checked to be equal. Every measurement is a process of its own, ours
+and the peer's in turn; the clock starts when the first batch has come, so that the start of workers
+is not counted. warm: the files lie in the page cache; cold: they are put out of it first. The
+figures are medians of the repeats.
 """
 
 from __future__ import annotations
@@ -58,13 +63,36 @@ def write_records(folder: Path, count: int) -> None:
         def packed(first=first):
             for index in range(first, min(first + 250, count)):
                 latents = rng.standard_normal((2, 32, 32, 4), np.float32)
-                arrays = {"mean": latents[0], "std": abs(latents[1]), "label": np.int64(-1), "size": np.array([512, 512], np.int32)}
-                arrays |= {"fit": np.array([256, 256, 0, 0], np.int32), "text.dense.0": np.roll(block, index, 1)}
-                yield records.pack(arrays, {"key": f"r{index:06d}", "captions.dense": json.dumps(["a photograph of " + "words " * 90])})
+                arrays = {
+                    "mean": latents[0],
+                    "std": abs(latents[1]),
+                    "label": np.int64(-1),
+                    "size": np.array([512, 512], np.int32),
+                }
+                arrays |= {
+                    "fit": np.array([256, 256, 0, 0], np.int32),
+                    "text.dense.0": np.roll(block, index, 1),
+                }
+                yield records.pack(
+                    arrays,
+                    {
+                        "key": f"r{index:06d}",
+                        "captions.dense": json.dumps(["a photograph of " + "words " * 90]),
+                    },
+                )
 
         path = folder / f"{first // 250:05d}-256x256.array_record"
         made = records.write_shard(path, packed())
-        shards.append(records.Shard(path.name, BUCKET, made, path.stat().st_size, records.sha256(path), {"dense": TOKENS}))
+        shards.append(
+            records.Shard(
+                path.name,
+                BUCKET,
+                made,
+                path.stat().st_size,
+                records.sha256(path),
+                {"dense": TOKENS},
+            )
+        )
     records.Manifest({"vae": "random"}, tuple(shards)).write(folder)
 
 
@@ -74,14 +102,21 @@ def write_pictures(folder: Path, count: int) -> None:
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    photographs = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "coffee", "chelsea", "rocket")]
+    photographs = [
+        Image.fromarray(getattr(skimage.data, name)())
+        for name in ("astronaut", "coffee", "chelsea", "rocket")
+    ]
     folder.mkdir()
     for index in range(count):
         whole = photographs[index % len(photographs)]
         side = rng.uniform(0.6, 1.0) * min(whole.size)
         height, width = side, min(side * rng.uniform(1, 1.4), whole.size[0])
         left, top = rng.uniform(0, whole.size[0] - width), rng.uniform(0, whole.size[1] - height)
-        picture = whole.resize((round(512 * width / height), 512), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        picture = whole.resize(
+            (round(512 * width / height), 512),
+            Image.Resampling.BICUBIC,
+            (left, top, left + width, top + height),
+        )
         picture.save(folder / f"{index:05d}.jpg", quality=92)
 
 
@@ -133,15 +168,24 @@ def theirs(case: str, folder: Path, batch: int, batches: int, workers: int):
                 self.records = records.Records(folder / "records")
             arrays, metadata = self.records[index]
             length = len(arrays["text.dense.0"])
-            states = torch.frombuffer(arrays["text.dense.0"].view(np.int16), dtype=torch.bfloat16).view(length, WIDTH)
+            states = torch.frombuffer(
+                arrays["text.dense.0"].view(np.int16), dtype=torch.bfloat16
+            ).view(length, WIDTH)
             if length < TOKENS:
                 states = torch.nn.functional.pad(states, (0, 0, 0, TOKENS - length))
             return {
-                "mean": torch.frombuffer(arrays["mean"], dtype=torch.float32).view(arrays["mean"].shape),
-                "std": torch.frombuffer(arrays["std"], dtype=torch.float32).view(arrays["std"].shape),
-                "text_states": states, "text_lengths": length, "label": int(arrays["label"]),
-                "size": torch.tensor(arrays["size"].tolist(), dtype=torch.float32), "key": metadata["key"],
-            }  # fmt: skip
+                "mean": torch.frombuffer(arrays["mean"], dtype=torch.float32).view(
+                    arrays["mean"].shape
+                ),
+                "std": torch.frombuffer(arrays["std"], dtype=torch.float32).view(
+                    arrays["std"].shape
+                ),
+                "text_states": states,
+                "text_lengths": length,
+                "label": int(arrays["label"]),
+                "size": torch.tensor(arrays["size"].tolist(), dtype=torch.float32),
+                "key": metadata["key"],
+            }
 
     class Raw(Dataset):
         def __init__(self):
@@ -152,7 +196,10 @@ def theirs(case: str, folder: Path, batch: int, batches: int, workers: int):
 
         def __getitem__(self, index):
             sample = self.source[index]
-            return {"images": torch.from_numpy(images.to_model(sample.fitted(BUCKET))), "key": sample.key}
+            return {
+                "images": torch.from_numpy(images.to_model(sample.fitted(BUCKET))),
+                "key": sample.key,
+            }
 
     plan = Loader(samples_of(case, folder), batch_size=batch, seed=0).plan
     order = [plan.batch(step).indices.tolist() for step in range(batches)]
@@ -160,7 +207,9 @@ def theirs(case: str, folder: Path, batch: int, batches: int, workers: int):
     import warnings
 
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
-    return DataLoader(Encoded() if case == "encoded" else Raw(), batch_sampler=order, num_workers=workers, **ahead)
+    return DataLoader(
+        Encoded() if case == "encoded" else Raw(), batch_sampler=order, num_workers=workers, **ahead
+    )
 
 
 def measure(case: str, loader: str, folder: Path, batch: int, batches: int) -> dict:
@@ -177,18 +226,29 @@ def measure(case: str, loader: str, folder: Path, batch: int, batches: int) -> d
     array = one["text_states" if case == "encoded" else "images"]
     if loader != "ours":
         array = array.view(torch.int16).numpy() if case == "encoded" else array.numpy()
-    first = [list(map(str, one["key"])), hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest(), list(array.shape)]
+    first = [
+        list(map(str, one["key"])),
+        hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest(),
+        list(array.shape),
+    ]
     del one, array
     before = _cpu()
     count = sum(len(made["key"]) for made in found)
     seconds = time.perf_counter() - start
     del found  # worker processes count when they have ended
-    return {"per_second": count / seconds, "cpu_seconds_each": (_cpu() - before) / count, "first_batch": start - begun, "first": first}
+    return {
+        "per_second": count / seconds,
+        "cpu_seconds_each": (_cpu() - before) / count,
+        "first_batch": start - begun,
+        "first": first,
+    }
 
 
 def _cpu() -> float:
     """Seconds of processor time that this process and its ended children have used."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 # ---- the run ----
@@ -219,42 +279,103 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[dict]:
         for number in range(arguments.repeat if cache == "warm" else max(1, arguments.repeat // 2)):
             for loader in LOADERS if number % 2 == 0 else LOADERS[::-1]:
                 (forget if cache == "cold" else remember)(where)
-                command = [sys.executable, __file__, "--measure", case, loader, str(folder), str(arguments.batch), str(arguments.batches)]
-                done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--measure",
+                    case,
+                    loader,
+                    str(folder),
+                    str(arguments.batch),
+                    str(arguments.batches),
+                ]
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                )
                 if done.returncode:
                     raise SystemExit(f"{case} {loader}: {done.stderr[-2000:]}")
                 figures[loader].append(json.loads(done.stdout.splitlines()[-1]))
-                print(case, cache, loader, f"{figures[loader][-1]['per_second']:.0f}/s", file=sys.stderr, flush=True)
-        if len({json.dumps(figure["first"]) for found in figures.values() for figure in found}) != 1:
-            raise SystemExit(f"{case}: the loaders did not give the same batch: {[found[0]['first'] for found in figures.values()]}")
-        medians = {loader: statistics.median(figure["per_second"] for figure in found) for loader, found in figures.items()}
+                print(
+                    case,
+                    cache,
+                    loader,
+                    f"{figures[loader][-1]['per_second']:.0f}/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        if (
+            len({json.dumps(figure["first"]) for found in figures.values() for figure in found})
+            != 1
+        ):
+            raise SystemExit(
+                f"{case}: the loaders did not give the same batch: "
+                f"{[found[0]['first'] for found in figures.values()]}"
+            )
+        medians = {
+            loader: statistics.median(figure["per_second"] for figure in found)
+            for loader, found in figures.items()
+        }
         best = max(LOADERS[1:], key=medians.__getitem__)
-        row = {"case": case, "cache": cache, "per_second": medians, "best_peer": best, "over_peer": medians["ours"] / medians[best]}
-        cpu = {loader: statistics.median(figure["cpu_seconds_each"] for figure in found) for loader, found in figures.items()}
-        every = {loader: [figure["per_second"] for figure in found] for loader, found in figures.items()}
-        rows.append(row | {"over_h200": medians["ours"] / H200, "cpu_seconds_each": cpu, "all": every})
+        row = {
+            "case": case,
+            "cache": cache,
+            "per_second": medians,
+            "best_peer": best,
+            "over_peer": medians["ours"] / medians[best],
+        }
+        cpu = {
+            loader: statistics.median(figure["cpu_seconds_each"] for figure in found)
+            for loader, found in figures.items()
+        }
+        every = {
+            loader: [figure["per_second"] for figure in found] for loader, found in figures.items()
+        }
+        rows.append(
+            row | {"over_h200": medians["ours"] / H200, "cpu_seconds_each": cpu, "all": every}
+        )
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    heads = ("input", "files", "ours, 2 threads", "DataLoader, 0", "1", "2 workers", "ours / best of them", "ours / 550 a second")
+    heads = (
+        "input",
+        "files",
+        "ours, 2 threads",
+        "DataLoader, 0",
+        "1",
+        "2 workers",
+        "ours / best of them",
+        "ours / 550 a second",
+    )
     heads += ("processor ms, ours", "best of them")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         figures = " | ".join(f"{row['per_second'][loader]:.0f}" for loader in LOADERS)
-        cpu = " | ".join(f"{1000 * row['cpu_seconds_each'][loader]:.2f}" for loader in ("ours", row["best_peer"]))
-        lines.append(f"| {row['case']} | {row['cache']} | {figures} | {row['over_peer']:.2f} | {row['over_h200']:.2f} | {cpu} |")
+        cpu = " | ".join(
+            f"{1000 * row['cpu_seconds_each'][loader]:.2f}" for loader in ("ours", row["best_peer"])
+        )
+        lines.append(
+            f"| {row['case']} | {row['cache']} | {figures} | {row['over_peer']:.2f} | "
+            f"{row['over_h200']:.2f} | {cpu} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", type=int, default=3000, help="encoded records, 1.05 MB each")
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=40, help="of one measurement")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the data goes, for a while (a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the data goes, for a while (a temporary folder)"
+    )
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -271,11 +392,25 @@ def main() -> int:
         rows = run(arguments, folder)
     import torch
 
-    settings = {key: getattr(arguments, key) for key in ("records", "pictures", "batch", "batches", "repeat")}
-    machine = {"cores": len(os.sched_getaffinity(0)), "processor": platform.processor(), "load_before": load}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    settings = {
+        key: getattr(arguments, key)
+        for key in ("records", "pictures", "batch", "batches", "repeat")
+    }
+    machine = {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": platform.processor(),
+        "load_before": load,
+    }
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     if arguments.out:
-        arguments.out.write_text(json.dumps({"rows": rows, **settings, **machine, **versions}, indent=1) + "\n", encoding="utf-8")
+        arguments.out.write_text(
+            json.dumps({"rows": rows, **settings, **machine, **versions}, indent=1) + "\n",
+            encoding="utf-8",
+        )
     print(table(rows))
     slower = [row["case"] for row in rows if row["over_peer"] < 1]
     return 1 if slower else 0

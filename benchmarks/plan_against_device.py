@@ -1,8 +1,10 @@
-"""The planner's memory beside a real device's: one train step, planned and run where this program runs. Needs a GPU or TPU.
+"""The planner's memory beside a real device's: one train step, planned and run where this program
+runs. Needs a GPU or TPU.
 
 python benchmarks/plan_against_device.py [--recipe xl2_256_sam] [--batch-size 64] [--remat full]
 
-Prints predicted and measured bytes of the first device (memory_stats()'s peak_bytes_in_use), and predicted and measured seconds.
+Prints predicted and measured bytes of the first device (memory_stats()'s peak_bytes_in_use), and
+predicted and measured seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ def main(argv: list[str]) -> int:
     device = jax.local_devices()[0]
     chip = chip_of(device.device_kind)
     if chip is None or not device.memory_stats():
-        raise UserError(f"{device.device_kind}: no device of the table of chips; tests/planning/test_memory.py does this on a CPU")
+        raise UserError(
+            f"{device.device_kind}: no device of the table of chips; "
+            "tests/planning/test_memory.py does this on a CPU"
+        )
     config = cli.load(cli.find(options.recipe))
     sizes = MeshConfig(data=1, fsdp=-1)
     stage = dataclasses.replace(config.stages[0], batch_size=options.batch_size)
@@ -54,23 +59,45 @@ def main(argv: list[str]) -> int:
 
     made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
     shapes = abstract.abstract_batch(config, stage, bucket, mesh)
-    traced = abstract.compiled_step(config, stage, made, mesh).trace(made.abstract, shapes, abstract.abstract_key(mesh))
+    traced = abstract.compiled_step(config, stage, made, mesh).trace(
+        made.abstract, shapes, abstract.abstract_key(mesh)
+    )
     compiled = traced.lower().compile()
     found, memory = worker.read(compiled, mesh)
     job = jobs.Job(where, config, 0, jobs.resolved(sizes, mesh.size), bucket)
     count = products(traced.jaxpr.jaxpr)
     facts = jobs.Facts(
-        device.device_kind, {**state_bytes(made.abstract), "batch": 0.0}, **memory, wanted=None, available=None, message="",
-        flops=count.flops, product_bytes=count.bytes, collectives=tuple(found),
-        links=tuple(worker.links(job, mesh, [c.axes for c in found])), whole_share=0.0, assumptions=(), trace_seconds=0.0,
-        compile_seconds=0.0, compile_cpu_seconds=0.0, host_peak=0.0, compiler="",
-    )  # fmt: skip
+        device.device_kind,
+        {**state_bytes(made.abstract), "batch": 0.0},
+        **memory,
+        wanted=None,
+        available=None,
+        message="",
+        flops=count.flops,
+        product_bytes=count.bytes,
+        collectives=tuple(found),
+        links=tuple(worker.links(job, mesh, [c.axes for c in found])),
+        whole_share=0.0,
+        assumptions=(),
+        trace_seconds=0.0,
+        compile_seconds=0.0,
+        compile_cpu_seconds=0.0,
+        host_peak=0.0,
+        compiler="",
+    )
 
     key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
     rng = np.random.default_rng(0)
-    rows = {n: (rng.normal(size=s.shape) if s.dtype.kind not in "iu" else np.full(s.shape, 5)).astype(s.dtype) for n, s in shapes.items()}
+    rows = {
+        n: (rng.normal(size=s.shape) if s.dtype.kind not in "iu" else np.full(s.shape, 5)).astype(
+            s.dtype
+        )
+        for n, s in shapes.items()
+    }
     batch = put(rows, rules.batch_sharding(mesh))
-    state = state_from(fresh_params(made.task.init, key, made.abstract), made.optimizer, made.abstract)
+    state = state_from(
+        fresh_params(made.task.init, key, made.abstract), made.optimizer, made.abstract
+    )
     state, _ = jax.block_until_ready(compiled(state, batch, key))
     begun = time.perf_counter()
     for _ in range(options.steps):
@@ -79,9 +106,18 @@ def main(argv: list[str]) -> int:
     seconds = (time.perf_counter() - begun) / options.steps
     measured = device.memory_stats()["peak_bytes_in_use"]
     predicted = estimate.time_of(job, facts, chip)
-    print(f"{mesh.size} × {device.device_kind}, {options.recipe}, batch {options.batch_size}, remat {options.remat}")
-    print(f"memory   predicted {facts.total / 2**30:.3f} GiB   measured {measured / 2**30:.3f} GiB   ratio {measured / facts.total:.3f}")
-    print(f"step     predicted {predicted.step:.4f} s   measured {seconds:.4f} s   ratio {seconds / predicted.step:.3f}")
+    print(
+        f"{mesh.size} × {device.device_kind}, {options.recipe}, batch {options.batch_size}, remat "
+        f"{options.remat}"
+    )
+    print(
+        f"memory   predicted {facts.total / 2**30:.3f} GiB   measured {measured / 2**30:.3f} GiB  "
+        f" ratio {measured / facts.total:.3f}"
+    )
+    print(
+        f"step     predicted {predicted.step:.4f} s   measured {seconds:.4f} s   ratio "
+        f"{seconds / predicted.step:.3f}"
+    )
     return 0
 
 

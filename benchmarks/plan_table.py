@@ -1,10 +1,11 @@
-"""The planner's table in docs/pods.md: XL/2 at 256, 512 and 1024 px on slices of TPUs and on a host of H200s.
+"""The planner's table in docs/pods.md: XL/2 at 256, 512 and 1024 px on slices of TPUs and on a host
+of H200s.
 
 python benchmarks/plan_table.py [--only TOPOLOGY] [--print]
 
-Compiles what is not kept yet (under $PIXART_JAX_CACHE/plans), one program at a time, and writes the table between the markers of the
-page. It needs the compilers, not the devices: pip install 'jax[tpu]', and for H200 JAX's CUDA plugin; a row whose compiler is not
-here says so.
+Compiles what is not kept yet (under $PIXART_JAX_CACHE/plans), one program at a time, and writes the
+table between the markers of the page. It needs the compilers, not the devices: pip install
+'jax[tpu]', and for H200 JAX's CUDA plugin; a row whose compiler is not here says so.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def job(recipe: str, name: str, slices: int, mesh: str, accumulate: int) -> jobs
     where = topology.parse(name, slices)
     sizes = MeshConfig.parse(mesh)
     made = jobs.Job(
-        where, dataclasses.replace(config, stages=(stage,), mesh=sizes), 0, jobs.resolved(sizes, where.size), plan.largest(stage)
+        where,
+        dataclasses.replace(config, stages=(stage,), mesh=sizes),
+        0,
+        jobs.resolved(sizes, where.size),
+        plan.largest(stage),
     )
     plan.check(made)
     return made
@@ -71,7 +76,8 @@ def row(made: plan.Plan) -> list[str]:
     return [
         *first,
         f"{made.image_flops * made.batch / 1e15:,.1f}",
-        f"{1e3 * t.step * made.mean:,.0f} ({1e3 * t.compute:,.0f} / {1e3 * t.memory:,.0f} / {1e3 * t.exposed:,.0f})",
+        f"{1e3 * t.step * made.mean:,.0f} ({1e3 * t.compute:,.0f} / {1e3 * t.memory:,.0f} / "
+        f"{1e3 * t.exposed:,.0f})",
         f"{made.images_per_second:,.0f}",
         f"{made.mfu:.0%}",
         f"{made.cost.days:,.2f} d, {made.cost.usd:,.0f} USD",
@@ -81,26 +87,45 @@ def row(made: plan.Plan) -> list[str]:
 
 def compiled(made: plan.Plan) -> str:
     f = made.facts
-    return f"{f.compile_seconds:.0f} s ({f.compile_cpu_seconds:.0f} s of CPU), {f.host_peak / jobs.GIB:.1f} GiB"
+    return (
+        f"{f.compile_seconds:.0f} s ({f.compile_cpu_seconds:.0f} s of CPU), "
+        f"{f.host_peak / jobs.GIB:.1f} GiB"
+    )
 
 
 HEADER = [
-    "size", "hardware", "mesh", "batch (micro-batches)", "remat", "memory a device", "model PFLOP a step",
-    "step, ms (compute / memory / exposed)", "images/s", "MFU", "the stage", "compiled here in",
-]  # fmt: skip
+    "size",
+    "hardware",
+    "mesh",
+    "batch (micro-batches)",
+    "remat",
+    "memory a device",
+    "model PFLOP a step",
+    "step, ms (compute / memory / exposed)",
+    "images/s",
+    "MFU",
+    "the stage",
+    "compiled here in",
+]
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="a topology's name")
-    parser.add_argument("--print", action="store_true", help="show the table and leave the page as it is")
+    parser.add_argument(
+        "--print", action="store_true", help="show the table and leave the page as it is"
+    )
     options = parser.parse_args(argv)
     chosen = [r for r in ROWS if options.only in (None, r[0])]
     if not chosen:
-        raise UserError(f"--only {options.only}: one of {', '.join(dict.fromkeys(r[0] for r in ROWS))}")
+        raise UserError(
+            f"--only {options.only}: one of {', '.join(dict.fromkeys(r[0] for r in ROWS))}"
+        )
     lines, worst = [], [0.0, 0.0, 0.0]
     todo = [(recipe, *r) for recipe in BATCHES for r in chosen]
-    for recipe, name, slices, mesh, micro in tqdm(todo, desc="compiling", unit="program", dynamic_ncols=True):
+    for recipe, name, slices, mesh, micro in tqdm(
+        todo, desc="compiling", unit="program", dynamic_ncols=True
+    ):
         wanted = job(recipe, name, slices, mesh, micro.get(recipe, 1))
         try:
             made = plan.make(wanted, compilation.Bounds())
@@ -110,7 +135,11 @@ def main(argv: list[str]) -> int:
             continue
         lines.append(row(made))
         tqdm.write(" | ".join(lines[-1]), file=sys.stderr)
-        figures = (made.facts.compile_seconds, made.facts.compile_cpu_seconds, made.facts.host_peak / jobs.GIB)
+        figures = (
+            made.facts.compile_seconds,
+            made.facts.compile_cpu_seconds,
+            made.facts.host_peak / jobs.GIB,
+        )
         worst = [max(pair) for pair in zip(worst, figures, strict=True)]
     text = written(lines, worst)
     if options.print or options.only:
@@ -122,23 +151,38 @@ def main(argv: list[str]) -> int:
     head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)
     PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
-    print(f"{PAGE.name}: {len(lines)} programs; at most {worst[0]:.0f} s ({worst[1]:.0f} s of CPU) and {worst[2]:.1f} GiB")
+    print(
+        f"{PAGE.name}: {len(lines)} programs; at most {worst[0]:.0f} s ({worst[1]:.0f} s of CPU) "
+        f"and {worst[2]:.1f} GiB"
+    )
     return 0
 
 
 def written(lines: list[list[str]], worst: list[float]) -> str:
     """The table and what it rests on."""
     notes = (
-        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, AdamW and EMA, the remat policy that the recipe's `auto` "
-        "chose there; of the 1024 px recipe the largest of its 40 buckets for memory, the mean over them for time. Memory is compiled: "
+        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, AdamW and EMA, the "
+        "remat policy that the recipe's `auto` "
+        "chose there; of the 1024 px recipe the largest of its 40 buckets for memory, the mean "
+        "over them for time. Memory is compiled: "
         "the compiler's word on the very step that `train.py` runs. "
-        "Model FLOPs are counted from shapes. Times, images/s, MFU and cost are estimates, a roofline: "
-        f"{estimate.ASSUMPTIONS}. Cost: the recipe's steps at this batch, at the list prices of pixart_jax/parallel/chips.py. "
-        "The last column is this page's making, each program in a process of its own on two cores that had other work too, so that the "
-        f"clock is an upper bound and the CPU's seconds are the measure: at most {worst[1]:.0f} s of CPU and {worst[2]:.1f} GiB."
+        "Model FLOPs are counted from shapes. Times, images/s, MFU and cost are estimates, a "
+        "roofline: "
+        f"{estimate.ASSUMPTIONS}. Cost: the recipe's steps at this batch, at the list prices of "
+        "pixart_jax/parallel/chips.py. "
+        "The last column is this page's making, each program in a process of its own on two cores "
+        "that had other work too, so that the "
+        f"clock is an upper bound and the CPU's seconds are the measure: at most {worst[1]:.0f} s "
+        f"of CPU and {worst[2]:.1f} GiB."
     )
     return "\n".join(
-        [notes, "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER), *("| " + " | ".join(line) + " |" for line in lines)]
+        [
+            notes,
+            "",
+            "| " + " | ".join(HEADER) + " |",
+            "|" + "---|" * len(HEADER),
+            *("| " + " | ".join(line) + " |" for line in lines),
+        ]
     )
 
 

@@ -1,11 +1,14 @@
-"""What each remat policy's step holds beside its state on hardware that is not here, by its compiler, beside what is counted from shapes.
+"""What each remat policy's step holds beside its state on hardware that is not here, by its
+compiler, beside what is counted from shapes.
 
-    PYTHONPATH=.venv/compilers python benchmarks/remat_memory.py [--only TOPOLOGY] [--remat NAMES] [--json FILE]
+    PYTHONPATH=.venv/compilers python benchmarks/remat_memory.py [--only TOPOLOGY] [--remat NAMES]
+    [--json FILE]
 
-XL/2's train steps as tests/planning/test_programs_for_hardware.py compiles them, one policy after the other. *temporaries*: the compiler's
-word, GiB a device. *counted*: all terms of training/activations.py; *kept* is that of the policy. *strictly*: the temporaries less the
-terms that are there whatever the policy is, over *kept* alone. What was compiled once is kept under $PIXART_JAX_CACHE/plans. `make test`
-installs the compilers into .venv/compilers.
+XL/2's train steps as tests/planning/test_programs_for_hardware.py compiles them, one policy after
+the other. *temporaries*: the compiler's word, GiB a device. *counted*: all terms of
+training/activations.py; *kept* is that of the policy. *strictly*: the temporaries less the terms
+that are there whatever the policy is, over *kept* alone. What was compiled once is kept under
+$PIXART_JAX_CACHE/plans. `make test` installs the compilers into .venv/compilers.
 """
 
 from __future__ import annotations
@@ -36,7 +39,18 @@ TARGETS = (
     ("h200:1", "xl2_512_aesthetic", "fsdp=1,data=1", 32, 512),
 )
 POLICIES = ("full", "attention_out", "dots", "dots_attention", "offload", "none")
-COLUMNS = ("hardware", "px", "batch", "remat", "temporaries", "counted", "ratio", "kept", "strictly", "compiled in")
+COLUMNS = (
+    "hardware",
+    "px",
+    "batch",
+    "remat",
+    "temporaries",
+    "counted",
+    "ratio",
+    "kept",
+    "strictly",
+    "compiled in",
+)
 
 
 def job(name: str, recipe: str, mesh: str, batch: int, side: int, policy: str) -> jobs.Job:
@@ -48,10 +62,23 @@ def job(name: str, recipe: str, mesh: str, batch: int, side: int, policy: str) -
 
 
 def cells(made: jobs.Job, facts: jobs.Facts) -> list[str]:
-    first = [made.topology.name, str(made.bucket[0]), str(made.stage_config.batch_size), made.config.remat]
+    first = [
+        made.topology.name,
+        str(made.bucket[0]),
+        str(made.stage_config.batch_size),
+        made.config.remat,
+    ]
     seconds = f"{facts.compile_seconds:.0f} s"
     if facts.wanted is not None:
-        return [*first, f"does not fit: {facts.wanted / jobs.GIB:.1f} GiB in all", "", "", "", "", seconds]
+        return [
+            *first,
+            f"does not fit: {facts.wanted / jobs.GIB:.1f} GiB in all",
+            "",
+            "",
+            "",
+            "",
+            seconds,
+        ]
     gib = facts.temporaries / jobs.GIB
     try:
         counted = activations.counted(made, facts.counted["parameters"])
@@ -60,13 +87,20 @@ def cells(made: jobs.Job, facts: jobs.Facts) -> list[str]:
     kept, whole = counted["kept"], sum(counted.values())
     own = facts.temporaries - sum(counted[name] for name in activations.ANY_POLICY)
     return [
-        *first, f"{gib:.2f}", f"{whole / jobs.GIB:.2f}", f"{facts.temporaries / whole:.2f}", f"{kept / jobs.GIB:.2f}",
-        f"{own / kept:.2f}" if kept else "", seconds,
-    ]  # fmt: skip
+        *first,
+        f"{gib:.2f}",
+        f"{whole / jobs.GIB:.2f}",
+        f"{facts.temporaries / whole:.2f}",
+        f"{kept / jobs.GIB:.2f}",
+        f"{own / kept:.2f}" if kept else "",
+        seconds,
+    ]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=[target[0] for target in TARGETS])
     parser.add_argument("--remat", default=",".join(POLICIES), metavar="NAMES")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the run to this file")
@@ -75,7 +109,13 @@ def main(argv: list[str]) -> int:
     for policy in policies:
         remat.policy(policy)
     title = "Temporaries of a train step, GiB a device"
-    record = Record(flags.json, " ".join(["python remat_memory.py", *argv]), columns=list(COLUMNS), title=title, cells=[])
+    record = Record(
+        flags.json,
+        " ".join(["python remat_memory.py", *argv]),
+        columns=list(COLUMNS),
+        title=title,
+        cells=[],
+    )
     for target in TARGETS:
         for policy in policies:
             if flags.only in (None, target[0]):
@@ -83,7 +123,14 @@ def main(argv: list[str]) -> int:
                 try:
                     line = cells(made, compilation.compiled(made, compilation.Bounds(gib=8.0)))
                 except UserError as fault:
-                    line = [target[0], str(target[4]), str(target[3]), policy, f"not compiled: {fault}", *[""] * 5]
+                    line = [
+                        target[0],
+                        str(target[4]),
+                        str(target[3]),
+                        policy,
+                        f"not compiled: {fault}",
+                        *[""] * 5,
+                    ]
                 record.run["cells"].append(line)
                 record.write()
                 tell(" | ".join(line))

@@ -1,10 +1,13 @@
-"""What a drawing's shortcuts gain and cost, on the shapes model: seconds an image, distance from the whole image, and the tasks' scores.
+"""What a drawing's shortcuts gain and cost, on the shapes model: seconds an image, distance from
+the whole image, and the tasks' scores.
 
     python benchmarks/shortcuts.py --out runs/shortcuts
 
-Every row draws the same scenes from the same noise (`python -m pixart_jax evaluate shapes` draws and judges them). *ratio*: seconds of
-the plain run of 20 steps over seconds of the row, medians of batches drawn in turn, the text encoder left out. *distance*: of the images
-in [0, 1] from the plain run's, root mean square. The table is printed and written to OUT/table.md, all figures to OUT/shortcuts.json.
+Every row draws the same scenes from the same noise (`python -m pixart_jax evaluate shapes` draws
+and judges them). *ratio*: seconds of the plain run of 20 steps over seconds of the row, medians of
+batches drawn in turn, the text encoder left out. *distance*: of the images in [0, 1] from the plain
+run's, root mean square. The table is printed and written to OUT/table.md, all figures to
+OUT/shortcuts.json.
 """
 
 from __future__ import annotations
@@ -51,16 +54,23 @@ ROWS = (
     Row("20 steps, text for 5", shortcuts=Shortcuts(cross_attention_steps=5)),
     Row("20 steps, blocks every 2nd", shortcuts=Shortcuts(blocks_every=2)),
     Row("20 steps, blocks every 3rd", shortcuts=Shortcuts(blocks_every=3)),
-    Row("20 steps, blocks every 2nd, text for 8", shortcuts=Shortcuts(cross_attention_steps=8, blocks_every=2)),
+    Row(
+        "20 steps, blocks every 2nd, text for 8",
+        shortcuts=Shortcuts(cross_attention_steps=8, blocks_every=2),
+    ),
     Row("10 steps, guided from 999 to 400", 10, Shortcuts(guidance_interval=(400, 999))),
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="assets/shapes")
     parser.add_argument("--per-task", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=16, help="images drawn at once while the clock runs")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="images drawn at once while the clock runs"
+    )
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--rows", type=int, default=len(ROWS), help="the first so many rows alone")
     parser.add_argument("--out", type=Path, default=Path("runs/shortcuts"))
@@ -74,14 +84,22 @@ def main() -> None:
         images = drawn(pipe, row, wanted, options.batch)
         plain = images if plain is None else plain
         tasks = score(wanted, list(images)).tasks
-        share = row.shortcuts.plan(timesteps("dpm++", row.steps), pipe.transformer.config.depth, True).share * row.steps / rows[0].steps
+        share = (
+            row.shortcuts.plan(
+                timesteps("dpm++", row.steps), pipe.transformer.config.depth, True
+            ).share
+            * row.steps
+            / rows[0].steps
+        )
         made.append(
             {
                 "name": row.name,
                 "seconds_an_image": seconds[row.name],
                 "ratio": seconds[rows[0].name] / seconds[row.name],
                 "computed": share,
-                "distance": float(np.sqrt(np.mean(((images.astype(np.float64) - plain) / 255) ** 2))),
+                "distance": float(
+                    np.sqrt(np.mean(((images.astype(np.float64) - plain) / 255) ** 2))
+                ),
                 "tasks": {name: tasks[name].score for name in TASKS},
             }
         )
@@ -98,7 +116,10 @@ def main() -> None:
 
 def line(row: dict) -> str:
     """A row of the table."""
-    figures = f"{row['computed']:.2f} | {row['seconds_an_image']:.4f} | {row['ratio']:.2f} | {row['distance']:.3f}"
+    figures = (
+        f"{row['computed']:.2f} | {row['seconds_an_image']:.4f} | {row['ratio']:.2f} | "
+        f"{row['distance']:.3f}"
+    )
     tasks = " | ".join(f"{row['tasks'][name]:.2f}" for name in TASKS)
     return f"| {row['name']} | {figures} | {tasks} |"
 
@@ -119,7 +140,9 @@ def timed(pipe: Pipeline, rows, batch: int, repeat: int) -> dict[str, float]:
 
 def drawn(pipe: Pipeline, row: Row, wanted, batch: int) -> np.ndarray:
     """uint8 [n, h, w, 3], a scene's noise its own."""
-    return pipe([a.caption for a in wanted], steps=row.steps, shortcuts=row.shortcuts, batch_size=batch)
+    return pipe(
+        [a.caption for a in wanted], steps=row.steps, shortcuts=row.shortcuts, batch_size=batch
+    )
 
 
 if __name__ == "__main__":

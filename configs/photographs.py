@@ -1,9 +1,11 @@
-"""The real recipes' three stages, shrunk to what two CPU cores train in minutes, on real photographs in the real data's forms.
+"""The real recipes' three stages, shrunk to what two CPU cores train in minutes, on real
+photographs in the real data's forms.
 
-Each stage is that of its xl2_* recipe (xl2_256_imagenet, xl2_256_sam, xl2_1024_ms) with fewer steps, smaller pictures and a faster
-optimizer, and velocity in place of epsilon, which a small model learns in fewer steps: the tasks, the learned range, the size
-conditions and the position scales are theirs. docs/data.md makes the data and runs it. Expected: blots in the photographs' colours; 500
-steps on 240 pictures do not teach 0.6M parameters which photograph a caption means.
+Each stage is that of its xl2_* recipe (xl2_256_imagenet, xl2_256_sam, xl2_1024_ms) with fewer
+steps, smaller pictures and a faster optimizer, and velocity in place of epsilon, which a small
+model learns in fewer steps: the tasks, the learned range, the size conditions and the position
+scales are theirs. docs/data.md makes the data and runs it. Expected: blots in the photographs'
+colours; 500 steps on 240 pictures do not teach 0.6M parameters which photograph a caption means.
     python train.py configs/photographs.py --workdir runs/photographs
 """
 
@@ -16,37 +18,73 @@ from pixart_jax.config import Config, DataConfig, PreviewConfig
 from pixart_jax.models.transformer import TransformerConfig
 
 DATA = "data/photographs"
-PROMPTS = ("a ginger cat", "portrait of an astronaut", "a red flower", "surface of the moon", "cup of coffee on a table", "grass")
+PROMPTS = (
+    "a ginger cat",
+    "portrait of an astronaut",
+    "a red flower",
+    "surface of the moon",
+    "cup of coffee on a table",
+    "grass",
+)
 
 
 def shrunk(recipe, steps: int, position_base: int, data: DataConfig, **changes):
     """The one stage of a recipe, for a small model."""
     (stage,) = recipe.get_config().stages
-    optimizer = dataclasses.replace(stage.optimizer, learning_rate=1.5e-3, warmup_steps=min(50, steps // 4), clip=1.0, ema=0.99)
+    optimizer = dataclasses.replace(
+        stage.optimizer, learning_rate=1.5e-3, warmup_steps=min(50, steps // 4), clip=1.0, ema=0.99
+    )
     objective = dataclasses.replace(stage.objective, prediction="v")
-    changes |= {"optimizer": optimizer, "objective": objective, "position_base": position_base, "data": data}
+    changes |= {
+        "optimizer": optimizer,
+        "objective": objective,
+        "position_base": position_base,
+        "data": data,
+    }
     return dataclasses.replace(stage, steps=steps, batch_size=16, **changes)
 
 
-def get_config(imagenet_steps: int = 100, sam_steps: int = 100, aesthetic_steps: int = 300) -> Config:
+def get_config(
+    imagenet_steps: int = 100, sam_steps: int = 100, aesthetic_steps: int = 300
+) -> Config:
     mixed = (("caption", 0.5), ("dense", 0.5))
     return Config(
         name="photographs",
         stages=(
-            shrunk(xl2_256_imagenet, imagenet_steps, 4, DataConfig(f"{DATA}/imagenet_64", buckets=((64, 64),))),
             shrunk(
-                xl2_256_sam, sam_steps, 4, DataConfig(f"{DATA}/sam_64", captions=(("caption", 1.0),), buckets=((64, 64),)), start="previous"
+                xl2_256_imagenet,
+                imagenet_steps,
+                4,
+                DataConfig(f"{DATA}/imagenet_64", buckets=((64, 64),)),
+            ),
+            shrunk(
+                xl2_256_sam,
+                sam_steps,
+                4,
+                DataConfig(f"{DATA}/sam_64", captions=(("caption", 1.0),), buckets=((64, 64),)),
+                start="previous",
             ),
             shrunk(
                 xl2_1024_ms,
                 aesthetic_steps,
                 4,
-                DataConfig(f"{DATA}/web_96", captions=mixed, buckets=((96, 96), (80, 112), (112, 80), (64, 128), (128, 64))),
+                DataConfig(
+                    f"{DATA}/web_96",
+                    captions=mixed,
+                    buckets=((96, 96), (80, 112), (112, 80), (64, 128), (128, 64)),
+                ),
                 start="previous",
             ),
         ),
         model=TransformerConfig(
-            depth=3, width=96, heads=4, patch_size=2, sample_size=12, caption_width=64, text_tokens=120, size_conditions=True
+            depth=3,
+            width=96,
+            heads=4,
+            patch_size=2,
+            sample_size=12,
+            caption_width=64,
+            text_tokens=120,
+            size_conditions=True,
         ),
         vae="data/photographs/encoders",
         text_encoder="data/photographs/encoders",

@@ -1,23 +1,37 @@
-"""The paper's three stages on the embedded world, on top of a frozen autoencoder and text encoder (assets/shapes).
+"""The paper's three stages on the embedded world, on top of a frozen autoencoder and text encoder
+(assets/shapes).
 
-1 pixel dependency: a class-conditional DiT on single objects; 2 text–image alignment: re-parameterised into PixArt, on dense, short and
-brief captions; 3 aesthetics: lit and shaded scenes at several sizes and aspect ratios. Velocity prediction: on so small a world
-and budget it learns in a tenth of the steps that noise prediction takes; every real recipe (xl2_*) keeps epsilon.
+1 pixel dependency: a class-conditional DiT on single objects; 2 text–image alignment:
+re-parameterised into PixArt, on dense, short and brief captions; 3 aesthetics: lit and shaded
+scenes at several sizes and aspect ratios. Velocity prediction: on so small a world and budget it
+learns in a tenth of the steps that noise prediction takes; every real recipe (xl2_*) keeps epsilon.
 
-This is how the shipped model was made, in 34 minutes of training on two CPU cores (1.13 device-hours of two simulated devices);
-docs/shapes.md has its ledger and its scores: single objects all right, two objects bound right in 95 of 100 pictures.
+This is how the shipped model was made, in 34 minutes of training on two CPU cores (1.13
+device-hours of two simulated devices); docs/shapes.md has its ledger and its scores: single objects
+all right, two objects bound right in 95 of 100 pictures.
     python train.py configs/shapes.py --workdir runs/shapes
 """
 
 import dataclasses
 
-from pixart_jax.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, PreviewConfig, StageConfig
+from pixart_jax.config import (
+    Config,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    StageConfig,
+)
 from pixart_jax.data.shapes import NUM_CLASSES
 from pixart_jax.models.transformer import TransformerConfig
 
 OBJECTIVE = ObjectiveConfig(prediction="v", null_condition="empty")
 CAPTIONS = (("dense", 0.5), ("short", 0.35), ("brief", 0.15))
-AESTHETIC = DataConfig(source="tfds:shapes/aesthetic", buckets=((64, 64), (96, 96), (64, 96), (96, 64)), max_text_tokens=64)
+AESTHETIC = DataConfig(
+    source="tfds:shapes/aesthetic",
+    buckets=((64, 64), (96, 96), (64, 96), (96, 64)),
+    max_text_tokens=64,
+)
 PROMPTS = (
     "a large red star",
     "a small blue circle",
@@ -31,7 +45,8 @@ PROMPTS = (
 
 
 def optimizer(steps: int, learning_rate: float = 1.5e-3, **schedule) -> OptimizerConfig:
-    """AdamW for a stage of so many steps; the average looks back over a tenth of them, and over 1,000 at most."""
+    """AdamW for a stage of so many steps; the average looks back over a tenth of them, and over
+    1,000 at most."""
     return OptimizerConfig(
         learning_rate=learning_rate,
         warmup_steps=min(100, steps // 10),
@@ -54,7 +69,15 @@ def get_config(
 ) -> Config:
     return Config(
         name=name,
-        model=TransformerConfig(depth=5, width=128, heads=4, patch_size=2, sample_size=8, caption_width=64, text_tokens=64),
+        model=TransformerConfig(
+            depth=5,
+            width=128,
+            heads=4,
+            patch_size=2,
+            sample_size=8,
+            caption_width=64,
+            text_tokens=64,
+        ),
         num_classes=NUM_CLASSES,
         compute_dtype="float32",
         stages=(

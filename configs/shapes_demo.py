@@ -1,7 +1,8 @@
-"""configs/shapes.py with a quarter of the steps: the three stages from scratch in minutes on two CPU cores (`make demo`).
+"""configs/shapes.py with a quarter of the steps: the three stages from scratch in minutes on two
+CPU cores (`make demo`).
 
-Eight minutes of training; the third stage keeps to 64 px. Single objects come out right, two objects are bound right in about
-three of four pictures (docs/shapes.md).
+Eight minutes of training; the third stage keeps to 64 px. Single objects come out right, two
+objects are bound right in about three of four pictures (docs/shapes.md).
 """
 
 from configs.shapes import get_config as shapes

@@ -1,7 +1,8 @@
 """The small T5 v1.1 encoder behind the shipped model, and its tokenizer of whole words.
 
-Learns to read the captions of all levels of the embedded world: from a brief or a short one a decoder of one layer writes the
-dense one, which says of each object its colour, its size and its place. Six minutes on two CPU cores.
+Learns to read the captions of all levels of the embedded world: from a brief or a short one a
+decoder of one layer writes the dense one, which says of each object its colour, its size and its
+place. Six minutes on two CPU cores.
     python train.py configs/shapes_text.py --workdir runs/shapes_text
 """
 
@@ -16,7 +17,9 @@ def get_config() -> Config:
         name="shapes_text",
         vae=None,
         text_encoder=None,
-        text_model=T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=192, num_layers=3, num_heads=4),
+        text_model=T5Config(
+            vocab_size=128, d_model=64, d_kv=16, d_ff=192, num_layers=3, num_heads=4
+        ),
         compute_dtype="float32",
         stages=(
             StageConfig(
@@ -25,7 +28,9 @@ def get_config() -> Config:
                 start="fresh",
                 steps=4000,
                 batch_size=32,
-                data=DataConfig(source="tfds:shapes/gallery", captions=CAPTIONS, max_text_tokens=80),
+                data=DataConfig(
+                    source="tfds:shapes/gallery", captions=CAPTIONS, max_text_tokens=80
+                ),
                 text_to_text=TextToTextConfig(target="dense", hidden=0.2),
                 optimizer=OptimizerConfig(
                     learning_rate=2e-3,

@@ -1,10 +1,18 @@
-"""The small autoencoder behind the shipped model: f8, 4 latent channels, in Stable Diffusion's form.
+"""The small autoencoder behind the shipped model: f8, 4 latent channels, in Stable Diffusion's
+form.
 
 Trained on the gallery of all levels of the embedded world at 64 and 96 px.
     python train.py configs/shapes_vae.py --workdir runs/shapes_vae
 """
 
-from pixart_jax.config import AutoencoderConfig, Config, DataConfig, OptimizerConfig, PreviewConfig, StageConfig
+from pixart_jax.config import (
+    AutoencoderConfig,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    StageConfig,
+)
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
 
@@ -38,7 +46,12 @@ def get_config() -> Config:
         model=TransformerConfig(patch_size=2),
         vae=None,
         text_encoder=None,
-        vae_model=VAEConfig(block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64),
+        vae_model=VAEConfig(
+            block_out_channels=(16, 16, 32, 64),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=64,
+        ),
         compute_dtype="float32",
         stages=(
             stage("coarse", "fresh", steps=7000, learning_rate=2e-3, kl_weight=1e-3),

@@ -1,16 +1,25 @@
 """Stage 3 of the paper, aesthetics, first part: 256 px.
 
-Paper: 14M images (4M JourneyDB, 10M internal), 90K steps at batch 178 × 64, 416 V100 days (189 A100 days by the paper's
-factor of 2.2); 1.0 billion samples seen.
-Expected: the alignment of stage 2 with the look of curated pictures. Published at 256 px: FID-30K 7.32, with a separately
-fine-tuned checkpoint that was not released; others measured the public one at 25 to 38.
+Paper: 14M images (4M JourneyDB, 10M internal), 90K steps at batch 178 × 64, 416 V100 days (189 A100
+days by the paper's factor of 2.2); 1.0 billion samples seen.
+Expected: the alignment of stage 2 with the look of curated pictures. Published at 256 px: FID-30K
+7.32, with a separately fine-tuned checkpoint that was not released; others measured the public one
+at 25 to 38.
 
 Data: a folder of encoded shards.
 """
 
 from __future__ import annotations
 
-from pixart_jax.config import Config, DataConfig, MeshConfig, ObjectiveConfig, OptimizerConfig, PreviewConfig, StageConfig
+from pixart_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    StageConfig,
+)
 from pixart_jax.models.transformer import TransformerConfig
 
 PROMPTS = (
@@ -29,8 +38,16 @@ def get_config() -> Config:
         batch_size=178 * 64,
         data=DataConfig(source="data/aesthetic_256", buckets=((256, 256),)),
         optimizer=OptimizerConfig(
-            name="adamw", learning_rate=2e-5, weight_decay=0.03, b1=0.9, b2=0.999, eps=1e-10,
-            schedule="constant", warmup_steps=1000, clip=0.01, ema=0.9999,
+            name="adamw",
+            learning_rate=2e-5,
+            weight_decay=0.03,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-10,
+            schedule="constant",
+            warmup_steps=1000,
+            clip=0.01,
+            ema=0.9999,
         ),
         objective=ObjectiveConfig(prediction="epsilon", learned_range=True, condition_dropout=0.1),
         start="runs/xl2_256_sam/model",

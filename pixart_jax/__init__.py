@@ -1,7 +1,8 @@
-"""PixArt-α in JAX/Flax: text-to-image diffusion with a Transformer, trained in three stages at low cost.
+"""PixArt-α in JAX/Flax: text-to-image diffusion with a Transformer, trained in three stages at low
+cost.
 
-``Pipeline`` draws, ``load_component`` opens one part of a model folder, ``diffusion`` holds the mathematics.
-Nothing heavy is imported until one of these names is used.
+``Pipeline`` draws, ``load_component`` opens one part of a model folder, ``diffusion`` holds the
+mathematics. Nothing heavy is imported until one of these names is used.
 """
 
 from __future__ import annotations

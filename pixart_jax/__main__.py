@@ -10,14 +10,35 @@ from pixart_jax.errors import UserError, nearest
 
 # name: (module, what it does); each module has main(argv) -> exit status, and its own --help.
 COMMANDS = {
-    "caption": ("pixart_jax.labelling.caption_command", "pictures → detailed captions by a vision-language model, on Ray Data"),
-    "convert": ("pixart_jax.commands.convert", "official .pth, DiT .pt or diffusers folder → a component folder"),
-    "encode": ("pixart_jax.labelling.encode_command", "images and captions → shards to train from; prompts → text states to draw from"),
+    "caption": (
+        "pixart_jax.labelling.caption_command",
+        "pictures → detailed captions by a vision-language model, on Ray Data",
+    ),
+    "convert": (
+        "pixart_jax.commands.convert",
+        "official .pth, DiT .pt or diffusers folder → a component folder",
+    ),
+    "encode": (
+        "pixart_jax.labelling.encode_command",
+        "images and captions → shards to train from; prompts → text states to draw from",
+    ),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
-    "inspect": ("pixart_jax.labelling.inspect_command", "a page on a set's pictures, captions, buckets and duplicates, before training"),
-    "launch": ("pixart_jax.commands.launch", "several processes of train.py, sample.py or a command on this machine"),
-    "nouns": ("pixart_jax.labelling.nouns_command", "captions → the paper's table of nouns, with charts; data sets side by side"),
-    "plan": ("pixart_jax.planning.command", "memory, time and cost of a run on hardware that is not here, from its compiled program"),
+    "inspect": (
+        "pixart_jax.labelling.inspect_command",
+        "a page on a set's pictures, captions, buckets and duplicates, before training",
+    ),
+    "launch": (
+        "pixart_jax.commands.launch",
+        "several processes of train.py, sample.py or a command on this machine",
+    ),
+    "nouns": (
+        "pixart_jax.labelling.nouns_command",
+        "captions → the paper's table of nouns, with charts; data sets side by side",
+    ),
+    "plan": (
+        "pixart_jax.planning.command",
+        "memory, time and cost of a run on hardware that is not here, from its compiled program",
+    ),
 }
 
 

@@ -1,8 +1,9 @@
 """Captions and prompts made plain, as those were that PixArt's transformer learned from.
 
-DeepFloyd's rules, which the official code and diffusers apply to what they train on and to what they are asked to draw: web
-addresses, markup, file names, article numbers and the words of shop pages go, dashes, quotes and blanks become of one kind.
-They are written here as one table, in the order in which they apply; ``clean`` goes through it twice, as both do.
+DeepFloyd's rules, which the official code and diffusers apply to what they train on and to what
+they are asked to draw: web addresses, markup, file names, article numbers and the words of shop
+pages go, dashes, quotes and blanks become of one kind. They are written here as one table, in the
+order in which they apply; ``clean`` goes through it twice, as both do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 
 _HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
 _FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
-_DASHES = r"\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40\u301C\u3030\u30A0\uFE31\uFE32\uFE58\uFE63\uFF0D"
+_DASHES = r"\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40\u301C\u3030\u30A0\uFE31\uFE32\uFE58\uFE63\uFF0D"  # noqa: E501
 
 
 def _rules(*pairs: tuple[str, str]) -> tuple[tuple[re.Pattern, str], ...]:
@@ -28,8 +29,12 @@ _ADDRESSES = _rules(
 )
 _MARKS = _rules(
     (r"@[\w\d]+\b", ""),  # @nickname
-    # CJK strokes and ideographs, phonetic extensions of Katakana, enclosed and compatibility letters, hexagrams
-    (r"[\u31c0-\u31ef\u31f0-\u31ff\u3200-\u32ff\u3300-\u33ff\u3400-\u4dbf\u4dc0-\u4dff\u4e00-\u9fff]+", ""),
+    # CJK strokes and ideographs, phonetic extensions of Katakana, enclosed and compatibility
+    # letters, hexagrams
+    (
+        r"[\u31c0-\u31ef\u31f0-\u31ff\u3200-\u32ff\u3300-\u33ff\u3400-\u4dbf\u4dc0-\u4dff\u4e00-\u9fff]+",
+        "",
+    ),
     (rf"[{_DASHES}]+", "-"),
     (r"[`´«»“”¨]", '"'),
     (r"[‘’]", "'"),
@@ -70,7 +75,8 @@ _WORDS = _rules(
 
 
 def clean(text: str) -> str:
-    """A caption or a prompt as the text encoder is to see it; of plain words nothing but capitals and outer blanks change."""
+    """A caption or a prompt as the text encoder is to see it; of plain words nothing but capitals
+    and outer blanks change."""
     return _once(_once(text))
 
 
@@ -100,5 +106,6 @@ def _without_markup(text: str) -> str:
     from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)  # a caption may look like a file's name
+        # a caption may look like a file's name
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
         return BeautifulSoup(text, features="html.parser").text

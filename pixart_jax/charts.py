@@ -6,12 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def bars(path: Path, values: Mapping[str, float], *, title: str, axis: str = "", across: bool = False) -> Path:
-    """One bar a name, its value written at its end. across: bars lie, which long names need. Returns ``path``."""
-    figure, axes = _figure(title, (6.4, max(2.4, 1.2 + 0.24 * len(values))) if across else (max(4.8, 1.2 + 0.32 * len(values)), 4.0))
+def bars(
+    path: Path, values: Mapping[str, float], *, title: str, axis: str = "", across: bool = False
+) -> Path:
+    """One bar a name, its value written at its end. across: bars lie, which long names need.
+    Returns ``path``."""
+    figure, axes = _figure(
+        title,
+        (6.4, max(2.4, 1.2 + 0.24 * len(values)))
+        if across
+        else (max(4.8, 1.2 + 0.32 * len(values)), 4.0),
+    )
     names, numbers = list(values), list(values.values())
     drawn = (axes.barh if across else axes.bar)(range(len(names)), numbers, color="#3b6ea5")
-    axes.bar_label(drawn, labels=[f"{n:,.4g}" if isinstance(n, float) else f"{n:,}" for n in numbers], fontsize=7, padding=2)
+    axes.bar_label(
+        drawn,
+        labels=[f"{n:,.4g}" if isinstance(n, float) else f"{n:,}" for n in numbers],
+        fontsize=7,
+        padding=2,
+    )
     if across:
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
@@ -23,9 +36,16 @@ def bars(path: Path, values: Mapping[str, float], *, title: str, axis: str = "",
 
 
 def histograms(
-    path: Path, edges: Sequence[float], counts: Mapping[str, Sequence[float]], *, title: str, axis: str, mark: float | None = None
+    path: Path,
+    edges: Sequence[float],
+    counts: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    axis: str,
+    mark: float | None = None,
 ) -> Path:
-    """Histograms over the same bins, one line each. edges: n + 1 borders of n bins; counts: name → n values; mark: a vertical line."""
+    """Histograms over the same bins, one line each. edges: n + 1 borders of n bins; counts: name →
+    n values; mark: a vertical line."""
     figure, axes = _figure(title, (6.4, 4.0))
     for name, values in counts.items():
         axes.stairs(values, edges, fill=len(counts) == 1, label=name, alpha=0.9)
@@ -40,13 +60,16 @@ def histograms(
 
 
 def panels(path: Path, values: Mapping[str, Mapping[str, float]], *, title: str) -> Path:
-    """Sets side by side: a panel a measure, in it a lying bar a set with its value. values: measure → set → value."""
+    """Sets side by side: a panel a measure, in it a lying bar a set with its value. values: measure
+    → set → value."""
     from matplotlib.figure import Figure
 
     sets = list(dict.fromkeys(name for row in values.values() for name in row))
     figure = Figure((2.2 + 2.4 * len(values), 1.2 + 0.32 * len(sets)), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    for number, (axes, (measure, row)) in enumerate(zip(figure.subplots(1, len(values), squeeze=False)[0], values.items())):
+    for number, (axes, (measure, row)) in enumerate(
+        zip(figure.subplots(1, len(values), squeeze=False)[0], values.items())
+    ):
         numbers = [row.get(name, 0) for name in sets]
         drawn = axes.barh(range(len(sets)), numbers, color="#3b6ea5")
         axes.bar_label(drawn, labels=[f"{n:,}" for n in numbers], fontsize=7, padding=2)
@@ -61,7 +84,8 @@ def panels(path: Path, values: Mapping[str, Mapping[str, float]], *, title: str)
 
 
 def _figure(title: str, size: tuple[float, float]):
-    from matplotlib.figure import Figure  # without pyplot: no window system, no state shared between threads
+    # without pyplot: no window system, no state shared between threads
+    from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained")
     axes = figure.subplots()
@@ -73,6 +97,7 @@ def _figure(title: str, size: tuple[float, float]):
 def _save(figure, path: Path) -> Path:
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(partial, dpi=120, metadata={"Software": None})  # the same numbers give the same bytes
+    # the same numbers give the same bytes
+    figure.savefig(partial, dpi=120, metadata={"Software": None})
     partial.replace(path)
     return path

@@ -10,18 +10,22 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked a run to stop, and what was to be saved is saved. The message is one line: where it stands, how it goes on.
+    """A signal asked a run to stop, and what was to be saved is saved. The message is one line:
+    where it stands, how it goes on.
 
-    A program prints it and exits with ``program.INTERRUPTED``. No Exception, so that nothing that handles faults takes it for one.
+    A program prints it and exits with ``program.INTERRUPTED``. No Exception, so that nothing that
+    handles faults takes it for one.
     """
 
 
 class Notice(UserWarning):
-    """Something a person should know of though the work goes on. The message is one line; programs print it as ``warning: …``."""
+    """Something a person should know of though the work goes on. The message is one line; programs
+    print it as ``warning: …``."""
 
 
 def nearest(name: str, known) -> str:
-    """' (did you mean 'x'?)' with the known name closest to ``name``, or ' (one of: …)' when none is close."""
+    """' (did you mean 'x'?)' with the known name closest to ``name``, or ' (one of: …)' when none
+    is close."""
     import difflib
 
     known = list(known)

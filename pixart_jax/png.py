@@ -1,7 +1,8 @@
 """PNG files that say how they were drawn, and sheets of many images with their captions.
 
-A file carries two texts: "parameters" in the form that the common web interfaces read, and "pixart_jax", the same settings as
-JSON, from which a second run knows what is already there. Files appear whole or not at all.
+A file carries two texts: "parameters" in the form that the common web interfaces read, and
+"pixart_jax", the same settings as JSON, from which a second run knows what is already there. Files
+appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ _TITLES = {  # settings' key: the name it goes by in "parameters"
 
 
 def parameters(settings: Mapping) -> str:
-    """The "parameters" text: prompt, negative prompt, then 'Name: value' pairs; size is width×height there.
+    """The "parameters" text: prompt, negative prompt, then 'Name: value' pairs; size is
+    width×height there.
 
-    settings: prompt, negative_prompt, steps, solver, guidance, seed, height, width, model …; keys without a customary name
-    follow under their own, prompt-like and empty ones left out.
+    settings: prompt, negative_prompt, steps, solver, guidance, seed, height, width, model …; keys
+    without a customary name follow under their own, prompt-like and empty ones left out.
     """
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):
@@ -42,8 +44,16 @@ def parameters(settings: Mapping) -> str:
         facts["size"] = f"{facts.pop('width')}x{facts.pop('height')}"
     known = [(title, facts[key]) for key, title in _TITLES.items() if key in facts]
     said = {*_TITLES, "prompt", "negative_prompt"}
-    rest = [(key.replace("_", " ").capitalize(), value) for key, value in facts.items() if key not in said]
-    lines.append(", ".join(f"{title}: {_field(value)}" for title, value in known + rest if value not in (None, "")))
+    rest = [
+        (key.replace("_", " ").capitalize(), value)
+        for key, value in facts.items()
+        if key not in said
+    ]
+    lines.append(
+        ", ".join(
+            f"{title}: {_field(value)}" for title, value in known + rest if value not in (None, "")
+        )
+    )
     return "\n".join(lines)
 
 
@@ -53,7 +63,8 @@ def _field(value) -> str:
 
 
 def write(path: str | os.PathLike, image: np.ndarray, settings: Mapping | None = None) -> None:
-    """Write image (uint8 [h, w, 3]) with its settings; the file appears under its name only when complete."""
+    """Write image (uint8 [h, w, 3]) with its settings; the file appears under its name only when
+    complete."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -62,7 +73,9 @@ def write(path: str | os.PathLike, image: np.ndarray, settings: Mapping | None =
         info.add_text("parameters", parameters(settings))
         info.add_text(JSON_KEY, json.dumps(dict(settings), sort_keys=True))
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=".part", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(
+        prefix=f".{path.stem[:40]}.", suffix=".part", dir=path.parent
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             Image.fromarray(np.asarray(image)).save(file, format="PNG", pnginfo=info)
@@ -115,24 +128,36 @@ def grid(
 ) -> np.ndarray:
     """One sheet of images, uint8 [H, W, 3].
 
-    images: uint8 [h, w, 3] of any sizes. captions stand under them, wrapped. marks: a green frame for True, a red one for
-    False, none for None. cell: pixels of a cell's longer side (small images are enlarged without smoothing); by default the
-    images' own size, but at least 128.
+    images: uint8 [h, w, 3] of any sizes. captions stand under them, wrapped. marks: a green frame
+    for True, a red one for False, none for None. cell: pixels of a cell's longer side (small images
+    are enlarged without smoothing); by default the images' own size, but at least 128.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     if not len(images):
         raise ValueError("a grid needs at least one image")
     tallest, widest = max(i.shape[0] for i in images), max(i.shape[1] for i in images)
-    scale = max(1, math.ceil((cell or 128) / max(tallest, widest))) if cell is None else cell / max(tallest, widest)
+    scale = (
+        max(1, math.ceil((cell or 128) / max(tallest, widest)))
+        if cell is None
+        else cell / max(tallest, widest)
+    )
     height, width = round(tallest * scale), round(widest * scale)
-    columns = columns or min(len(images), max(1, math.ceil(math.sqrt(len(images) * height / width))))
+    columns = columns or min(
+        len(images), max(1, math.ceil(math.sqrt(len(images) * height / width)))
+    )
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(size=12)
-    wrapped = [_wrap(caption, font, width) for caption in captions] if captions is not None else [[] for _ in images]
+    wrapped = (
+        [_wrap(caption, font, width) for caption in captions]
+        if captions is not None
+        else [[] for _ in images]
+    )
     line, gap = 15, 6
     text = line * max(len(w) for w in wrapped)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), (255, 255, 255))
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), (255, 255, 255)
+    )
     draw = ImageDraw.Draw(sheet)
     for n, image in enumerate(images):
         x, y = gap + (n % columns) * (width + gap), gap + (n // columns) * (height + text + gap)
@@ -140,14 +165,19 @@ def grid(
         resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
         sheet.paste(Image.fromarray(np.asarray(image)).resize(size, resample), (x, y))
         if marks is not None and marks[n] is not None:
-            draw.rectangle((x - 3, y - 3, x + size[0] + 2, y + size[1] + 2), outline=(20, 150, 50) if marks[n] else (210, 30, 30), width=3)
+            draw.rectangle(
+                (x - 3, y - 3, x + size[0] + 2, y + size[1] + 2),
+                outline=(20, 150, 50) if marks[n] else (210, 30, 30),
+                width=3,
+            )
         for k, words in enumerate(wrapped[n]):
             draw.text((x, y + height + 2 + k * line), words, fill=(40, 40, 40), font=font)
     return np.asarray(sheet)
 
 
 def _wrap(caption: str, font, width: int, most: int = 5) -> list[str]:
-    """The caption in lines that fit, the last one cut with '…' where there are more than ``most``."""
+    """The caption in lines that fit, the last one cut with '…' where there are more than
+    ``most``."""
     lines: list[str] = []
     for word in caption.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -1,8 +1,8 @@
 """What every program here does with its command line and with a person's mistakes.
 
-``parse`` reads flags with tyro and turns whatever tyro rejects into one line that names the nearest flag; ``run`` calls a
-program's main and turns a :class:`UserError`, a full disk or an unwritable folder into one line on stderr and exit status 2,
-and a :class:`Notice` into one line, said once.
+``parse`` reads flags with tyro and turns whatever tyro rejects into one line that names the nearest
+flag; ``run`` calls a program's main and turns a :class:`UserError`, a full disk or an unwritable
+folder into one line on stderr and exit status 2, and a :class:`Notice` into one line, said once.
 """
 
 from __future__ import annotations
@@ -20,24 +20,37 @@ from pixart_jax.errors import Interrupted, Notice, UserError, nearest
 # Exit statuses; 0 is success, and a fault of the program, with its traceback, is Python's own 1.
 GAVE_UP = 1  # a training run stopped itself: too many bad steps in a row
 BAD_INPUT = 2  # what a person can put right, said in one line
-INTERRUPTED = 75  # a signal stopped the run, its state is saved, the same command goes on (sysexits.h: EX_TEMPFAIL)
+# a signal stopped the run, its state is saved, the same command goes on (sysexits.h: EX_TEMPFAIL)
+INTERRUPTED = 75
 KILLED_BY_KEYBOARD = 130  # Ctrl-C where nothing had to be saved
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_FILE_TROUBLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call ``main(argv)`` (the process's own arguments by default) and return the process's exit status.
+    """Call ``main(argv)`` (the process's own arguments by default) and return the process's exit
+    status.
 
-    0 or what main returns; 2 with one line ``error: …`` on stderr for what a person can put right; 75 with one line where a
-    run was told to stop and saved itself; 130 when interrupted otherwise. Anything else is a fault of the program and keeps its traceback.
+    0 or what main returns; 2 with one line ``error: …`` on stderr for what a person can put right;
+    75 with one line where a run was told to stop and saved itself; 130 when interrupted otherwise.
+    Anything else is a fault of the program and keeps its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with _plain_notices():
             return main(argv) or 0
-    except SystemExit as stop:  # --help, and a program's own sys.exit, of which a text is for stderr
+    # --help, and a program's own sys.exit, of which a text is for stderr
+    except SystemExit as stop:
         if isinstance(stop.code, int | None):
             return stop.code or 0
         print(stop.code, file=sys.stderr)
@@ -60,7 +73,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 def _plain_notices():
     """Notices as one line each, the same one once; other warnings as ever."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", Notice)  # "once" would be forgotten by the next catch_warnings of a library
+        # "once" would be forgotten by the next catch_warnings of a library
+        warnings.simplefilter("always", Notice)
         others, said = warnings.showwarning, set()
 
         def show(message, category, filename, lineno, file=None, line=None):
@@ -70,7 +84,8 @@ def _plain_notices():
                 said.add(str(message))
                 from tqdm import tqdm
 
-                tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # above a bar that is being drawn
+                # above a bar that is being drawn
+                tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
         warnings.showwarning = show
         yield
@@ -79,20 +94,29 @@ def _plain_notices():
 def as_line(fault: BaseException) -> str | None:
     """The one line for a fault that its user can put right, or None.
 
-    Looks through causes and groups: a disk that fills up under a writer thread arrives wrapped, or as text alone.
+    Looks through causes and groups: a disk that fills up under a writer thread arrives wrapped, or
+    as text alone.
     """
     chain = list(_chain(fault))
     for link in chain:
         if isinstance(link, UserError):
             return " ".join(str(link).split())
     for link in chain:
-        if (isinstance(link, OSError) and link.errno in _DISK_FULL) or "No space left on device" in str(link):
+        if (
+            isinstance(link, OSError) and link.errno in _DISK_FULL
+        ) or "No space left on device" in str(link):
             where = getattr(link, "filename", None)
-            return f"the disk is full{f' while writing {where}' if where else ''}: free some space and run the same command again"
+            return (
+                f"the disk is full{f' while writing {where}' if where else ''}: free some "
+                "space and run the same command again"
+            )
         if isinstance(link, OSError) and link.errno in _FILE_TROUBLE and link.filename is not None:
             return f"{link.filename}: {(link.strerror or 'cannot be used').lower()}"
         if "RESOURCE_EXHAUSTED" in str(link) and "emory" in str(link):
-            return f"the device is out of memory, a smaller batch or image would fit: {str(link).splitlines()[0][:200]}"
+            return (
+                "the device is out of memory, a smaller batch or image would fit: "
+                f"{str(link).splitlines()[0][:200]}"
+            )
     return None
 
 
@@ -111,13 +135,16 @@ def _chain(fault: BaseException):
 def parse(shape, argv: Sequence[str], *, prog: str, description: str | None = None, **tyro_options):
     """``tyro.cli(shape)`` whose complaints are one line.
 
-    shape: a dataclass or function whose fields are the flags (or give ``default=`` an instance to override). An unknown
-    flag raises UserError with the nearest one; so does a value that does not parse. ``--help`` prints and exits as ever.
+    shape: a dataclass or function whose fields are the flags (or give ``default=`` an instance to
+    override). An unknown flag raises UserError with the nearest one; so does a value that does not
+    parse. ``--help`` prints and exits as ever.
     """
     import tyro
 
     def call(arguments, **more):
-        return tyro.cli(shape, args=list(arguments), prog=prog, description=description, **tyro_options, **more)
+        return tyro.cli(
+            shape, args=list(arguments), prog=prog, description=description, **tyro_options, **more
+        )
 
     complaint = io.StringIO()
     try:
@@ -126,7 +153,9 @@ def parse(shape, argv: Sequence[str], *, prog: str, description: str | None = No
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(f"{_first_sentence(complaint.getvalue())} ({prog} --help lists the flags)") from None
+        raise UserError(
+            f"{_first_sentence(complaint.getvalue())} ({prog} --help lists the flags)"
+        ) from None
     if unknown:
         raise UserError(_unknown(unknown, _flags(call)))
     return value
@@ -148,7 +177,9 @@ def _flags(call) -> list[str]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         call(["--help"])
-    return sorted(set(re.findall(r"--[a-z0-9][a-z0-9._-]*", re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue()))))
+    return sorted(
+        set(re.findall(r"--[a-z0-9][a-z0-9._-]*", re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue())))
+    )
 
 
 def _unknown(unknown: Sequence[str], flags: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
-"""Prompt files: one prompt a line, or rows of a .csv or .jsonl with a 'prompt' and, where a row wants its own, a size and the like."""
+"""Prompt files: one prompt a line, or rows of a .csv or .jsonl with a 'prompt' and, where a row
+wants its own, a size and the like."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from pixart_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A prompt, and what its row says of height, width (pixels), seed and negative_prompt; None where it says nothing."""
+    """A prompt, and what its row says of height, width (pixels), seed and negative_prompt; None
+    where it says nothing."""
 
     prompt: str
     height: int | None = None
@@ -25,11 +27,16 @@ class Row:
 
     def own(self) -> dict:
         """What the row says beside its prompt."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "prompt" and value is not None}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name != "prompt" and value is not None
+        }
 
 
 def read(path: str | os.PathLike) -> list[Row]:
-    """The rows of a file in their order, those of a blank prompt left out. UserError where there is none, or one cannot be read.
+    """The rows of a file in their order, those of a blank prompt left out. UserError where there is
+    none, or one cannot be read.
 
     Columns of a .csv and fields of a .jsonl that Row does not know are left alone.
     """
@@ -39,9 +46,13 @@ def read(path: str | os.PathLike) -> list[Row]:
     except FileNotFoundError:
         raise UserError(f"no prompt file {path}") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder: give a file of prompts (.txt, .csv or .jsonl)") from None
+        raise UserError(
+            f"{path} is a folder: give a file of prompts (.txt, .csv or .jsonl)"
+        ) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: give a file of prompts (.txt, .csv or .jsonl)") from None
+        raise UserError(
+            f"{path} is not UTF-8 text: give a file of prompts (.txt, .csv or .jsonl)"
+        ) from None
     reader = {".csv": _csv, ".jsonl": _jsonl}.get(path.suffix.lower(), _lines)
     try:
         rows = [_row(number, fields) for number, fields in reader(text)]
@@ -63,7 +74,14 @@ def _csv(text: str) -> Iterator[tuple[int, Mapping]]:
     if rows.fieldnames is not None and "prompt" not in rows.fieldnames:
         raise UserError(f"no column 'prompt' (columns: {', '.join(rows.fieldnames)})")
     for fields in rows:
-        yield rows.line_num, {name: value for name, value in fields.items() if name == "prompt" or (value or "").strip()}
+        yield (
+            rows.line_num,
+            {
+                name: value
+                for name, value in fields.items()
+                if name == "prompt" or (value or "").strip()
+            },
+        )
 
 
 def _jsonl(text: str) -> Iterator[tuple[int, Mapping]]:

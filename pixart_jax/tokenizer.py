@@ -14,7 +14,8 @@ from pixart_jax.errors import Notice, UserError
 
 
 def load(folder: str | os.PathLike):
-    """The tokenizer of a model folder's tokenizer/ (tokenizer.json, or a SentencePiece spiece.model)."""
+    """The tokenizer of a model folder's tokenizer/ (tokenizer.json, or a SentencePiece
+    spiece.model)."""
     from transformers import AutoTokenizer
 
     folder = Path(folder)
@@ -23,13 +24,17 @@ def load(folder: str | os.PathLike):
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as fault:
-        raise UserError(f"no tokenizer in {folder}: {' '.join(str(fault).split())[:300]}") from fault
+        raise UserError(
+            f"no tokenizer in {folder}: {' '.join(str(fault).split())[:300]}"
+        ) from fault
 
 
 def from_words(words: Sequence[str]):
-    """A T5 tokenizer whose pieces are these whole words; any other word is spelled in single characters.
+    """A T5 tokenizer whose pieces are these whole words; any other word is spelled in single
+    characters.
 
-    For small closed worlds. Saved with ``save_pretrained`` it opens in transformers and in diffusers as T5Tokenizer does.
+    For small closed worlds. Saved with ``save_pretrained`` it opens in transformers and in
+    diffusers as T5Tokenizer does.
     """
     from transformers import T5Tokenizer
 
@@ -37,12 +42,15 @@ def from_words(words: Sequence[str]):
     pieces += [(f"▁{word}", -2.0) for word in dict.fromkeys(words)]
     known = {piece for piece, _ in pieces}
     # A character costs more than any word, so a word is spelled only where it is not in the list.
-    pieces += [(c, -20.0) for c in "▁abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&" if c not in known]
+    pieces += [
+        (c, -20.0) for c in "▁abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&" if c not in known
+    ]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
 def save(tokenizer, folder: str | os.PathLike) -> None:
-    """Write the tokenizer as it was opened: without the cutting and padding of its last call, which transformers would write along."""
+    """Write the tokenizer as it was opened: without the cutting and padding of its last call, which
+    transformers would write along."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
@@ -50,18 +58,24 @@ def save(tokenizer, folder: str | os.PathLike) -> None:
 
 
 def padded_length(longest: int, most: int) -> int:
-    """The length to pad to: the next multiple of 8, so that few shapes compile, and never more than the model's ``most``."""
+    """The length to pad to: the next multiple of 8, so that few shapes compile, and never more than
+    the model's ``most``."""
     return min(most, -(-max(longest, 1) // 8) * 8)
 
 
 def tokenize(
-    tokenizer, texts: Sequence[str], most: int, length: int | None = None, clean: Callable[[str], str] = captions.clean
+    tokenizer,
+    texts: Sequence[str],
+    most: int,
+    length: int | None = None,
+    clean: Callable[[str], str] = captions.clean,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Texts → (ids int32 [n, l], lengths int32 [n]).
 
-    Texts are cleaned (``captions.clean`` or ``captions.plain``), cut at ``most`` tokens (the end mark kept) and padded to
-    ``length``: by default the next multiple of 8 over the longest. Nothing that reads the result may depend on the padding.
-    A text that is cut is told of by a Notice that names what was lost.
+    Texts are cleaned (``captions.clean`` or ``captions.plain``), cut at ``most`` tokens (the end
+    mark kept) and padded to
+    ``length``: by default the next multiple of 8 over the longest. Nothing that reads the result
+    may depend on the padding. A text that is cut is told of by a Notice that names what was lost.
     """
     cleaned = [clean(text) for text in texts]
     ids = tokenizer(cleaned, truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
@@ -83,10 +97,13 @@ def _tell_what_is_cut(tokenizer, text: str, most: int) -> None:
     if len(whole) <= most:
         return
     marked = int(tokenizer.eos_token_id is not None and whole[-1] == tokenizer.eos_token_id)
-    lost = tokenizer.decode(whole[most - marked : len(whole) - marked], skip_special_tokens=True).split()
+    lost = tokenizer.decode(
+        whole[most - marked : len(whole) - marked], skip_special_tokens=True
+    ).split()
     shown = " ".join(lost) if len(lost) <= 30 else f"{' '.join(lost[:20])} … {' '.join(lost[-5:])}"
     warnings.warn(
-        f"the prompt {text[:40]!r}… has {len(whole)} tokens and was cut to {most}, the model's most: "
+        f"the prompt {text[:40]!r}… has {len(whole)} tokens and was cut to {most}, the model's "
+        "most: "
         f"lost are its last {len(whole) - most} tokens, {len(lost)} words: {shown!r}",
         Notice,
         stacklevel=3,

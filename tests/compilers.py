@@ -1,7 +1,9 @@
-"""The compilers of hardware that is not here (requirements-compilers.txt), for processes that a test starts.
+"""The compilers of hardware that is not here (requirements-compilers.txt), for processes that a
+test starts.
 
-They lie in a folder of their own, .venv/compilers, because a JAX that can import the CUDA plugin looks for a GPU. A test marked
-``needs("v5e:4x4")`` runs where that topology's compiler is there or installed as usual; ``path()`` goes onto the PYTHONPATH of its process.
+They lie in a folder of their own, .venv/compilers, because a JAX that can import the CUDA plugin
+looks for a GPU. A test marked ``needs("v5e:4x4")`` runs where that topology's compiler is there or
+installed as usual; ``path()`` goes onto the PYTHONPATH of its process.
 """
 
 from __future__ import annotations
@@ -30,9 +32,16 @@ def path() -> str:
 def missing(name: str) -> str | None:
     """Why nothing can be compiled for the topology; None where it can."""
     package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[topology.parse(name).platform]
-    found = [d for d in importlib.metadata.distributions(path=[str(FOLDER), *sys.path]) if d.metadata["Name"].replace("_", "-") == package]
+    found = [
+        d
+        for d in importlib.metadata.distributions(path=[str(FOLDER), *sys.path])
+        if d.metadata["Name"].replace("_", "-") == package
+    ]
     if not found:
-        return f"{package}, which compiles for {name}, is not installed (`make test` installs requirements-compilers.txt)"
+        return (
+            f"{package}, which compiles for {name}, is not installed (`make test` installs "
+            "requirements-compilers.txt)"
+        )
     if package != "libtpu" and found[0].version != importlib.metadata.version("jax"):
         return f"{package} {found[0].version} is not of JAX {importlib.metadata.version('jax')}"
     return None
@@ -45,7 +54,16 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 def compiled(name: str, script: Path, *arguments: str):
     """What a script prints as its last line, JSON, in a process that compiles for the topology."""
-    environment = topology.environment(topology.parse(name)) | {"PYTHONPATH": path(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
-    done = subprocess.run([sys.executable, str(script), name, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    environment = topology.environment(topology.parse(name)) | {
+        "PYTHONPATH": path(),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), name, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
-"""What every test runs under: the CPU, a compilation cache that outlives the run, two threads a library, no network."""
+"""What every test runs under: the CPU, a compilation cache that outlives the run, two threads a
+library, no network."""
 
 from __future__ import annotations
 
@@ -14,17 +15,20 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("PIXART_JAX_CACHE", str(ROOT / ".cache" / "pixart_jax"))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is a mistake, and should say so at once
+# a test that needs a download is a mistake, and should say so at once
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("PYTHONPATH", str(ROOT))  # for the programs that tests start
-# Most of these tests' time is compilation, and models so small gain nothing by good machine code. Modules that ask for ``optimized`` are
-# compiled as a user's are, and so is everything on another platform; `JAX_DISABLE_MOST_OPTIMIZATIONS=false make test`: all modules.
+# Most of these tests' time is compilation, and models so small gain nothing by good machine code.
+# Modules that ask for ``optimized`` are compiled as a user's are, and so is everything on another
+# platform; `JAX_DISABLE_MOST_OPTIMIZATIONS=false make test`: all modules.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import pytest  # noqa: E402
 
-# The order in which files are begun: where the time does not suffice for all slow tests (TESTS_UNTIL), those are left out that take minutes
-# each and strike, move or measure once more what others have shown in less.
+# The order in which files are begun: where the time does not suffice for all slow tests
+# (TESTS_UNTIL), those are left out that take minutes each and strike, move or measure once more
+# what others have shown in less.
 FIRST = (
     "training/test_run.py",
     "parallel/test_train_step_on_meshes.py",
@@ -54,7 +58,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """TESTS_UNTIL, seconds since 1970: a slow test that would begin later is skipped. `make test` sets it."""
+    """TESTS_UNTIL, seconds since 1970: a slow test that would begin later is skipped. `make test`
+    sets it."""
     until = os.environ.get("TESTS_UNTIL")
     if until and time.time() > float(until) and item.get_closest_marker("slow"):
         pytest.skip("slow, and the time is up: `make test-slow` runs all of these")
@@ -68,7 +73,8 @@ def root() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_torch_threads():
-    """PyTorch, where it is installed, takes two threads: the references run beside JAX on a small machine."""
+    """PyTorch, where it is installed, takes two threads: the references run beside JAX on a small
+    machine."""
     try:
         import torch
     except ImportError:
@@ -78,7 +84,8 @@ def _few_torch_threads():
 
 @pytest.fixture(scope="module")
 def whole_memory(tmp_path_factory):
-    """One module at a time, over all workers, holds many GiB: from its first test that asks for this to its last test."""
+    """One module at a time, over all workers, holds many GiB: from its first test that asks for
+    this to its last test."""
     import fcntl
 
     with open(tmp_path_factory.getbasetemp().parent / "whole_memory.lock", "w") as lock:
@@ -88,7 +95,8 @@ def whole_memory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """This module's programs, and those of the processes it starts, are compiled as users compile them."""
+    """This module's programs, and those of the processes it starts, are compiled as users compile
+    them."""
     import jax
 
     with pytest.MonkeyPatch.context() as patch:

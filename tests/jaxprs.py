@@ -11,6 +11,11 @@ def within(equation) -> list[jax.extend.core.Jaxpr]:
 
 
 def stacked(scan) -> list:
-    """A scan's outputs that hold a row of each turn, without what is carried: those with an axis more than the body gives."""
+    """A scan's outputs that hold a row of each turn, without what is carried: those with an axis
+    more than the body gives."""
     (body,) = within(scan)
-    return [out for out, one in zip(scan.outvars, body.outvars, strict=True) if out.aval.ndim > one.aval.ndim]
+    return [
+        out
+        for out, one in zip(scan.outvars, body.outvars, strict=True)
+        if out.aval.ndim > one.aval.ndim
+    ]

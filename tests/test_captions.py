@@ -48,9 +48,35 @@ WRITTEN = [
     "a.b",
 ]
 PIECES = [
-    *" .,;:-_'\"`#@&/\\()[]{}|*+%~…—“”‘’<>\n", "&amp;", "&quot;", "<b>", "</b>", "<person>", "https://", "www.", ".com", ".png", "jpg",
-    "download", "free ", "shipping", "page ", "click on ", "red", "Star", "a", "12", "345", "6789012", "x", "×", "х", "猫", "é", "ï¿½",
-]  # fmt: skip
+    *" .,;:-_'\"`#@&/\\()[]{}|*+%~…—“”‘’<>\n",
+    "&amp;",
+    "&quot;",
+    "<b>",
+    "</b>",
+    "<person>",
+    "https://",
+    "www.",
+    ".com",
+    ".png",
+    "jpg",
+    "download",
+    "free ",
+    "shipping",
+    "page ",
+    "click on ",
+    "red",
+    "Star",
+    "a",
+    "12",
+    "345",
+    "6789012",
+    "x",
+    "×",
+    "х",
+    "猫",
+    "é",
+    "ï¿½",
+]
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,15 @@ def test_a_bar_is_as_long_as_its_number(tmp_path):
 
 
 def test_the_same_numbers_give_the_same_bytes_and_nothing_half_written_stays(tmp_path):
-    one = charts.histograms(tmp_path / "1.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5).read_bytes()
-    two = charts.histograms(tmp_path / "2.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5).read_bytes()
-    other = charts.histograms(tmp_path / "3.png", [0, 1, 2], {"x": [3, 5]}, title="t", axis="tokens", mark=1.5).read_bytes()
+    one = charts.histograms(
+        tmp_path / "1.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5
+    ).read_bytes()
+    two = charts.histograms(
+        tmp_path / "2.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5
+    ).read_bytes()
+    other = charts.histograms(
+        tmp_path / "3.png", [0, 1, 2], {"x": [3, 5]}, title="t", axis="tokens", mark=1.5
+    ).read_bytes()
     assert one == two != other
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png", "3.png"]
 

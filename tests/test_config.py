@@ -39,10 +39,18 @@ from pixart_jax.errors import UserError
         (StageConfig, {"name": "a/b"}, "files bear it"),
         (StageConfig, {"name": "a", "task": "text-to-image"}, "did you mean 'text_to_image'"),
         (StageConfig, {"name": "a", "steps": -1}, "must not be negative"),
-        (StageConfig, {"name": "a", "batch_size": 9, "optimizer": OptimizerConfig(accumulate=2)}, "multiple of optimizer.accumulate = 2"),
+        (
+            StageConfig,
+            {"name": "a", "batch_size": 9, "optimizer": OptimizerConfig(accumulate=2)},
+            "multiple of optimizer.accumulate = 2",
+        ),
         (Config, {"name": "c", "stages": ()}, "at least one stage"),
         (Config, {"name": "c", "stages": (StageConfig("a"), StageConfig("a"))}, "must differ"),
-        (Config, {"name": "c", "stages": (StageConfig("a", data=DataConfig(buckets=((64, 72),))),)}, "64×72 is not divisible by 16"),
+        (
+            Config,
+            {"name": "c", "stages": (StageConfig("a", data=DataConfig(buckets=((64, 72),))),)},
+            "64×72 is not divisible by 16",
+        ),
         (Config, {"name": "c", "stages": (StageConfig("a"),), "log_every": 0}, "at least 1"),
     ],
 )

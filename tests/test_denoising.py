@@ -1,4 +1,5 @@
-"""The compiled core beside the plain path: what is made once, before the scan, gives the image that making it at every step gives."""
+"""The compiled core beside the plain path: what is made once, before the scan, gives the image that
+making it at every step gives."""
 
 from __future__ import annotations
 
@@ -24,17 +25,24 @@ def pipe(request, tmp_path_factory) -> Pipeline:
 
 
 def plain_path(pipe: Pipeline, prompts, noise, steps: int, guidance: float):
-    """(latents, images in [-1, 1]): the whole transformer at every step, for each half of guidance by itself, then the VAE by itself."""
+    """(latents, images in [-1, 1]): the whole transformer at every step, for each half of guidance
+    by itself, then the VAE by itself."""
     states, lengths = pipe.encode_text(prompts)
     empty, empty_lengths = pipe.encode_text([""] * len(prompts), states.shape[1])
     height, width = (side * pipe.factor for side in noise.shape[1:3])
     told = {}
     if pipe.transformer.config.size_conditions:
-        told = {"size": np.tile([float(height), float(width)], (len(prompts), 1)), "aspect_ratio": np.full(len(prompts), height / width)}
+        told = {
+            "size": np.tile([float(height), float(width)], (len(prompts), 1)),
+            "aspect_ratio": np.full(len(prompts), height / width),
+        }
 
     def denoiser(x, t):
         apply = pipe.transformer.apply
-        toward, away = apply(x, t, states, lengths, **told), apply(x, t, empty, empty_lengths, **told)
+        toward, away = (
+            apply(x, t, states, lengths, **told),
+            apply(x, t, empty, empty_lengths, **told),
+        )
         return away[..., :4] + guidance * (toward - away)[..., :4]
 
     latents = diffusion.sample(denoiser, noise, steps=steps)
@@ -49,7 +57,8 @@ def test_the_image_is_that_of_the_plain_path(pipe):
     assert np.abs(found - latents).max() <= 1e-5 * np.abs(latents).max()
     drawn = pipe(PROMPTS, steps=8, seed=5, height=64, width=48, binning=False, guidance=4.5)
     want = np.clip(np.asarray(images) / 2 + 0.5, 0, 1) * 255
-    assert np.abs(drawn - want).max() <= 0.5 + 1e-5 * 255  # rounded to whole numbers, and nothing else
+    # rounded to whole numbers, and nothing else
+    assert np.abs(drawn - want).max() <= 0.5 + 1e-5 * 255
 
 
 def lowered(pipe: Pipeline, monkeypatch, **how):
@@ -69,14 +78,19 @@ def lowered(pipe: Pipeline, monkeypatch, **how):
 def test_one_program_draws_from_noise_to_pixels_in_the_memory_of_the_noise(pipe, monkeypatch):
     made = lowered(pipe, monkeypatch, steps=3)
     latents, images = made.out_info
-    assert images.shape == (2, 64, 64, 3) and images.dtype == jnp.uint8 and latents.shape == (2, 8, 8, 4)
+    assert (
+        images.shape == (2, 64, 64, 3)
+        and images.dtype == jnp.uint8
+        and latents.shape == (2, 8, 8, 4)
+    )
     assert made.as_text().count("tf.aliasing_output") == 1  # latents, noise
     memory = made.compile().memory_analysis()
     assert memory.alias_size_in_bytes == 2 * 8 * 8 * 4 * 4
 
 
 def test_a_step_of_the_scan_computes_no_text_and_no_time(pipe):
-    """The time's cosines stand before the loop; in it are the products of ``denoise``, which is given time and text, and no others."""
+    """The time's cosines stand before the loop; in it are the products of ``denoise``, which is
+    given time and text, and no others."""
     states, lengths = pipe.encode_text(PROMPTS[:2])
     noise, _ = pipe.noise(0, range(2), 64, 64)
     arguments = pipe._arguments((states, lengths), noise, (states, lengths), None, 4.5, None, None)
@@ -85,10 +99,16 @@ def test_a_step_of_the_scan_computes_no_text_and_no_time(pipe):
     (loop,) = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] == 3]
 
     apply = functools.partial(pipe.transformer.module.apply, {"params": pipe.transformer.params})
-    times = apply(np.float32([500.0]), *(np.ones((4, 2)), np.ones(4)) if arguments[5] is not None else (), method="encode_times")
+    times = apply(
+        np.float32([500.0]),
+        *(np.ones((4, 2)), np.ones(4)) if arguments[5] is not None else (),
+        method="encode_times",
+    )
     text = apply(*(jnp.concatenate([a, a]) for a in (states, lengths)), method="encode_text")
     denoise = functools.partial(apply, method="denoise")
-    bare = jax.make_jaxpr(denoise)(jnp.concatenate([noise, noise]), jax.tree.map(lambda a: a[0], times), text)
+    bare = jax.make_jaxpr(denoise)(
+        jnp.concatenate([noise, noise]), jax.tree.map(lambda a: a[0], times), text
+    )
     whole, inside, alone = str(made), str(loop.params["jaxpr"]), str(bare)
     assert " cos " in whole and " cos " not in inside and " cos " not in alone
     assert inside.count("dot_general[") == alone.count("dot_general[") < whole.count("dot_general[")
@@ -100,12 +120,18 @@ def test_an_empty_negative_prompt_is_read_once_by_a_process(tmp_path, monkeypatc
     texts = []
     batch = type(pipe.prompt_encoder).batch
     monkeypatch.setattr(
-        type(pipe.prompt_encoder), "batch", lambda self, given, *rest: (texts.extend(given), batch(self, given, *rest))[1]
+        type(pipe.prompt_encoder),
+        "batch",
+        lambda self, given, *rest: (texts.extend(given), batch(self, given, *rest))[1],
     )
     first = pipe(PROMPTS, steps=2, batch_size=1)
     np.testing.assert_array_equal(pipe(PROMPTS, steps=2, batch_size=1), first)
     assert texts.count("") == 1 and len(texts) == 1 + 2 * len(PROMPTS)
-    other = pipe.replace(transformer=pipe.transformer.replace(params=jax.tree.map(lambda a: a * 1.1, pipe.transformer.params)))
+    other = pipe.replace(
+        transformer=pipe.transformer.replace(
+            params=jax.tree.map(lambda a: a * 1.1, pipe.transformer.params)
+        )
+    )
     assert not np.array_equal(other(PROMPTS, steps=2, batch_size=1), first)
     assert texts.count("") == 2, "another transformer has other keys and values"
 
@@ -115,7 +141,11 @@ def test_a_negative_prompt_that_all_share_is_what_each_image_with_its_own_gets(t
     tiny_diffusers.build(tmp_path)
     pipe = Pipeline.from_pretrained(tmp_path)
     caption = np.random.default_rng(0).normal(size=(120, 16)).astype(np.float32)
-    pipe = pipe.replace(transformer=pipe.transformer.replace(params={**pipe.transformer.params, "null_caption": caption}))
+    pipe = pipe.replace(
+        transformer=pipe.transformer.replace(
+            params={**pipe.transformer.params, "null_caption": caption}
+        )
+    )
     how = {"steps": 3, "null": null, "height": 64, "width": 64}
     alone = np.concatenate([pipe([prompt], indices=[n], **how) for n, prompt in enumerate(PROMPTS)])
     mixed = pipe([*PROMPTS, "zebra"], negative_prompt=["", "", "", "a star"], **how)[:3]
@@ -130,7 +160,9 @@ def test_decoding_in_parts_gives_the_images_of_the_whole(pipe, monkeypatch):
     whole = np.asarray(pipe.decode(latents)).astype(int)
     monkeypatch.setattr(decoding, "_PIXELS", 64 * 64)
     how = pipe._decoding(4, None)
-    parts = jax.jit(lambda params, latents: decoding.pixels(how, params, latents))(pipe.vae.params, latents)
+    parts = jax.jit(lambda params, latents: decoding.pixels(how, params, latents))(
+        pipe.vae.params, latents
+    )
     assert np.abs(np.asarray(parts) - whole).max() <= 1
 
 

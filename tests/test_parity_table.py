@@ -1,4 +1,5 @@
-"""The parity table: its quick rows hold, its document is what its command writes, and a row over its bound is told."""
+"""The parity table: its quick rows hold, its document is what its command writes, and a row over
+its bound is told."""
 
 from __future__ import annotations
 
@@ -34,8 +35,14 @@ def test_quick_rows_hold(row, tmp_path):
 def test_the_document_is_what_the_command_writes_and_every_row_in_it_holds():
     results = json.loads(parity.DOCUMENT.with_suffix(".json").read_text())
     assert parity.DOCUMENT.read_text() == render(ROWS, results)
-    assert list(results) == [row.name for row in ROWS if row.name in results] and set(results) >= {row.name for row in QUICK}
-    over = {name: result for name, result in results.items() if "failed" in result or not BY_NAME[name].holds(result["error"])}
+    assert list(results) == [row.name for row in ROWS if row.name in results] and set(results) >= {
+        row.name for row in QUICK
+    }
+    over = {
+        name: result
+        for name, result in results.items()
+        if "failed" in result or not BY_NAME[name].holds(result["error"])
+    }
     assert not over
 
 
@@ -43,26 +50,56 @@ def test_names_are_unique_and_bounds_are_those_that_are_promised():
     assert len(BY_NAME) == len(ROWS)
     for row in ROWS:
         if row.model.startswith("pipeline"):
-            assert (row.measure, row.bound) == ("psnr", 45.0) if "images" in row.model else ("max", 1e-3), row.name
+            assert (
+                (row.measure, row.bound) == ("psnr", 45.0)
+                if "images" in row.model
+                else ("max", 1e-3)
+            ), row.name
         else:
-            assert (row.measure, row.bound) == ("l2", 2e-2) if row.dtype == "bf16" else ("max", 1e-4), row.name
+            assert (
+                (row.measure, row.bound) == ("l2", 2e-2) if row.dtype == "bf16" else ("max", 1e-4)
+            ), row.name
 
 
-def test_check_fails_on_a_row_over_its_bound_or_without_a_result_and_passes_within(tmp_path, monkeypatch, capsys):
-    measured = {"versions": {"jax": "1"}, "seconds": {"ours": 1.0, "theirs": None}, "peak_bytes": {"ours": 2**30, "theirs": 2**31}}
-    answers = {"vae SD": {"error": {"max": 1e-3, "l2": 1e-6}, **measured}, "vae SDXL": {"failed": "ours: no file"}}
-    monkeypatch.setattr(parity, "measure", lambda row, scratch: answers.get(row.name, {"error": {"max": 1e-6, "l2": 1e-6}, **measured}))
+def test_check_fails_on_a_row_over_its_bound_or_without_a_result_and_passes_within(
+    tmp_path, monkeypatch, capsys
+):
+    measured = {
+        "versions": {"jax": "1"},
+        "seconds": {"ours": 1.0, "theirs": None},
+        "peak_bytes": {"ours": 2**30, "theirs": 2**31},
+    }
+    answers = {
+        "vae SD": {"error": {"max": 1e-3, "l2": 1e-6}, **measured},
+        "vae SDXL": {"failed": "ours: no file"},
+    }
+    monkeypatch.setattr(
+        parity,
+        "measure",
+        lambda row, scratch: answers.get(
+            row.name, {"error": {"max": 1e-6, "l2": 1e-6}, **measured}
+        ),
+    )
     out = ["--out", str(tmp_path / "parity.md")]
     assert parity.main(["--only", "vae SD", "--check", *out]) == 1
     assert "over: vae SD, vae SDXL" in capsys.readouterr().out
     text = (tmp_path / "parity.md").read_text()
     assert "Not measured yet: transformer tiny, " in text
-    assert "**1.0e-03, over**" in text and "| failed |" in text and "1.0 / –" in text and "1.0 / 2.0" in text
+    assert (
+        "**1.0e-03, over**" in text
+        and "| failed |" in text
+        and "1.0 / –" in text
+        and "1.0 / 2.0" in text
+    )
     assert parity.main(["--only", "vae SD", *out]) == 0  # told, not checked
     assert parity.main(["--only", "t5", "--check", "--quick", *out]) == 0
     # What an earlier call measured is kept; T5-XXL whole is left to --slow.
     kept = list(json.loads((tmp_path / "parity.json").read_text()))
-    assert kept == [row.name for row in QUICK if row.name.startswith("t5")] + ["vae SD", "vae SDXL", "vae SD bf16"]
+    assert kept == [row.name for row in QUICK if row.name.startswith("t5")] + [
+        "vae SD",
+        "vae SDXL",
+        "vae SD bf16",
+    ]
     assert parity.main(["--only", "t5 XXL whole", "--check"]) == 2
     assert "--list" in capsys.readouterr().err
 
@@ -70,7 +107,11 @@ def test_check_fails_on_a_row_over_its_bound_or_without_a_result_and_passes_with
 def test_a_reference_of_nothing_or_outputs_that_do_not_fit_are_no_parity():
     one = np.ones((2, 3))
     assert errors(one, one, "x") == {"max": 0.0, "l2": 0.0}
-    for ours, theirs, says in ((one * 0, one * 0, "nothing"), (one[:1], one, "beside"), (one * np.nan, one, "not finite")):
+    for ours, theirs, says in (
+        (one * 0, one * 0, "nothing"),
+        (one[:1], one, "beside"),
+        (one * np.nan, one, "not finite"),
+    ):
         with pytest.raises(ValueError, match=says):
             errors(ours, theirs, "x")
     row = BY_NAME["vae tiny"]
@@ -82,7 +123,9 @@ def test_a_reference_of_nothing_or_outputs_that_do_not_fit_are_no_parity():
 
 
 def one_line(*arguments: str) -> dict:
-    done = subprocess.run([sys.executable, parity.__file__, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, parity.__file__, *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -91,12 +134,16 @@ def one_line(*arguments: str) -> dict:
 def test_one_row_is_one_line_of_json_with_a_process_a_side():
     result = one_line("--row", "vae tiny")
     assert BY_NAME["vae tiny"].holds(result["error"])
-    assert all(result[key][side] > 0 for key in ("seconds", "peak_bytes") for side in ("ours", "theirs"))
+    assert all(
+        result[key][side] > 0 for key in ("seconds", "peak_bytes") for side in ("ours", "theirs")
+    )
 
 
 def test_a_row_that_breaks_says_which_side_and_why(tmp_path):
     broken = dataclasses.replace(BY_NAME["vae tiny"], name="no such row")
-    assert parity.measure(broken) == {"failed": "theirs: error: no row 'no such row': --list names them"}
+    assert parity.measure(broken) == {
+        "failed": "theirs: error: no row 'no such row': --list names them"
+    }
 
 
 @pytest.mark.slow

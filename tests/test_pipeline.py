@@ -1,4 +1,5 @@
-"""The Pipeline draws what diffusers' PixArtAlphaPipeline draws, and no image depends on its batch, its padding or its caller."""
+"""The Pipeline draws what diffusers' PixArtAlphaPipeline draws, and no image depends on its batch,
+its padding or its caller."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ from pixart_jax.pipeline import SamplingConfig
 from pixart_jax.pipeline import binning as bins
 from tests import tiny_diffusers
 
-PROMPTS = ["a large red circle", "a small blue star left of a large green square and above the yellow circle", "zebra"]
+PROMPTS = [
+    "a large red circle",
+    "a small blue star left of a large green square and above the yellow circle",
+    "zebra",
+]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -52,13 +57,26 @@ def ours(tmp_path_factory) -> Pipeline:
     return Pipeline.from_pretrained(folder)
 
 
-def assert_draws_the_same(theirs, pipe: Pipeline, prompts, height: int, width: int, negative: str = "", steps: int = 20, guidance=4.5):
+def assert_draws_the_same(
+    theirs,
+    pipe: Pipeline,
+    prompts,
+    height: int,
+    width: int,
+    negative: str = "",
+    steps: int = 20,
+    guidance=4.5,
+):
     noise = noise_for(pipe, len(prompts), height, width)
     how = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative}
     want_latents, want = tiny_diffusers.draw(theirs, prompts, noise, **how)
     states, lengths = pipe.encode_text(prompts)
     negatives = pipe.encode_text([negative] * len(prompts))
-    latents = np.asarray(pipe.denoise(states, lengths, noise, *negatives, steps=steps, guidance=guidance, times="integer"))
+    latents = np.asarray(
+        pipe.denoise(
+            states, lengths, noise, *negatives, steps=steps, guidance=guidance, times="integer"
+        )
+    )
     error = np.linalg.norm(latents - want_latents) / np.linalg.norm(want_latents)
     assert error < 1e-4, error
     how = {"height": height, "width": width, "steps": steps, "guidance": guidance, "binning": False}
@@ -74,7 +92,9 @@ def test_draws_the_image_of_diffusers(pair):
 
 
 def test_draws_the_image_of_diffusers_on_an_oblong_canvas_under_a_negative_prompt(pair):
-    assert_draws_the_same(pair[0], pair[1], PROMPTS[:2], 48, 96, negative="a red star", steps=7, guidance=3.0)
+    assert_draws_the_same(
+        pair[0], pair[1], PROMPTS[:2], 48, 96, negative="a red star", steps=7, guidance=3.0
+    )
 
 
 def test_guidance_one_is_the_image_without_guidance(pair):
@@ -90,7 +110,11 @@ def test_model_with_size_conditions_is_told_the_images_size(tmp_path):
     noise = noise_for(pipe, 1, 64, 96)
     drawn, again, other = (
         np.asarray(pipe.denoise(states, lengths, noise, steps=2, **told))
-        for told in ({}, {"size": [[64.0, 96.0]], "aspect_ratio": [64 / 96]}, {"aspect_ratio": [1.0]})
+        for told in (
+            {},
+            {"size": [[64.0, 96.0]], "aspect_ratio": [64 / 96]},
+            {"aspect_ratio": [1.0]},
+        )
     )
     np.testing.assert_array_equal(drawn, again)
     assert np.abs(drawn - other).max() > 1e-3
@@ -102,7 +126,9 @@ def test_saved_folder_opens_in_diffusers_and_draws_the_same(tmp_path, prediction
     Pipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     theirs = PixArtAlphaPipeline.from_pretrained(tmp_path / "second")
     theirs.set_progress_bar_config(disable=True)
-    assert_draws_the_same(theirs, Pipeline.from_pretrained(tmp_path / "second"), PROMPTS[:2], 64, 64, steps=6)
+    assert_draws_the_same(
+        theirs, Pipeline.from_pretrained(tmp_path / "second"), PROMPTS[:2], 64, 64, steps=6
+    )
 
 
 def test_saving_over_a_saved_folder_replaces_its_parts_and_keeps_other_files(ours, tmp_path):
@@ -111,10 +137,21 @@ def test_saving_over_a_saved_folder_replaces_its_parts_and_keeps_other_files(our
     (tmp_path / "transformer" / "stale.safetensors").write_text("old")
     ours.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        ["README.md", "model_index.json", "sampling_config.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
+        [
+            "README.md",
+            "model_index.json",
+            "sampling_config.json",
+            "scheduler",
+            "text_encoder",
+            "tokenizer",
+            "transformer",
+            "vae",
+        ]
     )
     assert not (tmp_path / "transformer" / "stale.safetensors").exists()
-    np.testing.assert_array_equal(Pipeline.from_pretrained(tmp_path)(PROMPTS[0], steps=2), ours(PROMPTS[0], steps=2))
+    np.testing.assert_array_equal(
+        Pipeline.from_pretrained(tmp_path)(PROMPTS[0], steps=2), ours(PROMPTS[0], steps=2)
+    )
 
 
 def test_shipped_folder_draws_what_diffusers_draws_from_it(root):
@@ -123,23 +160,36 @@ def test_shipped_folder_draws_what_diffusers_draws_from_it(root):
         pytest.skip("assets/shapes is not there yet")
     theirs = PixArtAlphaPipeline.from_pretrained(shipped)
     theirs.set_progress_bar_config(disable=True)
-    prompts = ["a large red star left of a small blue circle", "a small green square", "a large yellow circle"]
+    prompts = [
+        "a large red star left of a small blue circle",
+        "a small green square",
+        "a large yellow circle",
+    ]
     pipe = Pipeline.from_pretrained(shipped)
     assert_draws_the_same(theirs, pipe, prompts, pipe.default_size, pipe.default_size)
     unit = 8 * pipe.transformer.config.patch_size
-    assert_draws_the_same(theirs, pipe, prompts[:2], pipe.default_size, pipe.default_size + unit, negative="a red circle")
+    assert_draws_the_same(
+        theirs,
+        pipe,
+        prompts[:2],
+        pipe.default_size,
+        pipe.default_size + unit,
+        negative="a red circle",
+    )
 
 
 @pytest.mark.parametrize("solver", ["dpm++", "sa", "ddpm"])
 def test_an_image_does_not_depend_on_its_batch(ours, solver):
-    """Alone, in one batch, in batches with a padded last one: the same image to one level of 255 (fp32 sums in another order)."""
+    """Alone, in one batch, in batches with a padded last one: the same image to one level of 255
+    (fp32 sums in another order)."""
     how = {"steps": 5, "solver": solver, "seed": 7}
     together = ours(PROMPTS + PROMPTS[:2], **how).astype(int)
     assert np.abs(together - ours(PROMPTS + PROMPTS[:2], batch_size=2, **how)).max() <= 1
     for n, prompt in enumerate(PROMPTS):
         alone = np.concatenate([images for _, images in ours.draw([prompt], indices=[n], **how)])
         assert np.abs(together[n] - alone[0]).max() <= 1
-    assert np.abs(together[0] - together[3]).max() > 1  # the same prompt, another place: other noise
+    # the same prompt, another place: other noise
+    assert np.abs(together[0] - together[3]).max() > 1
 
 
 def test_the_same_batch_shape_gives_the_same_image_to_the_bit(ours):
@@ -179,27 +229,46 @@ def test_negative_states_of_another_length_are_padded(ours):
 
 def test_null_embedding_is_the_stored_caption_under_the_prompts_length(ours):
     null = np.asarray(jax.random.normal(jax.random.key(0), (120, 16)))
-    pipe = ours.replace(transformer=ours.transformer.replace(params={**ours.transformer.params, "null_caption": jnp.asarray(null)}))
+    pipe = ours.replace(
+        transformer=ours.transformer.replace(
+            params={**ours.transformer.params, "null_caption": jnp.asarray(null)}
+        )
+    )
     noise = noise_for(pipe, 1, 64, 64)
     states, lengths = pipe.encode_text(PROMPTS[:1])
     core = pipe.denoise(states, lengths, noise, null[None, : states.shape[1]], lengths, steps=3)
-    np.testing.assert_array_equal(np.asarray(pipe.decode(core)), pipe(PROMPTS[0], steps=3, null="embedding"))
-    assert np.abs(pipe(PROMPTS[0], steps=3, null="embedding").astype(int) - pipe(PROMPTS[0], steps=3)).max() > 1
+    np.testing.assert_array_equal(
+        np.asarray(pipe.decode(core)), pipe(PROMPTS[0], steps=3, null="embedding")
+    )
+    assert (
+        np.abs(
+            pipe(PROMPTS[0], steps=3, null="embedding").astype(int) - pipe(PROMPTS[0], steps=3)
+        ).max()
+        > 1
+    )
     # A negative prompt that says something is what it says, whichever null is chosen.
     says = {"negative_prompt": "a red star", "steps": 3}
-    np.testing.assert_array_equal(pipe(PROMPTS[0], null="embedding", **says), pipe(PROMPTS[0], **says))
+    np.testing.assert_array_equal(
+        pipe(PROMPTS[0], null="embedding", **says), pipe(PROMPTS[0], **says)
+    )
 
 
 def test_null_embedding_without_a_stored_caption_is_refused(ours):
-    params = {name: value for name, value in ours.transformer.params.items() if name != "null_caption"}
+    params = {
+        name: value for name, value in ours.transformer.params.items() if name != "null_caption"
+    }
     with pytest.raises(UserError, match="null caption"):
-        ours.replace(transformer=ours.transformer.replace(params=params))(PROMPTS[0], steps=2, null="embedding")
+        ours.replace(transformer=ours.transformer.replace(params=params))(
+            PROMPTS[0], steps=2, null="embedding"
+        )
 
 
 def test_stochastic_solvers_add_noise_only_with_keys(ours):
     states, lengths = ours.encode_text(PROMPTS[:1])
     noise, keys = ours.noise(0, [0], 64, 64)
-    plain, again = (np.asarray(ours.denoise(states, lengths, noise, steps=4, solver="sa")) for _ in range(2))
+    plain, again = (
+        np.asarray(ours.denoise(states, lengths, noise, steps=4, solver="sa")) for _ in range(2)
+    )
     noisy = np.asarray(ours.denoise(states, lengths, noise, steps=4, solver="sa", keys=keys))
     np.testing.assert_array_equal(plain, again)
     assert np.abs(plain - noisy).max() > 1e-3
@@ -207,26 +276,40 @@ def test_stochastic_solvers_add_noise_only_with_keys(ours):
 
 def test_callback_sees_every_step_and_only_real_images(ours):
     seen: dict[int, list] = {}
-    images = ours(PROMPTS, steps=4, batch_size=2, callback=lambda step, latents: seen.setdefault(step, []).append(latents))
+    images = ours(
+        PROMPTS,
+        steps=4,
+        batch_size=2,
+        callback=lambda step, latents: seen.setdefault(step, []).append(latents),
+    )
     assert sorted(seen) == [0, 1, 2, 3]
-    assert [[batch.shape for batch in seen[step]] for step in range(4)] == [[(2, 8, 8, 4), (1, 8, 8, 4)]] * 4
+    assert [[batch.shape for batch in seen[step]] for step in range(4)] == [
+        [(2, 8, 8, 4), (1, 8, 8, 4)]
+    ] * 4
     np.testing.assert_array_equal(images, ours(PROMPTS, steps=4, batch_size=2))
     # Another callback, the same program.
     other: list[int] = []
     ours(PROMPTS, steps=4, batch_size=2, callback=lambda step, latents: other.append(step))
     assert sorted(other) == [0, 0, 1, 1, 2, 2, 3, 3]
-    # The last x_0 that dpm++ sees is close to what it ends with, so a preview converges to the image.
+    # The last x_0 that dpm++ sees is close to what it ends with, so a preview converges to the
+    # image.
     last: dict[int, np.ndarray] = {}
-    latents = ours.denoise(*ours.encode_text(PROMPTS[:1]), noise_for(ours, 1, 64, 64), callback=last.__setitem__)
+    latents = ours.denoise(
+        *ours.encode_text(PROMPTS[:1]), noise_for(ours, 1, 64, 64), callback=last.__setitem__
+    )
     assert np.linalg.norm(last[19] - latents) < np.linalg.norm(last[0] - latents)
 
 
 def test_previews_show_roughly_what_is_decoded(ours):
     """On flat latents, where one pixel a latent can be right: the colours correlate."""
-    colours = np.random.default_rng(1).standard_normal((16, 1, 1, 4)).astype(np.float32) * np.ones((1, 4, 4, 1), np.float32)
+    colours = np.random.default_rng(1).standard_normal((16, 1, 1, 4)).astype(np.float32) * np.ones(
+        (1, 4, 4, 1), np.float32
+    )
     rough, decoded = ours.previewer()(colours), np.asarray(ours.decode(jnp.asarray(colours)))
     assert rough.shape == (16, 4, 4, 3) and rough.dtype == np.uint8
-    assert np.corrcoef(rough[:, 0, 0].ravel().astype(float), decoded.mean((1, 2)).ravel())[0, 1] > 0.8
+    assert (
+        np.corrcoef(rough[:, 0, 0].ravel().astype(float), decoded.mean((1, 2)).ravel())[0, 1] > 0.8
+    )
 
 
 ON_A_MESH = """
@@ -242,13 +325,17 @@ seen = []
 images = pipe(prompts, steps=3, seed=4, solver="sa", callback=lambda step, latents: seen.append((step, latents.shape)))
 assert sorted(seen) == [(n, (3, 8, 8, 4)) for n in range(3)], seen
 np.save(out, images)
-"""
+"""  # noqa: E501
 
 
 def test_the_same_images_on_a_mesh_of_four_devices(ours, tmp_path):
     ours.save_pretrained(tmp_path)
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    subprocess.run([sys.executable, "-c", ON_A_MESH, str(tmp_path), str(tmp_path / "images.npy"), *PROMPTS], env=env, check=True)
+    subprocess.run(
+        [sys.executable, "-c", ON_A_MESH, str(tmp_path), str(tmp_path / "images.npy"), *PROMPTS],
+        env=env,
+        check=True,
+    )
     one = ours(PROMPTS, steps=3, seed=4, solver="sa").astype(int)
     assert np.abs(one - np.load(tmp_path / "images.npy")).max() <= 1
 
@@ -260,17 +347,26 @@ def test_one_executable_for_all_batches_and_for_other_parameters(ours):
     before = drawn._cache_size()
     ours(PROMPTS * 2, steps=6, batch_size=2, seed=9, guidance=2.0, negative_prompt="a star")
     changed = jax.tree.map(lambda x: x * 1.01, ours.transformer.params)
-    ours.replace(transformer=ours.transformer.replace(params=changed))(PROMPTS, steps=6, batch_size=2)
+    ours.replace(transformer=ours.transformer.replace(params=changed))(
+        PROMPTS, steps=6, batch_size=2
+    )
     assert drawn._cache_size() == before
 
 
 def test_prompts_are_cleaned_as_diffusers_cleans_them_unless_asked_not_to(pair):
     theirs, ours, _ = pair
     dirty = "<b>A red</b> circle, see www.circles.com"
-    embeds, mask, _, _ = theirs.encode_prompt(dirty, do_classifier_free_guidance=False, clean_caption=True)
+    embeds, mask, _, _ = theirs.encode_prompt(
+        dirty, do_classifier_free_guidance=False, clean_caption=True
+    )
     states, lengths = ours.encode_text([dirty])
     assert int(lengths[0]) == int(mask.sum())
-    np.testing.assert_allclose(states[0, : int(lengths[0])], embeds[0, : int(mask.sum())].detach().numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        states[0, : int(lengths[0])],
+        embeds[0, : int(mask.sum())].detach().numpy(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     clean, left = (ours(dirty, steps=2, clean_caption=wanted) for wanted in (True, False))
     np.testing.assert_array_equal(clean, ours("a red circle, see", steps=2))
     assert (clean != left).any()
@@ -284,7 +380,14 @@ def test_a_size_between_the_buckets_is_drawn_at_the_nearest_and_fitted_as_diffus
     assert canvas == (208, 304)
     noise = noise_for(pipe, 1, *canvas)
     given = torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2)
-    how = {"num_inference_steps": 3, "latents": given, "height": height, "width": width, "output_type": "np", "clean_caption": False}
+    how = {
+        "num_inference_steps": 3,
+        "latents": given,
+        "height": height,
+        "width": width,
+        "output_type": "np",
+        "clean_caption": False,
+    }
     want = (theirs(PROMPTS[0], **how).images * 255).round()
     found = pipe(PROMPTS[0], height=height, width=width, steps=3, times="integer")
     assert found.shape == want.shape == (1, height, width, 3)
@@ -300,16 +403,25 @@ def test_a_size_between_the_buckets_is_drawn_at_the_nearest_and_fitted_as_diffus
 @pytest.mark.parametrize("size", [(64, 64), (100, 37), (33, 200), (16, 16)])
 def test_images_are_fitted_as_diffusers_fits_them(size):
     images = np.random.default_rng(0).standard_normal((2, 48, 80, 3)).astype(np.float32)
-    want = PixArtImageProcessor.resize_and_crop_tensor(torch.from_numpy(images).permute(0, 3, 1, 2), size[1], size[0])
-    np.testing.assert_allclose(bins.fitted(jnp.asarray(images), *size), want.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+    want = PixArtImageProcessor.resize_and_crop_tensor(
+        torch.from_numpy(images).permute(0, 3, 1, 2), size[1], size[0]
+    )
+    np.testing.assert_allclose(
+        bins.fitted(jnp.asarray(images), *size), want.permute(0, 2, 3, 1).numpy(), atol=1e-5
+    )
 
 
 def test_a_model_names_its_own_guidance(ours, tmp_path):
     ours.replace(sampling=SamplingConfig(2.0)).save_pretrained(tmp_path)
     opened = Pipeline.from_pretrained(tmp_path)
     assert opened.sampling == SamplingConfig(2.0)
-    np.testing.assert_array_equal(opened(PROMPTS[:1], steps=2), ours(PROMPTS[:1], steps=2, guidance=2.0))
-    np.testing.assert_array_equal(opened(PROMPTS[:1], steps=2, guidance=4.5), ours(PROMPTS[:1], steps=2))  # 4.5 where none is named
+    np.testing.assert_array_equal(
+        opened(PROMPTS[:1], steps=2), ours(PROMPTS[:1], steps=2, guidance=2.0)
+    )
+    # 4.5 where none is named
+    np.testing.assert_array_equal(
+        opened(PROMPTS[:1], steps=2, guidance=4.5), ours(PROMPTS[:1], steps=2)
+    )
     (tmp_path / "sampling_config.json").write_text('{"guidance": "high"}')
     with pytest.raises(UserError, match="sampling_config.json: guidance = 'high': a finite number"):
         Pipeline.from_pretrained(tmp_path)
@@ -331,16 +443,23 @@ def test_a_sigma_folder_reads_300_tokens_and_draws_what_diffusers_draws(tmp_path
     assert 120 < int(pipe.encode_text([long])[1][0]) < 300
     assert_draws_the_same(theirs, pipe, [long, PROMPTS[0]], 64, 64, steps=5)
     pipe.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == "PixArtSigmaPipeline"
+    assert (
+        json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"]
+        == "PixArtSigmaPipeline"
+    )
     again = PixArtSigmaPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
-    assert_draws_the_same(again, Pipeline.from_pretrained(tmp_path / "saved"), [long], 64, 64, steps=3)
+    assert_draws_the_same(
+        again, Pipeline.from_pretrained(tmp_path / "saved"), [long], 64, 64, steps=3
+    )
 
 
 def test_a_folder_without_its_index_or_of_another_pipeline_is_named(ours, tmp_path):
     ours.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "PixArtBetaPipeline"}))
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "PixArtBetaPipeline"})
+    )
     with pytest.raises(UserError, match="'PixArtBetaPipeline' .did you mean.*not known"):
         Pipeline.from_pretrained(tmp_path)
     (tmp_path / "model_index.json").unlink()
@@ -360,21 +479,33 @@ def test_an_lcm_folder_draws_in_four_steps_what_diffusers_draws(tmp_path, monkey
 
     def same_noise(*_, **__):
         here = next(step)
-        drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, here), noise.shape[1:]))(keys)
+        drawn = jax.vmap(
+            lambda key: jax.random.normal(jax.random.fold_in(key, here), noise.shape[1:])
+        )(keys)
         return torch.from_numpy(np.array(drawn)).permute(0, 3, 1, 2)
 
     monkeypatch.setattr(scheduling_lcm, "randn_tensor", same_noise)
-    want, images = tiny_diffusers.draw(theirs, PROMPTS[:2], np.asarray(noise), num_inference_steps=4, guidance_scale=1.0)
+    want, images = tiny_diffusers.draw(
+        theirs, PROMPTS[:2], np.asarray(noise), num_inference_steps=4, guidance_scale=1.0
+    )
     states, lengths = pipe.encode_text(PROMPTS[:2])
-    found = pipe.denoise(states, lengths, noise, steps=4, guidance=1.0, solver="lcm", times="integer", keys=keys)
+    found = pipe.denoise(
+        states, lengths, noise, steps=4, guidance=1.0, solver="lcm", times="integer", keys=keys
+    )
     assert np.linalg.norm(found - want) / np.linalg.norm(want) < 1e-4
-    assert min(psnr(a, b) for a, b in zip(pipe(PROMPTS[:2], times="integer"), images, strict=True)) >= 45
+    assert (
+        min(psnr(a, b) for a, b in zip(pipe(PROMPTS[:2], times="integer"), images, strict=True))
+        >= 45
+    )
 
 
 def test_one_step_of_dmd_draws_what_diffusers_draws(tmp_path):
-    """As the official code draws with a distilled checkpoint: one step of a DDPM at time 400, no guidance."""
+    """As the official code draws with a distilled checkpoint: one step of a DDPM at time 400, no
+    guidance."""
     theirs = tiny_diffusers.build(tmp_path)
-    theirs.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    theirs.scheduler = DDPMScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
+    )
     pipe = Pipeline.from_pretrained(tmp_path)
     noise, _ = pipe.noise(0, range(2), 64, 64)
     how = {"num_inference_steps": 1, "timesteps": [400], "guidance_scale": 1.0}
@@ -382,7 +513,13 @@ def test_one_step_of_dmd_draws_what_diffusers_draws(tmp_path):
     states, lengths = pipe.encode_text(PROMPTS[:2])
     found = np.asarray(pipe.denoise(states, lengths, noise, steps=1, guidance=1.0, solver="dmd"))
     assert np.linalg.norm(found - want) / np.linalg.norm(want) < 1e-5
-    assert min(psnr(a, b) for a, b in zip(pipe(PROMPTS[:2], solver="dmd", guidance=1.0), images, strict=True)) >= 45
+    assert (
+        min(
+            psnr(a, b)
+            for a, b in zip(pipe(PROMPTS[:2], solver="dmd", guidance=1.0), images, strict=True)
+        )
+        >= 45
+    )
 
 
 def test_bfloat16_draws_nearly_the_same(ours, tmp_path):
@@ -390,7 +527,9 @@ def test_bfloat16_draws_nearly_the_same(ours, tmp_path):
     half = Pipeline.from_pretrained(tmp_path, dtype=jnp.bfloat16)
     states, lengths = ours.encode_text(PROMPTS[:1])
     noise = noise_for(ours, 1, 64, 64)
-    full, rough = (np.asarray(p.denoise(states, lengths, noise, steps=4, guidance=1.0)) for p in (ours, half))
+    full, rough = (
+        np.asarray(p.denoise(states, lengths, noise, steps=4, guidance=1.0)) for p in (ours, half)
+    )
     assert rough.dtype == np.float32
     assert 0 < np.linalg.norm(full - rough) / np.linalg.norm(full) < 0.1
     assert half(PROMPTS[0], steps=2).dtype == np.uint8
@@ -432,7 +571,10 @@ def test_folders_that_are_no_model_are_named(ours, tmp_path):
         Pipeline.from_pretrained(tmp_path / "model" / "transformer")
     config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     found = json.loads(config.read_text())
-    for change, says in (({"prediction_type": "flow_prediction"}, "prediction_type"), ({"trained_betas": [0.1]}, "trained_betas")):
+    for change, says in (
+        ({"prediction_type": "flow_prediction"}, "prediction_type"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+    ):
         config.write_text(json.dumps({**found, **change}))
         with pytest.raises(UserError, match=says):
             Pipeline.from_pretrained(tmp_path / "model")
@@ -455,7 +597,10 @@ def test_what_the_scheduler_config_says_is_honoured_and_kept(tmp_path, settings)
     path: Path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     Pipeline.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text()).items() >= settings.items()
+    assert (
+        json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text()).items()
+        >= settings.items()
+    )
     theirs = PixArtAlphaPipeline.from_pretrained(tmp_path)
     theirs.set_progress_bar_config(disable=True)
     assert_draws_the_same(theirs, Pipeline.from_pretrained(tmp_path), PROMPTS[:1], 64, 64, steps=5)

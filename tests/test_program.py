@@ -1,4 +1,5 @@
-"""A person's mistake is one line on stderr and exit status 2; a fault of the program keeps its traceback."""
+"""A person's mistake is one line on stderr and exit status 2; a fault of the program keeps its
+traceback."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def call(argv):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--model", "x", "--batchsize", "3"], "unknown flag --batchsize (did you mean '--batch-size'?)"),
+        (
+            ["--model", "x", "--batchsize", "3"],
+            "unknown flag --batchsize (did you mean '--batch-size'?)",
+        ),
         (["--model", "x", "--batch_siz=3"], "'--batch-size'"),
         (["--batch-size", "3"], "--model"),
         (["--model", "x", "--batch-size", "three"], "three"),
@@ -52,7 +56,10 @@ def test_good_command_lines_and_help(capsys):
     assert "--batch-size" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("code", "status", "said"), [(None, 0, ""), (7, 7, ""), ("no data here", 1, "no data here\n"), ("", 1, "\n")])
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [(None, 0, ""), (7, 7, ""), ("no data here", 1, "no data here\n"), ("", 1, "\n")],
+)
 def test_a_recipe_s_own_exit_is_what_python_makes_of_it(capsys, code, status, said):
     def leaves(argv):
         raise SystemExit(code)
@@ -75,13 +82,22 @@ def wrapped(inner: Exception) -> Exception:
     ("fault", "says"),
     [
         (UserError("two\nlines"), "two lines"),
-        (OSError(errno.ENOSPC, "No space left on device", "out/a.png"), "the disk is full while writing out/a.png"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/a.png"),
+            "the disk is full while writing out/a.png",
+        ),
         (wrapped(OSError(errno.ENOSPC, "No space left on device")), "the disk is full"),
-        (ExceptionGroup("tasks", [ValueError("x"), OSError(errno.EDQUOT, "Quota")]), "the disk is full"),
+        (
+            ExceptionGroup("tasks", [ValueError("x"), OSError(errno.EDQUOT, "Quota")]),
+            "the disk is full",
+        ),
         (ValueError("tensorstore: write failed: No space left on device"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "out: permission denied"),
         (wrapped(UserError("that one")), "that one"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"), "out of memory"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"),
+            "out of memory",
+        ),
     ],
 )
 def test_what_a_person_can_put_right_is_one_line(capsys, fault, says):

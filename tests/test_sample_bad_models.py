@@ -1,4 +1,5 @@
-"""A model folder that is damaged or put together of two models: one line, exit status 2, and no folder of images begun."""
+"""A model folder that is damaged or put together of two models: one line, exit status 2, and no
+folder of images begun."""
 
 from __future__ import annotations
 
@@ -56,11 +57,15 @@ def sigma_null_caption_in_alpha(model):
     import numpy as np
     from safetensors.numpy import save_file
 
-    save_file({"null_caption": np.zeros((300, 16), np.float32)}, model / "transformer" / "null_caption.safetensors")
+    save_file(
+        {"null_caption": np.zeros((300, 16), np.float32)},
+        model / "transformer" / "null_caption.safetensors",
+    )
 
 
 def sigma_of_1024_px_in_alpha(model):
-    change(model / "transformer" / "config.json", sample_size=128, use_additional_conditions=False)  # as the released ones say
+    # as the released ones say
+    change(model / "transformer" / "config.json", sample_size=128, use_additional_conditions=False)
 
 
 def another_text_encoder(model):
@@ -73,36 +78,64 @@ def no_config(model):
 
 BROKEN = {
     no_index: "has no model_index.json",
-    a_cut_file: "transformer/diffusion_pytorch_model.safetensors cannot be read as safetensors, it is damaged or cut short",
+    a_cut_file: "transformer/diffusion_pytorch_model.safetensors cannot be read as safetensors, "
+    "it is damaged or cut short",
     a_cut_shard: ".safetensors cannot be read as safetensors, it is damaged or cut short",
     a_missing_shard: "names 1 missing shards: model-",
     a_cut_vae: "vae/diffusion_pytorch_model.safetensors cannot be read",
-    sigma_in_alpha: "names PixArtAlphaPipeline, which reads 120 tokens of a prompt, but transformer/ wants 300 (its config.json): "
+    sigma_in_alpha: "names PixArtAlphaPipeline, which reads 120 tokens of a prompt, but "
+    "transformer/ wants 300 (its config.json): "
     "it is a transformer of PixArtSigmaPipeline; name that one in model_index.json",
     sigma_null_caption_in_alpha: "transformer/ wants 300 (its null_caption.safetensors)",
-    sigma_of_1024_px_in_alpha: "names PixArtAlphaPipeline, but transformer/ looks like PixArt-Σ's, which reads 300 tokens of a prompt",
-    another_text_encoder: "text_encoder/ gives states of width 32, transformer/ wants 16: they are of two models",
+    sigma_of_1024_px_in_alpha: "names PixArtAlphaPipeline, but transformer/ looks like "
+    "PixArt-Σ's, which reads 300 tokens of a prompt",
+    another_text_encoder: "text_encoder/ gives states of width 32, transformer/ wants 16: they "
+    "are of two models",
     no_config: "vae has no config.json",
 }
 
 
 @pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
-def test_a_broken_model_is_one_line_and_nothing_is_begun(sample_program, tiny_model, tmp_path, capsys, damage):
+def test_a_broken_model_is_one_line_and_nothing_is_begun(
+    sample_program, tiny_model, tmp_path, capsys, damage
+):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     damage(model)
     capsys.readouterr()
-    assert program.run(sample_program.main, ["--model", str(model), "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
+    assert (
+        program.run(
+            sample_program.main,
+            ["--model", str(model), "--prompt", "x", "--out", str(tmp_path / "out")],
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and BROKEN[damage] in err, err
+    assert (
+        out == "" and err.startswith("error: ") and err.count("\n") == 1 and BROKEN[damage] in err
+    ), err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_with_a_table_of_sizes_takes_multiples_of_8_and_names_the_next(sample_program, tmp_path, capsys):
+def test_a_model_with_a_table_of_sizes_takes_multiples_of_8_and_names_the_next(
+    sample_program, tmp_path, capsys
+):
     tiny_diffusers.build(tmp_path / "model", sample_size=32)
     capsys.readouterr()
-    where = ["--model", str(tmp_path / "model"), "--prompt", "x", "--out", str(tmp_path / "out"), "--height", "201"]
-    for more, says in (([], "height 201: a side must be a multiple of 8; 200 would do"), (["--no-binning"], "a multiple of 16")):
+    where = [
+        "--model",
+        str(tmp_path / "model"),
+        "--prompt",
+        "x",
+        "--out",
+        str(tmp_path / "out"),
+        "--height",
+        "201",
+    ]
+    for more, says in (
+        ([], "height 201: a side must be a multiple of 8; 200 would do"),
+        (["--no-binning"], "a multiple of 16"),
+    ):
         assert program.run(sample_program.main, [*where, *more]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and says in err

@@ -1,4 +1,5 @@
-"""sample.py for work in bulk: texts encoded once, the text encoder gone before the denoising, a list shared by processes."""
+"""sample.py for work in bulk: texts encoded once, the text encoder gone before the denoising, a
+list shared by processes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from pixart_jax.pipeline import drawings, memory, shares
 from pixart_jax.pipeline.writer import Writer
 from tests import tiny_diffusers
 
-PROMPTS = ["a large red circle", "a small blue star", "a green square", "the yellow star above", "a red and a blue circle"]
+PROMPTS = [
+    "a large red circle",
+    "a small blue star",
+    "a green square",
+    "the yellow star above",
+    "a red and a blue circle",
+]
 
 
 @pytest.fixture
@@ -53,21 +60,50 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
 ):
     from pixart_jax.weights import component
 
-    base = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "2", "--no-grid", "--batch-size", "2"]
+    base = [
+        "--model",
+        str(tiny_model),
+        "--prompts",
+        str(prompt_file),
+        "--steps",
+        "2",
+        "--no-grid",
+        "--batch-size",
+        "2",
+    ]
     assert program.run(sample_program.main, [*base, "--out", str(tmp_path / "plain")]) == 0
     for stored in ("float32", "bfloat16"):
-        argv = ["--prompts", str(prompt_file), "--model", str(tiny_model), "--out", str(tmp_path / f"{stored}.safetensors")]
+        argv = [
+            "--prompts",
+            str(prompt_file),
+            "--model",
+            str(tiny_model),
+            "--out",
+            str(tmp_path / f"{stored}.safetensors"),
+        ]
         assert program.run(encode_command.main, [*argv, "--stored", stored]) == 0
     opened, real = [], component.load_component
-    monkeypatch.setattr(component, "load_component", lambda folder, **how: opened.append(Path(folder).name) or real(folder, **how))
+    monkeypatch.setattr(
+        component,
+        "load_component",
+        lambda folder, **how: opened.append(Path(folder).name) or real(folder, **how),
+    )
     capsys.readouterr()
     for stored in ("float32", "bfloat16"):
-        argv = [*base, "--out", str(tmp_path / stored), "--text-states", str(tmp_path / f"{stored}.safetensors")]
+        argv = [
+            *base,
+            "--out",
+            str(tmp_path / stored),
+            "--text-states",
+            str(tmp_path / f"{stored}.safetensors"),
+        ]
         assert program.run(sample_program.main, argv) == 0
     assert sorted(set(opened)) == ["transformer", "vae"]
     assert_within(tmp_path / "float32", tmp_path / "plain", 0)
-    assert_within(tmp_path / "bfloat16", tmp_path / "plain", 12)  # of 255: what eight bits of mantissa do to random weights
-    # Exact states make the very images, so a call without them finds these there; rounded ones say what they are.
+    # of 255: what eight bits of mantissa do to random weights
+    assert_within(tmp_path / "bfloat16", tmp_path / "plain", 12)
+    # Exact states make the very images, so a call without them finds these there; rounded ones say
+    # what they are.
     assert program.run(sample_program.main, [*base, "--out", str(tmp_path / "float32")]) == 0
     assert "5 of them already there" in capsys.readouterr().out
     (path,) = (tmp_path / "bfloat16").glob("0000*.png")
@@ -75,7 +111,15 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
     # A machine that only draws needs no weights of the text encoder.
     light = tmp_path / "light" / tiny_model.name
     shutil.copytree(tiny_model, light, ignore=shutil.ignore_patterns("model.safetensors"))
-    argv = ["--model", str(light), *base[2:], "--out", str(tmp_path / "lightly"), "--text-states", str(tmp_path / "float32.safetensors")]
+    argv = [
+        "--model",
+        str(light),
+        *base[2:],
+        "--out",
+        str(tmp_path / "lightly"),
+        "--text-states",
+        str(tmp_path / "float32.safetensors"),
+    ]
     assert program.run(sample_program.main, argv) == 0
     assert_within(tmp_path / "lightly", tmp_path / "plain", 0)
 
@@ -83,16 +127,26 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
 @pytest.fixture
 def kept(tiny_model, prompt_file, tmp_path) -> Path:
     path = tmp_path / "kept.safetensors"
-    assert program.run(encode_command.main, ["--prompts", str(prompt_file), "--model", str(tiny_model), "--out", str(path)]) == 0
+    assert (
+        program.run(
+            encode_command.main,
+            ["--prompts", str(prompt_file), "--model", str(tiny_model), "--out", str(path)],
+        )
+        == 0
+    )
     return path
 
 
-def test_text_states_that_do_not_fit_are_one_line_and_nothing_is_begun(sample_program, tiny_model, kept, tmp_path, capsys):
+def test_text_states_that_do_not_fit_are_one_line_and_nothing_is_begun(
+    sample_program, tiny_model, kept, tmp_path, capsys
+):
     (tmp_path / "short.safetensors").write_bytes(kept.read_bytes()[:-100])
     sigma, wide, other = (tmp_path / name for name in ("sigma", "wide", "other"))
     for folder in (sigma, wide, other):
         shutil.copytree(tiny_model, folder)
-    (sigma / "model_index.json").write_text((sigma / "model_index.json").read_text().replace("PixArtAlpha", "PixArtSigma"))
+    (sigma / "model_index.json").write_text(
+        (sigma / "model_index.json").read_text().replace("PixArtAlpha", "PixArtSigma")
+    )
     tiny_diffusers.build(other, seed=1)
     for part, field in (("transformer", "caption_channels"), ("text_encoder", "d_model")):
         config = wide / part / "config.json"
@@ -101,25 +155,49 @@ def test_text_states_that_do_not_fit_are_one_line_and_nothing_is_begun(sample_pr
     cases = [
         (own, "a red hat", kept, [], "a prompt is not in"),
         (own, PROMPTS[0], kept, ["--negative-prompt", "a hat"], "a prompt is not in"),
-        (own, PROMPTS[0], kept, ["--no-clean-caption"], "another cleaning of prompts (deepfloyd) than this model's (lower case)"),
+        (
+            own,
+            PROMPTS[0],
+            kept,
+            ["--no-clean-caption"],
+            "another cleaning of prompts (deepfloyd) than this model's (lower case)",
+        ),
         (own, PROMPTS[0], tmp_path / "absent.safetensors", [], "no text states"),
         (own, PROMPTS[0], tmp_path, [], "is a folder"),
         (own, PROMPTS[0], tmp_path / "short.safetensors", [], "damaged or cut short"),
-        (own, PROMPTS[0], tiny_model / "vae" / "diffusion_pytorch_model.safetensors", [], "holds no text states"),
+        (
+            own,
+            PROMPTS[0],
+            tiny_model / "vae" / "diffusion_pytorch_model.safetensors",
+            [],
+            "holds no text states",
+        ),
         (str(sigma), PROMPTS[0], kept, [], "another limit of tokens (120) than this model's (300)"),
         (str(wide), PROMPTS[0], kept, [], "another width (16) than this model's (8)"),
         (str(other), PROMPTS[0], kept, [], "another text encoder"),
     ]
     capsys.readouterr()
     for model, prompt, states, more, says in cases:
-        argv = ["--model", model, "--prompt", prompt, "--text-states", str(states), "--out", str(tmp_path / "out"), *more]
+        argv = [
+            "--model",
+            model,
+            "--prompt",
+            prompt,
+            "--text-states",
+            str(states),
+            "--out",
+            str(tmp_path / "out"),
+            *more,
+        ]
         assert program.run(sample_program.main, argv) == 2, says
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
         assert not (tmp_path / "out").exists()
 
 
-def test_wrong_names_and_shares_are_one_line_and_nothing_is_begun(sample_program, tiny_model, tmp_path, capsys):
+def test_wrong_names_and_shares_are_one_line_and_nothing_is_begun(
+    sample_program, tiny_model, tmp_path, capsys
+):
     cases = [
         (["--dtype", "float23"], "dtype 'float23' is unknown (did you mean 'float32'?)"),
         (["--null", "txt"], "null 'txt' is unknown (did you mean 'text'?)"),
@@ -136,11 +214,26 @@ def test_wrong_names_and_shares_are_one_line_and_nothing_is_begun(sample_program
     assert not (tmp_path / "out").exists()
 
 
-def test_a_prompt_of_5000_characters_is_drawn_with_one_line_that_names_the_lost_words(sample_program, tiny_model, tmp_path, capsys):
+def test_a_prompt_of_5000_characters_is_drawn_with_one_line_that_names_the_lost_words(
+    sample_program, tiny_model, tmp_path, capsys
+):
     prompt = ("a red circle and " * 300)[:4980] + "zebra"
-    argv = ["--model", str(tiny_model), "--prompt", prompt, "--out", str(tmp_path / "out"), "--steps", "1"]
+    argv = [
+        "--model",
+        str(tiny_model),
+        "--prompt",
+        prompt,
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "1",
+    ]
     assert program.run(sample_program.main, argv) == 0
-    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("warning: ")]
+    said = [
+        line
+        for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+        if line.startswith("warning: ")
+    ]
     assert len(said) == 1 and "was cut to 120, the model's most: lost are its last " in said[0]
     assert said[0].endswith("zebra'") and "words: " in said[0] and len(said[0]) < 500
     (path,) = (tmp_path / "out").glob("*.png")
@@ -183,14 +276,28 @@ for mode in ("always", "never"):
     flags = ["--model", model, "--prompts", prompts, "--out", f"{out}/{mode}", "--steps", "2", "--offload-text-encoder", mode]
     assert sample.main(flags) == 0
     print("MEASURED " + json.dumps({"mode": mode, **seen, **found}))
-"""
+"""  # noqa: E501
 
 
-def test_the_text_encoder_is_gone_while_denoising_and_the_images_are_the_same_to_the_bit(root, prompt_file, tmp_path):
+def test_the_text_encoder_is_gone_while_denoising_and_the_images_are_the_same_to_the_bit(
+    root, prompt_file, tmp_path
+):
     model = root / "assets" / "shapes"
-    command = [sys.executable, "-c", MEASURED, str(root), str(model), str(prompt_file), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        MEASURED,
+        str(root),
+        str(model),
+        str(prompt_file),
+        str(tmp_path),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured = [json.loads(line.removeprefix("MEASURED ")) for line in run.stdout.splitlines() if line.startswith("MEASURED ")]
+    measured = [
+        json.loads(line.removeprefix("MEASURED "))
+        for line in run.stdout.splitlines()
+        if line.startswith("MEASURED ")
+    ]
     always, never = measured
     small = 300_000  # bytes: latents, states, images
     assert always["encode"] < always["t5"] + small  # nothing else is open yet
@@ -203,7 +310,9 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
     from pixart_jax.weights.component import load_component
 
     parts = [load_component(tiny_model / part) for part in ("transformer", "text_encoder", "vae")]
-    needed = sum(leaf.nbytes for part in parts for leaf in __import__("jax").tree.leaves(part.params))
+    needed = sum(
+        leaf.nbytes for part in parts for leaf in __import__("jax").tree.leaves(part.params)
+    )
     for share, offloads in ((0.5, True), (1.2, True), (2.0, False)):
         monkeypatch.setattr(memory, "available", lambda share=share: share * needed)
         assert memory.must_offload(tiny_model) == offloads
@@ -216,26 +325,61 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--text-encoder-int8",)], ids=["floats", "int8"])
-def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(root, sample_program, tiny_model, prompt_file, tmp_path, more):
+def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(
+    root, sample_program, tiny_model, prompt_file, tmp_path, more
+):
     """Four simulated devices, the parameters in four parts."""
-    argv = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "3", "--no-grid", *more]
+    argv = [
+        "--model",
+        str(tiny_model),
+        "--prompts",
+        str(prompt_file),
+        "--steps",
+        "3",
+        "--no-grid",
+        *more,
+    ]
     assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "one")]) == 0
-    command = [sys.executable, str(root / "sample.py"), *argv, "--mesh", "fsdp=4", "--out", str(tmp_path / "four")]
+    command = [
+        sys.executable,
+        str(root / "sample.py"),
+        *argv,
+        "--mesh",
+        "fsdp=4",
+        "--out",
+        str(tmp_path / "four"),
+    ]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     assert_within(tmp_path / "one", tmp_path / "four", 1)
 
 
-def test_int8_is_told_in_the_png_and_changes_little(sample_program, tiny_model, prompt_file, tmp_path):
+def test_int8_is_told_in_the_png_and_changes_little(
+    sample_program, tiny_model, prompt_file, tmp_path
+):
     argv = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "2", "--no-grid"]
     assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "floats")]) == 0
-    assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "int8"), "--text-encoder-int8"]) == 0
+    assert (
+        program.run(
+            sample_program.main, [*argv, "--out", str(tmp_path / "int8"), "--text-encoder-int8"]
+        )
+        == 0
+    )
     (path,) = (tmp_path / "int8").glob("0000*.png")
     assert png.settings(path)["text_encoder"] == "int8"
     one, other = (pictures(tmp_path / name) for name in ("floats", "int8"))
     assert max(np.abs(one[name] - other[name]).max() for name in one) > 0  # it was really rounded
     assert np.mean([np.abs(one[name] - other[name]).mean() for name in one]) < 8
-    states = ["--prompts", str(prompt_file), "--model", str(tiny_model), "--out", str(tmp_path / "s.safetensors"), "--stored", "float32"]
+    states = [
+        "--prompts",
+        str(prompt_file),
+        "--model",
+        str(tiny_model),
+        "--out",
+        str(tmp_path / "s.safetensors"),
+        "--stored",
+        "float32",
+    ]
     assert program.run(encode_command.main, [*states, "--text-encoder-int8"]) == 0
     argv += ["--text-states", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "states")]
     assert program.run(sample_program.main, argv) == 0
@@ -254,16 +398,42 @@ def test_int8_is_told_in_the_png_and_changes_little(sample_program, tiny_model, 
     ],
 )
 def test_a_bad_mesh_is_one_line(sample_program, tiny_model, tmp_path, capsys, mesh, says):
-    argv = ["--model", str(tiny_model), "--prompt", "x", "--out", str(tmp_path / "out"), "--mesh", mesh]
+    argv = [
+        "--model",
+        str(tiny_model),
+        "--prompt",
+        "x",
+        "--out",
+        str(tmp_path / "out"),
+        "--mesh",
+        mesh,
+    ]
     assert program.run(sample_program.main, argv) == 2
     assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def start(root: Path, tiny_model: Path, prompts: Path, out: Path, *more: str, **env: str) -> subprocess.Popen:
-    command = [sys.executable, str(root / "sample.py"), "--model", str(tiny_model), "--prompts", str(prompts), "--out", str(out)]
+def start(
+    root: Path, tiny_model: Path, prompts: Path, out: Path, *more: str, **env: str
+) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        str(root / "sample.py"),
+        "--model",
+        str(tiny_model),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(out),
+    ]
     command += ["--steps", "2", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **env},
+    )
 
 
 def finished(run: subprocess.Popen) -> str:
@@ -285,10 +455,18 @@ def test_two_processes_draw_together_what_one_draws(root, tiny_model, sized, tmp
     both = [start(root, tiny_model, sized, tmp_path / "two", "--share", f"{k}/2") for k in (0, 1)]
     first, second = (finished(run) for run in both)
     finished(start(root, tiny_model, sized, tmp_path / "one"))
-    assert "3 images in" in first and "(share 0/2 of 5)" in first and "waiting for the other shares" in first and "grid.png" in first
+    assert (
+        "3 images in" in first
+        and "(share 0/2 of 5)" in first
+        and "waiting for the other shares" in first
+        and "grid.png" in first
+    )
     assert "2 images in" in second and "images/s" not in second and "grid.png" not in second
     assert_within(tmp_path / "two", tmp_path / "one", 1)
-    with Image.open(tmp_path / "two" / "grid.png") as grid, Image.open(tmp_path / "one" / "grid.png") as other:
+    with (
+        Image.open(tmp_path / "two" / "grid.png") as grid,
+        Image.open(tmp_path / "one" / "grid.png") as other,
+    ):
         assert np.abs(np.asarray(grid, int) - np.asarray(other, int)).max() <= 1
 
 
@@ -298,15 +476,33 @@ def test_two_processes_of_a_detected_cluster_draw_together(root, tiny_model, siz
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    job = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
     job |= {"JAX_COORDINATOR_PORT": port}
     runs = [
-        start(root, tiny_model, sized, tmp_path / "two", "--share", "cluster", SLURM_PROCID=str(k), SLURM_LOCALID=str(k), **job)
+        start(
+            root,
+            tiny_model,
+            sized,
+            tmp_path / "two",
+            "--share",
+            "cluster",
+            SLURM_PROCID=str(k),
+            SLURM_LOCALID=str(k),
+            **job,
+        )
         for k in (0, 1)
     ]
     said = [finished(run) for run in runs]
     assert ["share 0/2" in said[0], "share 1/2" in said[1]] == [True, True]
-    assert len(pictures(tmp_path / "two")) == len(PROMPTS) and (tmp_path / "two" / "grid.png").is_file()
+    assert (
+        len(pictures(tmp_path / "two")) == len(PROMPTS)
+        and (tmp_path / "two" / "grid.png").is_file()
+    )
 
 
 def test_shares_are_disjoint_whole_and_even_in_every_size():
@@ -319,11 +515,18 @@ def test_shares_are_disjoint_whole_and_even_in_every_size():
 
 
 def test_the_sheet_is_not_waited_for_without_end(tmp_path):
-    wanted = [{"prompt": prompt, "index": n, "seed": 0, "height": 8, "width": 8} for n, prompt in enumerate(PROMPTS)]
+    wanted = [
+        {"prompt": prompt, "index": n, "seed": 0, "height": 8, "width": 8}
+        for n, prompt in enumerate(PROMPTS)
+    ]
     mine = drawings.Drawings(tmp_path, wanted, shares.Share(0, 2))
     for n in mine.mine:
         mine.write(n, np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match="2 images of the other processes are not in .* this share is done; start the others again"):
+    with pytest.raises(
+        UserError,
+        match="2 images of the other processes are not in .* this share is done; start the others "
+        "again",
+    ):
         mine.wait(patience=0.05, every=0.02)
 
 

@@ -1,4 +1,5 @@
-"""A thousand prompts, killed again and again: every picture is there, whole, and the one that an undisturbed run draws."""
+"""A thousand prompts, killed again and again: every picture is there, whole, and the one that an
+undisturbed run draws."""
 
 from __future__ import annotations
 
@@ -20,13 +21,24 @@ COUNT = 1000
 
 @pytest.mark.slow
 def test_a_thousand_prompts_killed_often_are_those_of_an_undisturbed_run(root, tmp_path):
-    prompts = [shapes.captions(shapes.scene_at("plain", "test", index))["short"] for index in range(COUNT)]
+    prompts = [
+        shapes.captions(shapes.scene_at("plain", "test", index))["short"] for index in range(COUNT)
+    ]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
 
     def start(out):
-        command = [sys.executable, str(root / "sample.py"), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / out)]
+        command = [
+            sys.executable,
+            str(root / "sample.py"),
+            "--prompts",
+            str(tmp_path / "prompts.txt"),
+            "--out",
+            str(tmp_path / out),
+        ]
         command += ["--steps", "4", "--batch-size", "32", "--no-grid"]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
 
     def drawn(out) -> int:
         return len(list((tmp_path / out).glob("*.png")))
@@ -44,11 +56,15 @@ def test_a_thousand_prompts_killed_often_are_those_of_an_undisturbed_run(root, t
         run = start(out)
         _, said = run.communicate(timeout=300)
         assert run.returncode == 0, said
-    found = {out: {png.settings(path)["index"]: path for path in (tmp_path / out).glob("*.png")} for out in ("killed", "whole")}
+    found = {
+        out: {png.settings(path)["index"]: path for path in (tmp_path / out).glob("*.png")}
+        for out in ("killed", "whole")
+    }
     assert drawn("killed") == drawn("whole") == COUNT
     for index in range(COUNT):
         killed, whole = (found[out][index] for out in ("killed", "whole"))
         assert killed.name == whole.name and png.settings(killed) == png.settings(whole)
         with Image.open(killed) as one, Image.open(whole) as other:
-            # A run that goes on draws other images side by side, which may round the last bit of a pixel otherwise.
+            # A run that goes on draws other images side by side, which may round the last bit of a
+            # pixel otherwise.
             assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1

@@ -40,21 +40,39 @@ def test_nothing_is_left_out_unless_asked_for():
 
 def test_an_interval_guides_the_steps_within_it():
     plan = Shortcuts(guidance_interval=(300, 900)).plan(T, DEPTH, True)
-    assert plan.guides.tolist() == [300 <= t <= 900 for t in T] == [False, True, True, True, True, False] or plan.guides.sum() < len(T)
+    assert plan.guides.tolist() == [300 <= t <= 900 for t in T] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ] or plan.guides.sum() < len(T)
     assert plan.share == pytest.approx((2 * plan.guides.sum() + (~plan.guides).sum()) / 12)
 
 
 def test_blocks_are_computed_at_every_nth_step():
     plan = Shortcuts(blocks_every=3).plan(T, DEPTH, True)
-    assert {part: steps_fresh(plan, part) for part in PARTS} == dict.fromkeys(PARTS, [1, 0, 0, 1, 0, 0])
+    assert {part: steps_fresh(plan, part) for part in PARTS} == dict.fromkeys(
+        PARTS, [1, 0, 0, 1, 0, 0]
+    )
     assert plan.share == pytest.approx(1 / 3)
 
 
 def test_cross_attention_is_kept_and_guidance_ends_after_the_gate():
     plan = Shortcuts(cross_attention_steps=2).plan(T, DEPTH, True)
     assert plan.guides.tolist() == [True, True, False, False, False, False]
-    assert list(plan.fresh) == ["cross_attention"] and steps_fresh(plan, "cross_attention") == [1, 1, 0, 0, 0, 0]
-    assert not Shortcuts(cross_attention_steps=6).plan(T, DEPTH, True).fresh, "a gate after the last step changes nothing"
+    assert list(plan.fresh) == ["cross_attention"] and steps_fresh(plan, "cross_attention") == [
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
+    assert not Shortcuts(cross_attention_steps=6).plan(T, DEPTH, True).fresh, (
+        "a gate after the last step changes nothing"
+    )
 
 
 def test_where_guidance_begins_or_ends_all_is_computed_but_what_the_gate_keeps():
@@ -70,11 +88,13 @@ def test_where_guidance_begins_or_ends_all_is_computed_but_what_the_gate_keeps()
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        ({"guidance_interval": (900, 100)}, "the lower one first"), ({"guidance_interval": (float("nan"), 1)}, "two times"),
-        ({"cross_attention_steps": 0}, "at least 1"), ({"blocks_every": 0}, "at least 1"),
+        ({"guidance_interval": (900, 100)}, "the lower one first"),
+        ({"guidance_interval": (float("nan"), 1)}, "two times"),
+        ({"cross_attention_steps": 0}, "at least 1"),
+        ({"blocks_every": 0}, "at least 1"),
         ({"blocks_every": 2, "schedule": "x.json"}, "one of them"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_named(wrong, says):
     with pytest.raises(UserError, match=says):
         Shortcuts(**wrong)
@@ -83,10 +103,14 @@ def test_a_wrong_value_is_named(wrong, says):
 @pytest.mark.parametrize(
     "content, says",
     [
-        (None, "No such file"), ("{", "no JSON list"), ("[[1, 1, 1]]", "want"), ('[["a"]]', "no JSON list"),
-        (json.dumps(np.full((6, 2, 3), 0.5).tolist()), "1 .computed. or 0"), (json.dumps(np.zeros((6, 2, 3)).tolist()), "first step"),
+        (None, "No such file"),
+        ("{", "no JSON list"),
+        ("[[1, 1, 1]]", "want"),
+        ('[["a"]]', "no JSON list"),
+        (json.dumps(np.full((6, 2, 3), 0.5).tolist()), "1 .computed. or 0"),
+        (json.dumps(np.zeros((6, 2, 3)).tolist()), "first step"),
     ],
-)  # fmt: skip
+)
 def test_a_schedule_that_does_not_fit_is_one_line(tmp_path, content, says):
     path = tmp_path / "schedule.json"
     if content is not None:
@@ -103,7 +127,9 @@ def evaluated(pipe, noise, t, kept=None, states=None):
     states = states or pipe.encode_text(PROMPTS)
     apply = jax.jit(pipe.transformer.module.apply, static_argnames="method")
     params = {"params": pipe.transformer.params}
-    conditioning = Conditioning(*(a[0] for a in apply(params, np.float32([t]), method="encode_times")))
+    conditioning = Conditioning(
+        *(a[0] for a in apply(params, np.float32([t]), method="encode_times"))
+    )
     text = apply(params, *states, method="encode_text")
     return apply(params, noise, conditioning, text, kept, method="denoise")
 
@@ -113,14 +139,22 @@ def test_a_part_is_taken_over_block_by_block(pipe):
     whole, nothing = evaluated(pipe, noise, 500.0)
     assert nothing == {}
     zeros = dict.fromkeys(PARTS, jnp.zeros((DEPTH, 2, 16, pipe.transformer.config.width)))
-    fresh, made = evaluated(pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros))
+    fresh, made = evaluated(
+        pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros)
+    )
     np.testing.assert_allclose(fresh, whole, rtol=1e-5, atol=1e-6)
-    again, kept = evaluated(pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.zeros(DEPTH, bool)), made))
+    again, kept = evaluated(
+        pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.zeros(DEPTH, bool)), made)
+    )
     np.testing.assert_allclose(again, whole, rtol=1e-5, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, kept, made)
     # The second block alone is taken over, from what another time's evaluation gave.
-    _, other = evaluated(pipe, noise, 100.0, Kept(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros))
-    mixed, kept = evaluated(pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.array([True, False])), other))
+    _, other = evaluated(
+        pipe, noise, 100.0, Kept(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros)
+    )
+    mixed, kept = evaluated(
+        pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.array([True, False])), other)
+    )
     assert not np.allclose(mixed, whole, rtol=1e-3)
     for part in PARTS:
         np.testing.assert_array_equal(kept[part][1], other[part][1])
@@ -129,10 +163,19 @@ def test_a_part_is_taken_over_block_by_block(pipe):
 
 def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.5):
     """T-GATE and FORA written out, step by step on the host."""
-    module, params, depth = pipe.transformer.module, {"params": pipe.transformer.params}, pipe.transformer.config.depth
+    module, params, depth = (
+        pipe.transformer.module,
+        {"params": pipe.transformer.params},
+        pipe.transformer.config.depth,
+    )
     states, lengths = pipe.encode_text(PROMPTS)
     empty, empty_lengths = pipe.encode_text([""] * 2, states.shape[1])
-    halves = module.apply(params, jnp.concatenate([empty, states]), jnp.concatenate([empty_lengths, lengths]), method="encode_text")
+    halves = module.apply(
+        params,
+        jnp.concatenate([empty, states]),
+        jnp.concatenate([empty_lengths, lengths]),
+        method="encode_text",
+    )
     alone = module.apply(params, states, lengths, method="encode_text")
     memory, calls = {}, []
 
@@ -141,27 +184,45 @@ def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.
         calls.append(step)
         guided = step < gate
         x = jnp.concatenate([x, x]) if guided else x
-        conditioning = Conditioning(*(a[0] for a in module.apply(params, t[:1], method="encode_times")))
+        conditioning = Conditioning(
+            *(a[0] for a in module.apply(params, t[:1], method="encode_times"))
+        )
         if step == gate:
-            memory.update({part: kept.reshape(depth, 2, 2, *kept.shape[2:]).mean(1) for part, kept in memory.items()})
+            memory.update(
+                {
+                    part: kept.reshape(depth, 2, 2, *kept.shape[2:]).mean(1)
+                    for part, kept in memory.items()
+                }
+            )
         computed = {part: step % every == 0 or step == gate for part in PARTS}
         computed["cross_attention"] = step < gate and step % every == 0
         shape = (depth, len(x), 16, pipe.transformer.config.width)
         kept = Kept(
-            {part: np.full(depth, flag) for part, flag in computed.items()}, {p: memory.get(p, jnp.zeros(shape)) for p in PARTS}
+            {part: np.full(depth, flag) for part, flag in computed.items()},
+            {p: memory.get(p, jnp.zeros(shape)) for p in PARTS},
         )
-        output, made = module.apply(params, x, conditioning, halves if guided else alone, kept, method="denoise")
+        output, made = module.apply(
+            params, x, conditioning, halves if guided else alone, kept, method="denoise"
+        )
         memory.update(made)
         return combined(output, scale, 4) if guided else output
 
     solver = diffusion.solvers.by_name("dpm++")
-    plan = solver.plan(diffusion.schedule.linear(), steps, times="fractional", start=0, stochastic=False)
+    plan = solver.plan(
+        diffusion.schedule.linear(), steps, times="fractional", start=0, stochastic=False
+    )
     state = solver.init(noise)
     for n in range(steps):
         x = state[0]
         output = denoiser(x, jnp.full((len(x),), plan.t[n], jnp.float32))[..., :4]
         x0 = (x - plan.sigma[n] * output) / plan.alpha[n]
-        state = solver.update(state, x0, None, {name: jnp.asarray(c[n], jnp.float32) for name, c in plan.coefficients.items()}, None)
+        state = solver.update(
+            state,
+            x0,
+            None,
+            {name: jnp.asarray(c[n], jnp.float32) for name, c in plan.coefficients.items()},
+            None,
+        )
     return state[0]
 
 
@@ -174,7 +235,9 @@ def test_the_image_is_what_the_plan_written_out_step_by_step_draws(pipe, gate, e
     want = definition(pipe, noise, 6, gate, every)
     assert np.abs(found - want).max() <= 2e-5 * np.abs(want).max()
     whole = pipe.denoise(states, lengths, noise, steps=6)
-    assert np.abs(found - whole).max() > 2e-4 * np.abs(whole).max(), "ten times what the definition is held to"
+    assert np.abs(found - whole).max() > 2e-4 * np.abs(whole).max(), (
+        "ten times what the definition is held to"
+    )
 
 
 def test_a_schedule_of_all_parts_is_the_named_one(pipe, tmp_path):
@@ -200,20 +263,51 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
     arguments = pipe._arguments((states, lengths), noise, (states, lengths), None, 4.5, None, None)
     made = jax.make_jaxpr(denoising.latents, static_argnums=0)(run, *arguments)
     loops = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] in (3, 4, 2)]
-    rows = sorted("f32[4,16,24]" in str(e.params["jaxpr"]) for e in loops if "f32[2,8,8,4]" in str(e.params["jaxpr"]))
+    rows = sorted(
+        "f32[4,16,24]" in str(e.params["jaxpr"])
+        for e in loops
+        if "f32[2,8,8,4]" in str(e.params["jaxpr"])
+    )
     assert rows == [False, True]
-    none = pipe.denoise(states, lengths, noise, steps=6, shortcuts=Shortcuts(guidance_interval=(2000, 3000)))
+    none = pipe.denoise(
+        states, lengths, noise, steps=6, shortcuts=Shortcuts(guidance_interval=(2000, 3000))
+    )
     unguided = pipe.denoise(states, lengths, noise, steps=6, guidance=1.0)
     np.testing.assert_allclose(none, unguided, rtol=1e-5, atol=1e-6)
 
 
-def test_sample_py_takes_them_and_writes_them_into_the_image(sample_program, tiny_model, tmp_path, capsys):
+def test_sample_py_takes_them_and_writes_them_into_the_image(
+    sample_program, tiny_model, tmp_path, capsys
+):
     from pixart_jax import png
 
-    argv = ["--model", str(tiny_model), "--prompt", "a red circle", "--out", str(tmp_path), "--steps", "4"]
-    fast = [*argv, "--guidance-interval", "200", "900", "--cross-attention-steps", "2", "--blocks-every", "2"]
-    assert program.run(sample_program.main, argv) == 0 and program.run(sample_program.main, fast) == 0
-    plain, short = (png.settings(path) for path in sorted(tmp_path.glob("*.png"), key=lambda path: path.stat().st_mtime))
+    argv = [
+        "--model",
+        str(tiny_model),
+        "--prompt",
+        "a red circle",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "4",
+    ]
+    fast = [
+        *argv,
+        "--guidance-interval",
+        "200",
+        "900",
+        "--cross-attention-steps",
+        "2",
+        "--blocks-every",
+        "2",
+    ]
+    assert (
+        program.run(sample_program.main, argv) == 0 and program.run(sample_program.main, fast) == 0
+    )
+    plain, short = (
+        png.settings(path)
+        for path in sorted(tmp_path.glob("*.png"), key=lambda path: path.stat().st_mtime)
+    )
     said = {"guidance_interval": [200.0, 900.0], "cross_attention_steps": 2, "blocks_every": 2}
     assert {**plain, **said} == short
     capsys.readouterr()

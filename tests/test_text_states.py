@@ -1,4 +1,5 @@
-"""Text states: the same whatever is encoded beside them, kept to the bit, drawn from as from the text encoder itself."""
+"""Text states: the same whatever is encoded beside them, kept to the bit, drawn from as from the
+text encoder itself."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ from pixart_jax.errors import UserError
 from pixart_jax.pipeline import PromptEncoder, SamplingConfig, TextStates, sampling
 from pixart_jax.pipeline.text_states import write
 
-PROMPTS = ["a large red circle", "A small blue star left of a large green square and above the yellow circle, and so on", "zebra"]
+PROMPTS = [
+    "a large red circle",
+    "A small blue star left of a large green square and above the yellow circle, and so on",
+    "zebra",
+]
 HOW = {"steps": 3, "guidance": 3.0, "seed": 2}
 
 
@@ -41,17 +46,23 @@ def test_kept_states_draw_the_image_of_the_text_encoder_to_the_bit(pipe, negativ
     opened = TextStates.open(tmp_path / "s.safetensors")
     want = pipe(PROMPTS, negative_prompt=negative, batch_size=2, **HOW)
     for kept in (states, opened):
-        np.testing.assert_array_equal(pipe(PROMPTS, negative_prompt=negative, batch_size=2, text_states=kept, **HOW), want)
+        np.testing.assert_array_equal(
+            pipe(PROMPTS, negative_prompt=negative, batch_size=2, text_states=kept, **HOW), want
+        )
 
 
-def test_states_in_bfloat16_are_exact_for_a_model_that_computes_in_it_and_close_for_another(pipe, tiny_model):
+def test_states_in_bfloat16_are_exact_for_a_model_that_computes_in_it_and_close_for_another(
+    pipe, tiny_model
+):
     half = Pipeline.from_pretrained(tiny_model, dtype=jnp.bfloat16)
     states = half.encode_prompts([*PROMPTS, ""])
     assert states["zebra"].dtype == jnp.bfloat16 and states.precision("bfloat16") is None
     np.testing.assert_array_equal(half(PROMPTS, text_states=states, **HOW), half(PROMPTS, **HOW))
     rounded = pipe.prompt_encoder.states([*PROMPTS, ""], "bfloat16")
     assert rounded.precision("float32") == "float32 kept as bfloat16"
-    error = np.abs(pipe(PROMPTS, text_states=rounded, **HOW).astype(float) - pipe(PROMPTS, **HOW)).mean()
+    error = np.abs(
+        pipe(PROMPTS, text_states=rounded, **HOW).astype(float) - pipe(PROMPTS, **HOW)
+    ).mean()
     assert error < 2, error  # levels of 255; the weights are random, and a trained model moves less
 
 
@@ -70,7 +81,9 @@ def test_a_pipeline_without_its_text_encoder_holds_none_of_it_and_draws_from_sta
     np.testing.assert_array_equal(closed(PROMPTS[0], text_states=states, **HOW), want)
 
 
-def test_the_encoder_opened_alone_makes_the_pipelines_states_and_says_the_same_of_itself(pipe, tiny_model):
+def test_the_encoder_opened_alone_makes_the_pipelines_states_and_says_the_same_of_itself(
+    pipe, tiny_model
+):
     alone = PromptEncoder.from_pretrained(tiny_model)
     mine, theirs = alone.states(PROMPTS), pipe.encode_prompts(PROMPTS)
     assert mine.identity == theirs.identity
@@ -79,9 +92,13 @@ def test_the_encoder_opened_alone_makes_the_pipelines_states_and_says_the_same_o
 
 def test_states_that_do_not_fit_are_refused_before_anything_is_drawn(pipe, tiny_model, tmp_path):
     states = pipe.encode_prompts([*PROMPTS, ""])
-    with pytest.raises(UserError, match="2 of the prompts are not in the text states: the first is 'a hat'"):
+    with pytest.raises(
+        UserError, match="2 of the prompts are not in the text states: the first is 'a hat'"
+    ):
         pipe(["a hat", "a shoe", PROMPTS[0]], text_states=states, **HOW)
-    with pytest.raises(UserError, match="another cleaning of prompts .deepfloyd. than this model's .lower case."):
+    with pytest.raises(
+        UserError, match="another cleaning of prompts .deepfloyd. than this model's .lower case."
+    ):
         pipe(PROMPTS, text_states=states, clean_caption=False, **HOW)
     other = TextStates({"zebra": np.zeros((3, 8), np.float32)}, states.identity | {"width": "8"})
     with pytest.raises(UserError, match=r"another width \(8\) than this model's \(16\)"):
@@ -97,7 +114,9 @@ def test_the_file_is_safetensors_that_others_open(pipe, tmp_path):
     states = pipe.prompt_encoder.states(PROMPTS, "bfloat16")
     write(tmp_path / "s.safetensors", list(states), states, states.identity)
     with safe_open(tmp_path / "s.safetensors", "pt") as file:
-        assert json.loads(file.get_tensor("texts").numpy().tobytes()) == [captions.clean(prompt) for prompt in PROMPTS]
+        assert json.loads(file.get_tensor("texts").numpy().tobytes()) == [
+            captions.clean(prompt) for prompt in PROMPTS
+        ]
         offsets = file.get_tensor("offsets").tolist()
         zebra = file.get_tensor("states")[offsets[2] : offsets[3]].float().numpy()
     np.testing.assert_array_equal(zebra, states["zebra"].astype(np.float32))
@@ -110,7 +129,11 @@ def with_null_caption(folder, tiny_model):
     shutil.copytree(tiny_model, folder)
     pipe = Pipeline.from_pretrained(folder)
     null = jax.random.normal(jax.random.key(0), (120, 16))
-    pipe.replace(transformer=pipe.transformer.replace(params={**pipe.transformer.params, "null_caption": null})).save_pretrained(folder)
+    pipe.replace(
+        transformer=pipe.transformer.replace(
+            params={**pipe.transformer.params, "null_caption": null}
+        )
+    ).save_pretrained(folder)
 
 
 def test_no_prompt_means_what_the_model_says_and_text_where_it_says_nothing(tiny_model, tmp_path):
@@ -127,7 +150,9 @@ def test_no_prompt_means_what_the_model_says_and_text_where_it_says_nothing(tiny
     np.testing.assert_array_equal(Pipeline.from_pretrained(folder)(PROMPTS[0], **HOW), embedding)
     # A folder that says other things keeps that; the model's own word comes before the part's.
     (folder / sampling.FILE).write_text('{"guidance": 2.0}')
-    assert Pipeline.from_pretrained(folder).sampling == SamplingConfig(guidance=2.0, null="embedding")
+    assert Pipeline.from_pretrained(folder).sampling == SamplingConfig(
+        guidance=2.0, null="embedding"
+    )
     (folder / sampling.FILE).write_text('{"null": "text"}')
     np.testing.assert_array_equal(Pipeline.from_pretrained(folder)(PROMPTS[0], **HOW), text)
     (folder / sampling.FILE).write_text('{"null": "txt"}')

@@ -1,4 +1,5 @@
-"""Prompts become the ids that the text encoder was trained on, from either form in which tokenizers are released."""
+"""Prompts become the ids that the text encoder was trained on, from either form in which tokenizers
+are released."""
 
 from __future__ import annotations
 
@@ -25,12 +26,19 @@ def test_a_saved_tokenizer_does_not_remember_how_its_last_call_cut(tmp_path):
 
 def test_words_are_one_token_and_others_are_spelled():
     made = tokens.from_words(WORDS)
-    assert made.convert_ids_to_tokens(made("a red circle").input_ids) == ["▁a", "▁red", "▁circle", "</s>"]
+    assert made.convert_ids_to_tokens(made("a red circle").input_ids) == [
+        "▁a",
+        "▁red",
+        "▁circle",
+        "</s>",
+    ]
     assert made.unk_token_id not in made("zebra, 9").input_ids
 
 
 def test_case_and_blanks_do_not_matter_and_padding_is_a_multiple_of_8():
-    ids, lengths = tokens.tokenize(tokens.from_words(WORDS), ["  A Red CIRCLE ", "a red circle", ""], 120)
+    ids, lengths = tokens.tokenize(
+        tokens.from_words(WORDS), ["  A Red CIRCLE ", "a red circle", ""], 120
+    )
     assert ids.shape == (3, 8) and ids.dtype == lengths.dtype == np.int32
     np.testing.assert_array_equal(ids[0], ids[1])
     assert lengths.tolist() == [4, 4, 1] and ids[2, 0] == 1 and not ids[2, 1:].any()
@@ -40,7 +48,9 @@ def test_length_never_exceeds_the_models():
     made = tokens.from_words(WORDS)
     ids, lengths = tokens.tokenize(made, ["a " * 9], 11)
     assert ids.shape == (1, 11) and lengths[0] == 10
-    with pytest.warns(UserWarning, match="21 tokens and was cut to 11, .*lost are its last 10 tokens, 10 words"):
+    with pytest.warns(
+        UserWarning, match="21 tokens and was cut to 11, .*lost are its last 10 tokens, 10 words"
+    ):
         ids, lengths = tokens.tokenize(made, ["a " * 20], 11)
     assert ids.shape == (1, 11) and lengths[0] == 11 and ids[0, -1] == made.eos_token_id
 
@@ -55,18 +65,37 @@ def test_saved_words_open_again(tmp_path):
 
 def test_a_spiece_model_alone_opens_and_gives_sentencepieces_ids(tmp_path):
     """The form of T5's released tokenizers: no tokenizer.json."""
-    lines = ["a large red circle left of a small blue star", "two green squares above the yellow ring"] * 30
+    lines = [
+        "a large red circle left of a small blue star",
+        "two green squares above the yellow ring",
+    ] * 30
     (tmp_path / "text").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"), vocab_size=36, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        model_type="unigram", minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=36,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        model_type="unigram",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (tmp_path / "spiece.model").rename(folder / "spiece.model")
     extra = [f"<extra_id_{i}>" for i in range(100)]
-    config = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100, "additional_special_tokens": extra}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "T5Tokenizer", "model_max_length": 512}))
+    config = {
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": 100,
+        "additional_special_tokens": extra,
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**config, "tokenizer_class": "T5Tokenizer", "model_max_length": 512})
+    )
     reference = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))
     texts = ["a red circle", "two yellow rings", "star"]
     ids, lengths = tokens.tokenize(tokens.load(folder), texts, 120)

@@ -31,7 +31,7 @@ from pixart_jax.models.transformer import TransformerConfig
 def get_config():
     stage = StageConfig("words", steps=10, batch_size=8, data=DataConfig(source="no/such/shards", buckets=((64, 64),)))
     return Config(name="small", model=TransformerConfig(depth=1, width=24, heads=2), vae="no/such/vae", stages=(stage,))
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -44,7 +44,12 @@ def refused(capsys, *argv) -> str:
     """The one line with which the command line is refused."""
     assert program.run(train.main, [str(a) for a in argv]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err and "│" not in err, err
+    assert (
+        err.startswith("error: ")
+        and err.count("\n") == 1
+        and "Traceback" not in err
+        and "│" not in err
+    ), err
     return err
 
 
@@ -72,7 +77,10 @@ def test_a_workdir_is_needed(capsys, recipe):
         (["--stages.0.steps", "-5"], "must not be negative"),
         (["--stages.0.steps", "many"], "many"),
         (["--stages.0.optimizer.schedule", "cosin"], "did you mean 'cosine'"),
-        (["--stages.0.data.buckets", "60", "64"], "bucket 60×64 is not divisible by 16 (8 × patch size)"),
+        (
+            ["--stages.0.data.buckets", "60", "64"],
+            "bucket 60×64 is not divisible by 16 (8 × patch size)",
+        ),
         (["--model.width", "25"], "width"),
         (["--mesh.fsdp", "7"], "mesh data -1 × fsdp 7"),
         (["--mesh.fsdp", "0"], "at least 1"),
@@ -82,11 +90,15 @@ def test_a_workdir_is_needed(capsys, recipe):
 )
 def test_a_mistake_is_one_line(capsys, recipe, tmp_path, override, said):
     assert said in refused(capsys, recipe, "--workdir", tmp_path / "run", *override)
-    assert not (tmp_path / "run" / "config.json").exists(), "the mended command must not be refused for another config"
+    assert not (tmp_path / "run" / "config.json").exists(), (
+        "the mended command must not be refused for another config"
+    )
 
 
 def test_what_a_later_stage_lacks_is_said_before_the_first_one_trains(capsys, recipe, tmp_path):
-    line = refused(capsys, recipe, "--workdir", tmp_path / "run", "--stages.0.start", "no/such/model")
+    line = refused(
+        capsys, recipe, "--workdir", tmp_path / "run", "--stages.0.start", "no/such/model"
+    )
     assert "start 'no/such/model': no such folder" in line
 
 
@@ -104,7 +116,13 @@ def test_a_file_that_is_no_recipe(capsys, tmp_path):
     assert "returned int" in refused(capsys, tmp_path / "other.py", "--workdir", tmp_path / "run")
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE: ... No space left on device")])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE: ... No space left on device"),
+    ],
+)
 def test_a_full_disk_is_one_line(capsys, recipe, tmp_path, monkeypatch, fault):
     from pixart_jax.training import workdir
 
@@ -112,7 +130,14 @@ def test_a_full_disk_is_one_line(capsys, recipe, tmp_path, monkeypatch, fault):
         raise fault
 
     monkeypatch.setattr(workdir, "write_atomic", full)
-    there = ["--stages.0.data.source", "tfds:shapes/plain", "--stages.0.start", "fresh", "--vae", "assets/shapes"]
+    there = [
+        "--stages.0.data.source",
+        "tfds:shapes/plain",
+        "--stages.0.start",
+        "fresh",
+        "--vae",
+        "assets/shapes",
+    ]
     assert "the disk is full" in refused(capsys, recipe, "--workdir", tmp_path / "run", *there)
 
 
@@ -144,7 +169,14 @@ def test_the_program_itself_exits_with_2_and_one_line(root: Path, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag", [["--mesh", "fsdp=8,tensor=2"], ["--mesh=fsdp=8,tensor=2"], ["--mesh.fsdp", "8", "--mesh.tensor", "2"]])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ["--mesh", "fsdp=8,tensor=2"],
+        ["--mesh=fsdp=8,tensor=2"],
+        ["--mesh.fsdp", "8", "--mesh.tensor", "2"],
+    ],
+)
 def test_a_mesh_is_one_flag_or_one_for_each_axis(recipe, flag):
     config = cli.configured(Path(recipe), [*flag, "--seed", "3"])
     assert config.mesh == MeshConfig(data=-1, fsdp=8, tensor=2) and config.seed == 3
@@ -166,9 +198,15 @@ def test_a_mesh_that_cannot_be_is_one_line(capsys, recipe, tmp_path, flags, said
 
 def test_heads_and_tokens_that_the_mesh_does_not_divide_are_named_before_anything_is_opened(recipe):
     config = cli.configured(Path(recipe), [])
-    with pytest.raises(UserError, match="stage words: mesh tensor 4 does not divide 2 heads; tensor 1 or 2 would do"):
+    with pytest.raises(
+        UserError,
+        match="stage words: mesh tensor 4 does not divide 2 heads; tensor 1 or 2 would do",
+    ):
         check_models(config, mesh_of(tensor=4))
-    with pytest.raises(UserError, match=r"mesh context 3 does not divide bucket 64×64 \(16 tokens\); context 1, 2 or 4 would do"):
+    with pytest.raises(
+        UserError,
+        match=r"mesh context 3 does not divide bucket 64×64 \(16 tokens\); context 1, 2 or 4 would do",  # noqa: E501
+    ):
         check_models(config, mesh_of(context=3))
 
 

@@ -1,8 +1,17 @@
-"""The rows of the parity table, a module a part of the model; each row's module imports PyTorch and JAX only when the row runs."""
+"""The rows of the parity table, a module a part of the model; each row's module imports PyTorch and
+JAX only when the row runs."""
 
 from __future__ import annotations
 
-from benchmarks.parity_rows import dit, kv_compression, official_solver, pipeline, text_encoder, transformer, vae
+from benchmarks.parity_rows import (
+    dit,
+    kv_compression,
+    official_solver,
+    pipeline,
+    text_encoder,
+    transformer,
+    vae,
+)
 from benchmarks.parity_rows.row import Row
 
 ROWS: tuple[Row, ...] = (

@@ -1,4 +1,5 @@
-"""Rows of the class-conditional DiT: official .pt files, beside diffusers' DiT with its two known differences mended."""
+"""Rows of the class-conditional DiT: official .pt files, beside diffusers' DiT with its two known
+differences mended."""
 
 from __future__ import annotations
 
@@ -11,8 +12,20 @@ from benchmarks.parity_rows import official
 from benchmarks.parity_rows.row import Row, Run, timed
 from benchmarks.parity_rows.weights import materialised
 
-TINY = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 12, "sample_size": 8, "num_embeds_ada_norm": 6}
-XL = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "sample_size": 32, "num_embeds_ada_norm": 1000}
+TINY = {
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 6,
+}
+XL = {
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "sample_size": 32,
+    "num_embeds_ada_norm": 1000,
+}
 
 
 def inputs(fields: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -25,8 +38,9 @@ def inputs(fields: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def build(fields: dict):
     """diffusers' model, computing as the published one does, which the released weights are for.
 
-    diffusers divides the exponent of the timestep's frequencies by 127 and takes 1e-5 for the norms' epsilon; the published model
-    has 128 and 1e-6. Its blocks carry copies of one embedder, which are one object here.
+    diffusers divides the exponent of the timestep's frequencies by 127 and takes 1e-5 for the
+    norms' epsilon; the published model has 128 and 1e-6. Its blocks carry copies of one embedder,
+    which are one object here.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -39,7 +53,10 @@ def build(fields: dict):
         return model
 
     model = materialised(construct)
-    side, width = fields["sample_size"], fields["num_attention_heads"] * fields["attention_head_dim"]
+    side, width = (
+        fields["sample_size"],
+        fields["num_attention_heads"] * fields["attention_head_dim"],
+    )
     fresh = type(model.pos_embed)(side, side, model.config.patch_size, 4, width)
     model.pos_embed.pos_embed = fresh.pos_embed  # a buffer that is computed at initialisation
     return model
@@ -53,7 +70,11 @@ def theirs(fields: dict, folder: Path) -> Run:
     given = torch.from_numpy(latents).permute(0, 3, 1, 2).contiguous()
 
     def call():
-        out = model(given, timestep=torch.from_numpy(timesteps), class_labels=torch.from_numpy(labels).long())
+        out = model(
+            given,
+            timestep=torch.from_numpy(timesteps),
+            class_labels=torch.from_numpy(labels).long(),
+        )
         return {"output": out.sample.permute(0, 2, 3, 1).numpy()}
 
     with torch.no_grad():

@@ -29,7 +29,7 @@ This page is written by that command from docs/parity.json, which it keeps; rows
   converted file the conversion too.
 
 Versions: {versions}.
-"""
+"""  # noqa: E501
 
 _NOTES = """
 ## What the references are
@@ -48,15 +48,18 @@ _NOTES = """
   fractional times; its latents were made by the official code and are frozen beside the script
   (benchmarks/parity_rows/official_solver.py says how).
 - Images: peak signal-to-noise ratio of 8-bit images, the worst of two.
-"""
+"""  # noqa: E501
 
 
 def render(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
-    """The document: one table a model, rows in their order. Rows without a result are named at the end."""
+    """The document: one table a model, rows in their order. Rows without a result are named at the
+    end."""
     known = [row for row in rows if row.name in results]
     parts = [_HEAD.format(versions=_versions(results), minutes=15)]
     for model in dict.fromkeys(row.model for row in known):
-        parts.append(f"\n## {model[0].upper()}{model[1:]}\n\n{_table([row for row in known if row.model == model], results)}")
+        parts.append(
+            f"\n## {model[0].upper()}{model[1:]}\n\n{_table([row for row in known if row.model == model], results)}"  # noqa: E501
+        )
     missing = [row.name for row in rows if row.name not in results]
     if missing:
         parts.append(f"\nNot measured yet: {', '.join(missing)}.\n")
@@ -74,7 +77,15 @@ def _versions(results: Mapping[str, Mapping]) -> str:
 
 def _table(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
     images = all(row.measure == "psnr" for row in rows)
-    columns = ["format", "size", "dtype", *(["PSNR"] if images else ["max", "L2"]), "bound", "seconds", "GiB"]
+    columns = [
+        "format",
+        "size",
+        "dtype",
+        *(["PSNR"] if images else ["max", "L2"]),
+        "bound",
+        "seconds",
+        "GiB",
+    ]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         result = results[row.name]
@@ -83,7 +94,11 @@ def _table(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
         else:
             shown = ("psnr",) if images else ("max", "l2")
             cells = [_error(row, result["error"], key) for key in shown]
-            cost = ["", ""] if row.tier == "quick" else [_pair(result["seconds"]), _pair(result["peak_bytes"], 2**30)]
+            cost = (
+                ["", ""]
+                if row.tier == "quick"
+                else [_pair(result["seconds"]), _pair(result["peak_bytes"], 2**30)]
+            )
             cells += [_bound(row), *cost]
         lines.append(f"| {' | '.join([row.format, row.size, row.dtype, *cells])} |")
     return "\n".join(lines) + "\n"
@@ -91,7 +106,9 @@ def _table(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
 
 def _error(row: Row, error: Mapping[str, float], key: str) -> str:
     text = f"{error[key]:.0f} dB" if key == "psnr" else f"{error[key]:.1e}"
-    return (f"**{text}**" if row.holds(error) else f"**{text}, over**") if key == row.measure else text
+    return (
+        (f"**{text}**" if row.holds(error) else f"**{text}, over**") if key == row.measure else text
+    )
 
 
 def _bound(row: Row) -> str:
@@ -101,7 +118,10 @@ def _bound(row: Row) -> str:
 def _pair(sides: Mapping[str, float | None], unit: float = 1.0) -> str:
     """'ours / theirs', each with two digits that count."""
     if any(sides[side] is None for side in ("ours", "theirs")):
-        return " / ".join("–" if sides[side] is None else _short(sides[side] / unit) for side in ("ours", "theirs"))
+        return " / ".join(
+            "–" if sides[side] is None else _short(sides[side] / unit)
+            for side in ("ours", "theirs")
+        )
     return " / ".join(_short(sides[side] / unit) for side in ("ours", "theirs"))
 
 

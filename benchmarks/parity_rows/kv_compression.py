@@ -1,4 +1,5 @@
-"""Rows of PixArt-Σ with key and value compression, from an official .pth, beside a PyTorch model of the official names (tests/models/)."""
+"""Rows of PixArt-Σ with key and value compression, from an official .pth, beside a PyTorch model of
+the official names (tests/models/)."""
 
 from __future__ import annotations
 
@@ -10,10 +11,26 @@ import numpy as np
 from benchmarks.parity_rows.row import Row, Run, timed
 from benchmarks.parity_rows.weights import materialised
 
-_TOLD = {"caption_width": 4096, "text_tokens": 300, "sample_size": 64, "position_scale": 1.0, "kv_compression": 2}
-TINY = {**_TOLD, "depth": 3, "width": 24, "heads": 2, "caption_width": 20, "sample_size": 16, "position_scale": 0.25, "qk_norm": True}
+_TOLD = {
+    "caption_width": 4096,
+    "text_tokens": 300,
+    "sample_size": 64,
+    "position_scale": 1.0,
+    "kv_compression": 2,
+}
+TINY = {
+    **_TOLD,
+    "depth": 3,
+    "width": 24,
+    "heads": 2,
+    "caption_width": 20,
+    "sample_size": 16,
+    "position_scale": 0.25,
+    "qk_norm": True,
+}
 TINY = {**TINY, "kv_compression_layers": (1, 2)}
-XL = {**_TOLD, "kv_compression_layers": tuple(range(14, 28))}  # as the released configs compress: the second half
+# as the released configs compress: the second half
+XL = {**_TOLD, "kv_compression_layers": tuple(range(14, 28))}
 
 
 def inputs(fields: dict, rows: int, columns: int, length: int) -> dict[str, np.ndarray]:
@@ -37,7 +54,9 @@ def theirs(fields: dict, canvas: tuple, folder: Path) -> Run:
     side = config.sample_size // config.patch_size
     model.pos_embed = positions(side, side, config.width, config.base, config.position_scale)[None]
     generator = torch.Generator().manual_seed(2)
-    model.y_embedder.y_embedding = torch.randn(config.text_tokens, config.caption_width, generator=generator)
+    model.y_embedder.y_embedding = torch.randn(
+        config.text_tokens, config.caption_width, generator=generator
+    )
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, folder / "official.pth")
     given = inputs(fields, *canvas)
     return timed(lambda: {"output": run_official(model, **given)})

@@ -1,4 +1,5 @@
-"""PixArt's and DiT's weights under the names of their official .pth and .pt files, renamed from diffusers' by rules written out here.
+"""PixArt's and DiT's weights under the names of their official .pth and .pt files, renamed from
+diffusers' by rules written out here.
 
 Written apart from the tables in pixart_jax/weights, so that a row of the table checks these.
 """
@@ -39,13 +40,16 @@ _DIT = {
 
 
 def transformer(state: dict, depth: int) -> dict:
-    """A diffusers PixArt state dict under the official names. Empties ``state``, so that no tensor is held twice."""
+    """A diffusers PixArt state dict under the official names. Empties ``state``, so that no tensor
+    is held twice."""
     out = {}
     for old, new in _TRANSFORMER.items():
         _move(state, (old,), out, new)
     out["final_layer.scale_shift_table"] = state.pop("scale_shift_table")
     for i in range(depth):
-        out[f"blocks.{i}.scale_shift_table"] = state.pop(f"transformer_blocks.{i}.scale_shift_table")
+        out[f"blocks.{i}.scale_shift_table"] = state.pop(
+            f"transformer_blocks.{i}.scale_shift_table"
+        )
         _move_block(state, i, out)
     return _all_of(state, out)
 
@@ -59,7 +63,9 @@ def dit(state: dict, depth: int) -> dict:
     out["y_embedder.embedding_table.weight"] = state.pop(f"transformer_blocks.0.{table}")
     for i in range(depth):
         _move_block(state, i, out)
-        _move(state, (f"transformer_blocks.{i}.norm1.linear",), out, f"blocks.{i}.adaLN_modulation.1")
+        _move(
+            state, (f"transformer_blocks.{i}.norm1.linear",), out, f"blocks.{i}.adaLN_modulation.1"
+        )
         for key in [key for key in state if key.startswith(f"transformer_blocks.{i}.norm1.emb.")]:
             del state[key]  # copies of block 0's
     return _all_of(state, out)
@@ -67,7 +73,9 @@ def dit(state: dict, depth: int) -> dict:
 
 def _move_block(state: dict, i: int, out: dict) -> None:
     for new, old in _BLOCK.items():
-        _move(state, tuple(f"transformer_blocks.{i}.{name}" for name in old), out, f"blocks.{i}.{new}")
+        _move(
+            state, tuple(f"transformer_blocks.{i}.{name}" for name in old), out, f"blocks.{i}.{new}"
+        )
 
 
 def _move(state: dict, old: tuple[str, ...], out: dict, new: str) -> None:

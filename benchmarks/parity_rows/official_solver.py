@@ -1,11 +1,14 @@
-"""Rows of the official DPM-Solver++, whose times are fractional: our pipeline beside latents that the official code once gave.
+"""Rows of the official DPM-Solver++, whose times are fractional: our pipeline beside latents that
+the official code once gave.
 
-The latents lie frozen in official_dpm.npz. They are made from a checkout of the official repository (PixArt-alpha/PixArt-alpha at cac2fd3):
+The latents lie frozen in official_dpm.npz. They are made from a checkout of the official repository
+(PixArt-alpha/PixArt-alpha at cac2fd3):
 
     python benchmarks/parity_rows/official_solver.py path/to/PixArt-alpha
 
-whose diffusion/model/dpm_solver.py then drives diffusers' transformer with guidance, as its demo does. Weights and inputs come from
-NumPy's RandomState, whose stream never changes; the file keeps a checksum of them.
+whose diffusion/model/dpm_solver.py then drives diffusers' transformer with guidance, as its demo
+does. Weights and inputs come from NumPy's RandomState, whose stream never changes; the file keeps a
+checksum of them.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ TOKENS, LENGTHS, NULL_LENGTHS = 9, (9, 4), (1, 1)
 
 
 def weights(model) -> str:
-    """Fill a PyTorch model from RandomState; the checksum of what it holds then. Deviations as in tests/tiny_diffusers.py."""
+    """Fill a PyTorch model from RandomState; the checksum of what it holds then. Deviations as in
+    tests/tiny_diffusers.py."""
     import torch
 
     random, digest = np.random.RandomState(6), hashlib.sha256()
@@ -50,13 +54,16 @@ def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def theirs(steps: int, folder: Path) -> Run:
-    """The model's folder, and the frozen latents. ValueError where the weights are not those that were frozen."""
+    """The model's folder, and the frozen latents. ValueError where the weights are not those that
+    were frozen."""
     from tests import tiny_diffusers
 
     pipe = tiny_diffusers.build(folder, save=False)
     frozen = np.load(FROZEN)
     if weights(pipe.transformer) != str(frozen["weights"]):
-        raise ValueError("the weights are not those that the frozen latents were made with: freeze them anew")
+        raise ValueError(
+            "the weights are not those that the frozen latents were made with: freeze them anew"
+        )
     pipe.save_pretrained(folder / "model")
     return Run({"latents": frozen[f"latents_{steps}"]}, None)
 
@@ -67,7 +74,15 @@ def ours(steps: int, folder: Path) -> Run:
     pipe = Pipeline.from_pretrained(folder / "model")
     noise, text, null = inputs()
     text, negative = (text, np.array(LENGTHS)), (null, np.array(NULL_LENGTHS))
-    return timed(lambda: {"latents": np.asarray(pipe.denoise(*text, noise, *negative, steps=steps, guidance=GUIDANCE, times="fractional"))})
+    return timed(
+        lambda: {
+            "latents": np.asarray(
+                pipe.denoise(
+                    *text, noise, *negative, steps=steps, guidance=GUIDANCE, times="fractional"
+                )
+            )
+        }
+    )
 
 
 def freeze(checkout: Path) -> None:
@@ -78,7 +93,9 @@ def freeze(checkout: Path) -> None:
 
     from tests import tiny_diffusers
 
-    spec = importlib.util.spec_from_file_location("official_dpm_solver", checkout / "diffusion" / "model" / "dpm_solver.py")
+    spec = importlib.util.spec_from_file_location(
+        "official_dpm_solver", checkout / "diffusion" / "model" / "dpm_solver.py"
+    )
     official = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(official)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,15 +106,32 @@ def freeze(checkout: Path) -> None:
 
     def epsilon(x, t, states):
         conditions = {"resolution": None, "aspect_ratio": None}
-        out = model(x, states, timestep=t, added_cond_kwargs=conditions, encoder_attention_mask=mask).sample
+        out = model(
+            x, states, timestep=t, added_cond_kwargs=conditions, encoder_attention_mask=mask
+        ).sample
         return out.chunk(2, dim=1)[0]
 
-    schedule = official.NoiseScheduleVP("discrete", betas=torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-    guided = {"guidance_type": "classifier-free", "condition": text, "unconditional_condition": null, "guidance_scale": GUIDANCE}
-    solver = official.DPM_Solver(official.model_wrapper(epsilon, schedule, **guided), schedule, algorithm_type="dpmsolver++")
+    schedule = official.NoiseScheduleVP(
+        "discrete", betas=torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    )
+    guided = {
+        "guidance_type": "classifier-free",
+        "condition": text,
+        "unconditional_condition": null,
+        "guidance_scale": GUIDANCE,
+    }
+    solver = official.DPM_Solver(
+        official.model_wrapper(epsilon, schedule, **guided), schedule, algorithm_type="dpmsolver++"
+    )
     for steps in STEPS:
         with torch.no_grad():
-            latents = solver.sample(noise.permute(0, 3, 1, 2), steps, order=2, skip_type="time_uniform", method="multistep")
+            latents = solver.sample(
+                noise.permute(0, 3, 1, 2),
+                steps,
+                order=2,
+                skip_type="time_uniform",
+                method="multistep",
+            )
         found[f"latents_{steps}"] = latents.permute(0, 2, 3, 1).numpy()
     np.savez(FROZEN, **found)
 
@@ -116,6 +150,12 @@ ROWS = tuple(
 )
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "diffusion" / "model" / "dpm_solver.py").is_file():
-        sys.exit("error: give a checkout of PixArt-alpha/PixArt-alpha, with diffusion/model/dpm_solver.py in it")
+    if (
+        len(sys.argv) != 2
+        or not (Path(sys.argv[1]) / "diffusion" / "model" / "dpm_solver.py").is_file()
+    ):
+        sys.exit(
+            "error: give a checkout of PixArt-alpha/PixArt-alpha, with "
+            "diffusion/model/dpm_solver.py in it"
+        )
     freeze(Path(sys.argv[1]))

@@ -1,4 +1,5 @@
-"""Rows of the whole pipeline beside diffusers' PixArtAlphaPipeline: final latents from the same noise, and images."""
+"""Rows of the whole pipeline beside diffusers' PixArtAlphaPipeline: final latents from the same
+noise, and images."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ SHAPES = Path(__file__).resolve().parents[2] / "assets" / "shapes"
 PROMPTS = ("a large red circle", "a small blue star left of a large green square")
 STEPS = {"dpm++": 20, "ddim": 20, "lcm": 4}
 GUIDANCE = {"dpm++": 4.5, "ddim": 4.5, "lcm": 1.0}  # LCM's models have theirs built in
-_BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+_BETAS = {
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+}
 
 
 def noise() -> np.ndarray:
@@ -28,7 +34,8 @@ def keys():
 
 
 def open_theirs(model: str, folder: Path):
-    """diffusers' pipeline: 'tiny', built and saved to folder/model, or the trained model in assets/shapes."""
+    """diffusers' pipeline: 'tiny', built and saved to folder/model, or the trained model in
+    assets/shapes."""
     if model == "tiny":
         from tests import tiny_diffusers
 
@@ -47,23 +54,33 @@ def open_ours(model: str, folder: Path):
 
 
 def scheduler(solver: str, prediction: str):
-    """diffusers' scheduler that is the same process as our solver at whole times; None for the one that the folder names."""
+    """diffusers' scheduler that is the same process as our solver at whole times; None for the one
+    that the folder names."""
     from diffusers import DDIMScheduler, LCMScheduler
 
     if solver == "ddim":  # its defaults clip x_0 to [-1, 1], which latents do not keep to
         spacing = {"timestep_spacing": "leading", "steps_offset": 0}
-        return DDIMScheduler(**_BETAS, **spacing, clip_sample=False, set_alpha_to_one=True, prediction_type=prediction)
+        return DDIMScheduler(
+            **_BETAS,
+            **spacing,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            prediction_type=prediction,
+        )
     return LCMScheduler(**_BETAS, prediction_type=prediction) if solver == "lcm" else None
 
 
 def _noise_of_steps(steps: int):
-    """A stand-in for the function that diffusers' LCM draws its noise with: the values that ours draws from its keys."""
+    """A stand-in for the function that diffusers' LCM draws its noise with: the values that ours
+    draws from its keys."""
     import jax
     import torch
 
     drawn = []
     for step in range(steps):
-        values = jax.vmap(lambda key, step=step: jax.random.normal(jax.random.fold_in(key, step), (8, 8, 4)))(keys())
+        values = jax.vmap(
+            lambda key, step=step: jax.random.normal(jax.random.fold_in(key, step), (8, 8, 4))
+        )(keys())
         drawn.append(torch.from_numpy(np.array(values)).permute(0, 3, 1, 2))
     left = iter(drawn)
     return lambda *_, **__: next(left)
@@ -76,7 +93,11 @@ def theirs_latents(model: str, solver: str, folder: Path) -> Run:
 
     pipe = open_theirs(model, folder)
     pipe.scheduler = scheduler(solver, pipe.scheduler.config.prediction_type) or pipe.scheduler
-    how = {"num_inference_steps": STEPS[solver], "guidance_scale": GUIDANCE[solver], "negative_prompt": ""}
+    how = {
+        "num_inference_steps": STEPS[solver],
+        "guidance_scale": GUIDANCE[solver],
+        "negative_prompt": "",
+    }
 
     def call():
         if solver == "lcm":
@@ -95,8 +116,16 @@ def ours_latents(model: str, solver: str, folder: Path) -> Run:
 
     def call():
         text, negative = pipe.encode_text(PROMPTS), pipe.encode_text([""] * len(PROMPTS))
-        how = {"steps": STEPS[solver], "guidance": GUIDANCE[solver], "keys": keys() if solver == "lcm" else None}
-        return {"latents": np.asarray(pipe.denoise(*text, noise(), *negative, solver=solver, times="integer", **how))}
+        how = {
+            "steps": STEPS[solver],
+            "guidance": GUIDANCE[solver],
+            "keys": keys() if solver == "lcm" else None,
+        }
+        return {
+            "latents": np.asarray(
+                pipe.denoise(*text, noise(), *negative, solver=solver, times="integer", **how)
+            )
+        }
 
     return timed(call)
 
@@ -161,4 +190,7 @@ def _images(model: str) -> Row:
     )
 
 
-ROWS = (*(_latents(model, solver) for model in _MODELS for solver in STEPS), *(_images(model) for model in _MODELS))
+ROWS = (
+    *(_latents(model, solver) for model in _MODELS for solver in STEPS),
+    *(_images(model) for model in _MODELS),
+)

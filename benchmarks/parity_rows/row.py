@@ -1,4 +1,5 @@
-"""What a row of the parity table is: the same weights and inputs, once through PyTorch and once through pixart_jax, and how far apart."""
+"""What a row of the parity table is: the same weights and inputs, once through PyTorch and once
+through pixart_jax, and how far apart."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ LEAST_REFERENCE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One side of a row. outputs: {name: array}. seconds: of one call, compiled and warm; None where it would mislead."""
+    """One side of a row. outputs: {name: array}. seconds: of one call, compiled and warm; None
+    where it would mislead."""
 
     outputs: Mapping[str, np.ndarray]
     seconds: float | None
@@ -23,10 +25,12 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """theirs(folder) draws the weights, writes them into the folder and runs the reference; ours(folder) reads them and runs ours.
+    """theirs(folder) draws the weights, writes them into the folder and runs the reference;
+    ours(folder) reads them and runs ours.
 
-    measure: 'max' (largest difference over the largest reference), 'l2' (of the norms), 'psnr' (decibels of uint8 images; the bound
-    is then a floor). tier: 'quick' rows are tiny, 'full' ones at real size, 'slow' ones only when asked for.
+    measure: 'max' (largest difference over the largest reference), 'l2' (of the norms), 'psnr'
+    (decibels of uint8 images; the bound is then a floor). tier: 'quick' rows are tiny, 'full' ones
+    at real size, 'slow' ones only when asked for.
     """
 
     name: str  # unique, and what --only matches
@@ -41,7 +45,8 @@ class Row:
     tier: str = "quick"
 
     def compare(self, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict:
-        """{'max', 'l2', 'psnr' (images only)}, the worst over the outputs. ValueError where two outputs cannot be compared."""
+        """{'max', 'l2', 'psnr' (images only)}, the worst over the outputs. ValueError where two
+        outputs cannot be compared."""
         if set(ours) != set(theirs):
             raise ValueError(f"{self.name}: outputs {sorted(ours)} beside {sorted(theirs)}")
         found: dict[str, list[float]] = {}
@@ -57,7 +62,8 @@ class Row:
 
 
 def errors(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, float]:
-    """Relative errors of one output, and of uint8 images the peak signal-to-noise ratio of the worst one."""
+    """Relative errors of one output, and of uint8 images the peak signal-to-noise ratio of the
+    worst one."""
     if ours.shape != theirs.shape:
         raise ValueError(f"{what}: {ours.shape} beside {theirs.shape}")
     images = theirs.dtype == np.uint8
@@ -66,7 +72,10 @@ def errors(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, float]:
         raise ValueError(f"{what}: not finite")
     if np.abs(b).max() < LEAST_REFERENCE or (images and np.ptp(b) < 20):
         raise ValueError(f"{what}: the reference is as good as nothing, so nothing is compared")
-    found = {"max": float(np.abs(a - b).max() / np.abs(b).max()), "l2": float(np.linalg.norm(a - b) / np.linalg.norm(b))}
+    found = {
+        "max": float(np.abs(a - b).max() / np.abs(b).max()),
+        "l2": float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+    }
     if images:
         worst = float(np.square(a - b).reshape(len(a), -1).mean(1).max())
         found["psnr"] = 99.0 if worst == 0 else float(10 * np.log10(255**2 / worst))
@@ -74,7 +83,8 @@ def errors(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, float]:
 
 
 def timed(call: Callable[[], Mapping[str, np.ndarray]], warm: bool = True) -> Run:
-    """call() → {name: numpy array}, and the seconds of its second run; warm False runs it once and gives no time."""
+    """call() → {name: numpy array}, and the seconds of its second run; warm False runs it once and
+    gives no time."""
     outputs = call()
     if not warm:
         return Run(outputs, None)

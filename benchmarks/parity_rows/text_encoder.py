@@ -1,4 +1,5 @@
-"""Rows of the T5 encoder beside transformers' T5EncoderModel; T5-XXL in a slice of two layers, and whole, one layer at a time."""
+"""Rows of the T5 encoder beside transformers' T5EncoderModel; T5-XXL in a slice of two layers, and
+whole, one layer at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +12,30 @@ import numpy as np
 from benchmarks.parity_rows.row import Row, Run, timed
 from benchmarks.parity_rows.weights import draw, materialised
 
-_V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "is_encoder_decoder": False, "use_cache": False}
-TINY = {"vocab_size": 97, "d_model": 24, "d_kv": 16, "d_ff": 40, "num_layers": 3, "num_heads": 4, **_V11}
-XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, **_V11}
+_V11 = {
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "is_encoder_decoder": False,
+    "use_cache": False,
+}
+TINY = {
+    "vocab_size": 97,
+    "d_model": 24,
+    "d_kv": 16,
+    "d_ff": 40,
+    "num_layers": 3,
+    "num_heads": 4,
+    **_V11,
+}
+XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    **_V11,
+}
 SLICE = XXL | {"num_layers": 2}
 LENGTHS = (300, 37)  # the longest caption of PixArt-Σ, and past the last bucket of distances
 
@@ -47,7 +69,9 @@ def theirs(fields: dict, write, folder: Path) -> Run:
     ids, _, counts = inputs(fields)
 
     def call():
-        states = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(counts).long()).last_hidden_state
+        states = model(
+            torch.from_numpy(ids), attention_mask=torch.from_numpy(counts).long()
+        ).last_hidden_state
         return {"states": states.numpy()[counts]}
 
     with torch.no_grad():
@@ -59,25 +83,33 @@ def write_safetensors(shard: str, model, folder: Path) -> None:
 
 
 def write_bin(shards: int, model, folder: Path) -> None:
-    """pytorch_model.bin files behind an index, as transformers wrote them before safetensors: both names of the table stored."""
+    """pytorch_model.bin files behind an index, as transformers wrote them before safetensors: both
+    names of the table stored."""
     import torch
 
     state = dict(model.state_dict())
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin")
         return
-    keys, names = list(state), [f"pytorch_model-{n + 1:05d}-of-{shards:05d}.bin" for n in range(shards)]
+    keys, names = (
+        list(state),
+        [f"pytorch_model-{n + 1:05d}-of-{shards:05d}.bin" for n in range(shards)],
+    )
     where = {key: names[i * shards // len(keys)] for i, key in enumerate(keys)}
     for name in names:
         torch.save({key: state[key] for key in keys if where[key] == name}, folder / name)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
 
 
 def layer_by_layer(fields: dict, folder: Path) -> Run:
-    """The whole encoder with the memory of one layer: bf16 weights are drawn, written and run in fp32, a layer at a time.
+    """The whole encoder with the memory of one layer: bf16 weights are drawn, written and run in
+    fp32, a layer at a time.
 
-    Each layer is a T5EncoderModel of one layer that is given the states so far; the bias of the distances, which transformers keeps
-    in the first layer and shares, is given to every one, and the final norm to the last.
+    Each layer is a T5EncoderModel of one layer that is given the states so far; the bias of the
+    distances, which transformers keeps in the first layer and shares, is given to every one, and
+    the final norm to the last.
     """
     import safetensors.torch
     import torch
@@ -98,17 +130,28 @@ def layer_by_layer(fields: dict, folder: Path) -> Run:
     ids, _, counts = inputs(fields)
     last = fields["num_layers"] - 1
     names = [f"model-{n + 1:05d}-of-{last + 2:05d}.safetensors" for n in range(last + 2)]
-    table = drawn({"shared.weight": (fields["vocab_size"], fields["d_model"])}, 0, names[0])["shared.weight"]
+    table = drawn({"shared.weight": (fields["vocab_size"], fields["d_model"])}, 0, names[0])[
+        "shared.weight"
+    ]
     states = table[torch.from_numpy(ids)].float()
     del table
     with torch.no_grad():
         layer = T5EncoderModel(T5Config(**fields | {"num_layers": 1, "vocab_size": 1})).eval()
-        final_norm, layer.encoder.final_layer_norm = layer.encoder.final_layer_norm, torch.nn.Identity()
-        shapes = {key: tuple(value.shape) for key, value in layer.encoder.block.state_dict().items()}
+        final_norm, layer.encoder.final_layer_norm = (
+            layer.encoder.final_layer_norm,
+            torch.nn.Identity(),
+        )
+        shapes = {
+            key: tuple(value.shape) for key, value in layer.encoder.block.state_dict().items()
+        }
         for i in range(last + 1):
             wanted = {f"encoder.block.{i}.{key[2:]}": shape for key, shape in shapes.items()}
             if i:
-                wanted = {key: shape for key, shape in wanted.items() if "relative_attention_bias" not in key}
+                wanted = {
+                    key: shape
+                    for key, shape in wanted.items()
+                    if "relative_attention_bias" not in key
+                }
             if i == last:
                 wanted["encoder.final_layer_norm.weight"] = (fields["d_model"],)
             tensors = drawn(wanted, i + 1, names[i + 1])
@@ -118,8 +161,12 @@ def layer_by_layer(fields: dict, folder: Path) -> Run:
             for key, tensor in tensors.items():  # into the one layer; the bias of layer 0 stays
                 layer.get_parameter(key.replace(f"block.{i}.", "block.0.")).copy_(tensor)
             del tensors
-            states = layer(inputs_embeds=states, attention_mask=torch.from_numpy(counts).long()).last_hidden_state
-    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+            states = layer(
+                inputs_embeds=states, attention_mask=torch.from_numpy(counts).long()
+            ).last_hidden_state
+    (target / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     return Run({"states": states.numpy()[counts]}, None)
 
 
@@ -127,7 +174,8 @@ def layer_by_layer(fields: dict, folder: Path) -> Run:
 
 
 def ours(fields: dict, dtype: str, folder: Path) -> Run:
-    """dtype: 'float32', 'bfloat16', or 'bfloat16 held', which holds bf16 parameters and computes in fp32."""
+    """dtype: 'float32', 'bfloat16', or 'bfloat16 held', which holds bf16 parameters and computes in
+    fp32."""
     import jax.numpy as jnp
 
     from pixart_jax import load_component
@@ -166,11 +214,63 @@ def _whole(fields, shard="10GB"):
 ROWS = (
     _row("tiny", "tiny, 300 tokens", TINY, "safetensors", _whole(TINY)),
     _row("tiny sharded", "tiny, 300 tokens", TINY, "safetensors, sharded", _whole(TINY, "8KB")),
-    _row("tiny bin", "tiny, 300 tokens", TINY, ".bin", (theirs, TINY, functools.partial(write_bin, 1))),
-    _row("tiny bin sharded", "tiny, 300 tokens", TINY, ".bin, sharded", (theirs, TINY, functools.partial(write_bin, 3))),
-    _row("tiny by layers", "tiny, 300 tokens", TINY, "bf16 safetensors, sharded", (layer_by_layer, TINY), "bfloat16 held", **_HELD),
-    _row("XXL 2 layers", _TWO_LAYERS, SLICE, "safetensors, sharded", _whole(SLICE, "500MB"), tier="full"),
-    _row("XXL 2 layers bin", _TWO_LAYERS, SLICE, ".bin, sharded", (theirs, SLICE, functools.partial(write_bin, 4)), tier="full"),
-    _row("XXL 2 layers bf16", _TWO_LAYERS, SLICE, "safetensors, sharded", _whole(SLICE, "500MB"), "bfloat16", tier="full", **_BF16),
-    _row("XXL", "T5-XXL whole, 300 tokens", XXL, "bf16 safetensors, sharded", (layer_by_layer, XXL), "bfloat16 held", tier="slow", **_HELD),
+    _row(
+        "tiny bin",
+        "tiny, 300 tokens",
+        TINY,
+        ".bin",
+        (theirs, TINY, functools.partial(write_bin, 1)),
+    ),
+    _row(
+        "tiny bin sharded",
+        "tiny, 300 tokens",
+        TINY,
+        ".bin, sharded",
+        (theirs, TINY, functools.partial(write_bin, 3)),
+    ),
+    _row(
+        "tiny by layers",
+        "tiny, 300 tokens",
+        TINY,
+        "bf16 safetensors, sharded",
+        (layer_by_layer, TINY),
+        "bfloat16 held",
+        **_HELD,
+    ),
+    _row(
+        "XXL 2 layers",
+        _TWO_LAYERS,
+        SLICE,
+        "safetensors, sharded",
+        _whole(SLICE, "500MB"),
+        tier="full",
+    ),
+    _row(
+        "XXL 2 layers bin",
+        _TWO_LAYERS,
+        SLICE,
+        ".bin, sharded",
+        (theirs, SLICE, functools.partial(write_bin, 4)),
+        tier="full",
+    ),
+    _row(
+        "XXL 2 layers bf16",
+        _TWO_LAYERS,
+        SLICE,
+        "safetensors, sharded",
+        _whole(SLICE, "500MB"),
+        "bfloat16",
+        tier="full",
+        **_BF16,
+    ),
+    _row(
+        "XXL",
+        "T5-XXL whole, 300 tokens",
+        XXL,
+        "bf16 safetensors, sharded",
+        (layer_by_layer, XXL),
+        "bfloat16 held",
+        tier="slow",
+        **_HELD,
+    ),
 )

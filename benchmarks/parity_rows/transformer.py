@@ -1,4 +1,5 @@
-"""Rows of the PixArt transformer: diffusers' folders and official .pth files, beside diffusers' model with the same weights."""
+"""Rows of the PixArt transformer: diffusers' folders and official .pth files, beside diffusers'
+model with the same weights."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from benchmarks.parity_rows.weights import materialised
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """diffusers' config fields; the canvas in latents; one text length a sample. qk_norm: PixArt-Σ's, which diffusers' class lacks."""
+    """diffusers' config fields; the canvas in latents; one text length a sample. qk_norm:
+    PixArt-Σ's, which diffusers' class lacks."""
 
     fields: dict
     height: int
@@ -28,13 +30,16 @@ class Case:
         return self.fields["num_attention_heads"] * self.fields["attention_head_dim"]
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """Arguments as ours takes them; half of the numbers that a model is told lie between whole ones."""
+        """Arguments as ours takes them; half of the numbers that a model is told lie between whole
+        ones."""
         rng = np.random.default_rng(len(self.lengths) + self.height)
         count = len(self.lengths)
         found = {
             "latents": rng.normal(size=(count, self.height, self.width, 4)).astype(np.float32),
             "timesteps": np.linspace(949.05, 3, count).astype(np.float32),
-            "text_states": rng.normal(size=(count, max(self.lengths), self.fields["caption_channels"])).astype(np.float32),
+            "text_states": rng.normal(
+                size=(count, max(self.lengths), self.fields["caption_channels"])
+            ).astype(np.float32),
             "text_lengths": np.array(self.lengths, np.int32),
         }
         if self.fields["use_additional_conditions"]:
@@ -45,9 +50,15 @@ class Case:
 
 def _fields(depth, heads, head_dim, captions, sample, scale=1.0, told=False) -> dict:
     return {
-        "num_layers": depth, "num_attention_heads": heads, "attention_head_dim": head_dim, "cross_attention_dim": heads * head_dim,
-        "caption_channels": captions, "sample_size": sample, "interpolation_scale": scale, "use_additional_conditions": told,
-    }  # fmt: skip
+        "num_layers": depth,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "cross_attention_dim": heads * head_dim,
+        "caption_channels": captions,
+        "sample_size": sample,
+        "interpolation_scale": scale,
+        "use_additional_conditions": told,
+    }
 
 
 TINY = Case(_fields(3, 2, 12, 20, 8), 8, 12, (7, 1, 4))
@@ -63,7 +74,8 @@ XL_SIGMA = Case(_fields(28, 16, 72, 4096, 32), 32, 32, (300,), qk_norm=True)
 
 
 def build(case: Case, seed: int = 0):
-    """diffusers' model with drawn weights. q/k norm: a LayerNorm of the full width behind the projection, before the heads part."""
+    """diffusers' model with drawn weights. q/k norm: a LayerNorm of the full width behind the
+    projection, before the heads part."""
     import torch
     from diffusers import PixArtTransformer2DModel
 
@@ -72,12 +84,17 @@ def build(case: Case, seed: int = 0):
         if case.qk_norm:
             for block in model.transformer_blocks:
                 attn = block.attn1
-                attn.to_q, attn.to_k = (torch.nn.Sequential(layer, torch.nn.LayerNorm(case.channels)) for layer in (attn.to_q, attn.to_k))
+                attn.to_q, attn.to_k = (
+                    torch.nn.Sequential(layer, torch.nn.LayerNorm(case.channels))
+                    for layer in (attn.to_q, attn.to_k)
+                )
         return model
 
     model = materialised(construct, seed)
     side, scale = case.fields["sample_size"], case.fields["interpolation_scale"]
-    fresh = type(model.pos_embed)(side, side, model.config.patch_size, 4, case.channels, interpolation_scale=scale)
+    fresh = type(model.pos_embed)(
+        side, side, model.config.patch_size, 4, case.channels, interpolation_scale=scale
+    )
     model.pos_embed.pos_embed = fresh.pos_embed  # a buffer that is computed at initialisation
     return model
 
@@ -89,7 +106,10 @@ def run(model, case: Case) -> Run:
     mask = torch.from_numpy(np.arange(max(case.lengths)) < given["text_lengths"][:, None]).float()
     told = {"resolution": None, "aspect_ratio": None}
     if "size" in given:
-        told = {"resolution": torch.from_numpy(given["size"]), "aspect_ratio": torch.from_numpy(given["aspect_ratio"])[:, None]}
+        told = {
+            "resolution": torch.from_numpy(given["size"]),
+            "aspect_ratio": torch.from_numpy(given["aspect_ratio"])[:, None],
+        }
     latents = torch.from_numpy(given["latents"]).permute(0, 3, 1, 2).contiguous()
 
     def call():
@@ -112,13 +132,16 @@ def plain_names(state: dict) -> dict:
     for key in list(state):
         new = key
         for part in "qk":
-            new = new.replace(f"attn1.to_{part}.0.", f"attn1.to_{part}.").replace(f"attn1.to_{part}.1.", f"attn1.norm_{part}.")
+            new = new.replace(f"attn1.to_{part}.0.", f"attn1.to_{part}.").replace(
+                f"attn1.to_{part}.1.", f"attn1.norm_{part}."
+            )
         renamed[new] = state.pop(key)
     return renamed
 
 
 def write_folder(case: Case, shard: str, folder: Path) -> Run:
-    """A folder as diffusers' save_pretrained writes it; of a q/k-norm model, which it cannot name, the same by hand."""
+    """A folder as diffusers' save_pretrained writes it; of a q/k-norm model, which it cannot name,
+    the same by hand."""
     import json
 
     import safetensors.torch
@@ -128,15 +151,25 @@ def write_folder(case: Case, shard: str, folder: Path) -> Run:
         model.save_pretrained(folder / "transformer", max_shard_size=shard)
     else:
         (folder / "transformer").mkdir()
-        config = {"_class_name": "PixArtTransformer2DModel", **case.fields, "qk_norm": "layer_norm_across_heads", "text_tokens": 300}
+        config = {
+            "_class_name": "PixArtTransformer2DModel",
+            **case.fields,
+            "qk_norm": "layer_norm_across_heads",
+            "text_tokens": 300,
+        }
         (folder / "transformer" / "config.json").write_text(json.dumps(config))
         state = plain_names(dict(model.state_dict()))
-        safetensors.torch.save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            state,
+            folder / "transformer" / "diffusion_pytorch_model.safetensors",
+            metadata={"format": "pt"},
+        )
     return run(model, case)
 
 
 def write_pth(case: Case, averaged: bool, both: bool, folder: Path) -> Run:
-    """An official .pth. both: the raw weights and their average in one file, as trainers leave it; averaged: the reference has those."""
+    """An official .pth. both: the raw weights and their average in one file, as trainers leave it;
+    averaged: the reference has those."""
     import torch
 
     model = build(case)
@@ -165,7 +198,8 @@ def _official_state(model, case: Case) -> dict:
 
 
 def forward(part, case: Case) -> Run:
-    """One evaluation of an opened transformer; a function of its own, so that the conversions of both sides stay apart."""
+    """One evaluation of an opened transformer; a function of its own, so that the conversions of
+    both sides stay apart."""
     given = case.inputs()
     return timed(lambda: {"output": np.asarray(part.apply(*given.values()))})
 
@@ -192,7 +226,9 @@ def _folder_row(name, size, case, shard="10GB", dtype="fp32", **how) -> Row:
     full = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     return Row(
         name=f"transformer {name}",
-        model="PixArt-Σ transformer, q/k norm, 300 tokens" if case.qk_norm else "PixArt-α transformer",
+        model="PixArt-Σ transformer, q/k norm, 300 tokens"
+        if case.qk_norm
+        else "PixArt-α transformer",
         size=size,
         dtype=dtype,
         theirs=functools.partial(write_folder, case, shard),
@@ -204,7 +240,9 @@ def _folder_row(name, size, case, shard="10GB", dtype="fp32", **how) -> Row:
 def _pth_row(name, size, case, format, flags=(), averaged=False, both=False, **how) -> Row:
     return Row(
         name=f"transformer {name}",
-        model="PixArt-Σ transformer, q/k norm, 300 tokens" if case.qk_norm else "PixArt-α transformer",
+        model="PixArt-Σ transformer, q/k norm, 300 tokens"
+        if case.qk_norm
+        else "PixArt-α transformer",
         format=format,
         size=size,
         theirs=functools.partial(write_pth, case, averaged, both),
@@ -225,13 +263,40 @@ ROWS = (
     _folder_row("tiny sigma", "tiny, 128 × 96 px", TINY_SIGMA, format="our safetensors"),
     _folder_row("tiny bf16", "tiny, 64 × 96 px", TINY, **_BF16),
     _pth_row("tiny pth", "tiny, 64 × 96 px", TINY, "official .pth", _TWO),
-    _pth_row("tiny pth averaged", "tiny, 64 × 96 px", TINY, "official .pth, its average", _TWO, averaged=True, both=True),
-    _pth_row("tiny pth raw", "tiny, 64 × 96 px", TINY, "official .pth, not its average", (*_TWO, "--no-ema"), both=True),
-    _pth_row("tiny pth multi-scale", "tiny multi-scale, 96 × 160 px", TINY_MS, "official .pth", _THREE),
-    _pth_row("tiny pth multi-scale averaged", "tiny multi-scale, 96 × 160 px", TINY_MS, "official .pth, its average", _THREE, True, True),
+    _pth_row(
+        "tiny pth averaged",
+        "tiny, 64 × 96 px",
+        TINY,
+        "official .pth, its average",
+        _TWO,
+        averaged=True,
+        both=True,
+    ),
+    _pth_row(
+        "tiny pth raw",
+        "tiny, 64 × 96 px",
+        TINY,
+        "official .pth, not its average",
+        (*_TWO, "--no-ema"),
+        both=True,
+    ),
+    _pth_row(
+        "tiny pth multi-scale", "tiny multi-scale, 96 × 160 px", TINY_MS, "official .pth", _THREE
+    ),
+    _pth_row(
+        "tiny pth multi-scale averaged",
+        "tiny multi-scale, 96 × 160 px",
+        TINY_MS,
+        "official .pth, its average",
+        _THREE,
+        True,
+        True,
+    ),
     _pth_row("tiny pth sigma", "tiny, 128 × 96 px", TINY_SIGMA, "official .pth", _TWO),
     _folder_row("XL/2 256", "XL/2, 256 × 256 px", XL_256, **_FULL),
-    _folder_row("XL/2 256 sharded", "XL/2, 256 × 256 px", XL_256, shard="500MB", **_SHARDED, **_FULL),
+    _folder_row(
+        "XL/2 256 sharded", "XL/2, 256 × 256 px", XL_256, shard="500MB", **_SHARDED, **_FULL
+    ),
     _folder_row("XL/2 256 bf16", "XL/2, 256 × 256 px", XL_256, **_BF16, **_FULL),
     _folder_row("XL/2 512", "XL/2, 512 × 512 px", XL_512, **_FULL),
     _folder_row("XL/2 multi-scale", "XL/2 1024-MS, 512 × 768 px", XL_MS, **_FULL),

@@ -1,4 +1,5 @@
-"""Rows of the autoencoder beside diffusers' AutoencoderKL: posterior of images, and images of scaled latents."""
+"""Rows of the autoencoder beside diffusers' AutoencoderKL: posterior of images, and images of
+scaled latents."""
 
 from __future__ import annotations
 
@@ -14,9 +15,14 @@ from benchmarks.parity_rows.weights import materialised
 
 def _fields(widths, layers, groups, scale, side) -> dict:
     return {
-        "block_out_channels": widths, "layers_per_block": layers, "norm_num_groups": groups, "scaling_factor": scale, "sample_size": side,
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-    }  # fmt: skip
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "norm_num_groups": groups,
+        "scaling_factor": scale,
+        "sample_size": side,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+    }
 
 
 TINY = _fields((8, 16, 16, 24), 1, 4, 0.3, 32)
@@ -25,14 +31,16 @@ SDXL = _fields((128, 256, 512, 512), 2, 32, 0.13025, 1024)
 
 
 def inputs(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images [1, side, side, 3] in [-1, 1] and latents [1, side / 8, side / 8, 4] as a transformer knows them."""
+    """Images [1, side, side, 3] in [-1, 1] and latents [1, side / 8, side / 8, 4] as a transformer
+    knows them."""
     rng = np.random.default_rng(3)
     images = rng.uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
     return images, rng.normal(size=(1, side // 8, side // 8, 4)).astype(np.float32)
 
 
 def theirs(fields: dict, side: int, old: bool, folder: Path) -> Run:
-    """old: a .bin file with the names that the attention had before diffusers 0.17, as Stable Diffusion's own VAE is stored."""
+    """old: a .bin file with the names that the attention had before diffusers 0.17, as Stable
+    Diffusion's own VAE is stored."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -46,10 +54,14 @@ def theirs(fields: dict, side: int, old: bool, folder: Path) -> Run:
             state[key] = value
         (folder / "vae").mkdir()
         torch.save(state, folder / "vae" / "diffusion_pytorch_model.bin")
-        (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **fields}))
+        (folder / "vae" / "config.json").write_text(
+            json.dumps({"_class_name": "AutoencoderKL", **fields})
+        )
     else:
         model.save_pretrained(folder / "vae")
-    images, latents = (torch.from_numpy(given).permute(0, 3, 1, 2).contiguous() for given in inputs(side))
+    images, latents = (
+        torch.from_numpy(given).permute(0, 3, 1, 2).contiguous() for given in inputs(side)
+    )
 
     def call():
         posterior = model.encode(images).latent_dist

@@ -1,4 +1,5 @@
-"""Random weights for the references: none is zero, and activations keep the size that they have in trained models."""
+"""Random weights for the references: none is zero, and activations keep the size that they have in
+trained models."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ _TABLES = {  # what is looked up or added as it is: its deviation does not fall 
 }
 
 
-def distribution(name: str, shape: tuple[int, ...], t5_head: int | None = None) -> tuple[float, float]:
-    """(mean, deviation) of a parameter by its name. t5_head: d_kv of a T5, whose logits are not divided by √d_kv: its queries are
-    that much smaller."""
+def distribution(
+    name: str, shape: tuple[int, ...], t5_head: int | None = None
+) -> tuple[float, float]:
+    """(mean, deviation) of a parameter by its name. t5_head: d_kv of a T5, whose logits are not
+    divided by √d_kv: its queries are that much smaller."""
     for ending, deviation in _TABLES.items():
         if name.endswith(ending):
             return 0.0, deviation
@@ -28,7 +31,9 @@ def distribution(name: str, shape: tuple[int, ...], t5_head: int | None = None) 
     return 0.0, deviation
 
 
-def draw(parameters: Iterable[tuple[str, object]], seed: int = 0, t5_head: int | None = None) -> None:
+def draw(
+    parameters: Iterable[tuple[str, object]], seed: int = 0, t5_head: int | None = None
+) -> None:
     """Fill PyTorch parameters in place, in their order."""
     import torch
 
@@ -40,7 +45,8 @@ def draw(parameters: Iterable[tuple[str, object]], seed: int = 0, t5_head: int |
 
 
 def materialised(build, seed: int = 0, t5_head: int | None = None):
-    """build()'s PyTorch model with drawn weights; its own initialisation, which takes longer than a forward pass, is not computed.
+    """build()'s PyTorch model with drawn weights; its own initialisation, which takes longer than a
+    forward pass, is not computed.
 
     Buffers that are computed at initialisation (position tables) are for the caller to renew.
     """

@@ -1,1 +1,2 @@
-"""Speed beside a peer: the same weights, inputs and sizes in two programs that take turns, each in a process of its own."""
+"""Speed beside a peer: the same weights, inputs and sizes in two programs that take turns, each in
+a process of its own."""

@@ -1,4 +1,5 @@
-"""What is measured: a model, a size, a batch, a dtype and a kind of work; and how much arithmetic that is."""
+"""What is measured: a model, a size, a batch, a dtype and a kind of work; and how much arithmetic
+that is."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ WORDS = sorted(set(" ".join(PROMPTS).split()))  # of a tokenizer that knows thes
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """kind: 'forward', 'sample' (text states → latents), 'draw' (prompts → PNG files) or 'train'. Images are square.
+    """kind: 'forward', 'sample' (text states → latents), 'draw' (prompts → PNG files) or 'train'.
+    Images are square.
 
-    multi_scale: the model is told the size and the aspect ratio, as PixArt-XL-2-1024-MS is. text_tokens: what texts are padded to.
+    multi_scale: the model is told the size and the aspect ratio, as PixArt-XL-2-1024-MS is.
+    text_tokens: what texts are padded to.
     steps, guidance: of sampling.
     """
 
@@ -37,7 +40,11 @@ class Case:
     @property
     def config(self) -> TransformerConfig:
         side = self.px // LATENT
-        told = {"size_conditions": self.multi_scale, "sample_size": side, "position_scale": float(max(side // 64, 1))}
+        told = {
+            "size_conditions": self.multi_scale,
+            "sample_size": side,
+            "position_scale": float(max(side // 64, 1)),
+        }
         if self.model == TINY:
             return TransformerConfig(depth=2, width=48, heads=2, caption_width=32, **told)
         return TransformerConfig.preset(self.model, **told)
@@ -49,9 +56,11 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Model FLOPs of one run: what the mathematics asks for, the same count for both sides (pixart_jax/models/flops.py).
+        """Model FLOPs of one run: what the mathematics asks for, the same count for both sides
+        (pixart_jax/models/flops.py).
 
-        Of drawing, the transformer's alone. In sampling a text's keys and values count once, whichever side computes them anew.
+        Of drawing, the transformer's alone. In sampling a text's keys and values count once,
+        whichever side computes them anew.
         """
         how = self.config, self.px, self.px, self.text_tokens
         if self.kind == "train":
@@ -70,7 +79,10 @@ def sizes(text: str) -> list[tuple[int, bool]]:
     for part in text.split(","):
         number, told = part.removesuffix("ms"), part.endswith("ms")
         if not number.isdigit() or int(number) < 16 or int(number) % 16:
-            raise argparse.ArgumentTypeError(f"{part!r}: multiples of 16 pixels with commas between, 'ms' behind a multi-scale model's")
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: multiples of 16 pixels with commas between, 'ms' behind a multi-scale "
+                "model's"
+            )
         found.append((int(number), told))
     return found
 

@@ -1,4 +1,5 @@
-"""What both sides compute on, made once a case by the process that lets them take turns: numpy arrays in one file."""
+"""What both sides compute on, made once a case by the process that lets them take turns: numpy
+arrays in one file."""
 
 from __future__ import annotations
 
@@ -17,12 +18,17 @@ STEP_KEY = 0  # the random key of a training case's first step
 
 
 def make(case: Case) -> dict[str, np.ndarray]:
-    """Arrays as ours takes them, channels last. Text states are exact in bfloat16; an empty text has one token."""
+    """Arrays as ours takes them, channels last. Text states are exact in bfloat16; an empty text
+    has one token."""
     rng = np.random.default_rng(case.px + case.batch)
     b, side, width, l = case.batch, case.px // LATENT, case.config.caption_width, case.text_tokens
     latents = (b, side, side, case.config.in_channels)
     lengths = rng.integers(min(12, l), l + 1, size=b).astype(np.int32)
-    states = np.asarray(jnp.asarray(rng.standard_normal((b, l, width), np.float32), jnp.bfloat16).astype(jnp.float32))
+    states = np.asarray(
+        jnp.asarray(rng.standard_normal((b, l, width), np.float32), jnp.bfloat16).astype(
+            jnp.float32
+        )
+    )
     found = {"text_states": states, "text_lengths": lengths}
     found["size"] = np.full((b, 2), case.px, np.float32)
     found["aspect_ratio"] = np.ones((b,), np.float32)
@@ -40,12 +46,17 @@ def make(case: Case) -> dict[str, np.ndarray]:
 
 
 def _first_draws(mean: np.ndarray, std: np.ndarray) -> dict[str, np.ndarray]:
-    """What the first step of ours draws from its key, for the peer's first step: x0, noise, t and which captions are dropped."""
+    """What the first step of ours draws from its key, for the peer's first step: x0, noise, t and
+    which captions are dropped."""
     denoising = Denoising(ObjectiveConfig(), SCALING_FACTOR)
     keys = jax.random.split(jax.random.key(STEP_KEY), len(mean))
     made = denoising.prepare({"mean": mean, "std": std}, keys)
-    return {"first_x0": np.asarray(made.x0), "first_noise": np.asarray(made.noise), "first_t": np.asarray(made.t),
-            "first_dropped": np.asarray(made.dropped)}  # fmt: skip
+    return {
+        "first_x0": np.asarray(made.x0),
+        "first_noise": np.asarray(made.noise),
+        "first_t": np.asarray(made.t),
+        "first_dropped": np.asarray(made.dropped),
+    }
 
 
 def write(case: Case, path: Path) -> None:

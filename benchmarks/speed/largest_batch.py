@@ -1,4 +1,5 @@
-"""The largest batch whose train step fits a device: searched over what the compiler says of its memory, never by running out of it."""
+"""The largest batch whose train step fits a device: searched over what the compiler says of its
+memory, never by running out of it."""
 
 from __future__ import annotations
 
@@ -18,15 +19,24 @@ LINES = 4  # measurements after which the bracket is halved
 SHARE = 0.95  # of the device's memory that a program is given: allocators leave gaps
 
 
-def largest(bytes_of: Callable[[int], float], limit: float, first: int = 32, unit: int = 8, most: int = 1 << 14) -> int:
-    """The largest multiple of unit (or number below unit) up to most with bytes_of(batch) ≤ limit; 0 where one sample does not fit.
+def largest(
+    bytes_of: Callable[[int], float],
+    limit: float,
+    first: int = 32,
+    unit: int = 8,
+    most: int = 1 << 14,
+) -> int:
+    """The largest multiple of unit (or number below unit) up to most with bytes_of(batch) ≤ limit;
+    0 where one sample does not fit.
 
-    A bisection. Memory grows with the batch nearly along a straight line, so the first guesses lie where the line through the last two
-    measurements meets the limit; bytes_of is asked for no batch twice.
+    A bisection. Memory grows with the batch nearly along a straight line, so the first guesses lie
+    where the line through the last two measurements meets the limit; bytes_of is asked for no batch
+    twice.
     """
     batches = [*range(1, unit), *range(unit, most + 1, unit)]
     known: list[tuple[int, float]] = []
-    low, high = -1, len(batches)  # places in batches: the largest known to fit, the least known not to
+    # places in batches: the largest known to fit, the least known not to
+    low, high = -1, len(batches)
     guess = bisect.bisect(batches, first) - 1
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
@@ -41,7 +51,8 @@ def largest(bytes_of: Callable[[int], float], limit: float, first: int = 32, uni
 
 
 def _on_the_line(known: list[tuple[int, float]], limit: float) -> float | None:
-    """Where the line through the last two measurements meets the limit; None where there is none."""
+    """Where the line through the last two measurements meets the limit; None where there is
+    none."""
     if len(known) < 2:
         return None
     (a, x), (b, y) = known[-2:]
@@ -50,15 +61,25 @@ def _on_the_line(known: list[tuple[int, float]], limit: float) -> float | None:
 
 
 def search(case: Case, remat: str, told: Callable[[str], None], memory: float | None = None) -> int:
-    """The largest batch of the case on the device that jax finds; the batch that the case has is the first guess. memory: bytes, instead
-    of what the device says it has."""
-    command = [sys.executable, "-m", "benchmarks.speed.largest_batch", json.dumps(dataclasses.asdict(case)), remat]
-    asked = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """The largest batch of the case on the device that jax finds; the batch that the case has is
+    the first guess. memory: bytes, instead of what the device says it has."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.largest_batch",
+        json.dumps(dataclasses.asdict(case)),
+        remat,
+    ]
+    asked = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with asked:
         limit = float(asked.stdout.readline() or 0)
         limit = limit if memory is None else memory
         if not limit:
-            raise UserError("this device does not say how much memory it has: give --memory GIB, or a GPU")
+            raise UserError(
+                "this device does not say how much memory it has: give --memory GIB, or a GPU"
+            )
 
         def bytes_of(batch: int) -> float:
             asked.stdin.write(f"{batch}\n")
@@ -82,7 +103,8 @@ def main(case: Case, remat: str) -> None:
 
     stats = jax.devices()[0].memory_stats() or {}
     print(SHARE * stats.get("bytes_limit", 0), flush=True)
-    quick = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None  # which kernels are fastest is not asked
+    # which kernels are fastest is not asked
+    quick = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
     for line in sys.stdin:
         _, traced, _ = traced_step(dataclasses.replace(case, batch=int(line)), remat)
         print(memory_of(traced.lower().compile(compiler_options=quick))["all"], flush=True)

@@ -1,4 +1,5 @@
-"""What the machine can do at most, as measured: a large square matrix product, and copying of a large array."""
+"""What the machine can do at most, as measured: a large square matrix product, and copying of a
+large array."""
 
 from __future__ import annotations
 
@@ -21,9 +22,15 @@ def best(call: Callable[[], None], repeat: int = REPEAT) -> float:
     return min(found)
 
 
-def rates(product: Callable[[], None], copy: Callable[[], None], side: int, copied: int) -> dict[str, float]:
+def rates(
+    product: Callable[[], None], copy: Callable[[], None], side: int, copied: int
+) -> dict[str, float]:
     """{"product": FLOP/s, "copy": bytes/s, read and written}."""
-    return {"product": 2.0 * side**3 / best(product), "copy": 2.0 * copied / best(copy), "side": side}
+    return {
+        "product": 2.0 * side**3 / best(product),
+        "copy": 2.0 * copied / best(copy),
+        "side": side,
+    }
 
 
 def of_jax(dtype: str) -> dict[str, float]:
@@ -33,10 +40,18 @@ def of_jax(dtype: str) -> dict[str, float]:
 
     platform = jax.default_backend()
     side, copied = SIDE[platform], COPIED[platform]
-    a, b = (jax.random.normal(jax.random.key(n), (side, side), jnp.float32).astype(dtype) for n in range(2))
+    a, b = (
+        jax.random.normal(jax.random.key(n), (side, side), jnp.float32).astype(dtype)
+        for n in range(2)
+    )
     large = jax.random.normal(jax.random.key(2), (copied // 4,))
     product, copy = jax.jit(jnp.matmul), jax.jit(jnp.copy)
-    return rates(lambda: product(a, b).block_until_ready(), lambda: copy(large).block_until_ready(), side, copied)
+    return rates(
+        lambda: product(a, b).block_until_ready(),
+        lambda: copy(large).block_until_ready(),
+        side,
+        copied,
+    )
 
 
 def of_torch(dtype: str) -> dict[str, float]:
@@ -57,4 +72,9 @@ def of_torch(dtype: str) -> dict[str, float]:
 
         return run
 
-    return rates(settled(lambda: torch.matmul(a, b, out=out)), settled(lambda: target.copy_(large)), side, copied)
+    return rates(
+        settled(lambda: torch.matmul(a, b, out=out)),
+        settled(lambda: target.copy_(large)),
+        side,
+        copied,
+    )

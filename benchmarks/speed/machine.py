@@ -13,11 +13,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "nump
 
 
 def peak_bytes() -> int:
-    """The largest resident set of this process since it began, or since forget_peak, mapped pages of weight files included."""
+    """The largest resident set of this process since it began, or since forget_peak, mapped pages
+    of weight files included."""
     try:
         return 1024 * int(_status("VmHWM"))
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 def resident_bytes() -> int:
@@ -40,7 +43,9 @@ def available_bytes() -> float:
     """Memory that new processes can have; infinite where it is not told."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        return 1024.0 * int(
+            next(line for line in lines if line.startswith("MemAvailable")).split()[1]
+        )
     except (OSError, StopIteration):
         return float("inf")
 
@@ -53,7 +58,12 @@ def described() -> dict:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"cores": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version(), "versions": found}
+    return {
+        "cores": os.cpu_count(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "versions": found,
+    }
 
 
 def _status(name: str) -> str:

@@ -1,4 +1,5 @@
-"""Our side of a contest: the very Pipeline.denoise, Transformer.apply and train step that users run."""
+"""Our side of a contest: the very Pipeline.denoise, Transformer.apply and train step that users
+run."""
 
 from __future__ import annotations
 
@@ -29,7 +30,14 @@ TINY_VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_n
 
 def text_config(case: Case) -> T5Config:
     """T5-XXL, or one of a few thousand parameters."""
-    sizes = {"vocab_size": 96, "d_model": case.config.caption_width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    sizes = {
+        "vocab_size": 96,
+        "d_model": case.config.caption_width,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     return T5Config(**sizes) if case.model == TINY else T5Config()
 
 
@@ -38,7 +46,13 @@ class Forward:
 
     def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
         self._part = load_component(folder, dtype=case.dtype)
-        names = ("noise", "timesteps", "text_states", "text_lengths", *(("size", "aspect_ratio") if case.multi_scale else ()))
+        names = (
+            "noise",
+            "timesteps",
+            "text_states",
+            "text_lengths",
+            *(("size", "aspect_ratio") if case.multi_scale else ()),
+        )
         self._arguments = [jax.device_put(arrays[name]) for name in names]
 
     def run(self) -> None:
@@ -52,19 +66,30 @@ class Forward:
 
 
 class Sample:
-    """All steps of sampling with guidance, from text states to latents. how["shortcuts"]: fields of pipeline/shortcuts.py.
+    """All steps of sampling with guidance, from text states to latents. how["shortcuts"]: fields of
+    pipeline/shortcuts.py.
 
     The negative prompt is one row for all images, as Pipeline.draw has it.
     """
 
     def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
         vae = VAE(VAEConfig(), {})  # for its factor; nothing is decoded
-        self._pipeline = Pipeline(load_component(folder, dtype=case.dtype), None, vae, None, SchedulerConfig())
+        self._pipeline = Pipeline(
+            load_component(folder, dtype=case.dtype), None, vae, None, SchedulerConfig()
+        )
         names = ("text_states", "text_lengths", "noise", "negative_states", "negative_lengths")
-        given = {**arrays, **{name: arrays[name][:1] for name in names if name.startswith("negative")}}
+        given = {
+            **arrays,
+            **{name: arrays[name][:1] for name in names if name.startswith("negative")},
+        }
         self._arguments = [jax.device_put(given[name]) for name in names]
         shortcuts = Shortcuts(**how.get("shortcuts", {}))
-        self._how = {"steps": case.steps, "guidance": case.guidance, "times": "integer", "shortcuts": shortcuts}
+        self._how = {
+            "steps": case.steps,
+            "guidance": case.guidance,
+            "times": "integer",
+            "shortcuts": shortcuts,
+        }
 
     def run(self) -> None:
         self._latents = self._pipeline.denoise(*self._arguments, **self._how).block_until_ready()
@@ -77,14 +102,19 @@ class Sample:
 
 
 class Draw:
-    """From prompts to PNG files: text encoder, sampling, VAE, encoding of the files. Text encoder and VAE are of random numbers."""
+    """From prompts to PNG files: text encoder, sampling, VAE, encoding of the files. Text encoder
+    and VAE are of random numbers."""
 
     def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         encoder = _random(TextEncoder.abstract(text_config(case), case.dtype, mesh))
-        vae = _random(VAE.abstract(TINY_VAE if case.model == TINY else VAEConfig(), case.dtype, mesh))
+        vae = _random(
+            VAE.abstract(TINY_VAE if case.model == TINY else VAEConfig(), case.dtype, mesh)
+        )
         words = tokenizer.from_words(WORDS)
-        self._pipeline = Pipeline(load_component(folder, dtype=case.dtype), encoder, vae, words, SchedulerConfig())
+        self._pipeline = Pipeline(
+            load_component(folder, dtype=case.dtype), encoder, vae, words, SchedulerConfig()
+        )
         self._case, self._out = case, Path(tempfile.mkdtemp(prefix="drawn."))
         self._prompts = [PROMPTS[n % len(PROMPTS)] for n in range(case.batch)]
         self._shortcuts = Shortcuts(**how.get("shortcuts", {}))
@@ -92,9 +122,16 @@ class Draw:
     def run(self) -> None:
         case = self._case
         images = self._pipeline(
-            self._prompts, steps=case.steps, guidance=case.guidance, height=case.px, width=case.px, times="integer", binning=False,
-            batch_size=case.batch, shortcuts=self._shortcuts,
-        )  # fmt: skip
+            self._prompts,
+            steps=case.steps,
+            guidance=case.guidance,
+            height=case.px,
+            width=case.px,
+            times="integer",
+            binning=False,
+            batch_size=case.batch,
+            shortcuts=self._shortcuts,
+        )
         for number, image in enumerate(images):
             png.write(self._out / f"{number}.png", image, {})
 
@@ -111,16 +148,30 @@ def _random(part):
 
     def fill(key):
         keys = jax.random.split(key, len(leaves))
-        return [(0.02 * jax.random.normal(k, leaf.shape)).astype(leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        return [
+            (0.02 * jax.random.normal(k, leaf.shape)).astype(leaf.dtype)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ]
 
-    return part.replace(params=jax.tree.unflatten(tree, jax.jit(fill)(jax.random.key(0))), mesh=None)
+    return part.replace(
+        params=jax.tree.unflatten(tree, jax.jit(fill)(jax.random.key(0))), mesh=None
+    )
 
 
 def config_of(case: Case, remat: str) -> tuple[Config, StageConfig]:
-    """The run whose step is measured: stage 2's recipe (configs/xl2_256_sam.py), one batch shape, no frozen parts at hand."""
+    """The run whose step is measured: stage 2's recipe (configs/xl2_256_sam.py), one batch shape,
+    no frozen parts at hand."""
     data = DataConfig(buckets=((case.px, case.px),), max_text_tokens=case.text_tokens)
     stage = StageConfig("measured", batch_size=case.batch, data=data, start="fresh")
-    return Config("speed", (stage,), case.config, vae=None, text_encoder=None, compute_dtype=case.dtype, remat=remat), stage
+    return Config(
+        "speed",
+        (stage,),
+        case.config,
+        vae=None,
+        text_encoder=None,
+        compute_dtype=case.dtype,
+        remat=remat,
+    ), stage
 
 
 def traced_step(case: Case, remat: str):
@@ -129,25 +180,44 @@ def traced_step(case: Case, remat: str):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
     batch = abstract.abstract_batch(config, stage, (case.px, case.px), mesh)
-    return made, abstract.compiled_step(config, stage, made, mesh).trace(made.abstract, batch, abstract.abstract_key(mesh)), mesh
+    return (
+        made,
+        abstract.compiled_step(config, stage, made, mesh).trace(
+            made.abstract, batch, abstract.abstract_key(mesh)
+        ),
+        mesh,
+    )
 
 
 class Train:
-    """Train steps: forward, backward, clip, AdamW, EMA. how["remat"]: a policy of models/remat.py."""
+    """Train steps: forward, backward, clip, AdamW, EMA. how["remat"]: a policy of
+    models/remat.py."""
 
     def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
         begun = time.perf_counter()
         self._made, traced, mesh = traced_step(case, how["remat"])
         self._step = traced.lower().compile()
         self._compiled_in = time.perf_counter() - begun
-        params = {**load_component(folder).params, "null_caption": jnp.asarray(arrays["null_caption"])}
-        params = jax.tree.map(jnp.array, params)  # the step donates them; those of a file are mapped from it
+        params = {
+            **load_component(folder).params,
+            "null_caption": jnp.asarray(arrays["null_caption"]),
+        }
+        # the step donates them; those of a file are mapped from it
+        params = jax.tree.map(jnp.array, params)
         self._state = state_from(params, self._made.optimizer, self._made.abstract)
         del params
         names = ("mean", "std", "text_states", "text_lengths", "size", "aspect_ratio")
-        batch = {name: arrays[name] for name in names} | {"label": np.zeros((case.batch,), np.int32)}
-        self._batch = put({**batch, "text_states": batch["text_states"].astype(jnp.bfloat16)}, rules.batch_sharding(mesh))
-        self._keys = (jax.device_put(jax.random.key(inputs.STEP_KEY + n), rules.replicated(mesh)) for n in range(1 << 30))
+        batch = {name: arrays[name] for name in names} | {
+            "label": np.zeros((case.batch,), np.int32)
+        }
+        self._batch = put(
+            {**batch, "text_states": batch["text_states"].astype(jnp.bfloat16)},
+            rules.batch_sharding(mesh),
+        )
+        self._keys = (
+            jax.device_put(jax.random.key(inputs.STEP_KEY + n), rules.replicated(mesh))
+            for n in range(1 << 30)
+        )
         self._first = None
 
     def run(self) -> None:
@@ -159,16 +229,22 @@ class Train:
         return {name: np.asarray(self._first[name]) for name in ("loss", "grad_norm")}
 
     def facts(self) -> dict:
-        """Seconds of tracing and compiling, and what the compiler says of the step's memory, in bytes."""
+        """Seconds of tracing and compiling, and what the compiler says of the step's memory, in
+        bytes."""
         return {"compile_seconds": self._compiled_in, "memory": memory_of(self._step)}
 
 
 def memory_of(compiled) -> dict[str, int]:
-    """arguments (state and batch, donated), temporaries and all of a compiled program, bytes a device, by the compiler's word."""
+    """arguments (state and batch, donated), temporaries and all of a compiled program, bytes a
+    device, by the compiler's word."""
     found = compiled.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     new = found.output_size_in_bytes - found.alias_size_in_bytes
-    return {"arguments": arguments, "temporaries": temporaries, "all": arguments + temporaries + new}
+    return {
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "all": arguments + temporaries + new,
+    }
 
 
 KINDS = {"forward": Forward, "sample": Sample, "draw": Draw, "train": Train}
@@ -184,11 +260,15 @@ def limit(dtype: str) -> dict[str, float]:
 
 def described() -> dict:
     device = jax.devices()[0]
-    return {"platform": device.platform if device.platform != "cuda" else "gpu", "device": device.device_kind}
+    return {
+        "platform": device.platform if device.platform != "cuda" else "gpu",
+        "device": device.device_kind,
+    }
 
 
 def peak_device_bytes() -> int | None:
-    """The highest use of the device's memory since this process began; None where the device does not count it."""
+    """The highest use of the device's memory since this process began; None where the device does
+    not count it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 

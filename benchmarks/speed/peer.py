@@ -1,7 +1,8 @@
 """The peer's side of a contest: diffusers' PixArt in PyTorch, eager or through torch.compile.
 
-how["compile"]: 'none' (eager), 'whole' (the transformer as one graph), 'blocks' (each block, compiled once for all of them: far
-less compile time, and the same kernels within a block). how["backend"]: of torch.compile; rehearsals take one that compiles nothing.
+how["compile"]: 'none' (eager), 'whole' (the transformer as one graph), 'blocks' (each block,
+compiled once for all of them: far less compile time, and the same kernels within a block).
+how["backend"]: of torch.compile; rehearsals take one that compiles nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +12,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
 
 from benchmarks.speed import limits
 from benchmarks.speed.cases import PROMPTS, TINY, WORDS, Case
 from benchmarks.speed.peer_training import Train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it, as jax multiplies fp32 there by default
-BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+# TF32 where a GPU has it, as jax multiplies fp32 there by default
+torch.set_float32_matmul_precision("high")
+BETAS = {
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+}
 
 
 def settle() -> None:
@@ -63,12 +75,20 @@ class Forward:
         self._model = compiled(opened(folder, dtype).eval().requires_grad_(False), how)
         told = {"resolution": None, "aspect_ratio": None}
         if case.multi_scale:
-            told = {"resolution": given(arrays, "size", dtype), "aspect_ratio": given(arrays, "aspect_ratio", dtype)[:, None]}
-        self._latents, self._states = given(arrays, "noise", dtype), given(arrays, "text_states", dtype)
+            told = {
+                "resolution": given(arrays, "size", dtype),
+                "aspect_ratio": given(arrays, "aspect_ratio", dtype)[:, None],
+            }
+        self._latents, self._states = (
+            given(arrays, "noise", dtype),
+            given(arrays, "text_states", dtype),
+        )
         self._rest = {
-            "timestep": given(arrays, "timesteps"), "added_cond_kwargs": told,
-            "encoder_attention_mask": mask(arrays, "text_lengths", case.text_tokens), "return_dict": False,
-        }  # fmt: skip
+            "timestep": given(arrays, "timesteps"),
+            "added_cond_kwargs": told,
+            "encoder_attention_mask": mask(arrays, "text_lengths", case.text_tokens),
+            "return_dict": False,
+        }
 
     def run(self) -> None:
         with torch.no_grad():
@@ -83,22 +103,32 @@ class Forward:
 
 
 class Sample:
-    """PixArtAlphaPipeline from given text states and noise to latents, with its own DPM-Solver++."""
+    """PixArtAlphaPipeline from given text states and noise to latents, with its own
+    DPM-Solver++."""
 
     def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
         dtype = getattr(torch, case.dtype)
         model = compiled(opened(folder, dtype).eval().requires_grad_(False), how)
-        self._pipeline = PixArtAlphaPipeline(None, None, None, model, DPMSolverMultistepScheduler(**BETAS)).to(DEVICE)
+        self._pipeline = PixArtAlphaPipeline(
+            None, None, None, model, DPMSolverMultistepScheduler(**BETAS)
+        ).to(DEVICE)
         self._pipeline.set_progress_bar_config(disable=True)
         width = case.text_tokens
         self._how = {
-            "prompt": None, "negative_prompt": None,
-            "prompt_embeds": given(arrays, "text_states", dtype), "prompt_attention_mask": mask(arrays, "text_lengths", width),
+            "prompt": None,
+            "negative_prompt": None,
+            "prompt_embeds": given(arrays, "text_states", dtype),
+            "prompt_attention_mask": mask(arrays, "text_lengths", width),
             "negative_prompt_embeds": given(arrays, "negative_states", dtype),
             "negative_prompt_attention_mask": mask(arrays, "negative_lengths", width),
-            "num_inference_steps": case.steps, "guidance_scale": case.guidance, "height": case.px, "width": case.px,
-            "use_resolution_binning": False, "output_type": "latent", "return_dict": False,
-        }  # fmt: skip
+            "num_inference_steps": case.steps,
+            "guidance_scale": case.guidance,
+            "height": case.px,
+            "width": case.px,
+            "use_resolution_binning": False,
+            "output_type": "latent",
+            "return_dict": False,
+        }
         self._noise = given(arrays, "noise", dtype)
 
     def run(self) -> None:
@@ -113,7 +143,8 @@ class Sample:
 
 
 class Draw:
-    """From prompts to PNG files. Text encoder and VAE, of random numbers, are compiled where the transformer is."""
+    """From prompts to PNG files. Text encoder and VAE, of random numbers, are compiled where the
+    transformer is."""
 
     def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
         from pixart_jax.tokenizer import from_words
@@ -125,7 +156,9 @@ class Draw:
             options = {"backend": how.get("backend", "inductor"), "dynamic": False}
             encoder.forward = torch.compile(encoder.forward, **options)
             vae.decode = torch.compile(vae.decode, **options)
-        self._pipeline = PixArtAlphaPipeline(from_words(WORDS), encoder, vae, model, DPMSolverMultistepScheduler(**BETAS)).to(DEVICE)
+        self._pipeline = PixArtAlphaPipeline(
+            from_words(WORDS), encoder, vae, model, DPMSolverMultistepScheduler(**BETAS)
+        ).to(DEVICE)
         self._pipeline.set_progress_bar_config(disable=True)
         self._case, self._out = case, Path(tempfile.mkdtemp(prefix="drawn."))
         self._prompts = [PROMPTS[n % len(PROMPTS)] for n in range(case.batch)]
@@ -133,9 +166,15 @@ class Draw:
     def run(self) -> None:
         case = self._case
         images = self._pipeline(
-            self._prompts, num_inference_steps=case.steps, guidance_scale=case.guidance, height=case.px, width=case.px,
-            use_resolution_binning=False, clean_caption=False, max_sequence_length=case.text_tokens,
-        ).images  # fmt: skip
+            self._prompts,
+            num_inference_steps=case.steps,
+            guidance_scale=case.guidance,
+            height=case.px,
+            width=case.px,
+            use_resolution_binning=False,
+            clean_caption=False,
+            max_sequence_length=case.text_tokens,
+        ).images
         for number, image in enumerate(images):
             image.save(self._out / f"{number}.png")
 
@@ -161,27 +200,52 @@ def _random(build, dtype):
 def _text_encoder(case: Case, dtype):
     from transformers import T5Config, T5EncoderModel
 
-    sizes = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    sizes = {
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+    }
     if case.model == TINY:
-        sizes = {"vocab_size": 96, "d_model": case.config.caption_width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    return _random(lambda: T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0)), dtype)
+        sizes = {
+            "vocab_size": 96,
+            "d_model": case.config.caption_width,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+        }
+    return _random(
+        lambda: T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0)),
+        dtype,
+    )
 
 
 def _vae(case: Case, dtype):
-    channels, layers, groups = ((8, 8, 8, 8), 1, 4) if case.model == TINY else ((128, 256, 512, 512), 2, 32)
+    channels, layers, groups = (
+        ((8, 8, 8, 8), 1, 4) if case.model == TINY else ((128, 256, 512, 512), 2, 32)
+    )
     return _random(
         lambda: AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=channels,
-            layers_per_block=layers, norm_num_groups=groups, latent_channels=4,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=channels,
+            layers_per_block=layers,
+            norm_num_groups=groups,
+            latent_channels=4,
         ),
         dtype,
-    )  # fmt: skip
+    )
 
 
 def open_case(case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
     if case.kind == "train":
         return Train(opened(folder, torch.float32), case, how, arrays, DEVICE)
-    return {"forward": Forward, "sample": Sample, "draw": Draw}[case.kind](case, how, folder, arrays)
+    return {"forward": Forward, "sample": Sample, "draw": Draw}[case.kind](
+        case, how, folder, arrays
+    )
 
 
 def limit(dtype: str) -> dict[str, float]:

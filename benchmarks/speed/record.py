@@ -1,4 +1,5 @@
-"""The JSON file of a benchmark: a list of runs, each with its machine, limits and rows, written anew as they come.
+"""The JSON file of a benchmark: a list of runs, each with its machine, limits and rows, written
+anew as they come.
 
 python -m benchmarks.speed.record FILE PART STATUS SECONDS      (what gpu.sh notes of a part)
 """
@@ -23,7 +24,13 @@ class Record:
 
     def __init__(self, path: Path | None, command: str, **facts):
         self._path = path
-        self.run = {"command": command, "machine": machine.described(), "limits": {}, "rows": [], **facts}
+        self.run = {
+            "command": command,
+            "machine": machine.described(),
+            "limits": {},
+            "rows": [],
+            **facts,
+        }
         self._before = runs_of(path) if path else []
 
     def write(self) -> None:
@@ -43,7 +50,10 @@ def replace(path: Path, runs: list[dict]) -> None:
 
 def main(argv: list[str]) -> None:
     path, part, status, seconds = argv
-    replace(Path(path), [*runs_of(Path(path)), {"part": part, "status": status, "seconds": float(seconds)}])
+    replace(
+        Path(path),
+        [*runs_of(Path(path)), {"part": part, "status": status, "seconds": float(seconds)}],
+    )
 
 
 if __name__ == "__main__":

@@ -12,18 +12,45 @@ from pathlib import Path
 from benchmarks.speed.record import runs_of
 
 COLUMNS = (
-    "model", "px", "batch", "dtype", "side", "median s", "best s", "ours / it", "TFLOP/s", "of the limit", "MFU", "images/s", "compile s",
-    "peak GiB", "error",
-)  # fmt: skip
+    "model",
+    "px",
+    "batch",
+    "dtype",
+    "side",
+    "median s",
+    "best s",
+    "ours / it",
+    "TFLOP/s",
+    "of the limit",
+    "MFU",
+    "images/s",
+    "compile s",
+    "peak GiB",
+    "error",
+)
 NAMES = {"ours": "jax", "peer": "torch"}
 KINDS = {"forward": "Forward", "sample": "Sampling", "draw": "Prompt to PNG", "train": "Train step"}
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; columns in which no row has anything are left out."""
-    kept = [n for n, _ in enumerate(columns) if any(row[n] for row in rows)] if rows else range(len(columns))
-    lines = [[columns[n] for n in kept], ["---"] * len(kept), *([row[n] for n in kept] for row in rows)]
-    return "\n".join(f"|{'|'.join(f' {cell} ' if cell != '---' else cell for cell in line)}|" for line in lines) + "\n"
+    kept = (
+        [n for n, _ in enumerate(columns) if any(row[n] for row in rows)]
+        if rows
+        else range(len(columns))
+    )
+    lines = [
+        [columns[n] for n in kept],
+        ["---"] * len(kept),
+        *([row[n] for n in kept] for row in rows),
+    ]
+    return (
+        "\n".join(
+            f"|{'|'.join(f' {cell} ' if cell != '---' else cell for cell in line)}|"
+            for line in lines
+        )
+        + "\n"
+    )
 
 
 def cells(row: dict) -> list[str]:
@@ -36,9 +63,18 @@ def cells(row: dict) -> list[str]:
     ratio = "" if row["ratio"] is None else f"**{row['ratio']:.3f}**"
     error = f"{max(row['errors'].values()):.1e}" if row["errors"] else ""
     return [
-        *first, f"{row['median']:.4g}", f"{row['best']:.4g}", ratio, f"{row['flop_per_second'] / 1e12:.3g}", f"{row['share_of_limit']:.2f}",
-        share, f"{row['images_per_second']:.3g}", f"{row['compile_seconds']:.1f}", f"{row['peak_bytes'] / 2**30:.2f}", error,
-    ]  # fmt: skip
+        *first,
+        f"{row['median']:.4g}",
+        f"{row['best']:.4g}",
+        ratio,
+        f"{row['flop_per_second'] / 1e12:.3g}",
+        f"{row['share_of_limit']:.2f}",
+        share,
+        f"{row['images_per_second']:.3g}",
+        f"{row['compile_seconds']:.1f}",
+        f"{row['peak_bytes'] / 2**30:.2f}",
+        error,
+    ]
 
 
 def tables(runs: Sequence[dict]) -> str:
@@ -50,8 +86,16 @@ def tables(runs: Sequence[dict]) -> str:
         if found:
             parts.append(f"**{title}**\n\n{table(COLUMNS, [cells(row) for row in found])}")
     parts += [render(run["columns"], run["cells"], run["title"]) for run in runs if "cells" in run]
-    failures = [f"- {row['size']} px, batch {row['case']['batch']}, {row['side']}: {row['failed']}" for row in rows if "failed" in row]
-    failures += [f"- {run['part']}: {run['status']} after {run['seconds']:.0f} s" for run in runs if run.get("status", "done") != "done"]
+    failures = [
+        f"- {row['size']} px, batch {row['case']['batch']}, {row['side']}: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
+    failures += [
+        f"- {run['part']}: {run['status']} after {run['seconds']:.0f} s"
+        for run in runs
+        if run.get("status", "done") != "done"
+    ]
     if failures:
         parts.append("Failed:\n\n" + "\n".join(failures) + "\n")
     return "\n".join([*parts, limits_line(runs)])
@@ -69,13 +113,24 @@ def limits_line(runs: Sequence[dict]) -> str:
     found = []
     for dtype in dict.fromkeys(dtype for run in measured for dtype in run["limits"]):
         sides = [side for run in measured for side in run["limits"].get(dtype, {}).items()]
-        best = {name: max(limit["product"] for other, limit in sides if other == name) for name in sorted({name for name, _ in sides})}
-        products = ", ".join(f"{NAMES[name]} {product / 1e12:.3g}" for name, product in best.items())
+        best = {
+            name: max(limit["product"] for other, limit in sides if other == name)
+            for name in sorted({name for name, _ in sides})
+        }
+        products = ", ".join(
+            f"{NAMES[name]} {product / 1e12:.3g}" for name, product in best.items()
+        )
         copy = max(limit["copy"] for _, limit in sides)
-        found.append(f"{dtype} product of {sides[0][1]['side']}³: {products} TFLOP/s; copy, read and written, {copy / 1e9:.3g} GB/s")
+        found.append(
+            f"{dtype} product of {sides[0][1]['side']}³: {products} TFLOP/s; copy, read and "
+            f"written, {copy / 1e9:.3g} GB/s"
+        )
     machine = measured[-1]["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"Limits of {machine.get('device', 'this machine')}, {machine['cores']} cores: {'; '.join(found)}. {versions}.\n"
+    return (
+        f"Limits of {machine.get('device', 'this machine')}, {machine['cores']} cores: "
+        f"{'; '.join(found)}. {versions}.\n"
+    )
 
 
 if __name__ == "__main__":

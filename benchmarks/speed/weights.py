@@ -1,8 +1,11 @@
-"""Random weights that both sides open: written once by diffusers' save_pretrained, under the cache folder.
+"""Random weights that both sides open: written once by diffusers' save_pretrained, under the cache
+folder.
 
-    python -m benchmarks.speed.weights XL/2 plain multi-scale       (what the benchmarks start by themselves; 2.4 GB each)
+    python -m benchmarks.speed.weights XL/2 plain multi-scale       (what the benchmarks start by
+    themselves; 2.4 GB each)
 
-The numbers lie in one file a model; each image size has a folder with its own config.json and a link to that file.
+The numbers lie in one file a model; each image size has a folder with its own config.json and a
+link to that file.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _numbers(model: str, multi_scale: bool) -> Path:
-    return cache_folder() / "benchmarks" / f"{model.replace('/', '-')}{'-ms' if multi_scale else ''}"
+    return (
+        cache_folder() / "benchmarks" / f"{model.replace('/', '-')}{'-ms' if multi_scale else ''}"
+    )
 
 
 def folder_of(case: Case) -> Path:
@@ -31,7 +36,11 @@ def folder_of(case: Case) -> Path:
     numbers = _numbers(case.model, case.multi_scale)
     if not numbers.is_dir():
         kind = "multi-scale" if case.multi_scale else "plain"
-        subprocess.run([sys.executable, "-m", "benchmarks.speed.weights", case.model, kind], cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.speed.weights", case.model, kind],
+            cwd=ROOT,
+            check=True,
+        )
     sized = numbers.with_name(f"{numbers.name}-{case.px}")
     sized.mkdir(exist_ok=True)
     write_json(sized / CONFIG, config_to_json(case.config))
@@ -63,5 +72,10 @@ if __name__ == "__main__":
     if len(kinds) == 1:
         write(model, kinds == ["multi-scale"])
     else:  # each in a process of its own, at the same time
-        made = [subprocess.Popen([sys.executable, "-m", "benchmarks.speed.weights", model, kind], cwd=ROOT) for kind in kinds]
+        made = [
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.speed.weights", model, kind], cwd=ROOT
+            )
+            for kind in kinds
+        ]
         sys.exit(max(process.wait() for process in made))

@@ -1,9 +1,11 @@
-"""One side of a contest as a process: it reads a request a line on its standard input and answers each with a line of JSON.
+"""One side of a contest as a process: it reads a request a line on its standard input and answers
+each with a line of JSON.
 
     python -m benchmarks.speed.worker ours|peer
 
-Requests: limit (a dtype), open (a case: weights, first run), run (one timed run), result (arrays to a file), memory, close. A fault ends
-the process with its traceback on standard error, where whatever libraries print goes as well.
+Requests: limit (a dtype), open (a case: weights, first run), run (one timed run), result (arrays to
+a file), memory, close. A fault ends the process with its traceback on standard error, where
+whatever libraries print goes as well.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Worker:
         return {"seconds": time.perf_counter() - begun}
 
     def memory(self) -> dict:
-        """The peak of the device's memory, or on a CPU of the resident set over what the process held before the case."""
+        """The peak of the device's memory, or on a CPU of the resident set over what the process
+        held before the case."""
         on_device = self._side.peak_device_bytes()
         return {"peak_bytes": machine.peak_bytes() - self._held if on_device is None else on_device}
 

@@ -1,6 +1,8 @@
-"""``python -m pixart_jax launch --processes N -- PROGRAM …``: N processes of one program on this machine, for tests and experiments.
+"""``python -m pixart_jax launch --processes N -- PROGRAM …``: N processes of one program on this
+machine, for tests and experiments.
 
-They find each other as processes on several machines do: JAX's own coordination service, on a free port of this machine.
+They find each other as processes on several machines do: JAX's own coordination service, on a free
+port of this machine.
 """
 
 from __future__ import annotations
@@ -25,25 +27,31 @@ from pixart_jax.errors import UserError
 from pixart_jax.parallel import ENVIRONMENT
 
 PROG = "python -m pixart_jax launch"
-_PATIENCE = 20.0  # seconds that the others have to end by themselves, with their own last words, once one has ended badly
+# seconds that the others have to end by themselves, with their own last words, once one has ended
+# badly
+_PATIENCE = 20.0
 _LIBC = ctypes.CDLL(None)
 _DEVICES = "--xla_force_host_platform_device_count"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Start several local processes of a program: launch --processes 2 -- train.py configs/NAME.py --workdir DIR."""
+    """Start several local processes of a program: launch --processes 2 -- train.py configs/NAME.py
+    --workdir DIR."""
 
     processes: int = 2
     """How many."""
     devices_per_process: int | None = None
-    """Simulated CPU devices that each process has (XLA's host platform device count); by default as the environment says."""
+    """Simulated CPU devices that each process has (XLA's host platform device count); by default as
+    the environment says."""
     port: int = 0
     """Of process 0's coordination service; 0: a free one."""
     logs: Path | None = None
-    """A folder for each process's output, process-K.log; process 0's is shown as well. By default all is shown, each line after [K]."""
+    """A folder for each process's output, process-K.log; process 0's is shown as well. By default
+    all is shown, each line after [K]."""
     patience: float = _PATIENCE
-    """Seconds that the others have to end by themselves once one has ended badly; then they are killed."""
+    """Seconds that the others have to end by themselves once one has ended badly; then they are
+    killed."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
         own, command = argv, []
     arguments = program.parse(Arguments, own, prog=PROG, description=Arguments.__doc__)
     if not command:
-        raise UserError(f"which program? {PROG} --processes 2 -- train.py configs/NAME.py --workdir DIR")
+        raise UserError(
+            f"which program? {PROG} --processes 2 -- train.py configs/NAME.py --workdir DIR"
+        )
     if arguments.processes < 1:
         raise UserError(f"--processes {arguments.processes}: at least 1")
     if arguments.devices_per_process is not None and arguments.devices_per_process < 1:
@@ -69,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def executable(command: Sequence[str]) -> list[str]:
-    """The command to run: a Python file or -m MODULE under this Python, anything else as it is. UserError where there is no such thing."""
+    """The command to run: a Python file or -m MODULE under this Python, anything else as it is.
+    UserError where there is no such thing."""
     first = command[0]
     if first == "-m":
         return [sys.executable, *command]
@@ -92,7 +103,10 @@ class Launch:
 
     def run(self) -> int:
         port = self._arguments.port or _free_port()
-        old = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        old = {
+            number: signal.signal(number, self._pass_on)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        }
         self._children: list[subprocess.Popen] = []
         readers = []
         try:
@@ -102,14 +116,23 @@ class Launch:
                     env=self._environment(k, port),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT if self._arguments.logs is not None or k else subprocess.PIPE,
-                    start_new_session=True,  # the terminal's ctrl-C comes here alone, and is passed on once
+                    stderr=subprocess.STDOUT
+                    if self._arguments.logs is not None or k
+                    else subprocess.PIPE,
+                    # the terminal's ctrl-C comes here alone, and is passed on once
+                    start_new_session=True,
                     preexec_fn=_die_with_parent,
                 )
                 self._children.append(child)
                 for source, sink in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
                     if source is not None:
-                        readers.append(threading.Thread(target=self._show, args=(k, source, sink if k == 0 else sys.stderr), daemon=True))
+                        readers.append(
+                            threading.Thread(
+                                target=self._show,
+                                args=(k, source, sink if k == 0 else sys.stderr),
+                                daemon=True,
+                            )
+                        )
                         readers[-1].start()
             return self._wait()
         finally:
@@ -122,21 +145,32 @@ class Launch:
     def _environment(self, k: int, port: int) -> dict[str, str]:
         """This process's environment, and where it belongs."""
         environment = dict(os.environ)
-        environment |= dict(zip(ENVIRONMENT, (f"localhost:{port}", str(self._arguments.processes), str(k)), strict=True))
+        environment |= dict(
+            zip(
+                ENVIRONMENT,
+                (f"localhost:{port}", str(self._arguments.processes), str(k)),
+                strict=True,
+            )
+        )
         environment.setdefault("PYTHONUNBUFFERED", "1")
         if self._arguments.devices_per_process is not None:
             flags = re.sub(rf"{_DEVICES}=\d+", "", environment.get("XLA_FLAGS", ""))
-            environment["XLA_FLAGS"] = f"{flags} {_DEVICES}={self._arguments.devices_per_process}".strip()
+            environment["XLA_FLAGS"] = (
+                f"{flags} {_DEVICES}={self._arguments.devices_per_process}".strip()
+            )
             environment.setdefault("JAX_PLATFORMS", "cpu")
         return environment
 
     def _wait(self) -> int:
-        """Until all have ended; the first bad status is the launcher's, and the others have ``patience`` from then on."""
+        """Until all have ended; the first bad status is the launcher's, and the others have
+        ``patience`` from then on."""
         first: int | None = None
         deadline = float("inf")
         while True:
             states = [child.poll() for child in self._children]
-            if first is None and (bad := [(k, status) for k, status in enumerate(states) if status]):
+            if first is None and (
+                bad := [(k, status) for k, status in enumerate(states) if status]
+            ):
                 k, status = bad[0]
                 first, deadline = status, time.monotonic() + self._arguments.patience
                 if status < 0:
@@ -145,7 +179,10 @@ class Launch:
                 return 0 if first is None else first if first > 0 else 128 - first
             if time.monotonic() > deadline:
                 left = [k for k, status in enumerate(states) if status is None]
-                self._say(f"process {', '.join(map(str, left))} still at work {self._arguments.patience:g} s after another's end: killed")
+                self._say(
+                    f"process {', '.join(map(str, left))} still at work "
+                    f"{self._arguments.patience:g} s after another's end: killed"
+                )
                 self._kill()
                 deadline = float("inf")
             time.sleep(0.1)
@@ -167,7 +204,8 @@ class Launch:
             child.wait()
 
     def _show(self, k: int, source, sink) -> None:
-        """A process's output: into its log where there is one, and on the terminal, with [K] before each line but process 0's in a log."""
+        """A process's output: into its log where there is one, and on the terminal, with [K] before
+        each line but process 0's in a log."""
         folder = self._arguments.logs
         log = open(folder / f"process-{k}.log", "ab") if folder is not None else None  # noqa: SIM115
         start = b"" if log is not None else f"[{k}] ".encode()
@@ -184,7 +222,12 @@ class Launch:
                 *lines, line = (line + part).split(b"\n")
                 self._write(sink, b"".join(start + one + b"\n" for one in lines))
                 if b"\r" in line:  # a bar that is being drawn
-                    self._write(sink, b"\r" + start + line.rsplit(b"\r", 1)[1] if line.rsplit(b"\r", 1)[1] else b"")
+                    self._write(
+                        sink,
+                        b"\r" + start + line.rsplit(b"\r", 1)[1]
+                        if line.rsplit(b"\r", 1)[1]
+                        else b"",
+                    )
             if line:
                 self._write(sink, start + line + b"\n")
 

@@ -1,8 +1,9 @@
 """Aspect-ratio buckets: which (height, width) a picture is resized and cropped to.
 
-All tables are one table: the 1024 one, with its keys (height / width, rounded as the released models were trained with);
-those of 256 and 512 are a quarter and a half of it, that of 2048 its double. Training uses 40 entries, inference 33: the
-released inference tables leave out seven extreme ratios (and keep all 40 at 2048, where only one table was released).
+All tables are one table: the 1024 one, with its keys (height / width, rounded as the released
+models were trained with); those of 256 and 512 are a quarter and a half of it, that of 2048 its
+double. Training uses 40 entries, inference 33: the released inference tables leave out seven
+extreme ratios (and keep all 40 at 2048, where only one table was released).
 """
 
 from __future__ import annotations
@@ -14,21 +15,42 @@ from collections.abc import Iterable
 from pixart_jax.errors import UserError
 
 _LANDSCAPE_OF_1024 = (  # key, short side (height), long side (width)
-    ("0.25", 512, 2048), ("0.26", 512, 1984), ("0.27", 512, 1920), ("0.28", 512, 1856), ("0.32", 576, 1792),
-    ("0.33", 576, 1728), ("0.35", 576, 1664), ("0.4", 640, 1600), ("0.42", 640, 1536), ("0.48", 704, 1472),
-    ("0.5", 704, 1408), ("0.52", 704, 1344), ("0.57", 768, 1344), ("0.6", 768, 1280), ("0.68", 832, 1216),
-    ("0.72", 832, 1152), ("0.78", 896, 1152), ("0.82", 896, 1088), ("0.88", 960, 1088), ("0.94", 960, 1024),
+    ("0.25", 512, 2048),
+    ("0.26", 512, 1984),
+    ("0.27", 512, 1920),
+    ("0.28", 512, 1856),
+    ("0.32", 576, 1792),
+    ("0.33", 576, 1728),
+    ("0.35", 576, 1664),
+    ("0.4", 640, 1600),
+    ("0.42", 640, 1536),
+    ("0.48", 704, 1472),
+    ("0.5", 704, 1408),
+    ("0.52", 704, 1344),
+    ("0.57", 768, 1344),
+    ("0.6", 768, 1280),
+    ("0.68", 832, 1216),
+    ("0.72", 832, 1152),
+    ("0.78", 896, 1152),
+    ("0.82", 896, 1088),
+    ("0.88", 960, 1088),
+    ("0.94", 960, 1024),
     ("1.0", 1024, 1024),
-)  # fmt: skip
-# The portrait half is not the landscape half's mirror: its keys are their own, and the counterpart of 704×1344 is absent.
-_PORTRAIT_KEYS = "1.07 1.13 1.21 1.29 1.38 1.46 1.67 1.75 2.0 2.09 2.4 2.5 2.89 3.0 3.11 3.62 3.75 3.88 4.0".split()
+)
+# The portrait half is not the landscape half's mirror: its keys are their own, and the counterpart
+# of 704×1344 is absent.
+_PORTRAIT_KEYS = (
+    "1.07 1.13 1.21 1.29 1.38 1.46 1.67 1.75 2.0 2.09 2.4 2.5 2.89 3.0 3.11 3.62 3.75 3.88 4.0"
+).split()
 _NOT_AT_INFERENCE = (0.26, 0.27, 2.89, 3.11, 3.62, 3.75, 3.88)
 BASES = (256, 512, 1024, 2048)
 
 
 def _table(base: int) -> dict[float, tuple[int, int]]:
     mirrored = [(w, h) for _, h, w in reversed(_LANDSCAPE_OF_1024[:-1]) if (h, w) != (704, 1344)]
-    sizes = {float(key): (h, w) for key, h, w in _LANDSCAPE_OF_1024} | dict(zip(map(float, _PORTRAIT_KEYS), mirrored, strict=True))
+    sizes = {float(key): (h, w) for key, h, w in _LANDSCAPE_OF_1024} | dict(
+        zip(map(float, _PORTRAIT_KEYS), mirrored, strict=True)
+    )
     return {key: (h * base // 1024, w * base // 1024) for key, (h, w) in sizes.items()}
 
 
@@ -36,7 +58,8 @@ TABLES: dict[int, dict[float, tuple[int, int]]] = {base: _table(base) for base i
 """base → {key: (height, width)}: the training tables, 40 entries each, keys ascending."""
 
 INFERENCE_TABLES: dict[int, dict[float, tuple[int, int]]] = {
-    base: {key: size for key, size in table.items() if base == 2048 or key not in _NOT_AT_INFERENCE} for base, table in TABLES.items()
+    base: {key: size for key, size in table.items() if base == 2048 or key not in _NOT_AT_INFERENCE}
+    for base, table in TABLES.items()
 }
 """base → {key: (height, width)}: the inference tables, 33 entries (2048: 40)."""
 
@@ -49,21 +72,26 @@ def _sizes(base: int, inference: bool) -> dict[float, tuple[int, int]]:
 
 def _check(height: float, width: float) -> None:
     if not (height > 0 and width > 0):
-        raise UserError(f"an image of {height}×{width} px has no aspect ratio: both sides must be positive")
+        raise UserError(
+            f"an image of {height}×{width} px has no aspect ratio: both sides must be positive"
+        )
 
 
 def nearest_key(height: float, width: float, base: int = 1024, *, inference: bool = False) -> float:
-    """Key of the bucket whose key lies nearest to height / width; the smaller key where two are equally near."""
+    """Key of the bucket whose key lies nearest to height / width; the smaller key where two are
+    equally near."""
     _check(height, width)
     ratio = height / width
     return min(_sizes(base, inference), key=lambda key: abs(key - ratio))
 
 
-def nearest(height: float, width: float, base: int = 1024, *, inference: bool = False) -> tuple[int, int]:
+def nearest(
+    height: float, width: float, base: int = 1024, *, inference: bool = False
+) -> tuple[int, int]:
     """(height, width) in px of the bucket for an image of this size.
 
-    base: 256, 512, 1024 or 2048, the side of the square bucket. inference: choose among the 33 that released pipelines
-    sample at, not among the 40 of training.
+    base: 256, 512, 1024 or 2048, the side of the square bucket. inference: choose among the 33 that
+    released pipelines sample at, not among the 40 of training.
     """
     return _sizes(base, inference)[nearest_key(height, width, base, inference=inference)]
 
@@ -71,9 +99,10 @@ def nearest(height: float, width: float, base: int = 1024, *, inference: bool = 
 def assign(height: float, width: float, buckets: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """The one of a config's own (height, width) buckets for an image of this size.
 
-    The bucket whose key (:func:`key_of`) lies nearest to height / width, as in the tables: given a whole table this is
-    :func:`nearest`. The smaller key where two are equally near; among buckets of one key the largest that the image fills without
-    being enlarged, else the smallest. Equal ratios and sizes cannot be told apart, so the first wins.
+    The bucket whose key (:func:`key_of`) lies nearest to height / width, as in the tables: given a
+    whole table this is :func:`nearest`. The smaller key where two are equally near; among buckets
+    of one key the largest that the image fills without being enlarged, else the smallest. Equal
+    ratios and sizes cannot be told apart, so the first wins.
     """
     _check(height, width)
     buckets = tuple(map(tuple, buckets))
@@ -97,7 +126,8 @@ def _keyed(buckets: tuple[tuple[int, int], ...]) -> dict[float, list[tuple[int, 
 
 
 def key_of(bucket: tuple[int, int]) -> float:
-    """What training feeds as the aspect ratio of a bucket: its key in the table that holds it, else height / width."""
+    """What training feeds as the aspect ratio of a bucket: its key in the table that holds it, else
+    height / width."""
     for table in TABLES.values():
         for key, size in table.items():
             if size == tuple(bucket):
@@ -107,7 +137,8 @@ def key_of(bucket: tuple[int, int]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How an image becomes its bucket, all in px: resized to (height, width) keeping its ratio, then cropped at (top, left)."""
+    """How an image becomes its bucket, all in px: resized to (height, width) keeping its ratio,
+    then cropped at (top, left)."""
 
     height: int
     width: int
@@ -116,11 +147,14 @@ class Fit:
 
 
 def fit(height: int, width: int, bucket: tuple[int, int]) -> Fit:
-    """Resize until the image just covers the bucket, then cut the middle out: the rule of the released models' training."""
+    """Resize until the image just covers the bucket, then cut the middle out: the rule of the
+    released models' training."""
     _check(height, width)
     bucket_height, bucket_width = bucket
     if bucket_height / height > bucket_width / width:
         resized = bucket_height, max(bucket_width, int(width * bucket_height / height))
     else:
         resized = max(bucket_height, int(height * bucket_width / width)), bucket_width
-    return Fit(*resized, round((resized[0] - bucket_height) / 2), round((resized[1] - bucket_width) / 2))
+    return Fit(
+        *resized, round((resized[0] - bucket_height) / 2), round((resized[1] - bucket_width) / 2)
+    )

@@ -1,10 +1,13 @@
-"""The features of the official PixArt repositories as training samples, with the face of encoded records.
+"""The features of the official PixArt repositories as training samples, with the face of encoded
+records.
 
-    {name}.npz in caption_feature…   caption_feature float [1, l, c], attention_mask [1, l] (without one every token counts)
-    {name}.npy in img_vae_feature…   float [2·c, height/8, width/8]: mean and std of the VAE's posterior, unscaled
+    {name}.npz in caption_feature…   caption_feature float [1, l, c], attention_mask [1, l] (without
+    one every token counts) {name}.npy in img_vae_feature…   float [2·c, height/8, width/8]: mean
+    and std of the VAE's posterior, unscaled
 
-Where the official tools differ about a name, each is tried: FOLDER_STEM (what the loaders look for), FOLDER_STEM without what lies above,
-and STEM (what the extractor writes). A file belongs to one picture: where several would share it by its bare stem, the first has it.
+Where the official tools differ about a name, each is tried: FOLDER_STEM (what the loaders look
+for), FOLDER_STEM without what lies above, and STEM (what the extractor writes). A file belongs to
+one picture: where several would share it by its bare stem, the first has it.
 """
 
 from __future__ import annotations
@@ -34,10 +37,15 @@ from pixart_jax.errors import UserError
 _TEXTS = ("caption_feature_wmask", "caption_features", "caption_features_new", "caption_feature")
 _MORE_TEXTS = {"sharegpt4v": ("sharegpt4v_caption_features_new", "sharegpt4v_caption_features")}
 _LATENTS = (
-    "img_vae_features_*resolution/noflip", "img_vae_features/*resolution/noflip", "img_vae_fatures_*_multiscale/ms",
-    "img_vae_features_*_multiscale/ms", "img_vae_features/ms", "img_vae_feature/train_vae_*/noflip",
-    "img_sdxl_vae_features_*resolution_new", "img_sdxl_vae_features_*resolution_ms_new",
-)  # fmt: skip
+    "img_vae_features_*resolution/noflip",
+    "img_vae_features/*resolution/noflip",
+    "img_vae_fatures_*_multiscale/ms",
+    "img_vae_features_*_multiscale/ms",
+    "img_vae_features/ms",
+    "img_vae_feature/train_vae_*/noflip",
+    "img_sdxl_vae_features_*resolution_new",
+    "img_sdxl_vae_features_*resolution_ms_new",
+)
 _FACTOR = 8  # pixels a latent
 _KEPT_FROM = 5_000
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -45,7 +53,8 @@ _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.err
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """Where a picture's features lie. latents: the file. texts: (file, tokens) by kind, None where there is none."""
+    """Where a picture's features lie. latents: the file. texts: (file, tokens) by kind, None where
+    there is none."""
 
     latents: str
     bucket: tuple[int, int]
@@ -53,12 +62,13 @@ class _Found:
 
 
 class FeatureSamples:
-    """The pictures of a layout whose features are there and whole; the others are named and left out, and none takes their place.
+    """The pictures of a layout whose features are there and whole; the others are named and left
+    out, and none takes their place.
 
-    captions: kinds and weights: 'prompt' for the features of a data_info.json ('caption' for SAM's), 'sharegpt4v' for PixArt-Σ's
-    second ones. latents: the folder of latents, where the layout holds several.
-    Batches are those of data/encoded.py; label is −1 throughout,
-    and size is that of the picture where the list knows it, else the bucket's.
+    captions: kinds and weights: 'prompt' for the features of a data_info.json ('caption' for
+    SAM's), 'sharegpt4v' for PixArt-Σ's second ones. latents: the folder of latents, where the
+    layout holds several. Batches are those of data/encoded.py; label is −1 throughout, and size is
+    that of the picture where the list knows it, else the bucket's.
     """
 
     identity = None  # nothing says which encoders made them
@@ -84,18 +94,33 @@ class FeatureSamples:
         self._found = self._look(where, folder, [held[kind] for kind in self._kinds])
         self.buckets = tuple(sorted({found.bucket for found in self._found if found}))
         if not self.buckets:
-            raise UserError(f"{self.name}: no picture has all its features ({self.faults.summary() or 'the lists are empty'})")
-        if buckets is not None and (others := [bucket for bucket in self.buckets if bucket not in {tuple(b) for b in buckets}]):
+            raise UserError(
+                f"{self.name}: no picture has all its features "
+                f"({self.faults.summary() or 'the lists are empty'})"
+            )
+        if buckets is not None and (
+            others := [
+                bucket for bucket in self.buckets if bucket not in {tuple(b) for b in buckets}
+            ]
+        ):
             shown = ", ".join(f"{h}×{w}" for h, w in others[:4])
-            raise UserError(f"{self.name} holds latents of {shown} px, which are none of the stage's buckets: name theirs")
+            raise UserError(
+                f"{self.name} holds latents of {shown} px, which are none of the stage's buckets: "
+                "name theirs"
+            )
         self._ratios = [key_of(bucket) for bucket in self.buckets]
         numbers = {bucket: number for number, bucket in enumerate(self.buckets)}
-        self.bucket_of = np.array([numbers[found.bucket] if found else -1 for found in self._found], np.int16)
+        self.bucket_of = np.array(
+            [numbers[found.bucket] if found else -1 for found in self._found], np.int16
+        )
         self.length = 0
         if self._mix:
             longest = max(text[1] for found in self._found if found for text in found.texts if text)
             if longest > max_text_tokens:
-                raise UserError(f"{self.name} holds texts of {longest} tokens, more than max_text_tokens = {max_text_tokens}: raise it")
+                raise UserError(
+                    f"{self.name} holds texts of {longest} tokens, more than max_text_tokens = "
+                    f"{max_text_tokens}: raise it"
+                )
             self.length = fixed_length(longest, max_text_tokens)
 
     def __len__(self) -> int:
@@ -103,34 +128,52 @@ class FeatureSamples:
 
     # ---- what is there ----
 
-    def _look(self, where: Layout, folder: pathlib.Path, texts: list[pathlib.Path]) -> list[_Found | None]:
-        """Each entry's files, by one pass over their headers; of a large set it is kept in the cache folder."""
+    def _look(
+        self, where: Layout, folder: pathlib.Path, texts: list[pathlib.Path]
+    ) -> list[_Found | None]:
+        """Each entry's files, by one pass over their headers; of a large set it is kept in the
+        cache folder."""
         files = [*where.lists, folder, *texts]
-        seal = hashlib.sha256(repr([(str(file.resolve()), file.stat().st_mtime_ns, self._kinds) for file in files]).encode()).hexdigest()
+        seal = hashlib.sha256(
+            repr(
+                [(str(file.resolve()), file.stat().st_mtime_ns, self._kinds) for file in files]
+            ).encode()
+        ).hexdigest()
         kept = cache_folder() / "features" / f"{seal}.json"
         count = len(self._entries)
         if count >= _KEPT_FROM and kept.exists():
             said = json.loads(kept.read_text(encoding="utf-8"))
             self.faults.extend(Fault(*fault) for fault in said["faults"])
             return [
-                found and _Found(found[0], tuple(found[1]), tuple(text and tuple(text) for text in found[2])) for found in said["found"]
+                found
+                and _Found(
+                    found[0], tuple(found[1]), tuple(text and tuple(text) for text in found[2])
+                )
+                for found in said["found"]
             ]
         seen = Faults()
         with (
             concurrent.futures.ThreadPoolExecutor(READERS) as readers,
-            tqdm(total=count, desc=f"headers of {self.name}", unit=" images", delay=2, leave=False) as bar,
+            tqdm(
+                total=count, desc=f"headers of {self.name}", unit=" images", delay=2, leave=False
+            ) as bar,
         ):
             found: list[_Found | None] = []
             for start in range(0, count, 4096):
                 some = self._entries[start : start + 4096]
-                for one, faults in readers.map(lambda entry: _features_of(entry, folder, texts), some):
+                for one, faults in readers.map(
+                    lambda entry: _features_of(entry, folder, texts), some
+                ):
                     found.append(one)
                     seen.extend(faults)
                     bar.update()
         found = self._alone(found, seen)
         self.faults.extend(seen)
         if count >= _KEPT_FROM:
-            said = {"faults": [dataclasses.astuple(f) for f in seen], "found": [f and dataclasses.astuple(f) for f in found]}
+            said = {
+                "faults": [dataclasses.astuple(f) for f in seen],
+                "found": [f and dataclasses.astuple(f) for f in found],
+            }
             keep(kept, lambda out: out.write(json.dumps(said).encode()))
         return found
 
@@ -141,7 +184,11 @@ class FeatureSamples:
             if one:
                 if one.latents in taken:
                     entry = self._entries[number]
-                    faults.add(f"{entry.place}, {entry.path}", "key twice", f"{one.latents} is of an earlier picture")
+                    faults.add(
+                        f"{entry.place}, {entry.path}",
+                        "key twice",
+                        f"{one.latents} is of an earlier picture",
+                    )
                     found[number] = None
                 taken.add(one.latents)
         return found
@@ -149,27 +196,41 @@ class FeatureSamples:
     # ---- batches ----
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of one bucket, each with the text that its draw chooses; UserError names a file that cannot be read (any more)."""
+        """Rows of one bucket, each with the text that its draw chooses; UserError names a file that
+        cannot be read (any more)."""
         height, width = self.buckets[bucket]
         means, stds, sizes, keys = [], [], [], []
         states, lengths = None, np.zeros(len(indices), np.int32)
         for row, (index, draw) in enumerate(zip(indices, draws, strict=True)):
             found, entry = self._found[int(index)], self._entries[int(index)]
-            both = _load(found.latents).astype(np.float32).reshape(-1, height // _FACTOR, width // _FACTOR).transpose(1, 2, 0)
+            both = (
+                _load(found.latents)
+                .astype(np.float32)
+                .reshape(-1, height // _FACTOR, width // _FACTOR)
+                .transpose(1, 2, 0)
+            )
             half = both.shape[-1] // 2
             means.append(both[..., :half])
             stds.append(both[..., half:])
             known = entry.fields.get("height"), entry.fields.get("width")
-            sizes.append(known if all(isinstance(side, int | float) and side > 0 for side in known) else (height, width))
+            sizes.append(
+                known
+                if all(isinstance(side, int | float) and side > 0 for side in known)
+                else (height, width)
+            )
             keys.append(posixpath.splitext(entry.path)[0] if entry.fields else entry.path)
             if self._mix:
-                present = {kind for kind, text in zip(self._kinds, found.texts, strict=True) if text}
+                present = {
+                    kind for kind, text in zip(self._kinds, found.texts, strict=True) if text
+                }
                 kind, _ = self._mix.choose(float(draw), present)
                 file, length = found.texts[self._kinds.index(kind)]
                 text = _load(file, "caption_feature")
                 text = text.reshape(-1, text.shape[-1])[:length]
                 if states is None:
-                    states = np.zeros((len(indices), self.length, text.shape[-1]), ml_dtypes.bfloat16)
+                    states = np.zeros(
+                        (len(indices), self.length, text.shape[-1]), ml_dtypes.bfloat16
+                    )
                 states[row, :length] = text
                 lengths[row] = length
         batch = {
@@ -188,20 +249,33 @@ def _latents_folder(root: pathlib.Path, given: str | None) -> pathlib.Path:
         for folder in (root / given, pathlib.Path(given)):
             if folder.is_dir():
                 return folder
-        raise UserError(f"pixart-features:{root}: no folder of latents {given!r}, neither there nor here")
-    found = sorted({folder for pattern in _LATENTS for folder in root.glob(pattern) if folder.is_dir()})
+        raise UserError(
+            f"pixart-features:{root}: no folder of latents {given!r}, neither there nor here"
+        )
+    found = sorted(
+        {folder for pattern in _LATENTS for folder in root.glob(pattern) if folder.is_dir()}
+    )
     if not found:
-        raise UserError(f"pixart-features:{root}: no folder of latents, as img_vae_features_256resolution/noflip; name one by ?latents=DIR")
+        raise UserError(
+            f"pixart-features:{root}: no folder of latents, as "
+            "img_vae_features_256resolution/noflip; name one by ?latents=DIR"
+        )
     if len(found) > 1:
         several = ", ".join(str(folder.relative_to(root)) for folder in found)
-        raise UserError(f"pixart-features:{root} holds several folders of latents: {several}; name one by ?latents=DIR")
+        raise UserError(
+            f"pixart-features:{root} holds several folders of latents: {several}; name one by "
+            "?latents=DIR"
+        )
     return found[0]
 
 
 def _text_folders(where: Layout) -> dict[str, pathlib.Path]:
     """Kind of text → folder of its features."""
     kinds = {where.text_kind: _TEXTS, **_MORE_TEXTS}
-    found = {kind: next((where.root / name for name in names if (where.root / name).is_dir()), None) for kind, names in kinds.items()}
+    found = {
+        kind: next((where.root / name for name in names if (where.root / name).is_dir()), None)
+        for kind, names in kinds.items()
+    }
     return {kind: folder for kind, folder in found.items() if folder}
 
 
@@ -210,11 +284,24 @@ def _names(path: str) -> list[str]:
     stem = posixpath.splitext(path)[0] if "." in posixpath.basename(path) else path
     joined = "_".join(stem.rsplit("/", 1))
     base = posixpath.basename(stem)
-    above = [] if "/" in path else [f"InternImgs_{base}", f"InternImgs_{base}".split(".")[0]]  # the extractor takes the folder above for it
-    return list(dict.fromkeys([joined, posixpath.basename(joined), base, posixpath.basename(joined).split(".")[0], *above]))
+    # the extractor takes the folder above for it
+    above = [] if "/" in path else [f"InternImgs_{base}", f"InternImgs_{base}".split(".")[0]]
+    return list(
+        dict.fromkeys(
+            [
+                joined,
+                posixpath.basename(joined),
+                base,
+                posixpath.basename(joined).split(".")[0],
+                *above,
+            ]
+        )
+    )
 
 
-def _features_of(entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Path]) -> tuple[_Found | None, list[Fault]]:
+def _features_of(
+    entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Path]
+) -> tuple[_Found | None, list[Fault]]:
     """None, and what is wrong, where latents or all texts are missing or damaged."""
     place = f"{entry.place}, {entry.path}"
     names = _names(entry.path)
@@ -234,7 +321,11 @@ def _features_of(entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Pat
             faults.append(Fault(str(file), "unreadable features", str(fault)))
             held.append(None)
     if texts and not any(held):
-        missing = Fault(place, "missing features", f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}")
+        missing = Fault(
+            place,
+            "missing features",
+            f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}",
+        )
         return None, faults or [missing]
     return _Found(str(latents), bucket, tuple(held)), faults
 
@@ -244,17 +335,24 @@ def _first(folder: pathlib.Path, names: Sequence[str], suffix: str) -> pathlib.P
 
 
 def _bucket(file: pathlib.Path) -> tuple[int, int]:
-    """(height, width) in px of latents, from their header; ValueError where the file is cut or no posterior."""
+    """(height, width) in px of latents, from their header; ValueError where the file is cut or no
+    posterior."""
     with open(file, "rb") as data:
         version = np.lib.format.read_magic(data)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, column_major, dtype = read(data)
         expected = data.tell() + int(np.prod(shape)) * dtype.itemsize
     if file.stat().st_size != expected:
         raise ValueError(f"{file.stat().st_size} bytes, {expected} were written")
     shape = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
     if len(shape) != 3 or shape[0] % 2 or column_major or dtype.kind != "f" or 0 in shape:
-        raise ValueError(f"{dtype} {shape} is no posterior: float [2·channels, height/8, width/8] is wanted")
+        raise ValueError(
+            f"{dtype} {shape} is no posterior: float [2·channels, height/8, width/8] is wanted"
+        )
     return shape[1] * _FACTOR, shape[2] * _FACTOR
 
 
@@ -267,7 +365,9 @@ def _tokens(file: pathlib.Path) -> int:
             mask = held["attention_mask"].reshape(-1) != 0
             length = int(mask.sum())
             if not mask[:length].all():
-                raise ValueError("attention_mask has holes: the tokens of a text are its first ones")
+                raise ValueError(
+                    "attention_mask has holes: the tokens of a text are its first ones"
+                )
             return max(length, 1)
         return held["caption_feature"].size // held["caption_feature"].shape[-1]
 

@@ -1,11 +1,12 @@
 """Batches in the order of the plan, read ahead by grain's threads.
 
-    loader = Loader(samples, batch_size=32, seed=0)
-    batches = loader.iterator(start=step)
-    batch = next(batches)            # {name: numpy array [rows of this process, …]}
-    state = batches.get_state()      # goes into the checkpoint; set_state(state) goes on with the very next batch
+    loader = Loader(samples, batch_size=32, seed=0) batches = loader.iterator(start=step) batch =
+    next(batches)            # {name: numpy array [rows of this process, …]} state =
+    batches.get_state()      # goes into the checkpoint; set_state(state) goes on with the very next
+    batch
 
-What a batch holds depends on (seed, step) alone: not on processes, threads, prefetching or where the iterator started.
+What a batch holds depends on (seed, step) alone: not on processes, threads, prefetching or where
+the iterator started.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ _STEPS = 2**31 - 1  # more than any run takes
 
 
 class Loader:
-    """samples: what to read (data/samples.py, data/encoded.py). batch_size: of the global batch. rows: numbers of its rows
-    that this process reads (training.batches.rows_of), in their order; None: all. workers: threads that read ahead, each a
-    batch at a time."""
+    """samples: what to read (data/samples.py, data/encoded.py). batch_size: of the global batch.
+    rows: numbers of its rows that this process reads (training.batches.rows_of), in their order;
+    None: all. workers: threads that read ahead, each a batch at a time."""
 
     def __init__(
         self,
@@ -41,7 +42,10 @@ class Loader:
         self.plan = Plan(samples.bucket_of, batch_size, seed)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         if not len(self._rows) or self._rows.min() < 0 or self._rows.max() >= batch_size:
-            raise UserError(f"a batch of {batch_size} has rows 0 to {batch_size - 1}, at least one of which a process reads")
+            raise UserError(
+                f"a batch of {batch_size} has rows 0 to {batch_size - 1}, at least one of which a "
+                "process reads"
+            )
         self._workers = max(workers, 0)
         self._prefetch = prefetch if prefetch is not None else 2 * self._workers + 2
 
@@ -50,7 +54,8 @@ class Loader:
         return self._read(step, self._rows)
 
     def whole(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
-        """The global batch of a step, or its first ``rows``, the same on every process, read now."""
+        """The global batch of a step, or its first ``rows``, the same on every process, read
+        now."""
         return self._read(step, np.arange(self.plan.batch_size)[:rows])
 
     def _read(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -62,8 +67,11 @@ class Loader:
         return self.samples.buckets[self.plan.batch(step).bucket]
 
     def iterator(self, start: int = 0) -> grain.DatasetIterator:
-        """Batches from step ``start`` on, without end. get_state() and set_state() carry the place; close() ends the threads."""
-        options = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=self._prefetch if self._workers else 0)
+        """Batches from step ``start`` on, without end. get_state() and set_state() carry the place;
+        close() ends the threads."""
+        options = grain.ReadOptions(
+            num_threads=self._workers, prefetch_buffer_size=self._prefetch if self._workers else 0
+        )
         batches = iter(grain.MapDataset.range(_STEPS).map(self.batch).to_iter_dataset(options))
         batches.set_state(self.state_at(start))
         return batches

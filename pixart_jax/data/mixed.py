@@ -1,10 +1,11 @@
 """Several sets of training samples as one, each drawn with its share.
 
-An epoch is as long as all the sets together, N samples. Of a set with n samples and share w it shows w·N, so each of its samples
-r = w·N / n times in the mean: ⌊r⌋ times for certain, and the rest by chance, bucket by bucket. For that the line of the set's samples is
-cut into as many equal stretches as there are places left over, and each place shows the sample that the row's draw meets in its
-stretch. So no sample is preferred for ever, two places of an epoch may share the one on their border and no other, and what a step
-shows is a function of seed and step alone.
+An epoch is as long as all the sets together, N samples. Of a set with n samples and share w it
+shows w·N, so each of its samples r = w·N / n times in the mean: ⌊r⌋ times for certain, and the rest
+by chance, bucket by bucket. For that the line of the set's samples is cut into as many equal
+stretches as there are places left over, and each place shows the sample that the row's draw meets
+in its stretch. So no sample is preferred for ever, two places of an epoch may share the one on
+their border and no other, and what a step shows is a function of seed and step alone.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _OF_THE_SET = ("source", "samples", "shard_size", "captions", "buckets", "flip")
 class MixedSamples:
     """parts: what to read, each with rows of one form. shares: positive, adding up to 1.
 
-    Parts with texts are padded to one length. UserError where a part has nothing to train on, or where records were made by different
-    encoders.
+    Parts with texts are padded to one length. UserError where a part has nothing to train on, or
+    where records were made by different encoders.
     """
 
     def __init__(self, parts: Sequence[Samples], shares: Sequence[float], names: Sequence[str]):
@@ -36,7 +37,10 @@ class MixedSamples:
             for part in parts:
                 part.length = self.length
         self.buckets = tuple(dict.fromkeys(bucket for part in parts for bucket in part.buckets))
-        self._bucket_in = [{self.buckets.index(bucket): i for i, bucket in enumerate(part.buckets)} for part in parts]
+        self._bucket_in = [
+            {self.buckets.index(bucket): i for i, bucket in enumerate(part.buckets)}
+            for part in parts
+        ]
         counts = [int((part.bucket_of >= 0).sum()) for part in parts]
         for name, count in zip(names, counts, strict=True):
             if not count:
@@ -49,22 +53,36 @@ class MixedSamples:
             for own, bucket in enumerate(part.buckets):
                 inside = np.flatnonzero(part.bucket_of == own)
                 starts, ends = _places(len(inside), rate)
-                slots.append((starts + at, ends + at, np.full(len(starts), number), np.full(len(starts), self.buckets.index(bucket))))
+                slots.append(
+                    (
+                        starts + at,
+                        ends + at,
+                        np.full(len(starts), number),
+                        np.full(len(starts), self.buckets.index(bucket)),
+                    )
+                )
                 members.append(inside)
                 at += len(inside)
         self._members = np.concatenate(members)
-        self._starts, self._ends, self._part = (np.concatenate([slot[i] for slot in slots]) for i in range(3))
+        self._starts, self._ends, self._part = (
+            np.concatenate([slot[i] for slot in slots]) for i in range(3)
+        )
         self.bucket_of = np.concatenate([slot[3] for slot in slots]).astype(np.int16)
 
     def __len__(self) -> int:
         return len(self.bucket_of)
 
-    def chosen(self, indices: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(number of the part, number of the sample in it, a draw in [0, 1) for what is chosen of that sample) of each place of the
-        plan. A place that shows one sample for certain hands its draw on as it is."""
+    def chosen(
+        self, indices: np.ndarray, draws: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(number of the part, number of the sample in it, a draw in [0, 1) for what is chosen of
+        that sample) of each place of the plan. A place that shows one sample for certain hands its
+        draw on as it is."""
         draws = np.asarray(draws, np.float64)
         starts, ends = self._starts[indices], self._ends[indices]
-        which = np.minimum(np.floor(starts + draws * (ends - starts)), np.ceil(ends) - 1).astype(np.int64)
+        which = np.minimum(np.floor(starts + draws * (ends - starts)), np.ceil(ends) - 1).astype(
+            np.int64
+        )
         certain = (ends - starts == 1) & (starts == which)
         return self._part[indices], self._members[which], np.where(certain, draws, _another(draws))
 
@@ -84,7 +102,8 @@ class MixedSamples:
 
 
 def _another(draws: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1): of each draw one that is as good as independent of it, in all its digits (the finaliser of SplitMix64)."""
+    """float64 in [0, 1): of each draw one that is as good as independent of it, in all its digits
+    (the finaliser of SplitMix64)."""
     bits = (draws * 2.0**53).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -92,7 +111,8 @@ def _another(draws: np.ndarray) -> np.ndarray:
 
 
 def _places(count: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """float64 (begin, end) of the stretch that each place of an epoch chooses from; sample i is [i, i + 1)."""
+    """float64 (begin, end) of the stretch that each place of an epoch chooses from; sample i is [i,
+    i + 1)."""
     certain, left = int(rate), round((rate - int(rate)) * count)
     alone = np.tile(np.arange(count, dtype=np.float64), certain)
     edges = np.arange(left + 1) * (count / max(left, 1))
@@ -105,11 +125,15 @@ def _refuse_unlike(parts: Sequence[Samples], names: Sequence[str]) -> None:
     for identity, name in zip(made[1:], names[1:], strict=True):
         first = made[0]
         if (first is None) != (identity is None):
-            raise UserError(f"{names[0]} and {name} cannot be mixed: only one of them says which encoders made it")
+            raise UserError(
+                f"{names[0]} and {name} cannot be mixed: only one of them says which encoders "
+                "made it"
+            )
         for field in sorted({*(first or {}), *(identity or {})} - set(_OF_THE_SET)):
             if field in first and field in identity and first[field] != identity[field]:
                 one, other = first[field][:12], identity[field][:12]
                 raise UserError(
-                    f"{names[0]} and {name} cannot be mixed: {field} is {one} in the one and {other} in the other; "
+                    f"{names[0]} and {name} cannot be mixed: {field} is {one} in the one and "
+                    f"{other} in the other; "
                     "encode both with the same model and cap"
                 )

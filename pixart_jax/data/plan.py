@@ -1,19 +1,22 @@
 """Which samples make up the batch of step k: a function of the seed and k alone.
 
-Each bucket is an endless stream: a permutation of its samples an epoch, one after the other. Batches are cut from the
-stream without a gap, so what an epoch leaves over opens the next one and no sample is ever dropped: after k steps two
-samples of a bucket have been served equally often, or one of them once more. Epoch e holds, of bucket i with nᵢ samples
-and batches of B,
+Each bucket is an endless stream: a permutation of its samples an epoch, one after the other.
+Batches are cut from the stream without a gap, so what an epoch leaves over opens the next one and
+no sample is ever dropped: after k steps two samples of a bucket have been served equally often, or
+one of them once more. Epoch e holds, of bucket i with nᵢ samples and batches of B,
 
     mᵢ(e) = ⌊(e+1)·nᵢ / B⌋ − ⌊e·nᵢ / B⌋        batches, Σᵢ mᵢ(e) steps,
 
-in an order drawn for that epoch. Everything before a step is a closed form: any step is found without its history.
+in an order drawn for that epoch. Everything before a step is a closed form: any step is found
+without its history.
 
-A batch holds one bucket and is always full, so at an epoch's end less than B samples a bucket, (e+1)·nᵢ mod B of them, have still to
-come. They are late, by a part of an epoch, and never lost: pass e of a bucket serves each of its samples once, in epoch e or first of
-all in the next. What an epoch's own steps leave over is under 1 % of 100,000 samples in 40 buckets where B is up to 32; a loader that
-dropped it instead would lose as much in every epoch, 7 % with B = 384. A bucket with fewer than B samples gives a batch every B / nᵢ
-epochs, which then holds each of them several times: its samples too are served as often as all others, and not more often.
+A batch holds one bucket and is always full, so at an epoch's end less than B samples a bucket,
+(e+1)·nᵢ mod B of them, have still to come. They are late, by a part of an epoch, and never lost:
+pass e of a bucket serves each of its samples once, in epoch e or first of all in the next. What an
+epoch's own steps leave over is under 1 % of 100,000 samples in 40 buckets where B is up to 32; a
+loader that dropped it instead would lose as much in every epoch, 7 % with B = 384. A bucket with
+fewer than B samples gives a batch every B / nᵢ epochs, which then holds each of them several times:
+its samples too are served as often as all others, and not more often.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ _ORDER, _SAMPLES, _DRAWS = range(3)  # what a random stream is for
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One global batch. bucket: its number; indices: int64 [b] samples; epochs: int64 [b], the pass each sample belongs to;
-    draws: float64 [b] in [0, 1), one for each row, for whatever is chosen at random when it is read."""
+    """One global batch. bucket: its number; indices: int64 [b] samples; epochs: int64 [b], the pass
+    each sample belongs to;
+    draws: float64 [b] in [0, 1), one for each row, for whatever is chosen at random when it is
+    read."""
 
     step: int
     bucket: int
@@ -41,7 +46,8 @@ class Batch:
 
 
 class Plan:
-    """bucket_of: int [n], the bucket of each sample, −1 to leave it out. batch_size: of the global batch."""
+    """bucket_of: int [n], the bucket of each sample, −1 to leave it out. batch_size: of the global
+    batch."""
 
     def __init__(self, bucket_of: np.ndarray, batch_size: int, seed: int):
         bucket_of = np.asarray(bucket_of)
@@ -51,7 +57,8 @@ class Plan:
             raise UserError("no sample to train on")
         self.batch_size, self.seed = batch_size, seed
         self._members = _members(bucket_of)
-        self._counts = np.array([len(m) for m in self._members], object)  # Python integers: no overflow in e·n
+        # Python integers: no overflow in e·n
+        self._counts = np.array([len(m) for m in self._members], object)
         self._passes = functools.lru_cache(maxsize=2 * len(self._members) + 2)(self._pass)
         self._orders = functools.lru_cache(maxsize=4)(self._order)
 
@@ -85,7 +92,9 @@ class Plan:
         while sum(map(len, indices)) < self.batch_size:
             at = start + sum(map(len, indices))
             number, offset = at // count, at % count
-            taken = self._passes(bucket, number)[offset : offset + self.batch_size - sum(map(len, indices))]
+            taken = self._passes(bucket, number)[
+                offset : offset + self.batch_size - sum(map(len, indices))
+            ]
             indices.append(members[taken].astype(np.int64))
             epochs.append(np.full(len(taken), number))
         draws = self._random(_DRAWS, step).random(self.batch_size)
@@ -95,12 +104,16 @@ class Plan:
         return np.random.default_rng([self.seed, purpose, *place])
 
     def _order(self, epoch: int) -> np.ndarray:
-        """int64 [steps, 2]: (bucket, number of the batch in its bucket's stream) of the epoch's steps."""
+        """int64 [steps, 2]: (bucket, number of the batch in its bucket's stream) of the epoch's
+        steps."""
         batches = []
         for bucket, count in enumerate(self._counts):
-            ordinals = np.arange(epoch * count // self.batch_size, (epoch + 1) * count // self.batch_size)
+            ordinals = np.arange(
+                epoch * count // self.batch_size, (epoch + 1) * count // self.batch_size
+            )
             batches.append(np.stack([np.full_like(ordinals, bucket), ordinals], -1))
-        # A batch stays behind the ones before it in its bucket's stream: an epoch's own samples come after its inheritance.
+        # A batch stays behind the ones before it in its bucket's stream: an epoch's own samples
+        # come after its inheritance.
         order = np.concatenate(batches)
         slots = self._random(_ORDER, epoch).permutation(len(order))
         buckets = order[slots, 0]
@@ -112,26 +125,31 @@ class Plan:
     def _pass(self, bucket: int, number: int) -> np.ndarray:
         """A permutation of the bucket's samples for one pass.
 
-        The batch that straddles two passes must not show a sample twice: whatever of the pass before lies in that batch is
-        moved behind the batch's part of this pass (where the bucket is large enough for both ends of a pass to be apart).
+        The batch that straddles two passes must not show a sample twice: whatever of the pass
+        before lies in that batch is moved behind the batch's part of this pass (where the bucket is
+        large enough for both ends of a pass to be apart).
         """
         count = int(self._counts[bucket])
         order = self._random(_SAMPLES, bucket, number).permutation(count)
-        tail = number * count % self.batch_size  # samples of the pass before in the straddling batch
+        # samples of the pass before in the straddling batch
+        tail = number * count % self.batch_size
         if number == 0 or tail == 0 or count < 2 * self.batch_size:
             return order
         head = self.batch_size - tail
-        before = self._random(_SAMPLES, bucket, number - 1).permutation(count)[count - tail :]  # the far end is never moved
+        # the far end is never moved
+        before = self._random(_SAMPLES, bucket, number - 1).permutation(count)[count - tail :]
         repeated = np.flatnonzero(np.isin(order[:head], before))
         end = count - (number + 1) * count % self.batch_size
-        near = order[head : min(end, head + 3 * self.batch_size)]  # holds more free places than a batch can need
+        # holds more free places than a batch can need
+        near = order[head : min(end, head + 3 * self.batch_size)]
         free = head + np.flatnonzero(~np.isin(near, before))[: len(repeated)]
         order[repeated], order[free] = order[free], order[repeated]
         return order
 
 
 def _members(bucket_of: np.ndarray) -> list[np.ndarray]:
-    """The samples of each bucket, ascending: int32 where they have room in it, so that ten million take 40 MB."""
+    """The samples of each bucket, ascending: int32 where they have room in it, so that ten million
+    take 40 MB."""
     small = len(bucket_of) < 2**31
     order = np.argsort(bucket_of, kind="stable")  # of small integers: one pass, not a pass a bucket
     order = order.astype(np.int32) if small else order

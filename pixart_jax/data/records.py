@@ -1,12 +1,14 @@
-"""Encoded samples on disk: ArrayRecord shards of safetensors records, and the manifest that vouches for them.
+"""Encoded samples on disk: ArrayRecord shards of safetensors records, and the manifest that vouches
+for them.
 
     folder/manifest.json            who encoded what, every shard's bucket, count, size and checksum
     folder/00000-64x64.array_record one bucket a shard, so a record's bucket is its shard's
 
-A record is the bytes of a safetensors file: named arrays (bfloat16 included) and text metadata. The manifest is written
-last and at once; a folder without one is unfinished work. Readers refuse shards that another encoder made, that are missing
-or cut short (by size, when opened) and damaged records (by Riegeli's chunk hash, when read), each by name; :func:`check`
-compares whole files with their checksums.
+A record is the bytes of a safetensors file: named arrays (bfloat16 included) and text metadata. The
+manifest is written last and at once; a folder without one is unfinished work. Readers refuse shards
+that another encoder made, that are missing or cut short (by size, when opened) and damaged records
+(by Riegeli's chunk hash, when read), each by name; :func:`check` compares whole files with their
+checksums.
 """
 
 from __future__ import annotations
@@ -30,25 +32,41 @@ from pixart_jax.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_OPEN = 256  # shards open at a time: a set of millions of pictures has more than a process may open, and to open one costs 0.2 ms
+# shards open at a time: a set of millions of pictures has more than a process may open, and to open
+# one costs 0.2 ms
+_OPEN = 256
 _CODES = {
-    "BOOL": np.dtype(bool), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I16": np.dtype("<i2"), "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"),
-}  # fmt: skip
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
 _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 
-# ---- one record ----------------------------------------------------------------------------------------------------
+# ---- one record
+# ---------------------------------------------------------------------------------------------
 
 
 def pack(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Named arrays and texts as the bytes of a safetensors file; the same input gives the same bytes."""
+    """Named arrays and texts as the bytes of a safetensors file; the same input gives the same
+    bytes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     chunks, end = [], 0
     # Wide types first, as safetensors does, so that every array lies aligned.
     for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         array = np.asarray(array, order="C")
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [end, end + array.nbytes],
+        }
         chunks.append(array.tobytes())
         end += array.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -56,8 +74,11 @@ def pack(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes
     return b"".join((struct.pack("<Q", len(text)), text, *chunks))
 
 
-def unpack(record: bytes, names: Iterable[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays, metadata) of a record; the arrays are read-only views into it. names: only these arrays, all by default."""
+def unpack(
+    record: bytes, names: Iterable[str] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays, metadata) of a record; the arrays are read-only views into it. names: only these
+    arrays, all by default."""
     (length,) = struct.unpack_from("<Q", record)
     header = json.loads(record[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
@@ -66,18 +87,22 @@ def unpack(record: bytes, names: Iterable[str] | None = None) -> tuple[dict[str,
         entry = header[name]
         begin, end = entry["data_offsets"]
         dtype = _CODES[entry["dtype"]]
-        arrays[name] = np.frombuffer(record, dtype, (end - begin) // dtype.itemsize, 8 + length + begin).reshape(entry["shape"])
+        arrays[name] = np.frombuffer(
+            record, dtype, (end - begin) // dtype.itemsize, 8 + length + begin
+        ).reshape(entry["shape"])
     return arrays, metadata
 
 
-# ---- one shard -----------------------------------------------------------------------------------------------------
+# ---- one shard
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What the manifest says of a shard. bucket: (height, width) in px; longest: tokens of its longest text by caption kind;
-    skipped: (key, reason) of the samples that could not be encoded; lacking: caption kind → places of the records that have no text of
-    it, where their pictures have some but not all kinds."""
+    """What the manifest says of a shard. bucket: (height, width) in px; longest: tokens of its
+    longest text by caption kind;
+    skipped: (key, reason) of the samples that could not be encoded; lacking: caption kind → places
+    of the records that have no text of it, where their pictures have some but not all kinds."""
 
     file: str
     bucket: tuple[int, int]
@@ -91,7 +116,14 @@ class Shard:
     @classmethod
     def from_json(cls, fields: Mapping) -> Shard:
         lacking = {kind: tuple(places) for kind, places in fields.get("lacking", {}).items()}
-        return cls(**{**fields, "bucket": tuple(fields["bucket"]), "skipped": tuple(map(tuple, fields["skipped"])), "lacking": lacking})
+        return cls(
+            **{
+                **fields,
+                "bucket": tuple(fields["bucket"]),
+                "skipped": tuple(map(tuple, fields["skipped"])),
+                "lacking": lacking,
+            }
+        )
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -101,10 +133,12 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
-    """Write records to an ArrayRecord file that appears under its name only when complete and on disk; returns their count."""
+    """Write records to an ArrayRecord file that appears under its name only when complete and on
+    disk; returns their count."""
     from array_record.python import array_record_module
 
-    partial = path.with_name(f".{path.name}.partial")  # what a killed run left under this name is overwritten
+    # what a killed run left under this name is overwritten
+    partial = path.with_name(f".{path.name}.partial")
     count = 0
     # One record a group is what random access wants; the arrays are noise to a compressor.
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
@@ -129,7 +163,8 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Write a file that appears under its name only when complete and on disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # several processes may say the same
+    # several processes may say the same
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     partial.write_text(text, encoding="utf-8")
     _publish(partial, path)
 
@@ -145,14 +180,17 @@ def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
         os.close(folder)
 
 
-# ---- the manifest --------------------------------------------------------------------------------------------------
+# ---- the manifest
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """identity: what the records were made with, name → text (encoders' hashes, source, buckets, caption kinds, token cap).
-    made_from: which files the encoders were opened from, encoder → {"files", "dtype"}, empty where nobody said; the same identity may
-    come of other files (a copy of another format), so this is no part of it."""
+    """identity: what the records were made with, name → text (encoders' hashes, source, buckets,
+    caption kinds, token cap).
+    made_from: which files the encoders were opened from, encoder → {"files", "dtype"}, empty where
+    nobody said; the same identity may come of other files (a copy of another format), so this is no
+    part of it."""
 
     identity: Mapping[str, str]
     shards: tuple[Shard, ...]
@@ -166,7 +204,9 @@ class Manifest:
     def longest(self) -> dict[str, int]:
         """Caption kind → tokens of its longest text."""
         kinds = {kind for shard in self.shards for kind in shard.longest}
-        return {kind: max(shard.longest.get(kind, 0) for shard in self.shards) for kind in sorted(kinds)}
+        return {
+            kind: max(shard.longest.get(kind, 0) for shard in self.shards) for kind in sorted(kinds)
+        }
 
     @property
     def by_bucket(self) -> dict[tuple[int, int], int]:
@@ -182,8 +222,13 @@ class Manifest:
 
     def write(self, folder: pathlib.Path) -> None:
         shards = [dataclasses.asdict(shard) for shard in self.shards]
-        said = {"identity": dict(self.identity), "made_from": {part: dict(how) for part, how in self.made_from.items()}}
-        write_json(folder / MANIFEST, {"format": FORMAT, **said, "samples": self.samples, "shards": shards})
+        said = {
+            "identity": dict(self.identity),
+            "made_from": {part: dict(how) for part, how in self.made_from.items()},
+        }
+        write_json(
+            folder / MANIFEST, {"format": FORMAT, **said, "samples": self.samples, "shards": shards}
+        )
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest:
@@ -192,26 +237,43 @@ class Manifest:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{folder} holds no {MANIFEST}: not a folder of encoded shards, or encoding has not finished") from None
+            raise UserError(
+                f"{folder} holds no {MANIFEST}: not a folder of encoded shards, or encoding has "
+                "not finished"
+            ) from None
         except (OSError, ValueError) as fault:
             raise UserError(f"{path} cannot be read: {fault}") from None
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise UserError(f"{path} has a format this version does not read: encode the set again")
         try:
-            return cls(fields["identity"], tuple(Shard.from_json(shard) for shard in fields["shards"]), fields.get("made_from", {}))
+            return cls(
+                fields["identity"],
+                tuple(Shard.from_json(shard) for shard in fields["shards"]),
+                fields.get("made_from", {}),
+            )
         except (KeyError, TypeError) as fault:
             raise UserError(f"{path} is damaged: {fault!r}") from None
 
 
-def refuse_other(folder: str | os.PathLike, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Raise UserError that names what differs, where shards were not made with what is expected of them."""
+def refuse_other(
+    folder: str | os.PathLike, found: Mapping[str, str], expected: Mapping[str, str]
+) -> None:
+    """Raise UserError that names what differs, where shards were not made with what is expected of
+    them."""
 
     def brief(value):
         return "nothing" if value is None else value if len(value) <= 60 else f"{value[:12]}…"
 
-    wrong = [f"{name} is {brief(found.get(name))}, expected {brief(value)}" for name, value in expected.items() if found.get(name) != value]
+    wrong = [
+        f"{name} is {brief(found.get(name))}, expected {brief(value)}"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
     if wrong:
-        raise UserError(f"{folder} was encoded with something else: {'; '.join(wrong)}. Give another folder, or encode again")
+        raise UserError(
+            f"{folder} was encoded with something else: {'; '.join(wrong)}. Give another folder, "
+            "or encode again"
+        )
 
 
 def missing_or_short(folder: pathlib.Path, shard: Shard) -> str | None:
@@ -221,11 +283,16 @@ def missing_or_short(folder: pathlib.Path, shard: Shard) -> str | None:
         size = path.stat().st_size
     except FileNotFoundError:
         return f"{path} is missing"
-    return None if size == shard.bytes else f"{path} is damaged: {size} bytes, written with {shard.bytes}"
+    return (
+        None
+        if size == shard.bytes
+        else f"{path} is damaged: {size} bytes, written with {shard.bytes}"
+    )
 
 
 def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
-    """Each shard with what is wrong with it (None: nothing), every byte compared with the manifest's checksum."""
+    """Each shard with what is wrong with it (None: nothing), every byte compared with the
+    manifest's checksum."""
     folder = pathlib.Path(folder)
     for shard in Manifest.read(folder).shards:
         trouble = missing_or_short(folder, shard)
@@ -235,7 +302,8 @@ def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
 
 
 class Records:
-    """Random access to the records of a folder, numbered through its shards; threads may read at once.
+    """Random access to the records of a folder, numbered through its shards; threads may read at
+    once.
 
     expected: entries of the identity that the shards must have been made with.
     """
@@ -246,9 +314,13 @@ class Records:
         refuse_other(self.folder, self.manifest.identity, expected or {})
         for shard in self.manifest.shards:
             if trouble := missing_or_short(self.folder, shard):
-                raise UserError(f"{trouble}; delete the file and encode again: only what is missing is made anew")
+                raise UserError(
+                    f"{trouble}; delete the file and encode again: only what is missing is made "
+                    "anew"
+                )
         self._starts = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
-        self._readers: collections.OrderedDict[int, object] = collections.OrderedDict()  # those open, the latest used last
+        # those open, the latest used last
+        self._readers: collections.OrderedDict[int, object] = collections.OrderedDict()
         self._opening = threading.Lock()
         keep_freed_memory()
 
@@ -261,13 +333,16 @@ class Records:
         return shard, int(index - self._starts[shard])
 
     def bytes(self, index: int) -> bytes:
-        """The bytes of a record; UserError names the shard and the record where they are damaged."""
+        """The bytes of a record; UserError names the shard and the record where they are
+        damaged."""
         shard, place = self.shard_of(index)
         try:
             return self._reader(shard).read([place])[0]
         except (RuntimeError, IndexError, ValueError) as fault:
             path = self.folder / self.manifest.shards[shard].file
-            raise UserError(f"{path}, record {place}, is damaged: {' '.join(str(fault).split())[:160]}") from None
+            raise UserError(
+                f"{path}, record {place}, is damaged: {' '.join(str(fault).split())[:160]}"
+            ) from None
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return unpack(self.bytes(range(len(self))[index]))
@@ -279,7 +354,9 @@ class Records:
                 from array_record.python import array_record_module
 
                 path = str(self.folder / self.manifest.shards[shard].file)
-                reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
+                reader = array_record_module.ArrayRecordReader(
+                    path, "readahead_buffer_size:0,max_parallelism:0"
+                )
             self._readers[shard] = reader
             if len(self._readers) > _OPEN:  # a thread that still reads from it keeps it
                 self._readers.popitem(last=False)

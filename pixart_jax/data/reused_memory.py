@@ -1,8 +1,10 @@
 """Arrays whose memory is used again once nobody holds them.
 
-A batch of text states is a quarter of a gigabyte. Fresh memory of that size is given back to the system with each batch and cleared by
-it, page by page, for the next one, which costs as much as reading the records. Here it goes back to a pool instead, and not before the
-last array, view or device buffer that looks at it is gone: the array's memory belongs to a lease, and whoever looks at it keeps the lease.
+A batch of text states is a quarter of a gigabyte. Fresh memory of that size is given back to the
+system with each batch and cleared by it, page by page, for the next one, which costs as much as
+reading the records. Here it goes back to a pool instead, and not before the last array, view or
+device buffer that looks at it is gone: the array's memory belongs to a lease, and whoever looks at
+it keeps the lease.
 """
 
 from __future__ import annotations
@@ -16,18 +18,21 @@ import numpy as np
 
 
 class _Lease:
-    """Holds the memory of one array; lets the pool have it back when the array and all views of it are gone."""
+    """Holds the memory of one array; lets the pool have it back when the array and all views of it
+    are gone."""
 
     def __init__(self, back: collections.deque, memory: np.ndarray):
         self._back, self._memory = back, memory
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self):
-        self._back.append(self._memory)  # atomic: a lease may end at any moment, in any thread, whatever lock that holds
+        # atomic: a lease may end at any moment, in any thread, whatever lock that holds
+        self._back.append(self._memory)
 
 
 class ReusedMemory:
-    """A pool; threads may take from it at once. most: so many blocks of memory lie free at the most; the oldest go first."""
+    """A pool; threads may take from it at once. most: so many blocks of memory lie free at the
+    most; the oldest go first."""
 
     def __init__(self, most: int = 4):
         self._most = most
@@ -48,9 +53,11 @@ class ReusedMemory:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep blocks of up to a few megabytes when they are freed, for the next one of their size.
+    """Let the C library keep blocks of up to a few megabytes when they are freed, for the next one
+    of their size.
 
-    glibc gives a block beyond a threshold back to the system, which clears every page of the next one: a third of the work of reading
-    a record of a megabyte. The threshold rises to the largest block ever freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
+    glibc gives a block beyond a threshold back to the system, which clears every page of the next
+    one: a third of the work of reading a record of a megabyte. The threshold rises to the largest
+    block ever freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
     """
     np.empty(31 << 20, np.uint8)  # and freed at once, never touched

@@ -1,7 +1,9 @@
-"""What a training batch is made of: pictures, token ids, encoded records, features. Each kind knows its buckets and reads rows.
+"""What a training batch is made of: pictures, token ids, encoded records, features. Each kind knows
+its buckets and reads rows.
 
-All have the same face, which the loader relies on: ``bucket_of`` (int [n]: number of each sample's bucket, −1 where it
-cannot be used), ``buckets`` ((height, width) by number) and ``read(indices, bucket, draws) → {name: numpy array}``.
+All have the same face, which the loader relies on: ``bucket_of`` (int [n]: number of each sample's
+bucket, −1 where it cannot be used), ``buckets`` ((height, width) by number) and ``read(indices,
+bucket, draws) → {name: numpy array}``.
 """
 
 from __future__ import annotations
@@ -31,34 +33,46 @@ class Samples(Protocol):
     buckets: tuple[tuple[int, int], ...]
     bucket_of: np.ndarray
 
-    def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]: ...
+    def read(
+        self, indices: np.ndarray, bucket: int, draws: np.ndarray
+    ) -> dict[str, np.ndarray]: ...
 
 
 def assign_all(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """int16 [n]: the number in ``buckets`` of each (height, width) of ``sizes`` [n, 2]; −1 for (0, 0), an unreadable image."""
+    """int16 [n]: the number in ``buckets`` of each (height, width) of ``sizes`` [n, 2]; −1 for (0,
+    0), an unreadable image."""
     buckets = [tuple(b) for b in buckets]
     kinds, which = np.unique(sizes, axis=0, return_inverse=True)
-    numbers = [buckets.index(bucket_tables.assign(int(h), int(w), buckets)) if h > 0 and w > 0 else -1 for h, w in kinds]
+    numbers = [
+        buckets.index(bucket_tables.assign(int(h), int(w), buckets)) if h > 0 and w > 0 else -1
+        for h, w in kinds
+    ]
     return np.array(numbers, np.int16)[which.reshape(-1)]
 
 
 class CaptionMix:
-    """Caption kinds with weights: one draw in [0, 1) chooses the kind, and within the kind one of its texts.
+    """Caption kinds with weights: one draw in [0, 1) chooses the kind, and within the kind one of
+    its texts.
 
-    Where a sample lacks the kind that was chosen it takes one of its others, in proportion to their weights: so in a mix of long 3 :
-    short 1 whoever has no long text shows the short one always. A sample that has none of the mix is no sample of it.
+    Where a sample lacks the kind that was chosen it takes one of its others, in proportion to their
+    weights: so in a mix of long 3 : short 1 whoever has no long text shows the short one always. A
+    sample that has none of the mix is no sample of it.
     """
 
     def __init__(self, mix: Sequence[tuple[str, float]], known: Sequence[str], source: str):
         self.kinds = tuple(kind for kind, weight in mix if weight > 0)
         for kind in self.kinds:
             if kind not in known:
-                raise UserError(f"{source} has no captions of kind {kind!r}{nearest(kind, known) if known else ' (it has none at all)'}")
+                raise UserError(
+                    f"{source} has no captions of kind "
+                    f"{kind!r}{nearest(kind, known) if known else ' (it has none at all)'}"
+                )
         self._weights = np.array([weight for _, weight in mix if weight > 0], float)
         self._edges = _edges(self._weights)
 
     def choose(self, draw: float, present: Container[str] | None = None) -> tuple[str, float]:
-        """(kind, the rest of the draw, again uniform in [0, 1)). present: kinds that the sample has, one of the mix at least; None: all."""
+        """(kind, the rest of the draw, again uniform in [0, 1)). present: kinds that the sample
+        has, one of the mix at least; None: all."""
         which, rest = _chosen(self._edges, draw)
         if present is None or self.kinds[which] in present:
             return self.kinds[which], rest
@@ -77,33 +91,43 @@ def _chosen(edges: np.ndarray, draw: float) -> tuple[int, float]:
 
 
 def fixed_length(longest: int, cap: int) -> int:
-    """Text length that a whole stage is padded to: the longest text, rounded up to 8, at most ``cap``."""
+    """Text length that a whole stage is padded to: the longest text, rounded up to 8, at most
+    ``cap``."""
     return min(-(-longest // 8) * 8, cap)
 
 
 class ImageSamples:
-    """Pictures straight from a source, for the autoencoder: {"images": float32 [b, h, w, 3] in [−1, 1], "key"}.
+    """Pictures straight from a source, for the autoencoder: {"images": float32 [b, h, w, 3] in [−1,
+    1], "key"}.
 
-    Every picture is decoded once when the set is opened: one that cannot be is named in the source's faults and left out, for no
-    picture may take its place in the middle of an epoch. Decoded pixels stay in memory where the whole set fits into ``cache_bytes``.
+    Every picture is decoded once when the set is opened: one that cannot be is named in the
+    source's faults and left out, for no picture may take its place in the middle of an epoch.
+    Decoded pixels stay in memory where the whole set fits into ``cache_bytes``.
     """
 
-    def __init__(self, source: Source, buckets: Sequence[tuple[int, int]], *, cache_bytes: int = 2**30):
+    def __init__(
+        self, source: Source, buckets: Sequence[tuple[int, int]], *, cache_bytes: int = 2**30
+    ):
         self.source, self.buckets = source, tuple(tuple(b) for b in buckets)
         self.bucket_of = assign_all(source.sizes(), self.buckets)
         self.faults = faults_of(source)
         rows = [int((self.bucket_of == i).sum()) for i in range(len(self.buckets))]
         self._cache: list[np.ndarray] | None = None
         if sum(n * h * w * 3 for n, (h, w) in zip(rows, self.buckets)) <= cache_bytes:
-            self._cache = [np.empty((n, h, w, 3), np.uint8) for n, (h, w) in zip(rows, self.buckets)]
-            self._row = np.zeros(len(self.bucket_of), np.int64)  # a sample's row in its bucket's array
+            self._cache = [
+                np.empty((n, h, w, 3), np.uint8) for n, (h, w) in zip(rows, self.buckets)
+            ]
+            # a sample's row in its bucket's array
+            self._row = np.zeros(len(self.bucket_of), np.int64)
             for i in range(len(self.buckets)):
                 self._row[self.bucket_of == i] = np.arange(rows[i])
-            self._keys: list[str | None] = [None] * len(self.bucket_of)  # set once the pixels are there
+            # set once the pixels are there
+            self._keys: list[str | None] = [None] * len(self.bucket_of)
         self._leave_out_unreadable()
 
     def _leave_out_unreadable(self) -> None:
-        """Decode everything once; of a large set what came of it is kept in the cache folder, and the next start need not."""
+        """Decode everything once; of a large set what came of it is kept in the cache folder, and
+        the next start need not."""
         count = len(self.bucket_of)
         seal = hashlib.sha256(repr((self.source.fingerprint, self.buckets)).encode()).hexdigest()
         file = cache_folder() / "unreadable" / f"{seal}.npy"
@@ -119,7 +143,13 @@ class ImageSamples:
 
         with (
             concurrent.futures.ThreadPoolExecutor(_DECODERS) as readers,
-            tqdm(total=len(doubtful), desc=f"reading {self.source.name}", unit=" images", delay=2, leave=False) as bar,
+            tqdm(
+                total=len(doubtful),
+                desc=f"reading {self.source.name}",
+                unit=" images",
+                delay=2,
+                leave=False,
+            ) as bar,
         ):
             bad = []
             for start in range(0, len(doubtful), 4096):  # a bounded number of tasks at once
@@ -145,17 +175,22 @@ class ImageSamples:
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one bucket."""
         rows = [self._pixels(int(i), bucket) for i in indices]
-        return {"images": images.to_model(np.stack([pixels for pixels, _ in rows])), "key": np.array([key for _, key in rows])}
+        return {
+            "images": images.to_model(np.stack([pixels for pixels, _ in rows])),
+            "key": np.array([key for _, key in rows]),
+        }
 
 
 class TokenSamples:
-    """Token ids of captions, for the text encoder: {"input_ids": int32 [b, l], "lengths": int32 [b], "key"}.
+    """Token ids of captions, for the text encoder: {"input_ids": int32 [b, l], "lengths": int32
+    [b], "key"}.
 
-    Every caption of the mix is tokenised once, when the set is opened; a sample that has none of it, or no target, is named in the
-    source's faults and left out. tokenizer: transformers' protocol; texts beyond
-    max_text_tokens are cut, their end token kept. clean: what is done to a text first (captions.clean), nothing by default.
-    target: a kind of caption whose first text each row brings along: {"target_ids": int32 [b, m], "target_lengths": int32 [b],
-    "itself": bool [b], whether the row's caption is that very text}.
+    Every caption of the mix is tokenised once, when the set is opened; a sample that has none of
+    it, or no target, is named in the source's faults and left out. tokenizer: transformers'
+    protocol; texts beyond max_text_tokens are cut, their end token kept. clean: what is done to a
+    text first (captions.clean), nothing by default.
+    target: a kind of caption whose first text each row brings along: {"target_ids": int32 [b, m],
+    "target_lengths": int32 [b], "itself": bool [b], whether the row's caption is that very text}.
     """
 
     buckets = ((0, 0),)  # text has no size: one bucket for all
@@ -172,7 +207,14 @@ class TokenSamples:
         self._mix = CaptionMix(captions, source.caption_kinds, source.name)
         self._target = target
         self.faults = faults_of(source)
-        read = dict.fromkeys(self._mix.kinds + (CaptionMix([(target, 1.0)], source.caption_kinds, source.name).kinds if target else ()))
+        read = dict.fromkeys(
+            self._mix.kinds
+            + (
+                CaptionMix([(target, 1.0)], source.caption_kinds, source.name).kinds
+                if target
+                else ()
+            )
+        )
         self._pad = tokenizer.pad_token_id or 0
         self._keys: list[str] = []
         texts: list[str] = []
@@ -208,12 +250,20 @@ class TokenSamples:
             first, end = self._places[index][kind]
             chosen.append(first + int(rest * (end - first)))
         ids, lengths = self._padded(chosen)
-        batch = {"input_ids": ids, "lengths": lengths, "key": np.array([self._keys[i] for i in indices])}
+        batch = {
+            "input_ids": ids,
+            "lengths": lengths,
+            "key": np.array([self._keys[i] for i in indices]),
+        }
         if self._target is None:
             return batch
         targets = [self._places[index][self._target][0] for index in indices]
         ids, lengths = self._padded(targets)
-        return batch | {"target_ids": ids, "target_lengths": lengths, "itself": np.array(chosen) == np.array(targets)}
+        return batch | {
+            "target_ids": ids,
+            "target_lengths": lengths,
+            "itself": np.array(chosen) == np.array(targets),
+        }
 
     def _padded(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [b, l], lengths [b]) of texts by their numbers."""
@@ -228,6 +278,11 @@ def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.n
     """int32 ids of each text, end token included, without padding, cut at max_text_tokens."""
     out: list[np.ndarray] = []
     for start in range(0, len(texts), 1024):
-        found = tokenizer(list(texts[start : start + 1024]), max_length=max_text_tokens, truncation=True, padding=False)
+        found = tokenizer(
+            list(texts[start : start + 1024]),
+            max_length=max_text_tokens,
+            truncation=True,
+            padding=False,
+        )
         out.extend(np.asarray(ids, np.int32) for ids in found["input_ids"])
     return out

@@ -1,19 +1,22 @@
 """The embedded world: captioned scenes of coloured shapes, with full ground truth.
 
-A fresh machine has no model hub and no photographs, yet every stage of the curriculum must run for real. This world draws
-one to three objects on a ground and says what it drew in a brief, a short and a dense caption, with a class label for
-single objects (stage 1). Five colour–shape pairs (:data:`WITHHELD`) never occur in training, so composition can be tested.
+A fresh machine has no model hub and no photographs, yet every stage of the curriculum must run for
+real. This world draws one to three objects on a ground and says what it drew in a brief, a short
+and a dense caption, with a class label for single objects (stage 1). Five colour–shape pairs
+(:data:`WITHHELD`) never occur in training, so composition can be tested.
 
 A :class:`Level` is the difficulty, and is named wherever a score stands:
 
-- ``plain``: 64 px, objects in slots with a little jitter, flat grounds, five shapes, one or two kinds of object;
+- ``plain``: 64 px, objects in slots with a little jitter, flat grounds, five shapes, one or two
+  kinds of object;
 - ``free``: the same objects anywhere, turned and of continuous size;
 - ``rich``: 128 px, eight shapes, three kinds of object, textures on objects and grounds;
 - ``lit``: plain's content, lit and shaded on graded grounds (the demo's stage 3);
 - ``aesthetic``: the same at several sizes and aspect ratios (stage 3);
 - ``gallery``: all of these together, for the autoencoder and the text encoder.
 
-Everything here is drawn with signed distances in numpy; a scene depends on (level, split, index) alone.
+Everything here is drawn with signed distances in numpy; a scene depends on (level, split, index)
+alone.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (130, 44, 180),
     "pink": (250, 120, 190),
 }
-GROUNDS: dict[str, tuple[int, int, int]] = {  # all of low saturation, so that no object can vanish in them
+# all of low saturation, so that no object can vanish in them
+GROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (232, 232, 228),
     "gray": (140, 140, 142),
     "black": (38, 38, 42),
@@ -47,9 +51,16 @@ PLURALS = {"cross": "crosses"}
 SIZES = {"small": 9.5, "large": 13.0}  # radius in px where the shorter side of the image is 64
 NUMBERS = ("zero", "one", "two", "three")
 TEXTURES = ("solid", "striped", "dotted")
-RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and their inverse
+# and their inverse
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUM_CLASSES = len(SHAPES) * len(COLOURS)
-WITHHELD = (("blue", "star"), ("green", "triangle"), ("yellow", "cross"), ("purple", "square"), ("orange", "circle"))
+WITHHELD = (
+    ("blue", "star"),
+    ("green", "triangle"),
+    ("yellow", "cross"),
+    ("purple", "square"),
+    ("orange", "circle"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +89,8 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is drawn. task: single, pair, count or three; relation holds between the first two objects of a pair."""
+    """What is drawn. task: single, pair, count or three; relation holds between the first two
+    objects of a pair."""
 
     height: int
     width: int
@@ -101,7 +113,8 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One difficulty. canvases: (height, width) in px and their weights; tasks: kinds of scene and their weights."""
+    """One difficulty. canvases: (height, width) in px and their weights; tasks: kinds of scene and
+    their weights."""
 
     name: str
     canvases: tuple[tuple[int, int, float], ...] = ((64, 64, 1.0),)
@@ -113,7 +126,8 @@ class Level:
     textures: tuple[str, ...] = ("solid",)
     ground_textures: tuple[str, ...] = ("solid",)
     style: str = "flat"
-    members: tuple[tuple[str, int, int, float], ...] = ()  # of a mixture: (level, height, width, weight)
+    # of a mixture: (level, height, width, weight)
+    members: tuple[tuple[str, int, int, float], ...] = ()
     train: int = 16_000
     test: int = 1_000
 
@@ -154,7 +168,8 @@ LEVELS = {
 }
 
 
-# ---- drawing -------------------------------------------------------------------------------------------------------
+# ---- drawing
+# ---------------------------------------------------------------------------------------------
 
 
 def _polygon(p: np.ndarray, vertices: np.ndarray) -> np.ndarray:
@@ -195,7 +210,8 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def distance(shape: str, p: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance in px of points p [h, w, 2] (x, y from the object's centre) to the shape's border."""
+    """Signed distance in px of points p [h, w, 2] (x, y from the object's centre) to the shape's
+    border."""
     if shape == "circle":
         return np.sqrt((p**2).sum(-1)) - radius
     if shape == "ring":
@@ -203,7 +219,9 @@ def distance(shape: str, p: np.ndarray, radius: float) -> np.ndarray:
     if shape == "square":
         return _box(p, 0.86 * radius, 0.86 * radius)
     if shape == "cross":
-        return np.minimum(_box(p, 0.34 * radius, 1.02 * radius), _box(p, 1.02 * radius, 0.34 * radius))
+        return np.minimum(
+            _box(p, 0.34 * radius, 1.02 * radius), _box(p, 1.02 * radius, 0.34 * radius)
+        )
     return _polygon(p, radius * _outline(shape))
 
 
@@ -267,11 +285,13 @@ def render(scene: Scene) -> np.ndarray:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-# ---- what is in a scene --------------------------------------------------------------------------------------------
+# ---- what is in a scene
+# ---------------------------------------------------------------------------------------------
 
 
 def _pair_allowed(colour: str, shape: str, withheld: str) -> bool:
-    """withheld: 'never' draws none of the withheld pairs, 'only' draws nothing else, 'any' draws all."""
+    """withheld: 'never' draws none of the withheld pairs, 'only' draws nothing else, 'any' draws
+    all."""
     return withheld == "any" or ((colour, shape) in WITHHELD) == (withheld == "only")
 
 
@@ -282,12 +302,18 @@ def _kind(rng: np.random.Generator, level: Level, withheld: str) -> tuple[str, s
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
         if _pair_allowed(colour, shape, withheld):
             break
-    return shape, colour, list(SIZES)[rng.integers(2)], level.textures[rng.integers(len(level.textures))]
+    return (
+        shape,
+        colour,
+        list(SIZES)[rng.integers(2)],
+        level.textures[rng.integers(len(level.textures))],
+    )
 
 
 def _slots(count: int, relation: str | None) -> list[tuple[float, float]]:
-    """Centres as shares of (width, height), in the order of the objects; without a relation as the pips of a die stand, one
-    way for each number (three in a triangle: in a row they would touch)."""
+    """Centres as shares of (width, height), in the order of the objects; without a relation as the
+    pips of a die stand, one way for each number (three in a triangle: in a row they would
+    touch)."""
     if count == 1:
         return [(0.5, 0.5)]
     if relation in ("left of", "right of"):
@@ -302,13 +328,17 @@ def _slots(count: int, relation: str | None) -> list[tuple[float, float]]:
 
 
 def _place_free(rng, radii, height, width, relation) -> list[tuple[float, float]] | None:
-    """Centres in px, apart from each other and inside the border, that obey the relation; None where no place is left."""
+    """Centres in px, apart from each other and inside the border, that obey the relation; None
+    where no place is left."""
     places: list[tuple[float, float]] = []
     for radius in radii:
         for _ in range(40):
             margin = 1.28 * radius + 1
             x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
-            if all(math.hypot(x - a, y - b) > 1.28 * (radius + r) + 2 for (a, b), r in zip(places, radii)):
+            if all(
+                math.hypot(x - a, y - b) > 1.28 * (radius + r) + 2
+                for (a, b), r in zip(places, radii)
+            ):
                 places.append((x, y))
                 break
         else:
@@ -331,14 +361,22 @@ def draw_scene(
     withheld: str = "never",
     canvas: tuple[int, int] | None = None,
 ) -> Scene:
-    """A scene of the level. task: one of the level's, or any by its weight; withheld: 'never', 'only' (each object) or 'any'."""
+    """A scene of the level. task: one of the level's, or any by its weight; withheld: 'never',
+    'only' (each object) or 'any'."""
     level = LEVELS[level] if isinstance(level, str) else level
     if level.members:
-        member, *size, _ = level.members[rng.choice(len(level.members), p=np.array([m[3] for m in level.members]))]
+        member, *size, _ = level.members[
+            rng.choice(len(level.members), p=np.array([m[3] for m in level.members]))
+        ]
         return draw_scene(rng, member, task=task, withheld=withheld, canvas=canvas or tuple(size))
     names, weights = zip(*level.tasks)
     task = task or names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
-    height, width = canvas or level.canvases[rng.choice(len(level.canvases), p=np.array([c[2] for c in level.canvases]))][:2]
+    height, width = (
+        canvas
+        or level.canvases[
+            rng.choice(len(level.canvases), p=np.array([c[2] for c in level.canvases]))
+        ][:2]
+    )
     unit = min(height, width) / 64 * (0.8 if task == "three" or level.name == "rich" else 1.0)
     while True:  # until the objects find places
         relation = None
@@ -348,21 +386,35 @@ def draw_scene(
             kinds = [_kind(rng, level, withheld)] * int(rng.integers(1, 4))
         else:
             kinds, wanted = [], 2 if task == "pair" else 3
-            while len(kinds) < wanted:  # objects of one scene differ in colour and in shape, so that words can tell them apart
+            # objects of one scene differ in colour and in shape, so that words can tell them apart
+            while len(kinds) < wanted:
                 kind = _kind(rng, level, withheld)
                 if all(kind[0] != k[0] and kind[1] != k[1] for k in kinds):
                     kinds.append(kind)
             relation = list(RELATIONS)[rng.integers(4)]
         radii = [SIZES[k[2]] * unit * (1 + rng.uniform(-1, 1) * level.size_jitter) for k in kinds]
         if level.placement == "slots":
-            jitter = rng.uniform(-1, 1, (len(kinds), 2)) * unit  # at most: the tips of two large stars stay apart
-            places = [(x * width + jx, y * height + jy) for (x, y), (jx, jy) in zip(_slots(len(kinds), relation), jitter)]
+            # at most: the tips of two large stars stay apart
+            jitter = rng.uniform(-1, 1, (len(kinds), 2)) * unit
+            places = [
+                (x * width + jx, y * height + jy)
+                for (x, y), (jx, jy) in zip(_slots(len(kinds), relation), jitter)
+            ]
         else:
             places = _place_free(rng, radii, height, width, relation)
         if places:
             break
     objects = tuple(
-        Object(shape, colour, size, round(x, 3), round(y, 3), round(r, 3), round(rng.uniform(-1, 1) * level.max_turn, 4), texture)
+        Object(
+            shape,
+            colour,
+            size,
+            round(x, 3),
+            round(y, 3),
+            round(r, 3),
+            round(rng.uniform(-1, 1) * level.max_turn, 4),
+            texture,
+        )
         for (shape, colour, size, texture), (x, y), r in zip(kinds, places, radii)
     )
     return Scene(
@@ -393,7 +445,8 @@ def label(scene: Scene) -> int:
     return SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)
 
 
-# ---- what is said of it --------------------------------------------------------------------------------------------
+# ---- what is said of it
+# ---------------------------------------------------------------------------------------------
 
 
 def _where(obj: Object, scene: Scene) -> str:
@@ -405,23 +458,41 @@ def _where(obj: Object, scene: Scene) -> str:
 
 
 def captions(scene: Scene) -> dict[str, str]:
-    """{"brief", "short", "dense"}: the subject in few words (no sizes, of every other scene no articles), the subject, and each
-    object with all that is true of it."""
+    """{"brief", "short", "dense"}: the subject in few words (no sizes, of every other scene no
+    articles), the subject, and each object with all that is true of it."""
     first = scene.objects[0]
-    ground = f"on a {scene.ground} ground" if scene.ground_texture == "solid" else f"on a {scene.ground_texture} {scene.ground} ground"
+    ground = (
+        f"on a {scene.ground} ground"
+        if scene.ground_texture == "solid"
+        else f"on a {scene.ground_texture} {scene.ground} ground"
+    )
     if scene.task == "count" and len(scene.objects) > 1:
         plural = PLURALS.get(first.shape, first.shape + "s")
         number = NUMBERS[len(scene.objects)]
-        brief, short = (f"{number} {name.removesuffix(first.shape)}{plural}" for name in (first.brief_name, first.name))
+        brief, short = (
+            f"{number} {name.removesuffix(first.shape)}{plural}"
+            for name in (first.brief_name, first.name)
+        )
         places = ", ".join(_where(o, scene) for o in scene.objects)
         details = f"the {plural} are {first.colour} and {first.size}, {places}"
     else:
         number = "one " if scene.task == "count" else ""
         brief, short = (
-            _subject([number + name if number else _with_article(name, scene.seed % 2 and brief) for name in names], scene.relation)
-            for brief, names in ((True, [o.brief_name for o in scene.objects]), (False, [o.name for o in scene.objects]))
+            _subject(
+                [
+                    number + name if number else _with_article(name, scene.seed % 2 and brief)
+                    for name in names
+                ],
+                scene.relation,
+            )
+            for brief, names in (
+                (True, [o.brief_name for o in scene.objects]),
+                (False, [o.name for o in scene.objects]),
+            )
         )
-        details = ". ".join(f"the {o.shape} is {o.colour} and {o.size}, {_where(o, scene)}" for o in scene.objects)
+        details = ". ".join(
+            f"the {o.shape} is {o.colour} and {o.size}, {_where(o, scene)}" for o in scene.objects
+        )
     return {"brief": brief, "short": short, "dense": f"{short} {ground}. {details}."}
 
 
@@ -431,4 +502,8 @@ def _with_article(name: str, bare: bool) -> str:
 
 def _subject(names: list[str], relation: str | None) -> str:
     """'a …', 'a … left of a …' and, of three objects, ', and a …'."""
-    return names[0] + "".join(f" {relation} {name}" for name in names[1:2]) + "".join(f", and {name}" for name in names[2:])
+    return (
+        names[0]
+        + "".join(f" {relation} {name}" for name in names[1:2])
+        + "".join(f", and {name}" for name in names[2:])
+    )

@@ -1,6 +1,8 @@
-"""The embedded world (data/shapes.py) as a tensorflow-datasets builder: ``tfds.data_source("shapes/plain")``.
+"""The embedded world (data/shapes.py) as a tensorflow-datasets builder:
+``tfds.data_source("shapes/plain")``.
 
-The path it takes is the path that any tfds set takes; TensorFlow is not needed, since images are stored as PNG bytes.
+The path it takes is the path that any tfds set takes; TensorFlow is not needed, since images are
+stored as PNG bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +21,17 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
     def __init__(self, level: shapes.Level, **kwargs):
         sizes = ", ".join(f"{h}×{w}" for h, w, _ in level.canvases)
-        super().__init__(name=level.name, description=f"Captioned shapes, level {level.name}: {sizes} px.", **kwargs)
+        super().__init__(
+            name=level.name,
+            description=f"Captioned shapes, level {level.name}: {sizes} px.",
+            **kwargs,
+        )
         self.level = level
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Features: image (PNG bytes), brief, short and dense (captions), label (stage-1 class, −1 for several kinds), count, height,
-    width, task, scene (the ground truth as JSON), key."""
+    """Features: image (PNG bytes), brief, short and dense (captions), label (stage-1 class, −1 for
+    several kinds), count, height, width, task, scene (the ground truth as JSON), key."""
 
     VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [ShapesConfig(level) for level in shapes.LEVELS.values()]
@@ -48,12 +54,18 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             }
         )
         return tfds.core.DatasetInfo(
-            builder=self, features=features, description="Captioned scenes of coloured shapes.", disable_shuffling=True
+            builder=self,
+            features=features,
+            description="Captioned scenes of coloured shapes.",
+            disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager):
         level = self.builder_config.level
-        return {"train": self._generate_examples("train", level.train), "test": self._generate_examples("test", level.test)}
+        return {
+            "train": self._generate_examples("train", level.train),
+            "test": self._generate_examples("test", level.test),
+        }
 
     def _generate_examples(self, split: str, count: int):
         level = self.builder_config.level

@@ -1,4 +1,5 @@
-"""The diffusion process around a denoiser function: schedule, objective, guidance, solvers and the sampling scan. Knows no model."""
+"""The diffusion process around a denoiser function: schedule, objective, guidance, solvers and the
+sampling scan. Knows no model."""
 
 from pixart_jax.diffusion import guidance, schedule, solvers
 from pixart_jax.diffusion.gaussian import add_noise, to_epsilon, to_x0, velocity

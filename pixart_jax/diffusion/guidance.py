@@ -1,4 +1,5 @@
-"""Classifier-free guidance (arXiv 2207.12598): a function from denoiser to denoiser, so no solver knows of it."""
+"""Classifier-free guidance (arXiv 2207.12598): a function from denoiser to denoiser, so no solver
+knows of it."""
 
 from __future__ import annotations
 
@@ -14,28 +15,38 @@ from pixart_jax.errors import UserError
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def guided(both: Denoiser, scale: float | jax.Array, *, conditional: Denoiser | None = None) -> Denoiser:
+def guided(
+    both: Denoiser, scale: float | jax.Array, *, conditional: Denoiser | None = None
+) -> Denoiser:
     """uncond + scale · (cond − uncond), on every channel of the prediction.
 
-    both: (x [2b, …], t [2b]) → [2b, …, c or 2c]; the first b rows are to be unconditional (or under the negative prompt),
+    both: (x [2b, …], t [2b]) → [2b, …, c or 2c]; the first b rows are to be unconditional (or under
+    the negative prompt),
         the last b conditional: diffusers' order. It sees the same x and t in both halves.
-    scale: one number, or [b], one for each image; may be traced. The plain number 1 does no second pass.
+    scale: one number, or [b], one for each image; may be traced. The plain number 1 does no second
+    pass.
     conditional: (x [b, …], t [b]) → [b, …], the conditional half alone. Needed where scale is 1.
 
-    Guidance in some of the steps only is two stretches of a run (sampling.Stretch), so that the others cost half.
+    Guidance in some of the steps only is two stretches of a run (sampling.Stretch), so that the
+    others cost half.
     """
     if not isinstance(scale, jax.Array) and np.ndim(scale) == 0 and float(scale) == 1.0:
         if conditional is None:
-            raise UserError("guidance with scale 1 needs the conditional denoiser alone: give conditional=")
+            raise UserError(
+                "guidance with scale 1 needs the conditional denoiser alone: give conditional="
+            )
         return conditional
-    return lambda x, t: combined(both(jnp.concatenate([x, x]), jnp.concatenate([t, t])), scale, x.shape[-1])
+    return lambda x, t: combined(
+        both(jnp.concatenate([x, x]), jnp.concatenate([t, t])), scale, x.shape[-1]
+    )
 
 
 def combined(output: jax.Array, scale: float | jax.Array, channels: int) -> jax.Array:
-    """Both halves' output [2b, …, c or 2c], the unconditional one first → the guided prediction [b, …, c or 2c]; c: channels.
+    """Both halves' output [2b, …, c or 2c], the unconditional one first → the guided prediction [b,
+    …, c or 2c]; c: channels.
 
-    The variance logits of a 2c-channel model are those of the conditional half, unguided. ε and v may both be guided: they
-    differ by a multiple of x_t, the same in both halves.
+    The variance logits of a 2c-channel model are those of the conditional half, unguided. ε and v
+    may both be guided: they differ by a multiple of x_t, the same in both halves.
     """
     unconditional, conditioned = jnp.split(output, 2)
     base, _ = split_output(unconditional, channels)
@@ -45,7 +56,8 @@ def combined(output: jax.Array, scale: float | jax.Array, channels: int) -> jax.
 
 
 def within(t: np.ndarray, interval: tuple[float, float] | None) -> np.ndarray:
-    """Which of the times [n] lie in the interval (low, high), both ends counted; bool [n]. None: all. (arXiv 2404.07724)"""
+    """Which of the times [n] lie in the interval (low, high), both ends counted; bool [n]. None:
+    all. (arXiv 2404.07724)"""
     low, high = interval or (-np.inf, np.inf)
     return (low <= np.asarray(t)) & (np.asarray(t) <= high)
 

@@ -1,4 +1,5 @@
-"""One ancestral step back: equations (7)–(9) of gaussian.py as tables over the times of a process."""
+"""One ancestral step back: equations (7)–(9) of gaussian.py as tables over the times of a
+process."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from pixart_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Posterior:
-    """Coefficients of q(x_{t−1} | x_t, x_0) and the bounds of the learned variance; float64 [T] each."""
+    """Coefficients of q(x_{t−1} | x_t, x_0) and the bounds of the learned variance; float64 [T]
+    each."""
 
     x0: np.ndarray  # of x_0 in the mean (7)
     x_t: np.ndarray  # of x_t in the mean (7)
@@ -41,7 +43,9 @@ def posterior(schedule: Schedule) -> Posterior:
     )
 
 
-def learned_log_variance(logits: jax.Array, log_small: jax.Array, log_large: jax.Array) -> jax.Array:
+def learned_log_variance(
+    logits: jax.Array, log_small: jax.Array, log_large: jax.Array
+) -> jax.Array:
     """log Σ_t by (9)."""
     fraction = (logits + 1.0) / 2.0
     return fraction * log_large + (1.0 - fraction) * log_small
@@ -56,10 +60,12 @@ def ddpm_posterior(
     schedule: Schedule | None = None,
     prediction: str = "epsilon",
 ) -> tuple[jax.Array, jax.Array]:
-    """p(x_{t−1} | x_t) of a model with learned range: (mean, log-variance), each [b, …, c] in fp32 or wider. x_0 is not clipped.
+    """p(x_{t−1} | x_t) of a model with learned range: (mean, log-variance), each [b, …, c] in fp32
+    or wider. x_0 is not clipped.
 
-    model_output [b, …, 2c]: the prediction, then the variance logits. x_t [b, …, c]. t [b] int: the index in the process of
-    ``steps`` times (0 … steps − 1; for 1000 steps of 1000 it is the model's own time). steps: as respacing.kept_times reads it.
+    model_output [b, …, 2c]: the prediction, then the variance logits. x_t [b, …, c]. t [b] int: the
+    index in the process of ``steps`` times (0 … steps − 1; for 1000 steps of 1000 it is the model's
+    own time). steps: as respacing.kept_times reads it.
     """
     check_prediction(prediction)
     schedule = schedule or linear()
@@ -68,10 +74,16 @@ def ddpm_posterior(
     x_t, model_output, t = jnp.asarray(x_t, dtype), jnp.asarray(model_output, dtype), jnp.asarray(t)
     output, logits = split_output(model_output, x_t.shape[-1])
     if logits is None:
-        raise UserError(f"ddpm_posterior needs a model output of {2 * x_t.shape[-1]} channels (prediction, variance logits)")
+        raise UserError(
+            f"ddpm_posterior needs a model output of {2 * x_t.shape[-1]} channels (prediction, "
+            "variance logits)"
+        )
 
     if not isinstance(t, jax.core.Tracer) and ((t < 0) | (t >= process.timesteps)).any():
-        raise UserError(f"t must lie in 0 … {process.timesteps - 1}: it is the index in the process of steps = {steps!r}")
+        raise UserError(
+            f"t must lie in 0 … {process.timesteps - 1}: it is the index in the process of steps "
+            f"= {steps!r}"
+        )
 
     def at(values: np.ndarray) -> jax.Array:
         return per_image(jnp.asarray(values)[t], x_t)

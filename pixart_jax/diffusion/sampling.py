@@ -23,11 +23,14 @@ TIMES = ("fractional", "integer")
 
 
 class Stretch(NamedTuple):
-    """Consecutive evaluations that are made alike, in a scan of their own: two of them where the second half of a run costs less.
+    """Consecutive evaluations that are made alike, in a scan of their own: two of them where the
+    second half of a run costs less.
 
-    steps: how many. denoise: (x [b, …, c], t [b] fp32, given, memory) → (prediction as a denoiser's, memory). given: what was made
-    for this evaluation before the scan (``sample(given=…)``); memory: what the evaluation before this one left, of any structure that
-    stays the same within the stretch. enter: the memory that the stretch before left → the memory that this one begins with.
+    steps: how many. denoise: (x [b, …, c], t [b] fp32, given, memory) → (prediction as a
+    denoiser's, memory). given: what was made for this evaluation before the scan
+    (``sample(given=…)``); memory: what the evaluation before this one left, of any structure that
+    stays the same within the stretch. enter: the memory that the stretch before left → the memory
+    that this one begins with.
     """
 
     steps: int
@@ -53,28 +56,32 @@ def sample(
 ) -> jax.Array:
     """Integrates from noise to data. Returns x [b, …, c], in fp32 or wider.
 
-    denoiser: (x [b, …, c], t [b] fp32) → the prediction [b, …, c], or [b, …, 2c] with the variance logits behind it, which ddpm uses
-        ((9) of gaussian.py) and the others drop. Guidance is around it (guidance.guided). Or stretches of such, one scan after the
-        other over one solver's state, whose steps are those of the run; what they remember begins as None.
+    denoiser: (x [b, …, c], t [b] fp32) → the prediction [b, …, c], or [b, …, 2c] with the variance
+        logits behind it, which ddpm uses ((9) of gaussian.py) and the others drop. Guidance is
+        around it (guidance.guided). Or stretches of such, one scan after the other over one
+        solver's state, whose steps are those of the run; what they remember begins as None.
     noise: [b, …, c], standard normal at start 0. The channel axis is the last.
     solver: a name (solvers.NAMES), or one of solvers/ with options of its own.
     steps: how many; ddpm and ddim also read a respacing ('100', 'ddim50', '10,15,20').
     schedule: PixArt's linear one by default.
-    key: for the noise that ddpm, sa, lcm and ddim with eta > 0 add; None adds none. One key (image i draws from fold_in(key, i)), or
-        [b] keys, one for each image: then an image does not depend on the batch it is in.
-    times: "fractional" as the official code, or "integer" as diffusers. dpm++ and lcm have both; ddpm, ddim and dmd are always at integer
-        times, sa never.
+    key: for the noise that ddpm, sa, lcm and ddim with eta > 0 add; None adds none. One key (image
+        i draws from fold_in(key, i)), or [b] keys, one for each image: then an image does not
+        depend on the batch it is in.
+    times: "fractional" as the official code, or "integer" as diffusers. dpm++ and lcm have both;
+        ddpm, ddim and dmd are always at integer times, sa never.
     order: of dpm++. eta: of ddim.
     prediction: what the denoiser names, "epsilon" or "v".
-    start: skip so many steps; ``noise`` is then x at the time ``timesteps(...)[start]`` (img2img: add_noise up to that time).
-    given: a tree of arrays [n, …], a row for each evaluation of the run, as stretches are given them: what depends on the time alone
-        is made for all steps at once, before the scan.
-    preview: called on the host after each evaluation with (step, x_0 estimate [b, …, c] as numpy); step counts from 0 and includes
-        the skipped ones. The compiled program has no trace of it when it is None.
+    start: skip so many steps; ``noise`` is then x at the time ``timesteps(...)[start]`` (img2img:
+    add_noise up to that time).
+    given: a tree of arrays [n, …], a row for each evaluation of the run, as stretches are given
+        them: what depends on the time alone is made for all steps at once, before the scan.
+    preview: called on the host after each evaluation with (step, x_0 estimate [b, …, c] as numpy);
+        step counts from 0 and includes the skipped ones. The compiled program has no trace of it
+        when it is None.
 
-    Called inside a jit it adds its scan to that program. Called outside it compiles, and keeps the program for as long as the same
-    denoiser object comes back (the last few are kept). A denoiser that closes over large parameters is best called inside a jit that
-    takes them as arguments.
+    Called inside a jit it adds its scan to that program. Called outside it compiles, and keeps the
+    program for as long as the same denoiser object comes back (the last few are kept). A denoiser
+    that closes over large parameters is best called inside a jit that takes them as arguments.
     """
     check_prediction(prediction)
     x = jnp.asarray(noise)
@@ -97,7 +104,10 @@ def sample(
     if not callable(denoiser):
         denoiser = tuple(denoiser)
         if sum(stretch.steps for stretch in denoiser) != len(plan.t):
-            raise UserError(f"stretches of {[stretch.steps for stretch in denoiser]} steps do not make the run's {len(plan.t)}")
+            raise UserError(
+                f"stretches of {[stretch.steps for stretch in denoiser]} steps do not make the "
+                f"run's {len(plan.t)}"
+            )
     keys = keys if plan.noisy else None
     if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside someone's jit: part of that program
         return _run(denoiser, solver, prediction, preview, x, keys, table)
@@ -116,34 +126,44 @@ def timesteps(
     *,
     start: int | None = None,
 ) -> np.ndarray:
-    """The model's times that :func:`sample` evaluates with these arguments, in order; float64 [n]."""
+    """The model's times that :func:`sample` evaluates with these arguments, in order; float64
+    [n]."""
     solver = by_name(solver) if isinstance(solver, str) else solver
     return _plan(solver, steps, schedule, times, start, stochastic=False).t
 
 
 def image_keys(key: jax.Array, batch: int) -> jax.Array:
-    """[b] typed keys: ``key`` folded with each image's index, or ``key`` itself when it holds one for each image already."""
+    """[b] typed keys: ``key`` folded with each image's index, or ``key`` itself when it holds one
+    for each image already."""
     key = jnp.asarray(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32 or key.ndim not in (1, 2):
-            raise UserError(f"key must be a JAX random key, or one for each image, got {key.dtype} {key.shape}")
+            raise UserError(
+                f"key must be a JAX random key, or one for each image, got {key.dtype} {key.shape}"
+            )
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
-        raise UserError(f"{key.shape} keys for a batch of {batch}: give one key, or one for each image")
+        raise UserError(
+            f"{key.shape} keys for a batch of {batch}: give one key, or one for each image"
+        )
     return key
 
 
 def _plan(solver, steps, schedule, times, start, *, stochastic):
     if times not in TIMES:
         raise UserError(f"unknown times {times!r}{nearest(times, TIMES)}")
-    return solver.plan(schedule or linear(), steps, times=times, start=start or 0, stochastic=stochastic)
+    return solver.plan(
+        schedule or linear(), steps, times=times, start=start or 0, stochastic=stochastic
+    )
 
 
 def _normal(keys, step, like):
     """Standard normal noise of one step, like [b, …]; image i's from keys[i] and the step alone."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), like.shape[1:], like.dtype))(keys)
+    return jax.vmap(
+        lambda key: jax.random.normal(jax.random.fold_in(key, step), like.shape[1:], like.dtype)
+    )(keys)
 
 
 @functools.lru_cache(maxsize=8)
@@ -152,7 +172,9 @@ def _program(denoiser, solver, prediction, preview):
 
 
 def _run(denoiser, solver, prediction, preview, x, keys, table):
-    stretches = (Stretch(len(table["step"]), _forgetful(denoiser)),) if callable(denoiser) else denoiser
+    stretches = (
+        (Stretch(len(table["step"]), _forgetful(denoiser)),) if callable(denoiser) else denoiser
+    )
     state, memory, start = solver.init(x), None, 0
     for stretch in stretches:
         rows = jax.tree.map(operator.itemgetter(slice(start, start + stretch.steps)), table)
@@ -173,7 +195,9 @@ def _step(denoise, solver, prediction, preview, keys):
     def step(carry, now):
         state, memory = carry
         x = state[0]
-        output, memory = denoise(x, jnp.full((x.shape[0],), now["t"], jnp.float32), now["given"], memory)
+        output, memory = denoise(
+            x, jnp.full((x.shape[0],), now["t"], jnp.float32), now["given"], memory
+        )
         output, logits = split_output(output.astype(x.dtype), x.shape[-1])
         x0 = implied_x0(output, x, now["alpha"], now["sigma"], prediction)
         if preview is not None:

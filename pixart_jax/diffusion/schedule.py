@@ -1,7 +1,8 @@
 """The noise schedule: how much signal and how much noise x_t holds at each time.
 
-A schedule is a table over T integer times; t = 0 is the least noisy one, t = T − 1 the noisiest. Between two integers
-log α_t is taken as a straight line, so that a solver may stop anywhere in [0, T − 1] (DPM-Solver, arXiv 2206.00927, §D.4).
+A schedule is a table over T integer times; t = 0 is the least noisy one, t = T − 1 the noisiest.
+Between two integers log α_t is taken as a straight line, so that a solver may stop anywhere in [0,
+T − 1] (DPM-Solver, arXiv 2206.00927, §D.4).
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from pixart_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """Tables of float64 on the host, derived from β_t ∈ (0, 1), t = 0 … T − 1. Two schedules are equal when they are the same object."""
+    """Tables of float64 on the host, derived from β_t ∈ (0, 1), t = 0 … T − 1. Two schedules are
+    equal when they are the same object."""
 
     betas: np.ndarray  # [T] float64
 
     def __post_init__(self):
         betas = np.asarray(self.betas, np.float64)
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
-            raise UserError(f"Schedule.betas must be a non-empty vector of values in (0, 1), got shape {betas.shape}")
+            raise UserError(
+                "Schedule.betas must be a non-empty vector of values in (0, 1), got shape "
+                f"{betas.shape}"
+            )
         object.__setattr__(self, "betas", betas)
 
     @property
@@ -43,7 +48,8 @@ class Schedule:
         return 0.5 * np.log(self.alphas_cumprod)
 
     def log_alpha(self, t: np.ndarray | jax.Array | float) -> np.ndarray | jax.Array:
-        """log α_t, any shape; t whole or fractional, in [0, T − 1]. On the host float64, on the device fp32 (float64 under x64)."""
+        """log α_t, any shape; t whole or fractional, in [0, T − 1]. On the host float64, on the
+        device fp32 (float64 under x64)."""
         if not isinstance(t, jax.Array):
             return np.interp(t, np.arange(self.timesteps), self._log_alpha)
         table = jnp.asarray(self._log_alpha)
@@ -65,18 +71,22 @@ class Schedule:
 
 @functools.cache
 def linear(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """PixArt's, DiT's and DDPM's schedule: β from beta_start to beta_end in equal steps. The same arguments give the same object."""
+    """PixArt's, DiT's and DDPM's schedule: β from beta_start to beta_end in equal steps. The same
+    arguments give the same object."""
     return Schedule(np.linspace(beta_start, beta_end, timesteps, dtype=np.float64))
 
 
 @functools.cache
-def scaled_linear(timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
+def scaled_linear(
+    timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> Schedule:
     """Stable Diffusion's schedule: √β in equal steps."""
     return Schedule(np.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=np.float64) ** 2)
 
 
 @functools.cache
 def cosine(timesteps: int = 1000, max_beta: float = 0.999) -> Schedule:
-    """Improved DDPM's schedule (arXiv 2102.09672, eq. 17): ᾱ(u) = cos²((u + 0.008) / 1.008 · π/2), β capped at max_beta."""
+    """Improved DDPM's schedule (arXiv 2102.09672, eq. 17): ᾱ(u) = cos²((u + 0.008) / 1.008 · π/2),
+    β capped at max_beta."""
     alpha_bar = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
     return Schedule(np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta))

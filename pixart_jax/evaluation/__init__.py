@@ -1,1 +1,2 @@
-"""Says how good a model's pictures are: what is drawn is compared, by rule, with what was asked for."""
+"""Says how good a model's pictures are: what is drawn is compared, by rule, with what was asked
+for."""

@@ -1,18 +1,22 @@
 """Finds the objects of the embedded world (data/shapes.py) in an image, from pixels alone.
 
-Every ground of the world is nearly grey and all its light (shade, shadow, check, speckle) runs along grey. So each pixel
-is first looked at with its grey taken away, its *chroma* (rgb − mean(rgb)), where the ground is one point g and an object
-of chroma c that covers the share a of a pixel lies at g + a·(c − g), whatever the light:
+Every ground of the world is nearly grey and all its light (shade, shadow, check, speckle) runs
+along grey. So each pixel is first looked at with its grey taken away, its *chroma* (rgb −
+mean(rgb)), where the ground is one point g and an object of chroma c that covers the share a of a
+pixel lies at g + a·(c − g), whatever the light:
 
 1. g is the median chroma of the pixels that are nearly grey;
-2. a pixel that is away from g by 0.42 of the way to the nearest of the eight colours is foreground; connected foreground
-   is a part; specks (under a third of the smallest object) are dropped. A part is one object, unless it has pieces of
-   several colours, or of one colour joined by a neck, and the pieces are more like drawings than the whole is;
-3. an object's colour is the nearest of the eight to its median rgb, under the light that suits it best;
-4. its coverage, soft at the border, is taken anew along the direction that tells its inside from the ground around it
-   best (Fisher's discriminant, so that grey counts where it is flat and not where a shadow or a texture lies), brought to
-   one centre and area, and compared with drawings of every shape, turned and blurred in many ways; the nearest one names
-   the shape, the centre and the radius.
+2. a pixel that is away from g by 0.42 of the way to the nearest of the eight colours is foreground;
+   connected foreground is a part; specks (under a third of the smallest object) are dropped. A part
+   is one object, unless it has pieces of several colours, or of one colour joined by a neck, and
+   the pieces are more like drawings than the whole is;
+3. an object's colour is the nearest of the eight to its median rgb, under the light that suits it
+best;
+4. its coverage, soft at the border, is taken anew along the direction that tells its inside from
+   the ground around it best (Fisher's discriminant, so that grey counts where it is flat and not
+   where a shadow or a texture lies), brought to one centre and area, and compared with drawings of
+   every shape, turned and blurred in many ways; the nearest one names the shape, the centre and the
+   radius.
 
 An object that is like no drawing is of shape :data:`UNKNOWN`: a blob must not be right by chance.
 """
@@ -29,27 +33,32 @@ from scipy import ndimage
 from pixart_jax.data import shapes
 
 UNKNOWN = "unknown"
-GREY = 45.0  # a chroma of this norm or less may be ground; grounds have up to 31, objects 66 and more
+# a chroma of this norm or less may be ground; grounds have up to 31, objects 66 and more
+GREY = 45.0
 LIGHT = (0.65, 1.25)  # an object's rgb may be this times its nominal colour
 SPECK = 22.0  # px² where the shorter side is 64; the smallest object has 63
-LIKENESS = 0.80  # soft intersection over union with the nearest drawing, under which a shape is unknown
+# soft intersection over union with the nearest drawing, under which a shape is unknown
+LIKENESS = 0.80
 
-STEEP = 2.0  # coverage is steepened this much around one half: inside, textures and noise are covered too
+# coverage is steepened this much around one half: inside, textures and noise are covered too
+STEEP = 2.0
 
 _NAMES = tuple(shapes.COLOURS)
 _RGB = np.array(list(shapes.COLOURS.values()), np.float32)  # [8, 3]
 _CHROMA = _RGB - _RGB.mean(-1, keepdims=True)  # [8, 3]
-_DIRECTIONS = (_CHROMA / (_CHROMA**2).sum(-1, keepdims=True)).T  # [3, 8]: chroma @ this is 1 at the colour itself
+# [3, 8]: chroma @ this is 1 at the colour itself
+_DIRECTIONS = (_CHROMA / (_CHROMA**2).sum(-1, keepdims=True)).T
 _SIDE = 25  # pixels of a side of a normalised mask
 _REACH = 1.45  # half a side, in units of √(area / 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One object. x, y: the centre (as shapes.Object has it), radius, all in px; area in px²; shape may be ``UNKNOWN``.
+    """One object. x, y: the centre (as shapes.Object has it), radius, all in px; area in px²; shape
+    may be ``UNKNOWN``.
 
-    confidence: likeness to the nearest drawing of the shape, the soft intersection over union, 0 … 1 (of an unknown
-    shape too).
+    confidence: likeness to the nearest drawing of the shape, the soft intersection over union, 0 …
+    1 (of an unknown shape too).
     """
 
     shape: str
@@ -62,14 +71,19 @@ class Found:
 
     def size(self, unit: float = 1.0) -> str:
         """'small' or 'large', whichever is nearer; unit is px for each px of shapes.SIZES."""
-        return min(shapes.SIZES, key=lambda s: abs(math.log(max(self.radius, 1e-3) / (unit * shapes.SIZES[s]))))
+        return min(
+            shapes.SIZES,
+            key=lambda s: abs(math.log(max(self.radius, 1e-3) / (unit * shapes.SIZES[s]))),
+        )
 
 
 def find_objects(image: np.ndarray) -> list[Found]:
     """The objects in an image, uint8 [height, width, 3] of any size, the largest area first."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"expected one image, uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
+        raise ValueError(
+            f"expected one image, uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
+        )
     rgb = image.astype(np.float32)
     chroma = rgb - rgb.mean(-1, keepdims=True)
     away = chroma - _ground(chroma)
@@ -86,19 +100,22 @@ def find_objects(image: np.ndarray) -> list[Found]:
 
 
 def relation(first: Found, second: Found) -> str:
-    """'left of', 'right of', 'above' or 'below': where the first is, seen from the second, along the longer axis."""
+    """'left of', 'right of', 'above' or 'below': where the first is, seen from the second, along
+    the longer axis."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
 
 
-# ---- ground and parts ----------------------------------------------------------------------------------------------
+# ---- ground and parts
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Picture:
-    """rgb [h, w, 3]; away: chroma less the ground's [h, w, 3]; foreground bool [h, w]; colours: index of the nearest [h, w]."""
+    """rgb [h, w, 3]; away: chroma less the ground's [h, w, 3]; foreground bool [h, w]; colours:
+    index of the nearest [h, w]."""
 
     rgb: np.ndarray
     away: np.ndarray
@@ -121,7 +138,8 @@ def _nearest_colour(rgb: np.ndarray) -> np.ndarray:
 
 
 def _colour_map(rgb: np.ndarray, foreground: np.ndarray) -> np.ndarray:
-    """The nearest colour of each foreground pixel's 3×3 surroundings within the foreground, [h, w]; −1 elsewhere."""
+    """The nearest colour of each foreground pixel's 3×3 surroundings within the foreground, [h, w];
+    −1 elsewhere."""
     weight = ndimage.uniform_filter(foreground.astype(np.float32), 3)[foreground]
     smooth = ndimage.uniform_filter(rgb * foreground[..., None], (3, 3, 1))[foreground]
     colours = np.full(foreground.shape, -1)
@@ -133,10 +151,16 @@ def _objects(picture: _Picture, part: np.ndarray, smallest: float) -> list[Found
     """What a connected part bool [h, w] is: one object, or the pieces it is cut into."""
     whole = _describe(picture, part)
     tally = np.bincount(picture.colours[part], minlength=len(_NAMES))
-    if tally.max() < 0.85 * tally.sum():  # several colours: cut, unless the whole makes the better drawing
-        cores = [ndimage.binary_erosion(part & (picture.colours == c)) for c in np.flatnonzero(tally >= smallest)]
+    # several colours: cut, unless the whole makes the better drawing
+    if tally.max() < 0.85 * tally.sum():
+        cores = [
+            ndimage.binary_erosion(part & (picture.colours == c))
+            for c in np.flatnonzero(tally >= smallest)
+        ]
         pieces = [_describe(picture, piece) for piece in _cut(part, cores, smallest)]
-        if len(pieces) > 1 and _mean_likeness(pieces) > (whole.confidence if whole.shape != UNKNOWN else 0):
+        if len(pieces) > 1 and _mean_likeness(pieces) > (
+            whole.confidence if whole.shape != UNKNOWN else 0
+        ):
             return pieces
     elif whole.shape == UNKNOWN:  # of one colour and like nothing: perhaps two that touch
         core = part
@@ -154,7 +178,8 @@ def _mean_likeness(pieces: list[Found]) -> float:
 
 
 def _cut(part: np.ndarray, cores: list[np.ndarray], smallest: float) -> list[np.ndarray]:
-    """The part's pixels, each given to the nearest connected core, as masks; [part] where there is one core or none."""
+    """The part's pixels, each given to the nearest connected core, as masks; [part] where there is
+    one core or none."""
     seeds = np.zeros(part.shape, np.int32)
     pieces = 0
     for core in cores:
@@ -166,13 +191,16 @@ def _cut(part: np.ndarray, cores: list[np.ndarray], smallest: float) -> list[np.
                 seeds[labels == index] = pieces
     if pieces <= 1:
         return [part]
-    nearest = ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
+    nearest = ndimage.distance_transform_edt(
+        seeds == 0, return_distances=False, return_indices=True
+    )
     owner = np.where(part, seeds[tuple(nearest)], 0)
     masks = [owner == piece for piece in range(1, pieces + 1)]
     return [mask for mask in masks if mask.sum() >= smallest]
 
 
-# ---- one object ----------------------------------------------------------------------------------------------------
+# ---- one object
+# ---------------------------------------------------------------------------------------------
 
 
 def _describe(picture: _Picture, region: np.ndarray) -> Found:
@@ -201,32 +229,42 @@ def _describe(picture: _Picture, region: np.ndarray) -> Found:
 
 
 def _fisher(rgb: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """rgb [h, w, 3] along the direction that tells two sets of pixels (bool [h, w]) apart best: 0 outside, 1 inside."""
+    """rgb [h, w, 3] along the direction that tells two sets of pixels (bool [h, w]) apart best: 0
+    outside, 1 inside."""
     a, b = rgb[inside], rgb[outside]
-    within = np.cov(a.T) + np.cov(b.T) + 40 * np.eye(3)  # the floor, about 6 levels of noise, keeps it steady
+    # the floor, about 6 levels of noise, keeps it steady
+    within = np.cov(a.T) + np.cov(b.T) + 40 * np.eye(3)
     step = np.median(a, axis=0) - np.median(b, axis=0)
     direction = np.linalg.solve(within, step)
     return (rgb - np.median(b, axis=0)) @ (direction / max(float(step @ direction), 1e-6))
 
 
 def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, float, float]:
-    """A soft mask [h, w] brought to one centre and area: [_SIDE, _SIDE], and the centre x, y and the scale √(area / 2) in px."""
+    """A soft mask [h, w] brought to one centre and area: [_SIDE, _SIDE], and the centre x, y and
+    the scale √(area / 2) in px."""
     area = float(mask.sum()) + 1e-6
     y = float(mask.sum(1) @ (np.arange(mask.shape[0]) + 0.5)) / area
     x = float(mask.sum(0) @ (np.arange(mask.shape[1]) + 0.5)) / area
     scale = math.sqrt(area / 2)
     steps = np.linspace(-_REACH, _REACH, _SIDE) * scale
-    return _hats(steps + y - 0.5, mask.shape[0]) @ mask @ _hats(steps + x - 0.5, mask.shape[1]).T, x, y, scale
+    return (
+        _hats(steps + y - 0.5, mask.shape[0]) @ mask @ _hats(steps + x - 0.5, mask.shape[1]).T,
+        x,
+        y,
+        scale,
+    )
 
 
 def _hats(at: np.ndarray, size: int) -> np.ndarray:
-    """Weights [n, size] of linear interpolation at the places ``at`` [n] of a row of ``size`` pixels."""
+    """Weights [n, size] of linear interpolation at the places ``at`` [n] of a row of ``size``
+    pixels."""
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(size)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Drawings:
-    """masks [n, _SIDE²]; shape names; the object's centre less the mask's centre and its radius, in units of the scale."""
+    """masks [n, _SIDE²]; shape names; the object's centre less the mask's centre and its radius, in
+    units of the scale."""
 
     masks: np.ndarray
     names: tuple[str, ...]
@@ -242,7 +280,9 @@ def _drawings() -> _Drawings:
     for name in shapes.SHAPES:
         turns = [0.0] if name in ("circle", "ring") else np.linspace(-0.42, 0.42, 13)
         for turn in turns:
-            p = np.stack([x, y], -1) @ np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+            p = np.stack([x, y], -1) @ np.array(
+                [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
+            )
             sharp = np.clip(0.5 - shapes.distance(name, p, radius), 0, 1)
             for blur in (0.0, 0.8, 1.5, 2.1):
                 soft = ndimage.gaussian_filter(sharp, blur) if blur else sharp

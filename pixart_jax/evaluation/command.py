@@ -1,4 +1,5 @@
-"""``python -m pixart_jax evaluate shapes | vae | checker``: a model, its autoencoder, and the judge itself, by one score."""
+"""``python -m pixart_jax evaluate shapes | vae | checker``: a model, its autoencoder, and the judge
+itself, by one score."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _PROG = "python -m pixart_jax evaluate"
 
 @dataclasses.dataclass(frozen=True)
 class ShapesOptions:
-    """Draw scenes of the embedded world with a model and score them: object, colour, shape, counting, position, binding."""
+    """Draw scenes of the embedded world with a model and score them: object, colour, shape,
+    counting, position, binding."""
 
     model: Path = SHIPPED
     """a model folder, as sample.py takes it"""
@@ -43,7 +45,8 @@ class ShapesOptions:
     seed: int = 0
     """of the noise; the scenes are always the same"""
     guidance_interval: tuple[float, float] | None = None
-    """guide only between these two times (0 … 999); this and the next three as sample.py's, what they cost in quality"""
+    """guide only between these two times (0 … 999); this and the next three as sample.py's, what
+    they cost in quality"""
     cross_attention_steps: int | None = None
     """after so many steps keep what cross-attention last gave and end guidance"""
     blocks_every: int = 1
@@ -58,7 +61,8 @@ class ShapesOptions:
 
 @dataclasses.dataclass(frozen=True)
 class VAEOptions:
-    """Score the true scenes after a way through a model's autoencoder: no model that draws with it scores more."""
+    """Score the true scenes after a way through a model's autoencoder: no model that draws with it
+    scores more."""
 
     model: Path = SHIPPED
     """a model folder, or the folder of its VAE alone"""
@@ -85,7 +89,8 @@ class CheckerOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of the three; argv as after ``evaluate``. Returns the exit status; UserError for what cannot be used."""
+    """Run one of the three; argv as after ``evaluate``. Returns the exit status; UserError for what
+    cannot be used."""
     commands: dict[str, tuple[type, Callable]] = {
         "shapes": (ShapesOptions, evaluate_shapes),
         "vae": (VAEOptions, evaluate_vae),
@@ -109,13 +114,20 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
     """Draw, judge, print; ``pipeline`` instead of the one at ``options.model``."""
     from pixart_jax.pipeline import Pipeline, Shortcuts
 
-    shortcuts = Shortcuts(options.guidance_interval, options.cross_attention_steps, options.blocks_every, options.block_schedule)
+    shortcuts = Shortcuts(
+        options.guidance_interval,
+        options.cross_attention_steps,
+        options.blocks_every,
+        options.block_schedule,
+    )
     wanted = asked(options.level, options.per_task, options.captions)
     if options.batch_size < 1:
         raise UserError(f"batch-size {options.batch_size}: at least 1")
     _writable(options.out)
     pipeline = pipeline or Pipeline.from_pretrained(options.model)
-    steps, guidance, solver = pipeline.sampling.filled(options.steps, options.guidance, options.solver)
+    steps, guidance, solver = pipeline.sampling.filled(
+        options.steps, options.guidance, options.solver
+    )
     options = dataclasses.replace(options, steps=steps, guidance=guidance, solver=solver)
 
     def draw(rows: list[int], height: int, width: int) -> Iterable[tuple[list[int], np.ndarray]]:
@@ -133,13 +145,19 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
         )
 
     images = _by_canvas(wanted, draw, "drawing")
-    how = f"{options.captions} captions · {options.solver} {options.steps} steps, guidance {options.guidance:g}, seed {options.seed}"
-    how += "".join(f", {name.replace('_', ' ')} {value}" for name, value in shortcuts.settings().items())
+    how = (
+        f"{options.captions} captions · {options.solver} {options.steps} steps, guidance "
+        f"{options.guidance:g}, seed {options.seed}"
+    )
+    how += "".join(
+        f", {name.replace('_', ' ')} {value}" for name, value in shortcuts.settings().items()
+    )
     return _tell(options, wanted, images, f"shapes · level {options.level} · {how}")
 
 
 def evaluate_vae(options: VAEOptions, vae=None) -> Score:
-    """Encode to the posterior's mean and decode; ``vae`` instead of the one at ``options.model``."""
+    """Encode to the posterior's mean and decode; ``vae`` instead of the one at
+    ``options.model``."""
     wanted = asked(options.level, options.per_task)
     if options.batch_size < 1:
         raise UserError(f"batch-size {options.batch_size}: at least 1")
@@ -157,7 +175,8 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
         size = min(options.batch_size, len(rows))
         for start in range(0, len(rows), size):
             some = list(range(start, min(start + size, len(rows))))
-            full = some + [some[-1]] * (size - len(some))  # one shape, so that nothing compiles twice
+            # one shape, so that nothing compiles twice
+            full = some + [some[-1]] * (size - len(some))
             pixels = np.stack([renders[rows[i]] for i in full]).astype(np.float32) / 127.5 - 1
             mean, _ = vae.encode(pixels)
             back = np.asarray(vae.decode(mean), np.float32)[: len(some)]
@@ -179,18 +198,28 @@ def evaluate_checker(options: CheckerOptions) -> dict[str, Score]:
     results = {}
     for level in levels:
         wanted = asked(level, options.per_task)
-        images = [shapes.render(a.scene) for a in tqdm(wanted, desc=f"{level}: rendering", unit="image", leave=False)]
+        images = [
+            shapes.render(a.scene)
+            for a in tqdm(wanted, desc=f"{level}: rendering", unit="image", leave=False)
+        ]
         out = options.out if options.out is None or len(levels) == 1 else options.out / level
-        results[level] = _tell(dataclasses.replace(options, level=level, out=out), wanted, images, f"true renders · level {level}")
+        results[level] = _tell(
+            dataclasses.replace(options, level=level, out=out),
+            wanted,
+            images,
+            f"true renders · level {level}",
+        )
         print()
     return results
 
 
-# ---- what the three share ------------------------------------------------------------------------------------------
+# ---- what the three share
+# ------------------------------------------------------------------------------------------
 
 
 def _by_canvas(wanted: Sequence[Asked], draw: Callable, what: str) -> list[np.ndarray]:
-    """Images in the order of ``wanted``. draw(rows, height, width) yields (positions in rows, uint8 [b, height, width, 3])."""
+    """Images in the order of ``wanted``. draw(rows, height, width) yields (positions in rows, uint8
+    [b, height, width, 3])."""
     images: dict[int, np.ndarray] = {}
     canvases: dict[tuple[int, int], list[int]] = {}
     for i, a in enumerate(wanted):
@@ -209,12 +238,18 @@ def _writable(out: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-def _tell(options, wanted: Sequence[Asked], images: Sequence[np.ndarray], title: str, **more) -> Score:
+def _tell(
+    options, wanted: Sequence[Asked], images: Sequence[np.ndarray], title: str, **more
+) -> Score:
     """Score, print the table, write the files."""
     result = score(wanted, images)
     print(report.table(result, f"{title} · {options.per_task} pictures a set"))
     if options.out is not None:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items() if k != "out"}
+        settings = {
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in dataclasses.asdict(options).items()
+            if k != "out"
+        }
         paths = report.write(options.out, result, images, {**settings, **more})
         print(f"\nwritten: {', '.join(map(str, paths))}")
     return result

@@ -17,8 +17,13 @@ SHEET_COLUMNS = 8
 
 
 def table(score: Score, title: str) -> str:
-    """Task, score, 95% interval, floor by shuffled captions, pictures; the withheld pairs and the sums apart."""
-    lines = [title, "", f"{'task':30} {'score':>6}   {'95% interval':^13}   {'floor':>5}   {'n':>5}"]
+    """Task, score, 95% interval, floor by shuffled captions, pictures; the withheld pairs and the
+    sums apart."""
+    lines = [
+        title,
+        "",
+        f"{'task':30} {'score':>6}   {'95% interval':^13}   {'floor':>5}   {'n':>5}",
+    ]
     lines.append("-" * len(lines[-1]))
     rows = list(score.tasks.items())
     for withheld in (False, True):
@@ -26,18 +31,27 @@ def table(score: Score, title: str) -> str:
         if part and withheld:
             lines.append("")
         lines += [_row(task, share) for task, share in part]
-    sums = [("mean of the six main tasks", score.mean), ("all correct (not withheld)", score.all_correct)]
+    sums = [
+        ("mean of the six main tasks", score.mean),
+        ("all correct (not withheld)", score.all_correct),
+    ]
     lines += ["", *(_row(name, share) for name, share in sums if share is not None)]
     return "\n".join(lines)
 
 
 def _row(name: str, share: Share) -> str:
     floor = "    –" if share.floor is None else f"{share.floor:5.3f}"
-    return f"{name:30} {share.score:6.3f}   {share.low:.3f} – {share.high:.3f}   {floor}   {share.n:5d}"
+    return (
+        f"{name:30} {share.score:6.3f}   {share.low:.3f} – {share.high:.3f}   {floor}   "
+        f"{share.n:5d}"
+    )
 
 
-def sheet(score: Score, images: Sequence[np.ndarray], per_set: int = 2 * SHEET_COLUMNS) -> np.ndarray:
-    """The first pictures of each set, uint8 [H, W, 3]: framed green where all is right, red where not, and what was wrong."""
+def sheet(
+    score: Score, images: Sequence[np.ndarray], per_set: int = 2 * SHEET_COLUMNS
+) -> np.ndarray:
+    """The first pictures of each set, uint8 [H, W, 3]: framed green where all is right, red where
+    not, and what was wrong."""
     shown: list[int] = []
     for name in dict.fromkeys(v.asked.set for v in score.verdicts):
         shown += [i for i, v in enumerate(score.verdicts) if v.asked.set == name][:per_set]
@@ -50,12 +64,19 @@ def sheet(score: Score, images: Sequence[np.ndarray], per_set: int = 2 * SHEET_C
     return png.grid([images[i] for i in shown], captions, marks=marks, columns=SHEET_COLUMNS)
 
 
-def write(folder: str | os.PathLike, score: Score, images: Sequence[np.ndarray], settings: Mapping) -> list[Path]:
-    """score.json (settings, tasks, single objects by attribute, every picture's verdict) and sheet.png; the paths."""
+def write(
+    folder: str | os.PathLike, score: Score, images: Sequence[np.ndarray], settings: Mapping
+) -> list[Path]:
+    """score.json (settings, tasks, single objects by attribute, every picture's verdict) and
+    sheet.png; the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = {**settings, **score.to_dict()}
-    record = {**{k: v for k, v in record.items() if k != "images"}, "single": by_attribute(score), "images": record["images"]}
+    record = {
+        **{k: v for k, v in record.items() if k != "images"},
+        "single": by_attribute(score),
+        "images": record["images"],
+    }
     path, partial = folder / "score.json", folder / ".score.json.part"
     partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -1,7 +1,9 @@
-"""Pictures and what was asked of them → a score: the share right in each task, with its interval and its floor.
+"""Pictures and what was asked of them → a score: the share right in each task, with its interval
+and its floor.
 
-Intervals are Wilson's, 95%. The floor is what the very same pictures score against other captions of their set: what chance
-gives, with whatever habits the model has. A score means as much as it stands above that.
+Intervals are Wilson's, 95%. The floor is what the very same pictures score against other captions
+of their set: what chance gives, with whatever habits the model has. A score means as much as it
+stands above that.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ _SHUFFLES = 100  # other captions that a picture is held against for the floor, 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """score: right / n, or a mean of such; low, high: its 95% interval; floor: the same under other captions, None
-    where a set has one picture; n pictures."""
+    """score: right / n, or a mean of such; low, high: its 95% interval; floor: the same under other
+    captions, None where a set has one picture; n pictures."""
 
     score: float
     low: float
@@ -44,14 +46,18 @@ class Verdict:
     @property
     def wrong(self) -> list[str]:
         """The tasks that went wrong; ['size'], say, where only the sum of all does not hold."""
-        tasks = [task.rpartition(": ")[2] for task, right in self.right.items() if not right and task != ALL]
+        tasks = [
+            task.rpartition(": ")[2]
+            for task, right in self.right.items()
+            if not right and task != ALL
+        ]
         return tasks or ([] if self.right[ALL] else ["size or number"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """tasks: every task that had pictures; mean: of the six main ones, where all are there; all_correct: pictures of which
-    everything is right, without the withheld sets."""
+    """tasks: every task that had pictures; mean: of the six main ones, where all are there;
+    all_correct: pictures of which everything is right, without the withheld sets."""
 
     tasks: dict[str, Share]
     mean: Share | None
@@ -59,7 +65,8 @@ class Score:
     verdicts: tuple[Verdict, ...]
 
     def to_dict(self) -> dict:
-        """For JSON: rounded to 4 digits, each picture with its prompt, what was found and what is right."""
+        """For JSON: rounded to 4 digits, each picture with its prompt, what was found and what is
+        right."""
         rounded = {
             name: {k: v if v is None else round(v, 4) for k, v in dataclasses.asdict(share).items()}
             for name, share in {**self.tasks, "mean": self.mean, ALL: self.all_correct}.items()
@@ -71,7 +78,13 @@ class Score:
                 "set": v.asked.set,
                 "prompt": v.asked.caption,
                 "right": v.right,
-                "found": [{k: round(x, 3) if isinstance(x, float) else x for k, x in dataclasses.asdict(f).items()} for f in v.found],
+                "found": [
+                    {
+                        k: round(x, 3) if isinstance(x, float) else x
+                        for k, x in dataclasses.asdict(f).items()
+                    }
+                    for f in v.found
+                ],
             }
             for v in self.verdicts
         ]
@@ -84,7 +97,9 @@ def score(asked: Sequence[Asked], images: Sequence[np.ndarray]) -> Score:
         raise ValueError(f"{len(images)} images for {len(asked)} scenes")
     units = [unit(a.scene, min(image.shape[:2])) for a, image in zip(asked, images)]
     found = [tuple(checker.find_objects(image)) for image in images]
-    verdicts = [Verdict(a, f, answers(a.set, a.scene, list(f), u)) for a, f, u in zip(asked, found, units)]
+    verdicts = [
+        Verdict(a, f, answers(a.set, a.scene, list(f), u)) for a, f, u in zip(asked, found, units)
+    ]
 
     tasks: dict[str, Share] = {}
     right: dict[str, dict[str, np.ndarray]] = {}  # set → task → bool [n]
@@ -93,8 +108,13 @@ def score(asked: Sequence[Asked], images: Sequence[np.ndarray]) -> Score:
         rows = [i for i, a in enumerate(asked) if a.set == name]
         if not rows:
             continue
-        right[name] = {task: np.array([verdicts[i].right[task] for i in rows]) for task in verdicts[rows[0]].right}
-        floors[name] = _floor(name, [asked[i] for i in rows], [found[i] for i in rows], [units[i] for i in rows])
+        right[name] = {
+            task: np.array([verdicts[i].right[task] for i in rows])
+            for task in verdicts[rows[0]].right
+        }
+        floors[name] = _floor(
+            name, [asked[i] for i in rows], [found[i] for i in rows], [units[i] for i in rows]
+        )
     for task, (name, _) in QUESTIONS.items():
         if name in right:
             tasks[task] = _share(right[name][task], floors[name][task])
@@ -128,18 +148,25 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def _average(values: Sequence[float | None], weights: Sequence[int] | None = None) -> float | None:
-    return None if any(value is None for value in values) else float(np.average(values, weights=weights))
+    return (
+        None
+        if any(value is None for value in values)
+        else float(np.average(values, weights=weights))
+    )
 
 
 def _share(right: np.ndarray, floor: float | None) -> Share:
     return Share(float(right.mean()), *wilson(int(right.sum()), len(right)), floor, len(right))
 
 
-def _floor(name: str, asked: list[Asked], found: list[tuple[Found, ...]], units: list[float]) -> dict[str, float | None]:
-    """Task → the share right when picture i is held against the scenes of other pictures of its set.
+def _floor(
+    name: str, asked: list[Asked], found: list[tuple[Found, ...]], units: list[float]
+) -> dict[str, float | None]:
+    """Task → the share right when picture i is held against the scenes of other pictures of its
+    set.
 
-    All others where there are few; else as many as _SHUFFLES, next in the order of captions and scenes, so that the order
-    of the list does not count.
+    All others where there are few; else as many as _SHUFFLES, next in the order of captions and
+    scenes, so that the order of the list does not count.
     """
     if len(asked) < 2:
         return dict.fromkeys([*(task for task, (of, _) in QUESTIONS.items() if of == name), ALL])
@@ -155,8 +182,9 @@ def _floor(name: str, asked: list[Asked], found: list[tuple[Found, ...]], units:
 
 
 def _interval_of_mean(tasks: dict[str, Share], names: Sequence[str]) -> tuple[float, float]:
-    """The 95% interval of the mean of tasks, from theirs: distances from the score add up within a set, whose tasks are
-    answered by the same pictures (so this is on the careful side), and in squares over sets, which are independent."""
+    """The 95% interval of the mean of tasks, from theirs: distances from the score add up within a
+    set, whose tasks are answered by the same pictures (so this is on the careful side), and in
+    squares over sets, which are independent."""
     mean, ends = float(np.mean([tasks[name].score for name in names])), []
     for end in ("low", "high"):
         apart: dict[str, float] = {}
@@ -168,7 +196,8 @@ def _interval_of_mean(tasks: dict[str, Share], names: Sequence[str]) -> tuple[fl
 
 
 def by_attribute(score_: Score) -> dict[str, dict[str, float]]:
-    """Of single objects: colour and shape → the share of pictures asked for it that got it right."""
+    """Of single objects: colour and shape → the share of pictures asked for it that got it
+    right."""
     table: dict[str, dict[str, list[bool]]] = {"colour": {}, "shape": {}}
     for verdict in score_.verdicts:
         if verdict.asked.set == "single":
@@ -176,4 +205,7 @@ def by_attribute(score_: Score) -> dict[str, dict[str, float]]:
             table["colour"].setdefault(wanted.colour, []).append(verdict.right["colour"])
             table["shape"].setdefault(wanted.shape, []).append(verdict.right["shape"])
     order = {"colour": shapes.COLOURS, "shape": shapes.SHAPES}
-    return {kind: {k: round(float(np.mean(table[kind][k])), 4) for k in order[kind] if k in table[kind]} for kind in table}
+    return {
+        kind: {k: round(float(np.mean(table[kind][k])), 4) for k in order[kind] if k in table[kind]}
+        for kind in table
+    }

@@ -1,8 +1,10 @@
-"""What is asked of a model of the embedded world: sets of scenes, and the questions a picture of each is judged by.
+"""What is asked of a model of the embedded world: sets of scenes, and the questions a picture of
+each is judged by.
 
-The scenes of a set are drawn from a seed of their own, apart from every split that a model trains or is tuned on, and are
-the same for every model, so two scores of one level can be compared. Scenes of the ``withheld`` sets hold nothing but
-colour–shape pairs that never occur in training (shapes.WITHHELD).
+The scenes of a set are drawn from a seed of their own, apart from every split that a model trains
+or is tuned on, and are the same for every model, so two scores of one level can be compared. Scenes
+of the ``withheld`` sets hold nothing but colour–shape pairs that never occur in training
+(shapes.WITHHELD).
 """
 
 from __future__ import annotations
@@ -39,10 +41,13 @@ class Asked:
     caption: str
 
 
-def asked(level: str, per_task: int, captions: str = "short", sets: tuple[str, ...] | None = None) -> list[Asked]:
+def asked(
+    level: str, per_task: int, captions: str = "short", sets: tuple[str, ...] | None = None
+) -> list[Asked]:
     """``per_task`` scenes of each set that the level has (or of ``sets``), set after set.
 
-    Scene i of a set is the same whatever per_task is. Raises UserError for an unknown level or kind of caption.
+    Scene i of a set is the same whatever per_task is. Raises UserError for an unknown level or kind
+    of caption.
     """
     if level not in shapes.LEVELS:
         raise UserError(f"level {level!r} is unknown{nearest(level, shapes.LEVELS)}")
@@ -63,16 +68,24 @@ def asked(level: str, per_task: int, captions: str = "short", sets: tuple[str, .
 
 
 def unit(scene: shapes.Scene, shorter: int) -> float:
-    """Px of radius for each of shapes.SIZES in a picture of a scene whose shorter side has ``shorter`` px.
+    """Px of radius for each of shapes.SIZES in a picture of a scene whose shorter side has
+    ``shorter`` px.
 
-    Scenes of three and of the rich level are drawn at 0.8; the objects that were asked for say which.
+    Scenes of three and of the rich level are drawn at 0.8; the objects that were asked for say
+    which.
     """
-    nominal = np.mean([o.radius / shapes.SIZES[o.size] for o in scene.objects]) * 64 / min(scene.height, scene.width)
+    nominal = (
+        np.mean([o.radius / shapes.SIZES[o.size] for o in scene.objects])
+        * 64
+        / min(scene.height, scene.width)
+    )
     return shorter / 64 * (0.8 if nominal < 0.9 else 1.0)
 
 
-# ---- the questions -------------------------------------------------------------------------------------------------
-# Each takes the scene that was asked for, what was found (the largest first) and px a unit of size, and answers yes or no.
+# ---- the questions
+# -------------------------------------------------------------------------------------------------
+# Each takes the scene that was asked for, what was found (the largest first) and px a unit of size,
+# and answers yes or no.
 
 
 def _object(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
@@ -112,18 +125,22 @@ def _both_shapes(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
 
 def _binding(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
     """Every object is there in its own colour and shape."""
-    return not Counter((o.shape, o.colour) for o in scene.objects) - Counter((f.shape, f.colour) for f in found)
+    return not Counter((o.shape, o.colour) for o in scene.objects) - Counter(
+        (f.shape, f.colour) for f in found
+    )
 
 
 def _position(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
     """The first object lies where the caption says, seen from the second.
 
-    Which two of those found are meant: the two that agree with them best, in shape or in colour at least. A wrong shape is
-    a matter of other tasks; an object that agrees in nothing is not there, and so is not in its place.
+    Which two of those found are meant: the two that agree with them best, in shape or in colour at
+    least. A wrong shape is a matter of other tasks; an object that agrees in nothing is not there,
+    and so is not in its place.
     """
 
     def agrees(f: Found, o: shapes.Object) -> float:
-        return 1.1 * (f.shape == o.shape) + (f.colour == o.colour)  # the noun says more than the adjective
+        # the noun says more than the adjective
+        return 1.1 * (f.shape == o.shape) + (f.colour == o.colour)
 
     first, second = scene.objects[:2]
     best, answer = 0.0, False
@@ -135,7 +152,8 @@ def _position(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
 
 
 def _all(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
-    """All that the short caption says but the texture: the number, each object's size, colour and shape, the relation."""
+    """All that the short caption says but the texture: the number, each object's size, colour and
+    shape, the relation."""
     wanted = Counter((o.size, o.colour, o.shape) for o in scene.objects)
     right = wanted == Counter((f.size(unit), f.colour, f.shape) for f in found)
     return right and (scene.relation is None or _position(scene, found, unit))
@@ -165,10 +183,15 @@ QUESTIONS = {  # task: (set whose pictures are asked, question)
     "withheld: position": ("withheld pair", _position),
     "withheld: binding": ("withheld pair", _binding),
 }
-MAIN = ("object", "colour", "shape", "counting", "position", "binding")  # the six whose mean is the score
+# the six whose mean is the score
+MAIN = ("object", "colour", "shape", "counting", "position", "binding")
 
 
 def answers(of: str, scene: shapes.Scene, found: list[Found], unit: float) -> dict[str, bool]:
     """Every question of a set: task → whether the picture is right. ``ALL`` is among them."""
-    given = {task: question(scene, found, unit) for task, (name, question) in QUESTIONS.items() if name == of}
+    given = {
+        task: question(scene, found, unit)
+        for task, (name, question) in QUESTIONS.items()
+        if name == of
+    }
     return {**given, ALL: _all(scene, found, unit)}

@@ -1,1 +1,2 @@
-"""The labelling room: what is said of pictures, and pictures and words turned into the shards that training reads."""
+"""The labelling room: what is said of pictures, and pictures and words turned into the shards that
+training reads."""

@@ -1,4 +1,5 @@
-"""Pictures of a source → rows of captions: what one worker does with a batch, whoever runs the workers."""
+"""Pictures of a source → rows of captions: what one worker does with a batch, whoever runs the
+workers."""
 
 from __future__ import annotations
 
@@ -23,11 +24,13 @@ ACTIONS = ("retry", "drop", "keep")
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOptions:
-    """How captions are written; all of it is part of their identity, so that one file holds captions of one kind.
+    """How captions are written; all of it is part of their identity, so that one file holds
+    captions of one kind.
 
-    prompt: a name of caption_prompts.PROMPTS or a text. raw_caption: the kind of caption that goes into the prompt, None for none.
-    temperature: 0 is greedy. retries: further draws for a caption that a guard speaks against, where guard_action is 'retry',
-    each 0.3 warmer than the last, so that a greedy loop is left.
+    prompt: a name of caption_prompts.PROMPTS or a text. raw_caption: the kind of caption that goes
+    into the prompt, None for none.
+    temperature: 0 is greedy. retries: further draws for a caption that a guard speaks against,
+    where guard_action is 'retry', each 0.3 warmer than the last, so that a greedy loop is left.
     """
 
     model: str
@@ -56,7 +59,8 @@ class CaptionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """How a worker, in another process or on another machine, opens the very source; folder: what relative paths are relative to."""
+    """How a worker, in another process or on another machine, opens the very source; folder: what
+    relative paths are relative to."""
 
     source: str
     split: str = "train"
@@ -70,17 +74,22 @@ class Opening:
         """The source. UserError where it is not the one that the run began with."""
         if os.path.isdir(self.folder):
             os.chdir(self.folder)
-        source = open_source(self.source, self.split, where=self.where, limit=self.limit, data_dir=self.data_dir)
+        source = open_source(
+            self.source, self.split, where=self.where, limit=self.limit, data_dir=self.data_dir
+        )
         if self.fingerprint and source.fingerprint != self.fingerprint:
-            raise UserError(f"{self.source} is another one for this worker than for the program: all machines must see the same data")
+            raise UserError(
+                f"{self.source} is another one for this worker than for the program: all machines "
+                "must see the same data"
+            )
         return source
 
 
 class Worker:
     """A model and a source; Ray makes one a process and calls it with the numbers of samples.
 
-    Both are opened at the first call, and a UserError goes back as a row: an object that cannot be made Ray makes again and again, and
-    of an exception it keeps the traceback.
+    Both are opened at the first call, and a UserError goes back as a row: an object that cannot be
+    made Ray makes again and again, and of an exception it keeps the traceback.
     """
 
     def __init__(
@@ -90,11 +99,17 @@ class Worker:
         threads: int | None = None,
         open_model: Callable[[str, str, int | None], VisionLanguageModel] = VisionLanguageModel,
     ):
-        self._opening, self._options, self._threads, self._open_model = opening, options, threads, open_model
+        self._opening, self._options, self._threads, self._open_model = (
+            opening,
+            options,
+            threads,
+            open_model,
+        )
         self._source = self._model = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """{"data": int64 [n]} → {"row": [n] objects of JSON}: see ``rows``; or one row, the error that ends the run."""
+        """{"data": int64 [n]} → {"row": [n] objects of JSON}: see ``rows``; or one row, the error
+        that ends the run."""
         try:
             found = self._rows(batch)
         except UserError as fault:
@@ -106,9 +121,12 @@ class Worker:
             self._source = self._opening.open()
             self._model = self._open_model(self._options.model, self._options.dtype, self._threads)
             self._readers = ThreadPoolExecutor(8)
-            self._noticed = len(list(faults_of(self._source)))  # what was found at opening the program found too
+            # what was found at opening the program found too
+            self._noticed = len(list(faults_of(self._source)))
         numbers = [int(number) for number in batch["data"]]
-        found = rows(self._model, numbers, list(self._readers.map(self._read, numbers)), self._options)
+        found = rows(
+            self._model, numbers, list(self._readers.map(self._read, numbers)), self._options
+        )
         noticed = list(faults_of(self._source))[self._noticed :]
         self._noticed += len(noticed)
         if noticed:
@@ -122,13 +140,21 @@ class Worker:
             return fault
 
 
-def rows(model, numbers: Sequence[int], samples: Sequence[Sample | UserError], options: CaptionOptions) -> list[dict]:
-    """One row a sample: index, key, and caption, prompt, tokens, finish, guards (of the first draw), attempts; or, where there is no
-    caption, left_out: [kind, detail] in the words of data/faults.py. A guard's kind is its name and 'caption'."""
+def rows(
+    model, numbers: Sequence[int], samples: Sequence[Sample | UserError], options: CaptionOptions
+) -> list[dict]:
+    """One row a sample: index, key, and caption, prompt, tokens, finish, guards (of the first
+    draw), attempts; or, where there is no
+    caption, left_out: [kind, detail] in the words of data/faults.py. A guard's kind is its name and
+    'caption'."""
     asked, found = [], {}
     for number, sample in zip(numbers, samples, strict=True):
         if isinstance(sample, UserError):
-            found[number] = {"index": number, "key": "", "left_out": ["unreadable record", str(sample)]}
+            found[number] = {
+                "index": number,
+                "key": "",
+                "left_out": ["unreadable record", str(sample)],
+            }
             continue
         row = {"index": number, "key": sample.key}
         found[number] = row
@@ -136,10 +162,16 @@ def rows(model, numbers: Sequence[int], samples: Sequence[Sample | UserError], o
         if options.raw_caption is not None:
             texts = [text for text in sample.captions.get(options.raw_caption, ()) if text.strip()]
             if not texts:
-                row["left_out"] = ["missing caption", f"no caption of kind {options.raw_caption!r} for the prompt"]
+                row["left_out"] = [
+                    "missing caption",
+                    f"no caption of kind {options.raw_caption!r} for the prompt",
+                ]
                 continue
             if len(texts[0]) > caption_prompts.MOST_RAW:
-                row["left_out"] = ["caption too long", f"{len(texts[0]):,} characters, a prompt takes {caption_prompts.MOST_RAW:,}"]
+                row["left_out"] = [
+                    "caption too long",
+                    f"{len(texts[0]):,} characters, a prompt takes {caption_prompts.MOST_RAW:,}",
+                ]
                 continue
             raw = texts[0]
         try:
@@ -172,7 +204,12 @@ def _judge(row: dict, drawn: Said, attempt: int, options: CaptionOptions) -> boo
     against = guards(drawn.text, drawn.finish)
     if attempt == 0:
         row["guards"] = list(against)
-    row |= {"caption": drawn.text, "tokens": drawn.tokens, "finish": drawn.finish, "attempts": attempt + 1}
+    row |= {
+        "caption": drawn.text,
+        "tokens": drawn.tokens,
+        "finish": drawn.finish,
+        "attempts": attempt + 1,
+    }
     if not against or options.guard_action == "keep":
         return False
     if options.guard_action == "retry" and attempt < options.retries:

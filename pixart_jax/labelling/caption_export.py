@@ -1,4 +1,5 @@
-"""Captions to where they are wanted: .txt files in a folder or beside the pictures, or members of webdataset tars."""
+"""Captions to where they are wanted: .txt files in a folder or beside the pictures, or members of
+webdataset tars."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from pixart_jax.errors import UserError
 
 
 class CaptionsByKey:
-    """The captions of a caption file by key; memory for 16 bytes a caption, the texts stay in the file."""
+    """The captions of a caption file by key; memory for 16 bytes a caption, the texts stay in the
+    file."""
 
     def __init__(self, file: Path):
         hashes, places, place = [], [], 0
@@ -54,15 +56,20 @@ class CaptionsByKey:
 
 
 def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
 
 
 # ---- .txt files ----
 
 
-def to_texts(captions: CaptionsByKey, folder: Path, suffix: str, faults: Faults, replace: bool) -> int:
-    """KEY + suffix in ``folder`` for every caption, each file written whole; how many. replace: a file that is there may be
-    overwritten (an --out of our own); else one that says something else is named and left as it is."""
+def to_texts(
+    captions: CaptionsByKey, folder: Path, suffix: str, faults: Faults, replace: bool
+) -> int:
+    """KEY + suffix in ``folder`` for every caption, each file written whole; how many. replace: a
+    file that is there may be overwritten (an --out of our own); else one that says something else
+    is named and left as it is."""
     written = 0
     root = folder.resolve()
     for key, caption in captions:
@@ -89,12 +96,20 @@ def to_texts(captions: CaptionsByKey, folder: Path, suffix: str, faults: Faults,
 # ---- webdataset tars ----
 
 
-def to_tars(captions: CaptionsByKey, files: list[Path], folder: Path | None, kind: str, faults: Faults, newer_than: int = 0) -> int:
-    """Copies of the tars with a member KEY.kind.txt after each sample's own; how many captions they hold.
+def to_tars(
+    captions: CaptionsByKey,
+    files: list[Path],
+    folder: Path | None,
+    kind: str,
+    faults: Faults,
+    newer_than: int = 0,
+) -> int:
+    """Copies of the tars with a member KEY.kind.txt after each sample's own; how many captions they
+    hold.
 
-    The members that were there are copied byte for byte. folder: where the copies go; None replaces the originals, each at once
-    and whole. newer_than: a copy that was written after this time (ns) is whole and stays. A tar that is cut keeps
-    what is before the cut, and is named.
+    The members that were there are copied byte for byte. folder: where the copies go; None replaces
+    the originals, each at once and whole. newer_than: a copy that was written after this time (ns)
+    is whole and stays. A tar that is cut keeps what is before the cut, and is named.
     """
     from tqdm import tqdm
 
@@ -104,7 +119,10 @@ def to_tars(captions: CaptionsByKey, files: list[Path], folder: Path | None, kin
         if len(set(names)) < len(names):
             raise UserError("two of the tars have the same name: caption their folders one by one")
         if any(file.resolve().parent == folder.resolve() for file in files):
-            raise UserError(f"{folder} is the folder of the tars themselves: another --out, or --in-place to replace them")
+            raise UserError(
+                f"{folder} is the folder of the tars themselves: another --out, or --in-place to "
+                "replace them"
+            )
     held, seen = 0, set()
     for file in tqdm(files, desc="tars", unit=" tars", disable=len(files) < 2):
         out = file if folder is None else folder / file.name
@@ -121,9 +139,16 @@ def to_tars(captions: CaptionsByKey, files: list[Path], folder: Path | None, kin
 
 
 def _rewrite(
-    captions: CaptionsByKey, file: Path, out: Path, members: list[tarfile.TarInfo], end: int, names: dict[str, str], kind: str
+    captions: CaptionsByKey,
+    file: Path,
+    out: Path,
+    members: list[tarfile.TarInfo],
+    end: int,
+    names: dict[str, str],
+    kind: str,
 ) -> int:
-    last = {_key(member.name): place for place, member in enumerate(members)}  # a sample's last member
+    # a sample's last member
+    last = {_key(member.name): place for place, member in enumerate(members)}
     there = {member.name: member for member in members}
     fresh, held, added = out.with_name(f".{out.name}.new"), 0, 0
     with open(file, "rb") as old, open(fresh, "wb") as new:
@@ -140,7 +165,9 @@ def _rewrite(
             if name in there:
                 old.seek(there[name].offset_data)
                 if old.read(there[name].size) != data:
-                    raise UserError(f"{file} has a member {name} that says something else: another --kind")
+                    raise UserError(
+                        f"{file} has a member {name} that says something else: another --kind"
+                    )
                 held += 1
                 continue
             held, added = held + 1, added + 1
@@ -162,7 +189,11 @@ def _members(file: Path, faults: Faults) -> tuple[list[tarfile.TarInfo], int]:
     try:
         with tarfile.open(file, "r:") as tar:
             while (member := tar.next()) is not None:
-                stop = member.offset_data + -(-member.size // 512) * 512 if member.isreg() else member.offset_data
+                stop = (
+                    member.offset_data + -(-member.size // 512) * 512
+                    if member.isreg()
+                    else member.offset_data
+                )
                 if stop > size:
                     faults.add(str(file), "cut file", f"in its member {member.name}")
                     return members, end
@@ -170,7 +201,9 @@ def _members(file: Path, faults: Faults) -> tuple[list[tarfile.TarInfo], int]:
                 end = stop
     except (tarfile.TarError, OSError, EOFError) as fault:
         if not members:
-            raise UserError(f"{file} is no plain tar, so that nothing can be added to it: {fault}") from None
+            raise UserError(
+                f"{file} is no plain tar, so that nothing can be added to it: {fault}"
+            ) from None
         faults.add(str(file), "cut file", str(fault))
     return members, end
 

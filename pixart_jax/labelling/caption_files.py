@@ -1,9 +1,10 @@
-"""The file of a captioning run: a journal that only grows while it runs, and at its end the captions in the source's order.
+"""The file of a captioning run: a journal that only grows while it runs, and at its end the
+captions in the source's order.
 
-NAME.jsonl            the captions, one object a line; written whole, at the end
-NAME.manifest.json    what they were made of and how many: its presence says that the file is finished
-NAME.jsonl.partial    while the run goes on: a line of identity, then a line a sample, in the order in which they were done
-NAME.faults.jsonl     what was left out, by name
+NAME.jsonl            the captions, one object a line; written whole, at the end NAME.manifest.json
+what they were made of and how many: its presence says that the file is finished NAME.jsonl.partial
+while the run goes on: a line of identity, then a line a sample, in the order in which they were
+done NAME.faults.jsonl     what was left out, by name
 """
 
 from __future__ import annotations
@@ -21,13 +22,22 @@ from pixart_jax.errors import Notice, UserError
 
 
 class Journal:
-    """One run's rows. Opened, it knows which samples are done (``done``, bool [n]) and refuses what was made in another way.
+    """One run's rows. Opened, it knows which samples are done (``done``, bool [n]) and refuses what
+    was made in another way.
 
-    identity: what every caption was made with, as strings. count, fingerprint: of the source. number_of: key → number in the
-    source, called only where the source has changed since. A killed run leaves at most one cut line, which is cut off.
+    identity: what every caption was made with, as strings. count, fingerprint: of the source.
+    number_of: key → number in the source, called only where the source has changed since. A killed
+    run leaves at most one cut line, which is cut off.
     """
 
-    def __init__(self, file: Path, identity: dict[str, str], count: int, fingerprint: str, number_of: Callable[[], dict[str, int]]):
+    def __init__(
+        self,
+        file: Path,
+        identity: dict[str, str],
+        count: int,
+        fingerprint: str,
+        number_of: Callable[[], dict[str, int]],
+    ):
         self.file, self._identity, self._fingerprint = Path(file), identity, fingerprint
         self.partial = self.file.with_name(f"{self.file.name}.partial")
         self.manifest = self.file.with_name(f"{self.file.stem}.manifest.json")
@@ -45,20 +55,32 @@ class Journal:
             self._open(number_of)
 
     def _look(self) -> bool:
-        """Whether all is there already, of this very source. UserError where what is there is not ours."""
+        """Whether all is there already, of this very source. UserError where what is there is not
+        ours."""
         if not self.manifest.is_file():
             if self.file.exists() and not self.partial.exists():
-                raise UserError(f"{self.file} is there already and was not written by this command: give another --out")
+                raise UserError(
+                    f"{self.file} is there already and was not written by this command: give "
+                    "another --out"
+                )
             return False
         made = read_manifest(self.manifest)
         self._compare(made.get("identity", {}), self.file)
-        return made.get("fingerprint") == self._fingerprint and self.file.is_file() and not self.partial.exists()
+        return (
+            made.get("fingerprint") == self._fingerprint
+            and self.file.is_file()
+            and not self.partial.exists()
+        )
 
     def _compare(self, found: dict[str, str], where: Path) -> None:
         other = [name for name in self._identity if found.get(name) != self._identity[name]]
         if other:
-            told = ", ".join(f"{name} {found.get(name)!r}, now {self._identity[name]!r}" for name in other)
-            raise UserError(f"{where} was written with another {told}: give the same, or another --out")
+            told = ", ".join(
+                f"{name} {found.get(name)!r}, now {self._identity[name]!r}" for name in other
+            )
+            raise UserError(
+                f"{where} was written with another {told}: give the same, or another --out"
+            )
 
     def _open(self, number_of) -> None:
         if self.partial.exists():
@@ -95,10 +117,16 @@ class Journal:
         _sync_folder(self.partial.parent)
         if rows:
             gone = f", {lost} captions belong to pictures that are gone" if lost else ""
-            warnings.warn(f"the source has changed since {self.file} was begun: {len(taken)} captions are kept{gone}", Notice, stacklevel=4)
+            warnings.warn(
+                f"the source has changed since {self.file} was begun: {len(taken)} captions are "
+                f"kept{gone}",
+                Notice,
+                stacklevel=4,
+            )
 
     def append(self, rows: Sequence[dict]) -> None:
-        """Add rows for good: when this returns they are on the disk. A sample that is done already is not written again."""
+        """Add rows for good: when this returns they are on the disk. A sample that is done already
+        is not written again."""
         new = []
         for row in rows:
             if not self.done[row["index"]]:
@@ -120,7 +148,8 @@ class Journal:
                 yield json.loads(file.readline())
 
     def _rows(self, say: bool = False) -> Iterator[tuple[dict, int]]:
-        """(row, its place in the file). A line that is none, as a machine that lost power may leave, is done again."""
+        """(row, its place in the file). A line that is none, as a machine that lost power may
+        leave, is done again."""
         with open(self.partial, "rb") as file:
             place = len(file.readline())
             for number, line in enumerate(file, 2):
@@ -129,16 +158,30 @@ class Journal:
                     row["index"], row["key"]
                 except (ValueError, KeyError, TypeError):
                     if say:
-                        warnings.warn(f"{self.partial}, line {number}, is damaged: its picture is captioned again", Notice, stacklevel=5)
+                        warnings.warn(
+                            f"{self.partial}, line {number}, is damaged: its picture is captioned "
+                            "again",
+                            Notice,
+                            stacklevel=5,
+                        )
                 else:
                     yield row, place
                 place += len(line)
 
     def conclude(self, public: Callable[[dict], dict], facts: dict) -> None:
-        """The journal → the caption file and its manifest; then the journal goes. Killed in between, it is done again."""
+        """The journal → the caption file and its manifest; then the journal goes. Killed in
+        between, it is done again."""
         write_lines(self.file, (public(row) for row in self.rows() if "left_out" not in row))
-        left_out = ({"key": row["key"], "index": row["index"], "kind": row["left_out"][0], "detail": row["left_out"][1]}
-                    for row in self.rows() if "left_out" in row)  # fmt: skip
+        left_out = (
+            {
+                "key": row["key"],
+                "index": row["index"],
+                "kind": row["left_out"][0],
+                "detail": row["left_out"][1],
+            }
+            for row in self.rows()
+            if "left_out" in row
+        )
         write_lines(self.faults, left_out)
         if self.faults.stat().st_size == 0:
             self.faults.unlink()
@@ -172,7 +215,9 @@ def read_manifest(file: Path) -> dict:
         made["identity"]
         return made
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: remove it to have the captions written again") from None
+        raise UserError(
+            f"{file} is damaged: remove it to have the captions written again"
+        ) from None
 
 
 def write_lines(file: Path, rows: Iterable[dict]) -> None:
@@ -203,7 +248,10 @@ def _header(partial: Path) -> dict | None:
         header["identity"], header["fingerprint"]
         return header
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{partial} does not begin as a captioning run's journal does: give another --out, or remove it") from None
+        raise UserError(
+            f"{partial} does not begin as a captioning run's journal does: give another --out, or "
+            "remove it"
+        ) from None
 
 
 def _heal(file: Path) -> None:

@@ -1,4 +1,5 @@
-"""What is wrong with a caption that a model wrote: nothing said, cut at the limit, a loop, a refusal. Each has a name and is counted."""
+"""What is wrong with a caption that a model wrote: nothing said, cut at the limit, a loop, a
+refusal. Each has a name and is counted."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ GUARDS = ("empty", "truncated", "unfinished", "repeating", "refusal")
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*\s*$")
 _REFUSAL = re.compile(
-    r"^\W*(?:i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e|as an ai\b|i['’]?m (?:unable|not able)|i am (?:unable|not able)"
-    r"|i (?:cannot|can['’]?t) (?:see|describe|view|help|assist|provide|identify)|there is no image|no image (?:was|has been) provided)",
+    r"^\W*(?:i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e|as an ai\b|i['’]?m (?:unable|not able)|i am (?:unable|not able)"  # noqa: E501
+    r"|i (?:cannot|can['’]?t) (?:see|describe|view|help|assist|provide|identify)|there is no image|no image (?:was|has been) provided)",  # noqa: E501
     re.IGNORECASE,
 )
 LONGEST_LOOP = 40  # words of a phrase whose repetition is looked for
@@ -19,10 +20,12 @@ SENTENCE = 12  # a caption of so many words is prose, and prose ends with a full
 
 
 def guards(text: str, finish: str) -> tuple[str, ...]:
-    """The names of GUARDS that speak against a caption, none for a good one. finish: 'length' where the token limit cut it, else 'stop'.
+    """The names of GUARDS that speak against a caption, none for a good one. finish: 'length' where
+    the token limit cut it, else 'stop'.
 
-    empty: no word in it. truncated: the limit cut it before a sentence's end. unfinished: prose of 12 words or more that the
-    model ended in mid-sentence. repeating: see ``repeats``. refusal: it begins as an apology or speaks of a missing image.
+    empty: no word in it. truncated: the limit cut it before a sentence's end. unfinished: prose of
+    12 words or more that the model ended in mid-sentence. repeating: see ``repeats``. refusal: it
+    begins as an apology or speaks of a missing image.
     """
     words = [word.lower() for word in _WORD.findall(text)]
     if not words:
@@ -41,8 +44,9 @@ def guards(text: str, finish: str) -> tuple[str, ...]:
 
 
 def repeats(words: list[str]) -> bool:
-    """Whether a phrase of 1 to 40 words is said three times or more without a break, over 8 words or more or a third of the caption;
-    or, in 24 words and more, less than half of the runs of four words are new."""
+    """Whether a phrase of 1 to 40 words is said three times or more without a break, over 8 words
+    or more or a third of the caption; or, in 24 words and more, less than half of the runs of four
+    words are new."""
     n = len(words)
     for length in range(1, min(LONGEST_LOOP, n // 3) + 1):
         same = 0  # words that equal the word one phrase before them, without a break

@@ -1,4 +1,5 @@
-"""Captioning as a Ray Data pipeline: numbers of samples go out to workers, rows come back into one journal."""
+"""Captioning as a Ray Data pipeline: numbers of samples go out to workers, rows come back into one
+journal."""
 
 from __future__ import annotations
 
@@ -21,13 +22,15 @@ from pixart_jax.labelling.caption import CaptionOptions, Opening, Worker
 from pixart_jax.labelling.caption_files import Journal, read_manifest
 
 WAVE = 2048
-"""Batches a worker in one Ray Data pipeline: what a pipeline plans lies in memory, so a large set takes several, one after the other."""
+"""Batches a worker in one Ray Data pipeline: what a pipeline plans lies in memory, so a large set
+takes several, one after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where workers run. address: None is this machine alone, 'auto' or HOST:PORT a Ray cluster that runs already. workers: 0 is one a
-    GPU, or one where there is none. gpus_per_worker: None is 1 where the cluster has any, else 0."""
+    """Where workers run. address: None is this machine alone, 'auto' or HOST:PORT a Ray cluster
+    that runs already. workers: 0 is one a GPU, or one where there is none. gpus_per_worker: None is
+    1 where the cluster has any, else 0."""
 
     address: str | None = None
     workers: int = 0
@@ -54,14 +57,21 @@ def run(
     faults: Faults | None = None,
     open_model: Callable = vision_language.VisionLanguageModel,
 ) -> dict:
-    """Caption every sample of ``source`` that ``file`` does not have yet; returns the manifest's facts.
+    """Caption every sample of ``source`` that ``file`` does not have yet; returns the manifest's
+    facts.
 
-    opening: how a worker opens the same source. faults: collects what is left out; strict, the first stops the run, and what was
-    captioned before it stays. Killed at any moment, the same call goes on. open_model: for tests.
+    opening: how a worker opens the same source. faults: collects what is left out; strict, the
+    first stops the run, and what was captioned before it stays. Killed at any moment, the same call
+    goes on. open_model: for tests.
     """
     faults = Faults() if faults is None else faults  # an empty one is false
     made = {key: str(value) for key, value in dataclasses.asdict(options).items()}
-    made |= {"source": opening.source, "split": opening.split, "where": str(opening.where), "kind": kind}
+    made |= {
+        "source": opening.source,
+        "split": opening.split,
+        "where": str(opening.where),
+        "kind": kind,
+    }
     if open_model is vision_language.VisionLanguageModel:
         made["model files"] = vision_language.identity(options.model)
     journal = Journal(file, made, len(source), source.fingerprint, lambda: _numbers(source))
@@ -78,12 +88,21 @@ def run(
         return read_manifest(journal.manifest)
 
 
-def _caption(journal: Journal, pending, opening, options, cluster, workers: int, faults: Faults, open_model) -> None:
+def _caption(
+    journal: Journal, pending, opening, options, cluster, workers: int, faults: Faults, open_model
+) -> None:
     from tqdm import tqdm
 
     total, started = len(journal.done), int(journal.done.sum())
     against: collections.Counter[str] = collections.Counter()
-    with tqdm(total=total, initial=started, unit=" captions", desc="captioning", smoothing=0.1, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total,
+        initial=started,
+        unit=" captions",
+        desc="captioning",
+        smoothing=0.1,
+        dynamic_ncols=True,
+    ) as bar:
         for rows in _waves(pending, opening, options, cluster, workers, open_model):
             journal.append([row for row in rows if not faults.strict or "left_out" not in row])
             for row in rows if faults.strict else ():
@@ -96,10 +115,14 @@ def _caption(journal: Journal, pending, opening, options, cluster, workers: int,
             bar.update(len(rows))
     left = int((~journal.done).sum())
     if left:
-        raise UserError(f"{left} samples came back from no worker; the same command goes on with them")
+        raise UserError(
+            f"{left} samples came back from no worker; the same command goes on with them"
+        )
 
 
-def _waves(pending: np.ndarray, opening, options, cluster: Cluster, workers: int, open_model) -> Iterator[list[dict]]:
+def _waves(
+    pending: np.ndarray, opening, options, cluster: Cluster, workers: int, open_model
+) -> Iterator[list[dict]]:
     """Lists of rows as they come back, in any order."""
     import json
 
@@ -107,11 +130,19 @@ def _waves(pending: np.ndarray, opening, options, cluster: Cluster, workers: int
 
     most = WAVE * workers * cluster.batch_size
     for wave in (pending[start : start + most] for start in range(0, len(pending), most)):
-        blocks = [wave[start : start + cluster.batch_size] for start in range(0, len(wave), cluster.batch_size)]
+        blocks = [
+            wave[start : start + cluster.batch_size]
+            for start in range(0, len(wave), cluster.batch_size)
+        ]
         gpus = _gpus_per_worker(cluster)
         rows = ray.data.from_numpy(blocks).map_batches(
             Worker,
-            fn_constructor_kwargs={"opening": opening, "options": options, "threads": _threads(workers, gpus), "open_model": open_model},
+            fn_constructor_kwargs={
+                "opening": opening,
+                "options": options,
+                "threads": _threads(workers, gpus),
+                "open_model": open_model,
+            },
             batch_size=cluster.batch_size,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))),
             num_gpus=gpus or None,
@@ -127,11 +158,13 @@ def _waves(pending: np.ndarray, opening, options, cluster: Cluster, workers: int
 
 @contextlib.contextmanager
 def _ray(cluster: Cluster) -> Iterator[int]:
-    """A Ray to run on, for as long as the block; yields the number of workers. One that runs in this process already is used and left."""
+    """A Ray to run on, for as long as the block; yields the number of workers. One that runs in
+    this process already is used and left."""
     vision_language.check_engines()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ side warns of what Ray Data does by itself
+    # the C++ side warns of what Ray Data does by itself
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
@@ -143,22 +176,38 @@ def _ray(cluster: Cluster) -> Iterator[int]:
     context.print_on_execution_start = False
     ours = not ray.is_initialized()
     if ours:
-        print("starting Ray", "on this machine" if cluster.address is None else f"({cluster.address})", file=sys.stderr, flush=True)
+        print(
+            "starting Ray",
+            "on this machine" if cluster.address is None else f"({cluster.address})",
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
             with _no_stderr():
                 if cluster.address is None:
                     cores = max(cluster.workers, os.cpu_count() or 1)
-                    ray.init(address="local", num_cpus=cores, include_dashboard=False, object_store_memory=128 * 2**20, **quiet)
+                    ray.init(
+                        address="local",
+                        num_cpus=cores,
+                        include_dashboard=False,
+                        object_store_memory=128 * 2**20,
+                        **quiet,
+                    )
                 else:
                     ray.init(address=cluster.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as fault:
-            raise UserError(f"Ray does not start ({cluster.address or 'here'}): {' '.join(str(fault).split())[:200]}") from None
+            raise UserError(
+                f"Ray does not start ({cluster.address or 'here'}): "
+                f"{' '.join(str(fault).split())[:200]}"
+            ) from None
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
         need = _gpus_per_worker(cluster)
         if need > gpus:
-            raise UserError(f"--gpus-per-worker {need:g}: Ray sees {gpus:g} GPUs; 0 runs on the CPU")
+            raise UserError(
+                f"--gpus-per-worker {need:g}: Ray sees {gpus:g} GPUs; 0 runs on the CPU"
+            )
         workers = cluster.workers or (max(1, int(gpus / need)) if need else 1)
         if need and workers * need > gpus:
             raise UserError(f"--workers {workers} with {need:g} GPUs each: Ray sees {gpus:g} GPUs")
@@ -170,7 +219,8 @@ def _ray(cluster: Cluster) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _no_stderr():
-    """Ray's C++ side greets on file descriptor 2; what goes wrong while it starts comes as an exception."""
+    """Ray's C++ side greets on file descriptor 2; what goes wrong while it starts comes as an
+    exception."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -222,13 +272,15 @@ def _public(row: dict, model: str, kind: str) -> dict:
 
 
 def _facts(journal: Journal, faults: Faults) -> dict:
-    """What the summary counts, over all runs of this file: from the journal, so that an interrupted run counts once."""
+    """What the summary counts, over all runs of this file: from the journal, so that an interrupted
+    run counts once."""
     against: collections.Counter[str] = collections.Counter()
     left_out: collections.Counter[str] = collections.Counter()
     captions = tokens = mended = 0
     for row in journal.rows():
         against.update(row.get("guards", ()))
-        for noticed in row.get("noticed", ()):  # what a worker found in the source: a raw caption with control characters
+        # what a worker found in the source: a raw caption with control characters
+        for noticed in row.get("noticed", ()):
             faults.add(*noticed)
         if "left_out" in row:
             left_out[row["left_out"][0]] += 1

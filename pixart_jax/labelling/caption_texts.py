@@ -1,4 +1,5 @@
-"""Captions out of whatever holds them: a caption file, a folder of .txt, or any source; a few at a time, bad records named."""
+"""Captions out of whatever holds them: a caption file, a folder of .txt, or any source; a few at a
+time, bad records named."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from pixart_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """What is said of one picture. key: '' where its file names none; place: where it stands, for a person; captions: kind → texts."""
+    """What is said of one picture. key: '' where its file names none; place: where it stands, for a
+    person; captions: kind → texts."""
 
     key: str
     place: str
@@ -25,7 +27,8 @@ class Said:
 
 
 class CaptionTexts:
-    """The captions of ``what``: .jsonl, .csv, .tsv, .parquet, a folder of .txt, or a source as open_source takes it.
+    """The captions of ``what``: .jsonl, .csv, .tsv, .parquet, a folder of .txt, or a source as
+    open_source takes it.
 
     faults: collects what is left out. total: about how many records there are, for a progress bar.
     """
@@ -33,7 +36,9 @@ class CaptionTexts:
     def __init__(self, what: str, faults: Faults, split: str = "train", limit: int | None = None):
         self._what, self._faults, self._limit = what, faults, limit
         path = Path(what)
-        self._file = path if path.suffix.lower() in caption_files.SUFFIXES and not path.is_dir() else None
+        self._file = (
+            path if path.suffix.lower() in caption_files.SUFFIXES and not path.is_dir() else None
+        )
         self._texts = self._source = None
         if self._file is not None:
             if not path.is_file():
@@ -45,10 +50,15 @@ class CaptionTexts:
             self._texts, self.name, self.total = path, path.resolve().name, None
         else:
             if path.is_file() and not what.endswith(".tar"):
-                raise UserError(f"{what}: a caption file is one of {', '.join(caption_files.SUFFIXES)}")
+                raise UserError(
+                    f"{what}: a caption file is one of {', '.join(caption_files.SUFFIXES)}"
+                )
             self._source = open_source(what, split, limit=limit, faults=faults)
             whole = len(parts_of(what)) > 1 or ":" not in what
-            self.name, self.total = (Path(what).name if whole else self._source.name.partition(":")[2]), len(self._source)
+            self.name, self.total = (
+                (Path(what).name if whole else self._source.name.partition(":")[2]),
+                len(self._source),
+            )
         if limit is not None and self.total is not None:
             self.total = min(limit, self.total)
 
@@ -77,8 +87,11 @@ class CaptionTexts:
         return found if found or self._faults.counts["caption too long"] == before else None
 
     def _of_texts(self) -> Iterator[Said]:
-        """NAME.txt is the kind 'caption' of NAME; NAME.KIND.txt, where NAME.txt is there too, that kind."""
-        for folder, files in itertools.groupby(_walk(self._texts, (".txt",)), lambda path: path.parent):
+        """NAME.txt is the kind 'caption' of NAME; NAME.KIND.txt, where NAME.txt is there too, that
+        kind."""
+        for folder, files in itertools.groupby(
+            _walk(self._texts, (".txt",)), lambda path: path.parent
+        ):
             stems = {path.name[: -len(".txt")]: path for path in files}
             kinds: dict[str, dict[str, Path]] = {}
             for stem, path in stems.items():
@@ -97,7 +110,9 @@ class CaptionTexts:
             before = len(self._faults)
             try:
                 with open(path, "rb") as file:
-                    text = texts.decoded(file.read(texts.LONGEST + 1), str(path), kind, self._faults)
+                    text = texts.decoded(
+                        file.read(texts.LONGEST + 1), str(path), kind, self._faults
+                    )
             except OSError as fault:
                 text = self._faults.add(str(path), "unreadable file", fault.strerror or "") or ""
             named |= len(self._faults) > before
@@ -111,21 +126,30 @@ class CaptionTexts:
             try:
                 key, captions = read(number)
             except UserError as fault:
-                self._faults.add(f"{self._source.name}, sample {number}", "unreadable record", str(fault))
+                self._faults.add(
+                    f"{self._source.name}, sample {number}", "unreadable record", str(fault)
+                )
                 continue
             place = f"{self._source.name}, {key}"
-            yield Said(key, place, self._cleared({kind: tuple(said) for kind, said in captions.items()}, place))
+            yield Said(
+                key,
+                place,
+                self._cleared({kind: tuple(said) for kind, said in captions.items()}, place),
+            )
 
     def _key_and_captions(self, number: int):
         sample = self._source[number]  # of a set that has no way to its captions alone
         return sample.key, sample.captions
 
 
-def of_kinds(found: Iterable[Said], kinds: Sequence[str], faults: Faults, what: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(key, place, the texts of these kinds) of each record that has any; the others are named as 'missing caption'.
+def of_kinds(
+    found: Iterable[Said], kinds: Sequence[str], faults: Faults, what: str
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(key, place, the texts of these kinds) of each record that has any; the others are named as
+    'missing caption'.
 
-    kinds: none means 'caption', or the one kind that the first records have. UserError where that does not say which, or no record
-    among the first thousand has one of them.
+    kinds: none means 'caption', or the one kind that the first records have. UserError where that
+    does not say which, or no record among the first thousand has one of them.
     """
     first: list[Said] = []
     rest = iter(found)
@@ -137,9 +161,15 @@ def of_kinds(found: Iterable[Said], kinds: Sequence[str], faults: Faults, what: 
     if not kinds:
         kinds = ("caption",) if "caption" in known else tuple(known)
         if len(kinds) > 1:
-            raise UserError(f"{what} has several kinds of caption: --kind {' or --kind '.join(known)} (or several, with commas)")
+            raise UserError(
+                f"{what} has several kinds of caption: --kind {' or --kind '.join(known)} (or "
+                "several, with commas)"
+            )
     elif known and not set(kinds) & set(known):
-        raise UserError(f"{what} has no caption of kind {' or '.join(map(repr, kinds))}{nearest(kinds[0], known)}")
+        raise UserError(
+            f"{what} has no caption of kind "
+            f"{' or '.join(map(repr, kinds))}{nearest(kinds[0], known)}"
+        )
 
     def all_of_them():
         yield from first
@@ -163,13 +193,16 @@ def _records(file: Path) -> int:
         try:
             return pyarrow.parquet.read_metadata(file).num_rows
         except (pyarrow.ArrowException, OSError) as fault:
-            raise UserError(f"{file} is no whole Parquet file: {' '.join(str(fault).split())[:160]}") from None
+            raise UserError(
+                f"{file} is no whole Parquet file: {' '.join(str(fault).split())[:160]}"
+            ) from None
     with open(file, "rb") as data:
         return sum(block.count(b"\n") for block in iter(lambda: data.read(1 << 22), b""))
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files of these suffixes, in an order that does not depend on the machine; hidden ones do not count."""
+    """Files of these suffixes, in an order that does not depend on the machine; hidden ones do not
+    count."""
     for here, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):

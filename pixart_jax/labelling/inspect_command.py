@@ -1,7 +1,9 @@
-"""``python -m pixart_jax inspect DATA``: a page that shows what a set holds, before anything is trained on it.
+"""``python -m pixart_jax inspect DATA``: a page that shows what a set holds, before anything is
+trained on it.
 
-DATA is a source, as encode takes it, or with --vae a folder of encoded shards. The page has figures, pictures by bucket as training
-would crop them, captions and how many of them are cut, duplicates by perceptual hash, and every record that is left out with its reason.
+DATA is a source, as encode takes it, or with --vae a folder of encoded shards. The page has
+figures, pictures by bucket as training would crop them, captions and how many of them are cut,
+duplicates by perceptual hash, and every record that is left out with its reason.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ class Arguments:
     where: str | None = None
     """Only samples that pass this filter: a name ('single') or 'package.module:function'."""
     buckets: str | None = None
-    """HEIGHTxWIDTH in px, with commas; or 256 (by itself), 512, 1024 or 2048 for that base's whole table. Encoded shards have their own."""
+    """HEIGHTxWIDTH in px, with commas; or 256 (by itself), 512, 1024 or 2048 for that base's whole
+    table. Encoded shards have their own."""
     vae: pathlib.Path | None = None
-    """Of encoded shards: the folder of the VAE that made them, or of a model that holds it; it shows what training sees."""
+    """Of encoded shards: the folder of the VAE that made them, or of a model that holds it; it
+    shows what training sees."""
     sample: int | None = None
     """Look at so many samples, drawn at random; all by default."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "none"
-    """A tokenizer's folder, or a model folder that holds one: counts tokens; none counts words alone."""
+    """A tokenizer's folder, or a model folder that holds one: counts tokens; none counts words
+    alone."""
     max_text_tokens: int = 120
     """Texts of more tokens are cut in training."""
     shown: int = 12
@@ -58,13 +63,25 @@ def main(argv: Sequence[str]) -> int:
     from pixart_jax.labelling.inspection import page
     from pixart_jax.labelling.inspection.survey import Options, survey
 
-    arguments = program.parse(Arguments, argv, prog="python -m pixart_jax inspect", description=__doc__)
-    for name, least in (("sample", 1), ("max_text_tokens", 1), ("shown", 0), ("duplicates", -1), ("threads", 1), ("seed", 0)):
+    arguments = program.parse(
+        Arguments, argv, prog="python -m pixart_jax inspect", description=__doc__
+    )
+    for name, least in (
+        ("sample", 1),
+        ("max_text_tokens", 1),
+        ("shown", 0),
+        ("duplicates", -1),
+        ("threads", 1),
+        ("seed", 0),
+    ):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if arguments.duplicates > 16:
-        raise UserError(f"--duplicates {arguments.duplicates}: at most 16 bits; pictures that have nothing in common differ in about 32")
+        raise UserError(
+            f"--duplicates {arguments.duplicates}: at most 16 bits; pictures that have nothing in "
+            "common differ in about 32"
+        )
     counting, name = None, None
     if arguments.tokenizer != "none":
         folder = pathlib.Path(arguments.tokenizer)
@@ -91,9 +108,16 @@ def main(argv: Sequence[str]) -> int:
     found = survey(source, options, counting, faults=faults)
     path = page.write(found, options, arguments.out, name)
     used = sum(count > 0 for count in found.buckets.values())
-    print(f"{found.looked_at} samples of {found.source}: {len(found.sizes)} pictures in {used} buckets, {len(found.groups)} groups alike")
+    print(
+        f"{found.looked_at} samples of {found.source}: {len(found.sizes)} pictures in {used} "
+        f"buckets, {len(found.groups)} groups alike"
+    )
     for kind, texts in found.texts.items():
-        cut = f", {texts.cut} longer than {arguments.max_text_tokens} tokens" if counting is not None else ""
+        cut = (
+            f", {texts.cut} longer than {arguments.max_text_tokens} tokens"
+            if counting is not None
+            else ""
+        )
         print(f"  captions {kind}: {texts.texts} of {texts.samples} samples{cut}")
     if len(faults):
         print(f"  {faults.summary()}")
@@ -104,7 +128,10 @@ def main(argv: Sequence[str]) -> int:
 def _decoded(source: RecordsSource, vae: pathlib.Path | None):
     """Encoded shards with the pictures that their VAE makes of them."""
     if vae is None:
-        raise UserError(f"{source.name} is encoded: give --vae, the folder of its VAE or of the model, or the set that it was made from")
+        raise UserError(
+            f"{source.name} is encoded: give --vae, the folder of its VAE or of the model, or the "
+            "set that it was made from"
+        )
     from pixart_jax.labelling.inspection.decoded import Decoded
     from pixart_jax.pipeline.encoder_identity import component_identity
     from pixart_jax.weights.component import load_component

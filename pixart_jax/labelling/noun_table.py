@@ -1,4 +1,5 @@
-"""Counts of more distinct words than memory holds, and keys seen before: both exact, both bounded."""
+"""Counts of more distinct words than memory holds, and keys seen before: both exact, both
+bounded."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ RUNS = 32  # sorted files that are merged at once
 
 
 class NounTable:
-    """noun → how often. At most ``limit`` nouns are in memory; beyond it they go, sorted, into a file, and are added up when read.
+    """noun → how often. At most ``limit`` nouns are in memory; beyond it they go, sorted, into a
+    file, and are added up when read.
 
     A noun has no tab and no line break. 4,000,000 of them are some 0.4 GB of Python objects.
     """
@@ -88,8 +90,8 @@ def _added(runs) -> Iterator[tuple[str, int]]:
 
 
 class KeysSeen:
-    """Which keys came before, 8 bytes each: sorted arrays of 64-bit hashes, merged as they grow. Among 10 million keys two
-    different ones share a hash with a chance of 3 in a million."""
+    """Which keys came before, 8 bytes each: sorted arrays of 64-bit hashes, merged as they grow.
+    Among 10 million keys two different ones share a hash with a chance of 3 in a million."""
 
     def __init__(self):
         self._levels: list[np.ndarray] = []  # sorted, each more than twice as long as the next
@@ -111,4 +113,6 @@ class KeysSeen:
 
 
 def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )

@@ -1,7 +1,8 @@
-"""The nouns of a set's captions, as the paper's table counts them: valid and distinct nouns, their total, how many an image.
+"""The nouns of a set's captions, as the paper's table counts them: valid and distinct nouns, their
+total, how many an image.
 
-Captions are read once, in chunks; processes tag them; one table adds up. Sums do not depend on the order in which chunks come back, so
-the counts are the same whatever the number of processes.
+Captions are read once, in chunks; processes tag them; one table adds up. Sums do not depend on the
+order in which chunks come back, so the counts are the same whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ TOP, DROPPED = 100, 1000  # nouns that are reported by name
 
 @dataclasses.dataclass(frozen=True)
 class NounOptions:
-    """How nouns are counted. threshold: a noun is valid that occurs more often than this. tagger, singular: see taggers.open_tagger.
-    tokenizer: a folder, to count tokens too. workers: processes, 0 is one a core. table: nouns that are held in memory."""
+    """How nouns are counted. threshold: a noun is valid that occurs more often than this. tagger,
+    singular: see taggers.open_tagger.
+    tokenizer: a folder, to count tokens too. workers: processes, 0 is one a core. table: nouns that
+    are held in memory."""
 
     threshold: int = 10
     tagger: str = "textblob"
@@ -62,7 +65,9 @@ class Lengths:
         return 0
 
     def mean(self) -> float:
-        return sum(length * count for length, count in self.counts.items()) / max(1, self.counts.total())
+        return sum(length * count for length, count in self.counts.items()) / max(
+            1, self.counts.total()
+        )
 
     def above(self, most: int) -> int:
         """How many captions are longer than ``most``."""
@@ -79,8 +84,9 @@ class Lengths:
 
 @dataclasses.dataclass
 class Nouns:
-    """What was counted of one set. valid, distinct: VN and DN; total: of all nouns; top: the most frequent (noun, count); dropped: a
-    sample of the nouns that occur too seldom to be valid, the same whatever the order. dropped_total: how often those occur together."""
+    """What was counted of one set. valid, distinct: VN and DN; total: of all nouns; top: the most
+    frequent (noun, count); dropped: a sample of the nouns that occur too seldom to be valid, the
+    same whatever the order. dropped_total: how often those occur together."""
 
     name: str
     images: int = 0
@@ -108,17 +114,27 @@ class Nouns:
         return self.total / self.images if self.images else 0.0
 
 
-def count(what: str, options: NounOptions, faults: Faults, split: str = "train", limit: int | None = None) -> Nouns:
-    """Count the nouns of a caption file, a folder of .txt or a source. UserError where it cannot be opened or holds no caption."""
+def count(
+    what: str, options: NounOptions, faults: Faults, split: str = "train", limit: int | None = None
+) -> Nouns:
+    """Count the nouns of a caption file, a folder of .txt or a source. UserError where it cannot be
+    opened or holds no caption."""
     taggers.open_tagger(options.tagger, options.singular)  # that it is there: said once, here
     found = CaptionTexts(what, faults, split, limit)
     result = Nouns(found.name, faults=faults, tokens=Lengths() if options.tokenizer else None)
     chunks = _chunks(_once(of_kinds(found, options.kinds, faults, what), faults))
     from tqdm import tqdm
 
-    with NounTable(options.table) as table, tqdm(
-        total=found.total, unit=" images", desc=f"nouns of {found.name}", dynamic_ncols=True, mininterval=0.5
-    ) as bar:  # fmt: skip
+    with (
+        NounTable(options.table) as table,
+        tqdm(
+            total=found.total,
+            unit=" images",
+            desc=f"nouns of {found.name}",
+            dynamic_ncols=True,
+            mininterval=0.5,
+        ) as bar,
+    ):
         for nouns, images, captions, too_long, words, tokens in _tagged(chunks, options):
             table.add(nouns)
             result.total += sum(nouns.values())
@@ -130,7 +146,9 @@ def count(what: str, options: NounOptions, faults: Faults, split: str = "train",
                 result.tokens.counts.update(tokens)
             bar.update(images)
         if not result.images:
-            raise UserError(f"{what} holds no caption{f' ({faults.summary()})' if len(faults) else ''}")
+            raise UserError(
+                f"{what} holds no caption{f' ({faults.summary()})' if len(faults) else ''}"
+            )
         _look_through(table, result, options.threshold)
         result.spills = table.spills
     return result
@@ -149,7 +167,9 @@ def _look_through(table: NounTable, result: Nouns, threshold: int) -> None:
             _keep(dropped, (-_shuffled(noun), noun, times), DROPPED)
         _keep(top, (times, _Last(noun)), TOP)
     result.top = [(last.noun, times) for times, last in sorted(top, reverse=True)]
-    result.dropped = sorted(((noun, times) for _, noun, times in dropped), key=lambda pair: (-pair[1], pair[0]))
+    result.dropped = sorted(
+        ((noun, times) for _, noun, times in dropped), key=lambda pair: (-pair[1], pair[0])
+    )
 
 
 def _keep(heap: list, item, most: int) -> None:
@@ -160,7 +180,8 @@ def _keep(heap: list, item, most: int) -> None:
 
 
 class _Last:
-    """A noun that sorts backwards: of two as frequent ones the first in the alphabet is the greater."""
+    """A noun that sorts backwards: of two as frequent ones the first in the alphabet is the
+    greater."""
 
     __slots__ = ("noun",)
 
@@ -177,7 +198,9 @@ def _shuffled(noun: str) -> int:
     return zlib.crc32(noun.encode("utf-8", "surrogatepass"))
 
 
-def _once(found: Iterable[tuple[str, str, tuple[str, ...]]], faults: Faults) -> Iterator[tuple[str, ...]]:
+def _once(
+    found: Iterable[tuple[str, str, tuple[str, ...]]], faults: Faults
+) -> Iterator[tuple[str, ...]]:
     """The texts of each key's first record; later ones are named."""
     seen, waiting = KeysSeen(), []
 
@@ -215,7 +238,8 @@ Counted = tuple[dict[str, int], int, int, int, dict[int, int], dict[int, int]]
 
 
 def _tagged(chunks: Iterator[Sequence[tuple[str, ...]]], options: NounOptions) -> Iterator[Counted]:
-    """Every chunk's counts, in any order. A few chunks wait for a worker, no more: reading does not run ahead of tagging."""
+    """Every chunk's counts, in any order. A few chunks wait for a worker, no more: reading does not
+    run ahead of tagging."""
     workers = options.workers or os.cpu_count() or 1
     first = next(chunks, None)
     second = next(chunks, None) if workers > 1 else None
@@ -230,15 +254,20 @@ def _tagged(chunks: Iterator[Sequence[tuple[str, ...]]], options: NounOptions) -
         yield second
         yield from chunks
 
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whatever was imported
+    # a fork would copy the threads' locks of whatever was imported
+    context = multiprocessing.get_context("spawn")
     try:
-        with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start, initargs=(options,)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, context, initializer=_start, initargs=(options,)
+        ) as pool:
             waiting: set[concurrent.futures.Future] = set()
             try:
                 for chunk in all_of_them():
                     waiting.add(pool.submit(_tag, chunk))
                     if len(waiting) >= 3 * workers:
-                        done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                        done, waiting = concurrent.futures.wait(
+                            waiting, return_when=concurrent.futures.FIRST_COMPLETED
+                        )
                         for future in done:
                             yield future.result()
                 for future in concurrent.futures.as_completed(waiting):
@@ -246,7 +275,9 @@ def _tagged(chunks: Iterator[Sequence[tuple[str, ...]]], options: NounOptions) -
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
     except BrokenProcessPool:
-        raise UserError("a tagging process was ended from outside (out of memory?): fewer --workers need less") from None
+        raise UserError(
+            "a tagging process was ended from outside (out of memory?): fewer --workers need less"
+        ) from None
 
 
 class _Tagging:

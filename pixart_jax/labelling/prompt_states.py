@@ -1,8 +1,8 @@
 """Prompts → a file of text states, from which sample.py draws without the text encoder.
 
-The work goes in parts, files of the very form of the result, which lie in a folder beside it until all are there. So a kill
-costs one part, the same command goes on, and one with more prompts encodes only those; the file is the one that an
-undisturbed run writes.
+The work goes in parts, files of the very form of the result, which lie in a folder beside it until
+all are there. So a kill costs one part, the same command goes on, and one with more prompts encodes
+only those; the file is the one that an undisturbed run writes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def ensure(
 ) -> int:
     """Have the states of all texts in ``out``; returns how many had to be encoded.
 
-    made: the identity that the file is to carry, with cleaning and stored_in. encoder: opens the encoder, called only where
-    something is missing. Texts that lie in the file already stay there. UserError where it was made otherwise.
+    made: the identity that the file is to carry, with cleaning and stored_in. encoder: opens the
+    encoder, called only where something is missing. Texts that lie in the file already stay there.
+    UserError where it was made otherwise.
     """
     wanted = list(dict.fromkeys(clean(text) for text in texts))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +48,18 @@ def ensure(
         missing = [text for text in wanted if text not in known]
         if missing:
             opened = encoder()
-            bar = tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit=" prompts", desc="encoding", disable=not progress)
+            bar = tqdm(
+                total=len(wanted),
+                initial=len(wanted) - len(missing),
+                unit=" prompts",
+                desc="encoding",
+                disable=not progress,
+            )
             with bar:
                 for start in range(0, len(missing), part):
-                    states = opened.states(missing[start : start + part], made["stored_in"], str, bar.update)
+                    states = opened.states(
+                        missing[start : start + part], made["stored_in"], str, bar.update
+                    )
                     write(_free(parts), list(states), states, made)
             known = _known(out, parts, made)
         if missing or any(parts.glob("*.safetensors")):
@@ -87,5 +96,8 @@ def _alone(parts: Path) -> Iterator[None]:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run encodes into {parts.with_name(parts.name[1:].removesuffix('.parts'))}: wait for it") from None
+            raise UserError(
+                "another run encodes into "
+                f"{parts.with_name(parts.name[1:].removesuffix('.parts'))}: wait for it"
+            ) from None
         yield

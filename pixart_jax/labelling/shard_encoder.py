@@ -1,11 +1,14 @@
 """One shard's samples → its records, on every device of a mesh.
 
-A device always computes batches of the same few shapes: so many pictures of a bucket, eight texts of 16, 32, 64 … tokens, and the width
-that a text is padded to is its own. So what is computed of a sample does not depend on what lies beside it, nor on how many devices there
-are, as far as the device's library computes every row of a batch alike. A CPU's convolutions of few channels do not where it has AVX2
-alone: the last rows of a thread's share are summed in another order, so a posterior of another place or thread may differ in its last
-digit. Where fsdp or tensor cut the parameters, all sums may be taken in another order, and the last digits of the fp32 posterior and,
-rarely, of a bfloat16 state differ.
+A device always computes batches of the same few shapes: so many pictures of a bucket, eight texts
+of 16, 32, 64 … tokens, and the width that a text is padded to is its own. So what is computed of a
+sample does not depend on what lies beside it, nor on how many devices there are, as far as the
+device's library computes every row of a batch alike. A CPU's convolutions of few channels do not
+where it has AVX2
+alone: the last rows of a thread's share are summed in another order, so a posterior of another
+place or thread may differ in its last digit. Where fsdp or tensor cut the parameters, all sums may
+be taken in another order, and the last digits of the fp32 posterior and, rarely, of a bfloat16
+state differ.
 """
 
 from __future__ import annotations
@@ -30,14 +33,18 @@ from pixart_jax.parallel.rules import replicated, rows_sharding
 from pixart_jax.weights.component import Component
 
 CLEANING = "deepfloyd"  # of captions; another would make other states of the same words
-LONGEST_CAPTION = 100_000  # characters; beyond it stands no caption, and cleaning it would take minutes
-_TEXTS = 8  # a device and batch: 64 tokens of each keep its matrix units busy, and a few texts alone waste little
+# characters; beyond it stands no caption, and cleaning it would take minutes
+LONGEST_CAPTION = 100_000
+# a device and batch: 64 tokens of each keep its matrix units busy, and a few texts alone waste
+# little
+_TEXTS = 8
 _SHORTEST = 16  # tokens
 
 
 @dataclasses.dataclass
 class _Picture:
-    """A sample, decoded: what is known of its record, its pixels (uint8 [h, w, 3]), and its texts by the names of their states."""
+    """A sample, decoded: what is known of its record, its pixels (uint8 [h, w, 3]), and its texts
+    by the names of their states."""
 
     arrays: dict[str, np.ndarray]
     metadata: dict[str, str]
@@ -47,7 +54,8 @@ class _Picture:
 
 @dataclasses.dataclass
 class _Computing:
-    """A batch that the devices are at: (mean, std) of the pictures, as they are and mirrored; (rows, states) of the texts."""
+    """A batch that the devices are at: (mean, std) of the pictures, as they are and mirrored;
+    (rows, states) of the texts."""
 
     pictures: list[_Picture]
     posteriors: dict[str, tuple[jax.Array, jax.Array]]
@@ -56,7 +64,8 @@ class _Computing:
 
 
 class ShardEncoder:
-    """vae, text_encoder, tokenizer: as ``encode.ensure`` takes them. batch_size: pictures of a device. mesh: of this process's own
+    """vae, text_encoder, tokenizer: as ``encode.ensure`` takes them. batch_size: pictures of a
+    device. mesh: of this process's own
     devices, None: the first of them. strict: a sample that cannot be encoded raises."""
 
     def __init__(
@@ -87,22 +96,37 @@ class ShardEncoder:
         left_out: Callable[[str, str], object],
         told: Callable[[int], object] = lambda count: None,
     ) -> Iterator[tuple[bytes, dict[str, int]]]:
-        """(record, tokens of its longest text by those kinds that it has) of each sample that can be encoded, in their order.
+        """(record, tokens of its longest text by those kinds that it has) of each sample that can
+        be encoded, in their order.
 
-        left_out(key, reason): called for every other. told(count): called when so many more samples are done.
+        left_out(key, reason): called for every other. told(count): called when so many more samples
+        are done.
         """
-        batches = [indices[start : start + self._rows] for start in range(0, len(indices), self._rows)]
+        batches = [
+            indices[start : start + self._rows] for start in range(0, len(indices), self._rows)
+        ]
         computing: _Computing | None = None
-        with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1), "decode") as readers:
-            ahead = [readers.submit(self._read, int(index), bucket) for index in batches[0]] if batches else []
+        with concurrent.futures.ThreadPoolExecutor(
+            min(16, os.cpu_count() or 1), "decode"
+        ) as readers:
+            ahead = (
+                [readers.submit(self._read, int(index), bucket) for index in batches[0]]
+                if batches
+                else []
+            )
             for number in range(len(batches)):
                 found = [picture.result() for picture in ahead]
                 following = batches[number + 1] if number + 1 < len(batches) else ()
-                ahead = [readers.submit(self._read, int(index), bucket) for index in following]  # while the devices encode
+                # while the devices encode
+                ahead = [readers.submit(self._read, int(index), bucket) for index in following]
                 for picture in found:
                     if isinstance(picture, tuple):
                         left_out(*picture)
-                begun = self._begin([picture for picture in found if isinstance(picture, _Picture)], bucket, len(found))
+                begun = self._begin(
+                    [picture for picture in found if isinstance(picture, _Picture)],
+                    bucket,
+                    len(found),
+                )
                 if computing is not None:  # packed and written while the devices encode the next
                     yield from self._packed(computing)
                     told(computing.samples)
@@ -120,19 +144,32 @@ class ShardEncoder:
             return self._decoded(sample, bucket)
         except UserError as fault:
             reason = str(fault).removeprefix(f"{key}: ")
-            kind = "unreadable image" if isinstance(fault, images.UnreadableImage) else getattr(fault, "kind", "unreadable record")
+            kind = (
+                "unreadable image"
+                if isinstance(fault, images.UnreadableImage)
+                else getattr(fault, "kind", "unreadable record")
+            )
             if self._strict:
                 raise UserError(f"{key}: {kind}: {reason}") from None
             return key, f"{kind}: {reason}"
 
     def _decoded(self, sample, bucket: tuple[int, int]) -> _Picture:
         metadata, texts = {"key": sample.key}, {}
-        said = {kind: tuple(sample.captions[kind]) for kind in self._captions if sample.captions.get(kind)}
-        if self._captions and not said:  # one that lacks some kinds of several is shown with the others
-            raise _Unusable("missing caption", f"there is none of kind {' or '.join(map(repr, self._captions))}")
+        said = {
+            kind: tuple(sample.captions[kind])
+            for kind in self._captions
+            if sample.captions.get(kind)
+        }
+        # one that lacks some kinds of several is shown with the others
+        if self._captions and not said:
+            raise _Unusable(
+                "missing caption", f"there is none of kind {' or '.join(map(repr, self._captions))}"
+            )
         for kind, found in said.items():
             if any(len(text) > LONGEST_CAPTION for text in found):
-                raise _Unusable("caption too long", f"{max(map(len, found)):,} characters of kind {kind!r}")
+                raise _Unusable(
+                    "caption too long", f"{max(map(len, found)):,} characters of kind {kind!r}"
+                )
             metadata[f"captions.{kind}"] = json.dumps(found, ensure_ascii=False)
             texts |= {f"text.{kind}.{number}": text for number, text in enumerate(found)}
         image = sample.pixels()
@@ -154,30 +191,55 @@ class ShardEncoder:
         pixels[len(pictures) :] = pictures[-1].pixels  # one shape a bucket, so one executable
         posteriors = {"": self._vae.encode(self._placed(images.to_model(pixels)))}
         if self._flip:
-            posteriors["_flip"] = self._vae.encode(self._placed(images.to_model(pixels[:, :, ::-1])))
-        texts = [(row, name, text) for row, picture in enumerate(pictures) for name, text in picture.texts.items()]
+            posteriors["_flip"] = self._vae.encode(
+                self._placed(images.to_model(pixels[:, :, ::-1]))
+            )
+        texts = [
+            (row, name, text)
+            for row, picture in enumerate(pictures)
+            for name, text in picture.texts.items()
+        ]
         for picture in pictures:
             picture.pixels = np.empty(0, np.uint8)
         return _Computing(pictures, posteriors, list(self._text_states(texts)), samples)
 
-    def _text_states(self, texts: list[tuple[int, str, str]]) -> Iterator[tuple[list[tuple[int, str, int]], jax.Array]]:
-        """([(row, name, its tokens)], states [text rows, width, c] on the devices), texts of one width together."""
-        ids = tokenize(self._tokenizer, [clean(text) for _, _, text in texts], self._most) if texts else []
-        widths = [min(self._most, max(_SHORTEST, 1 << max(len(row) - 1, 0).bit_length())) for row in ids]
+    def _text_states(
+        self, texts: list[tuple[int, str, str]]
+    ) -> Iterator[tuple[list[tuple[int, str, int]], jax.Array]]:
+        """([(row, name, its tokens)], states [text rows, width, c] on the devices), texts of one
+        width together."""
+        ids = (
+            tokenize(self._tokenizer, [clean(text) for _, _, text in texts], self._most)
+            if texts
+            else []
+        )
+        widths = [
+            min(self._most, max(_SHORTEST, 1 << max(len(row) - 1, 0).bit_length())) for row in ids
+        ]
         for width in sorted(set(widths)):
             members = [number for number, own in enumerate(widths) if own == width]
             for start in range(0, len(members), self._text_rows):
                 part = members[start : start + self._text_rows]
-                padded = np.full((self._text_rows, width), self._tokenizer.pad_token_id or 0, np.int32)
-                lengths = np.ones(self._text_rows, np.int32)  # filler is one token long, and so is "" where there is no end mark
+                padded = np.full(
+                    (self._text_rows, width), self._tokenizer.pad_token_id or 0, np.int32
+                )
+                # filler is one token long, and so is "" where there is no end mark
+                lengths = np.ones(self._text_rows, np.int32)
                 for row, number in enumerate(part):
                     padded[row, : len(ids[number])] = ids[number]
                     lengths[row] = max(len(ids[number]), 1)
                 states = self._text_encoder.apply(self._placed(padded), self._placed(lengths))
-                yield [(*texts[number][:2], int(length)) for number, length in zip(part, lengths)], states
+                yield (
+                    [(*texts[number][:2], int(length)) for number, length in zip(part, lengths)],
+                    states,
+                )
 
     def _placed(self, array: np.ndarray):
-        return array if self._mesh is None else jax.device_put(array, rows_sharding(self._mesh, len(array)))
+        return (
+            array
+            if self._mesh is None
+            else jax.device_put(array, rows_sharding(self._mesh, len(array)))
+        )
 
     def _packed(self, batch: _Computing) -> Iterator[tuple[bytes, dict[str, int]]]:
         longest: list[dict[str, int]] = [{} for _ in batch.pictures]
@@ -204,7 +266,8 @@ class _Unusable(UserError):
 
 
 def _on_all(encoder, mesh: jax.sharding.Mesh | None):
-    """An encoder with its parameters on every device of the mesh: where it was opened on one, as a copy on each."""
+    """An encoder with its parameters on every device of the mesh: where it was opened on one, as a
+    copy on each."""
     if mesh is None or not isinstance(encoder, Component) or encoder.mesh is not None:
         return encoder
     return encoder.replace(params=jax.device_put(encoder.params, replicated(mesh)), mesh=mesh)

@@ -1,4 +1,5 @@
-"""Which words of a text are nouns: three part-of-speech taggers under one face. What a count says depends on its tagger, so it is named."""
+"""Which words of a text are nouns: three part-of-speech taggers under one face. What a count says
+depends on its tagger, so it is named."""
 
 from __future__ import annotations
 
@@ -13,9 +14,12 @@ TAGS = ("NN", "NNS", "NNP", "NNPS")
 """The Penn Treebank's nouns: common and proper, singular and plural."""
 
 LONGEST = 64
-"""Characters of a noun; what is longer is no word (an address, a hash, base64), and would fill the table."""
+"""Characters of a noun; what is longer is no word (an address, a hash, base64), and would fill the
+table."""
 
-RULE = f"tagged {', '.join(TAGS)}; lower-cased; of two letters or more; at most {LONGEST} characters"
+RULE = (
+    f"tagged {', '.join(TAGS)}; lower-cased; of two letters or more; at most {LONGEST} characters"
+)
 
 _LETTERS = re.compile(r"[^\W\d_].*[^\W\d_]", re.DOTALL)
 # TextBlob's tokens of "isn't" are is, n, ', t; opened before, the pieces are no nouns.
@@ -26,8 +30,8 @@ _SENTENCES = re.compile(r"(?<=[.!?])\s+")
 
 @dataclasses.dataclass(frozen=True)
 class Tagger:
-    """nouns: a text → its nouns in order, lower-cased; the second value counts words that were too long to be one. name, version:
-    of the package; model: what it tags by."""
+    """nouns: a text → its nouns in order, lower-cased; the second value counts words that were too
+    long to be one. name, version: of the package; model: what it tags by."""
 
     name: str
     version: str
@@ -36,8 +40,9 @@ class Tagger:
 
 
 def open_tagger(name: str = "textblob", singular: bool = False) -> Tagger:
-    """'textblob' (its model lies in its wheel), 'nltk' or 'spacy', or 'spacy:MODEL'. singular: plural nouns (NNS, NNPS) as their
-    singular, by TextBlob's rules. UserError where a package or its model is not here."""
+    """'textblob' (its model lies in its wheel), 'nltk' or 'spacy', or 'spacy:MODEL'. singular:
+    plural nouns (NNS, NNPS) as their singular, by TextBlob's rules. UserError where a package or
+    its model is not here."""
     kind, _, model = name.partition(":")
     if kind not in _OPEN or (model and kind != "spacy"):
         raise UserError(f"unknown tagger {name!r}{nearest(kind, _OPEN)}")
@@ -83,15 +88,20 @@ def _nltk(_: str):
 
         nltk.pos_tag(["dog"])
     except ImportError:
-        raise UserError("--tagger nltk: nltk is not installed: pip install nltk, or --tagger textblob") from None
+        raise UserError(
+            "--tagger nltk: nltk is not installed: pip install nltk, or --tagger textblob"
+        ) from None
     except LookupError:
         raise UserError(
-            "--tagger nltk: its model is not here: python -m nltk.downloader averaged_perceptron_tagger_eng, or --tagger textblob"
+            "--tagger nltk: its model is not here: python -m nltk.downloader "
+            "averaged_perceptron_tagger_eng, or --tagger textblob"
         ) from None
     split = NLTKWordTokenizer().tokenize
 
     def tagged(text: str):
-        return [pair for sentence in _SENTENCES.split(text) for pair in nltk.pos_tag(split(sentence))]
+        return [
+            pair for sentence in _SENTENCES.split(text) for pair in nltk.pos_tag(split(sentence))
+        ]
 
     return tagged, "averaged_perceptron_tagger_eng"
 
@@ -103,9 +113,14 @@ def _spacy(model: str):
 
         parse = spacy.load(model, exclude=["parser", "ner", "lemmatizer"])
     except ImportError:
-        raise UserError("--tagger spacy: spacy is not installed: pip install spacy, or --tagger textblob") from None
+        raise UserError(
+            "--tagger spacy: spacy is not installed: pip install spacy, or --tagger textblob"
+        ) from None
     except OSError:
-        raise UserError(f"--tagger spacy: its model {model} is not here: python -m spacy download {model}, or --tagger textblob") from None
+        raise UserError(
+            f"--tagger spacy: its model {model} is not here: python -m spacy download {model}, or "
+            "--tagger textblob"
+        ) from None
 
     def tagged(text: str):
         return [(token.text, token.tag_) for token in parse(text)]

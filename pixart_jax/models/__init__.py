@@ -1,1 +1,2 @@
-"""Models as pure functions of (parameters, arrays), in Flax linen; nothing here knows of diffusion."""
+"""Models as pure functions of (parameters, arrays), in Flax linen; nothing here knows of
+diffusion."""

@@ -1,15 +1,20 @@
 """Self-attention of image tokens, also where they are split over devices (context parallelism).
 
-Each device then holds the queries, keys and values of its share of the tokens, and every query must meet every key:
+Each device then holds the queries, keys and values of its share of the tokens, and every query must
+meet every key:
 
-all_gather  keys and values are gathered over the devices, and the backward pass scatters their gradients' sums. One collective each
-            way, which overlaps with nothing; every device holds all keys and values of its samples and heads for as long as a block lasts.
-ring        each device's keys and values go round to the next one while it attends to those it has; a running maximum and sum, in
-            fp32, join the parts (arXiv 2310.01889). The backward pass goes round once more, with the gradients of keys and values
-            travelling beside them. No device ever holds more than two shares, nor logits of more than a share of the keys.
+all_gather  keys and values are gathered over the devices, and the backward pass scatters their
+gradients' sums. One collective each
+            way, which overlaps with nothing; every device holds all keys and values of its samples
+            and heads for as long as a block lasts.
+ring        each device's keys and values go round to the next one while it attends to those it has;
+a running maximum and sum, in
+            fp32, join the parts (arXiv 2310.01889). The backward pass goes round once more, with
+            the gradients of keys and values travelling beside them. No device ever holds more than
+            two shares, nor logits of more than a share of the keys.
 
-The mesh is the one that jax.set_mesh has set and the axes are what flax's logical_axis_rules say: with neither, or on one device along
-``tokens``, both ways are plain attention.
+The mesh is the one that jax.set_mesh has set and the axes are what flax's logical_axis_rules say:
+with neither, or on one device along ``tokens``, both ways are plain attention.
 """
 
 from __future__ import annotations
@@ -45,8 +50,9 @@ def self_attention(
     backend: str = "auto",
     context_attention: str = "all_gather",
 ) -> jax.Array:  # [b, n, k·h], v's dtype; marked for remat as attention()'s
-    """Softmax attention, every query over every key. context_attention: a name of this module, or 'replicated': the keys and values are
-    few and may lie whole on each device. UserError where the devices along ``tokens`` do not divide n.
+    """Softmax attention, every query over every key. context_attention: a name of this module, or
+    'replicated': the keys and values are few and may lie whole on each device. UserError where the
+    devices along ``tokens`` do not divide n.
     """
     b, n = q.shape[:2]
     axis, size = _token_axis()
@@ -54,10 +60,18 @@ def self_attention(
         q, k, v = (nn.with_logical_constraint(a, _SPLIT) for a in (q, k, v))
         return attention(q, k, v, backend=backend).reshape(b, n, -1)
     if n % size:
-        raise UserError(f"{n} image tokens do not cut into {size} equal parts (mesh axis {axis}): choose a size or an axis that divides")
+        raise UserError(
+            f"{n} image tokens do not cut into {size} equal parts (mesh axis {axis}): choose a "
+            "size or an axis that divides"
+        )
     split, whole = (nn.logical_to_mesh_axes(names) for names in (_SPLIT, _WHOLE))
     if context_attention == "ring":
-        run = jax.shard_map(lambda q, k, v: _ring(q, k, v, axis), in_specs=(split,) * 3, out_specs=split, check_vma=False)
+        run = jax.shard_map(
+            lambda q, k, v: _ring(q, k, v, axis),
+            in_specs=(split,) * 3,
+            out_specs=split,
+            check_vma=False,
+        )
         return run(q, k, v).reshape(b, n, -1)
 
     def local(q, k, v):
@@ -79,7 +93,8 @@ def _token_axis() -> tuple[str | None, int]:
     return (axis, mesh.shape[axis]) if isinstance(axis, str) and axis in mesh.shape else (None, 1)
 
 
-# ---- the ring; all arrays are one device's: q [b, n, k, h], k and v [b, m, k, h], statistics [b, k, n] fp32 ----
+# ---- the ring; all arrays are one device's: q [b, n, k, h], k and v [b, m, k, h], statistics [b,
+# k, n] fp32 ----
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -88,7 +103,8 @@ def _ring(q, k, v, axis):
 
 
 def _ring_forward(q, k, v, axis):
-    """(attention's output, what the backward pass needs): q, k, v, the output and the log of the softmax's denominator."""
+    """(attention's output, what the backward pass needs): q, k, v, the output and the log of the
+    softmax's denominator."""
     turns, keys, values = jax.lax.axis_size(axis), k, v
     top = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf)
     total, out = jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
@@ -98,7 +114,12 @@ def _ring_forward(q, k, v, axis):
         higher = jnp.maximum(top, logits.max(-1))
         weights, shrink = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
         total = total * shrink + weights.sum(-1)
-        part = jnp.einsum("bknm,bmkh->bnkh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        part = jnp.einsum(
+            "bknm,bmkh->bnkh",
+            weights.astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
         out = out * _per_query(shrink) + part
         top, (keys, values) = higher, following or (keys, values)
     out = marked((out / _per_query(total)).astype(v.dtype))
@@ -106,7 +127,8 @@ def _ring_forward(q, k, v, axis):
 
 
 def _ring_backward(axis, kept, d_out):
-    """The gradient by the softmax's own: d logits = weights · (d weights − Σ d out · out), a share of the keys at a time."""
+    """The gradient by the softmax's own: d logits = weights · (d weights − Σ d out · out), a share
+    of the keys at a time."""
     q, k, v, out, log_total = kept
     turns = jax.lax.axis_size(axis)
     scale = q.shape[-1] ** -0.5
@@ -120,7 +142,12 @@ def _ring_backward(axis, kept, d_out):
         d_logits = (weights * (d_weights - inner[..., None]) * scale).astype(q.dtype)
         d_q += jnp.einsum("bknm,bmkh->bnkh", d_logits, keys, preferred_element_type=jnp.float32)
         d_k += jnp.einsum("bknm,bnkh->bmkh", d_logits, q, preferred_element_type=jnp.float32)
-        d_v += jnp.einsum("bknm,bnkh->bmkh", weights.astype(d_out.dtype), d_out, preferred_element_type=jnp.float32)
+        d_v += jnp.einsum(
+            "bknm,bnkh->bmkh",
+            weights.astype(d_out.dtype),
+            d_out,
+            preferred_element_type=jnp.float32,
+        )
         d_k, d_v = _pass_on((d_k, d_v), axis)  # after the last turn they are home
         keys, values = following or (keys, values)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
@@ -130,7 +157,10 @@ _ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _logits(q, k):
-    return jnp.einsum("bnkh,bmkh->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return (
+        jnp.einsum("bnkh,bmkh->bknm", q, k, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
 
 
 def _per_query(statistic):

@@ -18,7 +18,8 @@ from pixart_jax.parallel.axes import ACTIVATION, CONDITION, EMBED, LAYERS, MODUL
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig(Geometry):
-    """Sizes of a DiT. num_classes: labels are 0 … num_classes − 1, and num_classes itself is "no class"."""
+    """Sizes of a DiT. num_classes: labels are 0 … num_classes − 1, and num_classes itself is "no
+    class"."""
 
     num_classes: int = 1000
 
@@ -36,8 +37,12 @@ class DiTBlock(nn.Module):
 
     def setup(self):
         c = self.config
-        self.modulation = Dense(6 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST)
-        self.attn = SelfAttention(c.heads, False, c.attention_backend, self.dtype, self.context_attention)
+        self.modulation = Dense(
+            6 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST
+        )
+        self.attn = SelfAttention(
+            c.heads, False, c.attention_backend, self.dtype, self.context_attention
+        )
         self.mlp = Mlp(c.mlp_width, c.width, dtype=self.dtype)
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
@@ -45,13 +50,17 @@ class DiTBlock(nn.Module):
         x = row_major(nn.with_logical_constraint(x, ACTIVATION))
         modulation = nn.with_logical_constraint(self.modulation(condition), CONDITION)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        x = nn.with_logical_constraint(x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a)), ACTIVATION)
+        x = nn.with_logical_constraint(
+            x + gate_a[:, None].astype(x.dtype) * self.attn(modulated_norm(x, shift_a, scale_a)),
+            ACTIVATION,
+        )
         x = x + gate_m[:, None].astype(x.dtype) * self.mlp(modulated_norm(x, shift_m, scale_m))
         return nn.with_logical_constraint(x, ACTIVATION)
 
 
 class DiT(nn.Module):
-    """ε and variance logits of noisy latents, given a timestep and a class. Parameters and precision as in PixArtTransformer."""
+    """ε and variance logits of noisy latents, given a timestep and a class. Parameters and
+    precision as in PixArtTransformer."""
 
     config: DiTConfig
     dtype: jnp.dtype = jnp.float32
@@ -66,7 +75,9 @@ class DiT(nn.Module):
         self.timestep_embedder = ScalarEmbedder(c.width)
         self.label_embedder = LabelEmbedder(c.num_classes, c.width)
         self.blocks = DiTBlock(c, self.dtype, self.context_attention)
-        self.final_modulation = Dense(2 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST)
+        self.final_modulation = Dense(
+            2 * c.width, (EMBED, MODULATION), zeros, precision=jax.lax.Precision.HIGHEST
+        )
         self.final = Dense(c.patch_size**2 * c.out_channels, (EMBED, None), zeros, self.dtype)
 
     def __call__(
@@ -78,7 +89,9 @@ class DiT(nn.Module):
         c = self.config
         rows, columns = c.grid(latents.shape)
         x = nn.with_logical_constraint(self.patch_embedder(latents), ACTIVATION)
-        t = self.timestep_embedder(jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (x.shape[0],)))
+        t = self.timestep_embedder(
+            jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (x.shape[0],))
+        )
         condition = nn.with_logical_constraint(nn.silu(t + self.label_embedder(labels)), CONDITION)
         scan = nn.scan(
             remat(lambda block, x, condition: (block(x, condition), None), self.remat),

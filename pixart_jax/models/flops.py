@@ -1,8 +1,10 @@
-"""How much arithmetic one image costs the diffusion models: matrix products counted from their sizes.
+"""How much arithmetic one image costs the diffusion models: matrix products counted from their
+sizes.
 
-XLA's own count takes the body of a loop over layers once, and counts what recomputation adds; model FLOPs, the numerator of MFU,
-are those that the mathematics asks for. A product [m, k] · [k, n] is 2·m·n·k. Norms, activations and softmax are left out: under
-1 % of an XL/2, and no matrix unit's work.
+XLA's own count takes the body of a loop over layers once, and counts what recomputation adds; model
+FLOPs, the numerator of MFU, are those that the mathematics asks for. A product [m, k] · [k, n] is
+2·m·n·k. Norms, activations and softmax are left out: under 1 % of an XL/2, and no matrix unit's
+work.
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ _SINUSOID = 256  # channels of a scalar's sinusoid (models/embedders.py)
 PIXELS = 8  # image pixels a side of a latent pixel
 
 
-def forward_flops(config: TransformerConfig | DiTConfig, height: int, width: int, text_tokens: int = 0) -> float:
-    """Of one evaluation for one image of height × width px under text_tokens tokens of text (as padded; a DiT reads none).
+def forward_flops(
+    config: TransformerConfig | DiTConfig, height: int, width: int, text_tokens: int = 0
+) -> float:
+    """Of one evaluation for one image of height × width px under text_tokens tokens of text (as
+    padded; a DiT reads none).
 
     XL/2 with 120 tokens: 0.298e12 at 256 px, 1.236e12 at 512 px, 6.51e12 at 1024 px.
     """
     d, p = config.width, config.patch_size
     rows, columns = height // (PIXELS * p), width // (PIXELS * p)
     n = rows * columns
-    blocks = config.depth * (8 * n * d * d + 4 * n * d * config.mlp_width) + _self_attention(config, rows, columns)
+    blocks = config.depth * (8 * n * d * d + 4 * n * d * config.mlp_width) + _self_attention(
+        config, rows, columns
+    )
     ends = 2 * n * p * p * d * (config.in_channels + config.out_channels)
     vectors = _scalar(d)
     if isinstance(config, DiTConfig):
@@ -35,21 +42,32 @@ def forward_flops(config: TransformerConfig | DiTConfig, height: int, width: int
     return float(blocks + ends + vectors)
 
 
-def train_flops(config: TransformerConfig | DiTConfig, height: int, width: int, text_tokens: int = 0) -> float:
-    """Of one image's share of a train step: the backward pass costs two forward passes. What remat computes again is not counted."""
+def train_flops(
+    config: TransformerConfig | DiTConfig, height: int, width: int, text_tokens: int = 0
+) -> float:
+    """Of one image's share of a train step: the backward pass costs two forward passes. What remat
+    computes again is not counted."""
     return 3.0 * forward_flops(config, height, width, text_tokens)
 
 
-def sampling_flops(config: TransformerConfig, height: int, width: int, text_tokens: int, steps: int = 20, guided: bool = True) -> float:
-    """Of drawing one image: an evaluation a step, two under guidance; what depends on a text alone (its projection, every block's keys
-    and values) once a text."""
+def sampling_flops(
+    config: TransformerConfig,
+    height: int,
+    width: int,
+    text_tokens: int,
+    steps: int = 20,
+    guided: bool = True,
+) -> float:
+    """Of drawing one image: an evaluation a step, two under guidance; what depends on a text alone
+    (its projection, every block's keys and values) once a text."""
     text = forward_flops(config, 0, 0, text_tokens) - forward_flops(config, 0, 0, 0)
     halves = 2 if guided else 1
     return halves * (text + steps * (forward_flops(config, height, width, text_tokens) - text))
 
 
 def _self_attention(config: Geometry, rows: int, columns: int) -> int:
-    """Scores and weighted values of all layers; a compressed layer (PixArt-Σ) has 1 / R² of the keys."""
+    """Scores and weighted values of all layers; a compressed layer (PixArt-Σ) has 1 / R² of the
+    keys."""
     n, r = rows * columns, getattr(config, "kv_compression", 1)
     fewer = len(getattr(config, "kv_compression_layers", ())) if r > 1 else 0
     keys = (config.depth - fewer) * n + fewer * (rows // r) * (columns // r)

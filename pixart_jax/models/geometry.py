@@ -1,4 +1,5 @@
-"""What the PixArt transformer and the class-conditional DiT have in common as numbers: sizes, patches, positions."""
+"""What the PixArt transformer and the class-conditional DiT have in common as numbers: sizes,
+patches, positions."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ PRESETS = tuple(f"{size}/{patch}" for size in SIZES for patch in PATCHES)
 class Geometry:
     """Sizes of a diffusion transformer on latents.
 
-    sample_size: side of the latent grid that the model was trained at. The coordinate of patch i of n along an axis is
-    i · position_base / n / position_scale, so any grid spans the same range; position_base None means
-    sample_size // patch_size.
+    sample_size: side of the latent grid that the model was trained at. The coordinate of patch i of
+    n along an axis is i · position_base / n / position_scale, so any grid spans the same range;
+    position_base None means sample_size // patch_size.
     """
 
     depth: int = 28
@@ -36,13 +37,35 @@ class Geometry:
     attention_backend: str = "auto"  # a name of models/attention/backends.py
 
     def __post_init__(self):
-        for field in ("depth", "width", "heads", "patch_size", "in_channels", "out_channels", "sample_size"):
+        for field in (
+            "depth",
+            "width",
+            "heads",
+            "patch_size",
+            "in_channels",
+            "out_channels",
+            "sample_size",
+        ):
             self.require(getattr(self, field) >= 1, field, "must be at least 1")
-        self.require(self.width % self.heads == 0, "width", f"must be a multiple of heads = {self.heads}")
-        self.require(self.width % 4 == 0, "width", "must be a multiple of 4 (sine and cosine of two coordinates)")
+        self.require(
+            self.width % self.heads == 0, "width", f"must be a multiple of heads = {self.heads}"
+        )
+        self.require(
+            self.width % 4 == 0,
+            "width",
+            "must be a multiple of 4 (sine and cosine of two coordinates)",
+        )
         self.require(self.mlp_ratio > 0, "mlp_ratio", "must be positive")
-        self.require(self.sample_size % self.patch_size == 0, "sample_size", f"must be a multiple of patch_size = {self.patch_size}")
-        self.require(self.position_base is None or self.position_base >= 1, "position_base", "must be at least 1, or None")
+        self.require(
+            self.sample_size % self.patch_size == 0,
+            "sample_size",
+            f"must be a multiple of patch_size = {self.patch_size}",
+        )
+        self.require(
+            self.position_base is None or self.position_base >= 1,
+            "position_base",
+            "must be at least 1, or None",
+        )
         self.require(self.position_scale > 0, "position_scale", "must be positive")
         check_backend(self.attention_backend)
 
@@ -58,7 +81,15 @@ class Geometry:
             raise UserError(f"model preset {name!r} is unknown{nearest(name, PRESETS)}")
         size, patch = name.split("/")
         depth, width, heads = SIZES[size]
-        return cls(**{"depth": depth, "width": width, "heads": heads, "patch_size": int(patch), **overrides})
+        return cls(
+            **{
+                "depth": depth,
+                "width": width,
+                "heads": heads,
+                "patch_size": int(patch),
+                **overrides,
+            }
+        )
 
     @property
     def head_dim(self) -> int:
@@ -71,13 +102,18 @@ class Geometry:
     @property
     def base(self) -> int:
         """Base size of the position table, in patches."""
-        return self.sample_size // self.patch_size if self.position_base is None else self.position_base
+        return (
+            self.sample_size // self.patch_size
+            if self.position_base is None
+            else self.position_base
+        )
 
     def grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int]:
         """(rows, columns) of patches of latents [b, h, w, c]; UserError where they do not fit."""
         _, height, width, channels = latents_shape
         if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
             raise UserError(
-                f"latents {tuple(latents_shape)} do not fit: want [b, h, w, {self.in_channels}], h and w multiples of {self.patch_size}"
+                f"latents {tuple(latents_shape)} do not fit: want [b, h, w, {self.in_channels}], "
+                f"h and w multiples of {self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size

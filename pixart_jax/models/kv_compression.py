@@ -1,7 +1,9 @@
-"""Key and value compression (PixArt-Σ): some layers' self-attention reads the keys and values of a coarser grid of image tokens.
+"""Key and value compression (PixArt-Σ): some layers' self-attention reads the keys and values of a
+coarser grid of image tokens.
 
-Every R × R patches give one key and one value, by a depthwise convolution of kernel and stride R that starts as their mean, and a
-LayerNorm; keys and values share both. Queries keep the whole grid, so a layer's attention costs 1/R² of what it did.
+Every R × R patches give one key and one value, by a depthwise convolution of kernel and stride R
+that starts as their mean, and a LayerNorm; keys and values share both. Queries keep the whole grid,
+so a layer's attention costs 1/R² of what it did.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ _EPS = 1e-5
 
 
 class Compression(NamedTuple):
-    """What one layer's attention needs of it; with a leading axis [depth, …], what every layer's does."""
+    """What one layer's attention needs of it; with a leading axis [depth, …], what every layer's
+    does."""
 
     here: jax.Array  # bool: whether this layer compresses; the rest is not read where it does not
     kernel: jax.Array  # [R, R, 1, d]
@@ -29,7 +32,8 @@ class Compression(NamedTuple):
 
 
 class KVCompression(nn.Module):
-    """The parameters, fp32 and stacked over the compressed layers alone; called, it gives every layer its own."""
+    """The parameters, fp32 and stacked over the compressed layers alone; called, it gives every
+    layer its own."""
 
     ratio: int  # R
     layers: tuple[int, ...]
@@ -43,7 +47,9 @@ class KVCompression(nn.Module):
 
         def param(name, init, *shape):
             axes = (LAYERS, *[None] * (len(shape) - 1), NORM)
-            return self.param(name, nn.with_logical_partitioning(init, axes), (count, *shape), jnp.float32)
+            return self.param(
+                name, nn.with_logical_partitioning(init, axes), (count, *shape), jnp.float32
+            )
 
         stacked = (
             param("kernel", nn.initializers.constant(1 / r**2), r, r, 1, d),
@@ -57,9 +63,11 @@ class KVCompression(nn.Module):
 
 
 def compress(tokens: jax.Array, grid: tuple[int, int], by: Compression) -> jax.Array:
-    """Keys or values [b, rows · columns, d] → [b, rows // R · columns // R, d], in their dtype; computed in fp32.
+    """Keys or values [b, rows · columns, d] → [b, rows // R · columns // R, d], in their dtype;
+    computed in fp32.
 
-    Rows and columns beyond the last whole R × R are left out, as a convolution without padding leaves them.
+    Rows and columns beyond the last whole R × R are left out, as a convolution without padding
+    leaves them.
     """
     b, _, d = tokens.shape
     r = by.kernel.shape[0]

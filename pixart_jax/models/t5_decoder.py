@@ -1,7 +1,8 @@
-"""T5's decoder (Raffel et al. 2020, arXiv 1910.10683), of use while a text encoder is trained and thrown away after.
+"""T5's decoder (Raffel et al. 2020, arXiv 1910.10683), of use while a text encoder is trained and
+thrown away after.
 
-The fewer layers it has, the more of a text's meaning the encoder has to write into the states of its words: one layer finds
-"the star is …" only where the word "star" itself says what the star is.
+The fewer layers it has, the more of a text's meaning the encoder has to write into the states of
+its words: one layer finds "the star is …" only where the word "star" itself says what the star is.
 """
 
 from __future__ import annotations
@@ -53,15 +54,20 @@ class _Mlp(nn.Module):
     def __call__(self, x):
         c = self.config
         y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="norm")(x)
-        gate, value = (Projection(c.d_ff, c.d_model**-0.5, (EMBED, MLP), self.dtype, name=name)(y) for name in ("wi_0", "wi_1"))
-        return x + Projection(c.d_model, c.d_ff**-0.5, (MLP, EMBED), self.dtype, name="wo")(nn.gelu(gate, approximate=True) * value)
+        gate, value = (
+            Projection(c.d_ff, c.d_model**-0.5, (EMBED, MLP), self.dtype, name=name)(y)
+            for name in ("wi_0", "wi_1")
+        )
+        return x + Projection(c.d_model, c.d_ff**-0.5, (MLP, EMBED), self.dtype, name="wo")(
+            nn.gelu(gate, approximate=True) * value
+        )
 
 
 class T5Decoder(nn.Module):
     """Target tokens and an encoder's states → logits of each target token, given those before it.
 
-    config: the encoder's, whose sizes it shares; num_layers: its own depth. The embedding table is the encoder's, and the
-    head is tied to it.
+    config: the encoder's, whose sizes it shares; num_layers: its own depth. The embedding table is
+    the encoder's, and the head is tied to it.
     """
 
     config: T5Config
@@ -77,16 +83,27 @@ class T5Decoder(nn.Module):
         lengths: jax.Array,  # [b] int: the first so many states count
     ) -> jax.Array:  # [b, m, vocab_size] fp32
         c = self.config
-        written = jnp.pad(target_ids[:, :-1], ((0, 0), (1, 0)))  # the padding token opens every text
+        # the padding token opens every text
+        written = jnp.pad(target_ids[:, :-1], ((0, 0), (1, 0)))
         x = nn.with_logical_constraint(embedding[written].astype(jnp.float32), TEXT_ACTIVATION)
         length = x.shape[1]
         init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), (None, None))
-        table = self.param("relative_bias", init, (c.relative_attention_num_buckets, c.num_heads), jnp.float32)
-        buckets = relative_buckets(length, c.relative_attention_num_buckets, c.relative_attention_max_distance, causal=True)
-        bias = table[buckets].transpose(2, 0, 1)[None] + np.triu(np.full((length, length), _LATER, np.float32), 1)
+        table = self.param(
+            "relative_bias", init, (c.relative_attention_num_buckets, c.num_heads), jnp.float32
+        )
+        buckets = relative_buckets(
+            length, c.relative_attention_num_buckets, c.relative_attention_max_distance, causal=True
+        )
+        bias = table[buckets].transpose(2, 0, 1)[None] + np.triu(
+            np.full((length, length), _LATER, np.float32), 1
+        )
         for layer in range(self.num_layers):
             x = _Attention(c, self.dtype, name=f"self_attention_{layer}")(x, bias=bias)
-            x = _Attention(c, self.dtype, name=f"cross_attention_{layer}")(x, states.astype(self.dtype), lengths=lengths)
+            x = _Attention(c, self.dtype, name=f"cross_attention_{layer}")(
+                x, states.astype(self.dtype), lengths=lengths
+            )
             x = _Mlp(c, self.dtype, name=f"mlp_{layer}")(x)
         x = RMSNorm(c.layer_norm_epsilon, name="final_norm")(x) * c.d_model**-0.5
-        return jnp.dot(x.astype(self.dtype), embedding.T.astype(self.dtype), preferred_element_type=jnp.float32)
+        return jnp.dot(
+            x.astype(self.dtype), embedding.T.astype(self.dtype), preferred_element_type=jnp.float32
+        )

@@ -1,9 +1,12 @@
-"""AutoencoderKL: the convolutional autoencoder of Stable Diffusion (Rombach et al. 2022, arXiv 2112.10752) that PixArt works behind.
+"""AutoencoderKL: the convolutional autoencoder of Stable Diffusion (Rombach et al. 2022, arXiv
+2112.10752) that PixArt works behind.
 
-Images [b, H, W, 3] in [-1, 1] ↔ latents [b, H/f, W/f, 4], f = 2^(levels − 1). The encoder gives a diagonal Gaussian; the
+Images [b, H, W, 3] in [-1, 1] ↔ latents [b, H/f, W/f, 4], f = 2^(levels − 1). The encoder gives a
+diagonal Gaussian; the
 latents here are unscaled: ``config.scaling_factor`` is applied by whoever hands them to a denoiser.
 
-Every layer stands outside of ``lax.scan``: the levels differ in shape, and a scanned convolution is slow on a CPU.
+Every layer stands outside of ``lax.scan``: the levels differ in shape, and a scanned convolution is
+slow on a CPU.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 class VAEConfig:
     """Sizes of an autoencoder; the defaults are Stable Diffusion's (83.7M parameters).
 
-    block_out_channels: one width a level, the image halved between two levels. use_quant_conv: a 1×1 convolution behind
-    the encoder and one before the decoder. mid_block_attention: one single-head attention at the lowest resolution of
-    each half. sample_size: side in pixels that it was trained at; a note only.
+    block_out_channels: one width a level, the image halved between two levels. use_quant_conv: a
+    1×1 convolution behind the encoder and one before the decoder. mid_block_attention: one
+    single-head attention at the lowest resolution of each half. sample_size: side in pixels that it
+    was trained at; a note only.
     """
 
     in_channels: int = 3
@@ -44,7 +48,13 @@ class VAEConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        for name in ("in_channels", "latent_channels", "layers_per_block", "norm_num_groups", "sample_size"):
+        for name in (
+            "in_channels",
+            "latent_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "sample_size",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"VAEConfig.{name} = {getattr(self, name)!r}: must be at least 1")
         if not self.block_out_channels:
@@ -65,7 +75,8 @@ class VAEConfig:
 
 
 class Convolution(nn.Module):
-    """3×3 convolution, [b, h, w, c] → [b, h', w', features]. stride 2 pads below and to the right only, as SD's encoder does."""
+    """3×3 convolution, [b, h, w, c] → [b, h', w', features]. stride 2 pads below and to the right
+    only, as SD's encoder does."""
 
     features: int
     stride: int = 1
@@ -79,11 +90,14 @@ class Convolution(nn.Module):
             strides=self.stride,
             padding="SAME" if self.stride == 1 else ((0, 1), (0, 1)),
             dtype=self.dtype,
-            kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, CONV_IN, CONV_OUT)),
+            kernel_init=nn.with_logical_partitioning(
+                nn.initializers.lecun_normal(), (None, None, CONV_IN, CONV_OUT)
+            ),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (CONV_OUT,)),
             name="conv",
         )(x)
-        return nn.with_logical_constraint(x, _IMAGES)  # else an fsdp mesh may gather images rather than kernels
+        # else an fsdp mesh may gather images rather than kernels
+        return nn.with_logical_constraint(x, _IMAGES)
 
 
 def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
@@ -91,7 +105,9 @@ def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
     return nn.Dense(
         features,
         dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), (CONV_IN, CONV_OUT)),
+        kernel_init=nn.with_logical_partitioning(
+            nn.initializers.lecun_normal(), (CONV_IN, CONV_OUT)
+        ),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (CONV_OUT,)),
         name=name,
     )
@@ -100,8 +116,8 @@ def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
 class GroupNorm(nn.Module):
     """Group normalisation with statistics in fp32, [b, ..., c] → the same.
 
-    The groups are folded into one scale and one shift a channel, [b, c] each, so that what is left of the pass over the
-    image is one multiply-add, which XLA fuses with the activation behind it.
+    The groups are folded into one scale and one shift a channel, [b, c] each, so that what is left
+    of the pass over the image is one multiply-add, which XLA fuses with the activation behind it.
     """
 
     groups: int
@@ -110,14 +126,19 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones_init(), (NORM,)), (channels,))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), (NORM,)), (channels,))
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), (NORM,)), (channels,)
+        )
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), (NORM,)), (channels,)
+        )
         per_group = (x.shape[0], self.groups, channels // self.groups)
         space = tuple(range(1, x.ndim - 1))
         spread = (slice(None), *(None,) * len(space))  # [b, c] → [b, 1, 1, c]
         wide = x.astype(jnp.float32)
 
-        def over_group(per_channel):  # [b, c] → mean over each group's channels, given back to each channel
+        # [b, c] → mean over each group's channels, given back to each channel
+        def over_group(per_channel):
             mean = per_channel.reshape(per_group).mean(-1, keepdims=True)
             return jnp.broadcast_to(mean, per_group).reshape(x.shape[0], channels)
 
@@ -141,7 +162,9 @@ class ResidualBlock(nn.Module):
         y = nn.silu(GroupNorm(self.groups, self.dtype, name="norm2")(y))
         y = Convolution(self.features, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
-            x = nn.with_logical_constraint(_dense(self.features, self.dtype, "shortcut")(x), _IMAGES)
+            x = nn.with_logical_constraint(
+                _dense(self.features, self.dtype, "shortcut")(x), _IMAGES
+            )
         return nn.with_logical_constraint(x + y, _IMAGES)
 
 
@@ -156,7 +179,8 @@ class SpatialAttention(nn.Module):
         b, h, w, c = x.shape
         y = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, h * w, c)
         q, k, v = (
-            nn.with_logical_constraint(_dense(c, self.dtype, name)(y)[:, :, None], _IMAGES)  # [b, h·w, 1, c]
+            # [b, h·w, 1, c]
+            nn.with_logical_constraint(_dense(c, self.dtype, name)(y)[:, :, None], _IMAGES)
             for name in ("query", "key", "value")
         )
         y = attention(q, k, v)[:, :, 0]
@@ -192,14 +216,17 @@ class Encoder(nn.Module):
             for i in range(config.layers_per_block):
                 x = ResidualBlock(features, groups, self.dtype, name=f"down_{level}_resnet_{i}")(x)
             if level < len(config.block_out_channels) - 1:
-                x = Convolution(features, stride=2, dtype=self.dtype, name=f"down_{level}_downsample")(x)
+                x = Convolution(
+                    features, stride=2, dtype=self.dtype, name=f"down_{level}_downsample"
+                )(x)
         x = MiddleBlock(config, self.dtype, name="mid")(x)
         x = nn.silu(GroupNorm(groups, self.dtype, name="norm_out")(x))
         return Convolution(2 * config.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
-    """Latents [b, h, w, latent_channels] → images [b, h · f, w · f, 3]; level 0 is the lowest resolution."""
+    """Latents [b, h, w, latent_channels] → images [b, h · f, w · f, 3]; level 0 is the lowest
+    resolution."""
 
     config: VAEConfig
     dtype: jnp.dtype = jnp.float32
@@ -220,7 +247,8 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder. ``init`` and training go through ``__call__``; use goes through ``encode`` and ``decode``.
+    """The autoencoder. ``init`` and training go through ``__call__``; use goes through ``encode``
+    and ``decode``.
 
     dtype: of the computation; parameters and what comes out are fp32.
     """
@@ -236,14 +264,22 @@ class AutoencoderKL(nn.Module):
             self.post_quant = _dense(self.config.latent_channels, self.dtype, None)
 
     def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images [b, H, W, 3] in [-1, 1] → (mean, log-variance) [b, H/f, W/f, latent_channels] fp32, for a KL loss.
+        """Images [b, H, W, 3] in [-1, 1] → (mean, log-variance) [b, H/f, W/f, latent_channels]
+        fp32, for a KL loss.
 
-        Sides that are no multiple of f lose the remainder, as in the reference. Raises UserError on any other shape.
+        Sides that are no multiple of f lose the remainder, as in the reference. Raises UserError on
+        any other shape.
         """
         if images.ndim != 4 or images.shape[-1] != self.config.in_channels:
-            raise UserError(f"images of shape {tuple(images.shape)} do not fit: [batch, height, width, {self.config.in_channels}] would")
+            raise UserError(
+                f"images of shape {tuple(images.shape)} do not fit: [batch, height, width, "
+                f"{self.config.in_channels}] would"
+            )
         if min(images.shape[1:3]) < self.config.factor:
-            raise UserError(f"images of {images.shape[1]}×{images.shape[2]} are too small: a side is at least {self.config.factor} pixels")
+            raise UserError(
+                f"images of {images.shape[1]}×{images.shape[2]} are too small: a side is at least "
+                f"{self.config.factor} pixels"
+            )
         x = self.encoder(images.astype(self.dtype))
         if self.config.use_quant_conv:
             x = self.quant(x)
@@ -251,23 +287,29 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images [b, H, W, 3] in [-1, 1] → (mean, std) of the posterior, [b, H/f, W/f, latent_channels] fp32 each."""
+        """Images [b, H, W, 3] in [-1, 1] → (mean, std) of the posterior, [b, H/f, W/f,
+        latent_channels] fp32 each."""
         mean, log_variance = self.moments(images)
         return mean, jnp.exp(0.5 * log_variance)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [b, h, w, latent_channels], unscaled → images [b, h · f, w · f, 3] fp32, about [-1, 1] and not clipped."""
+        """Latents [b, h, w, latent_channels], unscaled → images [b, h · f, w · f, 3] fp32, about
+        [-1, 1] and not clipped."""
         if latents.ndim != 4 or latents.shape[-1] != self.config.latent_channels:
             raise UserError(
-                f"latents of shape {tuple(latents.shape)} do not fit: [batch, height, width, {self.config.latent_channels}] would"
+                f"latents of shape {tuple(latents.shape)} do not fit: [batch, height, width, "
+                f"{self.config.latent_channels}] would"
             )
         x = latents.astype(self.dtype)
         if self.config.use_quant_conv:
             x = self.post_quant(x)
         return self.decoder(x).astype(jnp.float32)
 
-    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Images → (reconstruction, mean, log-variance). With a key the decoder sees a draw from the posterior, else its mean."""
+    def __call__(
+        self, images: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Images → (reconstruction, mean, log-variance). With a key the decoder sees a draw from
+        the posterior, else its mean."""
         mean, log_variance = self.moments(images)
         latents = mean
         if key is not None:

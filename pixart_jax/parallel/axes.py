@@ -1,10 +1,13 @@
-"""Logical names of array axes: the one vocabulary that models write on their arrays and parallel's rules map to the mesh."""
+"""Logical names of array axes: the one vocabulary that models write on their arrays and parallel's
+rules map to the mesh."""
 
 from __future__ import annotations
 
 # Parameters.
 LAYERS = "layers"  # the stacked leading axis of scanned blocks
-EMBED = "embed"  # model width d, where it is a layer's input (the contracting side), or the output of a block's last projection
+# model width d, where it is a layer's input (the contracting side), or the output of a block's last
+# projection
+EMBED = "embed"
 HEADS = "heads"  # fused heads · head_dim, the output of q, k and v
 MLP = "mlp"  # the MLP's inner width
 TEXT = "text"  # caption width (the text encoder's states)

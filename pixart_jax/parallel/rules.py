@@ -1,8 +1,9 @@
 """One table from logical axis names to mesh axes, and the shardings that follow from it.
 
-Parameters lie over fsdp along their input side and over tensor along heads and the MLP's inner width; batches lie over
-data and fsdp together. A dimension that its mesh axis does not divide stays whole; a parameter that would thereby be
-replicated, though large, is cut along its largest other dimension, so that memory a device falls with fsdp whatever the sizes are.
+Parameters lie over fsdp along their input side and over tensor along heads and the MLP's inner
+width; batches lie over data and fsdp together. A dimension that its mesh axis does not divide stays
+whole; a parameter that would thereby be replicated, though large, is cut along its largest other
+dimension, so that memory a device falls with fsdp whatever the sizes are.
 """
 
 from __future__ import annotations
@@ -37,33 +38,48 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.MODULATION, None),
     (axes.NORM, None),
 )
-ACTIVATION_RULES = tuple(row for row in RULES if row[0] in axes.OF_ACTIVATIONS)  # for flax.linen.logical_axis_rules around a step
-REPLICATED_LIMIT = 1 << 20  # bytes; above this no parameter may be a whole copy on each device when fsdp > 1
+# for flax.linen.logical_axis_rules around a step
+ACTIVATION_RULES = tuple(row for row in RULES if row[0] in axes.OF_ACTIVATIONS)
+# bytes; above this no parameter may be a whole copy on each device when fsdp > 1
+REPLICATED_LIMIT = 1 << 20
 
-ACCIDENT_SHARE = 0.02  # of the parameters that may stay whole on an fsdp axis because a size happens not to divide
+# of the parameters that may stay whole on an fsdp axis because a size happens not to divide
+ACCIDENT_SHARE = 0.02
 
 _KEPT_WHOLE = {axes.MODULATION, axes.NORM}
 _CUT_OVER_FSDP = {name for name, target in RULES if target == "fsdp"}
 _PARAMETER_AXES = {name: target for name, target in RULES if isinstance(target, str)}
 
 
-def parameter_spec(names: tuple[str | None, ...], shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> PartitionSpec:
-    """Where a parameter lies. names: one logical name (or None) a dimension, or () for none at all."""
+def parameter_spec(
+    names: tuple[str | None, ...], shape: tuple[int, ...], itemsize: int, mesh: Mesh
+) -> PartitionSpec:
+    """Where a parameter lies. names: one logical name (or None) a dimension, or () for none at
+    all."""
     names = names or (None,) * len(shape)
     spec: list[str | None] = [None] * len(shape)
     for i, name in enumerate(names):
         axis = _PARAMETER_AXES.get(name)
         if axis and axis not in spec and mesh.shape[axis] > 1 and shape[i] % mesh.shape[axis] == 0:
             spec[i] = axis
-    if mesh.shape["fsdp"] > 1 and "fsdp" not in spec and math.prod(shape) * itemsize > REPLICATED_LIMIT:
-        free = [i for i in range(len(shape)) if spec[i] is None and names[i] != axes.LAYERS and shape[i] % mesh.shape["fsdp"] == 0]
+    if (
+        mesh.shape["fsdp"] > 1
+        and "fsdp" not in spec
+        and math.prod(shape) * itemsize > REPLICATED_LIMIT
+    ):
+        free = [
+            i
+            for i in range(len(shape))
+            if spec[i] is None and names[i] != axes.LAYERS and shape[i] % mesh.shape["fsdp"] == 0
+        ]
         if free:
             spec[max(free, key=lambda i: shape[i])] = "fsdp"
     return PartitionSpec(*spec)
 
 
 def logical_names(boxed):
-    """A tree of flax's boxed parameters → the same tree of tuples of logical names, () where an array has none."""
+    """A tree of flax's boxed parameters → the same tree of tuples of logical names, () where an
+    array has none."""
     return jax.tree.map(
         lambda leaf: tuple(leaf.names) if isinstance(leaf, nn.Partitioned) else (),
         boxed,
@@ -72,18 +88,26 @@ def logical_names(boxed):
 
 
 def unboxed(tree):
-    """Flax's boxed parameters → plain arrays (or shapes). Unlike nn.unbox it constrains nothing: where they lie is this table's to say."""
+    """Flax's boxed parameters → plain arrays (or shapes). Unlike nn.unbox it constrains nothing:
+    where they lie is this table's to say."""
     return jax.tree.map(
-        lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+        lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
 
 
 def parameter_shardings(boxed_shapes, mesh: Mesh):
-    """Boxed shapes (jax.eval_shape of a module's init) → NamedSharding for each parameter, in the unboxed tree."""
+    """Boxed shapes (jax.eval_shape of a module's init) → NamedSharding for each parameter, in the
+    unboxed tree."""
     names = logical_names(boxed_shapes)
     shapes = unboxed(boxed_shapes)
     return jax.tree.map(
-        lambda shape, name: NamedSharding(mesh, parameter_spec(name, shape.shape, shape.dtype.itemsize, mesh)), shapes, names
+        lambda shape, name: NamedSharding(
+            mesh, parameter_spec(name, shape.shape, shape.dtype.itemsize, mesh)
+        ),
+        shapes,
+        names,
     )
 
 
@@ -93,7 +117,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """Of an array of so many rows: as a batch where the mesh's parts divide them, else a whole copy on every device."""
+    """Of an array of so many rows: as a batch where the mesh's parts divide them, else a whole copy
+    on every device."""
     return batch_sharding(mesh) if rows % batch_shards(mesh) == 0 else replicated(mesh)
 
 
@@ -106,7 +131,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 class Whole:
     """How much of a model every device of an fsdp mesh holds whole."""
 
-    by_accident: dict[str, int]  # parameter → elements, largest first: its axis is meant to be cut, and fsdp does not divide it
+    # parameter → elements, largest first: its axis is meant to be cut, and fsdp does not divide it
+    by_accident: dict[str, int]
     on_purpose: int  # elements of vectors, norms and modulation tables, which the table keeps whole
     total: int  # elements of the model
 
@@ -117,13 +143,20 @@ class Whole:
 
 
 def kept_whole(boxed_shapes, mesh: Mesh) -> Whole:
-    """What the table leaves uncut over fsdp of a model (jax.eval_shape of its init, boxed); nothing where fsdp is 1."""
+    """What the table leaves uncut over fsdp of a model (jax.eval_shape of its init, boxed); nothing
+    where fsdp is 1."""
     accident, purpose, total = {}, 0, 0
-    names = jax.tree.leaves(logical_names(boxed_shapes), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    for (path, leaf), own in zip(jax.tree_util.tree_leaves_with_path(unboxed(boxed_shapes)), names, strict=True):
+    names = jax.tree.leaves(
+        logical_names(boxed_shapes), is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
+    for (path, leaf), own in zip(
+        jax.tree_util.tree_leaves_with_path(unboxed(boxed_shapes)), names, strict=True
+    ):
         size = math.prod(leaf.shape)
         total += size
-        if mesh.shape["fsdp"] == 1 or "fsdp" in parameter_spec(own, leaf.shape, leaf.dtype.itemsize, mesh):
+        if mesh.shape["fsdp"] == 1 or "fsdp" in parameter_spec(
+            own, leaf.shape, leaf.dtype.itemsize, mesh
+        ):
             continue
         vector = len(leaf.shape) - (axes.LAYERS in own) <= 1
         if vector or (set(own) & _KEPT_WHOLE and not set(own) & _CUT_OVER_FSDP):
@@ -134,24 +167,35 @@ def kept_whole(boxed_shapes, mesh: Mesh) -> Whole:
 
 
 def check_sharded(boxed_shapes, mesh: Mesh) -> Whole:
-    """:func:`kept_whole`, or a UserError where over 2 % of the parameters stay whole by accident, and over 1 MB of them in fp32."""
+    """:func:`kept_whole`, or a UserError where over 2 % of the parameters stay whole by accident,
+    and over 1 MB of them in fp32."""
     whole = kept_whole(boxed_shapes, mesh)
     amount = sum(whole.by_accident.values())
     if whole.share <= ACCIDENT_SHARE or 4 * amount <= REPLICATED_LIMIT:
         return whole
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(unboxed(boxed_shapes))}
+    leaves = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x
+        for p, x in jax.tree_util.tree_leaves_with_path(unboxed(boxed_shapes))
+    }
     sides = [leaves[name].shape for name in whole.by_accident]
-    fits = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and all(any(side % n == 0 for side in shape[-2:]) for shape in sides)]
+    fits = [
+        n
+        for n in range(1, mesh.size + 1)
+        if mesh.size % n == 0 and all(any(side % n == 0 for side in shape[-2:]) for shape in sides)
+    ]
     first, more = list(whole.by_accident)[:3], len(whole.by_accident) - 3
     raise UserError(
-        f"mesh fsdp {mesh.shape['fsdp']} leaves {whole.share:.0%} of the parameters ({amount:,} of {whole.total:,}) whole on every device:"
-        f" it divides no side of {', '.join(first)}{f' and {more} more' if more > 0 else ''}; fsdp {', '.join(map(str, fits))} would do"
+        f"mesh fsdp {mesh.shape['fsdp']} leaves {whole.share:.0%} of the parameters ({amount:,} "
+        f"of {whole.total:,}) whole on every device:"
+        f" it divides no side of {', '.join(first)}{f' and {more} more' if more > 0 else ''}; "
+        f"fsdp {', '.join(map(str, fits))} would do"
         f" (another {whole.on_purpose / whole.total:.1%}, vectors and tables, are whole on purpose)"
     )
 
 
 def large_replicated(tree, limit: int = REPLICATED_LIMIT) -> list[str]:
-    """Names of the arrays (or shapes with shardings) over ``limit`` bytes that every device of an fsdp mesh holds whole; [] is right."""
+    """Names of the arrays (or shapes with shardings) over ``limit`` bytes that every device of an
+    fsdp mesh holds whole; [] is right."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         sharding = leaf.sharding

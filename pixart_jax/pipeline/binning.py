@@ -1,4 +1,5 @@
-"""Resolution binning: a size that a model never saw is drawn at the nearest one that it knows, then fitted to what was asked for."""
+"""Resolution binning: a size that a model never saw is drawn at the nearest one that it knows, then
+fitted to what was asked for."""
 
 from __future__ import annotations
 
@@ -10,19 +11,24 @@ from pixart_jax.models.vae import VAEConfig
 
 
 def base(transformer: TransformerConfig, vae: VAEConfig) -> int | None:
-    """The side of the square bucket of the model's table, in pixels; None where its size has no table (a small model's)."""
+    """The side of the square bucket of the model's table, in pixels; None where its size has no
+    table (a small model's)."""
     side = transformer.sample_size * vae.factor
     return side if side in buckets.INFERENCE_TABLES else None
 
 
-def canvas(transformer: TransformerConfig, vae: VAEConfig, height: int, width: int) -> tuple[int, int]:
-    """(height, width) that an image of this size is drawn at: the bucket of the nearest aspect ratio, or itself without a table."""
+def canvas(
+    transformer: TransformerConfig, vae: VAEConfig, height: int, width: int
+) -> tuple[int, int]:
+    """(height, width) that an image of this size is drawn at: the bucket of the nearest aspect
+    ratio, or itself without a table."""
     side = base(transformer, vae)
     return (height, width) if side is None else buckets.nearest(height, width, side, inference=True)
 
 
 def fitted(images: jax.Array, height: int, width: int) -> jax.Array:
-    """Images [b, H, W, 3] → [b, height, width, 3]: resized, keeping their ratio, until they cover it, then cut around the middle.
+    """Images [b, H, W, 3] → [b, height, width, 3]: resized, keeping their ratio, until they cover
+    it, then cut around the middle.
 
     Bilinear without antialiasing, as diffusers does it.
     """

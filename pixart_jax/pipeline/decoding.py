@@ -12,13 +12,15 @@ import jax.numpy as jnp
 from pixart_jax.parallel.rules import rows_sharding
 from pixart_jax.pipeline import binning
 
-_PIXELS = 2 * 1024 * 1024  # decoded at once on a device: the decoder's activations are far larger than its image
+# decoded at once on a device: the decoder's activations are far larger than its image
+_PIXELS = 2 * 1024 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """module: the VAE's. scaling_factor: of its latents. factor: pixels a latent. size: (height, width) in pixels that images are fitted
-    to, or None. mesh: where each device decodes its own images, so many rows at least as ``rows``; None on one device."""
+    """module: the VAE's. scaling_factor: of its latents. factor: pixels a latent. size: (height,
+    width) in pixels that images are fitted to, or None. mesh: where each device decodes its own
+    images, so many rows at least as ``rows``; None on one device."""
 
     module: nn.Module
     scaling_factor: float
@@ -29,7 +31,8 @@ class Decoding:
 
 
 def pixels(how: Decoding, params, latents: jax.Array) -> jax.Array:
-    """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3]; to be traced in a jit."""
+    """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3]; to
+    be traced in a jit."""
     batch, rows, columns, _ = latents.shape
     decode = functools.partial(how.module.apply, {"params": params}, method="decode")
     latents = latents / how.scaling_factor
@@ -42,7 +45,10 @@ def pixels(how: Decoding, params, latents: jax.Array) -> jax.Array:
     part = max(n for n in range(1, batch + 1) if batch % n == 0 and (n <= most or n == 1))
     if part == batch:
         return fitted(decode(latents), how.size)
-    images = jax.lax.map(lambda part: fitted(decode(part), how.size), latents.reshape(batch // part, part, *latents.shape[1:]))
+    images = jax.lax.map(
+        lambda part: fitted(decode(part), how.size),
+        latents.reshape(batch // part, part, *latents.shape[1:]),
+    )
     return images.reshape(batch, *images.shape[2:])
 
 

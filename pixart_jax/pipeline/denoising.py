@@ -1,8 +1,10 @@
 """The compiled core of drawing: noise and text → latents → pixels, one program.
 
-What does not change from step to step is made before the scan, once: every block's keys and values of the text (of a negative prompt that
-all images share, of one row), and the time's embedding and modulation of all steps. Both halves of guidance are one batch. Steps that are
-guided and steps that are not lie in scans of their own, so that the second kind costs half (shortcuts.py says which are which).
+What does not change from step to step is made before the scan, once: every block's keys and values
+of the text (of a negative prompt that all images share, of one row), and the time's embedding and
+modulation of all steps. Both halves of guidance are one batch. Steps that are guided and steps that
+are not lie in scans of their own, so that the second kind costs half (shortcuts.py says which are
+which).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from pixart_jax.pipeline.shortcuts import NONE, Shortcuts
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that a compiled drawing depends on beside its arrays' shapes. preview: as diffusion.sample's; None without one."""
+    """All that a compiled drawing depends on beside its arrays' shapes. preview: as
+    diffusion.sample's; None without one."""
 
     module: nn.Module
     schedule: diffusion.Schedule
@@ -47,7 +50,8 @@ def latents(
     noise: jax.Array,  # [b, h, w, c]
     keys: jax.Array | None,  # [b], or one key
     text: States,
-    negative: States | Text | None,  # Text: [depth, 1, l, k, h], one row for all images; None where not guided
+    # Text: [depth, 1, l, k, h], one row for all images; None where not guided
+    negative: States | Text | None,
     size: jax.Array | None,  # [b, 2]
     aspect_ratio: jax.Array | None,  # [b]
     scale: jax.Array,  # of guidance
@@ -57,10 +61,15 @@ def latents(
     config, batch = run.module.config, noise.shape[0]
     t = diffusion.timesteps(run.solver, run.steps, run.schedule, run.times)
     plan = run.shortcuts.plan(t, config.depth, run.guided)
-    given = {"conditioning": apply(t.astype(np.float32), size, aspect_ratio, method="encode_times"), "fresh": plan.fresh}
+    given = {
+        "conditioning": apply(t.astype(np.float32), size, aspect_ratio, method="encode_times"),
+        "fresh": plan.fresh,
+    }
     texts = {False: apply(*text, method="encode_text")}
     if run.guided:
-        negative = negative if isinstance(negative, Text) else apply(*negative, method="encode_text")
+        negative = (
+            negative if isinstance(negative, Text) else apply(*negative, method="encode_text")
+        )
         texts[True] = _halves(negative, texts[False], batch)
 
     def denoise(guided, x, t, given, kept):
@@ -68,7 +77,9 @@ def latents(
         conditioning = given["conditioning"]
         if guided:
             x = jnp.concatenate([x, x])
-            conditioning = Conditioning(*(a if len(a) == 1 else jnp.concatenate([a, a]) for a in conditioning))
+            conditioning = Conditioning(
+                *(a if len(a) == 1 else jnp.concatenate([a, a]) for a in conditioning)
+            )
         kept = Kept(given["fresh"], kept) if plan.fresh else None
         output, kept = apply(x, conditioning, texts[guided], kept, method="denoise")
         return guiding.combined(output, scale, config.in_channels) if guided else output, kept
@@ -100,9 +111,21 @@ def denoised(run: Run, params, noise, keys, text, negative, size, aspect_ratio, 
 
 
 @functools.partial(jax.jit, static_argnames=("run", "decoding"), donate_argnames="noise")
-def drawn(run: Run, decoding: Decoding, params, noise, keys, text, negative, size, aspect_ratio, scale, vae_params):
-    """(latents [b, h, w, c] fp32, in the memory of the noise, which is gone; images uint8 [b, height, width, 3]): one program from noise
-    to pixels."""
+def drawn(
+    run: Run,
+    decoding: Decoding,
+    params,
+    noise,
+    keys,
+    text,
+    negative,
+    size,
+    aspect_ratio,
+    scale,
+    vae_params,
+):
+    """(latents [b, h, w, c] fp32, in the memory of the noise, which is gone; images uint8 [b,
+    height, width, 3]): one program from noise to pixels."""
     made = latents(run, params, noise, keys, text, negative, size, aspect_ratio, scale)
     return made, pixels(decoding, vae_params, made)
 
@@ -114,20 +137,29 @@ def encoded(module: nn.Module, params, states: jax.Array, lengths: jax.Array) ->
 
 
 def _halves(negative: Text, text: Text, batch: int) -> Text:
-    """Diffusers' order, the unconditional half first; the shorter text is padded, and one row becomes ``batch``."""
+    """Diffusers' order, the unconditional half first; the shorter text is padded, and one row
+    becomes ``batch``."""
     length = max(negative.keys.shape[2], text.keys.shape[2])
 
     def fitted(a):
         a = jnp.pad(a, ((0, 0), (0, 0), (0, length - a.shape[2]), (0, 0), (0, 0)))
         return jnp.broadcast_to(a, (a.shape[0], batch, *a.shape[2:]))
 
-    keys, values = (jnp.concatenate([fitted(a), fitted(b)], axis=1) for a, b in zip(negative[:2], text[:2], strict=True))
-    return Text(keys, values, jnp.concatenate([jnp.broadcast_to(negative.lengths, (batch,)), text.lengths]))
+    keys, values = (
+        jnp.concatenate([fitted(a), fitted(b)], axis=1)
+        for a, b in zip(negative[:2], text[:2], strict=True)
+    )
+    return Text(
+        keys, values, jnp.concatenate([jnp.broadcast_to(negative.lengths, (batch,)), text.lengths])
+    )
 
 
-def _entered(parts: tuple[str, ...], shape: tuple[int, ...], dtype, before: dict | None) -> dict[str, jax.Array]:
-    """What a stretch's first step finds of each part, [depth, rows, n, d]: where guidance ended the mean of both halves, which
-    cross-attention is read as from then on; where nothing fits zeros, which the plan has no step read."""
+def _entered(
+    parts: tuple[str, ...], shape: tuple[int, ...], dtype, before: dict | None
+) -> dict[str, jax.Array]:
+    """What a stretch's first step finds of each part, [depth, rows, n, d]: where guidance ended the
+    mean of both halves, which cross-attention is read as from then on; where nothing fits zeros,
+    which the plan has no step read."""
 
     def entered(kept):
         if kept is not None and kept.shape == shape:

@@ -1,4 +1,5 @@
-"""A folder of drawn images: PNGs that say how they were drawn, so that a second call draws only what is not there."""
+"""A folder of drawn images: PNGs that say how they were drawn, so that a second call draws only
+what is not there."""
 
 from __future__ import annotations
 
@@ -22,15 +23,19 @@ GRID_MOST = 100  # images on a sheet
 class Drawings:
     """The images of one call in a folder.
 
-    wanted: the settings of each image (with prompt, index and seed). An image is there when a PNG of its name carries the very
-    same settings; one with other settings is kept, and the new one is written beside it under a number. share: of the
-    processes that draw them together, all by default; ``mine`` are the numbers of its images, ``missing`` those not yet there.
+    wanted: the settings of each image (with prompt, index and seed). An image is there when a PNG
+    of its name carries the very same settings; one with other settings is kept, and the new one is
+    written beside it under a number. share: of the processes that draw them together, all by
+    default; ``mine`` are the numbers of its images, ``missing`` those not yet there.
     """
 
-    def __init__(self, folder: str | os.PathLike, wanted: Sequence[Mapping], share: Share | None = None):
+    def __init__(
+        self, folder: str | os.PathLike, wanted: Sequence[Mapping], share: Share | None = None
+    ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.folder):  # an unwritable folder shows before the work, not after it
+        # an unwritable folder shows before the work, not after it
+        with tempfile.TemporaryFile(dir=self.folder):
             pass
         self.wanted = [dict(settings) for settings in wanted]
         self.share = share or Share()
@@ -41,7 +46,8 @@ class Drawings:
 
     @staticmethod
     def group(settings: Mapping) -> tuple:
-        """What the images of one call of ``Pipeline.draw`` have in common: height, width and seed."""
+        """What the images of one call of ``Pipeline.draw`` have in common: height, width and
+        seed."""
         return tuple(settings[name] for name in ("height", "width", "seed"))
 
     def groups(self) -> list[list[int]]:
@@ -51,15 +57,24 @@ class Drawings:
             groups.setdefault(self.group(self.wanted[n]), []).append(n)
         return list(groups.values())
 
-    def wait(self, came: Callable[[int], object] = lambda count: None, patience: float = 600, every: float = 1) -> None:
-        """Until the other shares' images are there too, by their files alone; came(count): told as they come.
+    def wait(
+        self,
+        came: Callable[[int], object] = lambda count: None,
+        patience: float = 600,
+        every: float = 1,
+    ) -> None:
+        """Until the other shares' images are there too, by their files alone; came(count): told as
+        they come.
 
-        UserError where for ``patience`` seconds none has come: their processes are no longer at work, or never were.
+        UserError where for ``patience`` seconds none has come: their processes are no longer at
+        work, or never were.
         """
         awaited = [n for n in range(len(self.wanted)) if n not in self.paths]
         last = time.monotonic()
         while awaited:
-            found = {n: path for n in awaited for path, there in [self._find(self.wanted[n])] if there}
+            found = {
+                n: path for n in awaited for path, there in [self._find(self.wanted[n])] if there
+            }
             self.paths |= found
             awaited = [n for n in awaited if n not in found]
             came(len(found))
@@ -67,7 +82,8 @@ class Drawings:
                 last = time.monotonic()
             elif time.monotonic() - last > patience:
                 raise UserError(
-                    f"{len(awaited)} images of the other processes are not in {self.folder}, and none has come for {patience:.0f} s: "
+                    f"{len(awaited)} images of the other processes are not in {self.folder}, and "
+                    f"none has come for {patience:.0f} s: "
                     "this share is done; start the others again, and this one for the sheet"
                 )
             if awaited:
@@ -92,7 +108,8 @@ class Drawings:
         return self.paths[n]
 
     def write_grid(self) -> Path:
-        """A sheet of the wanted images, the first GRID_MOST of them, with their prompts; all shares must be there."""
+        """A sheet of the wanted images, the first GRID_MOST of them, with their prompts; all shares
+        must be there."""
         from PIL import Image
 
         images = []

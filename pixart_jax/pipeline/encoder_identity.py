@@ -1,7 +1,9 @@
-"""Who made a record: hashes of an encoder's weights and config, and of a tokenizer; and whether a model's folder is who made it.
+"""Who made a record: hashes of an encoder's weights and config, and of a tokenizer; and whether a
+model's folder is who made it.
 
-A folder of records says it twice. Its identity is of the numbers that computed: whatever they were read from, the same numbers give
-the same name. Beside it lies what the encoders were opened from, by a fingerprint of their files, which costs no reading of
+A folder of records says it twice. Its identity is of the numbers that computed: whatever they were
+read from, the same numbers give the same name. Beside it lies what the encoders were opened from,
+by a fingerprint of their files, which costs no reading of
 gigabytes: where that agrees nothing has to be opened (:func:`expected_identity`).
 """
 
@@ -25,9 +27,11 @@ _DEFAULT_DTYPE = "float32"
 
 
 def component_identity(component) -> str:
-    """sha256 in hex over a component's .config, the dtype it computes in and each of its .params (path, shape, dtype, bytes).
+    """sha256 in hex over a component's .config, the dtype it computes in and each of its .params
+    (path, shape, dtype, bytes).
 
-    One that knows its own identity says so in ``.identity``; parameters that live on other hosts cannot be hashed here.
+    One that knows its own identity says so in ``.identity``; parameters that live on other hosts
+    cannot be hashed here.
     """
     if isinstance(known := getattr(component, "identity", None), str):
         return known
@@ -37,7 +41,9 @@ def component_identity(component) -> str:
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     digest.update(str(getattr(component, "dtype", "")).encode())  # of the computation
     leaves, _ = jax.tree_util.tree_flatten_with_path(component.params)
-    for path, leaf in sorted(((jax.tree_util.keystr(path), leaf) for path, leaf in leaves), key=lambda item: item[0]):
+    for path, leaf in sorted(
+        ((jax.tree_util.keystr(path), leaf) for path, leaf in leaves), key=lambda item: item[0]
+    ):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{path} {array.dtype.name} {array.shape}".encode())
         digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
@@ -45,7 +51,8 @@ def component_identity(component) -> str:
 
 
 def tokenizer_identity(tokenizer) -> str:
-    """sha256 in hex of what a tokenizer does to text; padding and cutting, which callers choose, do not count."""
+    """sha256 in hex of what a tokenizer does to text; padding and cutting, which callers choose, do
+    not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         fields = json.loads(backend.to_str())
@@ -56,25 +63,36 @@ def tokenizer_identity(tokenizer) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def made_from(folders: Mapping[str, Path], dtypes: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
-    """What encoders were opened from, for a manifest: part → {"files": fingerprint, "dtype": of the computation}.
+def made_from(
+    folders: Mapping[str, Path], dtypes: Mapping[str, str] | None = None
+) -> dict[str, dict[str, str]]:
+    """What encoders were opened from, for a manifest: part → {"files": fingerprint, "dtype": of the
+    computation}.
 
-    folders: of 'vae', 'text_encoder' and 'tokenizer', those that there are. dtypes: where not float32.
+    folders: of 'vae', 'text_encoder' and 'tokenizer', those that there are. dtypes: where not
+    float32.
     """
     dtypes = dtypes or {}
-    return {part: {"files": fingerprint.of_folder(folder), "dtype": dtypes.get(part, _DEFAULT_DTYPE)} for part, folder in folders.items()}
+    return {
+        part: {"files": fingerprint.of_folder(folder), "dtype": dtypes.get(part, _DEFAULT_DTYPE)}
+        for part, folder in folders.items()
+    }
 
 
 def expected_identity(
-    identity: Mapping[str, str], opened_from: Mapping[str, Mapping[str, str]], folders: Mapping[str, Path]
+    identity: Mapping[str, str],
+    opened_from: Mapping[str, Mapping[str, str]],
+    folders: Mapping[str, Path],
 ) -> dict[str, str]:
-    """What the identity of records must say where 'vae', 'text_encoder' and 'tokenizer' lie in ``folders``: for
-    ``EncodedSamples(…, expected=…)``, which refuses by name the records that say otherwise.
+    """What the identity of records must say where 'vae', 'text_encoder' and 'tokenizer' lie in
+    ``folders``: for ``EncodedSamples(…, expected=…)``, which refuses by name the records that say
+    otherwise.
 
-    identity, opened_from: a manifest's ``identity`` and ``made_from``. A part whose files are those that the records were made from
-    is what it is said to be, and costs a few reads; of any other the weights are opened and hashed, in the dtype that the records were
-    computed in. A part that the records say nothing of, or that ``folders`` lacks, is not compared. UserError where a folder cannot
-    be opened.
+    identity, opened_from: a manifest's ``identity`` and ``made_from``. A part whose files are those
+    that the records were made from is what it is said to be, and costs a few reads; of any other
+    the weights are opened and hashed, in the dtype that the records were computed in. A part that
+    the records say nothing of, or that ``folders`` lacks, is not compared. UserError where a folder
+    cannot be opened.
     """
     expected = {}
     for part in (*ENCODERS, "tokenizer"):
@@ -86,5 +104,7 @@ def expected_identity(
         elif part == "tokenizer":
             expected[part] = tokenizer_identity(tokenizers.load(folders[part]))
         else:
-            expected[part] = component_identity(load_component(folders[part], opened.get("dtype", _DEFAULT_DTYPE)))
+            expected[part] = component_identity(
+                load_component(folders[part], opened.get("dtype", _DEFAULT_DTYPE))
+            )
     return expected

@@ -10,7 +10,8 @@ _SAMPLE, _SAMPLES = 1 << 16, 16  # bytes, and how often in a file
 
 
 def of_folder(folder: str | os.PathLike) -> str:
-    """Ten hex digits that change when a folder's files do: of their names, sizes and some of their bytes, a small file's all."""
+    """Ten hex digits that change when a folder's files do: of their names, sizes and some of their
+    bytes, a small file's all."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.is_file():

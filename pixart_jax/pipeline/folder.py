@@ -1,4 +1,5 @@
-"""A whole model on disk, in the diffusers form: transformer, text encoder, VAE, tokenizer, scheduler and their index."""
+"""A whole model on disk, in the diffusers form: transformer, text encoder, VAE, tokenizer,
+scheduler and their index."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from pixart_jax.pipeline import sampling as samplings
 from pixart_jax.pipeline import scheduler as schedulers
 
 INDEX = "model_index.json"
-PARTS = ("text_encoder", "transformer", "vae")  # those with weights, in the order in which a drawing needs them
+# those with weights, in the order in which a drawing needs them
+PARTS = ("text_encoder", "transformer", "vae")
 _CLASSES = {
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "T5EncoderModel"],
@@ -24,19 +26,30 @@ _CLASSES = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 _ALPHA, _SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
-_TEXT_TOKENS = {_ALPHA: 120, _SIGMA: 300}  # where the transformer's config does not say; diffusers keeps them in its pipelines' code
-_DIFFUSERS = "0.42.1"  # the version whose PixArtAlphaPipeline is tested to open what is written here
+# where the transformer's config does not say; diffusers keeps them in its pipelines' code
+_TEXT_TOKENS = {_ALPHA: 120, _SIGMA: 300}
+# the version whose PixArtAlphaPipeline is tested to open what is written here
+_DIFFUSERS = "0.42.1"
 
 
 def check(folder: str | os.PathLike) -> Path:
     """The folder, or UserError that says what of a model is missing there."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no model folder {folder}: give a diffusers folder (model_index.json, transformer/, text_encoder/, vae/ …)")
-    missing = [name for name in ("transformer", "text_encoder", "vae", "tokenizer", "scheduler") if not (folder / name).is_dir()]
+        raise UserError(
+            f"no model folder {folder}: give a diffusers folder (model_index.json, transformer/, "
+            "text_encoder/, vae/ …)"
+        )
+    missing = [
+        name
+        for name in ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
+        if not (folder / name).is_dir()
+    ]
     if missing:
         found = "a part of a model" if (folder / "config.json").is_file() else "not a whole model"
-        raise UserError(f"{folder} is {found}: it has no {', '.join(f'{name}/' for name in missing)}")
+        raise UserError(
+            f"{folder} is {found}: it has no {', '.join(f'{name}/' for name in missing)}"
+        )
     pipeline_class(folder)
     return folder
 
@@ -46,17 +59,23 @@ def pipeline_class(folder: Path) -> str:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {INDEX}: it is no whole model, or was never wholly written") from None
+        raise UserError(
+            f"{folder} has no {INDEX}: it is no whole model, or was never wholly written"
+        ) from None
     except ValueError as fault:
         raise UserError(f"{folder / INDEX} is no JSON: {fault}") from None
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in _TEXT_TOKENS:
-        raise UserError(f"{folder / INDEX} names {name!r}{nearest(str(name), _TEXT_TOKENS)}: that pipeline is not known")
+        raise UserError(
+            f"{folder / INDEX} names {name!r}{nearest(str(name), _TEXT_TOKENS)}: that pipeline is "
+            "not known"
+        )
     return name
 
 
 def configs(folder: str | os.PathLike):
-    """(TransformerConfig, VAEConfig) of a model folder; no weight is read. UserError where its parts do not fit each other."""
+    """(TransformerConfig, VAEConfig) of a model folder; no weight is read. UserError where its
+    parts do not fit each other."""
     from pixart_jax.weights import transformer, vae
 
     folder = check(folder)
@@ -66,8 +85,10 @@ def configs(folder: str | os.PathLike):
     if "text_tokens" not in values:
         if pipeline_class(folder) == _ALPHA and transformer.looks_like_sigma(config):
             raise UserError(
-                f"{folder / INDEX} names {_ALPHA}, but transformer/ looks like PixArt-Σ's, which reads {_TEXT_TOKENS[_SIGMA]} tokens of a "
-                f'prompt: name {_SIGMA} in {INDEX}; or put "text_tokens": {tokens} into transformer/config.json if it is a PixArt-α'
+                f"{folder / INDEX} names {_ALPHA}, but transformer/ looks like PixArt-Σ's, which "
+                f"reads {_TEXT_TOKENS[_SIGMA]} tokens of a "
+                f'prompt: name {_SIGMA} in {INDEX}; or put "text_tokens": {tokens} into '
+                "transformer/config.json if it is a PixArt-α"
             )
         config = dataclasses.replace(config, text_tokens=tokens)
     _check_fit(folder, config, tokens)
@@ -87,7 +108,8 @@ def _config(folder: Path) -> dict:
 
 
 def _check_fit(folder: Path, transformer, tokens: int) -> None:
-    """A Σ transformer in an α folder, or the reverse, would be drawn with texts cut at the wrong length; another T5 not at all."""
+    """A Σ transformer in an α folder, or the reverse, would be drawn with texts cut at the wrong
+    length; another T5 not at all."""
     from pixart_jax.weights.component import NULL_CAPTION
     from pixart_jax.weights.files import SafetensorsFile
 
@@ -95,23 +117,29 @@ def _check_fit(folder: Path, transformer, tokens: int) -> None:
     wants = {"its config.json": transformer.text_tokens}
     if (path := folder / "transformer" / NULL_CAPTION).is_file():
         null = SafetensorsFile(path)
-        wants[f"its {NULL_CAPTION}"] = null.shape("null_caption")[0] if "null_caption" in null else transformer.text_tokens
+        wants[f"its {NULL_CAPTION}"] = (
+            null.shape("null_caption")[0] if "null_caption" in null else transformer.text_tokens
+        )
     of_pipeline = {count: name for name, count in _TEXT_TOKENS.items()}
     for where, count in wants.items():
         if count != tokens and count in of_pipeline:
             raise UserError(
-                f"{folder / INDEX} names {named}, which reads {tokens} tokens of a prompt, but transformer/ wants {count} ({where}): "
-                f"it is a transformer of {of_pipeline[count]}; name that one in {INDEX}, or put the right transformer there"
+                f"{folder / INDEX} names {named}, which reads {tokens} tokens of a prompt, but "
+                f"transformer/ wants {count} ({where}): "
+                f"it is a transformer of {of_pipeline[count]}; name that one in {INDEX}, or put "
+                "the right transformer there"
             )
     width = _config(folder / "text_encoder").get("d_model", transformer.caption_width)
     if width != transformer.caption_width:
         raise UserError(
-            f"{folder}: text_encoder/ gives states of width {width}, transformer/ wants {transformer.caption_width}: they are of two models"
+            f"{folder}: text_encoder/ gives states of width {width}, transformer/ wants "
+            f"{transformer.caption_width}: they are of two models"
         )
 
 
 def check_weights(folder: str | os.PathLike, parts: Sequence[str] = PARTS) -> None:
-    """UserError where the weights of a part are missing, cut short or damaged, as their headers and sizes tell; nothing else is read.
+    """UserError where the weights of a part are missing, cut short or damaged, as their headers and
+    sizes tell; nothing else is read.
 
     PyTorch's files have no such header: they are judged when they are opened.
     """
@@ -134,7 +162,8 @@ def read(
     quantization: str | None = None,
     cache: str | os.PathLike | None = None,
 ) -> dict:
-    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler', 'sampling'} of a model folder; of the first three only ``parts``.
+    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler', 'sampling'} of a model
+    folder; of the first three only ``parts``.
 
     quantization: of the text encoder. cache: as ``load_component``.
     """
@@ -149,7 +178,9 @@ def read(
     }
     for name in parts:
         held = quantization if name == "text_encoder" else None
-        found[name] = load_component(folder / name, dtype=dtype, mesh=mesh, quantization=held, cache=cache)
+        found[name] = load_component(
+            folder / name, dtype=dtype, mesh=mesh, quantization=held, cache=cache
+        )
     if "transformer" in found and found["transformer"].config.text_tokens != config.text_tokens:
         own = dataclasses.replace(found["transformer"].config, text_tokens=config.text_tokens)
         found["transformer"] = found["transformer"].replace(config=own)
@@ -166,7 +197,8 @@ def write(
     scheduler: schedulers.SchedulerConfig,
     sampling: samplings.SamplingConfig,
 ) -> None:
-    """Write the parts beside the folder and then put each in its place, the index last: an interrupted call leaves no half part.
+    """Write the parts beside the folder and then put each in its place, the index last: an
+    interrupted call leaves no half part.
 
     Where several processes share a part's parameters all must call it; the first one writes.
     """
@@ -187,7 +219,9 @@ def write(
         schedulers.write(scheduler, staging / "scheduler")
         samplings.write(sampling, staging)
         index = {
-            "_class_name": _SIGMA if transformer.config.text_tokens == _TEXT_TOKENS[_SIGMA] else _ALPHA,
+            "_class_name": _SIGMA
+            if transformer.config.text_tokens == _TEXT_TOKENS[_SIGMA]
+            else _ALPHA,
             "_diffusers_version": _DIFFUSERS,
             **_CLASSES,
             "tokenizer": ["transformers", type(tokenizer).__name__],

@@ -42,11 +42,12 @@ Callback = Callable[[int, np.ndarray], None]
 class Pipeline:
     """The parts of a text-to-image model, bound together.
 
-    transformer, text_encoder, vae: components as ``load_component`` gives them; without a text encoder (None) it draws from
-    text states alone. scheduler: what the transformer predicts, and its betas. sampling: what stands in for options that are
-    not given. mesh: where the parameters lie, and over which batches are cut; None for one device. text_identity: what text
-    states of this text encoder say that they were made with; empty where its files are not known. context_attention: 'all_gather'
-    or 'ring', where the mesh splits image tokens.
+    transformer, text_encoder, vae: components as ``load_component`` gives them; without a text
+    encoder (None) it draws from text states alone. scheduler: what the transformer predicts, and
+    its betas. sampling: what stands in for options that are not given. mesh: where the parameters
+    lie, and over which batches are cut; None for one device. text_identity: what text states of
+    this text encoder say that they were made with; empty where its files are not known.
+    context_attention: 'all_gather' or 'ring', where the mesh splits image tokens.
     """
 
     transformer: object
@@ -58,7 +59,8 @@ class Pipeline:
     mesh: jax.sharding.Mesh | None = None
     text_identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     context_attention: str = "all_gather"
-    # Keys and values of negative prompts that whole batches share; its own for each set of parts, so replace() begins an empty one.
+    # Keys and values of negative prompts that whole batches share; its own for each set of parts,
+    # so replace() begins an empty one.
     _negatives: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -78,21 +80,32 @@ class Pipeline:
     ) -> Pipeline:
         """Open a diffusers folder, or one that ``save_pretrained`` or a training run wrote.
 
-        dtype: of the computation (jnp.bfloat16 on accelerators), fp32 by default. text_encoder: False leaves the largest part
-        closed, for a pipeline that draws from text states. quantization: 'int8' holds the text encoder's matrices as int8 values.
-        cache: a folder where large weights are kept as they lie in memory, so that the next opening changes no axes and no dtype.
-        Raises UserError where a part is missing, damaged or of another model.
+        dtype: of the computation (jnp.bfloat16 on accelerators), fp32 by default. text_encoder:
+        False leaves the largest part closed, for a pipeline that draws from text states.
+        quantization: 'int8' holds the text encoder's matrices as int8 values.
+        cache: a folder where large weights are kept as they lie in memory, so that the next opening
+        changes no axes and no dtype. Raises UserError where a part is missing, damaged or of
+        another model.
         """
         if mesh is not None:
             _check_mesh(mesh, model_folder.configs(folder)[0])
         parts = [part for part in model_folder.PARTS if text_encoder or part != "text_encoder"]
-        found = {"text_encoder": None, **model_folder.read(folder, dtype, mesh, parts, quantization, cache)}
-        return cls(**found, mesh=mesh, text_identity=identity(folder, dtype, quantization=quantization))
+        found = {
+            "text_encoder": None,
+            **model_folder.read(folder, dtype, mesh, parts, quantization, cache),
+        }
+        return cls(
+            **found, mesh=mesh, text_identity=identity(folder, dtype, quantization=quantization)
+        )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write a diffusers folder, which diffusers' PixArtAlphaPipeline opens as it is. Parts that lie there are replaced."""
+        """Write a diffusers folder, which diffusers' PixArtAlphaPipeline opens as it is. Parts that
+        lie there are replaced."""
         if self.text_encoder is None:
-            raise UserError("this pipeline has no text encoder, so it is no whole model to be saved: open the folder again with it")
+            raise UserError(
+                "this pipeline has no text encoder, so it is no whole model to be saved: open the "
+                "folder again with it"
+            )
         model_folder.write(
             folder,
             transformer=self.transformer,
@@ -104,7 +117,8 @@ class Pipeline:
         )
 
     def replace(self, **parts) -> Pipeline:
-        """The same pipeline with other parts (a transformer with other parameters, say); nothing recompiles for equal shapes."""
+        """The same pipeline with other parts (a transformer with other parameters, say); nothing
+        recompiles for equal shapes."""
         if {"text_encoder", "tokenizer"} & set(parts):
             parts.setdefault("text_identity", {})
         return dataclasses.replace(self, **parts)
@@ -123,15 +137,27 @@ class Pipeline:
     def prompt_encoder(self) -> PromptEncoder:
         """The text half. UserError where the text encoder is not here."""
         if self.text_encoder is None:
-            raise UserError("this pipeline has no text encoder: give text_states, or open the folder with it")
-        return PromptEncoder(self.text_encoder, self.tokenizer, self.transformer.config.text_tokens, self.mesh, dict(self.text_identity))
+            raise UserError(
+                "this pipeline has no text encoder: give text_states, or open the folder with it"
+            )
+        return PromptEncoder(
+            self.text_encoder,
+            self.tokenizer,
+            self.transformer.config.text_tokens,
+            self.mesh,
+            dict(self.text_identity),
+        )
 
     def encode_prompts(self, texts: Sequence[str], *, clean_caption: bool = True) -> TextStates:
-        """States of texts (prompts, negative prompts and "" alike) on the host, in the dtype of the computation, for :meth:`draw`."""
-        return self.prompt_encoder.states(texts, self.text_encoder.dtype.name, captions.clean if clean_caption else captions.plain)
+        """States of texts (prompts, negative prompts and "" alike) on the host, in the dtype of the
+        computation, for :meth:`draw`."""
+        return self.prompt_encoder.states(
+            texts, self.text_encoder.dtype.name, captions.clean if clean_caption else captions.plain
+        )
 
     def without_text_encoder(self) -> Pipeline:
-        """This pipeline without its text encoder, whose parameters are deleted from the devices: it draws from text states."""
+        """This pipeline without its text encoder, whose parameters are deleted from the devices: it
+        draws from text states."""
         self.prompt_encoder.free()
         return dataclasses.replace(self, text_encoder=None)
 
@@ -165,52 +191,92 @@ class Pipeline:
         shortcuts: Shortcuts = NONE,
         callback: Callback | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b, height, width, 3]) as they are done.
+        """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b,
+        height, width, 3]) as they are done.
 
-        steps, guidance, solver: the model's own where None (sampling.py; 20, 4.5 and dpm++ where its folder says nothing). Guidance 1
-            does no second pass.
-        negative_prompt: one for all, or one each; read with guidance other than 1. null: what stands for "no prompt" where
-            the negative prompt is "": 'text', the text encoder's states of "" with their own length (diffusers), or
-            'embedding', the transformer's null caption under the prompt's length (the official code). 'auto': as the model says.
-        clean_caption: texts are cleaned as PixArt's training captions were (captions.clean); else lower-cased alone.
-        height, width: pixels, by default the side the model was trained at. binning: a model of 256, 512, 1024 or 2048 px draws at the
-            nearest size of its bucket table, and the image is resized and cut to what was asked for; else at that very size.
-        seed, indices: the noise of image i comes from fold_in(key(seed), indices[i]), i itself by default, so an image does not depend
-            on the batch it is drawn in.
-        solver, times, order, steps: as ``diffusion.sample``; order: the scheduler's where None. tile: as :meth:`decode`.
-        text_states: of all prompts and negative prompts (:meth:`encode_prompts`, or ``TextStates.open``), instead of encoding them here.
-            The image is the same: to the bit from states in fp32, or in the dtype that the transformer computes in.
+        steps, guidance, solver: the model's own where None (sampling.py; 20, 4.5 and dpm++ where
+            its folder says nothing). Guidance 1 does no second pass.
+        negative_prompt: one for all, or one each; read with guidance other than 1. null: what
+            stands for "no prompt" where the negative prompt is "": 'text', the text encoder's
+            states of "" with their own length (diffusers), or 'embedding', the transformer's null
+            caption under the prompt's length (the official code). 'auto': as the model says.
+        clean_caption: texts are cleaned as PixArt's training captions were (captions.clean); else
+        lower-cased alone.
+        height, width: pixels, by default the side the model was trained at. binning: a model of
+            256, 512, 1024 or 2048 px draws at the nearest size of its bucket table, and the image
+            is resized and cut to what was asked for; else at that very size.
+        seed, indices: the noise of image i comes from fold_in(key(seed), indices[i]), i itself by
+            default, so an image does not depend on the batch it is drawn in.
+        solver, times, order, steps: as ``diffusion.sample``; order: the scheduler's where None.
+        tile: as :meth:`decode`.
+        text_states: of all prompts and negative prompts (:meth:`encode_prompts`, or
+        ``TextStates.open``), instead of encoding them here.
+            The image is the same: to the bit from states in fp32, or in the dtype that the
+            transformer computes in.
         shortcuts: what is left out to be faster, at a price (shortcuts.py); nothing by default.
-        callback(step, latents [b, h, w, c]): called during the scan with the denoised latents as the step sees them. It must
-            not call JAX, which is busy with the scan; what :meth:`previewer` gives makes small images of them.
+        callback(step, latents [b, h, w, c]): called during the scan with the denoised latents as
+        the step sees them. It must not call JAX, which is busy with the scan; what
+        :meth:`previewer` gives makes small images of them.
         Raises UserError, before anything is computed, for options that cannot be used.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompts: give at least one")
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        negatives = (
+            [negative_prompt] * len(prompts)
+            if isinstance(negative_prompt, str)
+            else list(negative_prompt)
+        )
         if len(negatives) != len(prompts):
-            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one each")
+            raise UserError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, "
+                "or one each"
+            )
         indices = list(range(len(prompts))) if indices is None else list(indices)
         steps, guidance, solver = self.sampling.filled(steps, guidance, solver)
         height, width = options.check(
-            self.transformer.config, self.vae.config, steps=steps, guidance=guidance, height=height, width=width,
-            solver=solver, times=times, null=null, batch_size=batch_size, seed=seed, tile=tile, binning=binning, shortcuts=shortcuts,
-        )  # fmt: skip
-        canvas = bins.canvas(self.transformer.config, self.vae.config, height, width) if binning else (height, width)
+            self.transformer.config,
+            self.vae.config,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            solver=solver,
+            times=times,
+            null=null,
+            batch_size=batch_size,
+            seed=seed,
+            tile=tile,
+            binning=binning,
+            shortcuts=shortcuts,
+        )
+        canvas = (
+            bins.canvas(self.transformer.config, self.vae.config, height, width)
+            if binning
+            else (height, width)
+        )
         guided = float(guidance) != 1.0
         wanted = batch_size or min(len(prompts), DEFAULT_BATCH)
         size = self._padded(min(wanted, len(prompts)) if batch_size is None else wanted, guided)
         if self.mesh is not None:
-            rows, columns = (side // self.factor // self.transformer.config.patch_size for side in canvas)
-            check_divides(self.mesh, "this size", tokens={f"{canvas[0]}×{canvas[1]}": rows * columns})
+            rows, columns = (
+                side // self.factor // self.transformer.config.patch_size for side in canvas
+            )
+            check_divides(
+                self.mesh, "this size", tokens={f"{canvas[0]}×{canvas[1]}": rows * columns}
+            )
 
         clean = captions.clean if clean_caption else captions.plain
         null = self.sampling.meant(null)
         if guided and null == "embedding":
             self._null_caption()  # that it is there
         if text_states is not None:
-            text_states.check({"width": str(self.transformer.config.caption_width), **_without(self.text_identity, "computed_in")})
+            text_states.check(
+                {
+                    "width": str(self.transformer.config.caption_width),
+                    **_without(self.text_identity, "computed_in"),
+                }
+            )
         encoder = self.prompt_encoder if text_states is None else text_states
 
         # One text length for all batches, so that they share one executable.
@@ -220,29 +286,50 @@ class Pipeline:
         pending = None
         for start in range(0, len(prompts), size):
             positions = list(range(start, min(start + size, len(prompts))))
-            rows = positions + [positions[-1]] * (size - len(positions))  # the last batch repeats its last image
+            # the last batch repeats its last image
+            rows = positions + [positions[-1]] * (size - len(positions))
             noise, keys = self.noise(seed, [indices[n] for n in rows], *canvas)
-            states, lengths = self._on_devices(encoder.batch([prompts[n] for n in rows], length, clean))
-            negative = self._negative([negatives[n] for n in rows], states, lengths, null, clean, encoder) if guided else None
-            arguments = self._arguments((states, lengths), noise, negative, keys, guidance, None, None)
+            states, lengths = self._on_devices(
+                encoder.batch([prompts[n] for n in rows], length, clean)
+            )
+            negative = (
+                self._negative([negatives[n] for n in rows], states, lengths, null, clean, encoder)
+                if guided
+                else None
+            )
+            arguments = self._arguments(
+                (states, lengths), noise, negative, keys, guidance, None, None
+            )
             run = self._run(solver, order, steps, times, guided, shortcuts)
             if tile is None and callback is None:
                 images = self._drawn(run, arguments, (height, width))
             else:
-                images = self.decode(self._denoised(run, arguments, _cropped(callback, len(positions))), tile, (height, width))
-            if pending is not None:  # the device works on this batch while the host takes the one before
+                images = self.decode(
+                    self._denoised(run, arguments, _cropped(callback, len(positions))),
+                    tile,
+                    (height, width),
+                )
+            # the device works on this batch while the host takes the one before
+            if pending is not None:
                 yield pending[0], np.asarray(pending[1])[: len(pending[0])]
             pending = positions, images
         yield pending[0], np.asarray(pending[1])[: len(pending[0])]
 
     def encode_text(
-        self, texts: Sequence[str], length: int | None = None, clean: Callable[[str], str] = captions.clean
+        self,
+        texts: Sequence[str],
+        length: int | None = None,
+        clean: Callable[[str], str] = captions.clean,
     ) -> tuple[jax.Array, jax.Array]:
-        """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of 8 over the longest text."""
+        """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of 8
+        over the longest text."""
         return self.prompt_encoder.batch(texts, length, clean)
 
-    def noise(self, seed: int, indices: Sequence[int], height: int, width: int) -> tuple[jax.Array, jax.Array]:
-        """(noise [n, h, w, c] fp32, keys [n] for the solvers that add noise): image i's come from fold_in(key(seed), i) alone."""
+    def noise(
+        self, seed: int, indices: Sequence[int], height: int, width: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """(noise [n, h, w, c] fp32, keys [n] for the solvers that add noise): image i's come from
+        fold_in(key(seed), i) alone."""
         shape = (height // self.factor, width // self.factor, self.transformer.config.in_channels)
         noise, keys = _noise(jax.random.key(seed), np.asarray(indices, np.uint32), shape)
         return self._place(noise), self._place(keys)
@@ -266,12 +353,15 @@ class Pipeline:
         shortcuts: Shortcuts = NONE,
         callback: Callback | None = None,
     ) -> jax.Array:
-        """The deterministic core, one compiled scan: text states [b, l, c], lengths [b], noise [b, h, w, 4] → latents [b, h, w, 4].
+        """The deterministic core, one compiled scan: text states [b, l, c], lengths [b], noise [b,
+        h, w, 4] → latents [b, h, w, 4].
 
-        negative_states, negative_lengths: of the negative prompt, padded to any length; the states of "" where None. Not
-            read with guidance 1, which does no second pass. times: 'fractional' (official) or 'integer' (diffusers).
-        keys: [b], or one to be folded with each row's number, for solvers that add noise; None adds none.
-        size [b, 2] (height, width in pixels), aspect_ratio [b]: for models that are told them; by default the image's own.
+        negative_states, negative_lengths: of the negative prompt, padded to any length; the states
+            of "" where None. Not read with guidance 1, which does no second pass. times:
+            'fractional' (official) or 'integer' (diffusers).
+        keys: [b], or one to be folded with each row's number, for solvers that add noise; None adds
+        none. size [b, 2] (height, width in pixels), aspect_ratio [b]: for models that are told
+        them; by default the image's own.
         shortcuts: as :meth:`draw`.
         """
         noise = jnp.asarray(noise, jnp.float32)
@@ -280,39 +370,86 @@ class Pipeline:
         if guided and negative_states is None:
             negative = self._negative([""] * len(noise), *text, "text")
         elif guided:
-            negative = (jnp.asarray(negative_states), text[1] if negative_lengths is None else jnp.asarray(negative_lengths))
+            negative = (
+                jnp.asarray(negative_states),
+                text[1] if negative_lengths is None else jnp.asarray(negative_lengths),
+            )
         arguments = self._arguments(text, noise, negative, keys, guidance, size, aspect_ratio)
-        return self._denoised(self._run(solver, order, steps, times, guided, shortcuts), arguments, callback)
+        return self._denoised(
+            self._run(solver, order, steps, times, guided, shortcuts), arguments, callback
+        )
 
-    def decode(self, latents: jax.Array, tile: int | None = None, size: tuple[int, int] | None = None) -> jax.Array:
-        """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3], on the device.
+    def decode(
+        self, latents: jax.Array, tile: int | None = None, size: tuple[int, int] | None = None
+    ) -> jax.Array:
+        """Latents [b, h, w, c] as the transformer knows them → images uint8 [b, height, width, 3],
+        on the device.
 
-        tile: side in latents of blended tiles, for images too large to be decoded at once; None decodes them whole. size: (height,
-        width) in pixels that the images are fitted to (binning.py).
+        tile: side in latents of blended tiles, for images too large to be decoded at once; None
+        decodes them whole. size: (height, width) in pixels that the images are fitted to
+        (binning.py).
         """
         with self._on_mesh():
             if tile is None:
-                return decoding.decoded(self._decoding(len(latents), size), self.vae.params, latents)
+                return decoding.decoded(
+                    self._decoding(len(latents), size), self.vae.params, latents
+                )
             return _fitted(self.vae.decode(latents / self.vae.config.scaling_factor, tile), size)
 
-    def _run(self, solver: str, order: int | None, steps: int, times: str, guided: bool, shortcuts: Shortcuts) -> denoising.Run:
+    def _run(
+        self,
+        solver: str,
+        order: int | None,
+        steps: int,
+        times: str,
+        guided: bool,
+        shortcuts: Shortcuts,
+    ) -> denoising.Run:
         """What a drawing's program depends on, beside shapes."""
         module = self.transformer.module.clone(context_attention=self.context_attention)
         chosen = self.scheduler.solver(solver, order)
-        return denoising.Run(module, self.scheduler.schedule(), self.scheduler.prediction, chosen, steps, times, guided, shortcuts)
+        return denoising.Run(
+            module,
+            self.scheduler.schedule(),
+            self.scheduler.prediction,
+            chosen,
+            steps,
+            times,
+            guided,
+            shortcuts,
+        )
 
     def _arguments(self, text, noise, negative, keys, guidance, size, aspect_ratio) -> tuple:
         """The arrays of a drawing, in the order of ``denoising.latents``."""
         batch, rows, columns, _ = noise.shape
         if self.transformer.config.size_conditions:
             pixels = (float(rows * self.factor), float(columns * self.factor))
-            size = jnp.tile(jnp.asarray([pixels]), (batch, 1)) if size is None else jnp.asarray(size, jnp.float32)
-            aspect_ratio = jnp.full((batch,), pixels[0] / pixels[1]) if aspect_ratio is None else jnp.asarray(aspect_ratio, jnp.float32)
+            size = (
+                jnp.tile(jnp.asarray([pixels]), (batch, 1))
+                if size is None
+                else jnp.asarray(size, jnp.float32)
+            )
+            aspect_ratio = (
+                jnp.full((batch,), pixels[0] / pixels[1])
+                if aspect_ratio is None
+                else jnp.asarray(aspect_ratio, jnp.float32)
+            )
         else:
             size = aspect_ratio = None
-        return self.transformer.params, noise, keys, text, negative, size, aspect_ratio, jnp.float32(guidance)
+        return (
+            self.transformer.params,
+            noise,
+            keys,
+            text,
+            negative,
+            size,
+            aspect_ratio,
+            jnp.float32(guidance),
+        )
 
-    def _denoised(self, run: denoising.Run, arguments: tuple, callback: Callback | None) -> jax.Array:
+    def _denoised(
+        self, run: denoising.Run, arguments: tuple, callback: Callback | None
+    ) -> jax.Array:
         with self._on_mesh():
             if callback is None:
                 return denoising.denoised(run, *arguments)
@@ -322,21 +459,42 @@ class Pipeline:
     def _drawn(self, run: denoising.Run, arguments: tuple, size: tuple[int, int]) -> jax.Array:
         """Images; the noise among the arguments is given up."""
         with self._on_mesh():
-            return denoising.drawn(run, self._decoding(len(arguments[1]), size), *arguments, self.vae.params)[1]
+            return denoising.drawn(
+                run, self._decoding(len(arguments[1]), size), *arguments, self.vae.params
+            )[1]
 
     def _decoding(self, batch: int, size: tuple[int, int] | None) -> decoding.Decoding:
         config = self.vae.config
-        return decoding.Decoding(self.vae.module, config.scaling_factor, config.factor, size, self.mesh, self._padded(batch))
+        return decoding.Decoding(
+            self.vae.module,
+            config.scaling_factor,
+            config.factor,
+            size,
+            self.mesh,
+            self._padded(batch),
+        )
 
     def previewer(self) -> Callable[[np.ndarray], np.ndarray]:
-        """A function for callbacks: latents [b, h, w, c] → rough images uint8 [b, h, w, 3], a pixel a latent."""
-        return previewer(lambda latents: np.asarray(self.decode(jnp.asarray(latents))), self.transformer.config.in_channels, scale=1.0)
+        """A function for callbacks: latents [b, h, w, c] → rough images uint8 [b, h, w, 3], a pixel
+        a latent."""
+        return previewer(
+            lambda latents: np.asarray(self.decode(jnp.asarray(latents))),
+            self.transformer.config.in_channels,
+            scale=1.0,
+        )
 
     def _negative(
-        self, texts: Sequence[str], states, lengths, null: str, clean: Callable[[str], str] = captions.clean, encoder=None
+        self,
+        texts: Sequence[str],
+        states,
+        lengths,
+        null: str,
+        clean: Callable[[str], str] = captions.clean,
+        encoder=None,
     ) -> denoising.States | Text:
-        """States and lengths of the negative prompts, for rows whose prompts have these states and lengths; where all rows have the same,
-        as they mostly do, its keys and values, which are kept: "" is read once, not once a batch."""
+        """States and lengths of the negative prompts, for rows whose prompts have these states and
+        lengths; where all rows have the same, as they mostly do, its keys and values, which are
+        kept: "" is read once, not once a batch."""
         encoder = encoder or self.prompt_encoder
         if len({clean(text) for text in texts}) == 1:
             return self._shared_negative(texts[0], states.shape[1], lengths, null, clean, encoder)
@@ -344,19 +502,28 @@ class Pipeline:
             return self._on_devices(encoder.batch(texts, states.shape[1], clean))
         caption = jnp.asarray(self._null_caption(), states.dtype)[: states.shape[1]]
         empty = np.array([not clean(text) for text in texts])
-        says = next(text for text in texts if clean(text))  # stands in where nothing is read of what is encoded
+        # stands in where nothing is read of what is encoded
+        says = next(text for text in texts if clean(text))
         said = [says if nothing else text for text, nothing in zip(texts, empty, strict=True)]
         negative, negative_lengths = self._on_devices(encoder.batch(said, states.shape[1], clean))
-        return jnp.where(empty[:, None, None], caption, negative), jnp.where(empty, lengths, negative_lengths)
+        return jnp.where(empty[:, None, None], caption, negative), jnp.where(
+            empty, lengths, negative_lengths
+        )
 
     def _shared_negative(self, text: str, length: int, lengths, null: str, clean, encoder) -> Text:
-        """Keys and values of one negative prompt, one row; lengths: of the prompts, which the null caption is read under."""
+        """Keys and values of one negative prompt, one row; lengths: of the prompts, which the null
+        caption is read under."""
         embedding = null == "embedding" and not clean(text)
-        source = None if embedding else encoder if isinstance(encoder, TextStates) else self.text_encoder
+        source = (
+            None if embedding else encoder if isinstance(encoder, TextStates) else self.text_encoder
+        )
         name = (clean(text), embedding, length, id(source))
         if name not in self._negatives:
             if embedding:
-                one = jnp.asarray(self._null_caption(), jnp.float32)[None, :length], jnp.full((1,), length, jnp.int32)
+                one = (
+                    jnp.asarray(self._null_caption(), jnp.float32)[None, :length],
+                    jnp.full((1,), length, jnp.int32),
+                )
             else:
                 one = self._on_devices(encoder.batch([text], length, clean))
             with self._on_mesh():
@@ -382,8 +549,9 @@ class Pipeline:
     def _padded(self, batch: int, guided: bool = False) -> int:
         """The images of a batch, so many at least, with which every device has rows of its own.
 
-        Guidance makes two rows of an image. Where that is what fills the devices, the two lie on different ones: one prompt on data = 2
-        takes the time of a pass without guidance, instead of being drawn twice over.
+        Guidance makes two rows of an image. Where that is what fills the devices, the two lie on
+        different ones: one prompt on data = 2 takes the time of a pass without guidance, instead of
+        being drawn twice over.
         """
         shards = 1 if self.mesh is None else batch_shards(self.mesh)
         if guided and shards % 2 == 0 and 2 * batch <= shards:
@@ -391,7 +559,11 @@ class Pipeline:
         return math.ceil(batch / shards) * shards
 
     def _place(self, array):
-        return jnp.asarray(array) if self.mesh is None else spread(array, rows_sharding(self.mesh, len(array)))
+        return (
+            jnp.asarray(array)
+            if self.mesh is None
+            else spread(array, rows_sharding(self.mesh, len(array)))
+        )
 
     @contextlib.contextmanager
     def _on_mesh(self):
@@ -413,7 +585,9 @@ _fitted = jax.jit(decoding.fitted, static_argnums=1)
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, transformer) -> None:
-    check_divides(mesh, "this transformer", heads=transformer.heads, mlp_width=transformer.mlp_width)
+    check_divides(
+        mesh, "this transformer", heads=transformer.heads, mlp_width=transformer.mlp_width
+    )
 
 
 def _without(values: Mapping[str, str], name: str) -> dict[str, str]:
@@ -425,7 +599,8 @@ def _cropped(callback: Callback | None, count: int) -> Callback | None:
     return None if callback is None else lambda step, latents: callback(step, latents[:count])
 
 
-# A compiled scan outlives the callback it was first traced with, so what is compiled in is _tell, which asks here for whom.
+# A compiled scan outlives the callback it was first traced with, so what is compiled in is _tell,
+# which asks here for whom.
 _watcher: list[Callback] = []
 _watching = threading.Lock()
 
@@ -436,7 +611,8 @@ def _tell(step: int, latents: np.ndarray) -> None:
 
 
 def _watch(callback: Callback, run: Callable[[], jax.Array]) -> jax.Array:
-    """run(), done when it returns, with the callback told of each step. One watched scan at a time in a process."""
+    """run(), done when it returns, with the callback told of each step. One watched scan at a time
+    in a process."""
     with _watching:
         _watcher.append(callback)
         try:

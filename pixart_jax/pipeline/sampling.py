@@ -1,12 +1,14 @@
 """How a model wants to be drawn with where nobody says.
 
-sampling_config.json in its folder, which diffusers does not read; without one, what its scheduler tells: a folder whose
-scheduler is an LCMScheduler holds a distilled model, which draws in 4 steps without guidance. The best guidance belongs to
+sampling_config.json in its folder, which diffusers does not read; without one, what its scheduler
+tells: a folder whose scheduler is an LCMScheduler holds a distilled model, which draws in 4 steps
+without guidance. The best guidance belongs to
 the model: PixArt's own is 4.5, a small model that saw few pictures breaks under as much.
 
-What stands for "no prompt" is the model's too: ``null`` in that file, or, where it says nothing of it, in one of the same name
-beside the transformer's weights (a converted official checkpoint that holds a null caption says 'embedding' there, as the official
-code draws). Where neither says, it is 'text', as diffusers draws.
+What stands for "no prompt" is the model's too: ``null`` in that file, or, where it says nothing of
+it, in one of the same name beside the transformer's weights (a converted official checkpoint that
+holds a null caption says 'embedding' there, as the official code draws). Where neither says, it is
+'text', as diffusers draws.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ NULLS = ("text", "embedding")
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """What stands in for a guidance scale, a number of steps, a solver and a meaning of "no prompt" that are not given.
+    """What stands in for a guidance scale, a number of steps, a solver and a meaning of "no prompt"
+    that are not given.
 
-    null: 'text', the text encoder's states of "", or 'embedding', the transformer's null caption under the prompt's length.
+    null: 'text', the text encoder's states of "", or 'embedding', the transformer's null caption
+    under the prompt's length.
     """
 
     guidance: float = 4.5
@@ -39,17 +43,26 @@ class SamplingConfig:
     null: str = "text"
 
     def __post_init__(self):
-        if isinstance(self.guidance, bool) or not isinstance(self.guidance, int | float) or not math.isfinite(self.guidance):
+        if (
+            isinstance(self.guidance, bool)
+            or not isinstance(self.guidance, int | float)
+            or not math.isfinite(self.guidance)
+        ):
             raise UserError(f"guidance = {self.guidance!r}: a finite number is needed")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise UserError(f"steps = {self.steps!r}: a whole number of at least 1 is needed")
         if self.solver not in solvers.NAMES:
-            raise UserError(f"solver = {self.solver!r} is unknown{nearest(str(self.solver), solvers.NAMES)}")
+            raise UserError(
+                f"solver = {self.solver!r} is unknown{nearest(str(self.solver), solvers.NAMES)}"
+            )
         if self.null not in NULLS:
             raise UserError(f"null = {self.null!r} is unknown{nearest(str(self.null), NULLS)}")
 
-    def filled(self, steps: int | None, guidance: float | None, solver: str | None) -> tuple[int, float, str]:
-        """(steps, guidance, solver), these where they are given. A solver that is asked for takes its own steps by default."""
+    def filled(
+        self, steps: int | None, guidance: float | None, solver: str | None
+    ) -> tuple[int, float, str]:
+        """(steps, guidance, solver), these where they are given. A solver that is asked for takes
+        its own steps by default."""
         if solver is not None and solver != self.solver and steps is None:
             steps = {"lcm": 4, "dmd": 1}.get(solver, SamplingConfig.steps)
         return (
@@ -72,12 +85,15 @@ def read(folder: str | os.PathLike) -> SamplingConfig:
     told = _told(Path(folder) / "transformer" / FILE)
     null = {"null": told.null} if told is not None else {}
     if not path.is_file():
-        return dataclasses.replace(_OF_SCHEDULER.get(_scheduler(Path(folder)), SamplingConfig()), **null)
+        return dataclasses.replace(
+            _OF_SCHEDULER.get(_scheduler(Path(folder)), SamplingConfig()), **null
+        )
     return _told(path, null)
 
 
 def _told(path: Path, otherwise: Mapping = MappingProxyType({})) -> SamplingConfig | None:
-    """The settings that a file holds, ``otherwise`` where it says nothing; None where there is no file."""
+    """The settings that a file holds, ``otherwise`` where it says nothing; None where there is no
+    file."""
     if not path.is_file():
         return None
     try:
@@ -95,8 +111,13 @@ def write(config: SamplingConfig, folder: str | os.PathLike) -> None:
 
 
 def _scheduler(folder: Path) -> str:
-    """Class of the folder's scheduler; '' where none is named. What else is wrong there, pipeline.scheduler says."""
+    """Class of the folder's scheduler; '' where none is named. What else is wrong there,
+    pipeline.scheduler says."""
     try:
-        return str(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("_class_name", ""))
+        return str(
+            json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get(
+                "_class_name", ""
+            )
+        )
     except (OSError, ValueError, AttributeError):
         return ""

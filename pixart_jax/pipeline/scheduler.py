@@ -17,7 +17,8 @@ _BETAS = {"linear": schedule.linear, "scaled_linear": schedule.scaled_linear}
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """prediction: 'epsilon' or 'v'. The betas run from beta_start to beta_end over ``timesteps``; beta_schedule as diffusers names it.
+    """prediction: 'epsilon' or 'v'. The betas run from beta_start to beta_end over ``timesteps``;
+    beta_schedule as diffusers names it.
     order: of dpm++. spacing, offset: of its integer times (solvers.DPMSolver)."""
 
     prediction: str = "epsilon"
@@ -31,11 +32,19 @@ class SchedulerConfig:
 
     def __post_init__(self):
         if self.prediction not in _PREDICTIONS.values():
-            raise UserError(f"prediction {self.prediction!r} is unknown{nearest(self.prediction, _PREDICTIONS.values())}")
+            raise UserError(
+                f"prediction {self.prediction!r} is "
+                f"unknown{nearest(self.prediction, _PREDICTIONS.values())}"
+            )
         if self.beta_schedule not in (*_BETAS, "squaredcos_cap_v2"):
-            raise UserError(f"beta_schedule {self.beta_schedule!r} is unknown{nearest(self.beta_schedule, (*_BETAS, 'squaredcos_cap_v2'))}")
+            raise UserError(
+                f"beta_schedule {self.beta_schedule!r} is "
+                f"unknown{nearest(self.beta_schedule, (*_BETAS, 'squaredcos_cap_v2'))}"
+            )
         if self.spacing not in SPACINGS:
-            raise UserError(f"timestep_spacing {self.spacing!r} is unknown{nearest(self.spacing, SPACINGS)}")
+            raise UserError(
+                f"timestep_spacing {self.spacing!r} is unknown{nearest(self.spacing, SPACINGS)}"
+            )
         if self.timesteps < 1:
             raise UserError(f"num_train_timesteps = {self.timesteps}: must be at least 1")
 
@@ -53,22 +62,36 @@ class SchedulerConfig:
 
 
 def read(folder: str | os.PathLike) -> SchedulerConfig:
-    """The settings of ``folder``/scheduler_config.json, any diffusers scheduler's; what it leaves out is PixArt's."""
+    """The settings of ``folder``/scheduler_config.json, any diffusers scheduler's; what it leaves
+    out is PixArt's."""
     path = Path(folder) / "scheduler_config.json"
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"no {path}: it says what the model predicts (prediction_type) and its betas") from None
+        raise UserError(
+            f"no {path}: it says what the model predicts (prediction_type) and its betas"
+        ) from None
     except ValueError as fault:
         raise UserError(f"{path} is no JSON: {fault}") from None
     prediction = found.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
-        raise UserError(f"{path}: prediction_type {prediction!r} is not supported{nearest(prediction, _PREDICTIONS)}")
-    dpm = found.get("_class_name", "").startswith("DPMSolver")  # what it says of its times holds for dpm++ alone
-    sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas") if dpm else ()
+        raise UserError(
+            f"{path}: prediction_type {prediction!r} is not "
+            f"supported{nearest(prediction, _PREDICTIONS)}"
+        )
+    # what it says of its times holds for dpm++ alone
+    dpm = found.get("_class_name", "").startswith("DPMSolver")
+    sigmas = (
+        ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        if dpm
+        else ()
+    )
     for field in ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas", *sigmas):
         if found.get(field):
-            known = "betas are given by beta_start, beta_end and beta_schedule, times by timestep_spacing"
+            known = (
+                "betas are given by beta_start, beta_end and beta_schedule, times by "
+                "timestep_spacing"
+            )
             raise UserError(f"{path}: {field} is not supported: {known}")
     default = SchedulerConfig()
     return SchedulerConfig(
@@ -84,7 +107,8 @@ def read(folder: str | os.PathLike) -> SchedulerConfig:
 
 
 def write(config: SchedulerConfig, folder: str | os.PathLike) -> None:
-    """A scheduler_config.json that makes diffusers sample by DPM-Solver++ of order 2, with these betas and this prediction."""
+    """A scheduler_config.json that makes diffusers sample by DPM-Solver++ of order 2, with these
+    betas and this prediction."""
     theirs = {ours: name for name, ours in _PREDICTIONS.items()}
     content = {
         "_class_name": "DPMSolverMultistepScheduler",

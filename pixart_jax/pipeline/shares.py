@@ -1,7 +1,8 @@
 """Many processes, one list of prompts: which images each of them draws.
 
-No process speaks with another: the list alone says whose an image is, and the folder that they share says what is there. So a
-process that dies holds up nobody, and the same command, or one with another number of processes, draws what it left.
+No process speaks with another: the list alone says whose an image is, and the folder that they
+share says what is there. So a process that dies holds up nobody, and the same command, or one with
+another number of processes, draws what it left.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ class Share:
     count: int = 1
 
     def of(self, groups: Sequence[Hashable]) -> list[int]:
-        """Numbers of the images that are this share's; groups: of each image what its compiled shapes depend on (its size, say).
+        """Numbers of the images that are this share's; groups: of each image what its compiled
+        shapes depend on (its size, say).
 
-        Dealt out group by group, so that every process draws as many of each as any other, give or take one.
+        Dealt out group by group, so that every process draws as many of each as any other, give or
+        take one.
         """
         members: dict[Hashable, list[int]] = {}
         for n, group in enumerate(groups):
@@ -35,9 +38,10 @@ class Share:
 
 
 def parse(text: str | None) -> Share:
-    """'K/N' → that share; 'cluster' → as JAX's multi-process runtime detects it (Cloud TPU, GKE, SLURM, Open MPI), which must not
-    have been used yet; None → the whole, or this process's share where a launcher says so (``python -m pixart_jax launch``) or the
-    runtime was already started."""
+    """'K/N' → that share; 'cluster' → as JAX's multi-process runtime detects it (Cloud TPU, GKE,
+    SLURM, Open MPI), which must not have been used yet; None → the whole, or this process's share
+    where a launcher says so (``python -m pixart_jax launch``) or the runtime was already
+    started."""
     import jax
 
     if text is None:
@@ -52,13 +56,16 @@ def parse(text: str | None) -> Share:
     except ValueError:
         index, count = -1, 0
     if not 0 <= index < count:
-        raise UserError(f"--share {text!r}: K/N is needed, the share's number from 0 and how many there are (0/4 … 3/4), or 'cluster'")
+        raise UserError(
+            f"--share {text!r}: K/N is needed, the share's number from 0 and how many there are "
+            "(0/4 … 3/4), or 'cluster'"
+        )
     return Share(index, count)
 
 
 def _detected() -> Share:
-    """This process's place in the cluster. The runtime is left again at once: under it the death of one process would end all, and
-    the first to be done would wait for the last."""
+    """This process's place in the cluster. The runtime is left again at once: under it the death of
+    one process would end all, and the first to be done would wait for the last."""
     import jax
     from jax._src import distributed  # process_index() would open the devices of the whole cluster
 
@@ -66,7 +73,10 @@ def _detected() -> Share:
         jax.distributed.initialize()
     except (ValueError, RuntimeError) as fault:
         line = (str(fault).splitlines() or [""])[0]
-        raise UserError(f"--share cluster: JAX finds no cluster to join ({line}); --share K/N says the share outright") from None
+        raise UserError(
+            f"--share cluster: JAX finds no cluster to join ({line}); --share K/N says the share "
+            "outright"
+        ) from None
     share = Share(distributed.global_state.process_id, distributed.global_state.num_processes)
     jax.distributed.shutdown()
     return share

@@ -1,14 +1,19 @@
-"""What a drawing may leave out to be faster. Each changes the image; none is taken unless asked for.
+"""What a drawing may leave out to be faster. Each changes the image; none is taken unless asked
+for.
 
-Guidance costs a second row of the batch, and a step's parts change little from one step to the next. So
+Guidance costs a second row of the batch, and a step's parts change little from one step to the
+next. So
 
 guidance_interval      guides only between two times (arXiv 2404.07724); a step outside costs half.
-cross_attention_steps  after so many steps keeps what every block's cross-attention last gave, the mean of both halves, and ends
+cross_attention_steps  after so many steps keeps what every block's cross-attention last gave, the
+mean of both halves, and ends
                        guidance: the prompt is read no more (T-GATE, arXiv 2404.02747).
-blocks_every           computes the blocks at every N-th step and between them adds what they last gave (FORA, arXiv 2407.01425).
-schedule               says for each step, block and part whether it is computed (as ECAD, arXiv 2506.15682, finds them).
+blocks_every           computes the blocks at every N-th step and between them adds what they last
+gave (FORA, arXiv 2407.01425). schedule               says for each step, block and part whether it
+is computed (as ECAD, arXiv 2506.15682, finds them).
 
-The plan of a run is made on the host from its times: which steps are guided, and what of each block is computed afresh.
+The plan of a run is made on the host from its times: which steps are guided, and what of each block
+is computed afresh.
 """
 
 from __future__ import annotations
@@ -31,8 +36,10 @@ CROSS = "cross_attention"
 
 @dataclasses.dataclass(frozen=True)
 class Shortcuts:
-    """guidance_interval: (low, high) in the model's timesteps, 0 … 999. cross_attention_steps: at least 1. blocks_every: 1 computes all.
-    schedule: a JSON file, a list of steps, each a list of blocks, each [attention, cross_attention, mlp], 1 where it is computed."""
+    """guidance_interval: (low, high) in the model's timesteps, 0 … 999. cross_attention_steps: at
+    least 1. blocks_every: 1 computes all.
+    schedule: a JSON file, a list of steps, each a list of blocks, each [attention, cross_attention,
+    mlp], 1 where it is computed."""
 
     guidance_interval: tuple[float, float] | None = None
     cross_attention_steps: int | None = None
@@ -43,18 +50,32 @@ class Shortcuts:
         if self.guidance_interval is not None:
             low, high = (float(t) for t in self.guidance_interval)
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-                raise UserError(f"guidance interval {low:g} {high:g}: two times of 0 … 999 are needed, the lower one first")
+                raise UserError(
+                    f"guidance interval {low:g} {high:g}: two times of 0 … 999 are needed, the "
+                    "lower one first"
+                )
             object.__setattr__(self, "guidance_interval", (low, high))
         if self.cross_attention_steps is not None and self.cross_attention_steps < 1:
-            raise UserError(f"cross-attention steps {self.cross_attention_steps}: at least 1, for there must be something to keep")
+            raise UserError(
+                f"cross-attention steps {self.cross_attention_steps}: at least 1, for there must "
+                "be something to keep"
+            )
         if self.blocks_every < 1:
-            raise UserError(f"blocks every {self.blocks_every}: at least 1, which computes them at every step")
+            raise UserError(
+                f"blocks every {self.blocks_every}: at least 1, which computes them at every step"
+            )
         if self.schedule is not None and self.blocks_every > 1:
-            raise UserError("blocks every and a schedule of blocks say the same thing: give one of them")
+            raise UserError(
+                "blocks every and a schedule of blocks say the same thing: give one of them"
+            )
 
     def settings(self) -> dict:
         """Those that are asked for, as a PNG carries them; a schedule by what is in its file."""
-        asked = {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
+        asked = {
+            f.name: value
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) != f.default
+        }
         if self.guidance_interval is not None:
             asked["guidance_interval"] = list(self.guidance_interval)
         if self.schedule is not None:
@@ -62,7 +83,8 @@ class Shortcuts:
         return asked
 
     def plan(self, t: np.ndarray, depth: int, guided: bool) -> Plan:
-        """The plan of a run at the times t [n] of a model of ``depth`` blocks. UserError where a schedule does not fit them."""
+        """The plan of a run at the times t [n] of a model of ``depth`` blocks. UserError where a
+        schedule does not fit them."""
         steps = np.arange(len(t))
         guides = guidance.within(t, self.guidance_interval) if guided else np.zeros(len(t), bool)
         whole = np.ones((len(t), depth), bool)
@@ -77,10 +99,14 @@ class Shortcuts:
         if gated:
             guides = guides & (steps < gate)
             fresh[CROSS] = fresh.get(CROSS, whole) & (steps < gate)[:, None]
-        borders = np.flatnonzero(np.diff(guides.astype(int), prepend=2))  # the first step of each stretch
+        # the first step of each stretch
+        borders = np.flatnonzero(np.diff(guides.astype(int), prepend=2))
         for part, rows in fresh.items():
-            # Another number of rows finds nothing to take over; but what the gate kept is carried through to the end.
-            rows[[step for step in borders if not (gated and part == CROSS and step >= gate)]] = True
+            # Another number of rows finds nothing to take over; but what the gate kept is carried
+            # through to the end.
+            rows[[step for step in borders if not (gated and part == CROSS and step >= gate)]] = (
+                True
+            )
         return Plan(guides, {part: rows for part, rows in fresh.items() if not rows.all()})
 
 
@@ -89,31 +115,47 @@ NONE = Shortcuts()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """guides: bool [n], which steps are guided. fresh: bool [n, depth] of each part that some step takes over from an earlier one."""
+    """guides: bool [n], which steps are guided. fresh: bool [n, depth] of each part that some step
+    takes over from an earlier one."""
 
     guides: np.ndarray
     fresh: dict[str, np.ndarray]
 
     @property
     def share(self) -> float:
-        """Rows of whole evaluations that are computed, of those that guidance at every step would compute; parts count alike."""
+        """Rows of whole evaluations that are computed, of those that guidance at every step would
+        compute; parts count alike."""
         rows = 1.0 + self.guides
-        computed = sum(self.fresh.get(part, np.ones((len(rows), 1))).mean(axis=1) for part in PARTS) / len(PARTS)
+        computed = sum(
+            self.fresh.get(part, np.ones((len(rows), 1))).mean(axis=1) for part in PARTS
+        ) / len(PARTS)
         return float((rows * computed).sum() / (2 * len(rows)))
 
 
 def read_schedule(path: str | os.PathLike, steps: int, depth: int) -> np.ndarray:
-    """bool [steps, depth, 3] of a schedule's file. UserError where it is missing, no such list, or of another number of steps or blocks."""
+    """bool [steps, depth, 3] of a schedule's file. UserError where it is missing, no such list, or
+    of another number of steps or blocks."""
     try:
         given = np.asarray(json.loads(_read(path)), dtype=np.float64)
     except (ValueError, TypeError) as fault:
-        raise UserError(f"block schedule {path} is no JSON list of steps, each of blocks, each of three numbers: {fault}") from None
+        raise UserError(
+            f"block schedule {path} is no JSON list of steps, each of blocks, each of three "
+            f"numbers: {fault}"
+        ) from None
     if given.shape != (steps, depth, len(PARTS)):
-        raise UserError(f"block schedule {path} is {list(given.shape)}: want [{steps} steps, {depth} blocks, {len(PARTS)} parts]")
+        raise UserError(
+            f"block schedule {path} is {list(given.shape)}: want [{steps} steps, {depth} blocks, "
+            f"{len(PARTS)} parts]"
+        )
     if not np.isin(given, (0, 1)).all():
-        raise UserError(f"block schedule {path}: every number must be 1 (computed) or 0 (taken over)")
+        raise UserError(
+            f"block schedule {path}: every number must be 1 (computed) or 0 (taken over)"
+        )
     if not given[0].all():
-        raise UserError(f"block schedule {path}: the first step has nothing to take over, so all of it must be 1")
+        raise UserError(
+            f"block schedule {path}: the first step has nothing to take over, so all of it must "
+            "be 1"
+        )
     return given.astype(bool)
 
 

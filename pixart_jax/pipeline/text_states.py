@@ -1,9 +1,10 @@
-"""Text states kept: of each text the encoder's states of its real tokens, on the host or in one file.
+"""Text states kept: of each text the encoder's states of its real tokens, on the host or in one
+file.
 
-Encoded once, a text is drawn with as often as wanted and without its encoder, which for T5-XXL is seven eighths of a model.
-A text is known by what the tokenizer saw of it, so by its cleaned form. The file is safetensors: ``states`` [tokens, c], the
-texts one after the other, ``offsets`` int64 [n + 1] into it, and ``texts``, a JSON list as bytes; what made them, the
-identity, is its metadata.
+Encoded once, a text is drawn with as often as wanted and without its encoder, which for T5-XXL is
+seven eighths of a model. A text is known by what the tokenizer saw of it, so by its cleaned form.
+The file is safetensors: ``states`` [tokens, c], the texts one after the other, ``offsets`` int64 [n
++ 1] into it, and ``texts``, a JSON list as bytes; what made them, the identity, is its metadata.
 """
 
 from __future__ import annotations
@@ -35,31 +36,50 @@ _SAID = {  # of an identity: how a difference is told
 
 def cleaning_name(clean: Callable[[str], str]) -> str:
     """The name that a cleaning of texts goes by in an identity."""
-    return {captions.clean: "deepfloyd", captions.plain: "lower case"}.get(clean, getattr(clean, "__qualname__", repr(clean)))
+    return {captions.clean: "deepfloyd", captions.plain: "lower case"}.get(
+        clean, getattr(clean, "__qualname__", repr(clean))
+    )
 
 
 class TextStates(Mapping[str, np.ndarray]):
-    """{cleaned text: states [l, c] of its real tokens}; a draw takes it in the text encoder's place.
+    """{cleaned text: states [l, c] of its real tokens}; a draw takes it in the text encoder's
+    place.
 
-    identity: what made the states (text encoder, tokenizer, width, text_tokens, cleaning, computed_in), compared by
-    :meth:`check`; empty where nobody needs to know. source: their name in messages.
+    identity: what made the states (text encoder, tokenizer, width, text_tokens, cleaning,
+    computed_in), compared by :meth:`check`; empty where nobody needs to know. source: their name in
+    messages.
     """
 
-    def __init__(self, rows: Mapping[str, np.ndarray], identity: Mapping[str, str], source: str = "the text states"):
+    def __init__(
+        self,
+        rows: Mapping[str, np.ndarray],
+        identity: Mapping[str, str],
+        source: str = "the text states",
+    ):
         self._rows, self.identity, self.source = rows, dict(identity), source
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> TextStates:
-        """The states in a file of :func:`write`, read when asked for. UserError where it is missing, damaged or of another kind."""
+        """The states in a file of :func:`write`, read when asked for. UserError where it is
+        missing, damaged or of another kind."""
         path = Path(path)
         if path.is_dir():
-            raise UserError(f"{path} is a folder: give the file that `python -m pixart_jax encode --prompts` wrote")
+            raise UserError(
+                f"{path} is a folder: give the file that `python -m pixart_jax encode --prompts` "
+                "wrote"
+            )
         if not path.is_file():
-            raise UserError(f"no text states {path}: `python -m pixart_jax encode --prompts FILE --out {path}` makes them")
+            raise UserError(
+                f"no text states {path}: `python -m pixart_jax encode --prompts FILE --out "
+                f"{path}` makes them"
+            )
         tensors = SafetensorsFile(path)
         identity = tensors.metadata.get(_IDENTITY)
         if identity is None or set(tensors) != {"states", "offsets", "texts"}:
-            raise UserError(f"{path} holds no text states: give a file that `python -m pixart_jax encode --prompts` wrote")
+            raise UserError(
+                f"{path} holds no text states: give a file that `python -m pixart_jax encode "
+                "--prompts` wrote"
+            )
         return cls(_FileRows(tensors), json.loads(identity), str(path))
 
     def __getitem__(self, text: str) -> np.ndarray:
@@ -80,22 +100,32 @@ class TextStates(Mapping[str, np.ndarray]):
         return next((self[text].shape[-1] for text in self), 0)
 
     def check(self, wanted: Mapping[str, str]) -> None:
-        """UserError where these states were made otherwise than ``wanted`` says; only what both name is compared."""
+        """UserError where these states were made otherwise than ``wanted`` says; only what both
+        name is compared."""
         for name, value in wanted.items():
             found = self.identity.get(name, value)
             if found != value:
                 raise UserError(
-                    f"{self.source} was made with {_SAID.get(name, f'another {name}')} ({found}) than this model's ({value}): "
+                    f"{self.source} was made with {_SAID.get(name, f'another {name}')} ({found}) "
+                    f"than this model's ({value}): "
                     "encode the prompts again, into another file"
                 )
 
     def precision(self, dtype: str) -> str | None:
-        """How these states differ from those that a model computing in ``dtype`` encodes itself; None where they do not to the bit."""
+        """How these states differ from those that a model computing in ``dtype`` encodes itself;
+        None where they do not to the bit."""
         computed, kept = self.identity.get("computed_in"), self.identity.get("stored_in")
-        return None if computed == dtype and kept in (dtype, "float32") else f"{computed} kept as {kept}"
+        return (
+            None
+            if computed == dtype and kept in (dtype, "float32")
+            else f"{computed} kept as {kept}"
+        )
 
-    def lengths(self, texts: Sequence[str], clean: Callable[[str], str] = captions.clean) -> np.ndarray:
-        """Tokens of each text, int32 [n]. UserError where a text is not there, or is there under another cleaning."""
+    def lengths(
+        self, texts: Sequence[str], clean: Callable[[str], str] = captions.clean
+    ) -> np.ndarray:
+        """Tokens of each text, int32 [n]. UserError where a text is not there, or is there under
+        another cleaning."""
         self.check({"cleaning": cleaning_name(clean)})
         missing = list(dict.fromkeys(text for text in texts if clean(text) not in self))
         if missing:
@@ -107,8 +137,11 @@ class TextStates(Mapping[str, np.ndarray]):
             )
         return np.array([len(self[clean(text)]) for text in texts], np.int32)
 
-    def batch(self, texts: Sequence[str], length: int, clean: Callable[[str], str] = captions.clean) -> tuple[np.ndarray, np.ndarray]:
-        """(states [n, length, c] in the dtype that they are kept in, lengths int32 [n]); zeros where a text has no token."""
+    def batch(
+        self, texts: Sequence[str], length: int, clean: Callable[[str], str] = captions.clean
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(states [n, length, c] in the dtype that they are kept in, lengths int32 [n]); zeros
+        where a text has no token."""
         rows = [self[clean(text)] for text in texts]
         states = np.zeros((len(rows), length, rows[0].shape[-1]), rows[0].dtype)
         for into, row in zip(states, rows, strict=True):
@@ -124,7 +157,10 @@ class _FileRows(Mapping[str, np.ndarray]):
         self._states, self._offsets = tensors["states"], np.array(tensors["offsets"])
         self._number = {text: n for n, text in enumerate(texts)}
         if len(self._offsets) != len(texts) + 1 or self._offsets[-1] != len(self._states):
-            raise UserError(f"{tensors.source} is damaged: its texts, offsets and states do not fit; encode the prompts again")
+            raise UserError(
+                f"{tensors.source} is damaged: its texts, offsets and states do not fit; encode "
+                "the prompts again"
+            )
 
     def __getitem__(self, text: str) -> np.ndarray:
         n = self._number[text]
@@ -140,8 +176,14 @@ class _FileRows(Mapping[str, np.ndarray]):
         return text in self._number
 
 
-def write(path: str | os.PathLike, texts: Iterable[str], rows: Mapping[str, np.ndarray], identity: Mapping[str, str]) -> None:
-    """Write the states of ``texts``, in their order, to one file that appears whole or not at all; one text is in memory at a time.
+def write(
+    path: str | os.PathLike,
+    texts: Iterable[str],
+    rows: Mapping[str, np.ndarray],
+    identity: Mapping[str, str],
+) -> None:
+    """Write the states of ``texts``, in their order, to one file that appears whole or not at all;
+    one text is in memory at a time.
 
     rows: states [l, c] of each, all of one dtype (fp32 or bf16) and width.
     """
@@ -160,11 +202,20 @@ def write(path: str | os.PathLike, texts: Iterable[str], rows: Mapping[str, np.n
 
 
 def needed(
-    prompts: Sequence[str], negatives: Sequence[str], guidance: float, null: str, clean: Callable[[str], str] = captions.clean
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    guidance: float,
+    null: str,
+    clean: Callable[[str], str] = captions.clean,
 ) -> list[str]:
-    """The texts whose states a drawing reads, once each. null: 'text' or 'embedding', whose "" needs no states."""
+    """The texts whose states a drawing reads, once each. null: 'text' or 'embedding', whose ""
+    needs no states."""
     guided = float(guidance) != 1.0
-    read = [text for text in dict.fromkeys(negatives) if null == "text" or clean(text)] if guided else []
+    read = (
+        [text for text in dict.fromkeys(negatives) if null == "text" or clean(text)]
+        if guided
+        else []
+    )
     return list(dict.fromkeys([*prompts, *read]))
 
 

@@ -8,14 +8,17 @@ import threading
 from collections.abc import Callable
 
 MOST = 64  # images that wait; of 1024 px, 200 MB
-_THREADS = 4  # the packing of one PNG of 1024 px keeps a core busy for a third of a second, and works without Python's lock
+# the packing of one PNG of 1024 px keeps a core busy for a third of a second, and works without
+# Python's lock
+_THREADS = 4
 
 
 class Writer:
     """Calls ``write(*arguments)`` in threads, for a with statement.
 
-    :meth:`put` returns at once while fewer than ``most`` calls wait, so a slow disk holds nobody up until then, and memory
-    stays bounded after it. What a call raised is raised by the next put, or at the end.
+    :meth:`put` returns at once while fewer than ``most`` calls wait, so a slow disk holds nobody up
+    until then, and memory stays bounded after it. What a call raised is raised by the next put, or
+    at the end.
     """
 
     def __init__(self, write: Callable[..., object], most: int = MOST):

@@ -1,4 +1,5 @@
-"""What a job's train step must hold besides its state: training/activations.py, of the job that is planned."""
+"""What a job's train step must hold besides its state: training/activations.py, of the job that is
+planned."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ __all__ = ["ANY_POLICY", "counted"]
 
 
 def counted(job: Job, parameters: float) -> dict[str, float]:
-    """Bytes a device by term. parameters: the bytes of its share of them, fp32. UserError for a policy that is not counted."""
+    """Bytes a device by term. parameters: the bytes of its share of them, fp32. UserError for a
+    policy that is not counted."""
     platform = {"cuda": "gpu"}.get(job.topology.platform, job.topology.platform)
-    return activations.counted(job.config, job.stage_config, job.config.remat, job.axes, job.bucket, platform, parameters)
+    return activations.counted(
+        job.config, job.stage_config, job.config.remat, job.axes, job.bucket, platform, parameters
+    )

@@ -1,7 +1,8 @@
-"""The arithmetic of a traced program: its matrix products and convolutions counted, loops, kernels and recomputation with them.
+"""The arithmetic of a traced program: its matrix products and convolutions counted, loops, kernels
+and recomputation with them.
 
-XLA's own count takes a loop's body once; here a scan counts as often as it turns. What remat computes again stands in the traced
-program of the gradient, so it is counted as it will run.
+XLA's own count takes a loop's body once; here a scan counts as often as it turns. What remat
+computes again stands in the traced program of the gradient, so it is counted as it will run.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import jax
 
 from pixart_jax.models.remat import CUDNN_BACKWARD, CUDNN_FORWARD
 
-_OF_CUDNN = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}  # products of queries × keys × head in each kernel
+# products of queries × keys × head in each kernel
+_OF_CUDNN = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """flops: 2·m·n·k summed. bytes: of operands and results, each read or written once a product, as if all else were fused into them."""
+    """flops: 2·m·n·k summed. bytes: of operands and results, each read or written once a product,
+    as if all else were fused into them."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -31,7 +34,8 @@ class Products:
 
 
 def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
-    """Of one execution over all devices together. A while loop of unknown length counts once, of a conditional the dearest branch."""
+    """Of one execution over all devices together. A while loop of unknown length counts once, of a
+    conditional the dearest branch."""
     total = Products()
     for equation in _used(jaxpr):
         name, parameters = equation.primitive.name, equation.params
@@ -41,12 +45,15 @@ def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
             total += _convolution(equation)
         elif name in _OF_CUDNN:
             total += _attention(equation) * _OF_CUDNN[name] + Products(0.0, _bytes(equation))
-        elif name == "pallas_call":  # the grid's cells one by one; memory is moved as of one product
+        # the grid's cells one by one; memory is moved as of one product
+        elif name == "pallas_call":
             cells = math.prod(parameters["grid_mapping"].grid)
             flops = sum(products(inner).flops for inner in _inner(parameters)) * cells
             total += Products(flops, _bytes(equation))
         elif name == "cond":
-            total += max((products(branch.jaxpr) for branch in parameters["branches"]), key=lambda p: p.flops)
+            total += max(
+                (products(branch.jaxpr) for branch in parameters["branches"]), key=lambda p: p.flops
+            )
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":  # what each device of the mesh does, in shapes of its part
@@ -57,8 +64,8 @@ def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
 
 
 def _used(jaxpr: jax.extend.core.Jaxpr) -> list:
-    """The equations that a result depends on, or that write somewhere, as within a kernel; a compiler drops the others, such as a
-    kernel that remat runs again for nothing."""
+    """The equations that a result depends on, or that write somewhere, as within a kernel; a
+    compiler drops the others, such as a kernel that remat runs again for nothing."""
     needed = {id(variable) for variable in jaxpr.outvars}
     found = []
     for equation in reversed(jaxpr.eqns):
@@ -96,8 +103,15 @@ def _convolution(equation) -> Products:
     kernel, result = equation.invars[1].aval, equation.outvars[0].aval
     numbers = equation.params["dimension_numbers"]
     out_features = kernel.shape[numbers.rhs_spec[0]]
-    return Products(2.0 * math.prod(result.shape) * math.prod(kernel.shape) / out_features, _bytes(equation))
+    return Products(
+        2.0 * math.prod(result.shape) * math.prod(kernel.shape) / out_features, _bytes(equation)
+    )
 
 
 def _bytes(equation) -> float:
-    return float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in [*equation.invars, *equation.outvars]))
+    return float(
+        sum(
+            math.prod(v.aval.shape) * v.aval.dtype.itemsize
+            for v in [*equation.invars, *equation.outvars]
+        )
+    )

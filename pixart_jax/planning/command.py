@@ -1,7 +1,8 @@
-"""python -m pixart_jax plan RECIPE --topology NAME: memory, time and cost of a run before a chip is paid for.
+"""python -m pixart_jax plan RECIPE --topology NAME: memory, time and cost of a run before a chip is
+paid for.
 
-The very step that train.py runs is compiled for hardware that is not here, from shapes alone: no data, no weights and no device are
-needed, only the platform's compiler.
+The very step that train.py runs is compiled for hardware that is not here, from shapes alone: no
+data, no weights and no device are needed, only the platform's compiler.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ from pixart_jax import program
 from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError, nearest
 
-USAGE = "python -m pixart_jax plan configs/NAME.py --topology v5e:16x16 [flags] [--FIELD VALUE …, as train.py takes them]"
+USAGE = (
+    "python -m pixart_jax plan configs/NAME.py --topology v5e:16x16 [flags] [--FIELD VALUE …, "
+    "as train.py takes them]"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """topology: v4, v5e, v5p, v6e or tpu7x and its chips (v5e:16x16), h100 or h200 and GPUs x hosts (h200:8x4), or cpu:N."""
+    """topology: v4, v5e, v5p, v6e or tpu7x and its chips (v5e:16x16), h100 or h200 and GPUs x hosts
+    (h200:8x4), or cpu:N."""
 
     topology: str
     slices: int = 1  # TPU slices of that topology, joined by the data center's network
     mesh: str | None = None  # axes and sizes, as fsdp=16,tensor=2; the config's where not given
-    batch_size: int | None = None  # of every stage that is planned, or of a batch of images with --sample
+    # of every stage that is planned, or of a batch of images with --sample
+    batch_size: int | None = None
     stage: str | None = None  # one stage by name; all of them where not given
     sweep: bool = False  # rank meshes and batch sizes by predicted images/s
     most: int = 8  # programs that --sweep compiles
@@ -64,7 +70,8 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
 
 
 def main(argv: list[str]) -> int:
-    if "jax" not in sys.modules:  # this process only reads and counts: no device is looked for, whatever is installed
+    # this process only reads and counts: no device is looked for, whatever is installed
+    if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"
     from pixart_jax.training import cli
 
@@ -110,7 +117,10 @@ def configured(config: Config, options: PlanOptions) -> Config:
     if options.batch_size is not None and not options.sample:
         one = None if options.stage is None else options.stage
         changed = [
-            dataclasses.replace(stage, batch_size=options.batch_size) if one in (None, stage.name) else stage for stage in config.stages
+            dataclasses.replace(stage, batch_size=options.batch_size)
+            if one in (None, stage.name)
+            else stage
+            for stage in config.stages
         ]
         config = dataclasses.replace(config, stages=tuple(changed))
     return config
@@ -122,7 +132,8 @@ def stages(config: Config, options: PlanOptions) -> list[int]:
     if options.stage is not None:
         if options.stage not in names:
             raise UserError(
-                f"config {config.name} has no stage {options.stage!r}{nearest(options.stage, names)}; it has {', '.join(names)}"
+                f"config {config.name} has no stage "
+                f"{options.stage!r}{nearest(options.stage, names)}; it has {', '.join(names)}"
             )
         return [names.index(options.stage)]
     return [len(names) - 1] if options.sample else list(range(len(names)))
@@ -134,12 +145,24 @@ def job(config: Config, index: int, topology, options: PlanOptions):
     from pixart_jax.planning import plan as plans
 
     stage = config.stages[index]
-    mesh = jobs.resolved(config.mesh, topology.size) if not options.sweep else (topology.size, 1, 1, 1)
+    mesh = (
+        jobs.resolved(config.mesh, topology.size) if not options.sweep else (topology.size, 1, 1, 1)
+    )
     if not options.sample:
         return jobs.Job(topology, config, index, mesh, bucket=plans.largest(stage))
     if stage.task != "text_to_image":
-        raise UserError(f"stage {stage.name}: --sample draws with a text-to-image model, and this stage's task is {stage.task}")
-    return jobs.Job(topology, config, index, mesh, drawing=drawing(config, options, mesh[0] * mesh[1]), part="denoise")
+        raise UserError(
+            f"stage {stage.name}: --sample draws with a text-to-image model, and this stage's "
+            f"task is {stage.task}"
+        )
+    return jobs.Job(
+        topology,
+        config,
+        index,
+        mesh,
+        drawing=drawing(config, options, mesh[0] * mesh[1]),
+        part="denoise",
+    )
 
 
 def drawing(config: Config, options: PlanOptions, shards: int):
@@ -150,7 +173,13 @@ def drawing(config: Config, options: PlanOptions, shards: int):
 
     how = {"steps": options.steps, "guidance": options.guidance, "solver": options.solver}
     height, width = checks.check(
-        config.model, VAEConfig(), **how, height=options.height, width=options.width, batch_size=options.batch_size, binning=False
+        config.model,
+        VAEConfig(),
+        **how,
+        height=options.height,
+        width=options.width,
+        batch_size=options.batch_size,
+        binning=False,
     )
     return jobs.Drawing(options.batch_size or shards, height, width, **how, dtype=options.dtype)
 
@@ -165,7 +194,10 @@ def planned(jobs, options: PlanOptions, bounds) -> dict:
         if one.drawing is not None:
             whole = drawings.make(one, bounds)
             print(drawings.text(whole))
-            return {"programs": [report.as_json(p) for p in whole.parts], "batch": drawings.as_json(whole)}
+            return {
+                "programs": [report.as_json(p) for p in whole.parts],
+                "batch": drawings.as_json(whole),
+            }
         if made:
             print()
         made.append(plans.make(one, bounds))
@@ -187,7 +219,10 @@ def swept(jobs, options: PlanOptions, bounds) -> dict:
         found.append(
             {
                 "stage": one.stage_config.name,
-                "ranking": [report.as_json(o.plan) if o.plan else {"mesh": o.job.axes, "fault": o.fault} for o in outcomes],
+                "ranking": [
+                    report.as_json(o.plan) if o.plan else {"mesh": o.job.axes, "fault": o.fault}
+                    for o in outcomes
+                ],
             }
         )
     print(f"\n{report.LEGEND}")
@@ -201,7 +236,10 @@ def ranking(one, outcomes) -> str:
     rows = []
     for outcome in outcomes:
         p = outcome.plan
-        mesh = " ".join(f"{name}={size}" for name, size in outcome.job.axes.items() if size > 1) or "one device"
+        mesh = (
+            " ".join(f"{name}={size}" for name, size in outcome.job.axes.items() if size > 1)
+            or "one device"
+        )
         if p is None:
             rows.append((mesh, "", "", "", "", "", outcome.fault[:80]))
             continue
@@ -218,7 +256,12 @@ def ranking(one, outcomes) -> str:
             )
         )
     title = f"{one.topology.label}, {one.topology.size} devices: " + (
-        f"stage {one.stage_config.name}, remat {one.config.remat}" if one.drawing is None else "sampling, denoise"
+        f"stage {one.stage_config.name}, remat {one.config.remat}"
+        if one.drawing is None
+        else "sampling, denoise"
     )
     header = ("mesh", "batch", "memory a device", "step", "images/s", "MFU", "")
-    return f"{title}\n{report.table(header, rows)}\n(batch: counted; memory: compiled; step, images/s, MFU: estimate)"
+    return (
+        f"{title}\n{report.table(header, rows)}\n(batch: counted; memory: compiled; step, "
+        "images/s, MFU: estimate)"
+    )

@@ -1,4 +1,5 @@
-"""Jobs compiled, each in a process of its own: its platform's settings stay its own, and its memory and time are bounded."""
+"""Jobs compiled, each in a process of its own: its platform's settings stay its own, and its memory
+and time are bounded."""
 
 from __future__ import annotations
 
@@ -33,15 +34,29 @@ class Bounds:
 
 
 def compiled(job: Job, bounds: Bounds) -> Facts:
-    """What the job's program is. UserError where it cannot be compiled within the bounds, or at all."""
+    """What the job's program is. UserError where it cannot be compiled within the bounds, or at
+    all."""
     topologies.require_compiler(job.topology)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         given, result, log = (Path(folder) / name for name in ("job", "result", "log"))
         given.write_bytes(pickle.dumps(job))
-        command = [sys.executable, "-m", "pixart_jax.planning.worker", str(given), str(result), str(cache_folder() / "plans")]
+        command = [
+            sys.executable,
+            "-m",
+            "pixart_jax.planning.worker",
+            str(given),
+            str(result),
+            str(cache_folder() / "plans"),
+        ]
         with log.open("wb") as stream:
             root = str(Path(__file__).resolve().parents[2])
-            child = subprocess.Popen(command, stdout=stream, stderr=stream, env=_environment(job, root), stdin=subprocess.DEVNULL)
+            child = subprocess.Popen(
+                command,
+                stdout=stream,
+                stderr=stream,
+                env=_environment(job, root),
+                stdin=subprocess.DEVNULL,
+            )
             try:
                 _watch(child, job, bounds)
             finally:
@@ -51,7 +66,10 @@ def compiled(job: Job, bounds: Bounds) -> Facts:
         if not result.is_file():
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             said = lines[-1][:300] if lines else "no word"
-            raise UserError(f"{job.topology.name}, {job.label}: the compiling process ended with status {child.returncode}: {said}")
+            raise UserError(
+                f"{job.topology.name}, {job.label}: the compiling process ended with status "
+                f"{child.returncode}: {said}"
+            )
         found = json.loads(result.read_text())
     if "error" in found:
         raise UserError(found["error"])
@@ -71,12 +89,14 @@ def _watch(child: subprocess.Popen, job: Job, bounds: Bounds) -> None:
         time.sleep(_POLL)
         if time.monotonic() - begun > bounds.seconds:
             raise UserError(
-                f"{job.topology.name}, {job.label}: not compiled in {bounds.seconds:g} s; --compile-seconds allows more, "
+                f"{job.topology.name}, {job.label}: not compiled in {bounds.seconds:g} s; "
+                "--compile-seconds allows more, "
                 "a smaller batch or a remat policy takes less"
             )
         if _resident(child.pid) > bounds.gib * GIB:
             raise UserError(
-                f"{job.topology.name}, {job.label}: compiling takes more than {bounds.gib:g} GiB of this machine's memory; "
+                f"{job.topology.name}, {job.label}: compiling takes more than {bounds.gib:g} GiB "
+                "of this machine's memory; "
                 "--compile-gib allows more"
             )
 

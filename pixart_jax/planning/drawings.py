@@ -1,4 +1,5 @@
-"""The plan of a batch of images: the scan over the steps and the VAE's decoder compiled, the text encoder counted."""
+"""The plan of a batch of images: the scan over the steps and the VAE's decoder compiled, the text
+encoder counted."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from pixart_jax.planning.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class DrawingPlan:
-    """parts: denoise, then decode. text: seconds of the text encoder for prompts and negative prompts; None without a chip."""
+    """parts: denoise, then decode. text: seconds of the text encoder for prompts and negative
+    prompts; None without a chip."""
 
     parts: tuple[Plan, Plan]
     text: float | None
@@ -27,7 +29,8 @@ class DrawingPlan:
 
     @property
     def peak(self) -> float:
-        """Bytes a device: all weights, and the larger of the two programs' own needs beside them."""
+        """Bytes a device: all weights, and the larger of the two programs' own needs beside
+        them."""
         needs = []
         for part, name in zip(self.parts, ("transformer", "VAE"), strict=True):
             needs.append(part.facts.total - part.facts.counted[name])
@@ -56,14 +59,20 @@ def make(job: Job, bounds: Bounds) -> DrawingPlan:
         rows = job.drawing.batch * (2 if job.drawing.guidance != 1 else 1)
         flops = rows * text_flops(config, job.config.model.text_tokens)
         text = flops / (job.topology.size * chip.peak_bf16_flops * estimate.PRODUCTS)
-        text = max(text, denoise.facts.counted["text encoder"] / (chip.hbm_bandwidth * estimate.MEMORY))
+        text = max(
+            text, denoise.facts.counted["text encoder"] / (chip.hbm_bandwidth * estimate.MEMORY)
+        )
     return DrawingPlan((denoise, decode), text)
 
 
 def text_flops(config: T5Config, tokens: int) -> float:
     """Of one text through the encoder."""
     inner = config.num_heads * config.d_kv
-    block = 8 * tokens * config.d_model * inner + 4 * tokens**2 * inner + 6 * tokens * config.d_model * config.d_ff
+    block = (
+        8 * tokens * config.d_model * inner
+        + 4 * tokens**2 * inner
+        + 6 * tokens * config.d_model * config.d_ff
+    )
     return float(config.num_layers * block)
 
 
@@ -101,7 +110,15 @@ def text(whole: DrawingPlan) -> str:
 
 def as_json(whole: DrawingPlan) -> dict:
     """The batch as a whole."""
-    found = {"weights": whole.weights, "peak": whole.peak, "peak_without_text_encoder": whole.without_text_encoder}
+    found = {
+        "weights": whole.weights,
+        "peak": whole.peak,
+        "peak_without_text_encoder": whole.without_text_encoder,
+    }
     if whole.seconds is not None:
-        found |= {"seconds": whole.seconds, "text_seconds": whole.text, "images_per_second": whole.parts[0].batch / whole.seconds}
+        found |= {
+            "seconds": whole.seconds,
+            "text_seconds": whole.text,
+            "images_per_second": whole.parts[0].batch / whole.seconds,
+        }
     return found

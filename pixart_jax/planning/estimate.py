@@ -1,14 +1,18 @@
-"""How long a program takes, from what is known of it and of the chip: a roofline. Every figure here is an estimate.
+"""How long a program takes, from what is known of it and of the chip: a roofline. Every figure here
+is an estimate.
 
-  compute   = FLOPs of the matrix products, recomputation included, over the chip's peak, of which PRODUCTS is reached
-  memory    = bytes that have to move, over the memory's bandwidth, of which MEMORY is reached: operands and results of the products,
-              state read and written, gradients written and read, weights read once a pass, what collectives bring written and read
-  wires     = bytes that each collective sends, over the links that its mesh axes lie on, of which WIRES is reached
-  step      = max(compute, memory) + exposed
-  exposed   = wires of collectives that the program waits for, and of the asynchronous ones what exceeds HIDDEN · max(compute, memory)
+  compute   = FLOPs of the matrix products, recomputation included, over the chip's peak, of which
+  PRODUCTS is reached memory    = bytes that have to move, over the memory's bandwidth, of which
+  MEMORY is reached: operands and results of the products,
+              state read and written, gradients written and read, weights read once a pass, what
+              collectives bring written and read
+  wires     = bytes that each collective sends, over the links that its mesh axes lie on, of which
+  WIRES is reached step      = max(compute, memory) + exposed exposed   = wires of collectives that
+  the program waits for, and of the asynchronous ones what exceeds HIDDEN · max(compute, memory)
 
-Left out: traffic of element-wise work that the compiler does not fuse into a product, latency of small collectives, contention of two
-axes for one link, and all that a run does besides stepping (input, saves, previews, restarts).
+Left out: traffic of element-wise work that the compiler does not fuse into a product, latency of
+small collectives, contention of two axes for one link, and all that a run does besides stepping
+(input, saves, previews, restarts).
 """
 
 from __future__ import annotations
@@ -21,20 +25,24 @@ from pixart_jax.parallel.chips import Chip
 from pixart_jax.planning.collectives import Collective
 from pixart_jax.planning.jobs import Facts, Job, Link
 
-PRODUCTS = 0.70  # a large bf16 product reaches 0.80 of an H200's peak; those of width 1152 and heads of 72 are smaller
+# a large bf16 product reaches 0.80 of an H200's peak; those of width 1152 and heads of 72 are
+# smaller
+PRODUCTS = 0.70
 MEMORY = 0.85  # a device-to-device copy reaches 0.90 of an H200's
 WIRES = 0.80
 HIDDEN = 0.80
 
 ASSUMPTIONS = (
-    f"products reach {PRODUCTS:.0%} of the peak, memory {MEMORY:.0%} and links {WIRES:.0%} of theirs; "
+    f"products reach {PRODUCTS:.0%} of the peak, memory {MEMORY:.0%} and links {WIRES:.0%} of "
+    "theirs; "
     f"asynchronous collectives hide behind {HIDDEN:.0%} of the work, others behind none of it"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Seconds of one execution of a program. wires: of all collectives, in the order of Facts.collectives; exposed: not hidden."""
+    """Seconds of one execution of a program. wires: of all collectives, in the order of
+    Facts.collectives; exposed: not hidden."""
 
     compute: float
     memory: float
@@ -60,13 +68,19 @@ def time_of(job: Job, facts: Facts, chip: Chip) -> Time:
     """The roofline of a compiled program."""
     devices = job.topology.size
     train = job.drawing is None
-    weights = sum(facts.counted.get(name, 0.0) for name in ("parameters", "transformer")) * _cuts(job) / job.axes["tensor"]
+    weights = (
+        sum(facts.counted.get(name, 0.0) for name in ("parameters", "transformer"))
+        * _cuts(job)
+        / job.axes["tensor"]
+    )
     if train:
         narrow = 0.5 if job.config.compute_dtype == "bfloat16" else 1.0
         state = sum(facts.counted[name] for name in ("parameters", "optimizer", "EMA"))
         moved = 2 * state + 2 * facts.counted["parameters"] + 3 * weights * narrow
     else:
-        moved = (job.drawing.steps if job.part == "denoise" else 1) * (weights if job.part == "denoise" else facts.counted["VAE"])
+        moved = (job.drawing.steps if job.part == "denoise" else 1) * (
+            weights if job.part == "denoise" else facts.counted["VAE"]
+        )
     moved += facts.product_bytes / devices + 2 * sum(c.bytes for c in facts.collectives)
     compute = facts.flops / devices / (chip.peak_bf16_flops * PRODUCTS)
     memory = moved / (chip.hbm_bandwidth * MEMORY)
@@ -82,7 +96,8 @@ def _cuts(job: Job) -> int:
 
 
 def seconds(collective: Collective, links: Sequence[Link], chip: Chip, platform: str) -> float:
-    """Time on the wires. A group that spans several networks first works within each, then sends its share across."""
+    """Time on the wires. A group that spans several networks first works within each, then sends
+    its share across."""
     link = next(link for link in links if link.axes == collective.axes)
     inner = max(1, link.group // link.networks)
     if platform == "tpu" and link.links == 0 and inner > 1:
@@ -110,7 +125,8 @@ class Account:
 
 
 def account(hours: float, devices: int, chip: Chip, hardware: HardwareConfig) -> Account:
-    """The cost of ``hours`` on so many devices: the config's assumptions where it makes any of its own, else the chip table's."""
+    """The cost of ``hours`` on so many devices: the config's assumptions where it makes any of its
+    own, else the chip table's."""
     plain = HardwareConfig()
     watts, usd = chip.watts, chip.usd_per_hour
     said = []
@@ -123,4 +139,11 @@ def account(hours: float, devices: int, chip: Chip, hardware: HardwareConfig) ->
     kwh = hours * devices * watts / 1000
     basis = f"{usd:g} USD a device-hour, {watts:g} W a device, {hardware.gco2_per_kwh:g} gCO2e/kWh"
     basis += f" ({', '.join(said)})" if said else " (chip table)"
-    return Account(hours / 24, hours * devices, hours * devices * usd, kwh, kwh * hardware.gco2_per_kwh / 1000, basis)
+    return Account(
+        hours / 24,
+        hours * devices,
+        hours * devices * usd,
+        kwh,
+        kwh * hardware.gco2_per_kwh / 1000,
+        basis,
+    )

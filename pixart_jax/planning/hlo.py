@@ -10,7 +10,9 @@ from collections.abc import Iterator
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-~]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-~]+) = (.+)$")
 _OPCODE = re.compile(r"(?<![\w%.\-])([a-z][a-z0-9\-]*)\(")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-~]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-~]+)"
+)
 _LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[su]\d+|bf16|f\d+\w*|c\d+)\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -22,7 +24,8 @@ _BITS = {"pred": 8}
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """name = shape opcode(operands), attributes. shape: its text; rest: all behind the opcode's name."""
+    """name = shape opcode(operands), attributes. shape: its text; rest: all behind the opcode's
+    name."""
 
     name: str
     shape: str
@@ -37,7 +40,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A computation as it is executed: times in one run of the program; loop: the innermost while body (or the entry) that it runs in."""
+    """A computation as it is executed: times in one run of the program; loop: the innermost while
+    body (or the entry) that it runs in."""
 
     computation: str
     instructions: list[Instruction]
@@ -61,7 +65,8 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if head:
             current = found.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.rstrip() == "}":  # attributes of a kernel run over lines, and one of those may begin so
+        # attributes of a kernel run over lines, and one of those may begin so
+        elif line.rstrip() == "}":
             current = None
         elif current is not None and (parts := _INSTRUCTION.match(line)):
             shape, opcode, rest = _split(parts[2])
@@ -72,8 +77,9 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def executed(text: str) -> Iterator[Run]:
     """Every computation that the entry reaches, with how often it runs.
 
-    A loop's body runs as often as the compiler says or its condition compares; 1 where neither tells. Of a conditional every branch is
-    taken to run, so what is counted is an upper bound there.
+    A loop's body runs as often as the compiler says or its condition compares; 1 where neither
+    tells. Of a conditional every branch is taken to run, so what is counted is an upper bound
+    there.
     """
     found, entry = computations(text)
 
@@ -99,7 +105,11 @@ def executed(text: str) -> Iterator[Run]:
                 count = int(trips[1]) if trips else _compared(found, called["condition"])
                 yield from walk(called["body"], times * count, called["body"])
                 continue
-            names = [n.strip().lstrip("%") for group in _LISTS.findall(instruction.rest) for n in group.split(",")]
+            names = [
+                n.strip().lstrip("%")
+                for group in _LISTS.findall(instruction.rest)
+                for n in group.split(",")
+            ]
             for other in [*called.values(), *names]:
                 if other in found:
                     yield from walk(other, times, loop)
@@ -108,7 +118,8 @@ def executed(text: str) -> Iterator[Run]:
 
 
 def _split(text: str) -> tuple[str, str, str]:
-    """'f32[2]{0} add(%a, %b), metadata=…' → (shape, opcode, rest); the shape may be a tuple of any depth."""
+    """'f32[2]{0} add(%a, %b), metadata=…' → (shape, opcode, rest); the shape may be a tuple of any
+    depth."""
     start = text.find(" ")  # layouts, as {0:T(8,128)}, hold no blank
     if text.startswith("("):
         depth = 0
@@ -124,12 +135,15 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _compared(found: dict[str, list[Instruction]], condition: str) -> int:
-    """The number that a loop's condition compares its counter with; 1 where it is not one constant."""
+    """The number that a loop's condition compares its counter with; 1 where it is not one
+    constant."""
     constants = []
     todo = [condition]
     while todo:
         for instruction in found.get(todo.pop(), []):
-            constant = _CONSTANT.match(f"{instruction.shape.strip()} {instruction.opcode}({instruction.rest}")
+            constant = _CONSTANT.match(
+                f"{instruction.shape.strip()} {instruction.opcode}({instruction.rest}"
+            )
             if constant:
                 constants.append(int(constant[1]))
             todo += [name for _, name in _CALLED.findall(instruction.rest)]
@@ -137,10 +151,12 @@ def _compared(found: dict[str, list[Instruction]], condition: str) -> int:
 
 
 def rearranged(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
-    """Copies and transposes, as written, of arrays of these shapes in any order of their dimensions, those of 1 left out.
+    """Copies and transposes, as written, of arrays of these shapes in any order of their
+    dimensions, those of 1 left out.
 
-    Not counted: copies to another memory of the same chip, which are asynchronous (copy-start), those of a broadcast, which is how a
-    loop's sums begin at zero, and what a loop over stacked blocks does at each turn: it takes a slice out of the stack and puts one in.
+    Not counted: copies to another memory of the same chip, which are asynchronous (copy-start),
+    those of a broadcast, which is how a loop's sums begin at zero, and what a loop over stacked
+    blocks does at each turn: it takes a slice out of the stack and puts one in.
     """
     wanted = {_outline(shape) for shape in shapes}
     found, seen = [], set()
@@ -149,13 +165,21 @@ def rearranged(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
             continue
         seen.add(run.computation)
         made = {i.name: i.opcode for i in run.instructions}
-        put = {name for i in run.instructions if i.opcode == "dynamic-update-slice" for name in _OPERAND.findall(i.rest)}
+        put = {
+            name
+            for i in run.instructions
+            if i.opcode == "dynamic-update-slice"
+            for name in _OPERAND.findall(i.rest)
+        }
         for i in run.instructions:
             if i.opcode not in ("copy", "transpose") or i.name in put:
                 continue
             (operand, *_), ((_, dims), *_) = _OPERAND.findall(i.rest), _ARRAY.findall(i.shape)
             shape = tuple(int(n) for n in dims.split(",") if n)
-            if _outline(shape) in wanted and made.get(operand) not in ("broadcast", "dynamic-slice"):
+            if _outline(shape) in wanted and made.get(operand) not in (
+                "broadcast",
+                "dynamic-slice",
+            ):
                 found.append(f"{run.loop}: {i.name} = {i.shape.strip()} {i.opcode}({i.rest[:200]}")
     return found
 

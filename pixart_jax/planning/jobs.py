@@ -1,4 +1,5 @@
-"""What there is to compile: one program of a run or of a drawing, on one mesh of one topology; and what is known of it afterwards."""
+"""What there is to compile: one program of a run or of a drawing, on one mesh of one topology; and
+what is known of it afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A batch of images to be drawn: pixels, steps, guidance (1: no second pass), solver, dtype of the computation."""
+    """A batch of images to be drawn: pixels, steps, guidance (1: no second pass), solver, dtype of
+    the computation."""
 
     batch: int
     height: int
@@ -28,7 +30,8 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The program to compile. mesh: sizes of all four axes, none of them −1. bucket: (height, width) in pixels of a train step;
+    """The program to compile. mesh: sizes of all four axes, none of them −1. bucket: (height,
+    width) in pixels of a train step;
     drawing: of the sampler's, part 'denoise' (the scan over the steps) or 'decode' (the VAE)."""
 
     topology: Topology
@@ -54,7 +57,8 @@ class Job:
 
 
 def resolved(mesh: MeshConfig, devices: int) -> tuple[int, int, int, int]:
-    """Sizes of the axes on so many devices, −1 filled in; UserError where they do not use exactly these."""
+    """Sizes of the axes on so many devices, −1 filled in; UserError where they do not use exactly
+    these."""
     sizes = [getattr(mesh, axis) for axis in AXES]
     others = 1
     for size in sizes:
@@ -66,15 +70,17 @@ def resolved(mesh: MeshConfig, devices: int) -> tuple[int, int, int, int]:
         asked = " × ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
         fits = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise UserError(
-            f"mesh {asked} does not fit {devices} devices: the product must be {devices}; sizes that divide it: {fits} (-1: the rest)"
+            f"mesh {asked} does not fit {devices} devices: the product must be {devices}; sizes "
+            f"that divide it: {fits} (-1: the rest)"
         )
     return tuple(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """What a collective over these mesh axes runs on. links: one-way links of the torus that a device has in their directions (2 a
-    dimension that closes to a ring, 1 a line), or 1 of a switch; 0 within a chip. networks: slices or hosts that the group spans."""
+    """What a collective over these mesh axes runs on. links: one-way links of the torus that a
+    device has in their directions (2 a dimension that closes to a ring, 1 a line), or 1 of a
+    switch; 0 within a chip. networks: slices or hosts that the group spans."""
 
     axes: tuple[str, ...]
     group: int
@@ -86,8 +92,9 @@ class Link:
 class Facts:
     """What a compiled program is, for each device. Bytes but where a unit is said.
 
-    counted: bytes by kind from shapes and shardings. arguments, outputs, aliased, temporaries, code: the compiler's, zero where it gave
-    up for want of memory, when ``wanted`` is what it asked for. flops, product_bytes: of all devices together, from the traced program.
+    counted: bytes by kind from shapes and shardings. arguments, outputs, aliased, temporaries,
+    code: the compiler's, zero where it gave up for want of memory, when ``wanted`` is what it asked
+    for. flops, product_bytes: of all devices together, from the traced program.
     """
 
     device_kind: str
@@ -109,11 +116,13 @@ class Facts:
     assumptions: tuple[str, ...]
     trace_seconds: float
     compile_seconds: float
-    compile_cpu_seconds: float  # of all cores together: what the clock above would be on one core with nothing else to do
+    # of all cores together: what the clock above would be on one core with nothing else to do
+    compile_cpu_seconds: float
     host_peak: float  # of the compiling process
     compiler: str
     cached: bool = False
-    remat: str = ""  # the policy of the program, chosen where the config says "auto"; "" of a drawing
+    # the policy of the program, chosen where the config says "auto"; "" of a drawing
+    remat: str = ""
 
     @property
     def total(self) -> float:
@@ -131,4 +140,12 @@ class Facts:
 
         found = [Collective(**{**c, "axes": tuple(c["axes"])}) for c in values["collectives"]]
         links = tuple(Link(**{**link, "axes": tuple(link["axes"])}) for link in values["links"])
-        return cls(**{**values, "collectives": tuple(found), "links": links, "assumptions": tuple(values["assumptions"]), **changes})
+        return cls(
+            **{
+                **values,
+                "collectives": tuple(found),
+                "links": links,
+                "assumptions": tuple(values["assumptions"]),
+                **changes,
+            }
+        )

@@ -20,10 +20,11 @@ from pixart_jax.planning.jobs import Facts, Job
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """facts: compiled and counted. time, cost: estimates; None where the program does not fit, or the chip has no row in the table.
+    """facts: compiled and counted. time, cost: estimates; None where the program does not fit, or
+    the chip has no row in the table.
 
-    image_flops: model FLOPs an image, of the compiled bucket; None for a task that has no closed form. mean: FLOPs of the mean bucket
-    over those of the compiled one.
+    image_flops: model FLOPs an image, of the compiled bucket; None for a task that has no closed
+    form. mean: FLOPs of the mean bucket over those of the compiled one.
     """
 
     job: Job
@@ -37,7 +38,13 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """None where nothing is known of the device's memory."""
-        return False if self.facts.wanted is not None else None if self.usable is None else self.facts.total <= self.usable
+        return (
+            False
+            if self.facts.wanted is not None
+            else None
+            if self.usable is None
+            else self.facts.total <= self.usable
+        )
 
     @property
     def batch(self) -> int:
@@ -56,7 +63,12 @@ class Plan:
     def mfu(self) -> float | None:
         if self.time is None or self.image_flops is None:
             return None
-        return self.image_flops * self.batch / self.time.step / (self.job.topology.size * self.job.topology.chip.peak_bf16_flops)
+        return (
+            self.image_flops
+            * self.batch
+            / self.time.step
+            / (self.job.topology.size * self.job.topology.chip.peak_bf16_flops)
+        )
 
 
 def make(job: Job, bounds: Bounds) -> Plan:
@@ -83,7 +95,10 @@ def geometry(job: Job) -> Geometry | None:
     if stage.task == "text_to_image":
         return model
     if stage.task == "class_conditional":
-        return DiTConfig(**{f.name: getattr(model, f.name) for f in dataclasses.fields(Geometry)}, num_classes=job.config.num_classes)
+        return DiTConfig(
+            **{f.name: getattr(model, f.name) for f in dataclasses.fields(Geometry)},
+            num_classes=job.config.num_classes,
+        )
     return None
 
 
@@ -97,9 +112,13 @@ def model_flops(job: Job) -> tuple[float | None, float]:
         if job.part != "denoise":
             return None, 1.0
         passes = job.drawing.steps * (2 if job.drawing.guidance != 1 else 1)
-        return passes * forward_flops(job.config.model, job.drawing.height, job.drawing.width, job.config.model.text_tokens), 1.0
+        return passes * forward_flops(
+            job.config.model, job.drawing.height, job.drawing.width, job.config.model.text_tokens
+        ), 1.0
     one = train_flops(model, *job.bucket, text)
-    return one, statistics.fmean(train_flops(model, *bucket, text) for bucket in job.stage_config.data.buckets) / one
+    return one, statistics.fmean(
+        train_flops(model, *bucket, text) for bucket in job.stage_config.data.buckets
+    ) / one
 
 
 def largest(stage: StageConfig) -> tuple[int, int]:
@@ -108,32 +127,53 @@ def largest(stage: StageConfig) -> tuple[int, int]:
 
 
 def check(job: Job) -> None:
-    """UserError for what can be known to be wrong before anything is compiled: heads, tokens and batches that the mesh does not divide."""
+    """UserError for what can be known to be wrong before anything is compiled: heads, tokens and
+    batches that the mesh does not divide."""
     axes, stage = job.axes, job.stage_config
     shards = axes["data"] * axes["fsdp"]
     if axes["data"] % job.topology.slices and job.topology.platform == "tpu":
-        raise UserError(f"mesh data {axes['data']} is not a multiple of the {job.topology.slices} slices: slices lie along data")
+        raise UserError(
+            f"mesh data {axes['data']} is not a multiple of the {job.topology.slices} slices: "
+            "slices lie along data"
+        )
     if job.drawing is not None:
         if job.drawing.batch % shards:
             raise UserError(
-                f"batch size {job.drawing.batch} is not a multiple of {shards} (mesh data {axes['data']} × fsdp {axes['fsdp']})"
+                f"batch size {job.drawing.batch} is not a multiple of {shards} (mesh data "
+                f"{axes['data']} × fsdp {axes['fsdp']})"
             )
-        tokens = {f"{job.drawing.height}×{job.drawing.width}": _tokens(job, job.drawing.height, job.drawing.width)}
+        tokens = {
+            f"{job.drawing.height}×{job.drawing.width}": _tokens(
+                job, job.drawing.height, job.drawing.width
+            )
+        }
     else:
         unit = shards * stage.optimizer.accumulate
         if stage.batch_size % unit:
-            near = [n for n in (stage.batch_size // unit * unit, -(-stage.batch_size // unit) * unit) if n]
-            parts = f"mesh data {axes['data']} × fsdp {axes['fsdp']} × accumulate {stage.optimizer.accumulate}"
+            near = [
+                n
+                for n in (stage.batch_size // unit * unit, -(-stage.batch_size // unit) * unit)
+                if n
+            ]
+            parts = (
+                f"mesh data {axes['data']} × fsdp {axes['fsdp']} × accumulate "
+                f"{stage.optimizer.accumulate}"
+            )
             raise UserError(
-                f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} ({parts}); "
+                f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} "
+                f"({parts}); "
                 f"{' or '.join(map(str, near))} would be (--batch-size)"
             )
         tokens = {f"{h}×{w}": _tokens(job, h, w) for h, w in stage.data.buckets}
-    check_platform(job.config.remat, {"cuda": "gpu"}.get(job.topology.platform, job.topology.platform))
+    check_platform(
+        job.config.remat, {"cuda": "gpu"}.get(job.topology.platform, job.topology.platform)
+    )
     model = geometry(job)
     if model is not None:
         mesh = SimpleNamespace(shape=axes)
-        check_divides(mesh, f"stage {stage.name}", heads=model.heads, mlp_width=model.mlp_width, tokens=tokens)
+        check_divides(
+            mesh, f"stage {stage.name}", heads=model.heads, mlp_width=model.mlp_width, tokens=tokens
+        )
 
 
 def _tokens(job: Job, height: int, width: int) -> int:

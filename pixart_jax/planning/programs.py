@@ -1,4 +1,5 @@
-"""The programs of a job, traced from shapes alone in a process that has the topology's devices: the train step, and the sampler's parts."""
+"""The programs of a job, traced from shapes alone in a process that has the topology's devices: the
+train step, and the sampler's parts."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """traced: ready to be lowered. counted: bytes a device by kind. whole_share, remat: see jobs.Facts."""
+    """traced: ready to be lowered. counted: bytes a device by kind. whole_share, remat: see
+    jobs.Facts."""
 
     traced: jax.stages.Traced
     mesh: jax.sharding.Mesh
@@ -41,14 +43,20 @@ class Program:
 
 def program(job: Job) -> Program:
     """The job's program on its topology's devices."""
-    mesh = make_mesh(MeshConfig(**dict(zip(AXES, job.mesh, strict=True))), topology.devices(job.topology))
+    mesh = make_mesh(
+        MeshConfig(**dict(zip(AXES, job.mesh, strict=True))), topology.devices(job.topology)
+    )
     return _step(job, mesh) if job.drawing is None else _drawing(job, mesh)
 
 
 def state_bytes(state) -> dict[str, float]:
-    """Bytes on one device of an abstract TrainState, by kind; the step's counters and guard lie with the optimizer."""
+    """Bytes on one device of an abstract TrainState, by kind; the step's counters and guard lie
+    with the optimizer."""
     ema = averaged(state.opt_state)
-    counted = {"parameters": held_bytes(state.params), "EMA": held_bytes(ema) if ema is not None else 0.0}
+    counted = {
+        "parameters": held_bytes(state.params),
+        "EMA": held_bytes(ema) if ema is not None else 0.0,
+    }
     return counted | {"optimizer": held_bytes(state) - sum(counted.values())}
 
 
@@ -57,7 +65,9 @@ def _step(job: Job, mesh) -> Program:
     frozen = abstract.AssumedFrozen(job.config)
     made = abstract.parts(job.config, stage, frozen, mesh)
     batch = abstract.abstract_batch(job.config, stage, job.bucket, mesh)
-    traced = abstract.compiled_step(job.config, stage, made, mesh).trace(made.abstract, batch, abstract.abstract_key(mesh))
+    traced = abstract.compiled_step(job.config, stage, made, mesh).trace(
+        made.abstract, batch, abstract.abstract_key(mesh)
+    )
     state = made.abstract
     counted = state_bytes(state)
     counted["batch"] = held_bytes(batch)
@@ -66,7 +76,14 @@ def _step(job: Job, mesh) -> Program:
         sizes[leaf.sharding.is_fully_replicated] += leaf.size
     chosen = [f"auto: {made.remat}"] if made.remat else []
     remat = made.remat.name if made.remat else job.config.remat
-    return Program(traced, mesh, counted, sizes[True] / sum(sizes.values()), (*chosen, *frozen.assumptions), remat)
+    return Program(
+        traced,
+        mesh,
+        counted,
+        sizes[True] / sum(sizes.values()),
+        (*chosen, *frozen.assumptions),
+        remat,
+    )
 
 
 def _drawing(job: Job, mesh) -> Program:
@@ -79,7 +96,11 @@ def _drawing(job: Job, mesh) -> Program:
     opened = {"transformer": transformer, "VAE": autoencoder, "text encoder": encoder}
     counted = {name: held_bytes(part.params) for name, part in opened.items()}
     rows = rules.rows_sharding(mesh, drawing.batch)
-    b, h, w = drawing.batch, drawing.height // autoencoder.config.factor, drawing.width // autoencoder.config.factor
+    b, h, w = (
+        drawing.batch,
+        drawing.height // autoencoder.config.factor,
+        drawing.width // autoencoder.config.factor,
+    )
 
     def shape(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((b, *sizes), dtype, sharding=rows)
@@ -89,13 +110,18 @@ def _drawing(job: Job, mesh) -> Program:
         module = autoencoder.module
 
         def run(params, latents):
-            return module.apply({"params": params}, latents / autoencoder.config.scaling_factor, method="decode")
+            return module.apply(
+                {"params": params}, latents / autoencoder.config.scaling_factor, method="decode"
+            )
 
         arguments = (autoencoder.params, noise)
     else:
         objective = job.stage_config.objective
-        scheduler = SchedulerConfig(objective.prediction, objective.timesteps, objective.beta_start, objective.beta_end)
-        bare = Pipeline(transformer.replace(mesh=None), None, autoencoder, None, scheduler)  # its mesh is set here, around the trace
+        scheduler = SchedulerConfig(
+            objective.prediction, objective.timesteps, objective.beta_start, objective.beta_end
+        )
+        # its mesh is set here, around the trace
+        bare = Pipeline(transformer.replace(mesh=None), None, autoencoder, None, scheduler)
         states, lengths = shape(model.text_tokens, model.caption_width), shape(dtype=jnp.int32)
 
         def run(params, noise, states, lengths, negative, negative_lengths):
@@ -106,13 +132,18 @@ def _drawing(job: Job, mesh) -> Program:
         arguments = (transformer.params, noise, states, lengths, states, lengths)
     counted["batch"] = held_bytes(arguments[1:])
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
-        jitted = jax.jit(run, in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments), out_shardings=rows)
+        jitted = jax.jit(
+            run,
+            in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments),
+            out_shardings=rows,
+        )
         traced = jitted.trace(*arguments)
     return Program(traced, mesh, counted, 0.0, tuple(assumptions))
 
 
 def vae_config(config: Config, assumptions: list[str]) -> VAEConfig:
-    """Of the config's VAE folder where it is here, else of the VAE it trains, else Stable Diffusion's."""
+    """Of the config's VAE folder where it is here, else of the VAE it trains, else Stable
+    Diffusion's."""
     found = _read(config.vae, "vae")
     if found is not None:
         return vae.config_from_json(found)

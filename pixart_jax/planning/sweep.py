@@ -1,4 +1,5 @@
-"""Meshes and batch sizes ranked: what arithmetic rules out is not compiled, of the rest the most promising are."""
+"""Meshes and batch sizes ranked: what arithmetic rules out is not compiled, of the rest the most
+promising are."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from pixart_jax.planning.plan import Plan
 
 WIDEST_TENSOR = 8
 WIDEST_CONTEXT = 16
-_STATE = {"adamw": 16, "came": 8}  # bytes a parameter of parameters, moments; the EMA's 4 come on top
+# bytes a parameter of parameters, moments; the EMA's 4 come on top
+_STATE = {"adamw": 16, "came": 8}
 BATCHES = (1.0, 0.5, 2.0, 0.25, 4.0)  # of the config's, in the order of trust
 
 
@@ -32,7 +34,8 @@ class Outcome:
 
 
 def factorisations(devices: int, slices: int) -> Iterator[tuple[int, int, int, int]]:
-    """Every (data, fsdp, context, tensor) whose product is ``devices`` and whose data axis holds the slices."""
+    """Every (data, fsdp, context, tensor) whose product is ``devices`` and whose data axis holds
+    the slices."""
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
     for fsdp, context, tensor in itertools.product(sizes, repeat=3):
         if devices % (fsdp * context * tensor) == 0:
@@ -42,20 +45,26 @@ def factorisations(devices: int, slices: int) -> Iterator[tuple[int, int, int, i
 
 
 def candidates(job: Job, sizes: bool = True) -> list[Job]:
-    """Jobs worth compiling, the most promising first. sizes: also other batch sizes than the config's.
+    """Jobs worth compiling, the most promising first. sizes: also other batch sizes than the
+    config's.
 
-    Ruled out: what plan.check rejects; fsdp that does not divide the model's width, so that its parameters would stay whole; tensor over
-    8, context over 16; a state that alone exceeds the device.
+    Ruled out: what plan.check rejects; fsdp that does not divide the model's width, so that its
+    parameters would stay whole; tensor over 8, context over 16; a state that alone exceeds the
+    device.
     """
     model = plans.geometry(job)
     found: list[tuple[float, Job]] = []
     own = job.drawing.batch if job.drawing else job.stage_config.batch_size
-    for mesh in factorisations(job.topology.size, job.topology.slices if job.topology.platform == "tpu" else 1):
+    for mesh in factorisations(
+        job.topology.size, job.topology.slices if job.topology.platform == "tpu" else 1
+    ):
         data, fsdp, context, tensor = mesh
         if tensor > WIDEST_TENSOR or context > WIDEST_CONTEXT or (model and model.width % fsdp):
             continue
         unit = data * fsdp * (1 if job.drawing else job.stage_config.optimizer.accumulate)
-        batches = dict.fromkeys(max(unit, round(own * share / unit) * unit) for share in (BATCHES if sizes else (1.0,)))
+        batches = dict.fromkeys(
+            max(unit, round(own * share / unit) * unit) for share in (BATCHES if sizes else (1.0,))
+        )
         for batch in batches:
             other = at(job, mesh, batch)
             try:
@@ -69,7 +78,8 @@ def candidates(job: Job, sizes: bool = True) -> list[Job]:
 
 
 def _varied(found: list[tuple[float, Job]]) -> list[Job]:
-    """By promise, halved for each candidate of the same mesh that stands before: another mesh may tell more than another batch."""
+    """By promise, halved for each candidate of the same mesh that stands before: another mesh may
+    tell more than another batch."""
     before: dict[tuple, int] = {}
     scored = []
     for promise, other in sorted(found, key=lambda pair: -pair[0]):
@@ -82,17 +92,30 @@ def _varied(found: list[tuple[float, Job]]) -> list[Job]:
 def at(job: Job, mesh: tuple[int, int, int, int], batch: int) -> Job:
     """The same job on another mesh and with another batch."""
     if job.drawing is not None:
-        return dataclasses.replace(job, mesh=mesh, drawing=dataclasses.replace(job.drawing, batch=batch))
+        return dataclasses.replace(
+            job, mesh=mesh, drawing=dataclasses.replace(job.drawing, batch=batch)
+        )
     stages = list(job.config.stages)
     stages[job.stage] = dataclasses.replace(job.stage_config, batch_size=batch)
-    return dataclasses.replace(job, mesh=mesh, config=dataclasses.replace(job.config, stages=tuple(stages)))
+    return dataclasses.replace(
+        job, mesh=mesh, config=dataclasses.replace(job.config, stages=tuple(stages))
+    )
 
 
-def run(job: Job, most: int, bounds: Bounds, sizes: bool, made: Callable[[Job, Bounds], Plan] = plans.make) -> list[Outcome]:
+def run(
+    job: Job,
+    most: int,
+    bounds: Bounds,
+    sizes: bool,
+    made: Callable[[Job, Bounds], Plan] = plans.make,
+) -> list[Outcome]:
     """Compile the ``most`` most promising candidates; those that fit first, by images/s."""
     todo = candidates(job, sizes)
     if not todo:
-        raise UserError(f"{job.topology.name}: no mesh of {job.topology.size} devices divides heads, tokens and batch of this model")
+        raise UserError(
+            f"{job.topology.name}: no mesh of {job.topology.size} devices divides heads, tokens "
+            "and batch of this model"
+        )
     found = []
     for other in tqdm(todo[:most], desc="compiling", unit="mesh", dynamic_ncols=True):
         try:
@@ -128,24 +151,36 @@ def _state(job: Job) -> float:
     if job.drawing is not None:
         return 2 * _parameters(job) / (a["fsdp"] * a["tensor"])
     options = job.stage_config.optimizer
-    return _parameters(job) * (_STATE[options.name] + (4 if options.ema else 0)) / (a["fsdp"] * a["tensor"])
+    return (
+        _parameters(job)
+        * (_STATE[options.name] + (4 if options.ema else 0))
+        / (a["fsdp"] * a["tensor"])
+    )
 
 
 def _promise(job: Job, batch: int) -> float:
-    """Images/s by rough arithmetic: work evenly shared, weights gathered over fsdp, residual streams summed over tensor, keys over context.
-    Less what does not fit by the same rough arithmetic."""
+    """Images/s by rough arithmetic: work evenly shared, weights gathered over fsdp, residual
+    streams summed over tensor, keys over context. Less what does not fit by the same rough
+    arithmetic."""
     model, chip, a = plans.geometry(job), job.topology.chip, job.axes
     if model is None or chip is None:
         return -sum(size > 1 for size in job.mesh)
     height, width = job.bucket if job.drawing is None else (job.drawing.height, job.drawing.width)
     tokens = (height // 8 // model.patch_size) * (width // 8 // model.patch_size)
     rows = batch / (a["data"] * a["fsdp"])
-    flops = 4 * forward_flops(model, height, width, job.stage_config.data.max_text_tokens) * batch / job.topology.size
+    flops = (
+        4
+        * forward_flops(model, height, width, job.stage_config.data.max_text_tokens)
+        * batch
+        / job.topology.size
+    )
     wire = chip.link_bandwidth * max(1, chip.torus)
     sent = 4 * 2 * _parameters(job) / a["tensor"] * (a["fsdp"] > 1)
     stream = 2.0 * rows * tokens / a["context"] * model.width
     sent += model.depth * stream * (8 * (a["tensor"] > 1) + 6 * (a["context"] > 1))
     seconds = flops / (0.5 * chip.peak_bf16_flops) + 0.3 * sent / wire
-    kept = model.depth * stream / a["tensor"] ** 0.5 + 4.0 * rows * model.heads * tokens**2 / (a["context"] * a["tensor"])
+    kept = model.depth * stream / a["tensor"] ** 0.5 + 4.0 * rows * model.heads * tokens**2 / (
+        a["context"] * a["tensor"]
+    )
     fits = _state(job) + 4 * _parameters(job) / (a["fsdp"] * a["tensor"]) + kept < chip.usable_bytes
     return batch / seconds * (1.0 if fits else 1e-3)

@@ -1,4 +1,5 @@
-"""The process that compiles one job: reads it from a file, writes what it found as JSON. Started by compilation.compiled alone.
+"""The process that compiles one job: reads it from a file, writes what it found as JSON. Started by
+compilation.compiled alone.
 
 python -m pixart_jax.planning.worker JOB RESULT CACHE
 """
@@ -59,7 +60,9 @@ def facts(job: Job, cache: Path) -> Facts:
     except jax.errors.JaxRuntimeError as fault:
         over = next((found for pattern in _OVER if (found := pattern.search(str(fault)))), None)
         if over is None:
-            raise UserError(f"{job.topology.name}: the compiler failed: {str(fault).splitlines()[0][:300]}") from fault
+            raise UserError(
+                f"{job.topology.name}: the compiler failed: {str(fault).splitlines()[0][:300]}"
+            ) from fault
         wanted, available = (float(n[:-1]) * _UNITS[n[-1]] for n in over.groups())
         message = str(fault).splitlines()[0][:300]
     seconds, busy = time.perf_counter() - begun, time.process_time() - busy
@@ -111,19 +114,28 @@ def read(compiled, mesh):
 
 
 def links(job: Job, mesh, wanted) -> list[Link]:
-    """The wires under each combination of mesh axes, read from the coordinates of the mesh's devices."""
+    """The wires under each combination of mesh axes, read from the coordinates of the mesh's
+    devices."""
     found = []
     for axes in dict.fromkeys(map(tuple, wanted)):
         index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
         group = list(mesh.devices[index].flat)
         if job.topology.platform == "tpu":
             networks = len({getattr(d, "slice_index", 0) for d in group})
-            coordinates = [d.coords for d in group if getattr(d, "slice_index", 0) == getattr(group[0], "slice_index", 0)]
+            coordinates = [
+                d.coords
+                for d in group
+                if getattr(d, "slice_index", 0) == getattr(group[0], "slice_index", 0)
+            ]
             count = 0
-            for dimension, values in enumerate(itertools.islice(zip(*coordinates), len(job.topology.shape))):
+            for dimension, values in enumerate(
+                itertools.islice(zip(*coordinates), len(job.topology.shape))
+            ):
                 different = len(set(values))
                 whole = different == job.topology.shape[dimension]
-                count += 0 if different == 1 else 2 if whole and job.topology.wraps(dimension) else 1
+                count += (
+                    0 if different == 1 else 2 if whole and job.topology.wraps(dimension) else 1
+                )
         else:
             networks = len({d.id // job.topology.shape[0] for d in group})
             count = 1
@@ -143,11 +155,20 @@ def version(job: Job) -> str:
 def _name(job: Job, made, text: str, compiler: str) -> str:
     """Of the program, the places of its devices, and the compiler."""
     devices = [(d.id, d.device_kind) for d in made.mesh.devices.flat]
-    parts = (FORMAT, job.topology, devices, sorted(made.counted.items()), made.assumptions, compiler, text)
+    parts = (
+        FORMAT,
+        job.topology,
+        devices,
+        sorted(made.counted.items()),
+        made.assumptions,
+        compiler,
+        text,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-FORMAT = 3  # of the kept JSON and of what is read from a program; a higher one forgets what was kept
+# of the kept JSON and of what is read from a program; a higher one forgets what was kept
+FORMAT = 3
 
 
 def _keep(path: Path, found: Facts) -> None:

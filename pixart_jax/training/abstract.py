@@ -1,7 +1,8 @@
-"""A stage's step from shapes alone: what a run fills with arrays, and what the planner compiles for hardware that is not here.
+"""A stage's step from shapes alone: what a run fills with arrays, and what the planner compiles for
+hardware that is not here.
 
-``parts`` and ``compiled_step`` are the one place where a stage's task, optimizer, state and step are built, so a plan is of the very
-program that a run executes.
+``parts`` and ``compiled_step`` are the one place where a stage's task, optimizer, state and step
+are built, so a plan is of the very program that a run executes.
 """
 
 from __future__ import annotations
@@ -40,31 +41,52 @@ class Parts:
 
 
 def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
-    """The parts of a stage on a mesh. frozen: training.frozen.Frozen, or AssumedFrozen where its folders are not at hand.
+    """The parts of a stage on a mesh. frozen: training.frozen.Frozen, or AssumedFrozen where its
+    folders are not at hand.
 
-    Raises UserError for a task that does not fit its config, and where the mesh leaves much of the model whole on every device.
+    Raises UserError for a task that does not fit its config, and where the mesh leaves much of the
+    model whole on every device.
     """
     left = config.remat == AUTO
-    task = make_task(dataclasses.replace(config, remat="none") if left else config, stage, frozen)  # the state is the same whichever it is
+    # the state is the same whichever it is
+    task = make_task(dataclasses.replace(config, remat="none") if left else config, stage, frozen)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     rules.check_sharded(boxed, mesh)
-    optimizer = make_optimizer(stage.optimizer, stage.steps, stage.batch_size, rules.logical_names(boxed))
+    optimizer = make_optimizer(
+        stage.optimizer, stage.steps, stage.batch_size, rules.logical_names(boxed)
+    )
     state = abstract_state(boxed, optimizer, mesh)
     if not left:
         return Parts(task, optimizer, state)
     remat = choose(config, stage, state, mesh)
-    return Parts(make_task(dataclasses.replace(config, remat=remat.name), stage, frozen), optimizer, state, remat)
+    return Parts(
+        make_task(dataclasses.replace(config, remat=remat.name), stage, frozen),
+        optimizer,
+        state,
+        remat,
+    )
 
 
 def compiled_step(config: Config, stage: StageConfig, made: Parts, mesh: Mesh) -> CompiledStep:
     """The step of a stage; nothing is compiled before its first call."""
     rate = schedule(stage.optimizer, stage.steps, stage.batch_size)
     spikes = config.guard.spike_factor
-    return CompiledStep(made.task.losses, made.optimizer, rate, made.abstract, mesh, stage.optimizer.accumulate, spikes)
+    return CompiledStep(
+        made.task.losses,
+        made.optimizer,
+        rate,
+        made.abstract,
+        mesh,
+        stage.optimizer.accumulate,
+        spikes,
+    )
 
 
-def abstract_batch(config: Config, stage: StageConfig, bucket: tuple[int, int], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a bucket (height, width) in pixels, as the loader gives it: see data.encoded and data.samples.
+def abstract_batch(
+    config: Config, stage: StageConfig, bucket: tuple[int, int], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a bucket (height, width) in pixels, as the loader gives it: see
+    data.encoded and data.samples.
 
     Texts are taken to be padded to max_text_tokens, the longest that a stage admits.
     """
@@ -74,18 +96,31 @@ def abstract_batch(config: Config, stage: StageConfig, bucket: tuple[int, int], 
         shapes = {"images": ((b, height, width, 3), wide)}
     elif stage.task == "text_to_text":
         shapes = {
-            "input_ids": ((b, text), whole), "lengths": ((b,), whole), "target_ids": ((b, text), whole),
-            "target_lengths": ((b,), whole), "itself": ((b,), jnp.bool_),
-        }  # fmt: skip
+            "input_ids": ((b, text), whole),
+            "lengths": ((b,), whole),
+            "target_ids": ((b, text), whole),
+            "target_lengths": ((b,), whole),
+            "itself": ((b,), jnp.bool_),
+        }
     else:
         latents = (b, height // LATENT, width // LATENT, config.model.in_channels)
         shapes = {
-            "mean": (latents, wide), "std": (latents, wide), "label": ((b,), whole), "size": ((b, 2), wide), "aspect_ratio": ((b,), wide),
-        }  # fmt: skip
+            "mean": (latents, wide),
+            "std": (latents, wide),
+            "label": ((b,), whole),
+            "size": ((b, 2), wide),
+            "aspect_ratio": ((b,), wide),
+        }
         if stage.task == "text_to_image":
-            shapes |= {"text_states": ((b, text, config.model.caption_width), jnp.bfloat16), "text_lengths": ((b,), whole)}
+            shapes |= {
+                "text_states": ((b, text, config.model.caption_width), jnp.bfloat16),
+                "text_lengths": ((b,), whole),
+            }
     sharding = rules.batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -95,9 +130,11 @@ def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 class AssumedFrozen:
-    """Stands in for the frozen parts where a program is made from shapes alone: the few numbers that enter it.
+    """Stands in for the frozen parts where a program is made from shapes alone: the few numbers
+    that enter it.
 
-    The VAE's scaling factor is read where its folder is here. ``assumptions``: what was taken for granted, in words.
+    The VAE's scaling factor is read where its folder is here. ``assumptions``: what was taken for
+    granted, in words.
     """
 
     def __init__(self, config: Config):
@@ -110,7 +147,10 @@ class AssumedFrozen:
         for path in (folder / "vae" / "config.json", folder / "config.json"):
             if self._config.vae and path.is_file():
                 return config_from_json(json.loads(path.read_text())).scaling_factor
-        return self._assume(0.18215, "the VAE's scaling factor is Stable Diffusion's, 0.18215 (its folder is not here)")
+        return self._assume(
+            0.18215,
+            "the VAE's scaling factor is Stable Diffusion's, 0.18215 (its folder is not here)",
+        )
 
     def text_states(self, texts, most: int) -> list[np.ndarray]:
         """States of "" alone are asked for: one token, the end mark."""

@@ -1,17 +1,23 @@
-"""What a train step must hold besides its state, counted from shapes: the yardstick for what a compiler makes of it.
+"""What a train step must hold besides its state, counted from shapes: the yardstick for what a
+compiler makes of it.
 
-A device has s samples of n image tokens and l text tokens; a stream a = s·n·d values of the compute dtype. In bytes a device:
+A device has s samples of n image tokens and l text tokens; a stream a = s·n·d values of the compute
+dtype. In bytes a device:
 
-kept        depth × what the remat policy keeps of a block (models/remat.py): full a; attention_out 3·a; dots 12·a and the text's keys and
-            values; dots_attention 2·a more; offload none; and with a flash kernel that is not run again, the softmax's logarithm, 4 bytes a
-            token and head. What splash keeps of its output is as wide as its lanes: 128/72 of a.
-gradients   fp32, of each parameter as it lies.
-cast        the parameters in the compute dtype, as they lie: XLA casts them once, before the loop over the blocks.
-block       of one block while its backward pass runs: 12·a of the MLP (inner values, GELU, their gradient), 8·a of self-attention (queries,
-            keys, values, output and their gradients, in lanes of 128 with splash), 4·a of cross-attention, 8·a of streams, norms and
-            projections; where attention is dense, s·k·n·m logits as fp32 logits, weights and their gradient: 10 bytes each, m in lanes.
-gathered    over fsdp, two blocks' parameters (the next one's come while one runs) and one's gradient, in the compute dtype.
-batch       its texts once more, in fp32.
+kept        depth × what the remat policy keeps of a block (models/remat.py): full a; attention_out
+3·a; dots 12·a and the text's keys and
+            values; dots_attention 2·a more; offload none; and with a flash kernel that is not run
+            again, the softmax's logarithm, 4 bytes a token and head. What splash keeps of its
+            output is as wide as its lanes: 128/72 of a.
+gradients   fp32, of each parameter as it lies. cast        the parameters in the compute dtype, as
+they lie: XLA casts them once, before the loop over the blocks. block       of one block while its
+backward pass runs: 12·a of the MLP (inner values, GELU, their gradient), 8·a of self-attention
+(queries,
+            keys, values, output and their gradients, in lanes of 128 with splash), 4·a of
+            cross-attention, 8·a of streams, norms and projections; where attention is dense,
+            s·k·n·m logits as fp32 logits, weights and their gradient: 10 bytes each, m in lanes.
+gathered    over fsdp, two blocks' parameters (the next one's come while one runs) and one's
+gradient, in the compute dtype. batch       its texts once more, in fp32.
 """
 
 from __future__ import annotations
@@ -24,17 +30,26 @@ from pixart_jax.config import Config, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import Call, choose
 
-ANY_POLICY = ("gradients", "cast", "gathered", "batch")  # the terms that do not depend on the policy, nor on a block's work
+# the terms that do not depend on the policy, nor on a block's work
+ANY_POLICY = ("gradients", "cast", "gathered", "batch")
 LANES = 128  # the last axis of an array in a TPU's memory is a multiple of this
 
 
 def counted(
-    config: Config, stage: StageConfig, remat: str, axes: Mapping[str, int], bucket: tuple[int, int], platform: str, parameters: float
+    config: Config,
+    stage: StageConfig,
+    remat: str,
+    axes: Mapping[str, int],
+    bucket: tuple[int, int],
+    platform: str,
+    parameters: float,
 ) -> dict[str, float]:
-    """Bytes a device by term, of a text-to-image step; of a class-conditional one, which has no text, rather more than it takes.
+    """Bytes a device by term, of a text-to-image step; of a class-conditional one, which has no
+    text, rather more than it takes.
 
-    axes: sizes of the mesh's axes. bucket: (height, width) in pixels. platform: 'tpu', 'gpu' or 'cpu'. parameters: the bytes of a
-    device's share of them, fp32. UserError for policies that are not counted ("none").
+    axes: sizes of the mesh's axes. bucket: (height, width) in pixels. platform: 'tpu', 'gpu' or
+    'cpu'. parameters: the bytes of a device's share of them, fp32. UserError for policies that are
+    not counted ("none").
     """
     model = config.model
     tensor, context = axes["tensor"], axes["context"]
@@ -47,10 +62,15 @@ def counted(
     def backend(keys: int, lengths: bool) -> str:
         if model.attention_backend != "auto":
             return model.attention_backend
-        return choose(Call(platform, round(n), keys, model.head_dim, jnp.dtype(config.compute_dtype), lengths))
+        return choose(
+            Call(platform, round(n), keys, model.head_dim, jnp.dtype(config.compute_dtype), lengths)
+        )
 
     ours, cross = backend(round(n * context), False), backend(text, True)
-    wide = {name: _lanes(model.head_dim) / model.head_dim if name == "splash" else 1.0 for name in ("xla", "cudnn", "splash")}
+    wide = {
+        name: _lanes(model.head_dim) / model.head_dim if name == "splash" else 1.0
+        for name in ("xla", "cudnn", "splash")
+    }
     logarithm = sum(4 * s * n * heads for name in (ours, cross) if name != "xla")
     attentions = a * (wide[ours] + wide[cross]) + logarithm
     projections = 12 * a + 2 * s * text * model.width * width

@@ -1,4 +1,5 @@
-"""The starts of a run, one line each in attempts.jsonl: what goodput is measured against, whatever died in between."""
+"""The starts of a run, one line each in attempts.jsonl: what goodput is measured against, whatever
+died in between."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from pixart_jax.training.metrics import read
 class Attempts:
     """Adds this start to the file. total: the step of the run that it goes on from.
 
-    first: Unix time of the first start; restarts: how many came after it. Of several processes the first one writes.
+    first: Unix time of the first start; restarts: how many came after it. Of several processes the
+    first one writes.
     """
 
     def __init__(self, folder: Path, total: int, devices: int, kind: str):
@@ -40,12 +42,14 @@ class Attempts:
         self.restarts: int = len(before)
 
     def goodput(self, productive: float) -> float:
-        """The share of the wall time since the first start that went into steps which count: productive, in seconds."""
+        """The share of the wall time since the first start that went into steps which count:
+        productive, in seconds."""
         return productive / max(time.time() - self.first, 1e-9)
 
 
 def _drop_cut_line(out) -> None:
-    """Goes to the end of the last whole line: a start that was killed while it wrote left half of one."""
+    """Goes to the end of the last whole line: a start that was killed while it wrote left half of
+    one."""
     text = out.read() if out.readable() else b""
     out.seek(text.rfind(b"\n") + 1)
     out.truncate()

@@ -1,4 +1,5 @@
-"""CAME: confidence-guided adaptive memory-efficient optimisation (Luo et al. 2023, arXiv 2307.02047), for Optax.
+"""CAME: confidence-guided adaptive memory-efficient optimisation (Luo et al. 2023, arXiv
+2307.02047), for Optax.
 
 For a matrix, with gradient g and all moments zero at the start (Algorithm 2; no bias correction):
 
@@ -7,8 +8,9 @@ For a matrix, with gradient g and all moments zero at the start (Algorithm 2; no
     m = β1 · m + (1 − β1) · û
     S = (û − m)² + ε2, factored with β3 into R and C as above;    update = m / √(R ⊗ C / mean(R))
 
-A vector keeps a full v, and its update is m. The average and RMS are each layer's own: parameters stacked over layers
-are treated layer by layer, as they would be apart. A convolution factors its last two axes.
+A vector keeps a full v, and its update is m. The average and RMS are each layer's own: parameters
+stacked over layers are treated layer by layer, as they would be apart. A convolution factors its
+last two axes.
 """
 
 from __future__ import annotations
@@ -35,11 +37,17 @@ class CameState(NamedTuple):
 
 
 def scale_by_came(
-    b1: float = 0.9, b2: float = 0.999, b3: float = 0.9999, eps: tuple[float, float] = (1e-30, 1e-16), clip: float = 1.0, stacked=None
+    b1: float = 0.9,
+    b2: float = 0.999,
+    b3: float = 0.9999,
+    eps: tuple[float, float] = (1e-30, 1e-16),
+    clip: float = 1.0,
+    stacked=None,
 ) -> optax.GradientTransformation:
     """The update m / √S̃ above (to be scaled by −learning rate).
 
-    stacked: a tree of bools like the parameters, true where the first axis counts layers; None: nowhere.
+    stacked: a tree of bools like the parameters, true where the first axis counts layers; None:
+    nowhere.
     """
 
     def layers(tree):
@@ -50,7 +58,10 @@ def scale_by_came(
 
     def factors(p, is_stacked, vectors):
         if factored(p.shape, is_stacked):
-            return Factors(row=jnp.zeros(p.shape[:-1], jnp.float32), col=jnp.zeros(p.shape[:-2] + p.shape[-1:], jnp.float32))
+            return Factors(
+                row=jnp.zeros(p.shape[:-1], jnp.float32),
+                col=jnp.zeros(p.shape[:-2] + p.shape[-1:], jnp.float32),
+            )
         return Factors(full=jnp.zeros(p.shape, jnp.float32) if vectors else None)
 
     def init(params):
@@ -61,10 +72,16 @@ def scale_by_came(
         )
 
     def follow(old: Factors, square, decay) -> Factors:
-        return Factors(row=decay * old.row + (1 - decay) * square.mean(-1), col=decay * old.col + (1 - decay) * square.mean(-2))
+        return Factors(
+            row=decay * old.row + (1 - decay) * square.mean(-1),
+            col=decay * old.col + (1 - decay) * square.mean(-2),
+        )
 
     def inverse_root(f: Factors):  # 1 / √(row ⊗ col / mean(row))
-        return jax.lax.rsqrt(f.row / f.row.mean(-1, keepdims=True))[..., None] * jax.lax.rsqrt(f.col)[..., None, :]
+        return (
+            jax.lax.rsqrt(f.row / f.row.mean(-1, keepdims=True))[..., None]
+            * jax.lax.rsqrt(f.col)[..., None, :]
+        )
 
     def one(g, m, second, residual, is_stacked):
         square = jnp.square(g) + eps[0]

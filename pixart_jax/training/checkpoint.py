@@ -1,11 +1,14 @@
-"""Saves and restores: Orbax, asynchronous, state and place in the run together, and each save checked when it is opened again.
+"""Saves and restores: Orbax, asynchronous, state and place in the run together, and each save
+checked when it is opened again.
 
-Together they determine all that follows: random keys are derived from the config's seed and the step and are not state; the
-loader's place is a number. A save is opened onto whatever mesh and number of processes asks for it.
+Together they determine all that follows: random keys are derived from the config's seed and the
+step and are not state; the loader's place is a number. A save is opened onto whatever mesh and
+number of processes asks for it.
 
-A save carries a list of its files, written just before Orbax commits it (renames it to its step), and checksums of its
-arrays, taken on the device before it began. The first finds what is missing, cut short or, in small files, altered, before
-Orbax reads anything; the second finds any altered bit of the state.
+A save carries a list of its files, written just before Orbax commits it (renames it to its step),
+and checksums of its arrays, taken on the device before it began. The first finds what is missing,
+cut short or, in small files, altered, before Orbax reads anything; the second finds any altered bit
+of the state.
 """
 
 from __future__ import annotations
@@ -33,12 +36,14 @@ from pixart_jax.training.state import TrainState
 
 FILES = "files.json"  # in a save's folder: each file's size and, up to _SMALL bytes, CRC-32
 _SMALL = 1 << 20
-_LATER = {FILES, "commit_success.txt", "_CHECKPOINT_METADATA"}  # Orbax writes these two after the list
+# Orbax writes these two after the list
+_LATER = {FILES, "commit_success.txt", "_CHECKPOINT_METADATA"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where in the run a save was made. step: done in this stage; total: done in the whole run (names the save)."""
+    """Where in the run a save was made. step: done in this stage; total: done in the whole run
+    (names the save)."""
 
     stage: int = 0
     step: int = 0
@@ -53,7 +58,8 @@ class Place:
 class Checkpoints:
     """The saves of a run, under ``folder``. Use as a context: leaving it waits for the last save.
 
-    keep: the newest so many stay. every: so does each at a multiple of so many total steps, for good; None: no others.
+    keep: the newest so many stay. every: so does each at a multiple of so many total steps, for
+    good; None: no others.
     """
 
     def __init__(self, folder: Path, keep: int, every: int | None = None):
@@ -94,8 +100,12 @@ class Checkpoints:
         self.wait()
         self._saving = place.total
         if state.guard is not None:
-            numbers = {field.name: getattr(state.guard, field.name) for field in dataclasses.fields(Guard)}
-            place = dataclasses.replace(place, guard={name: value.item() for name, value in jax.device_get(numbers).items()})
+            numbers = {
+                field.name: getattr(state.guard, field.name) for field in dataclasses.fields(Guard)
+            }
+            place = dataclasses.replace(
+                place, guard={name: value.item() for name, value in jax.device_get(numbers).items()}
+            )
         state = _arrays(state)
         self._manager.save(
             place.total,
@@ -125,9 +135,12 @@ class Checkpoints:
             if "No space left on device" not in str(fault):
                 raise
             before = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
-            holds = f"step {max(before)} is the last save" if before else "there is no save before it"
+            holds = (
+                f"step {max(before)} is the last save" if before else "there is no save before it"
+            )
             raise UserError(
-                f"the disk is full: checkpoint {self._saving} of {self.folder} could not be written, {holds}; "
+                f"the disk is full: checkpoint {self._saving} of {self.folder} could not be "
+                f"written, {holds}; "
                 "free some space and run the same command again"
             ) from fault
 
@@ -137,41 +150,69 @@ class Checkpoints:
     def restore(self, total: int, abstract: TrainState) -> TrainState:
         """The state of a save, laid out as ``abstract``.
 
-        UserError where it is of another model, before an array of it is read, and where it is damaged; none is ever skipped.
+        UserError where it is of another model, before an array of it is read, and where it is
+        damaged; none is ever skipped.
         """
         wanted = _arrays(abstract)
         self._check(total)
         self._compare(total, wanted)
-        opened = self._open(total, state=ocp.args.StandardRestore(wanted), sums=ocp.args.JsonRestore(), place=ocp.args.JsonRestore())
+        opened = self._open(
+            total,
+            state=ocp.args.StandardRestore(wanted),
+            sums=ocp.args.JsonRestore(),
+            place=ocp.args.JsonRestore(),
+        )
         found = _sums(opened.state)
-        wrong = sorted(name for name in found | opened.sums if found.get(name) != opened.sums.get(name))
+        wrong = sorted(
+            name for name in found | opened.sums if found.get(name) != opened.sums.get(name)
+        )
         if wrong:
-            raise self._damaged(total, f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}")
+            raise self._damaged(
+                total, f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}"
+            )
         return TrainState(**opened.state, guard=_guard(opened.place.get("guard"), abstract.guard))
 
     def _compare(self, total: int, wanted: dict) -> None:
-        """UserError where the save's arrays are not those that the run's model and optimizer have."""
+        """UserError where the save's arrays are not those that the run's model and optimizer
+        have."""
         try:
-            saved = ocp.StandardCheckpointHandler().metadata(self.folder / str(total) / "state").tree
+            saved = (
+                ocp.StandardCheckpointHandler().metadata(self.folder / str(total) / "state").tree
+            )
         except Exception as fault:  # Orbax, TensorStore and JSON each raise their own kinds
             raise self._damaged(total, " ".join(str(fault).split())[:200]) from fault
         theirs, mine = _shapes(saved), _shapes(wanted)
-        other = [name for name in dict.fromkeys([*theirs, *mine]) if theirs.get(name) != mine.get(name)]
+        other = [
+            name for name in dict.fromkeys([*theirs, *mine]) if theirs.get(name) != mine.get(name)
+        ]
         if other:
-            said = [f"{name} is {_shown(theirs.get(name))} there and {_shown(mine.get(name))} here" for name in other[:2]]
+            said = [
+                f"{name} is {_shown(theirs.get(name))} there and {_shown(mine.get(name))} here"
+                for name in other[:2]
+            ]
             more = f" and {len(other) - 2} more" if len(other) > 2 else ""
-            raise UserError(f"checkpoint {self.folder / str(total)} is of another model: {'; '.join(said)}{more}; name another workdir")
+            raise UserError(
+                f"checkpoint {self.folder / str(total)} is of another model: "
+                f"{'; '.join(said)}{more}; name another workdir"
+            )
 
     def _list_files(self) -> None:
         """Called by Orbax when all of a save is written, before it gets its name."""
         if jax.process_index() == 0:
             (folder,) = self.folder.glob(f"{self._saving}.*tmp*")
-            listed = {str(path.relative_to(folder)): _describe(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-            text = json.dumps({name: found for name, found in listed.items() if name not in _LATER}, indent=0)
+            listed = {
+                str(path.relative_to(folder)): _describe(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+            text = json.dumps(
+                {name: found for name, found in listed.items() if name not in _LATER}, indent=0
+            )
             (folder / FILES).write_text(text)
 
     def _check(self, total: int) -> None:
-        """UserError where a file of the save is not as it was listed. Without the list what follows must do: Orbax, and the sums."""
+        """UserError where a file of the save is not as it was listed. Without the list what follows
+        must do: Orbax, and the sums."""
         folder = self.folder / str(total)
         if not (folder / FILES).exists():
             return
@@ -182,7 +223,12 @@ class Checkpoints:
                     raise self._damaged(total, f"{name} is missing")
                 if [size, crc] != _describe(folder / name):
                     found = (folder / name).stat().st_size
-                    raise self._damaged(total, f"{name} is altered" if found == size else f"{name} has {found} bytes of {size}")
+                    raise self._damaged(
+                        total,
+                        f"{name} is altered"
+                        if found == size
+                        else f"{name} has {found} bytes of {size}",
+                    )
         except (OSError, ValueError, TypeError, AttributeError):
             raise self._damaged(total, f"{FILES}, the list of its files, cannot be read") from None
 
@@ -196,7 +242,9 @@ class Checkpoints:
     def _damaged(self, total: int, why: str) -> UserError:
         before = [step for step in self._manager.all_steps() if step < total]
         instead = f"the run goes on from step {max(before)}" if before else "the run starts anew"
-        return UserError(f"checkpoint {self.folder / str(total)} is damaged ({why}); move it away and {instead}")
+        return UserError(
+            f"checkpoint {self.folder / str(total)} is damaged ({why}); move it away and {instead}"
+        )
 
 
 def _describe(path: Path) -> list[int | None]:
@@ -205,10 +253,12 @@ def _describe(path: Path) -> list[int | None]:
 
 
 class _Orbax(ocp.CheckpointManager):
-    """Orbax's manager, which asks JAX's preemption service nothing: the loop asks it, at each step (training/interruption.py).
+    """Orbax's manager, which asks JAX's preemption service nothing: the loop asks it, at each step
+    (training/interruption.py).
 
-    Orbax would ask for the step of a save once more when it is committed, from a thread of its own, steps later. The service
-    takes the step it was asked for last as where a process is, and could then name one for stopping that is already past.
+    Orbax would ask for the step of a save once more when it is committed, from a thread of its own,
+    steps later. The service takes the step it was asked for last as where a process is, and could
+    then name one for stopping that is already past.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -216,17 +266,20 @@ class _Orbax(ocp.CheckpointManager):
 
 
 def _raised_anyway(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax's threads log of a fault that it then raises: it is to be said once."""
+    """Drops the tracebacks that Orbax's threads log of a fault that it then raises: it is to be
+    said once."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _said_already(record: logging.LogRecord) -> bool:
-    """Drops what asyncio logs of the other writes that a full disk has failed: the first is raised, and said by Checkpoints."""
+    """Drops what asyncio logs of the other writes that a full disk has failed: the first is raised,
+    and said by Checkpoints."""
     return not (record.exc_info and "No space left on device" in str(record.exc_info[1]))
 
 
 def _late(usual, fault) -> None:
-    """sys.unraisablehook without what a write of TensorStore's says that fails after Orbax gave up on its save and closed its loop."""
+    """sys.unraisablehook without what a write of TensorStore's says that fails after Orbax gave up
+    on its save and closed its loop."""
     if not (fault.exc_type is RuntimeError and str(fault.exc_value) == "Event loop is closed"):
         usual(fault)
 
@@ -237,17 +290,26 @@ def _arrays(state: TrainState) -> dict:
 
 
 def _guard(numbers: dict | None, abstract: Guard | None) -> Guard | None:
-    """The guard as it was saved, laid out as ``abstract``; a fresh one where the save is older than guards are."""
+    """The guard as it was saved, laid out as ``abstract``; a fresh one where the save is older than
+    guards are."""
     if abstract is None:
         return None
     guard = Guard(**numbers) if numbers else Guard.fresh()
-    return jax.tree.map(lambda value, like: jax.device_put(np.asarray(value, like.dtype), like.sharding), guard, abstract)
+    return jax.tree.map(
+        lambda value, like: jax.device_put(np.asarray(value, like.dtype), like.sharding),
+        guard,
+        abstract,
+    )
 
 
 def _shapes(tree) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Array name → (shape, dtype); what has no shape, as an empty part of the optimizer's state, is left out."""
+    """Array name → (shape, dtype); what has no shape, as an empty part of the optimizer's state, is
+    left out."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype).name,
+        )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if hasattr(leaf, "shape")
     }
@@ -258,16 +320,21 @@ def _shown(found) -> str:
 
 
 def _sums(tree) -> dict[str, int]:
-    """A checksum of each array's bits, the same however the array is laid out: Σ (2i + 1) · bits_i mod 2³²."""
+    """A checksum of each array's bits, the same however the array is laid out: Σ (2i + 1) · bits_i
+    mod 2³²."""
     sharding = jax.tree.leaves(tree)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     values = jax.device_get(_summing(mesh)(tree))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): int(v) for path, v in jax.tree_util.tree_leaves_with_path(values)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(v)
+        for path, v in jax.tree_util.tree_leaves_with_path(values)
+    }
 
 
 @functools.cache
 def _summing(mesh):
-    """The program that sums; what it gives lies whole on every device, so that each process can read it."""
+    """The program that sums; what it gives lies whole on every device, so that each process can
+    read it."""
     where = {} if mesh is None else {"out_shardings": rules.replicated(mesh)}
     return jax.jit(lambda tree: jax.tree.map(_sum, tree), **where)
 

@@ -22,7 +22,10 @@ def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
     argv = list(argv)
     names = known()
     if not argv or argv[0] in ("-h", "--help"):
-        text = f"usage: {USAGE}\n\nrecipes: {', '.join(names)}\n`python train.py NAME --help` lists the options of one.\n\n{usage()}"
+        text = (
+            f"usage: {USAGE}\n\nrecipes: {', '.join(names)}\n`python train.py NAME --help` "
+            f"lists the options of one.\n\n{usage()}"
+        )
         if argv:
             print(text)
             raise SystemExit(0)
@@ -39,7 +42,10 @@ def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
             rest = rest[:i] + rest[i + (2 if token == "--workdir" else 1) :]
             break
     if workdir is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(workdir)):
-        raise UserError(f"--workdir {workdir}: a folder is needed, on a disk that all processes see; an address is none: mount it")
+        raise UserError(
+            f"--workdir {workdir}: a folder is needed, on a disk that all processes see; an "
+            "address is none: mount it"
+        )
     if workdir is None and not {"-h", "--help"} & set(rest):
         raise UserError(f"--workdir is missing, the folder of the run: {USAGE}")
     return recipe, workdir, rest
@@ -74,7 +80,8 @@ def configured(recipe: Path, overrides: Sequence[str]) -> Config:
 
 
 def meshed(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
-    """``--mesh fsdp=8,tensor=2``, the whole mesh in one flag, set in the config; (the config, the overrides that are left)."""
+    """``--mesh fsdp=8,tensor=2``, the whole mesh in one flag, set in the config; (the config, the
+    overrides that are left)."""
     left: list[str] = []
     rest = iter(overrides)
     for token in rest:

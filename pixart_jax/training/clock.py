@@ -9,8 +9,8 @@ import time
 class Clock:
     """Counts from step to step; what is not stepping (saves, previews, compiling) is taken out.
 
-    productive: seconds of stepping since the run's first step, those of an earlier process that its save holds included. peak:
-    FLOP/s of all devices together, or None where it is not known.
+    productive: seconds of stepping since the run's first step, those of an earlier process that its
+    save holds included. peak: FLOP/s of all devices together, or None where it is not known.
     """
 
     def __init__(self, batch_size: int, productive: float = 0.0, peak: float | None = None):
@@ -63,13 +63,16 @@ class Clock:
             self._flops += flops
 
     def rates(self) -> dict[str, float]:
-        """Since the last call: steps and images a second, the share of time spent waiting for data, and MFU where both its sides are
-        known; {} where no step was timed."""
+        """Since the last call: steps and images a second, the share of time spent waiting for data,
+        and MFU where both its sides are known; {} where no step was timed."""
         steps, seconds, waited, flops = self._steps, self._seconds, self._waited, self._flops
         self._begin()
         if not steps or seconds <= 0:
             return {}
-        found = {"steps_per_second": steps / seconds, "images_per_second": steps * self._batch / seconds}
+        found = {
+            "steps_per_second": steps / seconds,
+            "images_per_second": steps * self._batch / seconds,
+        }
         found["data_wait"] = min(waited / seconds, 1.0)
         if self._peak and flops:
             found["mfu"] = flops / seconds / self._peak

@@ -1,4 +1,5 @@
-"""Exponential moving average of the parameters, as one more Optax transform: it is sharded, saved and restored with the optimizer."""
+"""Exponential moving average of the parameters, as one more Optax transform: it is sharded, saved
+and restored with the optimizer."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ class EmaState(NamedTuple):
 
 
 def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Keep ema ← decay · ema + (1 − decay) · parameters after each update; updates pass through unchanged.
+    """Keep ema ← decay · ema + (1 − decay) · parameters after each update; updates pass through
+    unchanged.
 
-    Starts as a copy of the parameters, without a correction for the start, as PixArt's and DiT's do. It stands last in a
+    Starts as a copy of the parameters, without a correction for the start, as PixArt's and DiT's
+    do. It stands last in a
     chain: it averages what ``optax.apply_updates`` will make of the parameters.
     """
 
@@ -28,12 +31,18 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
             raise ValueError("parameter_ema needs the parameters: update(updates, state, params)")
         new = optax.apply_updates(params, updates)
         # In this form what does not move, as the null caption, stays the same to the bit.
-        return updates, EmaState(jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new))
+        return updates, EmaState(
+            jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def averaged(opt_state: optax.OptState) -> optax.Params | None:
     """The average inside an optimizer's state, or None where none is kept."""
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, EmaState)) if isinstance(s, EmaState)]
+    found = [
+        s
+        for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, EmaState))
+        if isinstance(s, EmaState)
+    ]
     return found[0].ema if found else None

@@ -1,7 +1,8 @@
 """TensorBoard's event file, written at once and by the caller's own thread.
 
-tensorboardX's SummaryWriter hands events to a thread of its own, where a full disk ends in a traceback that nobody can catch. Its
-records, protocol buffers and summaries are used here without that thread: a write that fails is the caller's OSError.
+tensorboardX's SummaryWriter hands events to a thread of its own, where a full disk ends in a
+traceback that nobody can catch. Its records, protocol buffers and summaries are used here without
+that thread: a write that fails is the caller's OSError.
 """
 
 from __future__ import annotations
@@ -15,18 +16,25 @@ import numpy as np
 
 
 class Events:
-    """A new event file in ``folder``. purge_step: TensorBoard forgets what earlier files of the folder hold from this step on."""
+    """A new event file in ``folder``. purge_step: TensorBoard forgets what earlier files of the
+    folder hold from this step on."""
 
     def __init__(self, folder: Path, purge_step: int | None = None):
         from tensorboardX.record_writer import RecordWriter
 
         now = time.time()
-        self._records = RecordWriter(str(Path(folder) / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"))
+        self._records = RecordWriter(
+            str(
+                Path(folder) / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+            )
+        )
         self._write(wall_time=now, file_version="brain.Event:2")
         if purge_step is not None:
             from tensorboardX.proto.event_pb2 import SessionLog
 
-            self._write(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START))
+            self._write(
+                wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START)
+            )
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """One figure of a step."""
@@ -38,7 +46,11 @@ class Events:
         """picture: uint8 [h, w, 3]."""
         from tensorboardX import summary
 
-        self._write(wall_time=time.time(), step=step, summary=summary.image(name, picture, dataformats="HWC"))
+        self._write(
+            wall_time=time.time(),
+            step=step,
+            summary=summary.image(name, picture, dataformats="HWC"),
+        )
 
     def flush(self) -> None:
         """Hand what was written to the operating system."""

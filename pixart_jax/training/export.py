@@ -1,6 +1,7 @@
 """What a run leaves behind: a folder in the diffusers form, whole where every part is known.
 
-All processes of a run call these; the first one writes, the others give it their parts of the parameters.
+All processes of a run call these; the first one writes, the others give it their parts of the
+parameters.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ class Copied:
             shutil.copytree(self.source, folder)
 
 
-def write_model(folder: Path, transformer, scheduler: schedulers.SchedulerConfig, sampling: SamplingConfig, frozen: Frozen) -> None:
+def write_model(
+    folder: Path,
+    transformer,
+    scheduler: schedulers.SchedulerConfig,
+    sampling: SamplingConfig,
+    frozen: Frozen,
+) -> None:
     """The whole model: diffusers' PixArtAlphaPipeline and Pipeline.from_pretrained open it."""
     model_folder.write(
         folder,
@@ -41,8 +48,11 @@ def write_model(folder: Path, transformer, scheduler: schedulers.SchedulerConfig
     )
 
 
-def write_parts(folder: Path, transformer, scheduler: schedulers.SchedulerConfig, frozen: Frozen) -> None:
-    """The class-conditional model with its VAE and scheduler; there is no diffusers pipeline of text for it."""
+def write_parts(
+    folder: Path, transformer, scheduler: schedulers.SchedulerConfig, frozen: Frozen
+) -> None:
+    """The class-conditional model with its VAE and scheduler; there is no diffusers pipeline of
+    text for it."""
     first = jax.process_index() == 0
     for part in ("transformer", "vae", "scheduler") if first else ():
         shutil.rmtree(folder / part, ignore_errors=True)

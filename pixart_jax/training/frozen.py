@@ -1,4 +1,5 @@
-"""The parts that a diffusion stage rests on and never trains: VAE, text encoder and tokenizer, opened when first needed."""
+"""The parts that a diffusion stage rests on and never trains: VAE, text encoder and tokenizer,
+opened when first needed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from pixart_jax.weights.vae import config_from_json
 
 
 class Frozen:
-    """The frozen parts of a config. workdir: where a tokenizer is kept that the run itself makes."""
+    """The frozen parts of a config. workdir: where a tokenizer is kept that the run itself
+    makes."""
 
     def __init__(self, config: Config, workdir: Path):
         self._config, self._workdir = config, workdir
@@ -36,13 +38,20 @@ class Frozen:
         field = "vae" if part == "vae" else "text_encoder"
         given = getattr(self._config, field)
         if given is None:
-            raise UserError(f"config {self._config.name}: {field} is None, but this run needs one: give a model folder")
+            raise UserError(
+                f"config {self._config.name}: {field} is None, but this run needs one: give a "
+                "model folder"
+            )
         given = Path(given)
         if not given.is_dir():
-            raise UserError(f"{field} {str(given)!r}: no such folder; give a model folder, or one with config.json and weights")
+            raise UserError(
+                f"{field} {str(given)!r}: no such folder; give a model folder, or one with "
+                "config.json and weights"
+            )
         if (given / part).is_dir():
             return given / part
-        if part == "tokenizer" and (given.parent / part).is_dir():  # text_encoder named by its own folder, the tokenizer beside it
+        # text_encoder named by its own folder, the tokenizer beside it
+        if part == "tokenizer" and (given.parent / part).is_dir():
             return given.parent / part
         return given
 
@@ -65,7 +74,8 @@ class Frozen:
             raise UserError(f"{path} cannot be read: {fault}") from None
 
     def text_encoder(self):
-        """The text encoder component, opened anew: it may be far larger than what is trained, so nobody keeps it."""
+        """The text encoder component, opened anew: it may be far larger than what is trained, so
+        nobody keeps it."""
         return self._load("text_encoder")
 
     def _load(self, part: str):
@@ -73,7 +83,8 @@ class Frozen:
 
     @functools.cached_property
     def tokenizer(self):
-        """The tokenizer of config.text_encoder; where that is None, one of the captions' whole words, made once and kept in the workdir."""
+        """The tokenizer of config.text_encoder; where that is None, one of the captions' whole
+        words, made once and kept in the workdir."""
         if self._config.text_encoder is not None:
             return tokenizers.load(self.folder("tokenizer"))
         folder = self._workdir / "tokenizer"
@@ -89,14 +100,19 @@ class Frozen:
                 said = source[index].captions
                 for kind, _ in data.captions:
                     for text in said.get(kind, ()):
-                        words.update(re.findall(r"[a-z]+", captions.clean(text)))  # marks are pieces of their own
+                        # marks are pieces of their own
+                        words.update(re.findall(r"[a-z]+", captions.clean(text)))
         return sorted(words)
 
     def text_states(self, texts: Sequence[str], most: int) -> list[np.ndarray]:
-        """The text encoder's states of each text, fp32 [l, c] of its real tokens; computed once a text."""
+        """The text encoder's states of each text, fp32 [l, c] of its real tokens; computed once a
+        text."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._states]
         if missing:
             ids, lengths = tokenizers.tokenize(self.tokenizer, missing, most)
             states = np.asarray(jax.device_get(self.text_encoder().apply(ids, lengths)), np.float32)
-            self._states |= {text: row[:length] for text, row, length in zip(missing, states, lengths, strict=True)}
+            self._states |= {
+                text: row[:length]
+                for text, row, length in zip(missing, states, lengths, strict=True)
+            }
         return [self._states[text] for text in texts]

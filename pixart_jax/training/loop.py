@@ -1,4 +1,5 @@
-"""The loop of one stage: batches in, steps, and from time to time a line, a save and a look at what it draws."""
+"""The loop of one stage: batches in, steps, and from time to time a line, a save and a look at what
+it draws."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ from pixart_jax.training.trace import Trace
 
 
 class Diverged(Exception):
-    """Too many steps in a row could not be taken. The message names the stage, the step, what was wrong and the batch's records."""
+    """Too many steps in a row could not be taken. The message names the stage, the step, what was
+    wrong and the batch's records."""
 
 
 @dataclasses.dataclass
 class Window:
-    """Sums of the metrics since the last logged line; saved with a checkpoint, so that a resumed run logs the same lines.
+    """Sums of the metrics since the last logged line; saved with a checkpoint, so that a resumed
+    run logs the same lines.
 
     A skipped step counts as skipped, and nowhere else: its loss may be no number.
     """
@@ -46,16 +49,19 @@ class Window:
 
     def means(self) -> dict[str, float]:
         """Of the good steps; no loss where there was none."""
-        return {name: value / self.count for name, value in self.sums.items()} | {"skipped": self.skipped}
+        return {name: value / self.count for name, value in self.sums.items()} | {
+            "skipped": self.skipped
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
     """What the loop does besides stepping. Steps are those of the stage, counted from 1.
 
-    log_every, preview_every: steps (preview 0: at the end alone). saves(step): whether one is due. patience: so many bad steps
-    in a row end the run. done: steps of the run before this stage. log(step, values); save(step, state, window);
-    preview(step, state); bad(step, values) → the record keys of the step's batch; flops(batch) of its forward and backward pass.
+    log_every, preview_every: steps (preview 0: at the end alone). saves(step): whether one is due.
+    patience: so many bad steps in a row end the run. done: steps of the run before this stage.
+    log(step, values); save(step, state, window); preview(step, state); bad(step, values) → the
+    record keys of the step's batch; flops(batch) of its forward and backward pass.
     """
 
     log_every: int
@@ -74,19 +80,38 @@ class Watch:
 
 
 def train(
-    state: TrainState, step_function, loader, *, name: str, start: int, steps: int, key: jax.Array, sharding, watch: Watch, window: Window
+    state: TrainState,
+    step_function,
+    loader,
+    *,
+    name: str,
+    start: int,
+    steps: int,
+    key: jax.Array,
+    sharding,
+    watch: Watch,
+    window: Window,
 ) -> TrainState:
     """Run steps start … steps − 1 of a stage; step k's key is ``key`` with k folded in.
 
-    Each step's metrics are read while the next one runs, so the device never waits for the host. A save that falls due within
-    a row of bad steps waits for the first good one. Raises Diverged after ``watch.patience`` bad steps in a row, before
-    anything more is saved, and Interrupted, the state saved, when a signal asked for it.
+    Each step's metrics are read while the next one runs, so the device never waits for the host. A
+    save that falls due within a row of bad steps waits for the first good one. Raises Diverged
+    after ``watch.patience`` bad steps in a row, before anything more is saved, and Interrupted, the
+    state saved, when a signal asked for it.
     """
     if start >= steps:
         return state
     batches = loader.iterator(start=start)
     often = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file wants few lines
-    bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=often, disable=jax.process_index() > 0)
+    bar = tqdm(
+        total=steps,
+        initial=start,
+        desc=name,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=often,
+        disable=jax.process_index() > 0,
+    )
     pending: tuple[int, dict, float] | None = None
     in_row, due = 0, False
     shapes, clock = set(), watch.clock
@@ -105,12 +130,23 @@ def train(
         if values["skipped"]:
             keys = watch.bad(number, values)
             if in_row >= watch.patience:
-                raise Diverged(f"stage {name}, step {number}, the last of {in_row} bad steps in a row: {describe(values, keys)}")
+                raise Diverged(
+                    f"stage {name}, step {number}, the last of {in_row} bad steps in a row: "
+                    f"{describe(values, keys)}"
+                )
         window.add(values)
         if number % watch.log_every == 0 or number == steps:
-            line = {**window.means(), "lr": values["lr"], **clock.rates(), "recompilations": step_function.executables - len(shapes)}
+            line = {
+                **window.means(),
+                "lr": values["lr"],
+                **clock.rates(),
+                "recompilations": step_function.executables - len(shapes),
+            }
             shown = {"loss": "loss", "images_s": "images_per_second", "mfu": "mfu"}
-            bar.set_postfix({short: f"{line[long]:.4g}" for short, long in shown.items() if long in line}, refresh=False)
+            bar.set_postfix(
+                {short: f"{line[long]:.4g}" for short, long in shown.items() if long in line},
+                refresh=False,
+            )
             watch.log(number, line)
             window = Window()
 

@@ -1,4 +1,5 @@
-"""A run's figures: metrics.jsonl, bad_steps.jsonl, TensorBoard events and, at the end, the loss curve as a PNG."""
+"""A run's figures: metrics.jsonl, bad_steps.jsonl, TensorBoard events and, at the end, the loss
+curve as a PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from pixart_jax.training.events import Events
 
-# Figures that depend on the machine and its clock. All others are equal to the bit in a run that was never stopped and in one that was.
+# Figures that depend on the machine and its clock. All others are equal to the bit in a run that
+# was never stopped and in one that was.
 TIMING = (
     "steps_per_second",
     "images_per_second",
@@ -26,7 +28,8 @@ TIMING = (
 
 
 class Metrics:
-    """Writes under ``folder``; a context. start: total steps already done, anything logged beyond them is taken back."""
+    """Writes under ``folder``; a context. start: total steps already done, anything logged beyond
+    them is taken back."""
 
     def __init__(self, folder: Path, start: int):
         self.file = Path(folder) / "metrics.jsonl"
@@ -47,7 +50,8 @@ class Metrics:
                 try:
                     file.close()
                 except OSError:
-                    if kind is None:  # else the run ends for a reason of its own, which is what is said
+                    # else the run ends for a reason of its own, which is what is said
+                    if kind is None:
                         raise
 
     def write(self, *, stage: str, step: int, total: int, values: dict[str, float]) -> None:
@@ -61,12 +65,22 @@ class Metrics:
             self._events.scalar(f"{stage}/{name}", value, total)
         self._events.flush()
 
-    def bad_step(self, *, stage: str, step: int, total: int, values: dict[str, float], keys: list[str]) -> None:
+    def bad_step(
+        self, *, stage: str, step: int, total: int, values: dict[str, float], keys: list[str]
+    ) -> None:
         """One line for a step that was skipped. keys: the records of its batch."""
         if self._writer:
-            shown = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+            shown = {
+                name: value if math.isfinite(value) else str(value)
+                for name, value in values.items()
+            }
             with open(self.bad, "a") as file:
-                file.write(json.dumps({"stage": stage, "step": step, "total_step": total, **shown, "keys": keys}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"stage": stage, "step": step, "total_step": total, **shown, "keys": keys}
+                    )
+                    + "\n"
+                )
 
     def image(self, name: str, picture: np.ndarray, total: int) -> None:
         """picture: uint8 [h, w, 3]."""
@@ -87,10 +101,19 @@ def read(file: Path) -> list[dict]:
 
 
 def device_memory(devices) -> dict[str, float]:
-    """GiB in use and at most in use on the fullest of this process's devices; {} where the platform does not tell (a CPU)."""
-    stats = [found for device in devices if device.process_index == jax.process_index() and (found := device.memory_stats())]
+    """GiB in use and at most in use on the fullest of this process's devices; {} where the platform
+    does not tell (a CPU)."""
+    stats = [
+        found
+        for device in devices
+        if device.process_index == jax.process_index() and (found := device.memory_stats())
+    ]
     names = {"device_memory_gib": "bytes_in_use", "device_memory_peak_gib": "peak_bytes_in_use"}
-    return {name: max(s[key] for s in stats) / 2**30 for name, key in names.items() if stats and all(key in s for s in stats)}
+    return {
+        name: max(s[key] for s in stats) / 2**30
+        for name, key in names.items()
+        if stats and all(key in s for s in stats)
+    }
 
 
 def _forget_after(file: Path, total: int) -> None:
@@ -103,7 +126,8 @@ def _forget_after(file: Path, total: int) -> None:
 
 
 def loss_curve(lines: list[dict], size: tuple[int, int] = (960, 480)) -> np.ndarray:
-    """uint8 [height, width, 3]: loss (log scale) over total steps, one colour a stage, with its range written at the axes."""
+    """uint8 [height, width, 3]: loss (log scale) over total steps, one colour a stage, with its
+    range written at the axes."""
     from PIL import Image, ImageDraw, ImageFont
 
     width, height = size
@@ -111,7 +135,11 @@ def loss_curve(lines: list[dict], size: tuple[int, int] = (960, 480)) -> np.ndar
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=13)
-    points = [(line["total_step"], line["loss"], line["stage"]) for line in lines if line.get("loss", 0) > 0]
+    points = [
+        (line["total_step"], line["loss"], line["stage"])
+        for line in lines
+        if line.get("loss", 0) > 0
+    ]
     if not points:
         return np.asarray(sheet)
     steps, losses = [p[0] for p in points], [math.log10(p[1]) for p in points]

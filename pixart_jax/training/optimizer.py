@@ -1,4 +1,5 @@
-"""The Optax chain of a stage: clip → AdamW or CAME → schedule → EMA, with the null caption left as it is."""
+"""The Optax chain of a stage: clip → AdamW or CAME → schedule → EMA, with the null caption left as
+it is."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ from pixart_jax.training.ema import parameter_ema
 FROZEN = ("null_caption",)  # the official null caption is a buffer: random, and never trained
 
 
-def schedule(config: OptimizerConfig, steps: int, batch_size: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of the stage's step 0, 1, …, steps − 1: linear warm-up from 0, then the named curve."""
+def schedule(
+    config: OptimizerConfig, steps: int, batch_size: int
+) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of the stage's step 0, 1, …, steps − 1: linear warm-up from 0, then the named
+    curve."""
     peak = config.learning_rate
     if config.sqrt_scale_from is not None:
         peak *= (batch_size / config.sqrt_scale_from) ** 0.5
@@ -35,11 +39,16 @@ def schedule(config: OptimizerConfig, steps: int, batch_size: int) -> Callable[[
         curve = optax.constant_schedule(peak)
     if config.warmup_steps == 0:
         return curve
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), curve], [config.warmup_steps])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, config.warmup_steps), curve], [config.warmup_steps]
+    )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, names) -> optax.GradientTransformationExtraArgs:
-    """The chain. names: tree like the parameters of tuples of logical axis names (parallel.rules.logical_names)."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, batch_size: int, names
+) -> optax.GradientTransformationExtraArgs:
+    """The chain. names: tree like the parameters of tuples of logical axis names
+    (parallel.rules.logical_names)."""
     rate = schedule(config, steps, batch_size)
 
     def is_names(leaf):
@@ -52,7 +61,10 @@ def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, names) 
     chain = [] if config.clip is None else [clip_by_global_norm(config.clip)]
     if config.name == "came":
         stacked = jax.tree.map(
-            lambda name, tag: optax.MaskedNode() if tag == "frozen" else axes.LAYERS in name, names, labels, is_leaf=is_names
+            lambda name, tag: optax.MaskedNode() if tag == "frozen" else axes.LAYERS in name,
+            names,
+            labels,
+            is_leaf=is_names,
         )
         chain += [
             scale_by_came(config.b1, config.b2, config.b3, config.came_eps, stacked=stacked),
@@ -60,16 +72,23 @@ def make_optimizer(config: OptimizerConfig, steps: int, batch_size: int, names) 
             optax.scale_by_learning_rate(rate),
         ]
     else:
-        chain.append(optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay))
-    optimizer = optax.partition({"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels)
-    return optax.with_extra_args_support(optax.chain(optimizer, parameter_ema(config.ema)) if config.ema else optimizer)
+        chain.append(
+            optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+        )
+    optimizer = optax.partition(
+        {"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels
+    )
+    return optax.with_extra_args_support(
+        optax.chain(optimizer, parameter_ema(config.ema)) if config.ema else optimizer
+    )
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformationExtraArgs:
-    """g · min(1, most / ‖g‖), the norm over all parameters: the update's grad_norm where the caller has it already.
+    """g · min(1, most / ‖g‖), the norm over all parameters: the update's grad_norm where the caller
+    has it already.
 
-    optax's own selects between g and its clipped form, for which XLA keeps both: a second copy of all gradients (2.4 GB for
-    XL/2). A factor is fused into whatever reads the gradient.
+    optax's own selects between g and its clipped form, for which XLA keeps both: a second copy of
+    all gradients (2.4 GB for XL/2). A factor is fused into whatever reads the gradient.
     """
 
     def update(updates, state, params=None, *, grad_norm=None, **_):

@@ -1,18 +1,21 @@
-"""Stage 1 → stage 2: a class-conditional DiT becomes a PixArt transformer that starts as the class-free DiT.
+"""Stage 1 → stage 2: a class-conditional DiT becomes a PixArt transformer that starts as the
+class-free DiT.
 
-In DiT each block i has a modulation network of its own, S_i(t, c) = W_i φ(t, c) + b_i with φ = SiLU(t-embedding + class
-embedding). PixArt has one for all, S(t) = W φ(t) + b, and a table E_i a block: its block uses E_i + S(t). (PixArt-α, §2.3)
+In DiT each block i has a modulation network of its own, S_i(t, c) = W_i φ(t, c) + b_i with φ =
+SiLU(t-embedding + class embedding). PixArt has one for all, S(t) = W φ(t) + b, and a table E_i a
+block: its block uses E_i + S(t). (PixArt-α, §2.3)
 
-1. Without a class, φ(t) = SiLU(embed(t) + e_null). e_null is added to the last bias of the timestep embedder: φ is then
-   the same function in both models.
+1. Without a class, φ(t) = SiLU(embed(t) + e_null). e_null is added to the last bias of the timestep
+   embedder: φ is then the same function in both models.
 2. E_i = S_i(500) − S(500), so every block is exactly DiT's at t = 500. What is left at another t is
-   (W − W_i)(φ(t) − φ(500)), and the sum of its squares over blocks and timesteps is least at W = mean over i of W_i,
-   whatever φ and whatever the weights of the timesteps. b cancels out; the mean of the b_i is taken, which makes S the
-   blocks' mean modulation and the tables their deviations from it at t = 500.
-3. The final layer's modulation is table + t-embedding (no SiLU, no network) in PixArt: its table is DiT's final modulation
-   at t = 500 less the embedding of 500.
-4. Cross-attention's output projection is zero, so text changes nothing yet; its other parameters, the caption projection
-   and the null caption are drawn anew.
+   (W − W_i)(φ(t) − φ(500)), and the sum of its squares over blocks and timesteps is least at W =
+   mean over i of W_i, whatever φ and whatever the weights of the timesteps. b cancels out; the mean
+   of the b_i is taken, which makes S the blocks' mean modulation and the tables their deviations
+   from it at t = 500.
+3. The final layer's modulation is table + t-embedding (no SiLU, no network) in PixArt: its table is
+   DiT's final modulation at t = 500 less the embedding of 500.
+4. Cross-attention's output projection is zero, so text changes nothing yet; its other parameters,
+   the caption projection and the null caption are drawn anew.
 """
 
 from __future__ import annotations
@@ -45,39 +48,62 @@ def _embed(embedder: Mapping, timesteps: np.ndarray) -> np.ndarray:
     frequencies = np.exp(-np.log(10000.0) * np.arange(128) / 128)
     angles = np.asarray(timesteps, np.float64)[:, None] * frequencies
     x = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
-    fc1, fc2 = ({name: np.asarray(value, np.float64) for name, value in embedder[layer].items()} for layer in ("fc1", "fc2"))
+    fc1, fc2 = (
+        {name: np.asarray(value, np.float64) for name, value in embedder[layer].items()}
+        for layer in ("fc1", "fc2")
+    )
     return _silu(x @ fc1["kernel"] + fc1["bias"]) @ fc2["kernel"] + fc2["bias"]
 
 
 def _dense(layer: Mapping, x: np.ndarray, i: int | None = None) -> np.ndarray:
     """x · kernel + bias in fp64; i: of the stacked layer i."""
-    kernel, bias = (np.asarray(layer[name] if i is None else layer[name][i], np.float64) for name in ("kernel", "bias"))
+    kernel, bias = (
+        np.asarray(layer[name] if i is None else layer[name][i], np.float64)
+        for name in ("kernel", "bias")
+    )
     return x @ kernel + bias
 
 
 def _class_free_embedder(dit_params: Mapping) -> dict:
     """The timestep embedder with "no class" in its last bias."""
-    embedder, null = dit_params["timestep_embedder"], np.asarray(dit_params["label_embedder"]["table"])[-1]
+    embedder, null = (
+        dit_params["timestep_embedder"],
+        np.asarray(dit_params["label_embedder"]["table"])[-1],
+    )
     bias = (np.asarray(embedder["fc2"]["bias"], np.float64) + null).astype(np.float32)
-    return {"fc1": dict(embedder["fc1"]), "fc2": {"kernel": embedder["fc2"]["kernel"], "bias": bias}}
+    return {
+        "fc1": dict(embedder["fc1"]),
+        "fc2": {"kernel": embedder["fc2"]["kernel"], "bias": bias},
+    }
 
 
 def _check(dit_config: DiTConfig, config: TransformerConfig) -> None:
     for field in _SAME:
         theirs, ours = getattr(dit_config, field), getattr(config, field)
         if theirs != ours:
-            raise UserError(f"a DiT with {field} = {theirs!r} cannot become a transformer with {field} = {ours!r}: they must be equal")
-    for field, there in (("qk_norm", config.qk_norm), ("kv_compression", config.kv_compression > 1)):
+            raise UserError(
+                f"a DiT with {field} = {theirs!r} cannot become a transformer with {field} = "
+                f"{ours!r}: they must be equal"
+            )
+    for field, there in (
+        ("qk_norm", config.qk_norm),
+        ("kv_compression", config.kv_compression > 1),
+    ):
         if there:
-            raise UserError(f"a DiT cannot become a transformer with {field}: it has nothing like it, and the result would differ from it")
+            raise UserError(
+                f"a DiT cannot become a transformer with {field}: it has nothing like it, and the "
+                "result would differ from it"
+            )
 
 
-def from_dit(dit_params: Mapping, dit_config: DiTConfig, config: TransformerConfig, key: jax.Array) -> dict:
+def from_dit(
+    dit_params: Mapping, dit_config: DiTConfig, config: TransformerConfig, key: jax.Array
+) -> dict:
     """Parameters of PixArtTransformer(config), fp32 on the host, from those of DiT(dit_config).
 
-    At t = 500 and with equal positions the result computes what the DiT computes without a class, for any text (and any size:
-    the size embedders of a multi-scale model are drawn anew and end in zeros). key draws what a DiT does not have.
-    UserError where the two geometries differ.
+    At t = 500 and with equal positions the result computes what the DiT computes without a class,
+    for any text (and any size: the size embedders of a multi-scale model are drawn anew and end in
+    zeros). key draws what a DiT does not have. UserError where the two geometries differ.
     """
     _check(dit_config, config)
     old = {path: np.asarray(value) for path, value in flatten(nn.unbox(dit_params)).items()}
@@ -92,9 +118,12 @@ def from_dit(dit_params: Mapping, dit_config: DiTConfig, config: TransformerConf
     new["t_block/kernel"] = modulation["kernel"].mean(0, dtype=np.float64).astype(np.float32)
     new["t_block/bias"] = modulation["bias"].mean(0, dtype=np.float64).astype(np.float32)
     shared = _dense({"kernel": new["t_block/kernel"], "bias": new["t_block/bias"]}, _silu(t))
-    own = np.concatenate([_dense(modulation, _silu(t), i) for i in range(config.depth)])  # [depth, 6d]
+    # [depth, 6d]
+    own = np.concatenate([_dense(modulation, _silu(t), i) for i in range(config.depth)])
     new["blocks/table"] = (own - shared).reshape(config.depth, 6, config.width).astype(np.float32)
-    new["final_table"] = (_dense(tree["final_modulation"], _silu(t)).reshape(2, config.width) - t).astype(np.float32)
+    new["final_table"] = (
+        _dense(tree["final_modulation"], _silu(t)).reshape(2, config.width) - t
+    ).astype(np.float32)
 
     new.update(_fresh(config, key, set(new)))
     for name in ("size_embedder", "ratio_embedder") if config.size_conditions else ():
@@ -109,7 +138,9 @@ def _fresh(config: TransformerConfig, key: jax.Array, known: set[str]) -> dict[s
     def draw(key):
         one, text = jnp.ones((1,)), jnp.zeros((1, 1, config.caption_width))
         latents = jnp.zeros((1, p, p, config.in_channels))
-        params = nn.unbox(PixArtTransformer(config).init(key, latents, one, text, one, jnp.ones((1, 2)), one))["params"]
+        params = nn.unbox(
+            PixArtTransformer(config).init(key, latents, one, text, one, jnp.ones((1, 2)), one)
+        )["params"]
         return {path: value for path, value in flatten(params).items() if path not in known}
 
     return {path: np.asarray(value) for path, value in jax.jit(draw)(key).items()}
@@ -117,15 +148,18 @@ def _fresh(config: TransformerConfig, key: jax.Array, known: set[str]) -> dict[s
 
 @dataclasses.dataclass(frozen=True)
 class ReparameterizationError:
-    """How far the transformer is from the class-free DiT; every figure is ‖difference‖ / ‖DiT's‖."""
+    """How far the transformer is from the class-free DiT; every figure is ‖difference‖ /
+    ‖DiT's‖."""
 
     timesteps: np.ndarray  # [n]
-    blocks: np.ndarray  # [depth, n]: modulation of each block (shift, scale and gate of both halves)
+    # [depth, n]: modulation of each block (shift, scale and gate of both halves)
+    blocks: np.ndarray
     final: np.ndarray  # [n]: modulation of the final layer
     output: np.ndarray  # [n]: the model's output, over the given latents
 
     def summary(self) -> dict[str, float]:
-        """Worst and mean over the timesteps, and the output's error at t = 500 where that is among them; for a log line."""
+        """Worst and mean over the timesteps, and the output's error at t = 500 where that is among
+        them; for a log line."""
         out = {
             "blocks_mean": float(self.blocks.mean()),
             "blocks_max": float(self.blocks.max()),
@@ -155,10 +189,15 @@ def reparameterization_error(
     def relative(ours, theirs):  # [n, …] each
         n = len(times)
         norm = np.linalg.norm(np.reshape(theirs, (n, -1)), axis=-1)
-        return np.linalg.norm(np.reshape(ours - theirs, (n, -1)), axis=-1) / np.maximum(norm, np.finfo(np.float64).tiny)
+        return np.linalg.norm(np.reshape(ours - theirs, (n, -1)), axis=-1) / np.maximum(
+            norm, np.finfo(np.float64).tiny
+        )
 
     tables = np.asarray(new["blocks"]["table"], np.float64).reshape(config.depth, 1, -1)
-    blocks = [relative(tables[i] + shared, _dense(old["blocks"]["modulation"], _silu(t), i)) for i in range(config.depth)]
+    blocks = [
+        relative(tables[i] + shared, _dense(old["blocks"]["modulation"], _silu(t), i))
+        for i in range(config.depth)
+    ]
     final = relative(
         np.asarray(new["final_table"], np.float64)[None] + mine[:, None],
         _dense(old["final_modulation"], _silu(t)).reshape(-1, 2, config.width),
@@ -176,5 +215,7 @@ def reparameterization_error(
         return ours, DiT(dit_config).apply({"params": old}, latents, time, labels)
 
     pairs = [both(old, new, latents, time) for time in times.astype(np.float32)]
-    output = relative(*(np.stack([np.asarray(pair[k], np.float64) for pair in pairs]) for k in (0, 1)))
+    output = relative(
+        *(np.stack([np.asarray(pair[k], np.float64) for pair in pairs]) for k in (0, 1))
+    )
     return ReparameterizationError(times, np.stack(blocks), final, output)

@@ -1,4 +1,5 @@
-"""A run: the stages of a config one after the other, each from where the last one ended, with all that is kept of it."""
+"""A run: the stages of a config one after the other, each from where the last one ended, with all
+that is kept of it."""
 
 from __future__ import annotations
 
@@ -52,11 +53,12 @@ class Stage:
 
 
 def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> None:
-    """Train what is not trained yet and export workdir/model. The same call goes on where a stopped one was.
+    """Train what is not trained yet and export workdir/model. The same call goes on where a stopped
+    one was.
 
-    encode: what turns a tfds source into encoded shards (see batches.Encode); only diffusion tasks on such sources need it.
-    Raises UserError for what a person can put right, loop.Diverged after too many bad steps in a row, Interrupted when a signal
-    stopped the run and its state is saved.
+    encode: what turns a tfds source into encoded shards (see batches.Encode); only diffusion tasks
+    on such sources need it. Raises UserError for what a person can put right, loop.Diverged after
+    too many bad steps in a row, Interrupted when a signal stopped the run and its state is saved.
     """
     with Workdir(workdir, config) as folder, Interruption() as interruption:
         keep_programs(folder.programs)
@@ -73,7 +75,9 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
             place = Place() if latest is None else saves.place(latest)
             try:
                 with figures.Metrics(folder.path, place.total) as metrics, liveness.told():
-                    Run(config, folder, mesh, saves, metrics, meter, encode, interruption).stages(place)
+                    Run(config, folder, mesh, saves, metrics, meter, encode, interruption).stages(
+                        place
+                    )
             except Interrupted as stop:
                 raise Interrupted(f"stopped by {stop}: {_stands(config, saves)}") from None
 
@@ -86,7 +90,10 @@ def _stands(config: Config, saves: Checkpoints) -> str:
         return "nothing was trained yet; the same command begins"
     place = saves.place(latest)
     stage = config.stages[place.stage]
-    return f"stage {stage.name}, step {place.step} of {stage.steps} is saved; the same command goes on from there"
+    return (
+        f"stage {stage.name}, step {place.step} of {stage.steps} is saved; the same command "
+        "goes on from there"
+    )
 
 
 class Run:
@@ -112,7 +119,8 @@ class Run:
         """From a place in the run to its end."""
         self.cost, self.productive = dict(place.cost), place.productive
         kind = self.mesh.devices.flat[0].device_kind
-        if place.total < sum(stage.steps for stage in self.config.stages):  # else nothing is trained, and the account is closed
+        # else nothing is trained, and the account is closed
+        if place.total < sum(stage.steps for stage in self.config.stages):
             self.attempts = Attempts(self.folder.path, place.total, self.mesh.size, kind)
         chip = chip_of(kind)
         self.peak = chip.peak_bf16_flops * self.mesh.size if chip else None  # FLOP/s of all devices
@@ -120,12 +128,22 @@ class Run:
         for index in range(place.stage, len(self.config.stages)):
             stage = self.prepare(index)
             if index == place.stage and place.total:
-                state, start, window = self.saves.restore(place.total, stage.abstract), place.step, Window(**place.window)
-                print(f"going on at stage {self.config.stages[index].name}, step {start} of {self.config.stages[index].steps}")
+                state, start, window = (
+                    self.saves.restore(place.total, stage.abstract),
+                    place.step,
+                    Window(**place.window),
+                )
+                print(
+                    f"going on at stage {self.config.stages[index].name}, step {start} of "
+                    f"{self.config.stages[index].steps}"
+                )
             else:
                 state, start, window = self.begin(stage, previous), 0, Window()
-            state = self.train(stage, state, start, window, done=sum(s.steps for s in self.config.stages[:index]))
-            previous, state = (stage, state.average), None  # the optimizer's memory is free before the next stage takes its own
+            state = self.train(
+                stage, state, start, window, done=sum(s.steps for s in self.config.stages[:index])
+            )
+            # the optimizer's memory is free before the next stage takes its own
+            previous, state = (stage, state.average), None
         self.finish(*previous)
 
     def prepare(self, index: int) -> Stage:
@@ -133,9 +151,19 @@ class Run:
         config = self.config.stages[index]
         loader = open_loader(self.config, index, self.frozen, self.encode, self.mesh)
         if len(loader.samples.buckets) > 1 and jax.process_index() == 0:
-            held = np.bincount(loader.samples.bucket_of[loader.samples.bucket_of >= 0], minlength=len(loader.samples.buckets))
-            counts = {bucket: int(count) for bucket, count in zip(loader.samples.buckets, held, strict=True)}
-            bucket_chart.write(self.folder.path / f"buckets-{config.name}.png", counts, title=f"stage {config.name}")
+            held = np.bincount(
+                loader.samples.bucket_of[loader.samples.bucket_of >= 0],
+                minlength=len(loader.samples.buckets),
+            )
+            counts = {
+                bucket: int(count)
+                for bucket, count in zip(loader.samples.buckets, held, strict=True)
+            }
+            bucket_chart.write(
+                self.folder.path / f"buckets-{config.name}.png",
+                counts,
+                title=f"stage {config.name}",
+            )
         made = parts(self.config, config, self.frozen, self.mesh)
         if made.remat and jax.process_index() == 0:
             print(f"stage {config.name}: {made.remat}")
@@ -158,7 +186,9 @@ class Run:
             write_atomic(self.folder.path / f"{name}.json", json.dumps(figures, indent=1) + "\n")
             print(f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in figures.items())}")
 
-    def train(self, stage: Stage, state: TrainState, start: int, window: Window, done: int) -> TrainState:
+    def train(
+        self, stage: Stage, state: TrainState, start: int, window: Window, done: int
+    ) -> TrainState:
         config, task = self.config.stages[stage.index], stage.task
         since = time.perf_counter()
         joules = self.meter.joules or 0.0
@@ -176,40 +206,79 @@ class Run:
             since, joules = now, energy
 
         def log(number, values):
-            more = {"goodput": self.attempts.goodput(clock.productive), "restarts": self.attempts.restarts}
+            more = {
+                "goodput": self.attempts.goodput(clock.productive),
+                "restarts": self.attempts.restarts,
+            }
             more |= figures.device_memory(self.mesh.devices.flat)
-            self.metrics.write(stage=config.name, step=number, total=done + number, values={**values, **more})
+            self.metrics.write(
+                stage=config.name, step=number, total=done + number, values={**values, **more}
+            )
 
         def save(number, state, window):
             cost_until(number)
             loader, self.productive = stage.loader.state_at(number), clock.productive
-            place = Place(stage.index, number, done + number, dict(self.cost), dataclasses.asdict(window), loader, {}, clock.productive)
+            place = Place(
+                stage.index,
+                number,
+                done + number,
+                dict(self.cost),
+                dataclasses.asdict(window),
+                loader,
+                {},
+                clock.productive,
+            )
             self.saves.save(place, state)
 
         def saves(number):
-            self.saves.check()  # a save that fails in the background is no news for the next save's time
-            return number % self.config.checkpoint_every == 0 or bool(every and (done + number) % every == 0)
+            # a save that fails in the background is no news for the next save's time
+            self.saves.check()
+            return number % self.config.checkpoint_every == 0 or bool(
+                every and (done + number) % every == 0
+            )
 
         def preview(number, state):
             self.draw(stage, state, number, done + number)
 
         def bad(number, values):
             keys = record_keys(stage.loader, number - 1)
-            self.metrics.bad_step(stage=config.name, step=number, total=done + number, values=values, keys=keys)
+            self.metrics.bad_step(
+                stage=config.name, step=number, total=done + number, values=values, keys=keys
+            )
             return keys
 
         guard, every = self.config.guard, self.config.keep_every
-        step = compiled_step(self.config, config, Parts(task, stage.optimizer, stage.abstract), self.mesh)
+        step = compiled_step(
+            self.config, config, Parts(task, stage.optimizer, stage.abstract), self.mesh
+        )
         clock = Clock(config.batch_size, self.productive, self.peak)
         watch = Watch(
-            self.config.log_every, self.config.preview.every, guard.bad_steps_in_row, done, saves, log, save, preview, bad,
-            batch_flops(task, config.batch_size), clock, self.interruption, Trace(self.folder.profile, self.config.profile.steps),
-        )  # fmt: skip
+            self.config.log_every,
+            self.config.preview.every,
+            guard.bad_steps_in_row,
+            done,
+            saves,
+            log,
+            save,
+            preview,
+            bad,
+            batch_flops(task, config.batch_size),
+            clock,
+            self.interruption,
+            Trace(self.folder.profile, self.config.profile.steps),
+        )
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1_000 + stage.index)
         sharding = rules.batch_sharding(self.mesh)
-        place = {"name": config.name, "start": start, "steps": config.steps, "key": key, "window": window}
+        place = {
+            "name": config.name,
+            "start": start,
+            "steps": config.steps,
+            "key": key,
+            "window": window,
+        }
         state = train(state, step, stage.loader, sharding=sharding, watch=watch, **place)
-        if start == config.steps and not self.sample(config.name, start).exists():  # killed between the last save and its look
+        # killed between the last save and its look
+        if start == config.steps and not self.sample(config.name, start).exists():
             preview(start, state)
         return state
 
@@ -219,7 +288,9 @@ class Run:
 
     def draw(self, stage: Stage, state: TrainState, number: int, total: int) -> None:
         """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
-        pictures, captions = stage.task.preview(state.average, stage.loader.whole(0, rows=8), self.config.preview)
+        pictures, captions = stage.task.preview(
+            state.average, stage.loader.whole(0, rows=8), self.config.preview
+        )
         if len(pictures) and jax.process_index() == 0:
             sheet = png.grid(pictures, captions)
             name = self.config.stages[stage.index].name
@@ -231,9 +302,18 @@ class Run:
         self.saves.wait()
         if jax.process_index() == 0:
             device = self.mesh.devices.flat[0]
-            account = ledger(self.cost, self.mesh.size, device.device_kind, self.config.hardware, self.meter.source)
+            account = ledger(
+                self.cost,
+                self.mesh.size,
+                device.device_kind,
+                self.config.hardware,
+                self.meter.source,
+            )
             write_atomic(self.folder.path / "ledger.json", json.dumps(account, indent=1) + "\n")
-            png.write(self.folder.path / "loss.png", figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")))
+            png.write(
+                self.folder.path / "loss.png",
+                figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")),
+            )
         stage.task.export(params, self.folder.model, stage.loader.whole)
         if jax.process_index() == 0:
             print(summary(self.folder.path))
@@ -241,24 +321,30 @@ class Run:
 
 
 def record_keys(loader, step: int, rows: int = 64) -> list[str]:
-    """Names of the records in the global batch of a step (counted from 0), whichever process reads them; a few rows at a time."""
+    """Names of the records in the global batch of a step (counted from 0), whichever process reads
+    them; a few rows at a time."""
     batch = loader.plan.batch(step)
     keys: list[str] = []
     for at in range(0, len(batch.indices), rows):
-        part = loader.samples.read(batch.indices[at : at + rows], batch.bucket, batch.draws[at : at + rows])
+        part = loader.samples.read(
+            batch.indices[at : at + rows], batch.bucket, batch.draws[at : at + rows]
+        )
         keys += [str(key) for key in part["key"]]
     return keys
 
 
 def batch_flops(task: Task, batch_size: int):
-    """batch (its rows in this process) → FLOPs of a train step on the whole of it; 0 for a task whose model is not counted."""
+    """batch (its rows in this process) → FLOPs of a train step on the whole of it; 0 for a task
+    whose model is not counted."""
     model = getattr(task.module, "config", None)
     if not isinstance(model, TransformerConfig | DiTConfig):
         return lambda batch: 0.0
 
     def flops(batch) -> float:
         height, width = (side * PIXELS for side in batch["mean"].shape[1:3])
-        return batch_size * train_flops(model, height, width, batch["text_states"].shape[1] if "text_states" in batch else 0)
+        return batch_size * train_flops(
+            model, height, width, batch["text_states"].shape[1] if "text_states" in batch else 0
+        )
 
     return flops
 
@@ -268,15 +354,23 @@ def _check_batches(config: Config, mesh) -> None:
     for stage in config.stages:
         unit = batch_shards(mesh) * stage.optimizer.accumulate
         if stage.batch_size % unit:
-            parts = f"mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × accumulate {stage.optimizer.accumulate}"
-            raise UserError(f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} ({parts})")
+            parts = (
+                f"mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × accumulate "
+                f"{stage.optimizer.accumulate}"
+            )
+            raise UserError(
+                f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} "
+                f"({parts})"
+            )
 
 
 def _check_folders(config: Config) -> None:
     """What a later stage lacks is said now, not when its turn comes."""
     for stage in config.stages:
         if stage.start not in ("fresh", "previous") and not Path(stage.start).is_dir():
-            raise UserError(f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)")
+            raise UserError(
+                f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)"
+            )
         for _, source in parts_of(stage.data.source):
             try:
                 kind_of(source)
@@ -285,4 +379,7 @@ def _check_folders(config: Config) -> None:
     for field in ("vae", "text_encoder"):
         folder = getattr(config, field)
         if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"{field} {folder!r}: no such folder; give a model folder, or one with config.json and weights")
+            raise UserError(
+                f"{field} {folder!r}: no such folder; give a model folder, or one with "
+                "config.json and weights"
+            )

@@ -18,18 +18,28 @@ from pixart_jax.training.reparameterization import from_dit, reparameterization_
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.table import flatten, unflatten
 
-# What given weights may lack: the parts that a multi-scale model has beyond a plain one, the null caption, for which
-# diffusers' files have no place, and the decoder that a text encoder is trained with.
+# What given weights may lack: the parts that a multi-scale model has beyond a plain one, the null
+# caption, for which diffusers' files have no place, and the decoder that a text encoder is trained
+# with.
 _ADDABLE = ("size_embedder/", "ratio_embedder/", "null_caption", "decoder/")
 
 
-def first_params(config: Config, index: int, task, previous, fresh, key: jax.Array, report: Callable[[str, dict], None]):
+def first_params(
+    config: Config,
+    index: int,
+    task,
+    previous,
+    fresh,
+    key: jax.Array,
+    report: Callable[[str, dict], None],
+):
     """Parameters (plain tree) of the first step of stage ``index``.
 
-    task: the stage's. previous: (task, averaged parameters) of the stage before, or None. fresh: () → new parameters on the
-    mesh. report(name, figures): told how well a conversion went.
+    task: the stage's. previous: (task, averaged parameters) of the stage before, or None. fresh: ()
+    → new parameters on the mesh. report(name, figures): told how well a conversion went.
 
-    A stage that follows takes the EMA of the one before: the weights that its samples were drawn with.
+    A stage that follows takes the EMA of the one before: the weights that its samples were drawn
+    with.
     """
     stage = config.stages[index]
     if stage.start == "fresh" or (stage.start == "previous" and index == 0):
@@ -43,13 +53,22 @@ def first_params(config: Config, index: int, task, previous, fresh, key: jax.Arr
 
 
 def opened(stage: StageConfig):
-    """(task, model config, parameters) of the folder that a stage names: a part's own, or a model's."""
+    """(task, model config, parameters) of the folder that a stage names: a part's own, or a
+    model's."""
     folder = Path(stage.start)
     part = {"autoencoder": "vae", "text_to_text": "text_encoder"}.get(stage.task, "transformer")
     component = load_component(folder / part if (folder / part).is_dir() else folder)
-    kinds = {TransformerConfig: "text_to_image", DiTConfig: "class_conditional", T5Config: "text_to_text"}
+    kinds = {
+        TransformerConfig: "text_to_image",
+        DiTConfig: "class_conditional",
+        T5Config: "text_to_text",
+    }
     kind = kinds.get(type(component.config), "autoencoder")
-    return kind, component.config, {"encoder": component.params} if kind == "text_to_text" else component.params
+    return (
+        kind,
+        component.config,
+        {"encoder": component.params} if kind == "text_to_text" else component.params,
+    )
 
 
 def converted(stage: StageConfig, kind: str, model, params, task, fresh, key: jax.Array, report):
@@ -58,10 +77,17 @@ def converted(stage: StageConfig, kind: str, model, params, task, fresh, key: ja
         old = jax.tree.map(on_host, params)
         params = from_dit(old, model, task.module.config, key)
         height, width = stage.data.buckets[0]
-        latents = jax.random.normal(jax.random.fold_in(key, 1), (2, height // 8, width // 8, model.in_channels))
-        report("reparameterization", reparameterization_error(old, model, params, task.module.config, latents).summary())
+        latents = jax.random.normal(
+            jax.random.fold_in(key, 1), (2, height // 8, width // 8, model.in_channels)
+        )
+        report(
+            "reparameterization",
+            reparameterization_error(old, model, params, task.module.config, latents).summary(),
+        )
     elif kind != stage.task:
-        raise UserError(f"stage {stage.name}: task {stage.task} cannot start from a model of task {kind}")
+        raise UserError(
+            f"stage {stage.name}: task {stage.task} cannot start from a model of task {kind}"
+        )
     return fitted(stage, params, task, fresh)
 
 
@@ -80,12 +106,20 @@ def fitted(stage: StageConfig, params, task, fresh):
     if extra or wrong or (missing and not addable):
         what = [
             f"{len(found)} {name}: {', '.join(found[:3])}"
-            for name, found in (("missing", missing), ("left over", extra), ("of another shape", wrong))
+            for name, found in (
+                ("missing", missing),
+                ("left over", extra),
+                ("of another shape", wrong),
+            )
             if found
         ]
         raise UserError(f"stage {stage.name} cannot start from these weights ({'; '.join(what)})")
     if missing:
         made = flatten(fresh())
-        # The embedders' last layer is put to zero, so that the model begins as the plain one that it was.
-        given |= {path: np.zeros(made[path].shape, made[path].dtype) if "/fc2/" in path else made[path] for path in missing}
+        # The embedders' last layer is put to zero, so that the model begins as the plain one that
+        # it was.
+        given |= {
+            path: np.zeros(made[path].shape, made[path].dtype) if "/fc2/" in path else made[path]
+            for path in missing
+        }
     return unflatten(given)

@@ -17,8 +17,10 @@ from pixart_jax.training.ema import averaged
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 scalar, steps done in this stage, skipped ones too. params: fp32 masters. opt_state: Optax's, the EMA within.
-    guard: what lets a bad step be told (training/bad_steps.py); None in a state that never steps."""
+    """step: int32 scalar, steps done in this stage, skipped ones too. params: fp32 masters.
+    opt_state: Optax's, the EMA within.
+    guard: what lets a bad step be told (training/bad_steps.py); None in a state that never
+    steps."""
 
     step: jax.Array
     params: optax.Params
@@ -33,16 +35,19 @@ class TrainState:
 
 
 def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as shapes with shardings. boxed_shapes: jax.eval_shape of the module's init, with logical axis names.
+    """The state as shapes with shardings. boxed_shapes: jax.eval_shape of the module's init, with
+    logical axis names.
 
-    What the optimizer keeps for a parameter lies as the parameter does where it has its shape; factors and counters are
-    small and replicated.
+    What the optimizer keeps for a parameter lies as the parameter does where it has its shape;
+    factors and counters are small and replicated.
     """
     shardings = rules.parameter_shardings(boxed_shapes, mesh)
     params = rules.unboxed(boxed_shapes)
     by_path = {
         _names(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
     }
     whole = rules.replicated(mesh)
 
@@ -58,15 +63,25 @@ def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def fresh_params(init: Callable[[jax.Array], optax.Params], key: jax.Array, abstract: TrainState) -> optax.Params:
-    """``init(key)``'s parameters (boxed or plain), made where they will lie: never whole on one device first."""
-    return jax.jit(lambda k: rules.unboxed(init(k)), out_shardings=shardings_of(abstract.params))(key)
+def fresh_params(
+    init: Callable[[jax.Array], optax.Params], key: jax.Array, abstract: TrainState
+) -> optax.Params:
+    """``init(key)``'s parameters (boxed or plain), made where they will lie: never whole on one
+    device first."""
+    return jax.jit(lambda k: rules.unboxed(init(k)), out_shardings=shardings_of(abstract.params))(
+        key
+    )
 
 
-def state_from(params: optax.Params, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    """Step 0 from given parameters (numpy or jax arrays, anywhere); those that already lie right are taken over, not copied."""
+def state_from(
+    params: optax.Params, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """Step 0 from given parameters (numpy or jax arrays, anywhere); those that already lie right
+    are taken over, not copied."""
     placed = jax.tree.map(gather.placed, params, abstract.params)
-    return jax.jit(lambda p: _begin(p, optimizer), out_shardings=shardings_of(abstract), donate_argnums=0)(placed)
+    return jax.jit(
+        lambda p: _begin(p, optimizer), out_shardings=shardings_of(abstract), donate_argnums=0
+    )(placed)
 
 
 def shardings_of(abstract):

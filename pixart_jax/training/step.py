@@ -1,4 +1,5 @@
-"""One train step: a pure function (state, batch, key) → (state, metrics), compiled once a batch shape."""
+"""One train step: a pure function (state, batch, key) → (state, metrics), compiled once a batch
+shape."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from pixart_jax.parallel import rules
 from pixart_jax.training.state import TrainState, shardings_of
 
 Batch = dict[str, jax.Array]  # each [b, …]
-Losses = Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]  # (params, batch, keys [b]) → {"loss": [b], …}
+# (params, batch, keys [b]) → {"loss": [b], …}
+Losses = Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]
 
 
 def train_step(
@@ -30,12 +32,14 @@ def train_step(
     mesh: Mesh | None = None,
     spike_factor: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Move the state one step, or, where loss or gradient are not finite or a spike (training/bad_steps.py), only its count.
+    """Move the state one step, or, where loss or gradient are not finite or a spike
+    (training/bad_steps.py), only its count.
 
-    losses gives one value a sample, so that a batch's loss is the mean whatever the micro-batches; each sample has its own
-    key, split from ``key`` by its place in the whole batch. With accumulate > 1 a scan adds up the gradients of that
-    many micro-batches; the result is the whole batch's. Metrics are fp32 scalars: the means of what losses gives, lr, grad_norm,
-    skipped (1 where the step was not taken) and skipped_in_row, how many have not been until now.
+    losses gives one value a sample, so that a batch's loss is the mean whatever the micro-batches;
+    each sample has its own key, split from ``key`` by its place in the whole batch. With accumulate
+    > 1 a scan adds up the gradients of that many micro-batches; the result is the whole batch's.
+    Metrics are fp32 scalars: the means of what losses gives, lr, grad_norm, skipped (1 where the
+    step was not taken) and skipped_in_row, how many have not been until now.
     """
     size = len(jax.tree.leaves(batch)[0])
     keys = jax.random.split(key, size)
@@ -54,7 +58,9 @@ def train_step(
             return jax.tree.map(jnp.add, total, gradient(state.params, *part)), None
 
         shapes = jax.eval_shape(gradient, state.params, *jax.tree.map(lambda x: x[0], micro))
-        total, _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), micro)
+        total, _ = jax.lax.scan(
+            add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), micro
+        )
         grads, terms = jax.tree.map(lambda x: x / accumulate, total)
 
     grad_norm = optax.global_norm(grads)
@@ -68,7 +74,8 @@ def train_step(
     params, opt_state = taken_where(ok, take, state.params, state.opt_state, grads, on_cpu=on_cpu)
     metrics = {
         **terms,
-        "lr": jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32),  # the optimizer counts the steps that it took
+        # the optimizer counts the steps that it took
+        "lr": jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32),
         "grad_norm": grad_norm,
         "skipped": 1.0 - ok.astype(jnp.float32),
         "skipped_in_row": guard.in_row.astype(jnp.float32),
@@ -92,7 +99,14 @@ class CompiledStep:
         accumulate: int = 1,
         spike_factor: float | None = None,
     ):
-        how = {"losses": losses, "optimizer": optimizer, "rate": rate, "accumulate": accumulate, "mesh": mesh, "spike_factor": spike_factor}
+        how = {
+            "losses": losses,
+            "optimizer": optimizer,
+            "rate": rate,
+            "accumulate": accumulate,
+            "mesh": mesh,
+            "spike_factor": spike_factor,
+        }
 
         def step(state, batch, key):
             return train_step(state, batch, key, **how)
@@ -106,12 +120,15 @@ class CompiledStep:
             donate_argnums=0,
         )
 
-    def __call__(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(
+        self, state: TrainState, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
             return self.jitted(state, batch, key)
 
     def trace(self, state: TrainState, batch: Batch, key) -> jax.stages.Traced:
-        """The step traced for arrays of these shapes, as a call would trace it; ``.lower().compile()`` makes the executable."""
+        """The step traced for arrays of these shapes, as a call would trace it;
+        ``.lower().compile()`` makes the executable."""
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
             return self.jitted.trace(state, batch, key)
 
@@ -122,11 +139,13 @@ class CompiledStep:
 
 
 def taken_where(ok: jax.Array, take: Callable, params, opt_state, grads, *, on_cpu: bool):
-    """take(params, opt_state, grads) where ok, else params and opt_state as they are, to the bit; donated, both stay where they lie.
+    """take(params, opt_state, grads) where ok, else params and opt_state as they are, to the bit;
+    donated, both stay where they lie.
 
-    A selection is fused into the update on accelerators. XLA for CPUs would keep the new moments beside the selected ones, more than a
-    copy of the parameters; there it is a loop of one turn or none, whose state is updated in place. A branch would do for CPUs, but XLA
-    for GPUs copies all that a branch gives (9 GiB for XL/2), and the host must read ok before the device can go on.
+    A selection is fused into the update on accelerators. XLA for CPUs would keep the new moments
+    beside the selected ones, more than a copy of the parameters; there it is a loop of one turn or
+    none, whose state is updated in place. A branch would do for CPUs, but XLA for GPUs copies all
+    that a branch gives (9 GiB for XL/2), and the host must read ok before the device can go on.
     """
     if on_cpu:
 
@@ -135,12 +154,19 @@ def taken_where(ok: jax.Array, take: Callable, params, opt_state, grads, *, on_c
             return (jnp.zeros((), bool), *take(params, opt_state, grads))
 
         return jax.lax.while_loop(lambda carried: carried[0], turn, (ok, params, opt_state))[1:]
-    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), take(params, opt_state, grads), (params, opt_state))
+    return jax.tree.map(
+        lambda new, old: jnp.where(ok, new, old),
+        take(params, opt_state, grads),
+        (params, opt_state),
+    )
 
 
 def _split(x: jax.Array, parts: int, mesh: Mesh | None) -> jax.Array:
-    """[b, …] → [parts, b / parts, …], each part strided over the batch so that every device keeps its own samples."""
+    """[b, …] → [parts, b / parts, …], each part strided over the batch so that every device keeps
+    its own samples."""
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
     if mesh is not None:
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"))))
+        x = jax.lax.with_sharding_constraint(
+            x, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+        )
     return x

@@ -8,7 +8,8 @@ import jax
 
 
 class Trace:
-    """steps: (first, last) by the run's count, both traced whole; None: nothing. Use as a context: leaving it ends a trace."""
+    """steps: (first, last) by the run's count, both traced whole; None: nothing. Use as a context:
+    leaving it ends a trace."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, self._steps, self._open = Path(folder), steps, False
@@ -21,7 +22,9 @@ class Trace:
 
     def opens(self, total: int) -> bool:
         """Whether the trace begins with this step; the steps before it must be done then."""
-        return self._steps is not None and not self._open and self._steps[0] <= total <= self._steps[1]
+        return (
+            self._steps is not None and not self._open and self._steps[0] <= total <= self._steps[1]
+        )
 
     def closes(self, total: int) -> bool:
         """Whether this step is the trace's last; it must be done before ``stop``."""
@@ -39,4 +42,7 @@ class Trace:
             self._open = False
             jax.profiler.stop_trace()
             if jax.process_index() == 0:
-                print(f"profile of steps {self._steps[0]} to {self._steps[1]}: {self._folder} (tensorboard --logdir, or ui.perfetto.dev)")
+                print(
+                    f"profile of steps {self._steps[0]} to {self._steps[1]}: {self._folder} "
+                    "(tensorboard --logdir, or ui.perfetto.dev)"
+                )

@@ -13,7 +13,8 @@ import jax
 from pixart_jax.config import Config
 from pixart_jax.errors import UserError
 
-# What may change between two calls: it changes what is shown, kept or where it is computed, not what is learned.
+# What may change between two calls: it changes what is shown, kept or where it is computed, not
+# what is learned.
 FREE = (
     "log_every",
     "checkpoint_every",
@@ -33,8 +34,9 @@ FREE = (
 class Workdir:
     """The folder ``path`` for a run of ``config``; a context that holds its lock.
 
-    Entering raises UserError when the folder holds a run of another config (says what differs) or another process is writing there;
-    :meth:`keep` writes the config down, once it is known that the run can begin.
+    Entering raises UserError when the folder holds a run of another config (says what differs) or
+    another process is writing there; :meth:`keep` writes the config down, once it is known that the
+    run can begin.
     """
 
     def __init__(self, path: str | os.PathLike, config: Config):
@@ -52,7 +54,10 @@ class Workdir:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"workdir {self.path} is in use by another run: wait for it, or name another folder") from None
+                raise UserError(
+                    f"workdir {self.path} is in use by another run: wait for it, or name another "
+                    "folder"
+                ) from None
         self._compare()
         self.samples.mkdir(exist_ok=True)
         return self
@@ -67,18 +72,27 @@ class Workdir:
             try:
                 theirs = json.loads(file.read_text())
             except ValueError:
-                raise UserError(f"{file} is damaged: move it away if the workdir is this config's") from None
+                raise UserError(
+                    f"{file} is damaged: move it away if the workdir is this config's"
+                ) from None
             differing = differences(with_defaults(theirs, self.config), mine)
             if differing:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-                raise UserError(f"workdir {self.path} holds another config: {'; '.join(differing[:3])}{more}; name another folder")
+                raise UserError(
+                    f"workdir {self.path} holds another config: {'; '.join(differing[:3])}{more}; "
+                    "name another folder"
+                )
         elif self.checkpoints.exists():
-            raise UserError(f"workdir {self.path} holds checkpoints but no config.json: name another folder")
+            raise UserError(
+                f"workdir {self.path} holds checkpoints but no config.json: name another folder"
+            )
 
     def keep(self) -> None:
         """The resolved config → config.json: from now on the folder is this run's."""
         if jax.process_index() == 0:
-            write_atomic(self.path / "config.json", json.dumps(as_json(self.config), indent=1) + "\n")
+            write_atomic(
+                self.path / "config.json", json.dumps(as_json(self.config), indent=1) + "\n"
+            )
 
 
 def as_json(config: Config) -> dict:
@@ -88,23 +102,29 @@ def as_json(config: Config) -> dict:
 
 def _plain(value):
     """Dataclasses, tuples and plain values → what JSON gives back of them."""
-    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
+    return json.loads(
+        json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
+    )
 
 
 def keep_programs(folder: Path) -> None:
-    """Compiled programs are kept in ``folder`` and read from there by the next start, unless JAX has been given another place for them.
+    """Compiled programs are kept in ``folder`` and read from there by the next start, unless JAX
+    has been given another place for them.
 
     To be called before the first compilation.
     """
-    if jax.config.jax_compilation_cache_dir is not None:  # set by the program or by JAX_COMPILATION_CACHE_DIR
+    # set by the program or by JAX_COMPILATION_CACHE_DIR
+    if jax.config.jax_compilation_cache_dir is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # a start is made of many small programs
+        # a start is made of many small programs
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def with_defaults(stored, config):
-    """A stored config as JSON, completed by the defaults of the fields that its version of the program did not know.
+    """A stored config as JSON, completed by the defaults of the fields that its version of the
+    program did not know.
 
     config: the dataclass that it is to be compared with, which says what fields there are.
     """
@@ -128,9 +148,11 @@ def differences(old: dict, new: dict) -> list[str]:
     before, after = dict(_leaves(old)), dict(_leaves(new))
     absent = object()
     return [
-        f"{path} was {_show(before.get(path, absent), absent)}, now {_show(after.get(path, absent), absent)}"
+        f"{path} was {_show(before.get(path, absent), absent)}, now "
+        f"{_show(after.get(path, absent), absent)}"
         for path in dict.fromkeys([*before, *after])
-        if before.get(path, absent) != after.get(path, absent) and not set(path.split(".")) & set(FREE)
+        if before.get(path, absent) != after.get(path, absent)
+        and not set(path.split(".")) & set(FREE)
     ]
 
 
@@ -145,7 +167,13 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def _leaves(value, path=""):
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else None
+    )
     if items is None or not value:
         yield path, value
         return

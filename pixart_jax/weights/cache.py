@@ -1,7 +1,9 @@
-"""Weights as they lie in memory, kept on disk: the second opening of a model changes no axes and no dtype.
+"""Weights as they lie in memory, kept on disk: the second opening of a model changes no axes and no
+dtype.
 
-One safetensors file for each (model folder, dtypes), under our own names. Its header says which files it was made of, by size
-and time of change, and by which code; where any of that has changed it is made anew in its place.
+One safetensors file for each (model folder, dtypes), under our own names. Its header says which
+files it was made of, by size and time of change, and by which code; where any of that has changed
+it is made anew in its place.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Cache:
         self._root, self._folder, self._how = root, folder.resolve(), how
 
     def find(self) -> SafetensorsFile | None:
-        """The kept file; None where there is none, or it was made of other files or by other code."""
+        """The kept file; None where there is none, or it was made of other files or by other
+        code."""
         if not self._path.is_file():
             return None
         try:
@@ -42,14 +45,18 @@ class Cache:
         return held if held.metadata.get(_IDENTITY) == self._identity() else None
 
     def keep(self, params: Mapping) -> None:
-        """Write the parameters, unless they are few, lie on several hosts, or the disk has no room for them, which is said."""
+        """Write the parameters, unless they are few, lie on several hosts, or the disk has no room
+        for them, which is said."""
         flat = leaves(params)
         size = sum(array.nbytes for array in flat.values())
         if size < SMALLEST or not all(array.is_fully_addressable for array in flat.values()):
             return
         self._root.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self._root).free) < 1.1 * size:
-            _say(f"the weights of {self._folder} are not kept in {self._root}: {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
+            _say(
+                f"the weights of {self._folder} are not kept in {self._root}: {size / 1e9:.1f} "
+                f"GB, and {free / 1e9:.1f} GB are free there"
+            )
             return
         write_safetensors(self._path, flat, {_IDENTITY: self._identity()})
 
@@ -59,7 +66,11 @@ class Cache:
         return self._root / f"{self._folder.parent.name}-{self._folder.name}-{key}.safetensors"
 
     def _identity(self) -> str:
-        files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(self._folder.iterdir()) if path.is_file()}
+        files = {
+            path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in sorted(self._folder.iterdir())
+            if path.is_file()
+        }
         return json.dumps([files, list(self._how), _code(), sys.byteorder])
 
 

@@ -1,4 +1,5 @@
-"""A part of a model, bound: config, module and parameters together, opened from and saved to a folder of diffusers or transformers."""
+"""A part of a model, bound: config, module and parameters together, opened from and saved to a
+folder of diffusers or transformers."""
 
 from __future__ import annotations
 
@@ -42,28 +43,35 @@ from pixart_jax.weights.streaming import Reading, aliased
 from pixart_jax.weights.table import Entry, Pending, flatten, unflatten, write
 
 CONFIG = "config.json"
-NULL_CAPTION = "null_caption.safetensors"  # beside the transformer's weights: diffusers has no place for it and would warn of its key
+# beside the transformer's weights: diffusers has no place for it and would warn of its key
+NULL_CAPTION = "null_caption.safetensors"
 
 
 def _apply(module: nn.Module, method: str, params, *arguments):
     return module.apply({"params": params}, *arguments, method=method)
 
 
-# One executable a (module, method, shapes); modules of equal config are equal, so other parameters do not recompile.
+# One executable a (module, method, shapes); modules of equal config are equal, so other parameters
+# do not recompile.
 _run = jax.jit(_apply, static_argnums=(0, 1))
-# A CPU multiplies narrow floats as fp32, and XLA would widen the whole stack of a scan's parameters before it begins: 19 GB for T5-XXL.
+# A CPU multiplies narrow floats as fp32, and XLA would widen the whole stack of a scan's parameters
+# before it begins: 19 GB for T5-XXL.
 _run_layer_by_layer = jax.jit(
-    _apply, static_argnums=(0, 1), compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    _apply,
+    static_argnums=(0, 1),
+    compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Component(abc.ABC):
-    """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation. mesh: where params lie, or None.
+    """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation.
+    mesh: where params lie, or None.
 
-    A component that was just opened reads its parameters while its caller goes on; asking for ``params`` waits for them (opening.py).
-    Opened with a dtype, the matrices of what computes in it are held in it too, so bfloat16 is half the memory; norms, tables,
-    biases and all that computes in fp32 stay in fp32.
+    A component that was just opened reads its parameters while its caller goes on; asking for
+    ``params`` waits for them (opening.py). Opened with a dtype, the matrices of what computes in it
+    are held in it too, so bfloat16 is half the memory; norms, tables, biases and all that computes
+    in fp32 stay in fp32.
     """
 
     config: object
@@ -74,11 +82,13 @@ class Component(abc.ABC):
     weights_file: ClassVar[str] = "diffusion_pytorch_model.safetensors"
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # one spelling, so that equal modules hash alike
+        # one spelling, so that equal modules hash alike
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
     @functools.cached_property
     def module(self) -> nn.Module:
-        """The Flax module; equal for equal config and dtype, and hashable, so it can be a static argument of jit."""
+        """The Flax module; equal for equal config and dtype, and hashable, so it can be a static
+        argument of jit."""
         return self._module(self.config, self.dtype)
 
     def replace(self, **changes) -> Self:
@@ -87,26 +97,35 @@ class Component(abc.ABC):
 
     @property
     def shapes(self) -> Mapping:
-        """The tree of params as jax.ShapeDtypeStruct, without waiting for those that are being read."""
+        """The tree of params as jax.ShapeDtypeStruct, without waiting for those that are being
+        read."""
         held = self._held
-        return held.shapes if isinstance(held, Opening) else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
+        return (
+            held.shapes
+            if isinstance(held, Opening)
+            else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
+        )
 
     @property
     def _held(self) -> Mapping | Opening:
         return vars(self)["params"]
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write config.json and the weights, each whole or not at all, in the dtype that params are held in.
+        """Write config.json and the weights, each whole or not at all, in the dtype that params are
+        held in.
 
-        Where several processes share the parameters all must call it: tensor by tensor, a stack's layer by layer, they gather
-        what the first one writes, so that no host holds more than one beside its own. Raises UserError when the folder
-        cannot be written.
+        Where several processes share the parameters all must call it: tensor by tensor, a stack's
+        layer by layer, they gather what the first one writes, so that no host holds more than one
+        beside its own. Raises UserError when the folder cannot be written.
         """
         params, folder = nn.unbox(dict(self.params)), Path(folder)
         if jax.process_index() == 0:
             self._write_weights(folder, params)
             write_json(folder / CONFIG, self._config_to_json(params))
-        elif any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+        elif any(
+            isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+            for leaf in jax.tree.leaves(params)
+        ):
             self._write_weights(folder, params)
 
     # What each kind of component fills in.
@@ -139,16 +158,19 @@ class Component(abc.ABC):
 
     @classmethod
     def _keep(cls, path: str, dtype) -> np.dtype:
-        """The dtype in which a parameter is held when the computation is in ``dtype``: that of the products that it enters."""
+        """The dtype in which a parameter is held when the computation is in ``dtype``: that of the
+        products that it enters."""
         narrow = path.endswith("kernel") and not path.startswith(cls._wide)
         return np.dtype(dtype) if narrow else np.dtype(np.float32)
 
     @classmethod
     def computed(cls, params, dtype):
-        """fp32 parameters as a component opened with ``dtype`` holds them: what enters products in it is cast to it, the rest is as given.
+        """fp32 parameters as a component opened with ``dtype`` holds them: what enters products in
+        it is cast to it, the rest is as given.
 
-        Whoever computes more than once with fp32 parameters casts them once by it, ahead of the loop over blocks. The module's results
-        are the same to the bit, for it casts to the same dtype what it is given in another.
+        Whoever computes more than once with fp32 parameters casts them once by it, ahead of the
+        loop over blocks. The module's results are the same to the bit, for it casts to the same
+        dtype what it is given in another.
         """
 
         def cast(path, leaf):
@@ -161,22 +183,37 @@ class Component(abc.ABC):
 
     @classmethod
     def _boxed(cls, config, dtype, *more) -> Mapping:
-        """The tree of shapes that the module's init makes, each in its box of axis names; nothing is computed."""
+        """The tree of shapes that the module's init makes, each in its box of axis names; nothing
+        is computed."""
         key = jax.eval_shape(jax.random.key, 0)
-        return jax.eval_shape(cls._module(config, dtype, *more).init, key, *cls._example(config))["params"]
+        return jax.eval_shape(cls._module(config, dtype, *more).init, key, *cls._example(config))[
+            "params"
+        ]
 
     @classmethod
     def abstract(cls, config, dtype, mesh: jax.sharding.Mesh) -> Self:
-        """The component as it would be opened on ``mesh``, its parameters as shapes with dtypes and shardings alone."""
+        """The component as it would be opened on ``mesh``, its parameters as shapes with dtypes and
+        shardings alone."""
         dtype = jnp.dtype(dtype)
         boxed = cls._boxed(config, dtype)
         held = {path: cls._keep(path, dtype) for path in flatten(nn.unbox(boxed))}
         shapes, shardings = flatten(nn.unbox(boxed)), flatten(parameter_shardings(boxed, mesh))
-        params = {p: jax.ShapeDtypeStruct(shapes[p].shape, held[p], sharding=shardings[p]) for p in shapes}
+        params = {
+            p: jax.ShapeDtypeStruct(shapes[p].shape, held[p], sharding=shardings[p]) for p in shapes
+        }
         return cls(config, unflatten(params), dtype, mesh)
 
     @classmethod
-    def _load(cls, config, tensors: Tensors, values: Mapping, dtype, mesh, cache: Cache | None = None, quantization: str | None = None):
+    def _load(
+        cls,
+        config,
+        tensors: Tensors,
+        values: Mapping,
+        dtype,
+        mesh,
+        cache: Cache | None = None,
+        quantization: str | None = None,
+    ):
         held = None if cache is None else cache.find()
         if held is not None and mesh is None:
             return cls(config, aliased(held), dtype, mesh)
@@ -186,7 +223,15 @@ class Component(abc.ABC):
             return cls(config, aliased(held, shardings), dtype, mesh)
         keep = functools.partial(cls._keep, dtype=dtype)
         table, ignore = cls._names(config, values)
-        reading = Reading(table, nn.unbox(boxed), tensors, ignore=ignore, dtype=keep, shardings=shardings, quantization=quantization)
+        reading = Reading(
+            table,
+            nn.unbox(boxed),
+            tensors,
+            ignore=ignore,
+            dtype=keep,
+            shardings=shardings,
+            quantization=quantization,
+        )
 
         def read():
             params = reading.read()
@@ -197,10 +242,14 @@ class Component(abc.ABC):
         return cls(config, Opening(reading.shapes, read), dtype, mesh)
 
     def _call(self, method: str, *arguments):
-        arguments = [None if a is None else jnp.asarray(a) if not isinstance(a, jax.Array) else a for a in arguments]
+        arguments = [
+            None if a is None else jnp.asarray(a) if not isinstance(a, jax.Array) else a
+            for a in arguments
+        ]
         run = self._executable
         with self._on_mesh():
-            if isinstance(self._held, Opening):  # what is made for these shapes is kept by JAX, and used below
+            # what is made for these shapes is kept by JAX, and used below
+            if isinstance(self._held, Opening):
                 run.lower(self.module, method, self.shapes, *arguments).compile()
             return run(self.module, method, self.params, *arguments)
 
@@ -219,13 +268,25 @@ class Component(abc.ABC):
 
 
 class Transformer(Component):
-    """The PixArt transformer. ``params`` lacks null_caption where the file held none (diffusers' own files hold none)."""
+    """The PixArt transformer. ``params`` lacks null_caption where the file held none (diffusers'
+    own files hold none)."""
 
-    _wide = ("timestep_embedder/", "size_embedder/", "ratio_embedder/", "t_block/", "kv_compression/")
+    _wide = (
+        "timestep_embedder/",
+        "size_embedder/",
+        "ratio_embedder/",
+        "t_block/",
+        "kv_compression/",
+    )
 
-    def apply(self, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None) -> jax.Array:
-        """[b, h, w, 4], [b] fp32, [b, l, c], [b] int, [b, 2] (height, width in px), [b] → [b, h, w, 8] fp32."""
-        return self._call("__call__", latents, timesteps, text_states, text_lengths, size, aspect_ratio)
+    def apply(
+        self, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None
+    ) -> jax.Array:
+        """[b, h, w, 4], [b] fp32, [b, l, c], [b] int, [b, 2] (height, width in px), [b] → [b, h, w,
+        8] fp32."""
+        return self._call(
+            "__call__", latents, timesteps, text_states, text_lengths, size, aspect_ratio
+        )
 
     @classmethod
     def _module(cls, config, dtype):
@@ -252,9 +313,14 @@ class Transformer(Component):
 
     def _write_weights(self, folder, params):
         null = params.get("null_caption")
-        super()._write_weights(folder, {name: value for name, value in params.items() if name != "null_caption"})
+        super()._write_weights(
+            folder, {name: value for name, value in params.items() if name != "null_caption"}
+        )
         if null is not None:
-            _write(folder / NULL_CAPTION, {"null_caption": Pending(null.shape, np.dtype(null.dtype), lambda: on_host(null))})
+            _write(
+                folder / NULL_CAPTION,
+                {"null_caption": Pending(null.shape, np.dtype(null.dtype), lambda: on_host(null))},
+            )
         elif jax.process_index() == 0:
             (folder / NULL_CAPTION).unlink(missing_ok=True)
 
@@ -274,7 +340,9 @@ class DiT(Component):
 
     @classmethod
     def _example(cls, config):
-        latents = np.zeros((1, config.patch_size, config.patch_size, config.in_channels), np.float32)
+        latents = np.zeros(
+            (1, config.patch_size, config.patch_size, config.in_channels), np.float32
+        )
         return latents, np.zeros((1,), np.float32), np.zeros((1,), np.int32)
 
     @classmethod
@@ -288,8 +356,8 @@ class DiT(Component):
 
 
 class TextEncoder(Component):
-    """The T5 encoder. T5-XXL computing in bfloat16 is 9.5 GB; opened with quantization="int8", whose kernels are int8 values and an
-    fp32 scale an output channel, it is 4.9 GB."""
+    """The T5 encoder. T5-XXL computing in bfloat16 is 9.5 GB; opened with quantization="int8",
+    whose kernels are int8 values and an fp32 scale an output channel, it is 4.9 GB."""
 
     weights_file = "model.safetensors"
 
@@ -299,8 +367,13 @@ class TextEncoder(Component):
 
     @property
     def quantization(self) -> str | None:
-        """How the kernels are held: 'int8', or None for floats (and where there are no parameters yet)."""
-        return "int8" if any(hasattr(leaf, "qvalue") for leaf in flatten(self.shapes).values()) else None
+        """How the kernels are held: 'int8', or None for floats (and where there are no parameters
+        yet)."""
+        return (
+            "int8"
+            if any(hasattr(leaf, "qvalue") for leaf in flatten(self.shapes).values())
+            else None
+        )
 
     @functools.cached_property
     def module(self) -> nn.Module:
@@ -309,7 +382,8 @@ class TextEncoder(Component):
     def save(self, folder: str | os.PathLike) -> None:
         if self.quantization:
             raise UserError(
-                f"an encoder of {self.quantization} values cannot be saved to {folder}: open it without quantization to save it"
+                f"an encoder of {self.quantization} values cannot be saved to {folder}: open it "
+                "without quantization to save it"
             )
         super().save(folder)
 
@@ -341,10 +415,13 @@ class VAE(Component):
         return self._call("encode", images)
 
     def decode(self, latents, tile: int | None = None, overlap: int = 16) -> jax.Array:
-        """[b, h, w, 4] → [b, h · f, w · f, 3] fp32. tile: in latent cells, decodes a large image in blended tiles of that side."""
+        """[b, h, w, 4] → [b, h · f, w · f, 3] fp32. tile: in latent cells, decodes a large image in
+        blended tiles of that side."""
         if tile is None:
             return self._call("decode", latents)
-        return tiled_decode(lambda part: self._call("decode", part), jnp.asarray(latents), tile, overlap)
+        return tiled_decode(
+            lambda part: self._call("decode", part), jnp.asarray(latents), tile, overlap
+        )
 
     @classmethod
     def _module(cls, config, dtype):
@@ -362,7 +439,8 @@ class VAE(Component):
         return vae.config_to_json(self.config)
 
 
-# config.json's _class_name (diffusers) or model_type (transformers) → (the component, its reader of config.json).
+# config.json's _class_name (diffusers) or model_type (transformers) → (the component, its reader of
+# config.json).
 _KINDS = {
     transformer.CLASS_NAME: (Transformer, transformer.config_from_json),
     dit.CLASS_NAME: (DiT, dit.config_from_json),
@@ -383,14 +461,17 @@ def load_component(
     cache: str | os.PathLike | None = None,
     quantization: str | None = None,
 ) -> Component:
-    """Open one part of a model: the folder of a transformer, DiT, T5 encoder or VAE that diffusers, transformers or this project wrote.
+    """Open one part of a model: the folder of a transformer, DiT, T5 encoder or VAE that diffusers,
+    transformers or this project wrote.
 
-    dtype: of the computation, fp32 by default; matrices are held in it. mesh: parameters are laid over it by parallel.rules, each
-    device reading its own part. cache: a folder where large weights are kept as they lie in memory, so that opening the
-    same files again changes no axes and no dtype (cache.py). quantization: 'int8' for a T5 encoder (weights alone; see TextEncoder).
-    Raises UserError for a folder that is missing, is a whole model, is
-    of an unknown kind, lacks weights, or holds damaged ones, ones of other names, or ones of other shapes. It returns when names
-    and shapes are checked; the tensors are read while the caller goes on, and whoever asks for ``params`` waits for them.
+    dtype: of the computation, fp32 by default; matrices are held in it. mesh: parameters are laid
+    over it by parallel.rules, each device reading its own part. cache: a folder where large weights
+    are kept as they lie in memory, so that opening the same files again changes no axes and no
+    dtype (cache.py). quantization: 'int8' for a T5 encoder (weights alone; see TextEncoder). Raises
+    UserError for a folder that is missing, is a whole model, is of an unknown kind, lacks weights,
+    or holds damaged ones, ones of other names, or ones of other shapes. It returns when names and
+    shapes are checked; the tensors are read while the caller goes on, and whoever asks for
+    ``params`` waits for them.
     """
     folder = Path(folder)
     values = _read_config(folder)
@@ -399,11 +480,16 @@ def load_component(
         kind = _OF_NORM.get(values.get("norm_type"), kind)
         values = {**values, "_class_name": kind}
     if kind not in _KINDS:
-        raise UserError(f"{folder / CONFIG} describes a {kind!r}{nearest(str(kind), _KINDS)}: such a part is not known")
+        raise UserError(
+            f"{folder / CONFIG} describes a {kind!r}{nearest(str(kind), _KINDS)}: such a part is "
+            "not known"
+        )
     component, config_from_json = _KINDS[kind]
     check_quantization(quantization)
     if quantization and component is not TextEncoder:
-        raise UserError(f"{folder} is a {component.__name__}: quantization {quantization!r} is for a T5 encoder")
+        raise UserError(
+            f"{folder} is a {component.__name__}: quantization {quantization!r} is for a T5 encoder"
+        )
     try:
         config = config_from_json(values)
     except UserError as error:
@@ -418,10 +504,16 @@ def load_component(
 
 def _read_config(folder: Path) -> dict:
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: give the folder of one part of a model, with config.json and weights in it")
+        raise UserError(
+            f"no folder {folder}: give the folder of one part of a model, with config.json and "
+            "weights in it"
+        )
     if (folder / "model_index.json").is_file():
         parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        raise UserError(f"{folder} is a whole model: give one of its parts ({', '.join(parts)}), or open it with Pipeline.from_pretrained")
+        raise UserError(
+            f"{folder} is a whole model: give one of its parts ({', '.join(parts)}), or open it "
+            "with Pipeline.from_pretrained"
+        )
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -434,15 +526,23 @@ def _read_config(folder: Path) -> dict:
 
 
 def _todays(tensors: Tensors, component: type[Component], config) -> Renamed:
-    """A file's tensors under today's names, without those that belong to another model (a whole T5's decoder)."""
-    renames = {VAE: vae.aliases(config) if component is VAE else {}, TextEncoder: t5.ALIASES}.get(component, {})
+    """A file's tensors under today's names, without those that belong to another model (a whole
+    T5's decoder)."""
+    renames = {VAE: vae.aliases(config) if component is VAE else {}, TextEncoder: t5.ALIASES}.get(
+        component, {}
+    )
     foreign = t5.IGNORED_PREFIXES if component is TextEncoder else ()
     keys = [key for key in tensors if not key.startswith(foreign)] if foreign else list(tensors)
-    return Renamed(tensors, {renames.get(key, key): key for key in keys} | {key: key for key in keys if key not in renames})
+    return Renamed(
+        tensors,
+        {renames.get(key, key): key for key in keys}
+        | {key: key for key in keys if key not in renames},
+    )
 
 
 class _WithNullCaption(Tensors):
-    """A transformer's tensors and, under the name that old diffusers files give it, the null caption kept beside them."""
+    """A transformer's tensors and, under the name that old diffusers files give it, the null
+    caption kept beside them."""
 
     KEY = "caption_projection.y_embedding"
 
@@ -474,7 +574,8 @@ class _WithNullCaption(Tensors):
 
 
 def _write(path: Path, tensors: Mapping[str, Pending]) -> None:
-    """The file, on the first process; the others make each tensor as it does, which is how they give it their parts."""
+    """The file, on the first process; the others make each tensor as it does, which is how they
+    give it their parts."""
     if jax.process_index() == 0:
         write_safetensors(path, tensors)
         return

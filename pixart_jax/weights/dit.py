@@ -1,4 +1,5 @@
-"""The class-conditional DiT's names: the official .pt (and our own component folder, which keeps them), and diffusers safetensors."""
+"""The class-conditional DiT's names: the official .pt (and our own component folder, which keeps
+them), and diffusers safetensors."""
 
 from __future__ import annotations
 
@@ -33,15 +34,19 @@ OFFICIAL: tuple[Entry, ...] = (
 )
 OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 
-# To read only: diffusers keeps a copy of the timestep and label embedders in every block; block 0's is the one it also ends with.
-# Its own model differs from the official one in the sinusoid (it divides the exponent by 127, not 128) and in an epsilon (1e-5);
-# ours computes as the official one, which the weights were trained with.
+# To read only: diffusers keeps a copy of the timestep and label embedders in every block; block 0's
+# is the one it also ends with. Its own model differs from the official one in the sinusoid (it
+# divides the exponent by 127, not 128) and in an epsilon (1e-5); ours computes as the official one,
+# which the weights were trained with.
 DIFFUSERS: tuple[Entry, ...] = (
     Entry("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
     Entry("patch_embedder/bias", "pos_embed.proj.bias"),
     *dense("timestep_embedder/fc1", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"),
     *dense("timestep_embedder/fc2", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2"),
-    Entry("label_embedder/table", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"),
+    Entry(
+        "label_embedder/table",
+        "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
+    ),
     *dense("blocks/modulation", "transformer_blocks.{i}.norm1.linear"),
     *dense("blocks/attn/q", "transformer_blocks.{i}.attn1.to_q"),
     *dense("blocks/attn/k", "transformer_blocks.{i}.attn1.to_k"),
@@ -58,7 +63,10 @@ def diffusers_ignore(depth: int) -> tuple[str, ...]:
     """The copies of the embedders in blocks 1 … depth − 1, and a stored position table."""
     copies = [f"timestep_embedder.linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
     copies.append("class_embedder.embedding_table.weight")
-    return ("pos_embed.pos_embed", *(f"transformer_blocks.{i}.norm1.emb.{copy}" for i in range(1, depth) for copy in copies))
+    return (
+        "pos_embed.pos_embed",
+        *(f"transformer_blocks.{i}.norm1.emb.{copy}" for i in range(1, depth) for copy in copies),
+    )
 
 
 def to_official(config: DiTConfig, params: Mapping) -> dict[str, np.ndarray]:
@@ -87,11 +95,20 @@ def config_from_json(data: Mapping) -> DiTConfig:
 
 
 def _config_from_diffusers(data: Mapping) -> DiTConfig:
-    fixed = {"activation_fn": "gelu-approximate", "attention_bias": True, "norm_elementwise_affine": False, "norm_type": "ada_norm_zero"}
+    fixed = {
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_elementwise_affine": False,
+        "norm_type": "ada_norm_zero",
+    }
     for field, only in fixed.items():
         if data.get(field, only) != only:
             raise UserError(f"config.json: {field} = {data[field]!r}: only {only!r} is known")
-    heads, channels, out = data.get("num_attention_heads", 16), data.get("in_channels", 4), data.get("out_channels")
+    heads, channels, out = (
+        data.get("num_attention_heads", 16),
+        data.get("in_channels", 4),
+        data.get("out_channels"),
+    )
     return DiTConfig(
         depth=data.get("num_layers", 28),
         width=heads * data.get("attention_head_dim", 72),
@@ -111,7 +128,8 @@ def config_from_official(
     heads: int | None = None,
     sample_size: int | None = None,
 ) -> DiTConfig:
-    """The config of an official .pt, from its tensors' names and shapes; arguments as for the transformer's."""
+    """The config of an official .pt, from its tensors' names and shapes; arguments as for the
+    transformer's."""
     geometry = official_geometry(shapes, pos_embed, heads, sample_size)
     try:
         rows = shapes["y_embedder.embedding_table.weight"][0]

@@ -1,6 +1,8 @@
-"""Tensors in files, one at a time: safetensors (one file, or shards behind an index) and PyTorch's .pth, .pt, .bin.
+"""Tensors in files, one at a time: safetensors (one file, or shards behind an index) and PyTorch's
+.pth, .pt, .bin.
 
-Nothing is unpickled: a PyTorch file is opened by torch's weights-only loader, and one that holds more than plain data is refused.
+Nothing is unpickled: a PyTorch file is opened by torch's weights-only loader, and one that holds
+more than plain data is refused.
 """
 
 from __future__ import annotations
@@ -55,19 +57,23 @@ class Tensors(Mapping[str, np.ndarray]):
         """The tensor's shape, without reading it."""
 
     def prefetch(self, key: str) -> None:
-        """Tell the system that the tensor's pages are wanted soon, so that it reads them meanwhile."""
+        """Tell the system that the tensor's pages are wanted soon, so that it reads them
+        meanwhile."""
 
     def release(self, key: str) -> None:
-        """Give the memory of the tensor's pages back; they are read again when they are asked for. Nothing, where no file is mapped."""
+        """Give the memory of the tensor's pages back; they are read again when they are asked for.
+        Nothing, where no file is mapped."""
 
 
 class SafetensorsFile(Tensors):
-    """One .safetensors file, memory mapped: an array is a view of the file until somebody copies it."""
+    """One .safetensors file, memory mapped: an array is a view of the file until somebody copies
+    it."""
 
     def __init__(self, path: Path):
         super().__init__(str(path))
         try:
-            with safetensors.safe_open(path, "np"):  # checks the header, and that the tensors cover the file exactly
+            # checks the header, and that the tensors cover the file exactly
+            with safetensors.safe_open(path, "np"):
                 pass
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -78,7 +84,8 @@ class SafetensorsFile(Tensors):
             self._bytes = np.frombuffer(self._map, np.uint8)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(
-                f"{path} cannot be read as safetensors, it is damaged or cut short ({_first_line(error)}): copy it again"
+                f"{path} cannot be read as safetensors, it is damaged or cut short "
+                f"({_first_line(error)}): copy it again"
             ) from None
 
     def __iter__(self) -> Iterator[str]:
@@ -93,7 +100,9 @@ class SafetensorsFile(Tensors):
     def __getitem__(self, key: str) -> np.ndarray:
         entry = self._header[key]
         if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{self.source}: {key} is of dtype {entry['dtype']}, which is not known")
+            raise UserError(
+                f"{self.source}: {key} is of dtype {entry['dtype']}, which is not known"
+            )
         start, stop = (self._start + offset for offset in entry["data_offsets"])
         return self._bytes[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
@@ -111,7 +120,8 @@ class SafetensorsFile(Tensors):
 
 
 class TorchFile(Tensors):
-    """One PyTorch file of tensors, memory mapped where its format allows. branch: which of several state dicts in it was taken."""
+    """One PyTorch file of tensors, memory mapped where its format allows. branch: which of several
+    state dicts in it was taken."""
 
     def __init__(self, path: Path, branches: tuple[str, ...] = ()):
         super().__init__(str(path))
@@ -121,10 +131,15 @@ class TorchFile(Tensors):
             if isinstance(content.get(name), Mapping):
                 self.branch, content = name, content[name]
                 break
-        self._tensors = {str(key): value for key, value in content.items() if hasattr(value, "numpy")}
+        self._tensors = {
+            str(key): value for key, value in content.items() if hasattr(value, "numpy")
+        }
         self._mapped = _mapped(path)
         if not self._tensors:
-            raise UserError(f"{path} holds no tensors by name (it holds: {', '.join(map(str, list(content)[:8])) or 'nothing'})")
+            raise UserError(
+                f"{path} holds no tensors by name (it holds: "
+                f"{', '.join(map(str, list(content)[:8])) or 'nothing'})"
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -149,8 +164,11 @@ class TorchFile(Tensors):
         storage = self._tensors[key].untyped_storage()
         start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         start -= start % mmap.PAGESIZE
-        if any(first <= start and stop <= last for first, last in self._mapped):  # never memory that is not a mapped file's
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+        # never memory that is not a mapped file's
+        if any(first <= start and stop <= last for first, last in self._mapped):
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
+            )
 
 
 class Shards(Tensors):
@@ -162,10 +180,16 @@ class Shards(Tensors):
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             self._shard_of = {str(key): index.parent / name for key, name in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is no index of shards (a JSON object with weight_map): it is damaged, copy it again") from None
+            raise UserError(
+                f"{index} is no index of shards (a JSON object with weight_map): it is damaged, "
+                "copy it again"
+            ) from None
         missing = sorted({shard.name for shard in self._shard_of.values() if not shard.is_file()})
         if missing:
-            raise UserError(f"{index} names {len(missing)} missing shards: {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}")
+            raise UserError(
+                f"{index} names {len(missing)} missing shards: "
+                f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+            )
         self._open: dict[Path, Tensors] = {}
 
     def _shard(self, key: str) -> Tensors:
@@ -173,7 +197,9 @@ class Shards(Tensors):
         if path not in self._open:
             self._open[path] = open_tensors(path)
         if key not in self._open[path]:
-            raise UserError(f"{path} lacks {key}, which {self.source} says is there: copy both again")
+            raise UserError(
+                f"{path} lacks {key}, which {self.source} says is there: copy both again"
+            )
         return self._open[path]
 
     def __iter__(self) -> Iterator[str]:
@@ -224,9 +250,10 @@ class Renamed(Tensors):
 def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Tensors:
     """Open a .safetensors file, an …index.json of shards, or a PyTorch file.
 
-    branches: names under which a PyTorch file may keep the state dict, the first that is there wins (('state_dict_ema',
-    'state_dict') for an official checkpoint's average); the file itself where none is. Raises UserError, naming the file,
-    when it is missing, damaged, not of a known kind, or holds code.
+    branches: names under which a PyTorch file may keep the state dict, the first that is there wins
+    (('state_dict_ema', 'state_dict') for an official checkpoint's average); the file itself where
+    none is. Raises UserError, naming the file, when it is missing, damaged, not of a known kind, or
+    holds code.
     """
     path = Path(path)
     if not path.is_file():
@@ -237,36 +264,46 @@ def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Ten
         return SafetensorsFile(path)
     if path.suffix in TORCH_SUFFIXES:
         return TorchFile(path, branches)
-    raise UserError(f"{path}: weights are read from .safetensors, .safetensors.index.json, {', '.join(TORCH_SUFFIXES)}")
+    raise UserError(
+        f"{path}: weights are read from .safetensors, .safetensors.index.json, "
+        f"{', '.join(TORCH_SUFFIXES)}"
+    )
 
 
 def find_weights(folder: str | os.PathLike) -> Path:
-    """The file or index that holds a component folder's weights; UserError where there is none. safetensors before PyTorch's."""
+    """The file or index that holds a component folder's weights; UserError where there is none.
+    safetensors before PyTorch's."""
     folder = Path(folder)
     for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"):
         for stem in STEMS:
             if (path := folder / f"{stem}{suffix}").is_file():
                 return path
     raise UserError(
-        f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors (or shards with their index.json) would do"
+        f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors (or shards "
+        "with their index.json) would do"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class InParts:
-    """A tensor to be written whose values come in parts, in their order, each made when it is its turn."""
+    """A tensor to be written whose values come in parts, in their order, each made when it is its
+    turn."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     parts: Iterable[np.ndarray]
 
 
-def write_safetensors(path: str | os.PathLike, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
-    """Write {key: anything with shape and dtype that numpy reads, or InParts}, one tensor, or one part, in memory at a time.
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write {key: anything with shape and dtype that numpy reads, or InParts}, one tensor, or one
+    part, in memory at a time.
 
-    Written beside ``path`` and then renamed, so that ``path`` is always a whole file. The file names its format "pt", without which
-    diffusers and transformers refuse it. Tensors of a multiple of 64 bytes come first and begin at one, so that arrays can be used
-    where they lie. Raises UserError when it cannot be written.
+    Written beside ``path`` and then renamed, so that ``path`` is always a whole file. The file
+    names its format "pt", without which diffusers and transformers refuse it. Tensors of a multiple
+    of 64 bytes come first and begin at one, so that arrays can be used where they lie. Raises
+    UserError when it cannot be written.
     """
     dtypes = {key: np.dtype(tensor.dtype) for key, tensor in tensors.items()}
     sizes = {key: math.prod(tensor.shape) * dtypes[key].itemsize for key, tensor in tensors.items()}
@@ -275,7 +312,11 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping, metadata: Mappi
     offset = 0
     for key in order:
         dtype, size = dtypes[key], sizes[key]
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(tensors[key].shape), "data_offsets": [offset, offset + size]}
+        header[key] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % 64)
@@ -286,7 +327,9 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping, metadata: Mappi
             for key in order:
                 tensor, written = tensors[key], 0
                 for part in tensor.parts if isinstance(tensor, InParts) else (tensor,):
-                    written += file.write(np.ascontiguousarray(part, dtypes[key]).reshape(-1).view(np.uint8).data)
+                    written += file.write(
+                        np.ascontiguousarray(part, dtypes[key]).reshape(-1).view(np.uint8).data
+                    )
                 if written != sizes[key]:
                     raise ValueError(f"{key}: {written} bytes were given for {sizes[key]}")
 
@@ -310,7 +353,8 @@ def write_json(path: str | os.PathLike, values: Mapping) -> None:
 
 
 def write_atomically(path: str | os.PathLike, write) -> None:
-    """write(staged path), then rename to ``path``; on a failure nothing of it is left. Raises UserError for the system's refusals."""
+    """write(staged path), then rename to ``path``; on a failure nothing of it is left. Raises
+    UserError for the system's refusals."""
     path = Path(path)
     staged = None
     try:
@@ -341,13 +385,15 @@ def _torch_load(path: Path) -> Mapping:
         import torch
     except ImportError:
         raise UserError(
-            f"{path} is a PyTorch file, which needs PyTorch to be read: pip install torch, or give a .safetensors file"
+            f"{path} is a PyTorch file, which needs PyTorch to be read: pip install torch, or "
+            "give a .safetensors file"
         ) from None
     import argparse
     import pickle
 
     def load(**options):
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a bag of values, which DiT's trainer puts beside the weights
+        # a bag of values, which DiT's trainer puts beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, **options)
 
     try:
@@ -359,11 +405,17 @@ def _torch_load(path: Path) -> Mapping:
             content = load()  # the format before PyTorch 1.6
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
-            raise UserError(f"{path} holds more than tensors, and opening it could run code: only plain weights are read") from None
-        raise UserError(f"{path} cannot be read as a PyTorch file: it is damaged, or of another kind") from None
+            raise UserError(
+                f"{path} holds more than tensors, and opening it could run code: only plain "
+                "weights are read"
+            ) from None
+        raise UserError(
+            f"{path} cannot be read as a PyTorch file: it is damaged, or of another kind"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} cannot be read as a PyTorch file, it is damaged or cut short ({_first_line(error)}): copy it again"
+            f"{path} cannot be read as a PyTorch file, it is damaged or cut short "
+            f"({_first_line(error)}): copy it again"
         ) from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
@@ -371,7 +423,8 @@ def _torch_load(path: Path) -> Mapping:
 
 
 def _mapped(path: Path) -> list[tuple[int, int]]:
-    """Addresses (first, last) at which this process has a file mapped, by Linux's account; none where that cannot be had."""
+    """Addresses (first, last) at which this process has a file mapped, by Linux's account; none
+    where that cannot be had."""
     name, found = str(path.resolve()), []
     with contextlib.suppress(FileNotFoundError), open("/proc/self/maps") as maps:
         for line in maps:

@@ -26,7 +26,8 @@ TRANSFORMERS = (
     Entry("final_norm/scale", "encoder.final_layer_norm.weight"),
 )
 
-# The embedding table has two names in transformers; a file holds one of them, or both with the same values.
+# The embedding table has two names in transformers; a file holds one of them, or both with the same
+# values.
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 IGNORED = ("encoder.embed_tokens.weight",)
 # Files of the whole T5 hold these beside the encoder.
@@ -46,11 +47,18 @@ _SIZES = (
 
 
 def config_from_json(values: Mapping) -> T5Config:
-    """transformers' config.json → T5Config. Raises UserError for a T5 that is not v1.1 (gated GELU)."""
+    """transformers' config.json → T5Config. Raises UserError for a T5 that is not v1.1 (gated
+    GELU)."""
     activation = values.get("feed_forward_proj", "relu")
     if activation != "gated-gelu":
-        raise UserError(f"feed_forward_proj is {activation!r}: only T5 v1.1 encoders ('gated-gelu') are known")
-    missing = [name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in values]
+        raise UserError(
+            f"feed_forward_proj is {activation!r}: only T5 v1.1 encoders ('gated-gelu') are known"
+        )
+    missing = [
+        name
+        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        if name not in values
+    ]
     if missing:
         raise UserError(f"config.json of a T5 lacks {', '.join(missing)}")
     return T5Config(**{name: values[name] for name in _SIZES if name in values})

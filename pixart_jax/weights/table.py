@@ -1,7 +1,9 @@
-"""A table of names: which parameter of ours is which tensor of a released file, and how its axes lie.
+"""A table of names: which parameter of ours is which tensor of a released file, and how its axes
+lie.
 
-Each model has one table a format (weights/transformer.py, weights/t5.py, weights/vae.py). A table is a tuple of
-:class:`Entry`; reading and writing are the same walk in two directions, so what is read can be written back to the bit.
+Each model has one table a format (weights/transformer.py, weights/t5.py, weights/vae.py). A table
+is a tuple of :class:`Entry`; reading and writing are the same walk in two directions, so what is
+read can be written back to the bit.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _LAYOUTS: dict[str, tuple[Callable, Callable]] = {
     "same": (lambda x: x, lambda x: x),
     "linear": (lambda x: x.T, lambda x: x.T),  # [out, in] ↔ [in, out]
     "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW ↔ HWIO
-    "pointwise": (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),  # 1×1 convolution ↔ [in, out]
+    # 1×1 convolution ↔ [in, out]
+    "pointwise": (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
 }
 
 
@@ -30,10 +33,12 @@ _LAYOUTS: dict[str, tuple[Callable, Callable]] = {
 class Entry:
     """One parameter.
 
-    ours: path in our tree, joined by '/'. theirs: key in the file; '{i}' in it means that ours is stacked over a
-    leading layer axis, filled in place layer by layer. layout: a key of _LAYOUTS. part: (k, n) takes the k-th of n equal
-    parts of theirs along its first axis (a fused qkv). optional: may be absent from the file (then absent from the tree).
-    layers: the layers that a stacked parameter is of, in order, where not every layer has it; None: 0, 1, 2 …
+    ours: path in our tree, joined by '/'. theirs: key in the file; '{i}' in it means that ours is
+    stacked over a leading layer axis, filled in place layer by layer. layout: a key of _LAYOUTS.
+    part: (k, n) takes the k-th of n equal parts of theirs along its first axis (a fused qkv).
+    optional: may be absent from the file (then absent from the tree).
+    layers: the layers that a stacked parameter is of, in order, where not every layer has it; None:
+    0, 1, 2 …
     """
 
     ours: str
@@ -48,13 +53,17 @@ class Entry:
         return "{i}" in self.theirs
 
     def names(self, length: int) -> list[str]:
-        """Their keys, one for each row of a stacked parameter of ``length`` rows; the one key of any other."""
+        """Their keys, one for each row of a stacked parameter of ``length`` rows; the one key of
+        any other."""
         if not self.stacked:
             return [self.theirs]
-        return [self.theirs.format(i=i) for i in (range(length) if self.layers is None else self.layers)]
+        return [
+            self.theirs.format(i=i) for i in (range(length) if self.layers is None else self.layers)
+        ]
 
     def view(self, theirs: np.ndarray) -> np.ndarray | None:
-        """This parameter's part of their tensor with its axes as ours, not copied; None where it has other axes than the layout takes."""
+        """This parameter's part of their tensor with its axes as ours, not copied; None where it
+        has other axes than the layout takes."""
         part, parts = self.part
         if parts > 1:
             if theirs.ndim == 0 or theirs.shape[0] % parts:
@@ -92,7 +101,8 @@ def unflatten(flat: Mapping[str, object]) -> dict:
 
 
 class Match(NamedTuple):
-    """A parameter and where it is found: its entry, its shape in our tree, and its tensors' keys, one a row where it is stacked."""
+    """A parameter and where it is found: its entry, its shape in our tree, and its tensors' keys,
+    one a row where it is stacked."""
 
     entry: Entry
     shape: tuple[int, ...]
@@ -107,10 +117,12 @@ def match(
     source: str,
     ignore: Iterable[str] = (),
 ) -> list[Match]:
-    """Every parameter with its tensors, in the table's order; optional ones that the file lacks are left out.
+    """Every parameter with its tensors, in the table's order; optional ones that the file lacks are
+    left out.
 
-    ignore: keys that released files hold and no model needs. Raises UserError that names every missing and left-over key at
-    once, or else every wrongly shaped one; keys that differ in the layer alone are named together ("blocks.[0-27].mlp.fc1.weight").
+    ignore: keys that released files hold and no model needs. Raises UserError that names every
+    missing and left-over key at once, or else every wrongly shaped one; keys that differ in the
+    layer alone are named together ("blocks.[0-27].mlp.fc1.weight").
     """
     table, shapes = list(table), flatten(shapes)
     matches = []
@@ -146,7 +158,8 @@ def match(
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """Names in order, those that differ in their first number alone as one: a.0.b, a.1.b, a.3.b → a.[0-1,3].b."""
+    """Names in order, those that differ in their first number alone as one: a.0.b, a.1.b, a.3.b →
+    a.[0-1,3].b."""
     groups: dict[tuple[str, str], list[int]] = {}
     plain = []
     for name in names:
@@ -159,14 +172,17 @@ def grouped(names: Iterable[str]) -> list[str]:
         numbers = sorted(set(numbers))
         starts = [n for n in numbers if n - 1 not in numbers]
         ends = [n for n in numbers if n + 1 not in numbers]
-        ranges = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+        ranges = ",".join(
+            str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)
+        )
         plain.append(f"{before}{ranges if len(numbers) == 1 else f'[{ranges}]'}{after}")
     return sorted(plain)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A tensor of a file to be written: its shape and dtype are known, its values are made when they are asked for."""
+    """A tensor of a file to be written: its shape and dtype are known, its values are made when
+    they are asked for."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -178,9 +194,11 @@ class Pending:
 
 
 def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
-    """Our tree → {their key: tensor}, the inverse of reading, to the bit. One is made at a time, so a whole copy is never held.
+    """Our tree → {their key: tensor}, the inverse of reading, to the bit. One is made at a time, so
+    a whole copy is never held.
 
-    Of a stack of layers that lies over a mesh one layer is gathered for its tensor (parallel.gather.on_host).
+    Of a stack of layers that lies over a mesh one layer is gathered for its tensor
+    (parallel.gather.on_host).
     """
     flat = flatten(params)
     pieces: dict[str, dict[int, tuple[Entry, int]]] = {}
@@ -192,7 +210,9 @@ def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
     def make(key: str) -> np.ndarray:
         arrays = []
         for _, (entry, row) in sorted(pieces[key].items(), key=lambda item: item[0]):
-            arrays.append(_LAYOUTS[entry.layout][1](on_host(flat[entry.ours], row if entry.stacked else None)))
+            arrays.append(
+                _LAYOUTS[entry.layout][1](on_host(flat[entry.ours], row if entry.stacked else None))
+            )
         return np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
 
     def shape(entry: Entry) -> tuple[int, ...]:
@@ -202,6 +222,14 @@ def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
     out = {}
     for key, parts in pieces.items():
         shapes = [shape(entry) for entry, _ in parts.values()]
-        whole = shapes[0] if len(shapes) == 1 else (sum(length for length, *_ in shapes), *shapes[0][1:])
-        out[key] = Pending(whole, np.dtype(flat[next(iter(parts.values()))[0].ours].dtype), functools.partial(make, key))
+        whole = (
+            shapes[0]
+            if len(shapes) == 1
+            else (sum(length for length, *_ in shapes), *shapes[0][1:])
+        )
+        out[key] = Pending(
+            whole,
+            np.dtype(flat[next(iter(parts.values()))[0].ours].dtype),
+            functools.partial(make, key),
+        )
     return out

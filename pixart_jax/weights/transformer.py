@@ -18,7 +18,9 @@ SIGMA_TOKENS = 300  # of a PixArt-Σ caption; a PixArt-α caption has 120
 
 def dense(ours: str, theirs: str, part: tuple[int, int] = (0, 1)) -> tuple[Entry, Entry]:
     """Kernel and bias of one Linear."""
-    return Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", part), Entry(f"{ours}/bias", f"{theirs}.bias", "same", part)
+    return Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", part), Entry(
+        f"{ours}/bias", f"{theirs}.bias", "same", part
+    )
 
 
 DIFFUSERS: tuple[Entry, ...] = (
@@ -85,12 +87,14 @@ OFFICIAL: tuple[Entry, ...] = (
     Entry("final_table", "final_layer.scale_shift_table"),
     *dense("final", "final_layer.linear"),
 )
-BOOKKEEPING = ("n_averaged", "num_updates", "decay")  # counters that averaging wrappers keep beside the weights
+# counters that averaging wrappers keep beside the weights
+BOOKKEEPING = ("n_averaged", "num_updates", "decay")
 OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 
 
 def _compression(config: TransformerConfig, convolution: str, norm: str) -> tuple[Entry, ...]:
-    """The rows of key and value compression, which only its layers have; none in a model without."""
+    """The rows of key and value compression, which only its layers have; none in a model
+    without."""
     if config.kv_compression == 1:
         return ()
     rows = (
@@ -99,31 +103,41 @@ def _compression(config: TransformerConfig, convolution: str, norm: str) -> tupl
         ("norm_scale", f"{norm}.weight", "same"),
         ("norm_bias", f"{norm}.bias", "same"),
     )
-    return tuple(Entry(f"kv_compression/{ours}", theirs, layout, layers=config.kv_compression_layers) for ours, theirs, layout in rows)
+    return tuple(
+        Entry(f"kv_compression/{ours}", theirs, layout, layers=config.kv_compression_layers)
+        for ours, theirs, layout in rows
+    )
 
 
 def diffusers(config: TransformerConfig) -> tuple[Entry, ...]:
-    """The table of a component folder: DIFFUSERS, and names of our own for key and value compression, which diffusers lacks."""
-    return DIFFUSERS + _compression(config, "transformer_blocks.{i}.attn1.sr", "transformer_blocks.{i}.attn1.sr_norm")
+    """The table of a component folder: DIFFUSERS, and names of our own for key and value
+    compression, which diffusers lacks."""
+    return DIFFUSERS + _compression(
+        config, "transformer_blocks.{i}.attn1.sr", "transformer_blocks.{i}.attn1.sr_norm"
+    )
 
 
 def official(config: TransformerConfig) -> tuple[Entry, ...]:
-    """The table of the official code's files, with key and value compression where the config has it."""
+    """The table of the official code's files, with key and value compression where the config has
+    it."""
     return OFFICIAL + _compression(config, "blocks.{i}.attn.sr", "blocks.{i}.attn.norm")
 
 
 def to_official(config: TransformerConfig, params: Mapping) -> dict[str, np.ndarray]:
-    """Our tree → {the official code's key: array}, all that its model's strict loading asks for (the null caption where params has it)."""
+    """Our tree → {the official code's key: array}, all that its model's strict loading asks for
+    (the null caption where params has it)."""
     return {"pos_embed": position_table(config), **write(official(config), params)}
 
 
 def position_table(config: Geometry) -> np.ndarray:
-    """[1, n, d] fp32: the buffer that the official models hold for the square grid they are built for."""
+    """[1, n, d] fp32: the buffer that the official models hold for the square grid they are built
+    for."""
     side = config.sample_size // config.patch_size
     return sincos_2d(side, side, config.width, config.base, config.position_scale)[None]
 
 
-# config.json fields that say which variant of the architecture the weights are for, and the only one that this model is.
+# config.json fields that say which variant of the architecture the weights are for, and the only
+# one that this model is.
 _FIXED = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -139,13 +153,22 @@ def config_from_json(data: Mapping) -> TransformerConfig:
         if data.get(field, only) != only:
             raise UserError(f"config.json: {field} = {data[field]!r}: only {only!r} is known")
     try:
-        heads, sample, patch = data.get("num_attention_heads", 16), data.get("sample_size", 128), data.get("patch_size", 2)
-        width, channels, out = heads * data.get("attention_head_dim", 72), data.get("in_channels", 4), data.get("out_channels", 8)
+        heads, sample, patch = (
+            data.get("num_attention_heads", 16),
+            data.get("sample_size", 128),
+            data.get("patch_size", 2),
+        )
+        width, channels, out = (
+            heads * data.get("attention_head_dim", 72),
+            data.get("in_channels", 4),
+            data.get("out_channels", 8),
+        )
         scale, conditions = data.get("interpolation_scale"), data.get("use_additional_conditions")
         captions = data.get("caption_channels")
         if captions is None or data.get("cross_attention_dim", 1152) != width:
             raise UserError(
-                f"config.json: caption_channels = {captions!r} and cross_attention_dim = {data.get('cross_attention_dim', 1152)!r}: "
+                f"config.json: caption_channels = {captions!r} and cross_attention_dim = "
+                f"{data.get('cross_attention_dim', 1152)!r}: "
                 f"want the text encoder's width and the model's own, {width}"
             )
         return TransformerConfig(
@@ -170,14 +193,17 @@ def config_from_json(data: Mapping) -> TransformerConfig:
 
 
 def looks_like_sigma(config: TransformerConfig) -> bool:
-    """Of the released models only PixArt-Σ's are of 1024 px and not told the image's size, and only they compress keys and values."""
+    """Of the released models only PixArt-Σ's are of 1024 px and not told the image's size, and only
+    they compress keys and values."""
     return config.kv_compression > 1 or (config.sample_size >= 128 and not config.size_conditions)
 
 
 def config_to_json(config: TransformerConfig) -> dict:
-    """Our config → a config.json that diffusers opens; fields that it does not know appear only where they differ from its model.
+    """Our config → a config.json that diffusers opens; fields that it does not know appear only
+    where they differ from its model.
 
-    diffusers has no position base of its own: it takes sample_size / patch_size, and what is left goes into the scale.
+    diffusers has no position base of its own: it takes sample_size / patch_size, and what is left
+    goes into the scale.
     """
     side = config.sample_size // config.patch_size
     data = {
@@ -210,9 +236,11 @@ def config_to_json(config: TransformerConfig) -> dict:
 
 
 def position_scale_of(pos_embed: np.ndarray) -> float | None:
-    """The scale that a stored position table [1, n, d] of a square grid was made with; None if the table is empty or of one place.
+    """The scale that a stored position table [1, n, d] of a square grid was made with; None if the
+    table is empty or of one place.
 
-    The second place's coordinate is 1 / scale, and its fastest sine and cosine are channels 0 and d/4.
+    The second place's coordinate is 1 / scale, and its fastest sine and cosine are channels 0 and
+    d/4.
     """
     places = np.asarray(pos_embed, np.float64).reshape(-1, pos_embed.shape[-1])
     if len(places) < 2:
@@ -222,7 +250,10 @@ def position_scale_of(pos_embed: np.ndarray) -> float | None:
 
 
 def official_geometry(
-    shapes: Mapping[str, tuple[int, ...]], pos_embed: np.ndarray | None, heads: int | None, sample_size: int | None
+    shapes: Mapping[str, tuple[int, ...]],
+    pos_embed: np.ndarray | None,
+    heads: int | None,
+    sample_size: int | None,
 ) -> dict:
     """The fields of a Geometry that the tensors' shapes of an official PixArt or DiT file tell."""
     try:
@@ -230,20 +261,28 @@ def official_geometry(
         depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
         mlp, out = shapes["blocks.0.mlp.fc1.weight"][0], shapes["final_layer.linear.weight"][0]
     except (KeyError, ValueError):
-        raise UserError("not an official PixArt or DiT file: x_embedder.proj, blocks.0.mlp.fc1 or final_layer.linear is missing") from None
+        raise UserError(
+            "not an official PixArt or DiT file: x_embedder.proj, blocks.0.mlp.fc1 or "
+            "final_layer.linear is missing"
+        ) from None
     if heads is None:
         known = {width: heads for _, width, heads in SIZES.values()}
         if width not in known:
-            raise UserError(f"the file does not say how many heads a model of width {width} has: give --heads")
+            raise UserError(
+                f"the file does not say how many heads a model of width {width} has: give --heads"
+            )
         heads = known[width]
     if pos_embed is not None:
         side = int(round(pos_embed.shape[1] ** 0.5)) * patch
         if sample_size not in (None, side):
-            raise UserError(f"--sample-size {sample_size}: the file's own position table is of {side}")
+            raise UserError(
+                f"--sample-size {sample_size}: the file's own position table is of {side}"
+            )
         sample_size = side
     if sample_size is None:
         raise UserError(
-            "the file holds no pos_embed, so the size it was trained at is unknown: give --sample-size, its pixels / 8 (32, 64, 128 or 256)"
+            "the file holds no pos_embed, so the size it was trained at is unknown: give "
+            "--sample-size, its pixels / 8 (32, 64, 128 or 256)"
         )
     return {
         "depth": depth,
@@ -258,14 +297,25 @@ def official_geometry(
 
 
 def _official_compression(shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """The fields of key and value compression that an official file's convolutions [d, 1, R, R] tell."""
+    """The fields of key and value compression that an official file's convolutions [d, 1, R, R]
+    tell."""
     suffix = ".attn.sr.weight"
-    ratios = {int(key.split(".")[1]): shape[-1] for key, shape in shapes.items() if key.startswith("blocks.") and key.endswith(suffix)}
+    ratios = {
+        int(key.split(".")[1]): shape[-1]
+        for key, shape in shapes.items()
+        if key.startswith("blocks.") and key.endswith(suffix)
+    }
     if not ratios:
         return {}
     if len(set(ratios.values())) > 1:
-        raise UserError(f"the file's layers compress keys and values by different ratios ({sorted(set(ratios.values()))}): one is known")
-    return {"kv_compression": next(iter(ratios.values())), "kv_compression_layers": tuple(sorted(ratios))}
+        raise UserError(
+            "the file's layers compress keys and values by different ratios "
+            f"({sorted(set(ratios.values()))}): one is known"
+        )
+    return {
+        "kv_compression": next(iter(ratios.values())),
+        "kv_compression_layers": tuple(sorted(ratios)),
+    }
 
 
 def config_from_official(
@@ -279,11 +329,12 @@ def config_from_official(
 ) -> TransformerConfig:
     """The config of an official file, from its tensors' names and shapes.
 
-    pos_embed: its position table [1, n, d], where the file has one: it tells sample_size and position_scale. Without it the
-    multi-scale model is taken for the 1024 px one, and any other needs sample_size; the scale is then sample_size / 64 for
-    PixArt-Σ (300 tokens), and for PixArt-α the same but 1 at 256 px. heads: known for the widths of DiT and PixArt, needed for
-    any other. text_tokens: needed where the file has no null caption to tell it (120 without). UserError where something needed
-    is missing, or said otherwise by the file.
+    pos_embed: its position table [1, n, d], where the file has one: it tells sample_size and
+    position_scale. Without it the multi-scale model is taken for the 1024 px one, and any other
+    needs sample_size; the scale is then sample_size / 64 for PixArt-Σ (300 tokens), and for
+    PixArt-α the same but 1 at 256 px. heads: known for the widths of DiT and PixArt, needed for any
+    other. text_tokens: needed where the file has no null caption to tell it (120 without).
+    UserError where something needed is missing, or said otherwise by the file.
     """
     multi_scale = "csize_embedder.mlp.0.weight" in shapes
     if sample_size is None and pos_embed is None and multi_scale:
@@ -291,12 +342,18 @@ def config_from_official(
     geometry = official_geometry(shapes, pos_embed, heads, sample_size)
     null = shapes.get("y_embedder.y_embedding")
     if null and text_tokens not in (None, null[0]):
-        raise UserError(f"--tokens {text_tokens}: the file's own null caption is of {null[0]} tokens")
+        raise UserError(
+            f"--tokens {text_tokens}: the file's own null caption is of {null[0]} tokens"
+        )
     tokens = null[0] if null else 120 if text_tokens is None else text_tokens
     if position_scale is None and pos_embed is not None:
         position_scale = position_scale_of(pos_embed)
     if position_scale is None:
-        position_scale = geometry["sample_size"] / 64 if tokens == SIGMA_TOKENS else float(max(geometry["sample_size"] // 64, 1))
+        position_scale = (
+            geometry["sample_size"] / 64
+            if tokens == SIGMA_TOKENS
+            else float(max(geometry["sample_size"] // 64, 1))
+        )
     return TransformerConfig(
         **geometry,
         position_scale=position_scale,

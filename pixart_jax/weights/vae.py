@@ -36,14 +36,29 @@ def diffusers(config: VAEConfig) -> tuple[Entry, ...]:
         entries += _conv(f"{half}/conv_in/conv", f"{half}.conv_in")
         for level in range(levels):
             for i in range(layers):
-                entries += _residual(f"{half}/{level_name}_{level}_resnet_{i}", f"{half}.{blocks}.{level}.resnets.{i}")
-            ours, theirs = ("downsample", "downsamplers") if half == "encoder" else ("upsample", "upsamplers")
-            entries += _conv(f"{half}/{level_name}_{level}_{ours}/conv", f"{half}.{blocks}.{level}.{theirs}.0.conv")
+                entries += _residual(
+                    f"{half}/{level_name}_{level}_resnet_{i}",
+                    f"{half}.{blocks}.{level}.resnets.{i}",
+                )
+            ours, theirs = (
+                ("downsample", "downsamplers") if half == "encoder" else ("upsample", "upsamplers")
+            )
+            entries += _conv(
+                f"{half}/{level_name}_{level}_{ours}/conv",
+                f"{half}.{blocks}.{level}.{theirs}.0.conv",
+            )
         for i in range(2):
             entries += _residual(f"{half}/mid/resnet_{i}", f"{half}.mid_block.resnets.{i}")
         entries += _norm(f"{half}/mid/attention/norm", f"{half}.mid_block.attentions.0.group_norm")
-        for ours, theirs in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0")):
-            entries += _conv(f"{half}/mid/attention/{ours}", f"{half}.mid_block.attentions.0.{theirs}", "linear")
+        for ours, theirs in (
+            ("query", "to_q"),
+            ("key", "to_k"),
+            ("value", "to_v"),
+            ("out", "to_out.0"),
+        ):
+            entries += _conv(
+                f"{half}/mid/attention/{ours}", f"{half}.mid_block.attentions.0.{theirs}", "linear"
+            )
         entries += _norm(f"{half}/norm_out", f"{half}.conv_norm_out")
         entries += _conv(f"{half}/conv_out/conv", f"{half}.conv_out")
     entries += _conv("quant", "quant_conv", "pointwise")
@@ -52,7 +67,10 @@ def diffusers(config: VAEConfig) -> tuple[Entry, ...]:
 
 
 def _conv(ours: str, theirs: str, layout: str = "conv") -> list[Entry]:
-    return [Entry(f"{ours}/kernel", f"{theirs}.weight", layout), Entry(f"{ours}/bias", f"{theirs}.bias")]
+    return [
+        Entry(f"{ours}/kernel", f"{theirs}.weight", layout),
+        Entry(f"{ours}/bias", f"{theirs}.bias"),
+    ]
 
 
 def _norm(ours: str, theirs: str) -> list[Entry]:
@@ -85,7 +103,9 @@ def config_from_json(values: Mapping) -> VAEConfig:
     ):
         found = values.get(name, want)
         if (list(found) if isinstance(found, tuple | list) else found) != want:
-            raise UserError(f"config.json: {name} = {found!r}: only {want!r} is known for this AutoencoderKL")
+            raise UserError(
+                f"config.json: {name} = {found!r}: only {want!r} is known for this AutoencoderKL"
+            )
     try:
         return VAEConfig(
             in_channels=values.get("in_channels", 3),

@@ -1,4 +1,5 @@
-"""Several local processes of one program: what they are told, whose output and status is shown, and that none is left behind."""
+"""Several local processes of one program: what they are told, whose output and status is shown, and
+that none is left behind."""
 
 from __future__ import annotations
 
@@ -50,7 +51,11 @@ time.sleep(600)
 def pids(child, count: int) -> list[int]:
     found = []
     while len(found) < 2 * count:
-        line = child.stdout.readline() if len(found) == 0 else (child.stderr.readline() or child.stdout.readline())
+        line = (
+            child.stdout.readline()
+            if len(found) == 0
+            else (child.stderr.readline() or child.stdout.readline())
+        )
         assert line, child.communicate()
         if "pids" in line:
             found += map(int, line.split("pids ")[1].split())
@@ -61,7 +66,8 @@ def test_each_process_is_told_its_place_and_its_lines_carry_its_number(tmp_path)
     file = program(
         tmp_path,
         "import os, sys\n"
-        "print(os.environ['JAX_PROCESS_ID'], os.environ['JAX_NUM_PROCESSES'], os.environ['JAX_COORDINATOR_ADDRESS'].split(':')[0],"
+        "print(os.environ['JAX_PROCESS_ID'], os.environ['JAX_NUM_PROCESSES'], "
+        "os.environ['JAX_COORDINATOR_ADDRESS'].split(':')[0],"
         " os.environ['XLA_FLAGS'], sys.argv[1:])\n",
     )
     child = launcher("--processes", 3, "--devices-per-process", 4, "--", file, "--flag", "a b")
@@ -74,16 +80,27 @@ def test_each_process_is_told_its_place_and_its_lines_carry_its_number(tmp_path)
 
 
 def test_logs_keep_every_process_s_output_and_the_first_one_s_is_shown_as_it_is(tmp_path):
-    file = program(tmp_path, "import os, sys\nprint('I am', os.environ['JAX_PROCESS_ID'])\nprint('oops', file=sys.stderr)\n")
+    file = program(
+        tmp_path,
+        "import os, sys\nprint('I am', os.environ['JAX_PROCESS_ID'])\nprint('oops', "
+        "file=sys.stderr)\n",
+    )
     child = launcher("--processes", 2, "--logs", tmp_path / "logs", "--", file)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, sorted(out.splitlines()), err) == (0, ["I am 0", "oops"], "")
     for k in range(2):
-        assert sorted((tmp_path / "logs" / f"process-{k}.log").read_text().splitlines()) == [f"I am {k}", "oops"]
+        assert sorted((tmp_path / "logs" / f"process-{k}.log").read_text().splitlines()) == [
+            f"I am {k}",
+            "oops",
+        ]
 
 
 def test_the_first_bad_status_is_the_launcher_s_and_the_others_are_ended_in_time(tmp_path):
-    file = program(tmp_path, "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1':\n    sys.exit(7)\ntime.sleep(600)\n")
+    file = program(
+        tmp_path,
+        "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1':\n    "
+        "sys.exit(7)\ntime.sleep(600)\n",
+    )
     began = time.monotonic()
     child = launcher("--processes", 3, "--patience", 1, "--", file)
     _, err = child.communicate(timeout=60)
@@ -92,7 +109,11 @@ def test_the_first_bad_status_is_the_launcher_s_and_the_others_are_ended_in_time
 
 
 def test_a_process_killed_by_the_kernel_is_named(tmp_path):
-    file = program(tmp_path, "import os, signal\nif os.environ['JAX_PROCESS_ID'] == '0':\n    os.kill(os.getpid(), signal.SIGKILL)\n")
+    file = program(
+        tmp_path,
+        "import os, signal\nif os.environ['JAX_PROCESS_ID'] == '0':\n    os.kill(os.getpid(), "
+        "signal.SIGKILL)\n",
+    )
     child = launcher("--", file)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 128 + signal.SIGKILL and "process 0 was killed by SIGKILL" in err
@@ -121,7 +142,8 @@ def test_no_orphan_is_left_whatever_ends_the_launcher(tmp_path, number):
     children = pids(child, 2)
     child.send_signal(number)
     child.wait(timeout=60)
-    left = children if number != signal.SIGKILL else children[::2]  # a killed launcher takes its own children with it
+    # a killed launcher takes its own children with it
+    left = children if number != signal.SIGKILL else children[::2]
     deadline = time.monotonic() + 10
     while any(alive(pid) for pid in left) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -29,7 +29,10 @@ def test_inference_tables_equal_the_released_ones(base):
 @pytest.mark.parametrize("base", buckets.BASES)
 def test_training_tables_are_the_2048_table_scaled(base):
     # The 2048 table is the one of the four that was released with all 40 entries.
-    scaled = {key: (h * base // 2048, w * base // 2048) for key, (h, w) in as_sizes(sigma.ASPECT_RATIO_2048_BIN).items()}
+    scaled = {
+        key: (h * base // 2048, w * base // 2048)
+        for key, (h, w) in as_sizes(sigma.ASPECT_RATIO_2048_BIN).items()
+    }
     assert buckets.TABLES[base] == scaled and len(scaled) == 40
     assert set(buckets.INFERENCE_TABLES[base].items()) <= set(scaled.items())
 
@@ -45,15 +48,19 @@ def test_nearest_equals_the_released_choice_for_10000_random_sizes(base):
     rng = np.random.default_rng(base)
     sizes = np.exp(rng.uniform(np.log(32), np.log(8192), (10_000, 2))).astype(int)
     for height, width in sizes.tolist():
-        assert buckets.nearest(height, width, base, inference=True) == PixArtImageProcessor.classify_height_width_bin(
-            height, width, RELEASED[base]
-        )
+        assert buckets.nearest(
+            height, width, base, inference=True
+        ) == PixArtImageProcessor.classify_height_width_bin(height, width, RELEASED[base])
         keys = np.array(list(buckets.TABLES[base]))
-        assert buckets.nearest(height, width, base) == buckets.TABLES[base][keys[np.abs(keys - height / width).argmin()]]
+        assert (
+            buckets.nearest(height, width, base)
+            == buckets.TABLES[base][keys[np.abs(keys - height / width).argmin()]]
+        )
 
 
-# The official rule, as diffusion/data/datasets writes it: get_closest_ratio over the 40 keys as text and sizes as floats, then the resize
-# that its transform is given, and torchvision's CenterCrop, which rounds the half.
+# The official rule, as diffusion/data/datasets writes it: get_closest_ratio over the 40 keys as
+# text and sizes as floats, then the resize that its transform is given, and torchvision's
+# CenterCrop, which rounds the half.
 
 
 def official_choice(height, width, ratios):
@@ -67,26 +74,37 @@ def official_crop(ori_h, ori_w, closest_size):
         resize_size = closest_size[0], int(ori_w * closest_size[0] / ori_h)
     else:
         resize_size = int(ori_h * closest_size[1] / ori_w), closest_size[1]
-    return (*resize_size, int(round((resize_size[0] - closest_size[0]) / 2.0)), int(round((resize_size[1] - closest_size[1]) / 2.0)))
+    return (
+        *resize_size,
+        int(round((resize_size[0] - closest_size[0]) / 2.0)),
+        int(round((resize_size[1] - closest_size[1]) / 2.0)),
+    )
 
 
 @pytest.mark.parametrize("base", buckets.BASES)
 def test_bucket_and_crop_equal_the_official_code_s_for_10000_random_sizes(base):
-    released = {key: [h * base / 2048, w * base / 2048] for key, (h, w) in sigma.ASPECT_RATIO_2048_BIN.items()}
+    released = {
+        key: [h * base / 2048, w * base / 2048]
+        for key, (h, w) in sigma.ASPECT_RATIO_2048_BIN.items()
+    }
     table = tuple(buckets.TABLES[base].values())
     rng = np.random.default_rng(base + 1)
     wild = np.exp(rng.uniform(np.log(32), np.log(8192), (9_000, 2))).astype(int)
     keys = np.array([float(key) for key in released])
-    border = (keys[:-1] + keys[1:]) / 2  # sizes that lie on, or within a pixel of, a border between two buckets
+    # sizes that lie on, or within a pixel of, a border between two buckets
+    border = (keys[:-1] + keys[1:]) / 2
     widths = rng.integers(100, 4000, 1000)
     near = np.stack([np.rint(widths * rng.choice(border, 1000)).astype(int), widths], -1)
     for height, width in np.concatenate([wild, near]).tolist():
         (h, w), key = official_choice(height, width, released)
-        assert buckets.nearest(height, width, base) == (h, w) == buckets.assign(height, width, table), (height, width)
+        assert (
+            buckets.nearest(height, width, base) == (h, w) == buckets.assign(height, width, table)
+        ), (height, width)
         assert buckets.key_of((int(h), int(w))) == key
         fit = buckets.fit(height, width, (int(h), int(w)))
         expected = official_crop(height, width, (int(h), int(w)))
-        if expected[0] >= h and expected[1] >= w:  # its rounding leaves some a pixel short, which CenterCrop fills with black
+        # its rounding leaves some a pixel short, which CenterCrop fills with black
+        if expected[0] >= h and expected[1] >= w:
             assert (fit.height, fit.width, fit.top, fit.left) == expected
 
 

@@ -1,4 +1,5 @@
-"""The features of the official repositories train as they are; what is missing is named, and nothing takes its place."""
+"""The features of the official repositories train as they are; what is missing is named, and
+nothing takes its place."""
 
 import json
 import pathlib
@@ -30,25 +31,48 @@ def root(tmp_path, monkeypatch):
 
 def test_rows_are_the_files_numbers_with_lengths_from_the_mask(root):
     samples = FeatureSamples(str(root), MIX, 16)
-    assert samples.buckets == ((32, 32),) and samples.bucket_of.tolist() == [0, 0, 0] and samples.length == 8 and not len(samples.faults)
+    assert (
+        samples.buckets == ((32, 32),)
+        and samples.bucket_of.tolist() == [0, 0, 0]
+        and samples.length == 8
+        and not len(samples.faults)
+    )
     batch = samples.read(np.array([2, 0]), 0, np.zeros(2))
-    assert batch["mean"].shape == batch["std"].shape == (2, 4, 4, 4) and batch["mean"].dtype == np.float32
+    assert (
+        batch["mean"].shape == batch["std"].shape == (2, 4, 4, 4)
+        and batch["mean"].dtype == np.float32
+    )
     posterior = np.load(root / LATENTS / "002_000002.npy")
     np.testing.assert_array_equal(batch["mean"][0], posterior[:4].transpose(1, 2, 0))
     np.testing.assert_array_equal(batch["std"][0], posterior[4:].transpose(1, 2, 0))
     held = np.load(root / "caption_feature_wmask" / "002_000002.npz")
     assert batch["text_lengths"].tolist() == [3, 1] == [int(held["attention_mask"].sum()), 1]
-    np.testing.assert_array_equal(batch["text_states"][0, :3], held["caption_feature"][0, :3].astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(
+        batch["text_states"][0, :3], held["caption_feature"][0, :3].astype(ml_dtypes.bfloat16)
+    )
     assert not batch["text_states"][0, 3:].astype(np.float32).any()
-    assert batch["size"].tolist() == [[32, 32], [24, 40]] and batch["key"].tolist() == ["002/000002", "000/000000"]
+    assert batch["size"].tolist() == [[32, 32], [24, 40]] and batch["key"].tolist() == [
+        "002/000002",
+        "000/000000",
+    ]
     assert batch["aspect_ratio"].tolist() == [1, 1] and batch["label"].tolist() == [-1, -1]
-    assert set(batch) == {"mean", "std", "label", "size", "aspect_ratio", "key", "text_states", "text_lengths"}
+    assert set(batch) == {
+        "mean",
+        "std",
+        "label",
+        "size",
+        "aspect_ratio",
+        "key",
+        "text_states",
+        "text_lengths",
+    }
 
 
 @pytest.mark.parametrize(
     ("names", "folder"),
     [
-        (["000000", "000001", "000002"], "img_vae_features/32resolution/noflip"),  # what the extractor writes and its loader never finds
+        # what the extractor writes and its loader never finds
+        (["000000", "000001", "000002"], "img_vae_features/32resolution/noflip"),
         (["000_000000", "001_000001", "002_000002"], "img_vae_fatures_32_multiscale/ms"),
         (["000_000000", "001_000001", "002_000002"], "img_sdxl_vae_features_32resolution_ms_new"),
     ],
@@ -67,15 +91,21 @@ def test_every_name_that_the_official_tools_give_is_found(tmp_path, names, folde
 def test_the_names_are_those_of_the_official_expressions(path):
     names = reading._names(path)
     assert "_".join(path.rsplit("/", 1)).replace(".png", ".npz")[:-4] == names[0]  # both loaders
-    assert "_".join(f"InternImgs/{path}".rsplit("/", 2)[-2:]).split(".")[0] in names  # the extractor of several aspect ratios
-    assert pathlib.Path(path).stem in names  # the extractors of texts and of single sizes, and PixArt-Σ's
+    # the extractor of several aspect ratios
+    assert "_".join(f"InternImgs/{path}".rsplit("/", 2)[-2:]).split(".")[0] in names
+    # the extractors of texts and of single sizes, and PixArt-Σ's
+    assert pathlib.Path(path).stem in names
 
 
 def test_sam_s_features_bear_the_pictures_names(tmp_path):
     root = sam(tmp_path / "SA1B")
-    features(root, {f"sa_{i:06d}": (32, 32) for i in range(3)}, "img_vae_feature/train_vae_256/noflip")
+    features(
+        root, {f"sa_{i:06d}": (32, 32) for i in range(3)}, "img_vae_feature/train_vae_256/noflip"
+    )
     samples = FeatureSamples(str(root), (("caption", 1.0),), 16)
-    assert samples.read(np.array([1]), 0, np.zeros(1))["key"].tolist() == ["sa_000001"] and not len(samples.faults)
+    assert samples.read(np.array([1]), 0, np.zeros(1))["key"].tolist() == ["sa_000001"] and not len(
+        samples.faults
+    )
 
 
 def test_what_is_missing_or_damaged_is_named_and_never_replaced(root):
@@ -87,7 +117,10 @@ def test_what_is_missing_or_damaged_is_named_and_never_replaced(root):
     assert samples.bucket_of.tolist() == [-1, -1, 0]
     assert dict(samples.faults.counts) == {"missing features": 1, "unreadable features": 1}
     named = [str(fault) for fault in samples.faults]
-    assert any("data_info.json, item 1, 000/000000.png: missing features (no 000_000000.npz" in line for line in named)
+    assert any(
+        "data_info.json, item 1, 000/000000.png: missing features (no 000_000000.npz" in line
+        for line in named
+    )
     loader = Loader(samples, batch_size=1, seed=0)
     assert {str(loader.batch(step)["key"][0]) for step in range(5)} == {"002/000002"}
     with pytest.raises(UserError, match="missing features"):
@@ -95,7 +128,10 @@ def test_what_is_missing_or_damaged_is_named_and_never_replaced(root):
     (latents / "001_000001.npy").unlink()
     data = (texts / "002_000002.npz").read_bytes()
     (texts / "002_000002.npz").write_bytes(data[:-30])  # a zip without its end
-    with pytest.raises(UserError, match="no picture has all its features .3 left out: 2 missing features, 1 unreadable"):
+    with pytest.raises(
+        UserError,
+        match="no picture has all its features .3 left out: 2 missing features, 1 unreadable",
+    ):
         FeatureSamples(str(root), MIX, 16)
 
 
@@ -107,12 +143,18 @@ def test_a_mask_with_holes_and_a_file_that_is_no_posterior_are_unreadable(root):
     )
     np.save(root / LATENTS / "001_000001.npy", np.zeros((8, 16), np.float32))
     samples = FeatureSamples(str(root), MIX, 16)
-    assert samples.bucket_of.tolist() == [-1, -1, 0] and samples.faults.counts["unreadable features"] == 2
+    assert (
+        samples.bucket_of.tolist() == [-1, -1, 0]
+        and samples.faults.counts["unreadable features"] == 2
+    )
 
 
 def test_a_file_belongs_to_one_picture(tmp_path):
     """000/1.png and 001/1.png: the extractor writes one 1.npz for both."""
-    items = [{"path": f"{i:03d}/1.png", "height": 32, "width": 32, "ratio": 1.0, "prompt": "x"} for i in range(2)]
+    items = [
+        {"path": f"{i:03d}/1.png", "height": 32, "width": 32, "ratio": 1.0, "prompt": "x"}
+        for i in range(2)
+    ]
     write(tmp_path, {"partition/data_info.json": json.dumps(items)})
     features(tmp_path, {"1": (32, 32)}, LATENTS)
     samples = FeatureSamples(str(tmp_path), MIX, 16)
@@ -134,7 +176,9 @@ def test_mistakes_are_named(root):
         FeatureSamples(str(root), (("dense", 1.0),), 16)
     with pytest.raises(UserError, match="texts of 3 tokens, more than max_text_tokens = 2"):
         FeatureSamples(str(root), MIX, 2)
-    with pytest.raises(UserError, match="latents of 32×32 px, which are none of the stage's buckets"):
+    with pytest.raises(
+        UserError, match="latents of 32×32 px, which are none of the stage's buckets"
+    ):
         FeatureSamples(str(root), MIX, 16, buckets=((64, 64),))
     features(root, NAMES, "img_vae_features_64resolution/noflip")
     with pytest.raises(UserError, match="several folders of latents: .*latents=DIR"):
@@ -148,6 +192,8 @@ def test_what_a_large_set_holds_is_kept_for_the_next_start(root, monkeypatch):
     first = FeatureSamples(str(root), MIX, 16)
     monkeypatch.setattr(reading, "_features_of", None)
     again = FeatureSamples(str(root), MIX, 16)
-    assert again.bucket_of.tolist() == first.bucket_of.tolist() == [-1, 0, 0] and dict(again.faults.counts) == dict(first.faults.counts)
+    assert again.bucket_of.tolist() == first.bucket_of.tolist() == [-1, 0, 0] and dict(
+        again.faults.counts
+    ) == dict(first.faults.counts)
     for name, rows in first.read(np.array([1, 2]), 0, np.zeros(2)).items():
         np.testing.assert_array_equal(rows, again.read(np.array([1, 2]), 0, np.zeros(2))[name])

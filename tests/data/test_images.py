@@ -16,7 +16,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **more) -> bytes:
 
 def picture(height=24, width=40) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
-    return np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 128)], -1).astype(np.uint8)
+    return np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 128)], -1).astype(
+        np.uint8
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -62,18 +64,30 @@ def test_gray_of_8_and_16_bits_is_the_same_picture():
     gray = picture()[..., 0]
     expected = np.repeat(gray[..., None], 3, -1)
     np.testing.assert_array_equal(images.decode(encoded(Image.fromarray(gray))), expected)
-    np.testing.assert_array_equal(images.decode(encoded(Image.fromarray(gray.astype(np.uint16) * 257))), expected)
+    np.testing.assert_array_equal(
+        images.decode(encoded(Image.fromarray(gray.astype(np.uint16) * 257))), expected
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
 def test_cmyk_and_other_codecs_are_close_to_the_picture(kind):
     image = Image.fromarray(picture())
-    data = encoded(image.convert("CMYK") if kind != "WEBP" else image, kind, **({"quality": 98} if kind != "TIFF" else {}))
+    data = encoded(
+        image.convert("CMYK") if kind != "WEBP" else image,
+        kind,
+        **({"quality": 98} if kind != "TIFF" else {}),
+    )
     assert np.abs(images.decode(data).astype(int) - picture()).mean() < 3
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"not an image", encoded(Image.fromarray(picture()), "JPEG")[:-200], encoded(Image.fromarray(picture()))[:60]]
+    "data",
+    [
+        b"",
+        b"not an image",
+        encoded(Image.fromarray(picture()), "JPEG")[:-200],
+        encoded(Image.fromarray(picture()))[:60],
+    ],
 )
 def test_what_is_no_whole_image_is_refused(data):
     with pytest.raises(images.UnreadableImage):
@@ -94,21 +108,31 @@ def test_a_picture_of_the_bucket_s_size_is_untouched():
 def test_model_range_is_minus_one_to_one():
     values = images.to_model(np.array([0, 255, 128], np.uint8))
     assert values.dtype == np.float32 and values[0] == -1 and values[1] == 1
-    np.testing.assert_array_equal(np.rint((images.to_model(np.arange(256, dtype=np.uint8)) + 1) * 127.5), np.arange(256))
+    np.testing.assert_array_equal(
+        np.rint((images.to_model(np.arange(256, dtype=np.uint8)) + 1) * 127.5), np.arange(256)
+    )
 
 
 def photograph() -> np.ndarray:
     """uint8 [1024, 1536, 3]: a photograph with fine detail, the one in scikit-learn enlarged."""
     from sklearn.datasets import load_sample_image
 
-    return np.asarray(Image.fromarray(load_sample_image("china.jpg")).resize((1536, 1024), Image.Resampling.LANCZOS))
+    return np.asarray(
+        Image.fromarray(load_sample_image("china.jpg")).resize(
+            (1536, 1024), Image.Resampling.LANCZOS
+        )
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "RGB"])
 def test_a_picture_of_any_mode_is_rgb(mode):
-    data = encoded(Image.fromarray(picture()).convert("RGBA" if mode == "LA" else "RGB").convert(mode))
+    data = encoded(
+        Image.fromarray(picture()).convert("RGBA" if mode == "LA" else "RGB").convert(mode)
+    )
     decoded = images.decode(data)
-    assert decoded.shape == (24, 40, 3) and decoded.dtype == np.uint8 and images.size(data) == (24, 40)
+    assert (
+        decoded.shape == (24, 40, 3) and decoded.dtype == np.uint8 and images.size(data) == (24, 40)
+    )
     if mode != "1":
         gray = np.asarray(Image.fromarray(picture()).convert("L").convert("RGB"), int)
         expected = gray if mode in ("L", "LA") else picture().astype(int)
@@ -119,7 +143,11 @@ def test_gray_with_alpha_lies_on_white():
     la = np.dstack([np.full((4, 4), 50, np.uint8), np.full((4, 4), 255, np.uint8)])
     la[0, :, 1], la[1, :, 1] = 0, 128
     decoded = images.decode(encoded(Image.fromarray(la)))
-    assert (decoded[0] == 255).all() and (decoded[2:] == 50).all() and abs(int(decoded[1, 0, 0]) - 152) <= 1
+    assert (
+        (decoded[0] == 255).all()
+        and (decoded[2:] == 50).all()
+        and abs(int(decoded[1, 0, 0]) - 152) <= 1
+    )
 
 
 def test_colour_of_16_bits_is_scaled_to_8():
@@ -131,9 +159,15 @@ def test_colour_of_16_bits_is_scaled_to_8():
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
 
     def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 24, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(lines))
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 24, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(lines))
+    )
     np.testing.assert_array_equal(images.decode(data + chunk(b"IEND", b"")), picture())
 
 
@@ -144,9 +178,12 @@ def without_adobe_marker(data: bytes) -> bytes:
 
 def test_cmyk_is_right_with_and_without_adobe_s_inversion():
     ink = Image.fromarray(picture()).convert("CMYK")
-    adobe = encoded(ink, "JPEG", quality=98)  # Pillow writes inks inverted, with Adobe's marker, as Photoshop does
+    # Pillow writes inks inverted, with Adobe's marker, as Photoshop does
+    adobe = encoded(ink, "JPEG", quality=98)
     assert b"Adobe" in adobe
-    plain = without_adobe_marker(encoded(Image.fromarray(255 - np.asarray(ink), "CMYK"), "JPEG", quality=98))
+    plain = without_adobe_marker(
+        encoded(Image.fromarray(255 - np.asarray(ink), "CMYK"), "JPEG", quality=98)
+    )
     for data in (adobe, plain):
         assert np.abs(images.decode(data).astype(int) - picture()).mean() < 3
         fitted, _, size = images.fitted(data, (24, 40))
@@ -156,7 +193,13 @@ def test_cmyk_is_right_with_and_without_adobe_s_inversion():
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_of_an_animation_the_first_frame_is_taken(kind):
     frames = [Image.new("RGB", (12, 8), colour) for colour in ("red", "lime", "blue")]
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+    data = encoded(
+        frames[0],
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
     assert images.size(data) == (8, 12) and (images.decode(data) == (255, 0, 0)).all()
 
 
@@ -167,12 +210,20 @@ def test_a_jpeg_s_and_a_tiff_s_rotation_is_applied_once(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = {
-        2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE, 6: Image.ROTATE_90,
-        7: Image.TRANSVERSE, 8: Image.ROTATE_270,
-    }  # fmt: skip
+        2: Image.FLIP_LEFT_RIGHT,
+        3: Image.ROTATE_180,
+        4: Image.FLIP_TOP_BOTTOM,
+        5: Image.TRANSPOSE,
+        6: Image.ROTATE_90,
+        7: Image.TRANSVERSE,
+        8: Image.ROTATE_270,
+    }
     image = Image.fromarray(upright)
     image = image.transpose(stored[orientation]) if orientation in stored else image
-    tiff, jpeg = encoded(image, "TIFF", tiffinfo={0x0112: orientation}), encoded(image, "JPEG", quality=98, exif=exif)
+    tiff, jpeg = (
+        encoded(image, "TIFF", tiffinfo={0x0112: orientation}),
+        encoded(image, "JPEG", quality=98, exif=exif),
+    )
     np.testing.assert_array_equal(images.decode(tiff), turned)
     assert images.size(tiff) == images.size(jpeg) == (32, 48)
     assert np.abs(images.decode(jpeg).astype(int) - upright).mean() < 3
@@ -191,7 +242,9 @@ def test_exif_behind_a_png_s_pixels_is_found_and_damaged_exif_is_none():
     for form in (data, late):
         assert images.size(form) == (24, 40)
         np.testing.assert_array_equal(images.decode(form), picture())
-    broken = encoded(Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
+    broken = encoded(
+        Image.fromarray(picture()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage"
+    )
     assert images.size(broken) == images.decode(broken).shape[:2] == (24, 40)
 
 
@@ -236,10 +289,13 @@ def test_a_large_jpeg_decoded_reduced_is_the_same_picture_within_a_level():
         fast, found, size = images.fitted(data, bucket)
         assert found == how and size == (1024, 1536) and fast.shape == exact.shape
         assert np.abs(fast.astype(int) - exact).mean() < 1.0, bucket
-    exact, _ = images.to_bucket(images.decode(data), (640, 960))  # not shrunk to a half: the very pixels
+    # not shrunk to a half: the very pixels
+    exact, _ = images.to_bucket(images.decode(data), (640, 960))
     np.testing.assert_array_equal(images.fitted(data, (640, 960))[0], exact)
     png = encoded(Image.fromarray(pixels[:300, :400]))
-    np.testing.assert_array_equal(images.fitted(png, (64, 64))[0], images.to_bucket(images.decode(png), (64, 64))[0])
+    np.testing.assert_array_equal(
+        images.fitted(png, (64, 64))[0], images.to_bucket(images.decode(png), (64, 64))[0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

@@ -31,7 +31,9 @@ class Noise:
         return self.n
 
     def sizes(self):
-        return np.array([self.shape(i) if i not in self.broken else (0, 0) for i in range(self.n)], np.int32)
+        return np.array(
+            [self.shape(i) if i not in self.broken else (0, 0) for i in range(self.n)], np.int32
+        )
 
     def shape(self, index):
         return ((32, 32), (40, 90), (70, 33))[index % 3]
@@ -39,10 +41,15 @@ class Noise:
     def __getitem__(self, index):
         self.reads += 1
         png = io.BytesIO()
-        Image.fromarray(np.random.default_rng(index).integers(0, 256, (*self.shape(index), 3), np.uint8)).save(png, "PNG")
+        Image.fromarray(
+            np.random.default_rng(index).integers(0, 256, (*self.shape(index), 3), np.uint8)
+        ).save(png, "PNG")
         dense = tuple("w " * (5 + index % 4 + j) for j in range(1 + index % 2))
         return Sample(
-            f"k{index}", png.getvalue() if index not in self.broken else b"", {"short": (f"s {index}",), "dense": dense}, index % 5
+            f"k{index}",
+            png.getvalue() if index not in self.broken else b"",
+            {"short": (f"s {index}",), "dense": dense},
+            index % 5,
         )
 
 
@@ -52,7 +59,11 @@ class Tokenizer:
     pad_token_id = 0
 
     def __call__(self, texts, max_length, truncation, padding):
-        return {"input_ids": [[2 + len(word) for word in text.split()][: max_length - 1] + [1] for text in texts]}
+        return {
+            "input_ids": [
+                [2 + len(word) for word in text.split()][: max_length - 1] + [1] for text in texts
+            ]
+        }
 
 
 def encoded_folder(folder, n=60):
@@ -62,13 +73,36 @@ def encoded_folder(folder, n=60):
         for i in range(number, n, 3):
             rng = np.random.default_rng(i)
             latents = rng.normal(size=(2, bucket[0] // 8, bucket[1] // 8, 4)).astype(np.float32)
-            arrays = {"mean": latents[0], "std": abs(latents[1]), "label": np.int64(i % 5), "size": np.array([i + 1, i + 2], np.int32)}
+            arrays = {
+                "mean": latents[0],
+                "std": abs(latents[1]),
+                "label": np.int64(i % 5),
+                "size": np.array([i + 1, i + 2], np.int32),
+            }
             arrays["text.short.0"] = rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16)
             arrays["text.dense.0"] = rng.normal(size=(4 + i % 7, 8)).astype(ml_dtypes.bfloat16)
-            made.append(records.pack(arrays, {"key": f"k{i}", "captions.short": '["s"]', "captions.dense": json.dumps(["d"])}))
+            made.append(
+                records.pack(
+                    arrays,
+                    {
+                        "key": f"k{i}",
+                        "captions.short": '["s"]',
+                        "captions.dense": json.dumps(["d"]),
+                    },
+                )
+            )
         path = folder / f"{number}.array_record"
         count = records.write_shard(path, made)
-        shards.append(records.Shard(path.name, bucket, count, path.stat().st_size, records.sha256(path), {"short": 3, "dense": 10}))
+        shards.append(
+            records.Shard(
+                path.name,
+                bucket,
+                count,
+                path.stat().st_size,
+                records.sha256(path),
+                {"short": 3, "dense": 10},
+            )
+        )
     records.Manifest({"vae": "v"}, tuple(shards)).write(folder)
     return folder
 
@@ -112,7 +146,9 @@ def test_resume_at_any_step_gives_the_same_remaining_sequence(samples):
 def test_batches_depend_on_neither_threads_nor_prefetch(samples):
     expected = [Loader(samples, batch_size=8, seed=3).batch(step) for step in range(10)]
     for workers, prefetch in ((0, None), (1, 1), (4, 16)):
-        batches = Loader(samples, batch_size=8, seed=3, workers=workers, prefetch=prefetch).iterator()
+        batches = Loader(
+            samples, batch_size=8, seed=3, workers=workers, prefetch=prefetch
+        ).iterator()
         for batch in expected:
             same(next(batches), batch)
         batches.close()
@@ -126,7 +162,12 @@ def test_processes_read_shares_of_one_global_batch_in_one_bucket(samples, count)
         assert len({part.bucket(step) for part in parts}) == 1
         shares = [part.batch(step) for part in parts]
         same(
-            {name: np.stack([share[name] for share in shares], 1).reshape(-1, *shares[0][name].shape[1:]) for name in shares[0]},
+            {
+                name: np.stack([share[name] for share in shares], 1).reshape(
+                    -1, *shares[0][name].shape[1:]
+                )
+                for name in shares[0]
+            },
             whole.batch(step),
         )
 
@@ -145,7 +186,11 @@ def test_pictures_are_those_of_the_source_in_the_model_s_range_and_decoded_once(
     loader = Loader(ImageSamples(source, BUCKETS), batch_size=8, seed=0)
     for step in range(40):
         batch = loader.batch(step)
-        assert batch["images"].dtype == np.float32 and batch["images"].shape == (8, *loader.bucket(step), 3)
+        assert batch["images"].dtype == np.float32 and batch["images"].shape == (
+            8,
+            *loader.bucket(step),
+            3,
+        )
         for row, key in zip(batch["images"], batch["key"]):
             pixels, _ = images.to_bucket(Noise()[int(key[1:])].pixels(), loader.bucket(step))
             np.testing.assert_array_equal(row, images.to_model(pixels))
@@ -157,7 +202,11 @@ def test_pictures_are_those_of_the_source_in_the_model_s_range_and_decoded_once(
 def test_an_unreadable_picture_is_left_out_by_its_header_and_named_when_asked_for():
     samples = ImageSamples(Noise(broken=(4,)), BUCKETS)
     assert samples.bucket_of[4] == -1
-    seen = {key for step in range(40) for key in Loader(samples, batch_size=8, seed=0).batch(step)["key"]}
+    seen = {
+        key
+        for step in range(40)
+        for key in Loader(samples, batch_size=8, seed=0).batch(step)["key"]
+    }
     assert len(seen) == 59 and "k4" not in seen
     with pytest.raises(UserError, match="k4: the image is empty"):
         samples.read(np.array([4]), 0, np.zeros(1))
@@ -173,7 +222,10 @@ def test_tokens_are_those_of_the_chosen_caption_padded_to_one_length():
         assert batch["input_ids"].dtype == batch["lengths"].dtype == np.int32
         for ids, length, key in zip(batch["input_ids"], batch["lengths"], batch["key"]):
             sample = source[int(key[1:])]
-            expected = {kind: Tokenizer()(sample.texts(kind), 120, True, False)["input_ids"] for kind in ("short", "dense")}
+            expected = {
+                kind: Tokenizer()(sample.texts(kind), 120, True, False)["input_ids"]
+                for kind in ("short", "dense")
+            }
             kinds.append(ids[:length].tolist() in expected["short"])
             assert kinds[-1] or ids[:length].tolist() in expected["dense"]
             assert not ids[length:].any() and ids[length - 1] == 1
@@ -182,12 +234,19 @@ def test_tokens_are_those_of_the_chosen_caption_padded_to_one_length():
 
 def test_each_row_brings_the_first_text_of_its_target():
     source = Noise()
-    samples = TokenSamples(source, Tokenizer(), (("short", 1.0), ("dense", 1.0)), 120, target="dense")
+    samples = TokenSamples(
+        source, Tokenizer(), (("short", 1.0), ("dense", 1.0)), 120, target="dense"
+    )
     batch = Loader(samples, batch_size=40, seed=0).batch(0)
     for row, key in enumerate(batch["key"]):
         target = batch["target_ids"][row, : batch["target_lengths"][row]].tolist()
         ids = batch["input_ids"][row, : batch["lengths"][row]].tolist()
-        assert target == Tokenizer()([source[int(key[1:])].texts("dense")[0]], 120, True, False)["input_ids"][0]
+        assert (
+            target
+            == Tokenizer()([source[int(key[1:])].texts("dense")[0]], 120, True, False)["input_ids"][
+                0
+            ]
+        )
         assert batch["itself"][row] == (ids == target)
     assert 0 < batch["itself"].mean() < 1
     with pytest.raises(UserError, match="no captions of kind 'dens'"):
@@ -197,7 +256,11 @@ def test_each_row_brings_the_first_text_of_its_target():
 def test_long_texts_are_cut_with_their_end_mark_kept():
     samples = TokenSamples(Noise(), Tokenizer(), (("dense", 1.0),), 7)
     batch = Loader(samples, batch_size=30, seed=0).batch(0)
-    assert samples.length == 7 and (batch["lengths"] <= 7).all() and (batch["input_ids"][np.arange(30), batch["lengths"] - 1] == 1).all()
+    assert (
+        samples.length == 7
+        and (batch["lengths"] <= 7).all()
+        and (batch["input_ids"][np.arange(30), batch["lengths"] - 1] == 1).all()
+    )
 
 
 def test_a_caption_is_chosen_anew_in_each_epoch():
@@ -220,9 +283,13 @@ def test_text_states_are_real_tokens_then_zeros(tmp_path):
         assert length == 4 + int(key[1:]) % 7
         assert batch["text_states"].dtype == ml_dtypes.bfloat16
         assert (
-            batch["text_states"][row, :length].astype(np.float32).all() and not batch["text_states"][row, length:].astype(np.float32).any()
+            batch["text_states"][row, :length].astype(np.float32).all()
+            and not batch["text_states"][row, length:].astype(np.float32).any()
         )
-        assert tuple(batch["size"][row]) == (int(key[1:]) + 1, int(key[1:]) + 2) and batch["label"][row] == int(key[1:]) % 5
+        assert (
+            tuple(batch["size"][row]) == (int(key[1:]) + 1, int(key[1:]) + 2)
+            and batch["label"][row] == int(key[1:]) % 5
+        )
 
 
 def test_damage_stops_the_loader_with_the_shard_s_name(tmp_path):
@@ -240,7 +307,9 @@ def test_damage_stops_the_loader_with_the_shard_s_name(tmp_path):
 def test_the_mix_keeps_its_weights_and_its_draw_stays_uniform():
     mix = CaptionMix((("a", 1.0), ("b", 0.0), ("c", 4.0)), ("a", "b", "c"), "set")
     chosen = [mix.choose(draw) for draw in np.linspace(0, 1, 10_000, endpoint=False)]
-    assert {kind for kind, _ in chosen} == {"a", "c"} and abs(np.mean([kind == "a" for kind, _ in chosen]) - 0.2) < 1e-3
+    assert {kind for kind, _ in chosen} == {"a", "c"} and abs(
+        np.mean([kind == "a" for kind, _ in chosen]) - 0.2
+    ) < 1e-3
     for kind in "ac":
         rest = np.array([r for k, r in chosen if k == kind])
         assert (0 <= rest).all() and (rest < 1).all() and abs(rest.mean() - 0.5) < 1e-2
@@ -254,12 +323,16 @@ def test_mistakes_are_named(samples, tmp_path):
 
 
 def test_a_sample_that_lacks_a_kind_takes_its_others_in_proportion_and_nothing_else_changes():
-    mix = CaptionMix((("long", 3.0), ("short", 1.0), ("tags", 1.0)), ("long", "short", "tags"), "set")
+    mix = CaptionMix(
+        (("long", 3.0), ("short", 1.0), ("tags", 1.0)), ("long", "short", "tags"), "set"
+    )
     draws = np.linspace(0, 1, 20_000, endpoint=False)
     for draw in draws[::500]:
         assert mix.choose(draw, {"long", "short", "tags", "other"}) == mix.choose(draw)
     chosen = [mix.choose(draw, {"short", "long"}) for draw in draws]
-    assert abs(np.mean([kind == "long" for kind, _ in chosen]) - 0.75) < 5e-3 and {kind for kind, _ in chosen} == {"long", "short"}
+    assert abs(np.mean([kind == "long" for kind, _ in chosen]) - 0.75) < 5e-3 and {
+        kind for kind, _ in chosen
+    } == {"long", "short"}
     rest = np.array([rest for kind, rest in chosen if kind == "short"])
     assert (0 <= rest).all() and (rest < 1).all() and abs(rest.mean() - 0.5) < 2e-2
     assert {mix.choose(draw, {"tags"})[0] for draw in draws} == {"tags"}
@@ -269,13 +342,22 @@ def test_samples_without_a_caption_of_the_mix_are_named_and_left_out():
     class Partly(Noise):
         def __getitem__(self, index):
             sample = super().__getitem__(index)
-            return dataclasses.replace(sample, captions={k: v for k, v in sample.captions.items() if (k == "dense") == (index % 2 == 0)})
+            return dataclasses.replace(
+                sample,
+                captions={
+                    k: v for k, v in sample.captions.items() if (k == "dense") == (index % 2 == 0)
+                },
+            )
 
     samples = TokenSamples(Partly(), Tokenizer(), (("short", 1.0),), 16)
-    assert (samples.bucket_of >= 0).tolist() == [i % 2 == 1 for i in range(60)] and dict(samples.faults.counts) == {"missing caption": 30}
-    assert {str(key) for step in range(20) for key in Loader(samples, batch_size=6, seed=0).batch(step)["key"]} == {
-        f"k{i}" for i in range(1, 60, 2)
-    }
+    assert (samples.bucket_of >= 0).tolist() == [i % 2 == 1 for i in range(60)] and dict(
+        samples.faults.counts
+    ) == {"missing caption": 30}
+    assert {
+        str(key)
+        for step in range(20)
+        for key in Loader(samples, batch_size=6, seed=0).batch(step)["key"]
+    } == {f"k{i}" for i in range(1, 60, 2)}
     both = TokenSamples(Partly(), Tokenizer(), (("short", 1.0), ("dense", 1.0)), 16)
     assert (both.bucket_of >= 0).all() and not len(both.faults)
 
@@ -290,4 +372,8 @@ def test_a_picture_that_shows_its_damage_only_when_decoded_is_left_out_before_th
         samples = ImageSamples(Cut(), BUCKETS, cache_bytes=cache_bytes)
         assert samples.bucket_of[7] == -1 and (samples.bucket_of >= 0).sum() == 59
         (fault,) = samples.faults
-        assert fault.place == "k7" and fault.kind == "unreadable image" and "cannot be decoded" in fault.detail
+        assert (
+            fault.place == "k7"
+            and fault.kind == "unreadable image"
+            and "cannot be decoded" in fault.detail
+        )

@@ -30,11 +30,13 @@ def test_an_epoch_of_100000_in_nine_buckets_uses_over_99_percent_and_nothing_twi
             np.add.at(window, batch.indices, 1)
         by_window.append(window)
     assert served.max() == 1  # each epoch's samples are served once
-    # What an epoch leaves over, less than a batch a bucket, is the beginning of the next one: late, never lost.
+    # What an epoch leaves over, less than a batch a bucket, is the beginning of the next one: late,
+    # never lost.
     assert (served[:2] == 0).sum() == 0
     assert (served[2] == 0).sum() <= 9 * (batch_size - 1)
     if batch_size == 32:
-        assert all((window == 0).mean() < 0.01 for window in by_window)  # unused within the epoch's own steps
+        # unused within the epoch's own steps
+        assert all((window == 0).mean() < 0.01 for window in by_window)
 
 
 def test_samples_are_served_equally_often_at_any_moment():
@@ -63,7 +65,9 @@ def test_a_step_s_batch_is_a_function_of_seed_and_step():
     again = Plan(bucket_of, 32, seed=7)
     for step in np.random.default_rng(0).permutation(300):
         for field in ("bucket", "indices", "draws"):
-            np.testing.assert_array_equal(getattr(again.batch(int(step)), field), getattr(forward[step], field))
+            np.testing.assert_array_equal(
+                getattr(again.batch(int(step)), field), getattr(forward[step], field)
+            )
     other = Plan(bucket_of, 32, seed=8)
     assert any((other.batch(step).indices != forward[step].indices).any() for step in range(3))
     assert (forward[0].draws != forward[1].draws).all()
@@ -85,7 +89,10 @@ def test_threads_agree():
 
 def test_epochs_differ_and_buckets_mix():
     plan = Plan(nine_buckets(20_000), 32, seed=3)
-    epochs = [[plan.batch(step) for step in range(plan.first_step(e), plan.first_step(e + 1))] for e in (0, 1)]
+    epochs = [
+        [plan.batch(step) for step in range(plan.first_step(e), plan.first_step(e + 1))]
+        for e in (0, 1)
+    ]
     assert (epochs[0][0].indices != epochs[1][0].indices).any()
     order = np.array([batch.bucket for batch in epochs[0]])
     assert (order[1:] != order[:-1]).mean() > 0.5

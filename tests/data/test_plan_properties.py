@@ -1,4 +1,5 @@
-"""What the plan promises whatever the set: drawn sets, batches and numbers of processes, each by its seed."""
+"""What the plan promises whatever the set: drawn sets, batches and numbers of processes, each by
+its seed."""
 
 import json
 
@@ -10,7 +11,8 @@ from pixart_jax.data.plan import Plan
 
 
 def skewed(n=100_000, buckets=40, seed=0):
-    """int16 [n]: buckets as unequal as the aspect ratios of photographs, the smallest with a few dozen samples."""
+    """int16 [n]: buckets as unequal as the aspect ratios of photographs, the smallest with a few
+    dozen samples."""
     share = 1 / np.arange(1, buckets + 1) ** 1.6
     return np.random.default_rng(seed).choice(buckets, n, p=share / share.sum()).astype(np.int16)
 
@@ -19,7 +21,9 @@ def drawn(seed):
     """(bucket of each sample, batch size) of a small set."""
     rng = np.random.default_rng(seed)
     buckets = int(rng.integers(1, 12))
-    bucket_of = rng.choice(buckets, int(rng.integers(20, 2000)), p=rng.dirichlet(np.full(buckets, 0.5)))
+    bucket_of = rng.choice(
+        buckets, int(rng.integers(20, 2000)), p=rng.dirichlet(np.full(buckets, 0.5))
+    )
     bucket_of[rng.random(len(bucket_of)) < 0.05] = -1
     return bucket_of, int(rng.choice([1, 3, 8, 24, 64]))
 
@@ -40,7 +44,8 @@ def test_100000_samples_in_40_buckets_none_is_served_twice_in_an_epoch_and_none_
         late = sum((epoch + 1) * int(n) % batch_size for n in sizes)
         assert served[: epoch + 1].sum() == (epoch + 1) * len(bucket_of) - late
         if first_seen and batch_size == 32:
-            assert late < 0.01 * len(bucket_of)  # under 1 % unused in an epoch of 100,000 even if the run stopped there
+            # under 1 % unused in an epoch of 100,000 even if the run stopped there
+            assert late < 0.01 * len(bucket_of)
     lost = served[: epochs - 1][:, sizes[bucket_of] >= batch_size] == 0
     assert not lost.any()  # what an epoch left over has all come in the next
 
@@ -48,7 +53,14 @@ def test_100000_samples_in_40_buckets_none_is_served_twice_in_an_epoch_and_none_
 def test_what_dropping_the_rest_would_lose_is_what_the_docstring_says():
     sizes = np.bincount(skewed())
     assert 0.06 < sum(int(n) % 384 for n in sizes) / 100_000 < 0.08
-    assert max(sum(int(n) % batch for n in np.bincount(skewed(seed=s))) for batch in (8, 16, 32) for s in range(5)) < 1000
+    assert (
+        max(
+            sum(int(n) % batch for n in np.bincount(skewed(seed=s)))
+            for batch in (8, 16, 32)
+            for s in range(5)
+        )
+        < 1000
+    )
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -77,7 +89,8 @@ def test_every_process_agrees_on_the_bucket_and_their_rows_make_up_the_global_ba
     bucket_of, batch_size = drawn(seed)
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, min(batch_size, 5) + 1))
-    owner = np.concatenate([np.arange(count), rng.integers(0, count, batch_size - count)])  # rows need not be neighbours
+    # rows need not be neighbours
+    owner = np.concatenate([np.arange(count), rng.integers(0, count, batch_size - count)])
     rows = [np.flatnonzero(owner == process) for process in range(count)]
 
     class Numbers:
@@ -93,7 +106,11 @@ def test_every_process_agrees_on_the_bucket_and_their_rows_make_up_the_global_ba
     processes = [Loader(Numbers(), batch_size=batch_size, seed=seed, rows=mine) for mine in rows]
     for step in rng.integers(0, 500, 20).tolist():
         shares = [process.batch(step) for process in processes]
-        assert len({process.bucket(step) for process in processes}) == 1 == len({int(b) for share in shares for b in share["bucket"]})
+        assert (
+            len({process.bucket(step) for process in processes})
+            == 1
+            == len({int(b) for share in shares for b in share["bucket"]})
+        )
         for name, value in whole.batch(step).items():
             together = np.empty_like(value)
             for mine, share in zip(rows, shares):
@@ -104,7 +121,8 @@ def test_every_process_agrees_on_the_bucket_and_their_rows_make_up_the_global_ba
 @pytest.mark.parametrize("seed", range(10))
 def test_resuming_at_any_step_gives_the_same_remaining_sequence(seed):
     bucket_of, batch_size = drawn(seed)
-    expected = [Plan(bucket_of, batch_size, seed).batch(step) for step in range(60)]  # each from a fresh plan: no history
+    # each from a fresh plan: no history
+    expected = [Plan(bucket_of, batch_size, seed).batch(step) for step in range(60)]
     rng = np.random.default_rng(seed)
     for stop in rng.integers(0, 60, 5).tolist():
         state = json.loads(json.dumps(Loader.state_at(stop)))
@@ -126,4 +144,6 @@ def test_ten_million_samples_are_planned_in_seconds_and_a_far_step_at_once():
     batches = [plan.batch(step) for step in (0, 1, 26_041, 10**9)]
     assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB
-    assert all(batch.indices.max() < 10_000_000 and batch.indices.dtype == np.int64 for batch in batches)
+    assert all(
+        batch.indices.max() < 10_000_000 and batch.indices.dtype == np.int64 for batch in batches
+    )

@@ -26,9 +26,22 @@ def folder(tmp_path):
     shards = []
     for number in range(3):
         path = tmp_path / f"{number}.array_record"
-        count = records.write_shard(path, (records.pack(arrays(10 * number + i), {"key": f"k{number}{i}"}) for i in range(4 + number)))
+        count = records.write_shard(
+            path,
+            (
+                records.pack(arrays(10 * number + i), {"key": f"k{number}{i}"})
+                for i in range(4 + number)
+            ),
+        )
         shards.append(
-            records.Shard(path.name, (32, 32 * (1 + number)), count, path.stat().st_size, records.sha256(path), {"dense": 5 + number})
+            records.Shard(
+                path.name,
+                (32, 32 * (1 + number)),
+                count,
+                path.stat().st_size,
+                records.sha256(path),
+                {"dense": 5 + number},
+            )
         )
     records.Manifest({"vae": "abc"}, tuple(shards)).write(tmp_path)
     return tmp_path
@@ -36,8 +49,12 @@ def folder(tmp_path):
 
 def test_a_record_comes_back_to_the_bit():
     made = arrays(3)
-    found, metadata = records.unpack(records.pack(made, {"key": "ключ", "captions.dense": '["a \\"b\\""]'}))
-    assert metadata == {"key": "ключ", "captions.dense": '["a \\"b\\""]'} and set(found) == set(made)
+    found, metadata = records.unpack(
+        records.pack(made, {"key": "ключ", "captions.dense": '["a \\"b\\""]'})
+    )
+    assert metadata == {"key": "ключ", "captions.dense": '["a \\"b\\""]'} and set(found) == set(
+        made
+    )
     for name, value in made.items():
         assert found[name].dtype == value.dtype and found[name].shape == np.shape(value)
         assert found[name].tobytes() == np.asarray(value).tobytes()
@@ -52,17 +69,24 @@ def test_a_record_is_a_safetensors_file_with_aligned_arrays():
     record = records.pack(arrays(2), {"key": "x"})
     theirs = safetensors.torch.load(record)
     assert theirs["text.dense.0"].shape == (5, 8)
-    np.testing.assert_array_equal(theirs["text.dense.0"].float().numpy(), arrays(2)["text.dense.0"].astype(np.float32))
+    np.testing.assert_array_equal(
+        theirs["text.dense.0"].float().numpy(), arrays(2)["text.dense.0"].astype(np.float32)
+    )
     np.testing.assert_array_equal(theirs["mean"].numpy(), arrays(2)["mean"])
     (length,) = struct.unpack_from("<Q", record)
     header = json.loads(record[8 : 8 + length])
-    assert all(header[name]["data_offsets"][0] % np.asarray(value).dtype.itemsize == 0 for name, value in arrays(2).items())
+    assert all(
+        header[name]["data_offsets"][0] % np.asarray(value).dtype.itemsize == 0
+        for name, value in arrays(2).items()
+    )
 
 
 def test_records_are_numbered_through_the_shards(folder):
     found = records.Records(folder, {"vae": "abc"})
     assert len(found) == 15 and found.manifest.longest == {"dense": 7}
-    assert [metadata["key"] for _, metadata in (found[i] for i in range(15))] == [f"k{n}{i}" for n in range(3) for i in range(4 + n)]
+    assert [metadata["key"] for _, metadata in (found[i] for i in range(15))] == [
+        f"k{n}{i}" for n in range(3) for i in range(4 + n)
+    ]
     assert found.shard_of(4) == (1, 0) and found.shard_of(14) == (2, 5)
 
 

@@ -1,4 +1,5 @@
-"""The embedded world: scenes depend on (level, split, index) alone, captions are true, objects stand whole and apart."""
+"""The embedded world: scenes depend on (level, split, index) alone, captions are true, objects
+stand whole and apart."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ import numpy as np
 import pytest
 
 from pixart_jax.data import shapes
-from pixart_jax.data.shapes import COLOURS, LEVELS, NUMBERS, RELATIONS, SHAPES, SIZES, WITHHELD, Object, Scene
+from pixart_jax.data.shapes import (
+    COLOURS,
+    LEVELS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    WITHHELD,
+    Object,
+    Scene,
+)
 
 SPLITS = ("train", "test")
 SAMPLE = 150
@@ -41,15 +52,25 @@ def canvases(level: str) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_scene_is_the_same_whatever_was_drawn_before(level):
     forwards = [shapes.scene_at(level, split, i) for split in SPLITS for i in range(30)]
-    backwards = [shapes.scene_at(level, split, i) for split in reversed(SPLITS) for i in reversed(range(30))]
+    backwards = [
+        shapes.scene_at(level, split, i) for split in reversed(SPLITS) for i in reversed(range(30))
+    ]
     assert forwards == backwards[::-1]
-    assert all(np.array_equal(shapes.render(a), shapes.render(b)) for a, b in zip(forwards[::7], backwards[::-1][::7]))
+    assert all(
+        np.array_equal(shapes.render(a), shapes.render(b))
+        for a, b in zip(forwards[::7], backwards[::-1][::7])
+    )
 
 
 def test_scenes_do_not_depend_on_the_process():
     """Python's own hash changes from process to process; a scene must not."""
-    code = "from pixart_jax.data import shapes; print([shapes.scene_at(l, 'train', 7).to_json() for l in shapes.LEVELS])"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = (
+        "from pixart_jax.data import shapes; print([shapes.scene_at(l, 'train', 7).to_json() "
+        "for l in shapes.LEVELS])"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert other.strip() == str([shapes.scene_at(level, "train", 7).to_json() for level in LEVELS])
 
 
@@ -61,8 +82,11 @@ def test_scenes_differ_between_indices_and_splits(level):
 
 
 def test_the_first_scene_of_each_level_is_what_it_was():
-    """Scores and trained models stand on these scenes: a change of the world is a new version of the data set."""
-    assert {level: shapes.captions(shapes.scene_at(level, "train", 0))["short"] for level in FIRST} == FIRST
+    """Scores and trained models stand on these scenes: a change of the world is a new version of
+    the data set."""
+    assert {
+        level: shapes.captions(shapes.scene_at(level, "train", 0))["short"] for level in FIRST
+    } == FIRST
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -91,7 +115,9 @@ def test_objects_stand_inside_the_picture_and_apart(level):
         assert (scene.height, scene.width) in canvases(level)
         inks = [ink(scene, o) for o in scene.objects]
         for alone in inks:  # a tip may touch the outermost pixels, but covers none of them by half
-            assert max(alone[0].max(), alone[-1].max(), alone[:, 0].max(), alone[:, -1].max()) < 0.5, scene
+            assert (
+                max(alone[0].max(), alone[-1].max(), alone[:, 0].max(), alone[:, -1].max()) < 0.5
+            ), scene
         for one, other in itertools.combinations(inks, 2):
             assert np.minimum(one, other).sum() == 0, scene
 
@@ -115,10 +141,17 @@ def test_a_scene_obeys_its_task_and_relation(level):
             assert len(kinds) == 1 if scene.task == "single" else 1 <= len(kinds) <= 3
             continue
         assert len(kinds) == {"pair": 2, "three": 3}[scene.task]
-        assert len({shape for shape, _ in kinds}) == len({colour for _, colour in kinds}) == len(kinds)
+        assert (
+            len({shape for shape, _ in kinds}) == len({colour for _, colour in kinds}) == len(kinds)
+        )
         a, b = scene.objects[:2]
         dx, dy = b.x - a.x, b.y - a.y
-        assert {"left of": dx > abs(dy), "right of": -dx > abs(dy), "above": dy > abs(dx), "below": -dy > abs(dx)}[scene.relation]
+        assert {
+            "left of": dx > abs(dy),
+            "right of": -dx > abs(dy),
+            "above": dy > abs(dx),
+            "below": -dy > abs(dx),
+        }[scene.relation]
     assert {"single", "count", "pair"} <= tasks
     assert ("three" in tasks) == (level in ("rich", "gallery"))
 
@@ -128,13 +161,16 @@ def test_in_slots_a_number_of_objects_stands_in_one_way():
     stand: dict[int, set] = {}
     for scene in scenes("plain", count=400):
         if scene.task == "count":
-            stand.setdefault(len(scene.objects), set()).add(tuple((round(o.x / 8), round(o.y / 8)) for o in scene.objects))
+            stand.setdefault(len(scene.objects), set()).add(
+                tuple((round(o.x / 8), round(o.y / 8)) for o in scene.objects)
+            )
     assert {number: len(ways) for number, ways in stand.items()} == {1: 1, 2: 1, 3: 1}
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_sizes_can_be_told_apart(level):
-    """Within a picture's scale, every large object is larger than every small one by a tenth and more."""
+    """Within a picture's scale, every large object is larger than every small one by a tenth and
+    more."""
     radii: dict[tuple[float, str], list[float]] = {}
     for scene in scenes(level):
         for o in scene.objects:
@@ -167,13 +203,21 @@ def test_labels_are_the_kinds_of_single_objects():
 
 # ---- captions ----
 
-_OBJECT = rf"(?P<size>small|large) (?:(?P<texture>striped|dotted) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
+_OBJECT = rf"(?P<size>small|large) (?:(?P<texture>striped|dotted) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"  # noqa: E501
 
 
 def read_short(caption: str) -> tuple[list[tuple], int, str | None]:
-    """A reader of short captions that knows nothing of how they are written: (kinds in order, number, relation)."""
-    singular = re.sub(r"\b(cross)es\b|\b(circle|square|triangle|star|ring|diamond|heart)s\b", lambda m: m[1] or m[2], caption)
-    kinds = [(m["size"], m["texture"] or "solid", m["colour"], m["shape"]) for m in re.finditer(_OBJECT, singular)]
+    """A reader of short captions that knows nothing of how they are written: (kinds in order,
+    number, relation)."""
+    singular = re.sub(
+        r"\b(cross)es\b|\b(circle|square|triangle|star|ring|diamond|heart)s\b",
+        lambda m: m[1] or m[2],
+        caption,
+    )
+    kinds = [
+        (m["size"], m["texture"] or "solid", m["colour"], m["shape"])
+        for m in re.finditer(_OBJECT, singular)
+    ]
     number = NUMBERS.index(caption.split()[0]) if caption.split()[0] in NUMBERS else len(kinds)
     relation = next((r for r in RELATIONS if f" {r} " in caption), None)
     return kinds, number, relation
@@ -194,8 +238,14 @@ def test_brief_captions_are_the_short_ones_without_sizes_and_half_of_them_withou
     bare = []
     for scene in scenes(level):
         brief, short = (shapes.captions(scene)[kind].split() for kind in ("brief", "short"))
-        assert [w for w in brief if w not in articles] == [w for w in short if w not in articles and w not in SIZES]
-        assert all((word == "an") == (noun[0] in "aeiou") for word, noun in zip(brief, brief[1:]) if word in articles)
+        assert [w for w in brief if w not in articles] == [
+            w for w in short if w not in articles and w not in SIZES
+        ]
+        assert all(
+            (word == "an") == (noun[0] in "aeiou")
+            for word, noun in zip(brief, brief[1:])
+            if word in articles
+        )
         if articles & set(short):
             bare.append(not articles & set(brief))
     assert 0.3 < np.mean(bare) < 0.7
@@ -253,7 +303,9 @@ def test_shapes_are_what_their_distance_says():
 
 
 def test_an_object_off_centre_of_a_wide_picture_is_drawn_where_it_stands():
-    scene = Scene(64, 128, "black", (Object("circle", "yellow", "small", 100.5, 20.5, 9),), "single")
+    scene = Scene(
+        64, 128, "black", (Object("circle", "yellow", "small", 100.5, 20.5, 9),), "single"
+    )
     ys, xs = np.nonzero(shapes.render(scene)[..., 0] > 150)
     assert (xs.mean(), ys.mean()) == pytest.approx((100, 20), abs=0.1)
 
@@ -262,7 +314,8 @@ def test_an_object_off_centre_of_a_wide_picture_is_drawn_where_it_stands():
 
 
 def test_the_builder_gives_back_every_scene_and_pixel(tmp_path, monkeypatch):
-    """Through tensorflow-datasets and PNG, without TensorFlow: pixels to the bit, captions, label and scene."""
+    """Through tensorflow-datasets and PNG, without TensorFlow: pixels to the bit, captions, label
+    and scene."""
     import dataclasses
     import io
 
@@ -281,9 +334,17 @@ def test_the_builder_gives_back_every_scene_and_pixel(tmp_path, monkeypatch):
         for i in range(count):
             record, scene = source[i], shapes.scene_at("rich", split, i)
             encoded = record["image"]
-            image = np.asarray(Image.open(io.BytesIO(encoded))) if isinstance(encoded, bytes) else np.asarray(encoded)
+            image = (
+                np.asarray(Image.open(io.BytesIO(encoded)))
+                if isinstance(encoded, bytes)
+                else np.asarray(encoded)
+            )
             assert np.array_equal(image, shapes.render(scene))
-            text = {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items() if k != "image"}
+            text = {
+                k: v.decode() if isinstance(v, bytes) else v
+                for k, v in record.items()
+                if k != "image"
+            }
             assert Scene.from_json(text["scene"]) == scene and text["task"] == scene.task
             assert {k: text[k] for k in ("brief", "short", "dense")} == shapes.captions(scene)
             assert (record["label"], record["count"]) == (shapes.label(scene), len(scene.objects))

@@ -39,7 +39,15 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         for i in range(count):
             texts = [{"text": f"caption {j} of {i}", "id": j} for j in range(1 + i % 3)]
-            yield i, {"image": photo(i) if i != 5 else photo(i)[:10], "file_name": f"{i}.jpg", "label": i % 3, "captions": texts}
+            yield (
+                i,
+                {
+                    "image": photo(i) if i != 5 else photo(i)[:10],
+                    "file_name": f"{i}.jpg",
+                    "label": i % 3,
+                    "captions": texts,
+                },
+            )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +62,9 @@ def small_world(monkeypatch, tmp_path):
 
     level = shapes.Level("plain", train=40, test=6)
     monkeypatch.setitem(shapes.LEVELS, "plain", level)
-    monkeypatch.setitem(shapes_builder.Shapes.builder_configs, "plain", shapes_builder.ShapesConfig(level))
+    monkeypatch.setitem(
+        shapes_builder.Shapes.builder_configs, "plain", shapes_builder.ShapesConfig(level)
+    )
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
 
 
@@ -65,7 +75,11 @@ def test_a_tfds_set_is_built_and_read_without_tensorflow(prepared):
     assert isinstance(source, sources.Source) and len(source) == 9 and source.num_classes == 3
     assert source.caption_kinds == ("captions/text", "class")
     sample = source[4]
-    assert sample.label == 1 and sample.texts("class") == ("hen",) and sample.texts("captions/text") == ("caption 0 of 4", "caption 1 of 4")
+    assert (
+        sample.label == 1
+        and sample.texts("class") == ("hen",)
+        and sample.texts("captions/text") == ("caption 0 of 4", "caption 1 of 4")
+    )
     assert sample.key == "tiny_photos/1.0.0/train/00000004"
     np.testing.assert_array_equal(sample.pixels(), images.decode(photo(4)))
     assert source.sizes().tolist() == [[20 + i, 30] if i != 5 else [0, 0] for i in range(9)]
@@ -85,7 +99,9 @@ def test_a_released_set_s_features_are_understood():
 
 
 def test_limit_split_and_own_filters(prepared):
-    source = sources.open_source("tfds:tiny_photos", "train", where=f"{__name__}:is_hen", limit=2, data_dir=prepared)
+    source = sources.open_source(
+        "tfds:tiny_photos", "train", where=f"{__name__}:is_hen", limit=2, data_dir=prepared
+    )
     assert [source[i].key[-2:] for i in range(len(source))] == ["01", "04"]
     assert len(sources.open_source("tfds:tiny_photos", "train[:4]", data_dir=prepared)) == 4
     fingerprints = {
@@ -103,7 +119,11 @@ def is_hen(fields):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("tfds:tiny_photo", {}, "no tensorflow-datasets set is called 'tiny_photo' .did you mean 'tiny_photos'"),
+        (
+            "tfds:tiny_photo",
+            {},
+            "no tensorflow-datasets set is called 'tiny_photo' .did you mean 'tiny_photos'",
+        ),
         ("tfds:tiny_photos", {"split": "trian"}, "no split 'trian'"),
         ("tfds:tiny_photos", {"where": "singel"}, "unknown filter 'singel' .did you mean 'single'"),
         ("tfds:tiny_photos", {"where": "single"}, "needs the field 'count'"),
@@ -121,7 +141,9 @@ def test_mistakes_are_named(prepared, source, options, message):
 
 def test_a_missing_caption_names_sample_and_kinds(prepared):
     sample = sources.open_source("tfds:tiny_photos", "train", data_dir=prepared)[0]
-    with pytest.raises(UserError, match="00000000: no caption of kind 'clas' .did you mean 'class'"):
+    with pytest.raises(
+        UserError, match="00000000: no caption of kind 'clas' .did you mean 'class'"
+    ):
         sample.texts("clas")
 
 
@@ -133,7 +155,9 @@ def test_the_embedded_world_takes_the_same_path(small_world):
         sample = source[index]
         np.testing.assert_array_equal(sample.pixels(), shapes.render(scene))
         assert sample.key == f"plain-train-{index:06d}" and sample.label == shapes.label(scene)
-        assert {kind: sample.texts(kind)[0] for kind in ("brief", "short", "dense")} == shapes.captions(scene)
+        assert {
+            kind: sample.texts(kind)[0] for kind in ("brief", "short", "dense")
+        } == shapes.captions(scene)
     single = sources.open_source("tfds:shapes/plain", "train", where="single")
     assert 0 < len(single) < 40 and all(single[i].label >= 0 for i in range(len(single)))
     assert len(sources.open_source("tfds:shapes/plain", "test")) == 6

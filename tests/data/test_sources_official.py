@@ -21,8 +21,14 @@ def test_a_data_info_names_pictures_in_the_folder_beside(tmp_path):
     root = intern(tmp_path)
     for text in (f"pixart:{root}", str(root), f"pixart:{tmp_path}"):
         source = open_source(text)
-        assert [sample.key for sample in source] == ["000/000000", "001/000001", "002/000002"] and not len(source.faults)
-        assert source.caption_kinds == ("prompt",) and source[1].captions == {"prompt": ("prompt of 1",)}
+        assert [sample.key for sample in source] == [
+            "000/000000",
+            "001/000001",
+            "002/000002",
+        ] and not len(source.faults)
+        assert source.caption_kinds == ("prompt",) and source[1].captions == {
+            "prompt": ("prompt of 1",)
+        }
         assert source.sizes().tolist() == [[24, 40], [40, 24], [32, 32]]
         np.testing.assert_array_equal(source[2].pixels(), picture(2, 32, 32))
     assert [s.key for s in open_source(str(root), where=f"{__name__}:tall")] == ["001/000001"]
@@ -33,16 +39,31 @@ def tall(fields):
 
 
 def test_pixart_sigma_s_list_lies_in_the_root_and_has_a_second_text(tmp_path):
-    item = {"path": "a.png", "height": 24, "width": 40, "ratio": 0.6, "prompt": "short", "sharegpt4v": "a long one"}
-    write(tmp_path, {"InternImgs/a.png": encoded(picture()), "InternData/data_info.json": json.dumps([item])})
+    item = {
+        "path": "a.png",
+        "height": 24,
+        "width": 40,
+        "ratio": 0.6,
+        "prompt": "short",
+        "sharegpt4v": "a long one",
+    }
+    write(
+        tmp_path,
+        {"InternImgs/a.png": encoded(picture()), "InternData/data_info.json": json.dumps([item])},
+    )
     source = open_source(f"pixart:{tmp_path / 'InternData'}")
-    assert source.caption_kinds == ("prompt", "sharegpt4v") and source[0].captions == {"prompt": ("short",), "sharegpt4v": ("a long one",)}
+    assert source.caption_kinds == ("prompt", "sharegpt4v") and source[0].captions == {
+        "prompt": ("short",),
+        "sharegpt4v": ("a long one",),
+    }
 
 
 def test_sam_s_partitions_images_and_captions(tmp_path):
     source = open_source(str(sam(tmp_path / "SA1B")))
     assert source.name == "pixart:SA1B" and source.caption_kinds == ("caption",)
-    assert [(s.key, s.captions["caption"][0]) for s in source] == [(f"sa_{i:06d}", f"a dense caption of sa_{i:06d}") for i in range(3)]
+    assert [(s.key, s.captions["caption"][0]) for s in source] == [
+        (f"sa_{i:06d}", f"a dense caption of sa_{i:06d}") for i in range(3)
+    ]
     assert source.sizes().tolist() == [[24, 40]] * 3
 
 
@@ -57,8 +78,14 @@ def test_bad_items_are_named_and_none_is_replaced_by_another(tmp_path):
     file.write_text(json.dumps(items))
     source = open_source(str(root))
     expected = {"key twice": 1, "missing file": 1, "unreadable row": 2, "caption too long": 1}
-    assert dict(source.faults.counts) == expected and dict(source.faults.mended) == {"control characters": 1}
-    assert [s.captions for s in source] == [{"prompt": ("prompt of 0",)}, {}, {"prompt": ("bell",)}] and len(source) == good
+    assert dict(source.faults.counts) == expected and dict(source.faults.mended) == {
+        "control characters": 1
+    }
+    assert [s.captions for s in source] == [
+        {"prompt": ("prompt of 0",)},
+        {},
+        {"prompt": ("bell",)},
+    ] and len(source) == good
     assert "data_info.json, item 5" in [fault.place for fault in source.faults]
     with pytest.raises(UserError, match="data_info.json, item 2, 001/000001.png: caption too long"):
         open_source(str(root), strict=True)
@@ -74,14 +101,21 @@ def shards(folder, count=4, flip_bit=False):
     made = []
     for i in range(count):
         arrays = {
-            "mean": np.zeros((4, 4, 4), np.float32), "std": np.ones((4, 4, 4), np.float32), "label": np.int64(i),
+            "mean": np.zeros((4, 4, 4), np.float32),
+            "std": np.ones((4, 4, 4), np.float32),
+            "label": np.int64(i),
             "fit": np.zeros(4, np.int32),
-            "size": np.array([30 + i, 40], np.int32), "text.dense.0": np.zeros((3, 8), ml_dtypes.bfloat16),
-        }  # fmt: skip
-        made.append(records.pack(arrays, {"key": f"k{i}", "captions.dense": json.dumps([f"dense {i}"])}))
+            "size": np.array([30 + i, 40], np.int32),
+            "text.dense.0": np.zeros((3, 8), ml_dtypes.bfloat16),
+        }
+        made.append(
+            records.pack(arrays, {"key": f"k{i}", "captions.dense": json.dumps([f"dense {i}"])})
+        )
     path = folder / "00000-32x32.array_record"
     records.write_shard(path, made)
-    shard = records.Shard(path.name, (32, 32), count, path.stat().st_size, records.sha256(path), {"dense": 3})
+    shard = records.Shard(
+        path.name, (32, 32), count, path.stat().st_size, records.sha256(path), {"dense": 3}
+    )
     records.Manifest({"captions": "dense", "vae": "v"}, (shard,)).write(folder)
     return folder
 
@@ -95,7 +129,9 @@ def test_encoded_shards_tell_keys_captions_and_sizes_and_have_no_pictures(tmp_pa
             and source.caption_kinds == ("dense",)
             and source.sizes().tolist() == [[30 + i, 40] for i in range(4)]
         )
-        assert [(s.key, s.captions["dense"], s.label) for s in source] == [(f"k{i}", (f"dense {i}",), i) for i in range(4)]
+        assert [(s.key, s.captions["dense"], s.label) for s in source] == [
+            (f"k{i}", (f"dense {i}",), i) for i in range(4)
+        ]
         with pytest.raises(UserError, match="k2: the records of encoded shards hold no picture"):
             source[2].pixels()
     assert [s.key for s in open_source(str(folder), where=f"{__name__}:late", limit=1)] == ["k2"]
@@ -121,7 +157,10 @@ def test_a_record_with_a_flipped_bit_is_named_by_shard_and_place(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("0.7*folder:A + 0.3*webdataset:B/{0..9}.tar", [(0.7, "folder:A"), (0.3, "webdataset:B/{0..9}.tar")]),
+        (
+            "0.7*folder:A + 0.3*webdataset:B/{0..9}.tar",
+            [(0.7, "folder:A"), (0.3, "webdataset:B/{0..9}.tar")],
+        ),
         ("3*a + 1*b", [(0.75, "a"), (0.25, "b")]),
         ("1e-1 * data/a+b + 0.9* tfds:x", [(0.1, "data/a+b"), (0.9, "tfds:x")]),
         ("folder:A", [(1.0, "folder:A")]),
@@ -141,12 +180,26 @@ def test_a_badly_written_mixture_is_named(text):
 
 
 def test_a_mixture_shows_every_sample_once_under_its_set_s_name(tmp_path):
-    write(tmp_path / "photos", {"a.png": encoded(picture(1, 20, 20)), "a.dense.txt": "at length", "b.png": encoded(picture(2))})
+    write(
+        tmp_path / "photos",
+        {
+            "a.png": encoded(picture(1, 20, 20)),
+            "a.dense.txt": "at length",
+            "b.png": encoded(picture(2)),
+        },
+    )
     img2dataset(tmp_path / "web.tar", 0, 3)
     source = open_source(f"0.9*folder:{tmp_path / 'photos'} + 0.1*{tmp_path / 'web.tar'}")
     assert isinstance(source, Mixture) and len(source) == 5 and source.weights == (0.9, 0.1)
-    assert set(source.caption_kinds) == {"dense", "caption"} and source.name == "0.9*folder:photos + 0.1*webdataset:web.tar"
-    assert [source[i].key for i in range(5)] == ["photos/a", "photos/b", *(f"web.tar/{i:09d}" for i in range(3))]
+    assert (
+        set(source.caption_kinds) == {"dense", "caption"}
+        and source.name == "0.9*folder:photos + 0.1*webdataset:web.tar"
+    )
+    assert [source[i].key for i in range(5)] == [
+        "photos/a",
+        "photos/b",
+        *(f"web.tar/{i:09d}" for i in range(3)),
+    ]
     assert source.sizes().tolist() == [[20, 20]] + [[24, 40]] * 4
     other = open_source(f"0.5*folder:{tmp_path / 'photos'} + 0.5*{tmp_path / 'web.tar'}")
     assert other.fingerprint != source.fingerprint
@@ -155,14 +208,24 @@ def test_a_mixture_shows_every_sample_once_under_its_set_s_name(tmp_path):
 
 
 def test_captions_are_read_without_the_pictures(tmp_path):
-    write(tmp_path / "photos", {"a.png": encoded(picture()), "a.dense.txt": "at length", "b.png": encoded(picture())})
+    write(
+        tmp_path / "photos",
+        {"a.png": encoded(picture()), "a.dense.txt": "at length", "b.png": encoded(picture())},
+    )
     img2dataset(tmp_path / "web.tar", 0, 2)
-    parts = [f"folder:{tmp_path / 'photos'}", str(tmp_path / "web.tar"), str(intern(tmp_path / "official")), str(sam(tmp_path / "SA1B"))]
+    parts = [
+        f"folder:{tmp_path / 'photos'}",
+        str(tmp_path / "web.tar"),
+        str(intern(tmp_path / "official")),
+        str(sam(tmp_path / "SA1B")),
+    ]
     parts.append(str(shards(tmp_path / "set")))
     for text in [*parts[:-1], " + ".join(f"1*{part}" for part in parts)]:
         source = open_source(text)
         expected = [(source[i].key, dict(source[i].captions)) for i in range(len(source))]
-        assert [(key, dict(said)) for key, said in map(source.captions_at, range(len(source)))] == expected
+        assert [
+            (key, dict(said)) for key, said in map(source.captions_at, range(len(source)))
+        ] == expected
     source = open_source(parts[0])
     (tmp_path / "photos" / "a.png").unlink()
     assert source.captions_at(0) == ("a", {"dense": ("at length",)})
@@ -172,4 +235,7 @@ def test_the_faults_of_all_parts_are_one_list(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / name, {"x.png": encoded(picture()), "x.jpg": b"", "lonely.txt": "x"})
     source = open_source(f"1*{tmp_path / 'a'} + 1*{tmp_path / 'b'}")
-    assert source.faults.counts["caption without picture"] >= 1 and source.faults is source.parts[0].faults
+    assert (
+        source.faults.counts["caption without picture"] >= 1
+        and source.faults is source.parts[0].faults
+    )

@@ -13,7 +13,9 @@ from pixart_jax.data.sources import open_source, tf_files
 from pixart_jax.errors import UserError
 from tests.data.tiny_sets import encoded, picture, tar
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed"
+)
 
 
 def jpeg(seed: int) -> bytes:
@@ -22,11 +24,15 @@ def jpeg(seed: int) -> bytes:
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """A data_dir with ImageNet's archives, of six pictures in two classes, where a person would put them."""
+    """A data_dir with ImageNet's archives, of six pictures in two classes, where a person would put
+    them."""
     manual = tmp_path / "downloads" / "manual"
     manual.mkdir(parents=True)
     classes = ("n02123045", "n04266014")
-    inner = [tar(tmp_path / f"{word}.tar", {f"{word}_{i}.JPEG": jpeg(i) for i in range(3)}) for word in classes]
+    inner = [
+        tar(tmp_path / f"{word}.tar", {f"{word}_{i}.JPEG": jpeg(i) for i in range(3)})
+        for word in classes
+    ]
     tar(manual / "ILSVRC2012_img_train.tar", {file.name: file.read_bytes() for file in inner})
     tar(manual / "ILSVRC2012_img_val.tar", {"ILSVRC2012_val_00000001.JPEG": jpeg(9)})
     return tmp_path
@@ -36,20 +42,29 @@ def test_imagenet_builds_from_its_archives_with_labels_for_stage_1(imagenet):
     source = open_source("tfds:imagenet2012", data_dir=imagenet)
     assert (len(source), source.num_classes, source.caption_kinds) == (6, 1000, ("class",))
     assert {sample.captions["class"][0] for sample in source} == {"n02123045", "n04266014"}
-    assert {sample.label for sample in source if sample.captions["class"] == ("n02123045",)} == {281}  # tabby, as everywhere
+    # tabby, as everywhere
+    assert {sample.label for sample in source if sample.captions["class"] == ("n02123045",)} == {
+        281
+    }
     assert source[0].pixels().shape == (30, 40, 3)
     assert "tensorflow" not in sys.modules
 
 
 def test_coco_captions_has_every_caption_of_a_picture(tmp_path):
-    """Its builder names dtypes of TensorFlow's; the pictures are written by the builder itself, without the download."""
+    """Its builder names dtypes of TensorFlow's; the pictures are written by the builder itself,
+    without the download."""
     with tf_files.stand_in():
         builder = tfds.builder("coco_captions", data_dir=str(tmp_path), file_format="array_record")
         pictures = (
-            {"image": io.BytesIO(jpeg(i)), "image/filename": f"{i:012d}.jpg", "image/id": i, "objects": [],
-             "captions": [{"text": f"caption {k} of {i}", "id": k} for k in range(5)]}
+            {
+                "image": io.BytesIO(jpeg(i)),
+                "image/filename": f"{i:012d}.jpg",
+                "image/id": i,
+                "objects": [],
+                "captions": [{"text": f"caption {k} of {i}", "id": k} for k in range(5)],
+            }
             for i in range(4)
-        )  # fmt: skip
+        )
         builder._split_generators = lambda _: {"val": enumerate(pictures)}
         builder.download_and_prepare()
     source = open_source("tfds:coco_captions", "val", data_dir=tmp_path)
@@ -61,7 +76,9 @@ def test_coco_captions_has_every_caption_of_a_picture(tmp_path):
 
 
 def test_a_set_whose_files_a_person_must_fetch_says_where_they_go(tmp_path):
-    with pytest.raises(UserError, match="downloads/manual does not exist or is empty.*ILSVRC2012_img_train.tar"):
+    with pytest.raises(
+        UserError, match="downloads/manual does not exist or is empty.*ILSVRC2012_img_train.tar"
+    ):
         open_source("tfds:imagenet2012", data_dir=tmp_path)
 
 

@@ -27,28 +27,51 @@ def keys(source) -> list[str]:
 def test_shards_of_img2dataset_are_read_at_random(tmp_path, form):
     for i in range(3):
         img2dataset(tmp_path / f"{i:05d}.tar", 10 * i, 4)
-    text = {"folder": "", "range": "/{00000..00002}.tar", "list": "/{00000,00001,00002}.tar", "star": "/*.tar", "path": ""}[form]
+    text = {
+        "folder": "",
+        "range": "/{00000..00002}.tar",
+        "list": "/{00000,00001,00002}.tar",
+        "star": "/*.tar",
+        "path": "",
+    }[form]
     source = open_source(f"{'' if form == 'path' else 'webdataset:'}{tmp_path}{text}")
     assert len(source) == 12 and source.caption_kinds == ("caption",) and not len(source.faults)
     assert keys(source) == [f"{10 * i + j:09d}" for i in range(3) for j in range(4)]
     for index in (11, 0, 5):
         sample = source[index]
         number = int(sample.key)
-        assert sample.captions == {"caption": (f"a photo number {number}",)}  # once, though .txt and .json both say it
-        np.testing.assert_array_equal(sample.pixels(), images.decode(encoded(picture(number), "JPEG", quality=95)))
+        # once, though .txt and .json both say it
+        assert sample.captions == {"caption": (f"a photo number {number}",)}
+        np.testing.assert_array_equal(
+            sample.pixels(), images.decode(encoded(picture(number), "JPEG", quality=95))
+        )
     assert source.sizes().tolist() == [[24, 40]] * 12
 
 
 def test_members_of_other_kinds_are_captions_labels_and_fields(tmp_path):
     members = {
-        "deep/a.png": encoded(picture(1)), "deep/a.cls": "2", "deep/a.dense.txt": "at length",
+        "deep/a.png": encoded(picture(1)),
+        "deep/a.cls": "2",
+        "deep/a.dense.txt": "at length",
         "deep/a.json": json.dumps({"short": "a", "score": 0.9}),
-        "b.v2.jpg": PHOTO, "b.jpg": PHOTO, "b.txt": "b", "b.cls": "0", "b.json": json.dumps({"score": 0.1}),
-        "c.webp": encoded(picture(2), "WEBP"), "c.json": json.dumps({"score": 0.2, "label": 4}), "notes.md": "read me",
-    }  # fmt: skip
+        "b.v2.jpg": PHOTO,
+        "b.jpg": PHOTO,
+        "b.txt": "b",
+        "b.cls": "0",
+        "b.json": json.dumps({"score": 0.1}),
+        "c.webp": encoded(picture(2), "WEBP"),
+        "c.json": json.dumps({"score": 0.2, "label": 4}),
+        "notes.md": "read me",
+    }
     source = open_source(str(tar(tmp_path / "set.tar", members)))
-    assert keys(source) == ["deep/a", "b", "c"] and source.num_classes == 3 and set(source.caption_kinds) == {"caption", "dense", "short"}
-    assert source[0].captions == {"dense": ("at length",), "short": ("a",)} and [source[i].label for i in range(3)] == [2, 0, 4]
+    assert (
+        keys(source) == ["deep/a", "b", "c"]
+        and source.num_classes == 3
+        and set(source.caption_kinds) == {"caption", "dense", "short"}
+    )
+    assert source[0].captions == {"dense": ("at length",), "short": ("a",)} and [
+        source[i].label for i in range(3)
+    ] == [2, 0, 4]
     assert keys(open_source(str(tmp_path / "set.tar"), where=f"{__name__}:scored")) == ["deep/a"]
 
 
@@ -59,7 +82,9 @@ def scored(fields):
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names_are_understood_in_every_form_of_tar(tmp_path, form):
     name = ("n" * 60 + "/") * 2 + "photo" if form == tarfile.USTAR_FORMAT else "länger/" + "n" * 200
-    source = open_source(str(tar(tmp_path / "a.tar", {f"{name}.jpg": PHOTO, f"{name}.txt": "x"}, form)))
+    source = open_source(
+        str(tar(tmp_path / "a.tar", {f"{name}.jpg": PHOTO, f"{name}.txt": "x"}, form))
+    )
     assert keys(source) == [name] and source[0].texts("caption") == ("x",)
 
 
@@ -77,7 +102,9 @@ def test_headers_say_what_tarfile_reads_and_no_cut_is_a_traceback(tmp_path, form
                 link.type, link.linkname = kind, name
                 out.addfile(link)
     with tarfile.open(path) as held:
-        expected = [(member.name, member.offset_data, member.size) for member in held if member.isreg()]
+        expected = [
+            (member.name, member.offset_data, member.size) for member in held if member.isreg()
+        ]
     faults = Faults()
     assert list(tar_headers.members(path, faults)) == expected and not len(faults)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
@@ -116,7 +143,9 @@ def test_a_tar_cut_in_the_middle_gives_what_is_whole_and_is_named(tmp_path):
         source = open_source(str(tmp_path))
         assert len(source) == count + 2 and dict(source.faults.counts) == {"cut file": 1}, cut
         (fault,) = source.faults
-        assert fault.place.startswith("a.tar") and any(part in fault.detail for part in detail.split("|"))
+        assert fault.place.startswith("a.tar") and any(
+            part in fault.detail for part in detail.split("|")
+        )
         assert [source[i].pixels().shape for i in range(len(source))] == [(24, 40, 3)] * len(source)
         with pytest.raises(UserError, match="a.tar.*: cut file"):
             open_source(str(tmp_path), strict=True)
@@ -137,10 +166,19 @@ def test_a_damaged_header_loses_what_lies_behind_it_and_says_so(tmp_path):
 
 def test_bad_members_are_named_and_the_rest_goes_on(tmp_path):
     members = {
-        "a.jpg": PHOTO, "a.txt": "bell\x07", "b.txt": "of nothing", "c.jpg": PHOTO, "c.txt": "w" * 10_000_000, "d.jpg": PHOTO,
+        "a.jpg": PHOTO,
+        "a.txt": "bell\x07",
+        "b.txt": "of nothing",
+        "c.jpg": PHOTO,
+        "c.txt": "w" * 10_000_000,
+        "d.jpg": PHOTO,
         "d.json": "{cut",
-        "e.jpg": b"", "f.jpg": PHOTO[:-40], "f.cls": "two", "g.jpg": PHOTO, "g.json": json.dumps({"caption": "w" * 10_000_000}),
-    }  # fmt: skip
+        "e.jpg": b"",
+        "f.jpg": PHOTO[:-40],
+        "f.cls": "two",
+        "g.jpg": PHOTO,
+        "g.json": json.dumps({"caption": "w" * 10_000_000}),
+    }
     path = tar(tmp_path / "a.tar", members)
     with tarfile.open(path, "a") as more:  # a key twice
         info = tarfile.TarInfo("a.jpg")
@@ -150,12 +188,18 @@ def test_bad_members_are_named_and_the_rest_goes_on(tmp_path):
         source = open_source(str(path))
         said = {sample.key: sample.captions for sample in source}
         assert dict(source.faults.counts) == {
-            "caption without picture": 1, "caption too long": 2, "unreadable row": 1, "unreadable label": 1, "key twice": 1,
-        }  # fmt: skip
+            "caption without picture": 1,
+            "caption too long": 2,
+            "unreadable row": 1,
+            "unreadable label": 1,
+            "key twice": 1,
+        }
         assert dict(source.faults.mended) == {"control characters": 1}
         assert said == {"a": {"caption": ("bell",)}, "c": {}, "d": {}, "e": {}, "f": {}, "g": {}}
         assert source.sizes().tolist() == [[24, 40]] * 3 + [[0, 0]] + [[24, 40]] * 2
-        assert "a.tar, c.txt" in [fault.place for fault in source.faults] and "a.tar, d.json" in [fault.place for fault in source.faults]
+        assert "a.tar, c.txt" in [fault.place for fault in source.faults] and "a.tar, d.json" in [
+            fault.place for fault in source.faults
+        ]
         with pytest.raises(UserError, match="f: the image cannot be decoded"):
             source[4].pixels()
     with pytest.raises(UserError, match="a.tar, c.txt: caption too long"):
@@ -167,7 +211,10 @@ def test_headers_are_read_once_and_again_when_the_tar_has_changed(tmp_path, monk
     first = open_source(str(path))
     with monkeypatch.context() as patch:
         patch.setattr(tar_index, "_read", None)
-        assert keys(open_source(str(path))) == keys(first) and open_source(str(path)).fingerprint == first.fingerprint
+        assert (
+            keys(open_source(str(path))) == keys(first)
+            and open_source(str(path)).fingerprint == first.fingerprint
+        )
     img2dataset(path, 5, 4)
     again = open_source(str(path))
     assert len(again) == 4 and again.fingerprint != first.fingerprint
@@ -184,10 +231,13 @@ def test_a_tar_that_shrinks_while_it_is_read_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("nowhere.tar", "no such tar"), ("{3..1}.tar", "runs backwards"), ("https://x/{0..9}.tar", "copy them to one first"),
-        ("a.tar.gz", "cannot be read at random"), ("{0..2}.tar", "no such tar"),
+        ("nowhere.tar", "no such tar"),
+        ("{3..1}.tar", "runs backwards"),
+        ("https://x/{0..9}.tar", "copy them to one first"),
+        ("a.tar.gz", "cannot be read at random"),
+        ("{0..2}.tar", "no such tar"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(pattern, message):
     with pytest.raises(UserError, match=message):
         open_source(f"webdataset:{pattern}")

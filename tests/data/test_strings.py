@@ -10,16 +10,35 @@ def test_texts_come_back_by_number_from_memory_and_from_the_file(monkeypatch, in
     monkeypatch.setattr(strings, "_IN_MEMORY", in_memory)
     expected = ["", "a", "ä" * 30, "b/c", "a", *(f"key {i}" for i in range(200)), "b/c"]
     texts = Strings(expected)
-    assert len(texts) == len(expected) and list(texts) == expected and texts[2] == "ä" * 30 and (texts._file is None) == (in_memory > 50)
+    assert (
+        len(texts) == len(expected)
+        and list(texts) == expected
+        and texts[2] == "ä" * 30
+        and (texts._file is None) == (in_memory > 50)
+    )
     numbers = Numbers(texts)
-    assert [numbers.find(text) for text in ("", "a", "b/c", "key 7", "nowhere")] == [0, 1, 3, 12, -1]
+    assert [numbers.find(text) for text in ("", "a", "b/c", "key 7", "nowhere")] == [
+        0,
+        1,
+        3,
+        12,
+        -1,
+    ]
     assert np.flatnonzero(numbers.repeats()).tolist() == [4, len(expected) - 1]
 
 
 def test_texts_of_one_hash_are_told_apart(monkeypatch):
     monkeypatch.setattr(strings, "_hash", lambda text: len(text) % 2)
     numbers = Numbers(Strings(["aa", "bb", "c", "aa", "d", "bb", "eeee"]))
-    assert [numbers.find(text) for text in ("aa", "bb", "c", "d", "eeee", "x", "yy")] == [0, 1, 2, 4, 6, -1, -1]
+    assert [numbers.find(text) for text in ("aa", "bb", "c", "d", "eeee", "x", "yy")] == [
+        0,
+        1,
+        2,
+        4,
+        6,
+        -1,
+        -1,
+    ]
     assert np.flatnonzero(numbers.repeats()).tolist() == [3, 5]
 
 

@@ -1,4 +1,5 @@
-"""Small sets of real form, written on the spot: pictures, tars as img2dataset makes them, the official layout."""
+"""Small sets of real form, written on the spot: pictures, tars as img2dataset makes them, the
+official layout."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def picture(seed: int = 0, height: int = 24, width: int = 40) -> np.ndarray:
     """uint8 [height, width, 3]: a gradient of a colour of its own, which codecs keep well."""
     y, x = np.mgrid[:height, :width]
     tint = np.random.default_rng(seed).integers(40, 200)
-    return np.stack([x * 255 // width, y * 255 // height, np.full_like(x, tint)], -1).astype(np.uint8)
+    return np.stack([x * 255 // width, y * 255 // height, np.full_like(x, tint)], -1).astype(
+        np.uint8
+    )
 
 
 def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **more) -> bytes:
@@ -50,11 +53,25 @@ def img2dataset(path: Path, first: int, count: int) -> Path:
     for i in range(first, first + count):
         data = encoded(picture(i), "JPEG", quality=95)
         said = {
-            "caption": f"a photo number {i}", "url": f"https://example.org/{i}.jpg", "key": f"{i:09d}", "status": "success",
-            "error_message": None, "width": 40, "height": 24, "original_width": 400, "original_height": 240, "exif": "{}",
-            "sha256": hashlib.sha256(data).hexdigest(), "similarity": 0.3, "pwatermark": i / 10,
-        }  # fmt: skip
-        members |= {f"{i:09d}.jpg": data, f"{i:09d}.json": json.dumps(said), f"{i:09d}.txt": f"a photo number {i}"}
+            "caption": f"a photo number {i}",
+            "url": f"https://example.org/{i}.jpg",
+            "key": f"{i:09d}",
+            "status": "success",
+            "error_message": None,
+            "width": 40,
+            "height": 24,
+            "original_width": 400,
+            "original_height": 240,
+            "exif": "{}",
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "similarity": 0.3,
+            "pwatermark": i / 10,
+        }
+        members |= {
+            f"{i:09d}.jpg": data,
+            f"{i:09d}.json": json.dumps(said),
+            f"{i:09d}.txt": f"a photo number {i}",
+        }
     return tar(path, members)
 
 
@@ -63,22 +80,41 @@ def sam(root: Path, count: int = 3) -> Path:
     names = [f"sa_{i:06d}" for i in range(count)]
     files: dict[str, bytes | str] = {"partition/part0.txt": "\n".join(names) + "\n"}
     for i, name in enumerate(names):
-        files |= {f"images/{name}.jpg": encoded(picture(i), "JPEG"), f"captions/{name}.txt": f"a dense caption of {name}\n"}
+        files |= {
+            f"images/{name}.jpg": encoded(picture(i), "JPEG"),
+            f"captions/{name}.txt": f"a dense caption of {name}\n",
+        }
     return write(root, files)
 
 
 def intern(root: Path, sizes=((24, 40), (40, 24), (32, 32))) -> Path:
-    """InternData/partition/data_info.json and InternImgs/, as the official training reads them. Returns InternData."""
+    """InternData/partition/data_info.json and InternImgs/, as the official training reads them.
+    Returns InternData."""
     items, files = [], {}
     for i, (height, width) in enumerate(sizes):
         path = f"{i:03d}/{i:06d}.png"
-        items.append({"path": path, "height": height, "width": width, "ratio": height / width, "prompt": f"prompt of {i}"})
+        items.append(
+            {
+                "path": path,
+                "height": height,
+                "width": width,
+                "ratio": height / width,
+                "prompt": f"prompt of {i}",
+            }
+        )
         files[f"InternImgs/{path}"] = encoded(picture(i, height, width))
     write(root, files | {"InternData/partition/data_info.json": json.dumps(items)})
     return root / "InternData"
 
 
-def features(root: Path, names: dict[str, tuple[int, int]], latents: str, channels: int = 4, width: int = 16, tokens: int = 8) -> None:
+def features(
+    root: Path,
+    names: dict[str, tuple[int, int]],
+    latents: str,
+    channels: int = 4,
+    width: int = 16,
+    tokens: int = 8,
+) -> None:
     """{name}.npz in caption_feature_wmask and {name}.npy in ``latents``, of (height, width) px."""
     texts, folder = root / "caption_feature_wmask", root / latents
     texts.mkdir(exist_ok=True)
@@ -87,7 +123,9 @@ def features(root: Path, names: dict[str, tuple[int, int]], latents: str, channe
         rng = np.random.default_rng(i)
         mask = (np.arange(tokens) < 1 + i % tokens).astype(np.int64)[None]
         np.savez_compressed(
-            texts / f"{name}.npz", caption_feature=rng.normal(size=(1, tokens, width)).astype(np.float32), attention_mask=mask
+            texts / f"{name}.npz",
+            caption_feature=rng.normal(size=(1, tokens, width)).astype(np.float32),
+            attention_mask=mask,
         )
         posterior = rng.normal(size=(2 * channels, high // 8, wide // 8)).astype(np.float32)
         posterior[channels:] = abs(posterior[channels:])

@@ -1,4 +1,5 @@
-"""Denoisers that are known in closed form, for Gaussian and for two-mode data; they take numpy (float64) or JAX arrays."""
+"""Denoisers that are known in closed form, for Gaussian and for two-mode data; they take numpy
+(float64) or JAX arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 MEAN, SPREAD = 0.3, 0.7  # of the Gaussian data, each coordinate by itself
-WEIGHTS, MODES, WIDTHS = np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.3, 0.2])  # of the two-mode data
+# of the two-mode data
+WEIGHTS, MODES, WIDTHS = np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.3, 0.2])
 
 
 def _at(t):
@@ -25,16 +27,20 @@ def gaussian_epsilon(schedule):
 
 
 def gaussian_flow(schedule, x, t_from, t_to):
-    """Where the probability-flow ODE takes x from one time to another, exactly: the standardised x stays."""
+    """Where the probability-flow ODE takes x from one time to another, exactly: the standardised x
+    stays."""
 
     def deviation(t):
         return np.sqrt(schedule.alpha(t) ** 2 * SPREAD**2 + schedule.sigma(t) ** 2)
 
-    return schedule.alpha(t_to) * MEAN + deviation(t_to) * (x - schedule.alpha(t_from) * MEAN) / deviation(t_from)
+    return schedule.alpha(t_to) * MEAN + deviation(t_to) * (
+        x - schedule.alpha(t_from) * MEAN
+    ) / deviation(t_from)
 
 
 def two_mode_epsilon(schedule):
-    """E[ε | x_t] where x_0 is drawn from two Gaussians; not linear in x, so a wrong memory or order shows."""
+    """E[ε | x_t] where x_0 is drawn from two Gaussians; not linear in x, so a wrong memory or order
+    shows."""
 
     def denoiser(x, t):
         xp = jnp if isinstance(x, jax.Array) else np

@@ -41,7 +41,9 @@ def test_impossible_respacings_are_one_clear_line(steps):
 
 def test_respaced_process_has_the_same_alpha_bar_at_the_kept_times():
     times = kept_times(1000, "25")
-    np.testing.assert_allclose(respaced(diffusion.schedule.linear(), times).alphas_cumprod, CUMPROD[times], rtol=1e-12)
+    np.testing.assert_allclose(
+        respaced(diffusion.schedule.linear(), times).alphas_cumprod, CUMPROD[times], rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("steps", [1000, 100, "10,10,5"])
@@ -57,12 +59,18 @@ def test_posterior_matches_float64_formulas(steps, prediction):
     small = beta * (1 - before) / (1 - kept)
     small[0] = small[1]
     a, b, cum, prior = (values[t].reshape(-1, 1, 1, 1) for values in (beta, small, kept, before))
-    x0 = (x_t - np.sqrt(1 - cum) * output) / np.sqrt(cum) if prediction == "epsilon" else np.sqrt(cum) * x_t - np.sqrt(1 - cum) * output
+    x0 = (
+        (x_t - np.sqrt(1 - cum) * output) / np.sqrt(cum)
+        if prediction == "epsilon"
+        else np.sqrt(cum) * x_t - np.sqrt(1 - cum) * output
+    )
     mean = np.sqrt(prior) * a / (1 - cum) * x0 + np.sqrt(1 - a) * (1 - prior) / (1 - cum) * x_t
     log_variance = (logits + 1) / 2 * np.log(a) + (1 - logits) / 2 * np.log(b)
 
     both = jnp.asarray(np.concatenate([output, logits], -1), jnp.float32)
-    got = diffusion.ddpm_posterior(both, jnp.asarray(x_t, jnp.float32), jnp.asarray(t), steps=steps, prediction=prediction)
+    got = diffusion.ddpm_posterior(
+        both, jnp.asarray(x_t, jnp.float32), jnp.asarray(t), steps=steps, prediction=prediction
+    )
     np.testing.assert_allclose(got[0], mean, atol=5e-6, rtol=1e-5)
     np.testing.assert_allclose(got[1], log_variance, atol=1e-5, rtol=1e-6)
 
@@ -76,7 +84,8 @@ def test_posterior_asks_for_the_variance_half_and_for_an_index_of_the_respaced_p
 
 
 def test_a_sampled_step_is_the_posteriors_mean_plus_its_deviation_times_the_noise():
-    """What `sample` does in its first ddpm step, with its own random numbers, is what ddpm_posterior says."""
+    """What `sample` does in its first ddpm step, with its own random numbers, is what
+    ddpm_posterior says."""
     posterior = jax.jit(functools.partial(diffusion.ddpm_posterior, steps=100))
     x = jax.random.normal(jax.random.key(0), (2, 3, 3, 4))
 

@@ -16,7 +16,8 @@ T = jnp.full((3,), 500.0)
 
 
 class Counting:
-    """A model whose conditional half says 2x and whose unconditional says x; counts what it is asked on the host."""
+    """A model whose conditional half says 2x and whose unconditional says x; counts what it is
+    asked on the host."""
 
     def __init__(self, channels: int = 4):
         self.channels, self.rows = channels, []
@@ -24,7 +25,9 @@ class Counting:
     def both(self, x, t):
         jax.debug.callback(lambda n: self.rows.append(int(n)), jnp.asarray(x.shape[0]))
         half = x.shape[0] // 2
-        return self._logits(jnp.concatenate([x[:half], 2 * x[half:]]), jnp.repeat(jnp.array([-1.0, 1.0]), half))
+        return self._logits(
+            jnp.concatenate([x[:half], 2 * x[half:]]), jnp.repeat(jnp.array([-1.0, 1.0]), half)
+        )
 
     def conditional(self, x, t):
         jax.debug.callback(lambda n: self.rows.append(int(n)), jnp.asarray(x.shape[0]))
@@ -33,7 +36,9 @@ class Counting:
     def _logits(self, prediction, value):
         if self.channels == 4:
             return prediction
-        return jnp.concatenate([prediction, jnp.broadcast_to(value[:, None, None, None], prediction.shape)], -1)
+        return jnp.concatenate(
+            [prediction, jnp.broadcast_to(value[:, None, None, None], prediction.shape)], -1
+        )
 
 
 def test_all_channels_are_guided_in_one_batch_of_both_halves():
@@ -72,7 +77,8 @@ def stretches(model, interval, steps=10, scale=2.0):
     denoisers = {True: guided, False: model.conditional}
     flags = guidance.within(diffusion.timesteps("dpm++", steps), interval)
     return [
-        diffusion.Stretch(count, lambda x, t, given, memory, of=denoisers[flag]: (of(x, t), memory)) for flag, count in guidance.runs(flags)
+        diffusion.Stretch(count, lambda x, t, given, memory, of=denoisers[flag]: (of(x, t), memory))
+        for flag, count in guidance.runs(flags)
     ]
 
 
@@ -91,18 +97,37 @@ def test_an_interval_is_what_a_branch_at_each_step_would_compute():
     model, times = Counting(), diffusion.timesteps("dpm++", 10)
     guided = diffusion.guided(model.both, 2.0)
     branching = diffusion.sample(
-        lambda x, t: jax.lax.cond((t[0] >= 300) & (t[0] <= 700), guided, model.conditional, x, t), X, steps=len(times)
+        lambda x, t: jax.lax.cond((t[0] >= 300) & (t[0] <= 700), guided, model.conditional, x, t),
+        X,
+        steps=len(times),
     )
-    np.testing.assert_allclose(diffusion.sample(stretches(model, (300.0, 700.0)), X, steps=10), branching, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        diffusion.sample(stretches(model, (300.0, 700.0)), X, steps=10),
+        branching,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_interval_over_all_times_is_plain_guidance():
     model = Counting()
     whole = stretches(model, (0.0, 1000.0), steps=20)
-    np.testing.assert_allclose(diffusion.sample(whole, X), diffusion.sample(diffusion.guided(model.both, 2.0), X), rtol=1e-6)
+    np.testing.assert_allclose(
+        diffusion.sample(whole, X),
+        diffusion.sample(diffusion.guided(model.both, 2.0), X),
+        rtol=1e-6,
+    )
 
 
 def test_runs_and_intervals_of_times():
     t = np.array([999.0, 600.0, 300.0, 0.0])
-    assert guidance.within(t, None).all() and guidance.within(t, (300, 600)).tolist() == [False, True, True, False]
-    assert guidance.runs(np.array([True, True, False])) == [(True, 2), (False, 1)] and guidance.runs(np.ones(3, bool)) == [(True, 3)]
+    assert guidance.within(t, None).all() and guidance.within(t, (300, 600)).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert guidance.runs(np.array([True, True, False])) == [
+        (True, 2),
+        (False, 1),
+    ] and guidance.runs(np.ones(3, bool)) == [(True, 3)]

@@ -21,7 +21,8 @@ TIMES = np.array([0, 1, 2, 50, 400, 900, 998, 999])
 def _problem(prediction: str):
     rng = np.random.default_rng(1)
     shape = (len(TIMES), 3, 5, 4)
-    x0 = rng.standard_normal(shape) * 0.8  # some |x0| beyond 0.999, where the likelihood's outer cells are
+    # some |x0| beyond 0.999, where the likelihood's outer cells are
+    x0 = rng.standard_normal(shape) * 0.8
     noise = rng.standard_normal(shape)
     alpha, sigma = _at(np.sqrt(CUMPROD)), _at(np.sqrt(1 - CUMPROD))
     target = noise if prediction == "epsilon" else alpha * noise - sigma * x0
@@ -39,7 +40,9 @@ def _expected(x0, noise, output, logits, prediction):
     before = np.append(1.0, CUMPROD[:-1])
     alpha, sigma = _at(np.sqrt(CUMPROD)), _at(np.sqrt(1 - CUMPROD))
     x_t = alpha * x0 + sigma * noise
-    implied = (x_t - sigma * output) / alpha if prediction == "epsilon" else alpha * x_t - sigma * output
+    implied = (
+        (x_t - sigma * output) / alpha if prediction == "epsilon" else alpha * x_t - sigma * output
+    )
     target = noise if prediction == "epsilon" else alpha * noise - sigma * x0
     of_x0 = _at(np.sqrt(before) * BETAS / (1 - CUMPROD))
     of_xt = _at(np.sqrt(1 - BETAS) * (1 - before) / (1 - CUMPROD))
@@ -48,7 +51,9 @@ def _expected(x0, noise, output, logits, prediction):
     true_mean, mean = of_x0 * x0 + of_xt * x_t, of_x0 * implied + of_xt * x_t
     true_log, fraction = _at(np.log(variance)), (logits + 1) / 2
     log = fraction * _at(np.log(BETAS)) + (1 - fraction) * true_log
-    kl = 0.5 * (log - true_log - 1 + np.exp(true_log - log) + (true_mean - mean) ** 2 * np.exp(-log))
+    kl = 0.5 * (
+        log - true_log - 1 + np.exp(true_log - log) + (true_mean - mean) ** 2 * np.exp(-log)
+    )
 
     def cdf(z):
         return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
@@ -82,7 +87,8 @@ def test_epsilon_and_v_have_one_vb_for_the_same_implied_x0():
     alpha, sigma = _at(np.sqrt(CUMPROD)), _at(np.sqrt(1 - CUMPROD))
     x_t = alpha * x0 + sigma * noise
     as_v = (output - sigma * x_t) / alpha
-    keep = TIMES < 900  # above, v and ε of one x0 differ by 1/α, and fp32 inputs no longer name the same x0
+    # above, v and ε of one x0 differ by 1/α, and fp32 inputs no longer name the same x0
+    keep = TIMES < 900
     epsilon = _loss(x0, noise, output, logits)["vb"]
     v = _loss(x0, noise, as_v, logits, prediction="v")["vb"]
     np.testing.assert_allclose(v[keep], epsilon[keep], rtol=1e-4)
@@ -92,7 +98,9 @@ def test_vb_trains_the_variance_and_not_the_mean():
     x0, noise, output, logits = (jnp.asarray(a, jnp.float32) for a in _problem("epsilon"))
 
     def vb(output, logits):
-        return diffusion.training_loss(jnp.concatenate([output, logits], -1), x0, noise, jnp.asarray(TIMES))["vb"].sum()
+        return diffusion.training_loss(
+            jnp.concatenate([output, logits], -1), x0, noise, jnp.asarray(TIMES)
+        )["vb"].sum()
 
     of_output, of_logits = jax.jit(jax.grad(vb, argnums=(0, 1)))(output, logits)
     np.testing.assert_array_equal(of_output, np.zeros_like(of_output))
@@ -103,10 +111,17 @@ def test_vb_trains_the_variance_and_not_the_mean():
 def test_min_snr_weights_match_float64(prediction, gamma):
     snr = CUMPROD / (1 - CUMPROD)
     expected = np.minimum(snr, gamma) / (snr if prediction == "epsilon" else snr + 1)
-    np.testing.assert_allclose(min_snr_weight(jnp.arange(1000), gamma, prediction), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        min_snr_weight(jnp.arange(1000), gamma, prediction), expected, rtol=1e-6
+    )
     problem = _problem(prediction)
-    plain, weighted = _loss(*problem, prediction=prediction), _loss(*problem, prediction=prediction, min_snr_gamma=gamma)
-    np.testing.assert_allclose(weighted["mse"], np.asarray(plain["mse"]) * expected[TIMES], rtol=1e-6)
+    plain, weighted = (
+        _loss(*problem, prediction=prediction),
+        _loss(*problem, prediction=prediction, min_snr_gamma=gamma),
+    )
+    np.testing.assert_allclose(
+        weighted["mse"], np.asarray(plain["mse"]) * expected[TIMES], rtol=1e-6
+    )
     np.testing.assert_array_equal(weighted["vb"], plain["vb"])
 
 
@@ -114,16 +129,24 @@ def test_without_learned_range_vb_is_zero_and_half_the_channels_do():
     x0, noise, output, logits = _problem("epsilon")
     full = _loss(x0, noise, output, logits, learned_range=False)
     np.testing.assert_array_equal(full["vb"], np.zeros(len(TIMES)))
-    half = diffusion.training_loss(*(jnp.asarray(a, jnp.float32) for a in (output, x0, noise)), jnp.asarray(TIMES), learned_range=False)
+    half = diffusion.training_loss(
+        *(jnp.asarray(a, jnp.float32) for a in (output, x0, noise)),
+        jnp.asarray(TIMES),
+        learned_range=False,
+    )
     np.testing.assert_allclose(half["mse"], full["mse"], rtol=1e-6)
     with pytest.raises(UserError, match="8 channels"):
-        diffusion.training_loss(*(jnp.asarray(a, jnp.float32) for a in (output, x0, noise)), jnp.asarray(TIMES))
+        diffusion.training_loss(
+            *(jnp.asarray(a, jnp.float32) for a in (output, x0, noise)), jnp.asarray(TIMES)
+        )
 
 
 def test_bf16_model_output_is_taken_in_fp32():
     x0, noise, output, logits = _problem("epsilon")
     low = jnp.asarray(np.concatenate([output, logits], -1), jnp.bfloat16)
-    loss = diffusion.training_loss(low, jnp.asarray(x0, jnp.float32), jnp.asarray(noise, jnp.float32), jnp.asarray(TIMES))
+    loss = diffusion.training_loss(
+        low, jnp.asarray(x0, jnp.float32), jnp.asarray(noise, jnp.float32), jnp.asarray(TIMES)
+    )
     mse, vb = _expected(x0, noise, *np.split(np.asarray(low, np.float64), 2, axis=-1), "epsilon")
     assert loss["mse"].dtype == loss["vb"].dtype == jnp.float32
     np.testing.assert_allclose(loss["mse"], mse, rtol=5e-6)

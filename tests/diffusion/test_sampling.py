@@ -27,14 +27,18 @@ def test_an_image_does_not_depend_on_its_batch(solver):
     one = diffusion.sample(EPSILON, NOISE, solver, 10, key=jax.random.key(6))
     folded = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(6), jnp.arange(4))
     np.testing.assert_array_equal(one, diffusion.sample(EPSILON, NOISE, solver, 10, key=folded))
-    np.testing.assert_array_equal(one, diffusion.sample(EPSILON, NOISE, solver, 10, key=jax.random.key_data(jax.random.key(6))))
+    np.testing.assert_array_equal(
+        one,
+        diffusion.sample(EPSILON, NOISE, solver, 10, key=jax.random.key_data(jax.random.key(6))),
+    )
     assert not np.allclose(one, whole)
 
 
 def test_a_later_batch_size_draws_the_same_images_for_one_key():
     key = jax.random.key(8)
     np.testing.assert_array_equal(
-        diffusion.sample(EPSILON, NOISE, "ddpm", 10, key=key)[:2], diffusion.sample(EPSILON, NOISE[:2], "ddpm", 10, key=key)
+        diffusion.sample(EPSILON, NOISE, "ddpm", 10, key=key)[:2],
+        diffusion.sample(EPSILON, NOISE[:2], "ddpm", 10, key=key),
     )
 
 
@@ -50,7 +54,9 @@ def test_no_key_adds_no_noise(solver):
 def test_deterministic_solvers_ignore_the_key():
     for solver in ("ddim", "dpm++"):
         plain = diffusion.sample(EPSILON, NOISE, solver, 10)
-        np.testing.assert_array_equal(diffusion.sample(EPSILON, NOISE, solver, 10, key=jax.random.key(0)), plain)
+        np.testing.assert_array_equal(
+            diffusion.sample(EPSILON, NOISE, solver, 10, key=jax.random.key(0)), plain
+        )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -77,7 +83,8 @@ def test_the_model_is_traced_once_and_kept_for_the_same_denoiser():
     for steps in (10, 10, 10):
         diffusion.sample(denoiser, NOISE, steps=steps)
     assert len(traces) == 1
-    diffusion.sample(denoiser, NOISE, steps=11)  # another length of the scan is another program; the body is still traced once
+    # another length of the scan is another program; the body is still traced once
+    diffusion.sample(denoiser, NOISE, steps=11)
     assert len(traces) == 2
 
 
@@ -88,7 +95,9 @@ def test_an_unhashable_denoiser_works():
         def __call__(self, x, t):
             return EPSILON(x, t)
 
-    np.testing.assert_array_equal(diffusion.sample(Denoiser(), NOISE, steps=5), diffusion.sample(EPSILON, NOISE, steps=5))
+    np.testing.assert_array_equal(
+        diffusion.sample(Denoiser(), NOISE, steps=5), diffusion.sample(EPSILON, NOISE, steps=5)
+    )
 
 
 def test_the_denoiser_sees_fp32_times_one_for_each_image():
@@ -118,7 +127,9 @@ def test_preview_gets_every_steps_x0_estimate(under_jit):
     assert all(isinstance(x0, np.ndarray) and x0.shape == NOISE.shape for _, x0 in frames)
     first = dict(frames)[0]
     alpha, sigma = SCHEDULE.alpha(999.0), SCHEDULE.sigma(999.0)
-    np.testing.assert_allclose(first, (NOISE - sigma * EPSILON(NOISE, np.float64(999.0))) / alpha, atol=1e-3)
+    np.testing.assert_allclose(
+        first, (NOISE - sigma * EPSILON(NOISE, np.float64(999.0))) / alpha, atol=1e-3
+    )
     np.testing.assert_allclose(out, diffusion.sample(EPSILON, NOISE, steps=6), atol=1e-6)
 
 
@@ -128,7 +139,9 @@ def test_starting_later_visits_the_rest_of_the_times(solver):
     assert len(times) == 20
     np.testing.assert_array_equal(diffusion.timesteps(solver, 20, start=12), times[12:])
     x0 = jnp.full((2, 4, 4, 4), 0.5)
-    noisy = diffusion.add_noise(x0, jax.random.normal(jax.random.key(0), x0.shape), jnp.full((2,), times[15], jnp.float32))
+    noisy = diffusion.add_noise(
+        x0, jax.random.normal(jax.random.key(0), x0.shape), jnp.full((2,), times[15], jnp.float32)
+    )
     visited = []
 
     def preview(step, _):
@@ -140,7 +153,9 @@ def test_starting_later_visits_the_rest_of_the_times(solver):
 
 
 def test_starting_at_the_first_step_is_the_whole_run():
-    np.testing.assert_array_equal(diffusion.sample(EPSILON, NOISE, start=0), diffusion.sample(EPSILON, NOISE))
+    np.testing.assert_array_equal(
+        diffusion.sample(EPSILON, NOISE, start=0), diffusion.sample(EPSILON, NOISE)
+    )
 
 
 def test_ddpm_started_later_continues_with_the_same_noise():
@@ -154,7 +169,9 @@ def test_ddpm_started_later_continues_with_the_same_noise():
     whole = jax.block_until_ready(diffusion.sample(denoiser, NOISE, "ddpm", 10, key=keys))
     jax.effects_barrier()
     middle = states[int(diffusion.timesteps("ddpm", 10)[6])]
-    np.testing.assert_allclose(diffusion.sample(EPSILON, middle, "ddpm", 10, key=keys, start=6), whole, atol=1e-6)
+    np.testing.assert_allclose(
+        diffusion.sample(EPSILON, middle, "ddpm", 10, key=keys, start=6), whole, atol=1e-6
+    )
 
 
 def test_bad_noise_keys_and_denoisers_are_named():
@@ -179,12 +196,19 @@ def test_stretches_carry_the_solvers_state_and_their_own_memory_over_and_are_giv
     whole = diffusion.Stretch(6, denoise(1.0), lambda memory: jnp.zeros(()))
     parts = [
         diffusion.Stretch(4, denoise(1.0), lambda memory: jnp.zeros(())),
-        diffusion.Stretch(2, denoise(1.0), lambda memory: (jax.debug.callback(entered.append, memory), memory)[1]),
+        diffusion.Stretch(
+            2, denoise(1.0), lambda memory: (jax.debug.callback(entered.append, memory), memory)[1]
+        ),
     ]
     one, two = (diffusion.sample(made, x, steps=6, given=given) for made in ([whole], parts))
     np.testing.assert_allclose(one, two, rtol=1e-6)
     jax.effects_barrier()
     assert entered == [0 + 1 + 2 + 3]
-    assert not np.allclose(one, diffusion.sample([diffusion.Stretch(6, denoise(0.5), whole.enter)], x, steps=6, given=given))
+    assert not np.allclose(
+        one,
+        diffusion.sample(
+            [diffusion.Stretch(6, denoise(0.5), whole.enter)], x, steps=6, given=given
+        ),
+    )
     with pytest.raises(UserError, match="do not make the run's 6"):
         diffusion.sample(parts[:1], x, steps=6, given=given)

@@ -1,4 +1,5 @@
-"""Every solver against its published implementation, on the same inputs, and against the exact solution."""
+"""Every solver against its published implementation, on the same inputs, and against the exact
+solution."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ EPSILON = two_mode_epsilon(SCHEDULE)
 START = np.array([[-1.8, -0.7], [0.4, 1.3]])  # [b 2, c 2]
 
 # The official PixArt-α samplers (commit cac2fd3) in float64 on two_mode_epsilon from START:
-# dpm_solver.py, algorithm dpmsolver++, time_uniform, multistep, lower_order_final; key: (steps, order).
+# dpm_solver.py, algorithm dpmsolver++, time_uniform, multistep, lower_order_final; key: (steps,
+# order).
 OFFICIAL_DPM = {
     (20, 2): [[-1.4687458185417268, -0.9476531354850238], [0.6196774077419519, 0.8763895805011017]],
     (14, 2): [[-1.5165121688212553, -1.3057320057315758], [0.6558273857478303, 0.8708649950398604]],
@@ -28,13 +30,14 @@ OFFICIAL_DPM = {
     (20, 3): [[-1.387903911007497, 0.5848122875746121], [0.45525454588832165, 0.9262991699916436]],
     (20, 1): [[-1.258746858746454, -0.6690243893811116], [0.5926521076927903, 0.7533369623596047]],
 }
-# sa_solver.py, few_steps, 25 steps, time, predictor 2, corrector 2, PEC, data prediction; tau 0, and 1 on [0.2, 0.8] with
-# _noise(i) in step i.
+# sa_solver.py, few_steps, 25 steps, time, predictor 2, corrector 2, PEC, data prediction; tau 0,
+# and 1 on [0.2, 0.8] with _noise(i) in step i.
 OFFICIAL_SA = {
     0: [[-1.3351079342277217, -0.8284799266189262], [0.6049961064021472, 0.7863187863483093]],
     1: [[0.4815620322116684, 0.4438019546653703], [0.473453076023604, 0.5502971248204122]],
 }
-# iddpm.py, respacing "100", learned range with logits sin(3x), x_0 not clipped, _noise(i) in step i.
+# iddpm.py, respacing "100", learned range with logits sin(3x), x_0 not clipped, _noise(i) in step
+# i.
 OFFICIAL_DDPM = [[0.5394912705305233, 0.5671480023693426], [0.5939393622825472, 0.5961053110636527]]
 # lcm_scheduler.py, 50 origin steps, with _noise(i) in step i.
 OFFICIAL_LCM = {
@@ -56,11 +59,19 @@ def _run_with(solver, steps, denoiser, noises, times="fractional") -> np.ndarray
     def step(state, t, alpha, sigma, coefficients, noise):
         output = denoiser(state[0], t)
         epsilon, logits = output if isinstance(output, tuple) else (output, None)
-        return solver.update(state, (state[0] - sigma * epsilon) / alpha, logits, coefficients, noise)
+        return solver.update(
+            state, (state[0] - sigma * epsilon) / alpha, logits, coefficients, noise
+        )
 
     state = solver.init(jnp.asarray(START, jnp.float32))
     for i in range(len(plan.t)):
-        row = (plan.t[i], plan.alpha[i], plan.sigma[i], {name: table[i] for name, table in plan.coefficients.items()}, noises(i))
+        row = (
+            plan.t[i],
+            plan.alpha[i],
+            plan.sigma[i],
+            {name: table[i] for name, table in plan.coefficients.items()},
+            noises(i),
+        )
         state = step(state, *jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), row))
     return np.asarray(state[0])
 
@@ -101,21 +112,41 @@ def _diffusers(scheduler, steps, predict, **step_options) -> np.ndarray:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize(("steps", "order"), [(20, 2), (14, 2), (15, 2), (4, 2), (1, 2), (20, 3), (10, 3), (20, 1)])
+@pytest.mark.parametrize(
+    ("steps", "order"), [(20, 2), (14, 2), (15, 2), (4, 2), (1, 2), (20, 3), (10, 3), (20, 1)]
+)
 def test_dpm_at_integer_times_is_diffusers(steps, order, prediction):
     predict = EPSILON if prediction == "epsilon" else as_velocity(SCHEDULE, EPSILON)
-    theirs = DPMSolverMultistepScheduler(solver_order=order, prediction_type="epsilon" if prediction == "epsilon" else "v_prediction")
+    theirs = DPMSolverMultistepScheduler(
+        solver_order=order, prediction_type="epsilon" if prediction == "epsilon" else "v_prediction"
+    )
     expected = _diffusers(theirs, steps, predict)
-    got = diffusion.sample(predict, jnp.asarray(START, jnp.float32), steps=steps, order=order, times="integer", prediction=prediction)
-    # A single step is x_0 at t = 999 itself, where ε → x_0 magnifies fp32's rounding by σ/α = 157 in both.
+    got = diffusion.sample(
+        predict,
+        jnp.asarray(START, jnp.float32),
+        steps=steps,
+        order=order,
+        times="integer",
+        prediction=prediction,
+    )
+    # A single step is x_0 at t = 999 itself, where ε → x_0 magnifies fp32's rounding by σ/α = 157
+    # in both.
     np.testing.assert_allclose(got, expected, atol=1e-5 if steps > 1 else 1e-4)
 
 
 @pytest.mark.parametrize("steps", [4, 7, 20, 30])
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0)])
 def test_dpm_at_other_integer_times_is_diffusers(steps, spacing, offset):
-    expected = _diffusers(DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=offset), steps, EPSILON)
-    got = diffusion.sample(EPSILON, jnp.asarray(START, jnp.float32), DPMSolver(2, spacing, offset), steps, times="integer")
+    expected = _diffusers(
+        DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=offset), steps, EPSILON
+    )
+    got = diffusion.sample(
+        EPSILON,
+        jnp.asarray(START, jnp.float32),
+        DPMSolver(2, spacing, offset),
+        steps,
+        times="integer",
+    )
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
@@ -124,10 +155,18 @@ def test_dpm_at_other_integer_times_is_diffusers(steps, spacing, offset):
 def test_ddim_is_diffusers_with_leading_spacing(steps, to_one, prediction):
     predict = EPSILON if prediction == "epsilon" else as_velocity(SCHEDULE, EPSILON)
     theirs = DDIMScheduler(
-        clip_sample=False, set_alpha_to_one=to_one, prediction_type="epsilon" if prediction == "epsilon" else "v_prediction"
+        clip_sample=False,
+        set_alpha_to_one=to_one,
+        prediction_type="epsilon" if prediction == "epsilon" else "v_prediction",
     )
     expected = _diffusers(theirs, steps, predict)
-    got = diffusion.sample(predict, jnp.asarray(START, jnp.float32), DDIM(set_alpha_to_one=to_one), steps, prediction=prediction)
+    got = diffusion.sample(
+        predict,
+        jnp.asarray(START, jnp.float32),
+        DDIM(set_alpha_to_one=to_one),
+        steps,
+        prediction=prediction,
+    )
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -137,13 +176,17 @@ def test_ddim_with_eta_is_diffusers():
     x = torch.tensor(START, dtype=torch.float32)
     for i, t in enumerate(scheduler.timesteps):
         output = torch.tensor(EPSILON(x.numpy().astype(np.float64), float(t)), dtype=torch.float32)
-        x = scheduler.step(output, t, x, eta=0.7, variance_noise=torch.tensor(_noise(i), dtype=torch.float32)).prev_sample
+        x = scheduler.step(
+            output, t, x, eta=0.7, variance_noise=torch.tensor(_noise(i), dtype=torch.float32)
+        ).prev_sample
     np.testing.assert_allclose(_run_with(DDIM(eta=0.7), 20, EPSILON, _noise), x.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", OFFICIAL_LCM)
 def test_lcm_is_the_official_scheduler(steps):
-    np.testing.assert_allclose(_run_with(LCM(), steps, EPSILON, _noise), OFFICIAL_LCM[steps], atol=1e-5)
+    np.testing.assert_allclose(
+        _run_with(LCM(), steps, EPSILON, _noise), OFFICIAL_LCM[steps], atol=1e-5
+    )
     assert list(diffusion.timesteps("lcm", 4)) == [999, 759, 519, 279]
     assert list(diffusion.timesteps("lcm", 8)) == list(range(999, 158, -120))
 
@@ -151,9 +194,17 @@ def test_lcm_is_the_official_scheduler(steps):
 @pytest.mark.parametrize("steps", [2, 4, 7, 8, 50])
 def test_lcm_at_integer_times_is_diffusers(steps, monkeypatch):
     count = iter(range(steps))
-    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **__: torch.tensor(_noise(next(count)), dtype=torch.float32))
-    expected = _diffusers(LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"), steps, EPSILON)
-    np.testing.assert_allclose(_run_with(LCM(), steps, EPSILON, _noise, times="integer"), expected, atol=1e-5)
+    monkeypatch.setattr(
+        scheduling_lcm,
+        "randn_tensor",
+        lambda *_, **__: torch.tensor(_noise(next(count)), dtype=torch.float32),
+    )
+    expected = _diffusers(
+        LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"), steps, EPSILON
+    )
+    np.testing.assert_allclose(
+        _run_with(LCM(), steps, EPSILON, _noise, times="integer"), expected, atol=1e-5
+    )
 
 
 def test_one_step_of_lcm_and_of_dmd_is_the_clean_image_that_the_model_names():
@@ -166,17 +217,24 @@ def test_one_step_of_lcm_and_of_dmd_is_the_clean_image_that_the_model_names():
 
 def test_ddim_spacing_of_a_number_and_of_its_official_name_agree_where_it_divides():
     for count in (10, 50, 250):
-        assert list(diffusion.timesteps("ddim", count)) == list(diffusion.timesteps("ddim", f"ddim{count}"))
+        assert list(diffusion.timesteps("ddim", count)) == list(
+            diffusion.timesteps("ddim", f"ddim{count}")
+        )
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_dpm_converges_at_its_order(order):
-    """Half the step, 2^order times less error; in float64, at step counts where the lower-order start does not show yet."""
+    """Half the step, 2^order times less error; in float64, at step counts where the lower-order
+    start does not show yet."""
     x = np.array([[-1.2, 0.1, 0.9]])
     exact = gaussian_flow(SCHEDULE, x, 999, 0)
     with jax.enable_x64(True):
         coarse, fine = (
-            np.abs(diffusion.sample(gaussian_epsilon(SCHEDULE), jnp.asarray(x), steps=n, order=order) - exact).max() for n in (100, 200)
+            np.abs(
+                diffusion.sample(gaussian_epsilon(SCHEDULE), jnp.asarray(x), steps=n, order=order)
+                - exact
+            ).max()
+            for n in (100, 200)
         )
     assert fine < 0.01
     assert np.log2(coarse / fine) == pytest.approx(order, abs=0.15)
@@ -186,7 +244,12 @@ def test_sa_without_noise_converges_at_second_order():
     x = np.array([[-1.2, 0.1, 0.9]])
     exact = gaussian_flow(SCHEDULE, x, 999, 0)
     with jax.enable_x64(True):
-        coarse, fine = (np.abs(diffusion.sample(gaussian_epsilon(SCHEDULE), jnp.asarray(x), "sa", n) - exact).max() for n in (200, 400))
+        coarse, fine = (
+            np.abs(
+                diffusion.sample(gaussian_epsilon(SCHEDULE), jnp.asarray(x), "sa", n) - exact
+            ).max()
+            for n in (200, 400)
+        )
     assert coarse / fine > 3.5
 
 
@@ -194,7 +257,11 @@ def test_all_deterministic_solvers_reach_the_exact_solution():
     x = np.linspace(-2, 2, 8).reshape(2, 4)
     exact = gaussian_flow(SCHEDULE, x, 999, 0)
     noise = jnp.asarray(x, jnp.float32)
-    for solver, steps, tolerance in (("dpm++", 400, 1e-3), ("sa", 400, 1e-3), (DDIM(set_alpha_to_one=False), 1000, 1e-2)):
+    for solver, steps, tolerance in (
+        ("dpm++", 400, 1e-3),
+        ("sa", 400, 1e-3),
+        (DDIM(set_alpha_to_one=False), 1000, 1e-2),
+    ):
         got = diffusion.sample(gaussian_epsilon(SCHEDULE), noise, solver, steps)
         assert np.abs(got - exact).max() < tolerance, solver
 
@@ -209,9 +276,12 @@ def test_epsilon_and_v_parametrisations_agree(solver):
 
 @pytest.mark.parametrize(("solver", "steps"), [("ddpm", 200), (DDIM(eta=1.0), 200), ("sa", 50)])
 def test_stochastic_solvers_draw_the_datas_distribution(solver, steps):
-    """20,000 values of Gaussian data: mean and deviation within four standard errors and the solver's own bias."""
+    """20,000 values of Gaussian data: mean and deviation within four standard errors and the
+    solver's own bias."""
     noise = jax.random.normal(jax.random.key(1), (50, 20, 20))
-    got = np.asarray(diffusion.sample(gaussian_epsilon(SCHEDULE), noise, solver, steps, key=jax.random.key(2)))
+    got = np.asarray(
+        diffusion.sample(gaussian_epsilon(SCHEDULE), noise, solver, steps, key=jax.random.key(2))
+    )
     assert got.mean() == pytest.approx(0.3, abs=0.02)
     assert got.std() == pytest.approx(0.7, abs=0.035)
 
@@ -240,6 +310,10 @@ def test_bad_options_are_one_clear_line(options, message):
 
 
 def test_solver_dataclasses_check_themselves():
-    for build in (lambda: DPMSolver(order=0), lambda: SASolver(corrector_order=5), lambda: SASolver(tau=-1.0)):
+    for build in (
+        lambda: DPMSolver(order=0),
+        lambda: SASolver(corrector_order=5),
+        lambda: SASolver(tau=-1.0),
+    ):
         with pytest.raises(UserError):
             build()

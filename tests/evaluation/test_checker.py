@@ -1,4 +1,5 @@
-"""The checker against ground truth: true renders of every level, worn images, and images that no model should be praised for."""
+"""The checker against ground truth: true renders of every level, worn images, and images that no
+model should be praised for."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def draw(*objects: shapes.Object, ground: str = "gray", side: int = 64) -> np.nd
     return shapes.render(scene_of(*objects, ground=ground, side=side))
 
 
-def disc(colour: str, x: float, y: float, radius: float = 9.0, shape: str = "circle") -> shapes.Object:
+def disc(
+    colour: str, x: float, y: float, radius: float = 9.0, shape: str = "circle"
+) -> shapes.Object:
     return shapes.Object(shape, colour, "small", x, y, radius)
 
 
@@ -44,7 +47,8 @@ def noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def check_renders(level: str, per_task: int) -> None:
-    """At least .99 in every task; and not by a hair: nothing of a true render is unknown, and places agree to a pixel."""
+    """At least .99 in every task; and not by a hair: nothing of a true render is unknown, and
+    places agree to a pixel."""
     wanted = asked(level, per_task)
     result = score(wanted, [shapes.render(a.scene) for a in wanted])
     assert {task: share.score for task, share in result.tasks.items() if share.score < 0.99} == {}
@@ -70,7 +74,8 @@ def test_hundreds_of_true_renders_score_99_percent_in_every_task(level):
 @pytest.mark.parametrize("wear", [blurred, compressed, noisy])
 @pytest.mark.parametrize("level", ["plain", "free"])
 def test_worn_images_are_still_read(level, wear):
-    """Gaussian blur of 1 px, JPEG of quality 60, noise of 8 levels: 97% of objects right in all, 99% of pictures in number."""
+    """Gaussian blur of 1 px, JPEG of quality 60, noise of 8 levels: 97% of objects right in all,
+    99% of pictures in number."""
     rng = np.random.default_rng(0)
     wanted = asked(level, 40)
     right, total, counted = 0, 0, 0
@@ -98,12 +103,16 @@ def test_every_colour_and_shape_is_named_on_every_ground(colour, ground):
 def test_textures_light_and_shadow_do_not_change_the_colour(texture, style):
     for colour in shapes.COLOURS:
         obj = dataclasses.replace(disc(colour, 64, 64, 20.0, "square"), texture=texture)
-        scene = dataclasses.replace(scene_of(obj, ground="sand", side=128), style=style, ground_texture="checked")
+        scene = dataclasses.replace(
+            scene_of(obj, ground="sand", side=128), style=style, ground_texture="checked"
+        )
         assert [f.colour for f in find_objects(shapes.render(scene))] == [colour]
 
 
 def test_objects_of_different_colours_that_touch_are_two():
-    found = find_objects(draw(disc("red", 22, 32, 10, "square"), disc("blue", 39, 32, 10, "square")))
+    found = find_objects(
+        draw(disc("red", 22, 32, 10, "square"), disc("blue", 39, 32, 10, "square"))
+    )
     assert sorted((f.shape, f.colour) for f in found) == [("square", "blue"), ("square", "red")]
     assert checker.relation(*sorted(found, key=lambda f: f.colour)) == "right of"
 
@@ -143,13 +152,23 @@ def test_a_blob_is_of_unknown_shape_but_keeps_its_colour():
 def test_any_size_is_read():
     for height, width in [(64, 96), (256, 256), (100, 36)]:
         side = min(height, width)
-        scene = shapes.Scene(height, width, "white", (disc("purple", width / 2, height / 2, side * 9 / 64, "heart"),), "single")
+        scene = shapes.Scene(
+            height,
+            width,
+            "white",
+            (disc("purple", width / 2, height / 2, side * 9 / 64, "heart"),),
+            "single",
+        )
         (found,) = find_objects(shapes.render(scene))
         assert (found.shape, found.colour) == ("heart", "purple")
         assert found.size(side / 64) == "small"
 
 
 def test_a_batch_or_floats_are_refused():
-    for wrong in (np.zeros((2, 64, 64, 3), np.uint8), np.zeros((64, 64, 3)), np.zeros((64, 64), np.uint8)):
+    for wrong in (
+        np.zeros((2, 64, 64, 3), np.uint8),
+        np.zeros((64, 64, 3)),
+        np.zeros((64, 64), np.uint8),
+    ):
         with pytest.raises(ValueError, match="uint8"):
             find_objects(wrong)

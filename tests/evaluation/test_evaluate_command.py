@@ -1,4 +1,5 @@
-"""``python -m pixart_jax evaluate`` from flags to files, on stand-ins for the parts of a model, and on the shipped model."""
+"""``python -m pixart_jax evaluate`` from flags to files, on stand-ins for the parts of a model, and
+on the shipped model."""
 
 from __future__ import annotations
 
@@ -18,40 +19,91 @@ from pixart_jax.pipeline.sampling import SamplingConfig
 
 
 class TruePipeline:
-    """Draws the very scene that is meant, in batches and in any order; every ``wrong``-th picture is left blank."""
+    """Draws the very scene that is meant, in batches and in any order; every ``wrong``-th picture
+    is left blank."""
 
     def __init__(self, level: str, per_task: int, wrong: int = 10**9):
-        self.wanted, self.wrong, self.calls, self.sampling = asked(level, per_task), wrong, [], SamplingConfig(1.75)
+        self.wanted, self.wrong, self.calls, self.sampling = (
+            asked(level, per_task),
+            wrong,
+            [],
+            SamplingConfig(1.75),
+        )
 
-    def draw(self, prompts, *, steps, guidance, solver, height, width, seed, indices, batch_size, shortcuts):
+    def draw(
+        self,
+        prompts,
+        *,
+        steps,
+        guidance,
+        solver,
+        height,
+        width,
+        seed,
+        indices,
+        batch_size,
+        shortcuts,
+    ):
         assert shortcuts.settings() == {}
         self.calls.append((height, width, len(prompts), steps, guidance, solver, seed))
         assert prompts == [self.wanted[i].caption for i in indices]
         for start in reversed(range(0, len(prompts), batch_size)):
             positions = list(range(start, min(start + batch_size, len(prompts))))
             batch = np.stack([shapes.render(self.wanted[indices[p]].scene) for p in positions])
-            batch[[k for k, p in enumerate(positions) if indices[p] % self.wrong == self.wrong - 1]] = 140
+            batch[
+                [k for k, p in enumerate(positions) if indices[p] % self.wrong == self.wrong - 1]
+            ] = 140
             assert batch.shape[1:] == (height, width, 3)
             yield positions, batch
 
 
 def evaluate(monkeypatch, pipe, *flags) -> int:
-    monkeypatch.setattr(pipeline_room.Pipeline, "from_pretrained", classmethod(lambda cls, folder: pipe))
+    monkeypatch.setattr(
+        pipeline_room.Pipeline, "from_pretrained", classmethod(lambda cls, folder: pipe)
+    )
     return program.run(command.main, ["shapes", *map(str, flags)])
 
 
 def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
     out = tmp_path / "a" / "score"
     pipe = TruePipeline("plain", 10, wrong=5)
-    assert evaluate(monkeypatch, pipe, "--model", tmp_path, "--per-task", 10, "--steps", 7, "--guidance", 3, "--seed", 5, "--out", out) == 0
+    assert (
+        evaluate(
+            monkeypatch,
+            pipe,
+            "--model",
+            tmp_path,
+            "--per-task",
+            10,
+            "--steps",
+            7,
+            "--guidance",
+            3,
+            "--seed",
+            5,
+            "--out",
+            out,
+        )
+        == 0
+    )
     assert pipe.calls == [(64, 64, 50, 7, 3.0, "dpm++", 5)]
     printed = capsys.readouterr().out
-    rows = {line[:30].strip(): line[30:].split() for line in printed.splitlines() if line[:1].isalpha()}
+    rows = {
+        line[:30].strip(): line[30:].split() for line in printed.splitlines() if line[:1].isalpha()
+    }
     assert rows["colour"][0] == rows["binding"][0] == rows["withheld: binding"][0] == "0.800"
     assert rows["mean of the six main tasks"][0] == "0.800" and rows["colour"][-1] == "10"
     record = json.loads((out / "score.json").read_text())
-    assert record["tasks"]["position"]["score"] == 0.8 and record["level"] == "plain" and record["seed"] == 5
-    assert len(record["images"]) == 50 and record["images"][4]["found"] == [] and record["images"][5]["right"]["colour"]
+    assert (
+        record["tasks"]["position"]["score"] == 0.8
+        and record["level"] == "plain"
+        and record["seed"] == 5
+    )
+    assert (
+        len(record["images"]) == 50
+        and record["images"][4]["found"] == []
+        and record["images"][5]["right"]["colour"]
+    )
     sheet = np.asarray(Image.open(out / "sheet.png")).astype(int)
     green = (sheet[..., 1] > 130) & (sheet[..., 0] < 40) & (sheet[..., 2] < 70)
     red = (sheet[..., 0] > 200) & (sheet[..., 1] < 32) & (sheet[..., 2] < 32)
@@ -60,8 +112,11 @@ def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
 
 def test_canvases_are_drawn_apart_and_come_back_in_order(monkeypatch, capsys):
     pipe = TruePipeline("aesthetic", 6)
-    assert evaluate(monkeypatch, pipe, "--level", "aesthetic", "--per-task", 6, "--batch-size", 4) == 0
-    assert {call[4] for call in pipe.calls} == {1.75}  # the model's own guidance where none is given
+    assert (
+        evaluate(monkeypatch, pipe, "--level", "aesthetic", "--per-task", 6, "--batch-size", 4) == 0
+    )
+    # the model's own guidance where none is given
+    assert {call[4] for call in pipe.calls} == {1.75}
     assert len({call[:2] for call in pipe.calls}) == len(pipe.calls) > 1
     assert "mean of the six main tasks      1.000" in capsys.readouterr().out
 
@@ -127,7 +182,9 @@ def test_reconstructions_are_scored_and_a_coarse_autoencoder_costs_score(capsys)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SHIPPED / "model_index.json").exists(), reason="no shipped model in this tree")
+@pytest.mark.skipif(
+    not (SHIPPED / "model_index.json").exists(), reason="no shipped model in this tree"
+)
 def test_the_shipped_model_scores_far_above_its_floor(tmp_path):
     result = command.evaluate_shapes(ShapesOptions(per_task=25, out=tmp_path))
     assert result.mean.score > 0.8 > 0.3 > result.mean.floor

@@ -1,4 +1,5 @@
-"""Scores: a wrong picture is wrong in the task that it is wrong in, the floor is chance, and the order does not count."""
+"""Scores: a wrong picture is wrong in the task that it is wrong in, the floor is chance, and the
+order does not count."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ def changed(scene: shapes.Scene, *objects: shapes.Object) -> np.ndarray:
 
 def test_true_pictures_score_one(wanted, renders):
     result = score(wanted, renders)
-    assert set(shares(result).values()) == {1.0} and result.mean.score == result.all_correct.score == 1.0
+    assert (
+        set(shares(result).values()) == {1.0}
+        and result.mean.score == result.all_correct.score == 1.0
+    )
     assert result.mean.n == 3 * 40 and result.mean.low < 1
     assert set(by_attribute(result)["colour"]) <= set(shapes.COLOURS)
 
@@ -51,7 +55,10 @@ def test_blank_pictures_score_zero(wanted):
 
 def test_the_floor_is_what_chance_gives():
     wanted = asked("plain", 150, sets=("single", "count", "pair"))
-    floors = {task: share.floor for task, share in score(wanted, [shapes.render(a.scene) for a in wanted]).tasks.items()}
+    floors = {
+        task: share.floor
+        for task, share in score(wanted, [shapes.render(a.scene) for a in wanted]).tasks.items()
+    }
     assert floors["colour"] == pytest.approx(1 / 8, abs=0.03)
     assert floors["shape"] == pytest.approx(1 / 5, abs=0.04)
     assert floors["size"] == pytest.approx(1 / 2, abs=0.04)
@@ -66,7 +73,10 @@ def test_swapped_colours_break_binding_alone(wanted):
     images = []
     for a in pairs:
         first, second = a.scene.objects
-        swap = dataclasses.replace(first, colour=second.colour), dataclasses.replace(second, colour=first.colour)
+        swap = (
+            dataclasses.replace(first, colour=second.colour),
+            dataclasses.replace(second, colour=first.colour),
+        )
         images.append(changed(a.scene, *swap))
     got = shares(score(pairs, images))
     assert got == {"both colours": 1.0, "both shapes": 1.0, "position": 1.0, "binding": 0.0}
@@ -77,10 +87,18 @@ def test_exchanged_places_break_position_alone(wanted):
     images = []
     for a in pairs:
         first, second = a.scene.objects
-        there, here = dataclasses.replace(first, x=second.x, y=second.y), dataclasses.replace(second, x=first.x, y=first.y)
+        there, here = (
+            dataclasses.replace(first, x=second.x, y=second.y),
+            dataclasses.replace(second, x=first.x, y=first.y),
+        )
         images.append(changed(a.scene, there, here))
     result = score(pairs, images)
-    assert shares(result) == {"both colours": 1.0, "both shapes": 1.0, "position": 0.0, "binding": 1.0}
+    assert shares(result) == {
+        "both colours": 1.0,
+        "both shapes": 1.0,
+        "position": 0.0,
+        "binding": 1.0,
+    }
     assert result.all_correct.score == 0
 
 
@@ -94,12 +112,30 @@ def test_another_colour_shape_or_size_is_wrong_in_that_task(wanted):
     singles = of_set(wanted, "single")
 
     def others(**change):
-        return shares(score(singles, [changed(a.scene, dataclasses.replace(a.scene.objects[0], **change)) for a in singles]))
+        return shares(
+            score(
+                singles,
+                [
+                    changed(a.scene, dataclasses.replace(a.scene.objects[0], **change))
+                    for a in singles
+                ],
+            )
+        )
 
     is_red = np.mean([a.scene.objects[0].colour == "red" for a in singles])
-    assert others(colour="red") == {"object": 1.0, "colour": pytest.approx(is_red), "shape": 1.0, "size": 1.0}
+    assert others(colour="red") == {
+        "object": 1.0,
+        "colour": pytest.approx(is_red),
+        "shape": 1.0,
+        "size": 1.0,
+    }
     is_star = np.mean([a.scene.objects[0].shape == "star" for a in singles])
-    assert others(shape="star") == {"object": pytest.approx(is_star), "colour": 1.0, "shape": pytest.approx(is_star), "size": 1.0}
+    assert others(shape="star") == {
+        "object": pytest.approx(is_star),
+        "colour": 1.0,
+        "shape": pytest.approx(is_star),
+        "size": 1.0,
+    }
     is_large = np.mean([a.scene.objects[0].size == "large" for a in singles])
     assert others(radius=13.0)["size"] == pytest.approx(is_large)
 
@@ -107,22 +143,34 @@ def test_another_colour_shape_or_size_is_wrong_in_that_task(wanted):
 def test_an_object_too_many_breaks_object_and_counting(wanted):
     for name, task in (("single", "object"), ("count", "counting")):
         some = of_set(wanted, name)
-        one_more = shapes.Object("circle", "red", "small", 57.5, 6.5, 4.0)  # in the corner that no number of objects stands in
+        # in the corner that no number of objects stands in
+        one_more = shapes.Object("circle", "red", "small", 57.5, 6.5, 4.0)
         got = shares(score(some, [changed(a.scene, *a.scene.objects, one_more) for a in some]))
         assert got[task] == 0.0, name
 
 
 def test_the_order_of_pictures_does_not_count(wanted, renders):
     rng = np.random.default_rng(3)
-    images = [renders[rng.integers(len(renders))] if rng.random() < 0.4 else image for image in renders]
+    images = [
+        renders[rng.integers(len(renders))] if rng.random() < 0.4 else image for image in renders
+    ]
     order = rng.permutation(len(wanted))
-    straight, mixed = score(wanted, images), score([wanted[i] for i in order], [images[i] for i in order])
-    assert straight.tasks == mixed.tasks and straight.mean == mixed.mean and straight.all_correct == mixed.all_correct
+    straight, mixed = (
+        score(wanted, images),
+        score([wanted[i] for i in order], [images[i] for i in order]),
+    )
+    assert (
+        straight.tasks == mixed.tasks
+        and straight.mean == mixed.mean
+        and straight.all_correct == mixed.all_correct
+    )
     assert 0.3 < straight.mean.score < 0.9
 
 
 def test_position_is_judged_by_the_two_that_are_meant():
-    scene = next(a.scene for a in asked("plain", 40) if a.set == "pair" and a.scene.relation == "left of")
+    scene = next(
+        a.scene for a in asked("plain", 40) if a.set == "pair" and a.scene.relation == "left of"
+    )
     first, second = scene.objects
     place = {first: (10.0, 32.0), second: (50.0, 32.0)}
     found = [Found(o.shape, o.colour, *place[o], 9, 250, 0.95) for o in scene.objects]
@@ -137,7 +185,9 @@ def test_position_is_judged_by_the_two_that_are_meant():
 def test_scenes_are_fixed_and_apart_from_training():
     assert asked("rich", 3) == asked("rich", 3)
     assert asked("plain", 8)[:5] == asked("plain", 5)[:5]
-    seen = {shapes.scene_at("plain", split, i).seed for split in ("train", "test") for i in range(1000)}
+    seen = {
+        shapes.scene_at("plain", split, i).seed for split in ("train", "test") for i in range(1000)
+    }
     assert not seen & {a.scene.seed for a in asked("plain", 50)}
 
 
@@ -148,8 +198,13 @@ def test_sets_hold_what_their_names_say():
             assert all(withheld) if a.set.startswith("withheld") else not any(withheld)
             assert a.scene.task == SETS[a.set][0]
             assert a.caption == shapes.captions(a.scene)["short"]
-    assert {a.set for a in asked("rich", 1)} == set(SETS) and "three" not in {a.set for a in asked("plain", 1)}
-    assert asked("plain", 1, "dense")[0].caption == shapes.captions(asked("plain", 1)[0].scene)["dense"]
+    assert {a.set for a in asked("rich", 1)} == set(SETS) and "three" not in {
+        a.set for a in asked("plain", 1)
+    }
+    assert (
+        asked("plain", 1, "dense")[0].caption
+        == shapes.captions(asked("plain", 1)[0].scene)["dense"]
+    )
     assert set(MAIN) <= set(QUESTIONS) and ALL not in QUESTIONS
 
 
@@ -164,5 +219,10 @@ def test_what_cannot_be_asked_is_named():
 
 def test_wilson_against_published_values():
     """Newcombe (1998), method 3: 81/263, 15/148, 0/20, 29/29."""
-    for right, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (29, 29, 0.8830, 1.0)]:
+    for right, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (29, 29, 0.8830, 1.0),
+    ]:
         assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)

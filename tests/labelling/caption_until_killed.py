@@ -1,4 +1,5 @@
-"""Caption a folder with a slow captioner, in a process that a test kills: python -m tests.labelling.caption_until_killed FOLDER FILE."""
+"""Caption a folder with a slow captioner, in a process that a test kills: python -m
+tests.labelling.caption_until_killed FOLDER FILE."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""A program for tests, started with four simulated devices: encode one set with the model in argv[1] into folders below argv[2], each on
-other devices: one name a mesh ("data=2"), "+" where the encoders were opened on one device and are copied to the rest, "!" with encoders of
-a few lines in place of the model's."""
+"""A program for tests, started with four simulated devices: encode one set with the model in
+argv[1] into folders below argv[2], each on
+other devices: one name a mesh ("data=2"), "+" where the encoders were opened on one device and are
+copied to the rest, "!" with encoders of a few lines in place of the model's."""
 
 import dataclasses
 import sys
@@ -17,7 +18,9 @@ from pixart_jax.weights.component import load_component
 from tests.labelling import tiny_encoders as tiny
 from tests.training import tiny_run
 
-OPTIONS = encode.EncodeOptions(((32, 32), (32, 64)), ("short", "dense"), 24, batch_size=4, shard_size=16, flip=True)
+OPTIONS = encode.EncodeOptions(
+    ((32, 32), (32, 64)), ("short", "dense"), 24, batch_size=4, shard_size=16, flip=True
+)
 
 
 class Texts(tiny.Noise):
@@ -26,7 +29,9 @@ class Texts(tiny.Noise):
     def __getitem__(self, index):
         sample = super().__getitem__(index)
         words = np.random.default_rng(index).choice(tiny_run.WORDS, 1 + index % 22)
-        return dataclasses.replace(sample, captions={"short": ("a red circle",), "dense": (" ".join(words), "a square")})
+        return dataclasses.replace(
+            sample, captions={"short": ("a red circle",), "dense": (" ".join(words), "a square")}
+        )
 
 
 def encoders(model, mesh=None):
@@ -38,8 +43,13 @@ def encoders(model, mesh=None):
 
 
 def simple_encoders(model):
-    """Encoders whose every value is computed alike wherever in a batch it stands, which a library's convolutions do not promise."""
-    return {"vae": tiny.vae(), "text_encoder": tiny.text_encoder(), "tokenizer": tokens.load(model / "tokenizer")}
+    """Encoders whose every value is computed alike wherever in a batch it stands, which a library's
+    convolutions do not promise."""
+    return {
+        "vae": tiny.vae(),
+        "text_encoder": tiny.text_encoder(),
+        "tokenizer": tokens.load(model / "tokenizer"),
+    }
 
 
 def made(parts, folder, mesh=None):
@@ -51,5 +61,9 @@ if __name__ == "__main__":
     for name in sys.argv[3:]:
         sizes = MeshConfig.parse(name.rstrip("+!"))
         mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp])
-        parts = simple_encoders(model) if name.endswith("!") else encoders(model, None if name.endswith("+") else mesh)
+        parts = (
+            simple_encoders(model)
+            if name.endswith("!")
+            else encoders(model, None if name.endswith("+") else mesh)
+        )
         made(parts, out / name, mesh)

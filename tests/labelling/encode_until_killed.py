@@ -5,7 +5,13 @@ import sys
 from pixart_jax.labelling.encode import EncodeOptions, ensure
 from tests.labelling import tiny_encoders as tiny
 
-options = EncodeOptions(buckets=((32, 32), (32, 64), (64, 32)), captions=("short", "dense"), max_text_tokens=24, batch_size=4, shard_size=8)
+options = EncodeOptions(
+    buckets=((32, 32), (32, 64), (64, 32)),
+    captions=("short", "dense"),
+    max_text_tokens=24,
+    batch_size=4,
+    shard_size=8,
+)
 delay = float(sys.argv[2])
 ensure(
     tiny.Noise(90, broken=(7, 50)),

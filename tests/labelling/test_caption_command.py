@@ -1,4 +1,5 @@
-"""``python -m pixart_jax caption`` as it is run: real sources, a real if tiny model, Ray Data with workers of their own."""
+"""``python -m pixart_jax caption`` as it is run: real sources, a real if tiny model, Ray Data with
+workers of their own."""
 
 from __future__ import annotations
 
@@ -33,7 +34,13 @@ def cluster():
     """One Ray for all tests of this file; the command uses the one that runs already."""
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 2**20)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=128 * 2**20,
+    )
     yield
     ray.shutdown()
 
@@ -53,7 +60,16 @@ def test_pictures_are_captioned_by_the_model_and_bad_ones_named(cluster, model, 
     (folder / "p004.png").write_bytes(b"")
     (folder / "p002.txt").write_text("raw cap\x07tion 2")
     file = tmp_path / "out" / "captions.jsonl"
-    arguments = [f"folder:{folder}", "--model", str(model), "--out", str(file), "--raw-caption", "caption", *FEW]
+    arguments = [
+        f"folder:{folder}",
+        "--model",
+        str(model),
+        "--out",
+        str(file),
+        "--raw-caption",
+        "caption",
+        *FEW,
+    ]
     assert caption_command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert (
@@ -70,14 +86,27 @@ def test_pictures_are_captioned_by_the_model_and_bad_ones_named(cluster, model, 
     for row in found:
         sample = next(source[i] for i in range(len(source)) if source[i].key == row["key"])
         raw = f"raw caption {int(row['key'][1:])}"
-        prompt = f"Give the caption of this image '{raw}', describe this image and its style in a very detailed manner"
-        (said,) = alone.say([Image.fromarray(sample.pixels())], [prompt], [seed_of(0, row["key"])], temperature=0.2, most=8)
-        assert (row["prompt"], row["caption"], row["tokens"], row["finish"]) == (prompt, said.text, said.tokens, said.finish)
+        prompt = (
+            f"Give the caption of this image '{raw}', describe this image and its style in a "
+            "very detailed manner"
+        )
+        (said,) = alone.say(
+            [Image.fromarray(sample.pixels())],
+            [prompt],
+            [seed_of(0, row["key"])],
+            temperature=0.2,
+            most=8,
+        )
+        assert (row["prompt"], row["caption"], row["tokens"], row["finish"]) == (
+            prompt,
+            said.text,
+            said.tokens,
+            said.finish,
+        )
         assert (row["kind"], row["model"]) == ("dense", str(model))
-    assert {row["key"]: row["kind"] for row in lines(tmp_path / "out" / "captions.faults.jsonl")} == {
-        "p001": "unreadable image",
-        "p004": "unreadable image",
-    }
+    assert {
+        row["key"]: row["kind"] for row in lines(tmp_path / "out" / "captions.faults.jsonl")
+    } == {"p001": "unreadable image", "p004": "unreadable image"}
     read = open_source(f"folder:{folder}?captions={file}")
     assert read.caption_kinds == ("caption", "dense") and not len(read.faults)
     assert read[0].captions == {"caption": ("raw caption 0",), "dense": (found[0]["caption"],)}
@@ -96,9 +125,14 @@ def test_strict_stops_at_the_first_bad_picture_and_keeps_what_was_captioned(clus
 
     def run(strict: bool):
         return caption_run.run(
-            source, opening, tmp_path / "c.jsonl", CaptionOptions("written"), caption_run.Cluster(batch_size=4, gpus_per_worker=0),
-            faults=Faults(strict), open_model=written_captions.Written,
-        )  # fmt: skip
+            source,
+            opening,
+            tmp_path / "c.jsonl",
+            CaptionOptions("written"),
+            caption_run.Cluster(batch_size=4, gpus_per_worker=0),
+            faults=Faults(strict),
+            open_model=written_captions.Written,
+        )
 
     with pytest.raises(UserError, match="p006: unreadable image.*without --strict"):
         run(strict=True)
@@ -114,13 +148,28 @@ def test_two_workers_write_what_one_writes_and_guards_are_counted(cluster, tmp_p
         source = open_source(f"folder:{folder}")
         opening = Opening(f"folder:{folder}", fingerprint=source.fingerprint)
         made[workers] = caption_run.run(
-            source, opening, tmp_path / f"{workers}.jsonl", CaptionOptions("written", guard_action="drop"),
-            caption_run.Cluster(workers=workers, batch_size=18 // workers, gpus_per_worker=0), open_model=written_captions.Written,
-        )  # fmt: skip
+            source,
+            opening,
+            tmp_path / f"{workers}.jsonl",
+            CaptionOptions("written", guard_action="drop"),
+            caption_run.Cluster(workers=workers, batch_size=18 // workers, gpus_per_worker=0),
+            open_model=written_captions.Written,
+        )
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert made[1]["captions"] == 3 and made[1]["guards"] == made[2]["guards"]
-    assert made[1]["guards"] == {"truncated": 6, "empty": 3, "repeating": 3, "refusal": 3, "unfinished": 3}
-    assert made[1]["left out"] == {"truncated caption": 6, "empty caption": 3, "refusal caption": 3, "unfinished caption": 3}
+    assert made[1]["guards"] == {
+        "truncated": 6,
+        "empty": 3,
+        "repeating": 3,
+        "refusal": 3,
+        "unfinished": 3,
+    }
+    assert made[1]["left out"] == {
+        "truncated caption": 6,
+        "empty caption": 3,
+        "refusal caption": 3,
+        "unfinished caption": 3,
+    }
 
 
 def test_tars_as_img2dataset_writes_them_get_the_captions_inside(cluster, model, tmp_path, capsys):
@@ -129,7 +178,16 @@ def test_tars_as_img2dataset_writes_them_get_the_captions_inside(cluster, model,
         pictures = written_captions.folder(tmp_path / "photos", [10, 20, 30])
         for file in sorted(pictures.iterdir()):
             out.add(file, file.name)
-    arguments = [f"webdataset:{tmp_path / 'in'}", "--model", str(model), "--format", "webdataset", "--out", str(tmp_path / "out"), *FEW]
+    arguments = [
+        f"webdataset:{tmp_path / 'in'}",
+        "--model",
+        str(model),
+        "--format",
+        "webdataset",
+        "--out",
+        str(tmp_path / "out"),
+        *FEW,
+    ]
     assert caption_command.main(arguments) == 0
     assert "3 members *.dense.txt in 1 tars" in capsys.readouterr().out
     source = open_source(f"webdataset:{tmp_path / 'out'}")
@@ -143,14 +201,29 @@ def test_tars_as_img2dataset_writes_them_get_the_captions_inside(cluster, model,
 
 def test_texts_lie_beside_the_pictures_where_that_is_asked_for(cluster, model, tmp_path):
     folder = written_captions.folder(tmp_path / "photos", [10, 20, 30])
-    arguments = [f"folder:{folder}", "--model", str(model), "--format", "txt", "--in-place", "--out", str(tmp_path / "work"), *FEW]
+    arguments = [
+        f"folder:{folder}",
+        "--model",
+        str(model),
+        "--format",
+        "txt",
+        "--in-place",
+        "--out",
+        str(tmp_path / "work"),
+        *FEW,
+    ]
     assert caption_command.main(arguments) == 0
     source = open_source(f"folder:{folder}")
     assert {"caption", "dense"} <= set(source.caption_kinds)
     told = {row["key"]: row["caption"] for row in lines(tmp_path / "work" / "captions.jsonl")}
-    assert [source[i].captions["dense"] for i in range(3)] == [(told[source[i].key],) for i in range(3)]
-    assert caption_command.main(arguments) == 0  # the folder has changed by our own files: keys say that all is done
-    assert {row["key"]: row["caption"] for row in lines(tmp_path / "work" / "captions.jsonl")} == told
+    assert [source[i].captions["dense"] for i in range(3)] == [
+        (told[source[i].key],) for i in range(3)
+    ]
+    # the folder has changed by our own files: keys say that all is done
+    assert caption_command.main(arguments) == 0
+    assert {
+        row["key"]: row["caption"] for row in lines(tmp_path / "work" / "captions.jsonl")
+    } == told
 
 
 def test_a_worker_s_complaint_is_one_line(cluster, tmp_path):
@@ -159,9 +232,13 @@ def test_a_worker_s_complaint_is_one_line(cluster, tmp_path):
     opening = Opening(f"folder:{folder}", fingerprint="another")
     with pytest.raises(UserError, match="all machines must see the same data") as caught:
         caption_run.run(
-            source, opening, tmp_path / "c.jsonl", CaptionOptions("written"), caption_run.Cluster(gpus_per_worker=0),
+            source,
+            opening,
+            tmp_path / "c.jsonl",
+            CaptionOptions("written"),
+            caption_run.Cluster(gpus_per_worker=0),
             open_model=written_captions.Written,
-        )  # fmt: skip
+        )
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
 
@@ -171,9 +248,15 @@ def test_a_worker_s_complaint_is_one_line(cluster, tmp_path):
         (["folder:x", "--model", "m"], "--out is missing"),
         (["folder:x", "--model", "m", "--out", "x"], "NAME.jsonl is needed"),
         (["folder:x", "--model", "m", "--out", "x.jsonl", "--in-place"], "--in-place goes with"),
-        (["folder:x", "--model", "m", "--out", "x", "--format", "webdataset"], "folder:x is a folder"),
+        (
+            ["folder:x", "--model", "m", "--out", "x", "--format", "webdataset"],
+            "folder:x is a folder",
+        ),
         (["folder:x", "--model", "m", "--out", "x.jsonl", "--format", "txt"], "it is a folder"),
-        (["folder:x", "--model", "nowhere/at-all", "--out", "x.jsonl"], "no model folder nowhere/at-all here"),
+        (
+            ["folder:x", "--model", "nowhere/at-all", "--out", "x.jsonl"],
+            "no model folder nowhere/at-all here",
+        ),
         (["folder:x", "--model", "m", "--out", "x.jsonl", "--batch-size", "0"], "batch size 0"),
         (["folder:x", "--model", "m", "--out", "x.jsonl", "--temprature", "0"], "--temperature"),
         (["folder:x", "--model", "m", "--out", "x.jsonl", "--kind", "a/b"], "--kind 'a/b'"),
@@ -188,7 +271,10 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
 
 def test_killed_at_any_moment_the_same_command_goes_on_and_no_key_is_lost_or_twice(tmp_path, root):
     """Each process starts a Ray of its own, as the command does on a laptop."""
-    folder, file = written_captions.folder(tmp_path / "photos", [0] * 24), tmp_path / "out" / "c.jsonl"
+    folder, file = (
+        written_captions.folder(tmp_path / "photos", [0] * 24),
+        tmp_path / "out" / "c.jsonl",
+    )
     command = [sys.executable, "-m", "tests.labelling.caption_until_killed", str(folder), str(file)]
     environment = {**os.environ, "PYTHONPATH": str(root), "RAY_worker_niceness": "0"}
     partial = file.with_name("c.jsonl.partial")
@@ -208,7 +294,9 @@ def test_killed_at_any_moment_the_same_command_goes_on_and_no_key_is_lost_or_twi
         assert 8 <= before < 24, (tmp_path / "log").read_text()[-2000:]
         with open(partial, "ab") as cut:
             cut.write(b'{"index": 23, "key": "p0')  # the line that a kill leaves
-        done = subprocess.run(command, cwd=root, env=environment, stdout=log, stderr=log, timeout=300)
+        done = subprocess.run(
+            command, cwd=root, env=environment, stdout=log, stderr=log, timeout=300
+        )
     assert done.returncode == 0, (tmp_path / "log").read_text()[-2000:]
     assert f"{before}/24" in (tmp_path / "log").read_text()  # it went on where it was
     found = lines(file)

@@ -21,7 +21,13 @@ def row(index: int, **more) -> dict:
 
 
 def journal(path, count=5, identity=IDENTITY, fingerprint="f", keys=None):
-    return Journal(path / "c.jsonl", identity, count, fingerprint, lambda: keys or {f"k{i}": i for i in range(count)})
+    return Journal(
+        path / "c.jsonl",
+        identity,
+        count,
+        fingerprint,
+        lambda: keys or {f"k{i}": i for i in range(count)},
+    )
 
 
 def lines(file):
@@ -30,12 +36,18 @@ def lines(file):
 
 def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(tmp_path):
     with journal(tmp_path) as made:
-        made.append([row(3), row(1), {"index": 2, "key": "k2", "left_out": ["unreadable image", "cut"]}])
+        made.append(
+            [row(3), row(1), {"index": 2, "key": "k2", "left_out": ["unreadable image", "cut"]}]
+        )
         made.append([row(1, caption="again"), row(0), row(4)])
         assert made.done.all()
         made.conclude(lambda r: {"key": r["key"], "caption": r["caption"]}, {"captions": 4})
-    assert lines(tmp_path / "c.jsonl") == [{"key": f"k{i}", "caption": f"caption {i}"} for i in (0, 1, 3, 4)]
-    assert lines(tmp_path / "c.faults.jsonl") == [{"key": "k2", "index": 2, "kind": "unreadable image", "detail": "cut"}]
+    assert lines(tmp_path / "c.jsonl") == [
+        {"key": f"k{i}", "caption": f"caption {i}"} for i in (0, 1, 3, 4)
+    ]
+    assert lines(tmp_path / "c.faults.jsonl") == [
+        {"key": "k2", "index": 2, "kind": "unreadable image", "detail": "cut"}
+    ]
     assert read_manifest(tmp_path / "c.manifest.json")["captions"] == 4
     assert not (tmp_path / "c.jsonl.partial").exists()
     with journal(tmp_path) as again:
@@ -49,7 +61,11 @@ def test_a_journal_cut_at_any_byte_goes_on_with_what_was_whole(tmp_path, cut):
     data = made.partial.read_bytes()
     made.partial.write_bytes(data[: max(0, len(data) - cut)])
     with journal(tmp_path) as again:
-        assert again.done.sum() == data[: max(0, len(data) - cut)].count(b"\n") - 1 if cut < 10_000 else not again.done.any()
+        assert (
+            again.done.sum() == data[: max(0, len(data) - cut)].count(b"\n") - 1
+            if cut < 10_000
+            else not again.done.any()
+        )
         again.append([row(i) for i in range(5)])
         again.conclude(lambda r: r, {})
     assert [r["key"] for r in lines(tmp_path / "c.jsonl")] == [f"k{i}" for i in range(5)]
@@ -58,7 +74,9 @@ def test_a_journal_cut_at_any_byte_goes_on_with_what_was_whole(tmp_path, cut):
 def test_a_damaged_line_is_named_and_its_picture_done_again(tmp_path):
     with journal(tmp_path) as made:
         made.append([row(i) for i in range(3)])
-    data = made.partial.read_bytes().replace(b'"index": 1', b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")
+    data = made.partial.read_bytes().replace(
+        b'"index": 1', b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+    )
     made.partial.write_bytes(data)
     with pytest.warns(Notice, match="line 3, is damaged"), journal(tmp_path) as again:
         assert again.done.tolist() == [True, False, True, False, False]
@@ -94,14 +112,22 @@ def test_a_source_that_grew_keeps_its_captions_by_key(tmp_path, finished):
         made.append([row(i) for i in range(5)])
         if finished:
             made.conclude(lambda r: r, {})
-    keys = {"new": 0, "k1": 1, "k0": 2, "k4": 3}  # two pictures went, one came, the order is another
-    with pytest.warns(Notice, match="3 captions are kept, 2 captions belong to pictures that are gone"):
+    # two pictures went, one came, the order is another
+    keys = {"new": 0, "k1": 1, "k0": 2, "k4": 3}
+    with pytest.warns(
+        Notice, match="3 captions are kept, 2 captions belong to pictures that are gone"
+    ):
         again = journal(tmp_path, 4, fingerprint="g", keys=keys)
     with again:
         assert again.done.tolist() == [False, True, True, True]
         again.append([{"index": 0, "key": "new", "caption": "new"}])
         again.conclude(lambda r: {"key": r["key"], "caption": r["caption"]}, {})
-    assert [r["caption"] for r in lines(tmp_path / "c.jsonl")] == ["new", "caption 1", "caption 0", "caption 4"]
+    assert [r["caption"] for r in lines(tmp_path / "c.jsonl")] == [
+        "new",
+        "caption 1",
+        "caption 0",
+        "caption 4",
+    ]
 
 
 # ---- out of the journal ----
@@ -109,7 +135,9 @@ def test_a_source_that_grew_keeps_its_captions_by_key(tmp_path, finished):
 
 def captions(tmp_path, texts: dict[str, str]):
     file = tmp_path / "captions.jsonl"
-    file.write_text("".join(json.dumps({"key": key, "caption": text}) + "\n" for key, text in texts.items()))
+    file.write_text(
+        "".join(json.dumps({"key": key, "caption": text}) + "\n" for key, text in texts.items())
+    )
     return caption_export.CaptionsByKey(file)
 
 
@@ -119,7 +147,12 @@ def tar(path, names, sizes=None, form=tarfile.PAX_FORMAT):
         for number, name in enumerate(names):
             data = bytes([number + 1]) * ((sizes or {}).get(name, 700 + number))
             info = tarfile.TarInfo(name)
-            info.size, info.mtime, info.uid, info.uname = len(data), 1_700_000_000.5 + number, 1234, "somebody"
+            info.size, info.mtime, info.uid, info.uname = (
+                len(data),
+                1_700_000_000.5 + number,
+                1234,
+                "somebody",
+            )
             out.addfile(info, io.BytesIO(data))
     return path
 
@@ -134,7 +167,9 @@ def test_tars_get_a_member_a_sample_and_keep_theirs_byte_for_byte(tmp_path, form
     before = old.read_bytes()
     texts = {"000": "A dog.", "001": "Ünicode — 猫.", LONG: "Long. " * 300, "b/002": "A cat."}
     faults = Faults()
-    held = caption_export.to_tars(captions(tmp_path, texts), [old], tmp_path / "out", "dense", faults)
+    held = caption_export.to_tars(
+        captions(tmp_path, texts), [old], tmp_path / "out", "dense", faults
+    )
     assert held == 4 and not len(faults) and old.read_bytes() == before
     with tarfile.open(old) as was, tarfile.open(tmp_path / "out" / "00000.tar") as now:
         names = now.getnames()
@@ -154,7 +189,8 @@ def test_tars_get_a_member_a_sample_and_keep_theirs_byte_for_byte(tmp_path, form
             stop = member.offset_data + -(-member.size // 512) * 512
             length = stop - member.offset
             data = (tmp_path / "out" / "00000.tar").read_bytes()
-            assert data[other.offset : other.offset + length] == before[member.offset : stop]  # headers too
+            # headers too
+            assert data[other.offset : other.offset + length] == before[member.offset : stop]
         for key, text in texts.items():
             assert now.extractfile(f"{key}.dense.txt").read().decode() == text
     assert len((tmp_path / "out" / "00000.tar").read_bytes()) % tarfile.RECORDSIZE == 0
@@ -166,9 +202,13 @@ def test_tars_in_place_are_the_same_after_a_second_time(tmp_path):
     assert caption_export.to_tars(found, [old], None, "dense", Faults()) == 2
     once = old.read_bytes()
     assert caption_export.to_tars(found, [old], None, "dense", Faults()) == 2
-    assert old.read_bytes() == once and [file.name for file in old.parent.iterdir()] == ["00000.tar"]
+    assert old.read_bytes() == once and [file.name for file in old.parent.iterdir()] == [
+        "00000.tar"
+    ]
     with pytest.raises(UserError, match="000.dense.txt that says something else"):
-        caption_export.to_tars(captions(tmp_path, {"000": "A cow."}), [old], None, "dense", Faults())
+        caption_export.to_tars(
+            captions(tmp_path, {"000": "A cow."}), [old], None, "dense", Faults()
+        )
     assert old.read_bytes() == once
 
 
@@ -193,17 +233,26 @@ def test_a_compressed_tar_and_the_originals_folder_are_refused(tmp_path):
     with tarfile.open(tmp_path / "in" / "z.tar", "w:gz") as out:
         out.addfile(tarfile.TarInfo("x.jpg"))
     with pytest.raises(UserError, match="no plain tar"):
-        caption_export.to_tars(found, [tmp_path / "in" / "z.tar"], tmp_path / "out", "dense", Faults())
+        caption_export.to_tars(
+            found, [tmp_path / "in" / "z.tar"], tmp_path / "out", "dense", Faults()
+        )
 
 
 def test_a_key_that_two_tars_have_gets_its_own_caption_or_none(tmp_path):
-    old = [tar(tmp_path / "in" / name, ["000.jpg", "000.txt"]) for name in ("a.tar", "b.tar", "c.tar")]
-    found = captions(tmp_path, {"000": "In a.", "c/000": "In c."})  # the picture in b could not be read
+    old = [
+        tar(tmp_path / "in" / name, ["000.jpg", "000.txt"]) for name in ("a.tar", "b.tar", "c.tar")
+    ]
+    # the picture in b could not be read
+    found = captions(tmp_path, {"000": "In a.", "c/000": "In c."})
     assert caption_export.to_tars(found, old, tmp_path / "out", "dense", Faults()) == 2
     said = []
     for name in ("a.tar", "b.tar", "c.tar"):
         with tarfile.open(tmp_path / "out" / name) as now:
-            said.append(now.extractfile("000.dense.txt").read() if "000.dense.txt" in now.getnames() else None)
+            said.append(
+                now.extractfile("000.dense.txt").read()
+                if "000.dense.txt" in now.getnames()
+                else None
+            )
     assert said == [b"In a.", None, b"In c."]
 
 

@@ -26,7 +26,14 @@ BUCKETS = ((32, 32), (32, 64), (64, 32))
 
 def options(**changes):
     return encode.EncodeOptions(
-        **{"buckets": BUCKETS, "captions": ("short", "dense"), "max_text_tokens": 24, "batch_size": 4, "shard_size": 8, **changes}
+        **{
+            "buckets": BUCKETS,
+            "captions": ("short", "dense"),
+            "max_text_tokens": 24,
+            "batch_size": 4,
+            "shard_size": 8,
+            **changes,
+        }
     )
 
 
@@ -43,7 +50,11 @@ def run(folder, source=None, vae=None, text_encoder=None, **changes):
 
 
 def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_records_equal_a_direct_encoding(tmp_path):
@@ -51,7 +62,8 @@ def test_records_equal_a_direct_encoding(tmp_path):
     made = records.Records(run(tmp_path / "set", source))
     assert len(made) == len(source)
     by_key = {
-        metadata["key"]: (arrays, metadata, made.manifest.shards[made.shard_of(i)[0]].bucket) for i, (arrays, metadata) in enumerate(made)
+        metadata["key"]: (arrays, metadata, made.manifest.shards[made.shard_of(i)[0]].bucket)
+        for i, (arrays, metadata) in enumerate(made)
     }
     for index in range(len(source)):
         sample = source[index]
@@ -67,10 +79,14 @@ def test_records_equal_a_direct_encoding(tmp_path):
             assert json.loads(metadata[f"captions.{kind}"]) == list(sample.captions[kind])
             for i, caption in enumerate(sample.captions[kind]):
                 ids, lengths = tokens.tokenize(tiny.words(), [caption], 24)
-                states = np.asarray(text.apply(ids, lengths))[0, : lengths[0]].astype(ml_dtypes.bfloat16)
+                states = np.asarray(text.apply(ids, lengths))[0, : lengths[0]].astype(
+                    ml_dtypes.bfloat16
+                )
                 found = arrays[f"text.{kind}.{i}"]
                 assert found.dtype == ml_dtypes.bfloat16 and found.shape == states.shape
-                np.testing.assert_allclose(found.astype(np.float32), states.astype(np.float32), rtol=1e-2, atol=1e-2)
+                np.testing.assert_allclose(
+                    found.astype(np.float32), states.astype(np.float32), rtol=1e-2, atol=1e-2
+                )
 
 
 def test_two_runs_at_once_make_every_shard_once(tmp_path, capfd):
@@ -97,7 +113,10 @@ def test_two_runs_at_once_make_every_shard_once(tmp_path, capfd):
 @pytest.mark.slow
 def test_encode_killed_often_ends_with_the_files_of_an_uninterrupted_run(tmp_path):
     def start(folder, delay):
-        return subprocess.Popen([sys.executable, "-m", "tests.labelling.encode_until_killed", folder, str(delay)], cwd=ROOT)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.labelling.encode_until_killed", folder, str(delay)],
+            cwd=ROOT,
+        )
 
     assert start(tmp_path / "whole", 0).wait(120) == 0
     whole = files(tmp_path / "whole")
@@ -107,8 +126,11 @@ def test_encode_killed_often_ends_with_the_files_of_an_uninterrupted_run(tmp_pat
         process = start(tmp_path / "killed", 0.03)
         deadline = time.monotonic() + 60
         shards = len(list((tmp_path / "killed").glob("*.array_record")))
-        while process.poll() is None and time.monotonic() < deadline:  # until it has made something since it began
-            if len(list((tmp_path / "killed").glob("*.array_record"))) > shards + random.randint(0, 1):
+        # until it has made something since it began
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list((tmp_path / "killed").glob("*.array_record"))) > shards + random.randint(
+                0, 1
+            ):
                 break
             time.sleep(0.005)
         time.sleep(random.random() * 0.1)
@@ -119,7 +141,10 @@ def test_encode_killed_often_ends_with_the_files_of_an_uninterrupted_run(tmp_pat
     assert start(tmp_path / "killed", 0).wait(120) == 0
     assert files(tmp_path / "killed") == whole
     manifest = records.Manifest.read(tmp_path / "killed")
-    assert manifest.samples == 88 and [key for key, _ in manifest.skipped] == ["noise-00050", "noise-00007"]
+    assert manifest.samples == 88 and [key for key, _ in manifest.skipped] == [
+        "noise-00050",
+        "noise-00007",
+    ]
 
 
 def test_present_shards_are_verified_and_not_made_again(tmp_path):
@@ -141,7 +166,11 @@ def test_present_shards_are_verified_and_not_made_again(tmp_path):
 )
 def test_shards_of_another_encoder_or_set_are_refused_by_name(tmp_path, change):
     folder = run(tmp_path / "set")
-    with pytest.raises(UserError, match="was encoded with something else: (vae|text_encoder|max_text_tokens|samples|buckets) is"):
+    with pytest.raises(
+        UserError,
+        match="was encoded with something else: "
+        "(vae|text_encoder|max_text_tokens|samples|buckets) is",
+    ):
         run(folder, **change)
 
 
@@ -179,9 +208,16 @@ def test_two_processes_share_the_work(tmp_path):
 
     def process(index):
         encode.ensure(
-            tiny.Noise(50), options(), vae=tiny.vae(), text_encoder=tiny.text_encoder(), tokenizer=tiny.words(),
-            folder=tmp_path / "shared", process_index=index, process_count=2, progress=False,
-        )  # fmt: skip
+            tiny.Noise(50),
+            options(),
+            vae=tiny.vae(),
+            text_encoder=tiny.text_encoder(),
+            tokenizer=tiny.words(),
+            folder=tmp_path / "shared",
+            process_index=index,
+            process_count=2,
+            progress=False,
+        )
 
     other = threading.Thread(target=process, args=(1,))
     other.start()
@@ -197,7 +233,13 @@ def test_processes_that_do_not_share_the_folder_are_told_so(tmp_path):
 
 
 def test_a_set_without_captions_needs_no_text_encoder(tmp_path):
-    folder = encode.ensure(tiny.Noise(20), options(captions=()), vae=tiny.vae(), folder=tmp_path / "set", progress=False)
+    folder = encode.ensure(
+        tiny.Noise(20),
+        options(captions=()),
+        vae=tiny.vae(),
+        folder=tmp_path / "set",
+        progress=False,
+    )
     batch = Loader(EncodedSamples(folder, (), 120), batch_size=4, seed=0).batch(0)
     assert set(batch) == {"mean", "std", "label", "size", "aspect_ratio", "key"}
 
@@ -218,11 +260,18 @@ def test_loader_reads_what_was_encoded(tmp_path):
         height, width = loader.bucket(step)
         assert batch["mean"].shape == batch["std"].shape == (8, height // 8, width // 8, 4)
         assert batch["text_states"].shape == (8, samples.length, 16) and samples.length == 16
-        assert not batch["text_states"].astype(np.float32)[np.arange(samples.length)[None] >= batch["text_lengths"][:, None]].any()
+        assert (
+            not batch["text_states"]
+            .astype(np.float32)[np.arange(samples.length)[None] >= batch["text_lengths"][:, None]]
+            .any()
+        )
         np.testing.assert_allclose(batch["aspect_ratio"], height / width)
         for row, key in enumerate(batch["key"]):
             index = int(key.split("-")[1])
-            assert tuple(batch["size"][row]) == source.shape(index) and batch["label"][row] == index % 5
+            assert (
+                tuple(batch["size"][row]) == source.shape(index)
+                and batch["label"][row] == index % 5
+            )
             length = int(batch["text_lengths"][row])
             kinds.append(length == len(source[index].captions["short"][0].split()) + 1)
             if key in seen:
@@ -231,7 +280,9 @@ def test_loader_reads_what_was_encoded(tmp_path):
     assert len(seen) == 50
     assert 0.15 < np.mean(kinds) < 0.35  # the mix asks for a quarter of short captions
     one = {k: v for k, v in loader.batch(7).items()}
-    halves = [Loader(samples, batch_size=8, seed=1, rows=range(4 * p, 4 * p + 4)).batch(7) for p in (0, 1)]
+    halves = [
+        Loader(samples, batch_size=8, seed=1, rows=range(4 * p, 4 * p + 4)).batch(7) for p in (0, 1)
+    ]
     for name, value in one.items():
         np.testing.assert_array_equal(value, np.concatenate([half[name] for half in halves]))
 

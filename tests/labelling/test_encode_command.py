@@ -22,7 +22,11 @@ RANDOM = np.random.default_rng(3)
 @pytest.fixture
 def folder(tmp_path):
     return ensure(
-        tiny.Noise(20), EncodeOptions(buckets=((32, 32), (32, 64)), shard_size=4), vae=tiny.vae(), folder=tmp_path / "set", progress=False
+        tiny.Noise(20),
+        EncodeOptions(buckets=((32, 32), (32, 64)), shard_size=4),
+        vae=tiny.vae(),
+        folder=tmp_path / "set",
+        progress=False,
     )
 
 
@@ -67,28 +71,60 @@ def model(tmp_path):
     """A tiny VAE and T5 of random weights with a tokenizer, as a model folder."""
     vae = VAEConfig(block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4)
     text = T5Config(vocab_size=200, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-    for name, kind, config in (("vae", component.VAE, vae), ("text_encoder", component.TextEncoder, text)):
+    for name, kind, config in (
+        ("vae", component.VAE, vae),
+        ("text_encoder", component.TextEncoder, text),
+    ):
         example = kind._example(config)
-        shapes = nn.unbox(jax.eval_shape(kind._module(config, jnp.float32).init, jax.random.key(0), *example))["params"]
-        params = jax.tree.map(lambda leaf: RANDOM.normal(size=leaf.shape, scale=0.2).astype(np.float32), shapes)
+        shapes = nn.unbox(
+            jax.eval_shape(kind._module(config, jnp.float32).init, jax.random.key(0), *example)
+        )["params"]
+        params = jax.tree.map(
+            lambda leaf: RANDOM.normal(size=leaf.shape, scale=0.2).astype(np.float32), shapes
+        )
         kind(config, params).save(tmp_path / "model" / name)
     tiny.words().save_pretrained(str(tmp_path / "model" / "tokenizer"))
     return tmp_path / "model"
 
 
-def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(model, tmp_path, monkeypatch, capsys):
+def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
+    model, tmp_path, monkeypatch, capsys
+):
     source = tiny.Noise(10)
     monkeypatch.setattr(encode_command, "open_source", lambda *args, **kwargs: source)
     monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
-    arguments = ["--model", str(model), "--buckets", "32x32", "--captions", "dense,short", "--batch-size", "4", "--max-text-tokens", "24"]
+    arguments = [
+        "--model",
+        str(model),
+        "--buckets",
+        "32x32",
+        "--captions",
+        "dense,short",
+        "--batch-size",
+        "4",
+        "--max-text-tokens",
+        "24",
+    ]
     assert encode_command.main(arguments) == 0
     (folder,) = (tmp_path / "cache" / "encoded").iterdir()
     assert f"10 records (32×32: 10) in 1 shards, 0.1 MiB: {folder}" in capsys.readouterr().out
-    vae, text = component.load_component(model / "vae"), component.load_component(model / "text_encoder")
-    made = records.Records(folder, {"vae": component_identity(vae), "text_encoder": component_identity(text)})
-    samples = [source[i] for i in (6, 7, 8, 9)]  # four, as encoded, but beside others: no result may depend on its batch
-    mean, std = vae.encode(np.stack([images.to_model(images.to_bucket(sample.pixels(), (32, 32))[0]) for sample in samples]))
-    ids, lengths = tokenizer.tokenize(tiny.words(), [sample.captions["dense"][0] for sample in samples], 24, length=16)
+    vae, text = (
+        component.load_component(model / "vae"),
+        component.load_component(model / "text_encoder"),
+    )
+    made = records.Records(
+        folder, {"vae": component_identity(vae), "text_encoder": component_identity(text)}
+    )
+    # four, as encoded, but beside others: no result may depend on its batch
+    samples = [source[i] for i in (6, 7, 8, 9)]
+    mean, std = vae.encode(
+        np.stack(
+            [images.to_model(images.to_bucket(sample.pixels(), (32, 32))[0]) for sample in samples]
+        )
+    )
+    ids, lengths = tokenizer.tokenize(
+        tiny.words(), [sample.captions["dense"][0] for sample in samples], 24, length=16
+    )
     states = np.asarray(text.apply(ids, lengths))
     for row, sample in enumerate(samples):
         arrays, metadata = made[6 + row]
@@ -99,16 +135,33 @@ def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(model
         np.testing.assert_allclose(found, states[row, : lengths[row]], rtol=1e-2, atol=1e-2)
 
 
-def test_flips_and_a_bfloat16_text_encoder_by_flags_and_the_records_encoded_again_are_equal(model, tmp_path, monkeypatch, capsys):
+def test_flips_and_a_bfloat16_text_encoder_by_flags_and_the_records_encoded_again_are_equal(
+    model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(encode_command, "open_source", lambda *args, **kwargs: tiny.Noise(10))
-    arguments = ["--model", str(model), "--buckets", "32x32,32x64", "--batch-size", "4", "--max-text-tokens", "24", "--flip"]
+    arguments = [
+        "--model",
+        str(model),
+        "--buckets",
+        "32x32,32x64",
+        "--batch-size",
+        "4",
+        "--max-text-tokens",
+        "24",
+        "--flip",
+    ]
     arguments += ["--out", str(tmp_path / "set"), "--dtype", "bfloat16", "--mesh", "data=-1"]
     assert encode_command.main(arguments) == 0
     assert "10 records (32×32: 8, 32×64: 2), each mirrored too" in capsys.readouterr().out
     manifest = records.Manifest.read(tmp_path / "set")
-    assert manifest.made_from["text_encoder"]["dtype"] == "bfloat16" and manifest.made_from["vae"]["dtype"] == "float32"
+    assert (
+        manifest.made_from["text_encoder"]["dtype"] == "bfloat16"
+        and manifest.made_from["vae"]["dtype"] == "float32"
+    )
     assert encode_command.main([*arguments, "--check", "--again", "3"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "3 records encoded again: 3 equal to the byte"
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "3 records encoded again: 3 equal to the byte"
+    )
     with pytest.raises(UserError, match="was encoded with something else: text_encoder is "):
         encode_command.main([*arguments[:-4], "--check", "--again", "3"])
 
@@ -116,7 +169,9 @@ def test_flips_and_a_bfloat16_text_encoder_by_flags_and_the_records_encoded_agai
 def test_the_identity_of_an_encoder_is_that_of_its_weights(model):
     first = component.load_component(model / "vae")
     assert component_identity(first) == component_identity(component.load_component(model / "vae"))
-    assert component_identity(first) != component_identity(component.load_component(model / "vae", dtype=jnp.bfloat16))
+    assert component_identity(first) != component_identity(
+        component.load_component(model / "vae", dtype=jnp.bfloat16)
+    )
     params = jax.tree.map(np.array, dict(first.params))
     leaf = jax.tree.leaves(params)[5]
     leaf.reshape(-1)[0] = np.nextafter(leaf.reshape(-1)[0], np.float32(9))

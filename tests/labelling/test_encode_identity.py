@@ -1,4 +1,5 @@
-"""A folder of records knows who made it, and a reader with other encoders, or for other sizes, is refused."""
+"""A folder of records knows who made it, and a reader with other encoders, or for other sizes, is
+refused."""
 
 import shutil
 
@@ -32,7 +33,14 @@ def encoded(model, tmp_path_factory):
     options = encode.EncodeOptions(((32, 32),), ("dense",), 24, batch_size=4)
     words, folders = tokens.load(model / "tokenizer"), {part: model / part for part in PARTS}
     return encode.ensure(
-        tiny.Noise(8), options, vae=vae, text_encoder=text, tokenizer=words, folder=folder, folders=folders, progress=False
+        tiny.Noise(8),
+        options,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=words,
+        folder=folder,
+        folders=folders,
+        progress=False,
     )
 
 
@@ -50,7 +58,9 @@ def changed(model, part, folder):
     return folder
 
 
-def test_the_folders_that_made_the_records_are_known_by_their_files_alone(model, encoded, monkeypatch):
+def test_the_folders_that_made_the_records_are_known_by_their_files_alone(
+    model, encoded, monkeypatch
+):
     monkeypatch.setattr(encoder_identity, "load_component", None)  # nothing is opened
     found = expected(encoded, {part: model / part for part in PARTS})
     assert set(found) == set(PARTS)
@@ -69,13 +79,20 @@ def test_a_copy_of_the_encoders_in_other_files_is_still_who_made_them(model, enc
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_records_of_another_encoder_are_refused_by_its_name(model, encoded, tmp_path, part):
     with pytest.raises(UserError, match=f"was encoded with something else: {part} is "):
-        EncodedSamples(encoded, (("dense", 1.0),), 24, expected(encoded, {part: changed(model, part, tmp_path / part)}))
+        EncodedSamples(
+            encoded,
+            (("dense", 1.0),),
+            24,
+            expected(encoded, {part: changed(model, part, tmp_path / part)}),
+        )
 
 
 def test_records_of_another_tokenizer_are_refused(encoded, tmp_path):
     tokens.save(tokens.from_words(["quite", "other", "words"]), tmp_path / "tokenizer")
     with pytest.raises(UserError, match="was encoded with something else: tokenizer is "):
-        EncodedSamples(encoded, (("dense", 1.0),), 24, expected(encoded, {"tokenizer": tmp_path / "tokenizer"}))
+        EncodedSamples(
+            encoded, (("dense", 1.0),), 24, expected(encoded, {"tokenizer": tmp_path / "tokenizer"})
+        )
 
 
 def test_a_manifest_that_says_nothing_of_files_is_compared_by_the_weights(model, encoded, tmp_path):
@@ -84,10 +101,18 @@ def test_a_manifest_that_says_nothing_of_files_is_compared_by_the_weights(model,
     records.Manifest(manifest.identity, manifest.shards).write(tmp_path / "old")
     EncodedSamples(tmp_path / "old", (), 24, expected(tmp_path / "old", {"vae": model / "vae"}))
     with pytest.raises(UserError, match="vae is "):
-        EncodedSamples(tmp_path / "old", (), 24, expected(tmp_path / "old", {"vae": changed(model, "vae", tmp_path / "vae")}))
+        EncodedSamples(
+            tmp_path / "old",
+            (),
+            24,
+            expected(tmp_path / "old", {"vae": changed(model, "vae", tmp_path / "vae")}),
+        )
 
 
 def test_records_of_a_size_that_the_stage_does_not_take_are_refused(encoded):
     EncodedSamples(encoded, (), 24, buckets=[(32, 32), (32, 64)])
-    with pytest.raises(UserError, match="was encoded at 32×32, which the stage's buckets .64×64, 64×96. do not hold"):
+    with pytest.raises(
+        UserError,
+        match="was encoded at 32×32, which the stage's buckets .64×64, 64×96. do not hold",
+    ):
         EncodedSamples(encoded, (), 24, buckets=[(64, 64), (64, 96)])

@@ -48,15 +48,24 @@ def jpeg(pixels, quality=90, size=None) -> bytes:
 @pytest.fixture(scope="module")
 def photos() -> list[np.ndarray]:
     """Real photographs."""
-    return [photographs.astronaut(), photographs.coffee(), photographs.chelsea(), photographs.rocket()]
+    return [
+        photographs.astronaut(),
+        photographs.coffee(),
+        photographs.chelsea(),
+        photographs.rocket(),
+    ]
 
 
 @pytest.fixture(scope="module")
 def found(photos):
     samples = [
         Sample("astronaut", jpeg(photos[0]), {"caption": ("a woman in an orange suit",)}),
-        Sample("coffee", jpeg(photos[1]), {"caption": ("a cup of coffee <b>on</b> a table & a spoon",)}),
-        Sample("again", jpeg(photos[1], 40, (300, 200)), {"caption": ("a woman in an orange suit", "")}),
+        Sample(
+            "coffee", jpeg(photos[1]), {"caption": ("a cup of coffee <b>on</b> a table & a spoon",)}
+        ),
+        Sample(
+            "again", jpeg(photos[1], 40, (300, 200)), {"caption": ("a woman in an orange suit", "")}
+        ),
         Sample("cat", jpeg(photos[2]), {}),
         Sample("torn", jpeg(photos[3])[:900], {"caption": ("a rocket",)}),
         Sample("nothing", b"", {"caption": ("nothing at all",)}),
@@ -74,7 +83,9 @@ def test_every_picture_is_counted_in_its_bucket_and_what_cannot_be_read_is_named
 
 def test_a_recompressed_and_smaller_copy_is_a_duplicate_and_other_photographs_are_not(found):
     assert found.groups == [["coffee", "again"]]
-    assert [[shown.key for shown in group] for group in found.group_pictures] == [["coffee", "again"]]
+    assert [[shown.key for shown in group] for group in found.group_pictures] == [
+        ["coffee", "again"]
+    ]
 
 
 def test_captions_are_counted_with_those_that_are_empty_repeated_or_missing(found):
@@ -86,7 +97,9 @@ def test_captions_are_counted_with_those_that_are_empty_repeated_or_missing(foun
 def test_the_pictures_shown_do_not_depend_on_order_or_on_what_else_is_there(photos):
     samples = [Sample(f"k{i}", jpeg(photos[i % 4], 30, (64, 64)), {}) for i in range(40)]
     forward = survey(InMemory(samples), Options(BUCKETS, shown=5, distance=None), progress=False)
-    backward = survey(InMemory(samples[::-1]), Options(BUCKETS, shown=5, distance=None), progress=False)
+    backward = survey(
+        InMemory(samples[::-1]), Options(BUCKETS, shown=5, distance=None), progress=False
+    )
     keys = {shown.key for shown in forward.shown[64, 64]}
     assert len(keys) == 5 and keys == {shown.key for shown in backward.shown[64, 64]}
 
@@ -96,13 +109,20 @@ def test_groups_of_hashes_are_those_of_comparing_every_pair():
     for distance in (0, 1, 4, 9):
         seeds = random.integers(0, 2**64, 60, np.uint64)
         hashes = np.concatenate(
-            [seeds] + [seeds ^ np.uint64(sum(1 << int(b) for b in random.choice(64, 5, replace=False))) for _ in range(2)]
+            [seeds]
+            + [
+                seeds ^ np.uint64(sum(1 << int(b) for b in random.choice(64, 5, replace=False)))
+                for _ in range(2)
+            ]
         )
         linked = np.bitwise_count(hashes[:, None] ^ hashes[None]) <= distance
         reach = linked.copy()
         for _ in range(8):
             reach = reach @ reach
-        wanted = sorted({tuple(np.flatnonzero(row)) for row in reach if row.sum() > 1}, key=lambda g: (-len(g), g[0]))
+        wanted = sorted(
+            {tuple(np.flatnonzero(row)) for row in reach if row.sum() > 1},
+            key=lambda g: (-len(g), g[0]),
+        )
         assert [tuple(group) for group in duplicates.groups(hashes, distance)] == wanted
 
 
@@ -120,7 +140,9 @@ def test_the_page_shows_files_that_are_there_and_captions_as_text(found, tmp_pat
     path = page.write(found, Options(BUCKETS, shown=2), tmp_path / "page", None)
     text, links = path.read_text(), Links()
     links.feed(text)
-    assert len(links.files) >= 5 and all((path.parent / file).stat().st_size for file in links.files)
+    assert len(links.files) >= 5 and all(
+        (path.parent / file).stat().st_size for file in links.files
+    )
     assert links.bold == 0 and "&lt;b&gt;on&lt;/b&gt;" in text
     assert "torn" in text and "unreadable image" in text
     for file in links.files:
@@ -145,7 +167,11 @@ def test_an_earlier_page_is_replaced_and_anything_else_is_refused(found, tmp_pat
 def run(capsys, *argv) -> tuple[int, str, str]:
     status = program.run(inspect_command.main, [str(a) for a in argv])
     said = capsys.readouterr()
-    return status, said.out, [line for line in said.err.splitlines() if line.startswith("error: ")][:1]
+    return (
+        status,
+        said.out,
+        [line for line in said.err.splitlines() if line.startswith("error: ")][:1],
+    )
 
 
 @pytest.fixture
@@ -155,7 +181,9 @@ def folder(photos, tmp_path):
     root.mkdir()
     for name, pixels in zip(("astronaut", "coffee", "cat"), photos):
         (root / f"{name}.jpg").write_bytes(jpeg(pixels))
-        (root / f"{name}.txt").write_text(f"a photograph of a {name} with a long tail of words " * 3)
+        (root / f"{name}.txt").write_text(
+            f"a photograph of a {name} with a long tail of words " * 3
+        )
     (root / "torn.jpg").write_bytes(jpeg(photos[3])[:900])
     (root / "torn.txt").write_text("torn")
     return root
@@ -163,9 +191,23 @@ def folder(photos, tmp_path):
 
 def test_the_command_says_what_it_found_and_where_the_page_is(folder, tmp_path, capsys):
     out = tmp_path / "page"
-    status, said, _ = run(capsys, folder, "--out", out, "--buckets", "256", "--tokenizer", "assets/shapes", "--max-text-tokens", "30")
+    status, said, _ = run(
+        capsys,
+        folder,
+        "--out",
+        out,
+        "--buckets",
+        "256",
+        "--tokenizer",
+        "assets/shapes",
+        "--max-text-tokens",
+        "30",
+    )
     assert status == 0 and f"the page: {out / 'index.html'}" in said
-    assert "3 pictures in" in said and "captions caption: 4 of 4 samples, 3 longer than 30 tokens" in said
+    assert (
+        "3 pictures in" in said
+        and "captions caption: 4 of 4 samples, 3 longer than 30 tokens" in said
+    )
     assert "1 left out: 1 unreadable image" in said
     assert json.loads((out / "inspect.json").read_text())["captions"]["caption"]["cut"] == 3
 
@@ -185,20 +227,47 @@ def test_a_mistake_is_one_line_and_leaves_nothing(folder, tmp_path, capsys, flag
     assert status == 2 and line in error and not (tmp_path / "page").exists()
 
 
-def test_encoded_shards_show_what_their_vae_makes_of_them_and_no_other_vae_is_taken(folder, tmp_path, capsys):
+def test_encoded_shards_show_what_their_vae_makes_of_them_and_no_other_vae_is_taken(
+    folder, tmp_path, capsys
+):
     shards, out = tmp_path / "shards", tmp_path / "page"
-    flags = ["--source", folder, "--model", "assets/shapes", "--captions", "caption", "--buckets", "64x64,48x80", "--out", shards]
+    flags = [
+        "--source",
+        folder,
+        "--model",
+        "assets/shapes",
+        "--captions",
+        "caption",
+        "--buckets",
+        "64x64,48x80",
+        "--out",
+        shards,
+    ]
     assert program.run(encode_command.main, [str(flag) for flag in flags]) == 0
     status, said, _ = run(capsys, shards, "--vae", "assets/shapes", "--out", out)
-    assert status == 0 and "3 pictures in 2 buckets" in said and "captions caption: 3 of 3 samples" in said
+    assert (
+        status == 0
+        and "3 pictures in 2 buckets" in said
+        and "captions caption: 3 of 3 samples" in said
+    )
     (shown,) = [path for path in (out / "pictures").glob("64x64-*.jpg")]
-    near = np.asarray(Image.open(shown)).astype(float) - np.asarray(Image.fromarray(photographs.astronaut()).resize((64, 64))).astype(float)
-    assert np.sqrt((near**2).mean()) < 60, "an autoencoder of coloured shapes keeps the light and dark of a photograph"
+    near = np.asarray(Image.open(shown)).astype(float) - np.asarray(
+        Image.fromarray(photographs.astronaut()).resize((64, 64))
+    ).astype(float)
+    assert np.sqrt((near**2).mean()) < 60, (
+        "an autoencoder of coloured shapes keeps the light and dark of a photograph"
+    )
     assert "give --vae" in run(capsys, shards, "--out", out)[2][0]
-    assert "have buckets of their own" in run(capsys, shards, "--vae", "assets/shapes", "--buckets", "64x64")[2][0]
+    assert (
+        "have buckets of their own"
+        in run(capsys, shards, "--vae", "assets/shapes", "--buckets", "64x64")[2][0]
+    )
     assert "--vae is for encoded shards" in run(capsys, folder, "--vae", "assets/shapes")[2][0]
     other = tmp_path / "other"
     shutil.copytree("assets/shapes/vae", other)
     weights = load_file(other / "diffusion_pytorch_model.safetensors")
-    save_file({name: array + 1 for name, array in weights.items()}, other / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: array + 1 for name, array in weights.items()},
+        other / "diffusion_pytorch_model.safetensors",
+    )
     assert "encoded with another VAE" in run(capsys, shards, "--vae", other)[2][0]

@@ -33,11 +33,15 @@ class Slow(PromptEncoder):
         time.sleep(float(delay))
         return super().states(*args)
 print(prompt_states.ensure(texts, Path(out), made, lambda: Slow.from_pretrained(model), part=6, progress=False))
-"""
+"""  # noqa: E501
 
 
 def start(model, out, delay):
-    return subprocess.Popen([sys.executable, "-c", ENCODE, str(model), str(out), str(delay)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", ENCODE, str(model), str(out), str(delay)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.slow
@@ -45,7 +49,17 @@ def test_killed_often_it_ends_with_the_file_of_an_undisturbed_run(tiny_model, tm
     texts = [f"a large red circle {n} left of the star" for n in range(COUNT)]
     made = {**identity(tiny_model, None, captions.clean), "stored_in": "bfloat16"}
     whole = tmp_path / "whole.safetensors"
-    assert prompt_states.ensure(texts, whole, made, lambda: PromptEncoder.from_pretrained(tiny_model), part=6, progress=False) == COUNT
+    assert (
+        prompt_states.ensure(
+            texts,
+            whole,
+            made,
+            lambda: PromptEncoder.from_pretrained(tiny_model),
+            part=6,
+            progress=False,
+        )
+        == COUNT
+    )
     parts = tmp_path / ".killed.safetensors.parts"
     for goal in (3, 7):
         run = start(tiny_model, tmp_path / "killed.safetensors", 0.2)
@@ -63,7 +77,11 @@ def test_killed_often_it_ends_with_the_file_of_an_undisturbed_run(tiny_model, tm
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "p.jsonl"
-    made = [{"prompt": "a red circle"}, {"prompt": "A Blue star", "negative_prompt": "a square", "height": 64}, {"prompt": "a red circle"}]
+    made = [
+        {"prompt": "a red circle"},
+        {"prompt": "A Blue star", "negative_prompt": "a square", "height": 64},
+        {"prompt": "a red circle"},
+    ]
     path.write_text("\n".join(map(json.dumps, made)))
     return path
 
@@ -72,7 +90,9 @@ def run(*argv) -> int:
     return program.run(encode_command.main, [str(word) for word in argv])
 
 
-def test_a_file_holds_negative_prompts_and_the_empty_one_and_grows_by_what_is_missing(tiny_model, rows, tmp_path, capsys, monkeypatch):
+def test_a_file_holds_negative_prompts_and_the_empty_one_and_grows_by_what_is_missing(
+    tiny_model, rows, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "deep" / "s.safetensors"
     argv = ["--prompts", rows, "--model", tiny_model, "--out", out, "--stored", "float32"]
     assert run(*argv) == 0
@@ -80,18 +100,38 @@ def test_a_file_holds_negative_prompts_and_the_empty_one_and_grows_by_what_is_mi
     assert "4 texts, 4 of them new" in said.out and "prompts/s" in said.err
     states = TextStates.open(out)
     assert list(states) == ["a red circle", "a blue star", "", "a square"]
-    assert states.identity.keys() >= {"text_encoder", "tokenizer", "text_tokens", "cleaning", "width", "computed_in", "stored_in"}
+    assert states.identity.keys() >= {
+        "text_encoder",
+        "tokenizer",
+        "text_tokens",
+        "cleaning",
+        "width",
+        "computed_in",
+        "stored_in",
+    }
     want = PromptEncoder.from_pretrained(tiny_model).states(["a blue star"])["a blue star"]
     np.testing.assert_array_equal(states["a blue star"], want)
     first = out.read_bytes()
-    monkeypatch.setattr(PromptEncoder, "from_pretrained", lambda *_: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(
+        PromptEncoder, "from_pretrained", lambda *_: pytest.fail("nothing is missing")
+    )
     assert run(*argv) == 0
-    assert "4 texts, all of them already there" in capsys.readouterr().out and out.read_bytes() == first
+    assert (
+        "4 texts, all of them already there" in capsys.readouterr().out
+        and out.read_bytes() == first
+    )
     monkeypatch.undo()
     (tmp_path / "more.txt").write_text("a green star\na red circle")
     assert run("--prompts", tmp_path / "more.txt", *argv[2:], "--negative-prompt", "a hat") == 0
     assert "4 texts, 2 of them new" in capsys.readouterr().out
-    assert set(TextStates.open(out)) == {"a red circle", "a blue star", "", "a square", "a green star", "a hat"}
+    assert set(TextStates.open(out)) == {
+        "a red circle",
+        "a blue star",
+        "",
+        "a square",
+        "a green star",
+        "a hat",
+    }
     np.testing.assert_array_equal(TextStates.open(out)["a blue star"], want)
 
 
@@ -108,7 +148,12 @@ def test_mistakes_are_one_line_and_nothing_is_begun(tiny_model, rows, tmp_path, 
     ):
         assert run(*(word for pair in {**good, **changed}.items() for word in pair)) == 2
         said = capsys.readouterr()
-        assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1 and says in said.err, said.err
+        assert (
+            said.out == ""
+            and said.err.startswith("error: ")
+            and said.err.count("\n") == 1
+            and says in said.err
+        ), said.err
         assert not out.parent.exists()
 
 
@@ -116,7 +161,10 @@ def test_a_file_made_otherwise_is_refused_and_kept(tiny_model, rows, tmp_path, c
     out = tmp_path / "s.safetensors"
     assert run("--prompts", rows, "--model", tiny_model, "--out", out) == 0
     before = out.read_bytes()
-    for more, says in ((["--stored", "float32"], "another dtype (bfloat16)"), (["--no-clean-caption"], "another cleaning of prompts")):
+    for more, says in (
+        (["--stored", "float32"], "another dtype (bfloat16)"),
+        (["--no-clean-caption"], "another cleaning of prompts"),
+    ):
         capsys.readouterr()
         assert run("--prompts", rows, "--model", tiny_model, "--out", out, *more) == 2
         assert says in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""A source of coloured noise, a VAE and a text encoder of a few lines, for tests of what is done with the real ones."""
+"""A source of coloured noise, a VAE and a text encoder of a few lines, for tests of what is done
+with the real ones."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ WORDS = "a red green blue circle square on white ground left of right".split()
 
 
 class Noise:
-    """n PNG pictures in four sizes with captions of 1 to 12 words; ``broken`` ones are cut short."""
+    """n PNG pictures in four sizes with captions of 1 to 12 words; ``broken`` ones are cut
+    short."""
 
     def __init__(self, n: int, broken: tuple[int, ...] = (), name: str = "noise"):
         self._n, self._broken = n, broken
@@ -38,9 +40,14 @@ class Noise:
         Image.fromarray(rng.integers(0, 256, (*self.shape(index), 3), np.uint8)).save(png, "PNG")
         data = png.getvalue()
         short = " ".join(rng.choice(WORDS, 1 + index % 3))
-        dense = tuple(" ".join(rng.choice(WORDS, 4 + (index + i) % 9)) for i in range(1 + index % 2))
+        dense = tuple(
+            " ".join(rng.choice(WORDS, 4 + (index + i) % 9)) for i in range(1 + index % 2)
+        )
         return Sample(
-            f"noise-{index:05d}", data[: len(data) // 2] if index in self._broken else data, {"short": (short,), "dense": dense}, index % 5
+            f"noise-{index:05d}",
+            data[: len(data) // 2] if index in self._broken else data,
+            {"short": (short,), "dense": dense},
+            index % 5,
         )
 
     def sizes(self) -> np.ndarray:
@@ -76,7 +83,11 @@ def _states(table, ids, lengths):
 def text_encoder(seed: int = 0):
     """Each token's vector, and the sum of all real ones, so that a wrong length shows."""
     table = np.random.default_rng(seed).normal(size=(200, 16)).astype(np.float32)
-    return SimpleNamespace(config={"width": 16}, params={"table": table}, apply=lambda ids, lengths: _states(table, ids, lengths))
+    return SimpleNamespace(
+        config={"width": 16},
+        params={"table": table},
+        apply=lambda ids, lengths: _states(table, ids, lengths),
+    )
 
 
 def words():

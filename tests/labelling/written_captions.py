@@ -1,4 +1,5 @@
-"""A captioner that says written captions, chosen by the picture's colour and the attempt; what guards and kills are tested with."""
+"""A captioner that says written captions, chosen by the picture's colour and the attempt; what
+guards and kills are tested with."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from PIL import Image
 
 from pixart_jax.labelling.vision_language import Said, seed_of
 
-GOOD = "A large red barn stands on a green hill under a cloudy sky. The light is soft and the style is that of an oil painting."
+GOOD = (
+    "A large red barn stands on a green hill under a cloudy sky. The light is soft and the "
+    "style is that of an oil painting."
+)
 LOOP = "The image shows a dog and a cat and " + "a dog and a cat and " * 12
 # red value of a picture's first pixel → what is said at the first draw: (text, finish)
 SAID = {
@@ -24,11 +28,18 @@ SAID = {
 
 
 class Written:
-    """Says SAID by colour; where it is warmer than 0.3, GOOD, but for what is 3, which never leaves its loop. delay: seconds a batch."""
+    """Says SAID by colour; where it is warmer than 0.3, GOOD, but for what is 3, which never leaves
+    its loop. delay: seconds a batch."""
 
     special = ("<image>",)
 
-    def __init__(self, model: str = "written", dtype: str = "auto", threads: int | None = None, delay: float = 0.0):
+    def __init__(
+        self,
+        model: str = "written",
+        dtype: str = "auto",
+        threads: int | None = None,
+        delay: float = 0.0,
+    ):
         self.calls: list[tuple[list[int], float]] = []
         self._delay = delay
 
@@ -36,7 +47,10 @@ class Written:
         time.sleep(self._delay)
         colours = [image.getpixel((0, 0))[0] for image in images]
         self.calls.append((colours, temperature))
-        said = [SAID.get(colour, SAID[0]) if temperature < 0.3 or colour == 3 else SAID[0] for colour in colours]
+        said = [
+            SAID.get(colour, SAID[0]) if temperature < 0.3 or colour == 3 else SAID[0]
+            for colour in colours
+        ]
         return [Said(text, len(text.split()), finish) for text, finish in said]
 
 

@@ -1,6 +1,8 @@
-"""Kernels over a mesh of 8 simulated devices beside one device: print as JSON the largest differences, of outputs and of gradients.
+"""Kernels over a mesh of 8 simulated devices beside one device: print as JSON the largest
+differences, of outputs and of gradients.
 
-Splash is interpreted; batches that the mesh divides and one that it does not, with lengths and without.
+Splash is interpreted; batches that the mesh divides and one that it does not, with lengths and
+without.
 """
 
 from __future__ import annotations
@@ -32,12 +34,18 @@ def difference(mesh, batch: int, lengths) -> float:
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
         ours = jax.jit(lambda: both(lambda *qkv: over_mesh(kernel, *qkv, lengths, 0.3)))()
     theirs = both(lambda *qkv: dense.attend(*qkv, lengths, None, 0.3))
-    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(ours, theirs, strict=True))
+    return max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max())
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def main() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    found = {"plain": difference(mesh, 4, None), "lengths": difference(mesh, 4, jnp.array([0, 1, 70, 128]))}
+    found = {
+        "plain": difference(mesh, 4, None),
+        "lengths": difference(mesh, 4, jnp.array([0, 1, 70, 128])),
+    }
     print(json.dumps(found | {"undivided": difference(mesh, 3, jnp.array([128, 0, 5]))}))
 
 

@@ -1,6 +1,8 @@
-"""A small PixArt in PyTorch under the official code's names, from the papers' description: with PixArt-Σ's options, which diffusers lacks.
+"""A small PixArt in PyTorch under the official code's names, from the papers' description: with
+PixArt-Σ's options, which diffusers lacks.
 
-Its state dict is what an official .pth holds, so a file that it loads with strict=True has every tensor that the official model asks for.
+Its state dict is what an official .pth holds, so a file that it loads with strict=True has every
+tensor that the official model asks for.
 """
 
 from __future__ import annotations
@@ -73,7 +75,12 @@ class SelfAttention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if hasattr(self, "sr"):
-            k, v = (self.norm(self.sr(a.transpose(1, 2).reshape(b, d, *grid)).flatten(2).transpose(1, 2)) for a in (k, v))
+            k, v = (
+                self.norm(
+                    self.sr(a.transpose(1, 2).reshape(b, d, *grid)).flatten(2).transpose(1, 2)
+                )
+                for a in (k, v)
+            )
         q, k, v = (a.reshape(b, a.shape[1], self.heads, -1).transpose(1, 2) for a in (q, k, v))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
 
@@ -82,10 +89,17 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         d, self.heads = config.width, config.heads
-        self.q_linear, self.kv_linear, self.proj = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
+        self.q_linear, self.kv_linear, self.proj = (
+            nn.Linear(d, d),
+            nn.Linear(d, 2 * d),
+            nn.Linear(d, d),
+        )
 
     def forward(self, x, text, mask):
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1).transpose(1, 2) for a in (self.q_linear(x), *self.kv_linear(text).chunk(2, -1)))
+        q, k, v = (
+            a.reshape(*a.shape[:2], self.heads, -1).transpose(1, 2)
+            for a in (self.q_linear(x), *self.kv_linear(text).chunk(2, -1))
+        )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -99,27 +113,46 @@ class Block(nn.Module):
         self.mlp = Mlp(d, config.mlp_width, d)
 
     def forward(self, x, text, mask, modulation, grid):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + modulation).chunk(6, 1)
-        x = x + gate_a * self.attn(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a) + shift_a, grid)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            self.scale_shift_table + modulation
+        ).chunk(6, 1)
+        x = x + gate_a * self.attn(
+            F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a) + shift_a, grid
+        )
         x = x + self.cross_attn(x, text, mask)
-        return x + gate_m * self.mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_m) + shift_m)
+        return x + gate_m * self.mlp(
+            F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_m) + shift_m
+        )
 
 
 class OfficialPixArt(nn.Module):
-    """The model of a config; every parameter at PyTorch's own init, to be drawn anew by the test."""
+    """The model of a config; every parameter at PyTorch's own init, to be drawn anew by the
+    test."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config, d, side = config, config.width, config.sample_size // config.patch_size
-        self.register_buffer("pos_embed", positions(side, side, d, config.base, config.position_scale)[None])
+        self.register_buffer(
+            "pos_embed", positions(side, side, d, config.base, config.position_scale)[None]
+        )
         self.x_embedder, self.y_embedder, self.final_layer = nn.Module(), nn.Module(), nn.Module()
-        self.x_embedder.proj = nn.Conv2d(config.in_channels, d, config.patch_size, config.patch_size)
-        self.t_embedder, self.t_block = ScalarEmbedder(d), nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.x_embedder.proj = nn.Conv2d(
+            config.in_channels, d, config.patch_size, config.patch_size
+        )
+        self.t_embedder, self.t_block = (
+            ScalarEmbedder(d),
+            nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d)),
+        )
         if config.size_conditions:
             self.csize_embedder, self.ar_embedder = ScalarEmbedder(d // 3), ScalarEmbedder(d // 3)
         self.y_embedder.y_proj = Mlp(config.caption_width, d, d)
-        self.y_embedder.register_buffer("y_embedding", torch.randn(config.text_tokens, config.caption_width) / config.caption_width**0.5)
-        self.blocks = nn.ModuleList(Block(config, i in config.kv_compression_layers) for i in range(config.depth))
+        self.y_embedder.register_buffer(
+            "y_embedding",
+            torch.randn(config.text_tokens, config.caption_width) / config.caption_width**0.5,
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, i in config.kv_compression_layers) for i in range(config.depth)
+        )
         self.final_layer.linear = nn.Linear(d, config.patch_size**2 * config.out_channels)
         self.final_layer.scale_shift_table = nn.Parameter(torch.randn(2, d) / d**0.5)
 
@@ -137,14 +170,24 @@ class OfficialPixArt(nn.Module):
             x = block(x, text, mask, modulation, (rows, columns))
         shift, scale = (self.final_layer.scale_shift_table + t[:, None]).chunk(2, 1)
         x = self.final_layer.linear(F.layer_norm(x, (d,), eps=1e-6) * (1 + scale) + shift)
-        x = x.reshape(b, rows, columns, c.patch_size, c.patch_size, c.out_channels).permute(0, 5, 1, 3, 2, 4)
+        x = x.reshape(b, rows, columns, c.patch_size, c.patch_size, c.out_channels).permute(
+            0, 5, 1, 3, 2, 4
+        )
         return x.reshape(b, c.out_channels, rows * c.patch_size, columns * c.patch_size)
 
 
-def run_official(model: nn.Module, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None) -> np.ndarray:
+def run_official(
+    model: nn.Module, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None
+) -> np.ndarray:
     """The same arguments as ours, channels last; [b, h, w, out]."""
     mask = torch.arange(text_states.shape[1]) < torch.tensor(text_lengths)[:, None]
     told = () if size is None else (torch.tensor(size), torch.tensor(aspect_ratio))
     with torch.no_grad():
-        out = model(torch.tensor(latents).permute(0, 3, 1, 2), torch.tensor(timesteps), torch.tensor(text_states), mask, *told)
+        out = model(
+            torch.tensor(latents).permute(0, 3, 1, 2),
+            torch.tensor(timesteps),
+            torch.tensor(text_states),
+            mask,
+            *told,
+        )
     return out.permute(0, 2, 3, 1).numpy()

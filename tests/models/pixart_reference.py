@@ -23,7 +23,8 @@ def relative_error(ours, theirs) -> float:
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """No weight zero and none at its init: matrices at 1/√fan_in, tables, gates and biases at a size that shows in the result."""
+    """No weight zero and none at its init: matrices at 1/√fan_in, tables, gates and biases at a
+    size that shows in the result."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,11 +52,20 @@ def transformer_shapes(config: TransformerConfig) -> dict:
 
 
 def read_state_dict(table: tuple[Entry, ...], shapes: dict, state: dict, **options) -> dict:
-    return read(table, shapes, {key: np.asarray(value) for key, value in state.items()}, source="the test's state dict", **options)
+    return read(
+        table,
+        shapes,
+        {key: np.asarray(value) for key, value in state.items()},
+        source="the test's state dict",
+        **options,
+    )
 
 
-def diffusers_pair(seed: int = 0, **config) -> tuple[PixArtTransformer2DModel, TransformerConfig, dict]:
-    """(their model, our config, our parameters); the keyword arguments are diffusers' config fields."""
+def diffusers_pair(
+    seed: int = 0, **config
+) -> tuple[PixArtTransformer2DModel, TransformerConfig, dict]:
+    """(their model, our config, our parameters); the keyword arguments are diffusers' config
+    fields."""
     config = {"norm_type": "ada_norm_single", **config}
     config["cross_attention_dim"] = config["num_attention_heads"] * config["attention_head_dim"]
     theirs = randomise(PixArtTransformer2DModel(**config), seed)
@@ -63,12 +73,17 @@ def diffusers_pair(seed: int = 0, **config) -> tuple[PixArtTransformer2DModel, T
     return theirs, ours, read_state_dict(DIFFUSERS, transformer_shapes(ours), theirs.state_dict())
 
 
-def run_diffusers(model, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None) -> np.ndarray:
+def run_diffusers(
+    model, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None
+) -> np.ndarray:
     """The same arguments as ours, channels last; [b, h, w, out]."""
     mask = torch.arange(text_states.shape[1])[None] < torch.tensor(text_lengths)[:, None]
     extra = {"resolution": None, "aspect_ratio": None}
     if size is not None:
-        extra = {"resolution": torch.tensor(size), "aspect_ratio": torch.tensor(aspect_ratio)[:, None]}
+        extra = {
+            "resolution": torch.tensor(size),
+            "aspect_ratio": torch.tensor(aspect_ratio)[:, None],
+        }
     with torch.no_grad():
         out = model(
             torch.tensor(latents).permute(0, 3, 1, 2),
@@ -80,7 +95,9 @@ def run_diffusers(model, latents, timesteps, text_states, text_lengths, size=Non
     return out.permute(0, 2, 3, 1).numpy()
 
 
-def inputs(config: TransformerConfig, height: int, width: int, lengths: list[int], seed: int = 0) -> dict[str, np.ndarray]:
+def inputs(
+    config: TransformerConfig, height: int, width: int, lengths: list[int], seed: int = 0
+) -> dict[str, np.ndarray]:
     """Arguments for one sample per text length."""
     rng = np.random.default_rng(seed)
     b = len(lengths)

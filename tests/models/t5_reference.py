@@ -16,7 +16,10 @@ def drawn_anew(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = parameter.shape[-1] if parameter.ndim == 2 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim == 1 else fan_in**-0.5))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator)
+                * (0.3 if parameter.ndim == 1 else fan_in**-0.5)
+            )
             if parameter.ndim == 1:
                 parameter.add_(1.0)
     return model.eval()
@@ -35,5 +38,11 @@ def rms_error(ours, theirs) -> float:
 
 
 def quantized(params: dict) -> dict:
-    """An encoder's float parameters → those of the encoder with quantization="int8", as a loader makes them one by one."""
-    return unflatten({path: quantize(leaf) if applies(path) else np.asarray(leaf) for path, leaf in flatten(params).items()})
+    """An encoder's float parameters → those of the encoder with quantization="int8", as a loader
+    makes them one by one."""
+    return unflatten(
+        {
+            path: quantize(leaf) if applies(path) else np.asarray(leaf)
+            for path, leaf in flatten(params).items()
+        }
+    )

@@ -1,4 +1,5 @@
-"""Attention against the definition in float64: lengths, bias, scale, and samples with nothing to attend to."""
+"""Attention against the definition in float64: lengths, bias, scale, and samples with nothing to
+attend to."""
 
 from __future__ import annotations
 
@@ -23,9 +24,15 @@ def definition(q, k, v, lengths=None, bias=None, scale=None):
     for b in range(q.shape[0]):
         count = k.shape[1] if lengths is None else lengths[b]
         for head in range(q.shape[2]) if count else ():
-            logits = q[b, :, head].astype(np.float64) @ k[b, :count, head].T * (q.shape[-1] ** -0.5 if scale is None else scale)
+            logits = (
+                q[b, :, head].astype(np.float64)
+                @ k[b, :count, head].T
+                * (q.shape[-1] ** -0.5 if scale is None else scale)
+            )
             if bias is not None:
-                logits += np.broadcast_to(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))[b, head, :, :count]
+                logits += np.broadcast_to(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))[
+                    b, head, :, :count
+                ]
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             out[b, :, head] = weights / weights.sum(-1, keepdims=True) @ v[b, :count, head]
     return out
@@ -45,7 +52,9 @@ def test_attention_is_its_definition(lengths, biased, scale):
 def test_length_zero_gives_zeros_and_finite_gradients():
     q, k, v = draw()
     lengths = jnp.array([0, 7, 0])
-    out, gradient = jax.value_and_grad(lambda k: attention(q, k, v, lengths=lengths).sum())(jnp.asarray(k))
+    out, gradient = jax.value_and_grad(lambda k: attention(q, k, v, lengths=lengths).sum())(
+        jnp.asarray(k)
+    )
     assert np.isfinite(out) and np.isfinite(gradient).all()
     assert not np.any(gradient[0]) and not np.any(attention(q, k, v, lengths=lengths)[0])
 
@@ -68,7 +77,9 @@ def test_unknown_backend_is_named():
 @pytest.mark.parametrize("how", ["all_gather", "ring", "replicated"])
 def test_on_one_device_every_way_of_context_attention_is_plain_attention(how):
     q, k, v = draw(n=7)
-    np.testing.assert_array_equal(self_attention(q, k, v, context_attention=how), attention(q, k, v).reshape(3, 7, -1))
+    np.testing.assert_array_equal(
+        self_attention(q, k, v, context_attention=how), attention(q, k, v).reshape(3, 7, -1)
+    )
 
 
 def test_unknown_context_attention_is_named():

@@ -1,4 +1,5 @@
-"""The backends of attention: which one is taken where, that splash (interpreted) is xla, on one device and in a block under remat."""
+"""The backends of attention: which one is taken where, that splash (interpreted) is xla, on one
+device and in a block under remat."""
 
 from __future__ import annotations
 
@@ -19,13 +20,25 @@ def call(platform="gpu", queries=1024, keys=1024, head_dim=72, dtype="bfloat16",
 @pytest.mark.parametrize(
     "chosen, of",
     [
-        ("cudnn", call()), ("cudnn", call(keys=120, lengths=True)), ("cudnn", call(queries=64, keys=64, head_dim=32)),
-        ("xla", call(dtype="float32")), ("xla", call(bias=True)), ("xla", call(head_dim=512)), ("xla", call(head_dim=12)),
-        ("xla", call(keys=32)), ("splash", call("tpu")), ("splash", call("tpu", 256, 256)), ("splash", call("tpu", dtype="float32")),
-        ("splash", call("tpu", 4096, 4096, 512)), ("xla", call("tpu", 4096, 120, lengths=True)),
-        ("xla", call("tpu", 4096, 300, lengths=True)), ("xla", call("tpu", 64, 64)), ("xla", call("tpu", bias=True)), ("xla", call("cpu")),
+        ("cudnn", call()),
+        ("cudnn", call(keys=120, lengths=True)),
+        ("cudnn", call(queries=64, keys=64, head_dim=32)),
+        ("xla", call(dtype="float32")),
+        ("xla", call(bias=True)),
+        ("xla", call(head_dim=512)),
+        ("xla", call(head_dim=12)),
+        ("xla", call(keys=32)),
+        ("splash", call("tpu")),
+        ("splash", call("tpu", 256, 256)),
+        ("splash", call("tpu", dtype="float32")),
+        ("splash", call("tpu", 4096, 4096, 512)),
+        ("xla", call("tpu", 4096, 120, lengths=True)),
+        ("xla", call("tpu", 4096, 300, lengths=True)),
+        ("xla", call("tpu", 64, 64)),
+        ("xla", call("tpu", bias=True)),
+        ("xla", call("cpu")),
     ],
-)  # fmt: skip
+)
 def test_auto_chooses_by_platform_and_shape(chosen, of):
     assert choose(of) == chosen
     assert backends.refusal(chosen, of) is None and backends.named("auto", of) == chosen
@@ -34,12 +47,23 @@ def test_auto_chooses_by_platform_and_shape(chosen, of):
 @pytest.mark.parametrize(
     "name, of, says",
     [
-        ("cudnn", call("cpu"), "runs on a CUDA GPU, and this program is for a CPU; 'auto' would take 'xla'"),
-        ("splash", call("gpu"), "runs on a TPU, and this program is for a GPU; 'auto' would take 'cudnn'"),
-        ("cudnn", call(dtype="float32"), "not in float32"), ("cudnn", call(head_dim=12), "not of 12"), ("cudnn", call(bias=True), "bias"),
-        ("splash", call("tpu", dtype="float16"), "not in float16"), ("cudann", call(), "did you mean 'cudnn'"),
+        (
+            "cudnn",
+            call("cpu"),
+            "runs on a CUDA GPU, and this program is for a CPU; 'auto' would take 'xla'",
+        ),
+        (
+            "splash",
+            call("gpu"),
+            "runs on a TPU, and this program is for a GPU; 'auto' would take 'cudnn'",
+        ),
+        ("cudnn", call(dtype="float32"), "not in float32"),
+        ("cudnn", call(head_dim=12), "not of 12"),
+        ("cudnn", call(bias=True), "bias"),
+        ("splash", call("tpu", dtype="float16"), "not in float16"),
+        ("cudann", call(), "did you mean 'cudnn'"),
     ],
-)  # fmt: skip
+)
 def test_a_backend_that_cannot_run_here_says_why(name, of, says):
     with pytest.raises(UserError) as fault:
         backends.named(name, of)
@@ -47,7 +71,11 @@ def test_a_backend_that_cannot_run_here_says_why(name, of, says):
 
 
 def test_the_models_config_names_a_backend_and_its_parameters_are_made_anywhere():
-    model = PixArtTransformer(TransformerConfig(depth=1, width=32, heads=2, caption_width=8, text_tokens=4, attention_backend="splash"))
+    model = PixArtTransformer(
+        TransformerConfig(
+            depth=1, width=32, heads=2, caption_width=8, text_tokens=4, attention_backend="splash"
+        )
+    )
     inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros((1, 4, 8)), jnp.ones(1, jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     with pytest.raises(UserError, match="'splash' runs on a TPU"):
@@ -57,7 +85,9 @@ def test_the_models_config_names_a_backend_and_its_parameters_are_made_anywhere(
 def test_the_platform_is_that_of_the_mesh_and_else_of_this_process():
     assert backends.platform() == "cpu"
     device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((4,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+    mesh = jax.sharding.AbstractMesh(
+        (4,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device
+    )
     with jax.sharding.use_abstract_mesh(mesh):
         assert backends.platform() == "tpu"
 
@@ -85,12 +115,17 @@ def test_splash_equals_xla_forward_and_in_gradients(b, n, m, k, lengths):
 
     def run(attend, *given, **how):
         def both(q, keys, values, d_out):
-            out, back = jax.vjp(lambda *qkv: attend(*qkv, lengths, *given, 72**-0.5, **how), q, keys, values)
+            out, back = jax.vjp(
+                lambda *qkv: attend(*qkv, lengths, *given, 72**-0.5, **how), q, keys, values
+            )
             return out, back(d_out)
 
         return jax.jit(both)(q, keys, values, d_out)
 
-    (ours, our_gradients), (theirs, their_gradients) = run(splash.attend, interpret=True), run(dense.attend, None)
+    (ours, our_gradients), (theirs, their_gradients) = (
+        run(splash.attend, interpret=True),
+        run(dense.attend, None),
+    )
     np.testing.assert_allclose(ours, theirs, atol=3e-6)
     for one, other in zip(our_gradients, their_gradients, strict=True):
         assert np.isfinite(one).all()
@@ -100,7 +135,9 @@ def test_splash_equals_xla_forward_and_in_gradients(b, n, m, k, lengths):
         assert not np.any(ours[empty]) and not any(np.any(g[empty]) for g in our_gradients)
 
 
-@pytest.mark.parametrize("tokens", [1, 120, 128, 256, 300, 1000, 1024, 1040, 2304, 4080, 4096, 4200, 16384])
+@pytest.mark.parametrize(
+    "tokens", [1, 120, 128, 256, 300, 1000, 1024, 1040, 2304, 4080, 4096, 4200, 16384]
+)
 def test_blocks_are_whole_lanes_and_waste_less_than_a_tenth_of_many_tokens(tokens):
     size = splash.block(tokens)
     padded = -(-tokens // size) * size

@@ -1,4 +1,5 @@
-"""The class-conditional DiT against PyTorch with the same weights: diffusers' model, and the published formulas written out."""
+"""The class-conditional DiT against PyTorch with the same weights: diffusers' model, and the
+published formulas written out."""
 
 from __future__ import annotations
 
@@ -18,31 +19,51 @@ from pixart_jax.models import remat
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.weights import dit as names
 from pixart_jax.weights.table import flatten, write
-from tests.models.pixart_reference import abstract_params, randomise, read_state_dict, relative_error
+from tests.models.pixart_reference import (
+    abstract_params,
+    randomise,
+    read_state_dict,
+    relative_error,
+)
 
 
 def tiny(**overrides) -> DiTConfig:
-    return DiTConfig(**{"depth": 3, "width": 24, "heads": 2, "num_classes": 5, "sample_size": 8, **overrides})
+    return DiTConfig(
+        **{"depth": 3, "width": 24, "heads": 2, "num_classes": 5, "sample_size": 8, **overrides}
+    )
 
 
 def dit_shapes(config: DiTConfig) -> dict:
     p = config.patch_size
-    return abstract_params(DiT(config), jnp.zeros((1, p, p, config.in_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
+    return abstract_params(
+        DiT(config),
+        jnp.zeros((1, p, p, config.in_channels)),
+        jnp.zeros((1,)),
+        jnp.zeros((1,), jnp.int32),
+    )
 
 
 def random_params(config: DiTConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.8 / config.width**0.5).astype(np.float32), dit_shapes(config))
+    return jax.tree.map(
+        lambda s: (rng.normal(size=s.shape) * 0.8 / config.width**0.5).astype(np.float32),
+        dit_shapes(config),
+    )
 
 
 def inputs(config: DiTConfig, height: int, width: int, labels: list[int], seed: int = 0):
     rng = np.random.default_rng(seed)
     latents = rng.normal(size=(len(labels), height, width, config.in_channels)).astype(np.float32)
-    return latents, rng.uniform(0, 999, size=len(labels)).astype(np.float32), np.array(labels, np.int32)
+    return (
+        latents,
+        rng.uniform(0, 999, size=len(labels)).astype(np.float32),
+        np.array(labels, np.int32),
+    )
 
 
 def published_dit(state: dict, config: DiTConfig, latents, timesteps, labels) -> np.ndarray:
-    """DiT as its paper and its released weights have it, in float64 PyTorch, over a state dict with the official names."""
+    """DiT as its paper and its released weights have it, in float64 PyTorch, over a state dict with
+    the official names."""
     w = {key: torch.tensor(np.asarray(value), dtype=torch.float64) for key, value in state.items()}
     d, heads, p = config.width, config.heads, config.patch_size
 
@@ -60,19 +81,34 @@ def published_dit(state: dict, config: DiTConfig, latents, timesteps, labels) ->
     base = config.sample_size / p
     for half, count in ((0, columns), (1, rows)):
         places = torch.arange(count, dtype=torch.float64) * base / count
-        table = torch.cat([torch.sin(places[:, None] * frequency), torch.cos(places[:, None] * frequency)], 1)
+        table = torch.cat(
+            [torch.sin(places[:, None] * frequency), torch.cos(places[:, None] * frequency)], 1
+        )
         index = torch.arange(rows * columns)
-        x[..., half * d // 2 : (half + 1) * d // 2] += table[index % columns if half == 0 else index // columns]
+        x[..., half * d // 2 : (half + 1) * d // 2] += table[
+            index % columns if half == 0 else index // columns
+        ]
     frequency = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
     angles = torch.tensor(timesteps, dtype=torch.float64)[:, None] * frequency
-    t = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    t = linear(
+        "t_embedder.mlp.2",
+        F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))),
+    )
     condition = F.silu(t + w["y_embedder.embedding_table.weight"][torch.tensor(labels).long()])
     for i in range(config.depth):
         name = f"blocks.{i}"
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(f"{name}.adaLN_modulation.1", condition).chunk(6, 1)
-        qkv = linear(f"{name}.attn.qkv", norm(x, shift_a, scale_a)).reshape(len(x), -1, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(
+            f"{name}.adaLN_modulation.1", condition
+        ).chunk(6, 1)
+        qkv = (
+            linear(f"{name}.attn.qkv", norm(x, shift_a, scale_a))
+            .reshape(len(x), -1, 3, heads, d // heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         weights = torch.softmax(qkv[0] @ qkv[1].transpose(-1, -2) / math.sqrt(d // heads), -1)
-        x = x + gate_a[:, None] * linear(f"{name}.attn.proj", (weights @ qkv[2]).transpose(1, 2).reshape(x.shape))
+        x = x + gate_a[:, None] * linear(
+            f"{name}.attn.proj", (weights @ qkv[2]).transpose(1, 2).reshape(x.shape)
+        )
         hidden = F.gelu(linear(f"{name}.mlp.fc1", norm(x, shift_m, scale_m)), approximate="tanh")
         x = x + gate_m[:, None] * linear(f"{name}.mlp.fc2", hidden)
     shift, scale = linear("final_layer.adaLN_modulation.1", condition).chunk(2, 1)
@@ -83,7 +119,11 @@ def published_dit(state: dict, config: DiTConfig, latents, timesteps, labels) ->
 
 @pytest.mark.parametrize(
     "overrides, size",
-    [({}, (8, 8)), ({"patch_size": 4, "in_channels": 3, "out_channels": 6}, (8, 12)), ({"width": 84, "heads": 3}, (10, 6))],
+    [
+        ({}, (8, 8)),
+        ({"patch_size": 4, "in_channels": 3, "out_channels": 6}, (8, 12)),
+        ({"width": 84, "heads": 3}, (10, 6)),
+    ],
 )
 def test_forward_equals_the_published_formulas(overrides, size):
     config = tiny(**overrides)
@@ -103,17 +143,23 @@ def test_forward_equals_diffusers():
         "num_embeds_ada_norm": 5,
     }
     theirs = randomise(DiTTransformer2DModel(**config, norm_eps=1e-6))
-    for block in theirs.transformer_blocks[1:]:  # every block carries a copy of the embedders, equal in a released file
+    # every block carries a copy of the embedders, equal in a released file
+    for block in theirs.transformer_blocks[1:]:
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
-    for block in theirs.transformer_blocks:  # diffusers divides the frequencies' exponent by 127; the model was trained with 128
+    # diffusers divides the frequencies' exponent by 127; the model was trained with 128
+    for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     ours = names.config_from_json({"_class_name": names.DIFFUSERS_CLASS_NAME, **theirs.config})
     assert ours == tiny()
-    params = read_state_dict(names.DIFFUSERS, dit_shapes(ours), theirs.state_dict(), ignore=names.diffusers_ignore(3))
+    params = read_state_dict(
+        names.DIFFUSERS, dit_shapes(ours), theirs.state_dict(), ignore=names.diffusers_ignore(3)
+    )
     latents, timesteps, labels = inputs(ours, 8, 8, [2, 5])
     with torch.no_grad():
         x = torch.tensor(latents).permute(0, 3, 1, 2)
-        reference = theirs(x, timestep=torch.tensor(timesteps), class_labels=torch.tensor(labels)).sample
+        reference = theirs(
+            x, timestep=torch.tensor(timesteps), class_labels=torch.tensor(labels)
+        ).sample
     result = jax.jit(DiT(ours).apply)({"params": params}, latents, timesteps, labels)
     assert relative_error(result, reference.permute(0, 2, 3, 1).numpy()) <= 1e-5
 
@@ -124,7 +170,12 @@ def test_official_names_round_trip_and_tell_the_config():
     state = write(names.OFFICIAL, params)
     assert state["blocks.1.attn.qkv.weight"].shape == (3 * 384, 384)
     state["pos_embed"] = np.zeros((1, 16, 384), np.float32)
-    assert names.config_from_official({k: v.shape for k, v in state.items()}, pos_embed=state["pos_embed"]) == config
+    assert (
+        names.config_from_official(
+            {k: v.shape for k, v in state.items()}, pos_embed=state["pos_embed"]
+        )
+        == config
+    )
     back = read_state_dict(names.OFFICIAL, dit_shapes(config), state, ignore=names.OFFICIAL_IGNORE)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
@@ -138,14 +189,23 @@ def test_config_survives_its_json():
 
 def test_parameter_count_is_that_of_the_published_xl_2():
     """675,129,632 with the fixed position table, 256 · 1152, that the official file counts."""
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dit_shapes(DiTConfig.preset("XL/2")))) == 675_129_632 - 256 * 1152
+    assert (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dit_shapes(DiTConfig.preset("XL/2"))))
+        == 675_129_632 - 256 * 1152
+    )
 
 
 def test_blocks_start_as_the_identity_and_the_output_as_zero():
     config = tiny()
-    params = nn.unbox(jax.jit(DiT(config).init)(jax.random.key(0), *inputs(config, 8, 8, [1])))["params"]
+    params = nn.unbox(jax.jit(DiT(config).init)(jax.random.key(0), *inputs(config, 8, 8, [1])))[
+        "params"
+    ]
     for path, value in flatten(params).items():
-        zero = path.endswith("bias") or path in ("blocks/modulation/kernel", "final_modulation/kernel", "final/kernel")
+        zero = path.endswith("bias") or path in (
+            "blocks/modulation/kernel",
+            "final_modulation/kernel",
+            "final/kernel",
+        )
         assert np.any(value) != zero, path
     assert np.std(params["label_embedder"]["table"]) == pytest.approx(0.02, rel=0.25)
     assert not np.any(jax.jit(DiT(config).apply)({"params": params}, *inputs(config, 8, 8, [1])))
@@ -156,17 +216,28 @@ def test_gradients_do_not_depend_on_remat():
     params, args = random_params(config), inputs(config, 8, 8, [1, 5])
 
     def gradients(name):
-        return flatten(jax.jit(jax.grad(lambda p: jnp.square(DiT(config, remat=name).apply({"params": p}, *args)).mean()))(params))
+        return flatten(
+            jax.jit(
+                jax.grad(
+                    lambda p: jnp.square(DiT(config, remat=name).apply({"params": p}, *args)).mean()
+                )
+            )(params)
+        )
 
     kept, again = gradients("none"), gradients("full")
     assert "full" in remat.NAMES
     largest = max(np.abs(value).max() for value in kept.values())
     for path, value in kept.items():
-        assert np.abs(again[path] - value).max() <= 1e-5 * max(np.abs(value).max(), 1e-3 * largest), path
+        assert np.abs(again[path] - value).max() <= 1e-5 * max(
+            np.abs(value).max(), 1e-3 * largest
+        ), path
 
 
 def test_bf16_compute_stays_near_fp32():
     config = tiny(width=48)
     params, args = random_params(config), inputs(config, 8, 8, [1, 5])
-    rounded, exact = (jax.jit(DiT(config, dtype).apply)({"params": params}, *args) for dtype in (jnp.bfloat16, jnp.float32))
+    rounded, exact = (
+        jax.jit(DiT(config, dtype).apply)({"params": params}, *args)
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
     assert relative_error(rounded, exact) <= 0.05

@@ -13,7 +13,13 @@ from diffusers import PixArtTransformer2DModel
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.weights.streaming import read
 from pixart_jax.weights.transformer import DIFFUSERS, config_from_json
-from tests.models.pixart_reference import inputs, randomise, relative_error, run_diffusers, transformer_shapes
+from tests.models.pixart_reference import (
+    inputs,
+    randomise,
+    relative_error,
+    run_diffusers,
+    transformer_shapes,
+)
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -21,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 def test_xl_2_equals_diffusers_at_256_and_512_px(whole_memory):
     with torch.device("meta"):  # their own init would take longer than the forward pass
-        theirs = PixArtTransformer2DModel(sample_size=64, caption_channels=4096, use_additional_conditions=False)
+        theirs = PixArtTransformer2DModel(
+            sample_size=64, caption_channels=4096, use_additional_conditions=False
+        )
     position = theirs.pos_embed
     theirs = theirs.to_empty(device="cpu")
     theirs.pos_embed = type(position)(  # its table is a buffer, computed at init
@@ -29,12 +37,20 @@ def test_xl_2_equals_diffusers_at_256_and_512_px(whole_memory):
     )
     randomise(theirs)
     config = config_from_json(theirs.config)
-    cases = [inputs(config, height, width, [20], seed) for seed, (height, width) in enumerate([(32, 32), (64, 64)])]
+    cases = [
+        inputs(config, height, width, [20], seed)
+        for seed, (height, width) in enumerate([(32, 32), (64, 64)])
+    ]
     references = [run_diffusers(theirs, **args) for args in cases]
 
     state = theirs.state_dict()
     del theirs
-    params = read(DIFFUSERS, transformer_shapes(config), {key: value.numpy() for key, value in state.items()}, source="diffusers")
+    params = read(
+        DIFFUSERS,
+        transformer_shapes(config),
+        {key: value.numpy() for key, value in state.items()},
+        source="diffusers",
+    )
     state.clear()
     gc.collect()
     apply = jax.jit(PixArtTransformer(config).apply)

@@ -1,4 +1,5 @@
-"""PixArt-Σ's key and value compression, against PyTorch with the same weights, and what it promises by itself."""
+"""PixArt-Σ's key and value compression, against PyTorch with the same weights, and what it promises
+by itself."""
 
 from __future__ import annotations
 
@@ -16,31 +17,56 @@ from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.weights import transformer as names
 from pixart_jax.weights.table import flatten
 from tests.models.official_reference import OfficialPixArt, run_official
-from tests.models.pixart_reference import inputs, randomise, read_state_dict, relative_error, transformer_shapes
+from tests.models.pixart_reference import (
+    inputs,
+    randomise,
+    read_state_dict,
+    relative_error,
+    transformer_shapes,
+)
 
-SIZES = {"depth": 4, "width": 24, "heads": 2, "caption_width": 20, "text_tokens": 9, "sample_size": 8}
+SIZES = {
+    "depth": 4,
+    "width": 24,
+    "heads": 2,
+    "caption_width": 20,
+    "text_tokens": 9,
+    "sample_size": 8,
+}
 
 
 def sigma(**overrides) -> TransformerConfig:
-    return TransformerConfig(**{**SIZES, "kv_compression": 2, "kv_compression_layers": (2, 3), **overrides})
+    return TransformerConfig(
+        **{**SIZES, "kv_compression": 2, "kv_compression_layers": (2, 3), **overrides}
+    )
 
 
 def pair(config: TransformerConfig) -> tuple[OfficialPixArt, dict]:
     """(the reference, our parameters of the same values)."""
     theirs = randomise(OfficialPixArt(config))
     state = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    return theirs, read_state_dict(names.official(config), transformer_shapes(config), state, ignore=names.OFFICIAL_IGNORE)
+    return theirs, read_state_dict(
+        names.official(config), transformer_shapes(config), state, ignore=names.OFFICIAL_IGNORE
+    )
 
 
 CASES = {
     "the last layers, square": (sigma(), (8, 8), [7, 7]),
     "not square, ragged texts": (sigma(), (8, 12), [1, 7, 4]),
     "some layers": (sigma(kv_compression_layers=(0, 2)), (12, 8), [5, 2]),
-    "all layers, ratio 4": (sigma(kv_compression=4, kv_compression_layers=(0, 1, 2, 3)), (16, 8), [3, 6]),
+    "all layers, ratio 4": (
+        sigma(kv_compression=4, kv_compression_layers=(0, 1, 2, 3)),
+        (16, 8),
+        [3, 6],
+    ),
     "a grid that the ratio does not divide": (sigma(kv_compression=3), (10, 14), [3, 6]),
     "with query and key norm": (sigma(qk_norm=True), (8, 12), [6, 3]),
     "with size conditions": (sigma(size_conditions=True), (8, 12), [6, 3]),
-    "none, query and key norm": (sigma(kv_compression=1, kv_compression_layers=(), qk_norm=True), (8, 12), [6, 3]),
+    "none, query and key norm": (
+        sigma(kv_compression=1, kv_compression_layers=(), qk_norm=True),
+        (8, 12),
+        [6, 3],
+    ),
 }
 
 
@@ -60,7 +86,9 @@ def test_gradients_equal_the_references_under_every_remat_policy():
     args = inputs(config, 8, 12, [3, 5])
     mask = torch.arange(5) < torch.tensor([[3], [5]])
     tensors = (torch.tensor(args[name]) for name in ("timesteps", "text_states"))
-    theirs(torch.tensor(args["latents"]).permute(0, 3, 1, 2), *tensors, mask).square().mean().backward()
+    theirs(
+        torch.tensor(args["latents"]).permute(0, 3, 1, 2), *tensors, mask
+    ).square().mean().backward()
     state = {key: value.grad.numpy() for key, value in theirs.named_parameters()}
     shapes = transformer_shapes(config)
     shapes.pop("null_caption")  # a buffer
@@ -68,20 +96,36 @@ def test_gradients_equal_the_references_under_every_remat_policy():
     largest = max(np.abs(value).max() for value in want.values())
     for policy in remat.NAMES:
         module = PixArtTransformer(config, remat=policy)
-        got = flatten(jax.jit(jax.grad(lambda p: jnp.square(module.apply({"params": p}, **args)).mean()))(params))  # noqa: B023
-        assert np.abs(want["kv_compression/kernel"]).max() > 1e-3 * largest, "the convolution matters in this test"
+        got = flatten(
+            jax.jit(
+                jax.grad(
+                    lambda p, module=module: jnp.square(module.apply({"params": p}, **args)).mean()
+                )
+            )(  # noqa: E501
+                params
+            )
+        )  # noqa: B023
+        assert np.abs(want["kv_compression/kernel"]).max() > 1e-3 * largest, (
+            "the convolution matters in this test"
+        )
         for path, value in want.items():
-            assert np.abs(got[path] - value).max() <= 1e-4 * max(np.abs(value).max(), 1e-2 * largest), (policy, path)
+            assert np.abs(got[path] - value).max() <= 1e-4 * max(
+                np.abs(value).max(), 1e-2 * largest
+            ), (policy, path)
 
 
 def test_text_encoded_once_gives_the_same_as_the_whole_model():
     config = sigma(size_conditions=True)
     _, params = pair(config)
     module, args = PixArtTransformer(config), inputs(config, 8, 12, [2, 5])
-    text = module.apply({"params": params}, args["text_states"], args["text_lengths"], method="encode_text")
+    text = module.apply(
+        {"params": params}, args["text_states"], args["text_lengths"], method="encode_text"
+    )
     times = args["timesteps"][:1]
     args["timesteps"] = np.repeat(times, 2)
-    conditioning = module.apply({"params": params}, times, args["size"], args["aspect_ratio"], method="encode_times")
+    conditioning = module.apply(
+        {"params": params}, times, args["size"], args["aspect_ratio"], method="encode_times"
+    )
     denoise = jax.jit(lambda *args: module.apply({"params": params}, *args, method="denoise"))
     split, _ = denoise(args["latents"], jax.tree.map(lambda a: a[0], conditioning), text)
     assert relative_error(split, jax.jit(module.apply)({"params": params}, **args)) <= 1e-6
@@ -91,7 +135,10 @@ def test_bf16_stays_near_fp32():
     config = sigma(width=48)
     _, params = pair(config)
     args = inputs(config, 8, 12, [3, 5])
-    exact, rounded = (jax.jit(PixArtTransformer(config, dtype).apply)({"params": params}, **args) for dtype in (jnp.float32, jnp.bfloat16))
+    exact, rounded = (
+        jax.jit(PixArtTransformer(config, dtype).apply)({"params": params}, **args)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     assert rounded.dtype == jnp.float32 and relative_error(rounded, exact) <= 0.05
 
 
@@ -101,14 +148,24 @@ def test_a_result_does_not_depend_on_the_batch_it_ran_in():
     args, apply = inputs(config, 8, 8, [3, 5, 5]), jax.jit(PixArtTransformer(config).apply)
     whole = apply({"params": params}, **args)
     for i in range(3):
-        assert relative_error(apply({"params": params}, **{k: v[i : i + 1] for k, v in args.items()})[0], whole[i]) <= 1e-5
+        assert (
+            relative_error(
+                apply({"params": params}, **{k: v[i : i + 1] for k, v in args.items()})[0], whole[i]
+            )
+            <= 1e-5
+        )
 
 
 def test_it_starts_as_the_normalised_mean_of_each_patch_group():
     config = sigma()
     args = inputs(config, 2, 2, [2])  # one patch: parameters do not depend on the grid
-    params = nn.unbox(jax.jit(PixArtTransformer(config).init)(jax.random.key(0), **args))["params"]["kv_compression"]
-    by = Compression(jnp.bool_(True), *(params[name][0] for name in ("kernel", "bias", "norm_scale", "norm_bias")))
+    params = nn.unbox(jax.jit(PixArtTransformer(config).init)(jax.random.key(0), **args))["params"][
+        "kv_compression"
+    ]
+    by = Compression(
+        jnp.bool_(True),
+        *(params[name][0] for name in ("kernel", "bias", "norm_scale", "norm_bias")),
+    )
     tokens = np.random.default_rng(0).normal(size=(2, 24, 24)).astype(np.float32)
     mean = tokens.reshape(2, 2, 2, 3, 2, 24).mean((2, 4)).reshape(2, 6, 24)
     want = torch.nn.functional.layer_norm(torch.tensor(mean), (24,)).numpy()
@@ -119,7 +176,10 @@ def primitives(jaxpr) -> list[str]:
     found = []
     for eqn in jaxpr.eqns:
         found.append(eqn.primitive.name)
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "jaxpr") or hasattr(leaf, "eqns")):
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()),
+            is_leaf=lambda leaf: hasattr(leaf, "jaxpr") or hasattr(leaf, "eqns"),
+        ):
             inner = getattr(inner, "jaxpr", inner)
             found += primitives(inner) if hasattr(inner, "eqns") else []
     return found
@@ -128,18 +188,29 @@ def primitives(jaxpr) -> list[str]:
 def test_layers_without_it_and_models_without_it_compute_nothing_of_it():
     def program(config):
         shapes, args = transformer_shapes(config), inputs(config, 8, 8, [3])
-        return primitives(jax.make_jaxpr(PixArtTransformer(config).apply)({"params": shapes}, **args).jaxpr)
+        return primitives(
+            jax.make_jaxpr(PixArtTransformer(config).apply)({"params": shapes}, **args).jaxpr
+        )
 
     plain = program(sigma(kv_compression=1, kv_compression_layers=()))
     compressed = program(sigma())
     assert plain.count("scan") == compressed.count("scan") == 1, "one loop over all blocks"
-    assert "cond" not in plain and compressed.count("cond") == 1, "a layer computes one of the two ways"
-    assert "kv_compression" not in transformer_shapes(sigma(kv_compression=1, kv_compression_layers=()))
+    assert "cond" not in plain and compressed.count("cond") == 1, (
+        "a layer computes one of the two ways"
+    )
+    assert "kv_compression" not in transformer_shapes(
+        sigma(kv_compression=1, kv_compression_layers=())
+    )
 
 
 def test_parameters_are_those_of_the_compressed_layers_alone():
     plain, released = (
-        sum(leaf.size for leaf in jax.tree.leaves(transformer_shapes(TransformerConfig.preset("XL/2", text_tokens=300, **more))))
+        sum(
+            leaf.size
+            for leaf in jax.tree.leaves(
+                transformer_shapes(TransformerConfig.preset("XL/2", text_tokens=300, **more))
+            )
+        )
         for more in ({}, {"kv_compression": 2, "kv_compression_layers": tuple(range(14, 28))})
     )
     assert released - plain == 14 * 1152 * (2 * 2 + 1 + 2)
@@ -149,17 +220,25 @@ def test_config_survives_its_json():
     config = sigma(position_scale=0.5)
     data = names.config_to_json(config)
     assert data["kv_compression"] == 2 and data["kv_compression_layers"] == [2, 3]
-    assert names.config_from_json(data) == config and hash(names.config_from_json(data)) == hash(config)
+    assert names.config_from_json(data) == config and hash(names.config_from_json(data)) == hash(
+        config
+    )
     assert "kv_compression" not in names.config_to_json(TransformerConfig(**SIZES))
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"kv_compression": 0, "kv_compression_layers": ()}, "kv_compression = 0: must be at least 1"),
+        (
+            {"kv_compression": 0, "kv_compression_layers": ()},
+            "kv_compression = 0: must be at least 1",
+        ),
         ({"kv_compression_layers": ()}, "must name at least one layer with kv_compression = 2"),
         ({"kv_compression": 1}, r"kv_compression_layers = \(2, 3\): must name no layer"),
-        ({"kv_compression_layers": (3, 4)}, r"kv_compression_layers = \(3, 4\): must be layers of 0 … 3"),
+        (
+            {"kv_compression_layers": (3, 4)},
+            r"kv_compression_layers = \(3, 4\): must be layers of 0 … 3",
+        ),
         ({"kv_compression_layers": (3, 2)}, "ascending"),
         ({"kv_compression_layers": (2, 2)}, "each once"),
         ({"kv_compression_layers": ("2",)}, "must be layers of 0 … 3"),
@@ -174,5 +253,9 @@ def test_a_bad_option_is_named(fields, message):
 def test_a_grid_smaller_than_the_ratio_is_named():
     config = sigma(kv_compression=4)
     _, params = pair(config)
-    with pytest.raises(UserError, match="3 × 5 patches is too small for kv_compression = 4: latents of at least 8 × 8 would do"):
+    with pytest.raises(
+        UserError,
+        match="3 × 5 patches is too small for kv_compression = 4: latents of at least 8 × 8 would "
+        "do",
+    ):
         PixArtTransformer(config).apply({"params": params}, **inputs(config, 6, 10, [3]))

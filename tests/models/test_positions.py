@@ -10,7 +10,9 @@ import pytest
 from pixart_jax.models.positions import sincos_2d
 
 
-@pytest.mark.parametrize("height, width, dim, base, scale", [(4, 4, 16, 4, 1.0), (3, 5, 8, 16, 2.0), (6, 2, 24, 32, 0.5)])
+@pytest.mark.parametrize(
+    "height, width, dim, base, scale", [(4, 4, 16, 4, 1.0), (3, 5, 8, 16, 2.0), (6, 2, 24, 32, 0.5)]
+)
 def test_table_is_the_formula_entry_by_entry(height, width, dim, base, scale):
     table = sincos_2d(height, width, dim, base, scale)
     assert table.shape == (height * width, dim) and table.dtype == np.float32
@@ -21,7 +23,9 @@ def test_table_is_the_formula_entry_by_entry(height, width, dim, base, scale):
             for place, count in ((column, width), (row, height)):  # x first
                 coordinate = place / (count / base) / scale
                 for function in (math.sin, math.cos):
-                    expected += [function(coordinate / 10000 ** (j / quarter)) for j in range(quarter)]
+                    expected += [
+                        function(coordinate / 10000 ** (j / quarter)) for j in range(quarter)
+                    ]
             np.testing.assert_allclose(table[row * width + column], expected, atol=1e-6)
 
 
@@ -29,8 +33,14 @@ def test_table_is_the_formula_entry_by_entry(height, width, dim, base, scale):
 def test_table_equals_diffusers(height, width):
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-    theirs = get_2d_sincos_pos_embed(32, (height, width), base_size=16, interpolation_scale=2.0, output_type="pt")
-    np.testing.assert_allclose(sincos_2d(height, width, 32, 16, 2.0), np.asarray(theirs).reshape(height * width, 32), atol=1e-6)
+    theirs = get_2d_sincos_pos_embed(
+        32, (height, width), base_size=16, interpolation_scale=2.0, output_type="pt"
+    )
+    np.testing.assert_allclose(
+        sincos_2d(height, width, 32, 16, 2.0),
+        np.asarray(theirs).reshape(height * width, 32),
+        atol=1e-6,
+    )
 
 
 def test_a_finer_grid_passes_through_the_coarse_ones_places():

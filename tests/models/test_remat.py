@@ -14,15 +14,24 @@ from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.planning.arithmetic import products
 
 pytestmark = pytest.mark.usefixtures("optimized")
-CONFIG = TransformerConfig(depth=4, width=64, heads=4, caption_width=16, text_tokens=8, sample_size=16)
+CONFIG = TransformerConfig(
+    depth=4, width=64, heads=4, caption_width=16, text_tokens=8, sample_size=16
+)
 
 
 def gradient(name: str):
     """(the traced gradient of a loss in the parameters, its arguments)."""
     keys = jax.random.split(jax.random.key(0), 3)
-    inputs = jax.random.normal(keys[0], (4, 16, 16, 4)), jnp.arange(4.0), jax.random.normal(keys[1], (4, 8, 16)), jnp.full(4, 8)
+    inputs = (
+        jax.random.normal(keys[0], (4, 16, 16, 4)),
+        jnp.arange(4.0),
+        jax.random.normal(keys[1], (4, 8, 16)),
+        jnp.full(4, 8),
+    )
     module = PixArtTransformer(CONFIG, remat=name)
-    params = jax.tree.map(lambda x: x + 0.01, jax.jit(PixArtTransformer(CONFIG).init)(keys[2], *inputs)["params"])
+    params = jax.tree.map(
+        lambda x: x + 0.01, jax.jit(PixArtTransformer(CONFIG).init)(keys[2], *inputs)["params"]
+    )
 
     def loss(params):
         return jnp.square(module.apply({"params": params}, *inputs)).mean()
@@ -38,7 +47,9 @@ def test_every_policy_gives_the_same_gradients_and_less_is_kept_from_none_to_ful
         program = traced.lower().compile()
         made[name] = (program.memory_analysis().temp_size_in_bytes, program(params))
     for name in NAMES:
-        for ours, theirs in zip(jax.tree.leaves(made[name][1]), jax.tree.leaves(made["none"][1]), strict=True):
+        for ours, theirs in zip(
+            jax.tree.leaves(made[name][1]), jax.tree.leaves(made["none"][1]), strict=True
+        ):
             np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()) + 1e-8)
     order = ["none", "dots", "attention_out", "full"]
     kept = [made[name][0] for name in order]
@@ -46,7 +57,8 @@ def test_every_policy_gives_the_same_gradients_and_less_is_kept_from_none_to_ful
 
 
 def test_only_none_keeps_what_attention_makes_for_each_pair_of_tokens():
-    """Logits and probabilities [.., n, m] of the 64 image tokens over themselves or the 8 text tokens, stacked over the blocks."""
+    """Logits and probabilities [.., n, m] of the 64 image tokens over themselves or the 8 text
+    tokens, stacked over the blocks."""
     pairs = {(64, 64), (64, 8)}
 
     def kept(jaxpr):
@@ -57,18 +69,29 @@ def test_only_none_keeps_what_attention_makes_for_each_pair_of_tokens():
                 yield from kept(inner)
 
     for name in NAMES:
-        found = any(shape[-2:] in pairs and len(shape) == 5 for shape in kept(gradient(name)[0].jaxpr.jaxpr))
+        found = any(
+            shape[-2:] in pairs and len(shape) == 5 for shape in kept(gradient(name)[0].jaxpr.jaxpr)
+        )
         assert found == (name == "none"), name
 
 
 def test_dots_attention_keeps_what_dots_does_and_computes_no_attention_again():
     flops = {name: products(gradient(name)[0].jaxpr.jaxpr).flops for name in NAMES}
-    assert flops["none"] < flops["dots_attention"] < flops["dots"] < flops["attention_out"] < flops["full"]
+    assert (
+        flops["none"]
+        < flops["dots_attention"]
+        < flops["dots"]
+        < flops["attention_out"]
+        < flops["full"]
+    )
 
 
 def test_offload_moves_what_attention_out_keeps_to_the_host():
     """In the program for a TPU; on a CPU, JAX leaves the move out."""
-    programs = {name: gradient(name)[0].lower(lowering_platforms=("tpu",)).as_text() for name in ("offload", "attention_out")}
+    programs = {
+        name: gradient(name)[0].lower(lowering_platforms=("tpu",)).as_text()
+        for name in ("offload", "attention_out")
+    }
     assert programs["offload"].count(HOST) == 3  # the block's input and both attentions
     assert HOST not in programs["attention_out"]
 

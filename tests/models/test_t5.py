@@ -21,7 +21,15 @@ from tests.models.t5_reference import drawn_anew, relative_error
 
 SIZES = {
     "tiny": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
-    "inner wider than d_model": T5Config(vocab_size=97, d_model=24, d_kv=16, d_ff=40, num_layers=3, num_heads=4, layer_norm_epsilon=1e-5),
+    "inner wider than d_model": T5Config(
+        vocab_size=97,
+        d_model=24,
+        d_kv=16,
+        d_ff=40,
+        num_layers=3,
+        num_heads=4,
+        layer_norm_epsilon=1e-5,
+    ),
     "other buckets": T5Config(
         vocab_size=64,
         d_model=32,
@@ -42,7 +50,11 @@ def reference(config: T5Config, seed: int = 0) -> T5EncoderModel:
 
 def params_of(config: T5Config, model: T5EncoderModel) -> dict:
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    shapes = nn.unbox(jax.eval_shape(T5Encoder(config).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int)))["params"]
+    shapes = nn.unbox(
+        jax.eval_shape(
+            T5Encoder(config).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int)
+        )
+    )["params"]
     return read(tables.TRANSFORMERS, shapes, state, source="the reference", ignore=tables.IGNORED)
 
 
@@ -54,15 +66,23 @@ def test_equals_transformers_over_130_tokens_with_ragged_lengths(size):
     lengths = np.array([139, 131, 7, 1])
     mask = np.arange(139) < lengths[:, None]
     with torch.no_grad():
-        theirs = model(torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int))).last_hidden_state.numpy()
-    ours = np.asarray(T5Encoder(config).apply({"params": params_of(config, model)}, jnp.asarray(ids), jnp.asarray(lengths)))
+        theirs = model(
+            torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int))
+        ).last_hidden_state.numpy()
+    ours = np.asarray(
+        T5Encoder(config).apply(
+            {"params": params_of(config, model)}, jnp.asarray(ids), jnp.asarray(lengths)
+        )
+    )
     assert relative_error(ours[mask], theirs[mask]) <= 1e-4
 
 
 def test_buckets_equal_transformers_for_every_distance():
     for buckets, most in ((32, 128), (12, 50), (8, 20), (64, 300)):
         distance = torch.arange(400)[None, :] - torch.arange(400)[:, None]
-        theirs = T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=buckets, max_distance=most)
+        theirs = T5Attention._relative_position_bucket(
+            distance, bidirectional=True, num_buckets=buckets, max_distance=most
+        )
         np.testing.assert_array_equal(relative_buckets(400, buckets, most), theirs.numpy())
 
 
@@ -113,7 +133,9 @@ def test_bfloat16_stays_near_fp32():
 
 
 def test_parameters_of_t5_xxl():
-    shapes = jax.eval_shape(T5Encoder(T5Config()).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int))
+    shapes = jax.eval_shape(
+        T5Encoder(T5Config()).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int)
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes))) == 4_762_310_656
 
 
@@ -132,4 +154,6 @@ def test_impossible_sizes_are_named(options, message):
 
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(UserError, match=r"\(2, 3\) and lengths \(1,\)"):
-        T5Encoder(SIZES["tiny"]).init(jax.random.key(0), jnp.zeros((2, 3), int), jnp.ones((1,), int))
+        T5Encoder(SIZES["tiny"]).init(
+            jax.random.key(0), jnp.zeros((2, 3), int), jnp.ones((1,), int)
+        )

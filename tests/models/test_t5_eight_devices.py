@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 def results() -> dict:
     program = Path(__file__).parent / "t5_on_eight_devices.py"
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=900, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -28,9 +30,12 @@ def test_the_states_on_eight_devices_are_those_of_one(results, quantization):
 
 
 @pytest.mark.parametrize("quantization", ["None", "int8"])
-def test_each_of_eight_devices_holds_an_eighth_and_nothing_large_is_whole_on_all(results, quantization):
+def test_each_of_eight_devices_holds_an_eighth_and_nothing_large_is_whole_on_all(
+    results, quantization
+):
     assert results[quantization]["replicated"] == []
-    # The embedding lies over fsdp alone, a quarter a device; relative bias, norms and scales are small.
+    # The embedding lies over fsdp alone, a quarter a device; relative bias, norms and scales are
+    # small.
     assert results[quantization]["held"] < results[quantization]["all"] / 8 * 1.2
 
 

@@ -1,7 +1,8 @@
-"""Two layers of T5-XXL's width against transformers in fp32, with a residual stream that fp16 could not hold.
+"""Two layers of T5-XXL's width against transformers in fp32, with a residual stream that fp16 could
+not hold.
 
-T5's activations grow so: a trained T5-XXL's do in a few channels. Powers of two scale the first layer's wo, so that every
-format holds the scaled weights as exactly as the plain ones.
+T5's activations grow so: a trained T5-XXL's do in a few channels. Powers of two scale the first
+layer's wo, so that every format holds the scaled weights as exactly as the plain ones.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ GROWTH = {  # of each channel that the first layer's wo writes
 
 @pytest.fixture(scope="module")
 def encoder(whole_memory):
-    """({growth: (fp32 states, largest of the residual stream)}, bfloat16 parameters, int8 parameters) of the same weights."""
+    """({growth: (fp32 states, largest of the residual stream)}, bfloat16 parameters, int8
+    parameters) of the same weights."""
     torch.manual_seed(0)
     model = T5EncoderModel(TorchConfig(**tables.config_to_json(CONFIG))).eval()
     reference = {}
@@ -44,19 +46,35 @@ def encoder(whole_memory):
         wo = model.encoder.block[0].layer[1].DenseReluDense.wo.weight  # [out, in]
         for name, growth in GROWTH.items():
             wo.mul_(torch.tensor(growth)[:, None])
-            out = model(torch.tensor(IDS), attention_mask=torch.tensor(COUNTED.astype(int)), output_hidden_states=True)
+            out = model(
+                torch.tensor(IDS),
+                attention_mask=torch.tensor(COUNTED.astype(int)),
+                output_hidden_states=True,
+            )
             wo.div_(torch.tensor(growth)[:, None])
-            reference[name] = out.last_hidden_state.numpy()[COUNTED], float(out.hidden_states[1].abs().max())
+            reference[name] = (
+                out.last_hidden_state.numpy()[COUNTED],
+                float(out.hidden_states[1].abs().max()),
+            )
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     del model, out, wo
 
     def kept(path: str) -> np.dtype:
-        return np.dtype(jnp.bfloat16 if path.endswith("kernel") or path == "embedding" else np.float32)
+        return np.dtype(
+            jnp.bfloat16 if path.endswith("kernel") or path == "embedding" else np.float32
+        )
 
     def opened(quantization: str | None) -> dict:
         module = T5Encoder(CONFIG, quantization=quantization)
         shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), IDS, LENGTHS))["params"]
-        return read(tables.TRANSFORMERS, shapes, state, ignore=tables.IGNORED, dtype=kept, quantization=quantization)
+        return read(
+            tables.TRANSFORMERS,
+            shapes,
+            state,
+            ignore=tables.IGNORED,
+            dtype=kept,
+            quantization=quantization,
+        )
 
     floats, int8 = opened(None), opened("int8")
     state.clear()
@@ -68,7 +86,11 @@ def states(params: dict, growth: str, dtype, quantization: str | None = None) ->
     """States of the tokens that count, with wo of the first layer scaled."""
     scale = np.stack([GROWTH[growth], np.ones_like(GROWTH[growth])])[:, None]
     kernel = params["blocks"]["wo"]["kernel"]
-    kernel = kernel.replace(scale=kernel.scale * scale) if quantization else kernel * scale.astype(kernel.dtype)
+    kernel = (
+        kernel.replace(scale=kernel.scale * scale)
+        if quantization
+        else kernel * scale.astype(kernel.dtype)
+    )
     params = {**params, "blocks": {**params["blocks"], "wo": {"kernel": kernel}}}
     module = T5Encoder(CONFIG, dtype=dtype, quantization=quantization)
     return np.asarray(jax.jit(module.apply)({"params": params}, IDS, LENGTHS))[COUNTED]

@@ -1,4 +1,5 @@
-"""The T5 encoder with int8 kernels: what it holds, how far its states are from those of floats, and what is drawn from them."""
+"""The T5 encoder with int8 kernels: what it holds, how far its states are from those of floats, and
+what is drawn from them."""
 
 from __future__ import annotations
 
@@ -30,9 +31,12 @@ def test_a_small_encoder_stays_near_its_float_states(dtype):
     counted = np.arange(48) < lengths[:, None]
     exact = T5Encoder(config).apply({"params": params}, ids, lengths)[counted]
     floats = T5Encoder(config, dtype=dtype).apply({"params": params}, ids, lengths)[counted]
-    int8 = T5Encoder(config, dtype=dtype, quantization="int8").apply({"params": quantized(params)}, ids, lengths)
+    int8 = T5Encoder(config, dtype=dtype, quantization="int8").apply(
+        {"params": quantized(params)}, ids, lengths
+    )
     assert int8.dtype == jnp.float32
-    assert 1e-3 < rms_error(int8[counted], floats) < 0.03  # not nothing: the kernels are really rounded
+    # not nothing: the kernels are really rounded
+    assert 1e-3 < rms_error(int8[counted], floats) < 0.03
     assert rms_error(int8[counted], exact) < 0.03
     assert relative_error(int8[counted], exact) < 0.04
 
@@ -43,7 +47,9 @@ def test_t5_xxl_takes_half_the_memory_and_no_second_copy_in_floats():
     ids, lengths = jax.ShapeDtypeStruct((1, 120), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), ids, lengths))["params"]
     params["embedding"] = jax.ShapeDtypeStruct(params["embedding"].shape, jnp.bfloat16)
-    memory = jax.jit(module.apply).lower({"params": params}, ids, lengths).compile().memory_analysis()
+    memory = (
+        jax.jit(module.apply).lower({"params": params}, ids, lengths).compile().memory_analysis()
+    )
     assert memory.argument_size_in_bytes < 4.91e9  # 9.53e9 with bfloat16 kernels
     assert memory.temp_size_in_bytes < 1e9
 
@@ -53,13 +59,27 @@ def test_the_shipped_model_draws_nearly_the_same_from_int8_states(root):
     config, params = pipe.text_encoder.config, pipe.text_encoder.params
     prompts = (root / "configs" / "shapes_prompts.txt").read_text(encoding="utf-8").splitlines()[:8]
     ids, lengths = tokenizer.tokenize(pipe.tokenizer, prompts, pipe.transformer.config.text_tokens)
-    empty, empty_lengths = tokenizer.tokenize(pipe.tokenizer, [""] * len(prompts), pipe.transformer.config.text_tokens, ids.shape[1])
+    empty, empty_lengths = tokenizer.tokenize(
+        pipe.tokenizer, [""] * len(prompts), pipe.transformer.config.text_tokens, ids.shape[1]
+    )
     steps, guidance, solver = pipe.sampling.filled(None, None, None)
 
     def draw(module, params, seed):
-        states, negative = (module.apply({"params": params}, *text) for text in ((ids, lengths), (empty, empty_lengths)))
+        states, negative = (
+            module.apply({"params": params}, *text)
+            for text in ((ids, lengths), (empty, empty_lengths))
+        )
         noise, _ = pipe.noise(seed, range(len(prompts)), pipe.default_size, pipe.default_size)
-        latents = pipe.denoise(states, lengths, noise, negative, empty_lengths, steps=steps, guidance=guidance, solver=solver)
+        latents = pipe.denoise(
+            states,
+            lengths,
+            noise,
+            negative,
+            empty_lengths,
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+        )
         return states, np.asarray(pipe.decode(latents), np.float64)
 
     def likeness(images):

@@ -1,4 +1,5 @@
-"""The PixArt transformer against diffusers' with the same weights, and what it promises by itself."""
+"""The PixArt transformer against diffusers' with the same weights, and what it promises by
+itself."""
 
 from __future__ import annotations
 
@@ -29,7 +30,13 @@ from tests.models.pixart_reference import (
     transformer_shapes,
 )
 
-TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3, "caption_channels": 20, "sample_size": 8}
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 3,
+    "caption_channels": 20,
+    "sample_size": 8,
+}
 ODD = {
     "num_attention_heads": 3,
     "attention_head_dim": 28,
@@ -41,12 +48,24 @@ ODD = {
 
 
 def tiny(**overrides) -> TransformerConfig:
-    return TransformerConfig(**{"depth": 3, "width": 24, "heads": 2, "caption_width": 20, "text_tokens": 9, "sample_size": 8, **overrides})
+    return TransformerConfig(
+        **{
+            "depth": 3,
+            "width": 24,
+            "heads": 2,
+            "caption_width": 20,
+            "text_tokens": 9,
+            "sample_size": 8,
+            **overrides,
+        }
+    )
 
 
 def random_params(config: TransformerConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.2).astype(np.float32), transformer_shapes(config))
+    return jax.tree.map(
+        lambda s: (rng.normal(size=s.shape) * 0.2).astype(np.float32), transformer_shapes(config)
+    )
 
 
 def forward(config: TransformerConfig, params: dict, args: dict, **options):
@@ -61,7 +80,11 @@ CASES = {
     "square": (TINY, (8, 8), [7, 7]),
     "non-square latents, ragged texts": (TINY, (6, 10), [1, 7, 4]),
     "odd grid, odd widths, scaled positions": (ODD, (10, 6), [5, 2]),
-    "patch 4, own channels": ({**TINY, "patch_size": 4, "in_channels": 3, "out_channels": 5}, (8, 12), [3, 6]),
+    "patch 4, own channels": (
+        {**TINY, "patch_size": 4, "in_channels": 3, "out_channels": 5},
+        (8, 12),
+        [3, 6],
+    ),
     "multi-scale": ({**TINY, "use_additional_conditions": True}, (4, 14), [6, 3]),
     "multi-scale, odd": ({**ODD, "use_additional_conditions": True}, (14, 10), [1, 12, 5]),
 }
@@ -81,7 +104,10 @@ def test_padding_after_a_text_changes_nothing():
     params, args = random_params(config), inputs(config, 8, 8, [3, 5])
     apply = jax.jit(PixArtTransformer(config).apply)
     short = apply({"params": params}, **args)
-    padded = {**args, "text_states": np.pad(args["text_states"], ((0, 0), (0, 4), (0, 0)), constant_values=50.0)}
+    padded = {
+        **args,
+        "text_states": np.pad(args["text_states"], ((0, 0), (0, 4), (0, 0)), constant_values=50.0),
+    }
     assert relative_error(apply({"params": params}, **padded), short) <= 1e-6
 
 
@@ -91,7 +117,9 @@ def test_text_of_length_zero_gives_numbers_and_finite_gradients():
     args["text_lengths"] = np.array([0, 0], np.int32)
 
     def total(params):
-        return jnp.square(PixArtTransformer(config, remat="full").apply({"params": params}, **args)).sum()
+        return jnp.square(
+            PixArtTransformer(config, remat="full").apply({"params": params}, **args)
+        ).sum()
 
     value, gradients = jax.jit(jax.value_and_grad(total))(params)
     assert np.isfinite(value)
@@ -100,17 +128,36 @@ def test_text_of_length_zero_gives_numbers_and_finite_gradients():
 
 def test_text_encoded_once_gives_the_same_as_the_whole_model():
     config = tiny(size_conditions=True)
-    module, params, args = PixArtTransformer(config), {"params": random_params(config)}, inputs(tiny(size_conditions=True), 6, 8, [2, 5])
+    module, params, args = (
+        PixArtTransformer(config),
+        {"params": random_params(config)},
+        inputs(tiny(size_conditions=True), 6, 8, [2, 5]),
+    )
     text = module.apply(params, args["text_states"], args["text_lengths"], method="encode_text")
     assert text.keys.shape == (3, 2, 5, 2, 12)
     times = np.array([999.0, 420.5, 3.0], np.float32)
-    conditioning = module.apply(params, times, args["size"], args["aspect_ratio"], method="encode_times")
-    assert conditioning.vector.shape == (3, 2, 24) and conditioning.modulation.shape == (3, 2, 6, 24)
+    conditioning = module.apply(
+        params, times, args["size"], args["aspect_ratio"], method="encode_times"
+    )
+    assert conditioning.vector.shape == (3, 2, 24) and conditioning.modulation.shape == (
+        3,
+        2,
+        6,
+        24,
+    )
     denoise = jax.jit(lambda *args: module.apply(params, *args, method="denoise"))
     for n, t in enumerate(times):
-        split, kept = denoise(args["latents"], jax.tree.map(lambda a, n=n: a[n], conditioning), text)
+        split, kept = denoise(
+            args["latents"], jax.tree.map(lambda a, n=n: a[n], conditioning), text
+        )
         assert not kept
-        assert relative_error(split, forward(module.config, params["params"], {**args, "timesteps": np.full(2, t)})) <= 1e-6
+        assert (
+            relative_error(
+                split,
+                forward(module.config, params["params"], {**args, "timesteps": np.full(2, t)}),
+            )
+            <= 1e-6
+        )
 
 
 @pytest.mark.parametrize("policy", [name for name in remat.NAMES if name != "none"])
@@ -120,13 +167,16 @@ def test_gradients_do_not_depend_on_remat(policy):
 
     def gradients(name):
         def total(params):
-            return jnp.square(PixArtTransformer(config, remat=name).apply({"params": params}, **args)).mean()
+            return jnp.square(
+                PixArtTransformer(config, remat=name).apply({"params": params}, **args)
+            ).mean()
 
         return jax.jit(jax.grad(total))(params)
 
     kept, again = flatten(gradients("none")), flatten(gradients(policy))
     largest = max(np.abs(value).max() for value in kept.values())
-    for path, value in kept.items():  # the gradient of a key's bias is zero but for rounding: the largest of all is the measure there
+    # the gradient of a key's bias is zero but for rounding: the largest of all is the measure there
+    for path, value in kept.items():
         difference = np.abs(again[path] - value).max()
         assert difference <= 1e-5 * max(np.abs(value).max(), 1e-3 * largest), path
 
@@ -137,9 +187,13 @@ def saved_bytes(policy: str) -> int:
     params, args = random_params(config), inputs(config, 8, 8, [3, 5])
 
     def total(params):
-        return jnp.square(PixArtTransformer(config, remat=policy).apply({"params": params}, **args)).mean()
+        return jnp.square(
+            PixArtTransformer(config, remat=policy).apply({"params": params}, **args)
+        ).mean()
 
-    scans = [e for e in jax.make_jaxpr(jax.grad(total))(params).jaxpr.eqns if e.primitive.name == "scan"]
+    scans = [
+        e for e in jax.make_jaxpr(jax.grad(total))(params).jaxpr.eqns if e.primitive.name == "scan"
+    ]
     forward = scans[0]
     return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in jaxprs.stacked(forward))
 
@@ -149,8 +203,12 @@ def test_remat_policies_really_apply():
     assert sizes["full"] < sizes["attention_out"] < sizes["dots"] < sizes["none"], sizes
     config, (n, d) = tiny(depth=5), (16, 24)
     blocks_inputs = config.depth * 2 * n * d * 4
-    assert sizes["full"] <= blocks_inputs + config.depth * 4, "full keeps the blocks' inputs and nothing more"
-    assert sizes["attention_out"] <= sizes["full"] + 2 * blocks_inputs, "attention_out keeps one array more for each attention"
+    assert sizes["full"] <= blocks_inputs + config.depth * 4, (
+        "full keeps the blocks' inputs and nothing more"
+    )
+    assert sizes["attention_out"] <= sizes["full"] + 2 * blocks_inputs, (
+        "attention_out keeps one array more for each attention"
+    )
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -166,9 +224,13 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_init_follows_the_published_distributions():
-    config = tiny(width=96, heads=4, depth=2, caption_width=64, size_conditions=True, text_tokens=120)
+    config = tiny(
+        width=96, heads=4, depth=2, caption_width=64, size_conditions=True, text_tokens=120
+    )
     args = inputs(config, 4, 4, [2])
-    params = flatten(nn.unbox(jax.jit(PixArtTransformer(config).init)(jax.random.key(0), **args))["params"])
+    params = flatten(
+        nn.unbox(jax.jit(PixArtTransformer(config).init)(jax.random.key(0), **args))["params"]
+    )
     d = config.width
     for path, value in params.items():
         if path.endswith("bias") or path in ("final/kernel", "blocks/cross_attn/out/kernel"):
@@ -187,7 +249,9 @@ def test_init_follows_the_published_distributions():
     }
     for path, fans in uniform.items():
         bound, value = math.sqrt(6 / sum(fans)), params[f"{path}/kernel"]
-        assert np.abs(value).max() <= bound and np.std(value) == pytest.approx(bound / math.sqrt(3), rel=0.05), path
+        assert np.abs(value).max() <= bound and np.std(value) == pytest.approx(
+            bound / math.sqrt(3), rel=0.05
+        ), path
     for path in ("timestep_embedder", "size_embedder", "ratio_embedder", "caption_projection"):
         for layer in ("fc1", "fc2"):
             assert np.std(params[f"{path}/{layer}/kernel"]) == pytest.approx(0.02, rel=0.06), path
@@ -195,13 +259,17 @@ def test_init_follows_the_published_distributions():
     assert np.std(params["blocks/table"]) == pytest.approx(d**-0.5, rel=0.1)
     assert np.std(params["final_table"]) == pytest.approx(d**-0.5, rel=0.2)
     assert np.std(params["null_caption"]) == pytest.approx(config.caption_width**-0.5, rel=0.05)
-    assert not np.array_equal(params["blocks/attn/q/kernel"][0], params["blocks/attn/q/kernel"][1]), "each block is drawn anew"
+    assert not np.array_equal(
+        params["blocks/attn/q/kernel"][0], params["blocks/attn/q/kernel"][1]
+    ), "each block is drawn anew"
 
 
 def test_bf16_compute_keeps_fp32_parameters_and_stays_near_fp32():
     config = tiny(width=48)
     params, args = random_params(config), inputs(config, 8, 8, [3, 5])
-    fresh = nn.unbox(jax.eval_shape(PixArtTransformer(config, jnp.bfloat16).init, jax.random.key(0), **args))["params"]
+    fresh = nn.unbox(
+        jax.eval_shape(PixArtTransformer(config, jnp.bfloat16).init, jax.random.key(0), **args)
+    )["params"]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fresh))
     exact = forward(config, params, args)
     rounded = forward(config, params, args, dtype=jnp.bfloat16)
@@ -217,8 +285,12 @@ def test_timesteps_and_sizes_are_not_rounded_to_bf16():
         return module.apply({"params": params}, timesteps, size, jnp.ones(1), method="_condition")
 
     size = jnp.array([[1024.0, 1024.0]])
-    assert not np.array_equal(condition(jnp.array([900.0]), size), condition(jnp.array([901.0]), size)), "bf16 knows no 901"
-    assert not np.array_equal(condition(jnp.array([900.0]), size), condition(jnp.array([900.0]), size.at[0, 1].add(1)))
+    assert not np.array_equal(
+        condition(jnp.array([900.0]), size), condition(jnp.array([901.0]), size)
+    ), "bf16 knows no 901"
+    assert not np.array_equal(
+        condition(jnp.array([900.0]), size), condition(jnp.array([900.0]), size.at[0, 1].add(1))
+    )
 
 
 def test_a_result_does_not_depend_on_the_batch_it_ran_in():
@@ -227,7 +299,12 @@ def test_a_result_does_not_depend_on_the_batch_it_ran_in():
     apply = jax.jit(PixArtTransformer(config).apply)
     whole = apply({"params": params}, **args)
     for i in range(3):
-        assert relative_error(apply({"params": params}, **{k: v[i : i + 1] for k, v in args.items()})[0], whole[i]) <= 1e-5
+        assert (
+            relative_error(
+                apply({"params": params}, **{k: v[i : i + 1] for k, v in args.items()})[0], whole[i]
+            )
+            <= 1e-5
+        )
 
 
 def official_state(state: dict[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
@@ -239,7 +316,11 @@ def official_state(state: dict[str, np.ndarray], depth: int) -> dict[str, np.nda
             out[f"{new}.{part}"] = np.concatenate([state[f"{name}.{part}"] for name in old])
 
     linear("x_embedder.proj", "pos_embed.proj")
-    embedders = {"t_embedder": "timestep_embedder", "csize_embedder": "resolution_embedder", "ar_embedder": "aspect_ratio_embedder"}
+    embedders = {
+        "t_embedder": "timestep_embedder",
+        "csize_embedder": "resolution_embedder",
+        "ar_embedder": "aspect_ratio_embedder",
+    }
     for new, old in embedders.items():
         if f"adaln_single.emb.{old}.linear_1.weight" in state:
             linear(f"{new}.mlp.0", f"adaln_single.emb.{old}.linear_1")
@@ -267,12 +348,18 @@ def test_official_and_diffusers_files_read_to_equal_parameters_and_write_back(co
     theirs, config, params = diffusers_pair(**{**TINY, "use_additional_conditions": conditions})
     state = {key: value.numpy() for key, value in theirs.state_dict().items()}
     official = official_state(state, config.depth)
-    official["y_embedder.y_embedding"] = np.random.default_rng(0).normal(size=(9, 20)).astype(np.float32)
+    official["y_embedder.y_embedding"] = (
+        np.random.default_rng(0).normal(size=(9, 20)).astype(np.float32)
+    )
     official["pos_embed"] = theirs.pos_embed.pos_embed.numpy()
 
-    told = names.config_from_official({k: v.shape for k, v in official.items()}, pos_embed=official["pos_embed"], heads=2)
+    told = names.config_from_official(
+        {k: v.shape for k, v in official.items()}, pos_embed=official["pos_embed"], heads=2
+    )
     assert told == TransformerConfig(**{**vars(config), "text_tokens": 9})
-    read = read_state_dict(names.OFFICIAL, transformer_shapes(told), official, ignore=names.OFFICIAL_IGNORE)
+    read = read_state_dict(
+        names.OFFICIAL, transformer_shapes(told), official, ignore=names.OFFICIAL_IGNORE
+    )
     np.testing.assert_array_equal(read.pop("null_caption"), official["y_embedder.y_embedding"])
     assert flatten(read).keys() == flatten(params).keys()
     jax.tree.map(np.testing.assert_array_equal, read, params)
@@ -286,16 +373,27 @@ def test_official_and_diffusers_files_read_to_equal_parameters_and_write_back(co
 
 def test_position_scale_is_read_from_an_official_table():
     for scale in (0.5, 1.0, 2.0):
-        model = PixArtTransformer2DModel(**{**TINY, "cross_attention_dim": 24, "interpolation_scale": scale})
+        model = PixArtTransformer2DModel(
+            **{**TINY, "cross_attention_dim": 24, "interpolation_scale": scale}
+        )
         assert names.position_scale_of(model.pos_embed.pos_embed.numpy()) == scale
 
 
 @pytest.mark.parametrize("sample_size", [32, 64, 128])
 def test_fields_that_a_released_config_leaves_out_mean_what_diffusers_takes_them_for(sample_size):
-    fields = {"sample_size": sample_size, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24}
+    fields = {
+        "sample_size": sample_size,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "cross_attention_dim": 24,
+    }
     theirs = PixArtTransformer2DModel(**fields, caption_channels=8)
     ours = names.config_from_json({**fields, "caption_channels": 8})
-    assert ours.position_scale == theirs.pos_embed.interpolation_scale and ours.base == theirs.pos_embed.base_size
+    assert (
+        ours.position_scale == theirs.pos_embed.interpolation_scale
+        and ours.base == theirs.pos_embed.base_size
+    )
     assert ours.size_conditions == theirs.use_additional_conditions
     assert (ours.patch_size, ours.in_channels, ours.out_channels) == (2, 4, 8)
 
@@ -317,7 +415,9 @@ def test_diffusers_opens_what_is_saved_with_a_null_caption(tmp_path):
     config = tiny()
     params = random_params(config)
     PixArtTransformer2DModel.from_config(names.config_to_json(config)).save_config(tmp_path)
-    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", write(names.DIFFUSERS, params))
+    write_safetensors(
+        tmp_path / "diffusion_pytorch_model.safetensors", write(names.DIFFUSERS, params)
+    )
     theirs = PixArtTransformer2DModel.from_pretrained(tmp_path).eval()
     args = inputs(config, 8, 8, [4, 2])
     assert relative_error(forward(config, params, args), run_diffusers(theirs, **args)) <= 1e-5
@@ -341,7 +441,9 @@ def test_query_key_norm_is_layer_norm_over_the_full_width():
     for name in ("q", "k", "v"):
         value = project(name, torch.tensor(x))
         if name != "v":
-            value = torch.nn.functional.layer_norm(value, (24,), torch_one[f"{name}_norm"]["scale"], torch_one[f"{name}_norm"]["bias"])
+            value = torch.nn.functional.layer_norm(
+                value, (24,), torch_one[f"{name}_norm"]["scale"], torch_one[f"{name}_norm"]["bias"]
+            )
         heads.append(value.reshape(2, 7, 2, 12).transpose(1, 2))
     out = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(2, 7, 24)
     assert relative_error(ours, project("out", out).numpy()) <= 1e-5
@@ -356,7 +458,12 @@ def test_query_key_norm_is_layer_norm_over_the_full_width():
         (lambda: tiny(attention_backend="xla2"), "did you mean 'xla'"),
         (lambda: TransformerConfig.preset("XL/3"), "did you mean 'XL/"),
         (lambda: remat.policy("ful"), "did you mean 'full'"),
-        (lambda: names.config_from_json({**names.config_to_json(tiny()), "norm_type": "ada_norm_zero"}), "norm_type"),
+        (
+            lambda: names.config_from_json(
+                {**names.config_to_json(tiny()), "norm_type": "ada_norm_zero"}
+            ),
+            "norm_type",
+        ),
         (lambda: names.config_from_official({}), "not an official PixArt"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The autoencoder against diffusers' AutoencoderKL, with the same weights; tiled decoding against one pass."""
+"""The autoencoder against diffusers' AutoencoderKL, with the same weights; tiled decoding against
+one pass."""
 
 from __future__ import annotations
 
@@ -35,13 +36,20 @@ SIZES = {
 
 def reference(config: VAEConfig, seed: int = 0) -> TorchVAE:
     """diffusers' autoencoder, every weight drawn anew so that none is zero or one."""
-    values = {name: value for name, value in tables.config_to_json(config).items() if not name.startswith("_")}
+    values = {
+        name: value
+        for name, value in tables.config_to_json(config).items()
+        if not name.startswith("_")
+    }
     model = TorchVAE(**values).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.2 if parameter.ndim == 1 else fan_in**-0.5))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator)
+                * (0.2 if parameter.ndim == 1 else fan_in**-0.5)
+            )
             if parameter.ndim == 1:
                 parameter.add_(0.7)
     return model
@@ -50,7 +58,9 @@ def reference(config: VAEConfig, seed: int = 0) -> TorchVAE:
 def params_of(config: VAEConfig, model: TorchVAE) -> dict:
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     side = config.factor
-    shapes = nn.unbox(jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3))))["params"]
+    shapes = nn.unbox(
+        jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    )["params"]
     params = read(tables.diffusers(config), shapes, state, source="the reference")
     assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(params))
     return params
@@ -64,7 +74,9 @@ def run(config: VAEConfig, method: str, params: dict, *arguments):
 @functools.partial(jax.jit, static_argnums=0)
 def fresh(config: VAEConfig, key: jax.Array) -> dict:
     side = config.factor
-    return nn.unbox(AutoencoderKL(config).init(key, jnp.zeros((1, side, side, config.in_channels))))["params"]
+    return nn.unbox(
+        AutoencoderKL(config).init(key, jnp.zeros((1, side, side, config.in_channels)))
+    )["params"]
 
 
 def relative_error(ours, theirs) -> float:
@@ -86,7 +98,12 @@ def test_encode_equals_diffusers(size, height, width):
     with torch.no_grad():
         posterior = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
     mean, std = run(config, "encode", params_of(config, model), images)
-    assert mean.shape == (2, height // config.factor, width // config.factor, config.latent_channels)
+    assert mean.shape == (
+        2,
+        height // config.factor,
+        width // config.factor,
+        config.latent_channels,
+    )
     assert relative_error(mean, channels_last(posterior.mean)) <= 1e-4
     assert relative_error(std, channels_last(posterior.std)) <= 1e-4
 
@@ -96,7 +113,11 @@ def test_encode_equals_diffusers(size, height, width):
 def test_decode_equals_diffusers(size, height, width):
     config = SIZES[size]
     model = reference(config)
-    latents = np.random.default_rng(1).normal(size=(2, height, width, config.latent_channels)).astype(np.float32)
+    latents = (
+        np.random.default_rng(1)
+        .normal(size=(2, height, width, config.latent_channels))
+        .astype(np.float32)
+    )
     with torch.no_grad():
         theirs = channels_last(model.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample)
     ours = run(config, "decode", params_of(config, model), latents)
@@ -117,7 +138,9 @@ def test_log_variance_is_clamped():
 def test_every_parameter_gets_a_gradient_and_a_few_steps_lower_the_loss():
     config = SIZES["tiny"]
     module = AutoencoderKL(config)
-    images = jax.image.resize(jax.random.uniform(jax.random.key(0), (4, 4, 4, 3), minval=-1), (4, 16, 16, 3), "linear")
+    images = jax.image.resize(
+        jax.random.uniform(jax.random.key(0), (4, 4, 4, 3), minval=-1), (4, 16, 16, 3), "linear"
+    )
     params = fresh(config, jax.random.key(1))
 
     @jax.jit
@@ -132,7 +155,11 @@ def test_every_parameter_gets_a_gradient_and_a_few_steps_lower_the_loss():
 
     first, gradient, params = step(params, jax.random.key(2))
     # A key's bias shifts all logits of a query alike, so softmax takes it out.
-    silent = [path for path, leaf in flatten(gradient).items() if np.abs(leaf).max() < 1e-9 and not path.endswith("attention/key/bias")]
+    silent = [
+        path
+        for path, leaf in flatten(gradient).items()
+        if np.abs(leaf).max() < 1e-9 and not path.endswith("attention/key/bias")
+    ]
     assert not silent
     for i in range(30):
         last, _, params = step(params, jax.random.key(3 + i))
@@ -140,7 +167,9 @@ def test_every_parameter_gets_a_gradient_and_a_few_steps_lower_the_loss():
 
 
 def test_parameters_of_stable_diffusions_vae():
-    shapes = jax.eval_shape(AutoencoderKL(VAEConfig()).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    shapes = jax.eval_shape(
+        AutoencoderKL(VAEConfig()).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes))) == 83_653_863
 
 
@@ -158,25 +187,35 @@ def test_names_are_written_back_as_they_were_read():
 
 
 def test_tiles_of_a_local_function_equal_one_pass_everywhere():
-    """With a decoder that looks at one cell only, the blend must add nothing: weights sum to one at every pixel."""
+    """With a decoder that looks at one cell only, the blend must add nothing: weights sum to one at
+    every pixel."""
 
     def decode(latents):
         return latents[..., :3].repeat(8, axis=1).repeat(8, axis=2)
 
     latents = jax.random.normal(jax.random.key(0), (2, 21, 34, 4))
     for tile, overlap in ((8, 4), (8, 0), (16, 5), (30, 8)):
-        np.testing.assert_allclose(tiled_decode(decode, latents, tile, overlap), decode(latents), atol=1e-5)
+        np.testing.assert_allclose(
+            tiled_decode(decode, latents, tile, overlap), decode(latents), atol=1e-5
+        )
 
 
 def test_tiled_decode_is_close_to_one_pass_in_the_interior():
-    """A decoder without attention; group norms see a tile instead of the image, which is what is left of a difference.
+    """A decoder without attention; group norms see a tile instead of the image, which is what is
+    left of a difference.
 
-    The worst case: latents are white noise, a group has 2 channels and a tile 32 × 32 cells (0.065 rms here).
+    The worst case: latents are white noise, a group has 2 channels and a tile 32 × 32 cells (0.065
+    rms here).
     """
-    config = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, mid_block_attention=False)
+    config = VAEConfig(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, mid_block_attention=False
+    )
     decode = functools.partial(run, config, "decode", fresh(config, jax.random.key(0)))
     latents = jax.random.normal(jax.random.key(1), (1, 64, 96, 4))
-    whole, tiled = np.asarray(decode(latents)), np.asarray(tiled_decode(decode, latents, tile=32, overlap=8))
+    whole, tiled = (
+        np.asarray(decode(latents)),
+        np.asarray(tiled_decode(decode, latents, tile=32, overlap=8)),
+    )
     assert tiled.shape == whole.shape
     error = (tiled - whole)[:, 16:-16, 16:-16]
     assert np.sqrt(np.mean(error**2)) / whole.std() < 0.10
@@ -185,7 +224,12 @@ def test_tiled_decode_is_close_to_one_pass_in_the_interior():
 
 def test_latents_no_larger_than_a_tile_take_one_pass():
     calls = []
-    result = tiled_decode(lambda latents: calls.append(latents.shape) or latents, jnp.ones((1, 16, 16, 4)), tile=16, overlap=4)
+    result = tiled_decode(
+        lambda latents: calls.append(latents.shape) or latents,
+        jnp.ones((1, 16, 16, 4)),
+        tile=16,
+        overlap=4,
+    )
     assert calls == [(1, 16, 16, 4)] and result.shape == (1, 16, 16, 4)
 
 
@@ -202,7 +246,10 @@ def test_tiles_have_one_shape_and_cover_the_side():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"block_out_channels": (8, 10), "norm_num_groups": 4}, "10 is not divisible by norm_num_groups = 4"),
+        (
+            {"block_out_channels": (8, 10), "norm_num_groups": 4},
+            "10 is not divisible by norm_num_groups = 4",
+        ),
         ({"block_out_channels": ()}, "is empty"),
         ({"latent_channels": 0}, "VAEConfig.latent_channels = 0"),
         ({"scaling_factor": 0.0}, "VAEConfig.scaling_factor = 0.0"),

@@ -1,4 +1,5 @@
-"""Compile a small VAE's decoder on eight simulated devices and print, as JSON, what its program gathers. Needs XLA's 8 host devices."""
+"""Compile a small VAE's decoder on eight simulated devices and print, as JSON, what its program
+gathers. Needs XLA's 8 host devices."""
 
 from __future__ import annotations
 
@@ -31,4 +32,13 @@ with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
     text = decode.lower(params, latents).compile().as_text()
 gathered = re.findall(r"= \(?\w+\[([\d,]*)\][^=]* all-gather(?:-start)?\(", text)
 sizes = sorted({math.prod(map(int, dims.split(","))) for dims in gathered if dims}, reverse=True)
-print(json.dumps({"gathered": sizes, "kernels": sorted({int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)}, reverse=True)}))
+print(
+    json.dumps(
+        {
+            "gathered": sizes,
+            "kernels": sorted(
+                {int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)}, reverse=True
+            ),
+        }
+    )
+)

@@ -1,4 +1,5 @@
-"""Draw one prompt with guidance on 1 device and on 2 simulated ones; print as JSON how they differ. Needs XLA's 2 host devices.
+"""Draw one prompt with guidance on 1 device and on 2 simulated ones; print as JSON how they differ.
+Needs XLA's 2 host devices.
 
 python guidance_on_two_devices.py FOLDER PROMPT: FOLDER is a model.
 """
@@ -18,11 +19,13 @@ from pixart_jax.pipeline import denoising
 
 
 def drawn(pipe, prompt: str, monitored: list) -> tuple[np.ndarray, np.ndarray]:
-    """(latents [b, h, w, c] of the compiled scan, images); monitored: what the scan's program costs a device is put there."""
+    """(latents [b, h, w, c] of the compiled scan, images); monitored: what the scan's program costs
+    a device is put there."""
     run, seen = denoising.drawn, []
 
     def watched(how, decoding, *arguments):
-        scan = denoising.denoised.lower(how, *arguments[:-1])  # without the VAE, whose rows each device has of its own
+        # without the VAE, whose rows each device has of its own
+        scan = denoising.denoised.lower(how, *arguments[:-1])
         monitored.append(scan.compile().cost_analysis()["flops"])
         arguments = how, decoding, *arguments
         seen.append(run(*arguments))

@@ -10,7 +10,7 @@ from pixart_jax.parallel.chips import CHIPS, chip_of
 @pytest.mark.parametrize(
     "kind, name",
     [
-        ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x"),
+        ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x"),  # noqa: E501
         ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"),
     ],
 )  # fmt: skip
@@ -18,7 +18,10 @@ def test_a_devices_own_name_finds_its_row(kind, name):
     assert chip_of(kind).name == name
 
 
-@pytest.mark.parametrize("kind", ["cpu", "TPU v4 lite", "TPU v50", "TPU v5x", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", ""])
+@pytest.mark.parametrize(
+    "kind",
+    ["cpu", "TPU v4 lite", "TPU v50", "TPU v5x", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", ""],
+)
 def test_an_unknown_device_has_no_row_and_so_no_mfu(kind):
     assert chip_of(kind) is None
 
@@ -27,7 +30,16 @@ def test_every_figure_is_positive_and_says_where_it_comes_from():
     known = {"cloud", "isca23", "nvidia", "dgx", "measured", "list", "assumed"}
     for chip in CHIPS.values():
         assert 0 < chip.usable_bytes <= chip.hbm_bytes
-        assert min(chip.peak_bf16_flops, chip.hbm_bandwidth, chip.link_bandwidth, chip.network_bandwidth, chip.host_bandwidth) > 0
+        assert (
+            min(
+                chip.peak_bf16_flops,
+                chip.hbm_bandwidth,
+                chip.link_bandwidth,
+                chip.network_bandwidth,
+                chip.host_bandwidth,
+            )
+            > 0
+        )
         assert chip.watts > 0 and chip.usd_per_hour > 0
         assert set(chip.sources.values()) <= known and set(chip.sources) == {
             "peak", "hbm", "usable", "links", "network", "watts", "usd", "host"

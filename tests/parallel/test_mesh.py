@@ -9,7 +9,14 @@ import pytest
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
-from pixart_jax.parallel.mesh import AXES, batch_shards, check_divides, make_mesh, over_slices, slices
+from pixart_jax.parallel.mesh import (
+    AXES,
+    batch_shards,
+    check_divides,
+    make_mesh,
+    over_slices,
+    slices,
+)
 
 
 def test_the_rest_goes_to_the_axis_that_asks_for_it():
@@ -46,7 +53,9 @@ class Chip:
 
 def two_slices() -> list[Chip]:
     """Two slices of 2 × 4 chips, listed in turns, as no order is promised."""
-    return [Chip(8 * s + 4 * x + y, s, (x, y, 0)) for x in range(2) for y in range(4) for s in range(2)]
+    return [
+        Chip(8 * s + 4 * x + y, s, (x, y, 0)) for x in range(2) for y in range(4) for s in range(2)
+    ]
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 1, 1), (4, 2, 1, 2), (16, 1, 1, 1), (2, 2, 4, 1)])
@@ -76,8 +85,22 @@ def abstract(**sizes):
 
 
 def test_what_does_not_divide_is_named_with_what_would():
-    check_divides(abstract(tensor=4, context=2), "stage words", heads=16, mlp_width=4608, tokens={"bucket 256×256": 256})
-    with pytest.raises(UserError, match="stage words: mesh tensor 3 does not divide 16 heads; tensor 1, 2 or 4 would do"):
+    check_divides(
+        abstract(tensor=4, context=2),
+        "stage words",
+        heads=16,
+        mlp_width=4608,
+        tokens={"bucket 256×256": 256},
+    )
+    with pytest.raises(
+        UserError,
+        match="stage words: mesh tensor 3 does not divide 16 heads; tensor 1, 2 or 4 would do",
+    ):
         check_divides(abstract(tensor=3), "stage words", heads=16, mlp_width=4608)
-    with pytest.raises(UserError, match=r"mesh context 4 does not divide bucket 32×48 \(6 tokens\); context 1 or 2 would do"):
-        check_divides(abstract(context=4), "stage words", tokens={"bucket 32×32": 4, "bucket 32×48": 6})
+    with pytest.raises(
+        UserError,
+        match=r"mesh context 4 does not divide bucket 32×48 \(6 tokens\); context 1 or 2 would do",
+    ):
+        check_divides(
+            abstract(context=4), "stage words", tokens={"bucket 32×32": 4, "bucket 32×48": 6}
+        )

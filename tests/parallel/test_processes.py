@@ -1,4 +1,5 @@
-"""How processes are told of each other, what a mistake there says, and that one lost ends the others with a line."""
+"""How processes are told of each other, what a mistake there says, and that one lost ends the
+others with a line."""
 
 from __future__ import annotations
 
@@ -18,14 +19,29 @@ from pixart_jax.parallel.processes import PEER_LOST, Start, split
 
 
 def test_flags_are_taken_out_of_a_command_line_wherever_they_stand():
-    argv = ["configs/x.py", "--coordinator", "10.0.0.1:1234", "--workdir", "d", "--processes=4", "--process_index", "3", "--mesh.fsdp", "4"]
+    argv = [
+        "configs/x.py",
+        "--coordinator",
+        "10.0.0.1:1234",
+        "--workdir",
+        "d",
+        "--processes=4",
+        "--process_index",
+        "3",
+        "--mesh.fsdp",
+        "4",
+    ]
     start, rest = split([*argv, "--peer-timeout", "7.5"], {})
     assert start == Start("10.0.0.1:1234", 4, 3, peer_timeout=7.5)
     assert rest == ["configs/x.py", "--workdir", "d", "--mesh.fsdp", "4"]
 
 
 def test_the_environment_of_a_launcher_is_read_whole_or_not_at_all_and_flags_win():
-    environment = {"JAX_COORDINATOR_ADDRESS": "localhost:99", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    environment = {
+        "JAX_COORDINATOR_ADDRESS": "localhost:99",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "1",
+    }
     assert split([], environment)[0] == Start("localhost:99", 2, 1)
     assert split(["--distributed", "none"], environment)[0] == Start(distributed="none")
     assert split([], {"JAX_COORDINATOR_ADDRESS": "localhost:99"})[0] == Start()
@@ -36,21 +52,48 @@ def test_the_environment_of_a_launcher_is_read_whole_or_not_at_all_and_flags_win
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--processes", "2"], "--processes without --coordinator, --process-index: give all three"),
+        (
+            ["--processes", "2"],
+            "--processes without --coordinator, --process-index: give all three",
+        ),
         (["--coordinator", "h:1", "--processes", "2"], "without --process-index"),
         (
             ["--coordinator", "h:1", "--processes", "2", "--process-index", "2"],
             "--process-index 2 of --processes 2: the indices are 0 to 1",
         ),
-        (["--coordinator", "h:1", "--processes", "2", "--process-index", "-1"], "the indices are 0 to 1"),
-        (["--coordinator", "h:1", "--processes", "0", "--process-index", "0"], "--processes 0: at least 1"),
-        (["--coordinator", "host", "--processes", "2", "--process-index", "0"], "HOST:PORT is needed"),
-        (["--coordinator", "h:99999", "--processes", "2", "--process-index", "0"], "HOST:PORT is needed"),
+        (
+            ["--coordinator", "h:1", "--processes", "2", "--process-index", "-1"],
+            "the indices are 0 to 1",
+        ),
+        (
+            ["--coordinator", "h:1", "--processes", "0", "--process-index", "0"],
+            "--processes 0: at least 1",
+        ),
+        (
+            ["--coordinator", "host", "--processes", "2", "--process-index", "0"],
+            "HOST:PORT is needed",
+        ),
+        (
+            ["--coordinator", "h:99999", "--processes", "2", "--process-index", "0"],
+            "HOST:PORT is needed",
+        ),
         (["--processes", "two"], "--processes 'two': a whole number is needed"),
         (["--coordinator"], "--coordinator needs HOST:PORT"),
         (["--distributed", "nome"], "did you mean 'none'"),
         (["--peer-timeout", "0"], "--peer-timeout 0: at least 1 second"),
-        (["--distributed", "none", "--coordinator", "h:1", "--processes", "2", "--process-index", "0"], "one process alone, or several?"),
+        (
+            [
+                "--distributed",
+                "none",
+                "--coordinator",
+                "h:1",
+                "--processes",
+                "2",
+                "--process-index",
+                "0",
+            ],
+            "one process alone, or several?",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_would_do(argv, line):
@@ -67,9 +110,19 @@ def test_where_nothing_is_detected_one_process_goes_on_without_delay():
         processes.start(processes.split([])[0])
         assert time.perf_counter() - began < 2 and not jax.distributed.is_initialized() and jax.process_count() == 1
         print(processes.conclude(lambda: 5))
-    """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR"))}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=120)
+    """  # noqa: E501
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stdout == "5\n", done.stderr
 
 
@@ -78,7 +131,9 @@ def test_what_a_cluster_that_cannot_be_joined_says_is_a_user_error(monkeypatch):
         raise RuntimeError("To enable automatic bootstrap in a K8s cluster,\njobs must be indexed")
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", refuse)
-    with pytest.raises(UserError, match="jobs must be indexed.*--coordinator HOST:PORT.*--distributed none"):
+    with pytest.raises(
+        UserError, match="jobs must be indexed.*--coordinator HOST:PORT.*--distributed none"
+    ):
         processes.start(Start())
 
 
@@ -135,7 +190,7 @@ def main(argv):
     return 0
 
 sys.exit(processes.conclude(lambda: program.run(main)))
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -153,11 +208,15 @@ def pair(tmp_path):
             environment = {**os.environ, "XLA_FLAGS": ""}
             command = [sys.executable, str(tmp_path / "run.py"), port, index, *flags]
             child = subprocess.Popen(command, stdout=files[0], stderr=files[1], env=environment)
-            child.out, child.err = (lambda file=file: (file.seek(0), file.read())[1] for file in files)
+            child.out, child.err = (
+                lambda file=file: (file.seek(0), file.read())[1] for file in files
+            )
             started.append(child)
         deadline = time.monotonic() + 120
         while wait and not all("running" in child.out() for child in started[-2:]):
-            assert time.monotonic() < deadline and all(child.poll() is None for child in started[-2:]), [c.err() for c in started]
+            assert time.monotonic() < deadline and all(
+                child.poll() is None for child in started[-2:]
+            ), [c.err() for c in started]
             time.sleep(0.05)
         return started[-2:]
 
@@ -186,7 +245,10 @@ def test_a_dead_or_hung_process_ends_the_other_with_a_line_and_a_status_in_time(
     assert left.wait(timeout=60) == PEER_LOST, left.err()
     assert time.monotonic() - began < PATIENCE + SLACK
     line = last_line(left)
-    assert line.startswith(f"error: process {lost} of 2") and "start all processes again with the same command" in line
+    assert (
+        line.startswith(f"error: process {lost} of 2")
+        and "start all processes again with the same command" in line
+    )
     assert "has not answered for" in line or "is gone" in line
 
 
@@ -209,7 +271,9 @@ def test_a_step_that_never_ends_though_all_processes_live_is_named(pair):
     children = pair("hang-1", "--stall-timeout", "4")
     for child in children:
         assert child.wait(timeout=60) == PEER_LOST
-        assert "no step was done for" in last_line(child) and "at step 3; what was saved holds" in last_line(child)
+        assert "no step was done for" in last_line(
+            child
+        ) and "at step 3; what was saved holds" in last_line(child)
 
 
 def test_processes_that_are_done_end_together_with_status_0(pair):
@@ -223,7 +287,9 @@ def test_a_coordinator_that_nobody_runs_is_named_in_time(tmp_path):
 
     port, began = _free_port(), time.monotonic()
     command = [sys.executable, tmp_path / "run.py", str(port), "1", "--start-timeout", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "XLA_FLAGS": ""})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "XLA_FLAGS": ""}
+    )
     assert done.returncode == 2 and time.monotonic() - began < 30
     assert done.stderr.splitlines()[-1].startswith(
         f"error: no coordinator at localhost:{port}, or not all of the 2 processes have come to it"

@@ -17,7 +17,9 @@ from pixart_jax.parallel.mesh import AXES
 
 
 def mesh(data=1, fsdp=8, context=1, tensor=1):
-    return jax.sharding.AbstractMesh((data, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
+    return jax.sharding.AbstractMesh(
+        (data, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,27 +39,49 @@ def test_parameters_lie_over_fsdp(names, shape, spec):
 
 
 def test_tensor_axis_cuts_heads_and_mlp():
-    assert rules.parameter_spec(("embed", "heads"), (1152, 1152), 4, mesh(fsdp=4, tensor=2)) == PartitionSpec("fsdp", "tensor")
-    assert rules.parameter_spec(("mlp", "embed"), (4608, 1152), 4, mesh(fsdp=4, tensor=2)) == PartitionSpec("tensor", "fsdp")
+    assert rules.parameter_spec(
+        ("embed", "heads"), (1152, 1152), 4, mesh(fsdp=4, tensor=2)
+    ) == PartitionSpec("fsdp", "tensor")
+    assert rules.parameter_spec(
+        ("mlp", "embed"), (4608, 1152), 4, mesh(fsdp=4, tensor=2)
+    ) == PartitionSpec("tensor", "fsdp")
 
 
 def test_a_large_parameter_without_a_fitting_name_is_cut_all_the_same():
     assert rules.parameter_spec((None, None), (515, 8000), 4, mesh()) == PartitionSpec(None, "fsdp")
-    assert rules.parameter_spec(("embed", "modulation"), (515, 8000), 4, mesh()) == PartitionSpec(None, "fsdp")  # 515 is odd
-    assert rules.parameter_spec(("layers", None), (1024, 515), 4, mesh()) == PartitionSpec(None, None)  # layers are never cut
+    # 515 is odd
+    assert rules.parameter_spec(("embed", "modulation"), (515, 8000), 4, mesh()) == PartitionSpec(
+        None, "fsdp"
+    )
+    # layers are never cut
+    assert rules.parameter_spec(("layers", None), (1024, 515), 4, mesh()) == PartitionSpec(
+        None, None
+    )
 
 
 def test_large_replicated_names_what_every_device_holds_whole():
     def leaf(shape, *spec):
-        return types.SimpleNamespace(shape=shape, dtype=jax.numpy.dtype("float32"), sharding=NamedSharding(mesh(), PartitionSpec(*spec)))
+        return types.SimpleNamespace(
+            shape=shape,
+            dtype=jax.numpy.dtype("float32"),
+            sharding=NamedSharding(mesh(), PartitionSpec(*spec)),
+        )
 
-    tree = {"blocks": {"kernel": leaf((1152, 1152), "fsdp")}, "table": leaf((28, 6, 1152)), "stray": leaf((1152, 1152))}
+    tree = {
+        "blocks": {"kernel": leaf((1152, 1152), "fsdp")},
+        "table": leaf((28, 6, 1152)),
+        "stray": leaf((1152, 1152)),
+    }
     assert rules.large_replicated(tree) == ["stray"]
 
 
 def boxed(**parameters):
-    """name=(logical names, shape) → boxed fp32 shapes, as eval_shape of a module's init gives them."""
-    return {name: nn.Partitioned(jax.ShapeDtypeStruct(shape, "float32"), names) for name, (names, shape) in parameters.items()}
+    """name=(logical names, shape) → boxed fp32 shapes, as eval_shape of a module's init gives
+    them."""
+    return {
+        name: nn.Partitioned(jax.ShapeDtypeStruct(shape, "float32"), names)
+        for name, (names, shape) in parameters.items()
+    }
 
 
 ODD = boxed(
@@ -78,18 +102,27 @@ def test_what_is_whole_by_accident_is_told_from_what_is_whole_on_purpose():
 
 def test_more_than_two_percent_whole_by_accident_is_refused_with_names_and_share():
     with pytest.raises(
-        UserError, match=r"fsdp 8 leaves 20% of the parameters .*1,065,020 of .* divides no side of odd; fsdp 1 would do"
+        UserError,
+        match=r"fsdp 8 leaves 20% of the parameters .*1,065,020 of .* divides no side of odd; fsdp 1 would do",  # noqa: E501
     ) as fault:
         rules.check_sharded(ODD, mesh())
     assert "\n" not in str(fault.value)
     little = boxed(kernel=(("embed", "heads"), (8192, 4096)), odd=(("embed", "mlp"), (515, 517)))
-    assert rules.check_sharded(little, mesh()).share == pytest.approx(515 * 517 / (8192 * 4096 + 515 * 517))  # 0.8 %
+    # 0.8 %
+    assert rules.check_sharded(little, mesh()).share == pytest.approx(
+        515 * 517 / (8192 * 4096 + 515 * 517)
+    )
 
 
 def test_nothing_of_xl2_is_whole_by_accident_on_256_chips():
     model = PixArtTransformer(TransformerConfig.preset("XL/2"))
     shapes = jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros((1, 2, 2, 4)), jnp.zeros((1,)), jnp.zeros((1, 1, 4096)), jnp.ones((1,), jnp.int32)
+        model.init,
+        jax.random.key(0),
+        jnp.zeros((1, 2, 2, 4)),
+        jnp.zeros((1,)),
+        jnp.zeros((1, 1, 4096)),
+        jnp.ones((1,), jnp.int32),
     )["params"]
     for fsdp in (8, 16, 64, 128):
         whole = rules.check_sharded(shapes, mesh(fsdp=fsdp))

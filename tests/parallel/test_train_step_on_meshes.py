@@ -1,4 +1,5 @@
-"""The train step on meshes of 8 simulated devices: the numbers of one device, and a program that moves parameters and not activations."""
+"""The train step on meshes of 8 simulated devices: the numbers of one device, and a program that
+moves parameters and not activations."""
 
 from __future__ import annotations
 
@@ -19,20 +20,29 @@ from train_step_on_meshes import BATCH, TOKENS  # noqa: E402
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 FSDP, TENSOR = "fsdp=8", "fsdp=4,tensor=2,remat=full"
-CONTEXT, RING = "data=2,context=2,tensor=2", "fsdp=2,context=4,context_attention=ring,remat=attention_out"
-GATHERED, COMPRESSED = "fsdp=2,context=4,remat=attention_out", "data=2,context=2,tensor=2,context_attention=ring,kv_compression=2"
+CONTEXT, RING = (
+    "data=2,context=2,tensor=2",
+    "fsdp=2,context=4,context_attention=ring,remat=attention_out",
+)
+GATHERED, COMPRESSED = (
+    "fsdp=2,context=4,remat=attention_out",
+    "data=2,context=2,tensor=2,context_attention=ring,kv_compression=2",
+)
 TRANSFORMER = (FSDP, TENSOR, CONTEXT, RING, GATHERED, COMPRESSED)
 DIT = (FSDP, "data=2,context=2,tensor=2,context_attention=ring")
 
 
 def outcome(folder: Path, stage: int, meshes) -> tuple[dict, str]:
-    """(what came of each mesh, all that was printed to stderr, XLA's own lines too). What is compiled is compiled here: a program out of
-    the cache would warn of nothing.
+    """(what came of each mesh, all that was printed to stderr, XLA's own lines too). What is
+    compiled is compiled here: a program out of the cache would warn of nothing.
     """
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), str(stage), *meshes], capture_output=True, text=True, timeout=1800,
+        [sys.executable, str(PROGRAM), str(folder), str(stage), *meshes],
+        capture_output=True,
+        text=True,
+        timeout=1800,
         env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_ENABLE_COMPILATION_CACHE": "false"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -65,39 +75,53 @@ def test_the_dits_loss_and_gradients_are_those_of_one_device(dit, mesh):
 
 
 def of_activations(shapes, parameters, batch: int, tokens: int = TOKENS) -> list:
-    """Shapes that are no parameter's: a side is the batch's or the tokens', or so many elements belong to no parameter."""
+    """Shapes that are no parameter's: a side is the batch's or the tokens', or so many elements
+    belong to no parameter."""
     sizes = {math.prod(shape) for shape in parameters}
-    return [shape for shape in shapes if {batch, tokens} & set(shape) or math.prod(shape) not in sizes]
+    return [
+        shape for shape in shapes if {batch, tokens} & set(shape) or math.prod(shape) not in sizes
+    ]
 
 
 @pytest.mark.slow
 def test_an_fsdp_mesh_gathers_parameters_and_no_activations(transformer, dit):
     for found in (transformer[0][FSDP], dit[0][FSDP]):
         assert len(found["all-gather"]) > 10
-        null = (8, 16)  # the part of the null caption that a batch's longest text needs: a parameter, cut
+        # the part of the null caption that a batch's longest text needs: a parameter, cut
+        null = (8, 16)
         gathered = [tuple(shape) for shape in found["all-gather"] if tuple(shape) != null]
         assert not of_activations(gathered, found["parameters"], BATCH), gathered
         assert not found["collective-permute"]
-        assert max(math.prod(shape) for shape in [*found["all-to-all"], [1]]) <= BATCH * 32  # the labels' vectors, where they are one
+        # the labels' vectors, where they are one
+        assert max(math.prod(shape) for shape in [*found["all-to-all"], [1]]) <= BATCH * 32
 
 
 @pytest.mark.slow
 def test_compiling_needs_no_involuntary_rematerialization(transformer, dit):
-    """XLA says so on stderr where it finds no way from one sharding to the next but a whole copy on every device."""
+    """XLA says so on stderr where it finds no way from one sharding to the next but a whole copy on
+    every device."""
     for _, said in (transformer, dit):
-        assert "nvoluntary" not in said, [line for line in said.splitlines() if "nvoluntary" in line][:3]
+        assert "nvoluntary" not in said, [
+            line for line in said.splitlines() if "nvoluntary" in line
+        ][:3]
 
 
 @pytest.mark.slow
 def test_tensor_parallelism_sums_activations_and_gathers_no_kernel_over_tensor(transformer):
-    """A block's kernels stay cut in two; what is summed is the stream: forward after each attention and after the MLP (3), these again
-    under remat (at most 3), and backward at what the cut kernels read: q, k, v, cross-attention's q and fc1 (5, which XLA may join).
+    """A block's kernels stay cut in two; what is summed is the stream: forward after each attention
+    and after the MLP (3), these again under remat (at most 3), and backward at what the cut kernels
+    read: q, k, v, cross-attention's q and fc1 (5, which XLA may join).
     """
     found = transformer[0][TENSOR]
     gathered = {tuple(shape) for shape in found["all-gather"]}
-    assert gathered >= {(256, 128), (128, 256), (256, 512), (512, 256)}  # halves: fsdp's parts joined, tensor's not
+    # halves: fsdp's parts joined, tensor's not
+    assert gathered >= {(256, 128), (128, 256), (256, 512), (512, 256)}
     assert not gathered & {(256, 1024), (1024, 256)}
-    stream = [tuple(shape) for shape in found["all-reduce"] if math.prod(shape) == BATCH // 4 * TOKENS * 256]
+    stream = [
+        tuple(shape)
+        for shape in found["all-reduce"]
+        if math.prod(shape) == BATCH // 4 * TOKENS * 256
+    ]
     assert 6 <= len(stream) <= 11
     assert not of_activations([s for s in gathered if len(s) > 2], found["parameters"], BATCH // 4)
 
@@ -109,8 +133,12 @@ def test_context_parallelism_gathers_keys_and_values_or_sends_them_round(transfo
 
     stream = BATCH // 2 * TOKENS * 256
     gathered, ring = transformer[0][GATHERED], transformer[0][RING]
-    assert len(whole(gathered, stream)) == 4  # keys and values, forward and again in the backward pass
+    # keys and values, forward and again in the backward pass
+    assert len(whole(gathered, stream)) == 4
     assert len(gathered["reduce-scatter"]) == 2  # their gradients
     assert not whole(ring, stream)
-    travelling = [s for s in ring["collective-permute"] if tuple(s) == (BATCH // 2, TOKENS // 4, 8, 32)]
-    assert len(travelling) == 2 * 3 + 2 * 3 + 2 * 4  # 3 turns forward, not again under this remat; 3 and the gradients' 4 backward
+    travelling = [
+        s for s in ring["collective-permute"] if tuple(s) == (BATCH // 2, TOKENS // 4, 8, 32)
+    ]
+    # 3 turns forward, not again under this remat; 3 and the gradients' 4 backward
+    assert len(travelling) == 2 * 3 + 2 * 3 + 2 * 4

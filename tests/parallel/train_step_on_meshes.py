@@ -1,7 +1,9 @@
-"""Run one train step of a stage on 1 device and on several meshes of 8 simulated ones; print as JSON what came of each.
+"""Run one train step of a stage on 1 device and on several meshes of 8 simulated ones; print as
+JSON what came of each.
 
-python train_step_on_meshes.py FOLDER STAGE MESH …: STAGE is a number of tiny_run's curriculum (0: the DiT, 1: the transformer), MESH as
-train.py's --mesh takes it, with ",remat=NAME" or ",kv_compression=2" after it if wanted. Needs XLA's 8 host devices.
+python train_step_on_meshes.py FOLDER STAGE MESH …: STAGE is a number of tiny_run's curriculum (0:
+the DiT, 1: the transformer), MESH as train.py's --mesh takes it, with ",remat=NAME" or
+",kv_compression=2" after it if wanted. Needs XLA's 8 host devices.
 """
 
 from __future__ import annotations
@@ -30,18 +32,23 @@ from pixart_jax.training.batches import put
 from pixart_jax.training.state import abstract_state, state_from
 from pixart_jax.training.step import CompiledStep
 
-# No parameter has a side of the batch, of the image tokens or of the text tokens, so that shapes tell them apart.
+# No parameter has a side of the batch, of the image tokens or of the text tokens, so that shapes
+# tell them apart.
 BATCH, BUCKET, TOKENS, TEXT_TOKENS = 24, (128, 96), 48, 40
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 
 
 def keep_gradient() -> optax.GradientTransformation:
     """First in a chain: its state is the gradient, which a test can read."""
-    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, __=None: (grads, grads))
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, _, __=None: (grads, grads),
+    )
 
 
 def collectives(program: str) -> dict[str, list[tuple[int, ...]]]:
-    """Kind → shapes of floating-point results of each such instruction in a compiled program's text."""
+    """Kind → shapes of floating-point results of each such instruction in a compiled program's
+    text."""
     text = re.sub(r"/\*.*?\*/", "", program)
     found: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in COLLECTIVES}
     for results, kind in re.findall(rf"= ([^=\n]*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", text):
@@ -58,29 +65,50 @@ def recipe(folder: Path, stage: int, mesh: str):
     if not (folder / "wide").exists():
         tiny_run.shards(folder / "wide", (BUCKET,), count=BATCH)
     chosen = dataclasses.replace(
-        config.stages[stage], start="fresh", batch_size=BATCH,
-        data=dataclasses.replace(config.stages[stage].data, source=str(folder / "wide"), buckets=(BUCKET,), max_text_tokens=TEXT_TOKENS),
+        config.stages[stage],
+        start="fresh",
+        batch_size=BATCH,
+        data=dataclasses.replace(
+            config.stages[stage].data,
+            source=str(folder / "wide"),
+            buckets=(BUCKET,),
+            max_text_tokens=TEXT_TOKENS,
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip=1.0, ema=0.9, eps=1e-8),
-    )  # fmt: skip
+    )
     ratio = int(changes.get("kv_compression", 1))
     model = dataclasses.replace(
-        config.model, width=256, heads=8, depth=2, text_tokens=TEXT_TOKENS, size_conditions=False,
-        kv_compression=ratio, kv_compression_layers=(1,) if ratio > 1 else (),
-    )  # fmt: skip
+        config.model,
+        width=256,
+        heads=8,
+        depth=2,
+        text_tokens=TEXT_TOKENS,
+        size_conditions=False,
+        kv_compression=ratio,
+        kv_compression_layers=(1,) if ratio > 1 else (),
+    )
     sizes = MeshConfig.parse(",".join(f"{name}={value}" for name, value in options.items()))
-    return dataclasses.replace(config, stages=(chosen,), model=model, mesh=sizes, remat=changes.get("remat", "none")), sizes
+    return dataclasses.replace(
+        config, stages=(chosen,), model=model, mesh=sizes, remat=changes.get("remat", "none")
+    ), sizes
 
 
 def first_params(task) -> dict:
-    """Host arrays, a little off the fresh ones: the zeros of output projections and modulations would stop the gradient."""
+    """Host arrays, a little off the fresh ones: the zeros of output projections and modulations
+    would stop the gradient."""
     fresh = jax.device_get(jax.jit(lambda key: rules.unboxed(task.init(key)))(jax.random.key(0)))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: (leaf + 0.02 * rng.standard_normal(leaf.shape)).astype(np.float32), fresh)
+    return jax.tree.map(
+        lambda leaf: (leaf + 0.02 * rng.standard_normal(leaf.shape)).astype(np.float32), fresh
+    )
 
 
 def step(config, mesh, params=None):
-    """(loss, gradients on the host, the compiled program, parameters' shapes, the parameters) of the first step."""
-    run = stages.Run(config, type("Folder", (), {"path": Path(".")})(), mesh, None, None, None, None)
+    """(loss, gradients on the host, the compiled program, parameters' shapes, the parameters) of
+    the first step."""
+    run = stages.Run(
+        config, type("Folder", (), {"path": Path(".")})(), mesh, None, None, None, None
+    )
     stage = run.prepare(0)
     boxed = jax.eval_shape(stage.task.init, jax.random.key(0))
     params = params or first_params(stage.task)
@@ -92,17 +120,27 @@ def step(config, mesh, params=None):
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
         program = compiled.jitted.lower(state, batch, jax.random.key(7)).compile()
     state, metrics = program(state, batch, jax.random.key(7))
-    return float(metrics["loss"]), jax.device_get(state.opt_state[0]), program, rules.unboxed(boxed), params
+    return (
+        float(metrics["loss"]),
+        jax.device_get(state.opt_state[0]),
+        program,
+        rules.unboxed(boxed),
+        params,
+    )
 
 
 def difference(gradients, reference) -> tuple[float, str]:
-    """The largest ‖difference‖ of a parameter's gradient over its norm, and whose it is. A gradient that is zero but for rounding (the
-    keys' bias: softmax does not see it) counts against a hundred-thousandth of the whole gradient's norm.
+    """The largest ‖difference‖ of a parameter's gradient over its norm, and whose it is. A gradient
+    that is zero but for rounding (the keys' bias: softmax does not see it) counts against a
+    hundred-thousandth of the whole gradient's norm.
     """
     leaves = jax.tree_util.tree_leaves_with_path(reference)
     floor = 1e-5 * math.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for _, leaf in leaves))
     worst = [
-        (float(np.linalg.norm(ours - leaf) / max(np.linalg.norm(leaf), floor)), jax.tree_util.keystr(path, simple=True, separator="/"))
+        (
+            float(np.linalg.norm(ours - leaf) / max(np.linalg.norm(leaf), floor)),
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+        )
         for (path, leaf), ours in zip(leaves, jax.tree.leaves(gradients), strict=True)
     ]
     return max(worst)
@@ -113,7 +151,10 @@ def main(folder: Path, stage: int, meshes: list[str]) -> None:
     for name in meshes:
         config, sizes = recipe(folder, stage, name)
         if config.model not in single:
-            single[config.model] = step(dataclasses.replace(config, remat="none"), make_mesh(MeshConfig(), jax.devices()[:1]))
+            single[config.model] = step(
+                dataclasses.replace(config, remat="none"),
+                make_mesh(MeshConfig(), jax.devices()[:1]),
+            )
         loss, gradients, _, _, params = single[config.model]
         print(f"compiling {name}", file=sys.stderr, flush=True)
         ours, theirs, program, shapes, _ = step(config, make_mesh(sizes), params)
@@ -121,7 +162,12 @@ def main(folder: Path, stage: int, meshes: list[str]) -> None:
         found[name] = {
             "loss": abs(ours - loss) / abs(loss),
             "gradient": difference(theirs, gradients),
-            "parameters": sorted({leaf.shape[path[0].key == "blocks" :] for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}),
+            "parameters": sorted(
+                {
+                    leaf.shape[path[0].key == "blocks" :]
+                    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+                }
+            ),
             **held,
         }
     print(json.dumps(found))

@@ -1,4 +1,5 @@
-"""Small programs whose collectives are known by construction, compiled for 8 simulated devices; prints what is read of them as JSON."""
+"""Small programs whose collectives are known by construction, compiled for 8 simulated devices;
+prints what is read of them as JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def scattered(x):  # [8, 16] fp32 summed over data, each device left with half
 
 
 def exchanged(x):  # [4, 16] fp32 a device, rows for columns over fsdp
-    return mapped(lambda x: jax.lax.all_to_all(x, "fsdp", 1, 0, tiled=True), P("fsdp"), P(None, "fsdp"))(x)
+    return mapped(
+        lambda x: jax.lax.all_to_all(x, "fsdp", 1, 0, tiled=True), P("fsdp"), P(None, "fsdp")
+    )(x)
 
 
 def alone(x):
@@ -56,5 +59,7 @@ def alone(x):
 found = {}
 for program in (gathered, summed_in_a_loop, nested, scattered, exchanged, alone):
     text = jax.jit(program).lower(jax.ShapeDtypeStruct((8, 16), jnp.float32)).compile().as_text()
-    found[program.__name__] = [dataclasses.asdict(c) for c in collectives(text, MESH.axis_names, MESH.devices.shape)]
+    found[program.__name__] = [
+        dataclasses.asdict(c) for c in collectives(text, MESH.axis_names, MESH.devices.shape)
+    ]
 print(json.dumps(found))

@@ -1,9 +1,10 @@
-"""The real step of small_run on 8 simulated devices: how many bytes this process grows by from before its arrays are made to the
-step's height. Prints JSON. Needs XLA's 8 host devices.
+"""The real step of small_run on 8 simulated devices: how many bytes this process grows by from
+before its arrays are made to the step's height. Prints JSON. Needs XLA's 8 host devices.
 
-All is compiled and run once before the first reading, so that the compiler's memory and the runtime's are in both; the allocator gives
-freed memory back at once (MALLOC_MMAP_THRESHOLD_ in the environment, malloc_trim). The system's high-water mark is set back once
-the arrays lie where they belong, and read after two steps: the memory of simulated devices is the process's own.
+All is compiled and run once before the first reading, so that the compiler's memory and the
+runtime's are in both; the allocator gives freed memory back at once (MALLOC_MMAP_THRESHOLD_ in the
+environment, malloc_trim). The system's high-water mark is set back once the arrays lie where they
+belong, and read after two steps: the memory of simulated devices is the process's own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def main(fsdp: int, remat: str) -> None:
     key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
 
     def arrays():
-        state = state_from(fresh_params(made.task.init, jax.random.key(0), made.abstract), made.optimizer, made.abstract)
+        state = state_from(
+            fresh_params(made.task.init, jax.random.key(0), made.abstract),
+            made.optimizer,
+            made.abstract,
+        )
         batch = put(rows(shapes), rules.batch_sharding(mesh))
         return jax.block_until_ready((state, batch))
 
@@ -61,14 +66,20 @@ def main(fsdp: int, remat: str) -> None:
     made_of_arrays = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     loss = steps(*held)
-    print(json.dumps({"grown": status("VmHWM") - before, "arrays": made_of_arrays - before, "loss": loss}))
+    print(
+        json.dumps(
+            {"grown": status("VmHWM") - before, "arrays": made_of_arrays - before, "loss": loss}
+        )
+    )
 
 
 def rows(shapes) -> dict[str, np.ndarray]:
     """Numbers of the batch's shapes."""
     rng = np.random.default_rng(0)
     return {
-        name: rng.normal(size=s.shape).astype(s.dtype) if s.dtype.kind not in "iu" else np.full(s.shape, 5, s.dtype)
+        name: rng.normal(size=s.shape).astype(s.dtype)
+        if s.dtype.kind not in "iu"
+        else np.full(s.shape, 5, s.dtype)
         for name, s in shapes.items()
     }
 

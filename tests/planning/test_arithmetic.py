@@ -12,7 +12,9 @@ from pixart_jax.planning.arithmetic import products
 
 
 def count(function, *shapes):
-    return products(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr)
+    return products(
+        jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr
+    )
 
 
 def test_a_product_is_two_flops_a_term_and_moves_its_three_arrays():
@@ -21,7 +23,9 @@ def test_a_product_is_two_flops_a_term_and_moves_its_three_arrays():
 
 
 def test_a_scan_counts_as_often_as_it_turns():
-    found = count(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=11)[0], (3, 5), (5, 5))
+    found = count(
+        lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=11)[0], (3, 5), (5, 5)
+    )
     assert found.flops == 11 * 2 * 3 * 5 * 5
 
 
@@ -34,13 +38,20 @@ def test_what_no_result_depends_on_is_not_counted():
 
 
 def test_of_a_conditional_the_dearest_branch_counts():
-    found = count(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), (3, 5), (5, 5))
+    found = count(
+        lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), (3, 5), (5, 5)
+    )
     assert found.flops == 2 * 2 * 3 * 5 * 5
 
 
 def test_a_convolution_counts_its_window():
-    found = count(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
-                  (2, 8, 8, 3), (3, 3, 3, 5))  # fmt: skip
+    found = count(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (2, 8, 8, 3),
+        (3, 3, 3, 5),
+    )
     assert found.flops == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
 
 
@@ -60,11 +71,16 @@ def test_recomputation_is_one_more_forward_pass(remat, passes):
 
 
 def test_of_a_mesh_every_device_counts():
-    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.sharding.AbstractMesh(
+        (2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     spec = jax.sharding.PartitionSpec("data", None)
     with jax.sharding.use_abstract_mesh(mesh):
-        one = jax.shard_map(jnp.dot, in_specs=(spec, jax.sharding.PartitionSpec(None, "tensor")),
-                            out_specs=jax.sharding.PartitionSpec("data", "tensor"))  # fmt: skip
+        one = jax.shard_map(
+            jnp.dot,
+            in_specs=(spec, jax.sharding.PartitionSpec(None, "tensor")),
+            out_specs=jax.sharding.PartitionSpec("data", "tensor"),
+        )
         found = count(one, (6, 5), (5, 8))
     assert found.flops == 2 * 6 * 5 * 8
 
@@ -77,7 +93,9 @@ def test_a_kernel_counts_each_cell_of_its_grid_and_moves_its_arrays_once():
         rows, out = (pl.BlockSpec((8, size), lambda i: (i, 0)) for size in (16, 4))
         whole = pl.BlockSpec((16, 4), lambda i: (0, 0))
         shape = jax.ShapeDtypeStruct((24, 4), jnp.float32)
-        return pl.pallas_call(cell, grid=(3,), in_specs=[rows, whole], out_specs=out, out_shape=shape)(x, w)
+        return pl.pallas_call(
+            cell, grid=(3,), in_specs=[rows, whole], out_specs=out, out_shape=shape
+        )(x, w)
 
     found = count(kernel, (24, 16), (16, 4))
     assert (found.flops, found.bytes) == (2 * 24 * 16 * 4, 4 * (24 * 16 + 16 * 4 + 24 * 4))

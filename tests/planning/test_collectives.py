@@ -20,8 +20,14 @@ AXES = ("data", "fsdp", "context", "tensor")
 @pytest.fixture(scope="module")
 def found():
     program = Path(__file__).parent / "collectives_on_eight_devices.py"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300, env=environment)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -54,8 +60,14 @@ def test_a_program_that_sends_nothing_has_none(found):
         ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups={}, to_apply=%add", [list(range(8))]),
         ("replica_groups=mesh['a'=8,'b'=1] {'a'}, dimensions={1}", [list(range(8))]),
-        ("replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={1}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
-        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (
+            "replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={1}",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
+        (
+            "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, x",
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+        ),
         ("replica_groups=mesh['a'=8] {'a':(1)2}, x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['a'=8] {'a':(4)2}, x", [[0, 1], [2, 3], [4, 5], [6, 7]]),
     ],
@@ -64,7 +76,8 @@ def test_groups_in_every_form_that_xla_writes(text, groups):
     assert sorted(np.asarray(replica_groups(text, 8)).tolist()) == groups
 
 
-# The shape of a TPU program: one gather as a chain of pieces, some of them in an inner loop, and a reduce-scatter as a fusion.
+# The shape of a TPU program: one gather as a chain of pieces, some of them in an inner loop, and a
+# reduce-scatter as a fusion.
 _TPU = """HloModule jit_step, is_scheduled=true
 
 %piece.1 (p: bf16[4,8]) -> bf16[8,8] {
@@ -108,11 +121,22 @@ ENTRY %main (t: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %t = (s32[]{:T(128)}, bf16[4,8]{1,0}) parameter(0)
   ROOT %w = (s32[]{:T(128)}, bf16[4,8]{1,0}) while(%t), condition=%cond, body=%body
 }
-"""
+"""  # noqa: E501
 
 
 def test_the_pieces_of_an_asynchronous_chain_are_one_collective_of_the_outer_loop():
     gather, scatter = sorted(collectives(_TPU, ("data", "fsdp"), (2, 4)), key=lambda c: c.kind)
-    assert (gather.kind, gather.axes, gather.count, gather.bytes, gather.asynchronous) == ("all-gather", ("data",), 6, 6 * 128, True)
-    assert (scatter.kind, scatter.axes, scatter.count, scatter.bytes) == ("reduce-scatter", ("fsdp",), 6, 6 * 256)
+    assert (gather.kind, gather.axes, gather.count, gather.bytes, gather.asynchronous) == (
+        "all-gather",
+        ("data",),
+        6,
+        6 * 128,
+        True,
+    )
+    assert (scatter.kind, scatter.axes, scatter.count, scatter.bytes) == (
+        "reduce-scatter",
+        ("fsdp",),
+        6,
+        6 * 256,
+    )
     assert scatter.moved == 6 * 256 * 3 / 4 and not scatter.asynchronous

@@ -25,7 +25,7 @@ ENTRY %main (a: f32[28,64,32]) -> f32[28,64,32] {
   %turned = f32[28,32,64]{2,1,0} transpose(%a), dimensions={0,2,1}
   ROOT %out = f32[28,64,32]{2,1,0} fusion(%copy.4), kind=kLoop, calls=%loop
 }
-"""
+"""  # noqa: E501
 
 
 def test_what_is_rearranged_is_told_from_what_a_loop_over_blocks_must_do():

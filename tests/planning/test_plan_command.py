@@ -40,16 +40,24 @@ def kept(tmp_path_factory):
         (["--topology", "cpu:8", "--mesh", "widht=4"], "'widht' is no axis"),
         (["--topology", "cpu:8", "--batch-size", "12"], "8 or 16 would be"),
         (["--topology", "cpu:8", "--stage", "wrods"], "did you mean 'words'"),
-        (["--topology", "v5e:4x4", "--slices", "3", "--mesh", "data=16,fsdp=3"], "not a multiple of the 3 slices"),
-        (["--topology", "v5e:4x4", "--slices", "2", "--mesh", "data=1,fsdp=32"], "slices lie along data"),
+        (
+            ["--topology", "v5e:4x4", "--slices", "3", "--mesh", "data=16,fsdp=3"],
+            "not a multiple of the 3 slices",
+        ),
+        (
+            ["--topology", "v5e:4x4", "--slices", "2", "--mesh", "data=1,fsdp=32"],
+            "slices lie along data",
+        ),
         (["--topology", "cpu:8", "--stages.0.steps", "none"], "--stages.0.steps"),
         (["--topology", "cpu:8", "--compile-gib", "-1"], "must be positive"),
         (["--topology", "cpu:8", "--sample", "--height", "100"], "height 100"),
         (["--topology", "cpu:8", "--sweep", "--most", "0"], "--most 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_before_anything_is_compiled(flags, says, monkeypatch):
-    monkeypatch.setattr(compilation.subprocess, "Popen", lambda *a, **k: pytest.fail("something was compiled"))
+    monkeypatch.setattr(
+        compilation.subprocess, "Popen", lambda *a, **k: pytest.fail("something was compiled")
+    )
     monkeypatch.setattr(topology, "require_compiler", lambda where: None)
     with pytest.raises(UserError) as fault:
         command.main([RECIPE, *flags])
@@ -62,21 +70,53 @@ def test_without_a_recipe_the_recipes_are_listed():
 
 
 def test_flags_of_the_command_and_overrides_of_the_recipe_are_told_apart():
-    recipe, own, rest = command.split(["xl2", "--topology=v5e:4x4", "--remat", "dots", "--sweep", "--stages.0.steps", "5", "--stage", "a"])
-    assert (recipe, own, rest) == ("xl2", ["--topology=v5e:4x4", "--sweep", "--stage", "a"], ["--remat", "dots", "--stages.0.steps", "5"])
+    recipe, own, rest = command.split(
+        [
+            "xl2",
+            "--topology=v5e:4x4",
+            "--remat",
+            "dots",
+            "--sweep",
+            "--stages.0.steps",
+            "5",
+            "--stage",
+            "a",
+        ]
+    )
+    assert (recipe, own, rest) == (
+        "xl2",
+        ["--topology=v5e:4x4", "--sweep", "--stage", "a"],
+        ["--remat", "dots", "--stages.0.steps", "5"],
+    )
 
 
 @pytest.mark.slow
 def test_a_plan_tells_memory_flops_and_collectives_and_is_kept(tmp_path, capsys):
-    arguments = [RECIPE, "--topology", "cpu:8", "--mesh", "data=2,fsdp=4", *TINY, "--json", str(tmp_path / "plan.json")]
+    arguments = [
+        RECIPE,
+        "--topology",
+        "cpu:8",
+        "--mesh",
+        "data=2,fsdp=4",
+        *TINY,
+        "--json",
+        str(tmp_path / "plan.json"),
+    ]
     assert command.main(arguments) == 0
     said = capsys.readouterr().out
     (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
     memory = {name: entry["value"] for name, entry in found["memory"].items()}
-    assert memory["EMA"] == memory["parameters"] > 0 and memory["optimizer"] > 1.9 * memory["parameters"]
+    assert (
+        memory["EMA"] == memory["parameters"] > 0
+        and memory["optimizer"] > 1.9 * memory["parameters"]
+    )
     assert memory["total"] > memory["temporaries"] > 0
-    assert found["flops"]["traced"]["value"] == pytest.approx(4 / 3 * found["batch_size"] * found["flops"]["image"]["value"], rel=0.05)
-    assert {"all-gather", "all-reduce"} & {c["kind"] for c in found["collectives"] if c["axes"] == ["fsdp"]}
+    assert found["flops"]["traced"]["value"] == pytest.approx(
+        4 / 3 * found["batch_size"] * found["flops"]["image"]["value"], rel=0.05
+    )
+    assert {"all-gather", "all-reduce"} & {
+        c["kind"] for c in found["collectives"] if c["axes"] == ["fsdp"]
+    }
     assert all(set(c["axes"]) <= {"data", "fsdp"} for c in found["collectives"])
     assert found["fits"] is None and "time" not in found
     assert "compiled" in said and "counted" in said and "0.18215" in said
@@ -87,11 +127,29 @@ def test_a_plan_tells_memory_flops_and_collectives_and_is_kept(tmp_path, capsys)
 
 @pytest.mark.slow
 def test_a_plan_of_drawing_has_both_programs_and_all_weights(tmp_path):
-    arguments = [RECIPE, "--topology", "cpu:2", "--mesh", "fsdp=2,data=1", *TINY, "--sample", "--batch-size", "2", "--steps", "3"]
-    assert command.main([*arguments, "--height", "32", "--width", "32", "--json", str(tmp_path / "plan.json")]) == 0
+    arguments = [
+        RECIPE,
+        "--topology",
+        "cpu:2",
+        "--mesh",
+        "fsdp=2,data=1",
+        *TINY,
+        "--sample",
+        "--batch-size",
+        "2",
+        "--steps",
+        "3",
+    ]
+    assert (
+        command.main(
+            [*arguments, "--height", "32", "--width", "32", "--json", str(tmp_path / "plan.json")]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "plan.json").read_text())
     assert [p["program"] for p in found["programs"]] == ["denoise", "decode"]
-    assert found["batch"]["peak"] > found["batch"]["weights"] > 9.5e9 / 2 * 0.98  # T5-XXL in bfloat16 on two devices
+    # T5-XXL in bfloat16 on two devices
+    assert found["batch"]["peak"] > found["batch"]["weights"] > 9.5e9 / 2 * 0.98
     denoise = found["programs"][0]
     ratio = denoise["flops"]["traced"]["value"] / (2 * denoise["flops"]["image"]["value"])
     assert 0.5 < ratio <= 1.0  # the texts' keys and values are made once, not at each of the steps
@@ -109,12 +167,29 @@ def facts(**changes) -> Facts:
     one = Collective("all-gather", ("fsdp",), 8, 4, 8e9, 7e9, True)
     two = Collective("all-reduce", ("fsdp",), 8, 1, 4e9, 7e9, False)
     plain = {
-        "device_kind": "TPU v5 lite", "counted": {"parameters": 1e9, "EMA": 1e9, "optimizer": 2e9, "batch": 1e8}, "arguments": 4.1e9,
-        "outputs": 4e9, "aliased": 4e9, "temporaries": 3e9, "code": 1e8, "host": 0.0, "wanted": None, "available": None, "message": "",
-        "flops": 8 * 197e12 * 0.7, "product_bytes": 0.0, "collectives": (one, two), "links": (Link(("fsdp",), 8, 2, 1),),
-        "whole_share": 0.0, "assumptions": (), "trace_seconds": 1.0, "compile_seconds": 1.0, "compile_cpu_seconds": 1.0, "host_peak": 1e9,
+        "device_kind": "TPU v5 lite",
+        "counted": {"parameters": 1e9, "EMA": 1e9, "optimizer": 2e9, "batch": 1e8},
+        "arguments": 4.1e9,
+        "outputs": 4e9,
+        "aliased": 4e9,
+        "temporaries": 3e9,
+        "code": 1e8,
+        "host": 0.0,
+        "wanted": None,
+        "available": None,
+        "message": "",
+        "flops": 8 * 197e12 * 0.7,
+        "product_bytes": 0.0,
+        "collectives": (one, two),
+        "links": (Link(("fsdp",), 8, 2, 1),),
+        "whole_share": 0.0,
+        "assumptions": (),
+        "trace_seconds": 1.0,
+        "compile_seconds": 1.0,
+        "compile_cpu_seconds": 1.0,
+        "host_peak": 1e9,
         "compiler": "none",
-    }  # fmt: skip
+    }
     return Facts(**{**plain, **changes})
 
 
@@ -123,7 +198,8 @@ def test_a_roofline_is_the_sum_of_what_its_docstring_says():
     assert found.compute == pytest.approx(1.0)
     wire = 7e9 / (50e9 * 2 * estimate.WIRES)
     assert found.wires == pytest.approx((wire, wire))
-    assert found.exposed == pytest.approx(wire)  # the asynchronous one hides behind a second of work
+    # the asynchronous one hides behind a second of work
+    assert found.exposed == pytest.approx(wire)
     assert found.step == pytest.approx(max(found.compute, found.memory) + wire)
 
 
@@ -170,7 +246,10 @@ def test_a_sweep_leaves_out_what_arithmetic_rules_out():
     assert found
     for one in found:
         plan.check(one)
-        assert one.axes["tensor"] in (1, 2) and small_run.get_config().model.width % one.axes["fsdp"] == 0
+        assert (
+            one.axes["tensor"] in (1, 2)
+            and small_run.get_config().model.width % one.axes["fsdp"] == 0
+        )
     assert len({(one.mesh, one.stage_config.batch_size) for one in found}) == len(found)
     assert len({one.mesh for one in found[:4]}) > 1
 
@@ -180,7 +259,8 @@ def test_a_sweep_leaves_out_what_arithmetic_rules_out():
 
 @pytest.fixture
 def libtpu(monkeypatch):
-    """On the path of the process that compiles; the one that asks for it does not have it, and is not to look."""
+    """On the path of the process that compiles; the one that asks for it does not have it, and is
+    not to look."""
     monkeypatch.setenv("PYTHONPATH", compilers.path())
     monkeypatch.setattr(topology, "require_compiler", lambda where: None)
 
@@ -188,15 +268,43 @@ def libtpu(monkeypatch):
 @compilers.needs("v5e:2x4")
 @pytest.mark.slow
 def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, libtpu):
-    arguments = [RECIPE, "--topology", "v5e:2x4", "--mesh", "data=2,fsdp=4", *TINY, "--json", str(tmp_path / "plan.json")]
+    arguments = [
+        RECIPE,
+        "--topology",
+        "v5e:2x4",
+        "--mesh",
+        "data=2,fsdp=4",
+        *TINY,
+        "--json",
+        str(tmp_path / "plan.json"),
+    ]
     assert command.main(arguments) == 0
     (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
-    assert found["fits"] and found["time"]["images_per_second"]["value"] > 0 and found["cost"]["usd"]["value"] > 0
+    assert (
+        found["fits"]
+        and found["time"]["images_per_second"]["value"] > 0
+        and found["cost"]["usd"]["value"] > 0
+    )
     assert found["memory"]["total"]["value"] < 2**30
 
 
 @compilers.needs("v5e:2x2")
 @pytest.mark.slow
 def test_a_program_that_a_slice_cannot_hold_is_told_and_is_no_traceback(capsys, libtpu):
-    assert command.main([RECIPE, "--topology", "v5e:2x2", "--mesh", "fsdp=4,data=1", "--remat", "none", "--batch-size", "65536"]) == 0
+    assert (
+        command.main(
+            [
+                RECIPE,
+                "--topology",
+                "v5e:2x2",
+                "--mesh",
+                "fsdp=4,data=1",
+                "--remat",
+                "none",
+                "--batch-size",
+                "65536",
+            ]
+        )
+        == 0
+    )
     assert "does not fit: needs" in capsys.readouterr().out

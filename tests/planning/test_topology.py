@@ -12,10 +12,16 @@ from pixart_jax.planning import topology
 @pytest.mark.parametrize(
     "name, slices, platform, size",
     [
-        ("v5e:16x16", 1, "tpu", 256), ("v5e:16x16", 2, "tpu", 512), ("v5p:4x4x4", 1, "tpu", 64), ("v4:2x2x2", 1, "tpu", 8),
-        ("tpu7x:2x2x1", 1, "tpu", 8), ("h200:8", 1, "cuda", 8), ("h100:8x4", 1, "cuda", 32), ("cpu:8", 1, "cpu", 8),
+        ("v5e:16x16", 1, "tpu", 256),
+        ("v5e:16x16", 2, "tpu", 512),
+        ("v5p:4x4x4", 1, "tpu", 64),
+        ("v4:2x2x2", 1, "tpu", 8),
+        ("tpu7x:2x2x1", 1, "tpu", 8),
+        ("h200:8", 1, "cuda", 8),
+        ("h100:8x4", 1, "cuda", 32),
+        ("cpu:8", 1, "cpu", 8),
     ],
-)  # fmt: skip
+)
 def test_a_name_says_how_many_devices_it_is(name, slices, platform, size):
     found = topology.parse(name, slices)
     assert (found.platform, found.size) == (platform, size)
@@ -25,10 +31,17 @@ def test_a_name_says_how_many_devices_it_is(name, slices, platform, size):
 @pytest.mark.parametrize(
     "name, slices, says",
     [
-        ("v5e:3x5", 1, "v5e:4x4"), ("v5e", 1, "v5e:16x16"), ("v9:4x4", 1, "tpu7x"), ("h200:9", 1, "h200:8xN"), ("h200:8", 2, "h200:8x2"),
-        ("cpu:0", 1, "cpu:N"), ("cpu:8", 2, "slices"), ("v5e:4x4", 0, "at least 1"), ("", 1, "v5e"),
+        ("v5e:3x5", 1, "v5e:4x4"),
+        ("v5e", 1, "v5e:16x16"),
+        ("v9:4x4", 1, "tpu7x"),
+        ("h200:9", 1, "h200:8xN"),
+        ("h200:8", 2, "h200:8x2"),
+        ("cpu:0", 1, "cpu:N"),
+        ("cpu:8", 2, "slices"),
+        ("v5e:4x4", 0, "at least 1"),
+        ("", 1, "v5e"),
     ],
-)  # fmt: skip
+)
 def test_a_name_that_does_not_exist_lists_those_that_do(name, slices, says):
     with pytest.raises(UserError) as fault:
         topology.parse(name, slices)
@@ -36,12 +49,20 @@ def test_a_name_that_does_not_exist_lists_those_that_do(name, slices, says):
 
 
 def test_a_dimension_closes_to_a_ring_where_the_hardware_closes_it():
-    assert topology.parse("v5e:16x16").wraps(0) and not topology.parse("v5e:8x16").wraps(0) and topology.parse("v5e:8x16").wraps(1)
+    assert (
+        topology.parse("v5e:16x16").wraps(0)
+        and not topology.parse("v5e:8x16").wraps(0)
+        and topology.parse("v5e:8x16").wraps(1)
+    )
     assert topology.parse("v5p:4x4x4").wraps(2) and not topology.parse("v5p:2x4x4").wraps(1)
 
 
-@pytest.mark.parametrize("name, package", [("v5e:4x4", "jax[tpu]"), ("h200:8", "jax-cuda13-plugin")])
-def test_an_absent_compiler_is_one_line_with_the_command_that_installs_it(name, package, monkeypatch):
+@pytest.mark.parametrize(
+    "name, package", [("v5e:4x4", "jax[tpu]"), ("h200:8", "jax-cuda13-plugin")]
+)
+def test_an_absent_compiler_is_one_line_with_the_command_that_installs_it(
+    name, package, monkeypatch
+):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError, match="pip install") as fault:
         topology.require_compiler(topology.parse(name))

@@ -1,7 +1,9 @@
-"""Open the newest save of a folder on this process's mesh, compare it with what was written first, and save it anew.
+"""Open the newest save of a folder on this process's mesh, compare it with what was written first,
+and save it anew.
 
-python checkpoint_on_meshes.py FOLDER FSDP [COORDINATOR INDEX]: with the last two, one of two processes. Prints the number of
-devices and "equal". Saves are named so that a later mesh's is the newer one.
+python checkpoint_on_meshes.py FOLDER FSDP [COORDINATOR INDEX]: with the last two, one of two
+processes. Prints the number of devices and "equal". Saves are named so that a later mesh's is the
+newer one.
 """
 
 from __future__ import annotations
@@ -37,18 +39,31 @@ def values(seed: int):
 
 def main(folder: Path, fsdp: int) -> None:
     mesh = make_mesh(MeshConfig(data=-1, fsdp=fsdp))
-    specs = {"w": PartitionSpec("fsdp", None), "half": PartitionSpec(("data", "fsdp")), "b": PartitionSpec()}
+    specs = {
+        "w": PartitionSpec("fsdp", None),
+        "half": PartitionSpec(("data", "fsdp")),
+        "b": PartitionSpec(),
+    }
     where = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     whole = NamedSharding(mesh, PartitionSpec())
 
     def placed(value, sharding):
-        return jax.make_array_from_callback(np.shape(value), sharding, lambda index: np.asarray(value)[index])
+        return jax.make_array_from_callback(
+            np.shape(value), sharding, lambda index: np.asarray(value)[index]
+        )
 
     params = {name: placed(value, where[name]) for name, value in values(0).items()}
     moments = {name: placed(value, where[name]) for name, value in values(1).items()}
-    guard = Guard(*(placed(np.asarray(v), whole) for v in (np.int32(1), np.int32(0), np.int32(5), np.float32(0.1), np.float32(0.2))))
+    guard = Guard(
+        *(
+            placed(np.asarray(v), whole)
+            for v in (np.int32(1), np.int32(0), np.int32(5), np.float32(0.1), np.float32(0.2))
+        )
+    )
     state = TrainState(placed(np.asarray(3, np.int32), whole), params, (moments,), guard)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     with Checkpoints(folder, keep=3) as saves:
         latest = saves.latest()
         if latest is not None:
@@ -56,12 +71,16 @@ def main(folder: Path, fsdp: int) -> None:
             for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
                 assert mine.sharding == theirs.sharding
                 for a, b in zip(mine.addressable_shards, theirs.addressable_shards, strict=True):
-                    np.testing.assert_array_equal(np.asarray(a.data, np.float32), np.asarray(b.data, np.float32))
+                    np.testing.assert_array_equal(
+                        np.asarray(a.data, np.float32), np.asarray(b.data, np.float32)
+                    )
             state = restored
         total = (latest or 0) + 4
         saves.save(Place(0, total, total), state)
         saves.wait()
-        for a, b in zip(jax.tree.leaves(saves.restore(total, abstract)), jax.tree.leaves(state), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(saves.restore(total, abstract)), jax.tree.leaves(state), strict=True
+        ):
             same = jax.jit(lambda x, y: (x == y).all(), out_shardings=whole)(a, b)
             assert bool(same)
     print(jax.device_count(), "equal")

@@ -1,4 +1,5 @@
-"""One train step of XL/2 at full size on this machine: 256 px, batch 1, fp32 masters. Prints JSON: loss, seconds, peak RSS in bytes."""
+"""One train step of XL/2 at full size on this machine: 256 px, batch 1, fp32 masters. Prints JSON:
+loss, seconds, peak RSS in bytes."""
 
 from __future__ import annotations
 
@@ -49,8 +50,20 @@ def main(ema: float) -> None:
         losses.append(float(metrics["loss"]))
         seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    parameters = sum(x.size for x in jax.tree.leaves(state.params)) - state.params["null_caption"].size
-    print(json.dumps({"losses": losses, "seconds": seconds, "peak": peak, "parameters": parameters, "ema": ema}))
+    parameters = (
+        sum(x.size for x in jax.tree.leaves(state.params)) - state.params["null_caption"].size
+    )
+    print(
+        json.dumps(
+            {
+                "losses": losses,
+                "seconds": seconds,
+                "peak": peak,
+                "parameters": parameters,
+                "ema": ema,
+            }
+        )
+    )
 
 
 main(float(sys.argv[1]))

@@ -1,4 +1,5 @@
-"""Train a small transformer on 1 and on 8 simulated devices and print what came of it as JSON. Needs XLA's 8 host devices.
+"""Train a small transformer on 1 and on 8 simulated devices and print what came of it as JSON.
+Needs XLA's 8 host devices.
 
 python on_eight_devices.py FOLDER ACCUMULATE DATA: the mesh is data DATA × fsdp 8/DATA.
 """
@@ -28,11 +29,20 @@ STEPS = 6
 
 def curve(config, mesh) -> tuple[list[float], list[str], list[int]]:
     """(losses, large arrays that are whole on every device, bytes of the state on each device)."""
-    run = stages.Run(config, type("Folder", (), {"path": Path(".")})(), mesh, None, None, None, None)
+    run = stages.Run(
+        config, type("Folder", (), {"path": Path(".")})(), mesh, None, None, None, None
+    )
     stage = run.prepare(0)
     state = run.begin(stage, None)
     options = config.stages[0].optimizer
-    step = CompiledStep(stage.task.losses, stage.optimizer, lambda step: options.learning_rate, stage.abstract, mesh, options.accumulate)
+    step = CompiledStep(
+        stage.task.losses,
+        stage.optimizer,
+        lambda step: options.learning_rate,
+        stage.abstract,
+        mesh,
+        options.accumulate,
+    )
     losses = []
     for number in range(STEPS):
         batch = put(stage.loader.batch(number), rules.batch_sharding(mesh))
@@ -48,9 +58,18 @@ def curve(config, mesh) -> tuple[list[float], list[str], list[int]]:
 def main(folder: Path) -> None:
     config = tiny_run.curriculum(folder)
     stage = dataclasses.replace(
-        config.stages[1], start="fresh", batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip=1.0, ema=0.9, eps=1e-8, accumulate=int(sys.argv[2])),
-    )  # fmt: skip
+        config.stages[1],
+        start="fresh",
+        batch_size=16,
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            warmup_steps=0,
+            clip=1.0,
+            ema=0.9,
+            eps=1e-8,
+            accumulate=int(sys.argv[2]),
+        ),
+    )
     model = dataclasses.replace(config.model, width=256, depth=2)
     config = dataclasses.replace(config, stages=(stage,), model=model)
     one = curve(config, make_mesh(MeshConfig(), jax.devices()[:1]))

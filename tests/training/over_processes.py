@@ -1,4 +1,5 @@
-"""What several processes do together; run by the launcher: python over_processes.py rows | export FOLDER | agree FOLDER WHAT."""
+"""What several processes do together; run by the launcher: python over_processes.py rows | export
+FOLDER | agree FOLDER WHAT."""
 
 from __future__ import annotations
 
@@ -17,16 +18,23 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training.batches import put, rows_of
 from pixart_jax.weights.component import Transformer
 
-# No dimension of 1, so that every large array is cut; the stack of a block's fc1 is an eighth of all.
-MODEL = TransformerConfig(depth=8, width=512, heads=8, caption_width=64, text_tokens=16, sample_size=4)
+# No dimension of 1, so that every large array is cut; the stack of a block's fc1 is an eighth of
+# all.
+MODEL = TransformerConfig(
+    depth=8, width=512, heads=8, caption_width=64, text_tokens=16, sample_size=4
+)
 SIZE = 16
 
 
 def rows() -> None:
-    """For each mesh of these devices: this process's rows, and that the batch put from them is the whole one on every device."""
+    """For each mesh of these devices: this process's rows, and that the batch put from them is the
+    whole one on every device."""
     found = {}
     count = jax.device_count()
-    whole = {"x": np.arange(SIZE * 3, dtype=np.float32).reshape(SIZE, 3), "key": np.array([f"k{n}" for n in range(SIZE)])}
+    whole = {
+        "x": np.arange(SIZE * 3, dtype=np.float32).reshape(SIZE, 3),
+        "key": np.array([f"k{n}" for n in range(SIZE)]),
+    }
     for sizes in (
         f"data={count}",
         f"fsdp={count}",
@@ -39,7 +47,11 @@ def rows() -> None:
         sharding = rules.batch_sharding(make_mesh(MeshConfig.parse(sizes)))
         mine = rows_of(sharding, SIZE)
         batch = put({name: array[mine] for name, array in whole.items()}, sharding)
-        assert set(batch) == {"x"} and batch["x"].shape == (SIZE, 3) and batch["x"].sharding == sharding
+        assert (
+            set(batch) == {"x"}
+            and batch["x"].shape == (SIZE, 3)
+            and batch["x"].sharding == sharding
+        )
         for shard in batch["x"].addressable_shards:
             np.testing.assert_array_equal(shard.data, whole["x"][shard.index])
         found[sizes] = mine.tolist()
@@ -49,7 +61,10 @@ def rows() -> None:
 def parameters(mesh=None):
     """The same values however they lie."""
     component = Transformer(MODEL, {})
-    boxed = jax.eval_shape(lambda key: component.module.init(key, *component._example(MODEL))["params"], jax.random.key(0))
+    boxed = jax.eval_shape(
+        lambda key: component.module.init(key, *component._example(MODEL))["params"],
+        jax.random.key(0),
+    )
     shapes = rules.unboxed(boxed)
 
     def values(index: int, shape) -> np.ndarray:
@@ -59,14 +74,21 @@ def parameters(mesh=None):
     if mesh is None:
         return tree.unflatten([values(n, leaf) for n, leaf in enumerate(leaves)])
     placed = []
-    for n, (leaf, sharding) in enumerate(zip(leaves, jax.tree.leaves(rules.parameter_shardings(boxed, mesh)), strict=True)):
+    for n, (leaf, sharding) in enumerate(
+        zip(leaves, jax.tree.leaves(rules.parameter_shardings(boxed, mesh)), strict=True)
+    ):
         whole = values(n, leaf)
-        placed.append(jax.make_array_from_callback(leaf.shape, sharding, lambda index, whole=whole: whole[index].copy()))
+        placed.append(
+            jax.make_array_from_callback(
+                leaf.shape, sharding, lambda index, whole=whole: whole[index].copy()
+            )
+        )
     return tree.unflatten(placed)
 
 
 def export(folder: Path) -> None:
-    """Save the model from parameters over all processes; how much this one's memory grew at most, in bytes."""
+    """Save the model from parameters over all processes; how much this one's memory grew at most,
+    in bytes."""
     params = parameters(make_mesh(MeshConfig.parse("fsdp=2,tensor=-1")))
     warm = {name: params[name] for name in ("final_table",)}
     jax.block_until_ready((params, warm))
@@ -79,7 +101,11 @@ def export(folder: Path) -> None:
 
 
 def resident(field: str) -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    ]
     return int(line.split()[1]) * 1024
 
 
@@ -88,7 +114,9 @@ def main(argv: list[str]) -> int:
     processes.start(start)
     if what == "agree":
         own = Path(rest[0]) / (f"of-{jax.process_index()}" if rest[1] == "folder" else "all")
-        processes.agree(f"config {jax.process_index() if rest[1] == 'config' else ''}", own, patience=1)
+        processes.agree(
+            f"config {jax.process_index() if rest[1] == 'config' else ''}", own, patience=1
+        )
     elif what == "rows":
         rows()
     else:

@@ -1,4 +1,5 @@
-"""The step of test_step_compiled.small, compiled for a topology without its hardware. Prints JSON: bytes on one device."""
+"""The step of test_step_compiled.small, compiled for a topology without its hardware. Prints JSON:
+bytes on one device."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from pixart_jax.training import abstract
 
 
 def held(tree) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def main(name: str) -> None:
@@ -26,7 +30,12 @@ def main(name: str) -> None:
     stage = config.stages[0]
     made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
     batch = abstract.abstract_batch(config, stage, (64, 64), mesh)
-    program = abstract.compiled_step(config, stage, made, mesh).trace(made.abstract, batch, abstract.abstract_key(mesh)).lower().compile()
+    program = (
+        abstract.compiled_step(config, stage, made, mesh)
+        .trace(made.abstract, batch, abstract.abstract_key(mesh))
+        .lower()
+        .compile()
+    )
     memory = program.memory_analysis()
     gathered, copied = {"bf16": 0, "f32": 0}, 0
     for run in hlo.executed(program.as_text()):
@@ -34,12 +43,20 @@ def main(name: str) -> None:
             if instruction.opcode in ("all-gather", "all-gather-start"):
                 kind = re.search(r"bf16|f32", instruction.shape)
                 gathered[kind[0]] += int(run.times) * max(instruction.arrays)
-            if instruction.opcode == "copy" and instruction.shape.startswith("f32") and len(instruction.arrays) == 1:
+            if (
+                instruction.opcode == "copy"
+                and instruction.shape.startswith("f32")
+                and len(instruction.arrays) == 1
+            ):
                 copied += int(run.times) * instruction.arrays[0]
     found = {
-        "state": held(made.abstract), "parameters": sum(leaf.size for leaf in jax.tree.leaves(made.abstract.params)),
-        "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes, "gathered": gathered, "copied": copied,
-    }  # fmt: skip
+        "state": held(made.abstract),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(made.abstract.params)),
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "gathered": gathered,
+        "copied": copied,
+    }
     print(json.dumps(found))
 
 

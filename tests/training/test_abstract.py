@@ -23,12 +23,15 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
-    """Stage 1, stage 2 with CAME, stage 3 with micro-batches: the lowered text of both; the run's batch is a real one."""
+    """Stage 1, stage 2 with CAME, stage 3 with micro-batches: the lowered text of both; the run's
+    batch is a real one."""
     folder, config = world
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     run = stages.Run(config, type("Folder", (), {"path": folder})(), mesh, None, None, None, None)
     stage, prepared = config.stages[index], run.prepare(index)
-    of_run = abstract.compiled_step(config, stage, abstract.Parts(prepared.task, prepared.optimizer, prepared.abstract), mesh)
+    of_run = abstract.compiled_step(
+        config, stage, abstract.Parts(prepared.task, prepared.optimizer, prepared.abstract), mesh
+    )
     batch = put(prepared.loader.batch(0), batch_sharding(mesh))
     key = jax.random.key(0)
     real = of_run.trace(prepared.abstract, batch, key).lower().as_text()
@@ -38,9 +41,14 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, max_text_tokens=texts))
     made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
     shapes = abstract.abstract_batch(config, stage, bucket, mesh)
-    assert {name: (s.shape, s.dtype) for name, s in shapes.items()} == {name: (a.shape, a.dtype) for name, a in batch.items()}
+    assert {name: (s.shape, s.dtype) for name, s in shapes.items()} == {
+        name: (a.shape, a.dtype) for name, a in batch.items()
+    }
     assert (
-        abstract.compiled_step(config, stage, made, mesh).trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().as_text()
+        abstract.compiled_step(config, stage, made, mesh)
+        .trace(made.abstract, shapes, abstract.abstract_key(mesh))
+        .lower()
+        .as_text()
         == real
     )
 

@@ -1,4 +1,5 @@
-"""What each kind of source is to a stage: encoded on the way, read as it is, mixed, or refused in one line."""
+"""What each kind of source is to a stage: encoded on the way, read as it is, mixed, or refused in
+one line."""
 
 import dataclasses
 import json
@@ -30,14 +31,34 @@ def model(tmp_path_factory):
 def world(model, tmp_path, monkeypatch):
     """Pictures in a folder and in a tar, and a config that takes a source."""
     monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
-    files = {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(6)} | {f"{i}.txt": "a red circle" for i in range(6)}
+    files = {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(6)} | {
+        f"{i}.txt": "a red circle" for i in range(6)
+    }
     write(tmp_path / "photos", files)
     img2dataset(tmp_path / "web.tar", 0, 6)
 
     def config(source: str, task: str = "text_to_image", **data) -> Config:
-        data = {"captions": (("caption", 1.0),), "buckets": ((32, 32),), "max_text_tokens": 16, **data}
-        stage = StageConfig("only", task, steps=2, batch_size=4, data=DataConfig(source=source, **data), start="fresh")
-        settings = {"model": tiny_run.MODEL, "num_classes": 5, "vae": str(model), "text_encoder": str(model), "compute_dtype": "float32"}
+        data = {
+            "captions": (("caption", 1.0),),
+            "buckets": ((32, 32),),
+            "max_text_tokens": 16,
+            **data,
+        }
+        stage = StageConfig(
+            "only",
+            task,
+            steps=2,
+            batch_size=4,
+            data=DataConfig(source=source, **data),
+            start="fresh",
+        )
+        settings = {
+            "model": tiny_run.MODEL,
+            "num_classes": 5,
+            "vae": str(model),
+            "text_encoder": str(model),
+            "compute_dtype": "float32",
+        }
         return Config(name="tiny", stages=(stage,), **settings)
 
     config.folder = tmp_path
@@ -53,77 +74,135 @@ def test_pictures_of_a_folder_or_a_tar_are_encoded_once_and_then_trained_on(worl
     loader = opened(world(str(world.folder / where)))
     assert isinstance(loader.samples, EncodedSamples) and len(loader.samples) == 6
     batch = loader.batch(0)
-    assert batch["mean"].shape == (4, 4, 4, 4) and batch["text_states"].shape[0] == 4 and (batch["text_lengths"] > 0).all()
-    again = opened(world(str(world.folder / where)), encode=lambda source, **how: train.encode(source, **how))
+    assert (
+        batch["mean"].shape == (4, 4, 4, 4)
+        and batch["text_states"].shape[0] == 4
+        and (batch["text_lengths"] > 0).all()
+    )
+    again = opened(
+        world(str(world.folder / where)), encode=lambda source, **how: train.encode(source, **how)
+    )
     np.testing.assert_array_equal(again.batch(3)["mean"], loader.batch(3)["mean"])
 
 
 def test_a_mixture_s_parts_are_encoded_each_and_drawn_by_their_share(world):
-    loader = opened(world(f"0.75*folder:{world.folder / 'photos'} + 0.25*webdataset:{world.folder / 'web.tar'}"))
+    loader = opened(
+        world(f"0.75*folder:{world.folder / 'photos'} + 0.25*webdataset:{world.folder / 'web.tar'}")
+    )
     assert isinstance(loader.samples, MixedSamples) and len(loader.samples) == 12
     keys = [key for step in range(60) for key in loader.batch(step)["key"]]
-    assert abs(np.mean([len(key) == 1 for key in keys]) - 0.75) < 0.03  # '3' of the folder, '000000003' of the tar
+    # '3' of the folder, '000000003' of the tar
+    assert abs(np.mean([len(key) == 1 for key in keys]) - 0.75) < 0.03
     assert len(set(keys)) == 12
 
 
 def test_official_features_train_a_step(world, tmp_path):
     root = intern(tmp_path / "official", ((32, 32),) * 8)
-    features(root, {f"{i:03d}_{i:06d}": (32, 32) for i in range(8)}, "img_vae_features_32resolution/noflip")
+    features(
+        root,
+        {f"{i:03d}_{i:06d}": (32, 32) for i in range(8)},
+        "img_vae_features_32resolution/noflip",
+    )
     config = world(f"pixart-features:{root}", captions=(("prompt", 1.0),))
     assert isinstance(opened(config, None).samples, FeatureSamples)
     stages.run(config, tmp_path / "run", None)
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert np.isfinite(logged[-1]["loss"]) and (tmp_path / "run" / "model").is_dir()
     with pytest.raises(UserError, match="stage only: pixart-features:.* has no labels"):
         opened(world(f"pixart-features:{root}", "class_conditional"), None)
 
 
 def test_pictures_and_captions_are_read_as_they_are_by_the_frozen_parts_own_tasks(world):
-    images = opened(world(f"1*{world.folder / 'photos'} + 1*{world.folder / 'web.tar'}", "autoencoder"))
-    assert images.batch(0)["images"].shape == (4, 32, 32, 3) and isinstance(images.samples.parts[0], ImageSamples)
+    images = opened(
+        world(f"1*{world.folder / 'photos'} + 1*{world.folder / 'web.tar'}", "autoencoder")
+    )
+    assert images.batch(0)["images"].shape == (4, 32, 32, 3) and isinstance(
+        images.samples.parts[0], ImageSamples
+    )
     config = world(str(world.folder / "photos"), "text_to_text")
-    stage = dataclasses.replace(config.stages[0], text_to_text=dataclasses.replace(config.stages[0].text_to_text, target="caption"))
+    stage = dataclasses.replace(
+        config.stages[0],
+        text_to_text=dataclasses.replace(config.stages[0].text_to_text, target="caption"),
+    )
     words = opened(dataclasses.replace(config, stages=(stage,)))
     assert isinstance(words.samples, TokenSamples) and (words.batch(0)["lengths"] > 1).all()
 
 
 def test_what_is_left_out_is_said_and_strict_stops(world, capsys):
-    write(world.folder / "photos", {"cut.png": encoded(picture(9, 32, 32))[:-30], "empty.png": b"", "lonely.txt": "of nothing"})
+    write(
+        world.folder / "photos",
+        {
+            "cut.png": encoded(picture(9, 32, 32))[:-30],
+            "empty.png": b"",
+            "lonely.txt": "of nothing",
+        },
+    )
     loader = opened(world(str(world.folder / "photos"), "autoencoder"))
     assert {str(key) for step in range(9) for key in loader.batch(step)["key"]} == set("012345")
     said = capsys.readouterr().out
-    assert "stage only: cut: unreadable image (" in said and "stage only: empty: unreadable image (the image is empty" in said
+    assert (
+        "stage only: cut: unreadable image (" in said
+        and "stage only: empty: unreadable image (the image is empty" in said
+    )
     assert "3 left out: 2 unreadable image, 1 caption without picture" in said
     with pytest.raises(UserError, match="lonely.txt: caption without picture"):
         opened(world(str(world.folder / "photos"), "autoencoder", strict=True))
     (world.folder / "photos" / "lonely.txt").unlink()
-    for task, message in (("autoencoder", "cut: unreadable image"), ("text_to_image", "cut: missing caption")):
+    for task, message in (
+        ("autoencoder", "cut: unreadable image"),
+        ("text_to_image", "cut: missing caption"),
+    ):
         with pytest.raises(UserError, match=message):
             opened(world(str(world.folder / "photos"), task, strict=True))
 
 
-def test_a_sample_that_lacks_a_caption_is_left_out_and_one_that_lacks_a_kind_takes_the_other(world, capsys):
-    folder = write(world.folder / "mixed", {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(4)})
+def test_a_sample_that_lacks_a_caption_is_left_out_and_one_that_lacks_a_kind_takes_the_other(
+    world, capsys
+):
+    folder = write(
+        world.folder / "mixed", {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(4)}
+    )
     write(
         folder,
-        {"0.txt": "a red circle", "0.dense.txt": "a red circle left of a blue square", "1.txt": "a square", "2.dense.txt": "a circle"},
+        {
+            "0.txt": "a red circle",
+            "0.dense.txt": "a red circle left of a blue square",
+            "1.txt": "a square",
+            "2.dense.txt": "a circle",
+        },
     )
     config = world(str(folder), "text_to_text", captions=(("caption", 1.0), ("dense", 3.0)))
     stage = dataclasses.replace(config.stages[0], batch_size=2)
-    stage = dataclasses.replace(stage, text_to_text=dataclasses.replace(stage.text_to_text, target="caption"))
+    stage = dataclasses.replace(
+        stage, text_to_text=dataclasses.replace(stage.text_to_text, target="caption")
+    )
     samples = opened(dataclasses.replace(config, stages=(stage,))).samples
     assert samples.bucket_of.tolist() == [0, 0, -1, -1]  # 2 has no target, 3 no text at all
     assert "2 left out: 2 missing caption" in capsys.readouterr().out
-    lengths = {int(samples.read(np.array([1]), 0, np.array([draw]))["lengths"][0]) for draw in np.linspace(0, 1, 20, endpoint=False)}
+    lengths = {
+        int(samples.read(np.array([1]), 0, np.array([draw]))["lengths"][0])
+        for draw in np.linspace(0, 1, 20, endpoint=False)
+    }
     assert len(lengths) == 1
 
 
 def test_records_that_lack_a_kind_take_the_other_and_those_without_any_are_left_out(world, capsys):
-    folder = write(world.folder / "mixed", {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(6)})
+    folder = write(
+        world.folder / "mixed", {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(6)}
+    )
     long = "a red circle left of a blue square right of a green circle"
     write(
         folder,
-        {"0.txt": "a circle", "0.dense.txt": long, "1.txt": "a circle", "2.dense.txt": long, "3.txt": "a circle", "4.dense.txt": long},
+        {
+            "0.txt": "a circle",
+            "0.dense.txt": long,
+            "1.txt": "a circle",
+            "2.dense.txt": long,
+            "3.txt": "a circle",
+            "4.dense.txt": long,
+        },
     )
     mix = (("caption", 1.0), ("dense", 1.0))
     loader = opened(world(str(folder), captions=mix))
@@ -135,12 +214,18 @@ def test_records_that_lack_a_kind_take_the_other_and_those_without_any_are_left_
         for key, length in zip(batch["key"], batch["text_lengths"]):
             lengths.setdefault(str(key), set()).add(int(length))
     short, wordy = min(map(min, lengths.values())), max(map(max, lengths.values()))
-    assert lengths == {"0": {short, wordy}, "1": {short}, "2": {wordy}, "3": {short}, "4": {wordy}} and short < wordy
+    assert (
+        lengths == {"0": {short, wordy}, "1": {short}, "2": {wordy}, "3": {short}, "4": {wordy}}
+        and short < wordy
+    )
     capsys.readouterr()
     only = opened(world(str(samples._records.folder), captions=(("dense", 1.0),)), None)
     assert {str(key) for step in range(9) for key in only.batch(step)["key"]} == {"0", "2", "4"}
     said = capsys.readouterr().out
-    assert "record 1: missing caption (none of the mix: dense)" in said and "2 left out: 2 missing caption" in said
+    assert (
+        "record 1: missing caption (none of the mix: dense)" in said
+        and "2 left out: 2 missing caption" in said
+    )
 
 
 def test_records_of_another_encoder_or_size_are_refused_by_name(world, model, tmp_path):
@@ -164,8 +249,18 @@ def test_records_of_another_encoder_or_size_are_refused_by_name(world, model, tm
         ("{0}/photos", "text_to_image", {}, "is not encoded, and this run was given nothing"),
         ("{0}/shards", "autoencoder", {}, "learns from pictures"),
         ("{0}/shards", "text_to_image", {"limit": 3}, "data.limit chooses among pictures"),
-        ("{0}/shards", "text_to_image", {"captions": (("dens", 1.0),)}, "no captions of kind 'dens'"),
-        ("0.5*{0}/shards + 0.5*{0}/others", "text_to_image", {"captions": (("dense", 1.0),)}, "cannot be mixed: vae is one"),
+        (
+            "{0}/shards",
+            "text_to_image",
+            {"captions": (("dens", 1.0),)},
+            "no captions of kind 'dens'",
+        ),
+        (
+            "0.5*{0}/shards + 0.5*{0}/others",
+            "text_to_image",
+            {"captions": (("dense", 1.0),)},
+            "cannot be mixed: vae is one",
+        ),
         ("0.5*{0}/shards + {0}/others", "text_to_image", {}, "is not WEIGHT"),
     ],
 )
@@ -189,11 +284,16 @@ def shards(folder, identity):
     made = []
     for i in range(6):
         arrays = {
-            "mean": np.zeros((4, 4, 4), np.float32), "std": np.ones((4, 4, 4), np.float32), "label": np.int64(i % 5),
-            "size": np.array([32, 32], np.int32), "text.dense.0": np.zeros((3, 16), ml_dtypes.bfloat16),
-        }  # fmt: skip
+            "mean": np.zeros((4, 4, 4), np.float32),
+            "std": np.ones((4, 4, 4), np.float32),
+            "label": np.int64(i % 5),
+            "size": np.array([32, 32], np.int32),
+            "text.dense.0": np.zeros((3, 16), ml_dtypes.bfloat16),
+        }
         made.append(records.pack(arrays, {"key": f"k{i}", "captions.dense": '["a"]'}))
     path = folder / "00000-32x32.array_record"
     records.write_shard(path, made)
-    shard = records.Shard(path.name, (32, 32), 6, path.stat().st_size, records.sha256(path), {"dense": 3})
+    shard = records.Shard(
+        path.name, (32, 32), 6, path.stat().st_size, records.sha256(path), {"dense": 3}
+    )
     records.Manifest(identity, (shard,)).write(folder)

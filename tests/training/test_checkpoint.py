@@ -26,12 +26,17 @@ from pixart_jax.training.state import TrainState
 @jax.jit
 def make(seed):
     key = jax.random.key(seed)
-    params = {"w": jax.random.normal(key, (64, 32)), "half": jax.random.normal(key, (40,)).astype(jnp.bfloat16)}
+    params = {
+        "w": jax.random.normal(key, (64, 32)),
+        "half": jax.random.normal(key, (40,)).astype(jnp.bfloat16),
+    }
     return TrainState(jnp.int32(3) * seed, params, ({"count": jnp.int32(7)},))
 
 
 def abstract():
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make(1))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make(1)
+    )
 
 
 def assert_equal(a, b):
@@ -41,13 +46,24 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Saves of steps 1, 2 and 3 of a run that keeps two; the state is donated away right after each."""
+    """Saves of steps 1, 2 and 3 of a run that keeps two; the state is donated away right after
+    each."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     spoil = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 1, state), donate_argnums=0)
     with Checkpoints(folder, keep=2) as saves:
         for total in (1, 2, 3):
             state = make(total)
-            saves.save(Place(0, total, total, {"a": {"seconds": 1.5}}, {"sums": {"loss": 0.1}, "count": 1}, {"next_index": total}), state)
+            saves.save(
+                Place(
+                    0,
+                    total,
+                    total,
+                    {"a": {"seconds": 1.5}},
+                    {"sums": {"loss": 0.1}, "count": 1},
+                    {"next_index": total},
+                ),
+                state,
+            )
             jax.block_until_ready(spoil(state))
     return folder
 
@@ -56,7 +72,9 @@ def test_restored_is_what_was_saved_though_its_memory_was_given_away(saved):
     with Checkpoints(saved, keep=2) as saves:
         assert saves.latest() == 3
         place = saves.place(3)
-        assert place == Place(0, 3, 3, {"a": {"seconds": 1.5}}, {"sums": {"loss": 0.1}, "count": 1}, {"next_index": 3})
+        assert place == Place(
+            0, 3, 3, {"a": {"seconds": 1.5}}, {"sums": {"loss": 0.1}, "count": 1}, {"next_index": 3}
+        )
         assert_equal(saves.restore(3, abstract()), make(3))
 
 
@@ -65,7 +83,8 @@ def test_only_the_newest_are_kept(saved):
 
 
 def damage_nothing_silently(folder: Path, spoil, copy: Path):
-    """Each file of the newest save, one at a time: opening it gives the very state, or a UserError that names the save."""
+    """Each file of the newest save, one at a time: opening it gives the very state, or a UserError
+    that names the save."""
     named, unharmed = [], []
     for path in sorted(p for p in (folder / "3").rglob("*") if p.is_file()):
         shutil.rmtree(copy, ignore_errors=True)
@@ -79,7 +98,11 @@ def damage_nothing_silently(folder: Path, spoil, copy: Path):
                 assert_equal(saves.restore(3, abstract()), make(3))
             unharmed.append(str(relative))
         except UserError as fault:
-            assert str(copy / "3") in str(fault) and "goes on from step 2" in str(fault) and "\n" not in str(fault)
+            assert (
+                str(copy / "3") in str(fault)
+                and "goes on from step 2" in str(fault)
+                and "\n" not in str(fault)
+            )
             named.append(str(relative))
     return named, unharmed
 
@@ -94,7 +117,8 @@ def flip(path: Path):
     path.write_bytes(bytes(data))
 
 
-MARKS = {"3/commit_success.txt", "3/_CHECKPOINT_METADATA", "3/files.json"}  # without these all is still there
+# without these all is still there
+MARKS = {"3/commit_success.txt", "3/_CHECKPOINT_METADATA", "3/files.json"}
 
 
 @pytest.mark.parametrize("spoil", [cut_short, flip, Path.unlink])
@@ -111,9 +135,18 @@ def test_an_altered_bit_in_a_large_file_is_found_by_the_arrays_sums(saved, tmp_p
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy)
     listed = json.loads((copy / "3" / "files.json").read_text())
-    (copy / "3" / "files.json").write_text(json.dumps({name: [size, None] for name, (size, _) in listed.items()}))
-    flip(max((copy / "3" / "state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()))
-    with Checkpoints(copy, keep=2) as saves, pytest.raises(UserError, match="differ from what was saved.*params/w"):
+    (copy / "3" / "files.json").write_text(
+        json.dumps({name: [size, None] for name, (size, _) in listed.items()})
+    )
+    flip(
+        max(
+            (copy / "3" / "state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()
+        )
+    )
+    with (
+        Checkpoints(copy, keep=2) as saves,
+        pytest.raises(UserError, match="differ from what was saved.*params/w"),
+    ):
         saves.restore(3, abstract())
 
 
@@ -138,7 +171,9 @@ def test_saves_at_multiples_of_every_stay_for_good_beside_the_newest(tmp_path):
 
 def test_what_the_guard_counts_is_saved_and_a_save_of_an_older_version_begins_it_anew(tmp_path):
     counted = Guard(jnp.int32(3), jnp.int32(2), jnp.int32(40), jnp.float32(0.1), jnp.float32(1 / 3))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), Guard.fresh())
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), Guard.fresh()
+    )
     wanted = abstract().replace(guard=shapes)
     with Checkpoints(tmp_path, keep=2) as saves:
         saves.save(Place(0, 1, 1), make(1).replace(guard=counted))
@@ -146,13 +181,20 @@ def test_what_the_guard_counts_is_saved_and_a_save_of_an_older_version_begins_it
         saves.wait()
         for total, guard in ((1, counted), (2, Guard.fresh())):
             restored = saves.restore(total, wanted)
-            for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(make(total).replace(guard=guard)), strict=True):
+            for a, b in zip(
+                jax.tree.leaves(restored),
+                jax.tree.leaves(make(total).replace(guard=guard)),
+                strict=True,
+            ):
                 assert a.dtype == b.dtype
                 np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def test_a_save_of_another_model_is_refused_with_what_differs(saved):
-    params = {"w": jax.ShapeDtypeStruct((64, 48), jnp.float32), "extra": jax.ShapeDtypeStruct((5,), jnp.float32)}
+    params = {
+        "w": jax.ShapeDtypeStruct((64, 48), jnp.float32),
+        "extra": jax.ShapeDtypeStruct((5,), jnp.float32),
+    }
     other = abstract().replace(params=params)
     with Checkpoints(saved, keep=2) as saves, pytest.raises(UserError) as fault:
         saves.restore(3, other)
@@ -170,9 +212,12 @@ def test_a_save_opens_on_fewer_devices_with_the_same_bits(tmp_path):
     program = Path(__file__).parent / "checkpoint_on_meshes.py"
     for devices, fsdp in ((8, 4), (4, 2), (1, 1)):
         done = subprocess.run(
-            [sys.executable, program, tmp_path, str(fsdp)], capture_output=True, text=True, timeout=600,
+            [sys.executable, program, tmp_path, str(fsdp)],
+            capture_output=True,
+            text=True,
+            timeout=600,
             env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.split() == [str(devices), "equal"]
 
@@ -184,17 +229,28 @@ def test_two_processes_save_together_and_one_opens_it(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    pair = [subprocess.Popen([sys.executable, program, tmp_path, "2", address, str(k)], **pipes) for k in range(2)]
+    pair = [
+        subprocess.Popen([sys.executable, program, tmp_path, "2", address, str(k)], **pipes)
+        for k in range(2)
+    ]
     for process in pair:
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-3000:]
         assert out.split()[-2:] == ["4", "equal"]
     listed = json.loads((tmp_path / "4" / "files.json").read_text())
-    on_disk = {str(p.relative_to(tmp_path / "4")) for p in (tmp_path / "4").rglob("*") if p.is_file()}
+    on_disk = {
+        str(p.relative_to(tmp_path / "4")) for p in (tmp_path / "4").rglob("*") if p.is_file()
+    }
     assert set(listed) == on_disk - {"files.json", "commit_success.txt", "_CHECKPOINT_METADATA"}
-    alone = subprocess.run([sys.executable, program, tmp_path, "1"], capture_output=True, text=True, timeout=600)
+    alone = subprocess.run(
+        [sys.executable, program, tmp_path, "1"], capture_output=True, text=True, timeout=600
+    )
     assert alone.returncode == 0 and alone.stdout.split() == ["1", "equal"], alone.stderr[-3000:]
 
 
@@ -208,7 +264,9 @@ def test_a_save_in_the_form_of_an_older_version_opens(tmp_path, monkeypatch):
         opt_state: tuple
 
     with monkeypatch.context() as before, Checkpoints(tmp_path, keep=2) as saves:
-        before.setattr(checkpoint, "_arrays", lambda state: Older(state.step, state.params, state.opt_state))
+        before.setattr(
+            checkpoint, "_arrays", lambda state: Older(state.step, state.params, state.opt_state)
+        )
         saves.save(Place(0, 1, 1), make(1))
     with Checkpoints(tmp_path, keep=2) as saves:
         assert_equal(saves.restore(1, abstract()), make(1))

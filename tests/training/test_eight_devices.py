@@ -17,9 +17,12 @@ import pytest
 def test_the_loss_curve_on_eight_devices_is_that_of_one(tmp_path, accumulate, data, fsdp):
     program = Path(__file__).parent / "on_eight_devices.py"
     done = subprocess.run(
-        [sys.executable, program, tmp_path, str(accumulate), str(data)], capture_output=True, text=True, timeout=1800,
+        [sys.executable, program, tmp_path, str(accumulate), str(data)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     one, _, whole = result["one"]

@@ -20,7 +20,9 @@ def test_ema_is_decay_times_old_plus_rest_times_new_parameters():
     rng = np.random.default_rng(0)
     for _ in range(5):
         grads = {"w": rng.normal(size=2), "b": rng.normal()}
-        updates, state = optimizer.update({k: jnp.asarray(v, jnp.float32) for k, v in grads.items()}, state, params)
+        updates, state = optimizer.update(
+            {k: jnp.asarray(v, jnp.float32) for k, v in grads.items()}, state, params
+        )
         params = optax.apply_updates(params, updates)
         expected_p = {k: expected_p[k] - rate * grads[k] for k in expected_p}
         expected_e = {k: decay * expected_e[k] + (1 - decay) * expected_p[k] for k in expected_e}

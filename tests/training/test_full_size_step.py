@@ -16,10 +16,15 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 @pytest.mark.slow
 def test_a_full_size_step_at_256_px_takes_less_than_14_gib(whole_memory):
-    """fp32, AdamW and EMA (20 bytes a parameter, 11.4 GiB, with gradients), batch 1, remat 'full'."""
+    """fp32, AdamW and EMA (20 bytes a parameter, 11.4 GiB, with gradients), batch 1, remat
+    'full'."""
     program = Path(__file__).parent / "full_size_step.py"
     done = subprocess.run(
-        [sys.executable, program, "0.9999"], capture_output=True, text=True, timeout=3000, env={**os.environ, "XLA_FLAGS": ""}
+        [sys.executable, program, "0.9999"],
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        env={**os.environ, "XLA_FLAGS": ""},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

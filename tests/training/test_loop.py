@@ -28,7 +28,8 @@ class Batches:
 
 
 class Step:
-    """Counts, and says that the steps named in ``bad`` (from 1) were not taken. What it carries is the number of those that were."""
+    """Counts, and says that the steps named in ``bad`` (from 1) were not taken. What it carries is
+    the number of those that were."""
 
     def __init__(self, bad=()):
         self.bad, self.seen, self.row, self.executables = set(bad), [], 0, 0
@@ -41,7 +42,13 @@ class Step:
         skipped = number + 1 in self.bad
         self.row = self.row + 1 if skipped else 0
         loss = float("nan") if skipped else float(number + 1)
-        metrics = {"loss": loss, "grad_norm": 1.0, "lr": 0.5, "skipped": float(skipped), "skipped_in_row": float(self.row)}
+        metrics = {
+            "loss": loss,
+            "grad_norm": 1.0,
+            "lr": 0.5,
+            "skipped": float(skipped),
+            "skipped_in_row": float(self.row),
+        }
         return state + (not skipped), {name: np.float32(value) for name, value in metrics.items()}
 
 
@@ -52,20 +59,34 @@ def run(steps=10, start=0, bad=(), window=None, patience=3, stop=None, **every):
     if stop:
         interruption.reached = lambda total: "SIGTERM" if total == stop + 100 else None
     watch = Watch(
-        every.get("log", 3), every.get("look", 0), patience, 100,
+        every.get("log", 3),
+        every.get("look", 0),
+        patience,
+        100,
         lambda n: n % every.get("save", 4) == 0,
         lambda n, values: logged.append((n, values.get("loss"), values["skipped"])),
         lambda n, state, w: saved.append((n, state, dict(w.sums), w.count, w.skipped)),
         lambda n, state: looked.append(n),
         lambda n, values: [f"record of {n}"],
-        lambda rows: 0.0, Clock(4), interruption, Trace("nowhere", None),
-    )  # fmt: skip
+        lambda rows: 0.0,
+        Clock(4),
+        interruption,
+        Trace("nowhere", None),
+    )
     fault = None
     try:
         train(
-            start, step, Batches(), name="s", start=start, steps=steps, key=jax.random.key(0), watch=watch, window=window or Window(),
+            start,
+            step,
+            Batches(),
+            name="s",
+            start=start,
+            steps=steps,
+            key=jax.random.key(0),
+            watch=watch,
+            window=window or Window(),
             sharding=batch_sharding(make_mesh(MeshConfig())),
-        )  # fmt: skip
+        )
     except (Diverged, Interrupted) as raised:
         fault = raised
     return step.seen, logged, saved, looked, fault
@@ -83,7 +104,9 @@ def test_lines_are_means_since_the_last_line():
 def test_a_resumed_run_logs_the_lines_of_one_that_never_stopped(bad):
     _, logged, saved, _, _ = run(bad=bad, patience=4)
     number, _, *window = saved[0]
-    assert run(start=number, window=Window(*window), bad=bad, patience=4)[1] == [line for line in logged if line[0] > number]
+    assert run(start=number, window=Window(*window), bad=bad, patience=4)[1] == [
+        line for line in logged if line[0] > number
+    ]
 
 
 def test_a_skipped_step_is_counted_and_its_loss_is_in_no_mean():
@@ -97,7 +120,11 @@ def test_a_skipped_step_is_counted_and_its_loss_is_in_no_mean():
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_step_and_records():
     seen, logged, saved, looked, fault = run(bad=range(6, 11))
     assert isinstance(fault, Diverged)
-    assert str(fault) == "stage s, step 8, the last of 3 bad steps in a row: loss is nan; the batch held record of 8"
+    assert (
+        str(fault)
+        == "stage s, step 8, the last of 3 bad steps in a row: loss is nan; the batch held record "
+        "of 8"
+    )
     assert seen[-1] <= 8  # at most the step after it was begun
     assert [n for n, *_ in saved] == [4] and looked == []
 
@@ -142,10 +169,17 @@ class Told(np.ndarray):
 
 
 def test_the_next_batch_is_on_its_way_and_its_step_begun_before_a_step_is_waited_for(monkeypatch):
-    """Two steps are always begun, so the device finds its next batch where it computes and never waits for the host."""
+    """Two steps are always begun, so the device finds its next batch where it computes and never
+    waits for the host."""
     events = []
     real = loop.put
-    monkeypatch.setattr(loop, "put", lambda rows, sharding: events.append(f"put {rows['number'][0] + 1}") or real(rows, sharding))
+    monkeypatch.setattr(
+        loop,
+        "put",
+        lambda rows, sharding: (
+            events.append(f"put {rows['number'][0] + 1}") or real(rows, sharding)
+        ),
+    )
     call = Step.__call__
 
     def begin(self, state, batch, key):
@@ -160,8 +194,19 @@ def test_the_next_batch_is_on_its_way_and_its_step_begun_before_a_step_is_waited
     monkeypatch.setattr(jax, "device_get", lambda tree: tree)
     run(steps=4, save=100)
     assert events == [
-        "put 1", "begin 1", "put 2", "begin 2", "wait 1", "put 3", "begin 3", "wait 2", "put 4", "begin 4", "wait 3", "wait 4",
-    ]  # fmt: skip
+        "put 1",
+        "begin 1",
+        "put 2",
+        "begin 2",
+        "wait 1",
+        "put 3",
+        "begin 3",
+        "wait 2",
+        "put 4",
+        "begin 4",
+        "wait 3",
+        "wait 4",
+    ]
 
 
 def test_a_finished_stage_does_nothing():

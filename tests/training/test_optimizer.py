@@ -11,13 +11,24 @@ from pixart_jax.config import OptimizerConfig
 from pixart_jax.training.ema import averaged
 from pixart_jax.training.optimizer import make_optimizer, schedule
 
-PARAMS = {"blocks": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))}, "null_caption": jnp.ones((5, 6))}
-NAMES = {"blocks": {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")}, "null_caption": (None, "text")}
+PARAMS = {
+    "blocks": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))},
+    "null_caption": jnp.ones((5, 6)),
+}
+NAMES = {
+    "blocks": {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
+    "null_caption": (None, "text"),
+}
 
 
 @pytest.mark.parametrize("name", ["adamw", "came"])
 def test_the_null_caption_never_moves(name):
-    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.5, ema=0.5), 10, 1, NAMES)
+    optimizer = make_optimizer(
+        OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.5, ema=0.5),
+        10,
+        1,
+        NAMES,
+    )
     params, state = PARAMS, optimizer.init(PARAMS)
     for _ in range(3):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
@@ -28,13 +39,19 @@ def test_the_null_caption_never_moves(name):
 
 
 def test_adamw_is_the_official_one():
-    """Beside torch.optim.AdamW with the recipe's settings and clipping by global norm, over ten steps."""
+    """Beside torch.optim.AdamW with the recipe's settings and clipping by global norm, over ten
+    steps."""
     import torch
 
-    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.03, eps=1e-10, clip=0.01, ema=0.0)
+    config = OptimizerConfig(
+        learning_rate=1e-2, warmup_steps=0, weight_decay=0.03, eps=1e-10, clip=0.01, ema=0.0
+    )
     optimizer = make_optimizer(config, 100, 1, {"w": (None, None), "b": (None,)})
     rng = np.random.default_rng(0)
-    params = {"w": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
+    params = {
+        "w": rng.normal(size=(3, 4)).astype(np.float32),
+        "b": rng.normal(size=4).astype(np.float32),
+    }
     theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
     adamw = torch.optim.AdamW(theirs.values(), lr=1e-2, weight_decay=0.03, eps=1e-10)
     params = jax.tree.map(jnp.asarray, params)
@@ -48,7 +65,8 @@ def test_adamw_is_the_official_one():
         torch.nn.utils.clip_grad_norm_(theirs.values(), 0.01)
         adamw.step()
     for k, p in theirs.items():
-        np.testing.assert_allclose(params[k], p.detach().numpy(), rtol=1e-4)  # torch adds 1e-6 to the norm it clips by
+        # torch adds 1e-6 to the norm it clips by
+        np.testing.assert_allclose(params[k], p.detach().numpy(), rtol=1e-4)
 
 
 def rates(**options):
@@ -61,7 +79,9 @@ def test_schedules_by_name():
     np.testing.assert_allclose(constant[:10], np.arange(10) / 10, rtol=1e-6)
     assert (constant[10:] == 1).all()
     cosine = rates(schedule="cosine", warmup_steps=10, final_fraction=0.1)
-    np.testing.assert_allclose(cosine[10:], 0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(90) / 90)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        cosine[10:], 0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(90) / 90)) / 2, rtol=1e-5
+    )
     linear = rates(schedule="linear", warmup_steps=0, final_fraction=0.5)
     np.testing.assert_allclose(linear, 1 - 0.5 * np.arange(100) / 100, rtol=1e-5)
     rsqrt = rates(schedule="rsqrt", warmup_steps=25)

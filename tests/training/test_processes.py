@@ -1,4 +1,5 @@
-"""Several processes: each reads its own rows, and the model is written from parameters that none of them holds whole."""
+"""Several processes: each reads its own rows, and the model is written from parameters that none of
+them holds whole."""
 
 from __future__ import annotations
 
@@ -19,8 +20,21 @@ PROGRAM = Path(__file__).parent / "over_processes.py"
 
 
 def started(processes: int, devices: int, *argv) -> subprocess.CompletedProcess:
-    command = ["-m", "pixart_jax", "launch", "--processes", processes, "--devices-per-process", devices, "--", PROGRAM, *argv]
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=600)
+    command = [
+        "-m",
+        "pixart_jax",
+        "launch",
+        "--processes",
+        processes,
+        "--devices-per-process",
+        devices,
+        "--",
+        PROGRAM,
+        *argv,
+    ]
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=600
+    )
 
 
 def launch(processes: int, devices: int, *argv) -> list[dict]:
@@ -41,7 +55,9 @@ def test_each_process_reads_the_rows_of_its_devices_and_all_rows_are_read():
         assert set().union(*rows) == set(every), sizes
         assert all(row == sorted(set(row)) for row in rows), sizes
     for sizes in ("data=8", "fsdp=8", "tensor=2"):
-        assert [told[sizes] for told in found] == [every[4 * k : 4 * k + 4] for k in range(4)], sizes
+        assert [told[sizes] for told in found] == [every[4 * k : 4 * k + 4] for k in range(4)], (
+            sizes
+        )
     # Fewer batch shards than processes: the same rows on several.
     assert [told["data=2,tensor=-1"] for told in found] == [every[:8]] * 2 + [every[8:]] * 2
     for sizes in ("tensor=8", "data=1,context=-1"):
@@ -49,14 +65,19 @@ def test_each_process_reads_the_rows_of_its_devices_and_all_rows_are_read():
 
 
 @pytest.mark.slow
-def test_an_export_from_many_processes_is_the_one_of_one_to_the_bit_and_never_holds_the_whole(tmp_path):
+def test_an_export_from_many_processes_is_the_one_of_one_to_the_bit_and_never_holds_the_whole(
+    tmp_path,
+):
     told = launch(2, 2, "export", tmp_path)
     Transformer(over_processes.MODEL, over_processes.parameters()).save(tmp_path / "one")
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "null_caption.safetensors"):
-        assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+        assert (tmp_path / "sharded" / name).read_bytes() == (
+            tmp_path / "one" / name
+        ).read_bytes(), name
     assert not list(tmp_path.glob("*/.*.part"))
     for process in told:
-        # A layer's largest tensor is 4 MiB, its gathered copies on two devices and its transposed one a few of that.
+        # A layer's largest tensor is 4 MiB, its gathered copies on two devices and its transposed
+        # one a few of that.
         assert process["grown"] < 48 << 20 < process["total"] / 2, process
 
 

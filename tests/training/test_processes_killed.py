@@ -1,4 +1,5 @@
-"""A run of two processes of which one dies or hangs: the other says so and ends, and the same command ends with the same bits."""
+"""A run of two processes of which one dies or hangs: the other says so and ends, and the same
+command ends with the same bits."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from pixart_jax.parallel.processes import PEER_LOST
 from pixart_jax.training.metrics import read
 
 pytestmark = pytest.mark.slow
-STEPS, EVERY, PATIENCE = 40, 5, 15  # patience: far above what a busy machine makes a process wait for its turn
+# patience: far above what a busy machine makes a process wait for its turn
+STEPS, EVERY, PATIENCE = 40, 5, 15
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,8 @@ def recipe(tmp_path_factory) -> Path:
     here = Path(tiny_run.__file__).parent
     file = folder / "one_stage.py"
     file.write_text(
-        f"import dataclasses, sys\nfrom pathlib import Path\nsys.path.insert(0, {str(here)!r})\nfrom tiny_run import curriculum\n\n\n"
+        "import dataclasses, sys\nfrom pathlib import Path\nsys.path.insert(0, "
+        f"{str(here)!r})\nfrom tiny_run import curriculum\n\n\n"
         f"def get_config():\n    config = curriculum(Path({str(folder)!r}))\n"
         f"    stage = dataclasses.replace(config.stages[0], steps={STEPS})\n"
         f"    return dataclasses.replace(config, stages=(stage,), checkpoint_every={EVERY})\n"
@@ -40,31 +43,60 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def start(root: Path, recipe: Path, workdir: Path, patience: int = 60) -> subprocess.Popen:
-    launcher = ["-m", "pixart_jax", "launch", "--processes", "2", "--devices-per-process", "2", "--patience", patience]
+    launcher = [
+        "-m",
+        "pixart_jax",
+        "launch",
+        "--processes",
+        "2",
+        "--devices-per-process",
+        "2",
+        "--patience",
+        patience,
+    ]
     flags = ["--workdir", workdir, "--mesh.fsdp", "2", "--peer-timeout", PATIENCE]
     command = [sys.executable, *launcher, "--", "train.py", recipe, *flags]
-    return subprocess.Popen(list(map(str, command)), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def processes(launcher: subprocess.Popen) -> dict[int, int]:
     """Index → pid."""
     found = {}
     for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        told = dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0") if "=" in pair)
+        told = dict(
+            pair.split("=", 1)
+            for pair in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+            if "=" in pair
+        )
         found[int(told["JAX_PROCESS_ID"])] = int(pid)
     return found
 
 
 def saved(workdir: Path) -> int:
     folder = workdir / "checkpoints"
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0) if folder.exists() else 0
+    return (
+        max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+        if folder.exists()
+        else 0
+    )
 
 
-def struck(launcher: subprocess.Popen, workdir: Path, index: int, number: int, step: int) -> tuple[int, str, float]:
-    """(status, output, seconds from the blow to the end) of a run of which one process is struck once ``step`` is saved."""
+def struck(
+    launcher: subprocess.Popen, workdir: Path, index: int, number: int, step: int
+) -> tuple[int, str, float]:
+    """(status, output, seconds from the blow to the end) of a run of which one process is struck
+    once ``step`` is saved."""
     deadline = time.monotonic() + 400
     while saved(workdir) < step:
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[0][-4000:]
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[0][
+            -4000:
+        ]
         time.sleep(0.01)
     os.kill(processes(launcher)[index], number)
     began = time.monotonic()
@@ -73,7 +105,9 @@ def struck(launcher: subprocess.Popen, workdir: Path, index: int, number: int, s
 
 
 def figures(workdir: Path) -> list[tuple]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in read(workdir / "metrics.jsonl")]
+    return [
+        (line["step"], line["loss"], line["grad_norm"]) for line in read(workdir / "metrics.jsonl")
+    ]
 
 
 def state(workdir: Path):
@@ -85,20 +119,27 @@ def state(workdir: Path):
         return checkpointer.restore(folder, restore_args=how)
 
 
-def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_same_bits(root, recipe, tmp_path):
+def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_same_bits(
+    root, recipe, tmp_path
+):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run = start(root, recipe, whole)
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output
 
-    status, output, seconds = struck(start(root, recipe, broken, 3), broken, 1, signal.SIGSTOP, EVERY)
+    status, output, seconds = struck(
+        start(root, recipe, broken, 3), broken, 1, signal.SIGSTOP, EVERY
+    )
     assert status == PEER_LOST, output
     assert "error: process 1 of 2 has not answered for" in output and "the same command" in output
-    assert "still at work" in output and seconds < PATIENCE + 3 + 30  # the launcher does away with the hung one
+    # the launcher does away with the hung one
+    assert "still at work" in output and seconds < PATIENCE + 3 + 30
 
     reached = saved(broken)
     assert EVERY <= reached < STEPS
-    status, output, _ = struck(start(root, recipe, broken), broken, 0, signal.SIGKILL, reached + EVERY)
+    status, output, _ = struck(
+        start(root, recipe, broken), broken, 0, signal.SIGKILL, reached + EVERY
+    )
     assert status == 128 + signal.SIGKILL and "launch: process 0 was killed by SIGKILL" in output
     assert "error: process 0 of 2, the coordinator at localhost" in output and "is gone" in output
 
@@ -107,7 +148,11 @@ def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_sam
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0 and "going on at stage pixels" in output, output
     assert figures(broken) == figures(whole) and len(figures(whole)) == STEPS
-    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(state(whole)), jax.tree.leaves(state(broken)), strict=True):
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(state(whole)),
+        jax.tree.leaves(state(broken)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(one, other, err_msg=str(path))
     name = "transformer/diffusion_pytorch_model.safetensors"
     assert (whole / "model" / name).read_bytes() == (broken / "model" / name).read_bytes()

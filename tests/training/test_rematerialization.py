@@ -34,19 +34,31 @@ def parts(config, mesh):
 
 def needed(config, made, mesh, name):
     stage, held = config.stages[0], rematerialization.held_bytes
-    terms = counted(config, stage, name, dict(mesh.shape), stage.data.buckets[0], "cpu", held(made.abstract.params))
+    terms = counted(
+        config,
+        stage,
+        name,
+        dict(mesh.shape),
+        stage.data.buckets[0],
+        "cpu",
+        held(made.abstract.params),
+    )
     return held(made.abstract) + 1.2 * sum(terms.values())
 
 
 def test_the_order_is_that_of_the_measured_table():
-    rows = re.findall(r"pixart_jax remat (\w+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", BENCHMARKS.read_text())
+    rows = re.findall(
+        r"pixart_jax remat (\w+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", BENCHMARKS.read_text()
+    )
     seconds = {name: float(median) for name, median in rows}
     assert sorted(BY_SPEED, key=seconds.get) == list(BY_SPEED)
 
 
 def test_the_fastest_that_fits_is_taken_and_the_smallest_where_none_does(mesh, monkeypatch):
     config = dataclasses.replace(cli.load(cli.find("xl2_256_sam")), remat="auto")
-    config = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], batch_size=64),))
+    config = dataclasses.replace(
+        config, stages=(dataclasses.replace(config.stages[0], batch_size=64),)
+    )
     made = parts(config, mesh)
     sizes = [needed(config, made, mesh, name) for name in BY_SPEED]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
@@ -58,7 +70,10 @@ def test_the_fastest_that_fits_is_taken_and_the_smallest_where_none_does(mesh, m
     monkeypatch.setattr(rematerialization, "usable_bytes", lambda device: sizes[-1] - 1.0)
     assert str(parts(config, mesh).remat).startswith("remat full, the smallest, which may not fit")
     monkeypatch.setattr(rematerialization, "usable_bytes", lambda device: None)
-    assert str(parts(config, mesh).remat) == "remat full: what this stage takes, or what its device has, is not known"
+    assert (
+        str(parts(config, mesh).remat)
+        == "remat full: what this stage takes, or what its device has, is not known"
+    )
     assert parts(dataclasses.replace(config, remat="dots"), mesh).remat is None
 
 
@@ -81,14 +96,21 @@ def test_a_run_says_what_it_took_and_its_step_is_that_policys(tmp_path, mesh, ca
     config = dataclasses.replace(tiny_run.curriculum(tmp_path), remat="auto")
 
     def step(config):
-        run = stages.Run(config, type("Folder", (), {"path": tmp_path})(), mesh, None, None, None, None)
+        run = stages.Run(
+            config, type("Folder", (), {"path": tmp_path})(), mesh, None, None, None, None
+        )
         stage, made = config.stages[0], run.prepare(0)
         shapes = abstract.abstract_batch(config, stage, stage.data.buckets[0], mesh)
-        one = abstract.compiled_step(config, stage, abstract.Parts(made.task, made.optimizer, made.abstract), mesh)
+        one = abstract.compiled_step(
+            config, stage, abstract.Parts(made.task, made.optimizer, made.abstract), mesh
+        )
         return one.trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().as_text()
 
     chosen = step(config)
-    assert f"stage {config.stages[0].name}: remat dots_attention, the fastest that fits: by count 0." in capsys.readouterr().out
+    assert (
+        f"stage {config.stages[0].name}: remat dots_attention, the fastest that fits: by count 0."
+        in capsys.readouterr().out
+    )
     assert chosen == step(dataclasses.replace(config, remat="dots_attention"))
     assert not capsys.readouterr().out
     assert chosen != step(dataclasses.replace(config, remat="full"))

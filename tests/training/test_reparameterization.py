@@ -1,4 +1,5 @@
-"""The transformer made from a DiT: exact at t = 500 without a class, and the best that one shared network can be elsewhere."""
+"""The transformer made from a DiT: exact at t = 500 without a class, and the best that one shared
+network can be elsewhere."""
 
 from __future__ import annotations
 
@@ -23,8 +24,12 @@ PIXART = TransformerConfig(**GEOMETRY, caption_width=20, text_tokens=9)
 def dit_params() -> dict:
     """Every weight random, none zero."""
     rng = np.random.default_rng(0)
-    shapes = abstract_params(DiT(DIT), jnp.zeros((1, 2, 2, 4)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.8 / DIT.width**0.5).astype(np.float32), shapes)
+    shapes = abstract_params(
+        DiT(DIT), jnp.zeros((1, 2, 2, 4)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+    )
+    return jax.tree.map(
+        lambda s: (rng.normal(size=s.shape) * 0.8 / DIT.width**0.5).astype(np.float32), shapes
+    )
 
 
 def draw(b: int = 2):
@@ -35,14 +40,20 @@ def draw(b: int = 2):
 
 @pytest.mark.parametrize("conditions", [False, True], ids=["plain", "multi-scale"])
 def test_equals_the_class_free_dit_at_500_for_any_text(dit_params, conditions):
-    config = TransformerConfig(**GEOMETRY, caption_width=20, text_tokens=9, size_conditions=conditions)
+    config = TransformerConfig(
+        **GEOMETRY, caption_width=20, text_tokens=9, size_conditions=conditions
+    )
     params = from_dit(dit_params, DIT, config, jax.random.key(0))
     shapes = transformer_shapes(config)
-    assert {k: v.shape for k, v in flatten(params).items()} == {k: v.shape for k, v in flatten(shapes).items()}
+    assert {k: v.shape for k, v in flatten(params).items()} == {
+        k: v.shape for k, v in flatten(shapes).items()
+    }
     latents, text, lengths = draw()
     t = np.full((2,), 500.0, np.float32)
     size = (np.array([[64.0, 32.0], [1024.0, 512.0]]), np.array([2.0, 2.0])) if conditions else ()
-    ours = jax.jit(PixArtTransformer(config).apply)({"params": params}, latents, t, text, lengths, *size)
+    ours = jax.jit(PixArtTransformer(config).apply)(
+        {"params": params}, latents, t, text, lengths, *size
+    )
     dit = jax.jit(DiT(DIT).apply)
     theirs = dit({"params": dit_params}, latents, t, np.array([6, 6]))
     assert relative_error(ours, theirs) <= 1e-5
@@ -51,51 +62,74 @@ def test_equals_the_class_free_dit_at_500_for_any_text(dit_params, conditions):
 
 
 def test_shared_network_is_the_least_squares_fit_over_all_timesteps(dit_params):
-    """Against a general solver that knows nothing of the algebra: minimise over W the error with tables exact at t = 500."""
+    """Against a general solver that knows nothing of the algebra: minimise over W the error with
+    tables exact at t = 500."""
     params = from_dit(dit_params, DIT, PIXART, jax.random.key(0))
     module, t = PixArtTransformer(PIXART), jnp.arange(1000.0)
     # φ(t) from the model itself, rows 0 … 999, and the features that the error depends on.
     embed = module.apply({"params": params}, t, None, None, method="_condition")
     phi = np.asarray(jax.nn.silu(embed), np.float64)
     features = phi - phi[500]  # [1000, d]
-    own = np.stack([features @ np.asarray(w, np.float64) for w in dit_params["blocks"]["modulation"]["kernel"]])  # [depth, 1000, 6d]
+    # [depth, 1000, 6d]
+    own = np.stack(
+        [features @ np.asarray(w, np.float64) for w in dit_params["blocks"]["modulation"]["kernel"]]
+    )
 
-    best = np.linalg.lstsq(np.tile(features, (DIT.depth, 1)), own.reshape(-1, own.shape[-1]), rcond=None)[0]
+    best = np.linalg.lstsq(
+        np.tile(features, (DIT.depth, 1)), own.reshape(-1, own.shape[-1]), rcond=None
+    )[0]
     chosen = np.asarray(params["t_block"]["kernel"], np.float64)
 
     def residual(w):
         return np.square(features @ w - own).sum()
 
     assert residual(chosen) == pytest.approx(residual(best), rel=1e-6)
-    assert residual(chosen) < 0.95 * residual(dit_params["blocks"]["modulation"]["kernel"][0]), "better than one block's own"
+    assert residual(chosen) < 0.95 * residual(dit_params["blocks"]["modulation"]["kernel"][0]), (
+        "better than one block's own"
+    )
 
 
 def test_what_a_dit_lacks_is_fresh_and_cross_attention_starts_at_zero(dit_params):
     one, two = (from_dit(dit_params, DIT, PIXART, jax.random.key(seed)) for seed in (0, 1))
     assert not np.any(one["blocks"]["cross_attn"]["out"]["kernel"])
-    same = {path for path, value in flatten(one).items() if np.array_equal(value, flatten(two)[path])}
+    same = {
+        path for path, value in flatten(one).items() if np.array_equal(value, flatten(two)[path])
+    }
     drawn = {path for path in flatten(one) if path not in same}
-    fresh = ("null_caption", *(f"caption_projection/fc{i}/kernel" for i in (1, 2)), *(f"blocks/cross_attn/{x}/kernel" for x in "qkv"))
+    fresh = (
+        "null_caption",
+        *(f"caption_projection/fc{i}/kernel" for i in (1, 2)),
+        *(f"blocks/cross_attn/{x}/kernel" for x in "qkv"),
+    )
     assert drawn == set(fresh)
 
 
 def test_error_over_the_other_timesteps_is_reported(dit_params):
     params = from_dit(dit_params, DIT, PIXART, jax.random.key(0))
-    report = reparameterization_error(dit_params, DIT, params, PIXART, draw()[0], timesteps=(0, 250, 500, 999))
+    report = reparameterization_error(
+        dit_params, DIT, params, PIXART, draw()[0], timesteps=(0, 250, 500, 999)
+    )
     assert report.blocks.shape == (4, 4) and report.output.shape == report.final.shape == (4,)
     at, elsewhere = 2, [0, 1, 3]
-    assert report.output[at] <= 1e-5 and report.blocks[:, at].max() <= 1e-6 and report.final[at] <= 1e-6
+    assert (
+        report.output[at] <= 1e-5
+        and report.blocks[:, at].max() <= 1e-6
+        and report.final[at] <= 1e-6
+    )
     assert (report.output[elsewhere] > 1e-3).all(), "random blocks differ, and the report says so"
     assert report.summary()["output_at_500"] == report.output[at]
 
 
 def test_blocks_that_modulate_alike_lose_nothing_in_the_blocks(dit_params):
-    """If every block's network is one shared matrix plus its own offset, PixArt's blocks can be exact at every t."""
+    """If every block's network is one shared matrix plus its own offset, PixArt's blocks can be
+    exact at every t."""
     alike = jax.tree.map(np.copy, dit_params)
     kernel = alike["blocks"]["modulation"]["kernel"]
     kernel[:] = kernel[0]
     params = from_dit(alike, DIT, PIXART, jax.random.key(0))
-    report = reparameterization_error(alike, DIT, params, PIXART, draw()[0], timesteps=(0, 250, 999))
+    report = reparameterization_error(
+        alike, DIT, params, PIXART, draw()[0], timesteps=(0, 250, 999)
+    )
     assert report.blocks.max() <= 1e-6
 
 

@@ -49,7 +49,11 @@ def finished(world, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     step, prepare = stages.compiled_step, stages.Run.prepare
     patch.setattr(stages, "compiled_step", lambda *a: compiled.append(step(*a)) or compiled[-1])
-    patch.setattr(stages.Run, "prepare", lambda self, index: prepared.append(prepare(self, index)) or prepared[-1])
+    patch.setattr(
+        stages.Run,
+        "prepare",
+        lambda self, index: prepared.append(prepare(self, index)) or prepared[-1],
+    )
     stages.run(tiny_run.curriculum(world), workdir)
     patch.undo()
     return workdir, compiled, prepared
@@ -62,7 +66,10 @@ def final_state(workdir: Path):
 
 def figures(workdir: Path):
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read(workdir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k not in TIMING}
+        for line in read(workdir / "metrics.jsonl")
+    ]
 
 
 def test_one_executable_a_stage_and_bucket(finished):
@@ -72,17 +79,24 @@ def test_one_executable_a_stage_and_bucket(finished):
 def test_what_a_run_leaves(finished):
     workdir = finished[0]
     assert [(line["stage"], line["step"]) for line in figures(workdir)] == [
-        (name, step) for name, steps in (("pixels", 7), ("words", 8), ("beauty", 9)) for step in range(1, steps + 1)
+        (name, step)
+        for name, steps in (("pixels", 7), ("words", 8), ("beauty", 9))
+        for step in range(1, steps + 1)
     ]
     assert {"loss", "mse", "vb", "lr", "grad_norm"} <= set(figures(workdir)[0])
     assert sorted(path.name for path in (workdir / "samples").iterdir()) == [
         f"{n}-{s:07d}.png" for n, s in (("beauty", 9), ("pixels", 7), ("words", 8))
     ]
     ledger = json.loads((workdir / "ledger.json").read_text())
-    assert {name: stage["images"] for name, stage in ledger["stages"].items()} == {"pixels": 56, "words": 64, "beauty": 144}
+    assert {name: stage["images"] for name, stage in ledger["stages"].items()} == {
+        "pixels": 56,
+        "words": 64,
+        "beauty": 144,
+    }
     assert json.loads((workdir / "reparameterization.json").read_text())["output_at_500"] < 1e-5
     assert (workdir / "loss.png").exists() and list(workdir.glob("events.out.tfevents.*"))
-    assert [path.name for path in workdir.glob("buckets-*.png")] == ["buckets-beauty.png"]  # the one stage with more than one
+    # the one stage with more than one
+    assert [path.name for path in workdir.glob("buckets-*.png")] == ["buckets-beauty.png"]
 
 
 def test_the_exported_model_draws_and_knows_what_it_predicts(finished):
@@ -106,7 +120,9 @@ def test_the_exported_transformer_is_the_average_of_the_last_state(finished):
         np.testing.assert_array_equal(value, ema[path], err_msg=path)
 
 
-def test_the_null_caption_is_the_empty_text_where_the_stage_says_so_and_never_trained(finished, world):
+def test_the_null_caption_is_the_empty_text_where_the_stage_says_so_and_never_trained(
+    finished, world
+):
     state = final_state(finished[0])
     null = np.asarray(state["params"]["null_caption"])
     np.testing.assert_array_equal(null, state["opt_state"][1]["ema"]["null_caption"])
@@ -120,9 +136,12 @@ def test_the_null_caption_is_the_empty_text_where_the_stage_says_so_and_never_tr
 def program_started(kill_at: int | str, recipe: Path, workdir: Path, *more: str):
     program = Path(__file__).parent / "train_until_killed.py"
     return subprocess.run(
-        [sys.executable, program, str(kill_at), recipe, "--workdir", workdir, *more], capture_output=True, text=True, timeout=1800,
+        [sys.executable, program, str(kill_at), recipe, "--workdir", workdir, *more],
+        capture_output=True,
+        text=True,
+        timeout=1800,
         env={**os.environ, "XLA_FLAGS": ""},
-    )  # fmt: skip
+    )
 
 
 def start(kill_at: int, recipe: Path, workdir: Path) -> int:
@@ -132,32 +151,53 @@ def start(kill_at: int, recipe: Path, workdir: Path) -> int:
 
 
 def assert_ended_the_same(workdir: Path, whole: Path, how) -> None:
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(final_state(whole)), jax.tree.leaves(final_state(workdir)), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(final_state(whole)),
+        jax.tree.leaves(final_state(workdir)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b, err_msg=f"{path}, {how}")
     assert figures(workdir) == figures(whole)
-    for name in ("transformer/diffusion_pytorch_model.safetensors", "transformer/null_caption.safetensors"):
+    for name in (
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/null_caption.safetensors",
+    ):
         assert (workdir / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
 
 
-def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bit(finished, world, tmp_path):
+def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bit(
+    finished, world, tmp_path
+):
     workdir, recipe, rng = tmp_path / "run", tiny_run.recipe(world), random.Random()
     kills = [rng.randint(4, 7), None, rng.randint(1, 14), 0]
     for number, kill in enumerate(kills):
         if kill is None:  # the step after the border, wherever the last kill has left the run
-            saved = max((int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), default=0)
+            saved = max(
+                (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()),
+                default=0,
+            )
             kill = 7 - saved + 1
         kills[number] = kill
         assert start(kill, recipe, workdir) == (-9 if kill else 0), kills
     assert_ended_the_same(workdir, finished[0], f"killed at {kills}")
 
 
-def test_told_to_stop_it_saves_the_step_says_where_it_stands_and_goes_on_to_the_same_bits(finished, world, tmp_path):
+def test_told_to_stop_it_saves_the_step_says_where_it_stands_and_goes_on_to_the_same_bits(
+    finished, world, tmp_path
+):
     workdir, recipe = tmp_path / "run", tiny_run.recipe(world)
     for at, told, saved, more in (
-        ("5:SIGTERM", "stopped by SIGTERM: stage pixels, step 5 of 7 is saved; the same command goes on from there", 5, ()),
+        (
+            "5:SIGTERM",
+            "stopped by SIGTERM: stage pixels, step 5 of 7 is saved; the same command goes on "
+            "from there",
+            5,
+            (),
+        ),
         (
             "6:SIGINT",
-            "stopped by SIGINT: stage words, step 4 of 8 is saved; the same command goes on from there",
+            "stopped by SIGINT: stage words, step 4 of 8 is saved; the same command goes on from "
+            "there",
             11,
             ("--keep-every", "2"),
         ),
@@ -165,34 +205,56 @@ def test_told_to_stop_it_saves_the_step_says_where_it_stands_and_goes_on_to_the_
         done = program_started(at, recipe, workdir, *more)
         assert done.returncode == 75, done.stderr[-2000:]
         assert done.stderr.splitlines()[-1] == told and "Traceback" not in done.stderr
-        assert max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == saved
+        assert (
+            max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+            == saved
+        )
     done = program_started("2:SIGTERM,SIGTERM", recipe, workdir)
     assert done.returncode == 143 and "stopped at once" in done.stderr
     stages.run(tiny_run.curriculum(world, keep_every=2), workdir)
     assert_ended_the_same(workdir, finished[0], "stopped three times")
     kept = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
-    assert {12, 14, 16, 18, 20, 22, 24} <= kept and not {5, 7, 11} & kept  # keep-every from its first start on, keep-last below
+    # keep-every from its first start on, keep-last below
+    assert {12, 14, 16, 18, 20, 22, 24} <= kept and not {5, 7, 11} & kept
     assert [line["total_step"] for line in read(workdir / "attempts.jsonl")] == [0, 5, 11, 11]
     assert read(workdir / "metrics.jsonl")[-1]["restarts"] == 3
 
 
-def test_a_disk_that_is_full_keeps_the_last_save_and_the_same_command_goes_on_once_there_is_space(finished, world, tmp_path):
-    """A real one: a small file system in memory, in a user namespace of its own, that grows between two starts."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+def test_a_disk_that_is_full_keeps_the_last_save_and_the_same_command_goes_on_once_there_is_space(
+    finished, world, tmp_path
+):
+    """A real one: a small file system in memory, in a user namespace of its own, that grows between
+    two starts."""
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+    ):
         pytest.skip("user namespaces are not allowed here")
-    disk, train_it = tmp_path / "disk", f"{sys.executable} train.py {tiny_run.recipe(world)} --workdir {tmp_path / 'disk' / 'run'}"
+    disk, train_it = (
+        tmp_path / "disk",
+        f"{sys.executable} train.py {tiny_run.recipe(world)} --workdir {tmp_path / 'disk' / 'run'}",
+    )
     disk.mkdir()
     script = (
-        f"mount -t tmpfs -o size=1200k tmpfs {disk} || exit 99; {train_it}; echo status $? saves $(ls {disk}/run/checkpoints);"
-        f"mount -o remount,size=64m {disk}; {train_it}; echo status $?; cp -r {disk}/run {tmp_path}/run"
+        f"mount -t tmpfs -o size=1200k tmpfs {disk} || exit 99; {train_it}; echo status $? saves "
+        f"$(ls {disk}/run/checkpoints);"
+        f"mount -o remount,size=64m {disk}; {train_it}; echo status $?; cp -r {disk}/run "
+        f"{tmp_path}/run"
     )
     done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True, timeout=1800, env={**os.environ, "XLA_FLAGS": ""}
+        ["unshare", "-rm", "bash", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env={**os.environ, "XLA_FLAGS": ""},
     )
     if done.returncode == 99:
         pytest.skip("file systems cannot be mounted here")
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "could not be written, step 3 is the last save; free some space" in said[0]
+    assert (
+        len(said) == 1
+        and "could not be written, step 3 is the last save; free some space" in said[0]
+    )
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     first, second = [line.split() for line in done.stdout.splitlines() if line.startswith("status")]
     assert first[:4] == ["status", "2", "saves", "3"] and second == ["status", "0"], done.stdout
@@ -216,28 +278,62 @@ def one_line(capsys, status: int, *argv) -> str:
 def test_a_checkpoint_cut_short_is_named_and_nothing_is_touched(finished, world, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
-    cut = max((p for p in (workdir / "checkpoints" / str(STEPS) / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    cut = max(
+        (p for p in (workdir / "checkpoints" / str(STEPS) / "state").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
     cut.write_bytes(cut.read_bytes()[:100])
     line = one_line(capsys, 2, tiny_run.recipe(world), "--workdir", workdir)
-    assert str(workdir / "checkpoints" / str(STEPS)) in line and "has 100 bytes of" in line and "goes on from step 21" in line
+    assert (
+        str(workdir / "checkpoints" / str(STEPS)) in line
+        and "has 100 bytes of" in line
+        and "goes on from step 21" in line
+    )
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))  # what the line advises
     stages.run(tiny_run.curriculum(world), workdir)
-    for a, b in zip(jax.tree.leaves(final_state(finished[0])), jax.tree.leaves(final_state(workdir)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(final_state(finished[0])),
+        jax.tree.leaves(final_state(workdir)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_status_1_and_keeps_the_last_save(world, tmp_path, capsys):
-    wild = ["--stages.0.optimizer.learning-rate", "1e30", "--stages.0.optimizer.warmup-steps", "0", "--checkpoint-every", "1"]
-    line = one_line(capsys, 1, tiny_run.recipe(world), "--workdir", tmp_path / "run", *wild, "--guard.bad-steps-in-row", "4")
+def test_a_loss_that_is_no_number_stops_the_run_with_status_1_and_keeps_the_last_save(
+    world, tmp_path, capsys
+):
+    wild = [
+        "--stages.0.optimizer.learning-rate",
+        "1e30",
+        "--stages.0.optimizer.warmup-steps",
+        "0",
+        "--checkpoint-every",
+        "1",
+    ]
+    line = one_line(
+        capsys,
+        1,
+        tiny_run.recipe(world),
+        "--workdir",
+        tmp_path / "run",
+        *wild,
+        "--guard.bad-steps-in-row",
+        "4",
+    )
     assert "stage pixels, step 5, the last of 4 bad steps in a row: loss is" in line
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == [
+        "1"
+    ]
     bad = read(tmp_path / "run" / "bad_steps.jsonl")
     assert [entry["step"] for entry in bad] == [2, 3, 4, 5]
-    assert bad[-1]["keys"][0] in line and all(len(entry["keys"]) == 8 and entry["keys"][0].startswith("r0-") for entry in bad)
+    assert bad[-1]["keys"][0] in line and all(
+        len(entry["keys"]) == 8 and entry["keys"][0].startswith("r0-") for entry in bad
+    )
 
 
 def test_a_record_that_is_no_number_costs_its_batches_alone(world, tmp_path):
-    """A run on shards with one such record: its batches are skipped and named, all else is learned."""
+    """A run on shards with one such record: its batches are skipped and named, all else is
+    learned."""
     from pixart_jax.data import records
 
     folder, original = tmp_path / "spoilt", world / "square"
@@ -252,12 +348,19 @@ def test_a_record_that_is_no_number_costs_its_batches_alone(world, tmp_path):
         packed.append(records.pack({**arrays, **spoilt}, metadata))
     shard.unlink()
     records.write_shard(shard, packed)
-    entry = dataclasses.replace(manifest.shards[0], bytes=shard.stat().st_size, sha256=records.sha256(shard))
+    entry = dataclasses.replace(
+        manifest.shards[0], bytes=shard.stat().st_size, sha256=records.sha256(shard)
+    )
     dataclasses.replace(manifest, shards=(entry,)).write(folder)
     config = tiny_run.curriculum(world)
-    stage = dataclasses.replace(config.stages[0], data=dataclasses.replace(config.stages[0].data, source=str(folder)))
+    stage = dataclasses.replace(
+        config.stages[0], data=dataclasses.replace(config.stages[0].data, source=str(folder))
+    )
     stages.run(dataclasses.replace(config, stages=(stage,)), tmp_path / "run")
-    lines, bad = read(tmp_path / "run" / "metrics.jsonl"), read(tmp_path / "run" / "bad_steps.jsonl")
+    lines, bad = (
+        read(tmp_path / "run" / "metrics.jsonl"),
+        read(tmp_path / "run" / "bad_steps.jsonl"),
+    )
     assert len(lines) == 7 and 2 <= len(bad) <= 3  # 24 records in batches of 8: one batch in three
     assert all("r0-5" in entry["keys"] for entry in bad)
     assert [line["step"] for line in lines if line["skipped"]] == [entry["step"] for entry in bad]
@@ -274,8 +377,21 @@ def test_a_trace_of_asked_steps_lies_in_the_workdir(world, tmp_path, capsys):
 
 def test_without_another_place_compiled_programs_are_kept_in_the_workdir(world, tmp_path):
     there = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    command = [sys.executable, "train.py", tiny_run.recipe(world), "--workdir", tmp_path / "run", "--checkpoint-every", "1"]
-    first = subprocess.Popen(command, env={**there, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "train.py",
+        tiny_run.recipe(world),
+        "--workdir",
+        tmp_path / "run",
+        "--checkpoint-every",
+        "1",
+    ]
+    first = subprocess.Popen(
+        command,
+        env={**there, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while first.poll() is None and not read(tmp_path / "run" / "metrics.jsonl"):
         time.sleep(0.1)
     first.kill()
@@ -297,7 +413,9 @@ class Noise:
 
     def __getitem__(self, index):
         png = io.BytesIO()
-        Image.fromarray(np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)).save(png, "PNG")
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (32, 32, 3), np.uint8)).save(
+            png, "PNG"
+        )
         return Sample(f"noise-{index}", png.getvalue(), {"dense": ("a red circle left of",)}, -1)
 
 

@@ -17,7 +17,10 @@ TASK = types.SimpleNamespace(module=types.SimpleNamespace(config=None))
 WANTED = {
     "blocks": {"kernel": np.ones((2, 3), np.float32)},
     "null_caption": np.full((4, 5), 3, np.float32),
-    "size_embedder": {"fc1": {"kernel": np.ones((2, 2), np.float32)}, "fc2": {"kernel": np.ones((2, 2), np.float32)}},
+    "size_embedder": {
+        "fc1": {"kernel": np.ones((2, 2), np.float32)},
+        "fc2": {"kernel": np.ones((2, 2), np.float32)},
+    },
 }
 
 
@@ -38,7 +41,9 @@ def test_the_same_parameters_go_on():
 def test_a_plain_model_gains_size_embedders_that_change_nothing_yet_and_a_null_caption():
     out = begin({"blocks": {"kernel": np.full((2, 3), 9, np.float32)}})
     assert (out["blocks"]["kernel"] == 9).all()
-    assert (out["size_embedder"]["fc1"]["kernel"] == 1).all() and (out["size_embedder"]["fc2"]["kernel"] == 0).all()
+    assert (out["size_embedder"]["fc1"]["kernel"] == 1).all() and (
+        out["size_embedder"]["fc2"]["kernel"] == 0
+    ).all()
     assert (out["null_caption"] == 3).all()
 
 

@@ -1,4 +1,5 @@
-"""Where the state lies: said by shapes alone, for the full-size model on eight devices that are not here."""
+"""Where the state lies: said by shapes alone, for the full-size model on eight devices that are not
+here."""
 
 from __future__ import annotations
 
@@ -34,13 +35,18 @@ MODELS = {
 
 
 def bytes_a_device(tree) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def abstract(name: str, optimizer: str, **sizes):
     module, arguments = MODELS[name]
     boxed = jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"]
-    mesh = jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = jax.sharding.AbstractMesh(
+        tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 4
+    )
     config = dataclasses.replace(OptimizerConfig(), name=optimizer)
     return abstract_state(boxed, make_optimizer(config, 10, 8, rules.logical_names(boxed)), mesh)
 
@@ -56,7 +62,10 @@ def test_no_array_over_a_megabyte_is_whole_on_every_device(name, optimizer):
 
 def test_the_optimizer_keeps_its_moments_where_the_parameters_lie():
     state = abstract("xl2", "adamw", fsdp=4, tensor=2)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
     kernel = flat["params/blocks/mlp/fc1/kernel"].sharding
     assert kernel.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
     kept = [leaf.sharding for path, leaf in flat.items() if path.endswith("blocks/mlp/fc1/kernel")]

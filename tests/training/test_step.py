@@ -13,7 +13,10 @@ from pixart_jax.training.optimizer import make_optimizer, schedule
 from pixart_jax.training.state import abstract_state, state_from
 from pixart_jax.training.step import CompiledStep
 
-BOXED = {"w": jax.ShapeDtypeStruct((6, 3), jnp.float32), "b": jax.ShapeDtypeStruct((3,), jnp.float32)}
+BOXED = {
+    "w": jax.ShapeDtypeStruct((6, 3), jnp.float32),
+    "b": jax.ShapeDtypeStruct((3,), jnp.float32),
+}
 
 
 def losses(params, batch, keys):
@@ -30,12 +33,17 @@ def run(accumulate: int, steps: int = 5, **options):
     abstract = abstract_state(BOXED, optimizer, mesh)
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(6, 3)), "b": np.zeros(3)}
-    state = state_from(jax.tree.map(lambda p: np.asarray(p, np.float32), params), optimizer, abstract)
+    state = state_from(
+        jax.tree.map(lambda p: np.asarray(p, np.float32), params), optimizer, abstract
+    )
     step = CompiledStep(losses, optimizer, schedule(config, steps, 16), abstract, mesh, accumulate)
     history = []
     for number in range(steps):
         rng = np.random.default_rng(number)
-        batch = {"x": jnp.asarray(rng.normal(size=(16, 6)), jnp.float32), "y": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)}
+        batch = {
+            "x": jnp.asarray(rng.normal(size=(16, 6)), jnp.float32),
+            "y": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32),
+        }
         state, metrics = step(state, batch, jax.random.fold_in(jax.random.key(7), number))
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history, step
@@ -73,6 +81,8 @@ def test_step_counts_and_metrics_are_named():
 def test_the_state_starts_with_its_parameters_as_average():
     optimizer = make_optimizer(OptimizerConfig(), 5, 16, jax.tree.map(lambda _: (), BOXED))
     abstract = abstract_state(BOXED, optimizer, make_mesh(MeshConfig()))
-    state = state_from({"w": np.ones((6, 3), np.float32), "b": np.arange(3, dtype=np.float32)}, optimizer, abstract)
+    state = state_from(
+        {"w": np.ones((6, 3), np.float32), "b": np.arange(3, dtype=np.float32)}, optimizer, abstract
+    )
     np.testing.assert_array_equal(state.average["b"], [0, 1, 2])
     assert jax.tree.structure(state) == jax.tree.structure(abstract)

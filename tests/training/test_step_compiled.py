@@ -1,4 +1,5 @@
-"""What a step is compiled to: casts, copies, executables. Programs for accelerators are compiled where their compilers are installed."""
+"""What a step is compiled to: casts, copies, executables. Programs for accelerators are compiled
+where their compilers are installed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ import jaxprs
 import numpy as np
 import pytest
 
-from pixart_jax.config import Config, DataConfig, MeshConfig, ObjectiveConfig, OptimizerConfig, StageConfig
+from pixart_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    StageConfig,
+)
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.parallel.mesh import make_mesh
@@ -24,30 +32,47 @@ from pixart_jax.training.tasks.denoising import Denoising
 from pixart_jax.training.tasks.text_to_image import TextToImage
 
 MODEL = TransformerConfig(
-    depth=2, width=64, heads=4, caption_width=16, text_tokens=8, sample_size=8, kv_compression=2, kv_compression_layers=(1,)
+    depth=2,
+    width=64,
+    heads=4,
+    caption_width=16,
+    text_tokens=8,
+    sample_size=8,
+    kv_compression=2,
+    kv_compression_layers=(1,),
 )
 
 
 def task(kind: str, dtype):
     denoising = Denoising(ObjectiveConfig(), 0.18215)
     if kind == "dit":
-        return ClassConditional(DiT(DiTConfig(depth=2, width=64, heads=4, sample_size=8, num_classes=5), dtype=dtype), denoising, None)
+        return ClassConditional(
+            DiT(DiTConfig(depth=2, width=64, heads=4, sample_size=8, num_classes=5), dtype=dtype),
+            denoising,
+            None,
+        )
     return TextToImage(PixArtTransformer(MODEL, dtype=dtype, remat="full"), denoising, None, 0)
 
 
 def batch(rows: int = 4):
     rng = np.random.default_rng(0)
     return {
-        "mean": rng.normal(size=(rows, 8, 8, 4)).astype(np.float32), "std": np.full((rows, 8, 8, 4), 0.1, np.float32),
-        "text_states": rng.normal(size=(rows, 8, 16)).astype(jnp.bfloat16), "text_lengths": np.full((rows,), 5, np.int32),
-        "size": np.full((rows, 2), 64, np.float32), "aspect_ratio": np.ones((rows,), np.float32), "label": np.arange(rows, dtype=np.int32),
-    }  # fmt: skip
+        "mean": rng.normal(size=(rows, 8, 8, 4)).astype(np.float32),
+        "std": np.full((rows, 8, 8, 4), 0.1, np.float32),
+        "text_states": rng.normal(size=(rows, 8, 16)).astype(jnp.bfloat16),
+        "text_lengths": np.full((rows,), 5, np.int32),
+        "size": np.full((rows, 2), 64, np.float32),
+        "aspect_ratio": np.ones((rows,), np.float32),
+        "label": np.arange(rows, dtype=np.int32),
+    }
 
 
 def drawn(made):
     """Parameters without a zero among them, so that every gradient is felt."""
     params = unboxed(jax.jit(made.init)(jax.random.key(0)))
-    return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    return jax.tree.map(
+        lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
 
 
 @pytest.mark.slow
@@ -59,18 +84,25 @@ def test_casting_ahead_of_the_blocks_changes_neither_losses_nor_gradients(kind):
     plain = dataclasses.replace(made, module=Uncast(made.module))
 
     def run(one):
-        return jax.jit(jax.value_and_grad(lambda p: one.losses(p, given, keys)["loss"].mean()))(params)
+        return jax.jit(jax.value_and_grad(lambda p: one.losses(p, given, keys)["loss"].mean()))(
+            params
+        )
 
     (loss, gradient), (of_plain, gradient_of_plain) = run(made), run(plain)
     np.testing.assert_array_equal(loss, of_plain)
-    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_of_plain), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(gradient_of_plain), strict=True
+    ):
         assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-8 * float(jnp.abs(theirs).max()) + 1e-12)
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=2**-8 * float(jnp.abs(theirs).max()) + 1e-12
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Uncast:
-    """A module that says it computes in fp32, so that nothing is cast before it; it computes as ever."""
+    """A module that says it computes in fp32, so that nothing is cast before it; it computes as
+    ever."""
 
     module: object
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
@@ -85,16 +117,29 @@ class Uncast:
 
 @pytest.mark.parametrize("kind", ["transformer", "dit"])
 def test_no_kernel_is_cast_within_the_loop_over_blocks(kind):
-    """Else a rematerialised backward pass casts the kernels again, and gradients are kept in fp32 from loop to optimizer."""
+    """Else a rematerialised backward pass casts the kernels again, and gradients are kept in fp32
+    from loop to optimizer."""
     made = task(kind, jnp.bfloat16)
     params = jax.eval_shape(lambda: unboxed(made.init(jax.random.key(0))))
-    traced = jax.jit(jax.grad(lambda p: made.losses(p, batch(), jax.random.split(jax.random.key(1), 4))["loss"].mean())).trace(params)
-    kernels = {leaf.shape[1:] for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"]) if path[-1].key == "kernel"}
+    traced = jax.jit(
+        jax.grad(
+            lambda p: made.losses(p, batch(), jax.random.split(jax.random.key(1), 4))["loss"].mean()
+        )
+    ).trace(params)
+    kernels = {
+        leaf.shape[1:]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"])
+        if path[-1].key == "kernel"
+    }
 
     def casts(jaxpr, inside):
         for equation in jaxpr.eqns:
             loop = inside or equation.primitive.name == "scan"
-            if inside and equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == jnp.bfloat16:
+            if (
+                inside
+                and equation.primitive.name == "convert_element_type"
+                and equation.params["new_dtype"] == jnp.bfloat16
+            ):
                 yield from (v.aval.shape for v in equation.invars if v.aval.dtype == jnp.float32)
             for inner in jaxprs.within(equation):
                 yield from casts(inner, loop)
@@ -108,7 +153,8 @@ def numbers(rng, *shape):
 
 @pytest.mark.parametrize("ok", [True, False])
 def test_leaving_a_step_out_is_the_same_on_every_platform(ok):
-    """The loop of CPUs and the selection of accelerators; what is not taken stays to the bit, though the gradient is no number."""
+    """The loop of CPUs and the selection of accelerators; what is not taken stays to the bit,
+    though the gradient is no number."""
     rng = np.random.default_rng(0)
     params, moments, grads = numbers(rng, 5, 3), numbers(rng, 5, 3), numbers(rng, 5, 3)
     grads = grads if ok else grads * jnp.nan
@@ -117,9 +163,15 @@ def test_leaving_a_step_out_is_the_same_on_every_platform(ok):
         moments = 0.9 * moments + 0.1 * grads
         return params - moments, moments
 
-    run = jax.jit(lambda ok, *arrays: [taken_where(ok, take, *arrays, on_cpu=on_cpu) for on_cpu in (True, False)])
+    run = jax.jit(
+        lambda ok, *arrays: [
+            taken_where(ok, take, *arrays, on_cpu=on_cpu) for on_cpu in (True, False)
+        ]
+    )
     loop, selection = run(ok, params, moments, grads)
-    for wanted, one, other in zip(take(params, moments, grads) if ok else (params, moments), loop, selection, strict=True):
+    for wanted, one, other in zip(
+        take(params, moments, grads) if ok else (params, moments), loop, selection, strict=True
+    ):
         for made in (one, other):
             np.testing.assert_allclose(made, wanted, rtol=1e-6 if ok else 0.0)
 
@@ -127,19 +179,29 @@ def test_leaving_a_step_out_is_the_same_on_every_platform(ok):
 def small(remat="full", accumulate=1, dtype="bfloat16") -> Config:
     """Two blocks of some width, so that the state outweighs all else."""
     stage = StageConfig(
-        name="s", batch_size=4, data=DataConfig(max_text_tokens=8), optimizer=OptimizerConfig(accumulate=accumulate, ema=0.999)
+        name="s",
+        batch_size=4,
+        data=DataConfig(max_text_tokens=8),
+        optimizer=OptimizerConfig(accumulate=accumulate, ema=0.999),
     )
-    model = TransformerConfig(depth=2, width=512, heads=4, caption_width=64, text_tokens=8, sample_size=8)
+    model = TransformerConfig(
+        depth=2, width=512, heads=4, caption_width=64, text_tokens=8, sample_size=8
+    )
     return Config(name="small", stages=(stage,), model=model, compute_dtype=dtype, remat=remat)
 
 
-PROGRAM = Path(__file__).parent / "step_for_topology.py"  # of ``small``: bytes of state, temporaries and of what is gathered and copied
+# of ``small``: bytes of state, temporaries and of what is gathered and copied
+PROGRAM = Path(__file__).parent / "step_for_topology.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu:1", *(pytest.param(name, marks=compilers.needs(name)) for name in ("h200:1", "v5e:1x1"))])
+@pytest.mark.parametrize(
+    "name",
+    ["cpu:1", *(pytest.param(name, marks=compilers.needs(name)) for name in ("h200:1", "v5e:1x1"))],
+)
 def test_the_state_is_updated_where_it_lies(name):
-    """Donated, and never copied: besides it a step holds gradients, a copy in the compute dtype and activations, less than half of it."""
+    """Donated, and never copied: besides it a step holds gradients, a copy in the compute dtype and
+    activations, less than half of it."""
     found = compilers.compiled(name, PROGRAM)
     assert found["aliased"] >= found["state"]
     assert found["temporaries"] < 0.5 * found["state"], found
@@ -153,11 +215,13 @@ def test_on_a_tpu_slice_bfloat16_is_gathered_and_not_the_masters():
     found = compilers.compiled("v5e:2x2", PROGRAM)
     gathered, parameters = found["gathered"], found["parameters"]
     assert gathered["bf16"] > 2 * parameters  # forward and backward pass, 2 bytes each
-    assert gathered["f32"] < 0.25 * gathered["bf16"], found  # of the timestep's layers, which compute in it
+    # of the timestep's layers, which compute in it
+    assert gathered["f32"] < 0.25 * gathered["bf16"], found
 
 
 def test_with_micro_batches_a_bucket_takes_one_executable_and_no_step_asks_the_device():
-    """From the first state, made outside the step, to the last; a step that read a value would fail under the guard."""
+    """From the first state, made outside the step, to the last; a step that read a value would fail
+    under the guard."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     config = small(accumulate=2, dtype="float32")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=48))
@@ -167,7 +231,10 @@ def test_with_micro_batches_a_bucket_takes_one_executable_and_no_step_asks_the_d
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), made.abstract)
     state = jax.device_put(state, jax.tree.map(lambda s: s.sharding, made.abstract))
     for number, bucket in enumerate([(64, 64), (64, 64), (48, 80), (64, 64), (48, 80)]):
-        rows = {name: np.zeros(s.shape, s.dtype) for name, s in abstract.abstract_batch(config, stage, bucket, mesh).items()}
+        rows = {
+            name: np.zeros(s.shape, s.dtype)
+            for name, s in abstract.abstract_batch(config, stage, bucket, mesh).items()
+        }
         with jax.transfer_guard_device_to_host("disallow"):
             state, _ = step(state, jax.device_put(rows), jax.random.key(number))
         assert step.executables == (1 if number < 2 else 2)

@@ -8,11 +8,24 @@ import json
 import jax
 import pytest
 
-from pixart_jax.config import Config, DataConfig, GuardConfig, OptimizerConfig, ProfileConfig, StageConfig
+from pixart_jax.config import (
+    Config,
+    DataConfig,
+    GuardConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    StageConfig,
+)
 from pixart_jax.errors import UserError
 from pixart_jax.training.workdir import Workdir, as_json, keep_programs
 
-CONFIG = Config(name="a", stages=(StageConfig("one", steps=10), StageConfig("two", optimizer=OptimizerConfig(learning_rate=1e-3))))
+CONFIG = Config(
+    name="a",
+    stages=(
+        StageConfig("one", steps=10),
+        StageConfig("two", optimizer=OptimizerConfig(learning_rate=1e-3)),
+    ),
+)
 
 
 def other(**changes) -> Config:
@@ -34,8 +47,14 @@ def test_the_same_config_comes_back(tmp_path):
     ("config", "said"),
     [
         (other(steps=11), "stages.1.steps was 1000, now 11"),
-        (other(optimizer=OptimizerConfig(learning_rate=1e-4)), "stages.1.optimizer.learning_rate was 0.001, now 0.0001"),
-        (other(data=DataConfig(buckets=((64, 64), (64, 96)))), "stages.1.data.buckets.1.0 was absent, now 64"),
+        (
+            other(optimizer=OptimizerConfig(learning_rate=1e-4)),
+            "stages.1.optimizer.learning_rate was 0.001, now 0.0001",
+        ),
+        (
+            other(data=DataConfig(buckets=((64, 64), (64, 96)))),
+            "stages.1.data.buckets.1.0 was absent, now 64",
+        ),
         (dataclasses.replace(CONFIG, seed=1), "seed was 0, now 1"),
     ],
 )
@@ -53,13 +72,23 @@ def test_what_only_changes_the_watching_may_change(tmp_path):
     with Workdir(tmp_path, CONFIG) as folder:
         folder.keep()
     with Workdir(
-        tmp_path, dataclasses.replace(other(data=DataConfig(workers=7, strict=True)), log_every=1, checkpoint_every=5, remat="full")
+        tmp_path,
+        dataclasses.replace(
+            other(data=DataConfig(workers=7, strict=True)),
+            log_every=1,
+            checkpoint_every=5,
+            remat="full",
+        ),
     ):
         pass
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
-    with Workdir(tmp_path, CONFIG), pytest.raises(UserError, match="in use by another run"), Workdir(tmp_path, CONFIG):
+    with (
+        Workdir(tmp_path, CONFIG),
+        pytest.raises(UserError, match="in use by another run"),
+        Workdir(tmp_path, CONFIG),
+    ):
         pass
 
 
@@ -74,21 +103,35 @@ def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(t
         folder.keep()
     file = tmp_path / "config.json"
     old = json.loads(file.read_text())
-    del old["guard"], old["keep_every"], old["profile"], old["stages"][1]["optimizer"]["clip"], old["model"]["qk_norm"]
+    del (
+        old["guard"],
+        old["keep_every"],
+        old["profile"],
+        old["stages"][1]["optimizer"]["clip"],
+        old["model"]["qk_norm"],
+    )
     file.write_text(json.dumps(old))
     with Workdir(tmp_path, CONFIG) as folder:
         folder.keep()
     assert json.loads(file.read_text()) == as_json(CONFIG)
     file.write_text(json.dumps(old))
     changed = dataclasses.replace(CONFIG, guard=GuardConfig(spike_factor=None))
-    with pytest.raises(UserError, match="guard.spike_factor was 20.0, now null"), Workdir(tmp_path, changed):
+    with (
+        pytest.raises(UserError, match="guard.spike_factor was 20.0, now null"),
+        Workdir(tmp_path, changed),
+    ):
         pass
 
 
 def test_what_only_changes_what_is_kept_or_when_to_give_up_may_change(tmp_path):
     with Workdir(tmp_path, CONFIG) as folder:
         folder.keep()
-    changes = {"keep_every": 7, "keep_checkpoints": 1, "profile": ProfileConfig((1, 2)), "guard": GuardConfig(bad_steps_in_row=3)}
+    changes = {
+        "keep_every": 7,
+        "keep_checkpoints": 1,
+        "profile": ProfileConfig((1, 2)),
+        "guard": GuardConfig(bad_steps_in_row=3),
+    }
     with Workdir(tmp_path, dataclasses.replace(CONFIG, **changes)):
         pass
 

@@ -1,4 +1,5 @@
-"""A run of a few thousand parameters on a few dozen samples, whole: frozen parts, encoded shards, three stages, two buckets."""
+"""A run of a few thousand parameters on a few dozen samples, whole: frozen parts, encoded shards,
+three stages, two buckets."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ import ml_dtypes
 import numpy as np
 
 from pixart_jax import tokenizer
-from pixart_jax.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, PreviewConfig, StageConfig
+from pixart_jax.config import (
+    Config,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    StageConfig,
+)
 from pixart_jax.data import records
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.transformer import TransformerConfig
@@ -20,9 +28,17 @@ from pixart_jax.weights.component import VAE, TextEncoder
 
 WORDS = "a red green blue circle square left of right".split()
 CLASSES = 5
-VAE_SIZES = VAEConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, mid_block_attention=False, scaling_factor=0.5)
+VAE_SIZES = VAEConfig(
+    block_out_channels=(4, 4, 4, 4),
+    layers_per_block=1,
+    norm_num_groups=2,
+    mid_block_attention=False,
+    scaling_factor=0.5,
+)
 TEXT_SIZES = T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-MODEL = TransformerConfig(depth=2, width=32, heads=4, caption_width=16, text_tokens=16, sample_size=4)
+MODEL = TransformerConfig(
+    depth=2, width=32, heads=4, caption_width=16, text_tokens=16, sample_size=4
+)
 
 
 def parts(folder: Path) -> Path:
@@ -30,7 +46,9 @@ def parts(folder: Path) -> Path:
     for kind, config, name in ((VAE, VAE_SIZES, "vae"), (TextEncoder, TEXT_SIZES, "text_encoder")):
         component = kind(config, {})
         params = jax.jit(
-            lambda key, component=component, config=config: unboxed(component.module.init(key, *component._example(config))["params"])
+            lambda key, component=component, config=config: unboxed(
+                component.module.init(key, *component._example(config))["params"]
+            )
         )(jax.random.key(1))
         component.replace(params=params).save(folder / name)
     tokenizer.from_words(WORDS).save_pretrained(str(folder / "tokenizer"))
@@ -53,10 +71,23 @@ def shards(folder: Path, buckets=((32, 32),), count: int = 24) -> Path:
                 "size": np.array([height, width], np.int32),
                 "text.dense.0": rng.normal(size=(length, 16)).astype(ml_dtypes.bfloat16),
             }
-            packed.append(records.pack(arrays, {"key": f"r{number}-{index}", "captions.dense": '["a red circle"]'}))
+            packed.append(
+                records.pack(
+                    arrays, {"key": f"r{number}-{index}", "captions.dense": '["a red circle"]'}
+                )
+            )
         path = folder / f"{number:05d}-{height}x{width}.array_record"
         records.write_shard(path, packed)
-        made.append(records.Shard(path.name, (height, width), count, path.stat().st_size, records.sha256(path), {"dense": 8}))
+        made.append(
+            records.Shard(
+                path.name,
+                (height, width),
+                count,
+                path.stat().st_size,
+                records.sha256(path),
+                {"dense": 8},
+            )
+        )
     records.Manifest({"source": "random"}, tuple(made)).write(folder)
     return folder
 
@@ -66,14 +97,16 @@ def recipe(folder: Path) -> Path:
     here = Path(__file__).resolve().parent
     file = folder / "tiny.py"
     file.write_text(
-        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(here)!r})\nfrom tiny_run import curriculum\n\n\n"
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(here)!r})\nfrom tiny_run "
+        "import curriculum\n\n\n"
         f"def get_config():\n    return curriculum(Path({str(folder)!r}))\n"
     )
     return file
 
 
 def curriculum(folder: Path, **changes) -> Config:
-    """Three stages: class-conditional, text, text at two aspect ratios. Makes what it reads under ``folder`` where absent."""
+    """Three stages: class-conditional, text, text at two aspect ratios. Makes what it reads under
+    ``folder`` where absent."""
     if not (folder / "parts").exists():
         parts(folder / "parts")
         shards(folder / "square")
@@ -81,18 +114,41 @@ def curriculum(folder: Path, **changes) -> Config:
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip=1.0, ema=0.9, eps=1e-8)
     came = dataclasses.replace(optimizer, name="came", learning_rate=1e-5)
     square = DataConfig(source=str(folder / "square"), buckets=((32, 32),), max_text_tokens=16)
-    aspects = dataclasses.replace(square, source=str(folder / "aspects"), buckets=((32, 32), (32, 48)))
+    aspects = dataclasses.replace(
+        square, source=str(folder / "aspects"), buckets=((32, 32), (32, 48))
+    )
     stages = (
-        StageConfig("pixels", "class_conditional", steps=7, batch_size=8, data=square, optimizer=optimizer, start="fresh"),
+        StageConfig(
+            "pixels",
+            "class_conditional",
+            steps=7,
+            batch_size=8,
+            data=square,
+            optimizer=optimizer,
+            start="fresh",
+        ),
         StageConfig("words", "text_to_image", steps=8, batch_size=8, data=square, optimizer=came),
         StageConfig(
-            "beauty", "text_to_image", steps=9, batch_size=16, data=aspects, optimizer=dataclasses.replace(optimizer, accumulate=2),
-            objective=ObjectiveConfig(null_condition="empty", prediction="v"), position_scale=2.0,
+            "beauty",
+            "text_to_image",
+            steps=9,
+            batch_size=16,
+            data=aspects,
+            optimizer=dataclasses.replace(optimizer, accumulate=2),
+            objective=ObjectiveConfig(null_condition="empty", prediction="v"),
+            position_scale=2.0,
         ),
-    )  # fmt: skip
+    )
     settings = {
-        "name": "tiny", "stages": stages, "model": MODEL, "num_classes": CLASSES,
-        "vae": str(folder / "parts"), "text_encoder": str(folder / "parts"),
-        "compute_dtype": "float32", "log_every": 1, "checkpoint_every": 3, "preview": PreviewConfig(steps=2, guidance=2.0),
-    }  # fmt: skip
+        "name": "tiny",
+        "stages": stages,
+        "model": MODEL,
+        "num_classes": CLASSES,
+        "vae": str(folder / "parts"),
+        "text_encoder": str(folder / "parts"),
+        "compute_dtype": "float32",
+        "log_every": 1,
+        "checkpoint_every": 3,
+        "preview": PreviewConfig(steps=2, guidance=2.0),
+    }
     return Config(**{**settings, **changes})

@@ -1,6 +1,8 @@
-"""train.py that sends itself a signal before its n-th step: python train_until_killed.py N[:SIGNAL…] RECIPE --workdir DIR.
+"""train.py that sends itself a signal before its n-th step: python train_until_killed.py
+N[:SIGNAL…] RECIPE --workdir DIR.
 
-N = 0: never. SIGNAL: a name, SIGKILL by default; several, with commas, are sent one after the other.
+N = 0: never. SIGNAL: a name, SIGKILL by default; several, with commas, are sent one after the
+other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Kept weights: the second opening reads them where they lie, and never those of files that have changed."""
+"""Kept weights: the second opening reads them where they lie, and never those of files that have
+changed."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def conversions(monkeypatch):
     """A list with an entry for each time that weights were converted."""
     calls = []
     real = component.Reading
-    monkeypatch.setattr(component, "Reading", lambda *args, **more: calls.append(1) or real(*args, **more))
+    monkeypatch.setattr(
+        component, "Reading", lambda *args, **more: calls.append(1) or real(*args, **more)
+    )
     return calls
 
 
@@ -45,7 +48,9 @@ def assert_same(ours, others):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_second_opening_converts_nothing_and_gives_the_same(folder, tmp_path, conversions, dtype):
+def test_the_second_opening_converts_nothing_and_gives_the_same(
+    folder, tmp_path, conversions, dtype
+):
     plain = opened(folder, dtype)
     first, second = (opened(folder, dtype, cache=tmp_path / "kept") for _ in range(2))
     assert len(conversions) == 2

@@ -1,4 +1,5 @@
-"""Component folders: ours open in diffusers and transformers, theirs open here, and nothing changes on the way."""
+"""Component folders: ours open in diffusers and transformers, theirs open here, and nothing changes
+on the way."""
 
 from __future__ import annotations
 
@@ -29,7 +30,15 @@ from pixart_jax.weights.component import NULL_CAPTION, VAE, DiT, TextEncoder, Tr
 from pixart_jax.weights.streaming import leaves
 from tests.models.t5_reference import quantized
 
-T5 = dict(vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+T5 = dict(
+    vocab_size=32,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_layers=2,
+    num_heads=2,
+    feed_forward_proj="gated-gelu",
+)
 GEOMETRY = dict(num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8)
 
 
@@ -45,22 +54,32 @@ def randomised(model, seed: int = 0):
 
 def reference(kind: str):
     if kind == "transformer":
-        return randomised(PixArtTransformer2DModel(
-            **GEOMETRY, cross_attention_dim=24, caption_channels=10, interpolation_scale=1.0
-        ))  # fmt: skip
+        return randomised(
+            PixArtTransformer2DModel(
+                **GEOMETRY, cross_attention_dim=24, caption_channels=10, interpolation_scale=1.0
+            )
+        )
     if kind == "dit":
         model = DiTTransformer2DModel(**GEOMETRY, num_embeds_ada_norm=6, out_channels=8)
         first, second = (block.norm1.emb for block in randomised(model).transformer_blocks)
-        second.load_state_dict(first.state_dict())  # as in every converted file: one embedder, copied into each block
+        # as in every converted file: one embedder, copied into each block
+        second.load_state_dict(first.state_dict())
         for embedder in (first, second):
-            embedder.time_proj.downscale_freq_shift = 0  # the official frequencies, which the weights are trained for; diffusers has 1 here
+            # the official frequencies, which the weights are trained for; diffusers has 1 here
+            embedder.time_proj.downscale_freq_shift = 0
         return model
     if kind == "text_encoder":
         return randomised(T5EncoderModel(TorchT5Config(**T5)))
-    return randomised(AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        layers_per_block=1, norm_num_groups=4, scaling_factor=0.3,
-    ))  # fmt: skip
+    return randomised(
+        AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            layers_per_block=1,
+            norm_num_groups=4,
+            scaling_factor=0.3,
+        )
+    )
 
 
 KINDS = {"transformer": Transformer, "dit": DiT, "text_encoder": TextEncoder, "vae": VAE}
@@ -92,10 +111,19 @@ def evaluate(part, rng_seed: int = 3):
     if isinstance(part, TextEncoder):
         arguments = (rng.integers(0, 32, (2, 9)), np.array([9, 4]))
     elif isinstance(part, DiT):
-        arguments = (rng.normal(size=(2, 8, 8, 4)).astype(np.float32), np.array([3.0, 700.0], np.float32), np.array([2, 6]))
+        arguments = (
+            rng.normal(size=(2, 8, 8, 4)).astype(np.float32),
+            np.array([3.0, 700.0], np.float32),
+            np.array([2, 6]),
+        )
     else:
         states = rng.normal(size=(2, 5, 10)).astype(np.float32)
-        arguments = (rng.normal(size=(2, 8, 8, 4)).astype(np.float32), np.array([3.0, 700.0], np.float32), states, np.array([5, 2]))
+        arguments = (
+            rng.normal(size=(2, 8, 8, 4)).astype(np.float32),
+            np.array([3.0, 700.0], np.float32),
+            states,
+            np.array([5, 2]),
+        )
     return arguments, part.apply(*arguments)
 
 
@@ -111,9 +139,17 @@ def their_output(model, arguments) -> np.ndarray:
         if isinstance(model, DiTTransformer2DModel):
             out = model(latents, timestep=timesteps, class_labels=torch_of(arguments[2]))
         else:
-            mask = torch_of((np.arange(arguments[2].shape[1]) < arguments[3][:, None]).astype(np.float32))
+            mask = torch_of(
+                (np.arange(arguments[2].shape[1]) < arguments[3][:, None]).astype(np.float32)
+            )
             conditions = {"resolution": None, "aspect_ratio": None}
-            out = model(latents, torch_of(arguments[2]), timestep=timesteps, encoder_attention_mask=mask, added_cond_kwargs=conditions)
+            out = model(
+                latents,
+                torch_of(arguments[2]),
+                timestep=timesteps,
+                encoder_attention_mask=mask,
+                added_cond_kwargs=conditions,
+            )
         return out.sample.permute(0, 2, 3, 1).numpy()
 
 
@@ -147,11 +183,19 @@ def test_a_folder_of_the_reference_opens_and_computes_the_same(folders, kind):
     part = load_component(folders[kind])
     assert isinstance(part, KINDS[kind])
     arguments, ours = evaluate(part)
-    assert relative_error(valid(kind, arguments, ours), valid(kind, arguments, their_output(reference(kind), arguments))) <= 1e-4
+    assert (
+        relative_error(
+            valid(kind, arguments, ours),
+            valid(kind, arguments, their_output(reference(kind), arguments)),
+        )
+        <= 1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["transformer", "text_encoder", "vae"])
-def test_what_we_save_opens_in_the_reference_without_a_stray_key_and_computes_the_same(folders, tmp_path, kind):
+def test_what_we_save_opens_in_the_reference_without_a_stray_key_and_computes_the_same(
+    folders, tmp_path, kind
+):
     part = load_component(folders[kind])
     if kind == "transformer":  # as one that was trained here
         part = part.replace(params={**part.params, "null_caption": jnp.ones((120, 10))})
@@ -159,7 +203,13 @@ def test_what_we_save_opens_in_the_reference_without_a_stray_key_and_computes_th
     model, info = type(reference(kind)).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     arguments, ours = evaluate(part)
-    assert relative_error(valid(kind, arguments, ours), valid(kind, arguments, their_output(model.eval(), arguments))) <= 1e-4
+    assert (
+        relative_error(
+            valid(kind, arguments, ours),
+            valid(kind, arguments, their_output(model.eval(), arguments)),
+        )
+        <= 1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,7 +221,11 @@ def test_save_and_load_is_bit_exact(folders, tmp_path, kind):
     part.save(tmp_path)
     part.save(tmp_path)  # over what is there
     back = load_component(tmp_path)
-    assert back.config == part.config and back.module == part.module and hash(back.module) == hash(part.module)
+    assert (
+        back.config == part.config
+        and back.module == part.module
+        and hash(back.module) == hash(part.module)
+    )
     assert_equal_to_the_bit(back.params, part.params)
 
 
@@ -195,11 +249,15 @@ def test_the_configs_field_by_field_survive(tmp_path, folders):
 
 
 def rewrite(folder: Path, tmp_path: Path, change) -> Path:
-    """A copy of a folder with its tensors and config changed by change(tensors, config) in place."""
+    """A copy of a folder with its tensors and config changed by change(tensors, config) in
+    place."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     weights = next(copy.glob("*.safetensors"))
-    tensors, config = safetensors.torch.load_file(weights), json.loads((copy / "config.json").read_text())
+    tensors, config = (
+        safetensors.torch.load_file(weights),
+        json.loads((copy / "config.json").read_text()),
+    )
     change(tensors, config)
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     (copy / "config.json").write_text(json.dumps(config))
@@ -208,13 +266,25 @@ def rewrite(folder: Path, tmp_path: Path, change) -> Path:
 
 def test_t5_under_either_name_of_its_embedding_or_both(folders, tmp_path):
     want = load_component(folders["text_encoder"]).params
-    for i, names in enumerate((["shared.weight"], ["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"])):
+    for i, names in enumerate(
+        (
+            ["shared.weight"],
+            ["encoder.embed_tokens.weight"],
+            ["shared.weight", "encoder.embed_tokens.weight"],
+        )
+    ):
 
         def change(tensors, config, names=names):
-            found = [tensors.pop(name) for name in ("shared.weight", "encoder.embed_tokens.weight") if name in tensors]
+            found = [
+                tensors.pop(name)
+                for name in ("shared.weight", "encoder.embed_tokens.weight")
+                if name in tensors
+            ]
             tensors.update({name: found[0].clone() for name in names})
 
-        assert_equal_to_the_bit(load_component(rewrite(folders["text_encoder"], tmp_path / str(i), change)).params, want)
+        assert_equal_to_the_bit(
+            load_component(rewrite(folders["text_encoder"], tmp_path / str(i), change)).params, want
+        )
 
 
 def test_the_encoder_of_a_whole_t5_is_read_from_it(tmp_path):
@@ -227,12 +297,19 @@ def test_the_encoder_of_a_whole_t5_is_read_from_it(tmp_path):
 def test_sharded_weights_are_read(folders, tmp_path):
     reference("text_encoder").save_pretrained(tmp_path, max_shard_size="4KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert_equal_to_the_bit(load_component(tmp_path).params, load_component(folders["text_encoder"]).params)
+    assert_equal_to_the_bit(
+        load_component(tmp_path).params, load_component(folders["text_encoder"]).params
+    )
 
 
 def test_old_attention_names_of_a_vae_are_read(folders, tmp_path):
     def change(tensors, config):
-        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        for new, old in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
             for name in [name for name in tensors if f".{new}." in name]:
                 tensors[name.replace(f".{new}.", f".{old}.")] = tensors.pop(name)
 
@@ -276,26 +353,44 @@ def test_matrices_held_in_bfloat16_change_nothing_of_a_bfloat16_computation(fold
 
 def test_bfloat16_halves_the_text_encoder_and_survives_a_save(folders, tmp_path):
     part = load_component(folders["text_encoder"], dtype=jnp.bfloat16)
-    assert part.params["blocks"]["q"]["kernel"].dtype == jnp.bfloat16 and part.params["embedding"].dtype == jnp.bfloat16
+    assert (
+        part.params["blocks"]["q"]["kernel"].dtype == jnp.bfloat16
+        and part.params["embedding"].dtype == jnp.bfloat16
+    )
     assert part.params["final_norm"]["scale"].dtype == jnp.float32
     part.save(tmp_path)
     assert_equal_to_the_bit(load_component(tmp_path, dtype=jnp.bfloat16).params, part.params)
     arguments, ours = evaluate(part)
     exact = evaluate(load_component(folders["text_encoder"]))[1]
-    assert relative_error(valid("text_encoder", arguments, ours), valid("text_encoder", arguments, exact)) < 0.05
+    assert (
+        relative_error(
+            valid("text_encoder", arguments, ours), valid("text_encoder", arguments, exact)
+        )
+        < 0.05
+    )
 
 
 @pytest.mark.usefixtures("optimized")
 def test_narrow_parameters_are_widened_a_layer_at_a_time(folders):
-    """Not all at once before the first: T5-XXL in bfloat16 would take three times its size on a CPU."""
+    """Not all at once before the first: T5-XXL in bfloat16 would take three times its size on a
+    CPU."""
     part = load_component(folders["text_encoder"], dtype=jnp.bfloat16)
     config = dataclasses.replace(part.config, d_model=256, d_ff=512, num_layers=8)
     module = part._module(config, jnp.bfloat16)
     example = (jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32))
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *example)["params"])
-    shapes["blocks"] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes["blocks"])
-    memory = part.replace(params=shapes)._executable.lower(module, "__call__", shapes, *example).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.5 * sum(leaf.size * 2 for leaf in jax.tree.leaves(shapes["blocks"]))
+    shapes["blocks"] = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes["blocks"]
+    )
+    memory = (
+        part.replace(params=shapes)
+        ._executable.lower(module, "__call__", shapes, *example)
+        .compile()
+        .memory_analysis()
+    )
+    assert memory.temp_size_in_bytes < 0.5 * sum(
+        leaf.size * 2 for leaf in jax.tree.leaves(shapes["blocks"])
+    )
 
 
 def test_an_int8_text_encoder_is_opened_quantised_and_kept_so(folders, tmp_path, monkeypatch):
@@ -306,12 +401,20 @@ def test_an_int8_text_encoder_is_opened_quantised_and_kept_so(folders, tmp_path,
     assert part.quantization == "int8" and exact.quantization is None
     assert_equal_to_the_bit(part.params, by_hand)
     arguments, ours = evaluate(part)
-    assert relative_error(valid("text_encoder", arguments, ours), valid("text_encoder", arguments, evaluate(exact)[1])) < 0.05
+    assert (
+        relative_error(
+            valid("text_encoder", arguments, ours),
+            valid("text_encoder", arguments, evaluate(exact)[1]),
+        )
+        < 0.05
+    )
     for _ in range(2):
         kept = load_component(folders["text_encoder"], quantization="int8", cache=tmp_path)
         assert_equal_to_the_bit(kept.params, by_hand)
     np.testing.assert_array_equal(evaluate(kept)[1], ours)
-    on_mesh = load_component(folders["text_encoder"], mesh=make_mesh(MeshConfig()), quantization="int8")
+    on_mesh = load_component(
+        folders["text_encoder"], mesh=make_mesh(MeshConfig()), quantization="int8"
+    )
     np.testing.assert_allclose(evaluate(on_mesh)[1], ours, rtol=1e-5, atol=1e-5)
 
 
@@ -329,8 +432,13 @@ def test_int8_is_for_a_text_encoder_and_is_not_saved(folders, tmp_path):
 def test_a_mesh_changes_nothing(folders, kind):
     mesh = make_mesh(MeshConfig())
     part = load_component(folders[kind], mesh=mesh)
-    assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(part.params))
-    np.testing.assert_allclose(evaluate(part)[1], evaluate(load_component(folders[kind]))[1], rtol=1e-5, atol=1e-5)
+    assert all(
+        isinstance(leaf.sharding, jax.sharding.NamedSharding)
+        for leaf in jax.tree.leaves(part.params)
+    )
+    np.testing.assert_allclose(
+        evaluate(part)[1], evaluate(load_component(folders[kind]))[1], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_other_parameters_do_not_recompile(folders):
@@ -347,7 +455,11 @@ def test_other_parameters_do_not_recompile(folders):
 def test_tiled_decoding_is_a_flag_of_decode(folders):
     part = load_component(folders["vae"])
     latents = jnp.ones((1, 12, 20, 4))
-    assert part.decode(latents, tile=8, overlap=2).shape == part.decode(latents).shape == (1, 24, 40, 3)
+    assert (
+        part.decode(latents, tile=8, overlap=2).shape
+        == part.decode(latents).shape
+        == (1, 24, 40, 3)
+    )
 
 
 # ---- bad input: one line that names the folder ----
@@ -376,15 +488,19 @@ def test_folders_that_are_no_component_are_named(tmp_path, folders):
 
 
 def test_configs_of_other_makes_are_named(folders, tmp_path):
-    for i, (kind, field, value, match) in enumerate((
-        ("vae", "act_fn", "mish", "act_fn = 'mish'"),
-        ("vae", "down_block_types", ["AttnDownEncoderBlock2D"] * 2, "down_block_types"),
-        ("vae", "norm_num_groups", 5, "not divisible by norm_num_groups = 5"),
-        ("vae", "layers_per_block", "two", "wrong type"),
-        ("text_encoder", "feed_forward_proj", "relu", "feed_forward_proj is 'relu'"),
-        ("transformer", "norm_type", "layer_norm", "norm_type = 'layer_norm'"),
-    )):  # fmt: skip
-        change = functools.partial(lambda wrong, tensors, config: config.update(wrong), {field: value})
+    for i, (kind, field, value, match) in enumerate(
+        (
+            ("vae", "act_fn", "mish", "act_fn = 'mish'"),
+            ("vae", "down_block_types", ["AttnDownEncoderBlock2D"] * 2, "down_block_types"),
+            ("vae", "norm_num_groups", 5, "not divisible by norm_num_groups = 5"),
+            ("vae", "layers_per_block", "two", "wrong type"),
+            ("text_encoder", "feed_forward_proj", "relu", "feed_forward_proj is 'relu'"),
+            ("transformer", "norm_type", "layer_norm", "norm_type = 'layer_norm'"),
+        )
+    ):
+        change = functools.partial(
+            lambda wrong, tensors, config: config.update(wrong), {field: value}
+        )
         refusal(rewrite(folders[kind], tmp_path / str(i), change), match)
 
 
@@ -393,13 +509,24 @@ def test_weights_that_do_not_fit_are_named(folders, tmp_path):
         del tensors["encoder.conv_in.weight"]
         tensors["stray"] = torch.ones(1)
 
-    refusal(rewrite(folders["vae"], tmp_path / "1", lose), "1 missing: encoder.conv_in.weight; 1 left over: stray")
+    refusal(
+        rewrite(folders["vae"], tmp_path / "1", lose),
+        "1 missing: encoder.conv_in.weight; 1 left over: stray",
+    )
 
     def cut(tensors, config):
         tensors["encoder.conv_in.weight"] = torch.ones(8, 3, 3, 1)
 
-    refusal(rewrite(folders["vae"], tmp_path / "2", cut), r"wrong shape: encoder.conv_in.weight \(8, 3, 3, 1\)")
-    refusal(rewrite(folders["text_encoder"], tmp_path / "3", lambda tensors, config: config.update(d_ff=25)), "wrong shape")
+    refusal(
+        rewrite(folders["vae"], tmp_path / "2", cut),
+        r"wrong shape: encoder.conv_in.weight \(8, 3, 3, 1\)",
+    )
+    refusal(
+        rewrite(
+            folders["text_encoder"], tmp_path / "3", lambda tensors, config: config.update(d_ff=25)
+        ),
+        "wrong shape",
+    )
 
 
 def test_missing_and_damaged_weights_are_named(folders, tmp_path):

@@ -1,4 +1,5 @@
-"""Tensors in files: what is read equals what was written, and each damaged file is one clear line."""
+"""Tensors in files: what is read equals what was written, and each damaged file is one clear
+line."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def test_safetensors_begin_where_xla_can_use_them(tmp_path):
     assert [tensors[key].ctypes.data % 64 for key in ("a", "b")] == [0, 0]
     assert tensors.metadata == {"format": "pt", "made": "by hand"}
     with safetensors.safe_open(tmp_path / "x.safetensors", "np") as file:
-        assert {key: file.get_tensor(key).shape for key in file.keys()} == {key: value.shape for key, value in arrays.items()}
+        assert {key: file.get_tensor(key).shape for key in file.keys()} == {
+            key: value.shape for key, value in arrays.items()
+        }
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth", "index"])
@@ -62,7 +65,9 @@ def test_a_released_tensor_is_read_again_and_right(tmp_path, form):
     else:
         safetensors.torch.save_file(big, path := tmp_path / "x.safetensors")
     if form == "index":
-        (path := tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(big, "x.safetensors")}))
+        (path := tmp_path / "x.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(big, "x.safetensors")})
+        )
     tensors = open_tensors(path)
     for _ in range(2):
         for key, value in big.items():
@@ -82,7 +87,10 @@ def test_bfloat16_is_read_from_both_formats(tmp_path):
 
 
 def test_what_we_write_opens_in_pytorch(tmp_path):
-    write_safetensors(tmp_path / "x.safetensors", {"w": np.ones((2, 3), ml_dtypes.bfloat16), "t": np.arange(6.0).reshape(2, 3).T})
+    write_safetensors(
+        tmp_path / "x.safetensors",
+        {"w": np.ones((2, 3), ml_dtypes.bfloat16), "t": np.arange(6.0).reshape(2, 3).T},
+    )
     back = safetensors.torch.load_file(tmp_path / "x.safetensors")
     assert back["w"].dtype == torch.bfloat16
     np.testing.assert_array_equal(back["t"].numpy(), np.arange(6.0).reshape(2, 3).T)
@@ -94,9 +102,18 @@ def test_shards_read_as_one(tmp_path, suffix):
     for i, (key, array) in enumerate(items):
         tensor = {key: torch.from_numpy(np.array(array))}
         path = tmp_path / f"model-{i}.{suffix}"
-        safetensors.torch.save_file(tensor, path) if suffix == "safetensors" else torch.save(tensor, path)
+        safetensors.torch.save_file(tensor, path) if suffix == "safetensors" else torch.save(
+            tensor, path
+        )
     index = tmp_path / f"model.{suffix}.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {key: f"model-{i}.{suffix}" for i, (key, _) in enumerate(items)}}))
+    index.write_text(
+        json.dumps(
+            {
+                "metadata": {},
+                "weight_map": {key: f"model-{i}.{suffix}" for i, (key, _) in enumerate(items)},
+            }
+        )
+    )
     assert find_weights(tmp_path) == index
     tensors = open_tensors(index)
     for key, array in items:
@@ -107,13 +124,21 @@ def test_shards_read_as_one(tmp_path, suffix):
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
 def test_pytorch_files_of_both_formats_and_their_branches(tmp_path, options):
     path = tmp_path / "x.pth"
-    content = {"state_dict": {"w": torch.ones(2)}, "state_dict_ema": {"w": torch.zeros(2)}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    content = {
+        "state_dict": {"w": torch.ones(2)},
+        "state_dict_ema": {"w": torch.zeros(2)},
+        "epoch": 3,
+        "args": argparse.Namespace(lr=0.1),
+    }
     torch.save(content, path, **options)
     tensors = open_tensors(path, branches=("state_dict_ema", "state_dict"))
     assert tensors.branch == "state_dict_ema"
     np.testing.assert_array_equal(tensors["w"], [0, 0])
     np.testing.assert_array_equal(open_tensors(path, branches=("model", "state_dict"))["w"], [1, 1])
-    with pytest.raises(UserError, match="holds no tensors by name .it holds: state_dict, state_dict_ema, epoch, args"):
+    with pytest.raises(
+        UserError,
+        match="holds no tensors by name .it holds: state_dict, state_dict_ema, epoch, args",
+    ):
         open_tensors(path)
 
 

@@ -1,4 +1,5 @@
-"""Parameters are read while the caller goes on; who asks for them waits, and is told there what went wrong."""
+"""Parameters are read while the caller goes on; who asks for them waits, and is told there what
+went wrong."""
 
 from __future__ import annotations
 
@@ -61,13 +62,18 @@ def test_a_call_compiles_while_parameters_are_read_and_does_not_compile_again(fo
     compiled = []
 
     def heard(event, duration, **more):
-        if event == "/jax/core/compile/backend_compile_duration" and threading.current_thread().name == "caller":
+        if (
+            event == "/jax/core/compile/backend_compile_duration"
+            and threading.current_thread().name == "caller"
+        ):
             compiled.append(more.get("fun_name"))
             if "_apply" in str(compiled[-1]):
                 gate.set()  # nothing else opens it
 
     outputs = []
-    caller = threading.Thread(target=lambda: outputs.append(part.apply(*arguments())), name="caller")
+    caller = threading.Thread(
+        target=lambda: outputs.append(part.apply(*arguments())), name="caller"
+    )
     jax.monitoring.register_event_duration_secs_listener(heard)
     try:
         caller.start()
@@ -91,7 +97,11 @@ def test_what_goes_wrong_is_raised_where_parameters_are_asked_for(folder, monkey
 
 def test_one_part_is_read_after_another(folder, monkeypatch):
     taken, get = [], files.SafetensorsFile.__getitem__
-    monkeypatch.setattr(files.SafetensorsFile, "__getitem__", lambda self, key: (taken.append(id(self)), get(self, key))[1])
+    monkeypatch.setattr(
+        files.SafetensorsFile,
+        "__getitem__",
+        lambda self, key: (taken.append(id(self)), get(self, key))[1],
+    )
     first, second = load_component(folder), load_component(folder)
     assert second.params and first.params
     changes = sum(one != other for one, other in zip(taken, taken[1:], strict=False))
@@ -123,6 +133,8 @@ sys.exit("error: something else")
 
 
 def test_a_process_that_ends_does_not_read_on(folder):
-    done = subprocess.run([sys.executable, "-c", ENDS, str(folder)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, str(folder)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and done.stderr == "error: something else\n"
     assert len(done.stdout.splitlines()) < 5  # of some eighty tensors

@@ -18,7 +18,8 @@ CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_
 
 
 def stack(dtype=np.float32) -> np.ndarray:
-    """Kernels [layers, in, out] whose channels differ in size by many orders of magnitude, one of them empty."""
+    """Kernels [layers, in, out] whose channels differ in size by many orders of magnitude, one of
+    them empty."""
     rng = np.random.default_rng(0)
     kernels = rng.normal(size=(3, 64, 40)) * 10.0 ** rng.integers(-6, 5, (3, 1, 40))
     kernels[1, :, 7] = 0
@@ -29,19 +30,27 @@ def stack(dtype=np.float32) -> np.ndarray:
 def test_no_value_is_further_than_half_a_step_from_what_it_stands_for(dtype):
     kernels = stack(dtype)
     held = jax.tree.map(np.asarray, quantize(kernels))
-    assert (held.qvalue.dtype, held.scale.dtype, held.scale.shape) == (np.int8, np.float32, (3, 1, 40))
+    assert (held.qvalue.dtype, held.scale.dtype, held.scale.shape) == (
+        np.int8,
+        np.float32,
+        (3, 1, 40),
+    )
     error = np.abs(held.qvalue * held.scale.astype(np.float64) - kernels.astype(np.float64))
     assert (error <= held.scale * 0.50001).all()
     largest = np.abs(kernels.astype(np.float64)).max(-2, keepdims=True)
     np.testing.assert_allclose(held.scale, np.where(largest > 0, largest / 127.5, 1.0), rtol=1e-6)
-    assert np.abs(held.qvalue.astype(int)).max(-2)[largest[:, 0] > 0].min() == 127  # the whole range is used, and never wraps round
+    # the whole range is used, and never wraps round
+    assert np.abs(held.qvalue.astype(int)).max(-2)[largest[:, 0] > 0].min() == 127
 
 
 def test_parts_of_a_stack_give_the_parts_of_its_leaf():
     kernels = stack()
     whole = quantize(kernels)
     for layer in range(3):
-        for part in (quantize(kernels[layer]), jax.tree.map(lambda a: a[0], quantize(kernels[layer : layer + 1]))):
+        for part in (
+            quantize(kernels[layer]),
+            jax.tree.map(lambda a: a[0], quantize(kernels[layer : layer + 1])),
+        ):
             np.testing.assert_array_equal(part.qvalue, whole.qvalue[layer])
             np.testing.assert_array_equal(part.scale, whole.scale[layer])
 
@@ -55,7 +64,9 @@ def test_a_matrix_of_a_file_gives_the_same_bits():
     assert jax.tree.structure(leaf(values, scale)) == jax.tree.structure(whole)
 
 
-@pytest.mark.parametrize("path", ["embedding", "relative_bias", "blocks/attention_norm/scale", "final_norm/scale"])
+@pytest.mark.parametrize(
+    "path", ["embedding", "relative_bias", "blocks/attention_norm/scale", "final_norm/scale"]
+)
 def test_what_is_no_kernel_stays_as_it_is(path):
     assert not applies(path) and applies("blocks/q/kernel")
 
@@ -63,8 +74,13 @@ def test_what_is_no_kernel_stays_as_it_is(path):
 def test_what_is_loaded_has_the_make_of_what_the_module_asks_for():
     example = (jnp.zeros((1, 2), int), jnp.ones((1,), int))
     params = nn.unbox(T5Encoder(CONFIG).init(jax.random.key(0), *example))["params"]
-    asked = nn.unbox(jax.eval_shape(T5Encoder(CONFIG, quantization="int8").init, jax.random.key(0), *example))["params"]
+    asked = nn.unbox(
+        jax.eval_shape(T5Encoder(CONFIG, quantization="int8").init, jax.random.key(0), *example)
+    )["params"]
     loaded = quantized(params)
-    assert jax.tree.structure(loaded) == jax.tree.structure(asked)  # so a tree of shardings fits it too
-    assert jax.tree.map(lambda a: (a.shape, str(a.dtype)), loaded) == jax.tree.map(lambda a: (a.shape, str(a.dtype)), asked)
+    # so a tree of shardings fits it too
+    assert jax.tree.structure(loaded) == jax.tree.structure(asked)
+    assert jax.tree.map(lambda a: (a.shape, str(a.dtype)), loaded) == jax.tree.map(
+        lambda a: (a.shape, str(a.dtype)), asked
+    )
     assert isinstance(loaded["blocks"]["wo"]["kernel"], qwix.QArray)

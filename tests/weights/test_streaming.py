@@ -1,4 +1,5 @@
-"""Weights go from the file to the devices a parameter at a time: right to the bit, in the asked dtype, and in little memory."""
+"""Weights go from the file to the devices a parameter at a time: right to the bit, in the asked
+dtype, and in little memory."""
 
 from __future__ import annotations
 
@@ -31,10 +32,23 @@ def model(width: int, inner: int, depth: int = 2):
     """(our tree of shapes, {their key: array})."""
     rng = np.random.default_rng(0)
     kernel = np.broadcast_to(np.float32(0), (depth, width, inner))
-    shapes = {"blocks/k/kernel": kernel, "blocks/v/kernel": kernel, "conv": np.empty((3, 3, 5, 7)), "embedding": np.empty((inner, width))}
-    theirs = {f"b.{i}.kv": rng.normal(size=(2 * inner, width)).astype(np.float32) for i in range(depth)}
-    theirs |= {"conv": rng.normal(size=(7, 5, 3, 3)).astype(np.float32), "embedding": rng.normal(size=(inner, width)).astype(np.float32)}
-    return unflatten({**shapes, "scale": np.empty(9)}), {**theirs, "scale": np.arange(9, dtype=np.float32)}
+    shapes = {
+        "blocks/k/kernel": kernel,
+        "blocks/v/kernel": kernel,
+        "conv": np.empty((3, 3, 5, 7)),
+        "embedding": np.empty((inner, width)),
+    }
+    theirs = {
+        f"b.{i}.kv": rng.normal(size=(2 * inner, width)).astype(np.float32) for i in range(depth)
+    }
+    theirs |= {
+        "conv": rng.normal(size=(7, 5, 3, 3)).astype(np.float32),
+        "embedding": rng.normal(size=(inner, width)).astype(np.float32),
+    }
+    return unflatten({**shapes, "scale": np.empty(9)}), {
+        **theirs,
+        "scale": np.arange(9, dtype=np.float32),
+    }
 
 
 @pytest.mark.parametrize(("width", "inner"), [(3, 5), (64, 256), (130, 517), (1152, 4608)])
@@ -47,14 +61,23 @@ def test_every_value_is_cast_and_lies_where_it_should(width, inner, dtype):
         fused = theirs[f"b.{row}.kv"].astype(dtype)
         np.testing.assert_array_equal(params["blocks/k/kernel"][row], fused[:inner].T)
         np.testing.assert_array_equal(params["blocks/v/kernel"][row], fused[inner:].T)
-    np.testing.assert_array_equal(params["conv"], theirs["conv"].astype(dtype).transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(
+        params["conv"], theirs["conv"].astype(dtype).transpose(2, 3, 1, 0)
+    )
     np.testing.assert_array_equal(params["embedding"], theirs["embedding"].astype(dtype))
 
 
 def test_a_dtype_may_depend_on_the_parameter():
     shapes, theirs = model(8, 12)
-    params = read(TABLE, shapes, theirs, dtype=lambda path: np.dtype(np.float16 if path.endswith("kernel") else np.float32))
-    assert params["blocks"]["k"]["kernel"].dtype == jnp.float16 and params["conv"].dtype == jnp.float32
+    params = read(
+        TABLE,
+        shapes,
+        theirs,
+        dtype=lambda path: np.dtype(np.float16 if path.endswith("kernel") else np.float32),
+    )
+    assert (
+        params["blocks"]["k"]["kernel"].dtype == jnp.float16 and params["conv"].dtype == jnp.float32
+    )
 
 
 def test_a_file_in_our_own_layout_is_used_where_it_lies(tmp_path):
@@ -96,13 +119,15 @@ for path, array in one.items():
         for shard in other.addressable_shards:
             np.testing.assert_array_equal(shard.data, np.asarray(array)[shard.index])
 print(len(jax.devices()), "devices")
-"""
+"""  # noqa: E501
 
 
 def test_each_device_gets_its_own_part(tmp_path, root):
     code = ON_A_MESH.replace("{path!r}", repr(str(tmp_path / "x.safetensors")))
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "8 devices"
 
@@ -124,36 +149,58 @@ held = sum(leaf.nbytes for leaf in jax.tree.leaves(part.params))
 peak = status("VmHWM:") - before
 total = float(sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(part.params)))
 print(json.dumps({"held": held, "peak": peak, "sum": total}))
-"""
+"""  # noqa: E501
 
 
 def peak(folder, dtype: str, cache="") -> dict:
-    done = subprocess.run([sys.executable, "-c", PEAK, str(folder), dtype, str(cache)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), dtype, str(cache)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc"
+)
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin shards"])
 def test_opening_takes_little_more_memory_than_the_parameters(tmp_path, form):
-    """T5 of 230M parameters, 0.9 GB on disk in fp32: under 1.25 times the parameters in the asked dtype, whatever it is."""
+    """T5 of 230M parameters, 0.9 GB on disk in fp32: under 1.25 times the parameters in the asked
+    dtype, whatever it is."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=3, num_heads=32, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=32128,
+        d_model=2048,
+        d_kv=64,
+        d_ff=5120,
+        num_layers=3,
+        num_heads=32,
+        feed_forward_proj="gated-gelu",
+    )
     torch.manual_seed(0)
     model = T5EncoderModel(config)
     model.save_pretrained(tmp_path, max_shard_size="200MB" if form == "shards" else "5GB")
     if form == "bin shards":  # transformers no longer writes them; released files are of this form
         (tmp_path / "model.safetensors").unlink()
-        state = {key: value for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
+        state = {
+            key: value
+            for key, value in model.state_dict().items()
+            if key != "encoder.embed_tokens.weight"
+        }
         keys = list(state)
         weight_map = {}
         for number, part in enumerate((keys[: len(keys) // 2], keys[len(keys) // 2 :]), 1):
-            torch.save({key: state[key] for key in part}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+            torch.save(
+                {key: state[key] for key in part},
+                tmp_path / f"pytorch_model-0000{number}-of-00002.bin",
+            )
             weight_map |= dict.fromkeys(part, f"pytorch_model-0000{number}-of-00002.bin")
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (tmp_path / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
     sums = []
     for dtype in ("float32", "bfloat16"):
         found = peak(tmp_path, dtype)
@@ -167,7 +214,8 @@ def test_opening_takes_little_more_memory_than_the_parameters(tmp_path, form):
 @pytest.mark.parametrize("kind", ["numbers", "not_a_number"])
 def test_bfloat16_is_rounded_as_everywhere_whatever_the_layout(shape, kind):
     rng = np.random.default_rng(0)
-    values = rng.integers(0, 1 << 32, shape, dtype=np.uint32).view(np.float32)  # every kind of float
+    # every kind of float
+    values = rng.integers(0, 1 << 32, shape, dtype=np.uint32).view(np.float32)
     if kind == "numbers":
         values = np.where(np.isnan(values), np.float32(np.inf), values)
         values.reshape(-1)[0] = np.float32(1 + 2**-8)  # half way between two bfloat16s
@@ -176,4 +224,7 @@ def test_bfloat16_is_rounded_as_everywhere_whatever_the_layout(shape, kind):
         out = np.empty(view.shape, ml_dtypes.bfloat16)
         streaming._copy(out, view)
         np.testing.assert_array_equal(np.isnan(out), np.isnan(view))
-        np.testing.assert_array_equal(np.where(np.isnan(view), 0, out.view(np.uint16)), np.where(np.isnan(view), 0, want.view(np.uint16)))
+        np.testing.assert_array_equal(
+            np.where(np.isnan(view), 0, out.view(np.uint16)),
+            np.where(np.isnan(view), 0, want.view(np.uint16)),
+        )

@@ -1,4 +1,5 @@
-"""The table of names: both directions are inverse to the bit, memory stays at two tensors, and misfits are named together."""
+"""The table of names: both directions are inverse to the bit, memory stays at two tensors, and
+misfits are named together."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ TABLE = (
     Entry("point/kernel", "point.weight", "pointwise"),
     Entry("scale", "norm.weight"),
     Entry("null", "null", optional=True),
-    Entry("variant/kernel", "variant.weight", "linear"),  # a parameter that this model does not have
+    # a parameter that this model does not have
+    Entry("variant/kernel", "variant.weight", "linear"),
 )
 RNG = np.random.default_rng(0)
 FILE = {
@@ -30,10 +32,17 @@ FILE = {
     "norm.weight": RNG.normal(size=9).astype(np.float32),
     "null": RNG.normal(size=(2, 2)).astype(np.float32),
 }
-SHAPES = unflatten({
-    "blocks/q/kernel": np.empty((2, 5, 4)), "blocks/k/kernel": np.empty((2, 5, 4)), "blocks/v/kernel": np.empty((2, 5, 4)),
-    "conv/kernel": np.empty((3, 4, 2, 6)), "point/kernel": np.empty((3, 7)), "scale": np.empty(9), "null": np.empty((2, 2)),
-})  # fmt: skip
+SHAPES = unflatten(
+    {
+        "blocks/q/kernel": np.empty((2, 5, 4)),
+        "blocks/k/kernel": np.empty((2, 5, 4)),
+        "blocks/v/kernel": np.empty((2, 5, 4)),
+        "conv/kernel": np.empty((3, 4, 2, 6)),
+        "point/kernel": np.empty((3, 7)),
+        "scale": np.empty(9),
+        "null": np.empty((2, 2)),
+    }
+)
 
 
 def open_file(tensors=FILE, **options):
@@ -42,7 +51,9 @@ def open_file(tensors=FILE, **options):
 
 def test_read_and_write_are_inverse_to_the_bit():
     params = open_file()
-    assert {path: leaf.shape for path, leaf in flatten(params).items()} == {path: leaf.shape for path, leaf in flatten(SHAPES).items()}
+    assert {path: leaf.shape for path, leaf in flatten(params).items()} == {
+        path: leaf.shape for path, leaf in flatten(SHAPES).items()
+    }
     written = write(TABLE, params)
     assert set(written) == set(FILE)
     for key, array in FILE.items():
@@ -52,7 +63,9 @@ def test_read_and_write_are_inverse_to_the_bit():
 def test_axes_and_parts_lie_as_they_should():
     params = open_file()
     np.testing.assert_array_equal(params["blocks"]["k"]["kernel"][1], FILE["b.1.qkv.weight"][4:8].T)
-    np.testing.assert_array_equal(params["conv"]["kernel"][2, 3, 1, 5], FILE["conv.weight"][5, 1, 2, 3])
+    np.testing.assert_array_equal(
+        params["conv"]["kernel"][2, 3, 1, 5], FILE["conv.weight"][5, 1, 2, 3]
+    )
     np.testing.assert_array_equal(params["point"]["kernel"], FILE["point.weight"][:, :, 0, 0].T)
 
 
@@ -67,7 +80,8 @@ def test_a_parameter_of_some_layers_takes_those_layers_tensors():
 
 
 class Watched(Tensors):
-    """A file that notes what is done with its tensors; forbidden: their shapes may be asked for, and nothing else."""
+    """A file that notes what is done with its tensors; forbidden: their shapes may be asked for,
+    and nothing else."""
 
     def __init__(self, tensors: dict[str, np.ndarray], forbidden: bool = False):
         super().__init__("the file")
@@ -94,7 +108,11 @@ class Watched(Tensors):
 def test_no_more_than_two_tensors_are_taken_and_not_yet_given_back(monkeypatch):
     file, take = Watched(FILE), streaming._Pages.take
     monkeypatch.setattr(streaming, "_UNDER_WAY", 0)
-    monkeypatch.setattr(streaming._Pages, "take", lambda pages, name: (file.events.append(("take", name)), take(pages, name))[1])
+    monkeypatch.setattr(
+        streaming._Pages,
+        "take",
+        lambda pages, name: (file.events.append(("take", name)), take(pages, name))[1],
+    )
     read(TABLE, SHAPES, file)
     held, most = [], 0
     for what, name in file.events:
@@ -105,7 +123,9 @@ def test_no_more_than_two_tensors_are_taken_and_not_yet_given_back(monkeypatch):
         most = max(most, len(held))
     assert not held and most == 2
     taken = [name for what, name in file.events if what == "take"]
-    assert taken[:7] == 3 * ["b.0.qkv.weight", "b.1.qkv.weight"] + ["conv.weight"], "q, k and v, which share the tensors, come first"
+    assert taken[:7] == 3 * ["b.0.qkv.weight", "b.1.qkv.weight"] + ["conv.weight"], (
+        "q, k and v, which share the tensors, come first"
+    )
 
 
 def test_an_optional_parameter_may_be_absent():
@@ -121,7 +141,11 @@ def test_missing_and_left_over_keys_are_named_together_before_anything_is_read()
     tensors = {**FILE, "stray": np.zeros(1)}
     del tensors["b.1.qkv.weight"], tensors["norm.weight"]
 
-    with pytest.raises(UserError, match="the file does not fit the model: 2 missing: b.1.qkv.weight, norm.weight; 1 left over: stray"):
+    with pytest.raises(
+        UserError,
+        match="the file does not fit the model: 2 missing: b.1.qkv.weight, norm.weight; 1 left "
+        "over: stray",
+    ):
         read(TABLE, SHAPES, Watched(tensors, forbidden=True))
 
 
@@ -129,14 +153,28 @@ def test_keys_that_differ_in_their_layer_alone_are_named_together():
     tensors = {key: value for key, value in FILE.items() if ".qkv." not in key}
     with pytest.raises(UserError, match=r"2 missing: b.\[0-1\].qkv.weight$"):
         open_file(tensors)
-    assert grouped(["a.7.x", "a.1.x", "a.0.x", "z", "a.1.y", "a.2"]) == ["a.1.y", "a.2", "a.[0-1,7].x", "z"]
+    assert grouped(["a.7.x", "a.1.x", "a.0.x", "z", "a.1.y", "a.2"]) == [
+        "a.1.y",
+        "a.2",
+        "a.[0-1,7].x",
+        "z",
+    ]
 
 
 def test_every_wrong_shape_is_named_at_once():
-    tensors = {**FILE, "norm.weight": np.zeros(8), "conv.weight": np.zeros((6, 2)), "b.0.qkv.weight": np.zeros((11, 5))}
-    with pytest.raises(UserError, match="wrong shape: b.0.qkv.weight .11, 5. for blocks/q/kernel .5, 4.") as error:
+    tensors = {
+        **FILE,
+        "norm.weight": np.zeros(8),
+        "conv.weight": np.zeros((6, 2)),
+        "b.0.qkv.weight": np.zeros((11, 5)),
+    }
+    with pytest.raises(
+        UserError, match="wrong shape: b.0.qkv.weight .11, 5. for blocks/q/kernel .5, 4."
+    ) as error:
         open_file(tensors)
-    assert "conv.weight (6, 2) for conv/kernel (3, 4, 2, 6)" in str(error.value) and "norm.weight (8,) for scale (9,)" in str(error.value)
+    assert "conv.weight (6, 2) for conv/kernel (3, 4, 2, 6)" in str(
+        error.value
+    ) and "norm.weight (8,) for scale (9,)" in str(error.value)
 
 
 def test_a_parameter_without_a_name_is_named():

@@ -1,4 +1,5 @@
-"""Encoded shards as a source: keys, captions and sizes out of the records, for whoever counts words or looks at a set."""
+"""Encoded shards as a source: keys, captions and sizes out of the records, for whoever counts words
+or looks at a set."""
 
 from __future__ import annotations
 
@@ -16,18 +17,29 @@ from pixart_jax.errors import UserError
 
 
 class RecordsSource(Listed):
-    """The samples of a folder that ``encode`` made; a sample has no picture, and says so where pixels are asked for.
+    """The samples of a folder that ``encode`` made; a sample has no picture, and says so where
+    pixels are asked for.
 
-    The size is that of the picture before it was encoded. A damaged record is a UserError that names shard and record.
+    The size is that of the picture before it was encoded. A damaged record is a UserError that
+    names shard and record.
     """
 
-    def __init__(self, folder: str, *, where: str | None = None, limit: int | None = None, faults: Faults | None = None):
+    def __init__(
+        self,
+        folder: str,
+        *,
+        where: str | None = None,
+        limit: int | None = None,
+        faults: Faults | None = None,
+    ):
         self.faults = Faults() if faults is None else faults
         self._held = records.Records(folder)
         self.name = f"records:{self._held.folder.resolve().name}"
         manifest = self._held.manifest
         said = manifest.identity.get("captions", "")
-        self.caption_kinds = tuple(kind for kind in said.split(",") if kind) or tuple(manifest.longest)
+        self.caption_kinds = tuple(kind for kind in said.split(",") if kind) or tuple(
+            manifest.longest
+        )
         self.num_classes = None
         state = [[shard.file, shard.count, shard.sha256] for shard in manifest.shards]
         self._choose(len(self._held), ["records", state], where, limit)
@@ -71,9 +83,19 @@ class RecordsSource(Listed):
         said = _captions(metadata)
         captions = {kind: found[0] if len(found) == 1 else found for kind, found in said.items()}
         height, width = map(int, arrays["size"])
-        others = {"captions": said, "key": metadata["key"], "label": int(arrays["label"]), "height": height, "width": width}
+        others = {
+            "captions": said,
+            "key": metadata["key"],
+            "label": int(arrays["label"]),
+            "height": height,
+            "width": width,
+        }
         return Fields({**captions, **others}, {})
 
 
 def _captions(metadata: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    return {name.removeprefix("captions."): tuple(json.loads(text)) for name, text in metadata.items() if name.startswith("captions.")}
+    return {
+        name.removeprefix("captions."): tuple(json.loads(text))
+        for name, text in metadata.items()
+        if name.startswith("captions.")
+    }

@@ -1,4 +1,5 @@
-"""A person's choice of samples: a filter by name, or 'package.module:function', over the fields of a record."""
+"""A person's choice of samples: a filter by name, or 'package.module:function', over the fields of
+a record."""
 
 from __future__ import annotations
 
@@ -13,16 +14,21 @@ FILTERS: dict[str, Callable[[Mapping], bool]] = {
     "single": lambda fields: int(fields["count"]) == 1,
     "labelled": lambda fields: int(fields["label"]) >= 0,
 }
-"""Filters by name, over a record's fields (all but the image decoded). A set without such a field is an error."""
+"""Filters by name, over a record's fields (all but the image decoded). A set without such a field
+is an error."""
 
 
 def named(where: str) -> Callable[[Mapping], bool]:
-    """A filter by name, or a person's own as 'package.module:function'. UserError where there is none such."""
+    """A filter by name, or a person's own as 'package.module:function'. UserError where there is
+    none such."""
     if where in FILTERS:
         return FILTERS[where]
     module, colon, function = where.partition(":")
     if not colon:
-        raise UserError(f"unknown filter {where!r}{nearest(where, FILTERS)}; your own goes as 'package.module:function'")
+        raise UserError(
+            f"unknown filter {where!r}{nearest(where, FILTERS)}; your own goes as "
+            "'package.module:function'"
+        )
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as fault:
@@ -30,17 +36,21 @@ def named(where: str) -> Callable[[Mapping], bool]:
 
 
 def identity(where: str | None) -> str | None:
-    """What a set's fingerprint says of its filter: its name; of a person's own its source too, so that a changed one is another."""
+    """What a set's fingerprint says of its filter: its name; of a person's own its source too, so
+    that a changed one is another."""
     if where is None or where in FILTERS:
         return where
     try:
-        return f"{where} {hashlib.sha256(inspect.getsource(named(where)).encode()).hexdigest()[:16]}"
+        return (
+            f"{where} {hashlib.sha256(inspect.getsource(named(where)).encode()).hexdigest()[:16]}"
+        )
     except (OSError, TypeError):  # made without a source file
         return where
 
 
 class Fields(Mapping):
-    """A record's fields, each made when it is asked for: so a filter over 'width' reads headers and one over 'label' does not.
+    """A record's fields, each made when it is asked for: so a filter over 'width' reads headers and
+    one over 'label' does not.
 
     known: name → value. made: name → a function that gives it. A name of neither is a KeyError.
     """

@@ -30,13 +30,16 @@ class FolderSource(Listed):
     """Pictures in a folder and all below it; hidden ones do not count.
 
     A picture's key is its path without the suffix. Its captions are
-      NAME.txt          the kind 'caption'; NAME.KIND.txt that kind; NAME.json, each text in it (as img2dataset writes files)
-      captions.jsonl, .csv, .tsv, .parquet, or metadata.* (Hugging Face's imagefolder), in the folder or one below: every column of
-                        texts is a kind, a list is several captions; 'key', 'file', 'file_name' or 'path' names the picture, from the
-                        file's own folder or from the root; an integer 'label' is the class
-      the files given as ``tables`` in place of the last. Rows of one picture that bring different kinds are put together.
-    Named and left out: a second picture of one key, captions without a picture, a second row of one picture and kind, captions of
-    more than 100 KB, rows that cannot be read.
+      NAME.txt          the kind 'caption'; NAME.KIND.txt that kind; NAME.json, each text in it (as
+      img2dataset writes files) captions.jsonl, .csv, .tsv, .parquet, or metadata.* (Hugging Face's
+      imagefolder), in the folder or one below: every column of
+                        texts is a kind, a list is several captions; 'key', 'file', 'file_name' or
+                        'path' names the picture, from the file's own folder or from the root; an
+                        integer 'label' is the class
+      the files given as ``tables`` in place of the last. Rows of one picture that bring different
+      kinds are put together.
+    Named and left out: a second picture of one key, captions without a picture, a second row of one
+    picture and kind, captions of more than 100 KB, rows that cannot be read.
     """
 
     def __init__(
@@ -67,7 +70,15 @@ class FolderSource(Listed):
         kinds: dict[str, None] = {}
         labels = -1
         for table in [self._given(table) for table in tables] or found:
-            seal.update(repr((os.path.relpath(table, self._root), table.stat().st_size, table.stat().st_mtime_ns)).encode())
+            seal.update(
+                repr(
+                    (
+                        os.path.relpath(table, self._root),
+                        table.stat().st_size,
+                        table.stat().st_mtime_ns,
+                    )
+                ).encode()
+            )
             labels = max(labels, self._add_rows(table, numbers, kinds))
         self.caption_kinds = tuple(dict.fromkeys([*self._kinds_beside(), *kinds]))
         self.num_classes = labels + 1 if labels >= 0 else None
@@ -76,7 +87,8 @@ class FolderSource(Listed):
     # ---- what lies there ----
 
     def _scan(self, seal) -> tuple[Strings, list[pathlib.Path]]:
-        """Keys of the pictures; (paths of side files, tables). Paths are relative to the root, with '/'."""
+        """Keys of the pictures; (paths of side files, tables). Paths are relative to the root, with
+        '/'."""
         beside, tables = Strings(), []
         for path, entry in _walk(str(self._root), ""):
             stem, suffix = posixpath.splitext(path)
@@ -90,7 +102,9 @@ class FolderSource(Listed):
                 self.faults.add(path, "unreadable file", str(fault))
                 continue
             except UnicodeEncodeError:
-                self.faults.add(path.encode("utf-8", "replace").decode(), "unusable file name", "not UTF-8")
+                self.faults.add(
+                    path.encode("utf-8", "replace").decode(), "unusable file name", "not UTF-8"
+                )
                 continue
             if kind in PICTURES:
                 self._keys.append(stem)
@@ -101,7 +115,11 @@ class FolderSource(Listed):
                 tables.append(self._root / path)
                 continue
             elif kind == ".txt" and status.st_size > texts.LONGEST:
-                self.faults.add(path, "caption too long", f"{status.st_size:,} bytes, at most {texts.LONGEST:,} are taken")
+                self.faults.add(
+                    path,
+                    "caption too long",
+                    f"{status.st_size:,} bytes, at most {texts.LONGEST:,} are taken",
+                )
                 continue
             else:
                 beside.append(path)
@@ -116,7 +134,9 @@ class FolderSource(Listed):
             return numbers
         for number in np.flatnonzero(repeats):
             path = self._keys[number] + self._suffixes[self._suffix_of[number]]
-            self.faults.add(path, "key twice", f"another picture is called {self._keys[number]!r} too")
+            self.faults.add(
+                path, "key twice", f"another picture is called {self._keys[number]!r} too"
+            )
         kept = np.flatnonzero(~repeats)
         self._suffix_of = array.array("H", [self._suffix_of[i] for i in kept])
         self._keys = Strings(self._keys[i] for i in kept)
@@ -126,7 +146,8 @@ class FolderSource(Listed):
         for path in beside:
             stem, suffix = posixpath.splitext(path)
             number = numbers.find(stem)
-            if number < 0 and suffix == ".txt" and "." in posixpath.basename(stem):  # NAME.dense.txt
+            # NAME.dense.txt
+            if number < 0 and suffix == ".txt" and "." in posixpath.basename(stem):
                 stem, kind = posixpath.splitext(stem)
                 number, suffix = numbers.find(stem), kind + suffix
             if number < 0:
@@ -135,7 +156,10 @@ class FolderSource(Listed):
                 continue  # a .json of something else
             if suffix not in self._side_suffixes:
                 if len(self._side_suffixes) == 64:
-                    raise UserError(f"{self.name}: more than 64 kinds of files beside pictures, the last {path!r}")
+                    raise UserError(
+                        f"{self.name}: more than 64 kinds of files beside pictures, the last "
+                        f"{path!r}"
+                    )
                 self._side_suffixes.append(suffix)
             self._side_of[number] |= np.uint64(1 << self._side_suffixes.index(suffix))
 
@@ -160,9 +184,15 @@ class FolderSource(Listed):
         greatest = -1
         for number, row in rows.rows(table, self.faults):
             place = f"{table.name}, row {number}"
-            field = next((name for name in texts.FILE_FIELDS if row.get(name) not in (None, "")), None)
+            field = next(
+                (name for name in texts.FILE_FIELDS if row.get(name) not in (None, "")), None
+            )
             if field is None:
-                self.faults.add(place, "unreadable row", f"names no picture (a field of {', '.join(texts.FILE_FIELDS[:4])} …)")
+                self.faults.add(
+                    place,
+                    "unreadable row",
+                    f"names no picture (a field of {', '.join(texts.FILE_FIELDS[:4])} …)",
+                )
                 continue
             picture = self._find(str(row[field]), here, numbers)
             if picture < 0:
@@ -170,14 +200,22 @@ class FolderSource(Listed):
             else:
                 said = texts.captions_of(row, f"{place}, {row[field]}", self.faults)
                 before, known = self._row(picture)
-                if self._row_of[picture] >= 0 and not (said.keys() - before.keys() and said.keys().isdisjoint(before)):
+                if self._row_of[picture] >= 0 and not (
+                    said.keys() - before.keys() and said.keys().isdisjoint(before)
+                ):
                     self.faults.add(place, "key twice", str(row[field]))
                     continue
                 kinds.update(dict.fromkeys(said))
-                others = {k: v for k, v in row.items() if k not in said and not texts.is_caption(k, v) and _plain(v)}
+                others = {
+                    k: v
+                    for k, v in row.items()
+                    if k not in said and not texts.is_caption(k, v) and _plain(v)
+                }
                 greatest = max(greatest, texts.label_of(row))
                 self._row_of[picture] = len(self._rows)
-                self._rows.append(json.dumps([{**before, **said}, {**others, **known}], ensure_ascii=False))
+                self._rows.append(
+                    json.dumps([{**before, **said}, {**others, **known}], ensure_ascii=False)
+                )
         return greatest
 
     def _find(self, given: str, here: str, numbers: Numbers) -> int:
@@ -206,7 +244,10 @@ class FolderSource(Listed):
 
     def _json(self, place: int, faults: Faults) -> dict[str, object]:
         """What NAME.json says."""
-        if ".json" not in self._side_suffixes or not int(self._side_of[place]) >> self._side_suffixes.index(".json") & 1:
+        if (
+            ".json" not in self._side_suffixes
+            or not int(self._side_of[place]) >> self._side_suffixes.index(".json") & 1
+        ):
             return {}
         file = f"{self._keys[place]}.json"
         try:
@@ -236,7 +277,9 @@ class FolderSource(Listed):
                     continue
                 if text:
                     found.append({kind: (text,)})
-        return texts.merged(self._row(place)[0], *found, texts.captions_of(side, f"{key}.json", self.faults))
+        return texts.merged(
+            self._row(place)[0], *found, texts.captions_of(side, f"{key}.json", self.faults)
+        )
 
     def _sample(self, place: int) -> Sample:
         side = self._json(place, self.faults)
@@ -269,12 +312,18 @@ class FolderSource(Listed):
         return Fields({**side, **row, "key": self._keys[place], "label": label}, made)
 
 
-def _walk(folder: str, below: str, seen: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.DirEntry]]:
-    """(path with '/', entry) of every file, folder by folder in the order of their names; links are followed, once round."""
+def _walk(
+    folder: str, below: str, seen: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, os.DirEntry]]:
+    """(path with '/', entry) of every file, folder by folder in the order of their names; links are
+    followed, once round."""
     try:
         here = os.stat(folder)
         with os.scandir(folder) as entries:
-            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            found = sorted(
+                (entry for entry in entries if not entry.name.startswith(".")),
+                key=lambda entry: entry.name,
+            )
     except OSError as fault:
         raise UserError(f"folder {folder!r} cannot be read: {fault.strerror}") from None
     mark = (here.st_dev, here.st_ino)
@@ -299,4 +348,6 @@ def _kind(suffix: str) -> str:
 
 
 def _plain(value: object) -> bool:
-    return isinstance(value, (str, int, float, bool)) and not (isinstance(value, str) and len(value) > 1000)
+    return isinstance(value, (str, int, float, bool)) and not (
+        isinstance(value, str) and len(value) > 1000
+    )

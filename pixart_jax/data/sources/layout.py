@@ -1,10 +1,13 @@
 """The layout of the official PixArt repositories: where lists, pictures, captions and features lie.
 
-ROOT/partition/data_info.json          a list of {path, height, width, ratio, prompt, …} (PixArt-Σ: ROOT/data_info.json, and more
-                                       texts, such as sharegpt4v); several .json files are one list after the other
-ROOT/partition/*.txt                   SAM: the name of one picture a line, in ROOT/images/NAME.jpg, with ROOT/captions/NAME.txt
-InternImgs/ beside InternData/         the pictures of a list; they may also lie in ROOT, or in a folder of it
-caption_feature_wmask/ …               text states, and img_vae_features… latents (data/features.py)
+ROOT/partition/data_info.json          a list of {path, height, width, ratio, prompt, …} (PixArt-Σ:
+ROOT/data_info.json, and more
+                                       texts, such as sharegpt4v); several .json files are one list
+                                       after the other
+ROOT/partition/*.txt                   SAM: the name of one picture a line, in ROOT/images/NAME.jpg,
+with ROOT/captions/NAME.txt InternImgs/ beside InternData/         the pictures of a list; they may
+also lie in ROOT, or in a folder of it caption_feature_wmask/ …               text states, and
+img_vae_features… latents (data/features.py)
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ _LISTS = ("partition", "partition_filter", ".")  # where official loaders look f
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """path: of the picture as the list gives it, or SAM's bare name. place: file and record, for faults. fields: of the list's item."""
+    """path: of the picture as the list gives it, or SAM's bare name. place: file and record, for
+    faults. fields: of the list's item."""
 
     path: str
     place: str
@@ -31,7 +35,8 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """root: the folder. lists: the files that name the pictures. sam: whether they are SAM's partition files."""
+    """root: the folder. lists: the files that name the pictures. sam: whether they are SAM's
+    partition files."""
 
     root: pathlib.Path
     lists: tuple[pathlib.Path, ...]
@@ -53,15 +58,21 @@ def layout(root: str) -> Layout:
     folder = pathlib.Path(root)
     if not folder.is_dir():
         raise UserError(f"pixart:{root}: no such folder")
-    if not any(folder.glob("partition*")) and (folder / "InternData").is_dir():  # the folder above, as the official set is unpacked
+    # the folder above, as the official set is unpacked
+    if not any(folder.glob("partition*")) and (folder / "InternData").is_dir():
         folder = folder / "InternData"
     for place in _LISTS:
-        found = sorted((folder / place).glob("*.json")) if place != "." else [folder / "data_info.json"]
+        found = (
+            sorted((folder / place).glob("*.json")) if place != "." else [folder / "data_info.json"]
+        )
         if found := tuple(file for file in found if file.is_file()):
             return Layout(folder, found, sam=False)
     found = tuple(sorted((folder / "partition").glob("*.txt")))
     if not found:
-        raise UserError(f"pixart:{root}: neither partition/*.json nor data_info.json nor SAM's partition/*.txt lies there")
+        raise UserError(
+            f"pixart:{root}: neither partition/*.json nor data_info.json nor SAM's "
+            "partition/*.txt lies there"
+        )
     return Layout(folder, found, sam=True)
 
 

@@ -1,4 +1,5 @@
-"""What all sets have in common that are a list of records: the choice of samples, the sizes, the fingerprint."""
+"""What all sets have in common that are a list of records: the choice of samples, the sizes, the
+fingerprint."""
 
 from __future__ import annotations
 
@@ -28,9 +29,11 @@ _KEPT_FROM = 5_000  # samples; the sizes of fewer are read anew in seconds
 
 
 class Listed(abc.ABC):
-    """A set whose records have numbers, its *places*, of which a filter and a limit choose the samples.
+    """A set whose records have numbers, its *places*, of which a filter and a limit choose the
+    samples.
 
-    A set of a kind finds its records, sets name, caption_kinds and num_classes, and calls :meth:`_choose` at last.
+    A set of a kind finds its records, sets name, caption_kinds and num_classes, and calls
+    :meth:`_choose` at last.
     """
 
     name: str
@@ -54,7 +57,8 @@ class Listed(abc.ABC):
         """The picture's bytes as a file, of which little more than the header will be read."""
 
     def _choose(self, records: int, state: object, where: str | None, limit: int | None) -> None:
-        """records: how many there are. state: what the fingerprint is made of, beside filter and limit; JSON can hold it."""
+        """records: how many there are. state: what the fingerprint is made of, beside filter and
+        limit; JSON can hold it."""
         if limit is not None and limit < 1:
             raise UserError(f"limit {limit}: must be at least 1, or none for all")
         # Whatever asks for an order of samples asks for it by this.
@@ -68,12 +72,18 @@ class Listed(abc.ABC):
         self._found_sizes: np.ndarray | None = None
         if len(self) == 0:
             left = f" ({self.faults.summary()})" if len(self.faults) else ""
-            raise UserError(f"{self.name} holds no sample{f' that passes the filter {where!r}' if where and records else ''}{left}")
+            raise UserError(
+                f"{self.name} holds no "
+                f"sample{f' that passes the filter {where!r}' if where and records else ''}{left}"
+            )
 
     def _passing(self, where: str, limit: int | None) -> np.ndarray:
-        """int64: places that pass the filter. A record that lacks a field which others have is named and left out."""
+        """int64: places that pass the filter. A record that lacks a field which others have is
+        named and left out."""
         passes, kept, lacking, missing = filters.named(where), [], 0, ""
-        for place in tqdm(range(self._records), desc=f"filter {where}", unit=" samples", delay=2, leave=False):
+        for place in tqdm(
+            range(self._records), desc=f"filter {where}", unit=" samples", delay=2, leave=False
+        ):
             if len(kept) == limit:
                 break
             try:
@@ -81,15 +91,24 @@ class Listed(abc.ABC):
                     kept.append(place)
             except KeyError as fault:
                 lacking, missing = lacking + 1, str(fault.args[0])
-                self.faults.add(self._key(place), "missing field", f"{missing!r}, which the filter {where!r} asks for")
+                self.faults.add(
+                    self._key(place),
+                    "missing field",
+                    f"{missing!r}, which the filter {where!r} asks for",
+                )
             except images.UnreadableImage as fault:
                 self.faults.add(self._key(place), "unreadable image", str(fault))
             except UserError:
                 raise
-            except Exception as fault:  # in a person's own code: its traceback follows, and the record is said
-                raise UserError(f"filter {where!r} fails on {self._key(place)}: {type(fault).__name__}: {fault}") from fault
+            # in a person's own code: its traceback follows, and the record is said
+            except Exception as fault:
+                raise UserError(
+                    f"filter {where!r} fails on {self._key(place)}: {type(fault).__name__}: {fault}"
+                ) from fault
         if lacking and lacking == self._records:
-            raise UserError(f"filter {where!r} needs the field {missing!r}, which {self.name} does not have")
+            raise UserError(
+                f"filter {where!r} needs the field {missing!r}, which {self.name} does not have"
+            )
         return np.array(kept, np.int64)
 
     def __len__(self) -> int:
@@ -106,10 +125,12 @@ class Listed(abc.ABC):
         return (self[i] for i in range(len(self)))
 
     def sizes(self) -> np.ndarray:
-        """int32 [n, 2]: (height, width) of every sample; (0, 0) for an unreadable image. One pass over headers, then kept; that
-        of a large set in the cache folder too."""
+        """int32 [n, 2]: (height, width) of every sample; (0, 0) for an unreadable image. One pass
+        over headers, then kept; that of a large set in the cache folder too."""
         if self._found_sizes is None:
-            self._found_sizes = measured(len(self), lambda index: self._size(self._place(index)), self.fingerprint, self.name)
+            self._found_sizes = measured(
+                len(self), lambda index: self._size(self._place(index)), self.fingerprint, self.name
+            )
         return self._found_sizes
 
     def _size(self, place: int) -> tuple[int, int]:
@@ -121,8 +142,11 @@ class Listed(abc.ABC):
             raise images.UnreadableImage(f"{self._key(place)}: {fault}") from None
 
 
-def measured(count: int, size_of: Callable[[int], tuple[int, int]], identity: str, name: str) -> np.ndarray:
-    """int32 [n, 2] of ``size_of``, (0, 0) where it raises UnreadableImage; by many threads, with a bar where it takes long.
+def measured(
+    count: int, size_of: Callable[[int], tuple[int, int]], identity: str, name: str
+) -> np.ndarray:
+    """int32 [n, 2] of ``size_of``, (0, 0) where it raises UnreadableImage; by many threads, with a
+    bar where it takes long.
 
     identity: of the set; what a set of some size gave is kept under it.
     """

@@ -1,4 +1,5 @@
-"""Several sets as one, with weights: '0.7*folder:photos + 0.3*webdataset:scraped/{000..099}.tar'."""
+"""Several sets as one, with weights: '0.7*folder:photos +
+0.3*webdataset:scraped/{000..099}.tar'."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _TERM = re.compile(r"\s*([0-9.eE+-]+)\s*\*\s*(\S.*?)\s*")
 
 
 def parts_of(text: str) -> list[tuple[float, str]]:
-    """[(share, source)] of a mixture, the shares adding up to 1; of any other text [(1, text)]. UserError where one is badly written."""
+    """[(share, source)] of a mixture, the shares adding up to 1; of any other text [(1, text)].
+    UserError where one is badly written."""
     if not re.match(r"\s*[0-9.]+(?:[eE][-+]?\d+)?\s*\*", text):
         return [(1.0, text)]
     found = []
@@ -28,24 +30,37 @@ def parts_of(text: str) -> list[tuple[float, str]]:
         except ValueError:
             weight = -1.0
         if not match or not 0 < weight < float("inf"):
-            raise UserError(f"mixture {text!r}: {term.strip()!r} is not WEIGHT*SOURCE, as in '0.7*folder:a + 0.3*folder:b'")
+            raise UserError(
+                f"mixture {text!r}: {term.strip()!r} is not WEIGHT*SOURCE, as in '0.7*folder:a + "
+                "0.3*folder:b'"
+            )
         found.append((weight, match[2]))
     total = sum(weight for weight, _ in found)
     return [(weight / total, source) for weight, source in found]
 
 
 class Mixture:
-    """The samples of all parts, one part after the other, each once. A key is NAME/KEY, with the part's name behind its colon.
+    """The samples of all parts, one part after the other, each once. A key is NAME/KEY, with the
+    part's name behind its colon.
 
-    weights: the part's shares, which add up to 1. They say how often each is drawn in training (data/mixed.py), not how many samples
+    weights: the part's shares, which add up to 1. They say how often each is drawn in training
+    (data/mixed.py), not how many samples
     are here: whoever counts, looks at or encodes a mixture sees every sample once.
     """
 
-    def __init__(self, parts: Sequence[Source], weights: Sequence[float], faults: Faults | None = None):
+    def __init__(
+        self, parts: Sequence[Source], weights: Sequence[float], faults: Faults | None = None
+    ):
         self.parts, self.weights = tuple(parts), tuple(weights)
-        self.name = " + ".join(f"{weight:g}*{part.name}" for weight, part in zip(weights, parts, strict=True))
-        self.fingerprint = hashlib.sha256(json.dumps([[p.fingerprint, w] for p, w in zip(parts, weights)]).encode()).hexdigest()
-        self.caption_kinds = tuple(dict.fromkeys(kind for part in parts for kind in part.caption_kinds))
+        self.name = " + ".join(
+            f"{weight:g}*{part.name}" for weight, part in zip(weights, parts, strict=True)
+        )
+        self.fingerprint = hashlib.sha256(
+            json.dumps([[p.fingerprint, w] for p, w in zip(parts, weights)]).encode()
+        ).hexdigest()
+        self.caption_kinds = tuple(
+            dict.fromkeys(kind for part in parts for kind in part.caption_kinds)
+        )
         classes = {part.num_classes for part in parts}
         self.num_classes = classes.pop() if len(classes) == 1 else None
         self.faults = Faults() if faults is None else faults
@@ -54,7 +69,10 @@ class Mixture:
                 self.faults.extend(faults_of(part))
         self.starts = np.cumsum([0, *map(len, parts)])
         names = [part.name.partition(":")[2] or part.name for part in parts]
-        self._names = [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
+        self._names = [
+            f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name
+            for i, name in enumerate(names)
+        ]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -66,7 +84,8 @@ class Mixture:
         return part, index - int(self.starts[part])
 
     def captions_at(self, index: int) -> tuple[str, Mapping[str, tuple[str, ...]]]:
-        """(key, captions) of a sample, for whoever counts words: no picture is read where the part's kind of source can do without."""
+        """(key, captions) of a sample, for whoever counts words: no picture is read where the
+        part's kind of source can do without."""
         part, inside = self._at(index)
         if read := getattr(self.parts[part], "captions_at", None):
             key, captions = read(inside)

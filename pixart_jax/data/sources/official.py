@@ -18,14 +18,23 @@ from pixart_jax.data.sources.strings import Strings
 
 
 class OfficialSource(Listed):
-    """The pictures that the lists name. Every text of an item ('prompt', 'sharegpt4v') is a kind of its name; SAM's captions/NAME.txt are
-    the kind 'caption'. A sample's key is its path without the suffix.
+    """The pictures that the lists name. Every text of an item ('prompt', 'sharegpt4v') is a kind of
+    its name; SAM's captions/NAME.txt are the kind 'caption'. A sample's key is its path without the
+    suffix.
 
-    Named and left out: an item whose file is not there, a path twice. The official loaders drop what is taller than 4 times
-    its width (4.5 in PixArt-Σ); here a filter may (``where``, over 'ratio').
+    Named and left out: an item whose file is not there, a path twice. The official loaders drop
+    what is taller than 4 times its width (4.5 in PixArt-Σ); here a filter may (``where``, over
+    'ratio').
     """
 
-    def __init__(self, root: str, *, where: str | None = None, limit: int | None = None, faults: Faults | None = None):
+    def __init__(
+        self,
+        root: str,
+        *,
+        where: str | None = None,
+        limit: int | None = None,
+        faults: Faults | None = None,
+    ):
         self.faults = Faults() if faults is None else faults
         self._layout = layout(root)
         self.name = f"pixart:{self._layout.root.resolve().name}"
@@ -47,20 +56,30 @@ class OfficialSource(Listed):
             for entry in written:
                 status = entry.stat()
                 name = entry.relative_to(self._captions)
-                seal.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "replace"))
+                seal.update(
+                    f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "replace")
+                )
         self.caption_kinds, self.num_classes = tuple(kinds), None
         self._choose(len(self._keys), ["pixart", seal.hexdigest()], where, limit)
 
-    def _add(self, key: str, entry: Entry, found: pathlib.Path | None, seal, kinds: dict[str, None]) -> None:
+    def _add(
+        self, key: str, entry: Entry, found: pathlib.Path | None, seal, kinds: dict[str, None]
+    ) -> None:
         if found is None:
             self.faults.add(entry.place, "missing file", entry.path)
             return
         status = found.stat()
-        said = texts.captions_of({k: v for k, v in entry.fields.items() if k != "path"}, f"{entry.place}, {entry.path}", self.faults)
+        said = texts.captions_of(
+            {k: v for k, v in entry.fields.items() if k != "path"},
+            f"{entry.place}, {entry.path}",
+            self.faults,
+        )
         kinds.update(dict.fromkeys(said))
         others = {k: v for k, v in entry.fields.items() if isinstance(v, (int, float, bool))}
         item = json.dumps([said, others], ensure_ascii=False, sort_keys=True)
-        seal.update(f"{key}\0{status.st_size}\0{status.st_mtime_ns}\0{item}\0".encode("utf-8", "replace"))
+        seal.update(
+            f"{key}\0{status.st_size}\0{status.st_mtime_ns}\0{item}\0".encode("utf-8", "replace")
+        )
         self._keys.append(key)
         self._files.append(str(found))
         self._items.append(item)
@@ -79,7 +98,9 @@ class OfficialSource(Listed):
         place_of = f"captions/{self._keys[place]}.txt"
         try:
             if file.stat().st_size > texts.LONGEST:
-                self.faults.add(place_of, "caption too long", f"at most {texts.LONGEST:,} bytes are taken")
+                self.faults.add(
+                    place_of, "caption too long", f"at most {texts.LONGEST:,} bytes are taken"
+                )
                 return {}, others
             text = texts.decoded(file.read_bytes(), place_of, "caption", self.faults)
         except FileNotFoundError:  # whoever wants a caption of it will name it
@@ -104,16 +125,30 @@ class OfficialSource(Listed):
         captions = {kind: found[0] if len(found) == 1 else found for kind, found in said.items()}
         made = {"height": lambda: self._size(place)[0], "width": lambda: self._size(place)[1]}
         known = {name: value for name, value in others.items() if name not in made}
-        return Fields({**known, **captions, "captions": said, "key": self._keys[place], "label": texts.label_of(others)}, made)
+        return Fields(
+            {
+                **known,
+                **captions,
+                "captions": said,
+                "key": self._keys[place],
+                "label": texts.label_of(others),
+            },
+            made,
+        )
 
 
 class _Pictures:
-    """Finds a list's pictures: in InternImgs beside InternData, as the official loaders do, in the root, or in a folder of it."""
+    """Finds a list's pictures: in InternImgs beside InternData, as the official loaders do, in the
+    root, or in a folder of it."""
 
     def __init__(self, root: pathlib.Path, sam: bool):
         self._suffix = ".jpg" if sam else ""
         swapped = pathlib.Path(str(root.resolve()).replace("InternData", "InternImgs"))
-        folders = [root / "images"] if sam else [swapped, root, root / "InternImgs", root.parent / "InternImgs", root / "images"]
+        folders = (
+            [root / "images"]
+            if sam
+            else [swapped, root, root / "InternImgs", root.parent / "InternImgs", root / "images"]
+        )
         self._folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
     def find(self, path: str) -> pathlib.Path | None:

@@ -10,13 +10,16 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-_IN_MEMORY = 2**28  # bytes; what is beyond lies in a temporary file, where the page cache may forget it
+# bytes; what is beyond lies in a temporary file, where the page cache may forget it
+_IN_MEMORY = 2**28
 
 
 class Strings:
-    """Texts by number, as one block of UTF-8: eight bytes each beside their own, where Python's objects take sixty.
+    """Texts by number, as one block of UTF-8: eight bytes each beside their own, where Python's
+    objects take sixty.
 
-    A block that outgrows 256 MiB goes on in a temporary file without a name. Threads may read while nobody appends.
+    A block that outgrows 256 MiB goes on in a temporary file without a name. Threads may read while
+    nobody appends.
     """
 
     def __init__(self, texts: Iterable[str] = ()):

@@ -1,4 +1,5 @@
-"""Where everything lies in a tar: one pass over its headers, kept in the cache folder as long as the file is the same."""
+"""Where everything lies in a tar: one pass over its headers, kept in the cache folder as long as
+the file is the same."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ _LOOKED_AT = 200  # .json members of a tar that are read to learn which kinds of
 class TarIndex:
     """Samples of a tar: those members whose names agree up to the first dot behind the last '/'.
 
-    keys: name of each sample. first: int64 [n + 1], a sample's members are those from first[i] to first[i + 1]. suffix: uint16 [m],
-    the number of a member's suffix in ``suffixes`` (lower case, without the dot). offset, size: int64 [m], bytes. label: int64 [n], −1
-    without a .cls. kinds: of text. faults: what is wrong with the tar.
+    keys: name of each sample. first: int64 [n + 1], a sample's members are those from first[i] to
+    first[i + 1]. suffix: uint16 [m], the number of a member's suffix in ``suffixes`` (lower case,
+    without the dot). offset, size: int64 [m], bytes. label: int64 [n], −1 without a .cls. kinds: of
+    text. faults: what is wrong with the tar.
     """
 
     keys: list[str]
@@ -42,7 +44,8 @@ class TarIndex:
 
 
 def index(path: pathlib.Path) -> TarIndex:
-    """The index of a tar, from the cache where the file has its size and time still. OSError where it cannot be read."""
+    """The index of a tar, from the cache where the file has its size and time still. OSError where
+    it cannot be read."""
     status = path.stat()
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     file = cache_folder() / "tars" / f"{name}.npz"
@@ -51,8 +54,16 @@ def index(path: pathlib.Path) -> TarIndex:
         with np.load(file) as kept:
             said = json.loads(kept["said"].tobytes())
             if said["seal"] == seal:
-                arrays = {name: kept[name] for name in ("first", "suffix", "offset", "size", "label")}
-                return TarIndex(said["keys"], **arrays, suffixes=said["suffixes"], kinds=said["kinds"], faults=_faults(said["faults"]))
+                arrays = {
+                    name: kept[name] for name in ("first", "suffix", "offset", "size", "label")
+                }
+                return TarIndex(
+                    said["keys"],
+                    **arrays,
+                    suffixes=said["suffixes"],
+                    kinds=said["kinds"],
+                    faults=_faults(said["faults"]),
+                )
     made = _read(path)
     said = {"seal": seal, "keys": made.keys, "suffixes": made.suffixes, "kinds": made.kinds}
     said["faults"] = [dataclasses.astuple(fault) for fault in made.faults]
@@ -82,11 +93,20 @@ def _read(path: pathlib.Path) -> TarIndex:
                 continue
             key, place = f"{folder}{slash}{stem}", f"{path.name}, {name}"
             if suffix.endswith("txt") and size > texts.LONGEST:
-                faults.add(place, "caption too long", f"{size:,} bytes, at most {texts.LONGEST:,} are taken")
+                faults.add(
+                    place,
+                    "caption too long",
+                    f"{size:,} bytes, at most {texts.LONGEST:,} are taken",
+                )
                 continue
             held = samples.setdefault(key, {})
             if suffix in held or (suffix in PICTURES and any(other in PICTURES for other in held)):
-                faults.add(place, "key twice", f"the tar holds another {'picture' if suffix in PICTURES else f'.{suffix}'} of {key!r}")
+                faults.add(
+                    place,
+                    "key twice",
+                    f"the tar holds another {'picture' if suffix in PICTURES else f'.{suffix}'} "
+                    f"of {key!r}",
+                )
                 continue
             held[suffix] = (offset, size)
             if suffix == "txt" or suffix.endswith(".txt"):
@@ -100,10 +120,16 @@ def _read(path: pathlib.Path) -> TarIndex:
             elif suffix == "json" and looked < _LOOKED_AT:
                 looked += 1
                 kinds.update(dict.fromkeys(_kinds(os.pread(file.fileno(), size, offset))))
-    for key in [key for key, held in samples.items() if not any(suffix in PICTURES for suffix in held)]:
+    for key in [
+        key for key, held in samples.items() if not any(suffix in PICTURES for suffix in held)
+    ]:
         held = samples.pop(key)
         if any(suffix.endswith("txt") or suffix == "json" for suffix in held):
-            faults.add(f"{path.name}, {key}", "caption without picture", ", ".join(f".{suffix}" for suffix in held))
+            faults.add(
+                f"{path.name}, {key}",
+                "caption without picture",
+                ", ".join(f".{suffix}" for suffix in held),
+            )
     suffixes = sorted({suffix for held in samples.values() for suffix in held})
     number = {suffix: i for i, suffix in enumerate(suffixes)}
     flat = [(number[suffix], *where) for held in samples.values() for suffix, where in held.items()]

@@ -12,16 +12,51 @@ from pixart_jax.data.faults import Faults
 LONGEST = 100_000
 """Bytes of a caption; one that is longer is named and left out. (120 tokens are some 600 bytes.)"""
 
-FILE_FIELDS = ("key", "file", "file_name", "filename", "file_path", "path", "image", "image_path", "__key__")
+FILE_FIELDS = (
+    "key",
+    "file",
+    "file_name",
+    "filename",
+    "file_path",
+    "path",
+    "image",
+    "image_path",
+    "__key__",
+)
 """Fields of a row that may name its picture, the first of them that is there."""
 
 # Text, but no caption: what img2dataset, LAION and Hugging Face write beside them.
 _NOT_CAPTIONS = {
-    *FILE_FIELDS, "url", "image_url", "uid", "id", "hash", "md5", "sha1", "sha256", "phash", "exif", "status", "error_message", "error",
-    "license", "similarity", "format", "mode", "split", "dataset", "source", "model", "date", "finish", "prompt_id", "kind",
-}  # fmt: skip
+    *FILE_FIELDS,
+    "url",
+    "image_url",
+    "uid",
+    "id",
+    "hash",
+    "md5",
+    "sha1",
+    "sha256",
+    "phash",
+    "exif",
+    "status",
+    "error_message",
+    "error",
+    "license",
+    "similarity",
+    "format",
+    "mode",
+    "split",
+    "dataset",
+    "source",
+    "model",
+    "date",
+    "finish",
+    "prompt_id",
+    "kind",
+}
 _NUMBER = re.compile(r"\s*[-+]?[\d.]+(?:[eE][-+]?\d+)?\s*")
-# What no text holds: C0 without tab, line feed, vertical tab, form feed and carriage return; DEL; surrogates; non-characters.
+# What no text holds: C0 without tab, line feed, vertical tab, form feed and carriage return; DEL;
+# surrogates; non-characters.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -34,25 +69,35 @@ def is_caption(name: str, value: object) -> bool:
     return isinstance(value, str) and not _NUMBER.fullmatch(value)
 
 
-def captions_of(fields: Mapping[str, object], place: str, faults: Faults) -> dict[str, tuple[str, ...]]:
+def captions_of(
+    fields: Mapping[str, object], place: str, faults: Faults
+) -> dict[str, tuple[str, ...]]:
     """Caption kind → texts of a row, each cleared by :func:`cleared`; empty ones are none.
 
-    A row with a caption and a ``kind`` (as the command caption writes them) has that one text of that kind: its others, as the prompt, are
-    what it was made with.
+    A row with a caption and a ``kind`` (as the command caption writes them) has that one text of
+    that kind: its others, as the prompt, are what it was made with.
     """
     found: dict[str, tuple[str, ...]] = {}
-    if isinstance(fields.get("caption"), str) and isinstance(kind := fields.get("kind"), str) and kind:
+    if (
+        isinstance(fields.get("caption"), str)
+        and isinstance(kind := fields.get("kind"), str)
+        and kind
+    ):
         fields = {kind: fields["caption"]}
     for name, value in fields.items():
         if is_caption(name, value):
-            texts = tuple(cleared(text, place, name, faults) for text in ([value] if isinstance(value, str) else value))
+            texts = tuple(
+                cleared(text, place, name, faults)
+                for text in ([value] if isinstance(value, str) else value)
+            )
             if texts := tuple(text for text in texts if text):
                 found[name] = texts
     return found
 
 
 def decoded(data: bytes, place: str, kind: str, faults: Faults) -> str:
-    """The text of a caption file's bytes; '' where it is too long. A byte order mark goes, bytes that are no UTF-8 become U+FFFD."""
+    """The text of a caption file's bytes; '' where it is too long. A byte order mark goes, bytes
+    that are no UTF-8 become U+FFFD."""
     if len(data) > LONGEST:
         return cleared(" " * len(data), place, kind, faults)
     text = data.decode("utf-8-sig", "replace")
@@ -62,10 +107,18 @@ def decoded(data: bytes, place: str, kind: str, faults: Faults) -> str:
 
 
 def cleared(text: str, place: str, kind: str, faults: Faults) -> str:
-    """A caption without control characters and outer blanks; '' for one beyond LONGEST. Both are named in ``faults``: the first as
-    mended, the second as left out."""
-    if len(text) > LONGEST or len(text) * 4 > LONGEST and len(text.encode("utf-8", "replace")) > LONGEST:
-        faults.add(place, "caption too long", f"kind {kind!r}, {len(text):,} characters, at most {LONGEST:,} bytes are taken")
+    """A caption without control characters and outer blanks; '' for one beyond LONGEST. Both are
+    named in ``faults``: the first as mended, the second as left out."""
+    if (
+        len(text) > LONGEST
+        or len(text) * 4 > LONGEST
+        and len(text.encode("utf-8", "replace")) > LONGEST
+    ):
+        faults.add(
+            place,
+            "caption too long",
+            f"kind {kind!r}, {len(text):,} characters, at most {LONGEST:,} bytes are taken",
+        )
         return ""
     if _CONTROL.search(text):
         faults.add(place, "control characters", f"caption of kind {kind!r}", mended=True)

@@ -1,8 +1,8 @@
 """TensorFlow's file functions without TensorFlow, for as long as tensorflow-datasets builds a set.
 
-Many of its builders, ImageNet's among them, need TensorFlow for ``tf.io.gfile`` and names of dtypes alone. Its own paths, which
-open what gfile opens, serve as well. A builder that asks for more gets the ModuleNotFoundError that it
-would get without this.
+Many of its builders, ImageNet's among them, need TensorFlow for ``tf.io.gfile`` and names of dtypes
+alone. Its own paths, which open what gfile opens, serve as well. A builder that asks for more gets
+the ModuleNotFoundError that it would get without this.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float3
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
-    """``import tensorflow`` gives file functions and dtypes; nothing is changed where TensorFlow is installed."""
+    """``import tensorflow`` gives file functions and dtypes; nothing is changed where TensorFlow is
+    installed."""
     if importlib.util.find_spec("tensorflow") is not None:
         yield
         return
@@ -61,7 +62,8 @@ def _module() -> types.ModuleType:
         setattr(module, name, np.dtype(name).type)
     module.string = object
     module.dtypes = types.SimpleNamespace(DType=type("DType", (), {}), as_dtype=np.dtype)
-    for name in ("Tensor", "RaggedTensor", "SparseTensor"):  # only asked of values whether they are one
+    # only asked of values whether they are one
+    for name in ("Tensor", "RaggedTensor", "SparseTensor"):
         setattr(module, name, type(name, (), {}))
     module.__getattr__ = _absent
     return module

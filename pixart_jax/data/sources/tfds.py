@@ -17,21 +17,29 @@ from pixart_jax.errors import UserError, nearest
 
 
 def _tfds_folder(name: str) -> pathlib.Path:
-    """$TFDS_DATA_DIR; else ~/tensorflow_datasets where the set already lies there; else below the cache folder."""
+    """$TFDS_DATA_DIR; else ~/tensorflow_datasets where the set already lies there; else below the
+    cache folder."""
     if given := os.environ.get("TFDS_DATA_DIR"):
         return pathlib.Path(given)
     home = pathlib.Path("~/tensorflow_datasets").expanduser()
-    return home if (home / name.split("/")[0].split(":")[0]).is_dir() else cache_folder() / "tensorflow_datasets"
+    return (
+        home
+        if (home / name.split("/")[0].split(":")[0]).is_dir()
+        else cache_folder() / "tensorflow_datasets"
+    )
 
 
-_NAMES = ("file_name", "filename", "image_id", "url")  # texts of a set that say nothing of its pictures
+# texts of a set that say nothing of its pictures
+_NAMES = ("file_name", "filename", "image_id", "url")
 
 
 class TfdsSource:
-    """Any tensorflow-datasets set with an image, read from ArrayRecord without TensorFlow; built where it is absent.
+    """Any tensorflow-datasets set with an image, read from ArrayRecord without TensorFlow; built
+    where it is absent.
 
-    The first Image feature is the image, the first ClassLabel (or an integer 'label') the label; every text is a caption kind
-    under its path ('short', 'captions/text'), and class names are the kind 'class'. Images stay encoded until asked for.
+    The first Image feature is the image, the first ClassLabel (or an integer 'label') the label;
+    every text is a caption kind under its path ('short', 'captions/text'), and class names are the
+    kind 'class'. Images stay encoded until asked for.
     """
 
     def __init__(
@@ -47,14 +55,21 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         builder = _builder(name, pathlib.Path(data_dir) if data_dir else _tfds_folder(name))
-        self._image, self._label, self._class_names, self._texts = _roles(builder.info.features, name)
+        self._image, self._label, self._class_names, self._texts = _roles(
+            builder.info.features, name
+        )
         self._key = self._texts.pop("key", None)
         try:
-            self._records = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
+            self._records = builder.as_data_source(
+                split, decoders={self._image: tfds.decode.SkipDecoding()}
+            )
         except (ValueError, KeyError, NotImplementedError) as fault:
             splits = ", ".join(builder.info.splits) or "none"
             reason = " ".join(str(fault).split())[:200]
-            raise UserError(f"tfds:{name} has no split {split!r} that can be read at random (splits: {splits}): {reason}") from fault
+            raise UserError(
+                f"tfds:{name} has no split {split!r} that can be read at random (splits: "
+                f"{splits}): {reason}"
+            ) from fault
         self.faults = Faults() if faults is None else faults
         self.name = f"tfds:{name}"
         self.split = split
@@ -63,8 +78,13 @@ class TfdsSource:
         self._prefix = f"{builder.info.full_name}/{split}"
         self._kept = self._select(where, limit)
         if len(self) == 0:
-            raise UserError(f"{self.name}, split {split!r}, holds no sample{f' that passes the filter {where!r}' if where else ''}")
-        state = repr((builder.info.full_name, split, len(self._records), filters.identity(where), limit))
+            raise UserError(
+                f"{self.name}, split {split!r}, holds no "
+                f"sample{f' that passes the filter {where!r}' if where else ''}"
+            )
+        state = repr(
+            (builder.info.full_name, split, len(self._records), filters.identity(where), limit)
+        )
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
         self._stamp = _stamp(pathlib.Path(builder.data_dir))
         self._sizes: np.ndarray | None = None
@@ -81,7 +101,10 @@ class TfdsSource:
                 if passes(self._records[index]):
                     kept.append(index)
             except KeyError as fault:
-                raise UserError(f"filter {where!r} needs the field {fault.args[0]!r}, which {self.name} does not have") from None
+                raise UserError(
+                    f"filter {where!r} needs the field {fault.args[0]!r}, which {self.name} does "
+                    "not have"
+                ) from None
         return np.array(kept, np.int64)
 
     def __len__(self) -> int:
@@ -94,7 +117,9 @@ class TfdsSource:
         key = _strings(_at(fields, self._key))[0] if self._key else f"{self._prefix}/{place:08d}"
         captions = {}
         for kind, path in self._texts.items():
-            said = (texts.cleared(text, key, kind, self.faults) for text in _strings(_at(fields, path)))
+            said = (
+                texts.cleared(text, key, kind, self.faults) for text in _strings(_at(fields, path))
+            )
             captions[kind] = tuple(text for text in said if text)
         label = int(fields[self._label]) if self._label else -1
         if self._class_names and label >= 0:
@@ -102,9 +127,11 @@ class TfdsSource:
         return Sample(key, fields[self._image], captions, label)
 
     def sizes(self) -> np.ndarray:
-        """int32 [n, 2]: (height, width) of every sample; (0, 0) for an unreadable image. One pass over headers, then kept."""
+        """int32 [n, 2]: (height, width) of every sample; (0, 0) for an unreadable image. One pass
+        over headers, then kept."""
         if self._sizes is None:
-            seal = hashlib.sha256(f"{self.fingerprint} {self._stamp}".encode()).hexdigest()  # a set may be built anew under its name
+            # a set may be built anew under its name
+            seal = hashlib.sha256(f"{self.fingerprint} {self._stamp}".encode()).hexdigest()
             self._sizes = measured(len(self), lambda index: self[index].size(), seal, self.name)
         return self._sizes
 
@@ -125,21 +152,30 @@ def _builder(name: str, data_dir: pathlib.Path):
             builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
         raise UserError(
-            f"no tensorflow-datasets set is called {name!r}{nearest(name, tfds.list_builders(with_community_datasets=False))}"
+            "no tensorflow-datasets set is called "
+            f"{name!r}{nearest(name, tfds.list_builders(with_community_datasets=False))}"
         ) from None
-    except (ValueError, ModuleNotFoundError) as fault:  # an unknown config, or a set that cannot be built without TensorFlow
+    # an unknown config, or a set that cannot be built without TensorFlow
+    except (ValueError, ModuleNotFoundError) as fault:
         known = [f"{name.split('/')[0]}/{config}" for config in _configs(name)]
         hint = nearest(name, known) if known else ""
-        raise UserError(f"tfds:{name} cannot be opened{hint}: {' '.join(str(fault).split())[:200]}") from None
+        raise UserError(
+            f"tfds:{name} cannot be opened{hint}: {' '.join(str(fault).split())[:200]}"
+        ) from None
     if not builder.info.splits:
         data_dir.mkdir(parents=True, exist_ok=True)
         with _lock(data_dir / f".{name.replace('/', '-').replace(':', '-')}.lock"):
             try:
                 with tf_files.stand_in():
-                    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
+                    builder.download_and_prepare(
+                        download_config=tfds.download.DownloadConfig(verify_ssl=True)
+                    )
             except ModuleNotFoundError as fault:
-                raise UserError(f"tfds:{name} cannot be built here: its builder needs {fault.name}") from None
-            except AssertionError as fault:  # files that a person has to fetch are not where the builder looks for them
+                raise UserError(
+                    f"tfds:{name} cannot be built here: its builder needs {fault.name}"
+                ) from None
+            # files that a person has to fetch are not where the builder looks for them
+            except AssertionError as fault:
                 said = " ".join(str(fault).split())
                 raise UserError(f"tfds:{name} cannot be built: {said[:400]}") from None
     return builder
@@ -150,7 +186,8 @@ def _configs(name: str) -> list[str]:
 
     try:
         return list(tfds.builder_cls(name.split("/")[0]).builder_configs)
-    except (ImportError, KeyError, ValueError, tfds.core.registered.DatasetNotFoundError):  # only a hint hangs on it
+    # only a hint hangs on it
+    except (ImportError, KeyError, ValueError, tfds.core.registered.DatasetNotFoundError):
         return []
 
 
@@ -170,7 +207,9 @@ class _lock:
         self._file.close()
 
 
-def _roles(features, name: str) -> tuple[str, str | None, list[str] | None, dict[str, tuple[str, ...]]]:
+def _roles(
+    features, name: str
+) -> tuple[str, str | None, list[str] | None, dict[str, tuple[str, ...]]]:
     """(image feature, label feature, class names, caption kind → path) of a set."""
     import tensorflow_datasets as tfds
 
@@ -185,7 +224,12 @@ def _roles(features, name: str) -> tuple[str, str | None, list[str] | None, dict
     texts: dict[str, tuple[str, ...]] = {}
 
     def walk(node, path: tuple[str, ...]):
-        if isinstance(node, feature.Text) or isinstance(node, feature.Tensor) and node.shape == () and np.dtype(node.np_dtype).kind == "O":
+        if (
+            isinstance(node, feature.Text)
+            or isinstance(node, feature.Tensor)
+            and node.shape == ()
+            and np.dtype(node.np_dtype).kind == "O"
+        ):
             if path[-1].rsplit("/", 1)[-1] not in _NAMES:
                 texts["/".join(path)] = path
         elif isinstance(node, feature.FeaturesDict):
@@ -205,5 +249,9 @@ def _at(fields, path: tuple[str, ...]):
 
 
 def _strings(value) -> tuple[str, ...]:
-    values = value if isinstance(value, (list, tuple, np.ndarray)) and not isinstance(value, bytes) else [value]
+    values = (
+        value
+        if isinstance(value, (list, tuple, np.ndarray)) and not isinstance(value, bytes)
+        else [value]
+    )
     return tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)

@@ -1,4 +1,5 @@
-"""Webdataset tars, as img2dataset writes them: read at random, by an index of where each member lies."""
+"""Webdataset tars, as img2dataset writes them: read at random, by an index of where each member
+lies."""
 
 from __future__ import annotations
 
@@ -27,14 +28,23 @@ from pixart_jax.errors import UserError
 
 
 class WebdatasetSource(Listed):
-    """Samples of tars; ``pattern`` is a tar, a folder of them, or their names with {000..012}, {a,b} or * in it.
+    """Samples of tars; ``pattern`` is a tar, a folder of them, or their names with {000..012},
+    {a,b} or * in it.
 
-    A sample is a picture (jpg, jpeg, png, webp …) with what shares its name up to the first dot: .txt is the kind 'caption', .KIND.txt that
-    kind, .json's texts each a kind of its name and its other fields what filters see, .cls the class. Its key is that name; where an
-    earlier tar of the set has it too, the name behind the tar's. Tars are read where they lie, uncompressed.
+    A sample is a picture (jpg, jpeg, png, webp …) with what shares its name up to the first dot:
+    .txt is the kind 'caption', .KIND.txt that kind, .json's texts each a kind of its name and its
+    other fields what filters see, .cls the class. Its key is that name; where an earlier tar of the
+    set has it too, the name behind the tar's. Tars are read where they lie, uncompressed.
     """
 
-    def __init__(self, pattern: str, *, where: str | None = None, limit: int | None = None, faults: Faults | None = None):
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        where: str | None = None,
+        limit: int | None = None,
+        faults: Faults | None = None,
+    ):
         self.faults = Faults() if faults is None else faults
         self._tars = tars_of(pattern, self.faults)
         inside = pathlib.Path(pattern)
@@ -56,9 +66,17 @@ class WebdatasetSource(Listed):
         parts, kept = [], []
         with (
             concurrent.futures.ThreadPoolExecutor(READERS) as readers,
-            tqdm(total=len(self._tars), desc=f"headers of {self.name}", unit=" tars", delay=2, leave=False) as bar,
+            tqdm(
+                total=len(self._tars),
+                desc=f"headers of {self.name}",
+                unit=" tars",
+                delay=2,
+                leave=False,
+            ) as bar,
         ):
-            for tar, made in zip(self._tars, [readers.submit(index, tar) for tar in self._tars], strict=True):
+            for tar, made in zip(
+                self._tars, [readers.submit(index, tar) for tar in self._tars], strict=True
+            ):
                 try:
                     part = made.result()
                 except OSError as fault:
@@ -77,7 +95,9 @@ class WebdatasetSource(Listed):
         if not repeats.any():
             return plain
         tars = (tar.stem for tar, part in zip(self._tars, parts) for _ in part.keys)
-        return Strings(f"{tar}/{key}" if again else key for key, tar, again in zip(plain, tars, repeats))
+        return Strings(
+            f"{tar}/{key}" if again else key for key, tar, again in zip(plain, tars, repeats)
+        )
 
     def _at(self, place: int) -> tuple[int, int]:
         """(number of the tar, number of the sample in it)."""
@@ -122,10 +142,14 @@ class WebdatasetSource(Listed):
         found = []
         for suffix, where in members.items():
             if suffix == "txt" or suffix.endswith(".txt"):
-                text = texts.decoded(_bytes(*where), self._named_member(place, suffix), kind(suffix), self.faults)
+                text = texts.decoded(
+                    _bytes(*where), self._named_member(place, suffix), kind(suffix), self.faults
+                )
                 if text:
                     found.append({kind(suffix): (text,)})
-        return texts.merged(*found, texts.captions_of(side, self._named_member(place, "json"), self.faults))
+        return texts.merged(
+            *found, texts.captions_of(side, self._named_member(place, "json"), self.faults)
+        )
 
     def _label(self, place: int, side: dict[str, object]) -> int:
         tar, number = self._at(place)
@@ -136,7 +160,9 @@ class WebdatasetSource(Listed):
         members = self._members(place)
         side = self._json(place, members)
         image = _bytes(*members[_picture_of(members)])
-        return Sample(self._keys[place], image, self._captions(place, members, side), self._label(place, side))
+        return Sample(
+            self._keys[place], image, self._captions(place, members, side), self._label(place, side)
+        )
 
     def captions_at(self, index: int) -> tuple[str, dict[str, tuple[str, ...]]]:
         """(key, captions) of a sample, for whoever counts words: the picture is not read."""
@@ -170,7 +196,10 @@ def _bytes(tar: pathlib.Path, offset: int, size: int) -> bytes:
     except OSError as fault:
         raise UserError(f"{tar} cannot be read: {fault.strerror}") from None
     if len(data) != size:
-        raise UserError(f"{tar} has become shorter since it was opened: {size} bytes at {offset:,} are not there")
+        raise UserError(
+            f"{tar} has become shorter since it was opened: {size} bytes at {offset:,} are not "
+            "there"
+        )
     return data
 
 
@@ -187,23 +216,32 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        self._at = max(
+            0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        )
         return self._at
 
     def tell(self) -> int:
         return self._at
 
     def readinto(self, buffer) -> int:
-        data = os.pread(self._file.fileno(), max(0, min(len(buffer), self._size - self._at)), self._offset + self._at)
+        data = os.pread(
+            self._file.fileno(),
+            max(0, min(len(buffer), self._size - self._at)),
+            self._offset + self._at,
+        )
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
 
 
 def tars_of(pattern: str, faults: Faults) -> list[pathlib.Path]:
-    """The tars that a pattern means, in its order; those of a range that are not there are named."""
+    """The tars that a pattern means, in its order; those of a range that are not there are
+    named."""
     if re.match(r"[a-z0-9]+://|pipe:", pattern):
-        raise UserError(f"webdataset:{pattern}: tars are read at random, from a disk; copy them to one first")
+        raise UserError(
+            f"webdataset:{pattern}: tars are read at random, from a disk; copy them to one first"
+        )
     if pathlib.Path(pattern).is_dir():
         found = sorted(pathlib.Path(pattern).glob("*.tar"))
         if not found:
@@ -212,8 +250,14 @@ def tars_of(pattern: str, faults: Faults) -> list[pathlib.Path]:
     found = []
     for name in _braces(pattern):
         if re.search(r"\.(tgz|tar\.\w+)$", name):
-            raise UserError(f"webdataset:{name}: a compressed tar cannot be read at random: unpack it to .tar")
-        matches = sorted(glob.glob(name)) if any(c in name for c in "*?[") and not os.path.exists(name) else [name]
+            raise UserError(
+                f"webdataset:{name}: a compressed tar cannot be read at random: unpack it to .tar"
+            )
+        matches = (
+            sorted(glob.glob(name))
+            if any(c in name for c in "*?[") and not os.path.exists(name)
+            else [name]
+        )
         for path in map(pathlib.Path, matches):
             if path.is_file():
                 found.append(path)

@@ -13,11 +13,23 @@ from pixart_jax.errors import UserError, nearest
 
 NAMES = ("ddpm", "ddim", "dpm++", "sa", "lcm", "dmd")
 
-__all__ = ["DDIM", "DDPM", "DMD", "DPMSolver", "LCM", "NAMES", "Plan", "SASolver", "Solver", "by_name"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "DMD",
+    "DPMSolver",
+    "LCM",
+    "NAMES",
+    "Plan",
+    "SASolver",
+    "Solver",
+    "by_name",
+]
 
 
 def by_name(name: str, *, order: int = 2, eta: float = 0.0) -> Solver:
-    """The solver of that name with PixArt's settings. order is dpm++'s, eta ddim's; the others have neither."""
+    """The solver of that name with PixArt's settings. order is dpm++'s, eta ddim's; the others have
+    neither."""
     if name == "ddpm":
         return DDPM()
     if name == "ddim":

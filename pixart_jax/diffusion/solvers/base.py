@@ -1,11 +1,12 @@
 """What a solver is: a plan made on the host, and an update that the sampling scan repeats.
 
-A solver is a small frozen dataclass of its options. Everything that depends on the step list alone is computed once, on the
-host, in float64 (its ``Plan``) and scanned over; on the device each update is a short linear combination. Every solver sees
-the model through the x_0 that its prediction implies ((4), (5) of gaussian.py).
+A solver is a small frozen dataclass of its options. Everything that depends on the step list alone
+is computed once, on the host, in float64 (its ``Plan``) and scanned over; on the device each update
+is a short linear combination. Every solver sees the model through the x_0 that its prediction
+implies ((4), (5) of gaussian.py).
 
-The state is a tuple. Its first item is x, where the denoiser is evaluated next and, after the last step, the result; what
-follows is the solver's memory.
+The state is a tuple. Its first item is x, where the denoiser is evaluated next and, after the last
+step, the result; what follows is the solver's memory.
 """
 
 from __future__ import annotations
@@ -36,14 +37,25 @@ class Plan:
 class Solver(Protocol):
     """The parts of a solver that the sampling scan uses."""
 
-    def plan(self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool) -> Plan:
-        """The whole run from its step ``start`` on; start 0 is pure noise. stochastic False: the run adds no noise."""
+    def plan(
+        self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
+    ) -> Plan:
+        """The whole run from its step ``start`` on; start 0 is pure noise. stochastic False: the
+        run adds no noise."""
 
     def init(self, x: jax.Array) -> State:
         """The state before the first evaluation; x [b, …]."""
 
-    def update(self, state: State, x0: jax.Array, logits: jax.Array | None, c: dict[str, jax.Array], noise: jax.Array | None) -> State:
-        """One step. x0: implied at state[0]. logits: of the variance, if the model gives them. c: this step's coefficients.
+    def update(
+        self,
+        state: State,
+        x0: jax.Array,
+        logits: jax.Array | None,
+        c: dict[str, jax.Array],
+        noise: jax.Array | None,
+    ) -> State:
+        """One step. x0: implied at state[0]. logits: of the variance, if the model gives them. c:
+        this step's coefficients.
         noise: standard normal, like x, or None."""
 
 

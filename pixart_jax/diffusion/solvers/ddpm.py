@@ -1,4 +1,5 @@
-"""Ancestral sampling (DDPM, arXiv 2006.11239; respacing and learned range as Improved DDPM, arXiv 2102.09672)."""
+"""Ancestral sampling (DDPM, arXiv 2006.11239; respacing and learned range as Improved DDPM, arXiv
+2102.09672)."""
 
 from __future__ import annotations
 
@@ -16,13 +17,17 @@ from pixart_jax.diffusion.solvers.base import Plan, State, check_start
 
 @dataclasses.dataclass(frozen=True)
 class DDPM:
-    """Draws x_{t−1} from p(x_{t−1} | x_t): mean (7), variance (9) where the denoiser returns [b, …, 2c] (the prediction, then the
-    logits), else β̃_t (8). No noise at the last step; without a key, none at all. x_0 is not clipped.
+    """Draws x_{t−1} from p(x_{t−1} | x_t): mean (7), variance (9) where the denoiser returns [b, …,
+    2c] (the prediction, then the logits), else β̃_t (8). No noise at the last step; without a key,
+    none at all. x_0 is not clipped.
 
-    ``steps``: N, 'N', 'a,b,c' or 'ddimN' as respacing.kept_times reads it. Times are whole by construction.
+    ``steps``: N, 'N', 'a,b,c' or 'ddimN' as respacing.kept_times reads it. Times are whole by
+    construction.
     """
 
-    def plan(self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool) -> Plan:
+    def plan(
+        self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
+    ) -> Plan:
         kept = kept_times(schedule.timesteps, steps)
         check_start(start, len(kept))
         process = respaced(schedule, kept)
@@ -45,9 +50,20 @@ class DDPM:
     def init(self, x: jax.Array) -> State:
         return (x,)
 
-    def update(self, state: State, x0: jax.Array, logits: jax.Array | None, c: dict[str, jax.Array], noise: jax.Array | None) -> State:
+    def update(
+        self,
+        state: State,
+        x0: jax.Array,
+        logits: jax.Array | None,
+        c: dict[str, jax.Array],
+        noise: jax.Array | None,
+    ) -> State:
         mean = c["x0"] * x0 + c["x"] * state[0]
         if noise is None:
             return (mean,)
-        log_variance = c["log_small"] if logits is None else learned_log_variance(logits, c["log_small"], c["log_large"])
+        log_variance = (
+            c["log_small"]
+            if logits is None
+            else learned_log_variance(logits, c["log_small"], c["log_large"])
+        )
         return (mean + c["noise"] * jnp.exp(0.5 * log_variance) * noise,)

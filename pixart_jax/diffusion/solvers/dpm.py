@@ -1,12 +1,16 @@
 """DPM-Solver++, multistep, data prediction (arXiv 2211.01095): PixArt's default.
 
-From time s to t, with λ = log(α/σ), h = λ_t − λ_s and m_0, m_1, m_2 the implied x_0 at s and at the two evaluations before it:
+From time s to t, with λ = log(α/σ), h = λ_t − λ_s and m_0, m_1, m_2 the implied x_0 at s and at the
+two evaluations before it:
 
-    x_t = σ_t/σ_s x − α_t φ₁ m_0                                      φ₁ = e^{−h} − 1            (order 1: DDIM)
-          − ½ α_t φ₁ D                                                D = (m_0 − m_1) / r_0      (order 2, midpoint)
-    x_t = σ_t/σ_s x − α_t φ₁ m_0 + α_t φ₂ D₁ − α_t φ₃ D₂              φ₂ = φ₁/h + 1, φ₃ = φ₂/h − ½   (order 3)
-          D₁ = D_0 + r_0/(r_0 + r_1) (D_0 − D_1),   D₂ = (D_0 − D_1)/(r_0 + r_1)
-          D_0 = (m_0 − m_1)/r_0,   D_1 = (m_1 − m_2)/r_1,   r_i = h_i/h with h_0, h_1 the two steps before
+    x_t = σ_t/σ_s x − α_t φ₁ m_0                                      φ₁ = e^{−h} − 1
+    (order 1: DDIM)
+          − ½ α_t φ₁ D                                                D = (m_0 − m_1) / r_0
+          (order 2, midpoint)
+    x_t = σ_t/σ_s x − α_t φ₁ m_0 + α_t φ₂ D₁ − α_t φ₃ D₂              φ₂ = φ₁/h + 1, φ₃ = φ₂/h − ½
+    (order 3)
+          D₁ = D_0 + r_0/(r_0 + r_1) (D_0 − D_1),   D₂ = (D_0 − D_1)/(r_0 + r_1) D_0 = (m_0 −
+          m_1)/r_0,   D_1 = (m_1 − m_2)/r_1,   r_i = h_i/h with h_0, h_1 the two steps before
 
 All of it is linear in x and the m's with weights that depend on the times alone.
 """
@@ -20,14 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.diffusion.schedule import Schedule
-from pixart_jax.diffusion.solvers.base import Plan, State, check_start, combine, remember, step_count
+from pixart_jax.diffusion.solvers.base import (
+    Plan,
+    State,
+    check_start,
+    combine,
+    remember,
+    step_count,
+)
 from pixart_jax.errors import UserError, nearest
 
 SPACINGS = ("linspace", "leading", "trailing")
 
 
 def fractional_times(schedule: Schedule, steps: int) -> np.ndarray:
-    """[steps + 1] times in equal steps from T − 1 to 0, as the official samplers take them: 20 steps: 999, 949.05, … 0."""
+    """[steps + 1] times in equal steps from T − 1 to 0, as the official samplers take them: 20
+    steps: 999, 949.05, … 0."""
     return np.linspace(schedule.timesteps - 1, 0, steps + 1)
 
 
@@ -35,10 +47,11 @@ def fractional_times(schedule: Schedule, steps: int) -> np.ndarray:
 class DPMSolver:
     """order: 1, 2 or 3. The first steps, which have no past, are of the order they can be.
 
-    times='fractional', as the official code: x ends at time 0 (σ = 0.01); the order falls to 1 towards the end under 10 steps.
-    times='integer', as diffusers' DPMSolverMultistepScheduler (final σ 0): times are rounded and x ends at σ = 0, by a last step of
-    order 1; under 15 steps the order falls towards it. spacing, offset: how they are chosen, diffusers' timestep_spacing and
-    steps_offset; PixArt's folders have linspace and 0.
+    times='fractional', as the official code: x ends at time 0 (σ = 0.01); the order falls to 1
+    towards the end under 10 steps. times='integer', as diffusers' DPMSolverMultistepScheduler
+    (final σ 0): times are rounded and x ends at σ = 0, by a last step of order 1; under 15 steps
+    the order falls towards it. spacing, offset: how they are chosen, diffusers' timestep_spacing
+    and steps_offset; PixArt's folders have linspace and 0.
     """
 
     order: int = 2
@@ -49,9 +62,13 @@ class DPMSolver:
         if self.order not in (1, 2, 3):
             raise UserError(f"DPMSolver.order = {self.order!r}: must be 1, 2 or 3")
         if self.spacing not in SPACINGS:
-            raise UserError(f"DPMSolver.spacing = {self.spacing!r} is unknown{nearest(self.spacing, SPACINGS)}")
+            raise UserError(
+                f"DPMSolver.spacing = {self.spacing!r} is unknown{nearest(self.spacing, SPACINGS)}"
+            )
 
-    def plan(self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool) -> Plan:
+    def plan(
+        self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
+    ) -> Plan:
         count = step_count(steps)
         check_start(start, count)
         i = np.arange(count)
@@ -61,7 +78,9 @@ class DPMSolver:
             falls = count < 10
         elif times == "integer":
             if count > schedule.timesteps:
-                raise UserError(f"steps = {steps!r}: the schedule has {schedule.timesteps} integer times")
+                raise UserError(
+                    f"steps = {steps!r}: the schedule has {schedule.timesteps} integer times"
+                )
             t = self._integer_times(schedule.timesteps, count)
             log_alpha = np.append(schedule.log_alpha(t), 0.0)
             falls = count < 15
@@ -77,7 +96,9 @@ class DPMSolver:
         with np.errstate(divide="ignore"):
             lam = log_alpha - np.log(sigma)  # +inf at σ = 0
         of_x = sigma[1:] / sigma[:-1]
-        of_past = np.stack([self._weights(orders[k], lam[: k + 2]) * alpha[k + 1] for k in range(start, count)])
+        of_past = np.stack(
+            [self._weights(orders[k], lam[: k + 2]) * alpha[k + 1] for k in range(start, count)]
+        )
         return Plan(
             t=np.asarray(t[start:count]),
             alpha=alpha[start:count],
@@ -93,7 +114,8 @@ class DPMSolver:
         return np.arange(timesteps, 0, -timesteps / count).round()[:count] - 1
 
     def _weights(self, order: int, lam: np.ndarray) -> np.ndarray:
-        """Of m_0, m_1, … in x_t / α_t, [self.order], zero beyond ``order``; lam: λ up to and with the step's target."""
+        """Of m_0, m_1, … in x_t / α_t, [self.order], zero beyond ``order``; lam: λ up to and with
+        the step's target."""
         h = lam[-1] - lam[-2]
         phi1 = np.expm1(-h)
         m = np.eye(3)  # m[j] picks m_j out of the three
@@ -108,12 +130,21 @@ class DPMSolver:
             d1 = (m[1] - m[2]) / r1
             phi2 = phi1 / h + 1
             phi3 = phi2 / h - 0.5
-            weights = weights + phi2 * (d0 + r0 / (r0 + r1) * (d0 - d1)) - phi3 * (d0 - d1) / (r0 + r1)
+            weights = (
+                weights + phi2 * (d0 + r0 / (r0 + r1) * (d0 - d1)) - phi3 * (d0 - d1) / (r0 + r1)
+            )
         return weights[: self.order]
 
     def init(self, x: jax.Array) -> State:
         return (x, (jnp.zeros_like(x),) * (self.order - 1))
 
-    def update(self, state: State, x0: jax.Array, logits: jax.Array | None, c: dict[str, jax.Array], noise: jax.Array | None) -> State:
+    def update(
+        self,
+        state: State,
+        x0: jax.Array,
+        logits: jax.Array | None,
+        c: dict[str, jax.Array],
+        noise: jax.Array | None,
+    ) -> State:
         x, past = state
         return (c["x"] * x + combine(c["past"], (x0, *past)), remember(x0, past))

@@ -1,4 +1,5 @@
-"""Latent consistency models (arXiv 2310.04378; PixArt-δ, arXiv 2401.05252): a distilled model names the clean image at every time."""
+"""Latent consistency models (arXiv 2310.04378; PixArt-δ, arXiv 2401.05252): a distilled model names
+the clean image at every time."""
 
 from __future__ import annotations
 
@@ -17,14 +18,16 @@ _TIME_SCALE = 10.0  # of whole times, so that the boundary condition is nearly a
 
 @dataclasses.dataclass(frozen=True)
 class LCM:
-    """f = c_skip x + c_out x_0, then x at the next time is α' f + σ' z with fresh noise z; the last step ends at f.
+    """f = c_skip x + c_out x_0, then x at the next time is α' f + σ' z with fresh noise z; the last
+    step ends at f.
 
-    With s = 10 t: c_skip = ¼ / (s² + ¼), c_out = s / √(s² + ¼). Without a key no noise is added, which is right for one step
-    only. Guidance was distilled into the model: none is wanted here.
+    With s = 10 t: c_skip = ¼ / (s² + ¼), c_out = s / √(s² + ¼). Without a key no noise is added,
+    which is right for one step only. Guidance was distilled into the model: none is wanted here.
 
-    ``steps``: N of the ``origin`` times that the model was distilled on (49, 99 … for 20 of 1000). times: "fractional", every
-    ⌊origin / N⌋-th from the noisiest down (official: 999, 759, 519, 279 for 4), or "integer", spread over all of them
-    (diffusers: 999, 759, 499, 259). The times are whole either way.
+    ``steps``: N of the ``origin`` times that the model was distilled on (49, 99 … for 20 of 1000).
+    times: "fractional", every ⌊origin / N⌋-th from the noisiest down (official: 999, 759, 519, 279
+    for 4), or "integer", spread over all of them (diffusers: 999, 759, 499, 259). The times are
+    whole either way.
     """
 
     origin: int = 50
@@ -33,13 +36,22 @@ class LCM:
         if self.origin < 1:
             raise UserError(f"LCM.origin = {self.origin!r}: must be at least 1")
 
-    def plan(self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool) -> Plan:
+    def plan(
+        self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
+    ) -> Plan:
         count = step_count(steps)
         if count > self.origin or self.origin > schedule.timesteps:
-            raise UserError(f"steps = {steps!r}: lcm takes at most the {self.origin} steps that its model was distilled on")
+            raise UserError(
+                f"steps = {steps!r}: lcm takes at most the {self.origin} steps that its model was "
+                "distilled on"
+            )
         check_start(start, count)
         known = (np.arange(self.origin) + 1)[::-1] * (schedule.timesteps // self.origin) - 1
-        chosen = np.arange(count) * (self.origin // count) if times == "fractional" else np.floor(np.arange(count) * self.origin / count)
+        chosen = (
+            np.arange(count) * (self.origin // count)
+            if times == "fractional"
+            else np.floor(np.arange(count) * self.origin / count)
+        )
         t = known[chosen.astype(int)][start:]
         cumprod = schedule.alphas_cumprod[t]
         target = np.append(cumprod[1:], 1.0)
@@ -60,6 +72,13 @@ class LCM:
     def init(self, x: jax.Array) -> State:
         return (x,)
 
-    def update(self, state: State, x0: jax.Array, logits: jax.Array | None, c: dict[str, jax.Array], noise: jax.Array | None) -> State:
+    def update(
+        self,
+        state: State,
+        x0: jax.Array,
+        logits: jax.Array | None,
+        c: dict[str, jax.Array],
+        noise: jax.Array | None,
+    ) -> State:
         x = c["x"] * state[0] + c["x0"] * x0
         return (x if noise is None else x + c["noise"] * noise,)

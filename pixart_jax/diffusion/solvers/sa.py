@@ -1,17 +1,21 @@
 """SA-Solver: a stochastic Adams predictor–corrector, data prediction (arXiv 2309.05019).
 
-From s to t with h = λ_t − λ_s, τ constant over the step, a = 1 + τ², z ~ N(0, I) and L_j the Lagrange polynomials over the λ of
-the evaluations used (the predictor's: at s and before; the corrector's: at t and before), paper eq. 14 and 17:
+From s to t with h = λ_t − λ_s, τ constant over the step, a = 1 + τ², z ~ N(0, I) and L_j the
+Lagrange polynomials over the λ of the evaluations used (the predictor's: at s and before; the
+corrector's: at t and before), paper eq. 14 and 17:
 
-    x_t = e^{−τ²h} σ_t/σ_s x_s + Σ_j b_j m_j + σ_t √(1 − e^{−2τ²h}) z                                  (S1)
-    b_j = a σ_t e^{−τ²λ_t} ∫_{λ_s}^{λ_t} e^{aλ} L_j(λ) dλ = a α_t ∫_{−h}^{0} e^{au} L_j(λ_t + u) du     (S2)
+    x_t = e^{−τ²h} σ_t/σ_s x_s + Σ_j b_j m_j + σ_t √(1 − e^{−2τ²h}) z
+    (S1) b_j = a σ_t e^{−τ²λ_t} ∫_{λ_s}^{λ_t} e^{aλ} L_j(λ) dλ = a α_t ∫_{−h}^{0} e^{au} L_j(λ_t +
+    u) du     (S2)
 
-For two nodes λ_0, λ_1 the published few-step variant (paper, appendix D) moves weight, δ to the first and −δ to the second:
+For two nodes λ_0, λ_1 the published few-step variant (paper, appendix D) moves weight, δ to the
+first and −δ to the second:
 
-    δ = a α_t (h²/2 − (ah − 1 + e^{−ah}) / a²) / (λ_0 − λ_1)                                           (S3)
+    δ = a α_t (h²/2 − (ah − 1 + e^{−ah}) / a²) / (λ_0 − λ_1)
+    (S3)
 
-PEC: one evaluation a step. The model is evaluated at the predicted point, the step is redone with that evaluation and the
-same z, and the next prediction starts from the corrected point.
+PEC: one evaluation a step. The model is evaluated at the predicted point, the step is redone with
+that evaluation and the same z, and the next prediction starts from the corrected point.
 """
 
 from __future__ import annotations
@@ -23,7 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.diffusion.schedule import Schedule
-from pixart_jax.diffusion.solvers.base import Plan, State, check_start, combine, remember, step_count
+from pixart_jax.diffusion.solvers.base import (
+    Plan,
+    State,
+    check_start,
+    combine,
+    remember,
+    step_count,
+)
 from pixart_jax.diffusion.solvers.dpm import fractional_times
 from pixart_jax.errors import UserError
 
@@ -32,9 +43,11 @@ from pixart_jax.errors import UserError
 class SASolver:
     """The defaults are PixArt's published settings (with 25 steps and guidance 3).
 
-    predictor_order, corrector_order: 1 to 4; the first and the last steps are of the order they can be.
-    tau: how much noise, 0 is an ODE solver; it holds where the step's target time lies in tau_interval, a share of T, and is 0 elsewhere,
-    at the last step, and without a key. Times are fractional.
+    predictor_order, corrector_order: 1 to 4; the first and the last steps are of the order they can
+    be.
+    tau: how much noise, 0 is an ODE solver; it holds where the step's target time lies in
+    tau_interval, a share of T, and is 0 elsewhere, at the last step, and without a key. Times are
+    fractional.
     """
 
     predictor_order: int = 2
@@ -49,7 +62,9 @@ class SASolver:
         if self.tau < 0:
             raise UserError(f"SASolver.tau = {self.tau!r}: must not be negative")
 
-    def plan(self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool) -> Plan:
+    def plan(
+        self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
+    ) -> Plan:
         if times != "fractional":
             raise UserError(f"solver 'sa' has times='fractional' only, got {times!r}")
         count = step_count(steps)
@@ -65,27 +80,44 @@ class SASolver:
 
         left = count - start
         width = max(self.predictor_order, self.corrector_order)
-        # Evaluation k, at node k, corrects the step k − 1 → k (none at k = 0) and predicts k → k + 1.
+        # Evaluation k, at node k, corrects the step k − 1 → k (none at k = 0) and predicts k → k +
+        # 1.
         correct = {"x": np.ones(left), "past": np.zeros((left, width)), "noise": np.zeros(left)}
         predict = {"x": np.ones(left), "past": np.zeros((left, width)), "noise": np.zeros(left)}
         warm_up = max(self.predictor_order, self.corrector_order - 1)
         for k in range(left):
             target = k + 1
-            order = min(self.predictor_order, target, left - target + 1 if target >= warm_up else target)
+            order = min(
+                self.predictor_order, target, left - target + 1 if target >= warm_up else target
+            )
             _fill(predict, k, order, k, k + 1, k, tau[k + 1], alpha, sigma, lam)
             if k > 0:
                 order = min(self.corrector_order, k + 1, left - k + 2 if k >= warm_up else k + 1)
                 _fill(correct, k, order, k - 1, k, k, tau[k], alpha, sigma, lam)
         coefficients = {f"correct_{name}": table for name, table in correct.items()}
         coefficients |= {f"predict_{name}": table for name, table in predict.items()}
-        return Plan(t=t[:-1], alpha=alpha[:-1], sigma=sigma[:-1], coefficients=coefficients, noisy=stochastic and bool((tau > 0).any()))
+        return Plan(
+            t=t[:-1],
+            alpha=alpha[:-1],
+            sigma=sigma[:-1],
+            coefficients=coefficients,
+            noisy=stochastic and bool((tau > 0).any()),
+        )
 
     def init(self, x: jax.Array) -> State:
         nothing = jnp.zeros_like(x)
         return (x, x, nothing, (nothing,) * (max(self.predictor_order, self.corrector_order) - 1))
 
-    def update(self, state: State, x0: jax.Array, logits: jax.Array | None, c: dict[str, jax.Array], noise: jax.Array | None) -> State:
-        _, x, step_noise, past = state  # the corrected point one step back, and the noise of the step since
+    def update(
+        self,
+        state: State,
+        x0: jax.Array,
+        logits: jax.Array | None,
+        c: dict[str, jax.Array],
+        noise: jax.Array | None,
+    ) -> State:
+        # the corrected point one step back, and the noise of the step since
+        _, x, step_noise, past = state
         known = (x0, *past)
         x = c["correct_x"] * x + combine(c["correct_past"], known) + c["correct_noise"] * step_noise
         predicted = c["predict_x"] * x + combine(c["predict_past"], known)
@@ -95,13 +127,17 @@ class SASolver:
 
 
 def _fill(tables, row, order, s, t, newest, tau, alpha, sigma, lam) -> None:
-    """(S1) from node s to node t, with the evaluations at nodes newest, newest − 1, …, into ``row`` of the tables."""
+    """(S1) from node s to node t, with the evaluations at nodes newest, newest − 1, …, into ``row``
+    of the tables."""
     h = lam[t] - lam[s]
     a = 1 + tau**2
     nodes = lam[newest - np.arange(order)]
     weights = a * alpha[t] * _integrals(a, h, nodes - lam[t])
     if order == 2:
-        shift = a * alpha[t] * (h**2 / 2 - (a * h + np.expm1(-a * h)) / a**2) / (nodes[0] - nodes[1])  # (S3)
+        # (S3)
+        shift = (
+            a * alpha[t] * (h**2 / 2 - (a * h + np.expm1(-a * h)) / a**2) / (nodes[0] - nodes[1])
+        )
         weights += np.array([shift, -shift])
     tables["x"][row] = np.exp(-(tau**2) * h) * sigma[t] / sigma[s]
     tables["past"][row, :order] = weights

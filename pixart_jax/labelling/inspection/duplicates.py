@@ -1,7 +1,9 @@
-"""Pictures that are the same to the eye: a perceptual hash of each, and groups of hashes that differ in few bits.
+"""Pictures that are the same to the eye: a perceptual hash of each, and groups of hashes that
+differ in few bits.
 
-The hash is ImageHash's phash: signs of the lowest 8×8 frequencies of the picture at 32×32 gray, 64 bits. Resizing, recompression and
-small changes of tone leave it nearly as it was; two different photographs differ in about 32 bits.
+The hash is ImageHash's phash: signs of the lowest 8×8 frequencies of the picture at 32×32 gray, 64
+bits. Resizing, recompression and small changes of tone leave it nearly as it was; two different
+photographs differ in about 32 bits.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ def perceptual_hash(pixels: np.ndarray) -> np.uint64:
 
 
 def groups(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
-    """Indices of hashes that lie together, largest group first; pictures without a like are in none.
+    """Indices of hashes that lie together, largest group first; pictures without a like are in
+    none.
 
-    hashes: uint64 [n]. distance: two hashes that differ in at most so many bits are linked, and links chain. Exact, and without
+    hashes: uint64 [n]. distance: two hashes that differ in at most so many bits are linked, and
+    links chain. Exact, and without
     comparing all pairs: of distance + 1 bands of bits, two such hashes share at least one.
     """
     kinds, which = np.unique(hashes, return_inverse=True)  # equal ones are one node, however many
@@ -41,10 +45,16 @@ def groups(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
         order = np.argsort(band, kind="stable")
         for block in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
             for at, i in enumerate(block[:-1]):
-                near = block[at + 1 :][np.bitwise_count(kinds[block[at + 1 :]] ^ kinds[i]) <= distance]
+                near = block[at + 1 :][
+                    np.bitwise_count(kinds[block[at + 1 :]] ^ kinds[i]) <= distance
+                ]
                 for j in near:
                     parent[root(int(j))] = root(int(i))
     roots = np.array([root(i) for i in range(len(kinds))])[which.reshape(-1)]
     order = np.argsort(roots, kind="stable")
-    found = [block for block in np.split(order, np.flatnonzero(np.diff(roots[order])) + 1) if len(block) > 1]
+    found = [
+        block
+        for block in np.split(order, np.flatnonzero(np.diff(roots[order])) + 1)
+        if len(block) > 1
+    ]
     return sorted(found, key=lambda block: (-len(block), block[0]))

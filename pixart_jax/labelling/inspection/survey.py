@@ -1,4 +1,5 @@
-"""One pass over a source: figures of every sample looked at, and the few pictures that are shown."""
+"""One pass over a source: figures of every sample looked at, and the few pictures that are
+shown."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ _LONGEST = 4096  # tokens; longer texts are counted as this long
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """buckets: (height, width) in px. shown: pictures a bucket on the page. distance: bits of the perceptual hash that duplicates
-    may differ in; None looks for none. looked_at: so many samples, drawn by ``seed``; None: all. thumbnail: longer side in px."""
+    """buckets: (height, width) in px. shown: pictures a bucket on the page. distance: bits of the
+    perceptual hash that duplicates may differ in; None looks for none. looked_at: so many samples,
+    drawn by ``seed``; None: all. thumbnail: longer side in px."""
 
     buckets: tuple[tuple[int, int], ...]
     max_text_tokens: int = 120
@@ -44,7 +46,8 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture on the page, cropped as training would crop it. jpeg: its bytes; size: (height, width) in px of the original."""
+    """A picture on the page, cropped as training would crop it. jpeg: its bytes; size: (height,
+    width) in px of the original."""
 
     key: str
     jpeg: bytes
@@ -54,7 +57,8 @@ class Shown:
 
 @dataclasses.dataclass
 class Texts:
-    """Captions of one kind. words, tokens: length → how many texts; cut: texts longer than the cap."""
+    """Captions of one kind. words, tokens: length → how many texts; cut: texts longer than the
+    cap."""
 
     samples: int = 0
     texts: int = 0
@@ -67,7 +71,8 @@ class Texts:
 
 @dataclasses.dataclass
 class Survey:
-    """What was found. of: samples of the source; enlarged: pictures smaller than their bucket; groups: duplicates, as keys."""
+    """What was found. of: samples of the source; enlarged: pictures smaller than their bucket;
+    groups: duplicates, as keys."""
 
     source: str
     of: int
@@ -97,15 +102,28 @@ class _Look:
     trouble: str | None = None
 
 
-def survey(source: Source, options: Options, tokenizer=None, *, faults: Faults | None = None, progress: bool = True) -> Survey:
-    """Look at a source's samples. tokenizer: counts the tokens of captions, cleaned as training cleans them; None counts words alone."""
+def survey(
+    source: Source,
+    options: Options,
+    tokenizer=None,
+    *,
+    faults: Faults | None = None,
+    progress: bool = True,
+) -> Survey:
+    """Look at a source's samples. tokenizer: counts the tokens of captions, cleaned as training
+    cleans them; None counts words alone."""
     found = Survey(source.name, len(source), faults=faults if faults is not None else Faults())
     found.buckets = dict.fromkeys(options.buckets, 0)
     indices = np.arange(len(source))
     if options.looked_at is not None and options.looked_at < len(source):
-        indices = np.sort(np.random.default_rng(options.seed).choice(len(source), options.looked_at, replace=False))
+        indices = np.sort(
+            np.random.default_rng(options.seed).choice(
+                len(source), options.looked_at, replace=False
+            )
+        )
     found.looked_at = len(indices)
-    chosen: dict[int, list] = {number: [] for number in range(len(options.buckets))}  # heaps of (−priority, place, look)
+    # heaps of (−priority, place, look)
+    chosen: dict[int, list] = {number: [] for number in range(len(options.buckets))}
     hashes, where, sizes = [], [], []
     seen: dict[str, set[int]] = {}
     bar = tqdm(total=len(indices), unit=" samples", desc="looking", disable=not progress)
@@ -124,7 +142,9 @@ def survey(source: Source, options: Options, tokenizer=None, *, faults: Faults |
                 sizes.append(look.size)
                 hashes.append(look.hash)
                 where.append(int(index))
-                heapq.heappush(chosen[look.bucket], (-_priority(look.key, options.seed), int(index), look))
+                heapq.heappush(
+                    chosen[look.bucket], (-_priority(look.key, options.seed), int(index), look)
+                )
                 if len(chosen[look.bucket]) > options.shown:
                     heapq.heappop(chosen[look.bucket])
             _read(found, looks, tokenizer, options.max_text_tokens, seen)
@@ -132,12 +152,16 @@ def survey(source: Source, options: Options, tokenizer=None, *, faults: Faults |
     found.sizes = np.array(sizes, np.int32).reshape(-1, 2)
     for number, heap in chosen.items():
         if heap:
-            found.shown[options.buckets[number]] = [_shown(look) for _, _, look in sorted(heap, key=lambda item: item[1])]
+            found.shown[options.buckets[number]] = [
+                _shown(look) for _, _, look in sorted(heap, key=lambda item: item[1])
+            ]
     if options.distance is not None and hashes:
         for group in duplicates.groups(np.array(hashes, np.uint64), options.distance):
             found.groups.append([source[where[i]].key for i in group[:100]])
             if len(found.group_pictures) < 50:
-                found.group_pictures.append([_shown(_look(source, where[i], options)) for i in group[:6]])
+                found.group_pictures.append(
+                    [_shown(_look(source, where[i], options)) for i in group[:6]]
+                )
     return found
 
 
@@ -154,7 +178,10 @@ def _look(source: Source, index: int, options: Options) -> _Look:
     scale = min(1.0, options.thumbnail / max(bucket))
     small = Image.fromarray(fitted)
     if scale < 1:
-        small = small.resize((max(1, round(bucket[1] * scale)), max(1, round(bucket[0] * scale))), Image.Resampling.LANCZOS)
+        small = small.resize(
+            (max(1, round(bucket[1] * scale)), max(1, round(bucket[0] * scale))),
+            Image.Resampling.LANCZOS,
+        )
     jpeg = io.BytesIO()
     small.save(jpeg, "JPEG", quality=85)
     hashed = duplicates.perceptual_hash(pixels) if options.distance is not None else np.uint64(0)
@@ -166,11 +193,16 @@ def _shown(look: _Look) -> Shown:
 
 
 def _priority(key: str, seed: int) -> int:
-    """Which pictures are shown: the same ones whatever the order, the number of threads or what else is in the set."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode("utf-8", "replace"), digest_size=8).digest())
+    """Which pictures are shown: the same ones whatever the order, the number of threads or what
+    else is in the set."""
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {key}".encode("utf-8", "replace"), digest_size=8).digest()
+    )
 
 
-def _read(found: Survey, looks: Sequence[_Look], tokenizer, most: int, seen: dict[str, set[int]]) -> None:
+def _read(
+    found: Survey, looks: Sequence[_Look], tokenizer, most: int, seen: dict[str, set[int]]
+) -> None:
     """Count the captions of a chunk."""
     for kind in dict.fromkeys(kind for look in looks for kind in look.captions):
         kept = found.texts.setdefault(kind, Texts())
@@ -182,10 +214,14 @@ def _read(found: Survey, looks: Sequence[_Look], tokenizer, most: int, seen: dic
         for text in texts:
             kept.words[len(text.split())] += 1
             kept.empty += not text.strip()
-            mark = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
+            mark = int.from_bytes(
+                hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+            )
             kept.repeated += mark in known
             known.add(mark)
         if tokenizer is not None and texts:
-            lengths = [len(ids) for ids in tokenize(tokenizer, [clean(text) for text in texts], _LONGEST)]
+            lengths = [
+                len(ids) for ids in tokenize(tokenizer, [clean(text) for text in texts], _LONGEST)
+            ]
             kept.tokens.update(lengths)
             kept.cut += sum(length > most for length in lengths)

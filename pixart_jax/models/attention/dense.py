@@ -1,4 +1,5 @@
-"""Attention as two matrix products and a softmax, on any platform, for any shape: what every other backend is measured against."""
+"""Attention as two matrix products and a softmax, on any platform, for any shape: what every other
+backend is measured against."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from pixart_jax.models.remat import ATTENTION_OUT
 _MASKED = -1e30
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, bias: jax.Array | None, scale: float) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
+) -> jax.Array:
     """Arguments and result as of attention(). The logits [b, k, n, m] go through memory in fp32."""
     logits = jnp.einsum("bnkh,bmkh->bknm", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
@@ -22,10 +30,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, 
     else:
         valid = (jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None, :]  # [b, 1, 1, m]
         weights = jax.nn.softmax(jnp.where(valid, logits, _MASKED), axis=-1)
-        weights = jnp.where(valid, weights, 0.0)  # no keys at all: the answer is zero, not the mean of the padding
+        # no keys at all: the answer is zero, not the mean of the padding
+        weights = jnp.where(valid, weights, 0.0)
     return marked(jnp.einsum("bknm,bmkh->bnkh", weights.astype(v.dtype), v))
 
 
 def marked(out: jax.Array) -> jax.Array:
-    """out [b, n, k, h] under its name for remat, with the heads fused: TPU memory would pad a last axis of one head's width to 128."""
+    """out [b, n, k, h] under its name for remat, with the heads fused: TPU memory would pad a last
+    axis of one head's width to 128."""
     return checkpoint_name(out.reshape(*out.shape[:2], -1), ATTENTION_OUT).reshape(out.shape)

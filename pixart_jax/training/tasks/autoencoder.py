@@ -1,4 +1,5 @@
-"""Task 'autoencoder': the VAE learns to reconstruct images, with a light pull of its posterior to the unit Gaussian."""
+"""Task 'autoencoder': the VAE learns to reconstruct images, with a light pull of its posterior to
+the unit Gaussian."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Autoencoder:
         return params
 
     def losses(self, params, batch, keys) -> dict[str, jax.Array]:
-        """loss = l1 · L1 + l2 · L2 + kl · KL, each a mean over pixels or latent values; one value a sample, [b]."""
+        """loss = l1 · L1 + l2 · L2 + kl · KL, each a mean over pixels or latent values; one value a
+        sample, [b]."""
         images = batch["images"]
         mean, log_variance = self.module.apply({"params": params}, images, method="moments")
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
@@ -43,7 +45,11 @@ class Autoencoder:
         error = self.module.apply({"params": params}, latents, method="decode") - images
         l1, l2 = _mean(jnp.abs(error)), _mean(jnp.square(error))
         kl = 0.5 * _mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
-        loss = self.objective.l1_weight * l1 + self.objective.l2_weight * l2 + self.objective.kl_weight * kl
+        loss = (
+            self.objective.l1_weight * l1
+            + self.objective.l2_weight * l2
+            + self.objective.kl_weight * kl
+        )
         return {"loss": loss, "l1": l1, "mse": l2, "kl": kl}
 
     def preview(self, params, batch, settings) -> tuple[list[np.ndarray], list[str]]:
@@ -55,19 +61,33 @@ class Autoencoder:
         return pairs, ["image", "reconstruction"] * len(images)
 
     def export(self, params, folder: Path, batches) -> None:
-        """folder/vae, its scaling factor one over the deviation of the latents (arXiv 2112.10752, appendix G)."""
-        encode = jax.jit(lambda params, images: self.module.apply({"params": params}, images, method="encode"))
-        drawn = [encode(params, np.asarray(batches(step)["images"], np.float32)) for step in range(_CALIBRATION)]
-        deviation = np.sqrt(np.mean([float(jnp.mean(jnp.square(mean) + jnp.square(std))) for mean, std in drawn]))
-        config = dataclasses.replace(self.module.config, scaling_factor=round(1 / float(deviation), 5))
+        """folder/vae, its scaling factor one over the deviation of the latents (arXiv 2112.10752,
+        appendix G)."""
+        encode = jax.jit(
+            lambda params, images: self.module.apply({"params": params}, images, method="encode")
+        )
+        drawn = [
+            encode(params, np.asarray(batches(step)["images"], np.float32))
+            for step in range(_CALIBRATION)
+        ]
+        deviation = np.sqrt(
+            np.mean([float(jnp.mean(jnp.square(mean) + jnp.square(std))) for mean, std in drawn])
+        )
+        config = dataclasses.replace(
+            self.module.config, scaling_factor=round(1 / float(deviation), 5)
+        )
         VAE(config, params).save(folder / "vae")
 
 
 def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> Autoencoder:
     if config.vae_model is None:
-        raise UserError(f"stage {stage.name}: task autoencoder needs the config's vae_model, the sizes to train")
+        raise UserError(
+            f"stage {stage.name}: task autoencoder needs the config's vae_model, the sizes to train"
+        )
     height, width = stage.data.buckets[0]
-    return Autoencoder(AutoencoderKL(config.vae_model, dtype=dtype), stage.autoencoder, (height, width))
+    return Autoencoder(
+        AutoencoderKL(config.vae_model, dtype=dtype), stage.autoencoder, (height, width)
+    )
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Task 'class_conditional': the DiT learns what pictures are made of, under their class (stage 1)."""
+"""Task 'class_conditional': the DiT learns what pictures are made of, under their class (stage
+1)."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ class ClassConditional:
         """Fresh boxed parameters; also for jax.eval_shape."""
         c = self.module.config
         return self.module.init(
-            key, jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+            key,
+            jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)),
+            jnp.zeros((1,)),
+            jnp.zeros((1,), jnp.int32),
         )["params"]
 
     def adjust(self, params):
@@ -60,10 +64,19 @@ class ClassConditional:
         labels = np.where(labels < 0, none, labels)
         shape = np.shape(batch["mean"])[1:]
         latents = _draw(
-            self.module, self.denoising, settings.steps, settings.guidance, shape, params, labels, jax.random.key(settings.seed)
+            self.module,
+            self.denoising,
+            settings.steps,
+            settings.guidance,
+            shape,
+            params,
+            labels,
+            jax.random.key(settings.seed),
         )
         images = on_host(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
-        return list(np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)), [f"class {n}" for n in labels]
+        return list(np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)), [
+            f"class {n}" for n in labels
+        ]
 
     def component(self, params):
         """The DiT bound to parameters, as load_component gives one."""
@@ -78,16 +91,33 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -
     model = placed(config.model, stage)
     geometry = {field.name: getattr(model, field.name) for field in dataclasses.fields(Geometry)}
     if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
-        raise UserError(f"model.out_channels = {model.out_channels}: a learned range needs {2 * model.in_channels}")
+        raise UserError(
+            f"model.out_channels = {model.out_channels}: a learned range needs "
+            f"{2 * model.in_channels}"
+        )
     sizes = DiTConfig(**geometry, num_classes=config.num_classes)
-    module = DiT(sizes, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention)
+    module = DiT(
+        sizes, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention
+    )
     return ClassConditional(module, Denoising(stage.objective, frozen.scaling_factor), frozen)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _draw(module: DiT, denoising: Denoising, steps: int, guidance: float, shape: tuple[int, ...], params, labels, key) -> jax.Array:
-    """Latents [b, *shape] of labels [b]; one executable a stage and size, however often it is called."""
-    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(jnp.arange(len(labels)))
+def _draw(
+    module: DiT,
+    denoising: Denoising,
+    steps: int,
+    guidance: float,
+    shape: tuple[int, ...],
+    params,
+    labels,
+    key,
+) -> jax.Array:
+    """Latents [b, *shape] of labels [b]; one executable a stage and size, however often it is
+    called."""
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(
+        jnp.arange(len(labels))
+    )
     doubled = jnp.concatenate([jnp.full_like(labels, module.config.num_classes), labels])
 
     def both(x, t):
@@ -97,4 +127,10 @@ def _draw(module: DiT, denoising: Denoising, steps: int, guidance: float, shape:
         return module.apply({"params": params}, x, t, labels)
 
     denoiser = diffusion.guided(both, guidance, conditional=alone)
-    return diffusion.sample(denoiser, noise, steps=steps, schedule=denoising.schedule, prediction=denoising.objective.prediction)
+    return diffusion.sample(
+        denoiser,
+        noise,
+        steps=steps,
+        schedule=denoising.schedule,
+        prediction=denoising.objective.prediction,
+    )

@@ -1,4 +1,5 @@
-"""What both diffusion tasks share: latents from the stored posterior, noise, times, and the loss of a denoiser's output."""
+"""What both diffusion tasks share: latents from the stored posterior, noise, times, and the loss of
+a denoiser's output."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Denoising:
 
     @property
     def schedule(self) -> diffusion.Schedule:
-        return schedule.linear(self.objective.timesteps, self.objective.beta_start, self.objective.beta_end)
+        return schedule.linear(
+            self.objective.timesteps, self.objective.beta_start, self.objective.beta_end
+        )
 
     @property
     def scheduler(self) -> SchedulerConfig:
@@ -41,16 +44,23 @@ class Denoising:
         return SchedulerConfig(o.prediction, o.timesteps, o.beta_start, o.beta_end)
 
     def prepare(self, batch: dict[str, jax.Array], keys: jax.Array) -> Noised:
-        """batch: mean, std fp32 [b, h, w, c] of the unscaled posterior. keys: [b]; each sample's draws come from its own key alone.
+        """batch: mean, std fp32 [b, h, w, c] of the unscaled posterior. keys: [b]; each sample's
+        draws come from its own key alone.
 
-        The posterior is sampled anew each time a picture is seen, t is uniform, and a share condition_dropout is marked.
+        The posterior is sampled anew each time a picture is seen, t is uniform, and a share
+        condition_dropout is marked.
         """
 
         def draw(mean, std, key):
             posterior, time, noise, drop = jax.random.split(key, 4)
             x0 = (mean + std * jax.random.normal(posterior, mean.shape)) * self.scaling_factor
             t = jax.random.randint(time, (), 0, self.objective.timesteps)
-            return x0, t, jax.random.normal(noise, mean.shape), jax.random.bernoulli(drop, self.objective.condition_dropout)
+            return (
+                x0,
+                t,
+                jax.random.normal(noise, mean.shape),
+                jax.random.bernoulli(drop, self.objective.condition_dropout),
+            )
 
         x0, t, noise, dropped = jax.vmap(draw)(batch["mean"], batch["std"], keys)
         return Noised(diffusion.add_noise(x0, noise, t, self.schedule), t, x0, noise, dropped)

@@ -1,4 +1,5 @@
-"""Task 'text_to_image': the PixArt transformer learns to denoise latents under captions (stages 2 and 3)."""
+"""Task 'text_to_image': the PixArt transformer learns to denoise latents under captions (stages 2
+and 3)."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ _PREVIEWS = 8  # pictures of a sheet where the config names no prompts
 class TextToImage:
     """Batches as data.encoded makes them: mean, std, text_states, text_lengths, size, aspect_ratio.
 
-    null_length: 0 where a dropped caption keeps its own length under the null caption (official); else the length of the
-    states of "", which are then the null caption. sampling: what the exported folder says of itself.
+    null_length: 0 where a dropped caption keeps its own length under the null caption (official);
+    else the length of the states of "", which are then the null caption. sampling: what the
+    exported folder says of itself.
     """
 
     module: PixArtTransformer
@@ -43,10 +45,13 @@ class TextToImage:
         c = self.module.config
         latents = jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels))
         text = jnp.zeros((1, 1, c.caption_width)), jnp.ones((1,), jnp.int32)
-        return self.module.init(key, latents, jnp.zeros((1,)), *text, jnp.ones((1, 2)), jnp.ones((1,)))["params"]
+        return self.module.init(
+            key, latents, jnp.zeros((1,)), *text, jnp.ones((1, 2)), jnp.ones((1,))
+        )["params"]
 
     def adjust(self, params):
-        """Before the first step of a stage: the null caption is the states of "" where the config says so."""
+        """Before the first step of a stage: the null caption is the states of "" where the config
+        says so."""
         if not self.null_length:
             return params
         null = np.zeros(params["null_caption"].shape, np.float32)
@@ -64,15 +69,25 @@ class TextToImage:
             lengths = jnp.where(made.dropped, self.null_length, lengths)
         params = Transformer.computed(params, self.module.dtype)
         output = self.module.apply(
-            {"params": params}, made.x_t, made.t.astype(jnp.float32), states, lengths, batch["size"], batch["aspect_ratio"]
+            {"params": params},
+            made.x_t,
+            made.t.astype(jnp.float32),
+            states,
+            lengths,
+            batch["size"],
+            batch["aspect_ratio"],
         )
         return self.denoising.losses(output, made)
 
     def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
-        """A picture a prompt of the settings, at the batch's size; without prompts, under the batch's own captions."""
+        """A picture a prompt of the settings, at the batch's size; without prompts, under the
+        batch's own captions."""
         most = self.module.config.text_tokens
         if settings.prompts:
-            texts, captions = self.frozen.text_states(settings.prompts, most), list(settings.prompts)
+            texts, captions = (
+                self.frozen.text_states(settings.prompts, most),
+                list(settings.prompts),
+            )
         else:
             rows = zip(batch["text_states"], batch["text_lengths"], strict=True)
             texts, captions = (
@@ -83,13 +98,24 @@ class TextToImage:
         length = -(-max(len(t) for t in [*texts, empty]) // 8) * 8
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         mesh = None if mesh.size == 1 else mesh
-        count = len(texts) if mesh is None else -(-len(texts) // batch_shards(mesh)) * batch_shards(mesh)
+        count = (
+            len(texts)
+            if mesh is None
+            else -(-len(texts) // batch_shards(mesh)) * batch_shards(mesh)
+        )
         texts += [texts[-1]] * (count - len(texts))
-        pipeline = Pipeline(self.component(params), None, self.frozen.vae, None, self.denoising.scheduler, mesh=mesh)
+        pipeline = Pipeline(
+            self.component(params), None, self.frozen.vae, None, self.denoising.scheduler, mesh=mesh
+        )
         height, width = (n * pipeline.factor for n in np.shape(batch["mean"])[1:3])
         noise, keys = pipeline.noise(settings.seed, range(count), height, width)
         latents = pipeline.denoise(
-            *_padded(texts, length), noise, *_padded([empty] * count, length), steps=settings.steps, guidance=settings.guidance, keys=keys
+            *_padded(texts, length),
+            noise,
+            *_padded([empty] * count, length),
+            steps=settings.steps,
+            guidance=settings.guidance,
+            keys=keys,
         )
         return list(on_host(pipeline.decode(latents)))[: len(captions)], captions
 
@@ -99,7 +125,9 @@ class TextToImage:
 
     def export(self, params, folder: Path, batches) -> None:
         """The whole model, as diffusers and Pipeline.from_pretrained open it."""
-        write_model(folder, self.component(params), self.denoising.scheduler, self.sampling, self.frozen)
+        write_model(
+            folder, self.component(params), self.denoising.scheduler, self.sampling, self.frozen
+        )
 
 
 def _padded(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,17 +141,36 @@ def _padded(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarra
 def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -> TextToImage:
     model = config.model
     if stage.data.max_text_tokens > model.text_tokens:
-        raise UserError(f"stage {stage.name}: max_text_tokens = {stage.data.max_text_tokens}: the model reads at most {model.text_tokens}")
+        raise UserError(
+            f"stage {stage.name}: max_text_tokens = {stage.data.max_text_tokens}: the model reads "
+            f"at most {model.text_tokens}"
+        )
     if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
-        raise UserError(f"model.out_channels = {model.out_channels}: a learned range needs {2 * model.in_channels}")
+        raise UserError(
+            f"model.out_channels = {model.out_channels}: a learned range needs "
+            f"{2 * model.in_channels}"
+        )
     model = placed(model, stage)
-    null_length = len(frozen.text_states([""], model.text_tokens)[0]) if stage.objective.null_condition == "empty" else 0
-    module = PixArtTransformer(model, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention)
+    null_length = (
+        len(frozen.text_states([""], model.text_tokens)[0])
+        if stage.objective.null_condition == "empty"
+        else 0
+    )
+    module = PixArtTransformer(
+        model, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention
+    )
     sampling = SamplingConfig(config.preview.guidance)
-    return TextToImage(module, Denoising(stage.objective, frozen.scaling_factor), frozen, null_length, sampling)
+    return TextToImage(
+        module, Denoising(stage.objective, frozen.scaling_factor), frozen, null_length, sampling
+    )
 
 
 def placed(model, stage: StageConfig):
-    """The model's config with the stage's positions: they are computed, so a change of resolution needs nothing else."""
-    changes = {name: getattr(stage, name) for name in ("position_base", "position_scale") if getattr(stage, name) is not None}
+    """The model's config with the stage's positions: they are computed, so a change of resolution
+    needs nothing else."""
+    changes = {
+        name: getattr(stage, name)
+        for name in ("position_base", "position_scale")
+        if getattr(stage, name) is not None
+    }
     return dataclasses.replace(model, **changes)

@@ -11,7 +11,11 @@ from pixart_jax.models.vae import AutoencoderKL, VAEConfig
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training.tasks.autoencoder import Autoencoder
 
-VAE = AutoencoderKL(VAEConfig(block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, mid_block_attention=False))
+VAE = AutoencoderKL(
+    VAEConfig(
+        block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, mid_block_attention=False
+    )
+)
 
 
 def test_the_loss_is_l1_and_l2_and_kl_by_their_weights():
@@ -22,10 +26,14 @@ def test_the_loss_is_l1_and_l2_and_kl_by_their_weights():
     found = jax.jit(task.losses)(params, {"images": images}, keys)
     mean, log_variance = VAE.apply({"params": params}, images, method="moments")
     noise = jnp.stack([jax.random.normal(key, mean.shape[1:]) for key in keys])
-    decoded = VAE.apply({"params": params}, mean + jnp.exp(log_variance / 2) * noise, method="decode")
+    decoded = VAE.apply(
+        {"params": params}, mean + jnp.exp(log_variance / 2) * noise, method="decode"
+    )
     error = np.asarray(decoded, np.float64) - np.asarray(images)
     m, v = np.asarray(mean, np.float64), np.exp(np.asarray(log_variance, np.float64))
     expected = (
-        2 * np.abs(error).mean((1, 2, 3)) + 3 * np.square(error).mean((1, 2, 3)) + 0.5 * (0.5 * (m**2 + v - 1 - np.log(v))).mean((1, 2, 3))
+        2 * np.abs(error).mean((1, 2, 3))
+        + 3 * np.square(error).mean((1, 2, 3))
+        + 0.5 * (0.5 * (m**2 + v - 1 - np.log(v))).mean((1, 2, 3))
     )
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-4)

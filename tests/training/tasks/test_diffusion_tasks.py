@@ -36,7 +36,10 @@ def batch(rows: int = 6) -> dict:
 
 def filled(module_params):
     """Weights that are all non-zero, so that every condition matters."""
-    return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), unboxed(module_params))
+    return jax.tree.map(
+        lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape),
+        unboxed(module_params),
+    )
 
 
 KEYS = jax.random.split(jax.random.key(5), 6)
@@ -44,12 +47,21 @@ KEYS = jax.random.split(jax.random.key(5), 6)
 
 def test_the_posterior_is_sampled_and_scaled():
     made = Denoising(ObjectiveConfig(), 0.5).prepare(
-        {"mean": jnp.full((2000, 1, 1, 4), 3.0), "std": jnp.full((2000, 1, 1, 4), 2.0)}, jax.random.split(KEYS[0], 2000)
+        {"mean": jnp.full((2000, 1, 1, 4), 3.0), "std": jnp.full((2000, 1, 1, 4), 2.0)},
+        jax.random.split(KEYS[0], 2000),
     )
-    assert float(made.x0.mean()) == pytest.approx(1.5, abs=0.05) and float(made.x0.std()) == pytest.approx(1.0, abs=0.05)
-    assert int(made.t.min()) < 20 and int(made.t.max()) > 979 and float(made.t.mean()) == pytest.approx(499.5, abs=25)
+    assert float(made.x0.mean()) == pytest.approx(1.5, abs=0.05) and float(
+        made.x0.std()
+    ) == pytest.approx(1.0, abs=0.05)
+    assert (
+        int(made.t.min()) < 20
+        and int(made.t.max()) > 979
+        and float(made.t.mean()) == pytest.approx(499.5, abs=25)
+    )
     assert float(made.dropped.mean()) == pytest.approx(0.1, abs=0.03)
-    np.testing.assert_allclose(made.x_t, diffusion.add_noise(made.x0, made.noise, made.t), rtol=1e-5)
+    np.testing.assert_allclose(
+        made.x_t, diffusion.add_noise(made.x0, made.noise, made.t), rtol=1e-5
+    )
 
 
 def test_a_samples_draws_are_its_own_keys_alone():
@@ -61,8 +73,12 @@ def test_a_samples_draws_are_its_own_keys_alone():
 
 
 @pytest.mark.parametrize(("dropout", "null_length"), [(0.0, 0), (1.0, 0), (1.0, 3)])
-def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty_texts(dropout, null_length):
-    task = TextToImage(TEXT, Denoising(ObjectiveConfig(condition_dropout=dropout), 0.5), None, null_length)
+def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty_texts(
+    dropout, null_length
+):
+    task = TextToImage(
+        TEXT, Denoising(ObjectiveConfig(condition_dropout=dropout), 0.5), None, null_length
+    )
     params, b = filled(task.init(jax.random.key(0))), batch()
     made = task.denoising.prepare(b, KEYS)
     states, lengths = b["text_states"].astype(jnp.float32), b["text_lengths"]
@@ -80,12 +96,18 @@ def test_no_gradient_reaches_the_null_caption():
     params = filled(task.init(jax.random.key(0)))
     grads = jax.jit(jax.grad(lambda p: task.losses(p, batch(), KEYS)["loss"].mean()))(params)
     assert (grads["null_caption"] == 0).all()
-    assert all((g != 0).any() for path, g in jax.tree_util.tree_leaves_with_path(grads) if "null_caption" not in str(path))
+    assert all(
+        (g != 0).any()
+        for path, g in jax.tree_util.tree_leaves_with_path(grads)
+        if "null_caption" not in str(path)
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_a_dropped_or_missing_label_is_no_class(dropout):
-    task = ClassConditional(CLASS, Denoising(ObjectiveConfig(condition_dropout=dropout, prediction="v"), 0.5), None)
+    task = ClassConditional(
+        CLASS, Denoising(ObjectiveConfig(condition_dropout=dropout, prediction="v"), 0.5), None
+    )
     params, b = filled(task.init(jax.random.key(0))), batch()
     made = task.denoising.prepare(b, KEYS)
     labels = jnp.full((6,), 3) if dropout else jnp.array([0, 1, 2, 3, 1, 0])

@@ -16,7 +16,8 @@ from pixart_jax.training.tasks.text_to_text import TextToText
 from pixart_jax.weights.component import TextEncoder
 
 CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-IDS = jnp.tile(jnp.arange(10, 26)[None], (400, 1)).at[:, 11].set(1)  # 11 words, the end mark, padding
+# 11 words, the end mark, padding
+IDS = jnp.tile(jnp.arange(10, 26)[None], (400, 1)).at[:, 11].set(1)
 
 
 def task(hidden: float = 0.3) -> TextToText:
@@ -26,14 +27,20 @@ def task(hidden: float = 0.3) -> TextToText:
 def batch(rows: int = 4, itself: bool = False) -> dict:
     target = jax.random.randint(jax.random.key(7), (rows, 20), 3, 50)
     lengths = {"lengths": jnp.full((rows,), 12), "target_lengths": jnp.array([20, 13, 5, 1])[:rows]}
-    return {"input_ids": IDS[:rows], "target_ids": target, "itself": jnp.full((rows,), itself), **lengths}
+    return {
+        "input_ids": IDS[:rows],
+        "target_ids": target,
+        "itself": jnp.full((rows,), itself),
+        **lengths,
+    }
 
 
 def test_words_are_hidden_at_the_asked_rate_and_the_rest_is_left_alone():
     keys = jax.random.split(jax.random.key(0), len(IDS))
     shown = jax.vmap(task().hide)(IDS, jnp.full((len(IDS),), 12), keys)
     hidden = np.asarray(shown != IDS)
-    assert hidden[:, :11].mean() == pytest.approx(0.3, abs=0.03) and not hidden[:, 11:].any()  # no end mark, no padding
+    # no end mark, no padding
+    assert hidden[:, :11].mean() == pytest.approx(0.3, abs=0.03) and not hidden[:, 11:].any()
     assert (np.asarray(shown)[hidden] == 2).all()
 
 
@@ -43,11 +50,18 @@ def test_the_loss_is_the_cross_entropy_of_the_target_a_mean_over_each():
     found = t.losses(params, b, jax.random.split(jax.random.key(3), 4))
     states = t.module.apply({"params": params["encoder"]}, b["input_ids"], b["lengths"])
     table = params["encoder"]["embedding"]
-    logits = np.asarray(t.decoder.apply({"params": params["decoder"]}, table, b["target_ids"], states, b["lengths"]), np.float64)
+    logits = np.asarray(
+        t.decoder.apply(
+            {"params": params["decoder"]}, table, b["target_ids"], states, b["lengths"]
+        ),
+        np.float64,
+    )
     log_likelihood = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for row, length in enumerate(b["target_lengths"]):
         told = [log_likelihood[row, place, b["target_ids"][row, place]] for place in range(length)]
-        right = [logits[row, place].argmax() == b["target_ids"][row, place] for place in range(length)]
+        right = [
+            logits[row, place].argmax() == b["target_ids"][row, place] for place in range(length)
+        ]
         assert float(found["loss"][row]) == pytest.approx(-np.mean(told), rel=1e-4)
         assert float(found["accuracy"][row]) == pytest.approx(np.mean(right))
 
@@ -65,7 +79,11 @@ def test_words_are_hidden_only_where_a_caption_is_its_own_target():
 def test_every_parameter_learns():
     t = task()
     params = unboxed(t.init(jax.random.key(0)))
-    gradient = jax.grad(lambda p: t.losses(p, batch(itself=True), jax.random.split(jax.random.key(3), 4))["loss"].mean())(params)
+    gradient = jax.grad(
+        lambda p: t.losses(p, batch(itself=True), jax.random.split(jax.random.key(3), 4))[
+            "loss"
+        ].mean()
+    )(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
@@ -78,5 +96,9 @@ def test_a_stage_starts_from_a_saved_encoder_with_a_fresh_decoder(tmp_path):
     def fresh():
         return unboxed(t.init(jax.random.key(2)))
 
-    found = first_params(Config(name="c", stages=(stage,)), 0, t, None, fresh, jax.random.key(0), lambda *_: None)
-    jax.tree.map(np.testing.assert_array_equal, found, {"encoder": encoder, "decoder": fresh()["decoder"]})
+    found = first_params(
+        Config(name="c", stages=(stage,)), 0, t, None, fresh, jax.random.key(0), lambda *_: None
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, found, {"encoder": encoder, "decoder": fresh()["decoder"]}
+    )
