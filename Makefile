@@ -102,7 +102,7 @@ test-fast: $(VENV)/.dev  ## the tests that take seconds
 
 check: $(VENV)/.dev  ## lint and the rules of the house
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_house.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_conventions.py
 
 clean-demo:  ## forget the demo's run, so that the next `make demo` trains again
 	rm -rf $(DEMO)

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from pixart_jax import program, prompts
+from pixart_jax import cli
 from pixart_jax.errors import UserError
+from pixart_jax.text import PromptRow, read_prompts
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "shapes"
 CANVAS = ("height", "width", "binning", "seed", "batch_size")
@@ -113,8 +114,8 @@ class Flags:
 def main(argv: list[str]) -> int:
     from pixart_jax.pipeline import shares
 
-    flags = program.parse(Flags, argv, prog="sample.py")
-    wanted = read_prompts(flags)
+    flags = cli.parse(Flags, argv, prog="sample.py")
+    wanted = prompt_rows(flags)
     share = shares.parse(flags.share)
     drawings = plan(flags, wanted, share)
     if drawings.missing:
@@ -133,28 +134,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_prompts(flags: Flags) -> list[prompts.Row]:
+def prompt_rows(flags: Flags) -> list[PromptRow]:
     if (flags.prompt is None) == (flags.prompts is None):
         raise UserError(
             "give --prompt TEXT or --prompts FILE"
             + (", not both" if flags.prompt is not None else "")
         )
-    return prompts.read(flags.prompts) if flags.prompt is None else [prompts.Row(flags.prompt)]
+    return read_prompts(flags.prompts) if flags.prompt is None else [PromptRow(flags.prompt)]
 
 
-def plan(flags: Flags, rows: list[prompts.Row], share):
+def plan(flags: Flags, rows: list[PromptRow], share):
     """What is to be drawn, and what of it is there. All that can be wrong is found here, before
     weights are read or a folder is made."""
     from pixart_jax.pipeline import drawings, folder, memory, options, sampling
 
-    options.named("dtype", flags.dtype, options.DTYPES)
+    options.check_choice("dtype", flags.dtype, options.DTYPES)
     local_mesh(flags)
-    options.named("offload-text-encoder", flags.offload_text_encoder, memory.OFFLOADS)
+    options.check_choice("offload-text-encoder", flags.offload_text_encoder, memory.OFFLOADS)
     configs = folder.configs(flags.model)
     own = sampling.read(flags.model)
-    steps, guidance, solver = own.filled(flags.steps, flags.guidance, flags.solver)
+    steps, guidance, solver = own.with_defaults(flags.steps, flags.guidance, flags.solver)
     flags = dataclasses.replace(
-        flags, steps=steps, guidance=guidance, solver=solver, null=own.meant(flags.null)
+        flags, steps=steps, guidance=guidance, solver=solver, null=own.resolve_null(flags.null)
     )
     asked = shortcuts(flags)
     checked = {name: getattr(flags, name) for name in (*CANVAS, *HOW)} | {
@@ -182,11 +183,11 @@ def plan(flags: Flags, rows: list[prompts.Row], share):
 
     @functools.cache
     def size(own: tuple) -> tuple[int, int]:
-        return options.check(*configs, **checked | dict(own))
+        return options.validate_options(*configs, **checked | dict(own))
 
     wanted = []
     for n, row in enumerate(rows):
-        own = row.own()
+        own = row.overrides()
         try:
             height, width = size(
                 tuple((name, value) for name, value in own.items() if name in CANVAS)
@@ -202,14 +203,14 @@ def plan(flags: Flags, rows: list[prompts.Row], share):
         how = text_states(flags, wanted).precision(settings["dtype"])
         wanted = [{**image, **({"text_states": how} if how else {})} for image in wanted]
     folder.check_weights(flags.model, ("transformer", "vae") if flags.text_states else folder.PARTS)
-    return drawings.Drawings(flags.out, wanted, share)
+    return drawings.OutputFolder(flags.out, wanted, share)
 
 
 def shortcuts(flags: Flags):
     """What is left out to be faster."""
-    from pixart_jax.pipeline import Shortcuts
+    from pixart_jax.pipeline import CacheConfig
 
-    return Shortcuts(
+    return CacheConfig(
         flags.guidance_interval,
         flags.cross_attention_steps,
         flags.blocks_every,
@@ -231,19 +232,19 @@ def text_states(flags: Flags, wanted: list[dict]):
 
 def texts(flags: Flags, images: list[dict]) -> list[str]:
     """All that the text encoder is to read for these images, once each."""
-    from pixart_jax.pipeline.text_states import needed
+    from pixart_jax.pipeline.text_states import texts_to_encode
 
     how = images[0]
     prompts_, negatives = (
         [image[name] for image in images] for name in ("prompt", "negative_prompt")
     )
-    return needed(prompts_, negatives, how["guidance"], how["null"], cleaning(flags))
+    return texts_to_encode(prompts_, negatives, how["guidance"], how["null"], cleaning(flags))
 
 
 def cleaning(flags: Flags):
-    from pixart_jax import captions
+    from pixart_jax.text import caption_cleaner
 
-    return captions.clean if flags.clean_caption else captions.plain
+    return caption_cleaner(flags.clean_caption)
 
 
 def dtype(flags: Flags):
@@ -286,7 +287,7 @@ def draw(flags: Flags, drawings) -> None:
 
     from pixart_jax import Pipeline
     from pixart_jax.config import MeshConfig
-    from pixart_jax.pipeline.writer import Writer
+    from pixart_jax.pipeline.writer import AsyncWriter
 
     mesh = local_mesh(flags)
     states = encoded(flags, [drawings.wanted[n] for n in drawings.missing], mesh)
@@ -303,11 +304,11 @@ def draw(flags: Flags, drawings) -> None:
             desc="drawing (compiles first)",
             disable=quiet,
         ) as bar,
-        Writer(drawings.write) as writer,
+        AsyncWriter(drawings.write) as writer,
     ):
         for members in drawings.groups():
             images = [drawings.wanted[n] for n in members]
-            batches = pipe.draw(
+            batches = pipe.generate(
                 [image["prompt"] for image in images],
                 negative_prompt=[image["negative_prompt"] for image in images],
                 indices=members,
@@ -338,7 +339,7 @@ def encoded(flags: Flags, images: list[dict], mesh):
         return TextStates.open(flags.text_states)  # checked when the work was planned
     if flags.offload_text_encoder == "never":
         return None
-    if flags.offload_text_encoder == "auto" and not memory.must_offload(
+    if flags.offload_text_encoder == "auto" and not memory.should_offload(
         flags.model, dtype(flags), mesh, opened(flags)["quantization"]
     ):
         return None
@@ -363,4 +364,4 @@ def await_others(drawings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(cli.run(main))

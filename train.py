@@ -11,27 +11,27 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.training import huge_pages
 
 
 def main(argv: list[str]) -> int:
     from pixart_jax.parallel import processes
     from pixart_jax.parallel.mesh import make_mesh
-    from pixart_jax.training import cli
+    from pixart_jax.training import recipes
 
-    joined, argv = processes.split(argv)
-    recipe, workdir, overrides = cli.split(argv)
-    config = cli.configured(recipe, overrides)
-    processes.start(joined)
-    processes.agree(repr(config), workdir)
-    processes.acquaint(make_mesh(config.mesh))
+    joined, argv = processes.pop_distributed_flags(argv)
+    recipe, workdir, overrides = recipes.split(argv)
+    config = recipes.parse_config(recipe, overrides)
+    processes.initialize(joined)
+    processes.assert_same_config(repr(config), workdir)
+    processes.warm_up_collectives(make_mesh(config.mesh))
 
     from pixart_jax.training import loop, stages  # heavy: only for a command line that holds
 
     try:
         stages.run(config, workdir, encode)
-    except loop.Diverged as fault:
+    except loop.TrainingDiverged as fault:
         print(
             f"error: {fault}; the last save holds, lower the learning rate or look at the data",
             file=sys.stderr,
@@ -46,7 +46,7 @@ def encode(source, *, frozen, **options) -> Path:
     import jax
 
     from pixart_jax.config import MeshConfig
-    from pixart_jax.labelling.encode import EncodeOptions, ensure
+    from pixart_jax.encoding.encode import EncodeOptions, encode_dataset
     from pixart_jax.parallel.mesh import make_mesh
 
     text = (
@@ -56,7 +56,7 @@ def encode(source, *, frozen, **options) -> Path:
     )
     folders = {part: frozen.folder(part) for part in ("vae", *text)}
     mesh = make_mesh(MeshConfig(), jax.local_devices())
-    return ensure(
+    return encode_dataset(
         source,
         EncodeOptions(**options),
         vae=frozen.vae,
@@ -68,6 +68,6 @@ def encode(source, *, frozen, **options) -> Path:
 
 if __name__ == "__main__":
     huge_pages.start_again()
-    from pixart_jax.parallel.processes import conclude
+    from pixart_jax.parallel.processes import run_with_peers
 
-    sys.exit(conclude(lambda: program.run(main)))
+    sys.exit(run_with_peers(lambda: cli.run(main)))

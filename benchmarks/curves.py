@@ -302,10 +302,10 @@ def main() -> int:
             f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8"
         )
     if arguments.png:
-        from pixart_jax import png
+        from pixart_jax.images import write_png
 
         arguments.png.parent.mkdir(parents=True, exist_ok=True)
-        png.write(arguments.png, picture(curves))
+        write_png(arguments.png, picture(curves))
     verdict = "FAILED" if failed else "held"
     print(
         f"largest relative difference allowed: losses {LOSS_LIMIT:g}, an array of parameters "

@@ -95,7 +95,7 @@ def held(folder: Path) -> dict[str, bytes]:
         ", ".join(map(str, stored.shard_of(index))): stored.bytes(index)
         for index in range(len(stored))
     }
-    keys = [records.unpack(record, ())[1]["key"] for record in found.values()]
+    keys = [records.decode_record(record, ())[1]["key"] for record in found.values()]
     if len(set(keys)) != len(keys):
         raise SystemExit(f"{folder}: a sample is there twice")
     manifest = json.loads((folder / records.MANIFEST).read_text())

@@ -47,7 +47,7 @@ from benchmarks.speed.cases import LATENT, MODELS, Case, numbers, sizes  # noqa:
 from benchmarks.speed.command import tell  # noqa: E402
 from benchmarks.speed.record import Record  # noqa: E402
 from benchmarks.speed.table import render  # noqa: E402
-from pixart_jax import program  # noqa: E402
+from pixart_jax import cli  # noqa: E402
 from pixart_jax.config import MeshConfig  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.models import remat  # noqa: E402
@@ -188,7 +188,7 @@ def drawing_of(case: Case, way: Way, mesh) -> jax.stages.Traced:
     bare = Pipeline(
         whole.replace(mesh=None), None, VAE(ours.VAEConfig(), {}), None, SchedulerConfig()
     )
-    split = rules.rows_sharding(mesh, case.batch)
+    split = rules.row_sharding(mesh, case.batch)
 
     def shape(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((case.batch, *sizes), dtype, sharding=split)
@@ -215,7 +215,7 @@ def sample(case: Case, ways: tuple[Way, ...]) -> dict[str, Callable[[], np.ndarr
     compiled = {way.name: drawing_of(case, way, mesh).lower().compile() for way in ways}
     params = jax.device_put(random_params(case, mesh), rules.replicated(mesh))
     names = ("text_states", "text_lengths", "noise", "negative_states", "negative_lengths")
-    given = [jax.device_put(arrays[name], rules.rows_sharding(mesh, case.batch)) for name in names]
+    given = [jax.device_put(arrays[name], rules.row_sharding(mesh, case.batch)) for name in names]
     return {
         name: lambda made=made: np.asarray(made(params, *given)) for name, made in compiled.items()
     }
@@ -224,7 +224,7 @@ def sample(case: Case, ways: tuple[Way, ...]) -> dict[str, Callable[[], np.ndarr
 def step_of(case: Case, policy: str, way: Way, mesh):
     """(the stage's parts, its step on the mesh traced the way's way)."""
     config, stage = ours.config_of(case, policy)
-    made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
+    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
 
     def losses(params, batch, keys):
         with computing(way):
@@ -477,4 +477,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(cli.run(main))

@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 from benchmarks.speed import limits, ours  # noqa: E402
 from benchmarks.speed.record import Record  # noqa: E402
 from benchmarks.speed.table import limits_line, render  # noqa: E402
-from pixart_jax import program  # noqa: E402
+from pixart_jax import cli  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.models.attention import attention, check_backend  # noqa: E402
 
@@ -110,4 +110,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(cli.run(main))

@@ -111,7 +111,7 @@ def write_random(subject: str, folder: Path) -> None:
     from pixart_jax.weights import t5, transformer
     from pixart_jax.weights.component import TextEncoder, Transformer
     from pixart_jax.weights.files import write_json, write_safetensors
-    from pixart_jax.weights.table import Pending, write
+    from pixart_jax.weights.table import LazyTensor, write
 
     kind, config = (
         (Transformer, TransformerConfig.preset("XL/2"))
@@ -127,11 +127,11 @@ def write_random(subject: str, folder: Path) -> None:
     shapes.pop("null_caption", None)
     block = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(0.02)
 
-    def pending(tensor: Pending) -> Pending:
+    def pending(tensor: LazyTensor) -> LazyTensor:
         def make():
             return np.resize(block, tensor.shape)
 
-        return Pending(tensor.shape, np.dtype(np.float32), make)
+        return LazyTensor(tensor.shape, np.dtype(np.float32), make)
 
     tensors = {
         key: pending(tensor)

@@ -73,7 +73,7 @@ def write_records(folder: Path, count: int) -> None:
                     "fit": np.array([256, 256, 0, 0], np.int32),
                     "text.dense.0": np.roll(block, index, 1),
                 }
-                yield records.pack(
+                yield records.encode_record(
                     arrays,
                     {
                         "key": f"r{index:06d}",

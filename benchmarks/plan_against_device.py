@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.errors import UserError
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     from pixart_jax.planning import estimate, jobs, plan, topology, worker
     from pixart_jax.planning.arithmetic import products
     from pixart_jax.planning.programs import state_bytes
-    from pixart_jax.training import abstract, cli
+    from pixart_jax.training import abstract, recipes
     from pixart_jax.training.batches import put
     from pixart_jax.training.state import fresh_params, state_from
 
@@ -50,23 +50,23 @@ def main(argv: list[str]) -> int:
             f"{device.device_kind}: no device of the table of chips; "
             "tests/planning/test_memory.py does this on a CPU"
         )
-    config = cli.load(cli.find(options.recipe))
+    config = recipes.load(recipes.find(options.recipe))
     sizes = MeshConfig(data=1, fsdp=-1)
     stage = dataclasses.replace(config.stages[0], batch_size=options.batch_size)
     config = dataclasses.replace(config, stages=(stage,), mesh=sizes, remat=options.remat)
     mesh, bucket = make_mesh(sizes), plan.largest(stage)
     where = topology.Topology(device.device_kind, chip.name, (mesh.size,))
 
-    made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
+    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
     shapes = abstract.abstract_batch(config, stage, bucket, mesh)
     traced = abstract.compiled_step(config, stage, made, mesh).trace(
         made.abstract, shapes, abstract.abstract_key(mesh)
     )
     compiled = traced.lower().compile()
     found, memory = worker.read(compiled, mesh)
-    job = jobs.Job(where, config, 0, jobs.resolved(sizes, mesh.size), bucket)
+    job = jobs.PlanTarget(where, config, 0, jobs.resolve_mesh(sizes, mesh.size), bucket)
     count = products(traced.jaxpr.jaxpr)
-    facts = jobs.Facts(
+    facts = jobs.CompiledStats(
         device.device_kind,
         {**state_bytes(made.abstract), "batch": 0.0},
         **memory,
@@ -122,4 +122,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(cli.run(main))

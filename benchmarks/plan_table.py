@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.planning import compilation, estimate, jobs, plan, report, topology
-from pixart_jax.training import cli
+from pixart_jax.training import recipes
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "pods.md"
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
@@ -40,19 +40,19 @@ ROWS = (
 )
 
 
-def job(recipe: str, name: str, slices: int, mesh: str, accumulate: int) -> jobs.Job:
+def job(recipe: str, name: str, slices: int, mesh: str, accumulate: int) -> jobs.PlanTarget:
     """The step of a recipe on a row's hardware."""
-    config: Config = cli.load(cli.find(recipe))
+    config: Config = recipes.load(recipes.find(recipe))
     stage = config.stages[0]
     optimizer = dataclasses.replace(stage.optimizer, accumulate=accumulate)
     stage = dataclasses.replace(stage, batch_size=BATCHES[recipe], optimizer=optimizer)
     where = topology.parse(name, slices)
     sizes = MeshConfig.parse(mesh)
-    made = jobs.Job(
+    made = jobs.PlanTarget(
         where,
         dataclasses.replace(config, stages=(stage,), mesh=sizes),
         0,
-        jobs.resolved(sizes, where.size),
+        jobs.resolve_mesh(sizes, where.size),
         plan.largest(stage),
     )
     plan.check(made)
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
     ):
         wanted = job(recipe, name, slices, mesh, micro.get(recipe, 1))
         try:
-            made = plan.make(wanted, compilation.Bounds())
+            made = plan.make(wanted, compilation.CompileLimits())
         except UserError as fault:
             tqdm.write(f"{recipe}, {name}: {fault}", file=sys.stderr)
             lines.append([wanted.stage_config.name, name, *["–"] * 9, str(fault)])
@@ -187,4 +187,4 @@ def written(lines: list[list[str]], worst: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(cli.run(main))

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.speed.command import tell  # noqa: E402
 from benchmarks.speed.record import Record  # noqa: E402
 from benchmarks.speed.table import render  # noqa: E402
-from pixart_jax import program  # noqa: E402
+from pixart_jax import cli  # noqa: E402
 from pixart_jax.config import MeshConfig  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.models import remat  # noqa: E402
 from pixart_jax.planning import activations, compilation, jobs, topology  # noqa: E402
-from pixart_jax.training import cli  # noqa: E402
+from pixart_jax.training import recipes  # noqa: E402
 
 # (topology, recipe, mesh, batch, pixels)
 TARGETS = (
@@ -53,15 +53,15 @@ COLUMNS = (
 )
 
 
-def job(name: str, recipe: str, mesh: str, batch: int, side: int, policy: str) -> jobs.Job:
-    config = cli.load(cli.find(recipe))
+def job(name: str, recipe: str, mesh: str, batch: int, side: int, policy: str) -> jobs.PlanTarget:
+    config = recipes.load(recipes.find(recipe))
     stage = dataclasses.replace(config.stages[0], batch_size=batch)
     where, sizes = topology.parse(name), MeshConfig.parse(mesh)
     config = dataclasses.replace(config, stages=(stage,), mesh=sizes, remat=policy)
-    return jobs.Job(where, config, 0, jobs.resolved(sizes, where.size), (side, side))
+    return jobs.PlanTarget(where, config, 0, jobs.resolve_mesh(sizes, where.size), (side, side))
 
 
-def cells(made: jobs.Job, facts: jobs.Facts) -> list[str]:
+def cells(made: jobs.PlanTarget, facts: jobs.CompiledStats) -> list[str]:
     first = [
         made.topology.name,
         str(made.bucket[0]),
@@ -121,7 +121,9 @@ def main(argv: list[str]) -> int:
             if flags.only in (None, target[0]):
                 made = job(*target, policy)
                 try:
-                    line = cells(made, compilation.compiled(made, compilation.Bounds(gib=8.0)))
+                    line = cells(
+                        made, compilation.compiled(made, compilation.CompileLimits(gib=8.0))
+                    )
                 except UserError as fault:
                     line = [
                         target[0],
@@ -139,4 +141,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(cli.run(main))

@@ -27,9 +27,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.speed import command, compile_time  # noqa: E402
-from pixart_jax import program  # noqa: E402
+from pixart_jax import cli  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
-from pixart_jax.pipeline import Shortcuts  # noqa: E402
+from pixart_jax.pipeline import CacheConfig  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         )
     try:
         options = json.loads(flags.options)
-        Shortcuts(**options)
+        CacheConfig(**options)
     except (ValueError, TypeError) as fault:
         raise UserError(f"--options {flags.options}: {fault}") from None
     contenders = [
@@ -88,4 +88,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(cli.run(main))

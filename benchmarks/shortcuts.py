@@ -24,8 +24,8 @@ import numpy as np
 from pixart_jax import Pipeline
 from pixart_jax.diffusion import timesteps
 from pixart_jax.evaluation.shapes_score import score
-from pixart_jax.evaluation.tasks import asked
-from pixart_jax.pipeline import Shortcuts
+from pixart_jax.evaluation.tasks import eval_prompts
+from pixart_jax.pipeline import CacheConfig
 
 TASKS = ("colour", "shape", "counting", "position", "binding")
 
@@ -36,7 +36,7 @@ class Row:
 
     name: str
     steps: int = 20
-    shortcuts: Shortcuts = Shortcuts()
+    shortcuts: CacheConfig = CacheConfig()
 
 
 ROWS = (
@@ -46,19 +46,19 @@ ROWS = (
     Row("8 steps", 8),
     Row("6 steps", 6),
     Row("4 steps", 4),
-    Row("20 steps, guided from 999 to 400", shortcuts=Shortcuts(guidance_interval=(400, 999))),
-    Row("20 steps, guided from 999 to 700", shortcuts=Shortcuts(guidance_interval=(700, 999))),
-    Row("20 steps, guided from 900 to 300", shortcuts=Shortcuts(guidance_interval=(300, 900))),
-    Row("20 steps, text for 12", shortcuts=Shortcuts(cross_attention_steps=12)),
-    Row("20 steps, text for 8", shortcuts=Shortcuts(cross_attention_steps=8)),
-    Row("20 steps, text for 5", shortcuts=Shortcuts(cross_attention_steps=5)),
-    Row("20 steps, blocks every 2nd", shortcuts=Shortcuts(blocks_every=2)),
-    Row("20 steps, blocks every 3rd", shortcuts=Shortcuts(blocks_every=3)),
+    Row("20 steps, guided from 999 to 400", shortcuts=CacheConfig(guidance_interval=(400, 999))),
+    Row("20 steps, guided from 999 to 700", shortcuts=CacheConfig(guidance_interval=(700, 999))),
+    Row("20 steps, guided from 900 to 300", shortcuts=CacheConfig(guidance_interval=(300, 900))),
+    Row("20 steps, text for 12", shortcuts=CacheConfig(cross_attention_steps=12)),
+    Row("20 steps, text for 8", shortcuts=CacheConfig(cross_attention_steps=8)),
+    Row("20 steps, text for 5", shortcuts=CacheConfig(cross_attention_steps=5)),
+    Row("20 steps, blocks every 2nd", shortcuts=CacheConfig(blocks_every=2)),
+    Row("20 steps, blocks every 3rd", shortcuts=CacheConfig(blocks_every=3)),
     Row(
         "20 steps, blocks every 2nd, text for 8",
-        shortcuts=Shortcuts(cross_attention_steps=8, blocks_every=2),
+        shortcuts=CacheConfig(cross_attention_steps=8, blocks_every=2),
     ),
-    Row("10 steps, guided from 999 to 400", 10, Shortcuts(guidance_interval=(400, 999))),
+    Row("10 steps, guided from 999 to 400", 10, CacheConfig(guidance_interval=(400, 999))),
 )
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     pipe, rows = Pipeline.from_pretrained(options.model), ROWS[: options.rows]
     seconds = timed(pipe, rows, options.batch, options.repeat)
-    wanted = asked("plain", options.per_task, "short")
+    wanted = eval_prompts("plain", options.per_task, "short")
     made, plain = [], None
     for row in rows:
         images = drawn(pipe, row, wanted, options.batch)

@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.speed import command, compile_time, largest_batch  # noqa: E402
-from pixart_jax import program  # noqa: E402
+from pixart_jax import cli  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.models import remat  # noqa: E402
 from pixart_jax.training import huge_pages  # noqa: E402
@@ -117,4 +117,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(cli.run(main))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.errors import UserError, nearest
 
 # name: (module, what it does); each module has main(argv) -> exit status, and its own --help.
 COMMANDS = {
     "caption": (
-        "pixart_jax.labelling.caption_command",
+        "pixart_jax.captioning.caption_command",
         "pictures → detailed captions by a vision-language model, on Ray Data",
     ),
     "convert": (
@@ -19,12 +19,12 @@ COMMANDS = {
         "official .pth, DiT .pt or diffusers folder → a component folder",
     ),
     "encode": (
-        "pixart_jax.labelling.encode_command",
+        "pixart_jax.encoding.encode_command",
         "images and captions → shards to train from; prompts → text states to draw from",
     ),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
     "inspect": (
-        "pixart_jax.labelling.inspect_command",
+        "pixart_jax.captioning.inspect_command",
         "a page on a set's pictures, captions, buckets and duplicates, before training",
     ),
     "launch": (
@@ -32,7 +32,7 @@ COMMANDS = {
         "several processes of train.py, sample.py or a command on this machine",
     ),
     "nouns": (
-        "pixart_jax.labelling.nouns_command",
+        "pixart_jax.captioning.nouns_command",
         "captions → the paper's table of nouns, with charts; data sets side by side",
     ),
     "plan": (
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["encode"]:  # the one command whose processes work together
-        from pixart_jax.parallel.processes import conclude
+        from pixart_jax.parallel.processes import run_with_peers
 
-        sys.exit(conclude(lambda: program.run(main)))
-    sys.exit(program.run(main))
+        sys.exit(run_with_peers(lambda: cli.run(main)))
+    sys.exit(cli.run(main))

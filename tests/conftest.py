@@ -38,7 +38,7 @@ FIRST = (
 LAST = (
     "planning/test_programs_for_hardware.py",
     "training/test_processes_killed.py",
-    "labelling/test_caption_command.py",
+    "captioning/test_caption_command.py",
     "planning/test_memory.py",
     "models/test_full_size.py",
     "training/test_interruptions.py",

@@ -7,8 +7,8 @@ import random
 import pytest
 from diffusers import PixArtAlphaPipeline
 
-from pixart_jax import captions
 from pixart_jax.data import shapes
+from pixart_jax.text import clean_caption, lower_caption
 
 WRITTEN = [
     "",
@@ -87,8 +87,8 @@ def reference():
 
 @pytest.mark.parametrize("text", WRITTEN)
 def test_a_text_is_what_diffusers_makes_of_it(reference, text):
-    assert captions.clean(text) == reference(text)
-    assert captions.plain(text) == reference(text, clean=False)
+    assert clean_caption(text) == reference(text)
+    assert lower_caption(text) == reference(text, clean=False)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -96,11 +96,11 @@ def test_two_thousand_texts_of_random_pieces_are_what_diffusers_makes_of_them(re
     rng = random.Random(0)
     for _ in range(2000):
         text = "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 30)))
-        assert captions.clean(text) == reference(text), repr(text)
+        assert clean_caption(text) == reference(text), repr(text)
 
 
 def test_captions_of_the_embedded_world_are_clean_already():
     for level in shapes.LEVELS:
         for index in range(40):
             for text in shapes.captions(shapes.scene_at(level, "train", index)).values():
-                assert captions.clean(text) == text
+                assert clean_caption(text) == text

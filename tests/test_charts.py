@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from pixart_jax import charts
+from pixart_jax import plots
 
 
 def blue(path) -> np.ndarray:
@@ -15,7 +15,7 @@ def blue(path) -> np.ndarray:
 
 
 def test_a_bar_is_as_long_as_its_number(tmp_path):
-    drawn = blue(charts.bars(tmp_path / "bars.png", {"a": 100, "b": 50, "c": 0}, title="three"))
+    drawn = blue(plots.bars(tmp_path / "bars.png", {"a": 100, "b": 50, "c": 0}, title="three"))
     heights = drawn.sum(0)
     tall = heights.max()
     values, counts = np.unique(heights[heights > 0], return_counts=True)
@@ -24,13 +24,13 @@ def test_a_bar_is_as_long_as_its_number(tmp_path):
 
 
 def test_the_same_numbers_give_the_same_bytes_and_nothing_half_written_stays(tmp_path):
-    one = charts.histograms(
+    one = plots.histograms(
         tmp_path / "1.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5
     ).read_bytes()
-    two = charts.histograms(
+    two = plots.histograms(
         tmp_path / "2.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5
     ).read_bytes()
-    other = charts.histograms(
+    other = plots.histograms(
         tmp_path / "3.png", [0, 1, 2], {"x": [3, 5]}, title="t", axis="tokens", mark=1.5
     ).read_bytes()
     assert one == two != other
@@ -39,7 +39,7 @@ def test_the_same_numbers_give_the_same_bytes_and_nothing_half_written_stays(tmp
 
 def test_panels_show_every_set_in_every_measure(tmp_path):
     values = {"nouns": {"a": 10, "b": 20}, "average": {"a": 1.5, "b": 3.0}}
-    drawn = blue(charts.panels(tmp_path / "panels.png", values, title="sets"))
+    drawn = blue(plots.panels(tmp_path / "panels.png", values, title="sets"))
     left, right = drawn[:, : drawn.shape[1] // 2], drawn[:, drawn.shape[1] // 2 :]
     for panel in (left, right):
         lengths = np.unique(panel.sum(1)[panel.sum(1) > 5])

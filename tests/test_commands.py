@@ -13,7 +13,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from pixart_jax import __main__ as front
-from pixart_jax import load_component, program
+from pixart_jax import cli, load_component
 from tests import tiny_diffusers
 
 WIDTH, HEADS, DEPTH = 24, 3, 2
@@ -21,20 +21,20 @@ WIDTH, HEADS, DEPTH = 24, 3, 2
 
 def refusal(capsys, argv: list[str]) -> str:
     """The one line with which a command line is refused."""
-    assert program.run(front.main, argv) == 2
+    assert cli.run(front.main, argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
 
 def test_help_lists_the_commands_and_every_command_has_its_own(capsys):
-    assert program.run(front.main, ["--help"]) == 0
+    assert cli.run(front.main, ["--help"]) == 0
     listed = capsys.readouterr().out
     for name in front.COMMANDS:
         assert f"  {name} " in listed
-    assert program.run(front.main, ["convert", "--help"]) == 0
+    assert cli.run(front.main, ["convert", "--help"]) == 0
     assert "--heads" in capsys.readouterr().out
-    assert program.run(front.main, []) == 2
+    assert cli.run(front.main, []) == 2
 
 
 def test_unknown_command_and_flag_name_the_nearest(capsys):
@@ -117,7 +117,7 @@ def official_names(theirs: dict) -> dict:
 
 
 def convert(capsys, *argv) -> str:
-    assert program.run(front.main, ["convert", *map(str, argv)]) == 0, capsys.readouterr().err
+    assert cli.run(front.main, ["convert", *map(str, argv)]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
 

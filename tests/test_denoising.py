@@ -63,13 +63,13 @@ def test_the_image_is_that_of_the_plain_path(pipe):
 
 def lowered(pipe: Pipeline, monkeypatch, **how):
     """The program that a drawing runs, as lowered, and its latents."""
-    run, seen = denoising.drawn, []
+    run, seen = denoising.generate_jit, []
 
     def watched(*arguments):
         seen.append(run.lower(*arguments))
         return run(*arguments)
 
-    monkeypatch.setattr(denoising, "drawn", watched)
+    monkeypatch.setattr(denoising, "generate_jit", watched)
     pipe(PROMPTS[:2], binning=False, height=64, width=64, **how)
     return seen[0]
 
@@ -95,7 +95,7 @@ def test_a_step_of_the_scan_computes_no_text_and_no_time(pipe):
     noise, _ = pipe.noise(0, range(2), 64, 64)
     arguments = pipe._arguments((states, lengths), noise, (states, lengths), None, 4.5, None, None)
     run = pipe._run("dpm++", None, 3, "fractional", True, denoising.NONE)
-    made = jax.make_jaxpr(denoising.latents, static_argnums=0)(run, *arguments)
+    made = jax.make_jaxpr(denoising.sample_latents, static_argnums=0)(run, *arguments)
     (loop,) = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] == 3]
 
     apply = functools.partial(pipe.transformer.module.apply, {"params": pipe.transformer.params})
@@ -160,7 +160,7 @@ def test_decoding_in_parts_gives_the_images_of_the_whole(pipe, monkeypatch):
     whole = np.asarray(pipe.decode(latents)).astype(int)
     monkeypatch.setattr(decoding, "_PIXELS", 64 * 64)
     how = pipe._decoding(4, None)
-    parts = jax.jit(lambda params, latents: decoding.pixels(how, params, latents))(
+    parts = jax.jit(lambda params, latents: decoding.decode_latents(how, params, latents))(
         pipe.vae.params, latents
     )
     assert np.abs(np.asarray(parts) - whole).max() <= 1

@@ -19,10 +19,10 @@ from diffusers.image_processor import PixArtImageProcessor
 from diffusers.schedulers import scheduling_lcm
 
 from pixart_jax import Pipeline
-from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline import SamplingConfig
 from pixart_jax.pipeline import binning as bins
+from pixart_jax.text import tokenize
 from tests import tiny_diffusers
 
 PROMPTS = [
@@ -186,7 +186,9 @@ def test_an_image_does_not_depend_on_its_batch(ours, solver):
     together = ours(PROMPTS + PROMPTS[:2], **how).astype(int)
     assert np.abs(together - ours(PROMPTS + PROMPTS[:2], batch_size=2, **how)).max() <= 1
     for n, prompt in enumerate(PROMPTS):
-        alone = np.concatenate([images for _, images in ours.draw([prompt], indices=[n], **how)])
+        alone = np.concatenate(
+            [images for _, images in ours.generate([prompt], indices=[n], **how)]
+        )
         assert np.abs(together[n] - alone[0]).max() <= 1
     # the same prompt, another place: other noise
     assert np.abs(together[0] - together[3]).max() > 1
@@ -194,7 +196,7 @@ def test_an_image_does_not_depend_on_its_batch(ours, solver):
 
 def test_the_same_batch_shape_gives_the_same_image_to_the_bit(ours):
     first = ours(PROMPTS[:2], steps=3, seed=1, batch_size=2)
-    ((_, swapped),) = ours.draw(PROMPTS[1::-1], indices=[1, 0], steps=3, seed=1, batch_size=2)
+    ((_, swapped),) = ours.generate(PROMPTS[1::-1], indices=[1, 0], steps=3, seed=1, batch_size=2)
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
@@ -341,16 +343,16 @@ def test_the_same_images_on_a_mesh_of_four_devices(ours, tmp_path):
 
 
 def test_one_executable_for_all_batches_and_for_other_parameters(ours):
-    from pixart_jax.pipeline.denoising import drawn
+    from pixart_jax.pipeline.denoising import generate_jit
 
     ours(PROMPTS, steps=6, batch_size=2, seed=0)
-    before = drawn._cache_size()
+    before = generate_jit._cache_size()
     ours(PROMPTS * 2, steps=6, batch_size=2, seed=9, guidance=2.0, negative_prompt="a star")
     changed = jax.tree.map(lambda x: x * 1.01, ours.transformer.params)
     ours.replace(transformer=ours.transformer.replace(params=changed))(
         PROMPTS, steps=6, batch_size=2
     )
-    assert drawn._cache_size() == before
+    assert generate_jit._cache_size() == before
 
 
 def test_prompts_are_cleaned_as_diffusers_cleans_them_unless_asked_not_to(pair):
@@ -376,7 +378,7 @@ def test_a_size_between_the_buckets_is_drawn_at_the_nearest_and_fitted_as_diffus
     theirs = tiny_diffusers.build(tmp_path, sample_size=32)
     pipe = Pipeline.from_pretrained(tmp_path)
     height, width = 200, 312
-    canvas = bins.canvas(pipe.transformer.config, pipe.vae.config, height, width)
+    canvas = bins.generation_size(pipe.transformer.config, pipe.vae.config, height, width)
     assert canvas == (208, 304)
     noise = noise_for(pipe, 1, *canvas)
     given = torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2)
@@ -407,7 +409,9 @@ def test_images_are_fitted_as_diffusers_fits_them(size):
         torch.from_numpy(images).permute(0, 3, 1, 2), size[1], size[0]
     )
     np.testing.assert_allclose(
-        bins.fitted(jnp.asarray(images), *size), want.permute(0, 2, 3, 1).numpy(), atol=1e-5
+        bins.resize_and_crop(jnp.asarray(images), *size),
+        want.permute(0, 2, 3, 1).numpy(),
+        atol=1e-5,
     )
 
 
@@ -537,7 +541,7 @@ def test_bfloat16_draws_nearly_the_same(ours, tmp_path):
 
 def test_long_prompts_are_cut_with_a_warning_and_keep_the_end_mark(ours):
     with pytest.warns(UserWarning, match="cut to 120"):
-        ids, lengths = tokens.tokenize(ours.tokenizer, ["red " * 200], 120)
+        ids, lengths = tokenize(ours.tokenizer, ["red " * 200], 120)
     assert ids.shape == (1, 120) and lengths[0] == 120 and ids[0, -1] == ours.tokenizer.eos_token_id
 
 

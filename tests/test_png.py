@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_jax import png
+from pixart_jax.images import image_grid, png_settings, slug, write_png
 
 SETTINGS = {
     "prompt": "a star, red; naïve 日本",
@@ -32,14 +32,14 @@ def picture(height: int = 48, width: int = 64, value: int | None = None) -> np.n
 
 
 def test_settings_and_pixels_come_back(tmp_path):
-    png.write(tmp_path / "a.png", picture(), SETTINGS)
-    assert png.settings(tmp_path / "a.png") == SETTINGS
+    write_png(tmp_path / "a.png", picture(), SETTINGS)
+    assert png_settings(tmp_path / "a.png") == SETTINGS
     with Image.open(tmp_path / "a.png") as image:
         np.testing.assert_array_equal(np.asarray(image), picture())
 
 
 def test_parameters_read_as_the_web_interfaces_write_them(tmp_path):
-    png.write(tmp_path / "a.png", picture(), SETTINGS)
+    write_png(tmp_path / "a.png", picture(), SETTINGS)
     with Image.open(tmp_path / "a.png") as image:
         lines = image.info["parameters"].splitlines()
     assert lines[0] == SETTINGS["prompt"]
@@ -51,14 +51,14 @@ def test_parameters_read_as_the_web_interfaces_write_them(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    png.write(tmp_path / "a.png", picture(value=1), SETTINGS)
+    write_png(tmp_path / "a.png", picture(value=1), SETTINGS)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        png.write(tmp_path / "a.png", picture(value=2), SETTINGS)
+        write_png(tmp_path / "a.png", picture(value=2), SETTINGS)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     with Image.open(tmp_path / "a.png") as image:
         assert np.asarray(image).max() == 1
@@ -66,45 +66,45 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_files_without_settings_or_cut_short_have_none(tmp_path):
     Image.fromarray(picture()).save(tmp_path / "plain.png")
-    png.write(tmp_path / "cut.png", picture(), SETTINGS)
+    write_png(tmp_path / "cut.png", picture(), SETTINGS)
     whole = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("no image")
     assert [
-        png.settings(tmp_path / name) for name in ("plain.png", "cut.png", "text.png", "absent.png")
+        png_settings(tmp_path / name) for name in ("plain.png", "cut.png", "text.png", "absent.png")
     ] == [None] * 4
 
 
 def test_file_is_readable_as_any_other_new_file(tmp_path):
-    png.write(tmp_path / "a.png", picture())
+    write_png(tmp_path / "a.png", picture())
     (tmp_path / "b").write_text("")
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
 def test_slug_is_short_words():
-    assert png.slug("A large, red star!") == "a-large-red-star"
-    assert len(png.slug("word " * 100)) <= 48
-    assert png.slug("x" * 100) == "x" * 48
-    assert png.slug("…") == "empty"
-    assert "/" not in png.slug("../../etc/passwd")
+    assert slug("A large, red star!") == "a-large-red-star"
+    assert len(slug("word " * 100)) <= 48
+    assert slug("x" * 100) == "x" * 48
+    assert slug("…") == "empty"
+    assert "/" not in slug("../../etc/passwd")
 
 
 def test_grid_holds_every_image_its_caption_and_its_mark():
     values = (10, 60, 110, 160, 200)
     captions = [f"caption number {v} of some length" for v in values]
-    sheet = png.grid(
+    sheet = image_grid(
         [picture(64, 64, v) for v in values], captions, marks=[True, False, None, None, None]
     )
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
     for value in values:
         assert (sheet == value).all(-1).sum() > 120 * 120  # enlarged to 128 px, up to the frame
     assert (sheet == (20, 150, 50)).all(-1).any() and (sheet == (210, 30, 30)).all(-1).any()
-    plain = png.grid([picture(64, 64, v) for v in values])
+    plain = image_grid([picture(64, 64, v) for v in values])
     assert plain.shape[0] < sheet.shape[0]  # the captions take room
 
 
 def test_grid_takes_images_of_several_sizes_and_long_words():
-    sheet = png.grid(
+    sheet = image_grid(
         [picture(64, 128, 9), picture(128, 64, 7)], ["x" * 500, ""], columns=2, cell=64
     )
     assert (sheet == 9).all(-1).any() and (sheet == 7).all(-1).any()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Flags:
 
 
 def call(argv):
-    print(program.parse(Flags, argv, prog="it"))
+    print(cli.parse(Flags, argv, prog="it"))
     return 0
 
 
@@ -44,15 +44,15 @@ def call(argv):
     ],
 )
 def test_bad_command_lines_are_one_line(capsys, argv, says):
-    assert program.run(call, argv) == 2
+    assert cli.run(call, argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
 
 
 def test_good_command_lines_and_help(capsys):
-    assert program.run(call, ["--model", "x", "--batch_size", "7"]) == 0
+    assert cli.run(call, ["--model", "x", "--batch_size", "7"]) == 0
     assert "batch_size=7" in capsys.readouterr().out
-    assert program.run(call, ["--help"]) == 0
+    assert cli.run(call, ["--help"]) == 0
     assert "--batch-size" in capsys.readouterr().out
 
 
@@ -64,7 +64,7 @@ def test_a_recipe_s_own_exit_is_what_python_makes_of_it(capsys, code, status, sa
     def leaves(argv):
         raise SystemExit(code)
 
-    assert program.run(leaves, []) == status
+    assert cli.run(leaves, []) == status
     assert capsys.readouterr() == ("", said)
 
 
@@ -104,19 +104,19 @@ def test_what_a_person_can_put_right_is_one_line(capsys, fault, says):
     def main(argv):
         raise fault
 
-    assert program.run(main, []) == 2
+    assert cli.run(main, []) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        program.run(lambda argv: 1 // 0, [])
+        cli.run(lambda argv: 1 // 0, [])
 
 
 def test_interrupted(capsys):
     def main(argv):
         raise KeyboardInterrupt
 
-    assert program.run(main, []) == 130
+    assert cli.run(main, []) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import T5EncoderModel
 
-from pixart_jax import program
+from pixart_jax import cli
 from tests import tiny_diffusers
 
 
@@ -104,7 +104,7 @@ def test_a_broken_model_is_one_line_and_nothing_is_begun(
     damage(model)
     capsys.readouterr()
     assert (
-        program.run(
+        cli.run(
             sample_program.main,
             ["--model", str(model), "--prompt", "x", "--out", str(tmp_path / "out")],
         )
@@ -136,7 +136,7 @@ def test_a_model_with_a_table_of_sizes_takes_multiples_of_8_and_names_the_next(
         ([], "height 201: a side must be a multiple of 8; 200 would do"),
         (["--no-binning"], "a multiple of 16"),
     ):
-        assert program.run(sample_program.main, [*where, *more]) == 2
+        assert cli.run(sample_program.main, [*where, *more]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and says in err
     assert not (tmp_path / "out").exists()

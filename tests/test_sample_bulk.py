@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_jax import png, program
+from pixart_jax import cli
+from pixart_jax.encoding import encode_command
 from pixart_jax.errors import UserError
-from pixart_jax.labelling import encode_command
+from pixart_jax.images import png_settings
 from pixart_jax.pipeline import drawings, memory, shares
-from pixart_jax.pipeline.writer import Writer
+from pixart_jax.pipeline.writer import AsyncWriter
 from tests import tiny_diffusers
 
 PROMPTS = [
@@ -71,7 +72,7 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
         "--batch-size",
         "2",
     ]
-    assert program.run(sample_program.main, [*base, "--out", str(tmp_path / "plain")]) == 0
+    assert cli.run(sample_program.main, [*base, "--out", str(tmp_path / "plain")]) == 0
     for stored in ("float32", "bfloat16"):
         argv = [
             "--prompts",
@@ -81,7 +82,7 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
             "--out",
             str(tmp_path / f"{stored}.safetensors"),
         ]
-        assert program.run(encode_command.main, [*argv, "--stored", stored]) == 0
+        assert cli.run(encode_command.main, [*argv, "--stored", stored]) == 0
     opened, real = [], component.load_component
     monkeypatch.setattr(
         component,
@@ -97,17 +98,17 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
             "--text-states",
             str(tmp_path / f"{stored}.safetensors"),
         ]
-        assert program.run(sample_program.main, argv) == 0
+        assert cli.run(sample_program.main, argv) == 0
     assert sorted(set(opened)) == ["transformer", "vae"]
     assert_within(tmp_path / "float32", tmp_path / "plain", 0)
     # of 255: what eight bits of mantissa do to random weights
     assert_within(tmp_path / "bfloat16", tmp_path / "plain", 12)
     # Exact states make the very images, so a call without them finds these there; rounded ones say
     # what they are.
-    assert program.run(sample_program.main, [*base, "--out", str(tmp_path / "float32")]) == 0
+    assert cli.run(sample_program.main, [*base, "--out", str(tmp_path / "float32")]) == 0
     assert "5 of them already there" in capsys.readouterr().out
     (path,) = (tmp_path / "bfloat16").glob("0000*.png")
-    assert png.settings(path)["text_states"] == "float32 kept as bfloat16"
+    assert png_settings(path)["text_states"] == "float32 kept as bfloat16"
     # A machine that only draws needs no weights of the text encoder.
     light = tmp_path / "light" / tiny_model.name
     shutil.copytree(tiny_model, light, ignore=shutil.ignore_patterns("model.safetensors"))
@@ -120,7 +121,7 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
         "--text-states",
         str(tmp_path / "float32.safetensors"),
     ]
-    assert program.run(sample_program.main, argv) == 0
+    assert cli.run(sample_program.main, argv) == 0
     assert_within(tmp_path / "lightly", tmp_path / "plain", 0)
 
 
@@ -128,7 +129,7 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
 def kept(tiny_model, prompt_file, tmp_path) -> Path:
     path = tmp_path / "kept.safetensors"
     assert (
-        program.run(
+        cli.run(
             encode_command.main,
             ["--prompts", str(prompt_file), "--model", str(tiny_model), "--out", str(path)],
         )
@@ -189,7 +190,7 @@ def test_text_states_that_do_not_fit_are_one_line_and_nothing_is_begun(
             str(tmp_path / "out"),
             *more,
         ]
-        assert program.run(sample_program.main, argv) == 2, says
+        assert cli.run(sample_program.main, argv) == 2, says
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
         assert not (tmp_path / "out").exists()
@@ -208,7 +209,7 @@ def test_wrong_names_and_shares_are_one_line_and_nothing_is_begun(
     ]
     for more, says in cases:
         argv = ["--model", str(tiny_model), "--prompt", "x", "--out", str(tmp_path / "out"), *more]
-        assert program.run(sample_program.main, argv) == 2
+        assert cli.run(sample_program.main, argv) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
     assert not (tmp_path / "out").exists()
@@ -228,7 +229,7 @@ def test_a_prompt_of_5000_characters_is_drawn_with_one_line_that_names_the_lost_
         "--steps",
         "1",
     ]
-    assert program.run(sample_program.main, argv) == 0
+    assert cli.run(sample_program.main, argv) == 0
     said = [
         line
         for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -237,7 +238,7 @@ def test_a_prompt_of_5000_characters_is_drawn_with_one_line_that_names_the_lost_
     assert len(said) == 1 and "was cut to 120, the model's most: lost are its last " in said[0]
     assert said[0].endswith("zebra'") and "words: " in said[0] and len(said[0]) < 500
     (path,) = (tmp_path / "out").glob("*.png")
-    assert png.settings(path)["prompt"] == prompt  # whole
+    assert png_settings(path)["prompt"] == prompt  # whole
 
 
 # The text encoder and memory.
@@ -315,9 +316,9 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
     )
     for share, offloads in ((0.5, True), (1.2, True), (2.0, False)):
         monkeypatch.setattr(memory, "available", lambda share=share: share * needed)
-        assert memory.must_offload(tiny_model) == offloads
+        assert memory.should_offload(tiny_model) == offloads
     monkeypatch.undo()
-    assert not memory.must_offload(tiny_model)  # this machine has room for a few kilobytes
+    assert not memory.should_offload(tiny_model)  # this machine has room for a few kilobytes
 
 
 # Shares.
@@ -339,7 +340,7 @@ def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(
         "--no-grid",
         *more,
     ]
-    assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "one")]) == 0
+    assert cli.run(sample_program.main, [*argv, "--out", str(tmp_path / "one")]) == 0
     command = [
         sys.executable,
         str(root / "sample.py"),
@@ -358,15 +359,15 @@ def test_int8_is_told_in_the_png_and_changes_little(
     sample_program, tiny_model, prompt_file, tmp_path
 ):
     argv = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "2", "--no-grid"]
-    assert program.run(sample_program.main, [*argv, "--out", str(tmp_path / "floats")]) == 0
+    assert cli.run(sample_program.main, [*argv, "--out", str(tmp_path / "floats")]) == 0
     assert (
-        program.run(
+        cli.run(
             sample_program.main, [*argv, "--out", str(tmp_path / "int8"), "--text-encoder-int8"]
         )
         == 0
     )
     (path,) = (tmp_path / "int8").glob("0000*.png")
-    assert png.settings(path)["text_encoder"] == "int8"
+    assert png_settings(path)["text_encoder"] == "int8"
     one, other = (pictures(tmp_path / name) for name in ("floats", "int8"))
     assert max(np.abs(one[name] - other[name]).max() for name in one) > 0  # it was really rounded
     assert np.mean([np.abs(one[name] - other[name]).mean() for name in one]) < 8
@@ -380,12 +381,12 @@ def test_int8_is_told_in_the_png_and_changes_little(
         "--stored",
         "float32",
     ]
-    assert program.run(encode_command.main, [*states, "--text-encoder-int8"]) == 0
+    assert cli.run(encode_command.main, [*states, "--text-encoder-int8"]) == 0
     argv += ["--text-states", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "states")]
-    assert program.run(sample_program.main, argv) == 0
+    assert cli.run(sample_program.main, argv) == 0
     assert_within(tmp_path / "states", tmp_path / "int8", 0)
     (path,) = (tmp_path / "states").glob("0000*.png")
-    assert png.settings(path)["text_states"] == "float32 from int8 kept as float32"
+    assert png_settings(path)["text_states"] == "float32 from int8 kept as float32"
 
 
 @pytest.mark.parametrize(
@@ -408,7 +409,7 @@ def test_a_bad_mesh_is_one_line(sample_program, tiny_model, tmp_path, capsys, me
         "--mesh",
         mesh,
     ]
-    assert program.run(sample_program.main, argv) == 2
+    assert cli.run(sample_program.main, argv) == 2
     assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -507,7 +508,7 @@ def test_two_processes_of_a_detected_cluster_draw_together(root, tiny_model, siz
 
 def test_shares_are_disjoint_whole_and_even_in_every_size():
     sizes = [(64, 64)] * 7 + [(64, 96)] * 5 + [(64, 64)] * 2
-    parts = [shares.Share(k, 3).of(sizes) for k in range(3)]
+    parts = [shares.PromptShard(k, 3).of(sizes) for k in range(3)]
     assert sorted(n for part in parts for n in part) == list(range(14))
     for size in set(sizes):
         counts = [sum(sizes[n] == size for n in part) for part in parts]
@@ -519,7 +520,7 @@ def test_the_sheet_is_not_waited_for_without_end(tmp_path):
         {"prompt": prompt, "index": n, "seed": 0, "height": 8, "width": 8}
         for n, prompt in enumerate(PROMPTS)
     ]
-    mine = drawings.Drawings(tmp_path, wanted, shares.Share(0, 2))
+    mine = drawings.OutputFolder(tmp_path, wanted, shares.PromptShard(0, 2))
     for n in mine.mine:
         mine.write(n, np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(
@@ -535,7 +536,7 @@ def test_the_sheet_is_not_waited_for_without_end(tmp_path):
 
 def test_a_slow_disk_holds_the_drawing_up_only_when_the_queue_is_full():
     gate, written = threading.Event(), []
-    with Writer(lambda n: gate.wait() and written.append(n), most=6) as writer:
+    with AsyncWriter(lambda n: gate.wait() and written.append(n), most=6) as writer:
         for n in range(6):
             writer.put(n)  # returns though nothing can be written
         late = threading.Thread(target=writer.put, args=(6,))
@@ -551,8 +552,8 @@ def test_what_a_writing_thread_meets_stops_the_drawing():
     def full(n):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"), Writer(full, most=2) as writer:
+    with pytest.raises(OSError, match="No space"), AsyncWriter(full, most=2) as writer:
         for n in range(10):
             writer.put(n)
-    with pytest.raises(OSError, match="No space"), Writer(full) as writer:
+    with pytest.raises(OSError, match="No space"), AsyncWriter(full) as writer:
         writer.put(0)  # the last one is not lost either

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_jax import Pipeline, png, program, prompts
+from pixart_jax import Pipeline, cli
+from pixart_jax.images import png_settings
+from pixart_jax.text import PromptRow
 
 PROMPTS = ["a large red circle", "a small blue star", "a green square"]
 
@@ -39,13 +41,13 @@ def test_a_prompt_becomes_a_png_that_says_how(sample_program, tiny_model, tmp_pa
         "--seed",
         "5",
     ]
-    assert program.run(sample_program.main, argv) == 0
+    assert cli.run(sample_program.main, argv) == 0
     out, err = capsys.readouterr()
     path = tmp_path / "0000_a-large-red-circle_5.png"
     assert str(path) in out and "image/s" in err.replace(" images", "image").replace(
         "images", "image"
     )
-    found = png.settings(path)
+    found = png_settings(path)
     assert (
         found.items()
         >= {
@@ -76,7 +78,7 @@ def test_without_a_guidance_the_models_own_is_taken_and_told(sample_program, tin
     shutil.copytree(tiny_model, own)
     (own / "sampling_config.json").write_text('{"guidance": 2}')
     assert (
-        program.run(
+        cli.run(
             sample_program.main,
             [
                 "--model",
@@ -92,7 +94,7 @@ def test_without_a_guidance_the_models_own_is_taken_and_told(sample_program, tin
         == 0
     )
     (path,) = (tmp_path / "o").glob("*.png")
-    assert png.settings(path)["guidance"] == 2.0
+    assert png_settings(path)["guidance"] == 2.0
     with Image.open(path) as image:
         np.testing.assert_array_equal(
             np.asarray(image),
@@ -117,7 +119,7 @@ def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is
         "--batch-size",
         "2",
     ]
-    assert program.run(sample_program.main, argv) == 0
+    assert cli.run(sample_program.main, argv) == 0
     names = [
         "0000_a-large-red-circle_0.png",
         "0001_a-small-blue-star_0.png",
@@ -129,7 +131,7 @@ def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is
     (out / names[1]).unlink()
     stamp = (out / names[0]).stat().st_mtime_ns
     capsys.readouterr()
-    assert program.run(sample_program.main, argv) == 0
+    assert cli.run(sample_program.main, argv) == 0
     assert "2 of them already there" in capsys.readouterr().out
     assert (out / names[0]).stat().st_mtime_ns == stamp
     assert images_in(out) == names
@@ -139,7 +141,7 @@ def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is
     )
     assert np.abs(redrawn - before).max() <= 1  # drawn alone this time
     # Other settings: drawn beside, nothing is lost.
-    assert program.run(sample_program.main, [*argv[:-4], "--steps", "1", "--no-grid"]) == 0
+    assert cli.run(sample_program.main, [*argv[:-4], "--steps", "1", "--no-grid"]) == 0
     assert {f"{name[:-4]}_2.png" for name in names[:3]} < set(images_in(out))
     assert (out / names[0]).read_bytes() == first[names[0]]
 
@@ -158,9 +160,9 @@ def _bytes(folder: Path, data: bytes) -> Path:
 )
 def test_csv_and_jsonl_files_of_prompts(sample_program, tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert sample_program.read_prompts(sample_program.Flags(prompts=tmp_path / name)) == [
-        prompts.Row("a red circle"),
-        prompts.Row("a star, blue"),
+    assert sample_program.prompt_rows(sample_program.Flags(prompts=tmp_path / name)) == [
+        PromptRow("a red circle"),
+        PromptRow("a star, blue"),
     ]
 
 
@@ -168,7 +170,7 @@ def test_csv_and_jsonl_files_of_prompts(sample_program, tmp_path, name, text):
 def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_compiles_once(
     sample_program, tiny_model, tmp_path, form
 ):
-    from pixart_jax.pipeline.denoising import drawn
+    from pixart_jax.pipeline.denoising import generate_jit
 
     rows = [(PROMPTS[0], 64, 96, None, None), (PROMPTS[1], 96, 64, 7, None)]
     rows += [(PROMPTS[2], 64, 96, None, "a star"), (PROMPTS[0], 96, 64, 7, "")]
@@ -181,7 +183,7 @@ def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_comp
     else:
         lines = [json.dumps({k: v for k, v in zip(names, row) if v is not None}) for row in rows]
     (tmp_path / f"p.{form}").write_text("\n".join(lines))
-    out, before = tmp_path / "out", drawn._cache_size()
+    out, before = tmp_path / "out", generate_jit._cache_size()
     how = {"steps": 3, "batch_size": 2}
     argv = [
         "--model",
@@ -195,8 +197,8 @@ def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_comp
         "--batch-size",
         "2",
     ]
-    assert program.run(sample_program.main, [*argv, "--no-grid"]) == 0
-    assert drawn._cache_size() - before <= 2  # a size each, whatever the order of the rows
+    assert cli.run(sample_program.main, [*argv, "--no-grid"]) == 0
+    assert generate_jit._cache_size() - before <= 2  # a size each, whatever the order of the rows
     pipe = Pipeline.from_pretrained(tiny_model)
     for n, (prompt, height, width, seed, negative) in enumerate(rows):
         (path,) = out.glob(f"{n:04d}_*.png")
@@ -206,7 +208,7 @@ def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_comp
             "seed": seed or 0,
             "negative_prompt": negative or "",
         }
-        assert png.settings(path).items() >= own.items()
+        assert png_settings(path).items() >= own.items()
         want = pipe(prompt, indices=[n], **own, **how)[0].astype(int)
         assert np.abs(np.asarray(Image.open(path)).astype(int) - want).max() <= 1
 
@@ -283,7 +285,7 @@ def test_bad_input_is_one_line_and_exit_status_2(
     argv = make(tmp_path, tiny_model)
     given = argv if "--model" in argv else [*argv, "--model", str(tiny_model)]
     given = given if "--out" in given else [*given, "--out", str(tmp_path / "out")]
-    assert program.run(sample_program.main, given) == 2
+    assert cli.run(sample_program.main, given) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
     assert not (tmp_path / "out").exists()
@@ -311,13 +313,13 @@ def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fills_up)
-    assert program.run(sample_program.main, argv) == 2
+    assert cli.run(sample_program.main, argv) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
     assert len(images_in(tmp_path / "out")) == 2 and all(
-        png.settings(path) for path in (tmp_path / "out").iterdir()
+        png_settings(path) for path in (tmp_path / "out").iterdir()
     )
     monkeypatch.undo()
-    assert program.run(sample_program.main, argv) == 0
+    assert cli.run(sample_program.main, argv) == 0
     assert len(images_in(tmp_path / "out")) == 4
 
 

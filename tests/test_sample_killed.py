@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_jax import png
 from pixart_jax.data import shapes
+from pixart_jax.images import png_settings
 
 COUNT = 1000
 
@@ -57,13 +57,13 @@ def test_a_thousand_prompts_killed_often_are_those_of_an_undisturbed_run(root, t
         _, said = run.communicate(timeout=300)
         assert run.returncode == 0, said
     found = {
-        out: {png.settings(path)["index"]: path for path in (tmp_path / out).glob("*.png")}
+        out: {png_settings(path)["index"]: path for path in (tmp_path / out).glob("*.png")}
         for out in ("killed", "whole")
     }
     assert drawn("killed") == drawn("whole") == COUNT
     for index in range(COUNT):
         killed, whole = (found[out][index] for out in ("killed", "whole"))
-        assert killed.name == whole.name and png.settings(killed) == png.settings(whole)
+        assert killed.name == whole.name and png_settings(killed) == png_settings(whole)
         with Image.open(killed) as one, Image.open(whole) as other:
             # A run that goes on draws other images side by side, which may round the last bit of a
             # pixel otherwise.

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.evaluation import command
 
 AIMS = {
@@ -22,7 +22,7 @@ AIMS = {
 
 @pytest.mark.slow
 def test_it_reaches_every_aim_far_above_chance(tmp_path):
-    assert program.run(command.main, ["shapes", "--out", str(tmp_path)]) == 0
+    assert cli.run(command.main, ["shapes", "--out", str(tmp_path)]) == 0
     tasks = json.loads((tmp_path / "score.json").read_text())["tasks"]
     missed = {
         task: tasks[task]["score"] for task, aim in AIMS.items() if tasks[task]["score"] < aim

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixart_jax import Pipeline, diffusion, program
-from pixart_jax.diffusion.guidance import combined
+from pixart_jax import Pipeline, cli, diffusion
+from pixart_jax.diffusion.guidance import combine_guidance
 from pixart_jax.errors import UserError
-from pixart_jax.models.transformer import PARTS, Conditioning, Kept
-from pixart_jax.pipeline import Shortcuts, denoising
+from pixart_jax.models.transformer import PARTS, BlockCache, Conditioning
+from pixart_jax.pipeline import CacheConfig, denoising
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square"]
@@ -33,13 +33,13 @@ def steps_fresh(plan, part: str) -> list[int]:
 
 
 def test_nothing_is_left_out_unless_asked_for():
-    plan = Shortcuts().plan(T, DEPTH, True)
+    plan = CacheConfig().plan(T, DEPTH, True)
     assert plan.guides.all() and not plan.fresh and plan.share == 1
-    assert not Shortcuts().plan(T, DEPTH, False).guides.any() and Shortcuts().settings() == {}
+    assert not CacheConfig().plan(T, DEPTH, False).guides.any() and CacheConfig().settings() == {}
 
 
 def test_an_interval_guides_the_steps_within_it():
-    plan = Shortcuts(guidance_interval=(300, 900)).plan(T, DEPTH, True)
+    plan = CacheConfig(guidance_interval=(300, 900)).plan(T, DEPTH, True)
     assert plan.guides.tolist() == [300 <= t <= 900 for t in T] == [
         False,
         True,
@@ -52,7 +52,7 @@ def test_an_interval_guides_the_steps_within_it():
 
 
 def test_blocks_are_computed_at_every_nth_step():
-    plan = Shortcuts(blocks_every=3).plan(T, DEPTH, True)
+    plan = CacheConfig(blocks_every=3).plan(T, DEPTH, True)
     assert {part: steps_fresh(plan, part) for part in PARTS} == dict.fromkeys(
         PARTS, [1, 0, 0, 1, 0, 0]
     )
@@ -60,7 +60,7 @@ def test_blocks_are_computed_at_every_nth_step():
 
 
 def test_cross_attention_is_kept_and_guidance_ends_after_the_gate():
-    plan = Shortcuts(cross_attention_steps=2).plan(T, DEPTH, True)
+    plan = CacheConfig(cross_attention_steps=2).plan(T, DEPTH, True)
     assert plan.guides.tolist() == [True, True, False, False, False, False]
     assert list(plan.fresh) == ["cross_attention"] and steps_fresh(plan, "cross_attention") == [
         1,
@@ -70,17 +70,17 @@ def test_cross_attention_is_kept_and_guidance_ends_after_the_gate():
         0,
         0,
     ]
-    assert not Shortcuts(cross_attention_steps=6).plan(T, DEPTH, True).fresh, (
+    assert not CacheConfig(cross_attention_steps=6).plan(T, DEPTH, True).fresh, (
         "a gate after the last step changes nothing"
     )
 
 
 def test_where_guidance_begins_or_ends_all_is_computed_but_what_the_gate_keeps():
-    plan = Shortcuts(cross_attention_steps=3, blocks_every=6).plan(T, DEPTH, True)
+    plan = CacheConfig(cross_attention_steps=3, blocks_every=6).plan(T, DEPTH, True)
     assert plan.guides.tolist() == [True] * 3 + [False] * 3
     assert steps_fresh(plan, "attention") == steps_fresh(plan, "mlp") == [1, 0, 0, 1, 0, 0]
     assert steps_fresh(plan, "cross_attention") == [1, 0, 0, 0, 0, 0]
-    plan = Shortcuts(guidance_interval=(500, 999), blocks_every=6).plan(T, DEPTH, True)
+    plan = CacheConfig(guidance_interval=(500, 999), blocks_every=6).plan(T, DEPTH, True)
     (first,) = np.flatnonzero(np.diff(plan.guides.astype(int))) + 1
     assert all(np.flatnonzero(steps_fresh(plan, part)).tolist() == [0, first] for part in PARTS)
 
@@ -97,7 +97,7 @@ def test_where_guidance_begins_or_ends_all_is_computed_but_what_the_gate_keeps()
 )
 def test_a_wrong_value_is_named(wrong, says):
     with pytest.raises(UserError, match=says):
-        Shortcuts(**wrong)
+        CacheConfig(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_schedule_that_does_not_fit_is_one_line(tmp_path, content, says):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=says) as fault:
-        Shortcuts(schedule=str(path)).plan(T, DEPTH, True)
+        CacheConfig(schedule=str(path)).plan(T, DEPTH, True)
     assert "\n" not in str(fault.value) and "schedule.json" in str(fault.value)
 
 
@@ -140,20 +140,20 @@ def test_a_part_is_taken_over_block_by_block(pipe):
     assert nothing == {}
     zeros = dict.fromkeys(PARTS, jnp.zeros((DEPTH, 2, 16, pipe.transformer.config.width)))
     fresh, made = evaluated(
-        pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros)
+        pipe, noise, 500.0, BlockCache(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros)
     )
     np.testing.assert_allclose(fresh, whole, rtol=1e-5, atol=1e-6)
     again, kept = evaluated(
-        pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.zeros(DEPTH, bool)), made)
+        pipe, noise, 500.0, BlockCache(dict.fromkeys(PARTS, np.zeros(DEPTH, bool)), made)
     )
     np.testing.assert_allclose(again, whole, rtol=1e-5, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, kept, made)
     # The second block alone is taken over, from what another time's evaluation gave.
     _, other = evaluated(
-        pipe, noise, 100.0, Kept(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros)
+        pipe, noise, 100.0, BlockCache(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros)
     )
     mixed, kept = evaluated(
-        pipe, noise, 500.0, Kept(dict.fromkeys(PARTS, np.array([True, False])), other)
+        pipe, noise, 500.0, BlockCache(dict.fromkeys(PARTS, np.array([True, False])), other)
     )
     assert not np.allclose(mixed, whole, rtol=1e-3)
     for part in PARTS:
@@ -197,7 +197,7 @@ def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.
         computed = {part: step % every == 0 or step == gate for part in PARTS}
         computed["cross_attention"] = step < gate and step % every == 0
         shape = (depth, len(x), 16, pipe.transformer.config.width)
-        kept = Kept(
+        kept = BlockCache(
             {part: np.full(depth, flag) for part, flag in computed.items()},
             {p: memory.get(p, jnp.zeros(shape)) for p in PARTS},
         )
@@ -205,7 +205,7 @@ def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.
             params, x, conditioning, halves if guided else alone, kept, method="denoise"
         )
         memory.update(made)
-        return combined(output, scale, 4) if guided else output
+        return combine_guidance(output, scale, 4) if guided else output
 
     solver = diffusion.solvers.by_name("dpm++")
     plan = solver.plan(
@@ -230,7 +230,7 @@ def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.
 def test_the_image_is_what_the_plan_written_out_step_by_step_draws(pipe, gate, every):
     noise, _ = pipe.noise(0, range(2), 64, 64)
     states, lengths = pipe.encode_text(PROMPTS)
-    shortcuts = Shortcuts(cross_attention_steps=gate, blocks_every=every)
+    shortcuts = CacheConfig(cross_attention_steps=gate, blocks_every=every)
     found = pipe.denoise(states, lengths, noise, steps=6, shortcuts=shortcuts)
     want = definition(pipe, noise, 6, gate, every)
     assert np.abs(found - want).max() <= 2e-5 * np.abs(want).max()
@@ -249,7 +249,7 @@ def test_a_schedule_of_all_parts_is_the_named_one(pipe, tmp_path):
     path.write_text(json.dumps(schedule.tolist()))
     found, named = (
         np.asarray(pipe.denoise(states, lengths, noise, steps=6, shortcuts=how))
-        for how in (Shortcuts(schedule=str(path)), Shortcuts(blocks_every=2))
+        for how in (CacheConfig(schedule=str(path)), CacheConfig(blocks_every=2))
     )
     np.testing.assert_array_equal(found, named)
 
@@ -258,10 +258,10 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
     """Two scans, one over 2b rows and one over b; the image is that of guidance of 1 there."""
     noise, _ = pipe.noise(0, range(2), 64, 64)
     states, lengths = pipe.encode_text(PROMPTS)
-    how = Shortcuts(guidance_interval=(400, 999))
+    how = CacheConfig(guidance_interval=(400, 999))
     run = pipe._run("dpm++", None, 6, "fractional", True, how)
     arguments = pipe._arguments((states, lengths), noise, (states, lengths), None, 4.5, None, None)
-    made = jax.make_jaxpr(denoising.latents, static_argnums=0)(run, *arguments)
+    made = jax.make_jaxpr(denoising.sample_latents, static_argnums=0)(run, *arguments)
     loops = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] in (3, 4, 2)]
     rows = sorted(
         "f32[4,16,24]" in str(e.params["jaxpr"])
@@ -270,7 +270,7 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
     )
     assert rows == [False, True]
     none = pipe.denoise(
-        states, lengths, noise, steps=6, shortcuts=Shortcuts(guidance_interval=(2000, 3000))
+        states, lengths, noise, steps=6, shortcuts=CacheConfig(guidance_interval=(2000, 3000))
     )
     unguided = pipe.denoise(states, lengths, noise, steps=6, guidance=1.0)
     np.testing.assert_allclose(none, unguided, rtol=1e-5, atol=1e-6)
@@ -279,7 +279,7 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
 def test_sample_py_takes_them_and_writes_them_into_the_image(
     sample_program, tiny_model, tmp_path, capsys
 ):
-    from pixart_jax import png
+    from pixart_jax.images import png_settings
 
     argv = [
         "--model",
@@ -301,17 +301,15 @@ def test_sample_py_takes_them_and_writes_them_into_the_image(
         "--blocks-every",
         "2",
     ]
-    assert (
-        program.run(sample_program.main, argv) == 0 and program.run(sample_program.main, fast) == 0
-    )
+    assert cli.run(sample_program.main, argv) == 0 and cli.run(sample_program.main, fast) == 0
     plain, short = (
-        png.settings(path)
+        png_settings(path)
         for path in sorted(tmp_path.glob("*.png"), key=lambda path: path.stat().st_mtime)
     )
     said = {"guidance_interval": [200.0, 900.0], "cross_attention_steps": 2, "blocks_every": 2}
     assert {**plain, **said} == short
     capsys.readouterr()
-    assert program.run(sample_program.main, fast) == 0
+    assert cli.run(sample_program.main, fast) == 0
     assert "already there" in capsys.readouterr().out
-    assert program.run(sample_program.main, [*argv, "--blocks-every", "0"]) == 2
+    assert cli.run(sample_program.main, [*argv, "--blocks-every", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from pixart_jax import Pipeline, captions
+from pixart_jax import Pipeline
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline import PromptEncoder, SamplingConfig, TextStates, sampling
 from pixart_jax.pipeline.text_states import write
+from pixart_jax.text import clean_caption
 
 PROMPTS = [
     "a large red circle",
@@ -34,9 +35,9 @@ def test_states_of_a_text_are_the_same_to_the_bit_whatever_is_encoded_beside_it(
     many = pipe.encode_prompts([*PROMPTS, *(f"a red star {n}" for n in range(20)), ""])
     for prompt in (*PROMPTS, ""):
         alone = pipe.encode_prompts([prompt])
-        np.testing.assert_array_equal(alone[captions.clean(prompt)], many[captions.clean(prompt)])
+        np.testing.assert_array_equal(alone[clean_caption(prompt)], many[clean_caption(prompt)])
         batch, lengths = pipe.encode_text([prompt, "a star"], 48)
-        np.testing.assert_array_equal(batch[0, : lengths[0]], many[captions.clean(prompt)])
+        np.testing.assert_array_equal(batch[0, : lengths[0]], many[clean_caption(prompt)])
 
 
 @pytest.mark.parametrize("negative", ["", "a star"])
@@ -115,7 +116,7 @@ def test_the_file_is_safetensors_that_others_open(pipe, tmp_path):
     write(tmp_path / "s.safetensors", list(states), states, states.identity)
     with safe_open(tmp_path / "s.safetensors", "pt") as file:
         assert json.loads(file.get_tensor("texts").numpy().tobytes()) == [
-            captions.clean(prompt) for prompt in PROMPTS
+            clean_caption(prompt) for prompt in PROMPTS
         ]
         offsets = file.get_tensor("offsets").tolist()
         zebra = file.get_tensor("states")[offsets[2] : offsets[3]].float().numpy()

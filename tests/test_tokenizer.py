@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
+from pixart_jax.text import load_tokenizer, save_tokenizer, tokenize, word_tokenizer
 
 WORDS = ["a", "red", "circle", "left", "of", "the", "star"]
 
 
 def test_a_saved_tokenizer_does_not_remember_how_its_last_call_cut(tmp_path):
-    made = tokens.from_words(WORDS)
+    made = word_tokenizer(WORDS)
     with pytest.warns(UserWarning, match="cut to 4"):
-        tokens.tokenize(made, ["a red circle on a white ground"], 4)
-    tokens.save(made, tmp_path)
+        tokenize(made, ["a red circle on a white ground"], 4)
+    save_tokenizer(made, tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"] is None
     assert "max_length" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
 def test_words_are_one_token_and_others_are_spelled():
-    made = tokens.from_words(WORDS)
+    made = word_tokenizer(WORDS)
     assert made.convert_ids_to_tokens(made("a red circle").input_ids) == [
         "▁a",
         "▁red",
@@ -36,29 +36,27 @@ def test_words_are_one_token_and_others_are_spelled():
 
 
 def test_case_and_blanks_do_not_matter_and_padding_is_a_multiple_of_8():
-    ids, lengths = tokens.tokenize(
-        tokens.from_words(WORDS), ["  A Red CIRCLE ", "a red circle", ""], 120
-    )
+    ids, lengths = tokenize(word_tokenizer(WORDS), ["  A Red CIRCLE ", "a red circle", ""], 120)
     assert ids.shape == (3, 8) and ids.dtype == lengths.dtype == np.int32
     np.testing.assert_array_equal(ids[0], ids[1])
     assert lengths.tolist() == [4, 4, 1] and ids[2, 0] == 1 and not ids[2, 1:].any()
 
 
 def test_length_never_exceeds_the_models():
-    made = tokens.from_words(WORDS)
-    ids, lengths = tokens.tokenize(made, ["a " * 9], 11)
+    made = word_tokenizer(WORDS)
+    ids, lengths = tokenize(made, ["a " * 9], 11)
     assert ids.shape == (1, 11) and lengths[0] == 10
     with pytest.warns(
         UserWarning, match="21 tokens and was cut to 11, .*lost are its last 10 tokens, 10 words"
     ):
-        ids, lengths = tokens.tokenize(made, ["a " * 20], 11)
+        ids, lengths = tokenize(made, ["a " * 20], 11)
     assert ids.shape == (1, 11) and lengths[0] == 11 and ids[0, -1] == made.eos_token_id
 
 
 def test_saved_words_open_again(tmp_path):
-    made = tokens.from_words(WORDS)
+    made = word_tokenizer(WORDS)
     made.save_pretrained(str(tmp_path))
-    opened = tokens.load(tmp_path)
+    opened = load_tokenizer(tmp_path)
     assert type(opened).__name__ == "T5Tokenizer"
     assert opened("a star, 7").input_ids == made("a star, 7").input_ids
 
@@ -98,13 +96,13 @@ def test_a_spiece_model_alone_opens_and_gives_sentencepieces_ids(tmp_path):
     )
     reference = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))
     texts = ["a red circle", "two yellow rings", "star"]
-    ids, lengths = tokens.tokenize(tokens.load(folder), texts, 120)
+    ids, lengths = tokenize(load_tokenizer(folder), texts, 120)
     for text, row, length in zip(texts, ids, lengths, strict=True):
         assert row[:length].tolist() == [*reference.encode(text), 1]
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        tokens.load(tmp_path / "absent")
+        load_tokenizer(tmp_path / "absent")
     with pytest.raises(UserError, match="no tokenizer in"):
-        tokens.load(tmp_path)
+        load_tokenizer(tmp_path)

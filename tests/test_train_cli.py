@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import train
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import AXES
-from pixart_jax.training import cli
+from pixart_jax.training import recipes
 from pixart_jax.training.mesh_fit import check_models
 from pixart_jax.training.workdir import Workdir
 
@@ -42,7 +42,7 @@ def recipe(tmp_path) -> str:
 
 def refused(capsys, *argv) -> str:
     """The one line with which the command line is refused."""
-    assert program.run(train.main, [str(a) for a in argv]) == 2
+    assert cli.run(train.main, [str(a) for a in argv]) == 2
     out, err = capsys.readouterr()
     assert (
         err.startswith("error: ")
@@ -104,7 +104,7 @@ def test_what_a_later_stage_lacks_is_said_before_the_first_one_trains(capsys, re
 
 def test_a_workdir_with_another_config(capsys, recipe, tmp_path):
     with Workdir(tmp_path / "run", runpy.run_path(recipe)["get_config"]()) as folder:
-        folder.keep()
+        folder.save_config()
     line = refused(capsys, recipe, "--workdir", tmp_path / "run", "--stages.0.batch-size", "4")
     assert "holds another config: stages.0.batch_size was 8, now 4" in line
 
@@ -142,18 +142,17 @@ def test_a_full_disk_is_one_line(capsys, recipe, tmp_path, monkeypatch, fault):
 
 
 def test_help_prints_and_exits_with_0(capsys, recipe):
-    assert program.run(train.main, ["--help"]) == 0
+    assert cli.run(train.main, ["--help"]) == 0
     assert "recipes: " in capsys.readouterr().out
-    assert program.run(train.main, [recipe, "--help"]) == 0
+    assert cli.run(train.main, [recipe, "--help"]) == 0
     assert "--stages.0.optimizer.learning-rate" in capsys.readouterr().out
 
 
 def test_every_recipe_in_configs_can_be_built():
-    from pixart_jax.training import cli
 
-    assert cli.known()
-    for name in cli.known():
-        assert cli.load(cli.find(name)).stages
+    assert recipes.known()
+    for name in recipes.known():
+        assert recipes.load(recipes.find(name)).stages
 
 
 def test_the_program_itself_exits_with_2_and_one_line(root: Path, tmp_path):
@@ -178,7 +177,7 @@ def test_the_program_itself_exits_with_2_and_one_line(root: Path, tmp_path):
     ],
 )
 def test_a_mesh_is_one_flag_or_one_for_each_axis(recipe, flag):
-    config = cli.configured(Path(recipe), [*flag, "--seed", "3"])
+    config = recipes.parse_config(Path(recipe), [*flag, "--seed", "3"])
     assert config.mesh == MeshConfig(data=-1, fsdp=8, tensor=2) and config.seed == 3
 
 
@@ -197,7 +196,7 @@ def test_a_mesh_that_cannot_be_is_one_line(capsys, recipe, tmp_path, flags, said
 
 
 def test_heads_and_tokens_that_the_mesh_does_not_divide_are_named_before_anything_is_opened(recipe):
-    config = cli.configured(Path(recipe), [])
+    config = recipes.parse_config(Path(recipe), [])
     with pytest.raises(
         UserError,
         match="stage words: mesh tensor 4 does not divide 2 heads; tensor 1 or 2 would do",

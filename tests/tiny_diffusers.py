@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel
 
-from pixart_jax.tokenizer import from_words
+from pixart_jax.text import word_tokenizer
 
 WORDS = (
     "a large small red blue green yellow circle star square left right of above below the and"
@@ -35,7 +35,7 @@ def build(
     1e-6 in the noise to 3e-3, and two programs that round differently draw two images.
     """
     torch.manual_seed(seed)
-    tokenizer = from_words(WORDS)
+    tokenizer = word_tokenizer(WORDS)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=3,
         attention_head_dim=8,

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.speed.cases import LATENT, Case
 from pixart_jax.config import ObjectiveConfig
-from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.training.tasks.denoising import DiffusionObjective
 
 SCALING_FACTOR = 0.18215  # of Stable Diffusion's VAE
 STEP_KEY = 0  # the random key of a training case's first step
@@ -48,7 +48,7 @@ def make(case: Case) -> dict[str, np.ndarray]:
 def _first_draws(mean: np.ndarray, std: np.ndarray) -> dict[str, np.ndarray]:
     """What the first step of ours draws from its key, for the peer's first step: x0, noise, t and
     which captions are dropped."""
-    denoising = Denoising(ObjectiveConfig(), SCALING_FACTOR)
+    denoising = DiffusionObjective(ObjectiveConfig(), SCALING_FACTOR)
     keys = jax.random.split(jax.random.key(STEP_KEY), len(mean))
     made = denoising.prepare({"mean": mean, "std": std}, keys)
     return {

@@ -13,13 +13,14 @@ import numpy as np
 
 from benchmarks.speed import inputs, limits
 from benchmarks.speed.cases import PROMPTS, TINY, WORDS, Case
-from pixart_jax import load_component, png, tokenizer
+from pixart_jax import load_component
 from pixart_jax.config import Config, DataConfig, MeshConfig, StageConfig
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.pipeline import Pipeline, SchedulerConfig, Shortcuts
+from pixart_jax.pipeline import CacheConfig, Pipeline, SchedulerConfig
+from pixart_jax.text import word_tokenizer
 from pixart_jax.training import abstract
 from pixart_jax.training.batches import put
 from pixart_jax.training.state import state_from
@@ -83,7 +84,7 @@ class Sample:
             **{name: arrays[name][:1] for name in names if name.startswith("negative")},
         }
         self._arguments = [jax.device_put(given[name]) for name in names]
-        shortcuts = Shortcuts(**how.get("shortcuts", {}))
+        shortcuts = CacheConfig(**how.get("shortcuts", {}))
         self._how = {
             "steps": case.steps,
             "guidance": case.guidance,
@@ -111,13 +112,13 @@ class Draw:
         vae = _random(
             VAE.abstract(TINY_VAE if case.model == TINY else VAEConfig(), case.dtype, mesh)
         )
-        words = tokenizer.from_words(WORDS)
+        words = word_tokenizer(WORDS)
         self._pipeline = Pipeline(
             load_component(folder, dtype=case.dtype), encoder, vae, words, SchedulerConfig()
         )
         self._case, self._out = case, Path(tempfile.mkdtemp(prefix="drawn."))
         self._prompts = [PROMPTS[n % len(PROMPTS)] for n in range(case.batch)]
-        self._shortcuts = Shortcuts(**how.get("shortcuts", {}))
+        self._shortcuts = CacheConfig(**how.get("shortcuts", {}))
 
     def run(self) -> None:
         case = self._case
@@ -133,7 +134,7 @@ class Draw:
             shortcuts=self._shortcuts,
         )
         for number, image in enumerate(images):
-            png.write(self._out / f"{number}.png", image, {})
+            images.write(self._out / f"{number}.png", image, {})
 
     def result(self) -> dict[str, np.ndarray]:
         return {}
@@ -178,7 +179,7 @@ def traced_step(case: Case, remat: str):
     """(the stage's parts, its step traced from shapes, the mesh of one device)."""
     config, stage = config_of(case, remat)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
+    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
     batch = abstract.abstract_batch(config, stage, (case.px, case.px), mesh)
     return (
         made,

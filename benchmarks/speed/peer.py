@@ -147,7 +147,7 @@ class Draw:
     transformer is."""
 
     def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
-        from pixart_jax.tokenizer import from_words
+        from pixart_jax.text import word_tokenizer
 
         dtype = getattr(torch, case.dtype)
         encoder, vae = _text_encoder(case, dtype), _vae(case, dtype)
@@ -157,7 +157,7 @@ class Draw:
             encoder.forward = torch.compile(encoder.forward, **options)
             vae.decode = torch.compile(vae.decode, **options)
         self._pipeline = PixArtAlphaPipeline(
-            from_words(WORDS), encoder, vae, model, DPMSolverMultistepScheduler(**BETAS)
+            word_tokenizer(WORDS), encoder, vae, model, DPMSolverMultistepScheduler(**BETAS)
         ).to(DEVICE)
         self._pipeline.set_progress_bar_config(disable=True)
         self._case, self._out = case, Path(tempfile.mkdtemp(prefix="drawn."))

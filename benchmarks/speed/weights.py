@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.speed.cases import Case
-from pixart_jax.cache import cache_folder
+from pixart_jax.files import cache_folder
 from pixart_jax.weights.component import CONFIG, Transformer
 from pixart_jax.weights.files import write_json
 from pixart_jax.weights.transformer import config_to_json

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.errors import UserError
 
 PATCHES = "x_embedder.proj.weight"  # any official model has it
@@ -61,7 +61,7 @@ class Flags:
 
 
 def main(argv: list[str]) -> int:
-    flags = program.parse(Flags, argv, prog="python -m pixart_jax convert")
+    flags = cli.parse(Flags, argv, prog="python -m pixart_jax convert")
     if not flags.src.exists():
         raise UserError(
             f"{flags.src} does not exist: give a .pth, a .pt, a .safetensors or a diffusers folder"

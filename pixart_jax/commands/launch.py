@@ -22,9 +22,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.errors import UserError
-from pixart_jax.parallel import ENVIRONMENT
+from pixart_jax.parallel import DISTRIBUTED_ENV_VARS
 
 PROG = "python -m pixart_jax launch"
 # seconds that the others have to end by themselves, with their own last words, once one has ended
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         own, command = argv[:at], argv[at + 1 :]
     else:
         own, command = argv, []
-    arguments = program.parse(Arguments, own, prog=PROG, description=Arguments.__doc__)
+    arguments = cli.parse(Arguments, own, prog=PROG, description=Arguments.__doc__)
     if not command:
         raise UserError(
             f"which program? {PROG} --processes 2 -- train.py configs/NAME.py --workdir DIR"
@@ -147,7 +147,7 @@ class Launch:
         environment = dict(os.environ)
         environment |= dict(
             zip(
-                ENVIRONMENT,
+                DISTRIBUTED_ENV_VARS,
                 (f"localhost:{port}", str(self._arguments.processes), str(k)),
                 strict=True,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pixart_jax import charts
+from pixart_jax import plots
 
 BUCKETS_PNG = "buckets.png"
 
@@ -16,7 +16,7 @@ def write(path: Path, counts: Mapping[tuple[int, int], int], title: str = "") ->
     ordered = sorted(counts.items(), key=lambda item: (item[0][0] / item[0][1], item[0]))
     total = sum(counts.values())
     values = {f"{height}×{width}": count for (height, width), count in ordered}
-    return charts.bars(
+    return plots.bars(
         path,
         values,
         title=f"{title or 'samples'}: {total:,} in {len(values)} buckets",

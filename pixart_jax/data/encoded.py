@@ -12,9 +12,9 @@ import numpy as np
 
 from pixart_jax.data import records
 from pixart_jax.data.buckets import key_of
-from pixart_jax.data.faults import Faults
-from pixart_jax.data.reused_memory import ReusedMemory
-from pixart_jax.data.samples import CaptionMix, fixed_length
+from pixart_jax.data.faults import BadRecords
+from pixart_jax.data.reused_memory import BufferPool
+from pixart_jax.data.samples import CaptionMix, pad_length
 from pixart_jax.errors import UserError
 
 
@@ -39,7 +39,7 @@ class EncodedSamples:
         max_text_tokens: int,
         expected: Mapping[str, str] | None = None,
         buckets: Sequence[tuple[int, int]] | None = None,
-        faults: Faults | None = None,
+        faults: BadRecords | None = None,
     ):
         self._records = records.Records(folder, expected)
         shards = self._records.manifest.shards
@@ -63,9 +63,9 @@ class EncodedSamples:
         longest = self._records.manifest.longest
         self._mix = CaptionMix(captions, tuple(longest), str(folder)) if captions else None
         self.flipped = self.identity.get("flip") == "yes"
-        self._memory = ReusedMemory()
+        self._memory = BufferPool()
         if self._mix:
-            self._leave_out_mute(shards, Faults() if faults is None else faults)
+            self._leave_out_mute(shards, BadRecords() if faults is None else faults)
         self.length = 0
         if self._mix:
             needed = max(longest[kind] for kind in self._mix.kinds)
@@ -76,9 +76,9 @@ class EncodedSamples:
                     f"{folder} holds texts of {needed} tokens, more than max_text_tokens = "
                     f"{max_text_tokens}: encode again with that cap"
                 )
-            self.length = fixed_length(needed, max_text_tokens)
+            self.length = pad_length(needed, max_text_tokens)
 
-    def _leave_out_mute(self, shards: Sequence[records.Shard], faults: Faults) -> None:
+    def _leave_out_mute(self, shards: Sequence[records.Shard], faults: BadRecords) -> None:
         """What has no text of the mix at all is in no bucket."""
         start = 0
         for shard in shards:
@@ -115,7 +115,7 @@ class EncodedSamples:
             arrays, metadata = self._records[int(index)]
             key = metadata["key"]
             keys.append(key)
-            side = "_flip" if self.flipped and mirrored(draw) else ""
+            side = "_flip" if self.flipped and is_flipped(draw) else ""
             mean, std = arrays[f"mean{side}"], arrays[f"std{side}"]
             if row == 0:
                 batch["mean"], batch["std"] = (
@@ -152,7 +152,7 @@ class EncodedSamples:
         return arrays[f"text.{kind}.{int(rest * len(json.loads(said)))}"]
 
 
-def mirrored(draw: float) -> bool:
+def is_flipped(draw: float) -> bool:
     """Whether a draw takes the mirrored picture: by a far digit of it, which knows nothing of the
     caption that its near ones choose."""
     return bool(int(draw * 2**44) & 1)

@@ -12,7 +12,7 @@ from pixart_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class BadRecord:
     """place: the file, and the record in it ('a.tar, 000123.jpg'); kind: a few fixed words that are
     counted ('unreadable image', 'missing caption', 'key twice', 'cut file'); detail: what exactly,
     one line, may be empty; mended: put right (control characters taken out of a caption), and the
@@ -27,7 +27,7 @@ class Fault:
         return f"{self.place}: {self.kind}{f' ({self.detail})' if self.detail else ''}"
 
 
-class Faults:
+class BadRecords:
     """Collects faults, in the order they were found, each once; threads may report at once.
 
     strict: the first one is raised as a UserError. kept: so many are kept by name, more are counted
@@ -36,14 +36,14 @@ class Faults:
 
     def __init__(self, strict: bool = False, kept: int = 10_000):
         self.strict, self._most = strict, kept
-        self._kept: dict[Fault, None] = {}
+        self._kept: dict[BadRecord, None] = {}
         self.counts: collections.Counter[str] = collections.Counter()  # of what was left out
         self.mended: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
 
     def add(self, place: str, kind: str, detail: str = "", mended: bool = False) -> None:
         """Report one. UserError where strict."""
-        fault = Fault(_line(place), kind, _line(detail), mended)
+        fault = BadRecord(_line(place), kind, _line(detail), mended)
         if self.strict:
             raise UserError(
                 f"{fault}; without --strict it would be counted and "
@@ -56,7 +56,7 @@ class Faults:
             if len(self._kept) < self._most:
                 self._kept[fault] = None
 
-    def extend(self, faults: Iterable[Fault]) -> None:
+    def extend(self, faults: Iterable[BadRecord]) -> None:
         """Report several."""
         for fault in faults:
             self.add(fault.place, fault.kind, fault.detail, fault.mended)
@@ -65,7 +65,7 @@ class Faults:
         """How many were left out."""
         return sum(self.counts.values())
 
-    def __iter__(self) -> Iterator[Fault]:
+    def __iter__(self) -> Iterator[BadRecord]:
         return iter(list(self._kept))
 
     def summary(self) -> str:

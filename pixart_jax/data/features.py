@@ -26,13 +26,13 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax.cache import cache_folder
 from pixart_jax.data.buckets import key_of
-from pixart_jax.data.faults import Fault, Faults
-from pixart_jax.data.samples import CaptionMix, fixed_length
+from pixart_jax.data.faults import BadRecord, BadRecords
+from pixart_jax.data.samples import CaptionMix, pad_length
 from pixart_jax.data.sources.layout import Entry, Layout, layout
-from pixart_jax.data.sources.listed import READERS, keep
+from pixart_jax.data.sources.listed import READERS, write_cache_file
 from pixart_jax.errors import UserError
+from pixart_jax.files import cache_folder
 
 _TEXTS = ("caption_feature_wmask", "caption_features", "caption_features_new", "caption_feature")
 _MORE_TEXTS = {"sharegpt4v": ("sharegpt4v_caption_features_new", "sharegpt4v_caption_features")}
@@ -81,9 +81,9 @@ class FeatureSamples:
         *,
         latents: str | None = None,
         buckets: Sequence[tuple[int, int]] | None = None,
-        faults: Faults | None = None,
+        faults: BadRecords | None = None,
     ):
-        self.faults = Faults() if faults is None else faults
+        self.faults = BadRecords() if faults is None else faults
         self.name = f"pixart-features:{root}"
         where = layout(root)
         folder = _latents_folder(where.root, latents)
@@ -121,7 +121,7 @@ class FeatureSamples:
                     f"{self.name} holds texts of {longest} tokens, more than max_text_tokens = "
                     f"{max_text_tokens}: raise it"
                 )
-            self.length = fixed_length(longest, max_text_tokens)
+            self.length = pad_length(longest, max_text_tokens)
 
     def __len__(self) -> int:
         return len(self.bucket_of)
@@ -143,7 +143,7 @@ class FeatureSamples:
         count = len(self._entries)
         if count >= _KEPT_FROM and kept.exists():
             said = json.loads(kept.read_text(encoding="utf-8"))
-            self.faults.extend(Fault(*fault) for fault in said["faults"])
+            self.faults.extend(BadRecord(*fault) for fault in said["faults"])
             return [
                 found
                 and _Found(
@@ -151,7 +151,7 @@ class FeatureSamples:
                 )
                 for found in said["found"]
             ]
-        seen = Faults()
+        seen = BadRecords()
         with (
             concurrent.futures.ThreadPoolExecutor(READERS) as readers,
             tqdm(
@@ -174,10 +174,10 @@ class FeatureSamples:
                 "faults": [dataclasses.astuple(f) for f in seen],
                 "found": [f and dataclasses.astuple(f) for f in found],
             }
-            keep(kept, lambda out: out.write(json.dumps(said).encode()))
+            write_cache_file(kept, lambda out: out.write(json.dumps(said).encode()))
         return found
 
-    def _alone(self, found: list[_Found | None], faults: Faults) -> list[_Found | None]:
+    def _alone(self, found: list[_Found | None], faults: BadRecords) -> list[_Found | None]:
         """Whoever's file an earlier entry has already is left out: it is that one's picture."""
         taken: set[str] = set()
         for number, one in enumerate(found):
@@ -301,27 +301,27 @@ def _names(path: str) -> list[str]:
 
 def _features_of(
     entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Path]
-) -> tuple[_Found | None, list[Fault]]:
+) -> tuple[_Found | None, list[BadRecord]]:
     """None, and what is wrong, where latents or all texts are missing or damaged."""
     place = f"{entry.place}, {entry.path}"
     names = _names(entry.path)
     latents = _first(folder, names, ".npy")
     if latents is None:
-        return None, [Fault(place, "missing features", f"no {names[0]}.npy in {folder.name}")]
+        return None, [BadRecord(place, "missing features", f"no {names[0]}.npy in {folder.name}")]
     try:
         bucket = _bucket(latents)
     except _DAMAGE as fault:
-        return None, [Fault(str(latents), "unreadable features", str(fault))]
+        return None, [BadRecord(str(latents), "unreadable features", str(fault))]
     held, faults = [], []
     for kind in texts:
         file = _first(kind, names, ".npz")
         try:
             held.append((str(file), _tokens(file)) if file else None)
         except _DAMAGE as fault:
-            faults.append(Fault(str(file), "unreadable features", str(fault)))
+            faults.append(BadRecord(str(file), "unreadable features", str(fault)))
             held.append(None)
     if texts and not any(held):
-        missing = Fault(
+        missing = BadRecord(
             place,
             "missing features",
             f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}",

@@ -221,8 +221,3 @@ def _cut(pixels: np.ndarray, how: Fit, bucket: tuple[int, int]) -> np.ndarray:
             Image.fromarray(pixels).resize((how.width, how.height), Image.Resampling.BICUBIC)
         )
     return pixels[how.top : how.top + bucket[0], how.left : how.left + bucket[1]]
-
-
-def to_model(pixels: np.ndarray) -> np.ndarray:
-    """uint8 of any shape → float32 in [−1, 1], the range of the VAE."""
-    return np.asarray(pixels, np.float32) / np.float32(127.5) - np.float32(1)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from pixart_jax.data.plan import Plan
+from pixart_jax.data.plan import BatchSchedule
 from pixart_jax.data.samples import Samples
 from pixart_jax.errors import UserError
 
@@ -39,7 +39,7 @@ class Loader:
         prefetch: int | None = None,
     ):
         self.samples = samples
-        self.plan = Plan(samples.bucket_of, batch_size, seed)
+        self.plan = BatchSchedule(samples.bucket_of, batch_size, seed)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         if not len(self._rows) or self._rows.min() < 0 or self._rows.max() >= batch_size:
             raise UserError(
@@ -53,7 +53,7 @@ class Loader:
         """This process's rows of the batch of a step, read now."""
         return self._read(step, self._rows)
 
-    def whole(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
+    def global_batch(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
         """The global batch of a step, or its first ``rows``, the same on every process, read
         now."""
         return self._read(step, np.arange(self.plan.batch_size)[:rows])

@@ -45,7 +45,7 @@ class Batch:
     draws: np.ndarray
 
 
-class Plan:
+class BatchSchedule:
     """bucket_of: int [n], the bucket of each sample, −1 to leave it out. batch_size: of the global
     batch."""
 

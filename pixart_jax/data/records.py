@@ -54,7 +54,7 @@ _NAMES = {dtype: code for code, dtype in _CODES.items()}
 # ---------------------------------------------------------------------------------------------
 
 
-def pack(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+def encode_record(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """Named arrays and texts as the bytes of a safetensors file; the same input gives the same
     bytes."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -74,7 +74,7 @@ def pack(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes
     return b"".join((struct.pack("<Q", len(text)), text, *chunks))
 
 
-def unpack(
+def decode_record(
     record: bytes, names: Iterable[str] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(arrays, metadata) of a record; the arrays are read-only views into it. names: only these
@@ -255,7 +255,7 @@ class Manifest:
             raise UserError(f"{path} is damaged: {fault!r}") from None
 
 
-def refuse_other(
+def check_identity(
     folder: str | os.PathLike, found: Mapping[str, str], expected: Mapping[str, str]
 ) -> None:
     """Raise UserError that names what differs, where shards were not made with what is expected of
@@ -276,7 +276,7 @@ def refuse_other(
         )
 
 
-def missing_or_short(folder: pathlib.Path, shard: Shard) -> str | None:
+def quick_check(folder: pathlib.Path, shard: Shard) -> str | None:
     """What is wrong with a shard's file at a glance, or None."""
     path = folder / shard.file
     try:
@@ -295,7 +295,7 @@ def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
     manifest's checksum."""
     folder = pathlib.Path(folder)
     for shard in Manifest.read(folder).shards:
-        trouble = missing_or_short(folder, shard)
+        trouble = quick_check(folder, shard)
         if trouble is None and sha256(folder / shard.file) != shard.sha256:
             trouble = f"{folder / shard.file} is damaged: its checksum differs from the manifest's"
         yield shard, trouble
@@ -311,9 +311,9 @@ class Records:
     def __init__(self, folder: str | os.PathLike, expected: Mapping[str, str] | None = None):
         self.folder = pathlib.Path(folder)
         self.manifest = Manifest.read(self.folder)
-        refuse_other(self.folder, self.manifest.identity, expected or {})
+        check_identity(self.folder, self.manifest.identity, expected or {})
         for shard in self.manifest.shards:
-            if trouble := missing_or_short(self.folder, shard):
+            if trouble := quick_check(self.folder, shard):
                 raise UserError(
                     f"{trouble}; delete the file and encode again: only what is missing is made "
                     "anew"
@@ -345,7 +345,7 @@ class Records:
             ) from None
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        return unpack(self.bytes(range(len(self))[index]))
+        return decode_record(self.bytes(range(len(self))[index]))
 
     def _reader(self, shard: int):
         with self._opening:

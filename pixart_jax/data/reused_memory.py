@@ -30,7 +30,7 @@ class _Lease:
         self._back.append(self._memory)
 
 
-class ReusedMemory:
+class BufferPool:
     """A pool; threads may take from it at once. most: so many blocks of memory lie free at the
     most; the oldest go first."""
 

@@ -16,12 +16,13 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax.cache import cache_folder
 from pixart_jax.data import buckets as bucket_tables
 from pixart_jax.data import images
-from pixart_jax.data.sources.listed import keep
+from pixart_jax.data.sources.listed import write_cache_file
 from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.files import cache_folder
+from pixart_jax.images import to_model
 
 _KEPT_FROM = 5_000  # pictures; a smaller set is decoded at each start
 _DECODERS = 8  # threads; Pillow lets go of the interpreter while it decodes
@@ -90,7 +91,7 @@ def _chosen(edges: np.ndarray, draw: float) -> tuple[int, float]:
     return i, min((draw - edges[i]) / (edges[i + 1] - edges[i]), np.nextafter(1.0, 0.0))
 
 
-def fixed_length(longest: int, cap: int) -> int:
+def pad_length(longest: int, cap: int) -> int:
     """Text length that a whole stage is padded to: the longest text, rounded up to 8, at most
     ``cap``."""
     return min(-(-longest // 8) * 8, cap)
@@ -160,7 +161,7 @@ class ImageSamples:
                         self.faults.add(found[1], "unreadable image", found[2])
         self.bucket_of[bad] = -1
         if count >= _KEPT_FROM and not known:
-            keep(file, lambda out: np.save(out, np.array(bad, np.int64)))
+            write_cache_file(file, lambda out: np.save(out, np.array(bad, np.int64)))
 
     def _pixels(self, index: int, bucket: int) -> tuple[np.ndarray, str]:
         if self._cache is not None and self._keys[index] is not None:
@@ -176,7 +177,7 @@ class ImageSamples:
         """Rows of one bucket."""
         rows = [self._pixels(int(i), bucket) for i in indices]
         return {
-            "images": images.to_model(np.stack([pixels for pixels, _ in rows])),
+            "images": to_model(np.stack([pixels for pixels, _ in rows])),
             "key": np.array([key for _, key in rows]),
         }
 
@@ -226,7 +227,7 @@ class TokenSamples:
             places.append({})
             try:
                 said = {kind: sample.captions[kind] for kind in read if sample.captions.get(kind)}
-                sample.said(self._mix.kinds)
+                sample.captions_of_kinds(self._mix.kinds)
                 if target:
                     sample.texts(target)
             except UserError as fault:
@@ -238,7 +239,7 @@ class TokenSamples:
                 texts.extend(clean(text) for text in raw)
         self._places = places
         self._ids = tokenize(tokenizer, texts, max_text_tokens)
-        self.length = fixed_length(max([1, *map(len, self._ids)]), max_text_tokens)
+        self.length = pad_length(max([1, *map(len, self._ids)]), max_text_tokens)
         self.bucket_of = np.zeros(len(places), np.int16)
         self.bucket_of[lacking] = -1
 

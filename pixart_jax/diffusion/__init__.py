@@ -3,10 +3,10 @@ sampling scan. Knows no model."""
 
 from pixart_jax.diffusion import guidance, schedule, solvers
 from pixart_jax.diffusion.gaussian import add_noise, to_epsilon, to_x0, velocity
-from pixart_jax.diffusion.guidance import guided
+from pixart_jax.diffusion.guidance import classifier_free_guidance
 from pixart_jax.diffusion.objective import training_loss
 from pixart_jax.diffusion.posterior import ddpm_posterior
-from pixart_jax.diffusion.sampling import Stretch, sample, timesteps
+from pixart_jax.diffusion.sampling import Segment, sample, timesteps
 from pixart_jax.diffusion.schedule import Schedule
 
 __all__ = [

@@ -51,7 +51,7 @@ def check_prediction(prediction: str) -> None:
         raise UserError(f"unknown prediction {prediction!r}{nearest(prediction, PREDICTIONS)}")
 
 
-def per_image(values: jax.Array, x: jax.Array) -> jax.Array:
+def expand_to(values: jax.Array, x: jax.Array) -> jax.Array:
     """[b] → [b, 1, …, 1] in x's dtype, so that it multiplies x [b, …]; a scalar stays one."""
     values = jnp.asarray(values).astype(x.dtype)
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)) if values.ndim else values
@@ -76,7 +76,7 @@ def add_noise(
 ) -> jax.Array:
     """x_t by (1). x0, noise [b, …]; t [b] or a scalar, whole or fractional. Returns [b, …]."""
     schedule = schedule or linear()
-    return per_image(schedule.alpha(t), x0) * x0 + per_image(schedule.sigma(t), x0) * noise
+    return expand_to(schedule.alpha(t), x0) * x0 + expand_to(schedule.sigma(t), x0) * noise
 
 
 def velocity(
@@ -84,10 +84,10 @@ def velocity(
 ) -> jax.Array:
     """v_t by (2), what a v-predicting model learns; shapes as :func:`add_noise`."""
     schedule = schedule or linear()
-    return per_image(schedule.alpha(t), x0) * noise - per_image(schedule.sigma(t), x0) * x0
+    return expand_to(schedule.alpha(t), x0) * noise - expand_to(schedule.sigma(t), x0) * x0
 
 
-def implied_x0(
+def predict_x0(
     output: jax.Array, x_t: jax.Array, alpha: jax.Array, sigma: jax.Array, prediction: str
 ) -> jax.Array:
     """The x_0 that a prediction [b, …, c] implies, by (4) or (5); alpha and sigma broadcast against
@@ -109,11 +109,11 @@ def to_x0(
     Variance logits are dropped."""
     schedule = schedule or linear()
     output, _ = split_output(model_output, x_t.shape[-1])
-    return implied_x0(
+    return predict_x0(
         output,
         x_t,
-        per_image(schedule.alpha(t), x_t),
-        per_image(schedule.sigma(t), x_t),
+        expand_to(schedule.alpha(t), x_t),
+        expand_to(schedule.sigma(t), x_t),
         prediction,
     )
 
@@ -132,7 +132,7 @@ def to_epsilon(
         return model_output
     schedule = schedule or linear()
     v, logits = split_output(model_output, x_t.shape[-1])
-    epsilon = per_image(schedule.alpha(t), x_t) * v + per_image(schedule.sigma(t), x_t) * x_t
+    epsilon = expand_to(schedule.alpha(t), x_t) * v + expand_to(schedule.sigma(t), x_t) * x_t
     return (
         epsilon
         if logits is None

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.diffusion.gaussian import per_image, split_output
+from pixart_jax.diffusion.gaussian import expand_to, split_output
 from pixart_jax.errors import UserError
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def guided(
+def classifier_free_guidance(
     both: Denoiser, scale: float | jax.Array, *, conditional: Denoiser | None = None
 ) -> Denoiser:
     """uncond + scale · (cond − uncond), on every channel of the prediction.
@@ -36,12 +36,12 @@ def guided(
                 "guidance with scale 1 needs the conditional denoiser alone: give conditional="
             )
         return conditional
-    return lambda x, t: combined(
+    return lambda x, t: combine_guidance(
         both(jnp.concatenate([x, x]), jnp.concatenate([t, t])), scale, x.shape[-1]
     )
 
 
-def combined(output: jax.Array, scale: float | jax.Array, channels: int) -> jax.Array:
+def combine_guidance(output: jax.Array, scale: float | jax.Array, channels: int) -> jax.Array:
     """Both halves' output [2b, …, c or 2c], the unconditional one first → the guided prediction [b,
     …, c or 2c]; c: channels.
 
@@ -51,7 +51,7 @@ def combined(output: jax.Array, scale: float | jax.Array, channels: int) -> jax.
     unconditional, conditioned = jnp.split(output, 2)
     base, _ = split_output(unconditional, channels)
     towards, logits = split_output(conditioned, channels)
-    prediction = base + per_image(jnp.asarray(scale), base) * (towards - base)
+    prediction = base + expand_to(jnp.asarray(scale), base) * (towards - base)
     return prediction if logits is None else jnp.concatenate([prediction, logits], axis=-1)
 
 
@@ -62,7 +62,7 @@ def within(t: np.ndarray, interval: tuple[float, float] | None) -> np.ndarray:
     return (low <= np.asarray(t)) & (np.asarray(t) <= high)
 
 
-def runs(flags: np.ndarray) -> list[tuple[bool, int]]:
+def run_lengths(flags: np.ndarray) -> list[tuple[bool, int]]:
     """Flags [n] as (flag, how many in a row)."""
     borders = np.flatnonzero(np.diff(np.asarray(flags, int))) + 1
     return [(bool(part[0]), len(part)) for part in np.split(np.asarray(flags), borders)]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.diffusion.gaussian import check_prediction, per_image, split_output, velocity
+from pixart_jax.diffusion.gaussian import check_prediction, expand_to, split_output, velocity
 from pixart_jax.diffusion.posterior import posterior
 from pixart_jax.diffusion.schedule import Schedule, linear
 from pixart_jax.errors import UserError
@@ -80,14 +80,14 @@ def _variational_bound(missed, logits, x0, t, schedule, prediction):
     """
 
     def at(values: np.ndarray) -> jax.Array:
-        return per_image(jnp.asarray(values)[t], x0)
+        return expand_to(jnp.asarray(values)[t], x0)
 
     tables, cumprod = posterior(schedule), schedule.alphas_cumprod
     x0_error = np.sqrt(1.0 - cumprod) / (np.sqrt(cumprod) if prediction == "epsilon" else 1.0)
     mean_gap = at(tables.x0 * x0_error) * missed
     # log Σ − log β̃, by (9)
-    log_ratio = (logits + 1.0) / 2.0 * at(tables.log_large - tables.log_small)
-    log_variance = at(tables.log_small) + log_ratio
+    log_ratio = (logits + 1.0) / 2.0 * at(tables.log_variance_max - tables.log_variance_min)
+    log_variance = at(tables.log_variance_min) + log_ratio
     kl = gaussian_kl(mean_gap, log_ratio, log_variance)
     # used at t = 0, where (7) is x_0
     nll = -discretized_gaussian_log_likelihood(x0, x0 + mean_gap, 0.5 * log_variance)

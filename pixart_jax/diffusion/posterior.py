@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.diffusion.gaussian import check_prediction, implied_x0, per_image, split_output
-from pixart_jax.diffusion.respacing import kept_times, respaced
+from pixart_jax.diffusion.gaussian import check_prediction, expand_to, predict_x0, split_output
+from pixart_jax.diffusion.respacing import respace_schedule, space_timesteps
 from pixart_jax.diffusion.schedule import Schedule, linear
 from pixart_jax.errors import UserError
 
@@ -23,8 +23,8 @@ class Posterior:
 
     x0: np.ndarray  # of x_0 in the mean (7)
     x_t: np.ndarray  # of x_t in the mean (7)
-    log_small: np.ndarray  # log β̃_t (8)
-    log_large: np.ndarray  # log β_t
+    log_variance_min: np.ndarray  # log β̃_t (8)
+    log_variance_max: np.ndarray  # log β_t
 
 
 @functools.lru_cache(maxsize=32)
@@ -38,8 +38,8 @@ def posterior(schedule: Schedule) -> Posterior:
     return Posterior(
         x0=np.sqrt(before) * betas / (1.0 - cumprod),
         x_t=np.sqrt(1.0 - betas) * (1.0 - before) / (1.0 - cumprod),
-        log_small=np.log(variance),
-        log_large=np.log(betas),
+        log_variance_min=np.log(variance),
+        log_variance_max=np.log(betas),
     )
 
 
@@ -69,7 +69,7 @@ def ddpm_posterior(
     """
     check_prediction(prediction)
     schedule = schedule or linear()
-    process = respaced(schedule, kept_times(schedule.timesteps, steps))
+    process = respace_schedule(schedule, space_timesteps(schedule.timesteps, steps))
     dtype = jnp.promote_types(x_t.dtype, jnp.float32)
     x_t, model_output, t = jnp.asarray(x_t, dtype), jnp.asarray(model_output, dtype), jnp.asarray(t)
     output, logits = split_output(model_output, x_t.shape[-1])
@@ -86,10 +86,12 @@ def ddpm_posterior(
         )
 
     def at(values: np.ndarray) -> jax.Array:
-        return per_image(jnp.asarray(values)[t], x_t)
+        return expand_to(jnp.asarray(values)[t], x_t)
 
     tables = posterior(process)
     cumprod = process.alphas_cumprod
-    x0 = implied_x0(output, x_t, at(np.sqrt(cumprod)), at(np.sqrt(1.0 - cumprod)), prediction)
+    x0 = predict_x0(output, x_t, at(np.sqrt(cumprod)), at(np.sqrt(1.0 - cumprod)), prediction)
     mean = at(tables.x0) * x0 + at(tables.x_t) * x_t
-    return mean, learned_log_variance(logits, at(tables.log_small), at(tables.log_large))
+    return mean, learned_log_variance(
+        logits, at(tables.log_variance_min), at(tables.log_variance_max)
+    )

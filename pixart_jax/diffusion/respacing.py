@@ -9,7 +9,7 @@ from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.errors import UserError
 
 
-def kept_times(timesteps: int, steps: int | str) -> np.ndarray:
+def space_timesteps(timesteps: int, steps: int | str) -> np.ndarray:
     """The times that stay, ascending, int64 [n].
 
     steps: N or 'N', N times spread evenly from 0 to T − 1, both ends kept ('100' of 1000: 0, 10, …
@@ -44,7 +44,7 @@ def kept_times(timesteps: int, steps: int | str) -> np.ndarray:
     return np.unique(np.asarray(times, np.int64))
 
 
-def respaced(schedule: Schedule, times: np.ndarray) -> Schedule:
+def respace_schedule(schedule: Schedule, times: np.ndarray) -> Schedule:
     """The process that visits only ``times`` (ascending) of ``schedule``: ᾱ is the same at each, so
     β_i = 1 − ᾱ_i / ᾱ_{i−1}."""
     kept = schedule.alphas_cumprod[times]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from pixart_jax.diffusion.gaussian import check_prediction, implied_x0, split_output
+from pixart_jax.diffusion.gaussian import check_prediction, predict_x0, split_output
 from pixart_jax.diffusion.guidance import Denoiser
 from pixart_jax.diffusion.schedule import Schedule, linear
 from pixart_jax.diffusion.solvers import Solver, by_name
@@ -22,7 +22,7 @@ Preview = Callable[[int, np.ndarray], None]
 TIMES = ("fractional", "integer")
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Consecutive evaluations that are made alike, in a scan of their own: two of them where the
     second half of a run costs less.
 
@@ -35,11 +35,11 @@ class Stretch(NamedTuple):
 
     steps: int
     denoise: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
-    enter: Callable[[Any], Any] = lambda memory: memory
+    init_carry: Callable[[Any], Any] = lambda memory: memory
 
 
 def sample(
-    denoiser: Denoiser | Sequence[Stretch],
+    denoiser: Denoiser | Sequence[Segment],
     noise: jax.Array,
     solver: str | Solver = "dpm++",
     steps: int | str = 20,
@@ -173,13 +173,13 @@ def _program(denoiser, solver, prediction, preview):
 
 def _run(denoiser, solver, prediction, preview, x, keys, table):
     stretches = (
-        (Stretch(len(table["step"]), _forgetful(denoiser)),) if callable(denoiser) else denoiser
+        (Segment(len(table["step"]), _forgetful(denoiser)),) if callable(denoiser) else denoiser
     )
     state, memory, start = solver.init(x), None, 0
     for stretch in stretches:
         rows = jax.tree.map(operator.itemgetter(slice(start, start + stretch.steps)), table)
         step = _step(stretch.denoise, solver, prediction, preview, keys)
-        (state, memory), _ = jax.lax.scan(step, (state, stretch.enter(memory)), rows)
+        (state, memory), _ = jax.lax.scan(step, (state, stretch.init_carry(memory)), rows)
         start += stretch.steps
     return state[0]
 
@@ -199,7 +199,7 @@ def _step(denoise, solver, prediction, preview, keys):
             x, jnp.full((x.shape[0],), now["t"], jnp.float32), now["given"], memory
         )
         output, logits = split_output(output.astype(x.dtype), x.shape[-1])
-        x0 = implied_x0(output, x, now["alpha"], now["sigma"], prediction)
+        x0 = predict_x0(output, x, now["alpha"], now["sigma"], prediction)
         if preview is not None:
             io_callback(lambda i, image: preview(int(i), np.asarray(image)), None, now["step"], x0)
         z = None if keys is None else _normal(keys, now["step"], x)

@@ -53,7 +53,7 @@ _REACH = 1.45  # half a side, in units of √(area / 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Detection:
     """One object. x, y: the centre (as shapes.Object has it), radius, all in px; area in px²; shape
     may be ``UNKNOWN``.
 
@@ -77,7 +77,7 @@ class Found:
         )
 
 
-def find_objects(image: np.ndarray) -> list[Found]:
+def find_objects(image: np.ndarray) -> list[Detection]:
     """The objects in an image, uint8 [height, width, 3] of any size, the largest area first."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
@@ -92,14 +92,14 @@ def find_objects(image: np.ndarray) -> list[Found]:
     picture = _Picture(rgb, away, foreground, _colour_map(rgb, foreground))
     parts, count = ndimage.label(foreground)
     area = np.bincount(parts.ravel(), minlength=count + 1)
-    found: list[Found] = []
+    found: list[Detection] = []
     for index in range(1, count + 1):
         if area[index] >= smallest:
             found += _objects(picture, parts == index, smallest)
     return sorted(found, key=lambda f: -f.area)
 
 
-def relation(first: Found, second: Found) -> str:
+def relation(first: Detection, second: Detection) -> str:
     """'left of', 'right of', 'above' or 'below': where the first is, seen from the second, along
     the longer axis."""
     dx, dy = first.x - second.x, first.y - second.y
@@ -147,7 +147,7 @@ def _colour_map(rgb: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     return colours
 
 
-def _objects(picture: _Picture, part: np.ndarray, smallest: float) -> list[Found]:
+def _objects(picture: _Picture, part: np.ndarray, smallest: float) -> list[Detection]:
     """What a connected part bool [h, w] is: one object, or the pieces it is cut into."""
     whole = _describe(picture, part)
     tally = np.bincount(picture.colours[part], minlength=len(_NAMES))
@@ -173,7 +173,7 @@ def _objects(picture: _Picture, part: np.ndarray, smallest: float) -> list[Found
     return [whole]
 
 
-def _mean_likeness(pieces: list[Found]) -> float:
+def _mean_likeness(pieces: list[Detection]) -> float:
     return sum(p.area * p.confidence for p in pieces) / sum(p.area for p in pieces)
 
 
@@ -203,7 +203,7 @@ def _cut(part: np.ndarray, cores: list[np.ndarray], smallest: float) -> list[np.
 # ---------------------------------------------------------------------------------------------
 
 
-def _describe(picture: _Picture, region: np.ndarray) -> Found:
+def _describe(picture: _Picture, region: np.ndarray) -> Detection:
     """region: the object's pixels, bool [h, w]."""
     height, width = region.shape
     ys, xs = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
@@ -225,7 +225,7 @@ def _describe(picture: _Picture, region: np.ndarray) -> Found:
     coverage = np.clip(0.5 + STEEP * (coverage - 0.5), 0, 1)
     coverage *= ndimage.binary_dilation(region, np.ones((3, 3), bool))
     shape, likeness, x, y, radius = _shape(coverage)
-    return Found(shape, name, left + x, top + y, radius, float(coverage.sum()), likeness)
+    return Detection(shape, name, left + x, top + y, radius, float(coverage.sum()), likeness)
 
 
 def _fisher(rgb: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:

@@ -11,12 +11,13 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.evaluation import report
 from pixart_jax.evaluation.shapes_score import Score, score
-from pixart_jax.evaluation.tasks import Asked, asked
+from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
+from pixart_jax.images import to_model, to_uint8
 
 SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "shapes"
 Level = Literal[*shapes.LEVELS]
@@ -106,32 +107,32 @@ def main(argv: Sequence[str]) -> int:
     if what not in commands:
         raise UserError(f"evaluate {what!r} is unknown{nearest(what, commands)}")
     options, run = commands[what]
-    run(program.parse(options, rest, prog=f"{_PROG} {what}", description=options.__doc__))
+    run(cli.parse(options, rest, prog=f"{_PROG} {what}", description=options.__doc__))
     return 0
 
 
 def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
     """Draw, judge, print; ``pipeline`` instead of the one at ``options.model``."""
-    from pixart_jax.pipeline import Pipeline, Shortcuts
+    from pixart_jax.pipeline import CacheConfig, Pipeline
 
-    shortcuts = Shortcuts(
+    shortcuts = CacheConfig(
         options.guidance_interval,
         options.cross_attention_steps,
         options.blocks_every,
         options.block_schedule,
     )
-    wanted = asked(options.level, options.per_task, options.captions)
+    wanted = eval_prompts(options.level, options.per_task, options.captions)
     if options.batch_size < 1:
         raise UserError(f"batch-size {options.batch_size}: at least 1")
     _writable(options.out)
     pipeline = pipeline or Pipeline.from_pretrained(options.model)
-    steps, guidance, solver = pipeline.sampling.filled(
+    steps, guidance, solver = pipeline.sampling.with_defaults(
         options.steps, options.guidance, options.solver
     )
     options = dataclasses.replace(options, steps=steps, guidance=guidance, solver=solver)
 
     def draw(rows: list[int], height: int, width: int) -> Iterable[tuple[list[int], np.ndarray]]:
-        return pipeline.draw(
+        return pipeline.generate(
             [wanted[i].caption for i in rows],
             steps=options.steps,
             guidance=options.guidance,
@@ -158,7 +159,7 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
 def evaluate_vae(options: VAEOptions, vae=None) -> Score:
     """Encode to the posterior's mean and decode; ``vae`` instead of the one at
     ``options.model``."""
-    wanted = asked(options.level, options.per_task)
+    wanted = eval_prompts(options.level, options.per_task)
     if options.batch_size < 1:
         raise UserError(f"batch-size {options.batch_size}: at least 1")
     _writable(options.out)
@@ -177,10 +178,10 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
             some = list(range(start, min(start + size, len(rows))))
             # one shape, so that nothing compiles twice
             full = some + [some[-1]] * (size - len(some))
-            pixels = np.stack([renders[rows[i]] for i in full]).astype(np.float32) / 127.5 - 1
+            pixels = to_model(np.stack([renders[rows[i]] for i in full]))
             mean, _ = vae.encode(pixels)
             back = np.asarray(vae.decode(mean), np.float32)[: len(some)]
-            yield some, np.clip(np.rint((back + 1) * 127.5), 0, 255).astype(np.uint8)
+            yield some, to_uint8(back)
 
     images = _by_canvas(wanted, through, "reconstructing")
     errors = np.array([np.mean((a.astype(np.float32) - b) ** 2) for a, b in zip(images, renders)])
@@ -197,7 +198,7 @@ def evaluate_checker(options: CheckerOptions) -> dict[str, Score]:
     _writable(options.out)
     results = {}
     for level in levels:
-        wanted = asked(level, options.per_task)
+        wanted = eval_prompts(level, options.per_task)
         images = [
             shapes.render(a.scene)
             for a in tqdm(wanted, desc=f"{level}: rendering", unit="image", leave=False)
@@ -217,7 +218,7 @@ def evaluate_checker(options: CheckerOptions) -> dict[str, Score]:
 # ------------------------------------------------------------------------------------------
 
 
-def _by_canvas(wanted: Sequence[Asked], draw: Callable, what: str) -> list[np.ndarray]:
+def _by_canvas(wanted: Sequence[EvalPrompt], draw: Callable, what: str) -> list[np.ndarray]:
     """Images in the order of ``wanted``. draw(rows, height, width) yields (positions in rows, uint8
     [b, height, width, 3])."""
     images: dict[int, np.ndarray] = {}
@@ -239,7 +240,7 @@ def _writable(out: Path | None) -> None:
 
 
 def _tell(
-    options, wanted: Sequence[Asked], images: Sequence[np.ndarray], title: str, **more
+    options, wanted: Sequence[EvalPrompt], images: Sequence[np.ndarray], title: str, **more
 ) -> Score:
     """Score, print the table, write the files."""
     result = score(wanted, images)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pixart_jax import png
-from pixart_jax.evaluation.shapes_score import Score, Share, by_attribute
+from pixart_jax.evaluation.shapes_score import Score, TaskScore, by_attribute
 from pixart_jax.evaluation.tasks import ALL
+from pixart_jax.images import image_grid, write_png
 
 SHEET_COLUMNS = 8
 
@@ -39,7 +39,7 @@ def table(score: Score, title: str) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, share: Share) -> str:
+def _row(name: str, share: TaskScore) -> str:
     floor = "    –" if share.floor is None else f"{share.floor:5.3f}"
     return (
         f"{name:30} {share.score:6.3f}   {share.low:.3f} – {share.high:.3f}   {floor}   "
@@ -61,7 +61,7 @@ def sheet(
         fault = "RIGHT" if verdict.right[ALL] else f"WRONG ({', '.join(verdict.wrong)})"
         captions.append(f"{fault}: {verdict.asked.caption}")
     marks = [score.verdicts[i].right[ALL] for i in shown]
-    return png.grid([images[i] for i in shown], captions, marks=marks, columns=SHEET_COLUMNS)
+    return image_grid([images[i] for i in shown], captions, marks=marks, columns=SHEET_COLUMNS)
 
 
 def write(
@@ -80,5 +80,5 @@ def write(
     path, partial = folder / "score.json", folder / ".score.json.part"
     partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-    png.write(folder / "sheet.png", sheet(score, images))
+    write_png(folder / "sheet.png", sheet(score, images))
     return [path, folder / "sheet.png"]

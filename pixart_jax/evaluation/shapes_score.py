@@ -16,15 +16,15 @@ import numpy as np
 
 from pixart_jax.data import shapes
 from pixart_jax.evaluation import checker
-from pixart_jax.evaluation.checker import Found
-from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, Asked, answers, unit
+from pixart_jax.evaluation.checker import Detection
+from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, EvalPrompt, judge, unit
 
 _Z = 1.959964  # 95%
 _SHUFFLES = 100  # other captions that a picture is held against for the floor, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class TaskScore:
     """score: right / n, or a mean of such; low, high: its 95% interval; floor: the same under other
     captions, None where a set has one picture; n pictures."""
 
@@ -39,8 +39,8 @@ class Share:
 class Verdict:
     """What was found in one picture, and task → whether it is right."""
 
-    asked: Asked
-    found: tuple[Found, ...]
+    asked: EvalPrompt
+    found: tuple[Detection, ...]
     right: dict[str, bool]
 
     @property
@@ -59,9 +59,9 @@ class Score:
     """tasks: every task that had pictures; mean: of the six main ones, where all are there;
     all_correct: pictures of which everything is right, without the withheld sets."""
 
-    tasks: dict[str, Share]
-    mean: Share | None
-    all_correct: Share | None
+    tasks: dict[str, TaskScore]
+    mean: TaskScore | None
+    all_correct: TaskScore | None
     verdicts: tuple[Verdict, ...]
 
     def to_dict(self) -> dict:
@@ -91,17 +91,17 @@ class Score:
         return {"tasks": rounded, "mean": mean, "all_correct": every, "images": images}
 
 
-def score(asked: Sequence[Asked], images: Sequence[np.ndarray]) -> Score:
+def score(asked: Sequence[EvalPrompt], images: Sequence[np.ndarray]) -> Score:
     """Judge images (uint8 [h, w, 3] each) by what was asked."""
     if len(asked) != len(images):
         raise ValueError(f"{len(images)} images for {len(asked)} scenes")
     units = [unit(a.scene, min(image.shape[:2])) for a, image in zip(asked, images)]
     found = [tuple(checker.find_objects(image)) for image in images]
     verdicts = [
-        Verdict(a, f, answers(a.set, a.scene, list(f), u)) for a, f, u in zip(asked, found, units)
+        Verdict(a, f, judge(a.set, a.scene, list(f), u)) for a, f, u in zip(asked, found, units)
     ]
 
-    tasks: dict[str, Share] = {}
+    tasks: dict[str, TaskScore] = {}
     right: dict[str, dict[str, np.ndarray]] = {}  # set → task → bool [n]
     floors: dict[str, dict[str, float | None]] = {}
     for name in SETS:
@@ -122,7 +122,7 @@ def score(asked: Sequence[Asked], images: Sequence[np.ndarray]) -> Score:
     mean = every = None
     if all(QUESTIONS[task][0] in right for task in MAIN):
         low, high = _interval_of_mean(tasks, MAIN)
-        mean = Share(
+        mean = TaskScore(
             float(np.mean([tasks[task].score for task in MAIN])),
             low,
             high,
@@ -155,12 +155,12 @@ def _average(values: Sequence[float | None], weights: Sequence[int] | None = Non
     )
 
 
-def _share(right: np.ndarray, floor: float | None) -> Share:
-    return Share(float(right.mean()), *wilson(int(right.sum()), len(right)), floor, len(right))
+def _share(right: np.ndarray, floor: float | None) -> TaskScore:
+    return TaskScore(float(right.mean()), *wilson(int(right.sum()), len(right)), floor, len(right))
 
 
 def _floor(
-    name: str, asked: list[Asked], found: list[tuple[Found, ...]], units: list[float]
+    name: str, asked: list[EvalPrompt], found: list[tuple[Detection, ...]], units: list[float]
 ) -> dict[str, float | None]:
     """Task → the share right when picture i is held against the scenes of other pictures of its
     set.
@@ -176,12 +176,12 @@ def _floor(
     for shift in shifts:
         for place, i in enumerate(order):
             other = asked[order[(place + shift) % len(order)]]
-            for task, right in answers(name, other.scene, list(found[i]), units[i]).items():
+            for task, right in judge(name, other.scene, list(found[i]), units[i]).items():
                 sums[task] = sums.get(task, 0) + right
     return {task: total / (len(order) * len(shifts)) for task, total in sums.items()}
 
 
-def _interval_of_mean(tasks: dict[str, Share], names: Sequence[str]) -> tuple[float, float]:
+def _interval_of_mean(tasks: dict[str, TaskScore], names: Sequence[str]) -> tuple[float, float]:
     """The 95% interval of the mean of tasks, from theirs: distances from the score add up within a
     set, whose tasks are answered by the same pictures (so this is on the careful side), and in
     squares over sets, which are independent."""

@@ -19,7 +19,7 @@ import numpy as np
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.evaluation import checker
-from pixart_jax.evaluation.checker import Found
+from pixart_jax.evaluation.checker import Detection
 
 CAPTIONS = ("short", "dense")
 SETS = {  # name: (task of shapes.draw_scene, withheld)
@@ -33,7 +33,7 @@ SETS = {  # name: (task of shapes.draw_scene, withheld)
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class EvalPrompt:
     """One picture that a model is asked for: a scene of a set, and the words for it."""
 
     set: str
@@ -41,9 +41,9 @@ class Asked:
     caption: str
 
 
-def asked(
+def eval_prompts(
     level: str, per_task: int, captions: str = "short", sets: tuple[str, ...] | None = None
-) -> list[Asked]:
+) -> list[EvalPrompt]:
     """``per_task`` scenes of each set that the level has (or of ``sets``), set after set.
 
     Scene i of a set is the same whatever per_task is. Raises UserError for an unknown level or kind
@@ -63,7 +63,7 @@ def asked(
         for index in range(per_task):
             rng = np.random.default_rng([zlib.crc32(f"{level}/evaluate/{name}".encode()), index])
             scene = shapes.draw_scene(rng, level, task=task, withheld=withheld)
-            found.append(Asked(name, scene, shapes.captions(scene)[captions]))
+            found.append(EvalPrompt(name, scene, shapes.captions(scene)[captions]))
     return found
 
 
@@ -88,49 +88,49 @@ def unit(scene: shapes.Scene, shorter: int) -> float:
 # and answers yes or no.
 
 
-def _object(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _object(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """One object is there, and it is of the shape."""
     return len(found) == 1 and found[0].shape == scene.objects[0].shape
 
 
-def _colour(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _colour(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """The largest object has the colour."""
     return bool(found) and found[0].colour == scene.objects[0].colour
 
 
-def _shape(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _shape(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """The largest object has the shape."""
     return bool(found) and found[0].shape == scene.objects[0].shape
 
 
-def _size(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _size(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """The largest object has the size."""
     return bool(found) and found[0].size(unit) == scene.objects[0].size
 
 
-def _counting(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _counting(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """As many objects as asked for, whatever they are."""
     return len(found) == len(scene.objects)
 
 
-def _both_colours(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _both_colours(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """Every colour is there."""
     return {o.colour for o in scene.objects} <= {f.colour for f in found}
 
 
-def _both_shapes(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _both_shapes(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """Every shape is there."""
     return {o.shape for o in scene.objects} <= {f.shape for f in found}
 
 
-def _binding(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _binding(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """Every object is there in its own colour and shape."""
     return not Counter((o.shape, o.colour) for o in scene.objects) - Counter(
         (f.shape, f.colour) for f in found
     )
 
 
-def _position(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _position(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """The first object lies where the caption says, seen from the second.
 
     Which two of those found are meant: the two that agree with them best, in shape or in colour at
@@ -138,7 +138,7 @@ def _position(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
     and so is not in its place.
     """
 
-    def agrees(f: Found, o: shapes.Object) -> float:
+    def agrees(f: Detection, o: shapes.Object) -> float:
         # the noun says more than the adjective
         return 1.1 * (f.shape == o.shape) + (f.colour == o.colour)
 
@@ -151,7 +151,7 @@ def _position(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
     return answer
 
 
-def _all(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _all(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """All that the short caption says but the texture: the number, each object's size, colour and
     shape, the relation."""
     wanted = Counter((o.size, o.colour, o.shape) for o in scene.objects)
@@ -159,7 +159,7 @@ def _all(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
     return right and (scene.relation is None or _position(scene, found, unit))
 
 
-def _single_binding(scene: shapes.Scene, found: list[Found], unit: float) -> bool:
+def _single_binding(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
     """The largest object has the colour and the shape."""
     return _colour(scene, found, unit) and _shape(scene, found, unit)
 
@@ -187,7 +187,7 @@ QUESTIONS = {  # task: (set whose pictures are asked, question)
 MAIN = ("object", "colour", "shape", "counting", "position", "binding")
 
 
-def answers(of: str, scene: shapes.Scene, found: list[Found], unit: float) -> dict[str, bool]:
+def judge(of: str, scene: shapes.Scene, found: list[Detection], unit: float) -> dict[str, bool]:
     """Every question of a set: task → whether the picture is right. ``ALL`` is among them."""
     given = {
         task: question(scene, found, unit)

@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.attention import attention
-from pixart_jax.models.attention.dense import marked
+from pixart_jax.models.attention.dense import checkpoint_output
 from pixart_jax.models.remat import ATTENTION_OUT
 from pixart_jax.parallel.axes import ACT_HEADS, BATCH, TOKENS
 
@@ -42,7 +42,7 @@ def check_context_attention(name: str) -> None:
         raise UserError(f"context_attention {name!r} is unknown{nearest(name, NAMES)}")
 
 
-def self_attention(
+def context_parallel_attention(
     q: jax.Array,  # [b, n, k, h]
     k: jax.Array,  # [b, m, k, h]
     v: jax.Array,  # [b, m, k, h]
@@ -122,7 +122,7 @@ def _ring_forward(q, k, v, axis):
         )
         out = out * _per_query(shrink) + part
         top, (keys, values) = higher, following or (keys, values)
-    out = marked((out / _per_query(total)).astype(v.dtype))
+    out = checkpoint_output((out / _per_query(total)).astype(v.dtype))
     return out, (q, k, v, out, checkpoint_name(top + jnp.log(total), ATTENTION_OUT))
 
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import LabelEmbedder, PatchEmbedder, ScalarEmbedder, unpatchify
-from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.layers import Dense, Mlp, SelfAttention, modulated_norm, row_major, zeros
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.parallel.axes import ACTIVATION, CONDITION, EMBED, LAYERS, MODULATION
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig(Geometry):
+class DiTConfig(BackboneConfig):
     """Sizes of a DiT. num_classes: labels are 0 … num_classes − 1, and num_classes itself is "no
     class"."""
 

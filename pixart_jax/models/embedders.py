@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.layers import Dense, xavier
 from pixart_jax.models.positions import sincos_1d
 from pixart_jax.parallel.axes import ACT_EMBED, BATCH, CONV_IN, EMBED, MLP, NORM, VOCAB
@@ -54,7 +54,7 @@ class PatchEmbedder(nn.Module):
     """Latents [b, h, w, c] → tokens [b, n, d] with their positions added; n = h/p · w/p, rows
     first."""
 
-    config: Geometry
+    config: BackboneConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

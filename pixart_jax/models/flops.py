@@ -10,7 +10,7 @@ work.
 from __future__ import annotations
 
 from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.transformer import TransformerConfig
 
 _SINUSOID = 256  # channels of a scalar's sinusoid (models/embedders.py)
@@ -65,7 +65,7 @@ def sampling_flops(
     return halves * (text + steps * (forward_flops(config, height, width, text_tokens) - text))
 
 
-def _self_attention(config: Geometry, rows: int, columns: int) -> int:
+def _self_attention(config: BackboneConfig, rows: int, columns: int) -> int:
     """Scores and weighted values of all layers; a compressed layer (PixArt-Σ) has 1 / R² of the
     keys."""
     n, r = rows * columns, getattr(config, "kv_compression", 1)

@@ -16,7 +16,7 @@ PRESETS = tuple(f"{size}/{patch}" for size in SIZES for patch in PATCHES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class BackboneConfig:
     """Sizes of a diffusion transformer on latents.
 
     sample_size: side of the latent grid that the model was trained at. The coordinate of patch i of

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pixart_jax.models.attention import attention, platform
-from pixart_jax.models.context import self_attention
+from pixart_jax.models.context import context_parallel_attention
 from pixart_jax.models.kv_compression import Compression, compress
 from pixart_jax.parallel.axes import (
     ACT_HEADS,
@@ -142,7 +142,9 @@ class SelfAttention(nn.Module):
 
         def attend(q, k, v, how=self.context_attention):
             q, k, v = (a.reshape(b, a.shape[1], self.heads, d // self.heads) for a in (q, k, v))
-            return self_attention(q, k, v, backend=_backend(self), context_attention=how)
+            return context_parallel_attention(
+                q, k, v, backend=_backend(self), context_attention=how
+            )
 
         def attend_compressed(q, k, v):
             return attend(

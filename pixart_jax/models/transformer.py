@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pixart_jax.errors import UserError
 from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
-from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.kv_compression import Compression, KVCompression
 from pixart_jax.models.layers import (
     CrossAttention,
@@ -42,7 +42,7 @@ from pixart_jax.parallel.axes import (
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig(Geometry):
+class TransformerConfig(BackboneConfig):
     """Sizes of a PixArt transformer.
 
     size_conditions: the multi-scale model, told the image's size and aspect ratio. text_tokens: the
@@ -90,7 +90,7 @@ class TransformerConfig(Geometry):
 PARTS = ("attention", "cross_attention", "mlp")
 
 
-class Text(NamedTuple):
+class TextKV(NamedTuple):
     """All that the denoiser needs of a prompt; it does not change over the steps of sampling."""
 
     keys: jax.Array  # [depth, b, l, k, h]
@@ -110,7 +110,7 @@ class Conditioning(NamedTuple):
     modulation: jax.Array  # [b or 1, 6, d] fp32, t_block's output
 
 
-class Kept(NamedTuple):
+class BlockCache(NamedTuple):
     """What an evaluation takes over from an earlier one, and what of it is made afresh: of some or
     all of PARTS, by name.
 
@@ -118,8 +118,8 @@ class Kept(NamedTuple):
     block's part gave when it was last computed, before its gate; read where it is not fresh.
     """
 
-    fresh: dict[str, jax.Array]
-    outputs: dict[str, jax.Array]
+    recompute: dict[str, jax.Array]
+    cached: dict[str, jax.Array]
 
 
 class Block(nn.Module):
@@ -154,18 +154,18 @@ class Block(nn.Module):
         lengths: jax.Array,  # [b]
         compression: Compression | None,  # this layer's; None in a model without
         grid: tuple[int, int],  # (rows, columns) of the n patches
-        kept: Kept | None = None,  # this block's, without the leading axis
+        kept: BlockCache | None = None,  # this block's, without the leading axis
         # [b, n, d], and the parts' outputs, of those that kept names
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         outputs = {}
 
         def part(name, compute, *operands):
-            if kept is None or name not in kept.fresh:
+            if kept is None or name not in kept.recompute:
                 return compute(self, *operands)
             out = nn.cond(
-                kept.fresh[name],
+                kept.recompute[name],
                 compute,
-                lambda block, *operands: kept.outputs[name],
+                lambda block, *operands: kept.cached[name],
                 self,
                 *operands,
             )
@@ -270,7 +270,7 @@ class PixArtTransformer(nn.Module):
             latents, Conditioning(vector, modulation), step, None, (text, text_lengths)
         )[0]
 
-    def encode_text(self, text_states: jax.Array, text_lengths: jax.Array) -> Text:
+    def encode_text(self, text_states: jax.Array, text_lengths: jax.Array) -> TextKV:
         """Text states [b, l, caption_width], lengths [b] → every block's keys and values: the work
         that depends on the prompt alone."""
         text = self._project(text_states)
@@ -278,7 +278,7 @@ class PixArtTransformer(nn.Module):
             lambda block, carry, _, text: (carry, block.keys_values(text)), broadcast=1
         )
         _, (keys, values) = scan(self.blocks, (), None, text)
-        return Text(keys, values, text_lengths)
+        return TextKV(keys, values, text_lengths)
 
     def encode_times(
         self,
@@ -293,7 +293,11 @@ class PixArtTransformer(nn.Module):
         return Conditioning(vector, self._modulation(vector))
 
     def denoise(
-        self, latents: jax.Array, conditioning: Conditioning, text: Text, kept: Kept | None = None
+        self,
+        latents: jax.Array,
+        conditioning: Conditioning,
+        text: TextKV,
+        kept: BlockCache | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """One evaluation, time and text already encoded: latents [b, h, w, in_channels] → [b, h, w,
         out_channels] fp32 and the outputs [depth, b, n, d] of the parts that ``kept`` names, as the

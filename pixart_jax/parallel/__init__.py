@@ -2,4 +2,4 @@
 
 # Where this process belongs, in its environment: the local launcher says so, and any other may.
 # Read together or not at all.
-ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+DISTRIBUTED_ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

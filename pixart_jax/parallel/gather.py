@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 _AT_ONCE = 1 << 28
 
 
-def on_host(array, row: int | None = None) -> np.ndarray:
+def gather_to_host(array, row: int | None = None) -> np.ndarray:
     """``array``, or row ``row`` of its leading axis, whole on this host.
 
     Where processes share the array all must call this, in the same order. Only what is asked for is
@@ -34,7 +34,7 @@ def on_host(array, row: int | None = None) -> np.ndarray:
         ):
             whole = np.empty(array.shape, array.dtype)
             for number in range(array.shape[0]):
-                whole[number] = on_host(array, number)
+                whole[number] = gather_to_host(array, number)
             return whole
         if array.is_fully_addressable:
             return np.asarray(array)
@@ -42,7 +42,7 @@ def on_host(array, row: int | None = None) -> np.ndarray:
     return np.asarray(_gather(array.sharding, True)(array, np.int32(row)).addressable_data(0))
 
 
-def placed(value, like: jax.ShapeDtypeStruct) -> jax.Array:
+def place_like(value, like: jax.ShapeDtypeStruct) -> jax.Array:
     """An array of like's dtype and sharding: ``value`` itself where it lies so, else laid out from
     the same value on every process.
 
@@ -55,13 +55,13 @@ def placed(value, like: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put(value.astype(like.dtype), like.sharding)
     if isinstance(value, jax.Array) and like.sharding.is_fully_addressable:
         return jax.device_put(value.astype(like.dtype), like.sharding)
-    host = on_host(value)
+    host = gather_to_host(value)
     return jax.make_array_from_callback(
         host.shape, like.sharding, lambda index: np.asarray(host[index], like.dtype)
     )
 
 
-def spread(value, sharding: jax.sharding.Sharding) -> jax.Array:
+def put_global(value, sharding: jax.sharding.Sharding) -> jax.Array:
     """A numpy array, or a jax array of this process, the same on every process, under ``sharding``;
     random keys too."""
     if sharding.is_fully_addressable:

@@ -40,12 +40,12 @@ _SYMPTOM = re.compile(
 )
 _AGAIN = "what was saved holds: start all processes again with the same command"
 
-_watch: Watch | None = None
+_watch: PeerMonitor | None = None
 _late: str | None = None  # what an abort during the start means
 _handler = None  # ctypes' callback must outlive this module's functions
 
 
-def begin(peer_timeout: float, stall_timeout: float) -> None:
+def start_monitor(peer_timeout: float, stall_timeout: float) -> None:
     """Watch the peers from now on; nothing where there are none."""
     global _watch, _late
     _late = None
@@ -53,7 +53,7 @@ def begin(peer_timeout: float, stall_timeout: float) -> None:
         from jax._src import distributed  # the client of the service has no public name
 
         state = distributed.global_state
-        _watch = Watch(
+        _watch = PeerMonitor(
             state.client,
             state.coordinator_address,
             state.process_id,
@@ -62,15 +62,15 @@ def begin(peer_timeout: float, stall_timeout: float) -> None:
             stall_timeout,
         )
     else:
-        explain_aborts(None)
+        handle_sigabrt(None)
 
 
-def watching() -> bool:
+def has_peers() -> bool:
     """Whether this run has peers."""
     return _watch is not None
 
 
-def beat(step: int | None) -> None:
+def report_step(step: int | None) -> None:
     """A step of the run is done, the same on every process; None: what follows takes its time
     (stage's end, compilation)."""
     if _watch is not None:
@@ -78,7 +78,7 @@ def beat(step: int | None) -> None:
 
 
 @contextlib.contextmanager
-def told():
+def report_failures():
     """A fault inside is made known to the peers at once, before this process waits for anything on
     its way out."""
     try:
@@ -90,7 +90,7 @@ def told():
         raise
 
 
-def verdict(fault: BaseException) -> str | None:
+def diagnose_peer_failure(fault: BaseException) -> str | None:
     """The line about the peer that was lost or has failed where ``fault`` comes of it, or None.
     Waits until that is known."""
     if _watch is None or not _is_symptom(fault):
@@ -106,7 +106,7 @@ def _is_symptom(fault: BaseException) -> bool:
     )
 
 
-def leave(status: int) -> int:
+def shut_down(status: int) -> int:
     """Tell the peers of this process's end. Returns where all end in order; else ends the process
     with ``status``."""
     if _watch is None:
@@ -114,15 +114,15 @@ def leave(status: int) -> int:
     return _watch.leave(status)
 
 
-def once(name: str, make) -> None:
+def run_on_first_process(name: str, make) -> None:
     """make() on process 0; the others return when it is done. Calls with one name must come in the
     same order on every process."""
     if jax.process_index() == 0:
         make()
-    tell(f"once/{name}", "done")
+    broadcast_string(f"once/{name}", "done")
 
 
-def tell(name: str, text: str) -> str:
+def broadcast_string(name: str, text: str) -> str:
     """What process 0 says, on every process; as often as it is called with a name, each time
     anew."""
     if jax.process_count() == 1:
@@ -134,7 +134,7 @@ def tell(name: str, text: str) -> str:
     return _patiently(lambda: _client().blocking_key_value_get(key, 5_000))
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns when every process has called it."""
     if jax.process_count() > 1:
         number = _number(name)
@@ -170,7 +170,7 @@ def _number(name: str) -> int:
 _counted: dict[str, int] = {}
 
 
-class Watch:
+class PeerMonitor:
     """The two threads. step: of the run, None while no step is due."""
 
     def __init__(
@@ -238,7 +238,7 @@ class Watch:
                 line = self._lost(time.monotonic(), self._patience, 0)
             if line is None:
                 self._stop.set()
-                explain_aborts(None)
+                handle_sigabrt(None)
                 return status
             _end(PEER_LOST, f"error: {line}\n")
         elif self._index == 0:  # the service is here: the others read of this end before it goes
@@ -370,7 +370,7 @@ class Watch:
             )
 
 
-def explain_aborts(late: str | None) -> None:
+def handle_sigabrt(late: str | None) -> None:
     """Say in one line what an abort by JAX's coordination client means, after its own C++ message,
     and exit with a status.
 

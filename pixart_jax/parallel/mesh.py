@@ -53,7 +53,7 @@ def make_mesh(sizes: Sizes, devices: Sequence[jax.Device] | None = None) -> jax.
         )
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if slices(devices) > 1:
-        return jax.sharding.Mesh(over_slices(shape, devices), AXES, axis_types=types)
+        return jax.sharding.Mesh(multislice_mesh(shape, devices), AXES, axis_types=types)
     return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
 
 
@@ -66,7 +66,7 @@ def slices(devices: Sequence[jax.Device]) -> int:
     )
 
 
-def over_slices(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+def multislice_mesh(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices of several slices in the shape (data, fsdp, context, tensor): a slice is a run of
     rows along data."""
     count, data = slices(devices), shape[0]

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.parallel import ENVIRONMENT, liveness
+from pixart_jax.parallel import DISTRIBUTED_ENV_VARS, liveness
 from pixart_jax.parallel.liveness import PEER_LOST as PEER_LOST
 
 FLAGS = {
@@ -51,7 +51,7 @@ FLAGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class DistributedOptions:
     """How the processes of a run find each other. Raises UserError for what cannot be meant."""
 
     coordinator: str | None = None
@@ -99,18 +99,18 @@ class Start:
             raise UserError(f"--stall-timeout {self.stall_timeout:g}: seconds, or 0 for never")
 
 
-def split(
+def pop_distributed_flags(
     argv: Sequence[str], environment: Mapping[str, str] | None = None
-) -> tuple[Start, list[str]]:
+) -> tuple[DistributedOptions, list[str]]:
     """(the options of a command line and the environment, the arguments that are left). The command
     line wins."""
     environment = os.environ if environment is None else environment
     given: dict[str, str] = {}
-    if all(environment.get(name) for name in ENVIRONMENT):
+    if all(environment.get(name) for name in DISTRIBUTED_ENV_VARS):
         given = dict(
             zip(
                 ("coordinator", "processes", "process_index"),
-                (environment[name] for name in ENVIRONMENT),
+                (environment[name] for name in DISTRIBUTED_ENV_VARS),
                 strict=True,
             )
         )
@@ -131,7 +131,9 @@ def split(
         "distributed"
     ) == "none":
         given = {}
-    return Start(**{name: _typed(name, value) for name, value in (given | flagged).items()}), rest
+    return DistributedOptions(
+        **{name: _typed(name, value) for name, value in (given | flagged).items()}
+    ), rest
 
 
 def usage() -> str:
@@ -140,7 +142,7 @@ def usage() -> str:
     return "\n".join(["Several processes (docs/pods.md):", *lines])
 
 
-def start(options: Start) -> None:
+def initialize(options: DistributedOptions) -> None:
     """Join the other processes; returns when all have come. Nothing, and no delay, where there is
     but this one.
 
@@ -162,7 +164,7 @@ def start(options: Start) -> None:
         }
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    liveness.explain_aborts(_late(options))
+    liveness.handle_sigabrt(_late(options))
     try:
         jax.distributed.initialize(
             **where,
@@ -171,7 +173,7 @@ def start(options: Start) -> None:
             heartbeat_timeout_seconds=int(max(100, 2 * options.peer_timeout)),
         )
     except (ValueError, RuntimeError, TypeError) as fault:
-        liveness.explain_aborts(None)
+        liveness.handle_sigabrt(None)
         line = " ".join(str(fault).split())[:200]
         if not where and "coordinator_address should be defined" in line:
             return  # no cluster: this process alone
@@ -184,10 +186,12 @@ def start(options: Start) -> None:
             "--process-index K, "
             "or --distributed none for this one alone"
         ) from None
-    liveness.begin(options.peer_timeout, options.stall_timeout)
+    liveness.start_monitor(options.peer_timeout, options.stall_timeout)
 
 
-def agree(command: str, folder: str | os.PathLike | None = None, patience: float = 60) -> None:
+def assert_same_config(
+    command: str, folder: str | os.PathLike | None = None, patience: float = 60
+) -> None:
     """That all processes mean the same: command (whatever determines the run, as text) and folder,
     which all must see.
 
@@ -205,7 +209,7 @@ def agree(command: str, folder: str | os.PathLike | None = None, patience: float
         folder.mkdir(parents=True, exist_ok=True)
         mark = f".seen-by-all-{os.urandom(8).hex()}"
         (folder / mark).touch()
-    told, mark = liveness.tell("agree", f"{digest} {mark}").split(" ")
+    told, mark = liveness.broadcast_string("agree", f"{digest} {mark}").split(" ")
     if told != digest:
         raise UserError(
             f"process {jax.process_index()} was started with another config than process 0: give "
@@ -221,12 +225,12 @@ def agree(command: str, folder: str | os.PathLike | None = None, patience: float
                     "wrote there): name one on a shared disk"
                 )
             time.sleep(0.2)
-        liveness.meet("agree")
+        liveness.barrier("agree")
         if jax.process_index() == 0:
             (Path(folder) / mark).unlink(missing_ok=True)
 
 
-def acquaint(mesh: jax.sharding.Mesh) -> None:
+def warm_up_collectives(mesh: jax.sharding.Mesh) -> None:
     """Let the processes of a CPU mesh open their connections now, while all are here; nothing on
     other platforms.
 
@@ -256,11 +260,11 @@ def acquaint(mesh: jax.sharding.Mesh) -> None:
         .lower(ones)
         .compile()
     )
-    liveness.meet("acquaint")
+    liveness.barrier("acquaint")
     add(ones).block_until_ready()
 
 
-def conclude(run: Callable[[], int]) -> int:
+def run_with_peers(run: Callable[[], int]) -> int:
     """run()'s exit status, made known to the other processes.
 
     Where all end well they end together. Where this one does not, the others learn of it at once,
@@ -271,16 +275,16 @@ def conclude(run: Callable[[], int]) -> int:
     try:
         status = run()
     except BaseException as fault:
-        if not liveness.watching():
+        if not liveness.has_peers():
             raise
         # a broken collective is a symptom; the cause is the peer
-        if (lost := liveness.verdict(fault)) is not None:
+        if (lost := liveness.diagnose_peer_failure(fault)) is not None:
             print(f"error: {lost}", file=sys.stderr, flush=True)
             status = PEER_LOST
         else:
             traceback.print_exc()
             status = 1
-    return liveness.leave(status)
+    return liveness.shut_down(status)
 
 
 def _in_cluster() -> bool:
@@ -293,7 +297,7 @@ def _in_cluster() -> bool:
     )
 
 
-def _late(options: Start) -> str:
+def _late(options: DistributedOptions) -> str:
     if options.coordinator is None:
         who = "not all processes of the detected cluster have come"
     elif options.process_index == 0:

@@ -8,6 +8,7 @@ dimension, so that memory a device falls with fsdp whatever the sizes are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -49,6 +50,16 @@ ACCIDENT_SHARE = 0.02
 _KEPT_WHOLE = {axes.MODULATION, axes.NORM}
 _CUT_OVER_FSDP = {name for name, target in RULES if target == "fsdp"}
 _PARAMETER_AXES = {name: target for name, target in RULES if isinstance(target, str)}
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None, table=RULES):
+    """Trace and call under this mesh and logical axis table; None: nothing is set."""
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh), nn.logical_axis_rules(table):
+        yield
 
 
 def parameter_spec(
@@ -116,7 +127,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Of an array of so many rows: as a batch where the mesh's parts divide them, else a whole copy
     on every device."""
     return batch_sharding(mesh) if rows % batch_shards(mesh) == 0 else replicated(mesh)
@@ -128,7 +139,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class ReplicationReport:
     """How much of a model every device of an fsdp mesh holds whole."""
 
     # parameter → elements, largest first: its axis is meant to be cut, and fsdp does not divide it
@@ -142,7 +153,7 @@ class Whole:
         return sum(self.by_accident.values()) / max(1, self.total)
 
 
-def kept_whole(boxed_shapes, mesh: Mesh) -> Whole:
+def replication_report(boxed_shapes, mesh: Mesh) -> ReplicationReport:
     """What the table leaves uncut over fsdp of a model (jax.eval_shape of its init, boxed); nothing
     where fsdp is 1."""
     accident, purpose, total = {}, 0, 0
@@ -163,13 +174,15 @@ def kept_whole(boxed_shapes, mesh: Mesh) -> Whole:
             purpose += size
         else:
             accident[jax.tree_util.keystr(path, simple=True, separator="/")] = size
-    return Whole(dict(sorted(accident.items(), key=lambda item: -item[1])), purpose, total)
+    return ReplicationReport(
+        dict(sorted(accident.items(), key=lambda item: -item[1])), purpose, total
+    )
 
 
-def check_sharded(boxed_shapes, mesh: Mesh) -> Whole:
+def check_sharded(boxed_shapes, mesh: Mesh) -> ReplicationReport:
     """:func:`kept_whole`, or a UserError where over 2 % of the parameters stay whole by accident,
     and over 1 MB of them in fp32."""
-    whole = kept_whole(boxed_shapes, mesh)
+    whole = replication_report(boxed_shapes, mesh)
     amount = sum(whole.by_accident.values())
     if whole.share <= ACCIDENT_SHARE or 4 * amount <= REPLICATED_LIMIT:
         return whole

@@ -17,7 +17,7 @@ def base(transformer: TransformerConfig, vae: VAEConfig) -> int | None:
     return side if side in buckets.INFERENCE_TABLES else None
 
 
-def canvas(
+def generation_size(
     transformer: TransformerConfig, vae: VAEConfig, height: int, width: int
 ) -> tuple[int, int]:
     """(height, width) that an image of this size is drawn at: the bucket of the nearest aspect
@@ -26,7 +26,7 @@ def canvas(
     return (height, width) if side is None else buckets.nearest(height, width, side, inference=True)
 
 
-def fitted(images: jax.Array, height: int, width: int) -> jax.Array:
+def resize_and_crop(images: jax.Array, height: int, width: int) -> jax.Array:
     """Images [b, H, W, 3] → [b, height, width, 3]: resized, keeping their ratio, until they cover
     it, then cut around the middle.
 

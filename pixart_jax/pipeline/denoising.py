@@ -20,13 +20,13 @@ import numpy as np
 
 from pixart_jax import diffusion
 from pixart_jax.diffusion import guidance as guiding
-from pixart_jax.models.transformer import Conditioning, Kept, Text
-from pixart_jax.pipeline.decoding import Decoding, pixels
-from pixart_jax.pipeline.shortcuts import NONE, Shortcuts
+from pixart_jax.models.transformer import BlockCache, Conditioning, TextKV
+from pixart_jax.pipeline.decoding import DecodeSpec, decode_latents
+from pixart_jax.pipeline.shortcuts import NONE, CacheConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class SamplerSpec:
     """All that a compiled drawing depends on beside its arrays' shapes. preview: as
     diffusion.sample's; None without one."""
 
@@ -37,21 +37,21 @@ class Run:
     steps: int
     times: str
     guided: bool
-    shortcuts: Shortcuts = NONE
+    shortcuts: CacheConfig = NONE
     preview: diffusion.sampling.Preview | None = None
 
 
 States = tuple[jax.Array, jax.Array]  # (text states [b, l, c], lengths [b])
 
 
-def latents(
-    run: Run,
+def sample_latents(
+    run: SamplerSpec,
     params: Mapping,
     noise: jax.Array,  # [b, h, w, c]
     keys: jax.Array | None,  # [b], or one key
     text: States,
     # Text: [depth, 1, l, k, h], one row for all images; None where not guided
-    negative: States | Text | None,
+    negative: States | TextKV | None,
     size: jax.Array | None,  # [b, 2]
     aspect_ratio: jax.Array | None,  # [b]
     scale: jax.Array,  # of guidance
@@ -68,7 +68,7 @@ def latents(
     texts = {False: apply(*text, method="encode_text")}
     if run.guided:
         negative = (
-            negative if isinstance(negative, Text) else apply(*negative, method="encode_text")
+            negative if isinstance(negative, TextKV) else apply(*negative, method="encode_text")
         )
         texts[True] = _halves(negative, texts[False], batch)
 
@@ -80,16 +80,18 @@ def latents(
             conditioning = Conditioning(
                 *(a if len(a) == 1 else jnp.concatenate([a, a]) for a in conditioning)
             )
-        kept = Kept(given["fresh"], kept) if plan.fresh else None
+        kept = BlockCache(given["fresh"], kept) if plan.fresh else None
         output, kept = apply(x, conditioning, texts[guided], kept, method="denoise")
-        return guiding.combined(output, scale, config.in_channels) if guided else output, kept
+        return guiding.combine_guidance(
+            output, scale, config.in_channels
+        ) if guided else output, kept
 
     tokens = int(np.prod(config.grid(noise.shape)))
     stretches = []
-    for guided, steps in guiding.runs(plan.guides):
+    for guided, steps in guiding.run_lengths(plan.guides):
         shape = (config.depth, batch * (2 if guided else 1), tokens, config.width)
         enter = functools.partial(_entered, tuple(plan.fresh), shape, run.module.dtype)
-        stretches.append(diffusion.Stretch(steps, functools.partial(denoise, guided), enter))
+        stretches.append(diffusion.Segment(steps, functools.partial(denoise, guided), enter))
     return diffusion.sample(
         stretches,
         noise,
@@ -105,15 +107,17 @@ def latents(
 
 
 @functools.partial(jax.jit, static_argnames="run")
-def denoised(run: Run, params, noise, keys, text, negative, size, aspect_ratio, scale) -> jax.Array:
+def sample_latents_jit(
+    run: SamplerSpec, params, noise, keys, text, negative, size, aspect_ratio, scale
+) -> jax.Array:
     """:func:`latents`, compiled."""
-    return latents(run, params, noise, keys, text, negative, size, aspect_ratio, scale)
+    return sample_latents(run, params, noise, keys, text, negative, size, aspect_ratio, scale)
 
 
 @functools.partial(jax.jit, static_argnames=("run", "decoding"), donate_argnames="noise")
-def drawn(
-    run: Run,
-    decoding: Decoding,
+def generate_jit(
+    run: SamplerSpec,
+    decoding: DecodeSpec,
     params,
     noise,
     keys,
@@ -126,17 +130,17 @@ def drawn(
 ):
     """(latents [b, h, w, c] fp32, in the memory of the noise, which is gone; images uint8 [b,
     height, width, 3]): one program from noise to pixels."""
-    made = latents(run, params, noise, keys, text, negative, size, aspect_ratio, scale)
-    return made, pixels(decoding, vae_params, made)
+    made = sample_latents(run, params, noise, keys, text, negative, size, aspect_ratio, scale)
+    return made, decode_latents(decoding, vae_params, made)
 
 
 @functools.partial(jax.jit, static_argnames="module")
-def encoded(module: nn.Module, params, states: jax.Array, lengths: jax.Array) -> Text:
+def encode_text_jit(module: nn.Module, params, states: jax.Array, lengths: jax.Array) -> TextKV:
     """A text's keys and values, to be kept for as long as it is drawn with."""
     return module.apply({"params": params}, states, lengths, method="encode_text")
 
 
-def _halves(negative: Text, text: Text, batch: int) -> Text:
+def _halves(negative: TextKV, text: TextKV, batch: int) -> TextKV:
     """Diffusers' order, the unconditional half first; the shorter text is padded, and one row
     becomes ``batch``."""
     length = max(negative.keys.shape[2], text.keys.shape[2])
@@ -149,7 +153,7 @@ def _halves(negative: Text, text: Text, batch: int) -> Text:
         jnp.concatenate([fitted(a), fitted(b)], axis=1)
         for a, b in zip(negative[:2], text[:2], strict=True)
     )
-    return Text(
+    return TextKV(
         keys, values, jnp.concatenate([jnp.broadcast_to(negative.lengths, (batch,)), text.lengths])
     )
 

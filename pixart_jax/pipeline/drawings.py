@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pixart_jax import png
 from pixart_jax.errors import UserError
+from pixart_jax.images import image_grid, png_settings, slug, write_png
 from pixart_jax.pipeline import fingerprint
-from pixart_jax.pipeline.shares import Share
+from pixart_jax.pipeline.shares import PromptShard
 
 GRID = "grid.png"
 GRID_MOST = 100  # images on a sheet
 
 
-class Drawings:
+class OutputFolder:
     """The images of one call in a folder.
 
     wanted: the settings of each image (with prompt, index and seed). An image is there when a PNG
@@ -30,7 +30,7 @@ class Drawings:
     """
 
     def __init__(
-        self, folder: str | os.PathLike, wanted: Sequence[Mapping], share: Share | None = None
+        self, folder: str | os.PathLike, wanted: Sequence[Mapping], share: PromptShard | None = None
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class Drawings:
         with tempfile.TemporaryFile(dir=self.folder):
             pass
         self.wanted = [dict(settings) for settings in wanted]
-        self.share = share or Share()
+        self.share = share or PromptShard()
         self.mine = self.share.of([self.group(settings) for settings in self.wanted])
         found = {n: self._find(self.wanted[n]) for n in self.mine}
         self.paths = {n: path for n, (path, _) in found.items()}
@@ -91,20 +91,20 @@ class Drawings:
 
     def _find(self, settings: Mapping) -> tuple[Path, bool]:
         """(where the image is or will be, whether it is there)."""
-        name = f"{settings['index']:04d}_{png.slug(settings['prompt'])}_{settings['seed']}"
+        name = f"{settings['index']:04d}_{slug(settings['prompt'])}_{settings['seed']}"
         number = 1
         while True:
             path = self.folder / (f"{name}.png" if number == 1 else f"{name}_{number}.png")
             if not path.exists():
                 return path, False
-            there = png.settings(path)
+            there = png_settings(path)
             if there == settings:
                 return path, True
             number += 1
 
     def write(self, n: int, image: np.ndarray) -> Path:
         """Image n of those wanted, uint8 [h, w, 3]."""
-        png.write(self.paths[n], image, self.wanted[n])
+        write_png(self.paths[n], image, self.wanted[n])
         return self.paths[n]
 
     def write_grid(self) -> Path:
@@ -116,11 +116,11 @@ class Drawings:
         for n in range(min(len(self.wanted), GRID_MOST)):
             with Image.open(self.paths[n]) as image:
                 images.append(np.asarray(image.convert("RGB")))
-        sheet = png.grid(images, [settings["prompt"] for settings in self.wanted[:GRID_MOST]])
-        png.write(self.folder / GRID, sheet)
+        sheet = image_grid(images, [settings["prompt"] for settings in self.wanted[:GRID_MOST]])
+        write_png(self.folder / GRID, sheet)
         return self.folder / GRID
 
 
 def model_hash(folder: str | os.PathLike) -> str:
     """Ten hex digits that change when a model's transformer does."""
-    return fingerprint.of_folder(Path(folder) / "transformer")
+    return fingerprint.folder_fingerprint(Path(folder) / "transformer")

@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pixart_jax import tokenizer as tokenizers
 from pixart_jax.pipeline import fingerprint
+from pixart_jax.text import load_tokenizer
 from pixart_jax.weights.component import load_component
 
 ENCODERS = ("vae", "text_encoder")
@@ -74,7 +74,10 @@ def made_from(
     """
     dtypes = dtypes or {}
     return {
-        part: {"files": fingerprint.of_folder(folder), "dtype": dtypes.get(part, _DEFAULT_DTYPE)}
+        part: {
+            "files": fingerprint.folder_fingerprint(folder),
+            "dtype": dtypes.get(part, _DEFAULT_DTYPE),
+        }
         for part, folder in folders.items()
     }
 
@@ -99,10 +102,10 @@ def expected_identity(
         if part not in identity or part not in folders:
             continue
         opened = opened_from.get(part, {})
-        if opened.get("files") == fingerprint.of_folder(folders[part]):
+        if opened.get("files") == fingerprint.folder_fingerprint(folders[part]):
             expected[part] = identity[part]
         elif part == "tokenizer":
-            expected[part] = tokenizer_identity(tokenizers.load(folders[part]))
+            expected[part] = tokenizer_identity(load_tokenizer(folders[part]))
         else:
             expected[part] = component_identity(
                 load_component(folders[part], opened.get("dtype", _DEFAULT_DTYPE))

@@ -9,7 +9,7 @@ from pathlib import Path
 _SAMPLE, _SAMPLES = 1 << 16, 16  # bytes, and how often in a file
 
 
-def of_folder(folder: str | os.PathLike) -> str:
+def folder_fingerprint(folder: str | os.PathLike) -> str:
     """Ten hex digits that change when a folder's files do: of their names, sizes and some of their
     bytes, a small file's all."""
     digest = hashlib.sha256()

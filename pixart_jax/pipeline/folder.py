@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pixart_jax import tokenizer as tokenizers
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.pipeline import sampling as samplings
 from pixart_jax.pipeline import scheduler as schedulers
+from pixart_jax.text import load_tokenizer, save_tokenizer
 
 INDEX = "model_index.json"
 # those with weights, in the order in which a drawing needs them
@@ -172,7 +172,7 @@ def read(
     folder = check(folder)
     config, _ = configs(folder)
     found = {
-        "tokenizer": tokenizers.load(folder / "tokenizer"),
+        "tokenizer": load_tokenizer(folder / "tokenizer"),
         "scheduler": schedulers.read(folder / "scheduler"),
         "sampling": samplings.read(folder),
     }
@@ -215,7 +215,7 @@ def write(
         transformer.save(staging / "transformer")
         text_encoder.save(staging / "text_encoder")
         vae.save(staging / "vae")
-        tokenizers.save(tokenizer, staging / "tokenizer")
+        save_tokenizer(tokenizer, staging / "tokenizer")
         schedulers.write(scheduler, staging / "scheduler")
         samplings.write(sampling, staging)
         index = {

@@ -18,7 +18,7 @@ OFFLOADS = ("auto", "always", "never")
 _SHARE = 0.6
 
 
-def must_offload(
+def should_offload(
     folder: str | os.PathLike,
     dtype=None,
     mesh: jax.sharding.Mesh | None = None,

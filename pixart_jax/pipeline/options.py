@@ -6,14 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from pixart_jax import diffusion
-from pixart_jax.cache import cache_folder
 from pixart_jax.diffusion.sampling import TIMES
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.files import cache_folder
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.pipeline import binning as bins
 from pixart_jax.pipeline import sampling
-from pixart_jax.pipeline.shortcuts import NONE, Shortcuts
+from pixart_jax.pipeline.shortcuts import NONE, CacheConfig
 
 NULLS = ("auto", *sampling.NULLS)
 DTYPES = ("auto", "float32", "bfloat16")
@@ -27,7 +27,7 @@ def weights_cache(name: str) -> Path | None:
     return cache_folder() / "weights" if name == "auto" else Path(name)
 
 
-def check(
+def validate_options(
     transformer: TransformerConfig,
     vae: VAEConfig,
     *,
@@ -42,7 +42,7 @@ def check(
     seed: int = 0,
     tile: int | None = None,
     binning: bool = True,
-    shortcuts: Shortcuts = NONE,
+    shortcuts: CacheConfig = NONE,
 ) -> tuple[int, int]:
     """(height, width) in pixels that the options ask for, by default the side that the model was
     trained at.
@@ -82,13 +82,13 @@ def check(
         ("times", times, TIMES),
         ("null", null, NULLS),
     ):
-        named(name, value, known)
+        check_choice(name, value, known)
     t = diffusion.timesteps(solver, steps, times=times)  # a solver's own demands on the steps
     shortcuts.plan(t, transformer.depth, float(guidance) != 1.0)  # that a schedule fits them
     return height, width
 
 
-def named(what: str, value: str, known: tuple[str, ...]) -> str:
+def check_choice(what: str, value: str, known: tuple[str, ...]) -> str:
     """The value, or UserError with the known one that is nearest."""
     if value not in known:
         raise UserError(f"{what} {value!r} is unknown{nearest(value, known)}")

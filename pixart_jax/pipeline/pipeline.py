@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -10,18 +9,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax import captions
-from pixart_jax import tokenizer as tokens
 from pixart_jax.errors import UserError
-from pixart_jax.models.transformer import Text
-from pixart_jax.parallel.gather import spread
+from pixart_jax.models.transformer import TextKV
+from pixart_jax.parallel.gather import put_global
 from pixart_jax.parallel.mesh import batch_shards, check_divides
-from pixart_jax.parallel.rules import RULES, rows_sharding
+from pixart_jax.parallel.rules import on_mesh, row_sharding
 from pixart_jax.pipeline import binning as bins
 from pixart_jax.pipeline import decoding, denoising, options
 from pixart_jax.pipeline import folder as model_folder
@@ -29,8 +25,9 @@ from pixart_jax.pipeline.preview import previewer
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, identity
 from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
-from pixart_jax.pipeline.shortcuts import NONE, Shortcuts
-from pixart_jax.pipeline.text_states import TextStates, needed
+from pixart_jax.pipeline.shortcuts import NONE, CacheConfig
+from pixart_jax.pipeline.text_states import TextStates, texts_to_encode
+from pixart_jax.text import caption_cleaner, clean_caption, padded_length
 
 DEFAULT_BATCH = 16
 _KEPT_NEGATIVES = 4  # keys and values of so many negative prompts: 31 MB each for XL/2 in bfloat16
@@ -152,7 +149,7 @@ class Pipeline:
         """States of texts (prompts, negative prompts and "" alike) on the host, in the dtype of the
         computation, for :meth:`draw`."""
         return self.prompt_encoder.states(
-            texts, self.text_encoder.dtype.name, captions.clean if clean_caption else captions.plain
+            texts, self.text_encoder.dtype.name, caption_cleaner(clean_caption)
         )
 
     def without_text_encoder(self) -> Pipeline:
@@ -164,11 +161,11 @@ class Pipeline:
     def __call__(self, prompts: str | Sequence[str], **how) -> np.ndarray:
         """Draw prompts; uint8 [n, height, width, 3]. The options are those of :meth:`draw`."""
         images: dict[int, np.ndarray] = {}
-        for positions, batch in self.draw(prompts, **how):
+        for positions, batch in self.generate(prompts, **how):
             images.update(zip(positions, batch, strict=True))
         return np.stack([images[n] for n in range(len(images))])
 
-    def draw(
+    def generate(
         self,
         prompts: str | Sequence[str],
         *,
@@ -188,7 +185,7 @@ class Pipeline:
         indices: Sequence[int] | None = None,
         tile: int | None = None,
         text_states: TextStates | None = None,
-        shortcuts: Shortcuts = NONE,
+        shortcuts: CacheConfig = NONE,
         callback: Callback | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Draw prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b,
@@ -200,7 +197,7 @@ class Pipeline:
             stands for "no prompt" where the negative prompt is "": 'text', the text encoder's
             states of "" with their own length (diffusers), or 'embedding', the transformer's null
             caption under the prompt's length (the official code). 'auto': as the model says.
-        clean_caption: texts are cleaned as PixArt's training captions were (captions.clean); else
+        clean_caption: texts are cleaned as PixArt's training captions were (clean_caption); else
         lower-cased alone.
         height, width: pixels, by default the side the model was trained at. binning: a model of
             256, 512, 1024 or 2048 px draws at the nearest size of its bucket table, and the image
@@ -233,8 +230,8 @@ class Pipeline:
                 "or one each"
             )
         indices = list(range(len(prompts))) if indices is None else list(indices)
-        steps, guidance, solver = self.sampling.filled(steps, guidance, solver)
-        height, width = options.check(
+        steps, guidance, solver = self.sampling.with_defaults(steps, guidance, solver)
+        height, width = options.validate_options(
             self.transformer.config,
             self.vae.config,
             steps=steps,
@@ -251,7 +248,7 @@ class Pipeline:
             shortcuts=shortcuts,
         )
         canvas = (
-            bins.canvas(self.transformer.config, self.vae.config, height, width)
+            bins.generation_size(self.transformer.config, self.vae.config, height, width)
             if binning
             else (height, width)
         )
@@ -266,8 +263,8 @@ class Pipeline:
                 self.mesh, "this size", tokens={f"{canvas[0]}×{canvas[1]}": rows * columns}
             )
 
-        clean = captions.clean if clean_caption else captions.plain
-        null = self.sampling.meant(null)
+        clean = caption_cleaner(clean_caption)
+        null = self.sampling.resolve_null(null)
         if guided and null == "embedding":
             self._null_caption()  # that it is there
         if text_states is not None:
@@ -280,8 +277,8 @@ class Pipeline:
         encoder = self.prompt_encoder if text_states is None else text_states
 
         # One text length for all batches, so that they share one executable.
-        lengths = encoder.lengths(needed(prompts, negatives, guidance, null, clean), clean)
-        length = tokens.padded_length(int(lengths.max()), self.transformer.config.text_tokens)
+        lengths = encoder.lengths(texts_to_encode(prompts, negatives, guidance, null, clean), clean)
+        length = padded_length(int(lengths.max()), self.transformer.config.text_tokens)
 
         pending = None
         for start in range(0, len(prompts), size):
@@ -319,7 +316,7 @@ class Pipeline:
         self,
         texts: Sequence[str],
         length: int | None = None,
-        clean: Callable[[str], str] = captions.clean,
+        clean: Callable[[str], str] = clean_caption,
     ) -> tuple[jax.Array, jax.Array]:
         """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of 8
         over the longest text."""
@@ -350,7 +347,7 @@ class Pipeline:
         keys: jax.Array | None = None,
         size: jax.Array | None = None,
         aspect_ratio: jax.Array | None = None,
-        shortcuts: Shortcuts = NONE,
+        shortcuts: CacheConfig = NONE,
         callback: Callback | None = None,
     ) -> jax.Array:
         """The deterministic core, one compiled scan: text states [b, l, c], lengths [b], noise [b,
@@ -389,7 +386,7 @@ class Pipeline:
         decodes them whole. size: (height, width) in pixels that the images are fitted to
         (binning.py).
         """
-        with self._on_mesh():
+        with on_mesh(self.mesh):
             if tile is None:
                 return decoding.decoded(
                     self._decoding(len(latents), size), self.vae.params, latents
@@ -403,12 +400,12 @@ class Pipeline:
         steps: int,
         times: str,
         guided: bool,
-        shortcuts: Shortcuts,
-    ) -> denoising.Run:
+        shortcuts: CacheConfig,
+    ) -> denoising.SamplerSpec:
         """What a drawing's program depends on, beside shapes."""
         module = self.transformer.module.clone(context_attention=self.context_attention)
         chosen = self.scheduler.solver(solver, order)
-        return denoising.Run(
+        return denoising.SamplerSpec(
             module,
             self.scheduler.schedule(),
             self.scheduler.prediction,
@@ -448,24 +445,26 @@ class Pipeline:
         )
 
     def _denoised(
-        self, run: denoising.Run, arguments: tuple, callback: Callback | None
+        self, run: denoising.SamplerSpec, arguments: tuple, callback: Callback | None
     ) -> jax.Array:
-        with self._on_mesh():
+        with on_mesh(self.mesh):
             if callback is None:
-                return denoising.denoised(run, *arguments)
+                return denoising.sample_latents_jit(run, *arguments)
             run = dataclasses.replace(run, preview=_tell)
-            return _watch(callback, lambda: denoising.denoised(run, *arguments))
+            return _watch(callback, lambda: denoising.sample_latents_jit(run, *arguments))
 
-    def _drawn(self, run: denoising.Run, arguments: tuple, size: tuple[int, int]) -> jax.Array:
+    def _drawn(
+        self, run: denoising.SamplerSpec, arguments: tuple, size: tuple[int, int]
+    ) -> jax.Array:
         """Images; the noise among the arguments is given up."""
-        with self._on_mesh():
-            return denoising.drawn(
+        with on_mesh(self.mesh):
+            return denoising.generate_jit(
                 run, self._decoding(len(arguments[1]), size), *arguments, self.vae.params
             )[1]
 
-    def _decoding(self, batch: int, size: tuple[int, int] | None) -> decoding.Decoding:
+    def _decoding(self, batch: int, size: tuple[int, int] | None) -> decoding.DecodeSpec:
         config = self.vae.config
-        return decoding.Decoding(
+        return decoding.DecodeSpec(
             self.vae.module,
             config.scaling_factor,
             config.factor,
@@ -489,9 +488,9 @@ class Pipeline:
         states,
         lengths,
         null: str,
-        clean: Callable[[str], str] = captions.clean,
+        clean: Callable[[str], str] = clean_caption,
         encoder=None,
-    ) -> denoising.States | Text:
+    ) -> denoising.States | TextKV:
         """States and lengths of the negative prompts, for rows whose prompts have these states and
         lengths; where all rows have the same, as they mostly do, its keys and values, which are
         kept: "" is read once, not once a batch."""
@@ -510,7 +509,9 @@ class Pipeline:
             empty, lengths, negative_lengths
         )
 
-    def _shared_negative(self, text: str, length: int, lengths, null: str, clean, encoder) -> Text:
+    def _shared_negative(
+        self, text: str, length: int, lengths, null: str, clean, encoder
+    ) -> TextKV:
         """Keys and values of one negative prompt, one row; lengths: of the prompts, which the null
         caption is read under."""
         embedding = null == "embedding" and not clean(text)
@@ -526,8 +527,10 @@ class Pipeline:
                 )
             else:
                 one = self._on_devices(encoder.batch([text], length, clean))
-            with self._on_mesh():
-                made = denoising.encoded(self.transformer.module, self.transformer.params, *one)
+            with on_mesh(self.mesh):
+                made = denoising.encode_text_jit(
+                    self.transformer.module, self.transformer.params, *one
+                )
             while len(self._negatives) >= _KEPT_NEGATIVES:
                 self._negatives.pop(next(iter(self._negatives)))
             self._negatives[name] = made, source  # held, so that no other object takes its id
@@ -562,16 +565,8 @@ class Pipeline:
         return (
             jnp.asarray(array)
             if self.mesh is None
-            else spread(array, rows_sharding(self.mesh, len(array)))
+            else put_global(array, row_sharding(self.mesh, len(array)))
         )
-
-    @contextlib.contextmanager
-    def _on_mesh(self):
-        if self.mesh is None:
-            yield
-        else:
-            with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
-                yield
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -581,7 +576,7 @@ def _noise(key, indices, shape):
     return noise, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
 
 
-_fitted = jax.jit(decoding.fitted, static_argnums=1)
+_fitted = jax.jit(decoding.to_uint8, static_argnums=1)
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, transformer) -> None:

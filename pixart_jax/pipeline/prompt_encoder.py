@@ -8,7 +8,6 @@ later, or in another process.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -21,13 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax import captions
-from pixart_jax import tokenizer as tokens
 from pixart_jax.parallel.mesh import batch_shards
-from pixart_jax.parallel.rules import RULES, rows_sharding
+from pixart_jax.parallel.rules import on_mesh, row_sharding
 from pixart_jax.pipeline import fingerprint
 from pixart_jax.pipeline import folder as model_folder
-from pixart_jax.pipeline.text_states import TextStates, cleaning_name, stored
+from pixart_jax.pipeline.text_states import TextStates, cleaning_id, to_storage_dtype
+from pixart_jax.text import clean_caption, tokenize
 
 # texts; 64 tokens of each keep an accelerator's matrix units busy, and one prompt alone wastes
 # little
@@ -77,20 +75,20 @@ class PromptEncoder:
                 leaf.delete()
 
     def lengths(
-        self, texts: Sequence[str], clean: Callable[[str], str] = captions.clean
+        self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption
     ) -> np.ndarray:
         """Tokens of each text, int32 [n]."""
-        return tokens.tokenize(self.tokenizer, texts, self.tokens, clean=clean)[1]
+        return tokenize(self.tokenizer, texts, self.tokens, clean=clean)[1]
 
     def batch(
         self,
         texts: Sequence[str],
         length: int | None = None,
-        clean: Callable[[str], str] = captions.clean,
+        clean: Callable[[str], str] = clean_caption,
     ) -> tuple[jax.Array, jax.Array]:
         """Texts → (states [n, l, c] fp32, lengths int32 [n]) on the devices; l: ``length``, by
         default the next multiple of 8."""
-        ids, lengths = tokens.tokenize(self.tokenizer, texts, self.tokens, length, clean)
+        ids, lengths = tokenize(self.tokenizer, texts, self.tokens, length, clean)
         members, parts = [], []
         for rows, states in self._encoded(ids, lengths):
             members += rows + [-1] * (self._batch - len(rows))
@@ -98,15 +96,15 @@ class PromptEncoder:
         place = np.argsort(np.where(np.array(members) < 0, len(texts), members), kind="stable")[
             : len(texts)
         ].astype(np.int32)
-        with _on(self.mesh):
-            sharding = None if self.mesh is None else rows_sharding(self.mesh, len(texts))
+        with on_mesh(self.mesh):
+            sharding = None if self.mesh is None else row_sharding(self.mesh, len(texts))
             return _gathered(parts, place, ids.shape[1], sharding), self._place(lengths)
 
     def states(
         self,
         texts: Sequence[str],
         dtype: str = "float32",
-        clean: Callable[[str], str] = captions.clean,
+        clean: Callable[[str], str] = clean_caption,
         told: Callable[[int], object] = lambda count: None,
     ) -> TextStates:
         """The states of all texts, once each, on the host. dtype: 'float32' or 'bfloat16'.
@@ -114,14 +112,14 @@ class PromptEncoder:
         cleaned = list(dict.fromkeys(clean(text) for text in texts))
         rows: dict[str, np.ndarray] = {}
         if cleaned:
-            ids, lengths = tokens.tokenize(self.tokenizer, cleaned, self.tokens, clean=str)
+            ids, lengths = tokenize(self.tokenizer, cleaned, self.tokens, clean=str)
             pending = None
             for batch in self._encoded(ids, lengths):
                 # while the device encodes this one
                 rows |= _fetched(pending, cleaned, lengths, dtype, told)
                 pending = batch
             rows |= _fetched(pending, cleaned, lengths, dtype, told)
-        made = {**self.identity, "cleaning": cleaning_name(clean), "stored_in": dtype}
+        made = {**self.identity, "cleaning": cleaning_id(clean), "stored_in": dtype}
         return TextStates({text: rows[text] for text in cleaned}, made)
 
     @property
@@ -147,7 +145,7 @@ class PromptEncoder:
                 padded[: len(part), :known] = ids[part, :known]
                 counts = np.ones(self._batch, np.int32)
                 counts[: len(part)] = lengths[part]
-                with _on(self.mesh):
+                with on_mesh(self.mesh):
                     yield part, self.text_encoder.apply(self._place(padded), self._place(counts))
 
     def _width(self, length: int) -> int:
@@ -157,7 +155,7 @@ class PromptEncoder:
         return (
             jnp.asarray(array)
             if self.mesh is None
-            else jax.device_put(array, rows_sharding(self.mesh, len(array)))
+            else jax.device_put(array, row_sharding(self.mesh, len(array)))
         )
 
 
@@ -179,15 +177,15 @@ def identity(
     made = {
         "width": str(transformer.caption_width),
         "text_tokens": str(transformer.text_tokens),
-        "tokenizer": fingerprint.of_folder(folder / "tokenizer"),
+        "tokenizer": fingerprint.folder_fingerprint(folder / "tokenizer"),
         "computed_in": jnp.dtype(dtype or jnp.float32).name
         + (f" from {quantization}" if quantization else ""),
     }
     if any((folder / "text_encoder").glob("*.safetensors")) or any(
         (folder / "text_encoder").glob("*.bin")
     ):
-        made["text_encoder"] = fingerprint.of_folder(folder / "text_encoder")
-    return made if clean is None else {**made, "cleaning": cleaning_name(clean)}
+        made["text_encoder"] = fingerprint.folder_fingerprint(folder / "text_encoder")
+    return made if clean is None else {**made, "cleaning": cleaning_id(clean)}
 
 
 def _fetched(pending, texts, lengths, dtype: str, told) -> dict[str, np.ndarray]:
@@ -195,7 +193,10 @@ def _fetched(pending, texts, lengths, dtype: str, told) -> dict[str, np.ndarray]
         return {}
     rows, states = pending[0], np.asarray(pending[1])
     told(len(rows))
-    return {texts[row]: stored(state[: lengths[row]], dtype) for row, state in zip(rows, states)}
+    return {
+        texts[row]: to_storage_dtype(state[: lengths[row]], dtype)
+        for row, state in zip(rows, states)
+    }
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -208,12 +209,3 @@ def _gathered(parts, place, length: int, sharding):
     ]
     rows = jnp.concatenate(fitted)[place]
     return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
-
-
-@contextlib.contextmanager
-def _on(mesh):
-    if mesh is None:
-        yield
-    else:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            yield

@@ -58,7 +58,7 @@ class SamplingConfig:
         if self.null not in NULLS:
             raise UserError(f"null = {self.null!r} is unknown{nearest(str(self.null), NULLS)}")
 
-    def filled(
+    def with_defaults(
         self, steps: int | None, guidance: float | None, solver: str | None
     ) -> tuple[int, float, str]:
         """(steps, guidance, solver), these where they are given. A solver that is asked for takes
@@ -71,7 +71,7 @@ class SamplingConfig:
             self.solver if solver is None else solver,
         )
 
-    def meant(self, null: str) -> str:
+    def resolve_null(self, null: str) -> str:
         """'text' or 'embedding': this, where it is not 'auto'."""
         return self.null if null == "auto" else null
 

@@ -17,7 +17,7 @@ CLUSTER = "cluster"
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class PromptShard:
     """index: of this process, from 0. count: of all processes."""
 
     index: int = 0
@@ -37,7 +37,7 @@ class Share:
         return sorted(order[self.index :: self.count])
 
 
-def parse(text: str | None) -> Share:
+def parse(text: str | None) -> PromptShard:
     """'K/N' → that share; 'cluster' → as JAX's multi-process runtime detects it (Cloud TPU, GKE,
     SLURM, Open MPI), which must not have been used yet; None → the whole, or this process's share
     where a launcher says so (``python -m pixart_jax launch``) or the runtime was already
@@ -46,9 +46,9 @@ def parse(text: str | None) -> Share:
 
     if text is None:
         if jax.distributed.is_initialized():
-            return Share(jax.process_index(), jax.process_count())
-        told, _ = processes.split([])
-        return Share(told.process_index, told.processes) if told.processes else Share()
+            return PromptShard(jax.process_index(), jax.process_count())
+        told, _ = processes.pop_distributed_flags([])
+        return PromptShard(told.process_index, told.processes) if told.processes else PromptShard()
     if text == CLUSTER:
         return _detected()
     try:
@@ -60,10 +60,10 @@ def parse(text: str | None) -> Share:
             f"--share {text!r}: K/N is needed, the share's number from 0 and how many there are "
             "(0/4 … 3/4), or 'cluster'"
         )
-    return Share(index, count)
+    return PromptShard(index, count)
 
 
-def _detected() -> Share:
+def _detected() -> PromptShard:
     """This process's place in the cluster. The runtime is left again at once: under it the death of
     one process would end all, and the first to be done would wait for the last."""
     import jax
@@ -77,6 +77,6 @@ def _detected() -> Share:
             f"--share cluster: JAX finds no cluster to join ({line}); --share K/N says the share "
             "outright"
         ) from None
-    share = Share(distributed.global_state.process_id, distributed.global_state.num_processes)
+    share = PromptShard(distributed.global_state.process_id, distributed.global_state.num_processes)
     jax.distributed.shutdown()
     return share

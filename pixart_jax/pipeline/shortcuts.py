@@ -35,7 +35,7 @@ CROSS = "cross_attention"
 
 
 @dataclasses.dataclass(frozen=True)
-class Shortcuts:
+class CacheConfig:
     """guidance_interval: (low, high) in the model's timesteps, 0 … 999. cross_attention_steps: at
     least 1. blocks_every: 1 computes all.
     schedule: a JSON file, a list of steps, each a list of blocks, each [attention, cross_attention,
@@ -82,7 +82,7 @@ class Shortcuts:
             asked["schedule"] = hashlib.sha256(_read(self.schedule)).hexdigest()[:10]
         return asked
 
-    def plan(self, t: np.ndarray, depth: int, guided: bool) -> Plan:
+    def plan(self, t: np.ndarray, depth: int, guided: bool) -> CachePlan:
         """The plan of a run at the times t [n] of a model of ``depth`` blocks. UserError where a
         schedule does not fit them."""
         steps = np.arange(len(t))
@@ -107,14 +107,14 @@ class Shortcuts:
             rows[[step for step in borders if not (gated and part == CROSS and step >= gate)]] = (
                 True
             )
-        return Plan(guides, {part: rows for part, rows in fresh.items() if not rows.all()})
+        return CachePlan(guides, {part: rows for part, rows in fresh.items() if not rows.all()})
 
 
-NONE = Shortcuts()
+NONE = CacheConfig()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class CachePlan:
     """guides: bool [n], which steps are guided. fresh: bool [n, depth] of each part that some step
     takes over from an earlier one."""
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from pixart_jax import captions
 from pixart_jax.errors import UserError
-from pixart_jax.weights.files import InParts, SafetensorsFile, write_safetensors
+from pixart_jax.text import clean_caption, lower_caption
+from pixart_jax.weights.files import ChunkedTensor, SafetensorsFile, write_safetensors
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours: safetensors' name
 _IDENTITY = "pixart_jax.text_states"
@@ -34,9 +34,9 @@ _SAID = {  # of an identity: how a difference is told
 }
 
 
-def cleaning_name(clean: Callable[[str], str]) -> str:
+def cleaning_id(clean: Callable[[str], str]) -> str:
     """The name that a cleaning of texts goes by in an identity."""
-    return {captions.clean: "deepfloyd", captions.plain: "lower case"}.get(
+    return {clean_caption: "deepfloyd", lower_caption: "lower case"}.get(
         clean, getattr(clean, "__qualname__", repr(clean))
     )
 
@@ -122,11 +122,11 @@ class TextStates(Mapping[str, np.ndarray]):
         )
 
     def lengths(
-        self, texts: Sequence[str], clean: Callable[[str], str] = captions.clean
+        self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption
     ) -> np.ndarray:
         """Tokens of each text, int32 [n]. UserError where a text is not there, or is there under
         another cleaning."""
-        self.check({"cleaning": cleaning_name(clean)})
+        self.check({"cleaning": cleaning_id(clean)})
         missing = list(dict.fromkeys(text for text in texts if clean(text) not in self))
         if missing:
             count = f"{len(missing)} of the prompts are" if len(missing) > 1 else "a prompt is"
@@ -138,7 +138,7 @@ class TextStates(Mapping[str, np.ndarray]):
         return np.array([len(self[clean(text)]) for text in texts], np.int32)
 
     def batch(
-        self, texts: Sequence[str], length: int, clean: Callable[[str], str] = captions.clean
+        self, texts: Sequence[str], length: int, clean: Callable[[str], str] = clean_caption
     ) -> tuple[np.ndarray, np.ndarray]:
         """(states [n, length, c] in the dtype that they are kept in, lengths int32 [n]); zeros
         where a text has no token."""
@@ -194,19 +194,19 @@ def write(
     offsets = np.cumsum([0, *(len(rows[text]) for text in texts)], dtype=np.int64)
     names = json.dumps(texts, ensure_ascii=False).encode("utf-8")
     tensors = {
-        "states": InParts((int(offsets[-1]), width), dtype, (rows[text] for text in texts)),
+        "states": ChunkedTensor((int(offsets[-1]), width), dtype, (rows[text] for text in texts)),
         "offsets": offsets,
         "texts": np.frombuffer(names, np.uint8),
     }
     write_safetensors(path, tensors, {_IDENTITY: json.dumps(dict(identity), sort_keys=True)})
 
 
-def needed(
+def texts_to_encode(
     prompts: Sequence[str],
     negatives: Sequence[str],
     guidance: float,
     null: str,
-    clean: Callable[[str], str] = captions.clean,
+    clean: Callable[[str], str] = clean_caption,
 ) -> list[str]:
     """The texts whose states a drawing reads, once each. null: 'text' or 'embedding', whose ""
     needs no states."""
@@ -219,7 +219,7 @@ def needed(
     return list(dict.fromkeys([*prompts, *read]))
 
 
-def stored(states: np.ndarray, dtype: str) -> np.ndarray:
+def to_storage_dtype(states: np.ndarray, dtype: str) -> np.ndarray:
     """States in the dtype of that name, as :func:`write` takes them."""
     return np.asarray(states).astype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype])
 

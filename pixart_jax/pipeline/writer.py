@@ -13,7 +13,7 @@ MOST = 64  # images that wait; of 1024 px, 200 MB
 _THREADS = 4
 
 
-class Writer:
+class AsyncWriter:
     """Calls ``write(*arguments)`` in threads, for a with statement.
 
     :meth:`put` returns at once while fewer than ``most`` calls wait, so a slow disk holds nobody up
@@ -44,7 +44,7 @@ class Writer:
         finally:
             self._room.release()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> AsyncWriter:
         return self
 
     def __exit__(self, kind, fault, traceback) -> None:

@@ -3,17 +3,17 @@ planned."""
 
 from __future__ import annotations
 
-from pixart_jax.planning.jobs import Job
+from pixart_jax.planning.jobs import PlanTarget
 from pixart_jax.training import activations
 from pixart_jax.training.activations import ANY_POLICY
 
 __all__ = ["ANY_POLICY", "counted"]
 
 
-def counted(job: Job, parameters: float) -> dict[str, float]:
+def counted(job: PlanTarget, parameters: float) -> dict[str, float]:
     """Bytes a device by term. parameters: the bytes of its share of them, fp32. UserError for a
     policy that is not counted."""
     platform = {"cuda": "gpu"}.get(job.topology.platform, job.topology.platform)
-    return activations.counted(
+    return activations.activation_bytes(
         job.config, job.stage_config, job.config.remat, job.axes, job.bucket, platform, parameters
     )

@@ -19,24 +19,24 @@ _OF_CUDNN = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}
 
 
 @dataclasses.dataclass(frozen=True)
-class Products:
+class MatmulCost:
     """flops: 2·m·n·k summed. bytes: of operands and results, each read or written once a product,
     as if all else were fused into them."""
 
     flops: float = 0.0
     bytes: float = 0.0
 
-    def __add__(self, other: Products) -> Products:
-        return Products(self.flops + other.flops, self.bytes + other.bytes)
+    def __add__(self, other: MatmulCost) -> MatmulCost:
+        return MatmulCost(self.flops + other.flops, self.bytes + other.bytes)
 
-    def __mul__(self, times: float) -> Products:
-        return Products(self.flops * times, self.bytes * times)
+    def __mul__(self, times: float) -> MatmulCost:
+        return MatmulCost(self.flops * times, self.bytes * times)
 
 
-def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
+def products(jaxpr: jax.extend.core.Jaxpr) -> MatmulCost:
     """Of one execution over all devices together. A while loop of unknown length counts once, of a
     conditional the dearest branch."""
-    total = Products()
+    total = MatmulCost()
     for equation in _used(jaxpr):
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
@@ -44,12 +44,12 @@ def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
         elif name == "conv_general_dilated":
             total += _convolution(equation)
         elif name in _OF_CUDNN:
-            total += _attention(equation) * _OF_CUDNN[name] + Products(0.0, _bytes(equation))
+            total += _attention(equation) * _OF_CUDNN[name] + MatmulCost(0.0, _bytes(equation))
         # the grid's cells one by one; memory is moved as of one product
         elif name == "pallas_call":
             cells = math.prod(parameters["grid_mapping"].grid)
             flops = sum(products(inner).flops for inner in _inner(parameters)) * cells
-            total += Products(flops, _bytes(equation))
+            total += MatmulCost(flops, _bytes(equation))
         elif name == "cond":
             total += max(
                 (products(branch.jaxpr) for branch in parameters["branches"]), key=lambda p: p.flops
@@ -59,7 +59,7 @@ def products(jaxpr: jax.extend.core.Jaxpr) -> Products:
             if name == "shard_map":  # what each device of the mesh does, in shapes of its part
                 mesh = parameters["mesh"]
                 times = math.prod(mesh.shape[axis] for axis in parameters["newly_manual_axes"])
-            total += sum((products(inner) for inner in _inner(parameters)), Products()) * times
+            total += sum((products(inner) for inner in _inner(parameters)), MatmulCost()) * times
     return total
 
 
@@ -86,24 +86,24 @@ def _inner(parameters: dict):
                 yield item.jaxpr
 
 
-def _dot(equation) -> Products:
+def _dot(equation) -> MatmulCost:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = equation.invars[0].aval, equation.outvars[0].aval
     depth = math.prod(left.shape[axis] for axis in contracted)
-    return Products(2.0 * math.prod(result.shape) * depth, _bytes(equation))
+    return MatmulCost(2.0 * math.prod(result.shape) * depth, _bytes(equation))
 
 
-def _attention(equation) -> Products:
+def _attention(equation) -> MatmulCost:
     """One product of attention's two: every query [b, n, k, h] with every key [b, m, k, h]."""
     queries, keys = (variable.aval for variable in equation.invars[:2])
-    return Products(2.0 * math.prod(queries.shape) * keys.shape[1])
+    return MatmulCost(2.0 * math.prod(queries.shape) * keys.shape[1])
 
 
-def _convolution(equation) -> Products:
+def _convolution(equation) -> MatmulCost:
     kernel, result = equation.invars[1].aval, equation.outvars[0].aval
     numbers = equation.params["dimension_numbers"]
     out_features = kernel.shape[numbers.rhs_spec[0]]
-    return Products(
+    return MatmulCost(
         2.0 * math.prod(result.shape) * math.prod(kernel.shape) / out_features, _bytes(equation)
     )
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError, nearest
 
@@ -73,17 +73,17 @@ def main(argv: list[str]) -> int:
     # this process only reads and counts: no device is looked for, whatever is installed
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"
-    from pixart_jax.training import cli
+    from pixart_jax.training import recipes
 
     recipe, own, overrides = split(argv)
     if recipe is None and not {"-h", "--help"} & set(argv):
-        raise UserError(f"the recipe comes first: {USAGE}; there are {', '.join(cli.known())}")
+        raise UserError(f"the recipe comes first: {USAGE}; there are {', '.join(recipes.known())}")
     if recipe is None:
         own, overrides = ["--help"], []
     if {"-h", "--help"} & set(overrides) and recipe is not None:
         print(f"usage: {USAGE}\n")
         own = ["--help"]
-    options = program.parse(PlanOptions, own, prog="pixart_jax plan", description=f"usage: {USAGE}")
+    options = cli.parse(PlanOptions, own, prog="pixart_jax plan", description=f"usage: {USAGE}")
 
     if options.most < 1:
         raise UserError(f"--most {options.most}: at least 1")
@@ -91,9 +91,9 @@ def main(argv: list[str]) -> int:
     from pixart_jax.planning import compilation
     from pixart_jax.planning import topology as topologies
 
-    bounds = compilation.Bounds(options.compile_gib, options.compile_seconds)
+    bounds = compilation.CompileLimits(options.compile_gib, options.compile_seconds)
     topology = topologies.parse(options.topology, options.slices)
-    config = configured(cli.configured(cli.find(recipe), overrides), options)
+    config = configured(recipes.parse_config(recipes.find(recipe), overrides), options)
     chosen = stages(config, options)
 
     jobs = [job(config, index, topology, options) for index in chosen]
@@ -146,16 +146,18 @@ def job(config: Config, index: int, topology, options: PlanOptions):
 
     stage = config.stages[index]
     mesh = (
-        jobs.resolved(config.mesh, topology.size) if not options.sweep else (topology.size, 1, 1, 1)
+        jobs.resolve_mesh(config.mesh, topology.size)
+        if not options.sweep
+        else (topology.size, 1, 1, 1)
     )
     if not options.sample:
-        return jobs.Job(topology, config, index, mesh, bucket=plans.largest(stage))
+        return jobs.PlanTarget(topology, config, index, mesh, bucket=plans.largest(stage))
     if stage.task != "text_to_image":
         raise UserError(
             f"stage {stage.name}: --sample draws with a text-to-image model, and this stage's "
             f"task is {stage.task}"
         )
-    return jobs.Job(
+    return jobs.PlanTarget(
         topology,
         config,
         index,
@@ -172,7 +174,7 @@ def drawing(config: Config, options: PlanOptions, shards: int):
     from pixart_jax.planning import jobs
 
     how = {"steps": options.steps, "guidance": options.guidance, "solver": options.solver}
-    height, width = checks.check(
+    height, width = checks.validate_options(
         config.model,
         VAEConfig(),
         **how,
@@ -181,7 +183,9 @@ def drawing(config: Config, options: PlanOptions, shards: int):
         batch_size=options.batch_size,
         binning=False,
     )
-    return jobs.Drawing(options.batch_size or shards, height, width, **how, dtype=options.dtype)
+    return jobs.SamplingWorkload(
+        options.batch_size or shards, height, width, **how, dtype=options.dtype
+    )
 
 
 def planned(jobs, options: PlanOptions, bounds) -> dict:

@@ -12,16 +12,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from pixart_jax.cache import cache_folder
 from pixart_jax.errors import UserError
+from pixart_jax.files import cache_folder
 from pixart_jax.planning import topology as topologies
-from pixart_jax.planning.jobs import GIB, Facts, Job
+from pixart_jax.planning.jobs import GIB, CompiledStats, PlanTarget
 
 _POLL = 0.2  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class Bounds:
+class CompileLimits:
     """Of one compilation on this machine."""
 
     gib: float = 4.0
@@ -33,7 +33,7 @@ class Bounds:
                 raise UserError(f"--compile-{field} {getattr(self, field)}: must be positive")
 
 
-def compiled(job: Job, bounds: Bounds) -> Facts:
+def compiled(job: PlanTarget, bounds: CompileLimits) -> CompiledStats:
     """What the job's program is. UserError where it cannot be compiled within the bounds, or at
     all."""
     topologies.require_compiler(job.topology)
@@ -73,16 +73,16 @@ def compiled(job: Job, bounds: Bounds) -> Facts:
         found = json.loads(result.read_text())
     if "error" in found:
         raise UserError(found["error"])
-    return Facts.from_json(found["facts"])
+    return CompiledStats.from_json(found["facts"])
 
 
-def _environment(job: Job, root: str) -> dict[str, str]:
+def _environment(job: PlanTarget, root: str) -> dict[str, str]:
     found = topologies.environment(job.topology)
     found["PYTHONPATH"] = root + (":" + found["PYTHONPATH"] if found.get("PYTHONPATH") else "")
     return found
 
 
-def _watch(child: subprocess.Popen, job: Job, bounds: Bounds) -> None:
+def _watch(child: subprocess.Popen, job: PlanTarget, bounds: CompileLimits) -> None:
     """Until the child ends; UserError once it passes a bound."""
     begun = time.monotonic()
     while child.poll() is None:

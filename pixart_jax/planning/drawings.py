@@ -8,8 +8,8 @@ import dataclasses
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.planning import estimate, programs, report
 from pixart_jax.planning import plan as plans
-from pixart_jax.planning.compilation import Bounds
-from pixart_jax.planning.jobs import Job
+from pixart_jax.planning.compilation import CompileLimits
+from pixart_jax.planning.jobs import PlanTarget
 from pixart_jax.planning.plan import Plan
 
 
@@ -48,7 +48,7 @@ class DrawingPlan:
         return self.text + sum(part.time.step for part in self.parts)
 
 
-def make(job: Job, bounds: Bounds) -> DrawingPlan:
+def make(job: PlanTarget, bounds: CompileLimits) -> DrawingPlan:
     """Compile both programs. UserError where one cannot be."""
     denoise = plans.make(job, bounds)
     decode = plans.make(dataclasses.replace(job, part="decode"), bounds)
@@ -58,9 +58,11 @@ def make(job: Job, bounds: Bounds) -> DrawingPlan:
         config = programs.text_config(job.config, [])
         rows = job.drawing.batch * (2 if job.drawing.guidance != 1 else 1)
         flops = rows * text_flops(config, job.config.model.text_tokens)
-        text = flops / (job.topology.size * chip.peak_bf16_flops * estimate.PRODUCTS)
+        text = flops / (job.topology.size * chip.peak_bf16_flops * estimate.PRODUCT_EFFICIENCY)
         text = max(
-            text, denoise.facts.counted["text encoder"] / (chip.hbm_bandwidth * estimate.MEMORY)
+            text,
+            denoise.facts.counted["text encoder"]
+            / (chip.hbm_bandwidth * estimate.MEMORY_EFFICIENCY),
         )
     return DrawingPlan((denoise, decode), text)
 

@@ -23,24 +23,25 @@ from collections.abc import Sequence
 from pixart_jax.config import HardwareConfig
 from pixart_jax.parallel.chips import Chip
 from pixart_jax.planning.collectives import Collective
-from pixart_jax.planning.jobs import Facts, Job, Link
+from pixart_jax.planning.jobs import CompiledStats, Link, PlanTarget
 
 # a large bf16 product reaches 0.80 of an H200's peak; those of width 1152 and heads of 72 are
 # smaller
-PRODUCTS = 0.70
-MEMORY = 0.85  # a device-to-device copy reaches 0.90 of an H200's
-WIRES = 0.80
-HIDDEN = 0.80
+PRODUCT_EFFICIENCY = 0.70
+MEMORY_EFFICIENCY = 0.85  # a device-to-device copy reaches 0.90 of an H200's
+WIRE_EFFICIENCY = 0.80
+OVERLAP = 0.80
 
 ASSUMPTIONS = (
-    f"products reach {PRODUCTS:.0%} of the peak, memory {MEMORY:.0%} and links {WIRES:.0%} of "
+    f"products reach {PRODUCT_EFFICIENCY:.0%} of the peak, memory {MEMORY_EFFICIENCY:.0%} and "
+    f"links {WIRE_EFFICIENCY:.0%} of "
     "theirs; "
-    f"asynchronous collectives hide behind {HIDDEN:.0%} of the work, others behind none of it"
+    f"asynchronous collectives hide behind {OVERLAP:.0%} of the work, others behind none of it"
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Time:
+class StepTime:
     """Seconds of one execution of a program. wires: of all collectives, in the order of
     Facts.collectives; exposed: not hidden."""
 
@@ -64,7 +65,7 @@ class Time:
         return max(named, key=named.get)
 
 
-def time_of(job: Job, facts: Facts, chip: Chip) -> Time:
+def time_of(job: PlanTarget, facts: CompiledStats, chip: Chip) -> StepTime:
     """The roofline of a compiled program."""
     devices = job.topology.size
     train = job.drawing is None
@@ -82,16 +83,16 @@ def time_of(job: Job, facts: Facts, chip: Chip) -> Time:
             weights if job.part == "denoise" else facts.counted["VAE"]
         )
     moved += facts.product_bytes / devices + 2 * sum(c.bytes for c in facts.collectives)
-    compute = facts.flops / devices / (chip.peak_bf16_flops * PRODUCTS)
-    memory = moved / (chip.hbm_bandwidth * MEMORY)
+    compute = facts.flops / devices / (chip.peak_bf16_flops * PRODUCT_EFFICIENCY)
+    memory = moved / (chip.hbm_bandwidth * MEMORY_EFFICIENCY)
     wires = tuple(seconds(c, facts.links, chip, job.topology.platform) for c in facts.collectives)
     work = max(compute, memory)
     waited = sum(w for w, c in zip(wires, facts.collectives, strict=True) if not c.asynchronous)
     hidden = sum(w for w, c in zip(wires, facts.collectives, strict=True) if c.asynchronous)
-    return Time(compute, memory, wires, waited + max(0.0, hidden - HIDDEN * work))
+    return StepTime(compute, memory, wires, waited + max(0.0, hidden - OVERLAP * work))
 
 
-def _cuts(job: Job) -> int:
+def _cuts(job: PlanTarget) -> int:
     return job.axes["fsdp"] * job.axes["tensor"]
 
 
@@ -106,14 +107,14 @@ def seconds(collective: Collective, links: Sequence[Link], chip: Chip, platform:
         within = chip.link_bandwidth * max(1, link.links)
     total = 0.0
     if inner > 1:
-        total += collective.moved / (within * WIRES)
+        total += collective.moved / (within * WIRE_EFFICIENCY)
     if link.networks > 1:
-        total += collective.moved / inner / (chip.network_bandwidth * WIRES)
+        total += collective.moved / inner / (chip.network_bandwidth * WIRE_EFFICIENCY)
     return total
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
+class Cost:
     """What so many device-hours cost. basis: of each figure."""
 
     days: float
@@ -124,7 +125,7 @@ class Account:
     basis: str
 
 
-def account(hours: float, devices: int, chip: Chip, hardware: HardwareConfig) -> Account:
+def account(hours: float, devices: int, chip: Chip, hardware: HardwareConfig) -> Cost:
     """The cost of ``hours`` on so many devices: the config's assumptions where it makes any of its
     own, else the chip table's."""
     plain = HardwareConfig()
@@ -139,7 +140,7 @@ def account(hours: float, devices: int, chip: Chip, hardware: HardwareConfig) ->
     kwh = hours * devices * watts / 1000
     basis = f"{usd:g} USD a device-hour, {watts:g} W a device, {hardware.gco2_per_kwh:g} gCO2e/kWh"
     basis += f" ({', '.join(said)})" if said else " (chip table)"
-    return Account(
+    return Cost(
         hours / 24,
         hours * devices,
         hours * devices * usd,

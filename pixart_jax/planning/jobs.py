@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class SamplingWorkload:
     """A batch of images to be drawn: pixels, steps, guidance (1: no second pass), solver, dtype of
     the computation."""
 
@@ -29,7 +29,7 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PlanTarget:
     """The program to compile. mesh: sizes of all four axes, none of them −1. bucket: (height,
     width) in pixels of a train step;
     drawing: of the sampler's, part 'denoise' (the scan over the steps) or 'decode' (the VAE)."""
@@ -39,7 +39,7 @@ class Job:
     stage: int
     mesh: tuple[int, int, int, int]
     bucket: tuple[int, int] = (0, 0)
-    drawing: Drawing | None = None
+    drawing: SamplingWorkload | None = None
     part: str = "step"
 
     @property
@@ -56,7 +56,7 @@ class Job:
         return axes or "one device"
 
 
-def resolved(mesh: MeshConfig, devices: int) -> tuple[int, int, int, int]:
+def resolve_mesh(mesh: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     """Sizes of the axes on so many devices, −1 filled in; UserError where they do not use exactly
     these."""
     sizes = [getattr(mesh, axis) for axis in AXES]
@@ -89,7 +89,7 @@ class Link:
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class CompiledStats:
     """What a compiled program is, for each device. Bytes but where a unit is said.
 
     counted: bytes by kind from shapes and shardings. arguments, outputs, aliased, temporaries,
@@ -135,7 +135,7 @@ class Facts:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], **changes) -> Facts:
+    def from_json(cls, values: dict[str, Any], **changes) -> CompiledStats:
         from pixart_jax.planning.collectives import Collective
 
         found = [Collective(**{**c, "axes": tuple(c["axes"])}) for c in values["collectives"]]

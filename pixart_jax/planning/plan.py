@@ -10,12 +10,12 @@ from pixart_jax.config import StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.flops import forward_flops, train_flops
-from pixart_jax.models.geometry import Geometry
+from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.remat import check_platform
 from pixart_jax.parallel.mesh import check_divides
 from pixart_jax.planning import estimate
-from pixart_jax.planning.compilation import Bounds, compiled
-from pixart_jax.planning.jobs import Facts, Job
+from pixart_jax.planning.compilation import CompileLimits, compiled
+from pixart_jax.planning.jobs import CompiledStats, PlanTarget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Plan:
     form. mean: FLOPs of the mean bucket over those of the compiled one.
     """
 
-    job: Job
-    facts: Facts
+    job: PlanTarget
+    facts: CompiledStats
     usable: float | None
     image_flops: float | None
     mean: float
-    time: estimate.Time | None
-    cost: estimate.Account | None
+    time: estimate.StepTime | None
+    cost: estimate.Cost | None
 
     @property
     def fits(self) -> bool | None:
@@ -71,12 +71,12 @@ class Plan:
         )
 
 
-def make(job: Job, bounds: Bounds) -> Plan:
+def make(job: PlanTarget, bounds: CompileLimits) -> Plan:
     """Compile the job and estimate. UserError where it cannot be compiled."""
-    return of(job, compiled(job, bounds))
+    return plan_from_stats(job, compiled(job, bounds))
 
 
-def of(job: Job, facts: Facts) -> Plan:
+def plan_from_stats(job: PlanTarget, facts: CompiledStats) -> Plan:
     chip = job.topology.chip
     usable = facts.available or (chip.usable_bytes if chip else None)
     image, mean = model_flops(job)
@@ -89,20 +89,20 @@ def of(job: Job, facts: Facts) -> Plan:
     return Plan(job, facts, usable, image, mean, time, cost)
 
 
-def geometry(job: Job) -> Geometry | None:
+def geometry(job: PlanTarget) -> BackboneConfig | None:
     """The denoiser that a stage trains; None for the frozen parts' tasks."""
     stage, model = job.stage_config, job.config.model
     if stage.task == "text_to_image":
         return model
     if stage.task == "class_conditional":
         return DiTConfig(
-            **{f.name: getattr(model, f.name) for f in dataclasses.fields(Geometry)},
+            **{f.name: getattr(model, f.name) for f in dataclasses.fields(BackboneConfig)},
             num_classes=job.config.num_classes,
         )
     return None
 
 
-def model_flops(job: Job) -> tuple[float | None, float]:
+def model_flops(job: PlanTarget) -> tuple[float | None, float]:
     """(model FLOPs an image, the mean bucket's over the compiled one's, equally often drawn)."""
     model = geometry(job)
     if model is None:
@@ -126,7 +126,7 @@ def largest(stage: StageConfig) -> tuple[int, int]:
     return max(stage.data.buckets, key=lambda b: (b[0] * b[1], -abs(b[0] - b[1])))
 
 
-def check(job: Job) -> None:
+def check(job: PlanTarget) -> None:
     """UserError for what can be known to be wrong before anything is compiled: heads, tokens and
     batches that the mesh does not divide."""
     axes, stage = job.axes, job.stage_config
@@ -176,6 +176,6 @@ def check(job: Job) -> None:
         )
 
 
-def _tokens(job: Job, height: int, width: int) -> int:
+def _tokens(job: PlanTarget, height: int, width: int) -> int:
     side = 8 * job.config.model.patch_size
     return (height // side) * (width // side)

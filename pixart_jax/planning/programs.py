@@ -7,7 +7,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -19,11 +18,11 @@ from pixart_jax.parallel.mesh import AXES, make_mesh
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.planning import topology
-from pixart_jax.planning.jobs import Job
+from pixart_jax.planning.jobs import PlanTarget
 from pixart_jax.training import abstract
 from pixart_jax.training.ema import averaged
-from pixart_jax.training.rematerialization import held_bytes
-from pixart_jax.training.tasks.text_to_image import placed
+from pixart_jax.training.rematerialization import bytes_per_device
+from pixart_jax.training.tasks.text_to_image import with_stage_positions
 from pixart_jax.weights import t5, vae
 from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
@@ -41,7 +40,7 @@ class Program:
     remat: str = ""
 
 
-def program(job: Job) -> Program:
+def program(job: PlanTarget) -> Program:
     """The job's program on its topology's devices."""
     mesh = make_mesh(
         MeshConfig(**dict(zip(AXES, job.mesh, strict=True))), topology.devices(job.topology)
@@ -54,23 +53,23 @@ def state_bytes(state) -> dict[str, float]:
     with the optimizer."""
     ema = averaged(state.opt_state)
     counted = {
-        "parameters": held_bytes(state.params),
-        "EMA": held_bytes(ema) if ema is not None else 0.0,
+        "parameters": bytes_per_device(state.params),
+        "EMA": bytes_per_device(ema) if ema is not None else 0.0,
     }
-    return counted | {"optimizer": held_bytes(state) - sum(counted.values())}
+    return counted | {"optimizer": bytes_per_device(state) - sum(counted.values())}
 
 
-def _step(job: Job, mesh) -> Program:
+def _step(job: PlanTarget, mesh) -> Program:
     stage = job.stage_config
-    frozen = abstract.AssumedFrozen(job.config)
-    made = abstract.parts(job.config, stage, frozen, mesh)
+    frozen = abstract.FrozenSpec(job.config)
+    made = abstract.build_stage(job.config, stage, frozen, mesh)
     batch = abstract.abstract_batch(job.config, stage, job.bucket, mesh)
     traced = abstract.compiled_step(job.config, stage, made, mesh).trace(
         made.abstract, batch, abstract.abstract_key(mesh)
     )
     state = made.abstract
     counted = state_bytes(state)
-    counted["batch"] = held_bytes(batch)
+    counted["batch"] = bytes_per_device(batch)
     sizes = {True: 0, False: 0}
     for leaf in jax.tree.leaves(state.params):
         sizes[leaf.sharding.is_fully_replicated] += leaf.size
@@ -86,16 +85,16 @@ def _step(job: Job, mesh) -> Program:
     )
 
 
-def _drawing(job: Job, mesh) -> Program:
+def _drawing(job: PlanTarget, mesh) -> Program:
     """Pipeline.denoise or the VAE's decode, of parameters as they would be opened on the mesh."""
     drawing, assumptions = job.drawing, []
-    model = placed(job.config.model, job.stage_config)
+    model = with_stage_positions(job.config.model, job.stage_config)
     transformer = Transformer.abstract(model, drawing.dtype, mesh)
     autoencoder = VAE.abstract(vae_config(job.config, assumptions), drawing.dtype, mesh)
     encoder = TextEncoder.abstract(text_config(job.config, assumptions), drawing.dtype, mesh)
     opened = {"transformer": transformer, "VAE": autoencoder, "text encoder": encoder}
-    counted = {name: held_bytes(part.params) for name, part in opened.items()}
-    rows = rules.rows_sharding(mesh, drawing.batch)
+    counted = {name: bytes_per_device(part.params) for name, part in opened.items()}
+    rows = rules.row_sharding(mesh, drawing.batch)
     b, h, w = (
         drawing.batch,
         drawing.height // autoencoder.config.factor,
@@ -130,8 +129,8 @@ def _drawing(job: Job, mesh) -> Program:
             return pipeline.denoise(states, lengths, noise, negative, negative_lengths, **how)
 
         arguments = (transformer.params, noise, states, lengths, states, lengths)
-    counted["batch"] = held_bytes(arguments[1:])
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
+    counted["batch"] = bytes_per_device(arguments[1:])
+    with rules.on_mesh(mesh):
         jitted = jax.jit(
             run,
             in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments),

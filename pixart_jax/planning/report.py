@@ -133,7 +133,7 @@ def arithmetic(plan: Plan) -> list[Row]:
     return rows
 
 
-def wires(plan: Plan) -> list[Row]:
+def communication(plan: Plan) -> list[Row]:
     rows = []
     for index, c in enumerate(plan.facts.collectives):
         took = f", {clock(plan.time.wires[index])}" if plan.time else ""
@@ -195,7 +195,7 @@ def text(plan: Plan) -> str:
     sections = [
         ("memory a device", memory(plan)),
         ("arithmetic", arithmetic(plan)),
-        ("collectives a device", wires(plan) if plan.facts.wanted is None else []),
+        ("collectives a device", communication(plan) if plan.facts.wanted is None else []),
         ("time", timing(plan)),
         ("the stage", cost(plan)),
     ]

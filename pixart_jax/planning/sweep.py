@@ -13,8 +13,8 @@ from tqdm import tqdm
 from pixart_jax.errors import UserError
 from pixart_jax.models.flops import forward_flops
 from pixart_jax.planning import plan as plans
-from pixart_jax.planning.compilation import Bounds
-from pixart_jax.planning.jobs import Job
+from pixart_jax.planning.compilation import CompileLimits
+from pixart_jax.planning.jobs import PlanTarget
 from pixart_jax.planning.plan import Plan
 
 WIDEST_TENSOR = 8
@@ -28,7 +28,7 @@ BATCHES = (1.0, 0.5, 2.0, 0.25, 4.0)  # of the config's, in the order of trust
 class Outcome:
     """One candidate, compiled. fault: why it could not be."""
 
-    job: Job
+    job: PlanTarget
     plan: Plan | None
     fault: str = ""
 
@@ -44,7 +44,7 @@ def factorisations(devices: int, slices: int) -> Iterator[tuple[int, int, int, i
                 yield data, fsdp, context, tensor
 
 
-def candidates(job: Job, sizes: bool = True) -> list[Job]:
+def candidates(job: PlanTarget, sizes: bool = True) -> list[PlanTarget]:
     """Jobs worth compiling, the most promising first. sizes: also other batch sizes than the
     config's.
 
@@ -53,7 +53,7 @@ def candidates(job: Job, sizes: bool = True) -> list[Job]:
     device.
     """
     model = plans.geometry(job)
-    found: list[tuple[float, Job]] = []
+    found: list[tuple[float, PlanTarget]] = []
     own = job.drawing.batch if job.drawing else job.stage_config.batch_size
     for mesh in factorisations(
         job.topology.size, job.topology.slices if job.topology.platform == "tpu" else 1
@@ -66,7 +66,7 @@ def candidates(job: Job, sizes: bool = True) -> list[Job]:
             max(unit, round(own * share / unit) * unit) for share in (BATCHES if sizes else (1.0,))
         )
         for batch in batches:
-            other = at(job, mesh, batch)
+            other = with_mesh_and_batch(job, mesh, batch)
             try:
                 plans.check(other)
             except UserError:
@@ -77,7 +77,7 @@ def candidates(job: Job, sizes: bool = True) -> list[Job]:
     return _varied(found)
 
 
-def _varied(found: list[tuple[float, Job]]) -> list[Job]:
+def _varied(found: list[tuple[float, PlanTarget]]) -> list[PlanTarget]:
     """By promise, halved for each candidate of the same mesh that stands before: another mesh may
     tell more than another batch."""
     before: dict[tuple, int] = {}
@@ -89,7 +89,7 @@ def _varied(found: list[tuple[float, Job]]) -> list[Job]:
     return [other for _, other in sorted(scored, key=lambda pair: -pair[0])]
 
 
-def at(job: Job, mesh: tuple[int, int, int, int], batch: int) -> Job:
+def with_mesh_and_batch(job: PlanTarget, mesh: tuple[int, int, int, int], batch: int) -> PlanTarget:
     """The same job on another mesh and with another batch."""
     if job.drawing is not None:
         return dataclasses.replace(
@@ -103,11 +103,11 @@ def at(job: Job, mesh: tuple[int, int, int, int], batch: int) -> Job:
 
 
 def run(
-    job: Job,
+    job: PlanTarget,
     most: int,
-    bounds: Bounds,
+    bounds: CompileLimits,
     sizes: bool,
-    made: Callable[[Job, Bounds], Plan] = plans.make,
+    made: Callable[[PlanTarget, CompileLimits], Plan] = plans.make,
 ) -> list[Outcome]:
     """Compile the ``most`` most promising candidates; those that fit first, by images/s."""
     todo = candidates(job, sizes)
@@ -135,17 +135,17 @@ def _rank(outcome: Outcome) -> tuple:
     return (0 if p.fits is not False else 1, -(p.images_per_second or 0.0))
 
 
-def _usable(job: Job) -> float:
+def _usable(job: PlanTarget) -> float:
     return job.topology.chip.usable_bytes if job.topology.chip else math.inf
 
 
-def _parameters(job: Job) -> float:
+def _parameters(job: PlanTarget) -> float:
     """About: 12 d² for attention, MLP and 4 d² for cross-attention a block."""
     model = plans.geometry(job)
     return 0.0 if model is None else model.depth * 16.0 * model.width**2
 
 
-def _state(job: Job) -> float:
+def _state(job: PlanTarget) -> float:
     """Bytes a device of parameters, optimizer and EMA, about."""
     a = job.axes
     if job.drawing is not None:
@@ -158,7 +158,7 @@ def _state(job: Job) -> float:
     )
 
 
-def _promise(job: Job, batch: int) -> float:
+def _promise(job: PlanTarget, batch: int) -> float:
     """Images/s by rough arithmetic: work evenly shared, weights gathered over fsdp, residual
     streams summed over tensor, keys over context. Less what does not fit by the same rough
     arithmetic."""

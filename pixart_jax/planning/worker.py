@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from pixart_jax.errors import UserError
-from pixart_jax.planning.jobs import Facts, Job, Link
+from pixart_jax.planning.jobs import CompiledStats, Link, PlanTarget
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _OVER = (  # how XLA says that a program does not fit: (wanted, available)
@@ -29,7 +29,7 @@ _OVER = (  # how XLA says that a program does not fit: (wanted, available)
 )
 
 
-def facts(job: Job, cache: Path) -> Facts:
+def facts(job: PlanTarget, cache: Path) -> CompiledStats:
     """Trace, lower, look in the cache, compile."""
     import jax
 
@@ -45,7 +45,9 @@ def facts(job: Job, cache: Path) -> Facts:
     compiler = version(job)
     kept = cache / f"{_name(job, made, text, compiler)}.json"
     if kept.is_file():
-        return Facts.from_json(json.loads(kept.read_text()), cached=True, trace_seconds=traced)
+        return CompiledStats.from_json(
+            json.loads(kept.read_text()), cached=True, trace_seconds=traced
+        )
 
     begun, busy = time.perf_counter(), time.process_time()
     wanted = available = None
@@ -68,7 +70,7 @@ def facts(job: Job, cache: Path) -> Facts:
     seconds, busy = time.perf_counter() - begun, time.process_time() - busy
     if compiled is not None:
         collectives, sizes = read(compiled, made.mesh)
-    found = Facts(
+    found = CompiledStats(
         device_kind=made.mesh.devices.flat[0].device_kind,
         counted=made.counted,
         **sizes,
@@ -113,7 +115,7 @@ def read(compiled, mesh):
     return collectives(compiled.as_text(), mesh.axis_names, mesh.devices.shape), sizes
 
 
-def links(job: Job, mesh, wanted) -> list[Link]:
+def links(job: PlanTarget, mesh, wanted) -> list[Link]:
     """The wires under each combination of mesh axes, read from the coordinates of the mesh's
     devices."""
     found = []
@@ -143,7 +145,7 @@ def links(job: Job, mesh, wanted) -> list[Link]:
     return found
 
 
-def version(job: Job) -> str:
+def version(job: PlanTarget) -> str:
     """The compiler whose results these are."""
     package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin", "cpu": "jaxlib"}[job.topology.platform]
     try:
@@ -152,7 +154,7 @@ def version(job: Job) -> str:
         return f"{package} of jaxlib {importlib.metadata.version('jaxlib')}"
 
 
-def _name(job: Job, made, text: str, compiler: str) -> str:
+def _name(job: PlanTarget, made, text: str, compiler: str) -> str:
     """Of the program, the places of its devices, and the compiler."""
     devices = [(d.id, d.device_kind) for d in made.mesh.devices.flat]
     parts = (
@@ -171,7 +173,7 @@ def _name(job: Job, made, text: str, compiler: str) -> str:
 FORMAT = 3
 
 
-def _keep(path: Path, found: Facts) -> None:
+def _keep(path: Path, found: CompiledStats) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{time.time_ns()}")
     draft.write_text(json.dumps(found.to_json()))

@@ -21,7 +21,7 @@ from pixart_jax.config import Config, StageConfig
 from pixart_jax.models.remat import AUTO
 from pixart_jax.parallel import rules
 from pixart_jax.training.optimizer import make_optimizer, schedule
-from pixart_jax.training.rematerialization import Choice, choose
+from pixart_jax.training.rematerialization import Choice, choose_remat
 from pixart_jax.training.state import TrainState, abstract_state
 from pixart_jax.training.step import CompiledStep
 from pixart_jax.training.tasks import Task, make_task
@@ -31,7 +31,7 @@ LATENT = 8  # pixels a side of a latent pixel
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class StageParts:
     """What a stage learns, by which optimizer, and its state as shapes with shardings."""
 
     task: Task
@@ -40,7 +40,7 @@ class Parts:
     remat: Choice | None = None  # what was chosen, where the config leaves it to be chosen
 
 
-def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
+def build_stage(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> StageParts:
     """The parts of a stage on a mesh. frozen: training.frozen.Frozen, or AssumedFrozen where its
     folders are not at hand.
 
@@ -57,9 +57,9 @@ def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
     )
     state = abstract_state(boxed, optimizer, mesh)
     if not left:
-        return Parts(task, optimizer, state)
-    remat = choose(config, stage, state, mesh)
-    return Parts(
+        return StageParts(task, optimizer, state)
+    remat = choose_remat(config, stage, state, mesh)
+    return StageParts(
         make_task(dataclasses.replace(config, remat=remat.name), stage, frozen),
         optimizer,
         state,
@@ -67,7 +67,7 @@ def parts(config: Config, stage: StageConfig, frozen, mesh: Mesh) -> Parts:
     )
 
 
-def compiled_step(config: Config, stage: StageConfig, made: Parts, mesh: Mesh) -> CompiledStep:
+def compiled_step(config: Config, stage: StageConfig, made: StageParts, mesh: Mesh) -> CompiledStep:
     """The step of a stage; nothing is compiled before its first call."""
     rate = schedule(stage.optimizer, stage.steps, stage.batch_size)
     spikes = config.guard.spike_factor
@@ -129,7 +129,7 @@ def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(mesh))
 
 
-class AssumedFrozen:
+class FrozenSpec:
     """Stands in for the frozen parts where a program is made from shapes alone: the few numbers
     that enter it.
 

@@ -28,14 +28,14 @@ import jax.numpy as jnp
 
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.errors import UserError
-from pixart_jax.models.attention import Call, choose
+from pixart_jax.models.attention import AttentionShape, choose
 
 # the terms that do not depend on the policy, nor on a block's work
 ANY_POLICY = ("gradients", "cast", "gathered", "batch")
 LANES = 128  # the last axis of an array in a TPU's memory is a multiple of this
 
 
-def counted(
+def activation_bytes(
     config: Config,
     stage: StageConfig,
     remat: str,
@@ -63,7 +63,9 @@ def counted(
         if model.attention_backend != "auto":
             return model.attention_backend
         return choose(
-            Call(platform, round(n), keys, model.head_dim, jnp.dtype(config.compute_dtype), lengths)
+            AttentionShape(
+                platform, round(n), keys, model.head_dim, jnp.dtype(config.compute_dtype), lengths
+            )
         )
 
     ours, cross = backend(round(n * context), False), backend(text, True)

@@ -13,7 +13,7 @@ import jax
 from pixart_jax.training.metrics import read
 
 
-class Attempts:
+class RestartLog:
     """Adds this start to the file. total: the step of the run that it goes on from.
 
     first: Unix time of the first start; restarts: how many came after it. Of several processes the

@@ -19,24 +19,24 @@ WINDOW = 100
 
 
 @flax.struct.dataclass
-class Guard:
+class StepGuard:
     """What the steps of a stage have been like; all scalars, int32 and fp32. It starts anew with
     each stage."""
 
     skipped: jax.Array  # steps that were not taken
-    in_row: jax.Array  # of these, the last ones without a good step between
-    good: jax.Array  # steps that were taken
+    consecutive: jax.Array  # of these, the last ones without a good step between
+    accepted: jax.Array  # steps that were taken
     loss: jax.Array  # running means over the last WINDOW good steps
     grad_norm: jax.Array
 
     @classmethod
-    def fresh(cls) -> Guard:
+    def fresh(cls) -> StepGuard:
         count, mean = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return cls(count, count, count, mean, mean)
 
-    def judge(
+    def check(
         self, loss: jax.Array, grad_norm: jax.Array, spike_factor: float | None
-    ) -> tuple[jax.Array, Guard]:
+    ) -> tuple[jax.Array, StepGuard]:
         """(whether a step of this loss and gradient norm is to be taken, the guard after it).
 
         spike_factor: how many times its running mean a loss or norm may reach; None: any finite
@@ -47,17 +47,17 @@ class Guard:
             usual = (loss <= spike_factor * jnp.abs(self.loss)) & (
                 grad_norm <= spike_factor * self.grad_norm
             )
-            ok &= usual | (self.good < WINDOW)
-        weight = 1.0 / jnp.minimum(self.good + 1, WINDOW).astype(jnp.float32)
+            ok &= usual | (self.accepted < WINDOW)
+        weight = 1.0 / jnp.minimum(self.accepted + 1, WINDOW).astype(jnp.float32)
 
         def mean(old, value):
             return jnp.where(ok, old + weight * (value - old), old)
 
         skipped = jnp.where(ok, 0, 1)
-        after = Guard(
+        after = StepGuard(
             self.skipped + skipped,
-            jnp.where(ok, 0, self.in_row + 1),
-            self.good + 1 - skipped,
+            jnp.where(ok, 0, self.consecutive + 1),
+            self.accepted + 1 - skipped,
             mean(self.loss, loss),
             mean(self.grad_norm, grad_norm),
         )

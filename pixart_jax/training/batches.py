@@ -25,12 +25,12 @@ import numpy as np
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.data import records
 from pixart_jax.data.encoded import EncodedSamples
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.features import FeatureSamples
 from pixart_jax.data.loader import Loader
 from pixart_jax.data.mixed import MixedSamples
 from pixart_jax.data.samples import ImageSamples, Samples, TokenSamples
-from pixart_jax.data.sources import kind_of, open_source, parts_of
+from pixart_jax.data.sources import open_source, parse_mixture, parse_source
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import batch_sharding
@@ -42,7 +42,7 @@ Encode = Callable[..., Path]
 shards, made where absent.
 
 Encoding stands above training in the house, so whoever starts a run hands it in (train.py:
-pixart_jax.labelling.stage).
+pixart_jax.captioning.stage).
 """
 
 
@@ -79,8 +79,8 @@ _DIFFUSION = ("class_conditional", "text_to_image")
 
 def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Samples:
     """What a stage reads. What was left out on the way is counted in a line, and named above it."""
-    faults = Faults(stage.data.strict)
-    parts = parts_of(stage.data.source)
+    faults = BadRecords(stage.data.strict)
+    parts = parse_mixture(stage.data.source)
     read = [
         _part(text, share if len(parts) > 1 else None, stage, frozen, encode, faults)
         for share, text in parts
@@ -94,7 +94,7 @@ def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Sampl
     )
 
 
-def report(stage: StageConfig, faults: Faults, named: int = 20) -> None:
+def report(stage: StageConfig, faults: BadRecords, named: int = 20) -> None:
     """Say what a stage goes without."""
     for fault in list(faults)[:named]:
         print(f"stage {stage.name}: {fault}")
@@ -108,10 +108,10 @@ def _part(
     stage: StageConfig,
     frozen: Frozen,
     encode: Encode | None,
-    faults: Faults,
+    faults: BadRecords,
 ) -> Samples:
     """One source of a stage, alone (share None) or in a mixture."""
-    data, (kind, rest) = stage.data, kind_of(text)
+    data, (kind, rest) = stage.data, parse_source(text)
     captions = data.captions if stage.task == "text_to_image" else ()
     if stage.task in _DIFFUSION and kind in ("records", "pixart-features"):
         for field in ("where", "limit"):
@@ -165,7 +165,7 @@ def _part(
 
 
 def _records(
-    folder: str, stage: StageConfig, captions, frozen: Frozen, faults: Faults
+    folder: str, stage: StageConfig, captions, frozen: Frozen, faults: BadRecords
 ) -> EncodedSamples:
     """Encoded shards, refused where another model's parts than the run's made them, or for other
     sizes than the stage's."""
@@ -174,7 +174,7 @@ def _records(
     folders = {
         part: frozen.folder(part)
         for part in parts
-        if part in manifest.identity and frozen.given(part)
+        if part in manifest.identity and frozen.is_configured(part)
     }
     expected = expected_identity(manifest.identity, manifest.made_from, folders)
     return EncodedSamples(
@@ -182,7 +182,7 @@ def _records(
     )
 
 
-def _features(root: str, stage: StageConfig, captions, faults: Faults) -> FeatureSamples:
+def _features(root: str, stage: StageConfig, captions, faults: BadRecords) -> FeatureSamples:
     """The official features; nothing says which encoders made them, so that is the config's
     word."""
     if stage.task != "text_to_image":

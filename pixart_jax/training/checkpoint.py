@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
 from pixart_jax.errors import UserError
 from pixart_jax.parallel import rules
-from pixart_jax.training.bad_steps import Guard
+from pixart_jax.training.bad_steps import StepGuard
 from pixart_jax.training.state import TrainState
 
 FILES = "files.json"  # in a save's folder: each file's size and, up to _SMALL bytes, CRC-32
@@ -41,7 +41,7 @@ _LATER = {FILES, "commit_success.txt", "_CHECKPOINT_METADATA"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RunPosition:
     """Where in the run a save was made. step: done in this stage; total: done in the whole run
     (names the save)."""
 
@@ -55,7 +55,7 @@ class Place:
     productive: float = 0.0  # seconds of stepping until here (training/clock.py)
 
 
-class Checkpoints:
+class Checkpointer:
     """The saves of a run, under ``folder``. Use as a context: leaving it waits for the last save.
 
     keep: the newest so many stay. every: so does each at a multiple of so many total steps, for
@@ -95,13 +95,14 @@ class Checkpoints:
         """The total step of the newest save, or None."""
         return self._manager.latest_step()
 
-    def save(self, place: Place, state: TrainState) -> None:
+    def save(self, place: RunPosition, state: TrainState) -> None:
         """Begin a save; returns once the state is copied and may be donated."""
         self.wait()
         self._saving = place.total
         if state.guard is not None:
             numbers = {
-                field.name: getattr(state.guard, field.name) for field in dataclasses.fields(Guard)
+                field.name: getattr(state.guard, field.name)
+                for field in dataclasses.fields(StepGuard)
             }
             place = dataclasses.replace(
                 place, guard={name: value.item() for name, value in jax.device_get(numbers).items()}
@@ -144,8 +145,8 @@ class Checkpoints:
                 "free some space and run the same command again"
             ) from fault
 
-    def place(self, total: int) -> Place:
-        return Place(**self._open(total, place=ocp.args.JsonRestore()).place)
+    def place(self, total: int) -> RunPosition:
+        return RunPosition(**self._open(total, place=ocp.args.JsonRestore()).place)
 
     def restore(self, total: int, abstract: TrainState) -> TrainState:
         """The state of a save, laid out as ``abstract``.
@@ -289,12 +290,12 @@ def _arrays(state: TrainState) -> dict:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
-def _guard(numbers: dict | None, abstract: Guard | None) -> Guard | None:
+def _guard(numbers: dict | None, abstract: StepGuard | None) -> StepGuard | None:
     """The guard as it was saved, laid out as ``abstract``; a fresh one where the save is older than
     guards are."""
     if abstract is None:
         return None
-    guard = Guard(**numbers) if numbers else Guard.fresh()
+    guard = StepGuard(**numbers) if numbers else StepGuard.fresh()
     return jax.tree.map(
         lambda value, like: jax.device_put(np.asarray(value, like.dtype), like.sharding),
         guard,

@@ -6,7 +6,7 @@ import contextlib
 import time
 
 
-class Clock:
+class StepTimer:
     """Counts from step to step; what is not stepping (saves, previews, compiling) is taken out.
 
     productive: seconds of stepping since the run's first step, those of an earlier process that its

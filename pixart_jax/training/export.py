@@ -19,7 +19,7 @@ from pixart_jax.training.frozen import Frozen
 
 
 @dataclasses.dataclass(frozen=True)
-class Copied:
+class CopiedComponent:
     """A part that was not trained: its files as they are."""
 
     source: Path
@@ -40,8 +40,8 @@ def write_model(
     model_folder.write(
         folder,
         transformer=transformer,
-        text_encoder=Copied(frozen.folder("text_encoder")),
-        vae=Copied(frozen.folder("vae")),
+        text_encoder=CopiedComponent(frozen.folder("text_encoder")),
+        vae=CopiedComponent(frozen.folder("vae")),
         tokenizer=frozen.tokenizer,
         scheduler=scheduler,
         sampling=sampling,
@@ -57,6 +57,6 @@ def write_parts(
     for part in ("transformer", "vae", "scheduler") if first else ():
         shutil.rmtree(folder / part, ignore_errors=True)
     transformer.save(folder / "transformer")
-    Copied(frozen.folder("vae")).save(folder / "vae")
+    CopiedComponent(frozen.folder("vae")).save(folder / "vae")
     if first:
         schedulers.write(scheduler, folder / "scheduler")

@@ -12,12 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pixart_jax import captions
-from pixart_jax import tokenizer as tokenizers
 from pixart_jax.config import Config
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
-from pixart_jax.parallel.liveness import once
+from pixart_jax.parallel.liveness import run_on_first_process
+from pixart_jax.text import clean_caption, load_tokenizer, save_tokenizer, tokenize, word_tokenizer
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.vae import config_from_json
 
@@ -55,7 +54,7 @@ class Frozen:
             return given.parent / part
         return given
 
-    def given(self, part: str) -> bool:
+    def is_configured(self, part: str) -> bool:
         """Whether the config names where 'vae', 'text_encoder' or 'tokenizer' lies."""
         return getattr(self._config, "vae" if part == "vae" else "text_encoder") is not None
 
@@ -86,11 +85,13 @@ class Frozen:
         """The tokenizer of config.text_encoder; where that is None, one of the captions' whole
         words, made once and kept in the workdir."""
         if self._config.text_encoder is not None:
-            return tokenizers.load(self.folder("tokenizer"))
+            return load_tokenizer(self.folder("tokenizer"))
         folder = self._workdir / "tokenizer"
         if not (folder / "tokenizer_config.json").is_file():
-            once("tokenizer", lambda: tokenizers.save(tokenizers.from_words(self._words()), folder))
-        return tokenizers.load(folder)
+            run_on_first_process(
+                "tokenizer", lambda: save_tokenizer(word_tokenizer(self._words()), folder)
+            )
+        return load_tokenizer(folder)
 
     def _words(self) -> list[str]:
         words: set[str] = set()
@@ -101,7 +102,7 @@ class Frozen:
                 for kind, _ in data.captions:
                     for text in said.get(kind, ()):
                         # marks are pieces of their own
-                        words.update(re.findall(r"[a-z]+", captions.clean(text)))
+                        words.update(re.findall(r"[a-z]+", clean_caption(text)))
         return sorted(words)
 
     def text_states(self, texts: Sequence[str], most: int) -> list[np.ndarray]:
@@ -109,7 +110,7 @@ class Frozen:
         text."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._states]
         if missing:
-            ids, lengths = tokenizers.tokenize(self.tokenizer, missing, most)
+            ids, lengths = tokenize(self.tokenizer, missing, most)
             states = np.asarray(jax.device_get(self.text_encoder().apply(ids, lengths)), np.float32)
             self._states |= {
                 text: row[:length]

@@ -26,7 +26,7 @@ from pixart_jax.errors import Interrupted
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interruption:
+class PreemptionHandler:
     """Listens while the context is open. ``held()``: from now on a signal waits for ``reached``."""
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Interruption:
         self._held = False
         self._before: dict = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> PreemptionHandler:
         # elsewhere Python allows no handlers
         if threading.current_thread() is threading.main_thread():
             # SIGTERM is the preemption service's
@@ -48,7 +48,7 @@ class Interruption:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def held(self):
+    def deferred(self):
         """Inside, a first signal is only noted."""
         self._held = True
         try:
@@ -58,7 +58,7 @@ class Interruption:
         if self._asked:
             raise Interrupted(self._asked)
 
-    def reached(self, total: int) -> str | None:
+    def should_stop(self, total: int) -> str | None:
         """The signal's name where the run is to be saved at this step and left; every process asks
         at each step, and all hear the same."""
         if jax.process_count() > 1:

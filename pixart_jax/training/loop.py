@@ -15,19 +15,19 @@ from pixart_jax.errors import Interrupted
 from pixart_jax.parallel import liveness
 from pixart_jax.training.bad_steps import describe
 from pixart_jax.training.batches import put
-from pixart_jax.training.clock import Clock
-from pixart_jax.training.interruption import Interruption
+from pixart_jax.training.clock import StepTimer
+from pixart_jax.training.interruption import PreemptionHandler
 from pixart_jax.training.state import TrainState
-from pixart_jax.training.trace import Trace
+from pixart_jax.training.trace import StepProfiler
 
 
-class Diverged(Exception):
+class TrainingDiverged(Exception):
     """Too many steps in a row could not be taken. The message names the stage, the step, what was
     wrong and the batch's records."""
 
 
 @dataclasses.dataclass
-class Window:
+class MetricWindow:
     """Sums of the metrics since the last logged line; saved with a checkpoint, so that a resumed
     run logs the same lines.
 
@@ -55,7 +55,7 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
+class LoopHooks:
     """What the loop does besides stepping. Steps are those of the stage, counted from 1.
 
     log_every, preview_every: steps (preview 0: at the end alone). saves(step): whether one is due.
@@ -66,17 +66,17 @@ class Watch:
 
     log_every: int
     preview_every: int
-    patience: int
+    max_bad_steps: int
     done: int
-    saves: Callable[[int], bool]
+    should_save: Callable[[int], bool]
     log: Callable[[int, dict[str, float]], None]
-    save: Callable[[int, TrainState, Window], None]
+    save: Callable[[int, TrainState, MetricWindow], None]
     preview: Callable[[int, TrainState], None]
-    bad: Callable[[int, dict[str, float]], list[str]]
+    on_bad_step: Callable[[int, dict[str, float]], list[str]]
     flops: Callable[[dict], float]
-    clock: Clock
-    interruption: Interruption
-    trace: Trace
+    clock: StepTimer
+    interruption: PreemptionHandler
+    trace: StepProfiler
 
 
 def train(
@@ -89,15 +89,15 @@ def train(
     steps: int,
     key: jax.Array,
     sharding,
-    watch: Watch,
-    window: Window,
+    watch: LoopHooks,
+    window: MetricWindow,
 ) -> TrainState:
     """Run steps start … steps − 1 of a stage; step k's key is ``key`` with k folded in.
 
     Each step's metrics are read while the next one runs, so the device never waits for the host. A
     save that falls due within a row of bad steps waits for the first good one. Raises Diverged
-    after ``watch.patience`` bad steps in a row, before anything more is saved, and Interrupted, the
-    state saved, when a signal asked for it.
+    after ``watch.max_bad_steps`` bad steps in a row, before anything more is saved, and
+    Interrupted, the state saved, when a signal asked for it.
     """
     if start >= steps:
         return state
@@ -125,12 +125,12 @@ def train(
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         clock.done(flops)
         bar.update()
-        liveness.beat(number)
+        liveness.report_step(number)
         in_row = int(values["skipped_in_row"])
         if values["skipped"]:
-            keys = watch.bad(number, values)
-            if in_row >= watch.patience:
-                raise Diverged(
+            keys = watch.on_bad_step(number, values)
+            if in_row >= watch.max_bad_steps:
+                raise TrainingDiverged(
                     f"stage {name}, step {number}, the last of {in_row} bad steps in a row: "
                     f"{describe(values, keys)}"
                 )
@@ -148,7 +148,7 @@ def train(
                 refresh=False,
             )
             watch.log(number, line)
-            window = Window()
+            window = MetricWindow()
 
     def dispatch(state, batch, number):
         """Begin a step. A call that had to compile is no step's time."""
@@ -159,7 +159,7 @@ def train(
         return state, metrics
 
     try:
-        with watch.interruption.held(), watch.trace:
+        with watch.interruption.deferred(), watch.trace:
             for number in range(start + 1, steps + 1):
                 if watch.trace.opens(watch.done + number):
                     settle()
@@ -171,9 +171,9 @@ def train(
                 state, metrics = dispatch(state, batch, number)
                 settle()
                 pending = (number, metrics, watch.flops(rows))
-                last, stop = number == steps, watch.interruption.reached(watch.done + number)
+                last, stop = number == steps, watch.interruption.should_stop(watch.done + number)
                 look = last or (watch.preview_every and number % watch.preview_every == 0)
-                due = due or watch.saves(number)
+                due = due or watch.should_save(number)
                 if watch.trace.closes(watch.done + number):
                     settle()
                     watch.trace.stop()
@@ -188,7 +188,7 @@ def train(
                 if stop:
                     raise Interrupted(stop)
     finally:
-        liveness.beat(None)
+        liveness.report_step(None)
         bar.close()
         close = getattr(batches, "close", None)
         if close:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.models.remat import BY_SPEED
 from pixart_jax.parallel.chips import GIB, chip_of
-from pixart_jax.training.activations import counted
+from pixart_jax.training.activations import activation_bytes
 
 # compiled temporaries over the count: tests/planning/test_programs_for_hardware.py holds them below
 # it
@@ -52,17 +52,17 @@ class Choice:
         )
 
 
-def choose(config: Config, stage: StageConfig, state, mesh: Mesh) -> Choice:
+def choose_remat(config: Config, stage: StageConfig, state, mesh: Mesh) -> Choice:
     """The policy for a stage on a mesh. state: its abstract TrainState there."""
     device = mesh.devices.flat[0]
     usable = usable_bytes(device)
     if usable is None or stage.task not in COUNTED:
         return Choice("full")
-    held, parameters = held_bytes(state), held_bytes(state.params)
+    held, parameters = bytes_per_device(state), bytes_per_device(state.params)
     bucket = max(stage.data.buckets, key=lambda bucket: bucket[0] * bucket[1])
     for name in BY_SPEED:
         needed = held + MARGIN * sum(
-            counted(
+            activation_bytes(
                 config, stage, name, dict(mesh.shape), bucket, device.platform, parameters
             ).values()
         )
@@ -85,7 +85,7 @@ def usable_bytes(device: jax.Device) -> float | None:
     )
 
 
-def held_bytes(tree) -> float:
+def bytes_per_device(tree) -> float:
     """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
     return float(
         sum(

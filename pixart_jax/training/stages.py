@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pixart_jax import png
 from pixart_jax.config import Config
 from pixart_jax.data import bucket_chart
-from pixart_jax.data.sources import kind_of, parts_of
+from pixart_jax.data.sources import parse_mixture, parse_source
 from pixart_jax.errors import Interrupted, UserError
+from pixart_jax.images import image_grid, write_png
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.flops import PIXELS, train_flops
 from pixart_jax.models.transformer import TransformerConfig
@@ -23,22 +23,22 @@ from pixart_jax.parallel import liveness, rules
 from pixart_jax.parallel.chips import chip_of
 from pixart_jax.parallel.mesh import batch_shards, make_mesh
 from pixart_jax.training import metrics as figures
-from pixart_jax.training.abstract import Parts, compiled_step, parts
-from pixart_jax.training.attempts import Attempts
+from pixart_jax.training.abstract import StageParts, build_stage, compiled_step
+from pixart_jax.training.attempts import RestartLog
 from pixart_jax.training.batches import Encode, open_loader
-from pixart_jax.training.checkpoint import Checkpoints, Place
-from pixart_jax.training.clock import Clock
+from pixart_jax.training.checkpoint import Checkpointer, RunPosition
+from pixart_jax.training.clock import StepTimer
 from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.interruption import Interruption
+from pixart_jax.training.initialization import initial_params
+from pixart_jax.training.interruption import PreemptionHandler
 from pixart_jax.training.ledger import PowerMeter, ledger
-from pixart_jax.training.loop import Watch, Window, train
+from pixart_jax.training.loop import LoopHooks, MetricWindow, train
 from pixart_jax.training.mesh_fit import check_models
-from pixart_jax.training.starts import first_params
 from pixart_jax.training.state import TrainState, fresh_params, state_from
 from pixart_jax.training.summary import summary
 from pixart_jax.training.tasks import Task
-from pixart_jax.training.trace import Trace
-from pixart_jax.training.workdir import Workdir, keep_programs, write_atomic
+from pixart_jax.training.trace import StepProfiler
+from pixart_jax.training.workdir import Workdir, enable_compilation_cache, write_atomic
 
 
 @dataclasses.dataclass
@@ -60,21 +60,24 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
     on such sources need it. Raises UserError for what a person can put right, loop.Diverged after
     too many bad steps in a row, Interrupted when a signal stopped the run and its state is saved.
     """
-    with Workdir(workdir, config) as folder, Interruption() as interruption:
-        keep_programs(folder.programs)
+    with Workdir(workdir, config) as folder, PreemptionHandler() as interruption:
+        enable_compilation_cache(folder.programs)
         mesh = make_mesh(config.mesh)
         _check_batches(config, mesh)
         check_models(config, mesh)
         _check_folders(config)
-        folder.keep()
+        folder.save_config()
         with (
-            Checkpoints(folder.checkpoints, config.keep_checkpoints, config.keep_every) as saves,
+            Checkpointer(folder.checkpoints, config.keep_checkpoints, config.keep_every) as saves,
             PowerMeter(mesh.devices.flat[0].platform) as meter,
         ):
             latest = saves.latest()
-            place = Place() if latest is None else saves.place(latest)
+            place = RunPosition() if latest is None else saves.place(latest)
             try:
-                with figures.Metrics(folder.path, place.total) as metrics, liveness.told():
+                with (
+                    figures.Metrics(folder.path, place.total) as metrics,
+                    liveness.report_failures(),
+                ):
                     Run(config, folder, mesh, saves, metrics, meter, encode, interruption).stages(
                         place
                     )
@@ -82,7 +85,7 @@ def run(config: Config, workdir: str | Path, encode: Encode | None = None) -> No
                 raise Interrupted(f"stopped by {stop}: {_stands(config, saves)}") from None
 
 
-def _stands(config: Config, saves: Checkpoints) -> str:
+def _stands(config: Config, saves: Checkpointer) -> str:
     """Where the last committed save stands, in words."""
     saves.wait()
     latest = saves.latest()
@@ -104,24 +107,24 @@ class Run:
         config: Config,
         folder: Workdir,
         mesh,
-        saves: Checkpoints,
+        saves: Checkpointer,
         metrics: figures.Metrics,
         meter: PowerMeter,
         encode: Encode | None,
-        interruption: Interruption | None = None,
+        interruption: PreemptionHandler | None = None,
     ):
         self.config, self.folder, self.mesh = config, folder, mesh
         self.saves, self.metrics, self.meter, self.encode = saves, metrics, meter, encode
-        self.interruption = interruption or Interruption()
+        self.interruption = interruption or PreemptionHandler()
         self.frozen = Frozen(config, folder.path)
 
-    def stages(self, place: Place) -> None:
+    def stages(self, place: RunPosition) -> None:
         """From a place in the run to its end."""
         self.cost, self.productive = dict(place.cost), place.productive
         kind = self.mesh.devices.flat[0].device_kind
         # else nothing is trained, and the account is closed
         if place.total < sum(stage.steps for stage in self.config.stages):
-            self.attempts = Attempts(self.folder.path, place.total, self.mesh.size, kind)
+            self.attempts = RestartLog(self.folder.path, place.total, self.mesh.size, kind)
         chip = chip_of(kind)
         self.peak = chip.peak_bf16_flops * self.mesh.size if chip else None  # FLOP/s of all devices
         previous = None
@@ -131,14 +134,14 @@ class Run:
                 state, start, window = (
                     self.saves.restore(place.total, stage.abstract),
                     place.step,
-                    Window(**place.window),
+                    MetricWindow(**place.window),
                 )
                 print(
                     f"going on at stage {self.config.stages[index].name}, step {start} of "
                     f"{self.config.stages[index].steps}"
                 )
             else:
-                state, start, window = self.begin(stage, previous), 0, Window()
+                state, start, window = self.begin(stage, previous), 0, MetricWindow()
             state = self.train(
                 stage, state, start, window, done=sum(s.steps for s in self.config.stages[:index])
             )
@@ -164,7 +167,7 @@ class Run:
                 counts,
                 title=f"stage {config.name}",
             )
-        made = parts(self.config, config, self.frozen, self.mesh)
+        made = build_stage(self.config, config, self.frozen, self.mesh)
         if made.remat and jax.process_index() == 0:
             print(f"stage {config.name}: {made.remat}")
         return Stage(index, made.task, loader, made.optimizer, made.abstract)
@@ -177,7 +180,9 @@ class Run:
             return fresh_params(stage.task.init, key, stage.abstract)
 
         before = (previous[0].task, previous[1]) if previous else None
-        params = first_params(self.config, stage.index, stage.task, before, fresh, key, self.report)
+        params = initial_params(
+            self.config, stage.index, stage.task, before, fresh, key, self.report
+        )
         return state_from(stage.task.adjust(params), stage.optimizer, stage.abstract)
 
     def report(self, name: str, figures: dict[str, float]) -> None:
@@ -187,7 +192,7 @@ class Run:
             print(f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in figures.items())}")
 
     def train(
-        self, stage: Stage, state: TrainState, start: int, window: Window, done: int
+        self, stage: Stage, state: TrainState, start: int, window: MetricWindow, done: int
     ) -> TrainState:
         config, task = self.config.stages[stage.index], stage.task
         since = time.perf_counter()
@@ -218,7 +223,7 @@ class Run:
         def save(number, state, window):
             cost_until(number)
             loader, self.productive = stage.loader.state_at(number), clock.productive
-            place = Place(
+            place = RunPosition(
                 stage.index,
                 number,
                 done + number,
@@ -249,10 +254,10 @@ class Run:
 
         guard, every = self.config.guard, self.config.keep_every
         step = compiled_step(
-            self.config, config, Parts(task, stage.optimizer, stage.abstract), self.mesh
+            self.config, config, StageParts(task, stage.optimizer, stage.abstract), self.mesh
         )
-        clock = Clock(config.batch_size, self.productive, self.peak)
-        watch = Watch(
+        clock = StepTimer(config.batch_size, self.productive, self.peak)
+        watch = LoopHooks(
             self.config.log_every,
             self.config.preview.every,
             guard.bad_steps_in_row,
@@ -265,7 +270,7 @@ class Run:
             batch_flops(task, config.batch_size),
             clock,
             self.interruption,
-            Trace(self.folder.profile, self.config.profile.steps),
+            StepProfiler(self.folder.profile, self.config.profile.steps),
         )
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1_000 + stage.index)
         sharding = rules.batch_sharding(self.mesh)
@@ -289,12 +294,12 @@ class Run:
     def draw(self, stage: Stage, state: TrainState, number: int, total: int) -> None:
         """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
         pictures, captions = stage.task.preview(
-            state.average, stage.loader.whole(0, rows=8), self.config.preview
+            state.average, stage.loader.global_batch(0, rows=8), self.config.preview
         )
         if len(pictures) and jax.process_index() == 0:
-            sheet = png.grid(pictures, captions)
+            sheet = image_grid(pictures, captions)
             name = self.config.stages[stage.index].name
-            png.write(self.sample(name, number), sheet, {"stage": name, "step": number})
+            write_png(self.sample(name, number), sheet, {"stage": name, "step": number})
             self.metrics.image(f"{name}/samples", sheet, total)
 
     def finish(self, stage: Stage, params) -> None:
@@ -310,11 +315,11 @@ class Run:
                 self.meter.source,
             )
             write_atomic(self.folder.path / "ledger.json", json.dumps(account, indent=1) + "\n")
-            png.write(
+            write_png(
                 self.folder.path / "loss.png",
                 figures.loss_curve(figures.read(self.folder.path / "metrics.jsonl")),
             )
-        stage.task.export(params, self.folder.model, stage.loader.whole)
+        stage.task.export(params, self.folder.model, stage.loader.global_batch)
         if jax.process_index() == 0:
             print(summary(self.folder.path))
             print(f"done: {self.folder.model}")
@@ -371,9 +376,9 @@ def _check_folders(config: Config) -> None:
             raise UserError(
                 f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)"
             )
-        for _, source in parts_of(stage.data.source):
+        for _, source in parse_mixture(stage.data.source):
             try:
-                kind_of(source)
+                parse_source(source)
             except UserError as fault:
                 raise UserError(f"stage {stage.name}: {fault}") from None
     for field in ("vae", "text_encoder"):

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from pixart_jax.parallel import gather, rules
-from pixart_jax.training.bad_steps import Guard
+from pixart_jax.training.bad_steps import StepGuard
 from pixart_jax.training.ema import averaged
 
 
@@ -25,7 +25,7 @@ class TrainState:
     step: jax.Array
     params: optax.Params
     opt_state: optax.OptState
-    guard: Guard | None = None
+    guard: StepGuard | None = None
 
     @property
     def average(self) -> optax.Params:
@@ -78,7 +78,7 @@ def state_from(
 ) -> TrainState:
     """Step 0 from given parameters (numpy or jax arrays, anywhere); those that already lie right
     are taken over, not copied."""
-    placed = jax.tree.map(gather.placed, params, abstract.params)
+    placed = jax.tree.map(gather.place_like, params, abstract.params)
     return jax.jit(
         lambda p: _begin(p, optimizer), out_shardings=shardings_of(abstract), donate_argnums=0
     )(placed)
@@ -89,7 +89,7 @@ def shardings_of(abstract):
 
 
 def _begin(params, optimizer) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), Guard.fresh())
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), StepGuard.fresh())
 
 
 def _names(path) -> tuple[str, ...]:

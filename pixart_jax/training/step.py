@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -64,21 +63,21 @@ def train_step(
         grads, terms = jax.tree.map(lambda x: x / accumulate, total)
 
     grad_norm = optax.global_norm(grads)
-    ok, guard = state.guard.judge(terms["loss"], grad_norm, spike_factor)
+    ok, guard = state.guard.check(terms["loss"], grad_norm, spike_factor)
 
     def take(params, opt_state, grads):
         updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
         return optax.apply_updates(params, updates), opt_state
 
     on_cpu = mesh is None or mesh.devices.flat[0].platform == "cpu"
-    params, opt_state = taken_where(ok, take, state.params, state.opt_state, grads, on_cpu=on_cpu)
+    params, opt_state = update_where(ok, take, state.params, state.opt_state, grads, on_cpu=on_cpu)
     metrics = {
         **terms,
         # the optimizer counts the steps that it took
         "lr": jnp.asarray(rate(state.step - state.guard.skipped), jnp.float32),
         "grad_norm": grad_norm,
         "skipped": 1.0 - ok.astype(jnp.float32),
-        "skipped_in_row": guard.in_row.astype(jnp.float32),
+        "skipped_in_row": guard.consecutive.astype(jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state, guard), metrics
 
@@ -123,13 +122,13 @@ class CompiledStep:
     def __call__(
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
+        with rules.on_mesh(self._mesh, rules.ACTIVATION_RULES):
             return self.jitted(state, batch, key)
 
     def trace(self, state: TrainState, batch: Batch, key) -> jax.stages.Traced:
         """The step traced for arrays of these shapes, as a call would trace it;
         ``.lower().compile()`` makes the executable."""
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
+        with rules.on_mesh(self._mesh, rules.ACTIVATION_RULES):
             return self.jitted.trace(state, batch, key)
 
     @property
@@ -138,7 +137,7 @@ class CompiledStep:
         return self.jitted._cache_size()
 
 
-def taken_where(ok: jax.Array, take: Callable, params, opt_state, grads, *, on_cpu: bool):
+def update_where(ok: jax.Array, take: Callable, params, opt_state, grads, *, on_cpu: bool):
     """take(params, opt_state, grads) where ok, else params and opt_state as they are, to the bit;
     donated, both stay where they lie.
 

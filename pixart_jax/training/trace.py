@@ -7,14 +7,14 @@ from pathlib import Path
 import jax
 
 
-class Trace:
+class StepProfiler:
     """steps: (first, last) by the run's count, both traced whole; None: nothing. Use as a context:
     leaving it ends a trace."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, self._steps, self._open = Path(folder), steps, False
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> StepProfiler:
         return self
 
     def __exit__(self, *_):

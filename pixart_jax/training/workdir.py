@@ -15,7 +15,7 @@ from pixart_jax.errors import UserError
 
 # What may change between two calls: it changes what is shown, kept or where it is computed, not
 # what is learned.
-FREE = (
+MUTABLE_FIELDS = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -75,7 +75,7 @@ class Workdir:
                 raise UserError(
                     f"{file} is damaged: move it away if the workdir is this config's"
                 ) from None
-            differing = differences(with_defaults(theirs, self.config), mine)
+            differing = config_diff(with_defaults(theirs, self.config), mine)
             if differing:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 raise UserError(
@@ -87,7 +87,7 @@ class Workdir:
                 f"workdir {self.path} holds checkpoints but no config.json: name another folder"
             )
 
-    def keep(self) -> None:
+    def save_config(self) -> None:
         """The resolved config → config.json: from now on the folder is this run's."""
         if jax.process_index() == 0:
             write_atomic(
@@ -107,7 +107,7 @@ def _plain(value):
     )
 
 
-def keep_programs(folder: Path) -> None:
+def enable_compilation_cache(folder: Path) -> None:
     """Compiled programs are kept in ``folder`` and read from there by the next start, unless JAX
     has been given another place for them.
 
@@ -143,7 +143,7 @@ def with_defaults(stored, config):
     return completed
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def config_diff(old: dict, new: dict) -> list[str]:
     """'stages.0.steps was 10, now 20' for each value that determines the result and differs."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     absent = object()
@@ -152,7 +152,7 @@ def differences(old: dict, new: dict) -> list[str]:
         f"{_show(after.get(path, absent), absent)}"
         for path in dict.fromkeys([*before, *after])
         if before.get(path, absent) != after.get(path, absent)
-        and not set(path.split(".")) & set(FREE)
+        and not set(path.split(".")) & set(MUTABLE_FIELDS)
     ]
 
 

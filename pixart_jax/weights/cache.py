@@ -26,7 +26,7 @@ SMALLEST = 64 << 20  # bytes; what is smaller opens at once anyway
 _IDENTITY = "pixart_jax"  # the key in the file's metadata
 
 
-class Cache:
+class ParamCache:
     """The kept weights of one model folder, opened in one way (dtype, quantization)."""
 
     def __init__(self, root: Path, folder: Path, how: tuple):
@@ -44,7 +44,7 @@ class Cache:
             return None
         return held if held.metadata.get(_IDENTITY) == self._identity() else None
 
-    def keep(self, params: Mapping) -> None:
+    def store(self, params: Mapping) -> None:
         """Write the parameters, unless they are few, lie on several hosts, or the disk has no room
         for them, which is said."""
         flat = leaves(params)

@@ -4,7 +4,6 @@ folder of diffusers or transformers."""
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import json
@@ -24,23 +23,23 @@ from pixart_jax.models.t5 import T5Encoder, check_quantization
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.models.vae_tiled import tiled_decode
-from pixart_jax.parallel.gather import on_host
-from pixart_jax.parallel.rules import RULES, parameter_shardings
+from pixart_jax.parallel.gather import gather_to_host
+from pixart_jax.parallel.rules import on_mesh, parameter_shardings
 from pixart_jax.weights import dit, t5, transformer, vae
-from pixart_jax.weights.cache import Cache
+from pixart_jax.weights.cache import ParamCache
 from pixart_jax.weights.files import (
     Renamed,
     SafetensorsFile,
     Tensors,
     find_weights,
-    in_order,
     open_tensors,
     write_json,
+    write_order,
     write_safetensors,
 )
-from pixart_jax.weights.opening import Opening, Parameters
-from pixart_jax.weights.streaming import Reading, aliased
-from pixart_jax.weights.table import Entry, Pending, flatten, unflatten, write
+from pixart_jax.weights.opening import LazyParams, PendingParams
+from pixart_jax.weights.streaming import ParamReader, map_params
+from pixart_jax.weights.table import LazyTensor, ParamMapping, flatten, unflatten, write
 
 CONFIG = "config.json"
 # beside the transformer's weights: diffusers has no place for it and would warn of its key
@@ -75,7 +74,7 @@ class Component(abc.ABC):
     """
 
     config: object
-    params: Mapping = Parameters()
+    params: Mapping = LazyParams()
     dtype: jnp.dtype = jnp.float32
     mesh: jax.sharding.Mesh | None = None
 
@@ -102,12 +101,12 @@ class Component(abc.ABC):
         held = self._held
         return (
             held.shapes
-            if isinstance(held, Opening)
+            if isinstance(held, PendingParams)
             else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
         )
 
     @property
-    def _held(self) -> Mapping | Opening:
+    def _held(self) -> Mapping | PendingParams:
         return vars(self)["params"]
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -142,7 +141,7 @@ class Component(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def _names(cls, config, values: Mapping) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    def _names(cls, config, values: Mapping) -> tuple[tuple[ParamMapping, ...], tuple[str, ...]]:
         """(table, keys to ignore) of a file whose config.json holds ``values``."""
 
     @abc.abstractmethod
@@ -164,7 +163,7 @@ class Component(abc.ABC):
         return np.dtype(dtype) if narrow else np.dtype(np.float32)
 
     @classmethod
-    def computed(cls, params, dtype):
+    def cast_for_compute(cls, params, dtype):
         """fp32 parameters as a component opened with ``dtype`` holds them: what enters products in
         it is cast to it, the rest is as given.
 
@@ -211,19 +210,19 @@ class Component(abc.ABC):
         values: Mapping,
         dtype,
         mesh,
-        cache: Cache | None = None,
+        cache: ParamCache | None = None,
         quantization: str | None = None,
     ):
         held = None if cache is None else cache.find()
         if held is not None and mesh is None:
-            return cls(config, aliased(held), dtype, mesh)
+            return cls(config, map_params(held), dtype, mesh)
         boxed = cls._boxed(config, dtype, *[quantization] * bool(quantization))
         shardings = parameter_shardings(boxed, mesh) if mesh is not None else None
         if held is not None:
-            return cls(config, aliased(held, shardings), dtype, mesh)
+            return cls(config, map_params(held, shardings), dtype, mesh)
         keep = functools.partial(cls._keep, dtype=dtype)
         table, ignore = cls._names(config, values)
-        reading = Reading(
+        reading = ParamReader(
             table,
             nn.unbox(boxed),
             tensors,
@@ -236,10 +235,10 @@ class Component(abc.ABC):
         def read():
             params = reading.read()
             if cache is not None:
-                cache.keep(params)
+                cache.store(params)
             return params
 
-        return cls(config, Opening(reading.shapes, read), dtype, mesh)
+        return cls(config, PendingParams(reading.shapes, read), dtype, mesh)
 
     def _call(self, method: str, *arguments):
         arguments = [
@@ -247,9 +246,9 @@ class Component(abc.ABC):
             for a in arguments
         ]
         run = self._executable
-        with self._on_mesh():
+        with on_mesh(self.mesh):
             # what is made for these shapes is kept by JAX, and used below
-            if isinstance(self._held, Opening):
+            if isinstance(self._held, PendingParams):
                 run.lower(self.module, method, self.shapes, *arguments).compile()
             return run(self.module, method, self.params, *arguments)
 
@@ -257,14 +256,6 @@ class Component(abc.ABC):
     def _executable(self):
         narrow = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(self.shapes))
         return _run_layer_by_layer if narrow and jax.default_backend() == "cpu" else _run
-
-    @contextlib.contextmanager
-    def _on_mesh(self):
-        if self.mesh is None:
-            yield
-            return
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
-            yield
 
 
 class Transformer(Component):
@@ -319,7 +310,11 @@ class Transformer(Component):
         if null is not None:
             _write(
                 folder / NULL_CAPTION,
-                {"null_caption": Pending(null.shape, np.dtype(null.dtype), lambda: on_host(null))},
+                {
+                    "null_caption": LazyTensor(
+                        null.shape, np.dtype(null.dtype), lambda: gather_to_host(null)
+                    )
+                },
             )
         elif jax.process_index() == 0:
             (folder / NULL_CAPTION).unlink(missing_ok=True)
@@ -494,11 +489,11 @@ def load_component(
         config = config_from_json(values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    tensors = _todays(open_tensors(find_weights(folder)), component, config)
+    tensors = _canonical_keys(open_tensors(find_weights(folder)), component, config)
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
         tensors = _WithNullCaption(tensors, folder / NULL_CAPTION)
     dtype = jnp.dtype(dtype or jnp.float32)
-    kept = None if cache is None else Cache(Path(cache), folder, (dtype.name, quantization))
+    kept = None if cache is None else ParamCache(Path(cache), folder, (dtype.name, quantization))
     return component._load(config, tensors, values, dtype, mesh, kept, quantization)
 
 
@@ -525,7 +520,7 @@ def _read_config(folder: Path) -> dict:
     return values
 
 
-def _todays(tensors: Tensors, component: type[Component], config) -> Renamed:
+def _canonical_keys(tensors: Tensors, component: type[Component], config) -> Renamed:
     """A file's tensors under today's names, without those that belong to another model (a whole
     T5's decoder)."""
     renames = {VAE: vae.aliases(config) if component is VAE else {}, TextEncoder: t5.ALIASES}.get(
@@ -573,11 +568,11 @@ class _WithNullCaption(Tensors):
             self._tensors.release(key)
 
 
-def _write(path: Path, tensors: Mapping[str, Pending]) -> None:
+def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """The file, on the first process; the others make each tensor as it does, which is how they
     give it their parts."""
     if jax.process_index() == 0:
         write_safetensors(path, tensors)
         return
-    for key in in_order(tensors):
+    for key in write_order(tensors):
         tensors[key].make()

@@ -10,18 +10,18 @@ import numpy as np
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.dit import DiTConfig
-from pixart_jax.weights.table import Entry, write
+from pixart_jax.weights.table import ParamMapping, write
 from pixart_jax.weights.transformer import BOOKKEEPING, dense, official_geometry, position_table
 
 CLASS_NAME = "DiT"  # config.json's _class_name in a folder that this project saved
 DIFFUSERS_CLASS_NAME = "DiTTransformer2DModel"
 
-OFFICIAL: tuple[Entry, ...] = (
-    Entry("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
-    Entry("patch_embedder/bias", "x_embedder.proj.bias"),
+OFFICIAL: tuple[ParamMapping, ...] = (
+    ParamMapping("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
+    ParamMapping("patch_embedder/bias", "x_embedder.proj.bias"),
     *dense("timestep_embedder/fc1", "t_embedder.mlp.0"),
     *dense("timestep_embedder/fc2", "t_embedder.mlp.2"),
-    Entry("label_embedder/table", "y_embedder.embedding_table.weight"),
+    ParamMapping("label_embedder/table", "y_embedder.embedding_table.weight"),
     *dense("blocks/modulation", "blocks.{i}.adaLN_modulation.1"),
     *dense("blocks/attn/q", "blocks.{i}.attn.qkv", (0, 3)),
     *dense("blocks/attn/k", "blocks.{i}.attn.qkv", (1, 3)),
@@ -38,12 +38,12 @@ OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, n
 # is the one it also ends with. Its own model differs from the official one in the sinusoid (it
 # divides the exponent by 127, not 128) and in an epsilon (1e-5); ours computes as the official one,
 # which the weights were trained with.
-DIFFUSERS: tuple[Entry, ...] = (
-    Entry("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
-    Entry("patch_embedder/bias", "pos_embed.proj.bias"),
+DIFFUSERS: tuple[ParamMapping, ...] = (
+    ParamMapping("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
+    ParamMapping("patch_embedder/bias", "pos_embed.proj.bias"),
     *dense("timestep_embedder/fc1", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"),
     *dense("timestep_embedder/fc2", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2"),
-    Entry(
+    ParamMapping(
         "label_embedder/table",
         "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
     ),

@@ -285,7 +285,7 @@ def find_weights(folder: str | os.PathLike) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class InParts:
+class ChunkedTensor:
     """A tensor to be written whose values come in parts, in their order, each made when it is its
     turn."""
 
@@ -307,7 +307,7 @@ def write_safetensors(
     """
     dtypes = {key: np.dtype(tensor.dtype) for key, tensor in tensors.items()}
     sizes = {key: math.prod(tensor.shape) * dtypes[key].itemsize for key, tensor in tensors.items()}
-    order = in_order(tensors)
+    order = write_order(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for key in order:
@@ -326,7 +326,7 @@ def write_safetensors(
             file.write(len(text).to_bytes(8, "little") + text)
             for key in order:
                 tensor, written = tensors[key], 0
-                for part in tensor.parts if isinstance(tensor, InParts) else (tensor,):
+                for part in tensor.parts if isinstance(tensor, ChunkedTensor) else (tensor,):
                     written += file.write(
                         np.ascontiguousarray(part, dtypes[key]).reshape(-1).view(np.uint8).data
                     )
@@ -336,7 +336,7 @@ def write_safetensors(
     write_atomically(path, save)
 
 
-def in_order(tensors: Mapping) -> list[str]:
+def write_order(tensors: Mapping) -> list[str]:
     """The keys as ``write_safetensors`` writes them, and asks for their values."""
 
     def place(key: str) -> tuple:

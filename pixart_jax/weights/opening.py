@@ -18,7 +18,7 @@ import jax
 _READER = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="opening")
 
 
-class Opening:
+class PendingParams:
     """Parameters under way. shapes: of all that will be there, our tree of ShapeDtypeStruct with
     shardings."""
 
@@ -37,14 +37,14 @@ class Opening:
         return self._read.result()
 
 
-class Parameters:
+class LazyParams:
     """The field of a dataclass that is given parameters, or an Opening of them, and gives
     parameters."""
 
     def __set_name__(self, owner: type, name: str):
         self._name = name
 
-    def __set__(self, instance: object, value: Mapping | Opening):
+    def __set__(self, instance: object, value: Mapping | PendingParams):
         vars(instance)[self._name] = value
 
     def __get__(self, instance: object | None, owner: type | None = None) -> Mapping:
@@ -52,6 +52,6 @@ class Parameters:
             # a dataclass asks its class for a default: there is none
             raise AttributeError(self._name)
         value = vars(instance)[self._name]
-        if isinstance(value, Opening):
+        if isinstance(value, PendingParams):
             value = vars(instance)[self._name] = value.result()
         return value

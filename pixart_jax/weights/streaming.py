@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pixart_jax.weights.files import Tensors
-from pixart_jax.weights.table import Entry, Match, flatten, match, unflatten
+from pixart_jax.weights.table import Match, ParamMapping, flatten, match, unflatten
 
 # bytes: an array that begins at a multiple of it can be used by XLA's CPU devices where it lies
 _ALIGNMENT = 64
@@ -45,7 +45,7 @@ _LONG = 3 << 30  # bytes; opening more shows a bar
 Index = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
 
-class Reading:
+class ParamReader:
     """Our tree of jax arrays, to be read from a file's tensors; what of it can be told by names and
     shapes is checked at once.
 
@@ -55,7 +55,7 @@ class Reading:
 
     def __init__(
         self,
-        table: Iterable[Entry],
+        table: Iterable[ParamMapping],
         shapes: Mapping,
         tensors: Mapping[str, np.ndarray],
         *,
@@ -76,7 +76,7 @@ class Reading:
         self._shardings = {} if shardings is None else flatten(shardings)
         dtype_of = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
         self._held = {
-            found.entry.ours: np.dtype(dtype_of(found.entry.ours)) for found in self._matches
+            found.entry.path: np.dtype(dtype_of(found.entry.path)) for found in self._matches
         }
         self._quantized = set()
         if quantization:
@@ -87,10 +87,10 @@ class Reading:
     @property
     def shapes(self) -> dict:
         """The tree of what is read, as jax.ShapeDtypeStruct."""
-        return unflatten({found.entry.ours: self._shape(found) for found in self._matches})
+        return unflatten({found.entry.path: self._shape(found) for found in self._matches})
 
     def _shape(self, found: Match) -> object:
-        path = found.entry.ours
+        path = found.entry.path
         sharding = self._shardings.get(path)
         if path not in self._quantized:
             return jax.ShapeDtypeStruct(found.shape, self._held[path], sharding=sharding)
@@ -107,7 +107,7 @@ class Reading:
     def read(self) -> dict:
         """The tree. A bar tells how far it is, of much."""
         total = sum(
-            math.prod(found.shape) * self._held[found.entry.ours].itemsize
+            math.prod(found.shape) * self._held[found.entry.path].itemsize
             for found in self._matches
         )
         threads = max(1, min(_THREADS, os.cpu_count() or 1))
@@ -126,7 +126,7 @@ class Reading:
                 self._tensors, [name for found in self._matches for name in found.names], pool, bar
             )
             for found in self._matches:
-                path = found.entry.ours
+                path = found.entry.path
                 if path in self._quantized:
                     filling.quantized(found, self._shardings.get(path))
                 else:
@@ -135,7 +135,9 @@ class Reading:
         return unflatten(filling.arrays)
 
 
-def read(table: Iterable[Entry], shapes: Mapping, tensors: Mapping[str, np.ndarray], **how) -> dict:
+def read(
+    table: Iterable[ParamMapping], shapes: Mapping, tensors: Mapping[str, np.ndarray], **how
+) -> dict:
     """Our tree of jax arrays, from a file's tensors.
 
     shapes: our tree of anything with .shape. tensors: a file of files.py, or {key: array}; source:
@@ -145,10 +147,10 @@ def read(table: Iterable[Entry], shapes: Mapping, tensors: Mapping[str, np.ndarr
     scales (quantization.py), a layer at a time; shapes and shardings then hold such a pair at a
     kernel's path.
     """
-    return Reading(table, shapes, tensors, **how).read()
+    return ParamReader(table, shapes, tensors, **how).read()
 
 
-def aliased(tensors: Tensors, shardings: Mapping | None = None) -> dict:
+def map_params(tensors: Tensors, shardings: Mapping | None = None) -> dict:
     """Our tree from a file that holds it in our own layout and dtypes, under the names of
     :func:`leaves`: on a CPU's single device the arrays are the file's own pages, read when they are
     first used."""
@@ -257,7 +259,7 @@ class _Filling:
             jobs = array.copies(row if found.entry.stacked else None, found.entry.view(tensor))
             last = row == len(found.names) - 1
             done = (
-                functools.partial(self._put, found.entry.ours, array.put) if last else lambda: None
+                functools.partial(self._put, found.entry.path, array.put) if last else lambda: None
             )
             self._under_way.append(
                 (name, tensor.nbytes, [self._pool.submit(_copy, *job) for job in jobs], done)
@@ -288,7 +290,7 @@ class _Filling:
             for copied in [self._pool.submit(_copy, *job) for job in jobs]:
                 copied.result()
             self._pages.release(name)
-        self._put(found.entry.ours, lambda: quantization.leaf(values.put(), scales.put()))
+        self._put(found.entry.path, lambda: quantization.leaf(values.put(), scales.put()))
 
     def finish(self) -> None:
         """Waits for all that was begun."""

@@ -6,24 +6,26 @@ from collections.abc import Mapping
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config
-from pixart_jax.weights.table import Entry
+from pixart_jax.weights.table import ParamMapping
 
 _ATTENTION = "encoder.block.{i}.layer.0"
 _MLP = "encoder.block.{i}.layer.1"
 
 TRANSFORMERS = (
-    Entry("embedding", "shared.weight"),
-    Entry("relative_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
-    Entry("blocks/attention_norm/scale", f"{_ATTENTION}.layer_norm.weight"),
-    Entry("blocks/q/kernel", f"{_ATTENTION}.SelfAttention.q.weight", "linear"),
-    Entry("blocks/k/kernel", f"{_ATTENTION}.SelfAttention.k.weight", "linear"),
-    Entry("blocks/v/kernel", f"{_ATTENTION}.SelfAttention.v.weight", "linear"),
-    Entry("blocks/out/kernel", f"{_ATTENTION}.SelfAttention.o.weight", "linear"),
-    Entry("blocks/mlp_norm/scale", f"{_MLP}.layer_norm.weight"),
-    Entry("blocks/wi_0/kernel", f"{_MLP}.DenseReluDense.wi_0.weight", "linear"),
-    Entry("blocks/wi_1/kernel", f"{_MLP}.DenseReluDense.wi_1.weight", "linear"),
-    Entry("blocks/wo/kernel", f"{_MLP}.DenseReluDense.wo.weight", "linear"),
-    Entry("final_norm/scale", "encoder.final_layer_norm.weight"),
+    ParamMapping("embedding", "shared.weight"),
+    ParamMapping(
+        "relative_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    ),
+    ParamMapping("blocks/attention_norm/scale", f"{_ATTENTION}.layer_norm.weight"),
+    ParamMapping("blocks/q/kernel", f"{_ATTENTION}.SelfAttention.q.weight", "linear"),
+    ParamMapping("blocks/k/kernel", f"{_ATTENTION}.SelfAttention.k.weight", "linear"),
+    ParamMapping("blocks/v/kernel", f"{_ATTENTION}.SelfAttention.v.weight", "linear"),
+    ParamMapping("blocks/out/kernel", f"{_ATTENTION}.SelfAttention.o.weight", "linear"),
+    ParamMapping("blocks/mlp_norm/scale", f"{_MLP}.layer_norm.weight"),
+    ParamMapping("blocks/wi_0/kernel", f"{_MLP}.DenseReluDense.wi_0.weight", "linear"),
+    ParamMapping("blocks/wi_1/kernel", f"{_MLP}.DenseReluDense.wi_1.weight", "linear"),
+    ParamMapping("blocks/wo/kernel", f"{_MLP}.DenseReluDense.wo.weight", "linear"),
+    ParamMapping("final_norm/scale", "encoder.final_layer_norm.weight"),
 )
 
 # The embedding table has two names in transformers; a file holds one of them, or both with the same

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.parallel.gather import on_host
+from pixart_jax.parallel.gather import gather_to_host
 
 _LAYOUTS: dict[str, tuple[Callable, Callable]] = {
     # name: (their axes → ours, ours → theirs)
@@ -30,7 +30,7 @@ _LAYOUTS: dict[str, tuple[Callable, Callable]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class ParamMapping:
     """One parameter.
 
     ours: path in our tree, joined by '/'. theirs: key in the file; '{i}' in it means that ours is
@@ -41,8 +41,8 @@ class Entry:
     0, 1, 2 …
     """
 
-    ours: str
-    theirs: str
+    path: str
+    key: str
     layout: str = "same"
     part: tuple[int, int] = (0, 1)
     optional: bool = False
@@ -50,15 +50,15 @@ class Entry:
 
     @property
     def stacked(self) -> bool:
-        return "{i}" in self.theirs
+        return "{i}" in self.key
 
     def names(self, length: int) -> list[str]:
         """Their keys, one for each row of a stacked parameter of ``length`` rows; the one key of
         any other."""
         if not self.stacked:
-            return [self.theirs]
+            return [self.key]
         return [
-            self.theirs.format(i=i) for i in (range(length) if self.layers is None else self.layers)
+            self.key.format(i=i) for i in (range(length) if self.layers is None else self.layers)
         ]
 
     def view(self, theirs: np.ndarray) -> np.ndarray | None:
@@ -104,13 +104,13 @@ class Match(NamedTuple):
     """A parameter and where it is found: its entry, its shape in our tree, and its tensors' keys,
     one a row where it is stacked."""
 
-    entry: Entry
+    entry: ParamMapping
     shape: tuple[int, ...]
     names: list[str]
 
 
 def match(
-    table: Iterable[Entry],
+    table: Iterable[ParamMapping],
     shapes: Mapping,  # our tree of anything with .shape (jax.eval_shape of init)
     theirs: Mapping[str, tuple[int, ...]],  # {key: shape} of the file
     *,
@@ -127,8 +127,8 @@ def match(
     table, shapes = list(table), flatten(shapes)
     matches = []
     for entry in table:
-        if entry.ours in shapes:
-            shape = tuple(shapes[entry.ours].shape)
+        if entry.path in shapes:
+            shape = tuple(shapes[entry.path].shape)
             matches.append(Match(entry, shape, entry.names((*shape, 1)[0])))
     wanted = {name for found in matches for name in found.names}
     needed = {name for found in matches if not found.entry.optional for name in found.names}
@@ -136,7 +136,7 @@ def match(
     for what, names in (
         ("missing", needed - theirs.keys()),
         ("left over", theirs.keys() - wanted - set(ignore)),
-        ("without a name in the table", shapes.keys() - {entry.ours for entry in table}),
+        ("without a name in the table", shapes.keys() - {entry.path for entry in table}),
     ):
         if names:
             problems.append(f"{len(names)} {what}: {', '.join(grouped(names))}")
@@ -150,7 +150,7 @@ def match(
         for name in names:
             view = entry.view(np.broadcast_to(np.empty((), np.int8), theirs[name]))
             if view is None or view.shape != want:
-                wrong.setdefault(f"{tuple(theirs[name])} for {entry.ours} {want}", []).append(name)
+                wrong.setdefault(f"{tuple(theirs[name])} for {entry.path} {want}", []).append(name)
     if wrong:
         listed = "; ".join(f"{', '.join(grouped(names))} {what}" for what, names in wrong.items())
         raise UserError(f"{source} does not fit the model: wrong shape: {listed}")
@@ -180,7 +180,7 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
+class LazyTensor:
     """A tensor of a file to be written: its shape and dtype are known, its values are made when
     they are asked for."""
 
@@ -193,7 +193,7 @@ class Pending:
         return value if dtype is None else value.astype(dtype, copy=False)
 
 
-def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
+def write(table: Iterable[ParamMapping], params: Mapping) -> dict[str, LazyTensor]:
     """Our tree → {their key: tensor}, the inverse of reading, to the bit. One is made at a time, so
     a whole copy is never held.
 
@@ -201,22 +201,24 @@ def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
     (parallel.gather.on_host).
     """
     flat = flatten(params)
-    pieces: dict[str, dict[int, tuple[Entry, int]]] = {}
+    pieces: dict[str, dict[int, tuple[ParamMapping, int]]] = {}
     for entry in table:
-        if entry.ours in flat:
-            for row, key in enumerate(entry.names((*flat[entry.ours].shape, 1)[0])):
+        if entry.path in flat:
+            for row, key in enumerate(entry.names((*flat[entry.path].shape, 1)[0])):
                 pieces.setdefault(key, {})[entry.part[0]] = (entry, row)
 
     def make(key: str) -> np.ndarray:
         arrays = []
         for _, (entry, row) in sorted(pieces[key].items(), key=lambda item: item[0]):
             arrays.append(
-                _LAYOUTS[entry.layout][1](on_host(flat[entry.ours], row if entry.stacked else None))
+                _LAYOUTS[entry.layout][1](
+                    gather_to_host(flat[entry.path], row if entry.stacked else None)
+                )
             )
         return np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
 
-    def shape(entry: Entry) -> tuple[int, ...]:
-        ours = flat[entry.ours].shape[1:] if entry.stacked else flat[entry.ours].shape
+    def shape(entry: ParamMapping) -> tuple[int, ...]:
+        ours = flat[entry.path].shape[1:] if entry.stacked else flat[entry.path].shape
         return _LAYOUTS[entry.layout][1](np.broadcast_to(np.empty((), np.int8), ours)).shape
 
     out = {}
@@ -227,9 +229,9 @@ def write(table: Iterable[Entry], params: Mapping) -> dict[str, Pending]:
             if len(shapes) == 1
             else (sum(length for length, *_ in shapes), *shapes[0][1:])
         )
-        out[key] = Pending(
+        out[key] = LazyTensor(
             whole,
-            np.dtype(flat[next(iter(parts.values()))[0].ours].dtype),
+            np.dtype(flat[next(iter(parts.values()))[0].path].dtype),
             functools.partial(make, key),
         )
     return out

@@ -7,25 +7,27 @@ from collections.abc import Mapping
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.geometry import SIZES, Geometry
+from pixart_jax.models.geometry import SIZES, BackboneConfig
 from pixart_jax.models.positions import sincos_2d
 from pixart_jax.models.transformer import TransformerConfig
-from pixart_jax.weights.table import Entry, write
+from pixart_jax.weights.table import ParamMapping, write
 
 CLASS_NAME = "PixArtTransformer2DModel"  # config.json's _class_name
 SIGMA_TOKENS = 300  # of a PixArt-Σ caption; a PixArt-α caption has 120
 
 
-def dense(ours: str, theirs: str, part: tuple[int, int] = (0, 1)) -> tuple[Entry, Entry]:
+def dense(
+    ours: str, theirs: str, part: tuple[int, int] = (0, 1)
+) -> tuple[ParamMapping, ParamMapping]:
     """Kernel and bias of one Linear."""
-    return Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", part), Entry(
+    return ParamMapping(f"{ours}/kernel", f"{theirs}.weight", "linear", part), ParamMapping(
         f"{ours}/bias", f"{theirs}.bias", "same", part
     )
 
 
-DIFFUSERS: tuple[Entry, ...] = (
-    Entry("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
-    Entry("patch_embedder/bias", "pos_embed.proj.bias"),
+DIFFUSERS: tuple[ParamMapping, ...] = (
+    ParamMapping("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
+    ParamMapping("patch_embedder/bias", "pos_embed.proj.bias"),
     *dense("timestep_embedder/fc1", "adaln_single.emb.timestep_embedder.linear_1"),
     *dense("timestep_embedder/fc2", "adaln_single.emb.timestep_embedder.linear_2"),
     *dense("size_embedder/fc1", "adaln_single.emb.resolution_embedder.linear_1"),
@@ -33,32 +35,32 @@ DIFFUSERS: tuple[Entry, ...] = (
     *dense("ratio_embedder/fc1", "adaln_single.emb.aspect_ratio_embedder.linear_1"),
     *dense("ratio_embedder/fc2", "adaln_single.emb.aspect_ratio_embedder.linear_2"),
     *dense("t_block", "adaln_single.linear"),
-    Entry("null_caption", "caption_projection.y_embedding", optional=True),
+    ParamMapping("null_caption", "caption_projection.y_embedding", optional=True),
     *dense("caption_projection/fc1", "caption_projection.linear_1"),
     *dense("caption_projection/fc2", "caption_projection.linear_2"),
-    Entry("blocks/table", "transformer_blocks.{i}.scale_shift_table"),
+    ParamMapping("blocks/table", "transformer_blocks.{i}.scale_shift_table"),
     *dense("blocks/attn/q", "transformer_blocks.{i}.attn1.to_q"),
     *dense("blocks/attn/k", "transformer_blocks.{i}.attn1.to_k"),
     *dense("blocks/attn/v", "transformer_blocks.{i}.attn1.to_v"),
     *dense("blocks/attn/out", "transformer_blocks.{i}.attn1.to_out.0"),
-    Entry("blocks/attn/q_norm/scale", "transformer_blocks.{i}.attn1.norm_q.weight"),
-    Entry("blocks/attn/q_norm/bias", "transformer_blocks.{i}.attn1.norm_q.bias"),
-    Entry("blocks/attn/k_norm/scale", "transformer_blocks.{i}.attn1.norm_k.weight"),
-    Entry("blocks/attn/k_norm/bias", "transformer_blocks.{i}.attn1.norm_k.bias"),
+    ParamMapping("blocks/attn/q_norm/scale", "transformer_blocks.{i}.attn1.norm_q.weight"),
+    ParamMapping("blocks/attn/q_norm/bias", "transformer_blocks.{i}.attn1.norm_q.bias"),
+    ParamMapping("blocks/attn/k_norm/scale", "transformer_blocks.{i}.attn1.norm_k.weight"),
+    ParamMapping("blocks/attn/k_norm/bias", "transformer_blocks.{i}.attn1.norm_k.bias"),
     *dense("blocks/cross_attn/q", "transformer_blocks.{i}.attn2.to_q"),
     *dense("blocks/cross_attn/k", "transformer_blocks.{i}.attn2.to_k"),
     *dense("blocks/cross_attn/v", "transformer_blocks.{i}.attn2.to_v"),
     *dense("blocks/cross_attn/out", "transformer_blocks.{i}.attn2.to_out.0"),
     *dense("blocks/mlp/fc1", "transformer_blocks.{i}.ff.net.0.proj"),
     *dense("blocks/mlp/fc2", "transformer_blocks.{i}.ff.net.2"),
-    Entry("final_table", "scale_shift_table"),
+    ParamMapping("final_table", "scale_shift_table"),
     *dense("final", "proj_out"),
 )
 DIFFUSERS_IGNORE = ("pos_embed.pos_embed",)  # the position table: computed, not read
 
-OFFICIAL: tuple[Entry, ...] = (
-    Entry("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
-    Entry("patch_embedder/bias", "x_embedder.proj.bias"),
+OFFICIAL: tuple[ParamMapping, ...] = (
+    ParamMapping("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
+    ParamMapping("patch_embedder/bias", "x_embedder.proj.bias"),
     *dense("timestep_embedder/fc1", "t_embedder.mlp.0"),
     *dense("timestep_embedder/fc2", "t_embedder.mlp.2"),
     *dense("size_embedder/fc1", "csize_embedder.mlp.0"),
@@ -66,25 +68,25 @@ OFFICIAL: tuple[Entry, ...] = (
     *dense("ratio_embedder/fc1", "ar_embedder.mlp.0"),
     *dense("ratio_embedder/fc2", "ar_embedder.mlp.2"),
     *dense("t_block", "t_block.1"),
-    Entry("null_caption", "y_embedder.y_embedding", optional=True),
+    ParamMapping("null_caption", "y_embedder.y_embedding", optional=True),
     *dense("caption_projection/fc1", "y_embedder.y_proj.fc1"),
     *dense("caption_projection/fc2", "y_embedder.y_proj.fc2"),
-    Entry("blocks/table", "blocks.{i}.scale_shift_table"),
+    ParamMapping("blocks/table", "blocks.{i}.scale_shift_table"),
     *dense("blocks/attn/q", "blocks.{i}.attn.qkv", (0, 3)),
     *dense("blocks/attn/k", "blocks.{i}.attn.qkv", (1, 3)),
     *dense("blocks/attn/v", "blocks.{i}.attn.qkv", (2, 3)),
     *dense("blocks/attn/out", "blocks.{i}.attn.proj"),
-    Entry("blocks/attn/q_norm/scale", "blocks.{i}.attn.q_norm.weight"),
-    Entry("blocks/attn/q_norm/bias", "blocks.{i}.attn.q_norm.bias"),
-    Entry("blocks/attn/k_norm/scale", "blocks.{i}.attn.k_norm.weight"),
-    Entry("blocks/attn/k_norm/bias", "blocks.{i}.attn.k_norm.bias"),
+    ParamMapping("blocks/attn/q_norm/scale", "blocks.{i}.attn.q_norm.weight"),
+    ParamMapping("blocks/attn/q_norm/bias", "blocks.{i}.attn.q_norm.bias"),
+    ParamMapping("blocks/attn/k_norm/scale", "blocks.{i}.attn.k_norm.weight"),
+    ParamMapping("blocks/attn/k_norm/bias", "blocks.{i}.attn.k_norm.bias"),
     *dense("blocks/cross_attn/q", "blocks.{i}.cross_attn.q_linear"),
     *dense("blocks/cross_attn/k", "blocks.{i}.cross_attn.kv_linear", (0, 2)),
     *dense("blocks/cross_attn/v", "blocks.{i}.cross_attn.kv_linear", (1, 2)),
     *dense("blocks/cross_attn/out", "blocks.{i}.cross_attn.proj"),
     *dense("blocks/mlp/fc1", "blocks.{i}.mlp.fc1"),
     *dense("blocks/mlp/fc2", "blocks.{i}.mlp.fc2"),
-    Entry("final_table", "final_layer.scale_shift_table"),
+    ParamMapping("final_table", "final_layer.scale_shift_table"),
     *dense("final", "final_layer.linear"),
 )
 # counters that averaging wrappers keep beside the weights
@@ -92,7 +94,9 @@ BOOKKEEPING = ("n_averaged", "num_updates", "decay")
 OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 
 
-def _compression(config: TransformerConfig, convolution: str, norm: str) -> tuple[Entry, ...]:
+def _compression(
+    config: TransformerConfig, convolution: str, norm: str
+) -> tuple[ParamMapping, ...]:
     """The rows of key and value compression, which only its layers have; none in a model
     without."""
     if config.kv_compression == 1:
@@ -104,12 +108,12 @@ def _compression(config: TransformerConfig, convolution: str, norm: str) -> tupl
         ("norm_bias", f"{norm}.bias", "same"),
     )
     return tuple(
-        Entry(f"kv_compression/{ours}", theirs, layout, layers=config.kv_compression_layers)
+        ParamMapping(f"kv_compression/{ours}", theirs, layout, layers=config.kv_compression_layers)
         for ours, theirs, layout in rows
     )
 
 
-def diffusers(config: TransformerConfig) -> tuple[Entry, ...]:
+def diffusers(config: TransformerConfig) -> tuple[ParamMapping, ...]:
     """The table of a component folder: DIFFUSERS, and names of our own for key and value
     compression, which diffusers lacks."""
     return DIFFUSERS + _compression(
@@ -117,7 +121,7 @@ def diffusers(config: TransformerConfig) -> tuple[Entry, ...]:
     )
 
 
-def official(config: TransformerConfig) -> tuple[Entry, ...]:
+def official(config: TransformerConfig) -> tuple[ParamMapping, ...]:
     """The table of the official code's files, with key and value compression where the config has
     it."""
     return OFFICIAL + _compression(config, "blocks.{i}.attn.sr", "blocks.{i}.attn.norm")
@@ -129,7 +133,7 @@ def to_official(config: TransformerConfig, params: Mapping) -> dict[str, np.ndar
     return {"pos_embed": position_table(config), **write(official(config), params)}
 
 
-def position_table(config: Geometry) -> np.ndarray:
+def position_table(config: BackboneConfig) -> np.ndarray:
     """[1, n, d] fp32: the buffer that the official models hold for the square grid they are built
     for."""
     side = config.sample_size // config.patch_size

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.vae import VAEConfig
-from pixart_jax.weights.table import Entry
+from pixart_jax.weights.table import ParamMapping
 
 CLASS_NAME = "AutoencoderKL"  # config.json's _class_name
 
@@ -25,10 +25,10 @@ def aliases(config: VAEConfig) -> dict[str, str]:
     }
 
 
-def diffusers(config: VAEConfig) -> tuple[Entry, ...]:
+def diffusers(config: VAEConfig) -> tuple[ParamMapping, ...]:
     """The table for a config: levels and layers differ in shape, so each has entries of its own."""
     levels = len(config.block_out_channels)
-    entries: list[Entry] = []
+    entries: list[ParamMapping] = []
     for half, level_name, blocks, layers in (
         ("encoder", "down", "down_blocks", config.layers_per_block),
         ("decoder", "up", "up_blocks", config.layers_per_block + 1),
@@ -66,18 +66,21 @@ def diffusers(config: VAEConfig) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def _conv(ours: str, theirs: str, layout: str = "conv") -> list[Entry]:
+def _conv(ours: str, theirs: str, layout: str = "conv") -> list[ParamMapping]:
     return [
-        Entry(f"{ours}/kernel", f"{theirs}.weight", layout),
-        Entry(f"{ours}/bias", f"{theirs}.bias"),
+        ParamMapping(f"{ours}/kernel", f"{theirs}.weight", layout),
+        ParamMapping(f"{ours}/bias", f"{theirs}.bias"),
     ]
 
 
-def _norm(ours: str, theirs: str) -> list[Entry]:
-    return [Entry(f"{ours}/scale", f"{theirs}.weight"), Entry(f"{ours}/bias", f"{theirs}.bias")]
+def _norm(ours: str, theirs: str) -> list[ParamMapping]:
+    return [
+        ParamMapping(f"{ours}/scale", f"{theirs}.weight"),
+        ParamMapping(f"{ours}/bias", f"{theirs}.bias"),
+    ]
 
 
-def _residual(ours: str, theirs: str) -> list[Entry]:
+def _residual(ours: str, theirs: str) -> list[ParamMapping]:
     return [
         *_norm(f"{ours}/norm1", f"{theirs}.norm1"),
         *_conv(f"{ours}/conv1/conv", f"{theirs}.conv1"),

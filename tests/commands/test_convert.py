@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from pixart_jax import __main__ as front
-from pixart_jax import load_component, program
+from pixart_jax import cli, load_component
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.weights import dit
@@ -51,7 +51,7 @@ SIGMA = MODELS["sigma, both"]
 
 
 def convert(capsys, *argv) -> str:
-    assert program.run(front.main, ["convert", *map(str, argv)]) == 0, capsys.readouterr().err
+    assert cli.run(front.main, ["convert", *map(str, argv)]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
 
@@ -64,7 +64,7 @@ def refused(capsys, tmp_path):
         before = sorted(tmp_path.rglob("*"))
         capsys.readouterr()
         assert (
-            program.run(
+            cli.run(
                 front.main,
                 ["convert", str(argv[0]), str(out or tmp_path / "out"), *map(str, argv[1:])],
             )

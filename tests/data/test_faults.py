@@ -1,11 +1,11 @@
 import pytest
 
-from pixart_jax.data.faults import Fault, Faults
+from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.errors import UserError
 
 
 def test_what_is_mended_is_counted_apart_from_what_is_left_out():
-    faults = Faults()
+    faults = BadRecords()
     faults.add("a.txt", "control characters", mended=True)
     for _ in range(2):
         faults.add("b.jpg", "unreadable image", "cut")
@@ -14,19 +14,19 @@ def test_what_is_mended_is_counted_apart_from_what_is_left_out():
         len(faults) == 2
         and faults.summary() == "2 left out: 2 unreadable image; 1 mended: 1 control characters"
     )
-    assert list(faults)[0] == Fault("a.txt", "control characters", "", True)
-    other = Faults()
+    assert list(faults)[0] == BadRecord("a.txt", "control characters", "", True)
+    other = BadRecords()
     other.extend(faults)
     assert other.summary() == faults.summary()
     with pytest.raises(
         UserError,
         match="a.txt: control characters; without --strict it would be counted and put right",
     ):
-        Faults(strict=True).extend(faults)
+        BadRecords(strict=True).extend(faults)
 
 
 def test_a_fault_is_one_printable_line():
-    faults = Faults()
+    faults = BadRecords()
     faults.add("a\nb\x07.txt", "unreadable row", "x" * 1000)
     (fault,) = faults
     assert str(fault).isprintable() and len(str(fault)) < 400

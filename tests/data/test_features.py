@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pixart_jax.data import features as reading
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.features import FeatureSamples
 from pixart_jax.data.loader import Loader
 from pixart_jax.errors import UserError
@@ -124,7 +124,7 @@ def test_what_is_missing_or_damaged_is_named_and_never_replaced(root):
     loader = Loader(samples, batch_size=1, seed=0)
     assert {str(loader.batch(step)["key"][0]) for step in range(5)} == {"002/000002"}
     with pytest.raises(UserError, match="missing features"):
-        FeatureSamples(str(root), MIX, 16, faults=Faults(strict=True))
+        FeatureSamples(str(root), MIX, 16, faults=BadRecords(strict=True))
     (latents / "001_000001.npy").unlink()
     data = (texts / "002_000002.npz").read_bytes()
     (texts / "002_000002.npz").write_bytes(data[:-30])  # a zip without its end

@@ -6,6 +6,7 @@ from PIL import Image
 
 from pixart_jax.data import images
 from pixart_jax.data.buckets import Fit
+from pixart_jax.images import to_model
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **more) -> bytes:
@@ -106,10 +107,10 @@ def test_a_picture_of_the_bucket_s_size_is_untouched():
 
 
 def test_model_range_is_minus_one_to_one():
-    values = images.to_model(np.array([0, 255, 128], np.uint8))
+    values = to_model(np.array([0, 255, 128], np.uint8))
     assert values.dtype == np.float32 and values[0] == -1 and values[1] == 1
     np.testing.assert_array_equal(
-        np.rint((images.to_model(np.arange(256, dtype=np.uint8)) + 1) * 127.5), np.arange(256)
+        np.rint((to_model(np.arange(256, dtype=np.uint8)) + 1) * 127.5), np.arange(256)
     )
 
 

@@ -14,6 +14,7 @@ from pixart_jax.data.loader import Loader
 from pixart_jax.data.samples import CaptionMix, ImageSamples, TokenSamples
 from pixart_jax.data.sources import Sample
 from pixart_jax.errors import UserError
+from pixart_jax.images import to_model
 
 BUCKETS = ((32, 32), (32, 64), (64, 32))
 
@@ -82,7 +83,7 @@ def encoded_folder(folder, n=60):
             arrays["text.short.0"] = rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16)
             arrays["text.dense.0"] = rng.normal(size=(4 + i % 7, 8)).astype(ml_dtypes.bfloat16)
             made.append(
-                records.pack(
+                records.encode_record(
                     arrays,
                     {
                         "key": f"k{i}",
@@ -193,7 +194,7 @@ def test_pictures_are_those_of_the_source_in_the_model_s_range_and_decoded_once(
         )
         for row, key in zip(batch["images"], batch["key"]):
             pixels, _ = images.to_bucket(Noise()[int(key[1:])].pixels(), loader.bucket(step))
-            np.testing.assert_array_equal(row, images.to_model(pixels))
+            np.testing.assert_array_equal(row, to_model(pixels))
     assert source.reads == 60
     uncached = ImageSamples(Noise(), BUCKETS, cache_bytes=0)
     same(Loader(uncached, batch_size=8, seed=0).batch(5), loader.batch(5))

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from pixart_jax.data.plan import Plan
+from pixart_jax.data.plan import BatchSchedule
 from pixart_jax.errors import UserError
 
 
@@ -15,7 +15,7 @@ def nine_buckets(n=100_000):
 @pytest.mark.parametrize("batch_size", [32, 256, 1024])
 def test_an_epoch_of_100000_in_nine_buckets_uses_over_99_percent_and_nothing_twice(batch_size):
     bucket_of = nine_buckets()
-    plan = Plan(bucket_of, batch_size, seed=5)
+    plan = BatchSchedule(bucket_of, batch_size, seed=5)
     served, sizes = np.zeros((4, len(bucket_of)), int), np.bincount(bucket_of)
     by_window = []
     for epoch in range(3):
@@ -41,7 +41,7 @@ def test_an_epoch_of_100000_in_nine_buckets_uses_over_99_percent_and_nothing_twi
 
 def test_samples_are_served_equally_often_at_any_moment():
     bucket_of = nine_buckets(3000)
-    plan = Plan(bucket_of, 64, seed=1)
+    plan = BatchSchedule(bucket_of, 64, seed=1)
     count = np.zeros(3000, int)
     for step in range(400):
         np.add.at(count, plan.batch(step).indices, 1)
@@ -52,7 +52,7 @@ def test_samples_are_served_equally_often_at_any_moment():
 
 
 def test_a_bucket_smaller_than_the_batch_is_served_in_proportion():
-    plan = Plan(np.array([0] * 100 + [1] * 3), 16, seed=0)
+    plan = BatchSchedule(np.array([0] * 100 + [1] * 3), 16, seed=0)
     steps = [plan.batch(step) for step in range(plan.first_step(32))]
     assert sum(batch.bucket == 1 for batch in steps) == 3 * 32 // 16
     assert all((batch.indices >= 100).all() == (batch.bucket == 1) for batch in steps)
@@ -60,22 +60,26 @@ def test_a_bucket_smaller_than_the_batch_is_served_in_proportion():
 
 def test_a_step_s_batch_is_a_function_of_seed_and_step():
     bucket_of = nine_buckets(5000)
-    plan = Plan(bucket_of, 32, seed=7)
+    plan = BatchSchedule(bucket_of, 32, seed=7)
     forward = [plan.batch(step) for step in range(300)]
-    again = Plan(bucket_of, 32, seed=7)
+    again = BatchSchedule(bucket_of, 32, seed=7)
     for step in np.random.default_rng(0).permutation(300):
         for field in ("bucket", "indices", "draws"):
             np.testing.assert_array_equal(
                 getattr(again.batch(int(step)), field), getattr(forward[step], field)
             )
-    other = Plan(bucket_of, 32, seed=8)
+    other = BatchSchedule(bucket_of, 32, seed=8)
     assert any((other.batch(step).indices != forward[step].indices).any() for step in range(3))
     assert (forward[0].draws != forward[1].draws).all()
 
 
 def test_threads_agree():
     bucket_of = nine_buckets(5000)
-    alone, shared, found = Plan(bucket_of, 32, seed=7), Plan(bucket_of, 32, seed=7), {}
+    alone, shared, found = (
+        BatchSchedule(bucket_of, 32, seed=7),
+        BatchSchedule(bucket_of, 32, seed=7),
+        {},
+    )
 
     def work(first):
         for step in range(first, 400, 4):
@@ -88,7 +92,7 @@ def test_threads_agree():
 
 
 def test_epochs_differ_and_buckets_mix():
-    plan = Plan(nine_buckets(20_000), 32, seed=3)
+    plan = BatchSchedule(nine_buckets(20_000), 32, seed=3)
     epochs = [
         [plan.batch(step) for step in range(plan.first_step(e), plan.first_step(e + 1))]
         for e in (0, 1)
@@ -99,7 +103,7 @@ def test_epochs_differ_and_buckets_mix():
 
 
 def test_a_set_smaller_than_the_batch_still_trains():
-    plan = Plan(np.zeros(5, int), 12, seed=0)
+    plan = BatchSchedule(np.zeros(5, int), 12, seed=0)
     count = np.zeros(5, int)
     for step in range(10):
         np.add.at(count, plan.batch(step).indices, 1)
@@ -107,7 +111,7 @@ def test_a_set_smaller_than_the_batch_still_trains():
 
 
 def test_left_out_samples_never_come():
-    plan = Plan(np.array([0, -1, 0, 1, -1, 1] * 20), 8, seed=0)
+    plan = BatchSchedule(np.array([0, -1, 0, 1, -1, 1] * 20), 8, seed=0)
     assert plan.samples == 80
     assert not any((plan.batch(step).indices % 6 % 3 == 1).any() for step in range(100))
 
@@ -115,9 +119,9 @@ def test_left_out_samples_never_come():
 @pytest.mark.parametrize(("buckets", "batch"), [([], 4), ([-1, -1], 4), ([0], 0)])
 def test_nothing_to_train_on_is_refused(buckets, batch):
     with pytest.raises(UserError):
-        Plan(np.array(buckets, int), batch, seed=0)
+        BatchSchedule(np.array(buckets, int), batch, seed=0)
 
 
 def test_a_negative_step_is_refused():
     with pytest.raises(UserError, match="step -1"):
-        Plan(np.zeros(4, int), 2, 0).batch(-1)
+        BatchSchedule(np.zeros(4, int), 2, 0).batch(-1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pixart_jax.data.loader import Loader
-from pixart_jax.data.plan import Plan
+from pixart_jax.data.plan import BatchSchedule
 
 
 def skewed(n=100_000, buckets=40, seed=0):
@@ -32,7 +32,7 @@ def drawn(seed):
 def test_100000_samples_in_40_buckets_none_is_served_twice_in_an_epoch_and_none_is_lost(batch_size):
     bucket_of = skewed()
     sizes, epochs = np.bincount(bucket_of), 3
-    plan = Plan(bucket_of, batch_size, seed=11)
+    plan = BatchSchedule(bucket_of, batch_size, seed=11)
     served = np.zeros((epochs + 40, len(bucket_of)), np.int8)
     for epoch in range(epochs):
         first_seen = served.sum() == 0
@@ -66,7 +66,7 @@ def test_what_dropping_the_rest_would_lose_is_what_the_docstring_says():
 @pytest.mark.parametrize("seed", range(25))
 def test_each_pass_serves_each_sample_once_and_every_batch_is_full_and_of_one_bucket(seed):
     bucket_of, batch_size = drawn(seed)
-    plan, usable = Plan(bucket_of, batch_size, seed), bucket_of >= 0
+    plan, usable = BatchSchedule(bucket_of, batch_size, seed), bucket_of >= 0
     served: dict[tuple[int, int], int] = {}
     steps = plan.first_step(4)
     for step in range(steps):
@@ -122,11 +122,11 @@ def test_every_process_agrees_on_the_bucket_and_their_rows_make_up_the_global_ba
 def test_resuming_at_any_step_gives_the_same_remaining_sequence(seed):
     bucket_of, batch_size = drawn(seed)
     # each from a fresh plan: no history
-    expected = [Plan(bucket_of, batch_size, seed).batch(step) for step in range(60)]
+    expected = [BatchSchedule(bucket_of, batch_size, seed).batch(step) for step in range(60)]
     rng = np.random.default_rng(seed)
     for stop in rng.integers(0, 60, 5).tolist():
         state = json.loads(json.dumps(Loader.state_at(stop)))
-        plan = Plan(bucket_of, batch_size, seed)
+        plan = BatchSchedule(bucket_of, batch_size, seed)
         for step in range(state["next_index"], 60):
             batch = plan.batch(step)
             assert batch.bucket == expected[step].bucket
@@ -140,7 +140,7 @@ def test_ten_million_samples_are_planned_in_seconds_and_a_far_step_at_once():
 
     bucket_of = skewed(10_000_000)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    plan = Plan(bucket_of, 384, seed=0)
+    plan = BatchSchedule(bucket_of, 384, seed=0)
     batches = [plan.batch(step) for step in (0, 1, 26_041, 10**9)]
     assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB

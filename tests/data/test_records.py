@@ -29,7 +29,7 @@ def folder(tmp_path):
         count = records.write_shard(
             path,
             (
-                records.pack(arrays(10 * number + i), {"key": f"k{number}{i}"})
+                records.encode_record(arrays(10 * number + i), {"key": f"k{number}{i}"})
                 for i in range(4 + number)
             ),
         )
@@ -49,8 +49,8 @@ def folder(tmp_path):
 
 def test_a_record_comes_back_to_the_bit():
     made = arrays(3)
-    found, metadata = records.unpack(
-        records.pack(made, {"key": "ключ", "captions.dense": '["a \\"b\\""]'})
+    found, metadata = records.decode_record(
+        records.encode_record(made, {"key": "ключ", "captions.dense": '["a \\"b\\""]'})
     )
     assert metadata == {"key": "ключ", "captions.dense": '["a \\"b\\""]'} and set(found) == set(
         made
@@ -61,12 +61,12 @@ def test_a_record_comes_back_to_the_bit():
 
 
 def test_only_the_asked_arrays_are_read():
-    found, _ = records.unpack(records.pack(arrays(), {}), ["label"])
+    found, _ = records.decode_record(records.encode_record(arrays(), {}), ["label"])
     assert list(found) == ["label"]
 
 
 def test_a_record_is_a_safetensors_file_with_aligned_arrays():
-    record = records.pack(arrays(2), {"key": "x"})
+    record = records.encode_record(arrays(2), {"key": "x"})
     theirs = safetensors.torch.load(record)
     assert theirs["text.dense.0"].shape == (5, 8)
     np.testing.assert_array_equal(
@@ -128,7 +128,7 @@ def test_a_folder_without_a_sound_manifest_is_refused(tmp_path):
 
 def test_nothing_appears_under_a_shard_s_name_before_it_is_whole(tmp_path):
     def interrupted():
-        yield records.pack(arrays(), {})
+        yield records.encode_record(arrays(), {})
         assert not (tmp_path / "x.array_record").exists()
         raise KeyboardInterrupt
 

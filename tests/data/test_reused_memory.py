@@ -2,7 +2,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pixart_jax.data.reused_memory import ReusedMemory
+from pixart_jax.data.reused_memory import BufferPool
 
 
 def address(array):
@@ -10,7 +10,7 @@ def address(array):
 
 
 def test_memory_comes_back_when_the_last_view_of_it_is_gone():
-    pool = ReusedMemory()
+    pool = BufferPool()
     first = pool.empty((8, 100), ml_dtypes.bfloat16)
     assert first.shape == (8, 100) and first.dtype == ml_dtypes.bfloat16 and first.flags.writeable
     where, view = address(first), first[3:5]
@@ -22,7 +22,7 @@ def test_memory_comes_back_when_the_last_view_of_it_is_gone():
 
 
 def test_memory_that_a_device_buffer_may_look_at_is_not_written_anew():
-    pool = ReusedMemory()
+    pool = BufferPool()
     held = []
     for value in range(20):  # on a CPU a device array may be the very memory of the numpy array
         array = pool.empty((1024, 64), np.float32)
@@ -34,7 +34,7 @@ def test_memory_that_a_device_buffer_may_look_at_is_not_written_anew():
 
 
 def test_no_more_than_a_few_blocks_lie_free():
-    pool = ReusedMemory(most=2)
+    pool = BufferPool(most=2)
     arrays = [pool.empty((1000 + i,), np.uint8) for i in range(6)]
     del arrays
     pool.empty((1,), np.uint8)

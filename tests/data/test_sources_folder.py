@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import Source, open_source
 from pixart_jax.errors import UserError
 from tests.data.tiny_sets import encoded, picture, write
@@ -13,7 +13,7 @@ from tests.data.tiny_sets import encoded, picture, write
 PHOTO = encoded(picture(), "JPEG")
 
 
-def kinds(faults: Faults) -> dict[str, int]:
+def kinds(faults: BadRecords) -> dict[str, int]:
     return dict(faults.counts)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pixart_jax.data import records
-from pixart_jax.data.sources import Mixture, open_source, parts_of
+from pixart_jax.data.sources import Mixture, open_source, parse_mixture
 from pixart_jax.errors import UserError
 from tests.data.tiny_sets import encoded, img2dataset, intern, picture, sam, write
 
@@ -109,7 +109,9 @@ def shards(folder, count=4, flip_bit=False):
             "text.dense.0": np.zeros((3, 8), ml_dtypes.bfloat16),
         }
         made.append(
-            records.pack(arrays, {"key": f"k{i}", "captions.dense": json.dumps([f"dense {i}"])})
+            records.encode_record(
+                arrays, {"key": f"k{i}", "captions.dense": json.dumps([f"dense {i}"])}
+            )
         )
     path = folder / "00000-32x32.array_record"
     records.write_shard(path, made)
@@ -168,7 +170,7 @@ def test_a_record_with_a_flipped_bit_is_named_by_shard_and_place(tmp_path):
     ],
 )
 def test_a_mixture_is_written_as_weights_times_sets(text, expected):
-    found = parts_of(text)
+    found = parse_mixture(text)
     assert [source for _, source in found] == [source for _, source in expected]
     np.testing.assert_allclose([share for share, _ in found], [share for share, _ in expected])
 
@@ -176,7 +178,7 @@ def test_a_mixture_is_written_as_weights_times_sets(text, expected):
 @pytest.mark.parametrize("text", ["0.5*a + b", "0*a + 1*b", "0.5*", "0.5*a + -1*b"])
 def test_a_badly_written_mixture_is_named(text):
     with pytest.raises(UserError, match="is not WEIGHT.SOURCE"):
-        parts_of(text)
+        parse_mixture(text)
 
 
 def test_a_mixture_shows_every_sample_once_under_its_set_s_name(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pixart_jax.data import images
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import open_source, tar_headers, tar_index
 from pixart_jax.errors import UserError
 from tests.data.tiny_sets import encoded, img2dataset, picture, tar
@@ -105,19 +105,19 @@ def test_headers_say_what_tarfile_reads_and_no_cut_is_a_traceback(tmp_path, form
         expected = [
             (member.name, member.offset_data, member.size) for member in held if member.isreg()
         ]
-    faults = Faults()
+    faults = BadRecords()
     assert list(tar_headers.members(path, faults)) == expected and not len(faults)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     for cut in rng.integers(0, len(whole) - 10240, 60):
         path.write_bytes(whole[:cut])
-        faults = Faults()
+        faults = BadRecords()
         found = list(tar_headers.members(path, faults))
         assert found == expected[: len(found)] and dict(faults.counts) == {"cut file": 1}
     for place in rng.integers(0, len(whole) - 10240, 100):
         spoilt = bytearray(whole)
         spoilt[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(spoilt)
-        found = list(tar_headers.members(path, Faults()))
+        found = list(tar_headers.members(path, BadRecords()))
         assert len(found) <= len(expected)
 
 

@@ -10,39 +10,41 @@ import numpy as np
 import pytest
 
 from pixart_jax import diffusion
-from pixart_jax.diffusion.respacing import kept_times, respaced
+from pixart_jax.diffusion.respacing import respace_schedule, space_timesteps
 from pixart_jax.errors import UserError
 
 CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
 
 def test_100_steps_keep_both_ends_and_are_no_plain_stride():
-    times = kept_times(1000, "100")
+    times = space_timesteps(1000, "100")
     assert len(times) == 100 and list(times[:3]) == [0, 10, 20] and times[-1] == 999
-    assert list(kept_times(1000, 100)) == list(times)
+    assert list(space_timesteps(1000, 100)) == list(times)
     assert set(np.diff(times)) == {10, 11} and 505 in times
 
 
 def test_published_respacings():
     # Improved DDPM's own example: 300 steps in sections of 10, 15 and 20.
-    times = kept_times(300, "10,15,20")
+    times = space_timesteps(300, "10,15,20")
     assert [((times >= a) & (times < a + 100)).sum() for a in (0, 100, 200)] == [10, 15, 20]
-    assert list(kept_times(1000, "ddim50")) == list(range(0, 1000, 20))
-    assert list(kept_times(1000, "1000")) == list(range(1000))
-    assert list(kept_times(17, "3,4")) == [0, 4, 8, 9, 11, 14, 16]
+    assert list(space_timesteps(1000, "ddim50")) == list(range(0, 1000, 20))
+    assert list(space_timesteps(1000, "1000")) == list(range(1000))
+    assert list(space_timesteps(17, "3,4")) == [0, 4, 8, 9, 11, 14, 16]
 
 
 @pytest.mark.parametrize("steps", ["ddim333", "0", "-5", "10,", "many", "1001", "600,10"])
 def test_impossible_respacings_are_one_clear_line(steps):
     with pytest.raises(UserError) as caught:
-        kept_times(1000, steps)
+        space_timesteps(1000, steps)
     assert steps in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_respaced_process_has_the_same_alpha_bar_at_the_kept_times():
-    times = kept_times(1000, "25")
+    times = space_timesteps(1000, "25")
     np.testing.assert_allclose(
-        respaced(diffusion.schedule.linear(), times).alphas_cumprod, CUMPROD[times], rtol=1e-12
+        respace_schedule(diffusion.schedule.linear(), times).alphas_cumprod,
+        CUMPROD[times],
+        rtol=1e-12,
     )
 
 
@@ -50,7 +52,7 @@ def test_respaced_process_has_the_same_alpha_bar_at_the_kept_times():
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_posterior_matches_float64_formulas(steps, prediction):
     rng = np.random.default_rng(2)
-    kept = CUMPROD[kept_times(1000, steps)]
+    kept = CUMPROD[space_timesteps(1000, steps)]
     t = np.array([0, 1, 2, len(kept) // 2, len(kept) - 2, len(kept) - 1])
     x_t, output, logits = (rng.standard_normal((len(t), 2, 3, 4)) for _ in range(3))
 

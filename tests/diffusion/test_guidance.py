@@ -43,7 +43,7 @@ class Counting:
 
 def test_all_channels_are_guided_in_one_batch_of_both_halves():
     model = Counting()
-    out = diffusion.guided(model.both, 4.5)(X, T)
+    out = diffusion.classifier_free_guidance(model.both, 4.5)(X, T)
     jax.effects_barrier()
     np.testing.assert_allclose(out, X + 4.5 * (2 * X - X), rtol=1e-6)
     assert model.rows == [6]
@@ -51,34 +51,34 @@ def test_all_channels_are_guided_in_one_batch_of_both_halves():
 
 def test_scale_one_does_no_second_pass():
     model = Counting()
-    out = diffusion.guided(model.both, 1.0, conditional=model.conditional)(X, T)
+    out = diffusion.classifier_free_guidance(model.both, 1.0, conditional=model.conditional)(X, T)
     jax.effects_barrier()
     np.testing.assert_array_equal(out, 2 * X)
     assert model.rows == [3]
     with pytest.raises(UserError, match="conditional"):
-        diffusion.guided(model.both, 1)
+        diffusion.classifier_free_guidance(model.both, 1)
 
 
 def test_scale_may_be_traced_and_one_per_image():
     scales = jnp.array([1.0, 2.0, 7.5])
-    out = jax.jit(lambda s: diffusion.guided(Counting().both, s)(X, T))(scales)
+    out = jax.jit(lambda s: diffusion.classifier_free_guidance(Counting().both, s)(X, T))(scales)
     np.testing.assert_allclose(out, X * (1 + scales[:, None, None, None]), rtol=1e-6)
 
 
 def test_variance_logits_are_the_conditional_halfs():
-    out = diffusion.guided(Counting(8).both, 3.0)(X, T)
+    out = diffusion.classifier_free_guidance(Counting(8).both, 3.0)(X, T)
     np.testing.assert_allclose(out[..., :4], 4 * X, rtol=1e-6)
     np.testing.assert_array_equal(out[..., 4:], jnp.ones_like(X))
 
 
 def stretches(model, interval, steps=10, scale=2.0):
     """A run that is guided within the interval alone."""
-    guided = diffusion.guided(model.both, scale)
+    guided = diffusion.classifier_free_guidance(model.both, scale)
     denoisers = {True: guided, False: model.conditional}
     flags = guidance.within(diffusion.timesteps("dpm++", steps), interval)
     return [
-        diffusion.Stretch(count, lambda x, t, given, memory, of=denoisers[flag]: (of(x, t), memory))
-        for flag, count in guidance.runs(flags)
+        diffusion.Segment(count, lambda x, t, given, memory, of=denoisers[flag]: (of(x, t), memory))
+        for flag, count in guidance.run_lengths(flags)
     ]
 
 
@@ -95,7 +95,7 @@ def test_outside_the_interval_only_half_the_rows_run():
 
 def test_an_interval_is_what_a_branch_at_each_step_would_compute():
     model, times = Counting(), diffusion.timesteps("dpm++", 10)
-    guided = diffusion.guided(model.both, 2.0)
+    guided = diffusion.classifier_free_guidance(model.both, 2.0)
     branching = diffusion.sample(
         lambda x, t: jax.lax.cond((t[0] >= 300) & (t[0] <= 700), guided, model.conditional, x, t),
         X,
@@ -114,7 +114,7 @@ def test_interval_over_all_times_is_plain_guidance():
     whole = stretches(model, (0.0, 1000.0), steps=20)
     np.testing.assert_allclose(
         diffusion.sample(whole, X),
-        diffusion.sample(diffusion.guided(model.both, 2.0), X),
+        diffusion.sample(diffusion.classifier_free_guidance(model.both, 2.0), X),
         rtol=1e-6,
     )
 
@@ -127,7 +127,7 @@ def test_runs_and_intervals_of_times():
         True,
         False,
     ]
-    assert guidance.runs(np.array([True, True, False])) == [
+    assert guidance.run_lengths(np.array([True, True, False])) == [
         (True, 2),
         (False, 1),
-    ] and guidance.runs(np.ones(3, bool)) == [(True, 3)]
+    ] and guidance.run_lengths(np.ones(3, bool)) == [(True, 3)]

@@ -193,10 +193,10 @@ def test_stretches_carry_the_solvers_state_and_their_own_memory_over_and_are_giv
         return lambda x, t, row, memory: (0.1 * factor * x + row, memory + row)
 
     entered = []
-    whole = diffusion.Stretch(6, denoise(1.0), lambda memory: jnp.zeros(()))
+    whole = diffusion.Segment(6, denoise(1.0), lambda memory: jnp.zeros(()))
     parts = [
-        diffusion.Stretch(4, denoise(1.0), lambda memory: jnp.zeros(())),
-        diffusion.Stretch(
+        diffusion.Segment(4, denoise(1.0), lambda memory: jnp.zeros(())),
+        diffusion.Segment(
             2, denoise(1.0), lambda memory: (jax.debug.callback(entered.append, memory), memory)[1]
         ),
     ]
@@ -207,7 +207,7 @@ def test_stretches_carry_the_solvers_state_and_their_own_memory_over_and_are_giv
     assert not np.allclose(
         one,
         diffusion.sample(
-            [diffusion.Stretch(6, denoise(0.5), whole.enter)], x, steps=6, given=given
+            [diffusion.Segment(6, denoise(0.5), whole.init_carry)], x, steps=6, given=given
         ),
     )
     with pytest.raises(UserError, match="do not make the run's 6"):

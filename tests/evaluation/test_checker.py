@@ -15,7 +15,7 @@ from pixart_jax.data import shapes
 from pixart_jax.evaluation import checker
 from pixart_jax.evaluation.checker import UNKNOWN, find_objects
 from pixart_jax.evaluation.shapes_score import score
-from pixart_jax.evaluation.tasks import asked
+from pixart_jax.evaluation.tasks import eval_prompts
 
 
 def scene_of(*objects: shapes.Object, ground: str = "gray", side: int = 64) -> shapes.Scene:
@@ -49,7 +49,7 @@ def noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def check_renders(level: str, per_task: int) -> None:
     """At least .99 in every task; and not by a hair: nothing of a true render is unknown, and
     places agree to a pixel."""
-    wanted = asked(level, per_task)
+    wanted = eval_prompts(level, per_task)
     result = score(wanted, [shapes.render(a.scene) for a in wanted])
     assert {task: share.score for task, share in result.tasks.items() if share.score < 0.99} == {}
     assert result.mean.score >= 0.99 and result.all_correct.score >= 0.99
@@ -77,7 +77,7 @@ def test_worn_images_are_still_read(level, wear):
     """Gaussian blur of 1 px, JPEG of quality 60, noise of 8 levels: 97% of objects right in all,
     99% of pictures in number."""
     rng = np.random.default_rng(0)
-    wanted = asked(level, 40)
+    wanted = eval_prompts(level, 40)
     right, total, counted = 0, 0, 0
     for a in wanted:
         found = find_objects(wear(shapes.render(a.scene), rng))

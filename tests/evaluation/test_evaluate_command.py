@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixart_jax import cli
 from pixart_jax import pipeline as pipeline_room
-from pixart_jax import program
 from pixart_jax.data import shapes
 from pixart_jax.evaluation import command
 from pixart_jax.evaluation.command import SHIPPED, ShapesOptions, VAEOptions
-from pixart_jax.evaluation.tasks import asked
+from pixart_jax.evaluation.tasks import eval_prompts
 from pixart_jax.pipeline.sampling import SamplingConfig
 
 
@@ -24,13 +24,13 @@ class TruePipeline:
 
     def __init__(self, level: str, per_task: int, wrong: int = 10**9):
         self.wanted, self.wrong, self.calls, self.sampling = (
-            asked(level, per_task),
+            eval_prompts(level, per_task),
             wrong,
             [],
             SamplingConfig(1.75),
         )
 
-    def draw(
+    def generate(
         self,
         prompts,
         *,
@@ -61,7 +61,7 @@ def evaluate(monkeypatch, pipe, *flags) -> int:
     monkeypatch.setattr(
         pipeline_room.Pipeline, "from_pretrained", classmethod(lambda cls, folder: pipe)
     )
-    return program.run(command.main, ["shapes", *map(str, flags)])
+    return cli.run(command.main, ["shapes", *map(str, flags)])
 
 
 def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
@@ -136,20 +136,20 @@ def test_canvases_are_drawn_apart_and_come_back_in_order(monkeypatch, capsys):
 def test_mistakes_are_one_line_and_status_2(argv, says, tmp_path, capsys):
     (tmp_path / "FILE").write_text("in the way")
     argv = [a.replace("FILE", str(tmp_path / "FILE")) for a in argv]
-    assert program.run(command.main, argv) == 2
+    assert cli.run(command.main, argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
 
 
 def test_help_names_what_can_be_evaluated(capsys):
-    assert program.run(command.main, ["--help"]) == 0
+    assert cli.run(command.main, ["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(what in printed for what in ("shapes", "vae", "checker"))
-    assert program.run(command.main, []) == 2
+    assert cli.run(command.main, []) == 2
 
 
 def test_the_checker_scores_each_level(tmp_path, capsys):
-    assert program.run(command.main, ["checker", "--per-task", "3", "--out", str(tmp_path)]) == 0
+    assert cli.run(command.main, ["checker", "--per-task", "3", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for level in shapes.LEVELS:
         assert f"level {level}" in printed

@@ -11,14 +11,14 @@ import pytest
 
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation.checker import Found
+from pixart_jax.evaluation.checker import Detection
 from pixart_jax.evaluation.shapes_score import by_attribute, score, wilson
-from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, answers, asked
+from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, eval_prompts, judge
 
 
 @pytest.fixture(scope="module")
 def wanted():
-    return asked("plain", 40)
+    return eval_prompts("plain", 40)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_blank_pictures_score_zero(wanted):
 
 
 def test_the_floor_is_what_chance_gives():
-    wanted = asked("plain", 150, sets=("single", "count", "pair"))
+    wanted = eval_prompts("plain", 150, sets=("single", "count", "pair"))
     floors = {
         task: share.floor
         for task, share in score(wanted, [shapes.render(a.scene) for a in wanted]).tasks.items()
@@ -169,52 +169,54 @@ def test_the_order_of_pictures_does_not_count(wanted, renders):
 
 def test_position_is_judged_by_the_two_that_are_meant():
     scene = next(
-        a.scene for a in asked("plain", 40) if a.set == "pair" and a.scene.relation == "left of"
+        a.scene
+        for a in eval_prompts("plain", 40)
+        if a.set == "pair" and a.scene.relation == "left of"
     )
     first, second = scene.objects
     place = {first: (10.0, 32.0), second: (50.0, 32.0)}
-    found = [Found(o.shape, o.colour, *place[o], 9, 250, 0.95) for o in scene.objects]
-    for some in itertools.permutations([*found, Found("heart", "none", 60, 60, 13, 530, 0.9)]):
-        assert answers("pair", scene, list(some), 1.0)["position"]
+    found = [Detection(o.shape, o.colour, *place[o], 9, 250, 0.95) for o in scene.objects]
+    for some in itertools.permutations([*found, Detection("heart", "none", 60, 60, 13, 530, 0.9)]):
+        assert judge("pair", scene, list(some), 1.0)["position"]
     misshapen = dataclasses.replace(found[0], shape="unknown")  # its colour still says which it is
-    assert answers("pair", scene, [misshapen, found[1]], 1.0)["position"]
+    assert judge("pair", scene, [misshapen, found[1]], 1.0)["position"]
     neither = dataclasses.replace(misshapen, colour="none")
-    assert not answers("pair", scene, [neither, found[1]], 1.0)["position"]
+    assert not judge("pair", scene, [neither, found[1]], 1.0)["position"]
 
 
 def test_scenes_are_fixed_and_apart_from_training():
-    assert asked("rich", 3) == asked("rich", 3)
-    assert asked("plain", 8)[:5] == asked("plain", 5)[:5]
+    assert eval_prompts("rich", 3) == eval_prompts("rich", 3)
+    assert eval_prompts("plain", 8)[:5] == eval_prompts("plain", 5)[:5]
     seen = {
         shapes.scene_at("plain", split, i).seed for split in ("train", "test") for i in range(1000)
     }
-    assert not seen & {a.scene.seed for a in asked("plain", 50)}
+    assert not seen & {a.scene.seed for a in eval_prompts("plain", 50)}
 
 
 def test_sets_hold_what_their_names_say():
     for level in shapes.LEVELS:
-        for a in asked(level, 20):
+        for a in eval_prompts(level, 20):
             withheld = [(o.colour, o.shape) in shapes.WITHHELD for o in a.scene.objects]
             assert all(withheld) if a.set.startswith("withheld") else not any(withheld)
             assert a.scene.task == SETS[a.set][0]
             assert a.caption == shapes.captions(a.scene)["short"]
-    assert {a.set for a in asked("rich", 1)} == set(SETS) and "three" not in {
-        a.set for a in asked("plain", 1)
+    assert {a.set for a in eval_prompts("rich", 1)} == set(SETS) and "three" not in {
+        a.set for a in eval_prompts("plain", 1)
     }
     assert (
-        asked("plain", 1, "dense")[0].caption
-        == shapes.captions(asked("plain", 1)[0].scene)["dense"]
+        eval_prompts("plain", 1, "dense")[0].caption
+        == shapes.captions(eval_prompts("plain", 1)[0].scene)["dense"]
     )
     assert set(MAIN) <= set(QUESTIONS) and ALL not in QUESTIONS
 
 
 def test_what_cannot_be_asked_is_named():
     with pytest.raises(UserError, match="did you mean 'plain'"):
-        asked("plane", 5)
+        eval_prompts("plane", 5)
     with pytest.raises(UserError, match="per-task 0"):
-        asked("plain", 0)
+        eval_prompts("plain", 0)
     with pytest.raises(UserError, match="short"):
-        asked("plain", 1, "long")
+        eval_prompts("plain", 1, "long")
 
 
 def test_wilson_against_published_values():

@@ -17,7 +17,7 @@ import numpy as np
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.models.attention import dense, splash
-from pixart_jax.models.attention.over_mesh import over_mesh
+from pixart_jax.models.attention.over_mesh import shard_kernel
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 
@@ -32,7 +32,7 @@ def difference(mesh, batch: int, lengths) -> float:
         return out, *back(d_out)
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
-        ours = jax.jit(lambda: both(lambda *qkv: over_mesh(kernel, *qkv, lengths, 0.3)))()
+        ours = jax.jit(lambda: both(lambda *qkv: shard_kernel(kernel, *qkv, lengths, 0.3)))()
     theirs = both(lambda *qkv: dense.attend(*qkv, lengths, None, 0.3))
     return max(
         float(np.abs(np.asarray(a) - np.asarray(b)).max())

@@ -11,7 +11,7 @@ from diffusers import PixArtTransformer2DModel
 
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.weights.streaming import read
-from pixart_jax.weights.table import Entry
+from pixart_jax.weights.table import ParamMapping
 from pixart_jax.weights.transformer import DIFFUSERS, config_from_json
 
 
@@ -51,7 +51,7 @@ def transformer_shapes(config: TransformerConfig) -> dict:
     )
 
 
-def read_state_dict(table: tuple[Entry, ...], shapes: dict, state: dict, **options) -> dict:
+def read_state_dict(table: tuple[ParamMapping, ...], shapes: dict, state: dict, **options) -> dict:
     return read(
         table,
         shapes,

@@ -10,7 +10,7 @@ import pytest
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import attention
-from pixart_jax.models.context import check_context_attention, self_attention
+from pixart_jax.models.context import check_context_attention, context_parallel_attention
 
 
 def draw(b=3, n=5, m=7, k=2, h=6, seed=0):
@@ -78,7 +78,8 @@ def test_unknown_backend_is_named():
 def test_on_one_device_every_way_of_context_attention_is_plain_attention(how):
     q, k, v = draw(n=7)
     np.testing.assert_array_equal(
-        self_attention(q, k, v, context_attention=how), attention(q, k, v).reshape(3, 7, -1)
+        context_parallel_attention(q, k, v, context_attention=how),
+        attention(q, k, v).reshape(3, 7, -1),
     )
 
 

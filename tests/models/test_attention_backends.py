@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.attention import Call, backends, choose, dense, splash
+from pixart_jax.models.attention import AttentionShape, backends, choose, dense, splash
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 
 
-def call(platform="gpu", queries=1024, keys=1024, head_dim=72, dtype="bfloat16", **given) -> Call:
-    return Call(platform, queries, keys, head_dim, jnp.dtype(dtype), **given)
+def call(
+    platform="gpu", queries=1024, keys=1024, head_dim=72, dtype="bfloat16", **given
+) -> AttentionShape:
+    return AttentionShape(platform, queries, keys, head_dim, jnp.dtype(dtype), **given)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,10 @@ def call(platform="gpu", queries=1024, keys=1024, head_dim=72, dtype="bfloat16",
 )
 def test_auto_chooses_by_platform_and_shape(chosen, of):
     assert choose(of) == chosen
-    assert backends.refusal(chosen, of) is None and backends.named("auto", of) == chosen
+    assert (
+        backends.unsupported_reason(chosen, of) is None
+        and backends.resolve_backend("auto", of) == chosen
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ def test_auto_chooses_by_platform_and_shape(chosen, of):
 )
 def test_a_backend_that_cannot_run_here_says_why(name, of, says):
     with pytest.raises(UserError) as fault:
-        backends.named(name, of)
+        backends.resolve_backend(name, of)
     assert says in str(fault.value) and "\n" not in str(fault.value)
 
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixart_jax import Pipeline, tokenizer
+from pixart_jax import Pipeline
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.text import tokenize
 from tests.models.t5_reference import quantized, relative_error, rms_error
 
 EXAMPLE = (jnp.zeros((1, 2), int), jnp.ones((1,), int))
@@ -58,11 +59,11 @@ def test_the_shipped_model_draws_nearly_the_same_from_int8_states(root):
     pipe = Pipeline.from_pretrained(root / "assets" / "shapes")
     config, params = pipe.text_encoder.config, pipe.text_encoder.params
     prompts = (root / "configs" / "shapes_prompts.txt").read_text(encoding="utf-8").splitlines()[:8]
-    ids, lengths = tokenizer.tokenize(pipe.tokenizer, prompts, pipe.transformer.config.text_tokens)
-    empty, empty_lengths = tokenizer.tokenize(
+    ids, lengths = tokenize(pipe.tokenizer, prompts, pipe.transformer.config.text_tokens)
+    empty, empty_lengths = tokenize(
         pipe.tokenizer, [""] * len(prompts), pipe.transformer.config.text_tokens, ids.shape[1]
     )
-    steps, guidance, solver = pipe.sampling.filled(None, None, None)
+    steps, guidance, solver = pipe.sampling.with_defaults(None, None, None)
 
     def draw(module, params, seed):
         states, negative = (

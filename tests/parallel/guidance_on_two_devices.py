@@ -21,21 +21,21 @@ from pixart_jax.pipeline import denoising
 def drawn(pipe, prompt: str, monitored: list) -> tuple[np.ndarray, np.ndarray]:
     """(latents [b, h, w, c] of the compiled scan, images); monitored: what the scan's program costs
     a device is put there."""
-    run, seen = denoising.drawn, []
+    run, seen = denoising.generate_jit, []
 
     def watched(how, decoding, *arguments):
         # without the VAE, whose rows each device has of its own
-        scan = denoising.denoised.lower(how, *arguments[:-1])
+        scan = denoising.sample_latents_jit.lower(how, *arguments[:-1])
         monitored.append(scan.compile().cost_analysis()["flops"])
         arguments = how, decoding, *arguments
         seen.append(run(*arguments))
         return seen[-1]
 
-    denoising.drawn = watched
+    denoising.generate_jit = watched
     try:
         images = pipe([prompt], steps=4, seed=3)
     finally:
-        denoising.drawn = run
+        denoising.generate_jit = run
     return np.asarray(seen[0][0]), images
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import AXES
@@ -71,7 +71,7 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_where_the_pipeline_is_
 
 def test_a_mesh_of_more_devices_than_there_are_is_one_line(sample_program, capsys, tmp_path):
     assert (
-        program.run(
+        cli.run(
             sample_program.main,
             ["--prompt", PROMPT, "--out", str(tmp_path), "--mesh", "data=3,fsdp=5"],
         )

@@ -14,7 +14,7 @@ from pixart_jax.parallel.mesh import (
     batch_shards,
     check_divides,
     make_mesh,
-    over_slices,
+    multislice_mesh,
     slices,
 )
 
@@ -60,7 +60,7 @@ def two_slices() -> list[Chip]:
 
 @pytest.mark.parametrize("shape", [(2, 8, 1, 1), (4, 2, 1, 2), (16, 1, 1, 1), (2, 2, 4, 1)])
 def test_slices_lie_along_data_and_no_other_axis_crosses_them(shape):
-    devices = over_slices(shape, two_slices())
+    devices = multislice_mesh(shape, two_slices())
     assert devices.shape == shape
     rows = devices.reshape(shape[0], -1)
     of_rows = [{device.slice_index for device in row} for row in rows]
@@ -72,7 +72,7 @@ def test_slices_lie_along_data_and_no_other_axis_crosses_them(shape):
 def test_data_that_slices_do_not_divide_is_one_clear_line():
     assert slices(two_slices()) == 2
     with pytest.raises(UserError, match="mesh data 1 is not a multiple of the 2 slices"):
-        over_slices((1, 16, 1, 1), two_slices())
+        multislice_mesh((1, 16, 1, 1), two_slices())
 
 
 def test_devices_that_are_no_tpus_are_one_slice():

@@ -15,7 +15,7 @@ import pytest
 
 from pixart_jax.errors import UserError
 from pixart_jax.parallel import processes
-from pixart_jax.parallel.processes import PEER_LOST, Start, split
+from pixart_jax.parallel.processes import PEER_LOST, DistributedOptions, pop_distributed_flags
 
 
 def test_flags_are_taken_out_of_a_command_line_wherever_they_stand():
@@ -31,8 +31,8 @@ def test_flags_are_taken_out_of_a_command_line_wherever_they_stand():
         "--mesh.fsdp",
         "4",
     ]
-    start, rest = split([*argv, "--peer-timeout", "7.5"], {})
-    assert start == Start("10.0.0.1:1234", 4, 3, peer_timeout=7.5)
+    start, rest = pop_distributed_flags([*argv, "--peer-timeout", "7.5"], {})
+    assert start == DistributedOptions("10.0.0.1:1234", 4, 3, peer_timeout=7.5)
     assert rest == ["configs/x.py", "--workdir", "d", "--mesh.fsdp", "4"]
 
 
@@ -42,11 +42,16 @@ def test_the_environment_of_a_launcher_is_read_whole_or_not_at_all_and_flags_win
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": "1",
     }
-    assert split([], environment)[0] == Start("localhost:99", 2, 1)
-    assert split(["--distributed", "none"], environment)[0] == Start(distributed="none")
-    assert split([], {"JAX_COORDINATOR_ADDRESS": "localhost:99"})[0] == Start()
+    assert pop_distributed_flags([], environment)[0] == DistributedOptions("localhost:99", 2, 1)
+    assert pop_distributed_flags(["--distributed", "none"], environment)[0] == DistributedOptions(
+        distributed="none"
+    )
+    assert (
+        pop_distributed_flags([], {"JAX_COORDINATOR_ADDRESS": "localhost:99"})[0]
+        == DistributedOptions()
+    )
     flags = ["--coordinator", "h:1", "--processes", "8", "--process-index", "0"]
-    assert split(flags, environment)[0] == Start("h:1", 8, 0)
+    assert pop_distributed_flags(flags, environment)[0] == DistributedOptions("h:1", 8, 0)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_the_environment_of_a_launcher_is_read_whole_or_not_at_all_and_flags_win
 )
 def test_a_mistake_is_one_line_that_says_what_would_do(argv, line):
     with pytest.raises(UserError, match=line.replace("(", r"\(")):
-        split(argv, {})
+        pop_distributed_flags(argv, {})
 
 
 def test_where_nothing_is_detected_one_process_goes_on_without_delay():
@@ -107,9 +112,9 @@ def test_where_nothing_is_detected_one_process_goes_on_without_delay():
         import jax
         from pixart_jax.parallel import processes
         began = time.perf_counter()
-        processes.start(processes.split([])[0])
+        processes.initialize(processes.pop_distributed_flags([])[0])
         assert time.perf_counter() - began < 2 and not jax.distributed.is_initialized() and jax.process_count() == 1
-        print(processes.conclude(lambda: 5))
+        print(processes.run_with_peers(lambda: 5))
     """  # noqa: E501
     environment = {
         k: v
@@ -134,12 +139,12 @@ def test_what_a_cluster_that_cannot_be_joined_says_is_a_user_error(monkeypatch):
     with pytest.raises(
         UserError, match="jobs must be indexed.*--coordinator HOST:PORT.*--distributed none"
     ):
-        processes.start(Start())
+        processes.initialize(DistributedOptions())
 
 
 def test_a_process_that_computes_already_is_alone_but_not_in_a_cluster(monkeypatch):
     jax.devices()
-    processes.start(Start())
+    processes.initialize(DistributedOptions())
     assert not jax.distributed.is_initialized()
     for name, value in {
         "SLURM_JOB_ID": "1",
@@ -150,7 +155,7 @@ def test_a_process_that_computes_already_is_alone_but_not_in_a_cluster(monkeypat
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="cannot join the other processes.*--distributed none"):
-        processes.start(Start())
+        processes.initialize(DistributedOptions())
 
 
 # ---- real processes ----
@@ -158,26 +163,26 @@ def test_a_process_that_computes_already_is_alone_but_not_in_a_cluster(monkeypat
 # A run of two processes that add across their devices for ever; argv: PORT INDEX, then its flags.
 RUN = """
 import sys, time
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.errors import UserError
 from pixart_jax.parallel import liveness, processes
 
 def main(argv):
     index = argv[1]
     flags = ["--coordinator", f"localhost:{argv[0]}", "--processes", "2", "--process-index", index]
-    start, rest = processes.split([*flags, *argv[2:]])
-    processes.start(start)
+    start, rest = processes.pop_distributed_flags([*flags, *argv[2:]])
+    processes.initialize(start)
     import jax, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     x = jax.make_array_from_callback((jax.device_count(),), sharding, lambda i: np.ones(1, np.float32))
     add = jax.jit(lambda x: x * 0 + x.mean(), out_shardings=sharding)
-    with liveness.told():
+    with liveness.report_failures():
         for step in range(int(rest[1]) if rest[1:] else 10**6):
             x = add(x)
             x.block_until_ready()
-            liveness.beat(step)
+            liveness.report_step(step)
             if step == 0:
                 print("running", flush=True)
             if rest[:1] == [f"user-{index}"] and step == 3:
@@ -189,7 +194,7 @@ def main(argv):
             time.sleep(0.02)
     return 0
 
-sys.exit(processes.conclude(lambda: program.run(main)))
+sys.exit(processes.run_with_peers(lambda: cli.run(main)))
 """  # noqa: E501
 
 

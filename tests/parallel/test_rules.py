@@ -93,11 +93,13 @@ ODD = boxed(
 
 
 def test_what_is_whole_by_accident_is_told_from_what_is_whole_on_purpose():
-    whole = rules.kept_whole(ODD, mesh())
+    whole = rules.replication_report(ODD, mesh())
     assert whole.by_accident == {"odd": 4 * 515 * 517}
     assert whole.on_purpose == 4 * 517 + 4 * 6 * 515
     assert whole.total == 4 * (1024 * 1024 + 515 * 517 + 517 + 6 * 515)
-    assert rules.kept_whole(ODD, mesh(data=8, fsdp=1)).share == 0  # no fsdp axis, no accident
+    assert (
+        rules.replication_report(ODD, mesh(data=8, fsdp=1)).share == 0
+    )  # no fsdp axis, no accident
 
 
 def test_more_than_two_percent_whole_by_accident_is_refused_with_names_and_share():

@@ -37,7 +37,7 @@ def main(fsdp: int, remat: str) -> None:
     config = small_run.get_config(remat=remat)
     stage = config.stages[0]
     mesh = make_mesh(small_run.MeshConfig(data=-1, fsdp=fsdp))
-    made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
+    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
     shapes = abstract.abstract_batch(config, stage, small_run.BUCKET, mesh)
     step = abstract.compiled_step(config, stage, made, mesh)
     compiled = step.trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().compile()

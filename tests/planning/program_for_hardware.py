@@ -20,14 +20,16 @@ import jax
 from pixart_jax.models.flops import train_flops
 from pixart_jax.planning import activations, hlo, topology
 from pixart_jax.planning.arithmetic import products
-from pixart_jax.planning.jobs import Drawing, Job
+from pixart_jax.planning.jobs import PlanTarget, SamplingWorkload
 from pixart_jax.planning.programs import program
 from pixart_jax.weights.component import Transformer
 
 LARGE = 1 << 20  # bytes; smaller parameters may be copied
 
 
-def job_of(name: str, recipe: str, part: str, mesh: str, batch: str, side: str, remat: str) -> Job:
+def job_of(
+    name: str, recipe: str, part: str, mesh: str, batch: str, side: str, remat: str
+) -> PlanTarget:
     spec = importlib.util.spec_from_file_location(
         "recipe", Path(__file__).parents[2] / "configs" / f"{recipe}.py"
     )
@@ -37,8 +39,10 @@ def job_of(name: str, recipe: str, part: str, mesh: str, batch: str, side: str, 
     config = module.get_config()
     stage = dataclasses.replace(config.stages[0], batch_size=int(batch))
     config = dataclasses.replace(config, stages=(stage,), remat=remat)
-    drawing = None if part == "step" else Drawing(int(batch), int(side), int(side), 20, 4.5)
-    return Job(
+    drawing = (
+        None if part == "step" else SamplingWorkload(int(batch), int(side), int(side), 20, 4.5)
+    )
+    return PlanTarget(
         topology.parse(name),
         config,
         0,
@@ -69,7 +73,7 @@ def kernels(text: str) -> dict[str, int]:
     return dict(collections.Counter(names))
 
 
-def shapes_of_parameters(job: Job, mesh) -> set[tuple[int, ...]]:
+def shapes_of_parameters(job: PlanTarget, mesh) -> set[tuple[int, ...]]:
     """As a device holds them, and of the stacked ones a block's alone, as held and gathered."""
     found = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(

@@ -12,8 +12,8 @@ import pytest
 from planning import small_run
 
 from pixart_jax.planning import topology
-from pixart_jax.planning.compilation import Bounds, compiled
-from pixart_jax.planning.jobs import Job
+from pixart_jax.planning.compilation import CompileLimits, compiled
+from pixart_jax.planning.jobs import PlanTarget
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -30,7 +30,8 @@ def test_predicted_bytes_are_within_ten_percent_of_what_the_process_grows_by(
     config = small_run.get_config(remat=remat)
     mesh = (small_run.DEVICES // fsdp, fsdp, 1, 1)
     facts = compiled(
-        Job(topology.parse(f"cpu:{small_run.DEVICES}"), config, 0, mesh, small_run.BUCKET), Bounds()
+        PlanTarget(topology.parse(f"cpu:{small_run.DEVICES}"), config, 0, mesh, small_run.BUCKET),
+        CompileLimits(),
     )
     environment = {
         **os.environ,

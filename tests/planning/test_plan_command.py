@@ -14,7 +14,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.parallel.chips import CHIPS
 from pixart_jax.planning import command, compilation, estimate, plan, report, sweep, topology
 from pixart_jax.planning.collectives import Collective
-from pixart_jax.planning.jobs import Facts, Job, Link
+from pixart_jax.planning.jobs import CompiledStats, Link, PlanTarget
 
 pytestmark = pytest.mark.usefixtures("optimized")
 RECIPE = str(Path(small_run.__file__))
@@ -158,12 +158,12 @@ def test_a_plan_of_drawing_has_both_programs_and_all_weights(tmp_path):
 # ---- what is made of a compiled program ----
 
 
-def job(name: str = "v5e:2x4", mesh=(1, 8, 1, 1), **changes) -> Job:
+def job(name: str = "v5e:2x4", mesh=(1, 8, 1, 1), **changes) -> PlanTarget:
     where = topology.parse(name)
-    return Job(where, small_run.get_config(**changes), 0, mesh, small_run.BUCKET)
+    return PlanTarget(where, small_run.get_config(**changes), 0, mesh, small_run.BUCKET)
 
 
-def facts(**changes) -> Facts:
+def facts(**changes) -> CompiledStats:
     one = Collective("all-gather", ("fsdp",), 8, 4, 8e9, 7e9, True)
     two = Collective("all-reduce", ("fsdp",), 8, 1, 4e9, 7e9, False)
     plain = {
@@ -190,13 +190,13 @@ def facts(**changes) -> Facts:
         "host_peak": 1e9,
         "compiler": "none",
     }
-    return Facts(**{**plain, **changes})
+    return CompiledStats(**{**plain, **changes})
 
 
 def test_a_roofline_is_the_sum_of_what_its_docstring_says():
     found = estimate.time_of(job(), facts(), CHIPS["v5e"])
     assert found.compute == pytest.approx(1.0)
-    wire = 7e9 / (50e9 * 2 * estimate.WIRES)
+    wire = 7e9 / (50e9 * 2 * estimate.WIRE_EFFICIENCY)
     assert found.wires == pytest.approx((wire, wire))
     # the asynchronous one hides behind a second of work
     assert found.exposed == pytest.approx(wire)
@@ -206,22 +206,22 @@ def test_a_roofline_is_the_sum_of_what_its_docstring_says():
 def test_what_crosses_slices_takes_the_network():
     slow = facts(links=(Link(("fsdp",), 8, 2, 2),))
     chip = CHIPS["v5e"]
-    within = 7e9 / (chip.link_bandwidth * 2 * estimate.WIRES)
-    across = 7e9 / 4 / (chip.network_bandwidth * estimate.WIRES)
+    within = 7e9 / (chip.link_bandwidth * 2 * estimate.WIRE_EFFICIENCY)
+    across = 7e9 / 4 / (chip.network_bandwidth * estimate.WIRE_EFFICIENCY)
     assert estimate.time_of(job(), slow, chip).wires[0] == pytest.approx(within + across)
 
 
 def test_a_stage_costs_its_steps_on_all_devices():
-    made = plan.of(job(), facts())
+    made = plan.plan_from_stats(job(), facts())
     hours = made.job.stage_config.steps * made.time.step / 3600
     assert made.cost.usd == pytest.approx(hours * 8 * CHIPS["v5e"].usd_per_hour)
     own = dataclasses.replace(made.job.config.hardware, usd_per_device_hour=9.0)
     other = dataclasses.replace(made.job, config=dataclasses.replace(made.job.config, hardware=own))
-    assert plan.of(other, facts()).cost.usd == pytest.approx(hours * 8 * 9.0)
+    assert plan.plan_from_stats(other, facts()).cost.usd == pytest.approx(hours * 8 * 9.0)
 
 
 def test_what_does_not_fit_says_by_how_much():
-    over = plan.of(job(), facts(wanted=20 * 2**30, available=15.75 * 2**30))
+    over = plan.plan_from_stats(job(), facts(wanted=20 * 2**30, available=15.75 * 2**30))
     assert over.fits is False and over.time is None
     assert "needs 20.00 GiB of 15.75 GiB, 4.25 GiB over" in report.text(over)
 
@@ -233,9 +233,9 @@ def test_a_sweep_compiles_no_more_than_asked_and_ranks_what_fits_by_speed():
         asked.append(one)
         if len(asked) == 2:
             raise UserError("no")
-        return plan.of(one, facts(flops=8 * 197e12 * len(asked)))
+        return plan.plan_from_stats(one, facts(flops=8 * 197e12 * len(asked)))
 
-    found = sweep.run(job(), 4, compilation.Bounds(), True, made)
+    found = sweep.run(job(), 4, compilation.CompileLimits(), True, made)
     assert len(found) == len(asked) == 4 and found[-1].plan is None
     speeds = [o.plan.images_per_second for o in found[:-1]]
     assert speeds == sorted(speeds, reverse=True)

@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training.bad_steps import Guard
-from pixart_jax.training.checkpoint import Checkpoints, Place
+from pixart_jax.training.bad_steps import StepGuard
+from pixart_jax.training.checkpoint import Checkpointer, RunPosition
 from pixart_jax.training.state import TrainState
 
 
@@ -54,7 +54,7 @@ def main(folder: Path, fsdp: int) -> None:
 
     params = {name: placed(value, where[name]) for name, value in values(0).items()}
     moments = {name: placed(value, where[name]) for name, value in values(1).items()}
-    guard = Guard(
+    guard = StepGuard(
         *(
             placed(np.asarray(v), whole)
             for v in (np.int32(1), np.int32(0), np.int32(5), np.float32(0.1), np.float32(0.2))
@@ -64,7 +64,7 @@ def main(folder: Path, fsdp: int) -> None:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    with Checkpoints(folder, keep=3) as saves:
+    with Checkpointer(folder, keep=3) as saves:
         latest = saves.latest()
         if latest is not None:
             restored = saves.restore(latest, abstract)
@@ -76,7 +76,7 @@ def main(folder: Path, fsdp: int) -> None:
                     )
             state = restored
         total = (latest or 0) + 4
-        saves.save(Place(0, total, total), state)
+        saves.save(RunPosition(0, total, total), state)
         saves.wait()
         for a, b in zip(
             jax.tree.leaves(saves.restore(total, abstract)), jax.tree.leaves(state), strict=True

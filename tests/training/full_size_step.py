@@ -20,14 +20,14 @@ from pixart_jax.training.batches import put
 from pixart_jax.training.optimizer import make_optimizer, schedule
 from pixart_jax.training.state import abstract_state, fresh_params, state_from
 from pixart_jax.training.step import CompiledStep
-from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
 
 
 def main(ema: float) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     module = PixArtTransformer(TransformerConfig.preset("XL/2"), dtype=jnp.float32, remat="full")
-    task = TextToImage(module, Denoising(ObjectiveConfig(), 0.18215), None, 0)
+    task = TextToImage(module, DiffusionObjective(ObjectiveConfig(), 0.18215), None, 0)
     config = OptimizerConfig(ema=ema)  # the recipe's AdamW: lr 2e-5, weight decay 0.03, clip 0.01
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(config, 1000, 1, rules.logical_names(boxed))

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.config import MeshConfig
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.parallel import processes, rules
@@ -110,11 +110,11 @@ def resident(field: str) -> int:
 
 
 def main(argv: list[str]) -> int:
-    start, (what, *rest) = processes.split(argv)
-    processes.start(start)
+    start, (what, *rest) = processes.pop_distributed_flags(argv)
+    processes.initialize(start)
     if what == "agree":
         own = Path(rest[0]) / (f"of-{jax.process_index()}" if rest[1] == "folder" else "all")
-        processes.agree(
+        processes.assert_same_config(
             f"config {jax.process_index() if rest[1] == 'config' else ''}", own, patience=1
         )
     elif what == "rows":
@@ -125,4 +125,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(processes.conclude(lambda: program.run(main)))
+    sys.exit(processes.run_with_peers(lambda: cli.run(main)))

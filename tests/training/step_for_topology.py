@@ -28,7 +28,7 @@ def main(name: str) -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), topology.devices(topology.parse(name)))
     config = small()
     stage = config.stages[0]
-    made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
+    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
     batch = abstract.abstract_batch(config, stage, (64, 64), mesh)
     program = (
         abstract.compiled_step(config, stage, made, mesh)

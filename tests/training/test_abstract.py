@@ -30,7 +30,10 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
     run = stages.Run(config, type("Folder", (), {"path": folder})(), mesh, None, None, None, None)
     stage, prepared = config.stages[index], run.prepare(index)
     of_run = abstract.compiled_step(
-        config, stage, abstract.Parts(prepared.task, prepared.optimizer, prepared.abstract), mesh
+        config,
+        stage,
+        abstract.StageParts(prepared.task, prepared.optimizer, prepared.abstract),
+        mesh,
     )
     batch = put(prepared.loader.batch(0), batch_sharding(mesh))
     key = jax.random.key(0)
@@ -39,7 +42,7 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
     bucket = tuple(8 * n for n in batch["mean"].shape[1:3])
     texts = batch["text_states"].shape[1] if "text_states" in batch else stage.data.max_text_tokens
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, max_text_tokens=texts))
-    made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
+    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
     shapes = abstract.abstract_batch(config, stage, bucket, mesh)
     assert {name: (s.shape, s.dtype) for name, s in shapes.items()} == {
         name: (a.shape, a.dtype) for name, a in batch.items()
@@ -55,7 +58,7 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
 
 def test_what_is_assumed_of_absent_folders_is_said():
     config = dataclasses.replace(tiny_config(), vae="models/none", text_encoder="models/none")
-    frozen = abstract.AssumedFrozen(config)
+    frozen = abstract.FrozenSpec(config)
     assert frozen.scaling_factor == 0.18215 and len(frozen.text_states([""], 8)[0]) == 1
     assert len(frozen.assumptions) == 2 and "0.18215" in frozen.assumptions[0]
 

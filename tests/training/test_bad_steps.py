@@ -21,7 +21,7 @@ from pixart_jax.training.bad_steps import describe
 from pixart_jax.training.optimizer import make_optimizer, schedule
 from pixart_jax.training.state import abstract_state, state_from
 from pixart_jax.training.step import CompiledStep
-from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
 
 BOXED = {"w": jax.ShapeDtypeStruct((6, 3), jnp.float32)}
@@ -95,7 +95,7 @@ def test_a_bad_step_leaves_parameters_moments_and_average_as_they_were_to_the_bi
     assert_same(state, without)
     assert [row["skipped"] for row in history] == [0, 0, 1, 0, 0]
     assert int(state.step) == 5 and int(without.step) == 4  # the place in the run goes on
-    assert int(state.guard.skipped) == 1 and int(state.guard.in_row) == 0
+    assert int(state.guard.skipped) == 1 and int(state.guard.consecutive) == 0
     # the rate is that of the steps that were taken
     assert [row["lr"] for row in history[3:]] == [row["lr"] for row in rows[2:]]
 
@@ -140,7 +140,7 @@ def test_guarding_takes_no_memory(name, monkeypatch):
             depth=2, width=256, heads=4, caption_width=64, text_tokens=16, sample_size=8
         )
     )
-    task = TextToImage(module, Denoising(ObjectiveConfig(), 0.2), None, 0)
+    task = TextToImage(module, DiffusionObjective(ObjectiveConfig(), 0.2), None, 0)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     config, mesh = OptimizerConfig(name=name), make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = make_optimizer(config, 10, 2, rules.logical_names(boxed))

@@ -290,7 +290,7 @@ def shards(folder, identity):
             "size": np.array([32, 32], np.int32),
             "text.dense.0": np.zeros((3, 16), ml_dtypes.bfloat16),
         }
-        made.append(records.pack(arrays, {"key": f"k{i}", "captions.dense": '["a"]'}))
+        made.append(records.encode_record(arrays, {"key": f"k{i}", "captions.dense": '["a"]'}))
     path = folder / "00000-32x32.array_record"
     records.write_shard(path, made)
     shard = records.Shard(

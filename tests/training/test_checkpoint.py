@@ -18,8 +18,8 @@ import pytest
 
 from pixart_jax.errors import UserError
 from pixart_jax.training import checkpoint
-from pixart_jax.training.bad_steps import Guard
-from pixart_jax.training.checkpoint import Checkpoints, Place
+from pixart_jax.training.bad_steps import StepGuard
+from pixart_jax.training.checkpoint import Checkpointer, RunPosition
 from pixart_jax.training.state import TrainState
 
 
@@ -50,11 +50,11 @@ def saved(tmp_path_factory) -> Path:
     each."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     spoil = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 + 1, state), donate_argnums=0)
-    with Checkpoints(folder, keep=2) as saves:
+    with Checkpointer(folder, keep=2) as saves:
         for total in (1, 2, 3):
             state = make(total)
             saves.save(
-                Place(
+                RunPosition(
                     0,
                     total,
                     total,
@@ -69,10 +69,10 @@ def saved(tmp_path_factory) -> Path:
 
 
 def test_restored_is_what_was_saved_though_its_memory_was_given_away(saved):
-    with Checkpoints(saved, keep=2) as saves:
+    with Checkpointer(saved, keep=2) as saves:
         assert saves.latest() == 3
         place = saves.place(3)
-        assert place == Place(
+        assert place == RunPosition(
             0, 3, 3, {"a": {"seconds": 1.5}}, {"sums": {"loss": 0.1}, "count": 1}, {"next_index": 3}
         )
         assert_equal(saves.restore(3, abstract()), make(3))
@@ -92,7 +92,7 @@ def damage_nothing_silently(folder: Path, spoil, copy: Path):
         relative = path.relative_to(folder)
         spoil(copy / relative)
         try:
-            with Checkpoints(copy, keep=2) as saves:
+            with Checkpointer(copy, keep=2) as saves:
                 assert saves.latest() == 3
                 saves.place(3)
                 assert_equal(saves.restore(3, abstract()), make(3))
@@ -144,7 +144,7 @@ def test_an_altered_bit_in_a_large_file_is_found_by_the_arrays_sums(saved, tmp_p
         )
     )
     with (
-        Checkpoints(copy, keep=2) as saves,
+        Checkpointer(copy, keep=2) as saves,
         pytest.raises(UserError, match="differ from what was saved.*params/w"),
     ):
         saves.restore(3, abstract())
@@ -155,31 +155,33 @@ def test_a_save_that_is_an_empty_folder_is_named(saved, tmp_path):
     shutil.copytree(saved, copy)
     shutil.rmtree(copy / "3")
     (copy / "3").mkdir()
-    with Checkpoints(copy, keep=2) as saves, pytest.raises(UserError, match="3 is damaged"):
+    with Checkpointer(copy, keep=2) as saves, pytest.raises(UserError, match="3 is damaged"):
         saves.place(saves.latest())
 
 
 def test_saves_at_multiples_of_every_stay_for_good_beside_the_newest(tmp_path):
-    with Checkpoints(tmp_path, keep=2, every=4) as saves:
+    with Checkpointer(tmp_path, keep=2, every=4) as saves:
         for total in (1, 4, 5, 8, 9, 11):
-            saves.save(Place(0, total, total), make(total))
+            saves.save(RunPosition(0, total, total), make(total))
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [4, 8, 9, 11]
-    with Checkpoints(tmp_path, keep=1) as saves:  # without the option they are saves as others are
-        saves.save(Place(0, 12, 12), make(12))
+    with Checkpointer(tmp_path, keep=1) as saves:  # without the option they are saves as others are
+        saves.save(RunPosition(0, 12, 12), make(12))
     assert [path.name for path in tmp_path.iterdir()] == ["12"]
 
 
 def test_what_the_guard_counts_is_saved_and_a_save_of_an_older_version_begins_it_anew(tmp_path):
-    counted = Guard(jnp.int32(3), jnp.int32(2), jnp.int32(40), jnp.float32(0.1), jnp.float32(1 / 3))
+    counted = StepGuard(
+        jnp.int32(3), jnp.int32(2), jnp.int32(40), jnp.float32(0.1), jnp.float32(1 / 3)
+    )
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), Guard.fresh()
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), StepGuard.fresh()
     )
     wanted = abstract().replace(guard=shapes)
-    with Checkpoints(tmp_path, keep=2) as saves:
-        saves.save(Place(0, 1, 1), make(1).replace(guard=counted))
-        saves.save(Place(0, 2, 2), make(2))  # as before there were guards
+    with Checkpointer(tmp_path, keep=2) as saves:
+        saves.save(RunPosition(0, 1, 1), make(1).replace(guard=counted))
+        saves.save(RunPosition(0, 2, 2), make(2))  # as before there were guards
         saves.wait()
-        for total, guard in ((1, counted), (2, Guard.fresh())):
+        for total, guard in ((1, counted), (2, StepGuard.fresh())):
             restored = saves.restore(total, wanted)
             for a, b in zip(
                 jax.tree.leaves(restored),
@@ -196,7 +198,7 @@ def test_a_save_of_another_model_is_refused_with_what_differs(saved):
         "extra": jax.ShapeDtypeStruct((5,), jnp.float32),
     }
     other = abstract().replace(params=params)
-    with Checkpoints(saved, keep=2) as saves, pytest.raises(UserError) as fault:
+    with Checkpointer(saved, keep=2) as saves, pytest.raises(UserError) as fault:
         saves.restore(3, other)
     said = str(fault.value)
     assert "3 is of another model: " in said and "\n" not in said and "and 1 more" in said
@@ -263,10 +265,10 @@ def test_a_save_in_the_form_of_an_older_version_opens(tmp_path, monkeypatch):
         params: dict
         opt_state: tuple
 
-    with monkeypatch.context() as before, Checkpoints(tmp_path, keep=2) as saves:
+    with monkeypatch.context() as before, Checkpointer(tmp_path, keep=2) as saves:
         before.setattr(
             checkpoint, "_arrays", lambda state: Older(state.step, state.params, state.opt_state)
         )
-        saves.save(Place(0, 1, 1), make(1))
-    with Checkpoints(tmp_path, keep=2) as saves:
+        saves.save(RunPosition(0, 1, 1), make(1))
+    with Checkpointer(tmp_path, keep=2) as saves:
         assert_equal(saves.restore(1, abstract()), make(1))

@@ -11,10 +11,10 @@ from pixart_jax.errors import Interrupted
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.training import loop
-from pixart_jax.training.clock import Clock
-from pixart_jax.training.interruption import Interruption
-from pixart_jax.training.loop import Diverged, Watch, Window, train
-from pixart_jax.training.trace import Trace
+from pixart_jax.training.clock import StepTimer
+from pixart_jax.training.interruption import PreemptionHandler
+from pixart_jax.training.loop import LoopHooks, MetricWindow, TrainingDiverged, train
+from pixart_jax.training.trace import StepProfiler
 
 
 class Batches:
@@ -55,10 +55,10 @@ class Step:
 def run(steps=10, start=0, bad=(), window=None, patience=3, stop=None, **every):
     """Returns (steps seen by the step, logged lines, saves, previews, the exception or None)."""
     logged, saved, looked, step = [], [], [], Step(bad)
-    interruption = Interruption()
+    interruption = PreemptionHandler()
     if stop:
-        interruption.reached = lambda total: "SIGTERM" if total == stop + 100 else None
-    watch = Watch(
+        interruption.should_stop = lambda total: "SIGTERM" if total == stop + 100 else None
+    watch = LoopHooks(
         every.get("log", 3),
         every.get("look", 0),
         patience,
@@ -69,9 +69,9 @@ def run(steps=10, start=0, bad=(), window=None, patience=3, stop=None, **every):
         lambda n, state: looked.append(n),
         lambda n, values: [f"record of {n}"],
         lambda rows: 0.0,
-        Clock(4),
+        StepTimer(4),
         interruption,
-        Trace("nowhere", None),
+        StepProfiler("nowhere", None),
     )
     fault = None
     try:
@@ -84,10 +84,10 @@ def run(steps=10, start=0, bad=(), window=None, patience=3, stop=None, **every):
             steps=steps,
             key=jax.random.key(0),
             watch=watch,
-            window=window or Window(),
+            window=window or MetricWindow(),
             sharding=batch_sharding(make_mesh(MeshConfig())),
         )
-    except (Diverged, Interrupted) as raised:
+    except (TrainingDiverged, Interrupted) as raised:
         fault = raised
     return step.seen, logged, saved, looked, fault
 
@@ -104,7 +104,7 @@ def test_lines_are_means_since_the_last_line():
 def test_a_resumed_run_logs_the_lines_of_one_that_never_stopped(bad):
     _, logged, saved, _, _ = run(bad=bad, patience=4)
     number, _, *window = saved[0]
-    assert run(start=number, window=Window(*window), bad=bad, patience=4)[1] == [
+    assert run(start=number, window=MetricWindow(*window), bad=bad, patience=4)[1] == [
         line for line in logged if line[0] > number
     ]
 
@@ -119,7 +119,7 @@ def test_a_skipped_step_is_counted_and_its_loss_is_in_no_mean():
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_step_and_records():
     seen, logged, saved, looked, fault = run(bad=range(6, 11))
-    assert isinstance(fault, Diverged)
+    assert isinstance(fault, TrainingDiverged)
     assert (
         str(fault)
         == "stage s, step 8, the last of 3 bad steps in a row: loss is nan; the batch held record "

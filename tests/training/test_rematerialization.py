@@ -17,8 +17,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.remat import BY_SPEED, policy
 from pixart_jax.parallel.chips import CHIPS, GIB
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training import abstract, cli, rematerialization, stages
-from pixart_jax.training.activations import counted
+from pixart_jax.training import abstract, recipes, rematerialization, stages
+from pixart_jax.training.activations import activation_bytes
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
@@ -29,12 +29,12 @@ def mesh():
 
 
 def parts(config, mesh):
-    return abstract.parts(config, config.stages[0], abstract.AssumedFrozen(config), mesh)
+    return abstract.build_stage(config, config.stages[0], abstract.FrozenSpec(config), mesh)
 
 
 def needed(config, made, mesh, name):
-    stage, held = config.stages[0], rematerialization.held_bytes
-    terms = counted(
+    stage, held = config.stages[0], rematerialization.bytes_per_device
+    terms = activation_bytes(
         config,
         stage,
         name,
@@ -55,7 +55,7 @@ def test_the_order_is_that_of_the_measured_table():
 
 
 def test_the_fastest_that_fits_is_taken_and_the_smallest_where_none_does(mesh, monkeypatch):
-    config = dataclasses.replace(cli.load(cli.find("xl2_256_sam")), remat="auto")
+    config = dataclasses.replace(recipes.load(recipes.find("xl2_256_sam")), remat="auto")
     config = dataclasses.replace(
         config, stages=(dataclasses.replace(config.stages[0], batch_size=64),)
     )
@@ -102,7 +102,7 @@ def test_a_run_says_what_it_took_and_its_step_is_that_policys(tmp_path, mesh, ca
         stage, made = config.stages[0], run.prepare(0)
         shapes = abstract.abstract_batch(config, stage, stage.data.buckets[0], mesh)
         one = abstract.compiled_step(
-            config, stage, abstract.Parts(made.task, made.optimizer, made.abstract), mesh
+            config, stage, abstract.StageParts(made.task, made.optimizer, made.abstract), mesh
         )
         return one.trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().as_text()
 

@@ -24,7 +24,7 @@ import tiny_run
 from PIL import Image
 
 import train
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.config import DataConfig, ProfileConfig
 from pixart_jax.data.sources import Sample
 from pixart_jax.training import batches, stages
@@ -268,7 +268,7 @@ def test_the_same_command_on_a_finished_run_trains_nothing(finished, world):
 
 
 def one_line(capsys, status: int, *argv) -> str:
-    assert program.run(train.main, [str(a) for a in argv]) == status
+    assert cli.run(train.main, [str(a) for a in argv]) == status
     err = capsys.readouterr().err
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -343,9 +343,9 @@ def test_a_record_that_is_no_number_costs_its_batches_alone(world, tmp_path):
     held = records.Records(original)
     packed = []
     for index in range(len(held)):
-        arrays, metadata = records.unpack(held.bytes(index))
+        arrays, metadata = records.decode_record(held.bytes(index))
         spoilt = {"mean": np.full_like(arrays["mean"], np.nan)} if metadata["key"] == "r0-5" else {}
-        packed.append(records.pack({**arrays, **spoilt}, metadata))
+        packed.append(records.encode_record({**arrays, **spoilt}, metadata))
     shard.unlink()
     records.write_shard(shard, packed)
     entry = dataclasses.replace(

@@ -10,7 +10,7 @@ import pytest
 
 from pixart_jax.config import StageConfig
 from pixart_jax.errors import UserError
-from pixart_jax.training.starts import converted
+from pixart_jax.training.initialization import convert_params
 
 STAGE = StageConfig("words", "text_to_image")
 TASK = types.SimpleNamespace(module=types.SimpleNamespace(config=None))
@@ -29,7 +29,9 @@ def fresh():
 
 
 def begin(params, kind="text_to_image"):
-    return converted(STAGE, kind, None, params, TASK, fresh, jax.random.key(0), lambda *_: None)
+    return convert_params(
+        STAGE, kind, None, params, TASK, fresh, jax.random.key(0), lambda *_: None
+    )
 
 
 def test_the_same_parameters_go_on():

@@ -26,9 +26,9 @@ from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training import abstract
-from pixart_jax.training.step import taken_where
+from pixart_jax.training.step import update_where
 from pixart_jax.training.tasks.class_conditional import ClassConditional
-from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
 
 MODEL = TransformerConfig(
@@ -44,7 +44,7 @@ MODEL = TransformerConfig(
 
 
 def task(kind: str, dtype):
-    denoising = Denoising(ObjectiveConfig(), 0.18215)
+    denoising = DiffusionObjective(ObjectiveConfig(), 0.18215)
     if kind == "dit":
         return ClassConditional(
             DiT(DiTConfig(depth=2, width=64, heads=4, sample_size=8, num_classes=5), dtype=dtype),
@@ -165,7 +165,7 @@ def test_leaving_a_step_out_is_the_same_on_every_platform(ok):
 
     run = jax.jit(
         lambda ok, *arrays: [
-            taken_where(ok, take, *arrays, on_cpu=on_cpu) for on_cpu in (True, False)
+            update_where(ok, take, *arrays, on_cpu=on_cpu) for on_cpu in (True, False)
         ]
     )
     loop, selection = run(ok, params, moments, grads)
@@ -226,7 +226,7 @@ def test_with_micro_batches_a_bucket_takes_one_executable_and_no_step_asks_the_d
     config = small(accumulate=2, dtype="float32")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=48))
     stage = config.stages[0]
-    made = abstract.parts(config, stage, abstract.AssumedFrozen(config), mesh)
+    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
     step = abstract.compiled_step(config, stage, made, mesh)
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), made.abstract)
     state = jax.device_put(state, jax.tree.map(lambda s: s.sharding, made.abstract))

@@ -10,7 +10,7 @@ import pytest
 from pixart_jax.models.flops import train_flops
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.training import attempts, clock
-from pixart_jax.training.attempts import Attempts
+from pixart_jax.training.attempts import RestartLog
 from pixart_jax.training.metrics import TIMING, device_memory, read
 from pixart_jax.training.stages import batch_flops
 from pixart_jax.training.summary import summary
@@ -36,7 +36,7 @@ def test_rates_leave_out_saves_compiling_and_the_first_step_and_productive_time_
     monkeypatch,
 ):
     time, flops = Time(monkeypatch), 5e9
-    watch = clock.Clock(batch_size=8, productive=100.0, peak=1e10)
+    watch = clock.StepTimer(batch_size=8, productive=100.0, peak=1e10)
     time.passes(3.0)
     watch.compiled(2.5)
     watch.done(flops)  # the first step: half a second beside its compiling
@@ -53,18 +53,18 @@ def test_rates_leave_out_saves_compiling_and_the_first_step_and_productive_time_
         {"steps_per_second": 1.0, "images_per_second": 8.0, "data_wait": 0.25, "mfu": 0.5}
     )
     assert watch.productive == pytest.approx(104.5)
-    assert "mfu" not in clock.Clock(8).rates()
+    assert "mfu" not in clock.StepTimer(8).rates()
 
 
 def test_goodput_counts_from_the_first_start_whatever_came_between(tmp_path, monkeypatch):
     time = Time(monkeypatch)
-    first = Attempts(tmp_path, 0, 8, "TPU v5 lite")
+    first = RestartLog(tmp_path, 0, 8, "TPU v5 lite")
     time.passes(100.0)
     assert first.goodput(60.0) == pytest.approx(0.6) and first.restarts == 0
     with open(tmp_path / "attempts.jsonl", "a") as file:
         file.write('{"time": 1050.0, "tot')  # killed while it wrote
     time.passes(100.0)
-    second = Attempts(tmp_path, 40, 4, "TPU v5 lite")
+    second = RestartLog(tmp_path, 40, 4, "TPU v5 lite")
     assert second.first == 1000.0 and second.restarts == 1
     time.passes(50.0)
     assert second.goodput(40.0 + 50.0) == pytest.approx(0.36)
@@ -105,7 +105,7 @@ def test_device_memory_is_told_where_the_platform_tells_it():
 
 def test_the_summary_has_a_line_for_the_run_and_one_for_each_stage(tmp_path):
     assert summary(tmp_path) == "nothing was logged"
-    Attempts(tmp_path, 0, 1, "cpu"), Attempts(tmp_path, 3, 1, "cpu")
+    RestartLog(tmp_path, 0, 1, "cpu"), RestartLog(tmp_path, 3, 1, "cpu")
     common = {
         "images_per_second": 10.0,
         "mfu": 0.5,

@@ -17,7 +17,7 @@ from pixart_jax.config import (
     StageConfig,
 )
 from pixart_jax.errors import UserError
-from pixart_jax.training.workdir import Workdir, as_json, keep_programs
+from pixart_jax.training.workdir import Workdir, as_json, enable_compilation_cache
 
 CONFIG = Config(
     name="a",
@@ -35,11 +35,11 @@ def other(**changes) -> Config:
 
 def test_the_same_config_comes_back(tmp_path):
     with Workdir(tmp_path / "run", CONFIG) as folder:
-        folder.keep()
+        folder.save_config()
         pass
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == as_json(CONFIG)
     with Workdir(tmp_path / "run", CONFIG) as folder:
-        folder.keep()
+        folder.save_config()
         pass
 
 
@@ -60,7 +60,7 @@ def test_the_same_config_comes_back(tmp_path):
 )
 def test_another_config_is_refused_with_what_differs(tmp_path, config, said):
     with Workdir(tmp_path, CONFIG) as folder:
-        folder.keep()
+        folder.save_config()
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError) as fault, Workdir(tmp_path, config):
         pass
@@ -70,7 +70,7 @@ def test_another_config_is_refused_with_what_differs(tmp_path, config, said):
 
 def test_what_only_changes_the_watching_may_change(tmp_path):
     with Workdir(tmp_path, CONFIG) as folder:
-        folder.keep()
+        folder.save_config()
     with Workdir(
         tmp_path,
         dataclasses.replace(
@@ -100,7 +100,7 @@ def test_a_file_is_no_workdir(tmp_path):
 
 def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(tmp_path):
     with Workdir(tmp_path, CONFIG) as folder:
-        folder.keep()
+        folder.save_config()
     file = tmp_path / "config.json"
     old = json.loads(file.read_text())
     del (
@@ -112,7 +112,7 @@ def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(t
     )
     file.write_text(json.dumps(old))
     with Workdir(tmp_path, CONFIG) as folder:
-        folder.keep()
+        folder.save_config()
     assert json.loads(file.read_text()) == as_json(CONFIG)
     file.write_text(json.dumps(old))
     changed = dataclasses.replace(CONFIG, guard=GuardConfig(spike_factor=None))
@@ -125,7 +125,7 @@ def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(t
 
 def test_what_only_changes_what_is_kept_or_when_to_give_up_may_change(tmp_path):
     with Workdir(tmp_path, CONFIG) as folder:
-        folder.keep()
+        folder.save_config()
     changes = {
         "keep_every": 7,
         "keep_checkpoints": 1,
@@ -140,10 +140,10 @@ def test_another_place_for_compiled_programs_wins(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "given"))
-        keep_programs(tmp_path / "ours")
+        enable_compilation_cache(tmp_path / "ours")
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "given")
         jax.config.update("jax_compilation_cache_dir", None)
-        keep_programs(tmp_path / "ours")
+        enable_compilation_cache(tmp_path / "ours")
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

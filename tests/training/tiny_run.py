@@ -10,7 +10,6 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pixart_jax import tokenizer
 from pixart_jax.config import (
     Config,
     DataConfig,
@@ -24,6 +23,7 @@ from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel.rules import unboxed
+from pixart_jax.text import word_tokenizer
 from pixart_jax.weights.component import VAE, TextEncoder
 
 WORDS = "a red green blue circle square left of right".split()
@@ -51,7 +51,7 @@ def parts(folder: Path) -> Path:
             )
         )(jax.random.key(1))
         component.replace(params=params).save(folder / name)
-    tokenizer.from_words(WORDS).save_pretrained(str(folder / "tokenizer"))
+    word_tokenizer(WORDS).save_pretrained(str(folder / "tokenizer"))
     return folder
 
 
@@ -72,7 +72,7 @@ def shards(folder: Path, buckets=((32, 32),), count: int = 24) -> Path:
                 "text.dense.0": rng.normal(size=(length, 16)).astype(ml_dtypes.bfloat16),
             }
             packed.append(
-                records.pack(
+                records.encode_record(
                     arrays, {"key": f"r{number}-{index}", "captions.dense": '["a red circle"]'}
                 )
             )

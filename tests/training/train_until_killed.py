@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
-from pixart_jax import program
+from pixart_jax import cli
 from pixart_jax.training import loop
 
 at, _, names = sys.argv[1].partition(":")
@@ -33,4 +33,4 @@ def put(batch, sharding):
 
 
 loop.put = put
-sys.exit(program.run(train.main, sys.argv[2:]))
+sys.exit(cli.run(train.main, sys.argv[2:]))

@@ -26,9 +26,9 @@ def folder(saved_transformer, tmp_path, monkeypatch):
 def conversions(monkeypatch):
     """A list with an entry for each time that weights were converted."""
     calls = []
-    real = component.Reading
+    real = component.ParamReader
     monkeypatch.setattr(
-        component, "Reading", lambda *args, **more: calls.append(1) or real(*args, **more)
+        component, "ParamReader", lambda *args, **more: calls.append(1) or real(*args, **more)
     )
     return calls
 

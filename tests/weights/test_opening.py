@@ -15,7 +15,7 @@ import pytest
 from pixart_jax import load_component
 from pixart_jax.errors import UserError
 from pixart_jax.weights import files
-from pixart_jax.weights.opening import Opening
+from pixart_jax.weights.opening import PendingParams
 
 BATCH = 2
 
@@ -49,7 +49,7 @@ def test_what_needs_no_parameter_waits_for_none(folder, gate, dtype):
     part = load_component(folder, dtype)
     other = part.replace(dtype=jnp.float32)
     shapes = part.shapes
-    assert part.module.config is part.config and isinstance(other._held, Opening)
+    assert part.module.config is part.config and isinstance(other._held, PendingParams)
     gate.set()
     described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), part.params)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == described
@@ -112,7 +112,7 @@ def test_parameters_come_to_the_device_that_was_the_default_when_they_were_asked
     opened = threading.Event()
     (device,) = jax.devices()[:1]
     with jax.default_device(device):
-        found = Opening({}, lambda: (opened.wait(60), jax.config.jax_default_device)[1])
+        found = PendingParams({}, lambda: (opened.wait(60), jax.config.jax_default_device)[1])
     opened.set()
     assert found.result() == device
 

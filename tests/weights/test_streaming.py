@@ -16,15 +16,15 @@ import pytest
 
 from pixart_jax.weights import streaming
 from pixart_jax.weights.files import open_tensors, write_safetensors
-from pixart_jax.weights.streaming import aliased, read
-from pixart_jax.weights.table import Entry, flatten, unflatten
+from pixart_jax.weights.streaming import map_params, read
+from pixart_jax.weights.table import ParamMapping, flatten, unflatten
 
 TABLE = (
-    Entry("blocks/k/kernel", "b.{i}.kv", "linear", (0, 2)),
-    Entry("blocks/v/kernel", "b.{i}.kv", "linear", (1, 2)),
-    Entry("conv", "conv", "conv"),
-    Entry("embedding", "embedding"),
-    Entry("scale", "scale"),
+    ParamMapping("blocks/k/kernel", "b.{i}.kv", "linear", (0, 2)),
+    ParamMapping("blocks/v/kernel", "b.{i}.kv", "linear", (1, 2)),
+    ParamMapping("conv", "conv", "conv"),
+    ParamMapping("embedding", "embedding"),
+    ParamMapping("scale", "scale"),
 )
 
 
@@ -85,7 +85,7 @@ def test_a_file_in_our_own_layout_is_used_where_it_lies(tmp_path):
     params = read(TABLE, shapes, theirs, dtype=ml_dtypes.bfloat16)
     write_safetensors(tmp_path / "x.safetensors", flatten(params))
     file = open_tensors(tmp_path / "x.safetensors")
-    again = flatten(aliased(file))
+    again = flatten(map_params(file))
     for path, array in flatten(params).items():
         np.testing.assert_array_equal(again[path], array)
         assert again[path].dtype == array.dtype
@@ -101,7 +101,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from tests.weights.test_streaming import TABLE, model
 from pixart_jax.weights import streaming
 from pixart_jax.weights.files import open_tensors, write_safetensors
-from pixart_jax.weights.streaming import aliased, read
+from pixart_jax.weights.streaming import map_params, read
 from pixart_jax.weights.table import flatten, unflatten
 
 mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -111,7 +111,7 @@ specs |= {"conv": P(), "embedding": P("tensor", "fsdp"), "scale": P()}
 shardings = unflatten({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
 one, many = flatten(read(TABLE, shapes, theirs)), flatten(read(TABLE, shapes, theirs, shardings=shardings))
 write_safetensors({path!r}, one)
-cached = flatten(aliased(open_tensors({path!r}), shardings))
+cached = flatten(map_params(open_tensors({path!r}), shardings))
 for path, array in one.items():
     for other in (many[path], cached[path]):
         assert other.sharding.spec == specs[path], path

@@ -10,18 +10,18 @@ from pixart_jax.errors import UserError
 from pixart_jax.weights import streaming
 from pixart_jax.weights.files import Tensors
 from pixart_jax.weights.streaming import read
-from pixart_jax.weights.table import Entry, flatten, grouped, unflatten, write
+from pixart_jax.weights.table import ParamMapping, flatten, grouped, unflatten, write
 
 TABLE = (
-    Entry("blocks/q/kernel", "b.{i}.qkv.weight", "linear", (0, 3)),
-    Entry("blocks/k/kernel", "b.{i}.qkv.weight", "linear", (1, 3)),
-    Entry("blocks/v/kernel", "b.{i}.qkv.weight", "linear", (2, 3)),
-    Entry("conv/kernel", "conv.weight", "conv"),
-    Entry("point/kernel", "point.weight", "pointwise"),
-    Entry("scale", "norm.weight"),
-    Entry("null", "null", optional=True),
+    ParamMapping("blocks/q/kernel", "b.{i}.qkv.weight", "linear", (0, 3)),
+    ParamMapping("blocks/k/kernel", "b.{i}.qkv.weight", "linear", (1, 3)),
+    ParamMapping("blocks/v/kernel", "b.{i}.qkv.weight", "linear", (2, 3)),
+    ParamMapping("conv/kernel", "conv.weight", "conv"),
+    ParamMapping("point/kernel", "point.weight", "pointwise"),
+    ParamMapping("scale", "norm.weight"),
+    ParamMapping("null", "null", optional=True),
     # a parameter that this model does not have
-    Entry("variant/kernel", "variant.weight", "linear"),
+    ParamMapping("variant/kernel", "variant.weight", "linear"),
 )
 RNG = np.random.default_rng(0)
 FILE = {
@@ -70,7 +70,7 @@ def test_axes_and_parts_lie_as_they_should():
 
 
 def test_a_parameter_of_some_layers_takes_those_layers_tensors():
-    table = (Entry("extra/scale", "b.{i}.extra", layers=(1, 3)),)
+    table = (ParamMapping("extra/scale", "b.{i}.extra", layers=(1, 3)),)
     tensors = {"b.1.extra": np.full(2, 1.0, np.float32), "b.3.extra": np.full(2, 3.0, np.float32)}
     params = read(table, {"extra": {"scale": np.empty((2, 2))}}, tensors)
     np.testing.assert_array_equal(params["extra"]["scale"], [[1, 1], [3, 3]])

@@ -2,8 +2,8 @@
 opens any of them by its text."""
 
 from pixart_jax.data.sources.filters import FILTERS
-from pixart_jax.data.sources.mixture import Mixture, parts_of
-from pixart_jax.data.sources.opening import kind_of, open_source
+from pixart_jax.data.sources.mixture import Mixture, parse_mixture
+from pixart_jax.data.sources.opening import open_source, parse_source
 from pixart_jax.data.sources.sample import Sample, Source
 from pixart_jax.data.sources.tfds import TfdsSource
 

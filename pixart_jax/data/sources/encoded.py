@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from pixart_jax.data import images, records
-from pixart_jax.data.faults import Faults
-from pixart_jax.data.sources.filters import Fields
-from pixart_jax.data.sources.listed import Listed
+from pixart_jax.data.faults import BadRecords
+from pixart_jax.data.sources.filters import LazyFields
+from pixart_jax.data.sources.listed import IndexedSource
 from pixart_jax.data.sources.sample import Sample
 from pixart_jax.errors import UserError
 
 
-class RecordsSource(Listed):
+class RecordsSource(IndexedSource):
     """The samples of a folder that ``encode`` made; a sample has no picture, and says so where
     pixels are asked for.
 
@@ -30,9 +30,9 @@ class RecordsSource(Listed):
         *,
         where: str | None = None,
         limit: int | None = None,
-        faults: Faults | None = None,
+        faults: BadRecords | None = None,
     ):
-        self.faults = Faults() if faults is None else faults
+        self.faults = BadRecords() if faults is None else faults
         self._held = records.Records(folder)
         self.name = f"records:{self._held.folder.resolve().name}"
         manifest = self._held.manifest
@@ -56,10 +56,10 @@ class RecordsSource(Listed):
 
     def latents(self, index: int) -> np.ndarray:
         """float32 [height/f, width/f, c]: the posterior's mean, unscaled."""
-        return records.unpack(self._held.bytes(self._place(index)), ("mean",))[0]["mean"]
+        return records.decode_record(self._held.bytes(self._place(index)), ("mean",))[0]["mean"]
 
     def _read(self, place: int) -> tuple[dict, dict[str, str]]:
-        return records.unpack(self._held.bytes(place), ("label", "size"))
+        return records.decode_record(self._held.bytes(place), ("label", "size"))
 
     def _key(self, place: int) -> str:
         return self._read(place)[1]["key"]
@@ -78,7 +78,7 @@ class RecordsSource(Listed):
         arrays, metadata = self._read(place)
         return Sample(metadata["key"], None, _captions(metadata), int(arrays["label"]))
 
-    def _fields(self, place: int) -> Fields:
+    def _fields(self, place: int) -> LazyFields:
         arrays, metadata = self._read(place)
         said = _captions(metadata)
         captions = {kind: found[0] if len(found) == 1 else found for kind, found in said.items()}
@@ -90,7 +90,7 @@ class RecordsSource(Listed):
             "height": height,
             "width": width,
         }
-        return Fields({**captions, **others}, {})
+        return LazyFields({**captions, **others}, {})
 
 
 def _captions(metadata: dict[str, str]) -> dict[str, tuple[str, ...]]:

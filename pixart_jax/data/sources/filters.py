@@ -18,7 +18,7 @@ FILTERS: dict[str, Callable[[Mapping], bool]] = {
 is an error."""
 
 
-def named(where: str) -> Callable[[Mapping], bool]:
+def get_filter(where: str) -> Callable[[Mapping], bool]:
     """A filter by name, or a person's own as 'package.module:function'. UserError where there is
     none such."""
     if where in FILTERS:
@@ -42,13 +42,14 @@ def identity(where: str | None) -> str | None:
         return where
     try:
         return (
-            f"{where} {hashlib.sha256(inspect.getsource(named(where)).encode()).hexdigest()[:16]}"
+            f"{where} "
+            f"{hashlib.sha256(inspect.getsource(get_filter(where)).encode()).hexdigest()[:16]}"
         )
     except (OSError, TypeError):  # made without a source file
         return where
 
 
-class Fields(Mapping):
+class LazyFields(Mapping):
     """A record's fields, each made when it is asked for: so a filter over 'width' reads headers and
     one over 'label' does not.
 

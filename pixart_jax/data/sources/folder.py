@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from pixart_jax.data import images
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import rows, texts
-from pixart_jax.data.sources.filters import Fields
-from pixart_jax.data.sources.listed import Listed
+from pixart_jax.data.sources.filters import LazyFields
+from pixart_jax.data.sources.listed import IndexedSource
 from pixart_jax.data.sources.sample import Sample
-from pixart_jax.data.sources.strings import Numbers, Strings
+from pixart_jax.data.sources.strings import StringIndex, StringTable
 from pixart_jax.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -26,7 +26,7 @@ _TABLES = ("captions", "metadata")  # .jsonl, .csv, .tsv or .parquet: found by t
 _LOOKED_AT = 500  # side files whose JSON is read to learn which kinds of text there are
 
 
-class FolderSource(Listed):
+class FolderSource(IndexedSource):
     """Pictures in a folder and all below it; hidden ones do not count.
 
     A picture's key is its path without the suffix. Its captions are
@@ -48,15 +48,15 @@ class FolderSource(Listed):
         *,
         where: str | None = None,
         limit: int | None = None,
-        faults: Faults | None = None,
+        faults: BadRecords | None = None,
         tables: Sequence[str] = (),
     ):
         self._root = pathlib.Path(root)
         if not self._root.is_dir():
             raise UserError(f"folder {str(root)!r}: no such folder")
-        self.faults = Faults() if faults is None else faults
+        self.faults = BadRecords() if faults is None else faults
         self.name = f"folder:{self._root.resolve().name}"
-        self._keys, self._suffixes = Strings(), []
+        self._keys, self._suffixes = StringTable(), []
         self._suffix_of = array.array("H")
         seal = hashlib.sha256()
         beside, found = self._scan(seal)
@@ -66,7 +66,7 @@ class FolderSource(Listed):
         self._side_suffixes: list[str] = []  # of side files: '.txt', '.dense.txt', '.json'
         self._side_of = np.zeros(len(self._keys), np.uint64)  # a bit for each of them
         self._add_beside(beside, numbers)
-        self._rows, self._row_of = Strings(), np.full(len(self._keys), -1, np.int64)
+        self._rows, self._row_of = StringTable(), np.full(len(self._keys), -1, np.int64)
         kinds: dict[str, None] = {}
         labels = -1
         for table in [self._given(table) for table in tables] or found:
@@ -86,10 +86,10 @@ class FolderSource(Listed):
 
     # ---- what lies there ----
 
-    def _scan(self, seal) -> tuple[Strings, list[pathlib.Path]]:
+    def _scan(self, seal) -> tuple[StringTable, list[pathlib.Path]]:
         """Keys of the pictures; (paths of side files, tables). Paths are relative to the root, with
         '/'."""
-        beside, tables = Strings(), []
+        beside, tables = StringTable(), []
         for path, entry in _walk(str(self._root), ""):
             stem, suffix = posixpath.splitext(path)
             kind = suffix.lower()
@@ -126,9 +126,9 @@ class FolderSource(Listed):
             seal.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return beside, tables
 
-    def _once(self) -> Numbers:
+    def _once(self) -> StringIndex:
         """Of pictures that share a key the first stays."""
-        numbers = Numbers(self._keys)
+        numbers = StringIndex(self._keys)
         repeats = numbers.repeats()
         if not repeats.any():
             return numbers
@@ -139,10 +139,10 @@ class FolderSource(Listed):
             )
         kept = np.flatnonzero(~repeats)
         self._suffix_of = array.array("H", [self._suffix_of[i] for i in kept])
-        self._keys = Strings(self._keys[i] for i in kept)
-        return Numbers(self._keys)
+        self._keys = StringTable(self._keys[i] for i in kept)
+        return StringIndex(self._keys)
 
-    def _add_beside(self, beside: Strings, numbers: Numbers) -> None:
+    def _add_beside(self, beside: StringTable, numbers: StringIndex) -> None:
         for path in beside:
             stem, suffix = posixpath.splitext(path)
             number = numbers.find(stem)
@@ -167,7 +167,7 @@ class FolderSource(Listed):
         kinds = [_kind(suffix) for suffix in sorted(self._side_suffixes) if suffix.endswith(".txt")]
         if ".json" in self._side_suffixes:
             bit = np.uint64(1 << self._side_suffixes.index(".json"))
-            quiet = Faults()
+            quiet = BadRecords()
             for place in np.flatnonzero(self._side_of & bit)[:_LOOKED_AT]:
                 kinds += texts.captions_of(self._json(int(place), quiet), "", quiet)
         return kinds
@@ -178,7 +178,7 @@ class FolderSource(Listed):
                 return path
         raise UserError(f"{self.name}: no caption file {table!r}, neither in the folder nor here")
 
-    def _add_rows(self, table: pathlib.Path, numbers: Numbers, kinds: dict[str, None]) -> int:
+    def _add_rows(self, table: pathlib.Path, numbers: StringIndex, kinds: dict[str, None]) -> int:
         """Take in a table; returns the greatest label in it, −1 without any."""
         here = posixpath.normpath(os.path.relpath(table.parent, self._root).replace(os.sep, "/"))
         greatest = -1
@@ -218,7 +218,7 @@ class FolderSource(Listed):
                 )
         return greatest
 
-    def _find(self, given: str, here: str, numbers: Numbers) -> int:
+    def _find(self, given: str, here: str, numbers: StringIndex) -> int:
         """The number of the picture that a row names, −1 where there is none."""
         if os.path.isabs(given):
             given = os.path.relpath(given, self._root.resolve())
@@ -242,7 +242,7 @@ class FolderSource(Listed):
     def _picture(self, place: int):
         return open(self._file(place), "rb")
 
-    def _json(self, place: int, faults: Faults) -> dict[str, object]:
+    def _json(self, place: int, faults: BadRecords) -> dict[str, object]:
         """What NAME.json says."""
         if (
             ".json" not in self._side_suffixes
@@ -295,7 +295,7 @@ class FolderSource(Listed):
         place = self._place(index)
         return self._keys[place], self._captions(place, self._json(place, self.faults))
 
-    def _fields(self, place: int) -> Fields:
+    def _fields(self, place: int) -> LazyFields:
         side, row = self._json(place, self.faults), self._row(place)[1]
         label = max(texts.label_of(row), texts.label_of(side))
         said = {}
@@ -309,7 +309,7 @@ class FolderSource(Listed):
         made = {kind: lambda kind=kind: caption(kind) for kind in self.caption_kinds}
         made |= {"captions": lambda: self._captions(place, side)}
         made |= {"height": lambda: self._size(place)[0], "width": lambda: self._size(place)[1]}
-        return Fields({**side, **row, "key": self._keys[place], "label": label}, made)
+        return LazyFields({**side, **row, "key": self._keys[place], "label": label}, made)
 
 
 def _walk(

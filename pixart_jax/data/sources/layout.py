@@ -17,7 +17,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.errors import UserError
 
 _LISTS = ("partition", "partition_filter", ".")  # where official loaders look for .json
@@ -42,7 +42,7 @@ class Layout:
     lists: tuple[pathlib.Path, ...]
     sam: bool
 
-    def entries(self, faults: Faults) -> Iterator[Entry]:
+    def entries(self, faults: BadRecords) -> Iterator[Entry]:
         """Every picture of the lists, in their order. Items that name none are left out by name."""
         for file in self.lists:
             yield from (_names if self.sam else _items)(file, faults)
@@ -76,7 +76,7 @@ def layout(root: str) -> Layout:
     return Layout(folder, found, sam=True)
 
 
-def _items(file: pathlib.Path, faults: Faults) -> Iterator[Entry]:
+def _items(file: pathlib.Path, faults: BadRecords) -> Iterator[Entry]:
     try:
         items = json.loads(file.read_bytes().decode("utf-8-sig", "replace"))
     except (OSError, ValueError, RecursionError) as fault:
@@ -91,7 +91,7 @@ def _items(file: pathlib.Path, faults: Faults) -> Iterator[Entry]:
             faults.add(place, "unreadable row", "names no picture: an object with 'path' is wanted")
 
 
-def _names(file: pathlib.Path, faults: Faults) -> Iterator[Entry]:
+def _names(file: pathlib.Path, faults: BadRecords) -> Iterator[Entry]:
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if name := line.strip():

@@ -17,18 +17,18 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax.cache import cache_folder
 from pixart_jax.data import images
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import filters
 from pixart_jax.data.sources.sample import Sample
 from pixart_jax.errors import UserError
+from pixart_jax.files import cache_folder
 
 READERS = 16  # threads of a pass over headers: what takes time is the disk
 _KEPT_FROM = 5_000  # samples; the sizes of fewer are read anew in seconds
 
 
-class Listed(abc.ABC):
+class IndexedSource(abc.ABC):
     """A set whose records have numbers, its *places*, of which a filter and a limit choose the
     samples.
 
@@ -40,7 +40,7 @@ class Listed(abc.ABC):
     fingerprint: str
     caption_kinds: tuple[str, ...]
     num_classes: int | None
-    faults: Faults
+    faults: BadRecords
 
     @abc.abstractmethod
     def _sample(self, place: int) -> Sample: ...
@@ -49,7 +49,7 @@ class Listed(abc.ABC):
     def _key(self, place: int) -> str: ...
 
     @abc.abstractmethod
-    def _fields(self, place: int) -> filters.Fields:
+    def _fields(self, place: int) -> filters.LazyFields:
         """What a filter sees."""
 
     @abc.abstractmethod
@@ -80,7 +80,7 @@ class Listed(abc.ABC):
     def _passing(self, where: str, limit: int | None) -> np.ndarray:
         """int64: places that pass the filter. A record that lacks a field which others have is
         named and left out."""
-        passes, kept, lacking, missing = filters.named(where), [], 0, ""
+        passes, kept, lacking, missing = filters.get_filter(where), [], 0, ""
         for place in tqdm(
             range(self._records), desc=f"filter {where}", unit=" samples", delay=2, leave=False
         ):
@@ -128,7 +128,7 @@ class Listed(abc.ABC):
         """int32 [n, 2]: (height, width) of every sample; (0, 0) for an unreadable image. One pass
         over headers, then kept; that of a large set in the cache folder too."""
         if self._found_sizes is None:
-            self._found_sizes = measured(
+            self._found_sizes = image_sizes(
                 len(self), lambda index: self._size(self._place(index)), self.fingerprint, self.name
             )
         return self._found_sizes
@@ -142,7 +142,7 @@ class Listed(abc.ABC):
             raise images.UnreadableImage(f"{self._key(place)}: {fault}") from None
 
 
-def measured(
+def image_sizes(
     count: int, size_of: Callable[[int], tuple[int, int]], identity: str, name: str
 ) -> np.ndarray:
     """int32 [n, 2] of ``size_of``, (0, 0) where it raises UnreadableImage; by many threads, with a
@@ -171,11 +171,11 @@ def measured(
         for done in readers.map(some, range(0, count, 64)):
             bar.update(done)
     if count >= _KEPT_FROM:
-        keep(file, lambda out: np.save(out, sizes))
+        write_cache_file(file, lambda out: np.save(out, sizes))
     return sizes
 
 
-def keep(file: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
+def write_cache_file(file: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
     """A file of the cache, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".partial")

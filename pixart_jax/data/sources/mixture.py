@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources.sample import Sample, Source, faults_of
 from pixart_jax.errors import UserError
 
 _TERM = re.compile(r"\s*([0-9.eE+-]+)\s*\*\s*(\S.*?)\s*")
 
 
-def parts_of(text: str) -> list[tuple[float, str]]:
+def parse_mixture(text: str) -> list[tuple[float, str]]:
     """[(share, source)] of a mixture, the shares adding up to 1; of any other text [(1, text)].
     UserError where one is badly written."""
     if not re.match(r"\s*[0-9.]+(?:[eE][-+]?\d+)?\s*\*", text):
@@ -49,7 +49,7 @@ class Mixture:
     """
 
     def __init__(
-        self, parts: Sequence[Source], weights: Sequence[float], faults: Faults | None = None
+        self, parts: Sequence[Source], weights: Sequence[float], faults: BadRecords | None = None
     ):
         self.parts, self.weights = tuple(parts), tuple(weights)
         self.name = " + ".join(
@@ -63,7 +63,7 @@ class Mixture:
         )
         classes = {part.num_classes for part in parts}
         self.num_classes = classes.pop() if len(classes) == 1 else None
-        self.faults = Faults() if faults is None else faults
+        self.faults = BadRecords() if faults is None else faults
         if faults is None:
             for part in parts:
                 self.faults.extend(faults_of(part))

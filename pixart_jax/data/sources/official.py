@@ -8,16 +8,16 @@ import pathlib
 import posixpath
 
 from pixart_jax.data import images
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import texts
-from pixart_jax.data.sources.filters import Fields
+from pixart_jax.data.sources.filters import LazyFields
 from pixart_jax.data.sources.layout import Entry, layout
-from pixart_jax.data.sources.listed import Listed
+from pixart_jax.data.sources.listed import IndexedSource
 from pixart_jax.data.sources.sample import Sample
-from pixart_jax.data.sources.strings import Strings
+from pixart_jax.data.sources.strings import StringTable
 
 
-class OfficialSource(Listed):
+class OfficialSource(IndexedSource):
     """The pictures that the lists name. Every text of an item ('prompt', 'sharegpt4v') is a kind of
     its name; SAM's captions/NAME.txt are the kind 'caption'. A sample's key is its path without the
     suffix.
@@ -33,13 +33,13 @@ class OfficialSource(Listed):
         *,
         where: str | None = None,
         limit: int | None = None,
-        faults: Faults | None = None,
+        faults: BadRecords | None = None,
     ):
-        self.faults = Faults() if faults is None else faults
+        self.faults = BadRecords() if faults is None else faults
         self._layout = layout(root)
         self.name = f"pixart:{self._layout.root.resolve().name}"
         pictures = _Pictures(self._layout.root, self._layout.sam)
-        self._keys, self._files, self._items = Strings(), Strings(), Strings()
+        self._keys, self._files, self._items = StringTable(), StringTable(), StringTable()
         seal, kinds = hashlib.sha256(), {}
         taken: set[str] = set()
         for entry in self._layout.entries(self.faults):
@@ -120,12 +120,12 @@ class OfficialSource(Listed):
         place = self._place(index)
         return self._keys[place], self._said(place)[0]
 
-    def _fields(self, place: int) -> Fields:
+    def _fields(self, place: int) -> LazyFields:
         said, others = self._said(place)
         captions = {kind: found[0] if len(found) == 1 else found for kind, found in said.items()}
         made = {"height": lambda: self._size(place)[0], "width": lambda: self._size(place)[1]}
         known = {name: value for name, value in others.items() if name not in made}
-        return Fields(
+        return LazyFields(
             {
                 **known,
                 **captions,

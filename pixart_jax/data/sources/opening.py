@@ -8,10 +8,10 @@ import pathlib
 import re
 
 from pixart_jax.data import records
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources.encoded import RecordsSource
 from pixart_jax.data.sources.folder import FolderSource
-from pixart_jax.data.sources.mixture import Mixture, parts_of
+from pixart_jax.data.sources.mixture import Mixture, parse_mixture
 from pixart_jax.data.sources.official import OfficialSource
 from pixart_jax.data.sources.sample import Source
 from pixart_jax.data.sources.tfds import TfdsSource
@@ -26,7 +26,7 @@ _FORMS = (
 )
 
 
-def kind_of(source: str) -> tuple[str, str]:
+def parse_source(source: str) -> tuple[str, str]:
     """(kind, the rest) of a text that names one set: a kind of KINDS. A path alone is told by what
     lies there: a manifest (records), tars (webdataset), partition lists (pixart), else a folder of
     pictures. UserError where it is none of these.
@@ -71,7 +71,7 @@ def open_source(
     limit: int | None = None,
     data_dir: str | os.PathLike | None = None,
     strict: bool = False,
-    faults: Faults | None = None,
+    faults: BadRecords | None = None,
 ) -> Source:
     """A set by its text; docs/data_sources.md has the forms.
 
@@ -82,8 +82,8 @@ def open_source(
     first such record is a UserError instead, as with ``faults=Faults(strict=True)``. Raises
     UserError for an unknown set, split or filter.
     """
-    faults = Faults(strict) if faults is None else faults
-    parts = parts_of(source)
+    faults = BadRecords(strict) if faults is None else faults
+    parts = parse_mixture(source)
     if len(parts) > 1:
         shares = [None if limit is None else math.ceil(share * limit) for share, _ in parts]
         opened = [
@@ -95,9 +95,9 @@ def open_source(
 
 
 def _open(
-    source: str, split: str, where: str | None, limit: int | None, data_dir, faults: Faults
+    source: str, split: str, where: str | None, limit: int | None, data_dir, faults: BadRecords
 ) -> Source:
-    kind, rest = kind_of(source)
+    kind, rest = parse_source(source)
     if kind == "tfds":
         return TfdsSource(rest, split, where=where, limit=limit, data_dir=data_dir, faults=faults)
     if split not in ("train", "all"):

@@ -8,7 +8,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -16,7 +16,7 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _LONGEST_ROW = 2**26
 
 
-def rows(file: pathlib.Path, faults: Faults) -> Iterator[tuple[int, dict[str, object]]]:
+def rows(file: pathlib.Path, faults: BadRecords) -> Iterator[tuple[int, dict[str, object]]]:
     """(number of the row, column → value); rows that cannot be read are named in ``faults``. Rows
     count from 1, of a csv without its header. UserError where the file is none of the three kinds,
     or cannot be opened."""
@@ -29,7 +29,7 @@ def rows(file: pathlib.Path, faults: Faults) -> Iterator[tuple[int, dict[str, ob
         raise UserError(f"{file} cannot be read: {fault.strerror or fault}") from None
 
 
-def _jsonl(file: pathlib.Path, faults: Faults) -> Iterator[tuple[int, dict[str, object]]]:
+def _jsonl(file: pathlib.Path, faults: BadRecords) -> Iterator[tuple[int, dict[str, object]]]:
     with open(file, "rb") as lines:
         number = 0
         while line := lines.readline(_LONGEST_ROW):
@@ -61,7 +61,7 @@ def _jsonl(file: pathlib.Path, faults: Faults) -> Iterator[tuple[int, dict[str, 
                 )
 
 
-def _csv(file: pathlib.Path, faults: Faults) -> Iterator[tuple[int, dict[str, object]]]:
+def _csv(file: pathlib.Path, faults: BadRecords) -> Iterator[tuple[int, dict[str, object]]]:
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_ROW))
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as text:
         reader = csv.reader(
@@ -94,7 +94,7 @@ def _csv(file: pathlib.Path, faults: Faults) -> Iterator[tuple[int, dict[str, ob
             yield number, dict(zip(header, row, strict=True))
 
 
-def _parquet(file: pathlib.Path, faults: Faults) -> Iterator[tuple[int, dict[str, object]]]:
+def _parquet(file: pathlib.Path, faults: BadRecords) -> Iterator[tuple[int, dict[str, object]]]:
     import pyarrow
     import pyarrow.parquet
 

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from pixart_jax.data import images
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.errors import UserError, nearest
 
 
@@ -79,7 +79,7 @@ class Sample:
             )
         return self.captions[kind]
 
-    def said(self, kinds: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    def captions_of_kinds(self, kinds: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Those of the kinds that the sample has, at least one; UserError names the sample where it
         has none of them (and kinds are wanted at all)."""
         found = {kind: self.captions[kind] for kind in kinds if self.captions.get(kind)}
@@ -116,7 +116,7 @@ class Source(Protocol):
         ...
 
 
-def faults_of(source: Source) -> Faults:
+def faults_of(source: Source) -> BadRecords:
     """A source's faults; a fresh collection for one that knows of none."""
     found = getattr(source, "faults", None)
-    return Faults() if found is None else found
+    return BadRecords() if found is None else found

@@ -14,7 +14,7 @@ import numpy as np
 _IN_MEMORY = 2**28
 
 
-class Strings:
+class StringTable:
     """Texts by number, as one block of UTF-8: eight bytes each beside their own, where Python's
     objects take sixty.
 
@@ -54,7 +54,7 @@ class Strings:
         return (self[i] for i in range(len(self)))
 
 
-def _hashes(texts: Strings) -> np.ndarray:
+def _hashes(texts: StringTable) -> np.ndarray:
     """uint64 [n]: of each text."""
     out = np.empty(len(texts), np.uint64)
     for i in range(len(texts)):
@@ -66,10 +66,10 @@ def _hash(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-class Numbers:
+class StringIndex:
     """text → its number in ``texts``, the first where it stands several times; 16 bytes a text."""
 
-    def __init__(self, texts: Strings):
+    def __init__(self, texts: StringTable):
         self._texts = texts
         hashes = _hashes(texts)
         self._order = np.argsort(hashes, kind="stable")

@@ -14,13 +14,13 @@ import mmap
 import pathlib
 from collections.abc import Iterator
 
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 
 _BLOCK = 512
 _REGULAR, _LONG_NAME, _PAX = b"0\x007", b"L", b"x"
 
 
-def members(path: pathlib.Path, faults: Faults) -> Iterator[tuple[str, int, int]]:
+def members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each whole regular file. What is cut off or damaged is named once,
     with where it begins. OSError where the file cannot be read."""
     with open(path, "rb") as file:
@@ -33,7 +33,9 @@ def members(path: pathlib.Path, faults: Faults) -> Iterator[tuple[str, int, int]
             yield from _members(data, end, path.name, faults)
 
 
-def _members(data: mmap.mmap, end: int, tar: str, faults: Faults) -> Iterator[tuple[str, int, int]]:
+def _members(
+    data: mmap.mmap, end: int, tar: str, faults: BadRecords
+) -> Iterator[tuple[str, int, int]]:
     at, name, size = 0, None, None  # name and size: what a member of its own said of the next one
     while True:
         block = data[at : at + _BLOCK]

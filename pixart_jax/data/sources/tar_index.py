@@ -11,11 +11,11 @@ import pathlib
 
 import numpy as np
 
-from pixart_jax.cache import cache_folder
-from pixart_jax.data.faults import Fault, Faults
+from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.data.sources import texts
-from pixart_jax.data.sources.listed import keep
+from pixart_jax.data.sources.listed import write_cache_file
 from pixart_jax.data.sources.tar_headers import members
+from pixart_jax.files import cache_folder
 
 FORMAT = 1
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -40,7 +40,7 @@ class TarIndex:
     label: np.ndarray
     suffixes: list[str]
     kinds: list[str]
-    faults: list[Fault]
+    faults: list[BadRecord]
 
 
 def index(path: pathlib.Path) -> TarIndex:
@@ -69,17 +69,17 @@ def index(path: pathlib.Path) -> TarIndex:
     said["faults"] = [dataclasses.astuple(fault) for fault in made.faults]
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)
     arrays = {name: getattr(made, name) for name in ("first", "suffix", "offset", "size", "label")}
-    keep(file, lambda out: np.savez(out, said=text, **arrays))
+    write_cache_file(file, lambda out: np.savez(out, said=text, **arrays))
     return made
 
 
-def _faults(kept: list[list]) -> list[Fault]:
-    return [Fault(*fault) for fault in kept]
+def _faults(kept: list[list]) -> list[BadRecord]:
+    return [BadRecord(*fault) for fault in kept]
 
 
 def _read(path: pathlib.Path) -> TarIndex:
     """One pass over the headers; bytes are read of labels and of the first JSON texts alone."""
-    faults = Faults()
+    faults = BadRecords()
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     labels: dict[str, int] = {}
     kinds: dict[str, None] = {}
@@ -157,4 +157,4 @@ def _kinds(data: bytes) -> dict[str, tuple[str, ...]]:
         fields = json.loads(data)
     except (ValueError, RecursionError):
         return {}  # named when the sample is read
-    return texts.captions_of(fields, "", Faults()) if isinstance(fields, dict) else {}
+    return texts.captions_of(fields, "", BadRecords()) if isinstance(fields, dict) else {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 
 LONGEST = 100_000
 """Bytes of a caption; one that is longer is named and left out. (120 tokens are some 600 bytes.)"""
@@ -70,7 +70,7 @@ def is_caption(name: str, value: object) -> bool:
 
 
 def captions_of(
-    fields: Mapping[str, object], place: str, faults: Faults
+    fields: Mapping[str, object], place: str, faults: BadRecords
 ) -> dict[str, tuple[str, ...]]:
     """Caption kind → texts of a row, each cleared by :func:`cleared`; empty ones are none.
 
@@ -87,7 +87,7 @@ def captions_of(
     for name, value in fields.items():
         if is_caption(name, value):
             texts = tuple(
-                cleared(text, place, name, faults)
+                clean_text(text, place, name, faults)
                 for text in ([value] if isinstance(value, str) else value)
             )
             if texts := tuple(text for text in texts if text):
@@ -95,18 +95,18 @@ def captions_of(
     return found
 
 
-def decoded(data: bytes, place: str, kind: str, faults: Faults) -> str:
+def decoded(data: bytes, place: str, kind: str, faults: BadRecords) -> str:
     """The text of a caption file's bytes; '' where it is too long. A byte order mark goes, bytes
     that are no UTF-8 become U+FFFD."""
     if len(data) > LONGEST:
-        return cleared(" " * len(data), place, kind, faults)
+        return clean_text(" " * len(data), place, kind, faults)
     text = data.decode("utf-8-sig", "replace")
     if "\ufffd" in text and b"\xef\xbf\xbd" not in data:
         faults.add(place, "not UTF-8", f"caption of kind {kind!r}", mended=True)
-    return cleared(text, place, kind, faults)
+    return clean_text(text, place, kind, faults)
 
 
-def cleared(text: str, place: str, kind: str, faults: Faults) -> str:
+def clean_text(text: str, place: str, kind: str, faults: BadRecords) -> str:
     """A caption without control characters and outer blanks; '' for one beyond LONGEST. Both are
     named in ``faults``: the first as mended, the second as left out."""
     if (

@@ -8,12 +8,12 @@ import pathlib
 
 import numpy as np
 
-from pixart_jax.cache import cache_folder
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import filters, texts, tf_files
-from pixart_jax.data.sources.listed import measured
+from pixart_jax.data.sources.listed import image_sizes
 from pixart_jax.data.sources.sample import Sample
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.files import cache_folder
 
 
 def _tfds_folder(name: str) -> pathlib.Path:
@@ -50,7 +50,7 @@ class TfdsSource:
         where: str | None = None,
         limit: int | None = None,
         data_dir: str | os.PathLike | None = None,
-        faults: Faults | None = None,
+        faults: BadRecords | None = None,
     ):
         import tensorflow_datasets as tfds
 
@@ -70,7 +70,7 @@ class TfdsSource:
                 f"tfds:{name} has no split {split!r} that can be read at random (splits: "
                 f"{splits}): {reason}"
             ) from fault
-        self.faults = Faults() if faults is None else faults
+        self.faults = BadRecords() if faults is None else faults
         self.name = f"tfds:{name}"
         self.split = split
         self.num_classes = len(self._class_names) if self._class_names else None
@@ -93,7 +93,7 @@ class TfdsSource:
         """Indices into the split that pass the filter, int64; None for all."""
         if where is None:
             return None if limit is None else np.arange(min(limit, len(self._records)))
-        passes, kept = filters.named(where), []
+        passes, kept = filters.get_filter(where), []
         for index in range(len(self._records)):
             if len(kept) == limit:
                 break
@@ -118,7 +118,8 @@ class TfdsSource:
         captions = {}
         for kind, path in self._texts.items():
             said = (
-                texts.cleared(text, key, kind, self.faults) for text in _strings(_at(fields, path))
+                texts.clean_text(text, key, kind, self.faults)
+                for text in _strings(_at(fields, path))
             )
             captions[kind] = tuple(text for text in said if text)
         label = int(fields[self._label]) if self._label else -1
@@ -132,7 +133,7 @@ class TfdsSource:
         if self._sizes is None:
             # a set may be built anew under its name
             seal = hashlib.sha256(f"{self.fingerprint} {self._stamp}".encode()).hexdigest()
-            self._sizes = measured(len(self), lambda index: self[index].size(), seal, self.name)
+            self._sizes = image_sizes(len(self), lambda index: self[index].size(), seal, self.name)
         return self._sizes
 
 

@@ -17,17 +17,17 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax.data.faults import Faults
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import texts
-from pixart_jax.data.sources.filters import Fields
-from pixart_jax.data.sources.listed import READERS, Listed
+from pixart_jax.data.sources.filters import LazyFields
+from pixart_jax.data.sources.listed import READERS, IndexedSource
 from pixart_jax.data.sources.sample import Sample
-from pixart_jax.data.sources.strings import Numbers, Strings
+from pixart_jax.data.sources.strings import StringIndex, StringTable
 from pixart_jax.data.sources.tar_index import PICTURES, TarIndex, index, kind
 from pixart_jax.errors import UserError
 
 
-class WebdatasetSource(Listed):
+class WebdatasetSource(IndexedSource):
     """Samples of tars; ``pattern`` is a tar, a folder of them, or their names with {000..012},
     {a,b} or * in it.
 
@@ -43,9 +43,9 @@ class WebdatasetSource(Listed):
         *,
         where: str | None = None,
         limit: int | None = None,
-        faults: Faults | None = None,
+        faults: BadRecords | None = None,
     ):
-        self.faults = Faults() if faults is None else faults
+        self.faults = BadRecords() if faults is None else faults
         self._tars = tars_of(pattern, self.faults)
         inside = pathlib.Path(pattern)
         self.name = f"webdataset:{inside.resolve().name if inside.is_dir() else inside.name}"
@@ -89,13 +89,13 @@ class WebdatasetSource(Listed):
         self._tars = kept
         return parts
 
-    def _named(self, parts: list[TarIndex]) -> Strings:
-        plain = Strings(itertools.chain.from_iterable(part.keys for part in parts))
-        repeats = Numbers(plain).repeats()
+    def _named(self, parts: list[TarIndex]) -> StringTable:
+        plain = StringTable(itertools.chain.from_iterable(part.keys for part in parts))
+        repeats = StringIndex(plain).repeats()
         if not repeats.any():
             return plain
         tars = (tar.stem for tar, part in zip(self._tars, parts) for _ in part.keys)
-        return Strings(
+        return StringTable(
             f"{tar}/{key}" if again else key for key, tar, again in zip(plain, tars, repeats)
         )
 
@@ -169,7 +169,7 @@ class WebdatasetSource(Listed):
         members = self._members(place := self._place(index))
         return self._keys[place], self._captions(place, members, self._json(place, members))
 
-    def _fields(self, place: int) -> Fields:
+    def _fields(self, place: int) -> LazyFields:
         members = self._members(place)
         side = self._json(place, members)
 
@@ -181,7 +181,9 @@ class WebdatasetSource(Listed):
         made |= {"captions": lambda: self._captions(place, members, side)}
         made |= {"height": lambda: self._size(place)[0], "width": lambda: self._size(place)[1]}
         said = {name: value for name, value in side.items() if name not in ("height", "width")}
-        return Fields({**said, "key": self._keys[place], "label": self._label(place, side)}, made)
+        return LazyFields(
+            {**said, "key": self._keys[place], "label": self._label(place, side)}, made
+        )
 
 
 def _picture_of(members) -> str:
@@ -235,7 +237,7 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
-def tars_of(pattern: str, faults: Faults) -> list[pathlib.Path]:
+def tars_of(pattern: str, faults: BadRecords) -> list[pathlib.Path]:
     """The tars that a pattern means, in its order; those of a range that are not there are
     named."""
     if re.match(r"[a-z0-9]+://|pipe:", pattern):

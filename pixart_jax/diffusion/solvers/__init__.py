@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pixart_jax.diffusion.solvers.base import Plan, Solver
+from pixart_jax.diffusion.solvers.base import Solver, StepTable
 from pixart_jax.diffusion.solvers.ddim import DDIM
 from pixart_jax.diffusion.solvers.ddpm import DDPM
 from pixart_jax.diffusion.solvers.dmd import DMD

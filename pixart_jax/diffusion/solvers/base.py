@@ -24,7 +24,7 @@ State = tuple
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class StepTable:
     """The n evaluations of a run, in the order they are made; float64."""
 
     t: np.ndarray  # [n] the model's time at each
@@ -39,7 +39,7 @@ class Solver(Protocol):
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
-    ) -> Plan:
+    ) -> StepTable:
         """The whole run from its step ``start`` on; start 0 is pure noise. stochastic False: the
         run adds no noise."""
 
@@ -76,11 +76,11 @@ def check_start(start: int, count: int) -> None:
         raise UserError(f"start = {start}: must lie in 0 … {count - 1} for {count} steps")
 
 
-def remember(x0: jax.Array, past: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def push_history(x0: jax.Array, past: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The memory of a multistep solver, newest first, with ``x0`` in and the oldest out."""
     return (x0, *past)[: len(past)]
 
 
-def combine(weights: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
+def weighted_sum(weights: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
     """Σ_j weights[j] · values[j]; weights [k], k arrays of one shape."""
     return sum(weights[j] * value for j, value in enumerate(values))

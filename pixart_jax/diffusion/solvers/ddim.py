@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from pixart_jax.diffusion.respacing import kept_times
+from pixart_jax.diffusion.respacing import space_timesteps
 from pixart_jax.diffusion.schedule import Schedule
-from pixart_jax.diffusion.solvers.base import Plan, State, check_start, step_count
+from pixart_jax.diffusion.solvers.base import State, StepTable, check_start, step_count
 from pixart_jax.errors import UserError
 
 
@@ -36,7 +36,7 @@ class DDIM:
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
-    ) -> Plan:
+    ) -> StepTable:
         kept = self._times(schedule.timesteps, steps)
         check_start(start, len(kept))
         cumprod = schedule.alphas_cumprod[kept]
@@ -50,7 +50,7 @@ class DDIM:
         of_x = np.sqrt(1 - target - s**2) / sigma
         coefficients = {"x": of_x, "x0": np.sqrt(target) - of_x * alpha, "noise": s}
         order = np.arange(len(kept))[::-1][start:]
-        return Plan(
+        return StepTable(
             t=kept[order].astype(np.float64),
             alpha=alpha[order],
             sigma=sigma[order],
@@ -61,7 +61,7 @@ class DDIM:
     @staticmethod
     def _times(timesteps: int, steps: int | str) -> np.ndarray:
         if not str(steps).strip().isdigit():
-            return kept_times(timesteps, steps)
+            return space_timesteps(timesteps, steps)
         count = step_count(steps)
         if count > timesteps:
             raise UserError(f"steps = {steps!r}: the schedule has {timesteps} times")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.diffusion.posterior import learned_log_variance, posterior
-from pixart_jax.diffusion.respacing import kept_times, respaced
+from pixart_jax.diffusion.respacing import respace_schedule, space_timesteps
 from pixart_jax.diffusion.schedule import Schedule
-from pixart_jax.diffusion.solvers.base import Plan, State, check_start
+from pixart_jax.diffusion.solvers.base import State, StepTable, check_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +27,21 @@ class DDPM:
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
-    ) -> Plan:
-        kept = kept_times(schedule.timesteps, steps)
+    ) -> StepTable:
+        kept = space_timesteps(schedule.timesteps, steps)
         check_start(start, len(kept))
-        process = respaced(schedule, kept)
+        process = respace_schedule(schedule, kept)
         tables = posterior(process)
         order = np.arange(len(kept))[::-1][start:]  # from the noisiest down
-        return Plan(
+        return StepTable(
             t=kept[order].astype(np.float64),
             alpha=np.sqrt(process.alphas_cumprod[order]),
             sigma=np.sqrt(1.0 - process.alphas_cumprod[order]),
             coefficients={
                 "x0": tables.x0[order],
                 "x": tables.x_t[order],
-                "log_small": tables.log_small[order],
-                "log_large": tables.log_large[order],
+                "log_small": tables.log_variance_min[order],
+                "log_large": tables.log_variance_max[order],
                 "noise": (order > 0).astype(np.float64),
             },
             noisy=stochastic,

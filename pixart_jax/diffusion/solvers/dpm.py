@@ -25,12 +25,12 @@ import numpy as np
 
 from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import (
-    Plan,
     State,
+    StepTable,
     check_start,
-    combine,
-    remember,
+    push_history,
     step_count,
+    weighted_sum,
 )
 from pixart_jax.errors import UserError, nearest
 
@@ -68,7 +68,7 @@ class DPMSolver:
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
-    ) -> Plan:
+    ) -> StepTable:
         count = step_count(steps)
         check_start(start, count)
         i = np.arange(count)
@@ -99,7 +99,7 @@ class DPMSolver:
         of_past = np.stack(
             [self._weights(orders[k], lam[: k + 2]) * alpha[k + 1] for k in range(start, count)]
         )
-        return Plan(
+        return StepTable(
             t=np.asarray(t[start:count]),
             alpha=alpha[start:count],
             sigma=sigma[start:count],
@@ -147,4 +147,4 @@ class DPMSolver:
         noise: jax.Array | None,
     ) -> State:
         x, past = state
-        return (c["x"] * x + combine(c["past"], (x0, *past)), remember(x0, past))
+        return (c["x"] * x + weighted_sum(c["past"], (x0, *past)), push_history(x0, past))

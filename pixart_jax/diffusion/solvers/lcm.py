@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pixart_jax.diffusion.schedule import Schedule
-from pixart_jax.diffusion.solvers.base import Plan, State, check_start, step_count
+from pixart_jax.diffusion.solvers.base import State, StepTable, check_start, step_count
 from pixart_jax.errors import UserError
 
 _SIGMA_DATA = 0.5
@@ -30,34 +30,37 @@ class LCM:
     whole either way.
     """
 
-    origin: int = 50
+    original_steps: int = 50
 
     def __post_init__(self):
-        if self.origin < 1:
-            raise UserError(f"LCM.origin = {self.origin!r}: must be at least 1")
+        if self.original_steps < 1:
+            raise UserError(f"LCM.original_steps = {self.original_steps!r}: must be at least 1")
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
-    ) -> Plan:
+    ) -> StepTable:
         count = step_count(steps)
-        if count > self.origin or self.origin > schedule.timesteps:
+        if count > self.original_steps or self.original_steps > schedule.timesteps:
             raise UserError(
-                f"steps = {steps!r}: lcm takes at most the {self.origin} steps that its model was "
+                f"steps = {steps!r}: lcm takes at most the {self.original_steps} steps that its "
+                "model was "
                 "distilled on"
             )
         check_start(start, count)
-        known = (np.arange(self.origin) + 1)[::-1] * (schedule.timesteps // self.origin) - 1
+        known = (np.arange(self.original_steps) + 1)[::-1] * (
+            schedule.timesteps // self.original_steps
+        ) - 1
         chosen = (
-            np.arange(count) * (self.origin // count)
+            np.arange(count) * (self.original_steps // count)
             if times == "fractional"
-            else np.floor(np.arange(count) * self.origin / count)
+            else np.floor(np.arange(count) * self.original_steps / count)
         )
         t = known[chosen.astype(int)][start:]
         cumprod = schedule.alphas_cumprod[t]
         target = np.append(cumprod[1:], 1.0)
         scaled = _TIME_SCALE * t
         norm = scaled**2 + _SIGMA_DATA**2
-        return Plan(
+        return StepTable(
             t=t.astype(np.float64),
             alpha=np.sqrt(cumprod),
             sigma=np.sqrt(1 - cumprod),

@@ -28,12 +28,12 @@ import numpy as np
 
 from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import (
-    Plan,
     State,
+    StepTable,
     check_start,
-    combine,
-    remember,
+    push_history,
     step_count,
+    weighted_sum,
 )
 from pixart_jax.diffusion.solvers.dpm import fractional_times
 from pixart_jax.errors import UserError
@@ -64,7 +64,7 @@ class SASolver:
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
-    ) -> Plan:
+    ) -> StepTable:
         if times != "fractional":
             raise UserError(f"solver 'sa' has times='fractional' only, got {times!r}")
         count = step_count(steps)
@@ -96,7 +96,7 @@ class SASolver:
                 _fill(correct, k, order, k - 1, k, k, tau[k], alpha, sigma, lam)
         coefficients = {f"correct_{name}": table for name, table in correct.items()}
         coefficients |= {f"predict_{name}": table for name, table in predict.items()}
-        return Plan(
+        return StepTable(
             t=t[:-1],
             alpha=alpha[:-1],
             sigma=sigma[:-1],
@@ -119,11 +119,15 @@ class SASolver:
         # the corrected point one step back, and the noise of the step since
         _, x, step_noise, past = state
         known = (x0, *past)
-        x = c["correct_x"] * x + combine(c["correct_past"], known) + c["correct_noise"] * step_noise
-        predicted = c["predict_x"] * x + combine(c["predict_past"], known)
+        x = (
+            c["correct_x"] * x
+            + weighted_sum(c["correct_past"], known)
+            + c["correct_noise"] * step_noise
+        )
+        predicted = c["predict_x"] * x + weighted_sum(c["predict_past"], known)
         if noise is None:
-            return (predicted, x, step_noise, remember(x0, past))
-        return (predicted + c["predict_noise"] * noise, x, noise, remember(x0, past))
+            return (predicted, x, step_noise, push_history(x0, past))
+        return (predicted + c["predict_noise"] * noise, x, noise, push_history(x0, past))
 
 
 def _fill(tables, row, order, s, t, newest, tau, alpha, sigma, lam) -> None:

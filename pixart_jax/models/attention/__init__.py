@@ -3,9 +3,9 @@
 from pixart_jax.models.attention.attend import attention
 from pixart_jax.models.attention.backends import (
     NAMES,
-    Call,
+    AttentionShape,
     check_backend,
     choose,
     platform,
-    refusal,
+    unsupported_reason,
 )

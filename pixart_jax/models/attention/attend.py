@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 
 from pixart_jax.models.attention import cudnn, dense, splash
-from pixart_jax.models.attention.backends import Call, named, platform
-from pixart_jax.models.attention.over_mesh import over_mesh
+from pixart_jax.models.attention.backends import AttentionShape, platform, resolve_backend
+from pixart_jax.models.attention.over_mesh import shard_kernel
 
 _KERNELS = {"cudnn": cudnn.attend, "splash": splash.attend}
 
@@ -29,7 +29,7 @@ def attention(
     backend cannot compute this here.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = Call(
+    call = AttentionShape(
         platform(),
         q.shape[1],
         k.shape[1],
@@ -38,7 +38,7 @@ def attention(
         lengths is not None,
         bias is not None,
     )
-    chosen = named(backend, call)
+    chosen = resolve_backend(backend, call)
     if chosen == "xla":
         return dense.attend(q, k, v, lengths, bias, scale)
-    return over_mesh(_KERNELS[chosen], q, k, v, lengths, scale)
+    return shard_kernel(_KERNELS[chosen], q, k, v, lengths, scale)

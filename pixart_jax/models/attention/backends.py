@@ -40,7 +40,7 @@ CUDNN_KEYS, SPLASH_KEYS, SPLASH_KEYS_WITH_LENGTHS = 64, 256, 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class AttentionShape:
     """What decides: 'tpu', 'gpu' or 'cpu'; numbers of queries and keys, width of a head, dtype;
     whether lengths and a bias are given."""
 
@@ -53,21 +53,25 @@ class Call:
     bias: bool = False
 
 
-def choose(call: Call) -> str:
+def choose(call: AttentionShape) -> str:
     """The backend that "auto" takes for this call."""
-    if call.platform == "gpu" and call.keys >= CUDNN_KEYS and refusal("cudnn", call) is None:
+    if (
+        call.platform == "gpu"
+        and call.keys >= CUDNN_KEYS
+        and unsupported_reason("cudnn", call) is None
+    ):
         return "cudnn"
     fewest = SPLASH_KEYS_WITH_LENGTHS if call.lengths else SPLASH_KEYS
     if (
         call.platform == "tpu"
         and min(call.queries, call.keys) >= fewest
-        and refusal("splash", call) is None
+        and unsupported_reason("splash", call) is None
     ):
         return "splash"
     return "xla"
 
 
-def refusal(name: str, call: Call) -> str | None:
+def unsupported_reason(name: str, call: AttentionShape) -> str | None:
     """Why this backend cannot compute this call, and None where it can."""
     if name == "xla":
         return None
@@ -89,13 +93,13 @@ def refusal(name: str, call: Call) -> str | None:
     return None
 
 
-def named(name: str, call: Call) -> str:
+def resolve_backend(name: str, call: AttentionShape) -> str:
     """The backend of this name, with "auto" resolved. UserError where it does not exist or cannot
     compute the call."""
     check_backend(name)
     if name == "auto":
         return choose(call)
-    reason = refusal(name, call)
+    reason = unsupported_reason(name, call)
     if reason is not None:
         raise UserError(f"attention_backend {name!r} {reason}; 'auto' would take {choose(call)!r}")
     return name

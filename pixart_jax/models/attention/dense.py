@@ -32,10 +32,10 @@ def attend(
         weights = jax.nn.softmax(jnp.where(valid, logits, _MASKED), axis=-1)
         # no keys at all: the answer is zero, not the mean of the padding
         weights = jnp.where(valid, weights, 0.0)
-    return marked(jnp.einsum("bknm,bmkh->bnkh", weights.astype(v.dtype), v))
+    return checkpoint_output(jnp.einsum("bknm,bmkh->bnkh", weights.astype(v.dtype), v))
 
 
-def marked(out: jax.Array) -> jax.Array:
+def checkpoint_output(out: jax.Array) -> jax.Array:
     """out [b, n, k, h] under its name for remat, with the heads fused: TPU memory would pad a last
     axis of one head's width to 128."""
     return checkpoint_name(out.reshape(*out.shape[:2], -1), ATTENTION_OUT).reshape(out.shape)

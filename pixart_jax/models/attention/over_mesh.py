@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from pixart_jax.parallel.axes import ACT_HEADS, BATCH
 
 
-def over_mesh(
+def shard_kernel(
     kernel: Callable,
     q: jax.Array,
     k: jax.Array,

@@ -12,8 +12,9 @@ import numpy as np
 
 from pixart_jax.config import AutoencoderConfig, Config, StageConfig
 from pixart_jax.errors import UserError
+from pixart_jax.images import to_uint8
 from pixart_jax.models.vae import AutoencoderKL
-from pixart_jax.parallel.gather import on_host
+from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.weights.component import VAE
 
 _CALIBRATION = 32  # batches that the scaling factor is measured on
@@ -56,7 +57,7 @@ class Autoencoder:
         """Up to 8 pairs of image and reconstruction."""
         images = np.asarray(batch["images"][:8], np.float32)
         vae = VAE(self.module.config, params, self.module.dtype)
-        decoded = on_host(vae.decode(vae.encode(images)[0]))
+        decoded = gather_to_host(vae.decode(vae.encode(images)[0]))
         pairs = [_pixels(picture) for pair in zip(images, decoded, strict=True) for picture in pair]
         return pairs, ["image", "reconstruction"] * len(images)
 
@@ -91,7 +92,7 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> Autoen
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint((image + 1) * 127.5), 0, 255).astype(np.uint8)
+    return to_uint8(image)
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -14,13 +14,14 @@ import numpy as np
 from pixart_jax import diffusion
 from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
+from pixart_jax.images import to_uint8
 from pixart_jax.models.dit import DiT, DiTConfig
-from pixart_jax.models.geometry import Geometry
-from pixart_jax.parallel.gather import on_host
+from pixart_jax.models.geometry import BackboneConfig
+from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.training.export import write_parts
 from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.tasks.denoising import Denoising
-from pixart_jax.training.tasks.text_to_image import placed
+from pixart_jax.training.tasks.denoising import DiffusionObjective
+from pixart_jax.training.tasks.text_to_image import with_stage_positions
 from pixart_jax.weights import component
 
 _PREVIEWS = 8
@@ -31,7 +32,7 @@ class ClassConditional:
     """Batches: mean, std fp32 [b, h, w, c], label int32 [b]."""
 
     module: DiT
-    denoising: Denoising
+    denoising: DiffusionObjective
     frozen: Frozen
 
     def init(self, key: jax.Array):
@@ -53,7 +54,7 @@ class ClassConditional:
         made = self.denoising.prepare(batch, keys)
         none = self.module.config.num_classes
         labels = jnp.where(made.dropped | (batch["label"] < 0), none, batch["label"])
-        params = component.DiT.computed(params, self.module.dtype)
+        params = component.DiT.cast_for_compute(params, self.module.dtype)
         output = self.module.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), labels)
         return self.denoising.losses(output, made)
 
@@ -73,10 +74,8 @@ class ClassConditional:
             labels,
             jax.random.key(settings.seed),
         )
-        images = on_host(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
-        return list(np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)), [
-            f"class {n}" for n in labels
-        ]
+        images = gather_to_host(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
+        return list(to_uint8(images)), [f"class {n}" for n in labels]
 
     def component(self, params):
         """The DiT bound to parameters, as load_component gives one."""
@@ -88,8 +87,10 @@ class ClassConditional:
 
 
 def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -> ClassConditional:
-    model = placed(config.model, stage)
-    geometry = {field.name: getattr(model, field.name) for field in dataclasses.fields(Geometry)}
+    model = with_stage_positions(config.model, stage)
+    geometry = {
+        field.name: getattr(model, field.name) for field in dataclasses.fields(BackboneConfig)
+    }
     if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
         raise UserError(
             f"model.out_channels = {model.out_channels}: a learned range needs "
@@ -99,13 +100,15 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -
     module = DiT(
         sizes, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention
     )
-    return ClassConditional(module, Denoising(stage.objective, frozen.scaling_factor), frozen)
+    return ClassConditional(
+        module, DiffusionObjective(stage.objective, frozen.scaling_factor), frozen
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _draw(
     module: DiT,
-    denoising: Denoising,
+    denoising: DiffusionObjective,
     steps: int,
     guidance: float,
     shape: tuple[int, ...],
@@ -126,7 +129,7 @@ def _draw(
     def alone(x, t):
         return module.apply({"params": params}, x, t, labels)
 
-    denoiser = diffusion.guided(both, guidance, conditional=alone)
+    denoiser = diffusion.classifier_free_guidance(both, guidance, conditional=alone)
     return diffusion.sample(
         denoiser,
         noise,

@@ -14,7 +14,7 @@ from pixart_jax.diffusion import schedule
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 
 
-class Noised(NamedTuple):
+class NoisedBatch(NamedTuple):
     """A batch made ready for the denoiser."""
 
     x_t: jax.Array  # [b, h, w, c]
@@ -25,7 +25,7 @@ class Noised(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoising:
+class DiffusionObjective:
     """The diffusion of a stage. scaling_factor: the VAE's."""
 
     objective: ObjectiveConfig
@@ -43,7 +43,7 @@ class Denoising:
         o = self.objective
         return SchedulerConfig(o.prediction, o.timesteps, o.beta_start, o.beta_end)
 
-    def prepare(self, batch: dict[str, jax.Array], keys: jax.Array) -> Noised:
+    def prepare(self, batch: dict[str, jax.Array], keys: jax.Array) -> NoisedBatch:
         """batch: mean, std fp32 [b, h, w, c] of the unscaled posterior. keys: [b]; each sample's
         draws come from its own key alone.
 
@@ -63,9 +63,9 @@ class Denoising:
             )
 
         x0, t, noise, dropped = jax.vmap(draw)(batch["mean"], batch["std"], keys)
-        return Noised(diffusion.add_noise(x0, noise, t, self.schedule), t, x0, noise, dropped)
+        return NoisedBatch(diffusion.add_noise(x0, noise, t, self.schedule), t, x0, noise, dropped)
 
-    def losses(self, output: jax.Array, made: Noised) -> dict[str, jax.Array]:
+    def losses(self, output: jax.Array, made: NoisedBatch) -> dict[str, jax.Array]:
         """{"loss", "mse", "vb"}, [b] each. output: the denoiser's, [b, h, w, 2c]."""
         o = self.objective
         terms = diffusion.training_loss(

@@ -13,13 +13,13 @@ import numpy as np
 from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import PixArtTransformer
-from pixart_jax.parallel.gather import on_host
+from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.training.export import write_model
 from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.weights.component import Transformer
 
 _PREVIEWS = 8  # pictures of a sheet where the config names no prompts
@@ -35,7 +35,7 @@ class TextToImage:
     """
 
     module: PixArtTransformer
-    denoising: Denoising
+    denoising: DiffusionObjective
     frozen: Frozen
     null_length: int
     sampling: SamplingConfig = SamplingConfig()
@@ -67,7 +67,7 @@ class TextToImage:
         states = jnp.where(made.dropped[:, None, None], null, states)
         if self.null_length:
             lengths = jnp.where(made.dropped, self.null_length, lengths)
-        params = Transformer.computed(params, self.module.dtype)
+        params = Transformer.cast_for_compute(params, self.module.dtype)
         output = self.module.apply(
             {"params": params},
             made.x_t,
@@ -117,7 +117,7 @@ class TextToImage:
             guidance=settings.guidance,
             keys=keys,
         )
-        return list(on_host(pipeline.decode(latents)))[: len(captions)], captions
+        return list(gather_to_host(pipeline.decode(latents)))[: len(captions)], captions
 
     def component(self, params):
         """The transformer bound to parameters, as load_component gives one."""
@@ -150,7 +150,7 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -
             f"model.out_channels = {model.out_channels}: a learned range needs "
             f"{2 * model.in_channels}"
         )
-    model = placed(model, stage)
+    model = with_stage_positions(model, stage)
     null_length = (
         len(frozen.text_states([""], model.text_tokens)[0])
         if stage.objective.null_condition == "empty"
@@ -161,11 +161,15 @@ def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -
     )
     sampling = SamplingConfig(config.preview.guidance)
     return TextToImage(
-        module, Denoising(stage.objective, frozen.scaling_factor), frozen, null_length, sampling
+        module,
+        DiffusionObjective(stage.objective, frozen.scaling_factor),
+        frozen,
+        null_length,
+        sampling,
     )
 
 
-def placed(model, stage: StageConfig):
+def with_stage_positions(model, stage: StageConfig):
     """The model's config with the stage's positions: they are computed, so a change of resolution
     needs nothing else."""
     changes = {

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax import tokenizer as tokenizers
 from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Encoder
 from pixart_jax.models.t5_decoder import T5Decoder
+from pixart_jax.text import save_tokenizer
 from pixart_jax.weights.component import TextEncoder
 
 
@@ -91,7 +91,7 @@ class TextToText:
         """folder/text_encoder and folder/tokenizer."""
         TextEncoder(self.module.config, params["encoder"]).save(folder / "text_encoder")
         if jax.process_index() == 0:
-            tokenizers.save(self.tokenizer, folder / "tokenizer")
+            save_tokenizer(self.tokenizer, folder / "tokenizer")
 
 
 def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> TextToText:

@@ -13,7 +13,7 @@ from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training.tasks.class_conditional import ClassConditional
-from pixart_jax.training.tasks.denoising import Denoising
+from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
 
 SIZES = {"depth": 1, "width": 24, "heads": 2, "sample_size": 4}
@@ -46,7 +46,7 @@ KEYS = jax.random.split(jax.random.key(5), 6)
 
 
 def test_the_posterior_is_sampled_and_scaled():
-    made = Denoising(ObjectiveConfig(), 0.5).prepare(
+    made = DiffusionObjective(ObjectiveConfig(), 0.5).prepare(
         {"mean": jnp.full((2000, 1, 1, 4), 3.0), "std": jnp.full((2000, 1, 1, 4), 2.0)},
         jax.random.split(KEYS[0], 2000),
     )
@@ -65,7 +65,7 @@ def test_the_posterior_is_sampled_and_scaled():
 
 
 def test_a_samples_draws_are_its_own_keys_alone():
-    denoising, b = Denoising(ObjectiveConfig(), 1.0), batch()
+    denoising, b = DiffusionObjective(ObjectiveConfig(), 1.0), batch()
     whole = denoising.prepare(b, KEYS)
     part = denoising.prepare({k: v[2:4] for k, v in b.items()}, KEYS[2:4])
     for a, c in zip(whole, part, strict=True):
@@ -77,7 +77,7 @@ def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty
     dropout, null_length
 ):
     task = TextToImage(
-        TEXT, Denoising(ObjectiveConfig(condition_dropout=dropout), 0.5), None, null_length
+        TEXT, DiffusionObjective(ObjectiveConfig(condition_dropout=dropout), 0.5), None, null_length
     )
     params, b = filled(task.init(jax.random.key(0))), batch()
     made = task.denoising.prepare(b, KEYS)
@@ -92,7 +92,9 @@ def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty
 
 
 def test_no_gradient_reaches_the_null_caption():
-    task = TextToImage(TEXT, Denoising(ObjectiveConfig(condition_dropout=1.0), 0.5), None, 0)
+    task = TextToImage(
+        TEXT, DiffusionObjective(ObjectiveConfig(condition_dropout=1.0), 0.5), None, 0
+    )
     params = filled(task.init(jax.random.key(0)))
     grads = jax.jit(jax.grad(lambda p: task.losses(p, batch(), KEYS)["loss"].mean()))(params)
     assert (grads["null_caption"] == 0).all()
@@ -106,7 +108,9 @@ def test_no_gradient_reaches_the_null_caption():
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_a_dropped_or_missing_label_is_no_class(dropout):
     task = ClassConditional(
-        CLASS, Denoising(ObjectiveConfig(condition_dropout=dropout, prediction="v"), 0.5), None
+        CLASS,
+        DiffusionObjective(ObjectiveConfig(condition_dropout=dropout, prediction="v"), 0.5),
+        None,
     )
     params, b = filled(task.init(jax.random.key(0))), batch()
     made = task.denoising.prepare(b, KEYS)

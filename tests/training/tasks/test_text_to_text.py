@@ -11,7 +11,7 @@ from pixart_jax.config import Config, StageConfig
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.models.t5_decoder import T5Decoder
 from pixart_jax.parallel.rules import unboxed
-from pixart_jax.training.starts import first_params
+from pixart_jax.training.initialization import initial_params
 from pixart_jax.training.tasks.text_to_text import TextToText
 from pixart_jax.weights.component import TextEncoder
 
@@ -96,7 +96,7 @@ def test_a_stage_starts_from_a_saved_encoder_with_a_fresh_decoder(tmp_path):
     def fresh():
         return unboxed(t.init(jax.random.key(2)))
 
-    found = first_params(
+    found = initial_params(
         Config(name="c", stages=(stage,)), 0, t, None, fresh, jax.random.key(0), lambda *_: None
     )
     jax.tree.map(

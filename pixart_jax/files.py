@@ -1,0 +1,88 @@
+"""Local files: the cache folder, atomic writes, locks, JSON and hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+def cache_folder() -> Path:
+    """Where prepared data sets, encoded shards and converted weights are cached: $PIXART_JAX_CACHE,
+    else ~/.cache/pixart_jax."""
+    given = os.environ.get("PIXART_JAX_CACHE")
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixart_jax"
+    return Path(given) if given else default
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "wb", **options) -> Iterator[IO]:
+    """A file that replaces ``path`` when the block ends, complete and synced, with the permissions
+    of a new file; after an exception ``path`` is as it was. options: of ``open`` (encoding …).
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are readable by their owner alone
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2, **options) -> None:
+    """Write JSON atomically, with a final newline. options: of ``json.dumps``."""
+    write_text(path, json.dumps(value, indent=indent, **options) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def locked(
+    path: str | os.PathLike,
+    *,
+    busy: Exception | None = None,
+    on_wait: Callable[[], None] | None = None,
+) -> Iterator[IO]:
+    """Hold an exclusive lock on ``path`` (created, and left behind) for the block.
+
+    A lock that another process holds raises ``busy`` where it is given, and else is waited for,
+    after a call of ``on_wait``. The kernel releases the lock when its process ends.
+    """
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if busy is not None:
+                raise busy from None
+            if on_wait is not None:
+                on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def hash64(text: str) -> int:
+    """64 bits of a hash of a text, the same on every machine."""
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

@@ -1,0 +1,187 @@
+"""Images: uint8 and model values, PNG files with their generation settings, captioned grids.
+
+A PNG carries two text chunks: "parameters", in the format that common web UIs read, and
+"pixart_jax", the same settings as JSON, by which a second run skips finished images. PNGs are
+written atomically.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pixart_jax.files import atomic_write
+
+JSON_KEY = "pixart_jax"
+
+
+_TITLES = {  # settings' key: the name it goes by in "parameters"
+    "steps": "Steps",
+    "solver": "Sampler",
+    "guidance": "CFG scale",
+    "seed": "Seed",
+    "size": "Size",
+    "model_hash": "Model hash",
+    "model": "Model",
+}
+
+
+def to_model(images):
+    """uint8 → float32 in [−1, 1], for NumPy and JAX arrays of any shape."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """A model's float values, [−1, 1] (clipped) → uint8, rounded to the nearest."""
+    return np.clip(np.rint((values + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def png_parameters(settings: Mapping) -> str:
+    """The "parameters" text: prompt, negative prompt, then 'Name: value' pairs; size is
+    width×height there.
+
+    settings: prompt, negative_prompt, steps, solver, guidance, seed, height, width, model …; keys
+    without a customary name follow under their own, prompt-like and empty ones left out.
+    """
+    lines = [str(settings.get("prompt", ""))]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    facts = dict(settings)
+    if "height" in facts and "width" in facts:
+        facts["size"] = f"{facts.pop('width')}x{facts.pop('height')}"
+    known = [(title, facts[key]) for key, title in _TITLES.items() if key in facts]
+    said = {*_TITLES, "prompt", "negative_prompt"}
+    rest = [
+        (key.replace("_", " ").capitalize(), value)
+        for key, value in facts.items()
+        if key not in said
+    ]
+    lines.append(
+        ", ".join(
+            f"{title}: {_field(value)}" for title, value in known + rest if value not in (None, "")
+        )
+    )
+    return "\n".join(lines)
+
+
+def _field(value) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray, settings: Mapping | None = None) -> None:
+    """Write image (uint8 [h, w, 3]) with its settings; the file appears under its name only when
+    complete."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if settings is not None:
+        info.add_text("parameters", png_parameters(settings))
+        info.add_text(JSON_KEY, json.dumps(dict(settings), sort_keys=True))
+    with atomic_write(path) as file:
+        Image.fromarray(np.asarray(image)).save(file, format="PNG", pnginfo=info)
+
+
+def png_settings(path: str | os.PathLike) -> dict | None:
+    """The settings in a PNG of :func:`write_png`; None for any other or a damaged file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return json.loads(image.info[JSON_KEY])
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
+
+
+def slug(text: str, length: int = 48) -> str:
+    """Words of a prompt as part of a file name: lower case, joined by '-', cut at a word."""
+    words = re.findall(r"\w+", text.lower())
+    name = ""
+    for word in words:
+        if name and len(name) + 1 + len(word) > length:
+            break
+        name = f"{name}-{word}" if name else word[:length]
+    return name or "empty"
+
+
+def image_grid(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str] | None = None,
+    *,
+    marks: Sequence[bool | None] | None = None,
+    columns: int | None = None,
+    cell: int | None = None,
+) -> np.ndarray:
+    """One sheet of images, uint8 [H, W, 3].
+
+    images: uint8 [h, w, 3] of any sizes. captions stand under them, wrapped. marks: a green frame
+    for True, a red one for False, none for None. cell: pixels of a cell's longer side (small images
+    are enlarged without smoothing); by default the images' own size, but at least 128.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not len(images):
+        raise ValueError("a grid needs at least one image")
+    tallest, widest = max(i.shape[0] for i in images), max(i.shape[1] for i in images)
+    scale = (
+        max(1, math.ceil((cell or 128) / max(tallest, widest)))
+        if cell is None
+        else cell / max(tallest, widest)
+    )
+    height, width = round(tallest * scale), round(widest * scale)
+    columns = columns or min(
+        len(images), max(1, math.ceil(math.sqrt(len(images) * height / width)))
+    )
+    rows = math.ceil(len(images) / columns)
+    font = ImageFont.load_default(size=12)
+    wrapped = (
+        [_wrap(caption, font, width) for caption in captions]
+        if captions is not None
+        else [[] for _ in images]
+    )
+    line, gap = 15, 6
+    text = line * max(len(w) for w in wrapped)
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), (255, 255, 255)
+    )
+    draw = ImageDraw.Draw(sheet)
+    for n, image in enumerate(images):
+        x, y = gap + (n % columns) * (width + gap), gap + (n // columns) * (height + text + gap)
+        size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+        resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(np.asarray(image)).resize(size, resample), (x, y))
+        if marks is not None and marks[n] is not None:
+            draw.rectangle(
+                (x - 3, y - 3, x + size[0] + 2, y + size[1] + 2),
+                outline=(20, 150, 50) if marks[n] else (210, 30, 30),
+                width=3,
+            )
+        for k, words in enumerate(wrapped[n]):
+            draw.text((x, y + height + 2 + k * line), words, fill=(40, 40, 40), font=font)
+    return np.asarray(sheet)
+
+
+def _wrap(caption: str, font, width: int, limit: int = 5) -> list[str]:
+    """The caption in lines that fit, the last one cut with '…' where there are more than
+    ``limit``."""
+    lines: list[str] = []
+    for word in caption.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] = f"{lines[-1]} {word}"
+        else:
+            lines.append(word)
+    if len(lines) > limit:
+        lines = lines[:limit]
+        lines[-1] += " …"
+    for n, text in enumerate(lines):
+        while len(text) > 1 and font.getlength(text) > width:
+            text = text[:-2].rstrip() + "…"
+        lines[n] = text
+    return lines

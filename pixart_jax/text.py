@@ -1,0 +1,332 @@
+"""Text in: caption cleaning, tokenization and prompt files.
+
+Captions and prompts are cleaned as PixArt's training captions were, with DeepFloyd IF's rules, as
+the official code and diffusers do: URLs, markup, file names, article numbers and shop phrases are
+removed; dashes, quotes and white space are normalized. The rules are one table, in the order in
+which they apply; :func:`clean_caption` goes through it twice, as both references do.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import html
+import io
+import json
+import os
+import re
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pixart_jax.errors import Notice, UserError
+
+_HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
+_FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+_DASHES = r"\u002D\u058A\u05BE\u1400\u1806\u2010-\u2015\u2E17\u2E1A\u2E3A\u2E3B\u2E40\u301C\u3030\u30A0\uFE31\uFE32\uFE58\uFE63\uFF0D"  # noqa: E501
+
+
+def _rules(*pairs: tuple[str, str]) -> tuple[tuple[re.Pattern, str], ...]:
+    return tuple((re.compile(pattern), to) for pattern, to in pairs)
+
+
+_ADDRESSES = _rules(
+    (r"<person>", "person"),
+    (rf"\b((?:https?:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST}))", ""),
+    (rf"\b((?:www:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST}))", ""),
+)
+_MARKS = _rules(
+    (r"@[\w\d]+\b", ""),  # @nickname
+    # CJK strokes and ideographs, phonetic extensions of Katakana, enclosed and compatibility
+    # letters, hexagrams
+    (
+        r"[\u31c0-\u31ef\u31f0-\u31ff\u3200-\u32ff\u3300-\u33ff\u3400-\u4dbf\u4dc0-\u4dff\u4e00-\u9fff]+",
+        "",
+    ),
+    (rf"[{_DASHES}]+", "-"),
+    (r"[`´«»“”¨]", '"'),
+    (r"[‘’]", "'"),
+    (r"&quot;?", ""),
+    (r"&amp", ""),
+    (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # an IP address
+    (r"\d:\d\d\s+$", ""),  # the number of an article
+    (r"\\n", " "),
+    (r"#\d{1,3}\b", ""),
+    (r"#\d{5,}\b", ""),
+    (r"\b\d{6,}\b", ""),
+    (rf"[\S]+\.(?:{_FILE})", ""),
+    (r"[\"\']{2,}", '"'),
+    (r"[\.]{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+)
+_JOINTS = re.compile(r"[-_]")  # four and more make a caption of file-name-like-words
+_WORDS = _rules(
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # jc6640
+    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),  # jc6640vc
+    (r"\b\d+[a-zA-Z]+\d+\b", ""),  # 6640vc231
+    (r"(worldwide\s+)?(free\s+)?shipping", ""),
+    (r"(free\s)?download(\sfree)?", ""),
+    (r"\bclick\b\s(?:for|on)\s\w+", ""),
+    (rf"\b(?:{_FILE})(\simage[s]?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),  # j2d1a2a
+    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # 64x64; the second x is Cyrillic
+    (r"\b\s+\:\s+", ": "),
+    (r"(\D[,\./])\b", r"\1 "),
+    (r"\s+", " "),
+    (r"^[\"\']([\w\W]+)[\"\']$", r"\1"),
+    (r"^[\'\_,\-\:;]", ""),
+    (r"[\'\_,\-\:\-\+]$", ""),
+    (r"^\.\S+$", ""),
+)
+
+
+def clean_caption(text: str) -> str:
+    """A caption or a prompt as the text encoder is to see it; of plain words nothing but capitals
+    and outer blanks change."""
+    return _once(_once(text))
+
+
+def lower_caption(text: str) -> str:
+    """Lower case and no blanks around it: what is done where cleaning is not wanted."""
+    return text.lower().strip()
+
+
+def caption_cleaner(clean: bool) -> Callable[[str], str]:
+    """:func:`clean_caption`, or :func:`lower_caption` where captions are not to be cleaned."""
+    return clean_caption if clean else lower_caption
+
+
+def _once(text: str) -> str:
+    import ftfy
+
+    text = urllib.parse.unquote_plus(text).strip().lower()
+    text = _apply(_MARKS, _without_markup(_apply(_ADDRESSES, text)))
+    if len(_JOINTS.findall(text)) > 3:
+        text = _JOINTS.sub(" ", text)
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return _apply(_WORDS, text).strip()
+
+
+def _apply(rules, text: str) -> str:
+    for pattern, to in rules:
+        text = pattern.sub(to, text)
+    return text
+
+
+def _without_markup(text: str) -> str:
+    from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning
+
+    with warnings.catch_warnings():
+        # a caption may look like a file's name
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+        return BeautifulSoup(text, features="html.parser").text
+
+
+# ---- tokens ----
+
+
+def load_tokenizer(folder: str | os.PathLike):
+    """The tokenizer of a model folder's tokenizer/ (tokenizer.json, or a SentencePiece
+    spiece.model)."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no tokenizer in {folder}: that folder does not exist")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        raise UserError(
+            f"no tokenizer in {folder}: {' '.join(str(fault).split())[:300]}"
+        ) from fault
+
+
+def word_tokenizer(words: Sequence[str]):
+    """A T5 tokenizer whose pieces are these whole words; any other word is spelled in single
+    characters.
+
+    For small closed worlds. Saved with ``save_pretrained`` it opens in transformers and in
+    diffusers as T5Tokenizer does.
+    """
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"▁{word}", -2.0) for word in dict.fromkeys(words)]
+    known = {piece for piece, _ in pieces}
+    # A character costs more than any word, so a word is spelled only where it is not in the list.
+    pieces += [
+        (c, -20.0) for c in "▁abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&" if c not in known
+    ]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
+    """Write the tokenizer as it was opened: without the cutting and padding of its last call, which
+    transformers would write along."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(str(folder))
+
+
+def padded_length(longest: int, most: int) -> int:
+    """The length to pad to: the next multiple of 8, so that few shapes compile, and never more than
+    the model's ``most``."""
+    return min(most, -(-max(longest, 1) // 8) * 8)
+
+
+def tokenize(
+    tokenizer,
+    texts: Sequence[str],
+    most: int,
+    length: int | None = None,
+    clean: Callable[[str], str] = clean_caption,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts → (ids int32 [n, l], lengths int32 [n]).
+
+    Texts are cleaned (``clean_caption`` or ``lower_caption``), cut at ``most`` tokens (the end
+    mark kept) and padded to
+    ``length``: by default the next multiple of 8 over the longest. Nothing that reads the result
+    may depend on the padding. A text that is cut is told of by a Notice that names what was lost.
+    """
+    cleaned = [clean(text) for text in texts]
+    ids = tokenizer(cleaned, truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
+    for n, row in enumerate(ids):
+        if len(row) >= most:
+            _tell_what_is_cut(tokenizer, cleaned[n], most)
+    length = length or padded_length(max((len(row) for row in ids), default=1), most)
+    pad = tokenizer.pad_token_id or 0
+    out = np.full((len(ids), length), pad, np.int32)
+    for row, tokens in zip(out, ids, strict=True):
+        row[: len(tokens)] = tokens[:length]
+    # A tokenizer without an end mark gives "" no token at all; attention needs one.
+    return out, np.maximum([min(len(row), length) for row in ids], 1).astype(np.int32)
+
+
+def _tell_what_is_cut(tokenizer, text: str, most: int) -> None:
+    """Warn of a text that has more tokens than ``most``, naming the words beyond them."""
+    whole = tokenizer(text, add_special_tokens=True)["input_ids"]
+    if len(whole) <= most:
+        return
+    marked = int(tokenizer.eos_token_id is not None and whole[-1] == tokenizer.eos_token_id)
+    lost = tokenizer.decode(
+        whole[most - marked : len(whole) - marked], skip_special_tokens=True
+    ).split()
+    shown = " ".join(lost) if len(lost) <= 30 else f"{' '.join(lost[:20])} … {' '.join(lost[-5:])}"
+    warnings.warn(
+        f"the prompt {text[:40]!r}… has {len(whole)} tokens and was cut to {most}, the model's "
+        "most: "
+        f"lost are its last {len(whole) - most} tokens, {len(lost)} words: {shown!r}",
+        Notice,
+        stacklevel=3,
+    )
+
+
+# ---- prompt files ----
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRow:
+    """A prompt, and what its row says of height, width (pixels), seed and negative_prompt; None
+    where it says nothing."""
+
+    prompt: str
+    height: int | None = None
+    width: int | None = None
+    seed: int | None = None
+    negative_prompt: str | None = None
+
+    def overrides(self) -> dict:
+        """What the row says beside its prompt."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name != "prompt" and value is not None
+        }
+
+
+def read_prompts(path: str | os.PathLike) -> list[PromptRow]:
+    """The rows of a file in their order, those of a blank prompt left out. UserError where there is
+    none, or one cannot be read.
+
+    Columns of a .csv and fields of a .jsonl that PromptRow does not know are left alone.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no prompt file {path}") from None
+    except IsADirectoryError:
+        raise UserError(
+            f"{path} is a folder: give a file of prompts (.txt, .csv or .jsonl)"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path} is not UTF-8 text: give a file of prompts (.txt, .csv or .jsonl)"
+        ) from None
+    reader = {".csv": _csv, ".jsonl": _jsonl}.get(path.suffix.lower(), _lines)
+    try:
+        rows = [_row(number, fields) for number, fields in reader(text)]
+    except UserError as fault:
+        raise UserError(f"{path}: {fault}") from None
+    rows = [row for row in rows if row.prompt]
+    if not rows:
+        raise UserError(f"{path} holds no prompt: write one a line")
+    return rows
+
+
+def _lines(text: str) -> Iterator[tuple[int, Mapping]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        yield number, {"prompt": line}
+
+
+def _csv(text: str) -> Iterator[tuple[int, Mapping]]:
+    rows = csv.DictReader(io.StringIO(text))
+    if rows.fieldnames is not None and "prompt" not in rows.fieldnames:
+        raise UserError(f"no column 'prompt' (columns: {', '.join(rows.fieldnames)})")
+    for fields in rows:
+        yield (
+            rows.line_num,
+            {
+                name: value
+                for name, value in fields.items()
+                if name == "prompt" or (value or "").strip()
+            },
+        )
+
+
+def _jsonl(text: str) -> Iterator[tuple[int, Mapping]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as fault:
+            raise UserError(f"line {number} is no JSON: {fault}") from None
+        yield number, value if isinstance(value, dict) else {"prompt": value}
+
+
+def _row(number: int, fields: Mapping) -> PromptRow:
+    prompt = fields.get("prompt") or ""
+    if not isinstance(prompt, str) or ("prompt" not in fields):
+        raise UserError(f'line {number} has no text "prompt"')
+    own = {}
+    for name in ("height", "width", "seed"):
+        value = fields.get(name)
+        if value is None:
+            continue
+        try:
+            own[name] = int(value)
+            if isinstance(value, bool) or own[name] != float(value):
+                raise ValueError
+        except (ValueError, TypeError):
+            raise UserError(f"line {number}: {name} {value!r} is no whole number") from None
+    negative = fields.get("negative_prompt")
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"line {number}: negative_prompt {negative!r} is no text")
+    return PromptRow(prompt.strip(), negative_prompt=negative, **own)

@@ -1,0 +1,268 @@
+"""The journal of a captioning run, and the ways its captions leave it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from pixart_jax.captioning import caption_export
+from pixart_jax.captioning.caption_files import CaptionLog, read_manifest
+from pixart_jax.data.faults import BadRecords
+from pixart_jax.errors import Notice, UserError
+
+IDENTITY = {"model": "a", "prompt": "paper"}
+
+
+def row(index: int, **more) -> dict:
+    return {"index": index, "key": f"k{index}", "caption": f"caption {index}", **more}
+
+
+def journal(path, count=5, identity=IDENTITY, fingerprint="f", keys=None):
+    return CaptionLog(
+        path / "c.jsonl",
+        identity,
+        count,
+        fingerprint,
+        lambda: keys or {f"k{i}": i for i in range(count)},
+    )
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(tmp_path):
+    with journal(tmp_path) as made:
+        made.append(
+            [row(3), row(1), {"index": 2, "key": "k2", "left_out": ["unreadable image", "cut"]}]
+        )
+        made.append([row(1, caption="again"), row(0), row(4)])
+        assert made.done.all()
+        made.finalize(lambda r: {"key": r["key"], "caption": r["caption"]}, {"captions": 4})
+    assert lines(tmp_path / "c.jsonl") == [
+        {"key": f"k{i}", "caption": f"caption {i}"} for i in (0, 1, 3, 4)
+    ]
+    assert lines(tmp_path / "c.faults.jsonl") == [
+        {"key": "k2", "index": 2, "kind": "unreadable image", "detail": "cut"}
+    ]
+    assert read_manifest(tmp_path / "c.manifest.json")["captions"] == 4
+    assert not (tmp_path / "c.jsonl.partial").exists()
+    with journal(tmp_path) as again:
+        assert again.finished
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30, 80, 10_000])
+def test_a_journal_cut_at_any_byte_goes_on_with_what_was_whole(tmp_path, cut):
+    with journal(tmp_path) as made:
+        made.append([row(i) for i in range(3)])
+    data = made.partial.read_bytes()
+    made.partial.write_bytes(data[: max(0, len(data) - cut)])
+    with journal(tmp_path) as again:
+        assert (
+            again.done.sum() == data[: max(0, len(data) - cut)].count(b"\n") - 1
+            if cut < 10_000
+            else not again.done.any()
+        )
+        again.append([row(i) for i in range(5)])
+        again.finalize(lambda r: r, {})
+    assert [r["key"] for r in lines(tmp_path / "c.jsonl")] == [f"k{i}" for i in range(5)]
+
+
+def test_a_damaged_line_is_named_and_its_picture_done_again(tmp_path):
+    with journal(tmp_path) as made:
+        made.append([row(i) for i in range(3)])
+    data = made.partial.read_bytes().replace(
+        b'"index": 1', b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+    )
+    made.partial.write_bytes(data)
+    with pytest.warns(Notice, match="line 3, is damaged"), journal(tmp_path) as again:
+        assert again.done.tolist() == [True, False, True, False, False]
+
+
+def test_captions_of_another_model_are_refused_whether_finished_or_not(tmp_path):
+    with journal(tmp_path) as made:
+        made.append([row(i) for i in range(5)])
+    other = {"model": "b", "prompt": "paper"}
+    with pytest.raises(UserError, match="written with another model 'a', now 'b'"):
+        journal(tmp_path, identity=other)
+    with journal(tmp_path) as made:
+        made.finalize(lambda r: r, {})
+    with pytest.raises(UserError, match="written with another model 'a', now 'b'"):
+        journal(tmp_path, identity=other)
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path):
+    (tmp_path / "c.jsonl").write_text("mine\n")
+    with pytest.raises(UserError, match="was not written by this command"):
+        journal(tmp_path)
+    assert (tmp_path / "c.jsonl").read_text() == "mine\n"
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    with journal(tmp_path), pytest.raises(UserError, match="another run is writing it"):
+        journal(tmp_path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_source_that_grew_keeps_its_captions_by_key(tmp_path, finished):
+    with journal(tmp_path) as made:
+        made.append([row(i) for i in range(5)])
+        if finished:
+            made.finalize(lambda r: r, {})
+    # two pictures went, one came, the order is another
+    keys = {"new": 0, "k1": 1, "k0": 2, "k4": 3}
+    with pytest.warns(
+        Notice, match="3 captions are kept, 2 captions belong to pictures that are gone"
+    ):
+        again = journal(tmp_path, 4, fingerprint="g", keys=keys)
+    with again:
+        assert again.done.tolist() == [False, True, True, True]
+        again.append([{"index": 0, "key": "new", "caption": "new"}])
+        again.finalize(lambda r: {"key": r["key"], "caption": r["caption"]}, {})
+    assert [r["caption"] for r in lines(tmp_path / "c.jsonl")] == [
+        "new",
+        "caption 1",
+        "caption 0",
+        "caption 4",
+    ]
+
+
+# ---- out of the journal ----
+
+
+def captions(tmp_path, texts: dict[str, str]):
+    file = tmp_path / "captions.jsonl"
+    file.write_text(
+        "".join(json.dumps({"key": key, "caption": text}) + "\n" for key, text in texts.items())
+    )
+    return caption_export.CaptionsByKey(file)
+
+
+def tar(path, names, sizes=None, form=tarfile.PAX_FORMAT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as out:
+        for number, name in enumerate(names):
+            data = bytes([number + 1]) * ((sizes or {}).get(name, 700 + number))
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.uid, info.uname = (
+                len(data),
+                1_700_000_000.5 + number,
+                1234,
+                "somebody",
+            )
+            out.addfile(info, io.BytesIO(data))
+    return path
+
+
+LONG = "a" * 150
+NAMES = ["000.jpg", "000.txt", "000.json", "001.jpg", f"{LONG}.jpg", f"{LONG}.txt", "b/002.png"]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_tars_get_a_member_a_sample_and_keep_theirs_byte_for_byte(tmp_path, form):
+    old = tar(tmp_path / "in" / "00000.tar", NAMES, form=form)
+    before = old.read_bytes()
+    texts = {"000": "A dog.", "001": "Ünicode — 猫.", LONG: "Long. " * 300, "b/002": "A cat."}
+    faults = BadRecords()
+    held = caption_export.to_tars(
+        captions(tmp_path, texts), [old], tmp_path / "out", "dense", faults
+    )
+    assert held == 4 and not len(faults) and old.read_bytes() == before
+    with tarfile.open(old) as was, tarfile.open(tmp_path / "out" / "00000.tar") as now:
+        names = now.getnames()
+        assert names == [
+            *NAMES[:3],
+            "000.dense.txt",
+            "001.jpg",
+            "001.dense.txt",
+            *NAMES[4:6],
+            f"{LONG}.dense.txt",
+            "b/002.png",
+            "b/002.dense.txt",
+        ]
+        for member in was:
+            other = now.getmember(member.name)
+            assert was.extractfile(member).read() == now.extractfile(other).read()
+            stop = member.offset_data + -(-member.size // 512) * 512
+            length = stop - member.offset
+            data = (tmp_path / "out" / "00000.tar").read_bytes()
+            # headers too
+            assert data[other.offset : other.offset + length] == before[member.offset : stop]
+        for key, text in texts.items():
+            assert now.extractfile(f"{key}.dense.txt").read().decode() == text
+    assert len((tmp_path / "out" / "00000.tar").read_bytes()) % tarfile.RECORDSIZE == 0
+
+
+def test_tars_in_place_are_the_same_after_a_second_time(tmp_path):
+    old = tar(tmp_path / "in" / "00000.tar", NAMES)
+    found = captions(tmp_path, {"000": "A dog.", "001": "A cat."})
+    assert caption_export.to_tars(found, [old], None, "dense", BadRecords()) == 2
+    once = old.read_bytes()
+    assert caption_export.to_tars(found, [old], None, "dense", BadRecords()) == 2
+    assert old.read_bytes() == once and [file.name for file in old.parent.iterdir()] == [
+        "00000.tar"
+    ]
+    with pytest.raises(UserError, match="000.dense.txt that says something else"):
+        caption_export.to_tars(
+            captions(tmp_path, {"000": "A cow."}), [old], None, "dense", BadRecords()
+        )
+    assert old.read_bytes() == once
+
+
+def test_a_tar_that_is_cut_is_named_and_keeps_what_is_before_the_cut(tmp_path):
+    old = tar(tmp_path / "in" / "00000.tar", NAMES, {"001.jpg": 5000})
+    with tarfile.open(old) as whole:
+        inside = whole.getmember("001.jpg").offset_data + 100
+    old.write_bytes(old.read_bytes()[:inside])
+    faults = BadRecords()
+    found = captions(tmp_path, {"000": "A dog.", "001": "A cat."})
+    assert caption_export.to_tars(found, [old], tmp_path / "out", "dense", faults) == 1
+    assert faults.counts == {"cut file": 1} and "001.jpg" in str(list(faults)[0])
+    with tarfile.open(tmp_path / "out" / "00000.tar") as now:
+        assert now.getnames() == [*NAMES[:3], "000.dense.txt"]
+
+
+def test_a_compressed_tar_and_the_originals_folder_are_refused(tmp_path):
+    old = tar(tmp_path / "in" / "00000.tar", NAMES)
+    found = captions(tmp_path, {"000": "A dog."})
+    with pytest.raises(UserError, match="the folder of the tars themselves"):
+        caption_export.to_tars(found, [old], tmp_path / "in", "dense", BadRecords())
+    with tarfile.open(tmp_path / "in" / "z.tar", "w:gz") as out:
+        out.addfile(tarfile.TarInfo("x.jpg"))
+    with pytest.raises(UserError, match="no plain tar"):
+        caption_export.to_tars(
+            found, [tmp_path / "in" / "z.tar"], tmp_path / "out", "dense", BadRecords()
+        )
+
+
+def test_a_key_that_two_tars_have_gets_its_own_caption_or_none(tmp_path):
+    old = [
+        tar(tmp_path / "in" / name, ["000.jpg", "000.txt"]) for name in ("a.tar", "b.tar", "c.tar")
+    ]
+    # the picture in b could not be read
+    found = captions(tmp_path, {"000": "In a.", "c/000": "In c."})
+    assert caption_export.to_tars(found, old, tmp_path / "out", "dense", BadRecords()) == 2
+    said = []
+    for name in ("a.tar", "b.tar", "c.tar"):
+        with tarfile.open(tmp_path / "out" / name) as now:
+            said.append(
+                now.extractfile("000.dense.txt").read()
+                if "000.dense.txt" in now.getnames()
+                else None
+            )
+    assert said == [b"In a.", None, b"In c."]
+
+
+def test_texts_are_written_below_the_folder_alone_and_never_over_another_text(tmp_path):
+    found = captions(tmp_path, {"a/b": "A dog.", "../out": "no", "c": "A cat."})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "c.txt").write_text("mine\n")
+    faults = BadRecords()
+    assert caption_export.to_texts(found, tmp_path / "out", ".txt", faults, replace=False) == 1
+    assert (tmp_path / "out" / "a" / "b.txt").read_text() == "A dog.\n"
+    assert (tmp_path / "out" / "c.txt").read_text() == "mine\n"
+    assert faults.counts == {"unusable key": 1, "file in the way": 1}
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["captions.jsonl", "out"]

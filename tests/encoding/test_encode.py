@@ -1,0 +1,294 @@
+import concurrent.futures
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pixart_jax.data import images, records
+from pixart_jax.data.buckets import assign
+from pixart_jax.data.encoded import EncodedSamples
+from pixart_jax.data.loader import Loader
+from pixart_jax.encoding import encode
+from pixart_jax.errors import UserError
+from pixart_jax.images import to_model
+from pixart_jax.text import tokenize
+from tests.encoding import tiny_encoders as tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
+BUCKETS = ((32, 32), (32, 64), (64, 32))
+
+
+def options(**changes):
+    return encode.EncodeOptions(
+        **{
+            "buckets": BUCKETS,
+            "captions": ("short", "dense"),
+            "max_text_tokens": 24,
+            "batch_size": 4,
+            "shard_size": 8,
+            **changes,
+        }
+    )
+
+
+def run(folder, source=None, vae=None, text_encoder=None, **changes):
+    return encode.encode_dataset(
+        source or tiny.Noise(50),
+        options(**changes),
+        vae=vae or tiny.vae(),
+        text_encoder=text_encoder or tiny.text_encoder(),
+        tokenizer=tiny.words(),
+        folder=folder,
+        progress=False,
+    )
+
+
+def files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_records_equal_a_direct_encoding(tmp_path):
+    source, vae, text = tiny.Noise(50), tiny.vae(), tiny.text_encoder()
+    made = records.Records(run(tmp_path / "set", source))
+    assert len(made) == len(source)
+    by_key = {
+        metadata["key"]: (arrays, metadata, made.manifest.shards[made.shard_of(i)[0]].bucket)
+        for i, (arrays, metadata) in enumerate(made)
+    }
+    for index in range(len(source)):
+        sample = source[index]
+        arrays, metadata, bucket = by_key[sample.key]
+        assert bucket == assign(*source.shape(index), BUCKETS)
+        pixels, fit = images.to_bucket(sample.pixels(), bucket)
+        mean, std = vae.encode(to_model(pixels)[None])
+        np.testing.assert_allclose(arrays["mean"], mean[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(arrays["std"], std[0], rtol=1e-5, atol=1e-6)
+        assert tuple(arrays["size"]) == source.shape(index) and arrays["label"] == sample.label
+        assert tuple(arrays["fit"]) == (fit.height, fit.width, fit.top, fit.left)
+        for kind in ("short", "dense"):
+            assert json.loads(metadata[f"captions.{kind}"]) == list(sample.captions[kind])
+            for i, caption in enumerate(sample.captions[kind]):
+                ids, lengths = tokenize(tiny.words(), [caption], 24)
+                states = np.asarray(text.apply(ids, lengths))[0, : lengths[0]].astype(
+                    ml_dtypes.bfloat16
+                )
+                found = arrays[f"text.{kind}.{i}"]
+                assert found.dtype == ml_dtypes.bfloat16 and found.shape == states.shape
+                np.testing.assert_allclose(
+                    found.astype(np.float32), states.astype(np.float32), rtol=1e-2, atol=1e-2
+                )
+
+
+def test_two_runs_at_once_make_every_shard_once(tmp_path, capfd):
+    """The second waits, and then finds all shards made."""
+    tiny.words()  # imports transformers, which two threads at once cannot
+    vae, encoded = tiny.vae(delay=0.05), []
+    plain = vae.encode
+
+    def counted(pixels):
+        encoded.append(len(pixels))
+        return plain(pixels)
+
+    vae.encode = counted
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, tmp_path / "set", vae=vae) for _ in range(2)]
+        assert [r.result() for r in runs] == [tmp_path / "set"] * 2
+    once = len(encoded)
+    run(tmp_path / "alone", vae=vae)
+    assert len(encoded) == 2 * once > 0
+    assert files(tmp_path / "set") == files(tmp_path / "alone")
+    assert "another run encodes" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_encode_killed_often_ends_with_the_files_of_an_uninterrupted_run(tmp_path):
+    def start(folder, delay):
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.encoding.encode_until_killed", folder, str(delay)],
+            cwd=ROOT,
+        )
+
+    assert start(tmp_path / "whole", 0).wait(120) == 0
+    whole = files(tmp_path / "whole")
+    random.seed(3)
+    kills = 0
+    for _ in range(5):
+        process = start(tmp_path / "killed", 0.03)
+        deadline = time.monotonic() + 60
+        shards = len(list((tmp_path / "killed").glob("*.array_record")))
+        # until it has made something since it began
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list((tmp_path / "killed").glob("*.array_record"))) > shards + random.randint(
+                0, 1
+            ):
+                break
+            time.sleep(0.005)
+        time.sleep(random.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    kept = files(tmp_path / "killed")
+    assert kills >= 3 and records.MANIFEST not in kept
+    assert start(tmp_path / "killed", 0).wait(120) == 0
+    assert files(tmp_path / "killed") == whole
+    manifest = records.Manifest.read(tmp_path / "killed")
+    assert manifest.samples == 88 and [key for key, _ in manifest.skipped] == [
+        "noise-00050",
+        "noise-00007",
+    ]
+
+
+def test_present_shards_are_verified_and_not_made_again(tmp_path):
+    folder = run(tmp_path / "set")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert run(folder, shard_size=16) == folder  # how a finished set is cut does not matter
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vae": tiny.vae(1.5)},
+        {"text_encoder": tiny.text_encoder(1)},
+        {"max_text_tokens": 16},
+        {"source": tiny.Noise(49)},
+        {"buckets": BUCKETS[:2]},
+    ],
+)
+def test_shards_of_another_encoder_or_set_are_refused_by_name(tmp_path, change):
+    folder = run(tmp_path / "set")
+    with pytest.raises(
+        UserError,
+        match="was encoded with something else: "
+        "(vae|text_encoder|max_text_tokens|samples|buckets) is",
+    ):
+        run(folder, **change)
+
+
+def test_only_a_deleted_shard_is_made_anew(tmp_path):
+    folder = run(tmp_path / "set")
+    before, victim = files(folder), folder / "00001-32x32.array_record"
+    victim.unlink()
+    with pytest.raises(UserError, match="00001-32x32.array_record is missing"):
+        records.Records(folder)
+    run(folder)
+    assert files(folder) == before
+
+
+def test_a_shard_cut_short_is_named_and_kept(tmp_path):
+    folder = run(tmp_path / "set")
+    victim = folder / "00002-32x32.array_record"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    for attempt in (lambda: run(folder), lambda: records.Records(folder)):
+        with pytest.raises(UserError, match="00002-32x32.array_record is damaged"):
+            attempt()
+    assert victim.exists()
+
+
+def test_unreadable_pictures_are_named_and_counted_or_stop_a_strict_run(tmp_path):
+    source = tiny.Noise(50, broken=(3, 20))
+    manifest = records.Manifest.read(run(tmp_path / "set", source))
+    assert manifest.samples == 48
+    assert sorted(key for key, _ in manifest.skipped) == ["noise-00003", "noise-00020"]
+    with pytest.raises(UserError, match="noise-000"):
+        run(tmp_path / "strict", source, strict=True)
+
+
+def test_two_processes_share_the_work(tmp_path):
+    import threading
+
+    def process(index):
+        encode.encode_dataset(
+            tiny.Noise(50),
+            options(),
+            vae=tiny.vae(),
+            text_encoder=tiny.text_encoder(),
+            tokenizer=tiny.words(),
+            folder=tmp_path / "shared",
+            process_index=index,
+            process_count=2,
+            progress=False,
+        )
+
+    other = threading.Thread(target=process, args=(1,))
+    other.start()
+    process(0)
+    other.join(60)
+    assert files(tmp_path / "shared") == files(run(tmp_path / "alone"))
+
+
+def test_processes_that_do_not_share_the_folder_are_told_so(tmp_path):
+    (tmp_path / "progress").mkdir()
+    with pytest.raises(UserError, match="not shared by all 2 processes"):
+        encode._meet(tmp_path, 0, 2, patience=0.1)
+
+
+def test_a_set_without_captions_needs_no_text_encoder(tmp_path):
+    folder = encode.encode_dataset(
+        tiny.Noise(20),
+        options(captions=()),
+        vae=tiny.vae(),
+        folder=tmp_path / "set",
+        progress=False,
+    )
+    batch = Loader(EncodedSamples(folder, (), 120), batch_size=4, seed=0).batch(0)
+    assert set(batch) == {"mean", "std", "label", "size", "aspect_ratio", "key"}
+
+
+def test_unknown_caption_kind_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'dense'"):
+        run(tmp_path / "set", captions=("dence",))
+
+
+def test_loader_reads_what_was_encoded(tmp_path):
+    source = tiny.Noise(50)
+    folder = run(tmp_path / "set", source)
+    samples = EncodedSamples(folder, (("dense", 3.0), ("short", 1.0)), 24)
+    loader = Loader(samples, batch_size=8, seed=1)
+    seen, kinds = {}, []
+    for step in range(60):
+        batch = loader.batch(step)
+        height, width = loader.bucket(step)
+        assert batch["mean"].shape == batch["std"].shape == (8, height // 8, width // 8, 4)
+        assert batch["text_states"].shape == (8, samples.length, 16) and samples.length == 16
+        assert (
+            not batch["text_states"]
+            .astype(np.float32)[np.arange(samples.length)[None] >= batch["text_lengths"][:, None]]
+            .any()
+        )
+        np.testing.assert_allclose(batch["aspect_ratio"], height / width)
+        for row, key in enumerate(batch["key"]):
+            index = int(key.split("-")[1])
+            assert (
+                tuple(batch["size"][row]) == source.shape(index)
+                and batch["label"][row] == index % 5
+            )
+            length = int(batch["text_lengths"][row])
+            kinds.append(length == len(source[index].captions["short"][0].split()) + 1)
+            if key in seen:
+                np.testing.assert_array_equal(seen[key], batch["mean"][row])
+            seen[key] = batch["mean"][row]
+    assert len(seen) == 50
+    assert 0.15 < np.mean(kinds) < 0.35  # the mix asks for a quarter of short captions
+    one = {k: v for k, v in loader.batch(7).items()}
+    halves = [
+        Loader(samples, batch_size=8, seed=1, rows=range(4 * p, 4 * p + 4)).batch(7) for p in (0, 1)
+    ]
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, np.concatenate([half[name] for half in halves]))
+
+
+def test_texts_longer_than_the_stage_takes_are_refused(tmp_path):
+    folder = run(tmp_path / "set")
+    with pytest.raises(UserError, match="max_text_tokens = 8"):
+        EncodedSamples(folder, (("dense", 1.0),), 8)

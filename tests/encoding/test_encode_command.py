@@ -1,0 +1,189 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixart_jax.data import images, records
+from pixart_jax.data.buckets import TABLES
+from pixart_jax.encoding import encode_command
+from pixart_jax.encoding.encode import EncodeOptions, encode_dataset
+from pixart_jax.errors import UserError
+from pixart_jax.images import to_model
+from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.vae import VAEConfig
+from pixart_jax.pipeline.encoder_identity import component_identity, tokenizer_identity
+from pixart_jax.text import tokenize, word_tokenizer
+from pixart_jax.weights import component
+from tests.encoding import tiny_encoders as tiny
+
+RANDOM = np.random.default_rng(3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return encode_dataset(
+        tiny.Noise(20),
+        EncodeOptions(buckets=((32, 32), (32, 64)), shard_size=4),
+        vae=tiny.vae(),
+        folder=tmp_path / "set",
+        progress=False,
+    )
+
+
+def test_check_passes_sound_shards_and_says_what_they_hold(folder, capsys):
+    assert encode_command.main(["--check", "--out", str(folder)]) == 0
+    assert "no damage: 20 records (32×32: 15, 32×64: 5)" in capsys.readouterr().out
+
+
+def test_check_names_a_shard_with_one_flipped_bit(folder, capsys):
+    victim = folder / "00001-32x32.array_record"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(UserError, match="1 of the shards"):
+        encode_command.main(["--check", "--out", str(folder)])
+    assert "00001-32x32.array_record is damaged: its checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--buckets", "64"], "--buckets '64'"),
+        (["--buckets", "64x0"], "HEIGHTxWIDTH"),
+        (["--batch-size", "0"], "batch size 0"),
+        (["--model", "nowhere"], "no vae in nowhere"),
+        (["--check"], "--check needs --out"),
+        (["--dtype", "float16"], "--dtype 'float16': float32 or bfloat16"),
+        (["--mesh", "rows=2"], "rows"),
+        (["--check", "--out", "nowhere"], "nowhere holds no manifest.json"),
+        (["--bukets", "64x64"], "--buckets"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        encode_command.main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A tiny VAE and T5 of random weights with a tokenizer, as a model folder."""
+    vae = VAEConfig(block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4)
+    text = T5Config(vocab_size=200, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
+    for name, kind, config in (
+        ("vae", component.VAE, vae),
+        ("text_encoder", component.TextEncoder, text),
+    ):
+        example = kind._example(config)
+        shapes = nn.unbox(
+            jax.eval_shape(kind._module(config, jnp.float32).init, jax.random.key(0), *example)
+        )["params"]
+        params = jax.tree.map(
+            lambda leaf: RANDOM.normal(size=leaf.shape, scale=0.2).astype(np.float32), shapes
+        )
+        kind(config, params).save(tmp_path / "model" / name)
+    tiny.words().save_pretrained(str(tmp_path / "model" / "tokenizer"))
+    return tmp_path / "model"
+
+
+def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
+    model, tmp_path, monkeypatch, capsys
+):
+    source = tiny.Noise(10)
+    monkeypatch.setattr(encode_command, "open_source", lambda *args, **kwargs: source)
+    monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
+    arguments = [
+        "--model",
+        str(model),
+        "--buckets",
+        "32x32",
+        "--captions",
+        "dense,short",
+        "--batch-size",
+        "4",
+        "--max-text-tokens",
+        "24",
+    ]
+    assert encode_command.main(arguments) == 0
+    (folder,) = (tmp_path / "cache" / "encoded").iterdir()
+    assert f"10 records (32×32: 10) in 1 shards, 0.1 MiB: {folder}" in capsys.readouterr().out
+    vae, text = (
+        component.load_component(model / "vae"),
+        component.load_component(model / "text_encoder"),
+    )
+    made = records.Records(
+        folder, {"vae": component_identity(vae), "text_encoder": component_identity(text)}
+    )
+    # four, as encoded, but beside others: no result may depend on its batch
+    samples = [source[i] for i in (6, 7, 8, 9)]
+    mean, std = vae.encode(
+        np.stack([to_model(images.to_bucket(sample.pixels(), (32, 32))[0]) for sample in samples])
+    )
+    ids, lengths = tokenize(
+        tiny.words(), [sample.captions["dense"][0] for sample in samples], 24, length=16
+    )
+    states = np.asarray(text.apply(ids, lengths))
+    for row, sample in enumerate(samples):
+        arrays, metadata = made[6 + row]
+        assert metadata["key"] == sample.key
+        np.testing.assert_allclose(arrays["mean"], mean[row], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(arrays["std"], std[row], rtol=1e-4, atol=1e-5)
+        found = arrays["text.dense.0"].astype(np.float32)
+        np.testing.assert_allclose(found, states[row, : lengths[row]], rtol=1e-2, atol=1e-2)
+
+
+def test_flips_and_a_bfloat16_text_encoder_by_flags_and_the_records_encoded_again_are_equal(
+    model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(encode_command, "open_source", lambda *args, **kwargs: tiny.Noise(10))
+    arguments = [
+        "--model",
+        str(model),
+        "--buckets",
+        "32x32,32x64",
+        "--batch-size",
+        "4",
+        "--max-text-tokens",
+        "24",
+        "--flip",
+    ]
+    arguments += ["--out", str(tmp_path / "set"), "--dtype", "bfloat16", "--mesh", "data=-1"]
+    assert encode_command.main(arguments) == 0
+    assert "10 records (32×32: 8, 32×64: 2), each mirrored too" in capsys.readouterr().out
+    manifest = records.Manifest.read(tmp_path / "set")
+    assert (
+        manifest.made_from["text_encoder"]["dtype"] == "bfloat16"
+        and manifest.made_from["vae"]["dtype"] == "float32"
+    )
+    assert encode_command.main([*arguments, "--check", "--again", "3"]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "3 records encoded again: 3 equal to the byte"
+    )
+    with pytest.raises(UserError, match="was encoded with something else: text_encoder is "):
+        encode_command.main([*arguments[:-4], "--check", "--again", "3"])
+
+
+def test_the_identity_of_an_encoder_is_that_of_its_weights(model):
+    first = component.load_component(model / "vae")
+    assert component_identity(first) == component_identity(component.load_component(model / "vae"))
+    assert component_identity(first) != component_identity(
+        component.load_component(model / "vae", dtype=jnp.bfloat16)
+    )
+    params = jax.tree.map(np.array, dict(first.params))
+    leaf = jax.tree.leaves(params)[5]
+    leaf.reshape(-1)[0] = np.nextafter(leaf.reshape(-1)[0], np.float32(9))
+    assert component_identity(first) != component_identity(first.replace(params=params))
+
+
+def test_a_tokenizer_s_identity_does_not_depend_on_what_it_did():
+    used = tiny.words()
+    used("a red circle", max_length=3, truncation=True, padding="max_length")
+    assert tokenizer_identity(used) == tokenizer_identity(tiny.words())
+    assert tokenizer_identity(used) != tokenizer_identity(word_tokenizer(tiny.WORDS[1:]))
+
+
+def test_a_base_stands_for_its_table():
+    assert encode_command.parse_buckets("512") == tuple(TABLES[512].values())
+    assert encode_command.parse_buckets("64x64, 64×96") == ((64, 64), (64, 96))

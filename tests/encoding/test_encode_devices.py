@@ -1,0 +1,272 @@
+"""What is encoded does not depend on how many devices encode it; on which mirrored pictures are
+what they should be."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pixart_jax.data import images, records
+from pixart_jax.data.encoded import EncodedSamples, is_flipped
+from pixart_jax.data.sources import Sample
+from pixart_jax.encoding import encode, encode_check
+from pixart_jax.encoding.shard_encoder import ShardEncoder
+from pixart_jax.errors import UserError
+from pixart_jax.images import to_model
+from pixart_jax.text import clean_caption, tokenize
+from tests.encoding import tiny_encoders as tiny
+from tests.encoding.encode_on_devices import OPTIONS, Texts, encoders, made, simple_encoders
+from tests.training import tiny_run
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIMPLE = ("data=2!", "data=4!")
+MESHES = ("data=2", "data=2+", "data=4", "data=4+", "data=2,fsdp=2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_run.parts(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    return made(encoders(model), tmp_path_factory.mktemp("alone") / "set")
+
+
+def every_record(folder):
+    stored = records.Records(folder)
+    return [stored.bytes(index) for index in range(len(stored))]
+
+
+@pytest.fixture(scope="module")
+def on_devices(model, tmp_path_factory):
+    """Folder of each of SIMPLE and MESHES, made where there are four devices."""
+    out = tmp_path_factory.mktemp("devices")
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    program = [
+        sys.executable,
+        "-m",
+        "tests.encoding.encode_on_devices",
+        str(model),
+        str(out),
+        *SIMPLE,
+        *MESHES,
+    ]
+    done = subprocess.run(
+        program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: out / name for name in (*SIMPLE, *MESHES)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIMPLE)
+def test_a_record_is_the_same_to_the_byte_on_any_number_of_devices(
+    model, on_devices, name, tmp_path
+):
+    alone = made(simple_encoders(model), tmp_path / "set")
+    assert every_record(on_devices[name]) == every_record(alone)
+    assert records.Manifest.read(on_devices[name]).identity == records.Manifest.read(alone).identity
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_the_model_s_own_encoders_give_the_same_records_to_rounding(alone, on_devices, name):
+    """More devices are more threads, and a convolution of few channels adds in another order at a
+    thread's last rows."""
+    assert records.Manifest.read(on_devices[name]).identity == records.Manifest.read(alone).identity
+    one, other = records.Records(alone), records.Records(on_devices[name])
+    for index in range(len(one)):
+        (before, said), (after, said_too) = one[index], other[index]
+        assert said == said_too and set(before) == set(after)
+        for part in before:
+            if "fsdp" in name:
+                np.testing.assert_allclose(
+                    before[part].astype(np.float64),
+                    after[part].astype(np.float64),
+                    rtol=1e-2,
+                    atol=1e-5,
+                )
+            elif part.startswith(("mean", "std")):
+                np.testing.assert_allclose(before[part], after[part], rtol=1e-5, atol=3e-6)
+            else:
+                np.testing.assert_array_equal(before[part], after[part])
+
+
+def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(model, alone):
+    parts, source = encoders(model), Texts(22)
+    samples = EncodedSamples(alone, (("dense", 1.0),), 24)
+    numbers = {
+        records.decode_record(record, ())[1]["key"]: index
+        for index, record in enumerate(every_record(alone))
+    }
+    for number in (0, 5, 10, 14, 21):
+        sample = source[number]
+        index = numbers[sample.key]
+        bucket = int(samples.bucket_of[index])
+        # in the batch it was encoded in
+        place = (index - np.flatnonzero(samples.bucket_of == bucket)[0]) % OPTIONS.batch_size
+        pixels, fit = images.to_bucket(sample.pixels(), samples.buckets[bucket])
+        stored, _ = samples._records[index]
+        height, width, top, left = stored["fit"]
+        # the very crop can be made again from what is stored
+        assert (height, width, top, left) == dataclasses.astuple(fit)
+        again = np.asarray(
+            images.Image.fromarray(sample.pixels()).resize(
+                (width, height), images.Image.Resampling.BICUBIC
+            )
+        )
+        again = again[
+            top : top + samples.buckets[bucket][0], left : left + samples.buckets[bucket][1]
+        ]
+        if (height, width) != tuple(stored["size"]):
+            np.testing.assert_array_equal(again, pixels)
+        draws = np.array([0.1, 0.7])  # its first caption, and its second
+        batch = samples.read(np.array([index, index]), bucket, draws)
+        for row, draw in enumerate(draws):
+            seen = pixels[:, ::-1] if is_flipped(draw) else pixels
+            mean, std = parts["vae"].encode(to_model(np.stack([seen] * 4)))
+            np.testing.assert_array_equal(batch["mean"][row], mean[place])
+            np.testing.assert_array_equal(batch["std"][row], std[place])
+            ids, lengths = tokenize(
+                parts["tokenizer"], [sample.captions["dense"][row]], 24, None, clean_caption
+            )
+            padded = np.zeros((4, 16 if lengths[0] <= 16 else 24), np.int32)
+            padded[0, : lengths[0]] = ids[0, : lengths[0]]
+            direct = np.asarray(
+                parts["text_encoder"].apply(padded, np.array([lengths[0], 1, 1, 1], np.int32))
+            )[0, : lengths[0]]
+            assert batch["text_lengths"][row] == lengths[0]
+            np.testing.assert_array_equal(
+                batch["text_states"][row, : lengths[0]].view(np.uint16),
+                direct.astype(ml_dtypes.bfloat16).view(np.uint16),
+            )
+
+
+def test_mirrored_pictures_are_drawn_half_of_the_time_whatever_the_caption(alone):
+    draws = np.random.default_rng(0).random(4000)
+    found = np.array([is_flipped(draw) for draw in draws])
+    assert abs(found.mean() - 0.5) < 0.03 and abs(found[draws < 0.3].mean() - 0.5) < 0.05
+    samples = EncodedSamples(alone, (), 24)
+    batch = samples.read(np.zeros(64, int), int(samples.bucket_of[0]), draws[:64])
+    # one picture, as it is and mirrored
+    assert len(np.unique(batch["mean"].reshape(64, -1), axis=0)) == 2
+    assert records.Manifest.read(alone).identity["flip"] == "yes"
+
+
+def test_records_encoded_again_are_equal_and_another_encoder_s_are_refused(model, alone):
+    source, parts = Texts(22), encoders(model)
+
+    def encoder(**changes):
+        return ShardEncoder(
+            source, OPTIONS.captions, 24, 4, **{**parts, **changes}, flip=True, strict=True
+        )
+
+    assert (
+        encode_check.reencode_and_compare(alone, source, OPTIONS, encoder(), 4)
+        == "4 records encoded again: 4 equal to the byte"
+    )
+    other = parts["vae"].replace(
+        params=jax.tree.map(lambda leaf: leaf * np.float32(1.1), parts["vae"].params)
+    )
+    with pytest.raises(
+        UserError,
+        match="0 equal to the byte; posterior differ by .* is not what these encoders make of "
+        "noise",
+    ):
+        encode_check.reencode_and_compare(alone, source, OPTIONS, encoder(vae=other), 4)
+
+
+class Bad(tiny.Noise):
+    """Of each kind of bad sample one."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        change = {
+            2: {"image": b""},
+            3: {"image": sample.image[: len(sample.image) // 2]},
+            4: {"captions": {"short": ("a circle",)}},
+            5: {"captions": {}},
+            6: {"captions": {"short": ("a",), "dense": ("a circle " * 1_200_000,)}},
+            7: {"captions": {"short": ("",), "dense": ("a \x00\x07 red\x1b[2J circle\n",)}},
+        }
+        return dataclasses.replace(sample, **change.get(index, {}))
+
+
+def test_bad_samples_are_named_and_counted_and_the_rest_goes_on(model, tmp_path, capsys):
+    bad, options = Bad(12), dataclasses.replace(OPTIONS, flip=False)
+    folder = encode.encode_dataset(bad, options, **encoders(model), folder=tmp_path / "set")
+    manifest = records.Manifest.read(folder)
+    assert manifest.samples == 8
+    listed = [json.loads(line) for line in (folder / encode.FAULTS).read_text().splitlines()]
+    assert {fault["place"]: fault["kind"] for fault in listed} == {
+        "noise-00002": "unreadable image",
+        "noise-00003": "unreadable image",
+        "noise-00005": "missing caption",
+        "noise-00006": "caption too long",
+    }
+    (place,) = (
+        manifest.shards[n].lacking["dense"]
+        for n in range(len(manifest.shards))
+        if manifest.shards[n].lacking
+    )
+    assert len(place) == 1  # what lacks a kind stays, and shows its others
+    told = capsys.readouterr().err
+    assert (
+        "4 left out: 2 unreadable image, 1 missing caption, 1 caption too long" in told
+        and "faults.jsonl names them" in told
+    )
+    assert "4 left out" in encode_check.summary(folder)
+    assert (folder / "buckets.png").read_bytes()[:4] == b"\x89PNG"
+    for index, kind in ((2, "unreadable image"), (5, "missing caption"), (6, "caption too long")):
+        only = _Only(bad, index)
+        with pytest.raises(UserError, match=f"noise-{index:05d}: {kind}"):
+            encode.encode_dataset(
+                only,
+                dataclasses.replace(options, strict=True),
+                **encoders(model),
+                folder=tmp_path / f"strict{index}",
+                progress=False,
+            )
+
+
+class _Only:
+    """One sample of another source."""
+
+    def __init__(self, source, index):
+        self._source, self._index = source, index
+        self.name, self.caption_kinds, self.num_classes, self.fingerprint = (
+            source.name,
+            source.caption_kinds,
+            None,
+            str(index),
+        )
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index) -> Sample:
+        return self._source[self._index]
+
+    def sizes(self):
+        return np.array([[32, 32]], np.int32)
+
+
+def test_check_names_a_key_that_stands_twice(model, tmp_path, capsys):
+    class Twice(tiny.Noise):
+        def __getitem__(self, index):
+            return dataclasses.replace(super().__getitem__(index), key=f"picture-{index % 5}")
+
+    folder = encode.encode_dataset(
+        Twice(6), OPTIONS, **encoders(model), folder=tmp_path / "set", progress=False
+    )
+    with pytest.raises(UserError, match="1 of the records in .* have a key that another one has"):
+        encode_check.check(folder)
+    assert "record 4: key twice (picture-0)" in capsys.readouterr().err
