@@ -16,9 +16,10 @@ from typing import Literal
 
 from pixart_jax import cli
 from pixart_jax.errors import UserError
+from pixart_jax.files import bundled
 from pixart_jax.text import PromptRow, read_prompts
 
-SHIPPED = Path(__file__).resolve().parent / "assets" / "shapes"
+SHIPPED = bundled("assets") / "shapes"
 CANVAS = ("height", "width", "binning", "seed", "batch_size")
 # images/s, however slow
 BAR = (

@@ -59,9 +59,14 @@ def main(argv: list[str]) -> int:
     return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["encode"]:  # the one command whose processes work together
+def run() -> int:
+    """The ``pixart-jax`` program: returns the process's exit status."""
+    if sys.argv[1:2] == ["encode"]:  # its processes work together
         from pixart_jax.parallel.processes import run_with_peers
 
-        sys.exit(run_with_peers(lambda: cli.run(main)))
-    sys.exit(cli.run(main))
+        return run_with_peers(lambda: cli.run(main))
+    return cli.run(main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

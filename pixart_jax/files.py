@@ -21,6 +21,14 @@ def cache_folder() -> Path:
     return Path(given) if given else default
 
 
+def bundled(name: str) -> Path:
+    """A folder that the project ships, ``configs`` or ``assets``: beside the package in a clone, in
+    the package (as recipes and assets) in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    installed = package / {"configs": "recipes"}.get(name, name)
+    return installed if installed.is_dir() else package.parent / name
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **options) -> Iterator[IO]:
     """A file that replaces ``path`` when the block ends, complete and synced, with the permissions

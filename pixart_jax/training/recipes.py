@@ -11,9 +11,10 @@ from pathlib import Path
 from pixart_jax import cli
 from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.files import bundled
 from pixart_jax.parallel.processes import usage
 
-RECIPES = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = bundled("configs")
 USAGE = "python train.py configs/NAME.py --workdir DIR [--FIELD VALUE …]"
 
 
