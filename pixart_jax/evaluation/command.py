@@ -17,9 +17,10 @@ from pixart_jax.errors import UserError, nearest
 from pixart_jax.evaluation import report
 from pixart_jax.evaluation.shapes_score import Score, score
 from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
+from pixart_jax.files import bundled
 from pixart_jax.images import to_model, to_uint8
 
-SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "shapes"
+SHIPPED = bundled("assets") / "shapes"
 Level = Literal[*shapes.LEVELS]
 _PROG = "python -m pixart_jax evaluate"
 
