@@ -2,11 +2,17 @@
 # A bare machine needs python3 (3.11 or newer, with venv), pip, make and git.
 
 PYTHON ?= python3
+# One environment a Python: .venv, or .venv-3.12 for `make test PYTHON=python3.12`.
+ifeq ($(PYTHON),python3)
 VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
 BIN := $(VENV)/bin
 WORKERS ?= 2
-# `make test` begins slow tests in its first so many minutes, and counts those that are left.
-SLOW_TESTS_UNTIL ?= 32
+# PARITY=off: no PyTorch (whose small CPU wheel exists for few Pythons); the tests that need it are
+# left out and counted.
+PARITY ?= on
 DEMO := runs/demo
 # A train step of XL/2 takes 12 GiB: it is tested when the other tests' processes have gone.
 ALONE := tests/training/test_full_size_step.py
@@ -22,7 +28,7 @@ export PIXART_JAX_CACHE ?= $(CURDIR)/.cache/pixart_jax
 export TRANSFORMERS_VERBOSITY ?= error
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-fast check clean clean-demo
+.PHONY: help install demo test test-all check clean clean-demo
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -55,11 +61,14 @@ $(VENV)/.torch: | $(BIN)/python
 	@echo "installing $(TORCH) (CPU) into $(VENV)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-index "$(TORCH)" 2>/dev/null \
 	  || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --retries 0 --timeout 20 --index-url "$(TORCH_INDEX)" "$(TORCH)" 2>/dev/null \
-	  || { echo "no CPU wheel of $(TORCH) within reach; taking the package index's"; $(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"; }
+	  || { echo "no CPU wheel of $(TORCH) within reach; taking the package index's (several GB; PARITY=off does without)"; $(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"; }
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.uv $(VENV)/.torch
+$(VENV)/.dev: requirements-dev.txt requirements-parity.txt requirements.txt $(VENV)/.uv $(if $(filter off,$(PARITY)),,$(VENV)/.torch)
 	$(call install,requirements-dev.txt)
+ifneq ($(PARITY),off)
+	$(call install,requirements-parity.txt)
+endif
 	@touch $@ $(VENV)/.user
 
 # Compilers for TPUs and GPUs lie apart: a JAX that can import the CUDA plugin looks for a GPU. Without them the tests that compile for
@@ -84,24 +93,20 @@ demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, scor
 	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn/grid.png; right and wrong marked: $(DEMO)/score/sheet.png; the run: $(DEMO)"
 
 PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
-MANY := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-SLOW := $(MANY) --durations=15 --durations-min=5 --ignore $(ALONE) -m slow
+MANY := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 --durations-min=5
+export PARITY
 
-test: $(VENV)/.dev $(VENV)/.compilers  ## the whole test suite; of the slow tests as many as are begun in its first 32 minutes
-	@set -e; export TESTS_UNTIL=$$(( $$(date +%s) + 60 * $(SLOW_TESTS_UNTIL) )); set -x; \
-	$(MANY) -m "not slow"; \
-	$(PYTEST) $(ALONE); \
-	$(SLOW)
-
-test-slow: $(VENV)/.dev $(VENV)/.compilers  ## the slow tests, all of them, whatever time they take
-	$(PYTEST) $(ALONE)
-	$(SLOW)
-
-test-fast: $(VENV)/.dev  ## the tests that take seconds
+test: $(VENV)/.dev $(VENV)/.compilers  ## every promise once: about ten minutes on two cores
 	$(MANY) -m "not slow"
 
-check: $(VENV)/.dev  ## lint and the rules of the house
+test-all: $(VENV)/.dev $(VENV)/.compilers  ## all tests, also random kills, full sizes and hardware compiles; fails on a skip
+	$(PYTEST) --fail-on-skip $(ALONE)
+	$(MANY) --fail-on-skip --ignore $(ALONE)
+
+check: $(VENV)/.dev  ## lint, format, types and the conventions: what pre-commit runs
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_conventions.py
 
 clean-demo:  ## forget the demo's run, so that the next `make demo` trains again

@@ -4,7 +4,7 @@ library, no network."""
 from __future__ import annotations
 
 import os
-import time
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,60 +26,61 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 import pytest  # noqa: E402
 
-# The order in which files are begun: where the time does not suffice for all slow tests
-# (TESTS_UNTIL), those are left out that take minutes each and strike, move or measure once more
-# what others have shown in less.
-FIRST = (
-    "training/test_run.py",
-    "parallel/test_train_step_on_meshes.py",
-    "test_parity_table.py",
-    "training/test_step_compiled.py",
-)
-LAST = (
-    "planning/test_programs_for_hardware.py",
-    "training/test_processes_killed.py",
-    "captioning/test_caption_command.py",
-    "planning/test_memory.py",
-    "models/test_full_size.py",
-    "training/test_interruptions.py",
-    "training/test_curves.py",
-    "test_sample_killed.py",
-    "test_data_document.py",
-    "benchmarks/test_fused_projections.py",
-    "benchmarks/test_speed.py",
-)
+TORCH = {"torch", "diffusers"}
 
 
-def pytest_collection_modifyitems(items):
-    place = {ROOT / "tests" / name: number - len(FIRST) for number, name in enumerate(FIRST)}
-    place |= {ROOT / "tests" / name: number + 1 for number, name in enumerate(LAST)}
-    items.sort(key=lambda item: place.get(item.path, 0))
+class _ParityOff:
+    """Import hook of PARITY=off: a test that imports PyTorch is skipped, and counted as such.
+    Imports by the package and by libraries are left alone."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in TORCH:
+            return None
+        frame = sys._getframe(1)
+        while "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        if not {ROOT / "tests", ROOT / "benchmarks"} & set(Path(frame.f_code.co_filename).parents):
+            return None
+        pytest.skip(_PARITY_OFF, allow_module_level=True)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    """TESTS_UNTIL, seconds since 1970: a slow test that would begin later is skipped. `make test`
-    sets it."""
-    until = os.environ.get("TESTS_UNTIL")
-    if until and time.time() > float(until) and item.get_closest_marker("slow"):
-        pytest.skip("slow, and the time is up: `make test-slow` runs all of these")
+_PARITY_OFF = "PARITY=off: compares with PyTorch"
+if os.environ.get("PARITY") == "off":
+    sys.meta_path.insert(0, _ParityOff())
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fail-on-skip", action="store_true", help="a skipped test fails the run")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.option.fail_on_skip and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many tests PARITY=off left out: a module that imports PyTorch counts with all of
+    its test functions."""
+    skipped = [
+        r for r in terminalreporter.stats.get("skipped", []) if _PARITY_OFF in str(r.longrepr)
+    ]
+    if skipped:
+        tests = sum(_test_functions(report) for report in skipped)
+        terminalreporter.write_line(f"PARITY=off left out at least {tests} tests")
+
+
+def _test_functions(report) -> int:
+    if report.when != "collect":
+        return 1
+    return (ROOT / report.nodeid).read_text(encoding="utf-8").count("\ndef test_")
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root: where train.py, configs/ and assets/ lie."""
     return ROOT
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_torch_threads():
-    """PyTorch, where it is installed, takes two threads: the references run beside JAX on a small
-    machine."""
-    try:
-        import torch
-    except ImportError:
-        return
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="module")

@@ -372,7 +372,7 @@ def test_requirements_are_the_packages_dependencies():
 
 def test_the_reference_torch_is_one_version_everywhere():
     pins = [
-        line for line in requirement_lines("requirements-dev.txt") if line.startswith("torch==")
+        line for line in requirement_lines("requirements-parity.txt") if line.startswith("torch==")
     ]
     assert len(pins) == 1
     assert f"TORCH := {pins[0]}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")

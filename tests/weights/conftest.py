@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from diffusers import PixArtTransformer2DModel
 
 
 @pytest.fixture(scope="session")
 def saved_transformer(tmp_path_factory):
     """The folder of a transformer of a few thousand random numbers, as diffusers saves it; not to
     be written to."""
+    from diffusers import PixArtTransformer2DModel
+
     folder = tmp_path_factory.mktemp("saved") / "transformer"
     PixArtTransformer2DModel(
         num_layers=2,
