@@ -1,8 +1,8 @@
-"""What every program here does with its command line and with a person's mistakes.
+"""The command line of every program: flags, one-line errors and exit statuses.
 
-``parse`` reads flags with tyro and turns whatever tyro rejects into one line that names the nearest
-flag; ``run`` calls a program's main and turns a :class:`UserError`, a full disk or an unwritable
-folder into one line on stderr and exit status 2, and a :class:`Notice` into one line, said once.
+:func:`parse` reads flags with tyro and reports what tyro rejects in one line. :func:`run` calls a
+program's main; user errors, a full disk and unusable files become one line on stderr and exit
+status 2, and each :class:`Notice` becomes one line, shown once.
 """
 
 from __future__ import annotations
@@ -13,44 +13,32 @@ import io
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pixart_jax.errors import Interrupted, Notice, UserError, nearest
 
-# Exit statuses; 0 is success, and a fault of the program, with its traceback, is Python's own 1.
-GAVE_UP = 1  # a training run stopped itself: too many bad steps in a row
-BAD_INPUT = 2  # what a person can put right, said in one line
-# a signal stopped the run, its state is saved, the same command goes on (sysexits.h: EX_TEMPFAIL)
-INTERRUPTED = 75
+# Exit statuses. 0 is success; 1, with a traceback, is a bug.
+GAVE_UP = 1  # training stopped itself: too many bad steps in a row
+BAD_INPUT = 2
+INTERRUPTED = 75  # the state is saved and the same command resumes (EX_TEMPFAIL of sysexits.h)
 KILLED_BY_KEYBOARD = 130  # Ctrl-C where nothing had to be saved
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FILE_TROUBLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-)
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNUSABLE_FILE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+_UNUSABLE_FILE |= {errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call ``main(argv)`` (the process's own arguments by default) and return the process's exit
-    status.
+    """Call ``main(argv)``, by default with the process's arguments; return the exit status.
 
-    0 or what main returns; 2 with one line ``error: …`` on stderr for what a person can put right;
-    75 with one line where a run was told to stop and saved itself; 130 when interrupted otherwise.
-    Anything else is a fault of the program and keeps its traceback.
+    0 or what main returns; 2 with ``error: …`` on stderr for a user error; 75 for an interrupted
+    run whose state is saved; 130 for Ctrl-C elsewhere. Any other exception propagates.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _plain_notices():
+        with _notices_as_lines():
             return main(argv) or 0
-    # --help, and a program's own sys.exit, of which a text is for stderr
-    except SystemExit as stop:
+    except SystemExit as stop:  # --help, or sys.exit, whose text is for stderr
         if isinstance(stop.code, int | None):
             return stop.code or 0
         print(stop.code, file=sys.stderr)
@@ -61,8 +49,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return KILLED_BY_KEYBOARD
-    except Exception as fault:
-        line = as_line(fault)
+    except Exception as error:
+        line = as_line(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
@@ -70,116 +58,108 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
 
 @contextlib.contextmanager
-def _plain_notices():
-    """Notices as one line each, the same one once; other warnings as ever."""
+def _notices_as_lines() -> Iterator[None]:
+    """Print each Notice as one line, once; leave other warnings alone."""
+    import tqdm
+
+    # Python 3.12.0 to 3.12.2: a bar's monitor thread warns when the interpreter ends
+    tqdm.tqdm.monitor_interval = 0
     with warnings.catch_warnings():
-        # "once" would be forgotten by the next catch_warnings of a library
+        # "once" would be reset by the next catch_warnings of a library
         warnings.simplefilter("always", Notice)
-        others, said = warnings.showwarning, set()
+        show_others, shown = warnings.showwarning, set()
 
-        def show(message, category, filename, lineno, file=None, line=None):
+        def show(message, category, *where, **options):
+            text = " ".join(str(message).split())
             if not issubclass(category, Notice):
-                others(message, category, filename, lineno, file, line)
-            elif str(message) not in said:
-                said.add(str(message))
-                from tqdm import tqdm
-
-                # above a bar that is being drawn
-                tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+                show_others(message, category, *where, **options)
+            elif text not in shown:
+                shown.add(text)
+                tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)  # above a progress bar
 
         warnings.showwarning = show
         yield
 
 
-def as_line(fault: BaseException) -> str | None:
-    """The one line for a fault that its user can put right, or None.
+def as_line(error: BaseException) -> str | None:
+    """The one line for an error that the user can fix; None for any other.
 
-    Looks through causes and groups: a disk that fills up under a writer thread arrives wrapped, or
-    as text alone.
+    Searches causes and exception groups: a full disk under a writer thread arrives wrapped, or as
+    text alone.
     """
-    chain = list(_chain(fault))
+    chain = list(_chain(error))
     for link in chain:
         if isinstance(link, UserError):
             return " ".join(str(link).split())
     for link in chain:
-        if (
-            isinstance(link, OSError) and link.errno in _DISK_FULL
-        ) or "No space left on device" in str(link):
-            where = getattr(link, "filename", None)
-            return (
-                f"the disk is full{f' while writing {where}' if where else ''}: free some "
-                "space and run the same command again"
-            )
-        if isinstance(link, OSError) and link.errno in _FILE_TROUBLE and link.filename is not None:
-            return f"{link.filename}: {(link.strerror or 'cannot be used').lower()}"
+        number, file = getattr(link, "errno", None), getattr(link, "filename", None)
+        if number in _DISK_FULL or "No space left on device" in str(link):
+            where = f" while writing {file}" if file else ""
+            return f"the disk is full{where}: free some space and run the same command again"
+        if isinstance(link, OSError) and number in _UNUSABLE_FILE and file is not None:
+            return f"{file}: {(link.strerror or 'cannot be used').lower()}"
         if "RESOURCE_EXHAUSTED" in str(link) and "emory" in str(link):
-            return (
-                "the device is out of memory, a smaller batch or image would fit: "
-                f"{str(link).splitlines()[0][:200]}"
-            )
+            first = str(link).splitlines()[0][:200]
+            return f"the device is out of memory, a smaller batch or image would fit: {first}"
     return None
 
 
-def _chain(fault: BaseException):
+def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
-    todo = [fault]
-    while todo:
-        link = todo.pop(0)
+    pending: list[BaseException | None] = [error]
+    while pending:
+        link = pending.pop(0)
         if link is None or id(link) in seen:
             continue
         seen.add(id(link))
         yield link
-        todo += [link.__cause__, link.__context__, *getattr(link, "exceptions", ())]
+        pending += [link.__cause__, link.__context__, *getattr(link, "exceptions", ())]
 
 
 def parse(shape, argv: Sequence[str], *, prog: str, description: str | None = None, **tyro_options):
-    """``tyro.cli(shape)`` whose complaints are one line.
+    """``tyro.cli(shape)`` with one-line errors. ``--help`` prints and exits.
 
-    shape: a dataclass or function whose fields are the flags (or give ``default=`` an instance to
-    override). An unknown flag raises UserError with the nearest one; so does a value that does not
-    parse. ``--help`` prints and exits as ever.
+    shape: a dataclass or function whose fields are the flags; ``default=`` is an instance to
+    override. Raises UserError for an unknown flag, with the nearest one, and for a bad value.
     """
     import tyro
 
-    def call(arguments, **more):
+    def call(arguments: Sequence[str], **more):
         return tyro.cli(
             shape, args=list(arguments), prog=prog, description=description, **tyro_options, **more
         )
 
-    complaint = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(stderr):
             value, unknown = call(argv, return_unknown_args=True)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(
-            f"{_first_sentence(complaint.getvalue())} ({prog} --help lists the flags)"
-        ) from None
+        message = _tyro_message(stderr.getvalue())
+        raise UserError(f"{message} ({prog} --help lists the flags)") from None
     if unknown:
         raise UserError(_unknown(unknown, _flags(call)))
     return value
 
 
-def _first_sentence(box: str) -> str:
+def _plain(terminal: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", terminal)
+
+
+def _tyro_message(box: str) -> str:
     """The text of tyro's box up to its rule, on one line."""
-    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    text = []
-    for line in lines[1:]:
-        if set(line) <= {"─"}:
-            break
-        text.append(line)
-    return " ".join(" ".join(text).split()) or "the command line cannot be read"
+    lines = [line.strip("│╭╮╰╯ ") for line in _plain(box).splitlines()[1:]]
+    rule = next((n for n, line in enumerate(lines) if set(line) <= {"─"}), len(lines))
+    return " ".join(" ".join(lines[:rule]).split()) or "the command line cannot be read"
 
 
 def _flags(call) -> list[str]:
-    """Every flag, read from the help text."""
+    """Every flag, from the help text."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         call(["--help"])
-    return sorted(
-        set(re.findall(r"--[a-z0-9][a-z0-9._-]*", re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue())))
-    )
+    return sorted(set(re.findall(r"--[a-z0-9][a-z0-9._-]*", _plain(text.getvalue()))))
 
 
 def _unknown(unknown: Sequence[str], flags: Sequence[str]) -> str:

@@ -1,33 +1,33 @@
-"""The exceptions, and the one warning, that a person is meant to read."""
+"""Exceptions and the warning whose messages are written for users."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used: a flag, a file, a shape, a checkpoint.
+    """Invalid input: a flag, a file, a shape, a checkpoint.
 
-    The message is one line: what was wrong, with its value, and what would do. Programs print it as
-    ``error: …`` and exit with status 2; a library caller catches it as any exception.
+    The message is one line: what was wrong, with its value, and what would work. Programs print it
+    as ``error: …`` and exit with status 2.
     """
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked a run to stop, and what was to be saved is saved. The message is one line:
-    where it stands, how it goes on.
+    """A signal stopped a run whose state is saved. The message is one line: the position, and how
+    to resume. Programs print it and exit with ``cli.INTERRUPTED``.
 
-    A program prints it and exits with ``program.INTERRUPTED``. No Exception, so that nothing that
-    handles faults takes it for one.
+    A BaseException, so that ``except Exception`` does not catch it.
     """
 
 
 class Notice(UserWarning):
-    """Something a person should know of though the work goes on. The message is one line; programs
-    print it as ``warning: …``."""
+    """A warning for users, in one line; programs print it as ``warning: …``."""
 
 
-def nearest(name: str, known) -> str:
-    """' (did you mean 'x'?)' with the known name closest to ``name``, or ' (one of: …)' when none
-    is close."""
-    import difflib
-
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean 'x'?)' with the known name closest to ``name``, or ' (one of: …)'."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if close:

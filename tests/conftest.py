@@ -34,7 +34,7 @@ class _ParityOff:
     Imports by the package and by libraries are left alone."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] not in TORCH:
+        if name.split(".")[0] not in TORCH and name != "safetensors.torch":
             return None
         frame = sys._getframe(1)
         while "importlib" in frame.f_code.co_filename:
