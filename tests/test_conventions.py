@@ -1,8 +1,8 @@
-"""The rules of the house: which room may import which, how large a file may grow, what may not be
-written anywhere.
+"""Conventions of the repository: which package may import which, the size of files and documents,
+and what no tracked file may contain.
 
-The table ALLOWED is the picture in docs/architecture.md, as code: a new edge is a change of design
-and is written down in both.
+ALLOWED is the import table of docs/architecture.md as code. A new edge is a change of design and
+goes into both.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixart_jax"
 
-# Used by every package; text knows the errors, images and plots write through files.
+# Used by every package. images and plots write through files.
 _FOUNDATION = {"errors", "files", "images", "plots", "text"}
-# The base: these know nothing of each other. models may use parallel's axis names.
+# The base: these do not import each other, except that models may use parallel's axis names.
 _BASE = _FOUNDATION | {"models", "diffusion", "data", "parallel"}
 _RUNS = _BASE | {"weights", "config", "pipeline", "cli"}
 ALLOWED: dict[str, set[str]] = {
@@ -49,10 +49,11 @@ ALLOWED: dict[str, set[str]] = {
     "serving": _RUNS,
     "commands": _RUNS | {"training", "encoding"},
 }
-# the package's front: may import any room, and no room imports them
-DOORS = {"__init__", "__main__"}
+# May import every package; no package imports them.
+ENTRY_POINTS = {"__init__", "__main__"}
 
-LONGEST = 650  # lines of a file
+MAX_LINES = 650  # of a source file
+MAX_WORDS = {"README.md": 1200, "docs": 24_000}  # as `wc -w` counts them
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "stuff", "tools", "manager", "lib"}
 VAGUE_CLASS = re.compile(r"(Manager|Helper|Helpers|Utils|Util|Misc)$")
 MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:home|root|Users|work|farm|opt|mnt|tmp|scratch)/[\w.-]")
@@ -74,7 +75,8 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
+    """The package or top-level file of a module: 'models.vae' → 'models'."""
     return module.split(".")[0]
 
 
@@ -155,19 +157,19 @@ def sources() -> list[tuple[str, str]]:
 
 
 def permitted(module: str, target: str) -> bool:
-    here, there = room(module), room(target)
-    if here == there or here in DOORS:
+    here, there = package_of(module), package_of(target)
+    if here == there or here in ENTRY_POINTS:
         return True
     return there in ALLOWED.get(here, set()) or target in ALLOWED.get(here, set())
 
 
-def test_every_room_is_in_the_table():
-    assert {room(module) for module in MODULES} - DOORS <= set(ALLOWED)
+def test_every_package_is_in_the_table():
+    assert {package_of(module) for module in MODULES} - ENTRY_POINTS <= set(ALLOWED)
 
 
-def test_the_table_itself_has_no_circle():
-    graph = {name: {room(other) for other in allowed} for name, allowed in ALLOWED.items()}
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError on a circle
+def test_the_table_has_no_cycle():
+    graph = {name: {package_of(other) for other in allowed} for name, allowed in ALLOWED.items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError on a cycle
     assert order[0] == "errors"
 
 
@@ -181,22 +183,22 @@ def test_imports_run_one_way():
     assert not broken, "\n".join(broken)
 
 
-def test_no_circle_among_modules_when_imported():
+def test_modules_have_no_import_cycle():
     graph = {
         module: {t for t, _ in imports(module, top_level_only=True)} - {module}
         for module in MODULES
     }
-    # A package's __init__ gathers its modules; a module that names its own package for a sibling
-    # does not import the __init__'s names.
+    # A package's __init__ imports its modules. A module that imports a sibling through the package
+    # does not depend on the names of the __init__.
     for module in graph:
-        graph[module] -= {room(module)} if module != room(module) else set()
+        graph[module] -= {package_of(module)} if module != package_of(module) else set()
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def test_rooms_know_only_packages_that_requirements_name():
-    """Every third-party import in the package is a direct requirement, a part of an extra, or an
-    engine that a command names when it is not there. What an extra or nothing installs is imported
-    inside functions, where the lack of it can be told in one line."""
+def test_third_party_imports_are_requirements():
+    """Every third-party import is a direct requirement, part of an extra, or an optional library
+    that a command reports when it is missing. Optional libraries are imported inside functions, so
+    that their absence is a one-line error of that command alone."""
     as_imported = {
         "pillow": "PIL",
         "beautifulsoup4": "bs4",
@@ -212,8 +214,7 @@ def test_rooms_know_only_packages_that_requirements_name():
         "optional-dependencies"
     ]
     known = packages(requirement_lines())
-    # Of the extras; and engines that a few commands use where they are installed, and say by name
-    # when they are not.
+    # Libraries of the extras, and those that a few commands use if they are installed.
     optional = packages(line for extra in extras.values() for line in extra) | {
         "tokamax",
         "absl",
@@ -236,8 +237,7 @@ def test_rooms_know_only_packages_that_requirements_name():
                     unknown.append(f"{module}:{node.lineno} imports {name}")
                 elif name in optional and node in at_import:
                     unknown.append(
-                        f"{module}:{node.lineno} imports {name}, which need not be there, when it "
-                        "is imported itself"
+                        f"{module}:{node.lineno} imports {name}, which is optional, at import time"
                     )
     assert not unknown, "\n".join(unknown)
 
@@ -245,11 +245,11 @@ def test_rooms_know_only_packages_that_requirements_name():
 # ---- files and names ----
 
 
-def test_no_file_is_too_long_to_hold_in_the_head():
+def test_no_source_file_is_too_long():
     long = [
         f"{name}: {text.count(chr(10))} lines"
         for name, text in sources()
-        if text.count("\n") > LONGEST
+        if text.count("\n") > MAX_LINES
     ]
     assert not long, "\n".join(long)
 
@@ -267,7 +267,7 @@ def test_no_vague_names():
     assert not vague, "\n".join(vague)
 
 
-def test_every_module_says_what_it_is_for():
+def test_every_module_has_a_docstring():
     silent = [
         name
         for name, text in sources()
@@ -276,21 +276,18 @@ def test_every_module_says_what_it_is_for():
     assert not silent, "\n".join(silent)
 
 
-def test_every_room_says_its_job_in_the_first_line():
-    rooms = [folder for folder in PACKAGE.iterdir() if folder.is_dir() and any(folder.glob("*.py"))]
-    silent = []
-    for folder in rooms:
-        init = folder / "__init__.py"
-        if (
-            not init.exists()
-            or not (ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or "").strip()
-        ):
-            silent.append(folder.name)
+def test_every_package_has_a_docstring():
+    folders = {file.parent for file in MODULES.values()}
+    silent = [
+        folder.name
+        for folder in sorted(folders)
+        if not (init := folder / "__init__.py").exists()
+        or not ast.get_docstring(ast.parse(init.read_text(encoding="utf-8")))
+    ]
     assert not silent, silent
 
 
 def test_no_machine_path_in_tracked_files():
-    """A path of one machine (somebody's home, a mount) works on no other."""
     found = []
     for name, text in texts():
         if name == "tests/test_conventions.py":
@@ -309,52 +306,69 @@ def test_no_credentials_in_tracked_files():
     assert not found, found
 
 
-# ---- the documents are true ----
+# ---- documents ----
+
+PAGES = sorted(
+    file.relative_to(ROOT).as_posix()
+    for file in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+)
+# CHANGELOG.md names old files; docs/paper.md has a test of its own, tests/test_paper_table.py.
+CURRENT_PAGES = [page for page in PAGES if page not in ("CHANGELOG.md", "docs/paper.md")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", CURRENT_PAGES)
 def test_files_that_the_documents_name_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    named = set(
-        re.findall(
-            r"(?<![\w/.-])(?:configs|docs|tests|benchmarks|pixart_jax|assets)/[\w./-]*\w|(?<![\w/.-])\w+\.py\b",
-            text,
-        )
+    named = re.findall(
+        r"(?<![\w/.-])(?:(?:configs|docs|tests|benchmarks|pixart_jax|assets)/[\w./-]*\w|[\w/]+\.py\b)",
+        read(page),
     )
-    named |= {f"configs/{name}" for name in re.findall(r"`(xl2_\w+\.py)`", text)}
-    rooms = [PACKAGE, ROOT / "configs", ROOT]
-    lost = [
-        name
-        for name in sorted(named)
-        if not (ROOT / name).exists() and not any((place / name).exists() for place in rooms)
-    ]
-    assert not lost, lost
+    places = [PACKAGE, ROOT / "configs", ROOT, ROOT / "benchmarks"]
+    missing = [name for name in sorted(set(named)) if not any((p / name).exists() for p in places)]
+    assert not missing, missing
 
 
-def test_the_picture_names_every_room():
-    picture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rooms = {room(module) for module in MODULES} - DOORS
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", read(page))
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    assert not missing, missing
+
+
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\(([\w]+\.md)", read("docs/index.md")))
+    assert listed == {file.name for file in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_documents_stay_short():
+    words = {page: len(read(page).split()) for page in PAGES}
+    assert words["README.md"] <= MAX_WORDS["README.md"]
+    docs = {page: count for page, count in words.items() if page.startswith("docs/")}
+    assert sum(docs.values()) <= MAX_WORDS["docs"], docs
+
+
+def test_the_architecture_page_names_every_package():
+    picture = read("docs/architecture.md")
+    packages = {package_of(module) for module in MODULES} - ENTRY_POINTS
     missing = [
         name
-        for name in sorted(rooms)
+        for name in sorted(packages)
         if f"`{name}/`" not in picture and f"`{name}.py`" not in picture
     ]
     assert not missing, missing
 
 
-def test_make_targets_that_the_readme_names_exist():
+def test_make_targets_that_the_documents_name_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    named = set(
-        re.findall(
-            r"^make ([a-z-]+)|`make ([a-z-]+)",
-            (ROOT / "README.md").read_text(encoding="utf-8"),
-            re.M,
-        )
-    )
+    text = "\n".join(map(read, CURRENT_PAGES))
+    named = re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", text, re.M)
     assert {name for pair in named for name in pair if name} <= targets
 
 
-# ---- what is installed ----
+# ---- requirements ----
 
 
 def requirement_lines(file: str = "requirements.txt") -> list[str]:
