@@ -42,11 +42,11 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def png_parameters(settings: Mapping) -> str:
-    """The "parameters" text: prompt, negative prompt, then 'Name: value' pairs; size is
-    width×height there.
+    """The "parameters" chunk: prompt, negative prompt, then 'Name: value' pairs, Size as
+    width×height.
 
-    settings: prompt, negative_prompt, steps, solver, guidance, seed, height, width, model …; keys
-    without a customary name follow under their own, prompt-like and empty ones left out.
+    settings: prompt, negative_prompt, steps, solver, guidance, seed, height, width, model …; other
+    keys follow under their own names; empty values are left out.
     """
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):
@@ -55,11 +55,11 @@ def png_parameters(settings: Mapping) -> str:
     if "height" in facts and "width" in facts:
         facts["size"] = f"{facts.pop('width')}x{facts.pop('height')}"
     known = [(title, facts[key]) for key, title in _TITLES.items() if key in facts]
-    said = {*_TITLES, "prompt", "negative_prompt"}
+    named = {*_TITLES, "prompt", "negative_prompt"}
     rest = [
         (key.replace("_", " ").capitalize(), value)
         for key, value in facts.items()
-        if key not in said
+        if key not in named
     ]
     lines.append(
         ", ".join(
@@ -75,8 +75,7 @@ def _field(value) -> str:
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray, settings: Mapping | None = None) -> None:
-    """Write image (uint8 [h, w, 3]) with its settings; the file appears under its name only when
-    complete."""
+    """Write image (uint8 [h, w, 3]) with its settings, atomically."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -101,7 +100,7 @@ def png_settings(path: str | os.PathLike) -> dict | None:
 
 
 def slug(text: str, length: int = 48) -> str:
-    """Words of a prompt as part of a file name: lower case, joined by '-', cut at a word."""
+    """A prompt as part of a file name: lower-case words joined by '-', cut at a word."""
     words = re.findall(r"\w+", text.lower())
     name = ""
     for word in words:
@@ -119,11 +118,11 @@ def image_grid(
     columns: int | None = None,
     cell: int | None = None,
 ) -> np.ndarray:
-    """One sheet of images, uint8 [H, W, 3].
+    """A grid of images, uint8 [H, W, 3].
 
-    images: uint8 [h, w, 3] of any sizes. captions stand under them, wrapped. marks: a green frame
-    for True, a red one for False, none for None. cell: pixels of a cell's longer side (small images
-    are enlarged without smoothing); by default the images' own size, but at least 128.
+    images: uint8 [h, w, 3] of any sizes. captions: one an image, wrapped below it. marks: a green
+    frame for True, a red one for False, none for None. cell: pixels of a cell's longer side, by
+    default the images' size but at least 128; small images are enlarged without smoothing.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -169,8 +168,7 @@ def image_grid(
 
 
 def _wrap(caption: str, font, width: int, limit: int = 5) -> list[str]:
-    """The caption in lines that fit, the last one cut with '…' where there are more than
-    ``limit``."""
+    """The caption in at most ``limit`` lines that fit, cut with '…'."""
     lines: list[str] = []
     for word in caption.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

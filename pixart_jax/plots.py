@@ -11,8 +11,7 @@ from pixart_jax.files import atomic_write
 def bars(
     path: Path, values: Mapping[str, float], *, title: str, axis: str = "", across: bool = False
 ) -> Path:
-    """One bar a name, its value written at its end. across: bars lie, which long names need.
-    Returns ``path``."""
+    """One labelled bar per name; across: horizontal bars, for long names. Returns ``path``."""
     figure, axes = _figure(
         title,
         (6.4, max(2.4, 1.2 + 0.24 * len(values)))
@@ -47,7 +46,7 @@ def histograms(
     mark: float | None = None,
 ) -> Path:
     """Histograms over the same bins, one line each. edges: n + 1 borders of n bins; counts: name →
-    n values; mark: a vertical line."""
+    n values; mark: where to draw a vertical line."""
     figure, axes = _figure(title, (6.4, 4.0))
     for name, values in counts.items():
         axes.stairs(values, edges, fill=len(counts) == 1, label=name, alpha=0.9)
@@ -62,8 +61,7 @@ def histograms(
 
 
 def panels(path: Path, values: Mapping[str, Mapping[str, float]], *, title: str) -> Path:
-    """Sets side by side: a panel a measure, in it a lying bar a set with its value. values: measure
-    → set → value."""
+    """One panel of horizontal bars per measure, one bar per set. values: measure → set → value."""
     from matplotlib.figure import Figure
 
     sets = list(dict.fromkeys(name for row in values.values() for name in row))
