@@ -1,10 +1,10 @@
-"""On a GPU: each attention backend that is there beside xla's in fp32, output and gradients, at
-PixArt's shapes; and the limits.
+"""Each attention backend beside xla's in fp32, output and gradients, at PixArt's shapes; and the
+limits of the machine.
 
     python benchmarks/gpu_check.py [--json FILE] [--tiny]
 
-Exit status 1 where a backend differs by more than bfloat16's rounding explains. A backend that this
-platform or this version does not have is left out, and the reason is said and recorded.
+Exit status 1 where a backend differs by more than bfloat16's rounding explains, or a cell fails;
+the others are measured all the same. A backend that this platform lacks is left out.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from benchmarks.speed import limits, ours  # noqa: E402
-from benchmarks.speed.record import Record  # noqa: E402
-from benchmarks.speed.table import limits_line, render  # noqa: E402
+from benchmarks.speed import ours  # noqa: E402
+from benchmarks.speed.table import Record, limits_line, render  # noqa: E402
 from pixart_jax import cli  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
-from pixart_jax.models.attention import attention, check_backend  # noqa: E402
+from pixart_jax.files import cache_folder  # noqa: E402
+from pixart_jax.models.attention import attention  # noqa: E402
 
 BACKENDS = ("xla", "cudnn", "auto")
 BOUND = 2e-2  # relative, root mean square, of bfloat16 beside fp32
+TITLE = "Attention beside fp32"
 COLUMNS = ("attention", "batch, queries, keys", "backend", "output", "dq", "dk", "dv", "")
 # name: (batch, queries, keys, with lengths)
 SHAPES = {
@@ -40,44 +41,63 @@ SHAPES = {
 }
 TINY = {"self": (2, 64, 64, False), "cross": (2, 64, 24, True)}
 HEADS, HEAD_DIM = 16, 72
+Arrays = list[np.ndarray]
 
 
-def results(q, k, v, weights, lengths, backend: str) -> list[np.ndarray]:
-    """Output, and the gradients of a weighted sum of it by q, k and v."""
+class Programs:
+    """Results of compiled programs; "auto" is the program of another backend and is not compiled
+    again."""
 
-    def weighted(q, k, v):
-        out = attention(q, k, v, lengths=lengths, backend=backend)
-        return jnp.sum(out.astype(jnp.float32) * weights), out
+    def __init__(self):
+        self._results: dict[str, Arrays] = {}
 
-    gradients, out = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-    return [np.asarray(x, np.float64) for x in (out, *gradients)]
+    def results(self, q, k, v, weights, lengths, backend: str) -> Arrays:
+        """Output, and the gradients of a weighted sum of it by q, k and v."""
+
+        def weighted(q, k, v):
+            out = attention(q, k, v, lengths=lengths, backend=backend)
+            return jnp.sum(out.astype(jnp.float32) * weights), out
+
+        gradient = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))
+        lowered = gradient.lower(q, k, v)
+        text = lowered.as_text()
+        if text not in self._results:
+            gradients, out = lowered.compile()(q, k, v)
+            self._results[text] = [np.asarray(x, np.float64) for x in (out, *gradients)]
+        return self._results[text]
 
 
-def compared(name: str, shape: tuple, backend: str) -> tuple[list[str], bool]:
-    """(cells of the table, whether it holds). A shape with lengths has a sample without any key
-    beside others."""
+def cells(shape: tuple[int, int, int, bool], programs: Programs):
+    """Yields (backend, errors of output, dq, dk and dv, remark, whether it holds). With lengths,
+    they run from 1 to all keys."""
     batch, queries, keys, some = shape
     parts = jax.random.split(jax.random.key(0), 4)
-    q, v, weights = (
-        jax.random.normal(parts[n], (batch, m, HEADS, HEAD_DIM))
-        for n, m in ((0, queries), (2, keys), (3, queries))
-    )
-    k = jax.random.normal(parts[1], (batch, keys, HEADS, HEAD_DIM))
     lengths = jnp.asarray(np.linspace(1, keys, batch).round(), jnp.int32) if some else None
+    q, k, v, weights = (
+        jax.random.normal(key, (batch, tokens, HEADS, HEAD_DIM))
+        for key, tokens in zip(parts, (queries, keys, keys, queries), strict=True)
+    )
     narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    first = [name, f"{batch}, {queries}, {keys}", backend]
-    try:
-        check_backend(backend)
-        mine = results(*narrow, weights, lengths, backend)
-    except UserError as fault:
-        return [*first, "", "", "", "", f"left out: {fault}"], True
-    with jax.default_matmul_precision("highest"):
-        theirs = results(*[x.astype(jnp.float32) for x in narrow], weights, lengths, "xla")
-    errors = [
-        float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(mine, theirs, strict=True)
-    ]
-    holds = all(error < BOUND for error in errors)  # false for a number that is none
-    return [*first, *(f"{error:.1e}" for error in errors), "" if holds else "over"], holds
+    for backend in BACKENDS:
+        errors, remark, holds = [""] * 4, "", True
+        try:
+            mine = programs.results(*narrow, weights, lengths, backend)
+            with jax.default_matmul_precision("highest"):
+                wide = [x.astype(jnp.float32) for x in narrow]
+                theirs = programs.results(*wide, weights, lengths, "xla")
+            relative = [
+                np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(mine, theirs, strict=True)
+            ]
+            errors, holds = (
+                [f"{error:.1e}" for error in relative],
+                all(error < BOUND for error in relative),
+            )
+            remark = "" if holds else "over"
+        except UserError as error:
+            remark = f"left out: {error}"
+        except Exception as error:
+            remark, holds = f"failed: {str(error).splitlines()[0]}", False
+        yield backend, errors, remark, holds
 
 
 def main(argv: list[str]) -> int:
@@ -87,24 +107,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see it work")
     flags = parser.parse_args(argv)
-    dtype = "float32" if flags.tiny else "bfloat16"
-    record = Record(
-        flags.json,
-        " ".join(["python gpu_check.py", *argv]),
-        columns=list(COLUMNS),
-        title="Attention beside fp32",
-        cells=[],
-    )
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    record = Record(flags.json, argv, columns=COLUMNS, title=TITLE, cells=[])
     record.run["machine"] |= ours.described()
-    record.run["limits"] = {dtype: {"ours": limits.of_jax(dtype)}}
-    held = True
+    held, programs = True, Programs()
     for name, shape in (TINY if flags.tiny else SHAPES).items():
-        for backend in BACKENDS:
-            cells, holds = compared(name, shape, backend)
-            record.run["cells"].append(cells)
+        for backend, errors, remark, holds in cells(shape, programs):
+            at = ", ".join(map(str, shape[:3]))
+            record.run["cells"].append([name, at, backend, *errors, remark])
             record.write()
-            held &= holds
-    print(render(COLUMNS, record.run["cells"], "Attention beside fp32"))
+            held &= bool(holds)
+    dtype = "float32" if flags.tiny else "bfloat16"
+    record.run["limits"] = {dtype: {"ours": ours.limits(dtype)}}
+    record.write()
+    print(render(COLUMNS, record.run["cells"], TITLE))
     print(limits_line([record.run]))
     return int(not held)
 

@@ -1,29 +1,32 @@
-"""Kill a training run again and again, and see that it ends as if nothing had happened: python
-benchmarks/interruptions.py --kills 100.
+"""Kill and move real runs, and compare what they end with to what an undisturbed run makes.
 
-A small curriculum of three stages is trained once without a break. Then the same command runs in
-another workdir and is
-ended by SIGKILL or SIGTERM: at any moment from its start on, a few steps after the place it went on
-from, or inside a save, the moment Orbax's temporary folder is there. It is started again until the
-run is through; then the next run begins, until there have been as many kills as asked for. After
-each death and each run it is checked that
+    python benchmarks/interruptions.py train --kills 100 [--processes 2]
+    python benchmarks/interruptions.py encode --kills 20
+    python benchmarks/interruptions.py curves [--doc docs/pods.md --png docs/images/curves.png]
 
-- no committed save is gone: the newest one never lies before what it was, and the next start goes
-  on from it;
-- what SIGTERM stopped with status 75 has lost no step at all;
-- at the end the last save (parameters, optimizer, average) and the exported model are equal to the
-  bit to those of the uninterrupted run, and so is every line of metrics.jsonl but for what the
-  clock decides (training.metrics.TIMING).
+train: a curriculum of three stages is ended by SIGKILL or SIGTERM at any moment, a few steps after
+its start, or while it writes a checkpoint, and started again, until there were as many kills. Each
+time no committed checkpoint is lost, the next start continues from the newest, and exit status 75
+has lost no step; at the end the last checkpoint, the exported model and metrics.jsonl (but for
+timings) are equal to the bit. With --processes, SIGKILL ends one of them or all.
 
-Prints a table and a verdict; exit status 1 where something differs. With --processes N the run is N
-processes on this machine (python -m pixart_jax launch), and SIGKILL strikes one of them, or all.
+encode: `python -m pixart_jax encode` is killed at any moment of its life, and at the end every
+record is equal to the byte, none missing or doubled.
+
+curves: the same curriculum on several meshes of simulated devices and processes, one run killed and
+moved three times; losses and final parameters agree with those of one device within 1e-4.
+
+A second call with the same --folder runs only what is missing of `curves`. Exit status 1 where a
+promise is broken; the message is the last line.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -31,318 +34,468 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training")]
-
-import numpy as np  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
-import tiny_run  # noqa: E402
-
-from pixart_jax.training.metrics import TIMING, read  # noqa: E402
-from pixart_jax.training.summary import summary  # noqa: E402
-
-MOMENTS = {"any time": 2, "some steps on": 3, "in a save": 4}  # how often each is chosen
-PATIENCE = 900.0  # seconds that a start, or an ending, may take
-
-
-@dataclasses.dataclass
-class Death:
-    """How one start of the program ended."""
-
-    moment: str
-    asked: str  # the signal
-    status: int
-    committed: int | None  # newest save then
+WAIT = 900.0  # seconds that a start, or an ending, may take
+STRUCK = (-9, -15, 137, 143)  # exit statuses of a program that a signal ended
 
 
 class Broken(Exception):
-    """A promise that did not hold."""
+    """A promise does not hold."""
 
 
-def recipe(folder: Path, steps: int) -> Path:
-    """The tests' curriculum with ``steps`` steps a stage and a save every fourth, as a file that
-    train.py takes."""
-    tiny_run.curriculum(folder)  # makes the data
+# ---- runs ----
+
+
+def recipe(folder: Path, steps: Sequence[int]) -> Path:
+    """A curriculum of so many steps a stage (the last stages), as a file for train.py, its data
+    beside it. Adam's rate is one that rounding does not upset; every mesh divides the sizes."""
+    import tiny_run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_run.curriculum(folder)  # writes the data
     file = folder / "interrupted.py"
-    file.write_text(
-        "import dataclasses\nimport sys\nfrom pathlib import Path\nsys.path.insert(0, "
-        f"{str(ROOT / 'tests' / 'training')!r})\n"
-        "from tiny_run import curriculum\n\n\ndef get_config():\n    config = "
-        f"curriculum(Path({str(folder)!r}))\n"
-        f"    stages = tuple(dataclasses.replace(stage, steps={steps}) for stage in "
-        "config.stages)\n"
-        "    return dataclasses.replace(config, stages=stages, checkpoint_every=4, "
-        "keep_checkpoints=2)\n"
-    )
+    file.write_text(f'''"""A short curriculum."""
+import dataclasses, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests" / "training")!r})
+import tiny_run
+from pixart_jax.config import OptimizerConfig
+
+
+def get_config():
+    config, stages = tiny_run.curriculum(Path({str(folder)!r})), []
+    adam = OptimizerConfig(learning_rate=3e-4, warmup_steps=5, clip=1.0, ema=0.9, eps=1e-6)
+    for stage, steps in zip(config.stages, {tuple(steps)!r}):
+        optimizer = dataclasses.replace(adam, accumulate=stage.optimizer.accumulate)
+        stages.append(dataclasses.replace(stage, steps=steps, batch_size=16, optimizer=optimizer))
+    return dataclasses.replace(config, stages=tuple(stages), checkpoint_every=4, keep_checkpoints=2)
+''')
     return file
 
 
-def command(recipe: Path, workdir: Path, processes: int) -> list[str]:
-    program = [str(ROOT / "train.py"), str(recipe), "--workdir", str(workdir)]
+def train_command(recipe: Path, workdir: Path, processes: int = 1, *options: str) -> list[str]:
+    program = [str(ROOT / "train.py"), str(recipe), "--workdir", str(workdir), *options]
     if processes == 1:
         return [sys.executable, *program]
-    return [
-        sys.executable,
-        "-m",
-        "pixart_jax",
-        "launch",
-        "--processes",
-        str(processes),
-        "--",
-        *program,
-    ]
+    launch = ["launch", "--processes", str(processes), "--patience", "2", "--"]
+    return [sys.executable, "-m", "pixart_jax", *launch, *program]
 
 
-def committed(workdir: Path) -> int | None:
-    """The newest save that bears its name."""
-    folder = workdir / "checkpoints"
-    return (
-        max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=None)
-        if folder.is_dir()
-        else None
+@contextlib.contextmanager
+def started(command: Sequence[str], log: Path, **env: str) -> Iterator[subprocess.Popen]:
+    """A program, which is killed at the end of the block if it still runs."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env}
+    how = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT}
+    with open(log, "ab") as out:
+        process = subprocess.Popen(command, stdout=out, start_new_session=True, **how)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def committed(workdir: Path) -> int:
+    """The newest committed step; 0 where there is none."""
+    return max(
+        (int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=0
     )
+
+
+def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The complete lines of a JSONL file of a run."""
+    path = workdir / name
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def logged(workdir: Path) -> int:
-    """The last step that metrics.jsonl has."""
-    lines = read(workdir / "metrics.jsonl")
-    return lines[-1]["total_step"] if lines else 0
+    """The last step in metrics.jsonl."""
+    return max((line["total_step"] for line in lines(workdir)), default=0)
 
 
-def saving(workdir: Path) -> bool:
-    return (
-        any("tmp" in p.name for p in (workdir / "checkpoints").iterdir())
-        if (workdir / "checkpoints").is_dir()
-        else False
-    )
+# ---- train ----
+
+MOMENTS = {"any time": 2, "some steps on": 3, "in a checkpoint": 4}  # how often each is chosen
 
 
-def await_moment(
-    moment: str, workdir: Path, process: subprocess.Popen, rng: random.Random, typical: float
-) -> None:
-    """Returns when it is time to strike, or the process has ended. typical: seconds that a start
-    lives without a kill."""
-    begun, start = time.monotonic(), committed(workdir) or 0
-    starts = len(read(workdir / "attempts.jsonl"))
-    steps, blink, delay = rng.randint(1, 12), rng.uniform(0, 0.08), rng.uniform(0, typical)
-    saves, seen = rng.randint(1, 3), 0
-    was = False
-    while process.poll() is None and time.monotonic() - begun < PATIENCE:
-        if moment == "any time" and time.monotonic() - begun >= delay:
-            return
-        # what lies there is this start's own
-        trains = moment != "any time" and len(read(workdir / "attempts.jsonl")) > starts
-        if trains and moment == "some steps on" and logged(workdir) >= start + steps:
-            time.sleep(blink)
-            return
-        if trains and moment == "in a save":
-            now = saving(workdir)
-            seen += now and not was
-            was = now
-            if seen >= saves:
-                time.sleep(blink)
+def await_moment(moment: str, workdir: Path, process: subprocess.Popen, rng: random.Random) -> None:
+    """Return when it is time to strike, or the process has ended."""
+    begun, start, was, seen = time.monotonic(), committed(workdir), False, 0
+    starts = len(lines(workdir, "attempts.jsonl"))
+    steps, delay, writes = rng.randint(1, 12), rng.uniform(0, 30), rng.randint(1, 3)
+    while process.poll() is None and time.monotonic() - begun < WAIT:
+        time.sleep(0.002 if moment == "in a checkpoint" else 0.01)
+        if moment == "any time":
+            if time.monotonic() - begun >= delay:
                 return
-        time.sleep(0.002 if moment == "in a save" else 0.01)
-
-
-def children(pid: int) -> list[int]:
-    """Processes below one, its launcher's workers."""
-    try:
-        found = [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return found + [deeper for child in found for deeper in children(child)]
+        elif len(lines(workdir, "attempts.jsonl")) > starts:  # what lies there is this start's own
+            now = any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
+            seen, was = seen + (now and not was), now
+            done = logged(workdir) >= start + steps if moment == "some steps on" else seen >= writes
+            if done:
+                time.sleep(rng.uniform(0, 0.08))
+                return
 
 
 def strike(process: subprocess.Popen, asked: signal.Signals, rng: random.Random) -> None:
     """SIGTERM goes to the program; SIGKILL to it, or to one or all of its workers."""
-    below = children(process.pid)
-    if asked is signal.SIGTERM or not below:
-        process.send_signal(asked)
-        return
-    for pid in below if rng.random() < 0.5 else [rng.choice(below)]:
-        try:
-            os.kill(pid, asked)
-        except ProcessLookupError:
-            pass  # it had just ended
+    with contextlib.suppress(OSError):
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [int(pid) for pid in listed]
+        if asked is signal.SIGKILL and workers:
+            for pid in workers if rng.random() < 0.5 else [rng.choice(workers)]:
+                os.kill(pid, asked)
+            return
+    process.send_signal(asked)
 
 
-def one_start(
-    line: list[str], workdir: Path, rng: random.Random, log: Path, kill: bool, typical: float
-) -> Death:
-    before = committed(workdir)
-    starts = len(read(workdir / "attempts.jsonl"))
+def attempt(command: list[str], workdir: Path, log: Path, rng: random.Random, kill: bool) -> tuple:
+    """Start once and check what that leaves; (moment, signal, exit status)."""
+    before, starts = committed(workdir), len(lines(workdir, "attempts.jsonl"))
     moment = rng.choices(list(MOMENTS), list(MOMENTS.values()))[0] if kill else "none"
     asked = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-    with open(log, "ab") as out:
-        process = subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            if kill:
-                await_moment(moment, workdir, process, rng, typical)
-                strike(process, asked, rng)
-            status = process.wait(PATIENCE)
-        finally:
-            if process.poll() is None:
-                process.kill()
-    death = Death(moment, asked.name if kill else "", status, committed(workdir))
-    check_death(death, before, starts, workdir, log)
-    return death
+    with started(command, log) as process:
+        if kill:
+            await_moment(moment, workdir, process, rng)
+            strike(process, asked, rng)
+        status = process.wait(WAIT)
+    after, attempts = committed(workdir), lines(workdir, "attempts.jsonl")
+    killed = kill and asked is signal.SIGKILL  # the launcher then reports its workers' death
+    if status not in (0, 75, *STRUCK) and not (killed and status > 0):
+        raise Broken(f"status {status} after {asked.name}:\n{log.read_text()[-2000:]}")
+    if after < before:
+        raise Broken(f"the newest checkpoint was {before} and is {after}")
+    if len(attempts) > starts:
+        if attempts[-1]["total_step"] != before:
+            raise Broken(f"committed {before}, continued from {attempts[-1]['total_step']}")
+        if status == 75 and logged(workdir) != after:
+            raise Broken(f"SIGTERM saved step {after} of {logged(workdir)}")
+    return moment, asked.name if kill else "", status
 
 
-def check_death(death: Death, before: int | None, starts: int, workdir: Path, log: Path) -> None:
-    tail = log.read_text(errors="replace")[-2000:]
-    if death.status not in (0, 75, -9, -15, 137, 143) and not (
-        death.asked == "SIGKILL" and death.status > 0
-    ):
-        raise Broken(f"status {death.status} after {death.asked}:\n{tail}")
-    if (death.committed or -1) < (before or -1):
-        raise Broken(f"the newest save was {before} and is {death.committed}")
-    attempts = read(workdir / "attempts.jsonl")
-    if len(attempts) > starts and attempts[-1]["total_step"] != (before or 0):
-        raise Broken(
-            f"the newest save was {before}, and the run went on from {attempts[-1]['total_step']}"
-        )
-    if death.status == 75 and len(attempts) > starts and logged(workdir) != (death.committed or 0):
-        raise Broken(
-            f"SIGTERM saved step {death.committed}, and step {logged(workdir)} had been done"
-        )
-
-
-def leaves(workdir: Path):
+def state(workdir: Path) -> dict[str, np.ndarray]:
+    """Name → array of the last checkpoint, whatever mesh saved it."""
     import jax
+    import orbax.checkpoint as ocp
 
     folder = workdir / "checkpoints" / str(committed(workdir)) / "state"
     shapes = ocp.StandardCheckpointHandler().metadata(folder).tree
-    # whatever mesh of whatever processes saved it
     whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    state = ocp.PyTreeCheckpointer().restore(folder, restore_args=whole)
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+    found = ocp.PyTreeCheckpointer().restore(folder, restore_args=whole)
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def check_end(workdir: Path, reference: Path) -> None:
-    mine, theirs = leaves(workdir), leaves(reference)
-    other = [
-        name for name in theirs if name not in mine or not np.array_equal(mine[name], theirs[name])
-    ]
+    """Broken where a finished run differs from the reference."""
+    from pixart_jax.training.metrics import TIMING
+
+    mine, theirs = state(workdir), state(reference)
+    other = [n for n in theirs if n not in mine or not np.array_equal(mine[n], theirs[n])]
     if other or len(mine) != len(theirs):
         raise Broken(f"{len(other)} of {len(theirs)} arrays differ at the end, as {other[:3]}")
     curves = [
-        [{k: v for k, v in line.items() if k not in TIMING} for line in read(run / "metrics.jsonl")]
+        [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run)]
         for run in (workdir, reference)
     ]
     if curves[0] != curves[1]:
         raise Broken("metrics.jsonl differs from that of the uninterrupted run")
     for file in sorted((reference / "model").rglob("*.safetensors")):
-        if (
-            file.read_bytes()
-            != (workdir / "model" / file.relative_to(reference / "model")).read_bytes()
-        ):
-            raise Broken(f"model/{file.relative_to(reference / 'model')} differs")
+        name = file.relative_to(reference)
+        if file.read_bytes() != (workdir / name).read_bytes():
+            raise Broken(f"{name} differs")
 
 
-def table(deaths: list[Death]) -> str:
-    rows = [("moment", "signal", "kills", "ended -9/-15", "saved, status 75", "had ended", "other")]
-    counted = collections.Counter((d.moment, d.asked) for d in deaths)
-    for moment, asked in sorted(counted):
-        found = [d.status for d in deaths if (d.moment, d.asked) == (moment, asked)]
-        died, saved, through = (
-            sum(s in (-9, -15, 137, 143) for s in found),
-            found.count(75),
-            found.count(0),
+def train(flags, folder: Path, rng: random.Random) -> str:
+    """Kill training runs; the verdict."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compilation_cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    file, log = recipe(folder / "world", (flags.steps,) * 3), folder / "log.txt"
+    reference, runs, starts = folder / "uninterrupted", 0, 0
+    attempt(train_command(file, reference, flags.processes), reference, log, rng, kill=False)
+    ended: collections.Counter = collections.Counter()
+
+    def kills() -> int:
+        return sum(
+            count for (_, asked, how), count in ended.items() if asked and how != "had ended"
         )
-        rows.append(
-            (
-                moment,
-                asked,
-                str(len(found)),
-                str(died),
-                str(saved),
-                str(through),
-                str(len(found) - died - saved - through),
+
+    while kills() < flags.kills:
+        workdir, status = folder / f"run{runs}", None
+        while status != 0:
+            command = train_command(file, workdir, flags.processes)
+            moment, asked, status = attempt(command, workdir, log, rng, kills() < flags.kills)
+            how = (
+                "killed" if status in STRUCK else {0: "had ended", 75: "saved"}.get(status, "other")
             )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+            ended[moment, asked, how] += 1
+            starts += 1
+            tell(f"run {runs}: {asked or 'no signal'} {moment}, {how}, step {committed(workdir)}")
+        check_end(workdir, reference)
+        runs += 1
+    for (moment, asked, how), count in sorted(ended.items()):
+        if asked:
+            print(f"{moment:16} {asked:8} {how:10} {count:5}")
+    return (
+        f"{kills()} kills in {runs} runs, {starts} starts: every run ended equal to the bit to the "
+        "uninterrupted one; no committed step was lost"
     )
 
 
-def main() -> int:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--kills", type=int, default=100)
-    options.add_argument("--steps", type=int, default=24, help="of each of the three stages")
-    options.add_argument("--processes", type=int, default=1)
-    options.add_argument("--seed", type=int, default=None)
-    options.add_argument(
-        "--workdir", type=Path, default=None, help="where the runs lie; default: a temporary folder"
+# ---- encode ----
+
+WORDS = "a large small red blue green circle square star left right of above below".split()
+DAMAGED = (17, 130)  # pictures that are cut short
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """PNGs of several shapes, each with a caption beside it."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        height, width = ((96, 96), (96, 144), (150, 96))[index % 3]
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+        path = folder / f"{index:04d}.png"
+        coarse.resize((width, height)).save(path)
+        if index in DAMAGED:
+            path.write_bytes(path.read_bytes()[:1000])
+        caption = " ".join(rng.choice(WORDS, int(rng.integers(1, 30))))
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def records_of(folder: Path) -> dict[str, bytes]:
+    """'shard, place' → a record's bytes; and the manifest's account of the shards."""
+    from pixart_jax.data import records
+
+    stored = records.Records(folder)
+    found = {str(stored.shard_of(n)): stored.bytes(n) for n in range(len(stored))}
+    keys = [records.decode_record(record, ())[1]["key"] for record in found.values()]
+    if len(set(keys)) != len(keys):
+        raise Broken(f"{folder}: a sample is there twice")
+    manifest = json.loads((folder / records.MANIFEST).read_text())
+    return found | {"manifest": json.dumps([manifest["shards"], manifest["identity"]]).encode()}
+
+
+def encode(flags, folder: Path, rng: random.Random) -> str:
+    """Kill encoding runs; the verdict."""
+    pictures, whole, killed = (folder / name for name in ("pictures", "whole", "killed"))
+    write_pictures(pictures, flags.pictures)
+    command = [sys.executable, "-m", "pixart_jax", "encode", "--source", str(pictures)]
+    command += ["--captions", "caption", "--buckets", "64x64,64x96,96x64", "--batch-size", "8"]
+    command += ["--shard-size", "12", "--flip", "--model", str(ROOT / "assets" / "shapes"), "--out"]
+
+    def to_the_end(out: Path) -> dict[str, bytes]:
+        log = out.with_name(f"{out.name}.log")
+        with started([*command, str(out)], log) as process:
+            if process.wait(2 * WAIT):
+                raise Broken(log.read_text()[-3000:])
+        return records_of(out)
+
+    def shards() -> int:
+        return len(list(killed.glob("*.array_record")))
+
+    expected, kills = to_the_end(whole), 0
+    while kills < flags.kills:
+        before, working = shards(), rng.random() < 0.8  # else anywhere in its start
+        with started([*command, str(killed)], folder / "killed.log") as process:
+            while working and process.poll() is None and shards() == before:
+                time.sleep(0.01)
+            time.sleep(rng.random() * (0.3 if working else 6))
+            if process.poll() is not None:
+                break
+        kills += 1
+        tell(f"kill {kills}: {shards()} shards, {before} before")
+    found = to_the_end(killed)
+    left = {path.name for path in killed.iterdir()} - {path.name for path in whole.iterdir()}
+    if kills < flags.kills:
+        raise Broken(f"it ended after {kills} kills: give more --pictures")
+    if found != expected or left:
+        same = sum(found.get(name) == value for name, value in expected.items())
+        raise Broken(f"{same} of {len(expected)} entries are equal; left over: {sorted(left)}")
+    return f"{kills} kills: all {len(found) - 1} records are equal to the byte"
+
+
+# ---- curves ----
+
+LIMIT = 1e-4  # relative: of every step's loss, and of the worst array's ‖difference‖ / ‖parameters‖
+BEGIN, END = "<!-- curves: begin -->", "<!-- curves: end -->"
+# What is added to all keys adds one number to all of a query's scores, which softmax ignores: the
+# gradient is 0, computed as rounding.
+UNTRAINED = ("attn1.to_k.bias", "attn2.to_k.bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a part of a run is computed: simulated devices over processes; mesh: axes' sizes."""
+
+    devices: int
+    processes: int = 1
+    mesh: tuple[tuple[str, int], ...] = ()
+
+    def start(self, recipe: Path, workdir: Path, log: Path):
+        options = [part for axis, size in self.mesh for part in (f"--mesh.{axis}", str(size))]
+        devices = f"--xla_force_host_platform_device_count={self.devices // self.processes}"
+        command = train_command(recipe, workdir, self.processes, *options)
+        return started(command, log, XLA_FLAGS=devices)
+
+
+ONE = Place(1)
+EIGHT = Place(8, mesh=(("data", 1), ("fsdp", 8)))
+TWO_BY_FOUR = Place(8, 2, (("data", 2), ("fsdp", 4)))
+# name: the places of the run, each but the last left by SIGKILL when its part of the steps is done
+RUNS: dict[str, tuple[Place, ...]] = {
+    "1 device": (ONE,),
+    "fsdp 8": (EIGHT,),
+    "fsdp 4 × tensor 2": (Place(8, mesh=(("data", 1), ("fsdp", 4), ("tensor", 2))),),
+    "data 2 × context 2 × tensor 2": (Place(8, mesh=(("data", 2), ("context", 2), ("tensor", 2))),),
+    "2 processes × 4 devices": (TWO_BY_FOUR,),
+    "moved 8 → 4 → 1 → 2 × 4": (EIGHT, Place(4, mesh=(("data", 1), ("fsdp", 4))), ONE, TWO_BY_FOUR),
+}
+
+
+def run(places: Sequence[Place], recipe: Path, workdir: Path, steps: int) -> None:
+    """Train to the end, moved from place to place after equal parts of the steps."""
+    for number, place in enumerate(places):
+        last, stop = number == len(places) - 1, steps * (number + 1) // len(places)
+        if not last and committed(workdir) >= stop:
+            continue
+        log = workdir.with_suffix(f".{number}.log")
+        with place.start(recipe, workdir, log) as process:
+            while process.poll() is None and (last or committed(workdir) < stop):
+                time.sleep(0.05)
+            status = process.poll()
+        if status not in ((0,) if last else (0, None)):
+            raise Broken(f"{workdir.name}: status {status}; {log} has its output")
+
+
+def losses(workdir: Path) -> np.ndarray:
+    """The loss of every step, [steps]."""
+    return np.array([line["loss"] for line in lines(workdir)])
+
+
+def parameters(workdir: Path) -> dict[str, np.ndarray]:
+    """Name → array of the exported transformer: the average of the last stage's parameters."""
+    from safetensors.numpy import load_file
+
+    return load_file(workdir / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def difference(one: dict, other: dict) -> tuple[float, float, str]:
+    """(‖difference‖ / ‖parameters‖ over all, that of the worst array, its name).
+
+    By norms and not value by value: where a gradient is zero but for rounding, Adam divides
+    rounding by rounding, and a value may move by a step of the learning rate either way; such
+    values are few and small. The keys' biases are such values altogether (UNTRAINED).
+    """
+    assert one.keys() == other.keys()
+    names = [name for name in one if not name.endswith(UNTRAINED)]
+    gaps = {n: float(np.linalg.norm(one[n].astype(np.float64) - other[n])) for n in names}
+    norms = {n: float(np.linalg.norm(one[n].astype(np.float64))) for n in names}
+    relative = {n: gaps[n] / norms[n] if norms[n] else gaps[n] for n in names}
+    worst = max(names, key=relative.__getitem__)
+    total = np.linalg.norm(list(gaps.values())) / np.linalg.norm(list(norms.values()))
+    return float(total), relative[worst], worst
+
+
+def plot(path: Path, curves: dict[str, np.ndarray]) -> None:
+    """The losses, and below them each one's relative difference from the first."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9.6, 6.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    first = next(iter(curves.values()))
+    for number, (name, curve) in enumerate(curves.items()):
+        style = {"color": f"C{number}", "label": name, "linewidth": 1 if number else 3}
+        above.plot(curve, **style)
+        if number:
+            below.semilogy(np.maximum(np.abs(curve / first - 1), 1e-9), **style)
+    above.set_ylabel("loss")
+    below.set_ylabel("relative difference from 1 device")
+    below.set_xlabel("step")
+    above.legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def curves(flags, folder: Path, rng: random.Random) -> str:
+    """Run on every mesh; the verdict."""
+    part = flags.steps // 3
+    file = recipe(folder, (part, part, flags.steps - 2 * part))
+    found: dict[str, np.ndarray] = {}
+    rows, over, one = [], [], {}
+    for number, (name, places) in enumerate(RUNS.items()):
+        if flags.only and number and flags.only not in name:
+            continue
+        workdir = folder / f"run-{number}"
+        if not (workdir / "model" / "model_index.json").exists():
+            run(places, file, workdir, flags.steps)
+        found[name], one = losses(workdir), one or parameters(workdir)
+        gap = np.abs(found[name] / found["1 device"] - 1)
+        total, worst, where = difference(one, parameters(workdir))
+        if gap.max() > LIMIT or worst > LIMIT or len(gap) != flags.steps:
+            over.append(name)
+        step = f"{gap.max():.1e} (step {gap.argmax() + 1})"
+        rows.append(f"| {name} | {len(gap)} | {step} | {total:.1e} | {worst:.1e} ({where}) |")
+        tell(rows[-1])
+    head = ["| run | steps | losses | all parameters | worst array |", "|---|---|---|---|---|"]
+    table = "\n".join([*head, *rows])
+    print(table)
+    if flags.doc:
+        before, rest = flags.doc.read_text(encoding="utf-8").split(BEGIN)
+        text = f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+        flags.doc.write_text(text, encoding="utf-8")
+    if flags.png:
+        plot(flags.png, found)
+    if over:
+        raise Broken(f"over {LIMIT:g}: {', '.join(over)}")
+    return f"losses and parameters agree with those of 1 device within {LIMIT:g}"
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    what = parser.add_subparsers(dest="what", required=True)
+    training, encoding, meshes = (
+        what.add_parser(each.__name__) for each in (train, encode, curves)
     )
-    args = options.parse_args()
-    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**32)
-    rng, begun = random.Random(seed), time.monotonic()
+    for each in (training, encoding):
+        each.add_argument("--kills", type=int, default=20)
+    training.add_argument("--steps", type=int, default=24, help="of each of the three stages")
+    training.add_argument("--processes", type=int, default=1)
+    encoding.add_argument("--pictures", type=int, default=900)
+    meshes.add_argument("--steps", type=int, default=50, help="of the whole run")
+    meshes.add_argument("--only", help="a part of the names of the runs to make, beside 1 device")
+    meshes.add_argument("--png", type=Path, help="plot the curves")
+    meshes.add_argument("--doc", type=Path, help="a page that takes the table between its markers")
+    for each in (training, encoding, meshes):
+        each.add_argument("--folder", type=Path, help="of the runs; by default a temporary one")
+        each.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    flags = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.workdir or Path(temporary)
+        folder = (flags.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compilation_cache"))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        print(
-            f"seed {seed}, {args.kills} kills, 3 stages of {args.steps} steps, {args.processes} "
-            "process(es)",
-            flush=True,
-        )
-        file, log = recipe(folder / "world", args.steps), folder / "log.txt"
-        reference, deaths, runs = folder / "uninterrupted", [], 0
+        print(f"{flags.what}, seed {flags.seed}", flush=True)
         try:
-            one_start(
-                command(file, reference, args.processes), reference, rng, log, kill=False, typical=0
-            )
-            while sum(d.moment != "none" and d.status != 0 for d in deaths) < args.kills:
-                workdir = folder / f"run{runs}"
-                while True:
-                    kill = sum(d.status != 0 for d in deaths) < args.kills
-                    second = time.monotonic()
-                    deaths.append(
-                        one_start(
-                            command(file, workdir, args.processes),
-                            workdir,
-                            rng,
-                            log,
-                            kill,
-                            typical=30.0,
-                        )
-                    )
-                    d = deaths[-1]
-                    print(
-                        f"run {runs}: {d.asked or 'no signal'} {d.moment}, status {d.status}, "
-                        f"committed {d.committed}, "
-                        f"{time.monotonic() - second:.0f} s",
-                        flush=True,
-                    )
-                    if d.status == 0:
-                        break
-                check_end(workdir, reference)
-                runs += 1
+            print(globals()[flags.what](flags, folder, random.Random(flags.seed)))
         except Broken as broken:
-            print(
-                f"\n{table([d for d in deaths if d.asked])}\nBROKEN after {len(deaths)} starts, "
-                f"seed {seed}: {broken}"
-            )
+            print(f"BROKEN, seed {flags.seed}: {broken}")
             return 1
-        struck = [d for d in deaths if d.asked]
-        print(f"\n{table(struck)}\n\nthe last run's own account:\n{summary(workdir)}")
-        killed = sum(d.status != 0 for d in struck)
-        print(
-            f"\n{killed} kills in {runs} runs, {len(deaths)} starts, "
-            f"{(time.monotonic() - begun) / 60:.0f} min: "
-            "every run ended equal to the bit to the uninterrupted one; no committed step was lost"
-        )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

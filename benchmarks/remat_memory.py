@@ -22,8 +22,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process computes nothing
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.speed.command import tell  # noqa: E402
 from benchmarks.speed.record import Record  # noqa: E402
+
+from benchmarks.speed.command import tell  # noqa: E402
 from benchmarks.speed.table import render  # noqa: E402
 from pixart_jax import cli  # noqa: E402
 from pixart_jax.config import MeshConfig  # noqa: E402

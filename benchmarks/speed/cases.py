@@ -1,53 +1,62 @@
-"""What is measured: a model, a size, a batch, a dtype and a kind of work; and how much arithmetic
-that is."""
+"""What is measured: a model, an image size, a batch, a dtype and a kind of work."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from pixart_jax.models import flops
 from pixart_jax.models.geometry import PRESETS
 from pixart_jax.models.transformer import TransformerConfig
 
-TINY = "tiny"  # of a rehearsal
+TINY = "tiny"  # the model of a rehearsal
 MODELS = (*PRESETS, TINY)
 LATENT = 8  # pixels a side of a latent
 PROMPTS = ("a large red star left of a small blue circle", "a green square above a yellow circle")
-WORDS = sorted(set(" ".join(PROMPTS).split()))  # of a tokenizer that knows these alone
+WORDS = sorted(set(" ".join(PROMPTS).split()))  # the tokenizer's vocabulary
+_T5_XXL = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+_T5_TINY = dict(vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """kind: 'forward', 'sample' (text states → latents), 'draw' (prompts → PNG files) or 'train'.
-    Images are square.
+    """One measurement. Images are square; training holds fp32 parameters in either dtype."""
 
-    multi_scale: the model is told the size and the aspect ratio, as PixArt-XL-2-1024-MS is.
-    text_tokens: what texts are padded to.
-    steps, guidance: of sampling.
-    """
-
-    kind: str
+    kind: str  # 'forward', 'sample' (text states → latents), 'draw' (prompts → PNG) or 'train'
     model: str
     px: int
     batch: int
-    dtype: str  # 'float32' or 'bfloat16'; training holds fp32 parameters in either
-    multi_scale: bool = False
-    text_tokens: int = 120
+    dtype: str  # 'float32' or 'bfloat16'
+    multi_scale: bool = False  # size and aspect ratio are inputs, as in PixArt-XL-2-1024-MS
+    text_tokens: int = 120  # texts are padded to this length
     steps: int = 20
     guidance: float = 4.5
 
     @property
     def config(self) -> TransformerConfig:
         side = self.px // LATENT
-        told = {
+        fields: dict[str, Any] = {
             "size_conditions": self.multi_scale,
             "sample_size": side,
             "position_scale": float(max(side // 64, 1)),
         }
         if self.model == TINY:
-            return TransformerConfig(depth=2, width=48, heads=2, caption_width=32, **told)
-        return TransformerConfig.preset(self.model, **told)
+            return TransformerConfig(depth=2, width=48, heads=2, caption_width=32, **fields)
+        return TransformerConfig.preset(self.model, **fields)
+
+    @property
+    def t5(self) -> dict[str, int]:
+        """The text encoder's sizes, under the names that both sides' configs have."""
+        return _T5_TINY if self.model == TINY else _T5_XXL
+
+    @property
+    def vae(self) -> dict[str, Any]:
+        """The autoencoder's sizes, under the names that both sides' configs have."""
+        widths, layers, groups = (128, 256, 512, 512), 2, 32
+        if self.model == TINY:
+            widths, layers, groups = (8, 8, 8, 8), 1, 4
+        return dict(block_out_channels=widths, layers_per_block=layers, norm_num_groups=groups)
 
     @property
     def size(self) -> str:
@@ -56,18 +65,17 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Model FLOPs of one run: what the mathematics asks for, the same count for both sides
-        (pixart_jax/models/flops.py).
+        """Model FLOPs of one run, the transformer's alone, the same count for both sides.
 
-        Of drawing, the transformer's alone. In sampling a text's keys and values count once,
-        whichever side computes them anew.
+        In sampling a text's keys and values count once, whichever side computes them again.
         """
-        how = self.config, self.px, self.px, self.text_tokens
+        shape = self.config, self.px, self.px, self.text_tokens
         if self.kind == "train":
-            return self.batch * flops.train_flops(*how)
+            return self.batch * flops.train_flops(*shape)
         if self.kind == "forward":
-            return self.batch * flops.forward_flops(*how)
-        return self.batch * flops.sampling_flops(*how, steps=self.steps, guided=self.guidance != 1)
+            return self.batch * flops.forward_flops(*shape)
+        guided = self.guidance != 1
+        return self.batch * flops.sampling_flops(*shape, steps=self.steps, guided=guided)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.model} {self.size} px, batch {self.batch}, {self.dtype}"
@@ -77,13 +85,13 @@ def sizes(text: str) -> list[tuple[int, bool]]:
     """'256,1024ms' → [(pixels, multi-scale)], for argparse."""
     found = []
     for part in text.split(","):
-        number, told = part.removesuffix("ms"), part.endswith("ms")
+        number = part.removesuffix("ms")
         if not number.isdigit() or int(number) < 16 or int(number) % 16:
             raise argparse.ArgumentTypeError(
-                f"{part!r}: multiples of 16 pixels with commas between, 'ms' behind a multi-scale "
+                f"{part!r}: multiples of 16 pixels with commas between, 'ms' after a multi-scale "
                 "model's"
             )
-        found.append((int(number), told))
+        found.append((int(number), part.endswith("ms")))
     return found
 
 

@@ -1,299 +1,239 @@
-"""A contest: processes of both sides take turns at one case after another, and what comes out are
-rows.
+"""Contenders, a process each, take turns at a case; a row is what was measured of one of them.
 
-By default all sides of a case are open at once and run by turns, A B A B …, so that a machine that
-slows down slows all of them. Where their memory does not go together each lives alone, one after
-the other (``alone``).
+By default all are open at once and run by turns, A B A B …, so that a machine that slows down slows
+all of them. Where their memory does not fit together each runs alone, one after the other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from benchmarks.speed import inputs, weights
+from benchmarks.speed import inputs, machine, weights
 from benchmarks.speed.cases import Case
 from pixart_jax.parallel.chips import chip_of
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = "pixart_jax"
-# seconds before each turn: threads of the side that ran before look for work in circles for a while
+# seconds before each turn: the threads of the last side spin for a while
 REST = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """label: what tables call it. side: 'ours' or 'peer', the worker's module. how: see ours.py and
-    peer.py. env: added for its process."""
+    """label: its name in tables. side: 'ours' or 'peer'. options: see ours.py and peer.py."""
 
     label: str
     side: str
-    how: tuple[tuple[str, object], ...] = ()
-    env: tuple[tuple[str, str], ...] = ()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
         return self.side == "ours"
 
 
-class Died(Exception):
-    """A worker ended before it answered; the message is the last line that it said."""
+# ---- in a contender's process ----
+
+_work: Any = None  # the open case: run(), result(output), facts
+_held = 0  # resident bytes before it
+
+
+def call(side: str, name: str, *arguments):
+    """Call a function of a side's module, or of this one; an error becomes one line."""
+    try:
+        module = importlib.import_module(f"benchmarks.speed.{side}")
+        if hasattr(module, name):
+            return getattr(module, name)(*arguments)
+        return globals()[name](module, *arguments)
+    except Exception as error:
+        traceback.print_exc()
+        text = str(error).strip().splitlines() or [""]
+        raise RuntimeError(f"{type(error).__name__}: {text[0]}") from None
+
+
+def open_case(side, case: Case, options: dict, folder: str, arrays: dict) -> dict:
+    """Open the weights and run once, which compiles; {'first_seconds', 'result', facts}."""
+    global _work, _held
+    machine.reset_peak()
+    _held = machine.resident_bytes()
+    _work = side.KINDS[case.kind](case, options, folder, arrays)
+    begun = time.perf_counter()
+    output = side.wait(_work.run())
+    seconds = time.perf_counter() - begun
+    return {"first_seconds": seconds, "result": _work.result(output), **_work.facts}
+
+
+def timed_run(side) -> float:
+    """Seconds of one run."""
+    begun = time.perf_counter()
+    side.wait(_work.run())
+    return time.perf_counter() - begun
+
+
+def close(side) -> int:
+    """Forget the case; the peak bytes of the device, or on a CPU of the resident set over what the
+    process held before the case."""
+    global _work
+    on_device = side.peak_device_bytes()
+    peak = machine.peak_bytes() - _held if on_device is None else on_device
+    _work = None
+    side.forget()
+    return peak
+
+
+# ---- in the program ----
 
 
 class Process:
-    """A worker (worker.py) that is asked and answers. compile_cache: where both sides keep what
-    they compile; fresh a contest."""
+    """A process of a side that calls functions there. compile_cache: where it keeps programs."""
 
-    def __init__(
-        self, side: str, scratch: Path, compile_cache: Path, env: Sequence[tuple[str, str]] = ()
-    ):
-        self.said: dict | None = None  # its platform and device, once it has begun
-        self._log = open(scratch / f"{side}-{time.monotonic_ns()}.log", "w+")
-        env = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    def __init__(self, side: str, compile_cache: Path):
+        context = multiprocessing.get_context("spawn")
+        self._side, self._pool = side, ProcessPoolExecutor(1, context, _answer_alone)
+        self._env = {
             "HF_HUB_OFFLINE": "1",
             "JAX_COMPILATION_CACHE_DIR": str(compile_cache / "jax"),
             "TORCHINDUCTOR_CACHE_DIR": str(compile_cache / "inductor"),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
-            **dict(env),
         }
-        command = [sys.executable, "-m", "benchmarks.speed.worker", side]
-        pipes = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "stderr": self._log,
-            "text": True,
-        }
-        self._process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
-    def ask(self, do: str, **more) -> None:
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise Died(self._last_words()) from None
+    def submit(self, name: str, *arguments):
+        # the first submit starts the process, with the environment of this moment
+        with mock.patch.dict(os.environ, self._env):
+            return self._pool.submit(call, self._side, name, *arguments)
 
-    def answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise Died(self._last_words())
-        return json.loads(line)
-
-    def call(self, do: str, **more) -> dict:
-        self.ask(do, **more)
-        return self.answer()
+    def call(self, name: str, *arguments):
+        return self.submit(name, *arguments).result()
 
     def end(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def _last_words(self) -> str:
-        self._process.wait()
-        self._log.flush()
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
-        return (
-            f"exit status {self._process.returncode}: {lines[-1] if lines else 'it said nothing'}"
-        )
+        self._pool.shutdown()
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """repeat: timed runs a side, at least one; no new round begins after budget seconds of a case.
-    alone: each side lives alone.
-    keep: the processes serve all cases of a contest, which saves their start; ours then counts the
-    device's memory from its first case on, so cases go from small to large. compile_cache: a
-    folder; None: a fresh one, so that compile times are cold."""
-
-    repeat: int = 5
-    budget: float = 600.0
-    alone: bool = False
-    keep: bool = False
-    compile_cache: Path | None = None
+def _answer_alone() -> None:
+    os.dup2(2, 1)  # libraries print to standard output, which is for the tables
 
 
 class Contest:
-    """Rows of cases; a context, for the processes and files it holds. told: called with each line
-    of what goes on."""
+    """A context that yields the rows of cases. flags: repeat (timed runs), budget (seconds of a
+    case after which no round begins), keep (the same processes for all cases: faster, but ours then
+    counts the device's memory from its first case on) and compile_cache (None: a fresh one, so that
+    compile times are cold). alone: one contender at a time."""
 
-    def __init__(
-        self,
-        contenders: Sequence[Contender],
-        rules: Rules,
-        told: Callable[[str], None] = lambda line: None,
-    ):
-        self._contenders, self._rules, self._told = contenders, rules, told
+    def __init__(self, contenders: Sequence[Contender], flags, alone: bool):
+        self._contenders, self._flags, self._alone = contenders, flags, alone
         self._processes: dict[str, Process] = {}
-        self._limits: dict[str, dict[str, dict[str, float]]] = {}
+        self.measured_limits: dict[str, dict] = {}  # dtype → {'ours', 'peer'} → limits
         self.machine: dict[str, str] = {}
 
     def __enter__(self):
-        self._temporary = tempfile.TemporaryDirectory(prefix="speed.")
-        self._scratch = Path(self._temporary.name)
-        self._compile_cache = self._rules.compile_cache or self._scratch / "compiled"
+        self._scratch = tempfile.TemporaryDirectory(prefix="speed.")
+        self._compile_cache = self._flags.compile_cache or Path(self._scratch.name)
         return self
 
     def __exit__(self, *_):
         for label in list(self._processes):
             self._end(label)
-        self._temporary.cleanup()
+        self._scratch.cleanup()
 
     def limits(self, dtype: str) -> dict[str, dict[str, float]]:
-        """{'ours': {'product', 'copy', 'side'}, 'peer': likewise} of this machine, measured once a
-        contest, a side at a time."""
-        if dtype not in self._limits:
-            one_a_side = {contender.side: contender for contender in reversed(self._contenders)}
-            for contender in one_a_side.values():
-                self._start(contender)
-            measured = {
-                side: self._process(contender).call("limit", dtype=dtype)
-                for side, contender in sorted(one_a_side.items())
-            }
-            self._limits[dtype] = measured
-            if self._rules.alone:
-                for contender in one_a_side.values():
-                    self._end(contender.label)
-        return self._limits[dtype]
+        """{'ours', 'peer'} → the machine's limits as that side measures them, once a contest."""
+        if dtype not in self.measured_limits:
+            self.measured_limits[dtype] = {}
+            for one in {one.side: one for one in reversed(self._contenders)}.values():
+                with self._noting_failure(one):
+                    self.measured_limits[dtype][one.side] = self._process(one).call("limits", dtype)
+                if self._alone:
+                    self._end(one.label)
+        return self.measured_limits[dtype]
 
     def rows(self, case: Case) -> Iterator[dict]:
-        """A row a contender, in their order. Ours comes first; errors and ratios are against it."""
-        limits = self.limits(case.dtype)
-        arrays, folder = self._scratch / "inputs.npz", str(weights.folder_of(case))
-        inputs.write(case, arrays)
-        found = {contender.label: {} for contender in self._contenders}
-        for group in (
-            [[one] for one in self._contenders] if self._rules.alone else [self._contenders]
-        ):
-            self._measure(group, case, folder, str(arrays), found)
-            first = next(
-                (
-                    found[one.label]
-                    for one in self._contenders
-                    if one.ours and found[one.label].get("seconds")
-                ),
-                None,
-            )
-            for contender in group:
-                yield row(
-                    case,
-                    contender,
-                    found[contender.label],
-                    first,
-                    limits,
-                    self.machine.get("device", ""),
-                )
+        """A row a contender. Ours comes first; errors and ratios are against it."""
+        limits, folder, arrays = self.limits(case.dtype), weights.folder_of(case), inputs.make(case)
+        found: dict[str, dict] = {one.label: {} for one in self._contenders}
+        for group in [[one] for one in self._contenders] if self._alone else [self._contenders]:
+            self._measure(group, (str(folder), arrays), case, found)
+            first = next((found[one.label] for one in self._contenders if one.ours), {})
+            for one in group:
+                device = self.machine.get("device", "")
+                yield row(case, one, found[one.label], first, limits, device)
 
-    def _measure(
-        self,
-        group: Sequence[Contender],
-        case: Case,
-        folder: str,
-        arrays: str,
-        found: dict[str, dict],
-    ) -> None:
-        living = []
-        for contender in group:
-            self._start(contender)
-        # all are asked before the first has answered: they compile at the same time
-        for contender in group:
-            with self._noting_death(contender, found):
-                self._process(contender).ask(
-                    "open",
-                    case=dataclasses.asdict(case),
-                    how=dict(contender.how),
-                    folder=folder,
-                    arrays=arrays,
+    def _measure(self, group, opened: tuple, case: Case, found: dict[str, dict]) -> None:
+        living, asked = list(group), {}
+        for one in group:  # all are asked before the first has answered: they compile together
+            with self._noting_failure(one, found, living):
+                asked[one.label] = self._process(one).submit(
+                    "open_case", case, one.options, *opened
                 )
-                living.append(contender)
-        for contender in list(living):
-            with self._noting_death(contender, found, living):
-                found[contender.label] |= self._process(contender).answer() | {"seconds": []}
-                path = self._scratch / f"{self._contenders.index(contender)}.npz"
-                self._process(contender).call("result", path=str(path))
-                found[contender.label]["result"] = inputs.read(str(path))
-                self._told(
-                    f"{contender.label}: first run {found[contender.label]['first_seconds']:.2f} s"
-                )
+        for one in list(living):
+            with self._noting_failure(one, found, living):
+                found[one.label] = asked[one.label].result() | {"seconds": []}
+                tell(f"{one.label}: first run {found[one.label]['first_seconds']:.2f} s")
         begun = time.perf_counter()
-        for number in range(self._rules.repeat):
-            if number and time.perf_counter() - begun > self._rules.budget:
+        for number in range(max(self._flags.repeat, 1)):
+            if number and time.perf_counter() - begun > self._flags.budget:
                 break
-            for contender in list(living):
-                with self._noting_death(contender, found, living):
+            for one in list(living):
+                with self._noting_failure(one, found, living):
                     time.sleep(REST)
-                    found[contender.label]["seconds"].append(
-                        self._process(contender).call("run")["seconds"]
-                    )
-        for contender in list(living):
-            with self._noting_death(contender, found, living):
-                found[contender.label] |= self._process(contender).call("memory")
-                if self._rules.keep and not self._rules.alone:
-                    self._process(contender).call("close")
-                else:
-                    self._end(contender.label)
+                    found[one.label]["seconds"].append(self._process(one).call("timed_run"))
+        for one in list(living):
+            with self._noting_failure(one, found, living):
+                found[one.label]["peak_bytes"] = self._process(one).call("close")
+                if self._alone or not self._flags.keep:
+                    self._end(one.label)
 
     @contextlib.contextmanager
-    def _noting_death(
-        self, contender: Contender, found: dict[str, dict], living: list | None = None
+    def _noting_failure(
+        self, one: Contender, found: dict | None = None, living: list | None = None
     ):
-        """A side that dies has failed; the others go on."""
+        """A contender that fails or dies has a failed row; the others go on."""
         try:
             yield
-        except Died as fault:
-            self._told(f"{contender.label}: {fault}")
-            found[contender.label] = {"failed": str(fault)}
-            self._end(contender.label)
-            if living is not None:
-                living.remove(contender)
+        except Exception as error:
+            tell(f"{one.label}: {error}")
+            self._end(one.label)
+            if found is not None and living is not None:
+                found[one.label] = {"failed": str(error)}
+                living.remove(one)
 
-    def _start(self, contender: Contender) -> None:
-        if contender.label not in self._processes:
-            self._processes[contender.label] = Process(
-                contender.side, self._scratch, self._compile_cache, contender.env
-            )
-
-    def _process(self, contender: Contender) -> Process:
-        """The contender's process, which has said where it runs."""
-        self._start(contender)
-        process = self._processes[contender.label]
-        if process.said is None:
-            said = process.said = process.answer()
-            known = self.machine.setdefault("platform", said["platform"])
-            if known != said["platform"]:
-                raise Died(
-                    f"{contender.label} runs on {said['platform']}, the other side on {known}: "
-                    "they cannot be compared"
-                )
-            if contender.ours or "device" not in self.machine:
-                self.machine["device"] = said["device"]
-        return process
+    def _process(self, one: Contender) -> Process:
+        """The contender's process. RuntimeError where it does not run on the others' platform."""
+        if one.label not in self._processes:
+            process = self._processes[one.label] = Process(one.side, self._compile_cache)
+            described = process.call("described")
+            known = self.machine.setdefault("platform", described["platform"])
+            if known != described["platform"]:
+                raise RuntimeError(f"{one.label} runs on {described['platform']}, not on {known}")
+            if one.ours or "device" not in self.machine:
+                self.machine["device"] = described["device"]
+        return self._processes[one.label]
 
     def _end(self, label: str) -> None:
         if label in self._processes:
             self._processes.pop(label).end()
 
 
+def tell(line: str) -> None:
+    """Progress, on standard error."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
 def relative_errors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, float]:
-    """Norm of the difference over the norm of the reference, an output; infinite where a number is
-    none."""
+    """Output → ‖ours − theirs‖ / ‖theirs‖; infinite where that is not finite."""
     found = {}
     for name in sorted(set(ours) & set(theirs)):
         a, b = np.asarray(ours[name], np.float64), np.asarray(theirs[name], np.float64)
@@ -303,37 +243,28 @@ def relative_errors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) 
 
 
 def row(
-    case: Case, contender: Contender, found: dict, ours: dict | None, limits: dict, device: str
+    case: Case, one: Contender, found: dict, ours: dict, limits: dict[str, dict], device: str
 ) -> dict:
-    """What was measured of one contender, and what follows from it. ours: what was measured of
-    ours, None where it failed."""
-    result = {
-        "case": dataclasses.asdict(case),
-        "size": case.size,
-        "side": contender.label,
-        "how": dict(contender.how),
-    }
+    """What was measured of a contender, and the figures that follow from it. ours: what was
+    measured of ours, without 'seconds' where it failed."""
+    result = {"case": dataclasses.asdict(case), "size": case.size, "side": one.label}
+    result["how"] = one.options
     if not found.get("seconds"):
         return result | {"failed": found.get("failed", "it was not run")}
-    median, best = float(np.median(found["seconds"])), min(found["seconds"])
-    chip, reached = chip_of(device), case.flops / median
-    result |= {
+    median, chip = float(np.median(found["seconds"])), chip_of(device)
+    rate, compared = case.flops / median, bool(ours.get("seconds")) and not one.ours
+    return result | {
         "seconds": found["seconds"],
         "median": median,
-        "best": best,
-        "ratio": None,
+        "best": min(found["seconds"]),
+        "ratio": float(np.median(ours["seconds"])) / median if compared else None,
         "flops": case.flops,
-        "flop_per_second": reached,
-        "share_of_limit": reached / max(limit["product"] for limit in limits.values()),
-        "mfu": reached / chip.peak_bf16_flops if chip and case.dtype == "bfloat16" else None,
+        "flop_per_second": rate,
+        "share_of_limit": rate / max((each["product"] for each in limits.values()), default=1e30),
+        "mfu": rate / chip.peak_bf16_flops if chip and case.dtype == "bfloat16" else None,
         "images_per_second": case.batch / median,
-        "compile_seconds": max(found["first_seconds"] - median, 0.0),
+        "compile_seconds": found.get("compile_seconds", max(found["first_seconds"] - median, 0.0)),
         "peak_bytes": found["peak_bytes"],
         "memory": found.get("memory"),
-        "errors": None,
+        "errors": relative_errors(ours["result"], found["result"]) if compared else None,
     }
-    result |= {key: found[key] for key in ("compile_seconds",) if key in found}
-    if ours is not None and not contender.ours:
-        result["ratio"] = float(np.median(ours["seconds"])) / median
-        result["errors"] = relative_errors(ours["result"], found["result"])
-    return result

@@ -1,9 +1,6 @@
-"""What both sides compute on, made once a case by the process that lets them take turns: numpy
-arrays in one file."""
+"""What both sides compute on: numpy arrays, made once a case."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +21,8 @@ def make(case: Case) -> dict[str, np.ndarray]:
     b, side, width, l = case.batch, case.px // LATENT, case.config.caption_width, case.text_tokens
     latents = (b, side, side, case.config.in_channels)
     lengths = rng.integers(min(12, l), l + 1, size=b).astype(np.int32)
-    states = np.asarray(
-        jnp.asarray(rng.standard_normal((b, l, width), np.float32), jnp.bfloat16).astype(
-            jnp.float32
-        )
-    )
-    found = {"text_states": states, "text_lengths": lengths}
+    states = jnp.asarray(rng.standard_normal((b, l, width), np.float32), jnp.bfloat16)
+    found = {"text_states": np.asarray(states.astype(jnp.float32)), "text_lengths": lengths}
     found["size"] = np.full((b, 2), case.px, np.float32)
     found["aspect_ratio"] = np.ones((b,), np.float32)
     if case.kind == "train":
@@ -46,23 +39,10 @@ def make(case: Case) -> dict[str, np.ndarray]:
 
 
 def _first_draws(mean: np.ndarray, std: np.ndarray) -> dict[str, np.ndarray]:
-    """What the first step of ours draws from its key, for the peer's first step: x0, noise, t and
-    which captions are dropped."""
-    denoising = DiffusionObjective(ObjectiveConfig(), SCALING_FACTOR)
+    """What our first step draws from its key, for the peer's first step: x0, noise, t and which
+    captions are dropped."""
     keys = jax.random.split(jax.random.key(STEP_KEY), len(mean))
-    made = denoising.prepare({"mean": mean, "std": std}, keys)
-    return {
-        "first_x0": np.asarray(made.x0),
-        "first_noise": np.asarray(made.noise),
-        "first_t": np.asarray(made.t),
-        "first_dropped": np.asarray(made.dropped),
-    }
-
-
-def write(case: Case, path: Path) -> None:
-    np.savez(path, **make(case))
-
-
-def read(path: str) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        return dict(file)
+    objective = DiffusionObjective(ObjectiveConfig(), SCALING_FACTOR)
+    made = objective.prepare({"mean": mean, "std": std}, keys)
+    names = ("x0", "noise", "t", "dropped")
+    return {f"first_{name}": np.asarray(getattr(made, name)) for name in names}

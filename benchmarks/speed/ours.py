@@ -1,20 +1,27 @@
-"""Our side of a contest: the very Pipeline.denoise, Transformer.apply and train step that users
-run."""
+"""Our side of a contest: the Pipeline, Transformer.apply and train step that users run.
+
+A kind of work is a function of (case, options, folder of weights, arrays) that returns Work.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.speed import inputs, limits
-from benchmarks.speed.cases import PROMPTS, TINY, WORDS, Case
+from benchmarks.speed import inputs, machine
+from benchmarks.speed.cases import PROMPTS, WORDS, Case
 from pixart_jax import load_component
 from pixart_jax.config import Config, DataConfig, MeshConfig, StageConfig
+from pixart_jax.images import write_png
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel import rules
@@ -24,123 +31,76 @@ from pixart_jax.text import word_tokenizer
 from pixart_jax.training import abstract
 from pixart_jax.training.batches import put
 from pixart_jax.training.state import state_from
-from pixart_jax.weights.component import VAE, TextEncoder
+from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
-TINY_VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
-
-
-def text_config(case: Case) -> T5Config:
-    """T5-XXL, or one of a few thousand parameters."""
-    sizes = {
-        "vocab_size": 96,
-        "d_model": case.config.caption_width,
-        "d_kv": 8,
-        "d_ff": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-    }
-    return T5Config(**sizes) if case.model == TINY else T5Config()
+limits = machine.jax_limits
+forget = jax.clear_caches
+wait = jax.block_until_ready
+Arrays = dict[str, np.ndarray]
 
 
-class Forward:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """An open case. result: the first run's output → arrays to compare. facts: for the row."""
+
+    run: Callable[[], Any]
+    result: Callable[[Any], Arrays]
+    facts: dict = dataclasses.field(default_factory=dict)
+
+
+def forward(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
     """One evaluation of the transformer."""
-
-    def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
-        self._part = load_component(folder, dtype=case.dtype)
-        names = (
-            "noise",
-            "timesteps",
-            "text_states",
-            "text_lengths",
-            *(("size", "aspect_ratio") if case.multi_scale else ()),
-        )
-        self._arguments = [jax.device_put(arrays[name]) for name in names]
-
-    def run(self) -> None:
-        self._output = self._part.apply(*self._arguments).block_until_ready()
-
-    def result(self) -> dict[str, np.ndarray]:
-        return {"output": np.asarray(self._output)}
-
-    def facts(self) -> dict:
-        return {}
+    part = load_component(folder, dtype=case.dtype)
+    names = ["noise", "timesteps", "text_states", "text_lengths"]
+    names += ["size", "aspect_ratio"] if case.multi_scale else []
+    given = [jax.device_put(arrays[name]) for name in names]
+    return Work(lambda: part.apply(*given), lambda output: {"output": np.asarray(output)})
 
 
-class Sample:
-    """All steps of sampling with guidance, from text states to latents. how["shortcuts"]: fields of
-    pipeline/shortcuts.py.
-
-    The negative prompt is one row for all images, as Pipeline.draw has it.
-    """
-
-    def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
-        vae = VAE(VAEConfig(), {})  # for its factor; nothing is decoded
-        self._pipeline = Pipeline(
-            load_component(folder, dtype=case.dtype), None, vae, None, SchedulerConfig()
-        )
-        names = ("text_states", "text_lengths", "noise", "negative_states", "negative_lengths")
-        given = {
-            **arrays,
-            **{name: arrays[name][:1] for name in names if name.startswith("negative")},
-        }
-        self._arguments = [jax.device_put(given[name]) for name in names]
-        shortcuts = CacheConfig(**how.get("shortcuts", {}))
-        self._how = {
-            "steps": case.steps,
-            "guidance": case.guidance,
-            "times": "integer",
-            "shortcuts": shortcuts,
-        }
-
-    def run(self) -> None:
-        self._latents = self._pipeline.denoise(*self._arguments, **self._how).block_until_ready()
-
-    def result(self) -> dict[str, np.ndarray]:
-        return {"latents": np.asarray(self._latents)}
-
-    def facts(self) -> dict:
-        return {}
+def sample(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
+    """All steps of sampling with guidance, from text states to latents; the negative prompt is one
+    row for all images. options["shortcuts"]: fields of pipeline.CacheConfig."""
+    pipeline = Pipeline(
+        load_component(folder, dtype=case.dtype),
+        None,
+        VAE(VAEConfig(), {}),
+        None,
+        SchedulerConfig(),
+    )
+    names = ("text_states", "text_lengths", "noise", "negative_states", "negative_lengths")
+    given = [jax.device_put(arrays[n][: 1 if n.startswith("negative") else None]) for n in names]
+    caches = CacheConfig(**options.get("shortcuts", {}))
+    how: dict[str, Any] = {"steps": case.steps, "guidance": case.guidance, "times": "integer"}
+    return Work(
+        lambda: pipeline.denoise(*given, **how, shortcuts=caches),
+        lambda latents: {"latents": np.asarray(latents)},
+    )
 
 
-class Draw:
-    """From prompts to PNG files: text encoder, sampling, VAE, encoding of the files. Text encoder
-    and VAE are of random numbers."""
+def draw(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
+    """From prompts to PNG files. Text encoder and VAE have random parameters."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    pipeline = Pipeline(
+        load_component(folder, dtype=case.dtype),
+        _random(TextEncoder.abstract(T5Config(**case.t5), case.dtype, mesh)),
+        _random(VAE.abstract(VAEConfig(**case.vae), case.dtype, mesh)),
+        word_tokenizer(WORDS),
+        SchedulerConfig(),
+    )
+    out, prompts = Path(tempfile.mkdtemp(prefix="drawn.")), _prompts(case)
+    how: dict[str, Any] = {"steps": case.steps, "guidance": case.guidance, "times": "integer"}
+    how |= {"height": case.px, "width": case.px, "binning": False, "batch_size": case.batch}
+    caches = CacheConfig(**options.get("shortcuts", {}))
 
-    def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        encoder = _random(TextEncoder.abstract(text_config(case), case.dtype, mesh))
-        vae = _random(
-            VAE.abstract(TINY_VAE if case.model == TINY else VAEConfig(), case.dtype, mesh)
-        )
-        words = word_tokenizer(WORDS)
-        self._pipeline = Pipeline(
-            load_component(folder, dtype=case.dtype), encoder, vae, words, SchedulerConfig()
-        )
-        self._case, self._out = case, Path(tempfile.mkdtemp(prefix="drawn."))
-        self._prompts = [PROMPTS[n % len(PROMPTS)] for n in range(case.batch)]
-        self._shortcuts = CacheConfig(**how.get("shortcuts", {}))
+    def run() -> None:
+        for number, image in enumerate(pipeline(prompts, **how, shortcuts=caches)):
+            write_png(out / f"{number}.png", image, {})
 
-    def run(self) -> None:
-        case = self._case
-        images = self._pipeline(
-            self._prompts,
-            steps=case.steps,
-            guidance=case.guidance,
-            height=case.px,
-            width=case.px,
-            times="integer",
-            binning=False,
-            batch_size=case.batch,
-            shortcuts=self._shortcuts,
-        )
-        for number, image in enumerate(images):
-            images.write(self._out / f"{number}.png", image, {})
+    return Work(run, lambda _: {})
 
-    def result(self) -> dict[str, np.ndarray]:
-        return {}
 
-    def facts(self) -> dict:
-        return {}
+def _prompts(case: Case) -> list[str]:
+    return [PROMPTS[n % len(PROMPTS)] for n in range(case.batch)]
 
 
 def _random(part):
@@ -154,125 +114,116 @@ def _random(part):
             for k, leaf in zip(keys, leaves, strict=True)
         ]
 
-    return part.replace(
-        params=jax.tree.unflatten(tree, jax.jit(fill)(jax.random.key(0))), mesh=None
-    )
+    params = jax.tree.unflatten(tree, jax.jit(fill)(jax.random.key(0)))
+    return part.replace(params=params, mesh=None)
 
 
-def config_of(case: Case, remat: str) -> tuple[Config, StageConfig]:
-    """The run whose step is measured: stage 2's recipe (configs/xl2_256_sam.py), one batch shape,
-    no frozen parts at hand."""
-    data = DataConfig(buckets=((case.px, case.px),), max_text_tokens=case.text_tokens)
-    stage = StageConfig("measured", batch_size=case.batch, data=data, start="fresh")
-    return Config(
-        "speed",
-        (stage,),
-        case.config,
-        vae=None,
-        text_encoder=None,
-        compute_dtype=case.dtype,
-        remat=remat,
-    ), stage
+# ---- training ----
 
 
 def traced_step(case: Case, remat: str):
-    """(the stage's parts, its step traced from shapes, the mesh of one device)."""
-    config, stage = config_of(case, remat)
+    """(the stage's parts, its step traced from shapes, the mesh of one device): the step of the
+    recipe configs/xl2_256_sam.py at one batch shape, without frozen parts."""
+    data = DataConfig(buckets=((case.px, case.px),), max_text_tokens=case.text_tokens)
+    stage = StageConfig("measured", batch_size=case.batch, data=data, start="fresh")
+    parts: dict[str, Any] = {"vae": None, "text_encoder": None}
+    config = Config("speed", (stage,), case.config, **parts, compute_dtype=case.dtype, remat=remat)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
     batch = abstract.abstract_batch(config, stage, (case.px, case.px), mesh)
-    return (
-        made,
-        abstract.compiled_step(config, stage, made, mesh).trace(
-            made.abstract, batch, abstract.abstract_key(mesh)
-        ),
-        mesh,
-    )
+    step = abstract.compiled_step(config, stage, made, mesh)
+    return made, step.trace(made.abstract, batch, abstract.abstract_key(mesh)), mesh
 
 
-class Train:
-    """Train steps: forward, backward, clip, AdamW, EMA. how["remat"]: a policy of
-    models/remat.py."""
+def train(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
+    """Train steps: forward, backward, clip, AdamW, EMA. options["remat"]: a policy."""
+    begun = time.perf_counter()
+    made, traced, mesh = traced_step(case, options["remat"])
+    step = traced.lower().compile()
+    facts = {"compile_seconds": time.perf_counter() - begun, "memory": memory_of(step)}
+    params = {**load_component(folder).params, "null_caption": jnp.asarray(arrays["null_caption"])}
+    # copies: the step donates its state, and loaded parameters are mapped from the file
+    state = state_from(jax.tree.map(jnp.array, params), made.optimizer, made.abstract)
+    del params
+    names = ("mean", "std", "text_states", "text_lengths", "size", "aspect_ratio")
+    rows: dict[str, Any] = {name: arrays[name] for name in names}
+    rows["text_states"] = rows["text_states"].astype(jnp.bfloat16)
+    rows["label"] = np.zeros((case.batch,), np.int32)
+    batch = put(rows, rules.batch_sharding(mesh))
+    keys = map(jax.random.key, itertools.count(inputs.STEP_KEY))
 
-    def __init__(self, case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
-        begun = time.perf_counter()
-        self._made, traced, mesh = traced_step(case, how["remat"])
-        self._step = traced.lower().compile()
-        self._compiled_in = time.perf_counter() - begun
-        params = {
-            **load_component(folder).params,
-            "null_caption": jnp.asarray(arrays["null_caption"]),
-        }
-        # the step donates them; those of a file are mapped from it
-        params = jax.tree.map(jnp.array, params)
-        self._state = state_from(params, self._made.optimizer, self._made.abstract)
-        del params
-        names = ("mean", "std", "text_states", "text_lengths", "size", "aspect_ratio")
-        batch = {name: arrays[name] for name in names} | {
-            "label": np.zeros((case.batch,), np.int32)
-        }
-        self._batch = put(
-            {**batch, "text_states": batch["text_states"].astype(jnp.bfloat16)},
-            rules.batch_sharding(mesh),
-        )
-        self._keys = (
-            jax.device_put(jax.random.key(inputs.STEP_KEY + n), rules.replicated(mesh))
-            for n in range(1 << 30)
-        )
-        self._first = None
+    def run():
+        nonlocal state
+        key = jax.device_put(next(keys), rules.replicated(mesh))
+        state, metrics = step(state, batch, key)
+        return metrics
 
-    def run(self) -> None:
-        self._state, metrics = self._step(self._state, self._batch, next(self._keys))
-        metrics = jax.block_until_ready(metrics)
-        self._first = self._first or metrics
-
-    def result(self) -> dict[str, np.ndarray]:
-        return {name: np.asarray(self._first[name]) for name in ("loss", "grad_norm")}
-
-    def facts(self) -> dict:
-        """Seconds of tracing and compiling, and what the compiler says of the step's memory, in
-        bytes."""
-        return {"compile_seconds": self._compiled_in, "memory": memory_of(self._step)}
+    names = ("loss", "grad_norm")
+    return Work(run, lambda metrics: {name: np.asarray(metrics[name]) for name in names}, facts)
 
 
 def memory_of(compiled) -> dict[str, int]:
-    """arguments (state and batch, donated), temporaries and all of a compiled program, bytes a
-    device, by the compiler's word."""
+    """Bytes a device by the compiler's account: arguments (state and batch, donated), temporaries
+    and all."""
     found = compiled.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     new = found.output_size_in_bytes - found.alias_size_in_bytes
-    return {
-        "arguments": arguments,
-        "temporaries": temporaries,
-        "all": arguments + temporaries + new,
-    }
+    whole = arguments + temporaries + new
+    return {"arguments": arguments, "temporaries": temporaries, "all": whole}
 
 
-KINDS = {"forward": Forward, "sample": Sample, "draw": Draw, "train": Train}
+def step_bytes(case: Case, remat: str) -> int:
+    """Bytes a device of the compiled train step; on a GPU without autotuning its kernels."""
+    quick = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
+    compiled = traced_step(case, remat)[1].lower().compile(compiler_options=quick)
+    return memory_of(compiled)["all"]
 
 
-def open_case(case: Case, how: dict, folder: str, arrays: dict[str, np.ndarray]):
-    return KINDS[case.kind](case, how, folder, arrays)
+def device_bytes() -> int:
+    """The memory of the device; 0 where it does not report it."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
-def limit(dtype: str) -> dict[str, float]:
-    return limits.of_jax(dtype)
+def traced_sampler(case: Case):
+    """Pipeline.denoise, traced from shapes alone, as one device would hold them."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    shapes = Transformer.abstract(case.config, case.dtype, mesh).params
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+    pipeline = Pipeline(Transformer(case.config, {}, case.dtype), None, VAE(VAEConfig(), {}), None)
+    b, side = case.batch, case.px // pipeline.factor
+    states = jax.ShapeDtypeStruct((b, case.text_tokens, case.config.caption_width), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((b,), jnp.int32)
+    noise = jax.ShapeDtypeStruct((b, side, side, case.config.in_channels), jnp.float32)
+
+    def run(params, *arrays):
+        filled = pipeline.replace(transformer=pipeline.transformer.replace(params=params))
+        return filled.denoise(*arrays, steps=case.steps, guidance=case.guidance)
+
+    return jax.jit(run).trace(params, states, lengths, noise, states, lengths)
 
 
-def described() -> dict:
+def compile_seconds(case: Case, options: dict) -> dict[str, float]:
+    """Seconds to trace, lower and compile the train step or the sampler."""
+    times = [time.perf_counter()]
+    train = case.kind == "train"
+    traced = traced_step(case, options["remat"])[1] if train else traced_sampler(case)
+    times.append(time.perf_counter())
+    lowered = traced.lower()
+    times.append(time.perf_counter())
+    lowered.compile()
+    times.append(time.perf_counter())
+    return dict(zip(("trace", "lower", "compile"), np.diff(times).tolist(), strict=True))
+
+
+KINDS = {"forward": forward, "sample": sample, "draw": draw, "train": train}
+
+
+def described() -> dict[str, str]:
     device = jax.devices()[0]
-    return {
-        "platform": device.platform if device.platform != "cuda" else "gpu",
-        "device": device.device_kind,
-    }
+    where = "gpu" if device.platform == "cuda" else device.platform
+    return {"platform": where, "device": device.device_kind}
 
 
 def peak_device_bytes() -> int | None:
-    """The highest use of the device's memory since this process began; None where the device does
-    not count it."""
+    """The peak of the device's memory since this process began; None where it is not counted."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def forget() -> None:
-    """Between two cases: what was compiled is let go."""
-    jax.clear_caches()

@@ -1,56 +1,65 @@
-"""Markdown of what was measured.
+"""The JSON file of a benchmark, and Markdown tables of it.
 
-python -m benchmarks.speed.table FILE [FILE …]     (the tables of files that --json wrote)
+    python -m benchmarks.speed.table FILE [FILE …]                       print the tables
+    python -m benchmarks.speed.table FILE --part NAME STATUS SECONDS     note a part of gpu.sh
+
+A file holds a list of runs, each with its machine, limits and rows, and is rewritten as rows come.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed.record import runs_of
+from benchmarks.speed import machine
+from pixart_jax.files import write_json
 
 COLUMNS = (
-    "model",
-    "px",
-    "batch",
-    "dtype",
-    "side",
-    "median s",
-    "best s",
-    "ours / it",
-    "TFLOP/s",
-    "of the limit",
-    "MFU",
-    "images/s",
-    "compile s",
-    "peak GiB",
-    "error",
-)
+    "model,px,batch,dtype,side,median s,best s,ours / it,TFLOP/s,of the limit,MFU,images/s,"
+    "compile s,peak GiB,error"
+).split(",")
 NAMES = {"ours": "jax", "peer": "torch"}
 KINDS = {"forward": "Forward", "sample": "Sampling", "draw": "Prompt to PNG", "train": "Train step"}
 
 
+def command_line(argv: Sequence[str]) -> str:
+    return " ".join(["python", Path(sys.argv[0]).name, *argv])
+
+
+def runs_of(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["runs"] if path.is_file() else []
+
+
+class Record:
+    """One run of a file, after the runs that the file already holds. path None: no file."""
+
+    def __init__(self, path: Path | None, argv: Sequence[str], **facts):
+        self._path = path
+        self._before = runs_of(path) if path else []
+        self.run = {"command": command_line(argv), "machine": machine.described()}
+        self.run |= {"limits": {}, "rows": [], **facts}
+
+    def write(self) -> None:
+        if self._path:
+            _write(self._path, [*self._before, self.run])
+
+
+def _write(path: Path, runs: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"runs": runs}, indent=1)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; columns in which no row has anything are left out."""
-    kept = (
-        [n for n, _ in enumerate(columns) if any(row[n] for row in rows)]
-        if rows
-        else range(len(columns))
-    )
-    lines = [
-        [columns[n] for n in kept],
-        ["---"] * len(kept),
-        *([row[n] for n in kept] for row in rows),
-    ]
-    return (
-        "\n".join(
-            f"|{'|'.join(f' {cell} ' if cell != '---' else cell for cell in line)}|"
-            for line in lines
-        )
-        + "\n"
-    )
+    shown = [n for n, _ in enumerate(columns) if not rows or any(row[n] for row in rows)]
+    lines = [f"| {' | '.join(line[n] for n in shown)} |" for line in [columns, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(shown), *lines[1:]]) + "\n"
+
+
+def render(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
+    return f"**{title}**\n\n{table(columns, rows)}"
 
 
 def cells(row: dict) -> list[str]:
@@ -59,32 +68,28 @@ def cells(row: dict) -> list[str]:
     first = [case["model"], row["size"], str(case["batch"]), case["dtype"], row["side"]]
     if "failed" in row:
         return [*first, "failed", *[""] * (len(COLUMNS) - len(first) - 1)]
-    share = "" if row["mfu"] is None else f"{row['mfu']:.3f}"
-    ratio = "" if row["ratio"] is None else f"**{row['ratio']:.3f}**"
-    error = f"{max(row['errors'].values()):.1e}" if row["errors"] else ""
     return [
         *first,
         f"{row['median']:.4g}",
         f"{row['best']:.4g}",
-        ratio,
+        "" if row["ratio"] is None else f"**{row['ratio']:.3f}**",
         f"{row['flop_per_second'] / 1e12:.3g}",
         f"{row['share_of_limit']:.2f}",
-        share,
+        "" if row["mfu"] is None else f"{row['mfu']:.3f}",
         f"{row['images_per_second']:.3g}",
         f"{row['compile_seconds']:.1f}",
         f"{row['peak_bytes'] / 2**30:.2f}",
-        error,
+        f"{max(row['errors'].values()):.1e}" if row["errors"] else "",
     ]
 
 
 def tables(runs: Sequence[dict]) -> str:
-    """A table a kind of work over all runs, and a line a machine and limit."""
+    """A table a kind of work over all runs, what failed, and a line of the machine's limits."""
     rows = [row for run in runs for row in run.get("rows", ())]
     parts = []
     for kind, title in KINDS.items():
-        found = [row for row in rows if row["case"]["kind"] == kind]
-        if found:
-            parts.append(f"**{title}**\n\n{table(COLUMNS, [cells(row) for row in found])}")
+        if found := [cells(row) for row in rows if row["case"]["kind"] == kind]:
+            parts.append(render(COLUMNS, found, title))
     parts += [render(run["columns"], run["cells"], run["title"]) for run in runs if "cells" in run]
     failures = [
         f"- {row['size']} px, batch {row['case']['batch']}, {row['side']}: {row['failed']}"
@@ -101,37 +106,38 @@ def tables(runs: Sequence[dict]) -> str:
     return "\n".join([*parts, limits_line(runs)])
 
 
-def render(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
-    return f"**{title}**\n\n{table(columns, rows)}"
-
-
 def limits_line(runs: Sequence[dict]) -> str:
-    """What the machine can do at most, the best that the runs measured; and the versions."""
+    """The best limits of the machine that the runs measured, and the versions."""
     measured = [run for run in runs if run.get("limits")]
-    if not measured:
-        return ""
     found = []
     for dtype in dict.fromkeys(dtype for run in measured for dtype in run["limits"]):
         sides = [side for run in measured for side in run["limits"].get(dtype, {}).items()]
-        best = {
-            name: max(limit["product"] for other, limit in sides if other == name)
-            for name in sorted({name for name, _ in sides})
-        }
-        products = ", ".join(
-            f"{NAMES[name]} {product / 1e12:.3g}" for name, product in best.items()
-        )
-        copy = max(limit["copy"] for _, limit in sides)
+        best: dict[str, float] = {}
+        for name, limit in sorted(sides, key=lambda side: side[0]):
+            best[name] = max(best.get(name, 0), limit["product"])
+        products = ", ".join(f"{NAMES[name]} {rate / 1e12:.3g}" for name, rate in best.items())
+        copy = max((limit["copy"] for _, limit in sides), default=0)
+        side = sides[0][1]["side"] if sides else "?"
         found.append(
-            f"{dtype} product of {sides[0][1]['side']}³: {products} TFLOP/s; copy, read and "
-            f"written, {copy / 1e9:.3g} GB/s"
+            f"{dtype} product of {side}³: {products} TFLOP/s; copy, read and written, "
+            f"{copy / 1e9:.3g} GB/s"
         )
-    machine = measured[-1]["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (
-        f"Limits of {machine.get('device', 'this machine')}, {machine['cores']} cores: "
-        f"{'; '.join(found)}. {versions}.\n"
-    )
+    if not found:
+        return ""
+    last = measured[-1]["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    device = f"{last.get('device', 'this machine')}, {last['cores']} cores"
+    return f"Limits of {device}: {'; '.join(found)}. {versions}.\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    if "--part" in argv:
+        path, _, part, status, seconds = argv
+        noted = {"part": part, "status": status, "seconds": float(seconds)}
+        _write(Path(path), [*runs_of(Path(path)), noted])
+    else:
+        print(tables([run for path in argv for run in runs_of(Path(path))]))
 
 
 if __name__ == "__main__":
-    print(tables([run for path in sys.argv[1:] for run in runs_of(Path(path))]))
+    main(sys.argv[1:])
