@@ -1,2 +1,1 @@
-"""Says how good a model's pictures are: what is drawn is compared, by rule, with what was asked
-for."""
+"""Scores of a model: its generated images are compared, by rule, with their prompts."""

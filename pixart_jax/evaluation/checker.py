@@ -1,24 +1,22 @@
-"""Finds the objects of the embedded world (data/shapes.py) in an image, from pixels alone.
+"""Find the objects of the embedded world (data/shapes.py) in an image, from pixels alone.
 
-Every ground of the world is nearly grey and all its light (shade, shadow, check, speckle) runs
-along grey. So each pixel is first looked at with its grey taken away, its *chroma* (rgb −
-mean(rgb)), where the ground is one point g and an object of chroma c that covers the share a of a
-pixel lies at g + a·(c − g), whatever the light:
+Every ground is nearly grey and all light on it (shade, shadow, check, speckle) runs along grey. So
+the detector first works on each pixel's *chroma*, rgb − mean(rgb), where the ground is one point g
+and an object of chroma c that covers the share a of a pixel lies at g + a·(c − g), whatever the
+light:
 
 1. g is the median chroma of the pixels that are nearly grey;
 2. a pixel that is away from g by 0.42 of the way to the nearest of the eight colours is foreground;
    connected foreground is a part; specks (under a third of the smallest object) are dropped. A part
    is one object, unless it has pieces of several colours, or of one colour joined by a neck, and
-   the pieces are more like drawings than the whole is;
-3. an object's colour is the nearest of the eight to its median rgb, under the light that suits it
-best;
-4. its coverage, soft at the border, is taken anew along the direction that tells its inside from
+   the pieces are more like templates than the whole is;
+3. an object's colour is the nearest of the eight to its median rgb, under the best-fitting light;
+4. its coverage, soft at the border, is computed along the direction that separates its inside from
    the ground around it best (Fisher's discriminant, so that grey counts where it is flat and not
-   where a shadow or a texture lies), brought to one centre and area, and compared with drawings of
-   every shape, turned and blurred in many ways; the nearest one names the shape, the centre and the
-   radius.
+   where a shadow or a texture lies), normalised to one centre and area, and compared with templates
+   of every shape, turned and blurred in many ways; the nearest gives shape, centre and radius.
 
-An object that is like no drawing is of shape :data:`UNKNOWN`: a blob must not be right by chance.
+An object like no template has the shape :data:`UNKNOWN`: a blob must not be right by chance.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ UNKNOWN = "unknown"
 GREY = 45.0
 LIGHT = (0.65, 1.25)  # an object's rgb may be this times its nominal colour
 SPECK = 22.0  # px² where the shorter side is 64; the smallest object has 63
-# soft intersection over union with the nearest drawing, under which a shape is unknown
+# soft intersection over union with the nearest template, under which a shape is unknown
 LIKENESS = 0.80
 
 # coverage is steepened this much around one half: inside, textures and noise are covered too
@@ -55,11 +53,8 @@ _REACH = 1.45  # half a side, in units of √(area / 2)
 @dataclasses.dataclass(frozen=True)
 class Detection:
     """One object. x, y: the centre (as shapes.Object has it), radius, all in px; area in px²; shape
-    may be ``UNKNOWN``.
-
-    confidence: likeness to the nearest drawing of the shape, the soft intersection over union, 0 …
-    1 (of an unknown shape too).
-    """
+    may be ``UNKNOWN``. confidence: soft intersection over union with the nearest template, 0 … 1
+    (of an unknown shape too)."""
 
     shape: str
     colour: str
@@ -100,16 +95,15 @@ def find_objects(image: np.ndarray) -> list[Detection]:
 
 
 def relation(first: Detection, second: Detection) -> str:
-    """'left of', 'right of', 'above' or 'below': where the first is, seen from the second, along
-    the longer axis."""
+    """'left of', 'right of', 'above' or 'below': where the first lies from the second, along the
+    longer axis."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
 
 
-# ---- ground and parts
-# ---------------------------------------------------------------------------------------------
+# ---- ground and parts ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +126,7 @@ def _ground(chroma: np.ndarray) -> np.ndarray:
 
 
 def _nearest_colour(rgb: np.ndarray) -> np.ndarray:
-    """Index [n] of the colour nearest to each rgb [n, 3] under the light that suits it best."""
+    """Index [n] of the colour nearest to each rgb [n, 3] under the best-fitting light."""
     light = np.clip(rgb @ _RGB.T / (_RGB**2).sum(-1), *LIGHT)  # [n, 8]
     return np.argmin(((rgb[:, None] - light[..., None] * _RGB) ** 2).sum(-1), axis=-1)
 
@@ -151,18 +145,17 @@ def _objects(picture: _Picture, part: np.ndarray, smallest: float) -> list[Detec
     """What a connected part bool [h, w] is: one object, or the pieces it is cut into."""
     whole = _describe(picture, part)
     tally = np.bincount(picture.colours[part], minlength=len(_NAMES))
-    # several colours: cut, unless the whole makes the better drawing
+    # several colours: cut, unless the whole is more like a template
     if tally.max() < 0.85 * tally.sum():
         cores = [
             ndimage.binary_erosion(part & (picture.colours == c))
             for c in np.flatnonzero(tally >= smallest)
         ]
         pieces = [_describe(picture, piece) for piece in _cut(part, cores, smallest)]
-        if len(pieces) > 1 and _mean_likeness(pieces) > (
-            whole.confidence if whole.shape != UNKNOWN else 0
-        ):
+        likeness = whole.confidence if whole.shape != UNKNOWN else 0
+        if len(pieces) > 1 and _mean_likeness(pieces) > likeness:
             return pieces
-    elif whole.shape == UNKNOWN:  # of one colour and like nothing: perhaps two that touch
+    elif whole.shape == UNKNOWN:  # of one colour and like no template: perhaps two that touch
         core = part
         while (core := ndimage.binary_erosion(core)).any():
             cut = _cut(part, [core], smallest)
@@ -199,8 +192,7 @@ def _cut(part: np.ndarray, cores: list[np.ndarray], smallest: float) -> list[np.
     return [mask for mask in masks if mask.sum() >= smallest]
 
 
-# ---- one object
-# ---------------------------------------------------------------------------------------------
+# ---- one object ----
 
 
 def _describe(picture: _Picture, region: np.ndarray) -> Detection:
@@ -229,7 +221,7 @@ def _describe(picture: _Picture, region: np.ndarray) -> Detection:
 
 
 def _fisher(rgb: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """rgb [h, w, 3] along the direction that tells two sets of pixels (bool [h, w]) apart best: 0
+    """rgb [h, w, 3] along the direction that separates two sets of pixels (bool [h, w]) best: 0
     outside, 1 inside."""
     a, b = rgb[inside], rgb[outside]
     # the floor, about 6 levels of noise, keeps it steady
@@ -240,19 +232,17 @@ def _fisher(rgb: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndar
 
 
 def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, float, float]:
-    """A soft mask [h, w] brought to one centre and area: [_SIDE, _SIDE], and the centre x, y and
-    the scale √(area / 2) in px."""
+    """A soft mask [h, w] at one centre and area, [_SIDE, _SIDE]; and the centre x, y and the scale
+    √(area / 2) in px."""
     area = float(mask.sum()) + 1e-6
     y = float(mask.sum(1) @ (np.arange(mask.shape[0]) + 0.5)) / area
     x = float(mask.sum(0) @ (np.arange(mask.shape[1]) + 0.5)) / area
     scale = math.sqrt(area / 2)
     steps = np.linspace(-_REACH, _REACH, _SIDE) * scale
-    return (
-        _hats(steps + y - 0.5, mask.shape[0]) @ mask @ _hats(steps + x - 0.5, mask.shape[1]).T,
-        x,
-        y,
-        scale,
+    across, down = (
+        _hats(steps + at - 0.5, n) for at, n in ((x, mask.shape[1]), (y, mask.shape[0]))
     )
+    return down @ mask @ across.T, x, y, scale
 
 
 def _hats(at: np.ndarray, size: int) -> np.ndarray:
@@ -262,7 +252,7 @@ def _hats(at: np.ndarray, size: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawings:
+class _Templates:
     """masks [n, _SIDE²]; shape names; the object's centre less the mask's centre and its radius, in
     units of the scale."""
 
@@ -272,7 +262,7 @@ class _Drawings:
 
 
 @functools.cache
-def _drawings() -> _Drawings:
+def _templates() -> _Templates:
     """Every shape, turned by up to 24 degrees, sharp and blurred."""
     masks, names, geometry = [], [], []
     radius, side = 10.0, 36
@@ -291,18 +281,18 @@ def _drawings() -> _Drawings:
                 masks.append(mask.ravel())
                 names.append(name)
                 geometry.append([(side / 2 - cx) / scale, (side / 2 - cy) / scale, radius / scale])
-    return _Drawings(np.array(masks, np.float32), tuple(names), np.array(geometry))
+    return _Templates(np.array(masks, np.float32), tuple(names), np.array(geometry))
 
 
 def _shape(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
     """(name, likeness, x, y, radius) of a soft mask [h, w]; px from its corner."""
-    drawings = _drawings()
+    templates = _templates()
     mask, x, y, scale = _normalise(coverage)
     mask = mask.ravel().astype(np.float32)
-    apart = np.abs(drawings.masks - mask).sum(-1)
-    together = drawings.masks.sum(-1) + mask.sum()
+    apart = np.abs(templates.masks - mask).sum(-1)
+    together = templates.masks.sum(-1) + mask.sum()
     likeness = (together - apart) / (together + apart)  # Σ min / Σ max
     best = int(np.argmax(likeness))
-    dx, dy, radius = drawings.geometry[best] * scale
-    name = drawings.names[best] if likeness[best] >= LIKENESS else UNKNOWN
+    dx, dy, radius = templates.geometry[best] * scale
+    name = templates.names[best] if likeness[best] >= LIKENESS else UNKNOWN
     return name, float(likeness[best]), x + dx, y + dy, float(radius)

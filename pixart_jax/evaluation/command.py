@@ -1,5 +1,5 @@
-"""``python -m pixart_jax evaluate shapes | vae | checker``: a model, its autoencoder, and the judge
-itself, by one score."""
+"""``python -m pixart_jax evaluate shapes | vae | checker``: one score of a model, of its
+autoencoder, and of the checker itself."""
 
 from __future__ import annotations
 
@@ -26,18 +26,30 @@ _PROG = "python -m pixart_jax evaluate"
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapesOptions:
-    """Draw scenes of the embedded world with a model and score them: object, colour, shape,
-    counting, position, binding."""
-
-    model: Path = SHIPPED
-    """a model folder, as sample.py takes it"""
+class _Options:
     level: Level = "plain"
     """difficulty of the scenes"""
     per_task: int = 100
-    """pictures a set: single, count, pair, (three,) and two sets of withheld pairs"""
+    """images a set: single, count, pair, (three,) and two sets of withheld pairs"""
+    out: Path | None = None
+    """folder for score.json and sheet.png, where right and wrong are marked"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _ModelOptions(_Options):
+    model: Path = SHIPPED
+    """a model folder, as sample.py takes it; of vae also the folder of its VAE"""
+    batch_size: int = 32
+    """images a batch"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesOptions(_ModelOptions):
+    """Generate scenes of the embedded world with a model and score them: object, colour, shape,
+    counting, position, binding."""
+
     captions: Literal["short", "dense"] = "short"
-    """what the model is told"""
+    """kind of prompts"""
     steps: int | None = None
     """of the solver; by default the model's own, 20"""
     guidance: float | None = None
@@ -47,52 +59,31 @@ class ShapesOptions:
     seed: int = 0
     """of the noise; the scenes are always the same"""
     guidance_interval: tuple[float, float] | None = None
-    """guide only between these two times (0 … 999); this and the next three as sample.py's, what
-    they cost in quality"""
+    """guide only between these two times (0 … 999); this and the next three as sample.py's, to see
+    what they cost in quality"""
     cross_attention_steps: int | None = None
-    """after so many steps keep what cross-attention last gave and end guidance"""
+    """after so many steps reuse the last output of cross-attention and end guidance"""
     blocks_every: int = 1
-    """compute the blocks at every N-th step alone"""
+    """compute the blocks at every N-th step only"""
     block_schedule: str | None = None
     """a JSON file: for each step, block and part 1 or 0"""
-    batch_size: int = 32
-    """pictures drawn at once"""
-    out: Path | None = None
-    """folder for score.json and sheet.png, where right and wrong are marked"""
+
+
+class VAEOptions(_ModelOptions):
+    """Score the true scenes after a pass through a model's autoencoder: no model that decodes with
+    it scores more."""
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEOptions:
-    """Score the true scenes after a way through a model's autoencoder: no model that draws with it
-    scores more."""
-
-    model: Path = SHIPPED
-    """a model folder, or the folder of its VAE alone"""
-    level: Level = "plain"
-    """difficulty of the scenes"""
-    per_task: int = 100
-    """pictures a set"""
-    batch_size: int = 32
-    """pictures encoded at once"""
-    out: Path | None = None
-    """folder for score.json and sheet.png"""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckerOptions:
+class CheckerOptions(_Options):
     """Score true renders: what the checker itself gets wrong."""
 
     level: Literal["all", *shapes.LEVELS] = "all"
-    """one difficulty, or all of them"""
-    per_task: int = 100
-    """pictures a set"""
-    out: Path | None = None
-    """folder for score.json and sheet.png (in a folder a level where there are several)"""
+    """one difficulty, or all of them, each in its own folder of --out"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of the three; argv as after ``evaluate``. Returns the exit status; UserError for what
-    cannot be used."""
+    """Run one of the three; argv as after ``evaluate``. Returns the exit status."""
     commands: dict[str, tuple[type, Callable]] = {
         "shapes": (ShapesOptions, evaluate_shapes),
         "vae": (VAEOptions, evaluate_vae),
@@ -113,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
-    """Draw, judge, print; ``pipeline`` instead of the one at ``options.model``."""
+    """Generate, judge, print; ``pipeline`` instead of the one at ``options.model``."""
     from pixart_jax.pipeline import CacheConfig, Pipeline
 
     shortcuts = CacheConfig(
@@ -122,136 +113,123 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
         options.blocks_every,
         options.block_schedule,
     )
-    wanted = eval_prompts(options.level, options.per_task, options.captions)
-    if options.batch_size < 1:
-        raise UserError(f"batch-size {options.batch_size}: at least 1")
-    _writable(options.out)
+    prompts = eval_prompts(options.level, options.per_task, options.captions)
+    _check(options)
     pipeline = pipeline or Pipeline.from_pretrained(options.model)
-    steps, guidance, solver = pipeline.sampling.with_defaults(
-        options.steps, options.guidance, options.solver
-    )
-    options = dataclasses.replace(options, steps=steps, guidance=guidance, solver=solver)
+    names = ("steps", "guidance", "solver")
+    own = pipeline.sampling.with_defaults(*(getattr(options, name) for name in names))
+    how = dict(zip(names, own, strict=True))
+    options = dataclasses.replace(options, **how)
 
-    def draw(rows: list[int], height: int, width: int) -> Iterable[tuple[list[int], np.ndarray]]:
+    def generate(rows: list[int], height: int, width: int) -> Batches:
         return pipeline.generate(
-            [wanted[i].caption for i in rows],
-            steps=options.steps,
-            guidance=options.guidance,
-            solver=options.solver,
+            [prompts[i].caption for i in rows],
+            **how,
             height=height,
             width=width,
             seed=options.seed,
             shortcuts=shortcuts,
-            indices=rows,  # a picture's noise belongs to its scene, whatever else is drawn
+            indices=rows,  # an image's noise depends on its scene only
             batch_size=min(options.batch_size, len(rows)),
         )
 
-    images = _by_canvas(wanted, draw, "drawing")
-    how = (
-        f"{options.captions} captions · {options.solver} {options.steps} steps, guidance "
-        f"{options.guidance:g}, seed {options.seed}"
+    images = _by_size(prompts, generate, "generating")
+    title = (
+        f"shapes · level {options.level} · {options.captions} captions · {options.solver} "
+        f"{options.steps} steps, guidance {options.guidance:g}, seed {options.seed}"
     )
-    how += "".join(
-        f", {name.replace('_', ' ')} {value}" for name, value in shortcuts.settings().items()
-    )
-    return _tell(options, wanted, images, f"shapes · level {options.level} · {how}")
+    for name, value in shortcuts.settings().items():
+        title += f", {name.replace('_', ' ')} {value}"
+    return _report(options, prompts, images, title)
 
 
 def evaluate_vae(options: VAEOptions, vae=None) -> Score:
     """Encode to the posterior's mean and decode; ``vae`` instead of the one at
     ``options.model``."""
-    wanted = eval_prompts(options.level, options.per_task)
-    if options.batch_size < 1:
-        raise UserError(f"batch-size {options.batch_size}: at least 1")
-    _writable(options.out)
+    prompts = eval_prompts(options.level, options.per_task)
+    _check(options)
     if vae is None:
         from pixart_jax.weights.component import load_component
 
-        folder = Path(options.model)
+        folder = options.model
         vae = load_component(folder / "vae" if (folder / "vae").is_dir() else folder)
         if not hasattr(vae, "decode"):
             raise UserError(f"{folder} is no autoencoder: give a model folder or its vae/")
-    renders = [shapes.render(a.scene) for a in wanted]
+    renders = [shapes.render(prompt.scene) for prompt in prompts]
 
-    def through(rows: list[int], height: int, width: int) -> Iterable[tuple[list[int], np.ndarray]]:
+    def reconstruct(rows: list[int], height: int, width: int) -> Batches:
         size = min(options.batch_size, len(rows))
         for start in range(0, len(rows), size):
             some = list(range(start, min(start + size, len(rows))))
-            # one shape, so that nothing compiles twice
+            # the last batch is filled up, so that nothing compiles twice
             full = some + [some[-1]] * (size - len(some))
-            pixels = to_model(np.stack([renders[rows[i]] for i in full]))
-            mean, _ = vae.encode(pixels)
-            back = np.asarray(vae.decode(mean), np.float32)[: len(some)]
-            yield some, to_uint8(back)
+            mean, _ = vae.encode(to_model(np.stack([renders[rows[i]] for i in full])))
+            yield some, to_uint8(np.asarray(vae.decode(mean), np.float32)[: len(some)])
 
-    images = _by_canvas(wanted, through, "reconstructing")
+    images = _by_size(prompts, reconstruct, "reconstructing")
     errors = np.array([np.mean((a.astype(np.float32) - b) ** 2) for a, b in zip(images, renders)])
     psnr = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-3))))
     title = f"autoencoder's reconstructions · level {options.level} · the cap of any model's score"
-    result = _tell(options, wanted, images, title, psnr=psnr)
-    print(f"PSNR {psnr:.2f} dB (mean of pictures)")
+    result = _report(options, prompts, images, title, psnr=psnr)
+    print(f"PSNR {psnr:.2f} dB (mean over images)")
     return result
 
 
 def evaluate_checker(options: CheckerOptions) -> dict[str, Score]:
     """Level → the score of its true renders."""
     levels = list(shapes.LEVELS) if options.level == "all" else [options.level]
-    _writable(options.out)
+    _check(options)
     results = {}
     for level in levels:
-        wanted = eval_prompts(level, options.per_task)
-        images = [
-            shapes.render(a.scene)
-            for a in tqdm(wanted, desc=f"{level}: rendering", unit="image", leave=False)
-        ]
-        out = options.out if options.out is None or len(levels) == 1 else options.out / level
-        results[level] = _tell(
-            dataclasses.replace(options, level=level, out=out),
-            wanted,
-            images,
-            f"true renders · level {level}",
-        )
+        prompts = eval_prompts(level, options.per_task)
+        bar = tqdm(prompts, desc=f"{level}: rendering", unit="image", leave=False)
+        images = [shapes.render(prompt.scene) for prompt in bar]
+        out = options.out / level if options.out and len(levels) > 1 else options.out
+        at = dataclasses.replace(options, level=level, out=out)
+        results[level] = _report(at, prompts, images, f"true renders · level {level}")
         print()
     return results
 
 
-# ---- what the three share
-# ------------------------------------------------------------------------------------------
+# ---- what the three share ----
+
+# (positions in the rows that were asked for, their images uint8 [b, h, w, 3]) …
+Batches = Iterable[tuple[list[int], np.ndarray]]
 
 
-def _by_canvas(wanted: Sequence[EvalPrompt], draw: Callable, what: str) -> list[np.ndarray]:
-    """Images in the order of ``wanted``. draw(rows, height, width) yields (positions in rows, uint8
-    [b, height, width, 3])."""
+def _by_size(
+    prompts: Sequence[EvalPrompt], make: Callable[[list[int], int, int], Batches], what: str
+) -> list[np.ndarray]:
+    """Images in the order of the prompts, made by make(rows, height, width) size by size."""
     images: dict[int, np.ndarray] = {}
-    canvases: dict[tuple[int, int], list[int]] = {}
-    for i, a in enumerate(wanted):
-        canvases.setdefault((a.scene.height, a.scene.width), []).append(i)
-    with tqdm(total=len(wanted), desc=what, unit="image") as bar:
-        for (height, width), rows in canvases.items():
-            for positions, batch in draw(rows, height, width):
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        sizes.setdefault((prompt.scene.height, prompt.scene.width), []).append(i)
+    with tqdm(total=len(prompts), desc=what, unit="image") as bar:
+        for (height, width), rows in sizes.items():
+            for positions, batch in make(rows, height, width):
                 images.update(zip([rows[p] for p in positions], batch))
                 bar.update(len(positions))
-    return [images[i] for i in range(len(wanted))]
+    return [images[i] for i in range(len(prompts))]
 
 
-def _writable(out: Path | None) -> None:
-    """An output folder that cannot be is named before the work, not after it."""
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+def _check(options) -> None:
+    """UserError for a bad batch size; an output folder that cannot be created is reported before
+    the work."""
+    if getattr(options, "batch_size", 1) < 1:
+        raise UserError(f"batch-size {options.batch_size}: at least 1")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
 
 
-def _tell(
-    options, wanted: Sequence[EvalPrompt], images: Sequence[np.ndarray], title: str, **more
-) -> Score:
-    """Score, print the table, write the files."""
-    result = score(wanted, images)
+def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) -> Score:
+    """Score, print the table, write the files with the options and ``more``."""
+    result = score(prompts, images)
     print(report.table(result, f"{title} · {options.per_task} pictures a set"))
     if options.out is not None:
-        settings = {
-            k: str(v) if isinstance(v, Path) else v
-            for k, v in dataclasses.asdict(options).items()
-            if k != "out"
-        }
+        options.out.mkdir(parents=True, exist_ok=True)
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        del settings["out"]
         paths = report.write(options.out, result, images, {**settings, **more})
         print(f"\nwritten: {', '.join(map(str, paths))}")
     return result

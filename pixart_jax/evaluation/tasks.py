@@ -1,10 +1,8 @@
-"""What is asked of a model of the embedded world: sets of scenes, and the questions a picture of
-each is judged by.
+"""The tasks of the embedded world: sets of prompts, and the questions that judge an image of each.
 
-The scenes of a set are drawn from a seed of their own, apart from every split that a model trains
-or is tuned on, and are the same for every model, so two scores of one level can be compared. Scenes
-of the ``withheld`` sets hold nothing but colour–shape pairs that never occur in training
-(shapes.WITHHELD).
+The scenes of a set come from a seed apart from every split that a model trains or is tuned on, and
+are the same for every model, so two scores of one level can be compared. ``withheld`` sets hold
+only colour–shape pairs that never occur in training (shapes.WITHHELD).
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ SETS = {  # name: (task of shapes.draw_scene, withheld)
 
 @dataclasses.dataclass(frozen=True)
 class EvalPrompt:
-    """One picture that a model is asked for: a scene of a set, and the words for it."""
+    """One image to generate: a scene of a set, and its caption."""
 
     set: str
     scene: shapes.Scene
@@ -44,10 +42,10 @@ class EvalPrompt:
 def eval_prompts(
     level: str, per_task: int, captions: str = "short", sets: tuple[str, ...] | None = None
 ) -> list[EvalPrompt]:
-    """``per_task`` scenes of each set that the level has (or of ``sets``), set after set.
+    """``per_task`` scenes of each set of the level (or of ``sets``), set after set.
 
-    Scene i of a set is the same whatever per_task is. Raises UserError for an unknown level or kind
-    of caption.
+    Scene i of a set does not depend on per_task. Raises UserError for an unknown level or kind of
+    caption.
     """
     if level not in shapes.LEVELS:
         raise UserError(f"level {level!r} is unknown{nearest(level, shapes.LEVELS)}")
@@ -68,104 +66,96 @@ def eval_prompts(
 
 
 def unit(scene: shapes.Scene, shorter: int) -> float:
-    """Px of radius for each of shapes.SIZES in a picture of a scene whose shorter side has
-    ``shorter`` px.
-
-    Scenes of three and of the rich level are drawn at 0.8; the objects that were asked for say
-    which.
-    """
-    nominal = (
-        np.mean([o.radius / shapes.SIZES[o.size] for o in scene.objects])
-        * 64
-        / min(scene.height, scene.width)
-    )
+    """Pixels of radius for each of shapes.SIZES in an image of the scene whose shorter side has
+    ``shorter`` px. Scenes of three and of the rich level are drawn at 0.8."""
+    mean = np.mean([o.radius / shapes.SIZES[o.size] for o in scene.objects])
+    nominal = mean * 64 / min(scene.height, scene.width)
     return shorter / 64 * (0.8 if nominal < 0.9 else 1.0)
 
 
-# ---- the questions
-# -------------------------------------------------------------------------------------------------
-# Each takes the scene that was asked for, what was found (the largest first) and px a unit of size,
-# and answers yes or no.
+# ---- the questions ----
+# Each takes the scene of the prompt, the objects found (the largest first) and the pixels a unit of
+# size, and answers yes or no.
+
+Found = list[Detection]
 
 
-def _object(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
-    """One object is there, and it is of the shape."""
+def _object(scene: shapes.Scene, found: Found, unit: float) -> bool:
+    """There is one object, and it has the shape."""
     return len(found) == 1 and found[0].shape == scene.objects[0].shape
 
 
-def _colour(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
+def _colour(scene: shapes.Scene, found: Found, unit: float) -> bool:
     """The largest object has the colour."""
     return bool(found) and found[0].colour == scene.objects[0].colour
 
 
-def _shape(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
+def _shape(scene: shapes.Scene, found: Found, unit: float) -> bool:
     """The largest object has the shape."""
     return bool(found) and found[0].shape == scene.objects[0].shape
 
 
-def _size(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
+def _colour_and_shape(scene: shapes.Scene, found: Found, unit: float) -> bool:
+    """The largest object has both."""
+    return _colour(scene, found, unit) and _shape(scene, found, unit)
+
+
+def _size(scene: shapes.Scene, found: Found, unit: float) -> bool:
     """The largest object has the size."""
     return bool(found) and found[0].size(unit) == scene.objects[0].size
 
 
-def _counting(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
-    """As many objects as asked for, whatever they are."""
+def _counting(scene: shapes.Scene, found: Found, unit: float) -> bool:
+    """There are as many objects as in the prompt, whatever they are."""
     return len(found) == len(scene.objects)
 
 
-def _both_colours(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
+def _both_colours(scene: shapes.Scene, found: Found, unit: float) -> bool:
     """Every colour is there."""
     return {o.colour for o in scene.objects} <= {f.colour for f in found}
 
 
-def _both_shapes(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
+def _both_shapes(scene: shapes.Scene, found: Found, unit: float) -> bool:
     """Every shape is there."""
     return {o.shape for o in scene.objects} <= {f.shape for f in found}
 
 
-def _binding(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
-    """Every object is there in its own colour and shape."""
-    return not Counter((o.shape, o.colour) for o in scene.objects) - Counter(
-        (f.shape, f.colour) for f in found
-    )
+def _binding(scene: shapes.Scene, found: Found, unit: float) -> bool:
+    """Every object is there with its own colour and shape."""
+    there = Counter((f.shape, f.colour) for f in found)
+    return Counter((o.shape, o.colour) for o in scene.objects) <= there
 
 
-def _position(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
+def _position(scene: shapes.Scene, found: Found, unit: float) -> bool:
     """The first object lies where the caption says, seen from the second.
 
-    Which two of those found are meant: the two that agree with them best, in shape or in colour at
-    least. A wrong shape is a matter of other tasks; an object that agrees in nothing is not there,
-    and so is not in its place.
+    The two are the detections that agree best with them, in shape or in colour at least. A wrong
+    shape counts in other tasks; an object that agrees in nothing is not there, and so not in its
+    place.
     """
 
-    def agrees(f: Detection, o: shapes.Object) -> float:
-        # the noun says more than the adjective
+    def agreement(f: Detection, o: shapes.Object) -> float:
+        # the noun weighs more than the adjective
         return 1.1 * (f.shape == o.shape) + (f.colour == o.colour)
 
     first, second = scene.objects[:2]
     best, answer = 0.0, False
     for a, b in itertools.permutations(found, 2):
-        both = (agrees(a, first), agrees(b, second))
+        both = (agreement(a, first), agreement(b, second))
         if min(both) > 0 and sum(both) > best:
             best, answer = sum(both), checker.relation(a, b) == scene.relation
     return answer
 
 
-def _all(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
-    """All that the short caption says but the texture: the number, each object's size, colour and
-    shape, the relation."""
+def _all(scene: shapes.Scene, found: Found, unit: float) -> bool:
+    """All that the short caption says but the texture: number, sizes, colours, shapes, relation."""
     wanted = Counter((o.size, o.colour, o.shape) for o in scene.objects)
     right = wanted == Counter((f.size(unit), f.colour, f.shape) for f in found)
     return right and (scene.relation is None or _position(scene, found, unit))
 
 
-def _single_binding(scene: shapes.Scene, found: list[Detection], unit: float) -> bool:
-    """The largest object has the colour and the shape."""
-    return _colour(scene, found, unit) and _shape(scene, found, unit)
-
-
 ALL = "all correct"
-QUESTIONS = {  # task: (set whose pictures are asked, question)
+QUESTIONS = {  # task: (set whose images are judged, question)
     "object": ("single", _object),
     "colour": ("single", _colour),
     "shape": ("single", _shape),
@@ -179,7 +169,7 @@ QUESTIONS = {  # task: (set whose pictures are asked, question)
     "three: binding": ("three", _binding),
     "withheld: colour": ("withheld single", _colour),
     "withheld: shape": ("withheld single", _shape),
-    "withheld: object and colour": ("withheld single", _single_binding),
+    "withheld: object and colour": ("withheld single", _colour_and_shape),
     "withheld: position": ("withheld pair", _position),
     "withheld: binding": ("withheld pair", _binding),
 }
@@ -187,11 +177,7 @@ QUESTIONS = {  # task: (set whose pictures are asked, question)
 MAIN = ("object", "colour", "shape", "counting", "position", "binding")
 
 
-def judge(of: str, scene: shapes.Scene, found: list[Detection], unit: float) -> dict[str, bool]:
-    """Every question of a set: task → whether the picture is right. ``ALL`` is among them."""
-    given = {
-        task: question(scene, found, unit)
-        for task, (name, question) in QUESTIONS.items()
-        if name == of
-    }
-    return {**given, ALL: _all(scene, found, unit)}
+def judge(set: str, scene: shapes.Scene, found: Found, unit: float) -> dict[str, bool]:
+    """Task → whether the image is right, of every task of a set and of ``ALL``."""
+    questions = {task: ask for task, (name, ask) in QUESTIONS.items() if name == set} | {ALL: _all}
+    return {task: ask(scene, found, unit) for task, ask in questions.items()}

@@ -10,114 +10,68 @@ import pytest
 from PIL import Image
 
 from pixart_jax import cli
-from pixart_jax import pipeline as pipeline_room
 from pixart_jax.data import shapes
 from pixart_jax.evaluation import command
 from pixart_jax.evaluation.command import SHIPPED, ShapesOptions, VAEOptions
 from pixart_jax.evaluation.tasks import eval_prompts
+from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.sampling import SamplingConfig
 
 
 class TruePipeline:
-    """Draws the very scene that is meant, in batches and in any order; every ``wrong``-th picture
-    is left blank."""
+    """Renders the scene of each prompt, in batches and in any order; every ``wrong``-th image is
+    blank."""
 
     def __init__(self, level: str, per_task: int, wrong: int = 10**9):
-        self.wanted, self.wrong, self.calls, self.sampling = (
-            eval_prompts(level, per_task),
-            wrong,
-            [],
-            SamplingConfig(1.75),
-        )
+        self.prompts, self.wrong = eval_prompts(level, per_task), wrong
+        self.calls, self.sampling = [], SamplingConfig(1.75)
 
-    def generate(
-        self,
-        prompts,
-        *,
-        steps,
-        guidance,
-        solver,
-        height,
-        width,
-        seed,
-        indices,
-        batch_size,
-        shortcuts,
-    ):
+    def generate(self, prompts, *, height, width, indices, batch_size, shortcuts, seed, **how):
         assert shortcuts.settings() == {}
-        self.calls.append((height, width, len(prompts), steps, guidance, solver, seed))
-        assert prompts == [self.wanted[i].caption for i in indices]
+        self.calls.append({"size": (height, width), "count": len(prompts), "seed": seed, **how})
+        assert prompts == [self.prompts[i].caption for i in indices]
         for start in reversed(range(0, len(prompts), batch_size)):
             positions = list(range(start, min(start + batch_size, len(prompts))))
-            batch = np.stack([shapes.render(self.wanted[indices[p]].scene) for p in positions])
-            batch[
-                [k for k, p in enumerate(positions) if indices[p] % self.wrong == self.wrong - 1]
-            ] = 140
+            batch = np.stack([shapes.render(self.prompts[indices[p]].scene) for p in positions])
+            blank = [indices[p] % self.wrong == self.wrong - 1 for p in positions]
+            batch[np.array(blank)] = 140
             assert batch.shape[1:] == (height, width, 3)
             yield positions, batch
 
 
 def evaluate(monkeypatch, pipe, *flags) -> int:
-    monkeypatch.setattr(
-        pipeline_room.Pipeline, "from_pretrained", classmethod(lambda cls, folder: pipe)
-    )
-    return cli.run(command.main, ["shapes", *map(str, flags)])
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda folder: pipe)
+    return cli.run(command.main, ["shapes", *flags])
 
 
 def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
-    out = tmp_path / "a" / "score"
-    pipe = TruePipeline("plain", 10, wrong=5)
-    assert (
-        evaluate(
-            monkeypatch,
-            pipe,
-            "--model",
-            tmp_path,
-            "--per-task",
-            10,
-            "--steps",
-            7,
-            "--guidance",
-            3,
-            "--seed",
-            5,
-            "--out",
-            out,
-        )
-        == 0
-    )
-    assert pipe.calls == [(64, 64, 50, 7, 3.0, "dpm++", 5)]
-    printed = capsys.readouterr().out
-    rows = {
-        line[:30].strip(): line[30:].split() for line in printed.splitlines() if line[:1].isalpha()
-    }
-    assert rows["colour"][0] == rows["binding"][0] == rows["withheld: binding"][0] == "0.800"
-    assert rows["mean of the six main tasks"][0] == "0.800" and rows["colour"][-1] == "10"
+    out, pipe = tmp_path / "a" / "score", TruePipeline("plain", 10, wrong=5)
+    flags = f"--per-task 10 --steps 7 --guidance 3 --seed 5 --model {tmp_path} --out {out}".split()
+    assert evaluate(monkeypatch, pipe, *flags) == 0
+    how = {"steps": 7, "guidance": 3.0, "solver": "dpm++"}
+    assert pipe.calls == [{"size": (64, 64), "count": 50, "seed": 5, **how}]
+    printed = capsys.readouterr().out.splitlines()
+    rows = {line[:30].strip(): line[30:].split() for line in printed if line[:1].isalpha()}
+    for task in ("colour", "binding", "withheld: binding", "mean of the six main tasks"):
+        assert rows[task][0] == "0.800"
+    assert rows["colour"][-1] == "10"
     record = json.loads((out / "score.json").read_text())
-    assert (
-        record["tasks"]["position"]["score"] == 0.8
-        and record["level"] == "plain"
-        and record["seed"] == 5
-    )
-    assert (
-        len(record["images"]) == 50
-        and record["images"][4]["found"] == []
-        and record["images"][5]["right"]["colour"]
-    )
+    assert record["tasks"]["position"]["score"] == 0.8
+    assert (record["level"], record["seed"], len(record["images"])) == ("plain", 5, 50)
+    assert record["images"][4]["found"] == [] and record["images"][5]["right"]["colour"]
     sheet = np.asarray(Image.open(out / "sheet.png")).astype(int)
     green = (sheet[..., 1] > 130) & (sheet[..., 0] < 40) & (sheet[..., 2] < 70)
     red = (sheet[..., 0] > 200) & (sheet[..., 1] < 32) & (sheet[..., 2] < 32)
     assert green.sum() > 3 * red.sum() > 0  # one frame in five is red
 
 
-def test_canvases_are_drawn_apart_and_come_back_in_order(monkeypatch, capsys):
+def test_sizes_are_generated_apart_and_come_back_in_order(monkeypatch, capsys):
     pipe = TruePipeline("aesthetic", 6)
-    assert (
-        evaluate(monkeypatch, pipe, "--level", "aesthetic", "--per-task", 6, "--batch-size", 4) == 0
-    )
+    flags = "--level aesthetic --per-task 6 --batch-size 4".split()
+    assert evaluate(monkeypatch, pipe, *flags) == 0
     # the model's own guidance where none is given
-    assert {call[4] for call in pipe.calls} == {1.75}
-    assert len({call[:2] for call in pipe.calls}) == len(pipe.calls) > 1
+    assert {call["guidance"] for call in pipe.calls} == {1.75}
+    assert len({call["size"] for call in pipe.calls}) == len(pipe.calls) > 1
     assert "mean of the six main tasks      1.000" in capsys.readouterr().out
 
 
@@ -157,7 +111,7 @@ def test_the_checker_scores_each_level(tmp_path, capsys):
 
 
 class CoarseVAE:
-    """Stands in for an autoencoder: keeps every ``step``-th pixel of a side."""
+    """Keeps every ``step``-th pixel of a side."""
 
     def __init__(self, step: int):
         self.step, self.shapes = step, set()

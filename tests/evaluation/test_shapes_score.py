@@ -1,5 +1,5 @@
-"""Scores: a wrong picture is wrong in the task that it is wrong in, the floor is chance, and the
-order does not count."""
+"""Scores: a wrong image is wrong in the task that it fails, the floor is chance, and the order does
+not matter."""
 
 from __future__ import annotations
 
@@ -12,211 +12,164 @@ import pytest
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.checker import Detection
-from pixart_jax.evaluation.shapes_score import by_attribute, score, wilson
+from pixart_jax.evaluation.shapes_score import score, wilson
 from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, eval_prompts, judge
+
+EXTRA = shapes.Object("circle", "red", "small", 57.5, 6.5, 4.0)  # in the corner that is always free
+replace = dataclasses.replace
 
 
 @pytest.fixture(scope="module")
-def wanted():
+def prompts():
     return eval_prompts("plain", 40)
 
 
 @pytest.fixture(scope="module")
-def renders(wanted):
-    return [shapes.render(a.scene) for a in wanted]
+def renders(prompts):
+    return [shapes.render(p.scene) for p in prompts]
 
 
-def of_set(wanted, name):
-    return [a for a in wanted if a.set == name]
-
-
-def shares(result):
+def scores(prompts, set, change) -> dict[str, float]:
+    """Task → score of a set whose objects are changed: change(*objects) → objects."""
+    some = [p for p in prompts if p.set == set]
+    scenes = [replace(p.scene, objects=tuple(change(*p.scene.objects))) for p in some]
+    result = score(some, [shapes.render(scene) for scene in scenes])
     return {task: share.score for task, share in result.tasks.items()}
 
 
-def changed(scene: shapes.Scene, *objects: shapes.Object) -> np.ndarray:
-    return shapes.render(dataclasses.replace(scene, objects=objects))
-
-
-def test_true_pictures_score_one(wanted, renders):
-    result = score(wanted, renders)
-    assert (
-        set(shares(result).values()) == {1.0}
-        and result.mean.score == result.all_correct.score == 1.0
-    )
+def test_true_images_score_one_and_blank_ones_zero(prompts, renders):
+    result = score(prompts, renders)
+    assert {share.score for share in result.tasks.values()} == {1.0}
+    assert result.mean.score == result.all_correct.score == 1.0
     assert result.mean.n == 3 * 40 and result.mean.low < 1
-    assert set(by_attribute(result)["colour"]) <= set(shapes.COLOURS)
-
-
-def test_blank_pictures_score_zero(wanted):
-    result = score(wanted, [np.full((64, 64, 3), 140, np.uint8)] * len(wanted))
-    assert set(shares(result).values()) == {0.0} and result.mean.score == 0 == result.mean.floor
+    assert set(result.by_attribute()["colour"]) <= set(shapes.COLOURS)
+    blank = score(prompts, [np.full((64, 64, 3), 140, np.uint8)] * len(prompts))
+    assert {share.score for share in blank.tasks.values()} == {0.0}
+    assert blank.mean.score == 0 == blank.mean.floor
 
 
 def test_the_floor_is_what_chance_gives():
-    wanted = eval_prompts("plain", 150, sets=("single", "count", "pair"))
-    floors = {
-        task: share.floor
-        for task, share in score(wanted, [shapes.render(a.scene) for a in wanted]).tasks.items()
+    prompts = eval_prompts("plain", 150, sets=("single", "count", "pair"))
+    tasks = score(prompts, [shapes.render(p.scene) for p in prompts]).tasks
+    chance = {
+        "colour": (1 / 8, 0.03),
+        "shape": (1 / 5, 0.04),
+        "size": (1 / 2, 0.04),
+        "counting": (1 / 3, 0.04),
+        "both colours": (1 / 28, 0.02),
+        "both shapes": (1 / 10, 0.04),
     }
-    assert floors["colour"] == pytest.approx(1 / 8, abs=0.03)
-    assert floors["shape"] == pytest.approx(1 / 5, abs=0.04)
-    assert floors["size"] == pytest.approx(1 / 2, abs=0.04)
-    assert floors["counting"] == pytest.approx(1 / 3, abs=0.04)
-    assert floors["both colours"] == pytest.approx(1 / 28, abs=0.02)
-    assert floors["both shapes"] == pytest.approx(1 / 10, abs=0.04)
-    assert floors["binding"] < 0.02 and floors["position"] < 0.12
+    for task, (floor, tolerance) in chance.items():
+        assert tasks[task].floor == pytest.approx(floor, abs=tolerance), task
+    assert tasks["binding"].floor < 0.02 and tasks["position"].floor < 0.12
 
 
-def test_swapped_colours_break_binding_alone(wanted):
-    pairs = of_set(wanted, "pair")
-    images = []
-    for a in pairs:
-        first, second = a.scene.objects
-        swap = (
-            dataclasses.replace(first, colour=second.colour),
-            dataclasses.replace(second, colour=first.colour),
-        )
-        images.append(changed(a.scene, *swap))
-    got = shares(score(pairs, images))
-    assert got == {"both colours": 1.0, "both shapes": 1.0, "position": 1.0, "binding": 0.0}
+def swap_colours(first, second):
+    return replace(first, colour=second.colour), replace(second, colour=first.colour)
 
 
-def test_exchanged_places_break_position_alone(wanted):
-    pairs = of_set(wanted, "pair")
-    images = []
-    for a in pairs:
-        first, second = a.scene.objects
-        there, here = (
-            dataclasses.replace(first, x=second.x, y=second.y),
-            dataclasses.replace(second, x=first.x, y=first.y),
-        )
-        images.append(changed(a.scene, there, here))
-    result = score(pairs, images)
-    assert shares(result) == {
-        "both colours": 1.0,
-        "both shapes": 1.0,
-        "position": 0.0,
-        "binding": 1.0,
-    }
-    assert result.all_correct.score == 0
+def exchange_places(first, second):
+    return replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y)
 
 
-def test_one_object_for_two_is_no_pair(wanted):
-    pairs = of_set(wanted, "pair")
-    got = shares(score(pairs, [changed(a.scene, a.scene.objects[0]) for a in pairs]))
-    assert set(got.values()) == {0.0}
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (swap_colours, {"binding"}),
+        (exchange_places, {"position"}),
+        (lambda first, second: (first,), {"both colours", "both shapes", "position", "binding"}),
+    ],
+    ids=["swapped colours", "exchanged places", "one for two"],
+)
+def test_a_changed_pair_is_wrong_in_that_task_alone(prompts, change, wrong):
+    got = scores(prompts, "pair", change)
+    assert got == {task: float(task not in wrong) for task in got} and wrong <= set(got)
 
 
-def test_another_colour_shape_or_size_is_wrong_in_that_task(wanted):
-    singles = of_set(wanted, "single")
-
-    def others(**change):
-        return shares(
-            score(
-                singles,
-                [
-                    changed(a.scene, dataclasses.replace(a.scene.objects[0], **change))
-                    for a in singles
-                ],
-            )
-        )
-
-    is_red = np.mean([a.scene.objects[0].colour == "red" for a in singles])
-    assert others(colour="red") == {
-        "object": 1.0,
-        "colour": pytest.approx(is_red),
-        "shape": 1.0,
-        "size": 1.0,
-    }
-    is_star = np.mean([a.scene.objects[0].shape == "star" for a in singles])
-    assert others(shape="star") == {
-        "object": pytest.approx(is_star),
-        "colour": 1.0,
-        "shape": pytest.approx(is_star),
-        "size": 1.0,
-    }
-    is_large = np.mean([a.scene.objects[0].size == "large" for a in singles])
-    assert others(radius=13.0)["size"] == pytest.approx(is_large)
+@pytest.mark.parametrize(
+    ("change", "task", "also"),
+    [({"colour": "red"}, "colour", ()), ({"shape": "star"}, "shape", ("object",))],
+    ids=["colour", "shape"],
+)
+def test_another_colour_or_shape_is_wrong_in_that_task(prompts, change, task, also):
+    got = scores(prompts, "single", lambda one: (replace(one, **change),))
+    singles = [p.scene.objects[0] for p in prompts if p.set == "single"]
+    same = np.mean([getattr(one, task) == change[task] for one in singles])
+    for name in ("object", "colour", "shape", "size"):
+        assert got[name] == pytest.approx(same if name in (task, *also) else 1.0), name
 
 
-def test_an_object_too_many_breaks_object_and_counting(wanted):
-    for name, task in (("single", "object"), ("count", "counting")):
-        some = of_set(wanted, name)
-        # in the corner that no number of objects stands in
-        one_more = shapes.Object("circle", "red", "small", 57.5, 6.5, 4.0)
-        got = shares(score(some, [changed(a.scene, *a.scene.objects, one_more) for a in some]))
-        assert got[task] == 0.0, name
+def test_another_size_is_wrong_in_that_task(prompts):
+    got = scores(prompts, "single", lambda one: (replace(one, radius=13.0),))
+    large = [p.scene.objects[0].size == "large" for p in prompts if p.set == "single"]
+    assert got["size"] == pytest.approx(np.mean(large))
 
 
-def test_the_order_of_pictures_does_not_count(wanted, renders):
+@pytest.mark.parametrize(("set", "task"), [("single", "object"), ("count", "counting")])
+def test_an_object_too_many_breaks_object_and_counting(prompts, set, task):
+    assert scores(prompts, set, lambda *objects: (*objects, EXTRA))[task] == 0.0
+
+
+def test_the_order_of_images_does_not_matter(prompts, renders):
     rng = np.random.default_rng(3)
     images = [
         renders[rng.integers(len(renders))] if rng.random() < 0.4 else image for image in renders
     ]
-    order = rng.permutation(len(wanted))
-    straight, mixed = (
-        score(wanted, images),
-        score([wanted[i] for i in order], [images[i] for i in order]),
-    )
-    assert (
-        straight.tasks == mixed.tasks
-        and straight.mean == mixed.mean
-        and straight.all_correct == mixed.all_correct
-    )
+    order = rng.permutation(len(prompts))
+    straight = score(prompts, images)
+    mixed = score([prompts[i] for i in order], [images[i] for i in order])
+    for name in ("tasks", "mean", "all_correct"):
+        assert getattr(straight, name) == getattr(mixed, name)
     assert 0.3 < straight.mean.score < 0.9
 
 
-def test_position_is_judged_by_the_two_that_are_meant():
-    scene = next(
-        a.scene
-        for a in eval_prompts("plain", 40)
-        if a.set == "pair" and a.scene.relation == "left of"
-    )
-    first, second = scene.objects
-    place = {first: (10.0, 32.0), second: (50.0, 32.0)}
-    found = [Detection(o.shape, o.colour, *place[o], 9, 250, 0.95) for o in scene.objects]
+def test_position_is_judged_by_the_two_that_are_meant(prompts):
+    scene = next(p.scene for p in prompts if p.set == "pair" and p.scene.relation == "left of")
+    places = ((10.0, 32.0), (50.0, 32.0))
+    found = [
+        Detection(o.shape, o.colour, *place, 9, 250, 0.95)
+        for o, place in zip(scene.objects, places)
+    ]
     for some in itertools.permutations([*found, Detection("heart", "none", 60, 60, 13, 530, 0.9)]):
         assert judge("pair", scene, list(some), 1.0)["position"]
-    misshapen = dataclasses.replace(found[0], shape="unknown")  # its colour still says which it is
+    misshapen = replace(found[0], shape="unknown")  # its colour still says which it is
     assert judge("pair", scene, [misshapen, found[1]], 1.0)["position"]
-    neither = dataclasses.replace(misshapen, colour="none")
+    neither = replace(misshapen, colour="none")
     assert not judge("pair", scene, [neither, found[1]], 1.0)["position"]
 
 
 def test_scenes_are_fixed_and_apart_from_training():
     assert eval_prompts("rich", 3) == eval_prompts("rich", 3)
     assert eval_prompts("plain", 8)[:5] == eval_prompts("plain", 5)[:5]
-    seen = {
-        shapes.scene_at("plain", split, i).seed for split in ("train", "test") for i in range(1000)
-    }
-    assert not seen & {a.scene.seed for a in eval_prompts("plain", 50)}
+    seen = {shapes.scene_at("plain", s, i).seed for s in ("train", "test") for i in range(1000)}
+    assert not seen & {p.scene.seed for p in eval_prompts("plain", 50)}
 
 
 def test_sets_hold_what_their_names_say():
     for level in shapes.LEVELS:
-        for a in eval_prompts(level, 20):
-            withheld = [(o.colour, o.shape) in shapes.WITHHELD for o in a.scene.objects]
-            assert all(withheld) if a.set.startswith("withheld") else not any(withheld)
-            assert a.scene.task == SETS[a.set][0]
-            assert a.caption == shapes.captions(a.scene)["short"]
-    assert {a.set for a in eval_prompts("rich", 1)} == set(SETS) and "three" not in {
-        a.set for a in eval_prompts("plain", 1)
-    }
-    assert (
-        eval_prompts("plain", 1, "dense")[0].caption
-        == shapes.captions(eval_prompts("plain", 1)[0].scene)["dense"]
-    )
+        for p in eval_prompts(level, 20):
+            withheld = [(o.colour, o.shape) in shapes.WITHHELD for o in p.scene.objects]
+            assert all(withheld) if p.set.startswith("withheld") else not any(withheld)
+            assert p.scene.task == SETS[p.set][0]
+            assert p.caption == shapes.captions(p.scene)["short"]
+    assert {p.set for p in eval_prompts("rich", 1)} == set(SETS)
+    assert "three" not in {p.set for p in eval_prompts("plain", 1)}
+    dense = eval_prompts("plain", 1, "dense")[0]
+    assert dense.caption == shapes.captions(dense.scene)["dense"]
     assert set(MAIN) <= set(QUESTIONS) and ALL not in QUESTIONS
 
 
-def test_what_cannot_be_asked_is_named():
-    with pytest.raises(UserError, match="did you mean 'plain'"):
-        eval_prompts("plane", 5)
-    with pytest.raises(UserError, match="per-task 0"):
-        eval_prompts("plain", 0)
-    with pytest.raises(UserError, match="short"):
-        eval_prompts("plain", 1, "long")
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("plane", 5), "did you mean 'plain'"),
+        (("plain", 0), "per-task 0"),
+        (("plain", 1, "long"), "short"),
+    ],
+)
+def test_an_unknown_level_or_captions_or_no_images_are_errors(asked, says):
+    with pytest.raises(UserError, match=says):
+        eval_prompts(*asked)
 
 
 def test_wilson_against_published_values():
