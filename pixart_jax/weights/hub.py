@@ -1,0 +1,146 @@
+"""Models on a hub: an id such as "PixArt-alpha/PixArt-XL-2-1024-MS" → a local folder.
+
+huggingface_hub does the transfer, the cache (HF_HOME), the authentication (HF_TOKEN), mirrors
+(HF_ENDPOINT) and offline use (HF_HUB_OFFLINE). This module chooses the files: of each part the
+configuration and one set of weights, safetensors before .bin, and of the wanted variant alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pixart_jax.errors import UserError
+
+PARTS = ("transformer", "text_encoder", "vae")
+_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(\.[a-z]\w*)?(?:-\d{5}-of-\d{5})?(\.[a-z]\w*)?"
+    r"\.(?P<kind>safetensors|bin)(?:\.index(\.[a-z]\w*)?\.json)?"
+)
+_SMALL = (".json", ".model", ".txt", "null_caption.safetensors")
+
+
+def model_folder(
+    model: str | os.PathLike,
+    parts: Sequence[str] = PARTS,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Path:
+    """A model's local folder: ``model`` itself where it exists, else the hub's model of that id.
+
+    Downloads only missing files, of the named parts, with progress bars. Without network, files
+    that an earlier call downloaded are used. variant: such as "fp16"; by default the weights
+    without one, or the only ones there are. Raises UserError for an unknown id or revision, a gated
+    model, and where there is no network and no cached copy.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or not _ID.fullmatch(str(model)):
+        return path
+    from huggingface_hub import HfApi, snapshot_download
+
+    name = str(model)
+    with _as_user_errors(name, revision):
+        try:
+            info = HfApi().model_info(name, revision=revision)
+            files = wanted((file.rfilename for file in info.siblings or ()), parts, variant)
+        except _unreachable():
+            folder = snapshot_download(
+                name, revision=revision, local_files_only=True, allow_patterns=["*config*.json"]
+            )
+            return Path(folder)
+        patterns = [glob.escape(file) for file in files]
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    _remove_partial_files(Path(folder).parents[1])
+    return Path(folder)
+
+
+def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = None) -> list[str]:
+    """The files to download: all configurations and tokenizers, and one set of weights for each of
+    ``parts`` and for the top level (a repository of one component).
+
+    Raises UserError where the variant does not exist, or where several do and none is named.
+    """
+    chosen: list[str] = []
+    weights: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        match = _WEIGHTS.fullmatch(name)
+        if match is None:
+            if name.endswith(_SMALL) and (folder in parts or folder not in PARTS):
+                chosen.append(file)
+        elif folder in parts or not folder:
+            kind, *variants = match["kind"], match[1], match[2], match[4]
+            of = next((v[1:] for v in variants if v), "")
+            weights.setdefault(folder, {}).setdefault((kind, of), []).append(file)
+    for folder, sets in weights.items():
+        kind = "safetensors" if any(kind == "safetensors" for kind, _ in sets) else "bin"
+        by_variant = {of: names for (of_kind, of), names in sets.items() if of_kind == kind}
+        if variant is None and "" not in by_variant and len(by_variant) == 1:
+            chosen += next(iter(by_variant.values()))
+        elif (variant or "") in by_variant:
+            chosen += by_variant[variant or ""]
+        else:
+            known = ", ".join(sorted(of or "none" for of in by_variant))
+            raise UserError(
+                f"{folder or 'the model'} has no weights of variant {variant or 'none'!r}: there "
+                f"are {known}; choose one with --variant"
+            )
+    return chosen
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """Exceptions that mean: no network, or not allowed to use it."""
+    from huggingface_hub import errors
+
+    found: list[type[Exception]] = [errors.OfflineModeIsEnabled]
+    for library in ("httpx2", "httpx"):  # of huggingface_hub 2 and 1
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(library)
+            found += [module.ConnectError, module.TimeoutException]
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _as_user_errors(name: str, revision: str | None):
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its terms on the hub, then set HF_TOKEN to your access token"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: no such folder, and no model of that id on the hub (a private one needs "
+            "HF_TOKEN)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name} has no revision {revision!r}") from None
+    except errors.LocalEntryNotFoundError:
+        raise UserError(
+            f"{name}: no such folder, and as a model id it is not in the cache and the hub cannot "
+            "be reached (no network, or HF_HUB_OFFLINE is set)"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise UserError(f"{name}: the hub answered {' '.join(str(error).split())[:200]}") from None
+    except _unreachable() as error:
+        raise UserError(f"{name}: the download was cut off ({error}); run it again") from None
+
+
+def _remove_partial_files(repository: Path) -> None:
+    """Remove partial downloads that no process is writing any more (huggingface_hub starts a new
+    partial file at each attempt)."""
+    from filelock import FileLock, Timeout
+
+    for partial in repository.glob("blobs/*.incomplete"):
+        blob = partial.name.split(".")[0]
+        lock = repository.parent / ".locks" / repository.name / f"{blob}.lock"
+        with contextlib.suppress(Timeout, FileNotFoundError), FileLock(lock, timeout=0):
+            partial.unlink()

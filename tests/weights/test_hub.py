@@ -1,0 +1,149 @@
+"""Models by hub id, from a hub on loopback that speaks huggingface_hub's protocol."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pixart_jax.errors import UserError
+from pixart_jax.weights import hub
+from tests.weights import hub_server
+
+NAME = "PixArt-alpha/PixArt-XL-2-1024-MS"
+
+
+@pytest.fixture
+def model(root):
+    return root / "assets" / "shapes"
+
+
+@pytest.fixture
+def environment(tmp_path, root):
+    """Of a program that uses the hub; the URL is set by the test."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return {**kept, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(root)}
+
+
+def program(environment, name=NAME, **more) -> subprocess.Popen:
+    code = (
+        "import sys; from pixart_jax import cli; from pixart_jax.weights import hub\n"
+        "sys.exit(cli.run(lambda argv: print(hub.model_folder(argv[0], revision=(argv[1:] or "
+        "[None])[0]))))"
+    )
+    command = [sys.executable, "-c", code, name, *more.pop("argv", ())]
+    return subprocess.Popen(
+        command,
+        env={**environment, **more},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_the_first_call_downloads_with_progress_and_the_second_needs_no_network(model, environment):
+    with hub_server.serve({NAME: model}) as server:
+        out, err = program(environment, HF_ENDPOINT=server.url).communicate(timeout=120)
+        assert "Fetching" in err and "100%" in err
+        first = len(server.downloads)
+        assert program(environment, HF_ENDPOINT=server.url).communicate(timeout=120)[0] == out
+        assert len(server.downloads) == first
+    for more in ({"HF_ENDPOINT": server.url}, {"HF_HUB_OFFLINE": "1"}):  # closed; not asked
+        assert program(environment, **more).communicate(timeout=120)[0] == out
+    files = [f for f in model.rglob("*") if f.is_file()]
+    assert first == len(files)
+    for file in files:
+        copy = os.path.join(out.strip(), file.relative_to(model))
+        assert open(copy, "rb").read() == file.read_bytes()
+
+
+def test_a_killed_download_is_finished_by_the_next_call(model, environment, tmp_path):
+    with hub_server.serve({NAME: model}, delay=0.02) as server:
+        child = program(environment, HF_ENDPOINT=server.url)
+        blobs = tmp_path / "hf" / "hub" / f"models--{NAME.replace('/', '--')}" / "blobs"
+        deadline = time.monotonic() + 60
+        while not list(blobs.glob("*.incomplete")) or len(list(blobs.glob("*[!e]"))) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.communicate()
+        finished = {file.name for file in blobs.iterdir() if file.suffix != ".incomplete"}
+        assert list(blobs.glob("*.incomplete"))
+        server.requests.clear()
+        server.delay = 0.0
+        out, err = program(environment, HF_ENDPOINT=server.url).communicate(timeout=120)
+        assert out, err
+        files = [f for f in model.rglob("*") if f.is_file()]
+        assert len(server.downloads) == len(files) - len(finished)
+    assert not list(blobs.glob("*.incomplete"))
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "said"),
+    [
+        ("PixArt-alpha/PixArt-XL-2-1024", (), "no model of that id on the hub"),
+        (hub_server.GATED, (), "is gated: accept its terms on the hub, then set HF_TOKEN"),
+        (NAME, ("v9",), "has no revision 'v9'"),
+    ],
+)
+def test_a_mistake_is_one_line(model, environment, name, argv, said):
+    with hub_server.serve({NAME: model}) as server:
+        child = program(environment, name, HF_ENDPOINT=server.url, argv=argv)
+        out, err = child.communicate(timeout=120)
+    assert child.returncode == 2 and out == ""
+    assert err.startswith(f"error: {name}") and said in err and err.count("\n") == 1
+
+
+def test_no_network_is_one_line(environment):
+    child = program(environment, HF_ENDPOINT="http://127.0.0.1:9")
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 2 and "hub cannot be reached" in err and err.count("\n") == 1
+
+
+def test_a_path_is_never_looked_up(tmp_path):
+    for path in (tmp_path, tmp_path / "absent", "absent", "./a/b", "a/b/c"):
+        assert str(hub.model_folder(path)) == str(path).removeprefix("./")
+
+
+RELEASED = [
+    "README.md",
+    "model_index.json",
+    "text_encoder/config.json",
+    "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model-00002-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.json",
+    "tokenizer/spiece.model",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.bin",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.fp16.bin",
+    "vae/diffusion_pytorch_model.bin",
+]
+
+
+@pytest.mark.parametrize(
+    ("parts", "variant", "left_out"),
+    [
+        (hub.PARTS, None, {"README.md", RELEASED[8], RELEASED[10], RELEASED[12]}),
+        (("vae",), None, {"README.md", *RELEASED[2:6], *RELEASED[7:11], RELEASED[12]}),
+        (("transformer",), "fp16", {"README.md", *RELEASED[2:6], *RELEASED[8:10], *RELEASED[11:]}),
+    ],
+)
+def test_only_what_is_needed_is_downloaded(parts, variant, left_out):
+    assert set(hub.wanted(RELEASED, parts, variant)) == set(RELEASED) - left_out
+
+
+def test_a_sole_variant_is_taken_and_of_several_one_must_be_named():
+    vae = ["vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors"]
+    assert hub.wanted(vae, hub.PARTS) == vae
+    with pytest.raises(UserError, match="vae has no weights of variant 'none'.* bf16, fp16; "):
+        hub.wanted([*vae, "vae/diffusion_pytorch_model.bf16.safetensors"], hub.PARTS)
+    with pytest.raises(UserError, match="no weights of variant 'fp8': there are fp16"):
+        hub.wanted(vae, hub.PARTS, "fp8")
