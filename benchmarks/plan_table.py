@@ -72,7 +72,7 @@ def row(made: plan.Plan) -> list[str]:
         f"{report.data(f.total)} of {report.data(made.usable)}",
     ]
     if t is None:
-        return [*first, "–", "–", "–", "does not fit", "–", compiled(made)]
+        return [*first, "–", "–", "–", "does not fit", "–"]
     return [
         *first,
         f"{made.image_flops * made.batch / 1e15:,.1f}",
@@ -81,16 +81,7 @@ def row(made: plan.Plan) -> list[str]:
         f"{made.images_per_second:,.0f}",
         f"{made.mfu:.0%}",
         f"{made.cost.days:,.2f} d, {made.cost.usd:,.0f} USD",
-        compiled(made),
     ]
-
-
-def compiled(made: plan.Plan) -> str:
-    f = made.facts
-    return (
-        f"{f.compile_seconds:.0f} s ({f.compile_cpu_seconds:.0f} s of CPU), "
-        f"{f.host_peak / jobs.GIB:.1f} GiB"
-    )
 
 
 HEADER = [
@@ -105,7 +96,6 @@ HEADER = [
     "images/s",
     "MFU",
     "the stage",
-    "compiled here in",
 ]
 
 
@@ -131,7 +121,7 @@ def main(argv: list[str]) -> int:
             made = plan.make(wanted, compilation.CompileLimits())
         except UserError as fault:
             tqdm.write(f"{recipe}, {name}: {fault}", file=sys.stderr)
-            lines.append([wanted.stage_config.name, name, *["–"] * 9, str(fault)])
+            lines.append([wanted.stage_config.name, name, *["–"] * 8, str(fault)])
             continue
         lines.append(row(made))
         tqdm.write(" | ".join(lines[-1]), file=sys.stderr)
@@ -141,7 +131,7 @@ def main(argv: list[str]) -> int:
             made.facts.host_peak / jobs.GIB,
         )
         worst = [max(pair) for pair in zip(worst, figures, strict=True)]
-    text = written(lines, worst)
+    text = written(lines)
     if options.print or options.only:
         print(text)
         return 0
@@ -158,22 +148,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def written(lines: list[list[str]], worst: list[float]) -> str:
+def written(lines: list[list[str]]) -> str:
     """The table and what it rests on."""
     notes = (
-        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, AdamW and EMA, the "
-        "remat policy that the recipe's `auto` "
-        "chose there; of the 1024 px recipe the largest of its 40 buckets for memory, the mean "
-        "over them for time. Memory is compiled: "
-        "the compiler's word on the very step that `train.py` runs. "
-        "Model FLOPs are counted from shapes. Times, images/s, MFU and cost are estimates, a "
-        "roofline: "
-        f"{estimate.ASSUMPTIONS}. Cost: the recipe's steps at this batch, at the list prices of "
-        "pixart_jax/parallel/chips.py. "
-        "The last column is this page's making, each program in a process of its own on two cores "
-        "that had other work too, so that the "
-        f"clock is an upper bound and the CPU's seconds are the measure: at most {worst[1]:.0f} s "
-        f"of CPU and {worst[2]:.1f} GiB."
+        "Made by `python benchmarks/plan_table.py`. PixArt XL/2, bfloat16, AdamW and EMA, remat "
+        "`auto`; the 1024 px recipe at the largest of its 40 buckets for memory and the mean over "
+        "them for time. Memory is compiled, model FLOPs are counted from shapes. Times, images/s, "
+        f"MFU and cost are estimates: {estimate.ASSUMPTIONS}. Cost: the recipe's steps at this "
+        "batch, at the list prices of pixart_jax/parallel/chips.py."
     )
     return "\n".join(
         [

@@ -85,12 +85,7 @@ def test_check_fails_on_a_row_over_its_bound_or_without_a_result_and_passes_with
     assert "over: vae SD, vae SDXL" in capsys.readouterr().out
     text = (tmp_path / "parity.md").read_text()
     assert "Not measured yet: transformer tiny, " in text
-    assert (
-        "**1.0e-03, over**" in text
-        and "| failed |" in text
-        and "1.0 / –" in text
-        and "1.0 / 2.0" in text
-    )
+    assert "**1.0e-03, over**" in text and "| failed |" in text
     assert parity.main(["--only", "vae SD", *out]) == 0  # told, not checked
     assert parity.main(["--only", "t5", "--check", "--quick", *out]) == 0
     # What an earlier call measured is kept; T5-XXL whole is left to --slow.

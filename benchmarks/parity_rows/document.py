@@ -8,45 +8,35 @@ from benchmarks.parity_rows.row import Row
 
 _HEAD = """# Parity with PyTorch
 
-Each row draws random weights, none of them zero, in PyTorch (or transformers, or diffusers), writes them in the format that the row names,
-and runs the reference on random inputs. pixart_jax then opens the same file and runs on the same inputs.
+Each row draws random, non-zero weights in PyTorch, transformers or diffusers, writes them in the row's format, and compares both
+implementations on random inputs.
 
     python benchmarks/parity.py            # all rows but the slow ones; about {minutes} minutes on two cores, 6 GB of disk
     python benchmarks/parity.py --quick    # the tiny rows
-    python benchmarks/parity.py --slow     # T5-XXL whole as well: 10 GB of disk, and more memory than that
-    python benchmarks/parity.py --check    # exit status 1 where a row is over its bound
+    python benchmarks/parity.py --slow     # also the whole T5-XXL: 10 GB of disk, and more memory than that
+    python benchmarks/parity.py --check    # exit status 1 if a row exceeds its bound
 
-This page is written by that command from docs/parity.json, which it keeps; rows that a call leaves out keep their figures. It needs what
-`make test` installs, and no network.
+The command writes this page from docs/parity.json and keeps the figures of rows that it does not run.
 
-- **max** is the largest difference over the largest value of the reference, max |ours − theirs| / max |theirs|; **L2** the norm of the
-  difference over the norm of the reference. Of several outputs (mean, deviation and images of an autoencoder) the worst counts. The figure
-  that the bound is for is bold.
-- **fp32** rows compute in fp32 on both sides. **bf16** rows compute in bf16 here, beside the fp32 reference.
-- **seconds** are of one warm call, ours / PyTorch's, on the CPU; – where a side's would mislead. Of a tiny row neither seconds nor memory
-  are shown: they are those of starting Python.
-- **GiB** is the largest resident memory of each side's process, ours / PyTorch's, reading and writing the weights included, and of a
-  converted file the conversion too.
+- **max**: max |ours − theirs| / max |theirs|. **L2**: norm of the difference over norm of the reference. The worst of several outputs counts.
+- **Bounds** apply to the bold figure: 1e-4 for fp32 rows, 2e-2 for bf16 rows, 1e-3 for latents of the pipeline, 45 dB for images.
+- **fp32** rows compute in fp32 on both sides, **bf16** rows in bf16 here and in fp32 in the reference.
 
 Versions: {versions}.
 """  # noqa: E501
 
 _NOTES = """
-## What the references are
+## References
 
-- PixArt: diffusers' PixArtTransformer2DModel. It has no q/k norm; the rows with one put a LayerNorm of the full width behind its
-  projections of queries and keys, before the heads part, where PixArt-Σ has it. Official .pth files are the same weights under the official
-  names, by rules written apart from the tables that read them.
-- DiT: diffusers' DiTTransformer2DModel with its two differences from the published model mended: the timestep's frequencies (their
-  exponent is divided by 127, not 128) and the norms' epsilon (1e-5, not 1e-6).
-- T5: transformers' T5EncoderModel. "Held in bf16": the file and our parameters are bf16, the arithmetic is fp32; the reference then
-  runs one layer at a time in fp32, so that it needs no more memory than one layer.
-- Autoencoder: diffusers' AutoencoderKL; the posterior's mean and deviation of random images, and the images of random latents, which
-  both sides divide by the folder's own scaling factor.
-- Pipeline: diffusers' PixArtAlphaPipeline from the same initial noise, and for LCM the same noise between the steps. DDIM is diffusers'
-  DDIMScheduler with "leading" spacing, no offset, no clipping and a last step to the clean image. The official DPM-Solver++ takes
-  fractional times; its latents were made by the official code and are frozen beside the script
-  (benchmarks/parity_rows/official_solver.py says how).
+- PixArt: diffusers' PixArtTransformer2DModel. Rows with q/k norm add a LayerNorm of the full width to its query and key projections, as in PixArt-Σ.
+  Official .pth files are written by rules that are independent of the tables that read them.
+- DiT: diffusers' DiTTransformer2DModel with two corrections to match the published model: the timestep frequencies (exponent over 128, not 127)
+  and the norms' epsilon (1e-6, not 1e-5).
+- T5: transformers' T5EncoderModel. "Held in bf16": bf16 weights with fp32 arithmetic.
+- Autoencoder: diffusers' AutoencoderKL; mean and deviation of random images, and decoded random latents.
+- Pipeline: diffusers' PixArtAlphaPipeline from the same noise. DDIM is diffusers' DDIMScheduler with "leading" spacing, no offset and no
+  clipping. The official DPM-Solver++ uses fractional times; its latents were made by the official code
+  (benchmarks/parity_rows/official_solver.py).
 - Images: peak signal-to-noise ratio of 8-bit images, the worst of two.
 """  # noqa: E501
 
@@ -77,15 +67,7 @@ def _versions(results: Mapping[str, Mapping]) -> str:
 
 def _table(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
     images = all(row.measure == "psnr" for row in rows)
-    columns = [
-        "format",
-        "size",
-        "dtype",
-        *(["PSNR"] if images else ["max", "L2"]),
-        "bound",
-        "seconds",
-        "GiB",
-    ]
+    columns = ["format", "size", "dtype", *(["PSNR"] if images else ["max", "L2"])]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         result = results[row.name]
@@ -94,12 +76,6 @@ def _table(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
         else:
             shown = ("psnr",) if images else ("max", "l2")
             cells = [_error(row, result["error"], key) for key in shown]
-            cost = (
-                ["", ""]
-                if row.tier == "quick"
-                else [_pair(result["seconds"]), _pair(result["peak_bytes"], 2**30)]
-            )
-            cells += [_bound(row), *cost]
         lines.append(f"| {' | '.join([row.format, row.size, row.dtype, *cells])} |")
     return "\n".join(lines) + "\n"
 
@@ -109,21 +85,3 @@ def _error(row: Row, error: Mapping[str, float], key: str) -> str:
     return (
         (f"**{text}**" if row.holds(error) else f"**{text}, over**") if key == row.measure else text
     )
-
-
-def _bound(row: Row) -> str:
-    return f"≥ {row.bound:.0f} dB" if row.measure == "psnr" else f"≤ {row.bound:.0e}"
-
-
-def _pair(sides: Mapping[str, float | None], unit: float = 1.0) -> str:
-    """'ours / theirs', each with two digits that count."""
-    if any(sides[side] is None for side in ("ours", "theirs")):
-        return " / ".join(
-            "–" if sides[side] is None else _short(sides[side] / unit)
-            for side in ("ours", "theirs")
-        )
-    return " / ".join(_short(sides[side] / unit) for side in ("ours", "theirs"))
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2g}"
