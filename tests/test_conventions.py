@@ -368,6 +368,13 @@ def test_make_targets_that_the_documents_name_exist():
     assert {name for pair in named for name in pair if name} <= targets
 
 
+def test_pre_commit_runs_what_make_check_runs():
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", read("Makefile"), re.M)[1]
+    commands = [line.replace("$(BIN)", ".venv/bin") for line in recipe.split("\n\t")]
+    hooks = re.findall(r"entry: (.*)", read(".pre-commit-config.yaml"))
+    assert hooks == [command.strip() for command in commands]
+
+
 # ---- requirements ----
 
 
