@@ -1,5 +1,4 @@
-"""The device mesh: four named axes, their sizes given by a config and checked against the devices
-at hand, and what must divide by them.
+"""The device mesh: four named axes, their sizes given by a config and checked against the devices.
 
 Devices of several TPU slices are joined by a network that is far slower than the links within one.
 A batch's gradient crosses the data axis once a step, everything else many times, so slices lie
@@ -9,7 +8,7 @@ along data and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -22,8 +21,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 
 class Sizes(Protocol):
-    """What :func:`make_mesh` needs of a config: a size for each axis, at most one of them −1 (the
-    rest)."""
+    """A config's size of each axis; at most one is −1, the rest of the devices."""
 
     data: int
     fsdp: int
@@ -31,99 +29,90 @@ class Sizes(Protocol):
     tensor: int
 
 
-def make_mesh(sizes: Sizes, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of axes (data, fsdp, context, tensor) over ``devices`` (all of the run's by
-    default).
+def resolve_sizes(sizes: Sizes, devices: int) -> tuple[int, int, int, int]:
+    """Sizes of the four axes on so many devices, −1 filled in.
 
-    Raises UserError when the sizes do not use exactly these devices (an idle device is a mistake
-    too), and where data does not divide by the number of TPU slices.
+    Raises UserError unless the sizes use exactly these devices: an idle device is a mistake too.
     """
-    devices = list(jax.devices() if devices is None else devices)
     shape = [getattr(sizes, axis) for axis in AXES]
     if -1 in shape:
         others = math.prod(n for n in shape if n != -1)
-        shape[shape.index(-1)] = max(1, len(devices) // others)
-    if math.prod(shape) != len(devices):
+        shape[shape.index(-1)] = max(1, devices // others)
+    if math.prod(shape) != devices:
         asked = " × ".join(f"{axis} {getattr(sizes, axis)}" for axis in AXES)
-        fits = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
-        count = len(devices)
+        fits = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise UserError(
-            f"mesh {asked} does not fit {count} device(s): the product must be {count}; sizes "
+            f"mesh {asked} does not fit {devices} device(s): the product must be {devices}; sizes "
             f"that divide it: {fits} (-1: the rest)"
         )
+    data, fsdp, context, tensor = shape
+    return data, fsdp, context, tensor
+
+
+def make_mesh(sizes: Sizes, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of axes (data, fsdp, context, tensor) over ``devices``, by default all of the run's.
+
+    Raises UserError as :func:`resolve_sizes`, and where data is not a multiple of the TPU slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = resolve_sizes(sizes, len(devices))
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if slices(devices) > 1:
         return jax.sharding.Mesh(multislice_mesh(shape, devices), AXES, axis_types=types)
-    return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def slices(devices: Sequence[jax.Device]) -> int:
-    """How many TPU slices the devices belong to; 1 on other platforms, whose hosts follow each
-    other in the order of the devices."""
-    return (
-        len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
-        or 1
-    )
+    """Number of TPU slices that the devices belong to; 1 on other platforms."""
+    return len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
 
 
 def multislice_mesh(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices of several slices in the shape (data, fsdp, context, tensor): a slice is a run of
+    """Devices of several slices in the shape (data, fsdp, context, tensor); each slice is a run of
     rows along data."""
     count, data = slices(devices), shape[0]
-    if data % count:
-        raise UserError(
-            f"mesh data {data} is not a multiple of the {count} slices: they lie along data, and "
-            "no other axis may cross them"
-        )
+    check_slices(data, count)
     return mesh_utils.create_hybrid_device_mesh(
         (data // count, *shape[1:]), (count, 1, 1, 1), devices
     )
 
 
+def check_slices(data: int, count: int) -> None:
+    """Raise UserError unless data is a multiple of the number of slices."""
+    if data % count:
+        raise UserError(
+            f"mesh data {data} is not a multiple of the {count} slices: they lie along data, and "
+            "no other axis may cross them"
+        )
+
+
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """How many parts a batch is cut into."""
+    """Number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_divides(
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     what: str,
     *,
     heads: int | None = None,
     mlp_width: int | None = None,
-    tokens: dict[str, int] | None = None,
+    tokens: Mapping[str, int] | None = None,
 ) -> None:
-    """Raises UserError, naming ``what``, where the tensor axis does not divide heads or the MLP, or
-    context the image tokens.
+    """Raise UserError, naming ``what``, where the tensor axis does not divide the heads or the MLP,
+    or context the image tokens.
 
-    tokens: for each size or bucket, by the name it is to be called, its image tokens.
+    tokens: image tokens by the name of each size or bucket.
     """
-    _check_axis(
-        mesh,
-        "tensor",
-        what,
-        {
-            name: n
-            for name, n in ((f"{heads} heads", heads), (f"MLP width {mlp_width}", mlp_width))
-            if n
-        },
-    )
-    _check_axis(
-        mesh, "context", what, {f"{name} ({n} tokens)": n for name, n in (tokens or {}).items()}
-    )
-
-
-def _check_axis(mesh: jax.sharding.Mesh, axis: str, what: str, numbers: dict[str, int]) -> None:
-    """numbers: what the axis must divide, by how it is called."""
-    size = mesh.shape[axis]
-    odd = [name for name, n in numbers.items() if n % size]
-    if odd:
-        fits = [
-            str(n)
-            for n in range(1, 2 * size + 1)
-            if not any(number % n for number in numbers.values())
-        ]
-        fits = " or ".join([", ".join(fits[:-1]), fits[-1]] if len(fits) > 1 else fits)
-        raise UserError(
-            f"{what}: mesh {axis} {size} does not divide {', '.join(odd)}; {axis} {fits} would do"
-        )
+    widths = {f"{heads} heads": heads, f"MLP width {mlp_width}": mlp_width}
+    counts = {f"{name} ({n} tokens)": n for name, n in (tokens or {}).items()}
+    for axis, numbers in (("tensor", widths), ("context", counts)):
+        size, given = mesh.shape[axis], {name: n for name, n in numbers.items() if n}
+        if odd := [name for name, n in given.items() if n % size]:
+            common = math.gcd(*given.values())
+            *first, last = [str(n) for n in range(1, 2 * size + 1) if common % n == 0]
+            fits = f"{', '.join(first)} or {last}" if first else last
+            raise UserError(
+                f"{what}: mesh {axis} {size} does not divide {', '.join(odd)}; {axis} {fits} "
+                "would do"
+            )

@@ -21,6 +21,8 @@ from pixart_jax.parallel.mesh import make_mesh
 sys.path.insert(0, str(Path(__file__).parent))
 from t5_reference import quantized
 
+from tests.parallel.replicated import large_replicated
+
 # Wide enough that even the int8 values of a projection are over the limit above which nothing may
 # be replicated.
 CONFIG = T5Config(vocab_size=1024, d_model=512, d_kv=64, d_ff=1280, num_layers=4, num_heads=8)
@@ -82,7 +84,7 @@ def compare(quantization: str | None) -> dict:
         "gathered": sorted(
             {kind for kind, size in gathers(compiled.as_text()) if size >= CONFIG.d_model**2 / 4}
         ),
-        "replicated": rules.large_replicated(spread),
+        "replicated": large_replicated(spread),
         "held": max(held.values()),
         "all": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from pixart_jax.parallel.chips import CHIPS, chip_of
@@ -26,21 +28,8 @@ def test_an_unknown_device_has_no_row_and_so_no_mfu(kind):
     assert chip_of(kind) is None
 
 
-def test_every_figure_is_positive_and_says_where_it_comes_from():
-    known = {"cloud", "isca23", "nvidia", "dgx", "measured", "list", "assumed"}
+def test_every_figure_is_positive_and_no_more_is_usable_than_there_is():
     for chip in CHIPS.values():
-        assert 0 < chip.usable_bytes <= chip.hbm_bytes
-        assert (
-            min(
-                chip.peak_bf16_flops,
-                chip.hbm_bandwidth,
-                chip.link_bandwidth,
-                chip.network_bandwidth,
-                chip.host_bandwidth,
-            )
-            > 0
-        )
-        assert chip.watts > 0 and chip.usd_per_hour > 0
-        assert set(chip.sources.values()) <= known and set(chip.sources) == {
-            "peak", "hbm", "usable", "links", "network", "watts", "usd", "host"
-        }  # fmt: skip
+        figures = dataclasses.asdict(chip)
+        assert all(value > 0 for name, value in figures.items() if name not in ("name", "torus"))
+        assert chip.usable_bytes <= chip.hbm_bytes

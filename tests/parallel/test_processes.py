@@ -4,6 +4,7 @@ others with a line."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,55 +55,31 @@ def test_the_environment_of_a_launcher_is_read_whole_or_not_at_all_and_flags_win
     assert pop_distributed_flags(flags, environment)[0] == DistributedOptions("h:1", 8, 0)
 
 
+AT = ["--coordinator", "h:1"]
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (
-            ["--processes", "2"],
-            "--processes without --coordinator, --process-index: give all three",
-        ),
-        (["--coordinator", "h:1", "--processes", "2"], "without --process-index"),
-        (
-            ["--coordinator", "h:1", "--processes", "2", "--process-index", "2"],
-            "--process-index 2 of --processes 2: the indices are 0 to 1",
-        ),
-        (
-            ["--coordinator", "h:1", "--processes", "2", "--process-index", "-1"],
-            "the indices are 0 to 1",
-        ),
-        (
-            ["--coordinator", "h:1", "--processes", "0", "--process-index", "0"],
-            "--processes 0: at least 1",
-        ),
-        (
-            ["--coordinator", "host", "--processes", "2", "--process-index", "0"],
-            "HOST:PORT is needed",
-        ),
-        (
-            ["--coordinator", "h:99999", "--processes", "2", "--process-index", "0"],
-            "HOST:PORT is needed",
-        ),
-        (["--processes", "two"], "--processes 'two': a whole number is needed"),
-        (["--coordinator"], "--coordinator needs HOST:PORT"),
-        (["--distributed", "nome"], "did you mean 'none'"),
+        (["--processes", "2"], "--process-index: give all three, or none"),
+        ([*AT, "--processes", "2"], "give all three"),
+        ([*AT, "--processes", "2", "--process-index", "2"], "the indices are 0 to 1"),
+        ([*AT, "--processes", "2", "--process-index", "-1"], "the indices are 0 to 1"),
+        ([*AT, "--processes", "0", "--process-index", "0"], "--processes 0: at least 1"),
+        ([*AT[:1], "host", "--processes", "2", "--process-index", "0"], "HOST:PORT is needed"),
+        ([*AT[:1], "h:99999", "--processes", "2", "--process-index", "0"], "HOST:PORT is needed"),
+        (["--processes", "two"], "argument --processes: invalid int value: 'two'"),
+        (["--coordinator"], "argument --coordinator: expected one argument"),
+        (["--distributed", "nome"], "--distributed 'nome': auto or none"),
         (["--peer-timeout", "0"], "--peer-timeout 0: at least 1 second"),
         (
-            [
-                "--distributed",
-                "none",
-                "--coordinator",
-                "h:1",
-                "--processes",
-                "2",
-                "--process-index",
-                "0",
-            ],
-            "one process alone, or several?",
+            ["--distributed", "none", *AT, "--processes", "2", "--process-index", "0"],
+            "one or several?",
         ),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_would_do(argv, line):
-    with pytest.raises(UserError, match=line.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(line)):
         pop_distributed_flags(argv, {})
 
 

@@ -23,6 +23,7 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training import stages
 from pixart_jax.training.batches import put
 from pixart_jax.training.step import CompiledStep
+from tests.parallel.replicated import large_replicated
 
 STEPS = 6
 
@@ -52,7 +53,7 @@ def curve(config, mesh) -> tuple[list[float], list[str], list[int]]:
     for leaf in jax.tree.leaves(state):
         for shard in leaf.addressable_shards:
             held[shard.device] += np.asarray(shard.data).nbytes
-    return losses, rules.large_replicated(state), list(held.values())
+    return losses, large_replicated(state), list(held.values())
 
 
 def main(folder: Path) -> None:

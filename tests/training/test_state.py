@@ -20,6 +20,7 @@ from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import AXES
 from pixart_jax.training.optimizer import make_optimizer
 from pixart_jax.training.state import abstract_state
+from tests.parallel.replicated import large_replicated
 
 LATENTS = jnp.zeros((1, 2, 2, 4))
 ONE = jnp.ones((1,))
@@ -55,7 +56,7 @@ def abstract(name: str, optimizer: str, **sizes):
 @pytest.mark.parametrize("optimizer", ["adamw", "came"])
 def test_no_array_over_a_megabyte_is_whole_on_every_device(name, optimizer):
     state = abstract(name, optimizer, fsdp=8)
-    assert rules.large_replicated(state) == []
+    assert large_replicated(state) == []
     whole = bytes_a_device(abstract(name, optimizer))
     assert bytes_a_device(state) < whole / 8 * 1.04  # what small arrays cost beyond an eighth
 
