@@ -1,16 +1,12 @@
-"""Real photographs in the three forms that the recipes' data comes in: python docs/photographs.py
-OUT [--pictures 240].
+"""Write real photographs in the three layouts of the recipes' data: python docs/photographs.py OUT.
 
-The photographs lie inside scikit-image and scikit-learn (pip install scikit-image scikit-learn).
-Each picture written is a crop of one, of a size, a place and a ratio drawn from the seed, with
-captions written by hand for this page: a short one, as the web has them, and a dense one, as a
-vision-language model writes them.
+The photographs are in the packages scikit-image and scikit-learn (pip install scikit-image
+scikit-learn). Each image is a random crop with two captions written for this page: a short one, as
+on the web, and a dense one, as from a vision-language model.
 
-    OUT/tfds/downloads/manual      stage 1: ImageNet's two archives, which tensorflow-datasets
-    prepares itself (TFDS_DATA_DIR=OUT/tfds)
-    OUT/sam                        stage 2: SAM's form in the official code, partition/*.txt and
-    images/*.jpg, without captions OUT/web/{00000..00002}.tar     stage 3: webdataset tars as
-    img2dataset writes them, of many aspect ratios
+    OUT/tfds/downloads/manual    stage 1: ImageNet's two archives (TFDS_DATA_DIR=OUT/tfds)
+    OUT/sam                      stage 2: partition/*.txt and images/*.jpg, without captions
+    OUT/web/{00000..00002}.tar   stage 3: webdataset tars of many aspect ratios
 """
 
 from __future__ import annotations
@@ -24,108 +20,108 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-PICTURES = {  # name: (ImageNet's word for it or the nearest, short caption, dense caption)
+CAPTIONS = {  # name: (the nearest ImageNet class, short caption, dense caption)
     "astronaut": (
         "n04266014",
         "portrait of an astronaut",
         "A smiling woman with short dark hair sits in an orange space suit in front of an "
         "American flag and a model of a space shuttle; a bright studio portrait.",
-    ),  # noqa: E501
+    ),
     "chelsea": (
         "n02123045",
         "a ginger cat",
         "A close view of a ginger tabby cat with green eyes and white whiskers that looks past "
         "the camera, its fur sharp in soft light; a photograph.",
-    ),  # noqa: E501
+    ),
     "coffee": (
         "n07920052",
         "cup of coffee on a table",
         "A white cup of dark coffee stands on a saucer with a spoon on a brown wooden table, seen "
         "from above in warm light; a photograph.",
-    ),  # noqa: E501
+    ),
     "rocket": (
         "n04008634",
         "a rocket on its launch pad",
         "A tall white rocket stands upright on its launch pad beside a steel tower under a wide "
         "evening sky with thin clouds; a photograph.",
-    ),  # noqa: E501
+    ),
     "hubble_deep_field": (
         "n04044716",
         "galaxies in the deep field",
         "Hundreds of small galaxies and a few bright stars, yellow, blue and red, lie scattered "
         "over a black sky; an image of a space telescope.",
-    ),  # noqa: E501
+    ),
     "retina": (
         "n03249569",
         "retina of an eye",
         "A round orange retina with a bright spot and a tree of dark red vessels lies on a black "
         "ground; a medical photograph.",
-    ),  # noqa: E501
+    ),
     "motorcycle_left": (
         "n03791053",
         "motorcycle in a garage",
         "A red motorcycle stands on the floor of a workshop among tools, boxes and a shelf, lit "
         "by daylight from the side; a photograph.",
-    ),  # noqa: E501
+    ),
     "ihc": (
         "n03733281",
         "stained tissue",
         "Pale tissue with round blue nuclei and brown stains in a lace of thin walls fills the "
         "frame; an image of a microscope.",
-    ),  # noqa: E501
+    ),
     "moon": (
         "n09193705",
         "surface of the moon",
         "Craters of many sizes cover a gray plain, each with a bright rim and a dark shadow on "
         "one side; a black and white photograph.",
-    ),  # noqa: E501
+    ),
     "camera": (
         "n04485082",
         "man with a camera",
         "A man in a dark coat looks into a camera on a tripod on a meadow, tall buildings in the "
         "haze behind him; a black and white photograph.",
-    ),  # noqa: E501
+    ),
     "coins": (
         "n03908714",
         "ancient coins",
         "Rows of worn ancient coins with faces and figures on them lie on a gray cloth; a black "
         "and white photograph from above.",
-    ),  # noqa: E501
+    ),
     "brick": (
         "n04326547",
         "a brick wall",
         "A wall of rough bricks in even rows with pale mortar between them fills the whole frame; "
         "a gray texture.",
-    ),  # noqa: E501
+    ),
     "grass": (
         "n12144580",
         "grass",
         "Thin blades of grass cross each other in every direction and fill the whole frame "
         "without a horizon; a gray texture.",
-    ),  # noqa: E501
+    ),
     "gravel": (
         "n09428293",
         "gravel",
         "Small round pebbles of many sizes lie close together and cast short shadows; a gray "
         "texture of gravel.",
-    ),  # noqa: E501
+    ),
     "china": (
         "n03781244",
         "chinese palace",
         "A Chinese palace with a curved roof, red columns and carved stone stairs stands behind "
         "green trees under a pale sky; a photograph.",
-    ),  # noqa: E501
+    ),
     "flower": (
         "n11939491",
         "a red flower",
         "A large orange and red flower with pointed petals opens in front of dark green leaves; a "
         "close photograph with a soft ground.",
-    ),  # noqa: E501
+    ),
 }
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """Name → uint8 [h, w, 3] or [h, w]."""
+    """Return the photographs by name, uint8 [h, w, 3] or [h, w]."""
     import skimage
     import sklearn.datasets
 
@@ -139,7 +135,7 @@ def photographs() -> dict[str, np.ndarray]:
         for path in folder.iterdir()
         if path.suffix in (".png", ".jpg")
     }
-    return {name: np.asarray(Image.open(files[name])) for name in PICTURES}
+    return {name: np.asarray(Image.open(files[name])) for name in CAPTIONS}
 
 
 def crops(
@@ -149,15 +145,15 @@ def crops(
     ratios: tuple[float, float],
     longest: int = 384,
 ):
-    """(name, JPEG bytes, (height, width)) of ``count`` crops; height / width between ``ratios``."""
+    """Yield ``count`` crops: (name, JPEG, (height, width)), with height / width in ``ratios``."""
     random, names = np.random.default_rng(seed), list(pictures)
     for number in range(count):
         name = names[number % len(names)]
         picture = pictures[name]
         ratio = np.exp(random.uniform(*np.log(ratios)))
         height, width = picture.shape[:2]
-        whole = min(height, width * ratio)  # the tallest crop of this ratio
-        tall = whole * random.uniform(0.6, 1.0)
+        tallest = min(height, width * ratio)  # of a crop with this ratio
+        tall = tallest * random.uniform(0.6, 1.0)
         tall, wide = max(1, round(tall)), max(1, round(tall / ratio))
         top, left = random.integers(0, height - tall + 1), random.integers(0, width - wide + 1)
         crop = Image.fromarray(picture[top : top + tall, left : left + wide])
@@ -171,12 +167,11 @@ def crops(
 
 
 def write_imagenet(pictures, count: int, folder: Path) -> None:
-    """The two archives of ImageNet, as they are downloaded: a tar of one tar a class, and a tar of
-    validation pictures."""
+    """Write ImageNet's two archives: a tar of one tar per class, and a tar of validation images."""
     folder.mkdir(parents=True)
     classes: dict[str, list[tuple[str, bytes]]] = {}
     for number, (name, data, _) in enumerate(crops(pictures, count, 0, (0.6, 1.6))):
-        wordnet = PICTURES[name][0]
+        wordnet = CAPTIONS[name][0]
         classes.setdefault(wordnet, []).append((f"{wordnet}_{number}.JPEG", data))
     inner = {f"{wordnet}.tar": _tar(files) for wordnet, files in classes.items()}
     (folder / "ILSVRC2012_img_train.tar").write_bytes(_tar(inner.items()))
@@ -187,7 +182,7 @@ def write_imagenet(pictures, count: int, folder: Path) -> None:
 
 
 def _tar(files) -> bytes:
-    """(name, bytes) … as the bytes of a tar."""
+    """Return a tar of the (name, content) pairs."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as tar:
         for name, content in files:
@@ -198,7 +193,7 @@ def _tar(files) -> bytes:
 
 
 def write_sam(pictures, count: int, folder: Path) -> None:
-    """partition/part0.txt names the pictures of images/. SAM has no captions."""
+    """Write images/ and partition/part0.txt, which lists them; SAM has no captions."""
     for name in ("partition", "images"):
         (folder / name).mkdir(parents=True)
     stems = []
@@ -209,13 +204,13 @@ def write_sam(pictures, count: int, folder: Path) -> None:
 
 
 def write_web(pictures, count: int, folder: Path, shard: int = 100) -> None:
-    """Tars of KEY.jpg, KEY.txt, KEY.dense.txt and KEY.json."""
+    """Write tars of KEY.jpg, KEY.txt, KEY.dense.txt and KEY.json."""
     folder.mkdir(parents=True)
     made = list(crops(pictures, count, 3, (0.3, 3.3)))
     for first in range(0, count, shard):
         files = []
         for number, (name, data, (height, width)) in enumerate(made[first : first + shard]):
-            key, (_, short, dense) = f"{first // shard:05d}{number:04d}", PICTURES[name]
+            key, (_, short, dense) = f"{first // shard:05d}{number:04d}", CAPTIONS[name]
             about = {
                 "caption": short,
                 "url": f"photographs/{name}",
@@ -239,16 +234,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=int, default=240, help="in each of the three")
+    parser.add_argument("--pictures", type=int, default=240, help="images in each layout")
     arguments = parser.parse_args()
     if arguments.out.exists():
-        raise SystemExit(f"error: {arguments.out} is there already; name a new folder")
+        raise SystemExit(f"error: {arguments.out} exists; choose a new folder")
     pictures = photographs()
     write_imagenet(pictures, arguments.pictures, arguments.out / "tfds" / "downloads" / "manual")
     write_sam(pictures, arguments.pictures, arguments.out / "sam")
     write_web(pictures, arguments.pictures, arguments.out / "web")
     print(
-        f"{arguments.pictures} pictures of {len(pictures)} photographs in each of "
+        f"{arguments.pictures} crops of {len(pictures)} photographs in each of "
         f"{arguments.out}/tfds, /sam and /web"
     )
 
