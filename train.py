@@ -46,7 +46,8 @@ def encode(source, *, frozen, **options) -> Path:
     import jax
 
     from pixart_jax.config import MeshConfig
-    from pixart_jax.encoding.encode import EncodeOptions, encode_dataset
+    from pixart_jax.encoding.encode import encode_dataset
+    from pixart_jax.encoding.options import EncodeOptions
     from pixart_jax.parallel.mesh import make_mesh
 
     text = (

@@ -19,7 +19,7 @@ COMMANDS = {
         "official .pth, DiT .pt or diffusers folder → a component folder",
     ),
     "encode": (
-        "pixart_jax.encoding.encode_command",
+        "pixart_jax.encoding.command",
         "images and captions → shards to train from; prompts → text states to draw from",
     ),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),

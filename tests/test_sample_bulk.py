@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pixart_jax import cli
-from pixart_jax.encoding import encode_command
+from pixart_jax.encoding import command as encode_command
 from pixart_jax.errors import UserError
 from pixart_jax.images import png_settings
 from pixart_jax.pipeline import drawings, memory, shares

@@ -1,25 +1,23 @@
-"""Pictures and captions → shards of latents' posterior and text states, made once so that training
-never waits.
+"""Images and captions → shards of latent posteriors and text states, made once before training.
 
-The work is cut into shards before it begins: the samples of each bucket in the source's order, so
-many a shard. A shard's batches, and so its bytes, depend on nothing but its samples; a shard that
-is finished is noted in progress/ and never made again. So an interrupted run, started again, ends
-with the very files of an uninterrupted one.
+The work is cut into shards before it begins: the samples of each bucket in the source's order,
+``shard_size`` per shard. A shard's batches, and so its bytes, depend on its samples alone. A
+finished shard has a note in progress/ and is never made again, so an interrupted run, started
+again, ends with the same files as an uninterrupted one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-import pathlib
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,44 +27,22 @@ from pixart_jax.data import bucket_chart, records
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.samples import assign_all
 from pixart_jax.data.sources import Source
-from pixart_jax.encoding.shard_encoder import CLEANING, ShardEncoder
+from pixart_jax.encoding.options import Bucket, EncodeOptions
+from pixart_jax.encoding.shards import CLEANING, ShardEncoder
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.files import cache_folder
+from pixart_jax.files import cache_folder, locked, write_json, write_text
 from pixart_jax.pipeline.encoder_identity import component_identity, made_from, tokenizer_identity
 
-FAULTS = "faults.jsonl"  # every sample that was left out, beside the manifest
+FAULTS = "faults.jsonl"  # every skipped sample, beside the manifest
 _PROGRESS = "progress"  # notes of finished shards, until the manifest holds them
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodeOptions:
-    """buckets: (height, width) in px. captions: the kinds to encode, none for no text. shard_size:
-    records a shard, which is also what a kill can cost. batch_size: pictures that a device encodes
-    at once. flip: each picture mirrored too, as a second posterior of its record. strict: stop at
-    the first sample that cannot be encoded instead of naming and counting it."""
-
-    buckets: tuple[tuple[int, int], ...]
-    captions: tuple[str, ...] = ()
-    max_text_tokens: int = 120
-    batch_size: int = 32
-    shard_size: int = 1024
-    flip: bool = False
-    strict: bool = False
-
-    def __post_init__(self):
-        for field in ("max_text_tokens", "batch_size", "shard_size"):
-            if getattr(self, field) < 1:
-                raise UserError(
-                    f"{field.replace('_', ' ')} {getattr(self, field)}: must be at least 1"
-                )
-
-
-@dataclasses.dataclass(frozen=True)
 class ShardJob:
-    """A shard to be made."""
+    """A shard to encode: the samples ``indices`` of the source."""
 
     file: str
-    bucket: tuple[int, int]
+    bucket: Bucket
     indices: np.ndarray
 
 
@@ -78,10 +54,8 @@ def identity(
         raise UserError("captions are to be encoded, but there is no text encoder or no tokenizer")
     for kind in options.captions:
         if kind not in source.caption_kinds:
-            raise UserError(
-                f"{source.name} has no captions of kind "
-                f"{kind!r}{nearest(kind, source.caption_kinds)}"
-            )
+            close = nearest(kind, source.caption_kinds)
+            raise UserError(f"{source.name} has no captions of kind {kind!r}{close}")
     made = {
         "source": source.name,
         "samples": source.fingerprint,
@@ -102,17 +76,12 @@ def identity(
     return made
 
 
-def default_folder(made: Mapping[str, str]) -> pathlib.Path:
-    """Where shards of an identity go when nobody says: a folder of the cache that no other set or
-    encoder shares."""
-    digest = hashlib.sha256(
-        json.dumps({k: v for k, v in made.items() if k != "shard_size"}, sort_keys=True).encode()
-    ).hexdigest()
-    return (
-        cache_folder()
-        / "encoded"
-        / f"{made['source'].replace(':', '-').replace('/', '-')}-{digest[:16]}"
-    )
+def default_folder(made: Mapping[str, str]) -> Path:
+    """The cache folder of an identity, which no other set or encoder shares."""
+    fields = {name: value for name, value in made.items() if name != "shard_size"}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    name = made["source"].replace(":", "-").replace("/", "-")
+    return cache_folder() / "encoded" / f"{name}-{digest[:16]}"
 
 
 def encode_dataset(
@@ -123,155 +92,109 @@ def encode_dataset(
     text_encoder=None,
     tokenizer=None,
     folder: str | os.PathLike | None = None,
-    folders: Mapping[str, pathlib.Path] | None = None,
+    folders: Mapping[str, Path] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
-) -> pathlib.Path:
-    """The folder of the source's encoded shards: made where absent, finished where begun, verified
-    where present.
+) -> Path:
+    """Return the folder of the source's encoded shards; encode what is missing there.
 
     vae: .encode(images [b, h, w, 3] in [−1, 1]) → (mean, std). text_encoder: .apply(ids [b, l],
-    lengths [b]) → [b, l, c].
-    folders: what they were opened from, by 'vae', 'text_encoder' and 'tokenizer': a reader can tell
-    them by their files then.
-    mesh: of this process's own devices, all of which encode (None: the first alone). Each of
-    process_count processes (JAX's own by default) makes its share of the shards; all return when
-    all are there. Raises UserError where the folder holds shards of another identity, or a damaged
-    one, or where processes do not share it.
+    lengths [b]) → [b, l, c]. folders: where 'vae', 'text_encoder' and 'tokenizer' were opened from,
+    noted in the manifest so that readers can compare files instead of weights. mesh: of this
+    process's own devices (None: the first alone). Each of process_count processes (by default
+    JAX's) encodes its share of the shards; all return when all shards are there. Raises UserError
+    where the folder holds shards of another identity or a damaged one, or where the processes do
+    not share it.
     """
     if process_index is None or process_count is None:
         process_index, process_count = jax.process_index(), jax.process_count()
     made = identity(source, options, vae, text_encoder, tokenizer)
-    folder = pathlib.Path(folder) if folder else default_folder(made)
+    folder = Path(folder) if folder else default_folder(made)
     notes = folder / _PROGRESS
     finished = _finished(folder, made)
-    if (folder / records.MANIFEST).exists() and len(finished) == len(
-        records.Manifest.read(folder).shards
-    ):
-        if process_index == 0:
-            # of a run that was killed between the manifest and its end
+    manifest = folder / records.MANIFEST
+    if manifest.exists() and len(finished) == len(records.Manifest.read(folder).shards):
+        if process_index == 0:  # of a run that was killed between the manifest and its end
             shutil.rmtree(notes, ignore_errors=True)
         return folder
 
+    dtypes = {"vae": vae, "text_encoder": text_encoder}
+    dtypes = {part: str(one.dtype) for part, one in dtypes.items() if hasattr(one, "dtype")}
+    encoder = ShardEncoder(source, options, vae, text_encoder, tokenizer, mesh)
+    run = _Run(folder, made, made_from(folders or {}, dtypes), source, options, encoder, progress)
     notes.mkdir(parents=True, exist_ok=True)
-    with _alone(notes / f"process-{process_index}"):
-        job = _Job(folder, made, _made_from(folders or {}, vae, text_encoder), source, options)
-        encoder = ShardEncoder(
-            source,
-            options.captions,
-            options.max_text_tokens,
-            options.batch_size,
-            vae,
-            text_encoder,
-            tokenizer,
-            flip=options.flip,
-            mesh=mesh,
-            strict=options.strict,
-        )
-        return job.run(encoder, process_index, process_count, progress)
-
-
-def _made_from(folders: Mapping[str, pathlib.Path], vae, text_encoder) -> dict[str, dict[str, str]]:
-    dtypes = {
-        part: str(encoder.dtype)
-        for part, encoder in (("vae", vae), ("text_encoder", text_encoder))
-        if hasattr(encoder, "dtype")
-    }
-    return made_from(folders, dtypes)
-
-
-@contextlib.contextmanager
-def _alone(mark: pathlib.Path):
-    """Hold a process's mark: of two runs that encode one set into one folder, the second waits for
-    the first, and then finds its shards made."""
-    with open(mark, "w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"another run encodes into {mark.parent.parent}; waiting for it")
-            fcntl.flock(held, fcntl.LOCK_EX)
-        yield
+    wait = lambda: tqdm.write(f"another run encodes into {folder}; waiting for it")  # noqa: E731
+    with locked(notes / f"process-{process_index}", on_wait=wait):
+        run.encode(process_index, process_count)
+    return folder
 
 
 @dataclasses.dataclass
-class _Job:
-    """The shards that :func:`ensure` finds missing, once no other run is at them."""
+class _Run:
+    """A run that encodes missing shards into its folder."""
 
-    folder: pathlib.Path
+    folder: Path
     made: Mapping[str, str]
     made_from: Mapping[str, Mapping[str, str]]
     source: Source
     options: EncodeOptions
+    encoder: ShardEncoder
+    progress: bool
 
-    @property
-    def notes(self) -> pathlib.Path:
-        return self.folder / _PROGRESS
-
-    def run(
-        self, encoder: ShardEncoder, process_index: int, process_count: int, progress: bool
-    ) -> pathlib.Path:
-        """Make this process's share, and wait for the others'."""
-        self.notes.mkdir(parents=True, exist_ok=True)  # gone, where another run has just finished
+    def encode(self, process_index: int, process_count: int) -> None:
+        """Encode this process's share, and wait for the others'."""
+        notes = self.folder / _PROGRESS
+        notes.mkdir(parents=True, exist_ok=True)  # removed where another run has just finished
         finished = _finished(self.folder, self.made)
-        if not (self.notes / "identity.json").exists():
-            records.write_json(self.notes / "identity.json", self.made)
-        _meet(self.folder, process_index, process_count)
-        work = plan(self.source, self.options)
-        mine = [shard for shard in work[process_index::process_count] if shard.file not in finished]
-        others = {
-            shard.file: len(shard.indices) for shard in work if shard.file not in finished
-        } | {shard.file: 0 for shard in mine}
-        done = sum(len(shard.indices) for shard in work if shard.file in finished)
+        if not (notes / "identity.json").exists():
+            _write_json(notes / "identity.json", self.made)
+        wait_for_processes(self.folder, process_index, process_count)
+        jobs = plan(self.source, self.options)
+        mine = [job for job in jobs[process_index::process_count] if job.file not in finished]
+        others = {job.file: len(job.indices) for job in jobs if job.file not in finished}
+        for job in mine:
+            del others[job.file]
         bar = tqdm(
             total=len(self.source),
-            initial=done,
+            initial=sum(len(job.indices) for job in jobs if job.file in finished),
             unit=" images",
             desc="encoding",
-            disable=not progress or process_index > 0,
+            disable=not self.progress or process_index > 0,
         )
+
+        def count_others() -> None:
+            for file in [file for file in others if (notes / f"{file}.json").exists()]:
+                bar.update(others.pop(file))
+
         with bar:
-            for shard in mine:
-                note = self._shard(encoder, shard, bar)
-                records.write_json(self.notes / f"{shard.file}.json", dataclasses.asdict(note))
-                finished[shard.file] = note
-                self._tell_others(others, bar)
-            if process_index == 0:
-                while len(finished) < len(work):  # the last shards of the other processes
-                    time.sleep(1)
-                    finished = _finished(self.folder, self.made)
-                    self._tell_others(others, bar)
+            for job in mine:
+                finished[job.file] = self._encode_shard(job, bar)
+                _write_json(notes / f"{job.file}.json", dataclasses.asdict(finished[job.file]))
+                count_others()
+            while process_index == 0 and len(finished) < len(jobs):
+                time.sleep(1)
+                finished = _finished(self.folder, self.made)
+                count_others()
         if process_index == 0:
-            self._conclude([finished[shard.file] for shard in work], progress)
+            self._write_manifest([finished[job.file] for job in jobs])
+            shutil.rmtree(notes, ignore_errors=True)
         while not (self.folder / records.MANIFEST).exists():
             time.sleep(1)
-        return self.folder
 
-    def _tell_others(self, others: dict[str, int], bar: tqdm) -> None:
-        """Count what other processes have finished since they were last asked, so that the bar is
-        that of all."""
-        for file in [
-            file
-            for file, count in others.items()
-            if count and (self.notes / f"{file}.json").exists()
-        ]:
-            bar.update(others.pop(file))
-
-    def _shard(self, encoder: ShardEncoder, work: ShardJob, bar: tqdm) -> records.Shard:
-        """Make one shard."""
+    def _encode_shard(self, job: ShardJob, bar: tqdm) -> records.Shard:
         longest: dict[str, int] = dict.fromkeys(self.options.captions, 0)
         skipped: list[tuple[str, str]] = []
         lacking: dict[str, list[int]] = {}
 
-        def left_out(key: str, reason: str) -> None:
+        def on_skip(key: str, reason: str) -> None:
             skipped.append((key, reason))
             bar.write(f"left out: {key}: {reason}", file=sys.stderr)
 
-        def packed() -> Iterator[bytes]:
-            for place, (record, tokens) in enumerate(
-                encoder.records(work.indices, work.bucket, left_out, bar.update)
-            ):
+        def encoded() -> Iterator[bytes]:
+            found = self.encoder.records(job.indices, job.bucket, on_skip, bar.update)
+            for place, (record, tokens) in enumerate(found):
                 for kind in self.options.captions:
                     if kind in tokens:
                         longest[kind] = max(longest[kind], tokens[kind])
@@ -279,46 +202,39 @@ class _Job:
                         lacking.setdefault(kind, []).append(place)
                 yield record
 
-        path = self.folder / work.file
-        count = records.write_shard(path, packed())
-        without = {kind: tuple(places) for kind, places in lacking.items()}
+        path = self.folder / job.file
+        count = records.write_shard(path, encoded())
         return records.Shard(
-            work.file,
-            work.bucket,
-            count,
-            path.stat().st_size,
-            records.sha256(path),
-            longest,
-            tuple(skipped),
-            without,
+            file=job.file,
+            bucket=job.bucket,
+            count=count,
+            bytes=path.stat().st_size,
+            sha256=records.sha256(path),
+            longest=longest,
+            skipped=tuple(skipped),
+            lacking={kind: tuple(places) for kind, places in lacking.items()},
         )
 
-    def _conclude(self, shards: Sequence[records.Shard], progress: bool) -> None:
-        """The faults, the picture of the buckets, and, last, the manifest that makes them a set."""
+    def _write_manifest(self, shards: Sequence[records.Shard]) -> None:
+        """Write the skipped samples, the chart of the buckets and, last, the manifest."""
         manifest = records.Manifest(self.made, tuple(shards), self.made_from)
-        faults = faults_of(manifest, self.source)
-        lines = [
-            json.dumps(dataclasses.asdict(fault), ensure_ascii=False) + "\n" for fault in faults
-        ]
+        faults = skipped_samples(manifest, self.source)
+        lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in faults]
         if lines:
-            records.write_text(self.folder / FAULTS, "".join(lines))
+            write_text(self.folder / FAULTS, "".join(lines))
         else:
             (self.folder / FAULTS).unlink(missing_ok=True)
-        bucket_chart.write(
-            self.folder / bucket_chart.BUCKETS_PNG,
-            dict.fromkeys(self.options.buckets, 0) | manifest.by_bucket,
-            "encoded",
-        )
+        counts = dict.fromkeys(self.options.buckets, 0) | manifest.by_bucket
+        bucket_chart.write(self.folder / bucket_chart.BUCKETS_PNG, counts, "encoded")
         manifest.write(self.folder)
-        shutil.rmtree(self.notes, ignore_errors=True)
-        for left in self.folder.glob(".*.partial*"):  # of a run that was killed
+        for left in self.folder.glob(".*.part*"):  # temporary files of a run that was killed
             left.unlink(missing_ok=True)
-        if faults and progress:
+        if faults and self.progress:
             tqdm.write(f"{faults.summary()}; {self.folder / FAULTS} names them", file=sys.stderr)
 
 
-def faults_of(manifest: records.Manifest, source: Source | None = None) -> BadRecords:
-    """What was left out: by the source when it was opened, and by the encoder."""
+def skipped_samples(manifest: records.Manifest, source: Source | None = None) -> BadRecords:
+    """The samples that the source skipped when it was opened, and those that the encoder did."""
     faults = BadRecords()
     faults.extend(getattr(source, "faults", ()))
     for key, reason in manifest.skipped:
@@ -327,32 +243,27 @@ def faults_of(manifest: records.Manifest, source: Source | None = None) -> BadRe
     return faults
 
 
-def _meet(
-    folder: pathlib.Path, process_index: int, process_count: int, patience: float = 120
-) -> None:
-    """Wait until every process has been seen in the folder: on a disk of its own, each would wait
-    for the others' shards for ever."""
+def wait_for_processes(folder: Path, index: int, count: int, timeout: float = 120) -> None:
+    """Wait until every process has been seen in the folder: with a disk of its own, each would wait
+    forever for the others' shards. Raises UserError after ``timeout`` seconds."""
     notes = folder / _PROGRESS
-    (notes / f"process-{process_index}").touch()
-    deadline = time.monotonic() + patience
-    while not all((notes / f"process-{i}").exists() for i in range(process_count)):
-        # the others are done: nothing was left for this one
-        if (folder / records.MANIFEST).exists():
+    (notes / f"process-{index}").touch()
+    deadline = time.monotonic() + timeout
+    while not all((notes / f"process-{i}").exists() for i in range(count)):
+        if (folder / records.MANIFEST).exists():  # the others are done, nothing was left to do
             return
         if time.monotonic() > deadline:
             raise UserError(
-                f"{folder} is not shared by all {process_count} processes: let $PIXART_JAX_CACHE "
-                "name a folder on a shared disk"
+                f"{folder} is not shared by all {count} processes: let $PIXART_JAX_CACHE name a "
+                "folder on a shared disk"
             )
         time.sleep(0.2)
 
 
-def _finished(folder: pathlib.Path, made: Mapping[str, str]) -> dict[str, records.Shard]:
-    """File → note of every shard that is there, by the manifest and by the notes of a run that is
-    not at its end.
+def _finished(folder: Path, made: Mapping[str, str]) -> dict[str, records.Shard]:
+    """Finished shards by file, from the manifest and from the notes of an unfinished run.
 
-    A file that is gone will be made again; one that is cut short is a damage that its owner must
-    know of.
+    A file that is gone is made again; one of another size raises UserError.
     """
     shards: list[records.Shard] = []
     notes = folder / _PROGRESS
@@ -360,18 +271,13 @@ def _finished(folder: pathlib.Path, made: Mapping[str, str]) -> dict[str, record
         manifest = records.Manifest.read(folder)
         shards += manifest.shards
         complete = all((folder / shard.file).exists() for shard in shards)
-        # How a set was cut into shards matters only to whoever is to make one of them anew.
-        records.check_identity(
-            folder,
-            manifest.identity,
-            {k: v for k, v in made.items() if k != "shard_size" or not complete},
-        )
+        # The size of shards matters only where one of them has to be made again.
+        expected = {k: v for k, v in made.items() if k != "shard_size" or not complete}
+        records.check_identity(folder, manifest.identity, expected)
     if (notes / "identity.json").exists():
         records.check_identity(folder, json.loads((notes / "identity.json").read_text()), made)
-        shards += [
-            records.Shard.from_json(json.loads(note.read_text()))
-            for note in sorted(notes.glob("*.array_record.json"))
-        ]
+        for note in sorted(notes.glob("*.array_record.json")):
+            shards.append(records.Shard.from_json(json.loads(note.read_text())))
     elif not shards and any(folder.glob("*.array_record")):
         raise UserError(
             f"{folder} holds shards, but nothing says what they were made with: give another folder"
@@ -388,13 +294,17 @@ def _finished(folder: pathlib.Path, made: Mapping[str, str]) -> dict[str, record
 
 def plan(source: Source, options: EncodeOptions) -> list[ShardJob]:
     """All shards, bucket by bucket in the source's order."""
-    bucket_of = assign_all(source.sizes(), options.buckets)
-    # an unreadable image belongs to a shard too: the one that will name it
-    bucket_of = np.maximum(bucket_of, 0)
-    work = []
-    for number, bucket in enumerate(options.buckets):
+    # an unreadable image belongs to a shard too, which then names it
+    bucket_of = np.maximum(assign_all(source.sizes(), options.buckets), 0)
+    jobs: list[ShardJob] = []
+    for number, (height, width) in enumerate(options.buckets):
         members = np.flatnonzero(bucket_of == number)
         for start in range(0, len(members), options.shard_size):
-            name = f"{len(work):05d}-{bucket[0]}x{bucket[1]}.array_record"
-            work.append(ShardJob(name, tuple(bucket), members[start : start + options.shard_size]))
-    return work
+            name = f"{len(jobs):05d}-{height}x{width}.array_record"
+            part = members[start : start + options.shard_size]
+            jobs.append(ShardJob(name, (height, width), part))
+    return jobs
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_json(path, value, indent=1, sort_keys=True)

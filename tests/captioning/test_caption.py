@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
 from captioning import tiny_vlms, written_captions
 from PIL import Image
 
-from pixart_jax.captioning import caption_prompts
-from pixart_jax.captioning.caption import CaptionOptions, rows
-from pixart_jax.captioning.caption_guards import failed_checks
-from pixart_jax.captioning.vision_language import (
+from pixart_jax.captioning import prompts
+from pixart_jax.captioning.guards import failed_checks
+from pixart_jax.captioning.model import (
+    GumbelNoise,
     VisionLanguageModel,
     check,
+    check_engines,
     identity,
     resize,
     seed_of,
 )
+from pixart_jax.captioning.worker import CaptionOptions, caption_samples
 from pixart_jax.data.sources import Sample
 from pixart_jax.errors import UserError
 
@@ -49,13 +52,15 @@ def model(request, tmp_path_factory):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_caption_is_the_same_in_a_batch_as_alone(model, temperature):
     seeds = [seed_of(0, f"p{i}") for i in range(4)]
-    together = model.say(PICTURES, PROMPTS, seeds, temperature=temperature, most=20)
+    together = model.generate(PICTURES, PROMPTS, seeds, temperature=temperature, max_new_tokens=20)
     alone = [
-        model.say([PICTURES[i]], [PROMPTS[i]], [seeds[i]], temperature=temperature, most=20)[0]
+        model.generate(
+            [PICTURES[i]], [PROMPTS[i]], [seeds[i]], temperature=temperature, max_new_tokens=20
+        )[0]
         for i in range(4)
     ]
-    turned = model.say(
-        PICTURES[::-1], PROMPTS[::-1], seeds[::-1], temperature=temperature, most=20
+    turned = model.generate(
+        PICTURES[::-1], PROMPTS[::-1], seeds[::-1], temperature=temperature, max_new_tokens=20
     )[::-1]
     assert together == alone == turned
     assert len({said.text for said in alone}) > 2  # they do not all say one thing
@@ -72,20 +77,21 @@ def test_the_padding_is_on_the_left_and_masked(model):
 
 
 def test_a_caption_depends_on_the_picture_and_on_the_seed(model):
-    said = {model.say([p], ["a dog"], [1], temperature=0, most=20)[0].text for p in PICTURES}
+    said = {
+        model.generate([p], ["a dog"], [1], temperature=0, max_new_tokens=20)[0].text
+        for p in PICTURES
+    }
     assert len(said) > 1
     drawn = {
-        model.say(PICTURES[:1], ["a dog"], [seed], temperature=2.0, most=20)[0].text
+        model.generate(PICTURES[:1], ["a dog"], [seed], temperature=2.0, max_new_tokens=20)[0].text
         for seed in range(4)
     }
     assert len(drawn) > 2
 
 
 def test_draws_are_from_the_softmax_of_the_logits_over_the_temperature():
-    from pixart_jax.captioning.vision_language import _Gumbel
-
     scores = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
-    draw = _Gumbel(0.7, [3] * 1, torch.device("cpu"))
+    draw = GumbelNoise(0.7, [3] * 1, torch.device("cpu"))
     counts = (
         np.bincount([int(draw(None, scores).argmax()) for _ in range(20_000)], minlength=4) / 20_000
     )
@@ -93,33 +99,35 @@ def test_draws_are_from_the_softmax_of_the_logits_over_the_temperature():
 
 
 def test_finish_says_whether_the_end_mark_or_the_limit_ended_it(model):
-    for said in model.say(PICTURES, PROMPTS, [1, 2, 3, 4], temperature=1.0, most=40):
+    for said in model.generate(PICTURES, PROMPTS, [1, 2, 3, 4], temperature=1.0, max_new_tokens=40):
         assert said.finish in ("stop", "length") and (said.tokens == 40) == (
             said.finish == "length"
         )
-    (cut,) = model.say(PICTURES[:1], PROMPTS[:1], [0], temperature=0, most=1)
+    (cut,) = model.generate(PICTURES[:1], PROMPTS[:1], [0], temperature=0, max_new_tokens=1)
     assert cut.tokens <= 1
 
 
 def test_a_processor_without_a_chat_template_gets_llava_s_plain_form(tmp_path):
     plain = VisionLanguageModel(str(tiny_vlms.llava(tmp_path / "plain", chat_template=False)))
     assert plain.conversation("what is it") == "USER: <image>\nwhat is it ASSISTANT:"
-    assert len(plain.say(PICTURES[:2], PROMPTS[:2], [0, 1], temperature=0, most=5)) == 2
+    assert (
+        len(plain.generate(PICTURES[:2], PROMPTS[:2], [0, 1], temperature=0, max_new_tokens=5)) == 2
+    )
 
 
 def test_a_raw_caption_cannot_write_the_models_marks(model):
     raw = f"two dogs {model.image_mark}{model.image_mark}\x00\n</s> <image> in a car"
-    text = caption_prompts.fill(caption_prompts.template("paper", True), raw, model.special)
+    text = prompts.fill(prompts.template("paper", True), raw, model.special)
     assert "'two dogs in a car'" in text
-    assert len(model.say(PICTURES[:1], [text], [0], temperature=0, most=4)) == 1
+    assert len(model.generate(PICTURES[:1], [text], [0], temperature=0, max_new_tokens=4)) == 1
 
 
 def test_the_prompts_are_the_papers():
     assert (
-        caption_prompts.template("paper", False)
+        prompts.template("paper", False)
         == "Describe this image and its style in a very detailed manner"
     )
-    asked = caption_prompts.fill(caption_prompts.template("paper", True), "a dog")
+    asked = prompts.fill(prompts.template("paper", True), "a dog")
     assert (
         asked
         == "Give the caption of this image 'a dog', describe this image and its style in a very "
@@ -160,8 +168,8 @@ def test_pictures_are_resized_as_the_official_script_does():
         ("a red circle", "stop", ()),
         ("", "stop", ("empty",)),
         (" ,.! ", "stop", ("empty",)),
-        (written_captions.SAID[2][0], "length", ("truncated",)),
-        (written_captions.SAID[5][0], "stop", ("unfinished",)),
+        (written_captions.CAPTIONS[2][0], "length", ("truncated",)),
+        (written_captions.CAPTIONS[5][0], "stop", ("unfinished",)),
         (written_captions.LOOP, "length", ("truncated", "repeating")),
         ("The the the the the the the the the dog.", "stop", ("repeating",)),
         ("dog dog dog", "stop", ("repeating",)),
@@ -191,7 +199,7 @@ def _samples(reds):
 def test_a_bad_caption_is_drawn_again_warmer_and_then_left_out():
     stub = written_captions.Written()
     options = CaptionOptions("written", temperature=0.2, retries=2)
-    found = rows(stub, [10, 11, 12, 13], _samples([0, 1, 3, 4]), options)
+    found = caption_samples(stub, [10, 11, 12, 13], _samples([0, 1, 3, 4]), options)
     assert [calls for calls, _ in stub.calls] == [[0, 1, 3, 4], [1, 3, 4], [3]]
     assert [temperature for _, temperature in stub.calls] == pytest.approx([0.2, 0.5, 0.8])
     assert [row["index"] for row in found] == [10, 11, 12, 13]
@@ -209,7 +217,9 @@ def test_a_bad_caption_is_drawn_again_warmer_and_then_left_out():
 @pytest.mark.parametrize(("action", "left_out"), [("drop", True), ("keep", False)])
 def test_a_bad_caption_is_left_out_or_kept_as_asked(action, left_out):
     stub = written_captions.Written()
-    (row,) = rows(stub, [0], _samples([1]), CaptionOptions("written", guard_action=action))
+    (row,) = caption_samples(
+        stub, [0], _samples([1]), CaptionOptions("written", guard_action=action)
+    )
     assert len(stub.calls) == 1 and ("left_out" in row) == left_out and row["guards"] == ["empty"]
 
 
@@ -222,7 +232,7 @@ def test_what_cannot_be_captioned_is_named_and_the_rest_goes_on():
     samples[3] = UserError("a.tar, 000123: the record cannot be read")
     samples[4] = Sample("silent", written_captions.png(0), {"txt": (" ",)})
     samples[5] = Sample("long", written_captions.png(0), {"txt": ("word " * 2_000_000,)})
-    found = rows(
+    found = caption_samples(
         written_captions.Written(), range(6), samples, CaptionOptions("written", raw_caption="txt")
     )
     kinds = [row.get("left_out", [""])[0] for row in found]
@@ -260,10 +270,6 @@ def test_a_model_folder_that_is_not_there_is_one_line(tmp_path):
 
 
 def test_without_ray_or_torch_the_line_says_how_to_get_them(monkeypatch):
-    import sys
-
-    from pixart_jax.captioning.vision_language import check_engines
-
     check_engines()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(

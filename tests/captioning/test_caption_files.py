@@ -1,4 +1,4 @@
-"""The journal of a captioning run, and the ways its captions leave it."""
+"""The log of a captioning run, and the export of its captions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import tarfile
 
 import pytest
 
-from pixart_jax.captioning import caption_export
-from pixart_jax.captioning.caption_files import CaptionLog, read_manifest
+from pixart_jax.captioning import export
+from pixart_jax.captioning.log import open_log, read_manifest
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.errors import Notice, UserError
 
@@ -20,14 +20,9 @@ def row(index: int, **more) -> dict:
     return {"index": index, "key": f"k{index}", "caption": f"caption {index}", **more}
 
 
-def journal(path, count=5, identity=IDENTITY, fingerprint="f", keys=None):
-    return CaptionLog(
-        path / "c.jsonl",
-        identity,
-        count,
-        fingerprint,
-        lambda: keys or {f"k{i}": i for i in range(count)},
-    )
+def log(path, count=5, identity=IDENTITY, fingerprint="f", keys=None):
+    numbers = keys or {f"k{i}": i for i in range(count)}
+    return open_log(path / "c.jsonl", identity, count, fingerprint, lambda: numbers)
 
 
 def lines(file):
@@ -35,7 +30,7 @@ def lines(file):
 
 
 def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(tmp_path):
-    with journal(tmp_path) as made:
+    with log(tmp_path) as made:
         made.append(
             [row(3), row(1), {"index": 2, "key": "k2", "left_out": ["unreadable image", "cut"]}]
         )
@@ -50,17 +45,17 @@ def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(t
     ]
     assert read_manifest(tmp_path / "c.manifest.json")["captions"] == 4
     assert not (tmp_path / "c.jsonl.partial").exists()
-    with journal(tmp_path) as again:
+    with log(tmp_path) as again:
         assert again.finished
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30, 80, 10_000])
 def test_a_journal_cut_at_any_byte_goes_on_with_what_was_whole(tmp_path, cut):
-    with journal(tmp_path) as made:
+    with log(tmp_path) as made:
         made.append([row(i) for i in range(3)])
     data = made.partial.read_bytes()
     made.partial.write_bytes(data[: max(0, len(data) - cut)])
-    with journal(tmp_path) as again:
+    with log(tmp_path) as again:
         assert (
             again.done.sum() == data[: max(0, len(data) - cut)].count(b"\n") - 1
             if cut < 10_000
@@ -71,66 +66,55 @@ def test_a_journal_cut_at_any_byte_goes_on_with_what_was_whole(tmp_path, cut):
     assert [r["key"] for r in lines(tmp_path / "c.jsonl")] == [f"k{i}" for i in range(5)]
 
 
-def test_a_damaged_line_is_named_and_its_picture_done_again(tmp_path):
-    with journal(tmp_path) as made:
+def test_a_damaged_line_is_named_and_nothing_is_changed(tmp_path):
+    with log(tmp_path) as made:
         made.append([row(i) for i in range(3)])
-    data = made.partial.read_bytes().replace(
-        b'"index": 1', b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
-    )
-    made.partial.write_bytes(data)
-    with pytest.warns(Notice, match="line 3, is damaged"), journal(tmp_path) as again:
-        assert again.done.tolist() == [True, False, True, False, False]
+    damaged = made.partial.read_bytes().replace(b'"index": 1', bytes(10))
+    made.partial.write_bytes(damaged)
+    with pytest.raises(UserError, match="line 3, is damaged"), log(tmp_path):
+        pass
+    assert made.partial.read_bytes() == damaged
 
 
-def test_captions_of_another_model_are_refused_whether_finished_or_not(tmp_path):
-    with journal(tmp_path) as made:
+@pytest.mark.parametrize("finished", [False, True])
+def test_captions_of_another_model_are_refused(tmp_path, finished):
+    with log(tmp_path) as made:
         made.append([row(i) for i in range(5)])
+        if finished:
+            made.finalize(lambda r: r, {})
     other = {"model": "b", "prompt": "paper"}
     with pytest.raises(UserError, match="written with another model 'a', now 'b'"):
-        journal(tmp_path, identity=other)
-    with journal(tmp_path) as made:
-        made.finalize(lambda r: r, {})
-    with pytest.raises(UserError, match="written with another model 'a', now 'b'"):
-        journal(tmp_path, identity=other)
+        log(tmp_path, identity=other).__enter__()
 
 
-def test_a_file_of_somebody_else_is_not_overwritten(tmp_path):
+def test_a_foreign_file_is_not_overwritten_and_two_runs_do_not_write_one(tmp_path):
     (tmp_path / "c.jsonl").write_text("mine\n")
     with pytest.raises(UserError, match="was not written by this command"):
-        journal(tmp_path)
+        log(tmp_path).__enter__()
     assert (tmp_path / "c.jsonl").read_text() == "mine\n"
-
-
-def test_two_runs_do_not_write_one_file(tmp_path):
-    with journal(tmp_path), pytest.raises(UserError, match="another run is writing it"):
-        journal(tmp_path)
+    (tmp_path / "c.jsonl").unlink()
+    with log(tmp_path), pytest.raises(UserError, match="another run is writing it"):
+        log(tmp_path).__enter__()
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_source_that_grew_keeps_its_captions_by_key(tmp_path, finished):
-    with journal(tmp_path) as made:
+def test_a_source_that_changed_keeps_its_captions_by_key(tmp_path, finished):
+    with log(tmp_path) as made:
         made.append([row(i) for i in range(5)])
         if finished:
             made.finalize(lambda r: r, {})
     # two pictures went, one came, the order is another
     keys = {"new": 0, "k1": 1, "k0": 2, "k4": 3}
-    with pytest.warns(
-        Notice, match="3 captions are kept, 2 captions belong to pictures that are gone"
-    ):
-        again = journal(tmp_path, 4, fingerprint="g", keys=keys)
-    with again:
+    notice = "3 captions are kept, 2 captions belong to pictures that are gone"
+    with pytest.warns(Notice, match=notice), log(tmp_path, 4, fingerprint="g", keys=keys) as again:
         assert again.done.tolist() == [False, True, True, True]
         again.append([{"index": 0, "key": "new", "caption": "new"}])
         again.finalize(lambda r: {"key": r["key"], "caption": r["caption"]}, {})
-    assert [r["caption"] for r in lines(tmp_path / "c.jsonl")] == [
-        "new",
-        "caption 1",
-        "caption 0",
-        "caption 4",
-    ]
+    found = [r["caption"] for r in lines(tmp_path / "c.jsonl")]
+    assert found == ["new", "caption 1", "caption 0", "caption 4"]
 
 
-# ---- out of the journal ----
+# ---- export ----
 
 
 def captions(tmp_path, texts: dict[str, str]):
@@ -138,7 +122,7 @@ def captions(tmp_path, texts: dict[str, str]):
     file.write_text(
         "".join(json.dumps({"key": key, "caption": text}) + "\n" for key, text in texts.items())
     )
-    return caption_export.CaptionsByKey(file)
+    return file
 
 
 def tar(path, names, sizes=None, form=tarfile.PAX_FORMAT):
@@ -167,10 +151,8 @@ def test_tars_get_a_member_a_sample_and_keep_theirs_byte_for_byte(tmp_path, form
     before = old.read_bytes()
     texts = {"000": "A dog.", "001": "Ünicode — 猫.", LONG: "Long. " * 300, "b/002": "A cat."}
     faults = BadRecords()
-    held = caption_export.to_tars(
-        captions(tmp_path, texts), [old], tmp_path / "out", "dense", faults
-    )
-    assert held == 4 and not len(faults) and old.read_bytes() == before
+    held = export.to_tars(captions(tmp_path, texts), [old], tmp_path / "out", "dense", faults)
+    assert held == (4, 4) and not len(faults) and old.read_bytes() == before
     with tarfile.open(old) as was, tarfile.open(tmp_path / "out" / "00000.tar") as now:
         names = now.getnames()
         assert names == [
@@ -196,20 +178,17 @@ def test_tars_get_a_member_a_sample_and_keep_theirs_byte_for_byte(tmp_path, form
     assert len((tmp_path / "out" / "00000.tar").read_bytes()) % tarfile.RECORDSIZE == 0
 
 
-def test_tars_in_place_are_the_same_after_a_second_time(tmp_path):
-    old = tar(tmp_path / "in" / "00000.tar", NAMES)
+def test_a_copy_is_complete_or_made_again_and_no_text_is_replaced(tmp_path):
+    old, out = tar(tmp_path / "in" / "00000.tar", NAMES), tmp_path / "out"
     found = captions(tmp_path, {"000": "A dog.", "001": "A cat."})
-    assert caption_export.to_tars(found, [old], None, "dense", BadRecords()) == 2
-    once = old.read_bytes()
-    assert caption_export.to_tars(found, [old], None, "dense", BadRecords()) == 2
-    assert old.read_bytes() == once and [file.name for file in old.parent.iterdir()] == [
-        "00000.tar"
-    ]
+    assert export.to_tars(found, [old], out, "dense", BadRecords()) == (2, 2)
+    made = (out / "00000.tar").stat()
+    assert export.to_tars(found, [old], out, "dense", BadRecords()) == (2, 2)
+    assert (out / "00000.tar").stat().st_mtime_ns == made.st_mtime_ns
+    assert [file.name for file in out.iterdir()] == ["00000.tar"]
+    other = captions(tmp_path, {"000": "A cow."})
     with pytest.raises(UserError, match="000.dense.txt that says something else"):
-        caption_export.to_tars(
-            captions(tmp_path, {"000": "A cow."}), [old], None, "dense", BadRecords()
-        )
-    assert old.read_bytes() == once
+        export.to_tars(other, [out / "00000.tar"], tmp_path / "twice", "dense", BadRecords())
 
 
 def test_a_tar_that_is_cut_is_named_and_keeps_what_is_before_the_cut(tmp_path):
@@ -219,7 +198,7 @@ def test_a_tar_that_is_cut_is_named_and_keeps_what_is_before_the_cut(tmp_path):
     old.write_bytes(old.read_bytes()[:inside])
     faults = BadRecords()
     found = captions(tmp_path, {"000": "A dog.", "001": "A cat."})
-    assert caption_export.to_tars(found, [old], tmp_path / "out", "dense", faults) == 1
+    assert export.to_tars(found, [old], tmp_path / "out", "dense", faults) == (1, 2)
     assert faults.counts == {"cut file": 1} and "001.jpg" in str(list(faults)[0])
     with tarfile.open(tmp_path / "out" / "00000.tar") as now:
         assert now.getnames() == [*NAMES[:3], "000.dense.txt"]
@@ -229,13 +208,11 @@ def test_a_compressed_tar_and_the_originals_folder_are_refused(tmp_path):
     old = tar(tmp_path / "in" / "00000.tar", NAMES)
     found = captions(tmp_path, {"000": "A dog."})
     with pytest.raises(UserError, match="the folder of the tars themselves"):
-        caption_export.to_tars(found, [old], tmp_path / "in", "dense", BadRecords())
+        export.to_tars(found, [old], tmp_path / "in", "dense", BadRecords())
     with tarfile.open(tmp_path / "in" / "z.tar", "w:gz") as out:
         out.addfile(tarfile.TarInfo("x.jpg"))
     with pytest.raises(UserError, match="no plain tar"):
-        caption_export.to_tars(
-            found, [tmp_path / "in" / "z.tar"], tmp_path / "out", "dense", BadRecords()
-        )
+        export.to_tars(found, [tmp_path / "in" / "z.tar"], tmp_path / "out", "dense", BadRecords())
 
 
 def test_a_key_that_two_tars_have_gets_its_own_caption_or_none(tmp_path):
@@ -244,7 +221,7 @@ def test_a_key_that_two_tars_have_gets_its_own_caption_or_none(tmp_path):
     ]
     # the picture in b could not be read
     found = captions(tmp_path, {"000": "In a.", "c/000": "In c."})
-    assert caption_export.to_tars(found, old, tmp_path / "out", "dense", BadRecords()) == 2
+    assert export.to_tars(found, old, tmp_path / "out", "dense", BadRecords()) == (2, 2)
     said = []
     for name in ("a.tar", "b.tar", "c.tar"):
         with tarfile.open(tmp_path / "out" / name) as now:
@@ -261,7 +238,7 @@ def test_texts_are_written_below_the_folder_alone_and_never_over_another_text(tm
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "c.txt").write_text("mine\n")
     faults = BadRecords()
-    assert caption_export.to_texts(found, tmp_path / "out", ".txt", faults, replace=False) == 1
+    assert export.to_texts(found, tmp_path / "out", ".txt", faults, replace=False) == 1
     assert (tmp_path / "out" / "a" / "b.txt").read_text() == "A dog.\n"
     assert (tmp_path / "out" / "c.txt").read_text() == "mine\n"
     assert faults.counts == {"unusable key": 1, "file in the way": 1}

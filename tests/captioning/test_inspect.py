@@ -15,10 +15,9 @@ from skimage import data as photographs
 
 from pixart_jax import cli
 from pixart_jax.captioning import inspect_command
-from pixart_jax.captioning.inspection import duplicates, page
-from pixart_jax.captioning.inspection.survey import Options, survey
+from pixart_jax.captioning.inspect import FIGURES, InspectOptions, duplicate_groups, survey, write
 from pixart_jax.data.sources import Sample
-from pixart_jax.encoding import encode_command
+from pixart_jax.encoding import command as encode_command
 from pixart_jax.errors import UserError
 
 BUCKETS = ((64, 64), (48, 96), (96, 48))
@@ -72,11 +71,11 @@ def found(photos):
         Sample("nothing", b"", {"caption": ("nothing at all",)}),
         Sample("wide", jpeg(photos[3][100:150, :100]), {"caption": ("clouds",)}),
     ]
-    return survey(InMemory(samples), Options(BUCKETS, shown=2, threads=2), progress=False)
+    return survey(InMemory(samples), InspectOptions(BUCKETS, shown=2, threads=2), progress=False)
 
 
 def test_every_picture_is_counted_in_its_bucket_and_what_cannot_be_read_is_named(found):
-    assert (found.of, found.looked_at, len(found.sizes)) == (7, 7, 5)
+    assert (found.samples, found.looked_at, len(found.sizes)) == (7, 7, 5)
     assert found.buckets == {(64, 64): 1, (48, 96): 4, (96, 48): 0}
     assert sorted(fault.place for fault in found.faults) == ["nothing", "torn"]
     assert found.faults.summary() == "2 left out: 2 unreadable image"
@@ -90,16 +89,18 @@ def test_a_recompressed_and_smaller_copy_is_a_duplicate_and_other_photographs_ar
 
 
 def test_captions_are_counted_with_those_that_are_empty_repeated_or_missing(found):
-    texts = found.texts["caption"]
+    texts = found.captions["caption"]
     assert (texts.samples, texts.texts, texts.empty, texts.repeated) == (6, 7, 1, 1)
     assert texts.words[6] == 2 and texts.words[0] == 1
 
 
 def test_the_pictures_shown_do_not_depend_on_order_or_on_what_else_is_there(photos):
     samples = [Sample(f"k{i}", jpeg(photos[i % 4], 30, (64, 64)), {}) for i in range(40)]
-    forward = survey(InMemory(samples), Options(BUCKETS, shown=5, distance=None), progress=False)
+    forward = survey(
+        InMemory(samples), InspectOptions(BUCKETS, shown=5, duplicates=-1), progress=False
+    )
     backward = survey(
-        InMemory(samples[::-1]), Options(BUCKETS, shown=5, distance=None), progress=False
+        InMemory(samples[::-1]), InspectOptions(BUCKETS, shown=5, duplicates=-1), progress=False
     )
     keys = {shown.key for shown in forward.shown[64, 64]}
     assert len(keys) == 5 and keys == {shown.key for shown in backward.shown[64, 64]}
@@ -124,7 +125,7 @@ def test_groups_of_hashes_are_those_of_comparing_every_pair():
             {tuple(np.flatnonzero(row)) for row in reach if row.sum() > 1},
             key=lambda g: (-len(g), g[0]),
         )
-        assert [tuple(group) for group in duplicates.groups(hashes, distance)] == wanted
+        assert [tuple(group) for group in duplicate_groups(hashes, distance)] == wanted
 
 
 class Links(html.parser.HTMLParser):
@@ -138,7 +139,7 @@ class Links(html.parser.HTMLParser):
 
 
 def test_the_page_shows_files_that_are_there_and_captions_as_text(found, tmp_path):
-    path = page.write(found, Options(BUCKETS, shown=2), tmp_path / "page", None)
+    path = write(found, InspectOptions(BUCKETS, shown=2), tmp_path / "page", None)
     text, links = path.read_text(), Links()
     links.feed(text)
     assert len(links.files) >= 5 and all(
@@ -148,19 +149,19 @@ def test_the_page_shows_files_that_are_there_and_captions_as_text(found, tmp_pat
     assert "torn" in text and "unreadable image" in text
     for file in links.files:
         Image.open(path.parent / file).load()
-    numbers = json.loads((tmp_path / "page" / page.FIGURES).read_text())
+    numbers = json.loads((tmp_path / "page" / FIGURES).read_text())
     assert numbers["buckets"]["48×96"] == 4 and numbers["left_out"] == {"unreadable image": 2}
 
 
 def test_an_earlier_page_is_replaced_and_anything_else_is_refused(found, tmp_path):
-    page.write(found, Options(BUCKETS), tmp_path / "page", None)
+    write(found, InspectOptions(BUCKETS), tmp_path / "page", None)
     (tmp_path / "page" / "old.jpg").write_bytes(b"")
-    page.write(found, Options(BUCKETS), tmp_path / "page", None)
+    write(found, InspectOptions(BUCKETS), tmp_path / "page", None)
     assert not (tmp_path / "page" / "old.jpg").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="something else than an earlier page"):
-        page.write(found, Options(BUCKETS), tmp_path / "mine", None)
+        write(found, InspectOptions(BUCKETS), tmp_path / "mine", None)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "page"]
 

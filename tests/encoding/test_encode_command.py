@@ -6,8 +6,9 @@ import pytest
 
 from pixart_jax.data import images, records
 from pixart_jax.data.buckets import TABLES
-from pixart_jax.encoding import encode_command
-from pixart_jax.encoding.encode import EncodeOptions, encode_dataset
+from pixart_jax.encoding import command as encode_command
+from pixart_jax.encoding.encode import encode_dataset
+from pixart_jax.encoding.options import EncodeOptions, parse_buckets
 from pixart_jax.errors import UserError
 from pixart_jax.images import to_model
 from pixart_jax.models.t5 import T5Config
@@ -185,5 +186,5 @@ def test_a_tokenizer_s_identity_does_not_depend_on_what_it_did():
 
 
 def test_a_base_stands_for_its_table():
-    assert encode_command.parse_buckets("512") == tuple(TABLES[512].values())
-    assert encode_command.parse_buckets("64x64, 64×96") == ((64, 64), (64, 96))
+    assert parse_buckets("512") == tuple(TABLES[512].values())
+    assert parse_buckets("64x64, 64×96") == ((64, 64), (64, 96))

@@ -16,8 +16,9 @@ import pytest
 from pixart_jax.data import images, records
 from pixart_jax.data.encoded import EncodedSamples, is_flipped
 from pixart_jax.data.sources import Sample
-from pixart_jax.encoding import encode, encode_check
-from pixart_jax.encoding.shard_encoder import ShardEncoder
+from pixart_jax.encoding import check as encode_check
+from pixart_jax.encoding import encode
+from pixart_jax.encoding.shards import ShardEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.images import to_model
 from pixart_jax.text import clean_caption, tokenize
@@ -166,7 +167,7 @@ def test_records_encoded_again_are_equal_and_another_encoder_s_are_refused(model
 
     def encoder(**changes):
         return ShardEncoder(
-            source, OPTIONS.captions, 24, 4, **{**parts, **changes}, flip=True, strict=True
+            source, dataclasses.replace(OPTIONS, strict=True), **{**parts, **changes}
         )
 
     assert (

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pixart_jax import cli
-from pixart_jax.encoding import encode_command, prompt_states
+from pixart_jax.encoding import command as encode_command
+from pixart_jax.encoding import prompts as prompt_states
 from pixart_jax.pipeline import PromptEncoder, TextStates
 from pixart_jax.pipeline.prompt_encoder import identity
 from pixart_jax.text import clean_caption
@@ -21,10 +22,10 @@ COUNT = 60
 ENCODE = """
 import sys, time
 from pathlib import Path
-from pixart_jax.encoding import prompt_states
+from pixart_jax.encoding import prompts
 from pixart_jax.pipeline import PromptEncoder
 from pixart_jax.pipeline.prompt_encoder import identity
-from pixart_jax import captions
+from pixart_jax.text import clean_caption
 
 model, out, delay = sys.argv[1:]
 texts = [f"a large red circle {n} left of the star" for n in range(60)]
@@ -33,7 +34,7 @@ class Slow(PromptEncoder):
     def states(self, *args):
         time.sleep(float(delay))
         return super().states(*args)
-print(prompt_states.ensure(texts, Path(out), made, lambda: Slow.from_pretrained(model), part=6, progress=False))
+print(prompts.encode_prompt_file(texts, Path(out), made, lambda: Slow.from_pretrained(model), part=6, progress=False))
 """  # noqa: E501
 
 

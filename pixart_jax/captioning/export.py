@@ -1,0 +1,151 @@
+"""Captions of a caption file to .txt files, or into copies of webdataset tars."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pixart_jax.captioning.log import read_lines
+from pixart_jax.data.faults import BadRecords
+from pixart_jax.data.sources.tar_index import PICTURES
+from pixart_jax.errors import UserError
+from pixart_jax.files import atomic_write
+
+
+def to_texts(file: Path, folder: Path, suffix: str, faults: BadRecords, replace: bool) -> int:
+    """Write KEY + suffix in ``folder`` for every caption of ``file``, each atomically; return how
+    many are there. replace: overwrite a file that exists (an --out of our own); otherwise one with
+    another text is named and stays as it is."""
+    written = 0
+    root = folder.resolve()
+    for row in read_lines(file):
+        path, data = folder / f"{row['key']}{suffix}", f"{row['caption']}\n".encode()
+        if "\0" in row["key"] or not path.resolve().is_relative_to(root):
+            faults.add(row["key"], "unusable key", "it leads out of the folder")
+            continue
+        same = path.is_file() and path.read_bytes() == data
+        if path.is_file() and not same and not replace:
+            faults.add(str(path), "file in the way", "it says something else")
+            continue
+        if not same:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as out:
+                out.write(data)
+        written += 1
+    return written
+
+
+def to_tars(
+    file: Path, tars: list[Path], folder: Path, kind: str, faults: BadRecords
+) -> tuple[int, int]:
+    """Copy the tars into ``folder`` with a member KEY.kind.txt after each sample's own; return how
+    many captions the copies and ``file`` hold.
+
+    The original members are copied byte for byte. A copy that is newer than ``file`` is complete
+    and stays. A tar that is cut keeps what is before the cut, and is named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if len({tar.name for tar in tars}) < len(tars):
+        raise UserError("two of the tars have the same name: caption their folders one by one")
+    if any(tar.resolve().parent == folder.resolve() for tar in tars):
+        raise UserError(f"{folder} is the folder of the tars themselves: give another --out")
+    held, seen = 0, set()
+    with open(file, "rb") as lines:
+        places, place = {}, 0  # of each key's row; the texts stay in the file
+        for line in lines:
+            places[json.loads(line)["key"]] = place
+            place += len(line)
+
+        def caption(key: str) -> str | None:
+            if key not in places:
+                return None
+            lines.seek(places[key])
+            return json.loads(lines.readline())["caption"]
+
+        for tar in tqdm(tars, desc="tars", unit=" tars", disable=len(tars) < 2):
+            members = _members(tar, faults)
+            names = [_key(m.name) for m in members if _suffix(m.name) in PICTURES]
+            # a key that an earlier tar has too is TAR/KEY to the source
+            keys = {name: f"{tar.stem}/{name}" if name in seen else name for name in names}
+            seen |= set(names)
+            copy = folder / tar.name
+            if not copy.exists() or copy.stat().st_mtime_ns <= file.stat().st_mtime_ns:
+                _copy(tar, members, copy, caption, keys, kind)
+            with tarfile.open(copy) as made:
+                held += sum(name.endswith(f".{kind}.txt") for name in made.getnames())
+    return held, len(places)
+
+
+def _copy(
+    tar: Path,
+    members: list[tarfile.TarInfo],
+    copy: Path,
+    caption: Callable[[str], str | None],
+    keys: Mapping[str, str],
+    kind: str,
+) -> None:
+    """caption: of a key. keys: a sample's name in the tar → its key in the source."""
+    last = {_key(member.name): number for number, member in enumerate(members)}
+    there = {member.name: member for member in members}
+    with open(tar, "rb") as old, atomic_write(copy) as new:
+        for number, member in enumerate(members):
+            old.seek(member.offset)
+            new.write(old.read(_end(member) - member.offset))
+            name = _key(member.name)
+            text = caption(keys[name]) if name in keys and last[name] == number else None
+            if text is None:
+                continue
+            info, data = tarfile.TarInfo(f"{name}.{kind}.txt"), text.encode()
+            if info.name not in there:
+                info.size, info.mode = len(data), 0o644
+                new.write(info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512))
+                continue
+            old.seek(there[info.name].offset_data)
+            if old.read(there[info.name].size) != data:
+                raise UserError(
+                    f"{tar} has a member {info.name} that says something else: another --kind"
+                )
+        new.write(bytes(1024))
+        new.write(bytes(-new.tell() % tarfile.RECORDSIZE))
+
+
+def _members(file: Path, faults: BadRecords) -> list[tarfile.TarInfo]:
+    """The complete members of a tar."""
+    cut, members = "", []
+    try:
+        with tarfile.open(file, "r:") as tar:
+            try:
+                while (member := tar.next()) is not None:
+                    members.append(member)
+            except (tarfile.TarError, OSError, EOFError) as error:
+                cut = str(error)
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{file} is no plain tar, so that nothing can be added to it: {error}"
+        ) from None
+    size = file.stat().st_size
+    whole = [member for member in members if _end(member) <= size]
+    if len(whole) < len(members):
+        cut = f"in its member {members[len(whole)].name}"
+    if cut:
+        faults.add(str(file), "cut file", cut)
+    return whole
+
+
+def _end(member: tarfile.TarInfo) -> int:
+    """Where a member's padded data ends, in bytes."""
+    return member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
+
+
+def _key(name: str) -> str:
+    """webdataset's rule: up to the first dot of the file's own name."""
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[2].lower()

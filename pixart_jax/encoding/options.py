@@ -1,0 +1,83 @@
+"""What to encode and how: the options that the command, a training run and the shards share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from pixart_jax.data import buckets as bucket_tables
+from pixart_jax.errors import UserError
+
+Bucket = tuple[int, int]  # (height, width) in px
+
+
+def parse_buckets(text: str) -> tuple[Bucket, ...]:
+    """'64x64,64x96' → ((64, 64), (64, 96)); '512' → the 40 buckets of base 512."""
+    if text.isdigit() and int(text) in bucket_tables.TABLES:
+        return tuple(bucket_tables.TABLES[int(text)].values())
+    try:
+        pairs = [part.lower().replace("×", "x").split("x") for part in text.split(",")]
+        buckets = tuple((int(height), int(width)) for height, width in pairs)
+    except ValueError:
+        buckets = ()
+    if not buckets or min(map(min, buckets)) < 1:
+        raise UserError(
+            f"--buckets {text!r}: HEIGHTxWIDTH with commas between, as 64x64,64x96, or one of "
+            f"{', '.join(map(str, bucket_tables.BASES))}"
+        )
+    return buckets
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """'short, dense' → ('short', 'dense'); 'none' and '' → ()."""
+    names = (name.strip() for name in text.split(","))
+    return () if text == "none" else tuple(name for name in names if name)
+
+
+def flag(parse, show, metavar: str):
+    """A tyro flag of one word: parse turns the word into the value, show the value into the word.
+    Unlike tyro's own types it reports a bad word by the UserError that ``parse`` raises."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [show(value)],
+    )
+
+
+BucketsFlag = Annotated[
+    tuple[Bucket, ...],
+    flag(parse_buckets, lambda value: ",".join(f"{h}x{w}" for h, w in value), "HEIGHTxWIDTH,…"),
+]
+NamesFlag = Annotated[
+    tuple[str, ...], flag(parse_names, lambda value: ",".join(value) or "none", "NAME,…")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeOptions:
+    buckets: BucketsFlag
+    """HEIGHTxWIDTH in px, separated by commas; or 256, 512, 1024 or 2048 for that base's table."""
+    captions: NamesFlag = ()
+    """Kinds of caption to encode, separated by commas; 'none' encodes no text."""
+    max_text_tokens: int = 120
+    """Longer captions are cut."""
+    batch_size: int = 32
+    """Images that a device encodes at once."""
+    shard_size: int = 1024
+    """Records per shard, which is also the most that a kill can cost."""
+    flip: bool = False
+    """Also encode each image mirrored, as a second posterior of its record; training uses one or
+    the other."""
+    strict: bool = False
+    """Stop at the first sample that cannot be encoded; otherwise it is named, counted and
+    skipped."""
+
+    def __post_init__(self):
+        for field in ("max_text_tokens", "batch_size", "shard_size"):
+            if getattr(self, field) < 1:
+                name = field.replace("_", " ")
+                raise UserError(f"{name} {getattr(self, field)}: must be at least 1")

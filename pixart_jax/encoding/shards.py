@@ -1,0 +1,230 @@
+"""One shard's samples → its records, on every device of a mesh.
+
+A device always computes batches of the same few shapes: ``batch_size`` images of a bucket, eight
+texts of 16, 32, 64 … tokens, each text padded to the width of its own length. So a sample's values
+do not depend on the samples beside it or on the number of devices, as far as the device's library
+computes every row of a batch alike. CPUs with AVX2 alone do not for convolutions of few channels:
+the last rows of a thread's share are summed in another order, and the last digit of a posterior may
+differ. Where fsdp or tensor cut the parameters, all sums may be taken in another order, and the
+last digits of the fp32 posterior and, rarely, of a bfloat16 state differ.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pixart_jax.data import images, records
+from pixart_jax.data.samples import tokenize
+from pixart_jax.data.sources import Sample, Source
+from pixart_jax.encoding.options import Bucket, EncodeOptions
+from pixart_jax.errors import UserError
+from pixart_jax.images import to_model
+from pixart_jax.parallel.mesh import batch_shards
+from pixart_jax.parallel.rules import replicated, row_sharding
+from pixart_jax.text import clean_caption
+from pixart_jax.weights.component import Component
+
+CLEANING = "deepfloyd"  # of captions; another would make other states of the same words
+# characters; a longer text is not a caption, and cleaning it would take minutes
+LONGEST_CAPTION = 100_000
+# texts per device and batch: 64 tokens of each keep its matrix units busy, and few are wasted
+_TEXTS = 8
+_SHORTEST = 16  # tokens
+
+
+@dataclasses.dataclass
+class _Item:
+    """A decoded sample: the arrays and metadata of its record, its pixels (uint8 [h, w, 3]), and
+    its texts by the names of their states."""
+
+    arrays: dict[str, np.ndarray]
+    metadata: dict[str, str]
+    pixels: np.ndarray
+    texts: dict[str, str]
+
+
+# of a batch: items; '' or '_flip' → (mean, std); [((row, name, tokens), …), states [n, l, c]]
+_Batch = tuple[
+    list[_Item],
+    dict[str, tuple[jax.Array, jax.Array]],
+    list[tuple[list[tuple[int, str, int]], jax.Array]],
+]
+
+
+class ShardEncoder:
+    """vae, text_encoder, tokenizer: as ``encode_dataset`` takes them. mesh: of this process's own
+    devices, None for the first of them."""
+
+    def __init__(
+        self,
+        source: Source,
+        options: EncodeOptions,
+        vae,
+        text_encoder=None,
+        tokenizer=None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self._source, self._options, self._mesh, self._tokenizer = source, options, mesh, tokenizer
+        shards = 1 if mesh is None else batch_shards(mesh)
+        self._rows = options.batch_size * shards
+        self._text_rows = min(_TEXTS, options.batch_size) * shards
+        self._vae, self._text_encoder = _on_mesh(vae, mesh), _on_mesh(text_encoder, mesh)
+
+    def records(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        bucket: Bucket,
+        on_skip: Callable[[str, str], object],
+        on_progress: Callable[[int], object] = lambda count: None,
+    ) -> Iterator[tuple[bytes, dict[str, int]]]:
+        """Yield (record, tokens of the longest text of each kind that it has) of each sample that
+        can be encoded, in order.
+
+        on_skip(key, reason): called for every other. on_progress(count): called when so many more
+        samples are done. Decoding, encoding and packing of successive batches overlap.
+        """
+        starts = range(0, len(indices), self._rows)
+        batches = [indices[start : start + self._rows] for start in starts]
+        read = functools.partial(self._read, bucket=bucket)
+        running: tuple[_Batch, int] | None = None
+        with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as readers:
+            ahead = readers.map(read, batches[0])
+            for following in (*batches[1:], ()):
+                found, ahead = list(ahead), readers.map(read, following)
+                for skipped in found:
+                    if isinstance(skipped, tuple):
+                        on_skip(*skipped)
+                items = [item for item in found if isinstance(item, _Item)]
+                begun = self._encode(items, bucket), len(found)
+                if running is not None:  # packed and written while the devices encode the next
+                    yield from _pack(*running[0])
+                    on_progress(running[1])
+                running = begun
+        if running is not None:
+            yield from _pack(*running[0])
+            on_progress(running[1])
+
+    def _read(self, index: int, bucket: Bucket) -> _Item | tuple[str, str]:
+        """Decode a sample; or return (its key, why it is skipped)."""
+        key = f"sample {index}"
+        try:
+            sample = self._source[int(index)]
+            key = sample.key
+            return self._decode(sample, bucket)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{key}: ")
+            kind = getattr(error, "kind", "unreadable record")
+            if isinstance(error, images.UnreadableImage):
+                kind = "unreadable image"
+            if self._options.strict:
+                raise UserError(f"{key}: {kind}: {reason}") from None
+            return key, f"{kind}: {reason}"
+
+    def _decode(self, sample: Sample, bucket: Bucket) -> _Item:
+        metadata: dict[str, str] = {"key": sample.key}
+        texts: dict[str, str] = {}
+        kinds = [kind for kind in self._options.captions if sample.captions.get(kind)]
+        if self._options.captions and not kinds:
+            wanted = " or ".join(map(repr, self._options.captions))
+            raise _Unusable("missing caption", f"there is none of kind {wanted}")
+        for kind in kinds:
+            found = tuple(sample.captions[kind])
+            if (longest := max(map(len, found))) > LONGEST_CAPTION:
+                raise _Unusable("caption too long", f"{longest:,} characters of kind {kind!r}")
+            metadata[f"captions.{kind}"] = json.dumps(found, ensure_ascii=False)
+            texts |= {f"text.{kind}.{number}": text for number, text in enumerate(found)}
+        image = sample.pixels()
+        pixels, crop = images.to_bucket(image, bucket)
+        arrays = {
+            "label": np.int64(sample.label),
+            "size": np.array(image.shape[:2], np.int32),
+            "fit": np.array(dataclasses.astuple(crop), np.int32),
+        }
+        return _Item(arrays, metadata, pixels, texts)
+
+    def _encode(self, items: list[_Item], bucket: Bucket) -> _Batch:
+        """Give a batch to the devices without waiting for them."""
+        if not items:
+            return [], {}, []
+        pixels = np.empty((self._rows, *bucket, 3), np.uint8)
+        for row, item in enumerate(items):
+            pixels[row] = item.pixels
+            item.pixels = np.empty(0, np.uint8)
+        pixels[len(items) :] = pixels[len(items) - 1]  # one shape and executable per bucket
+        posteriors = {"": self._vae.encode(self._place(to_model(pixels)))}
+        if self._options.flip:
+            posteriors["_flip"] = self._vae.encode(self._place(to_model(pixels[:, :, ::-1])))
+        return items, posteriors, list(self._encode_texts(items))
+
+    def _encode_texts(
+        self, items: list[_Item]
+    ) -> Iterator[tuple[list[tuple[int, str, int]], jax.Array]]:
+        """Yield ([(row, name, tokens)], states [text rows, width, c] on the devices), texts of one
+        width together."""
+        texts = [(row, *named) for row, item in enumerate(items) for named in item.texts.items()]
+        if not texts:
+            return
+        limit = self._options.max_text_tokens
+        ids = tokenize(self._tokenizer, [clean_caption(text) for _, _, text in texts], limit)
+        powers = [1 << max(len(row) - 1, 0).bit_length() for row in ids]
+        widths = np.minimum(limit, np.maximum(_SHORTEST, powers))
+        for width in np.unique(widths):
+            members = np.flatnonzero(widths == width)
+            for start in range(0, len(members), self._text_rows):
+                part = members[start : start + self._text_rows]
+                pad = self._tokenizer.pad_token_id or 0
+                padded = np.full((self._text_rows, width), pad, np.int32)
+                # filler is one token long, and so is "" where there is no end mark
+                lengths = np.ones(self._text_rows, np.int32)
+                for row, number in enumerate(part):
+                    padded[row, : len(ids[number])] = ids[number]
+                    lengths[row] = max(len(ids[number]), 1)
+                states = self._text_encoder.apply(self._place(padded), self._place(lengths))
+                yield [(*texts[n][:2], int(count)) for n, count in zip(part, lengths)], states
+
+    def _place(self, array: np.ndarray):
+        if self._mesh is None:
+            return array
+        return jax.device_put(array, row_sharding(self._mesh, len(array)))
+
+
+def _pack(items, posteriors, texts) -> Iterator[tuple[bytes, dict[str, int]]]:
+    """Wait for a batch, and yield the records of its items as ``ShardEncoder.records`` does."""
+    longest: list[dict[str, int]] = [{} for _ in items]
+    for members, states in texts:
+        states = np.asarray(states).astype(ml_dtypes.bfloat16)
+        for (row, name, length), state in zip(members, states):
+            items[row].arrays[name] = state[:length]
+            kind = name.split(".", 1)[1].rsplit(".", 1)[0]
+            longest[row][kind] = max(longest[row].get(kind, 0), length)
+    for side, (mean, std) in posteriors.items():
+        mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        for row, item in enumerate(items):
+            item.arrays |= {f"mean{side}": mean[row], f"std{side}": std[row]}
+    for item, tokens in zip(items, longest):
+        yield records.encode_record(item.arrays, item.metadata), tokens
+
+
+class _Unusable(UserError):
+    """A sample that cannot be encoded. kind: the few words under which it is counted."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind = kind
+
+
+def _on_mesh(encoder, mesh: jax.sharding.Mesh | None):
+    """An encoder with its parameters on every device of the mesh: a copy on each where it was
+    opened on one."""
+    if mesh is None or not isinstance(encoder, Component) or encoder.mesh is not None:
+        return encoder
+    return encoder.replace(params=jax.device_put(encoder.params, replicated(mesh)), mesh=mesh)
