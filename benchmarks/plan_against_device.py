@@ -39,9 +39,11 @@ def main(argv: list[str]) -> int:
     from pixart_jax.planning import estimate, jobs, plan, topology, worker
     from pixart_jax.planning.arithmetic import products
     from pixart_jax.planning.programs import state_bytes
-    from pixart_jax.training import abstract, recipes
+    from pixart_jax.training import recipes, stages
     from pixart_jax.training.batches import put
+    from pixart_jax.training.frozen import FrozenSpec
     from pixart_jax.training.state import fresh_params, state_from
+    from pixart_jax.training.step import compiled_step
 
     device = jax.local_devices()[0]
     chip = chip_of(device.device_kind)
@@ -57,10 +59,10 @@ def main(argv: list[str]) -> int:
     mesh, bucket = make_mesh(sizes), plan.largest(stage)
     where = topology.Topology(device.device_kind, chip.name, (mesh.size,))
 
-    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
-    shapes = abstract.abstract_batch(config, stage, bucket, mesh)
-    traced = abstract.compiled_step(config, stage, made, mesh).trace(
-        made.abstract, shapes, abstract.abstract_key(mesh)
+    made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
+    shapes = stages.abstract_batch(config, stage, bucket, mesh)
+    traced = compiled_step(config, stage, made, mesh).trace(
+        made.abstract, shapes, stages.abstract_key(mesh)
     )
     compiled = traced.lower().compile()
     found, memory = worker.read(compiled, mesh)

@@ -6,7 +6,7 @@ compiler, beside what is counted from shapes.
 
 XL/2's train steps as tests/planning/test_programs_for_hardware.py compiles them, one policy after
 the other. *temporaries*: the compiler's word, GiB a device. *counted*: all terms of
-training/activations.py; *kept* is that of the policy. *strictly*: the temporaries less the terms
+training/memory.py; *kept* is that of the policy. *strictly*: the temporaries less the terms
 that are there whatever the policy is, over *kept* alone. What was compiled once is kept under
 $PIXART_JAX_CACHE/plans. `make test` installs the compilers into .venv/compilers.
 """

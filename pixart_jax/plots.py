@@ -1,4 +1,4 @@
-"""Bar charts and histograms as PNG files."""
+"""Bar charts, histograms and curves as PNG files."""
 
 from __future__ import annotations
 
@@ -56,6 +56,28 @@ def histograms(
     axes.set_ylabel("count")
     axes.set_ylim(bottom=0)
     if len(counts) > 1 or mark is not None:
+        axes.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def curves(
+    path: Path,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    axis: str,
+    log: bool = False,
+) -> Path:
+    """Lines over a common axis. series: name → (x, y). log: the y axis is logarithmic. Returns
+    ``path``."""
+    figure, axes = _figure(title, (8.0, 4.0))
+    for name, (x, y) in series.items():
+        axes.plot(x, y, label=name, linewidth=1.5, marker="." if len(x) == 1 else None)
+    axes.set_xlabel(axis)
+    axes.grid(axis="y", color="#e0e0e0")
+    if log and series:
+        axes.set_yscale("log")
+    if series:
         axes.legend(fontsize=8, frameon=False)
     return _save(figure, path)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from pixart_jax.training.mesh_fit import check_models
 
 import train
 from pixart_jax import cli
@@ -20,7 +21,6 @@ from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import AXES
 from pixart_jax.training import recipes
-from pixart_jax.training.mesh_fit import check_models
 from pixart_jax.training.workdir import Workdir
 
 RECIPE = """

@@ -19,10 +19,12 @@ from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.planning import topology
 from pixart_jax.planning.jobs import PlanTarget
-from pixart_jax.training import abstract
+from pixart_jax.training import stages
 from pixart_jax.training.ema import averaged
-from pixart_jax.training.rematerialization import bytes_per_device
-from pixart_jax.training.tasks.text_to_image import with_stage_positions
+from pixart_jax.training.frozen import FrozenSpec
+from pixart_jax.training.memory import bytes_per_device
+from pixart_jax.training.step import compiled_step
+from pixart_jax.training.tasks.denoising import with_stage_positions
 from pixart_jax.weights import t5, vae
 from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
@@ -61,11 +63,11 @@ def state_bytes(state) -> dict[str, float]:
 
 def _step(job: PlanTarget, mesh) -> Program:
     stage = job.stage_config
-    frozen = abstract.FrozenSpec(job.config)
-    made = abstract.build_stage(job.config, stage, frozen, mesh)
-    batch = abstract.abstract_batch(job.config, stage, job.bucket, mesh)
-    traced = abstract.compiled_step(job.config, stage, made, mesh).trace(
-        made.abstract, batch, abstract.abstract_key(mesh)
+    frozen = FrozenSpec(job.config)
+    made = stages.build_stage(job.config, stage, frozen, mesh)
+    batch = stages.abstract_batch(job.config, stage, job.bucket, mesh)
+    traced = compiled_step(job.config, stage, made, mesh).trace(
+        made.abstract, batch, stages.abstract_key(mesh)
     )
     state = made.abstract
     counted = state_bytes(state)

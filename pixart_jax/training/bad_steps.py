@@ -1,9 +1,8 @@
-"""Which steps are not taken: a loss or gradient that is no number, or far above what it has lately
-been.
+"""Which steps are skipped: a non-finite loss or gradient, or one far above its running mean.
 
-The step decides on the device (training/step.py). A skipped one leaves parameters, moments and
-average as they were to the bit, and the run goes on with the next batch. What is usual is counted
-in the state, so a resumed run decides as one that never stopped.
+The step decides on the device (training/step.py). A skipped step leaves parameters, moments and
+average unchanged to the bit, and the run continues with the next batch. The running means are part
+of the state, so a resumed run decides as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,33 +13,34 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# good steps that the running means look back on; before there have been so many, no spike is called
+# good steps that the running means average over; no spike is called before there are as many
 WINDOW = 100
 
 
 @flax.struct.dataclass
 class StepGuard:
-    """What the steps of a stage have been like; all scalars, int32 and fp32. It starts anew with
-    each stage."""
+    """Counts and running means of a stage's steps; scalars, int32 and fp32. Each stage begins
+    afresh."""
 
-    skipped: jax.Array  # steps that were not taken
+    skipped: jax.Array  # steps not taken
     consecutive: jax.Array  # of these, the last ones without a good step between
-    accepted: jax.Array  # steps that were taken
+    accepted: jax.Array  # steps taken
     loss: jax.Array  # running means over the last WINDOW good steps
     grad_norm: jax.Array
 
     @classmethod
     def fresh(cls) -> StepGuard:
+        """The guard before a stage's first step."""
         count, mean = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return cls(count, count, count, mean, mean)
 
     def check(
         self, loss: jax.Array, grad_norm: jax.Array, spike_factor: float | None
     ) -> tuple[jax.Array, StepGuard]:
-        """(whether a step of this loss and gradient norm is to be taken, the guard after it).
+        """(whether to take a step of this loss and gradient norm, the guard after it).
 
         spike_factor: how many times its running mean a loss or norm may reach; None: any finite
-        value will do.
+        value passes.
         """
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if spike_factor is not None:
@@ -64,17 +64,14 @@ class StepGuard:
         return ok, after
 
 
-def describe(values: dict[str, float], keys: list[str], most: int = 8) -> str:
-    """What was wrong with a step, in words. values: its metrics; keys: the records of its batch."""
-    wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-    if wrong:
-        what = " and ".join(f"{name} is {values[name]}" for name in wrong)
-    else:
-        what = (
-            f"loss {values['loss']:.4g} or grad_norm {values['grad_norm']:.4g} is far above "
-            "its running mean"
-        )
+def describe(values: dict[str, float], keys: list[str], limit: int = 8) -> str:
+    """Why a step was skipped, in words. values: its metrics; keys: the records of its batch."""
+    broken = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    why = " and ".join(f"{name} is {values[name]}" for name in broken) or (
+        f"loss {values['loss']:.4g} or grad_norm {values['grad_norm']:.4g} is far above its "
+        "running mean"
+    )
     if not keys:
-        return what
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return f"{what}; the batch held {', '.join(keys[:most])}{more}"
+        return why
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return f"{why}; the batch held {', '.join(keys[:limit])}{more}"

@@ -1,16 +1,15 @@
 """A stage's batches: from its data config to arrays on the mesh.
 
-What a source is to a task:
+How a task reads a source:
 
-    source                          class_conditional, text_to_image                     autoencoder
-    text_to_text pictures (tfds, folder,         encoded once into the cache folder, by the run's
-    decoded at each     captions read once
-      webdataset, pixart)             own frozen parts; then as records                    step
-    records: a folder of encode     read as they are; those of another VAE, text         refused
-                                      captions read once encoder, tokenizer or size are refused
-    pixart-features                 read as they are (no labels: text_to_image alone)    refused
-    refused a mixture of these              each part as above, and drawn with its share
-    (data/mixed.py)
+    source                     class_conditional, text_to_image       autoencoder    text_to_text
+    images (tfds, folder,      encoded once into the cache folder by  decoded at     captions read
+      webdataset, pixart)      the run's frozen parts, then records   each step      once
+    records (encoded shards)   as they are; those of another VAE,     refused        captions read
+                               text encoder, tokenizer or size are                   once
+                               refused
+    pixart-features            as they are (text_to_image only)       refused        refused
+    a mixture of these         each part as above, drawn with its share (data/mixed.py)
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ from pixart_jax.training.frozen import Frozen
 
 Encode = Callable[..., Path]
 """(source, *, buckets, captions, max_text_tokens, frozen[, strict]) → the folder of its encoded
-shards, made where absent.
-
-Encoding stands above training in the house, so whoever starts a run hands it in (train.py:
-pixart_jax.captioning.stage).
+shards, made where absent. Injected by commands/train.py, because training may not import encoding.
 """
 
 
@@ -69,8 +65,7 @@ def open_loader(
 
 
 def stage_seed(config: Config, index: int) -> int:
-    """Seed of a stage's order of samples: stages that read the same set do not see it in the same
-    order."""
+    """Seed of a stage's order of samples, so that stages of one set see it in different orders."""
     return config.seed * 1_000_003 + index
 
 
@@ -78,39 +73,37 @@ _DIFFUSION = ("class_conditional", "text_to_image")
 
 
 def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Samples:
-    """What a stage reads. What was left out on the way is counted in a line, and named above it."""
-    faults = BadRecords(stage.data.strict)
+    """What a stage reads. Skipped records are counted in a printed line and named above it."""
+    bad = BadRecords(stage.data.strict)
     parts = parse_mixture(stage.data.source)
-    read = [
-        _part(text, share if len(parts) > 1 else None, stage, frozen, encode, faults)
+    samples = [
+        _part(text, share if len(parts) > 1 else 1.0, stage, frozen, encode, bad)
         for share, text in parts
     ]
     if jax.process_index() == 0:
-        report(stage, faults)
-    return (
-        read[0]
-        if len(parts) == 1
-        else MixedSamples(read, [share for share, _ in parts], [text for _, text in parts])
-    )
+        report(stage, bad)
+    if len(parts) == 1:
+        return samples[0]
+    return MixedSamples(samples, [share for share, _ in parts], [text for _, text in parts])
 
 
-def report(stage: StageConfig, faults: BadRecords, named: int = 20) -> None:
-    """Say what a stage goes without."""
-    for fault in list(faults)[:named]:
-        print(f"stage {stage.name}: {fault}")
-    if summary := faults.summary():
+def report(stage: StageConfig, bad: BadRecords, limit: int = 20) -> None:
+    """Print which records a stage skips."""
+    for error in list(bad)[:limit]:
+        print(f"stage {stage.name}: {error}")
+    if summary := bad.summary():
         print(f"stage {stage.name}: {stage.data.source}: {summary}")
 
 
 def _part(
     text: str,
-    share: float | None,
+    share: float,
     stage: StageConfig,
     frozen: Frozen,
     encode: Encode | None,
-    faults: BadRecords,
+    bad: BadRecords,
 ) -> Samples:
-    """One source of a stage, alone (share None) or in a mixture."""
+    """One source of a stage; share: its part of a mixture, 1 alone."""
     data, (kind, rest) = stage.data, parse_source(text)
     captions = data.captions if stage.task == "text_to_image" else ()
     if stage.task in _DIFFUSION and kind in ("records", "pixart-features"):
@@ -120,34 +113,25 @@ def _part(
                     f"stage {stage.name}: data.{field} chooses among pictures, and {text} is "
                     "encoded: choose when it is encoded"
                 )
-        return (
-            _records(rest, stage, captions, frozen, faults)
-            if kind == "records"
-            else _features(rest, stage, captions, faults)
-        )
-    limit = (
-        None
-        if data.limit is None
-        else data.limit
-        if share is None
-        else math.ceil(share * data.limit)
-    )
-    source = open_source(text, data.split, where=data.where, limit=limit, faults=faults)
+        if kind == "records":
+            return _records(rest, stage, captions, frozen, bad)
+        return _features(rest, stage, captions, bad)
+    limit = None if data.limit is None else math.ceil(share * data.limit)
+    source = open_source(text, data.split, where=data.where, limit=limit, faults=bad)
     if stage.task in _DIFFUSION:
         if encode is None:
             raise UserError(
                 f"stage {stage.name}: {text} is not encoded, and this run was given nothing to "
                 "encode it with"
             )
-        kinds = tuple(kind for kind, weight in captions if weight > 0)
-        how = {
+        options = {
             "buckets": data.buckets,
-            "captions": kinds,
+            "captions": tuple(kind for kind, weight in captions if weight > 0),
             "max_text_tokens": data.max_text_tokens,
             "frozen": frozen,
         }
-        folder = encode(source, **how, **({"strict": True} if data.strict else {}))
-        return EncodedSamples(folder, captions, data.max_text_tokens, faults=faults)
+        folder = encode(source, **options, **({"strict": True} if data.strict else {}))
+        return EncodedSamples(folder, captions, data.max_text_tokens, faults=bad)
     if stage.task == "autoencoder":
         if kind == "records":
             raise UserError(
@@ -155,20 +139,15 @@ def _part(
                 "give the set it was encoded from"
             )
         return ImageSamples(source, data.buckets)
-    return TokenSamples(
-        source,
-        frozen.tokenizer,
-        data.captions,
-        data.max_text_tokens,
-        target=stage.text_to_text.target,
-    )
+    tokens, target = data.max_text_tokens, stage.text_to_text.target
+    return TokenSamples(source, frozen.tokenizer, data.captions, tokens, target=target)
 
 
 def _records(
-    folder: str, stage: StageConfig, captions, frozen: Frozen, faults: BadRecords
+    folder: str, stage: StageConfig, captions, frozen: Frozen, bad: BadRecords
 ) -> EncodedSamples:
-    """Encoded shards, refused where another model's parts than the run's made them, or for other
-    sizes than the stage's."""
+    """Encoded shards, refused where other models than the run's made them, or for other sizes than
+    the stage's."""
     manifest = records.Manifest.read(folder)
     parts = ("vae", "text_encoder", "tokenizer") if captions else ("vae",)
     folders = {
@@ -178,13 +157,12 @@ def _records(
     }
     expected = expected_identity(manifest.identity, manifest.made_from, folders)
     return EncodedSamples(
-        folder, captions, stage.data.max_text_tokens, expected, stage.data.buckets, faults
+        folder, captions, stage.data.max_text_tokens, expected, stage.data.buckets, bad
     )
 
 
-def _features(root: str, stage: StageConfig, captions, faults: BadRecords) -> FeatureSamples:
-    """The official features; nothing says which encoders made them, so that is the config's
-    word."""
+def _features(root: str, stage: StageConfig, captions, bad: BadRecords) -> FeatureSamples:
+    """The official features; their files do not name the encoders, so the config is trusted."""
     if stage.task != "text_to_image":
         raise UserError(
             f"stage {stage.name}: pixart-features:{root} has no labels; a class-conditional stage "
@@ -192,23 +170,17 @@ def _features(root: str, stage: StageConfig, captions, faults: BadRecords) -> Fe
         )
     root, _, latents = root.partition("?latents=")
     data = stage.data
-    return FeatureSamples(
-        root,
-        captions,
-        data.max_text_tokens,
-        latents=latents or None,
-        buckets=data.buckets,
-        faults=faults,
-    )
+    options = {"latents": latents or None, "buckets": data.buckets, "faults": bad}
+    return FeatureSamples(root, captions, data.max_text_tokens, **options)
 
 
 def rows_of(sharding: jax.sharding.NamedSharding, size: int) -> np.ndarray:
     """Numbers (ascending) of a global batch's rows that lie on this process's devices.
 
-    Processes whose devices differ only along context or tensor have the same rows, and one's rows
-    need not be neighbours. UserError where the batch does not cut into equal parts.
+    Processes whose devices differ only along context or tensor have the same rows, and a process's
+    rows need not be neighbours. UserError where the batch does not cut into equal parts.
     """
-    parts = _parts(sharding)
+    parts = batch_shards(sharding.mesh)
     if size % parts:
         raise UserError(
             f"batch size {size} does not cut into {parts} equal parts, one for each batch shard "
@@ -219,21 +191,19 @@ def rows_of(sharding: jax.sharding.NamedSharding, size: int) -> np.ndarray:
 
 
 def put(batch: dict[str, np.ndarray], sharding: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows → the global batch on the mesh; names and other text stay behind."""
+    """This process's rows → the global batch on the mesh; keys and other text stay behind."""
     arrays = {name: rows for name, rows in batch.items() if rows.dtype.kind != "U"}
     if sharding.is_fully_addressable:
         return jax.device_put(arrays, sharding)
-    mine = len(next(iter(arrays.values())))
-    distinct = len(
-        set(map(str, sharding.addressable_devices_indices_map((_parts(sharding),)).values()))
-    )
-    size = mine // distinct * _parts(sharding)
+    parts = batch_shards(sharding.mesh)
+    ours = sharding.addressable_devices_indices_map((parts,)).values()
+    size = len(next(iter(arrays.values()))) // len(set(map(str, ours))) * parts
     numbers = rows_of(sharding, size)
 
     def part(rows: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         first, stop, _ = index[0].indices(size)
         at = np.searchsorted(numbers, first)
-        return rows[at : at + stop - first]  # the rows of one device are neighbours, here as there
+        return rows[at : at + stop - first]  # the rows of one device are neighbours
 
     return {
         name: jax.make_array_from_callback(
@@ -241,8 +211,3 @@ def put(batch: dict[str, np.ndarray], sharding: jax.sharding.NamedSharding) -> d
         )
         for name, rows in arrays.items()
     }
-
-
-def _parts(sharding: jax.sharding.NamedSharding) -> int:
-    """How many parts a batch is cut into."""
-    return batch_shards(sharding.mesh)

@@ -1,14 +1,12 @@
-"""Saves and restores: Orbax, asynchronous, state and place in the run together, and each save
-checked when it is opened again.
+"""Checkpoints: Orbax, asynchronous, the state and the run's position in one commit, verified when
+restored.
 
-Together they determine all that follows: random keys are derived from the config's seed and the
-step and are not state; the loader's place is a number. A save is opened onto whatever mesh and
+The two determine all that follows: random keys are derived from the config's seed and the step and
+are not state; the loader's state is a number. A checkpoint is restored onto whatever mesh and
 number of processes asks for it.
 
-A save carries a list of its files, written just before Orbax commits it (renames it to its step),
-and checksums of its arrays, taken on the device before it began. The first finds what is missing,
-cut short or, in small files, altered, before Orbax reads anything; the second finds any altered bit
-of the state.
+It carries a checksum of each array, computed on the device before writing, and one of the position:
+any altered bit of either is found. What is missing or cut short, Orbax or TensorStore finds.
 """
 
 from __future__ import annotations
@@ -17,33 +15,31 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
-import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from pixart_jax.config import Config
 from pixart_jax.errors import UserError
 from pixart_jax.parallel import rules
 from pixart_jax.training.bad_steps import StepGuard
 from pixart_jax.training.state import TrainState
 
-FILES = "files.json"  # in a save's folder: each file's size and, up to _SMALL bytes, CRC-32
-_SMALL = 1 << 20
-# Orbax writes these two after the list
-_LATER = {FILES, "commit_success.txt", "_CHECKPOINT_METADATA"}
+POSITION_SUM = "position"  # the position's checksum among those of the arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class RunPosition:
-    """Where in the run a save was made. step: done in this stage; total: done in the whole run
-    (names the save)."""
+    """How far a run has come. step: steps done in this stage; total: in the whole run (names the
+    checkpoint)."""
 
     stage: int = 0
     step: int = 0
@@ -51,293 +47,229 @@ class RunPosition:
     cost: dict = dataclasses.field(default_factory=dict)  # a stage's name → what the ledger counts
     window: dict = dataclasses.field(default_factory=dict)  # metrics not logged yet
     loader: dict = dataclasses.field(default_factory=dict)  # the loader's state
-    guard: dict = dataclasses.field(default_factory=dict)  # TrainState.guard, put here by save
-    productive: float = 0.0  # seconds of stepping until here (training/clock.py)
+    guard: dict = dataclasses.field(default_factory=dict)  # TrainState.guard, added by save
+    productive: float = 0.0  # seconds of stepping until here (metrics.StepTimer)
 
 
 class Checkpointer:
-    """The saves of a run, under ``folder``. Use as a context: leaving it waits for the last save.
+    """The checkpoints of a run, under ``folder``. A context: leaving it waits for the last write.
 
-    keep: the newest so many stay. every: so does each at a multiple of so many total steps, for
-    good; None: no others.
+    keep: how many of the newest stay. every: so does, for good, each at a multiple of so many total
+    steps; None: no others.
     """
 
     def __init__(self, folder: Path, keep: int, every: int | None = None):
         self.folder = Path(folder).absolute()
         self._saving: int | None = None
-        logging.getLogger("absl").addFilter(_raised_anyway)
-        logging.getLogger("asyncio").addFilter(_said_already)
-        if getattr(sys.unraisablehook, "func", None) is not _late:
-            sys.unraisablehook = functools.partial(_late, sys.unraisablehook)
-        policies = [keeping.LatestN(keep)] + ([keeping.EveryNSteps(every)] if every else [])
+        policies = [preservation.LatestN(keep)]
+        if every:
+            policies.append(preservation.EveryNSteps(every))
         self._manager = _Orbax(
             self.folder,
             item_names=("state", "place", "sums"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keeping.AnyPreservationPolicy(policies),
+                preservation_policy=preservation.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
             ),
         )
 
-    def __enter__(self):
+    def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self):
-        with self._space():
+    def __exit__(self, *_) -> None:
+        with self._full_disk_as_user_error():
             self._manager.close()
 
     def latest(self) -> int | None:
-        """The total step of the newest save, or None."""
+        """The total step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, place: RunPosition, state: TrainState) -> None:
-        """Begin a save; returns once the state is copied and may be donated."""
+    def latest_position(self) -> RunPosition:
+        """The position of the newest checkpoint, or of the run's beginning."""
+        latest = self.latest()
+        return RunPosition() if latest is None else self.position(latest)
+
+    def save(self, position: RunPosition, state: TrainState) -> None:
+        """Begin to write a checkpoint; returns once the state is copied and may be donated."""
         self.wait()
-        self._saving = place.total
+        self._saving = position.total
         if state.guard is not None:
-            numbers = {
-                field.name: getattr(state.guard, field.name)
-                for field in dataclasses.fields(StepGuard)
-            }
-            place = dataclasses.replace(
-                place, guard={name: value.item() for name, value in jax.device_get(numbers).items()}
-            )
-        state = _arrays(state)
-        self._manager.save(
-            place.total,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                place=ocp.args.JsonSave(dataclasses.asdict(place)),
-                sums=ocp.args.JsonSave(_sums(state)),
-            ),
-        )
+            guard = {name: v.item() for name, v in jax.device_get(vars(state.guard)).items()}
+            position = dataclasses.replace(position, guard=guard)
+        arrays, place = _arrays(state), dataclasses.asdict(position)
+        sums = _sums(arrays) | {POSITION_SUM: _json_sum(place)}
+        items = {
+            "state": ocp.args.StandardSave(arrays),
+            "place": ocp.args.JsonSave(place),
+            "sums": ocp.args.JsonSave(sums),
+        }
+        self._manager.save(position.total, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
-        """Until the last save is committed. UserError where the disk was full."""
-        with self._space():
+        """Wait until the last checkpoint is committed. UserError where the disk was full."""
+        with self._full_disk_as_user_error():
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises what the save under way has failed with, if it has; waits for nothing."""
-        with self._space():
+        """Raise the error of the write under way, if it has failed; never waits."""
+        with self._full_disk_as_user_error():
             self._manager.check_for_errors()
 
     @contextlib.contextmanager
-    def _space(self):
-        """A full disk as one line that says what holds."""
+    def _full_disk_as_user_error(self) -> Iterator[None]:
         try:
             yield
-        except Exception as fault:  # TensorStore gives a ValueError, Python's own files an OSError
-            if "No space left on device" not in str(fault):
+        except Exception as error:  # TensorStore raises a ValueError, Python's own files an OSError
+            if "No space left on device" not in str(error):
                 raise
             before = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
-            holds = (
+            last = (
                 f"step {max(before)} is the last save" if before else "there is no save before it"
             )
             raise UserError(
                 f"the disk is full: checkpoint {self._saving} of {self.folder} could not be "
-                f"written, {holds}; "
-                "free some space and run the same command again"
-            ) from fault
+                f"written, {last}; free some space and run the same command again"
+            ) from error
 
-    def place(self, total: int) -> RunPosition:
-        return RunPosition(**self._open(total, place=ocp.args.JsonRestore()).place)
+    def position(self, total: int) -> RunPosition:
+        """The position of a checkpoint; UserError where it is damaged."""
+        found = self._open(total, place=ocp.args.JsonRestore(), sums=ocp.args.JsonRestore())
+        # an older checkpoint has no sum of its position
+        if found.sums.get(POSITION_SUM, found_sum := _json_sum(found.place)) != found_sum:
+            raise self._damaged(total, "its position differs from what was saved")
+        return RunPosition(**found.place)
 
     def restore(self, total: int, abstract: TrainState) -> TrainState:
-        """The state of a save, laid out as ``abstract``.
+        """The state of a checkpoint, laid out as ``abstract``.
 
         UserError where it is of another model, before an array of it is read, and where it is
-        damaged; none is ever skipped.
+        damaged; a damaged one is never skipped.
         """
-        wanted = _arrays(abstract)
-        self._check(total)
-        self._compare(total, wanted)
-        opened = self._open(
-            total,
-            state=ocp.args.StandardRestore(wanted),
-            sums=ocp.args.JsonRestore(),
-            place=ocp.args.JsonRestore(),
-        )
-        found = _sums(opened.state)
-        wrong = sorted(
-            name for name in found | opened.sums if found.get(name) != opened.sums.get(name)
-        )
+        expected, position = _arrays(abstract), self.position(total)
+        self._check_model(total, expected)
+        items = {"state": ocp.args.StandardRestore(expected), "sums": ocp.args.JsonRestore()}
+        opened = self._open(total, **items)
+        found, saved = _sums(opened.state), opened.sums
+        saved.pop(POSITION_SUM, None)
+        wrong = sorted(name for name in found | saved if found.get(name) != saved.get(name))
         if wrong:
             raise self._damaged(
                 total, f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}"
             )
-        return TrainState(**opened.state, guard=_guard(opened.place.get("guard"), abstract.guard))
+        return TrainState(**opened.state, guard=_guard(position.guard, abstract.guard))
 
-    def _compare(self, total: int, wanted: dict) -> None:
-        """UserError where the save's arrays are not those that the run's model and optimizer
-        have."""
+    def describe_latest(self, config: Config) -> str:
+        """Where the last committed checkpoint is in the run, in words."""
+        self.wait()
+        position = self.latest_position()
+        if not position.total:
+            return "nothing was trained yet; the same command begins"
+        stage = config.stages[position.stage]
+        return (
+            f"stage {stage.name}, step {position.step} of {stage.steps} is saved; the same command "
+            "goes on from there"
+        )
+
+    def _check_model(self, total: int, expected: dict) -> None:
+        """UserError where the checkpoint's arrays are not those of the run's model and
+        optimizer."""
+        handler = ocp.StandardCheckpointHandler()
         try:
-            saved = (
-                ocp.StandardCheckpointHandler().metadata(self.folder / str(total) / "state").tree
-            )
-        except Exception as fault:  # Orbax, TensorStore and JSON each raise their own kinds
-            raise self._damaged(total, " ".join(str(fault).split())[:200]) from fault
-        theirs, mine = _shapes(saved), _shapes(wanted)
-        other = [
-            name for name in dict.fromkeys([*theirs, *mine]) if theirs.get(name) != mine.get(name)
-        ]
-        if other:
-            said = [
-                f"{name} is {_shown(theirs.get(name))} there and {_shown(mine.get(name))} here"
-                for name in other[:2]
+            saved = handler.metadata(self.folder / str(total) / "state").tree
+        except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds
+            raise self._damaged(total, error) from error
+        theirs, ours = _shapes(saved), _shapes(expected)
+        names = dict.fromkeys([*theirs, *ours])
+        if differing := [name for name in names if theirs.get(name) != ours.get(name)]:
+            parts = [
+                f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"
+                for name in differing[:2]
             ]
-            more = f" and {len(other) - 2} more" if len(other) > 2 else ""
+            more = f" and {len(differing) - 2} more" if len(differing) > 2 else ""
             raise UserError(
                 f"checkpoint {self.folder / str(total)} is of another model: "
-                f"{'; '.join(said)}{more}; name another workdir"
+                f"{'; '.join(parts)}{more}; name another workdir"
             )
 
-    def _list_files(self) -> None:
-        """Called by Orbax when all of a save is written, before it gets its name."""
-        if jax.process_index() == 0:
-            (folder,) = self.folder.glob(f"{self._saving}.*tmp*")
-            listed = {
-                str(path.relative_to(folder)): _describe(path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            }
-            text = json.dumps(
-                {name: found for name, found in listed.items() if name not in _LATER}, indent=0
-            )
-            (folder / FILES).write_text(text)
-
-    def _check(self, total: int) -> None:
-        """UserError where a file of the save is not as it was listed. Without the list what follows
-        must do: Orbax, and the sums."""
-        folder = self.folder / str(total)
-        if not (folder / FILES).exists():
-            return
-        try:
-            listed = json.loads((folder / FILES).read_text())
-            for name, (size, crc) in listed.items():
-                if not (folder / name).is_file():
-                    raise self._damaged(total, f"{name} is missing")
-                if [size, crc] != _describe(folder / name):
-                    found = (folder / name).stat().st_size
-                    raise self._damaged(
-                        total,
-                        f"{name} is altered"
-                        if found == size
-                        else f"{name} has {found} bytes of {size}",
-                    )
-        except (OSError, ValueError, TypeError, AttributeError):
-            raise self._damaged(total, f"{FILES}, the list of its files, cannot be read") from None
-
-    def _open(self, total: int, **items):
-        self._check(total)
+    def _open(self, total: int, **items) -> Any:
         try:
             return self._manager.restore(total, args=ocp.args.Composite(**items))
-        except Exception as fault:  # Orbax, TensorStore and JSON each raise their own kinds
-            raise self._damaged(total, " ".join(str(fault).split())[:200]) from fault
+        except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds
+            raise self._damaged(total, error) from error
 
-    def _damaged(self, total: int, why: str) -> UserError:
+    def _damaged(self, total: int, why: object) -> UserError:
         before = [step for step in self._manager.all_steps() if step < total]
+        why = " ".join(str(why).split())[:200]
         instead = f"the run goes on from step {max(before)}" if before else "the run starts anew"
         return UserError(
             f"checkpoint {self.folder / str(total)} is damaged ({why}); move it away and {instead}"
         )
 
 
-def _describe(path: Path) -> list[int | None]:
-    size = path.stat().st_size
-    return [size, zlib.crc32(path.read_bytes()) if size <= _SMALL else None]
-
-
 class _Orbax(ocp.CheckpointManager):
     """Orbax's manager, which asks JAX's preemption service nothing: the loop asks it, at each step
     (training/interruption.py).
 
-    Orbax would ask for the step of a save once more when it is committed, from a thread of its own,
-    steps later. The service takes the step it was asked for last as where a process is, and could
-    then name one for stopping that is already past.
+    Orbax would ask once more for a checkpoint's step when it is committed, on a thread of its own,
+    steps later. The service takes the step it was asked for last as a process's position, and could
+    then name a stopping step that is already past.
     """
 
     def reached_preemption(self, step: int) -> bool:
         return False
 
 
-def _raised_anyway(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax's threads log of a fault that it then raises: it is to be
-    said once."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _said_already(record: logging.LogRecord) -> bool:
-    """Drops what asyncio logs of the other writes that a full disk has failed: the first is raised,
-    and said by Checkpoints."""
-    return not (record.exc_info and "No space left on device" in str(record.exc_info[1]))
-
-
-def _late(usual, fault) -> None:
-    """sys.unraisablehook without what a write of TensorStore's says that fails after Orbax gave up
-    on its save and closed its loop."""
-    if not (fault.exc_type is RuntimeError and str(fault.exc_value) == "Event loop is closed"):
-        usual(fault)
-
-
 def _arrays(state: TrainState) -> dict:
-    """What of the state a save holds as arrays: all but the guard's few numbers."""
+    """The part of the state that a checkpoint stores as arrays: all but the guard's few numbers."""
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
-def _guard(numbers: dict | None, abstract: StepGuard | None) -> StepGuard | None:
-    """The guard as it was saved, laid out as ``abstract``; a fresh one where the save is older than
-    guards are."""
+def _guard(numbers: dict, abstract: StepGuard | None) -> StepGuard | None:
+    """The guard as it was saved, laid out as ``abstract``; a fresh one for a checkpoint that has
+    none."""
     if abstract is None:
         return None
-    guard = StepGuard(**numbers) if numbers else StepGuard.fresh()
-    return jax.tree.map(
-        lambda value, like: jax.device_put(np.asarray(value, like.dtype), like.sharding),
-        guard,
-        abstract,
-    )
+
+    def place(value, like):
+        return jax.device_put(np.asarray(value, like.dtype), like.sharding)
+
+    return jax.tree.map(place, StepGuard(**numbers) if numbers else StepGuard.fresh(), abstract)
 
 
-def _shapes(tree) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Array name → (shape, dtype); what has no shape, as an empty part of the optimizer's state, is
-    left out."""
+def _by_name(tree) -> dict[str, Any]:
+    """Leaves by path, 'params/blocks/…'."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _shapes(tree) -> dict[str, str]:
+    """Array name → its shape and dtype in words, without leaves that have none, as an empty part of
+    the optimizer's state."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            tuple(leaf.shape),
-            np.dtype(leaf.dtype).name,
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        name: f"{list(leaf.shape)} {np.dtype(leaf.dtype).name}"
+        for name, leaf in _by_name(tree).items()
         if hasattr(leaf, "shape")
     }
 
 
-def _shown(found) -> str:
-    return "absent" if found is None else f"{list(found[0])} {found[1]}"
+def _json_sum(value: dict) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _sums(tree) -> dict[str, int]:
-    """A checksum of each array's bits, the same however the array is laid out: Σ (2i + 1) · bits_i
-    mod 2³²."""
+    """A checksum of each array's bits, the same for every layout: Σ (2i + 1) · bits_i mod 2³²."""
     sharding = jax.tree.leaves(tree)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    values = jax.device_get(_summing(mesh)(tree))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): int(v)
-        for path, v in jax.tree_util.tree_leaves_with_path(values)
-    }
+    sums = jax.device_get(_sum_program(mesh)(tree))
+    return {name: int(value) for name, value in _by_name(sums).items()}
 
 
 @functools.cache
-def _summing(mesh):
-    """The program that sums; what it gives lies whole on every device, so that each process can
-    read it."""
-    where = {} if mesh is None else {"out_shardings": rules.replicated(mesh)}
-    return jax.jit(lambda tree: jax.tree.map(_sum, tree), **where)
+def _sum_program(mesh):
+    """The jitted checksums, replicated so that each process can read them."""
+    options = {} if mesh is None else {"out_shardings": rules.replicated(mesh)}
+    return jax.jit(lambda tree: jax.tree.map(_sum, tree), **options)
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -1,5 +1,5 @@
-"""Exponential moving average of the parameters, as one more Optax transform: it is sharded, saved
-and restored with the optimizer."""
+"""Exponential moving average of the parameters, as an Optax transform: it is sharded, saved and
+restored with the optimizer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
     """Keep ema ← decay · ema + (1 − decay) · parameters after each update; updates pass through
     unchanged.
 
-    Starts as a copy of the parameters, without a correction for the start, as PixArt's and DiT's
-    do. It stands last in a
-    chain: it averages what ``optax.apply_updates`` will make of the parameters.
+    It starts as a copy of the parameters, without bias correction, as PixArt's and DiT's do. It
+    comes last in a chain: it averages what ``optax.apply_updates`` will make of the parameters.
     """
 
     def init(params):
@@ -30,7 +29,7 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
         if params is None:
             raise ValueError("parameter_ema needs the parameters: update(updates, state, params)")
         new = optax.apply_updates(params, updates)
-        # In this form what does not move, as the null caption, stays the same to the bit.
+        # In this form what does not change, as the null caption, stays equal to the bit.
         return updates, EmaState(
             jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new)
         )

@@ -1,5 +1,5 @@
-"""The parts that a diffusion stage rests on and never trains: VAE, text encoder and tokenizer,
-opened when first needed."""
+"""The parts that a diffusion stage uses and never trains: VAE, text encoder and tokenizer, loaded
+when first needed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,8 +23,7 @@ from pixart_jax.weights.vae import config_from_json
 
 
 class Frozen:
-    """The frozen parts of a config. workdir: where a tokenizer is kept that the run itself
-    makes."""
+    """The frozen parts of a config. workdir: where a tokenizer that the run makes is stored."""
 
     def __init__(self, config: Config, workdir: Path):
         self._config, self._workdir = config, workdir
@@ -35,13 +35,13 @@ class Frozen:
         config.vae and config.text_encoder name a whole model's folder or the part's own.
         """
         field = "vae" if part == "vae" else "text_encoder"
-        given = getattr(self._config, field)
-        if given is None:
+        value = getattr(self._config, field)
+        if value is None:
             raise UserError(
                 f"config {self._config.name}: {field} is None, but this run needs one: give a "
                 "model folder"
             )
-        given = Path(given)
+        given = Path(value)
         if not given.is_dir():
             raise UserError(
                 f"{field} {str(given)!r}: no such folder; give a model folder, or one with "
@@ -61,7 +61,7 @@ class Frozen:
     @functools.cached_property
     def vae(self):
         """The VAE component."""
-        return self._load("vae")
+        return load_component(self.folder("vae"))
 
     @functools.cached_property
     def scaling_factor(self) -> float:
@@ -69,21 +69,18 @@ class Frozen:
         path = self.folder("vae") / "config.json"
         try:
             return config_from_json(json.loads(path.read_text())).scaling_factor
-        except (OSError, ValueError) as fault:
-            raise UserError(f"{path} cannot be read: {fault}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
 
     def text_encoder(self):
-        """The text encoder component, opened anew: it may be far larger than what is trained, so
-        nobody keeps it."""
-        return self._load("text_encoder")
-
-    def _load(self, part: str):
-        return load_component(self.folder(part))
+        """The text encoder component, loaded anew at each call: it may be far larger than what is
+        trained, so no reference is kept."""
+        return load_component(self.folder("text_encoder"))
 
     @functools.cached_property
     def tokenizer(self):
         """The tokenizer of config.text_encoder; where that is None, one of the captions' whole
-        words, made once and kept in the workdir."""
+        words, made once and stored in the workdir."""
         if self._config.text_encoder is not None:
             return load_tokenizer(self.folder("tokenizer"))
         folder = self._workdir / "tokenizer"
@@ -98,22 +95,69 @@ class Frozen:
         for data in {stage.data for stage in self._config.stages}:
             source = open_source(data.source, data.split, where=data.where, limit=data.limit)
             for index in range(len(source)):
-                said = source[index].captions
+                captions = source[index].captions
                 for kind, _ in data.captions:
-                    for text in said.get(kind, ()):
-                        # marks are pieces of their own
+                    for text in captions.get(kind, ()):
+                        # punctuation marks are tokens of their own
                         words.update(re.findall(r"[a-z]+", clean_caption(text)))
         return sorted(words)
 
-    def text_states(self, texts: Sequence[str], most: int) -> list[np.ndarray]:
+    def text_states(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
         """The text encoder's states of each text, fp32 [l, c] of its real tokens; computed once a
-        text."""
+        text. limit: of tokens."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._states]
         if missing:
-            ids, lengths = tokenize(self.tokenizer, missing, most)
+            ids, lengths = tokenize(self.tokenizer, missing, limit)
             states = np.asarray(jax.device_get(self.text_encoder().apply(ids, lengths)), np.float32)
             self._states |= {
                 text: row[:length]
                 for text, row, length in zip(missing, states, lengths, strict=True)
             }
         return [self._states[text] for text in texts]
+
+
+class FrozenSpec:
+    """Stands in for the frozen parts where a program is made from shapes alone: the few numbers
+    that enter it.
+
+    The VAE's scaling factor is read where its folder exists. ``assumptions``: what was assumed, in
+    words.
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        self.assumptions: list[str] = []
+
+    @property
+    def scaling_factor(self) -> float:
+        folder = Path(self._config.vae or "")
+        for path in (folder / "vae" / "config.json", folder / "config.json"):
+            if self._config.vae and path.is_file():
+                return config_from_json(json.loads(path.read_text())).scaling_factor
+        self._assume(
+            "the VAE's scaling factor is Stable Diffusion's, 0.18215 (its folder is not here)"
+        )
+        return 0.18215
+
+    def text_states(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
+        """States of "" alone are asked for: one token, the end mark."""
+        self._assume('the text encoder gives "" one token')
+        return [np.zeros((1, self._config.model.caption_width), np.float32) for _ in texts]
+
+    @property
+    def tokenizer(self):
+        """As many tokens as the text model has rows; the first masks words."""
+        if self._config.text_model is None:
+            raise UserError(f"config {self._config.name}: text_model is None")
+        size = self._config.text_model.vocab_size
+        self._assume(f"the tokenizer has the text model's {size} tokens")
+        return _Tokenizer(size=size, mask_token_id=0, unk_token_id=0)
+
+    def _assume(self, words: str) -> None:
+        if words not in self.assumptions:
+            self.assumptions.append(words)
+
+
+class _Tokenizer(SimpleNamespace):
+    def __len__(self) -> int:
+        return self.size

@@ -1,42 +1,62 @@
-"""What a stage starts from: nothing, the stage before, or a folder."""
+"""The first state of a stage: fresh, from the stage before, or from a folder of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from pixart_jax.config import Config, StageConfig
+from pixart_jax.data.loader import Loader
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
+from pixart_jax.training.stages import StageParts
+from pixart_jax.training.state import TrainState, fresh_params, state_from
+from pixart_jax.training.tasks import Task
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.table import flatten, unflatten
 
 # What given weights may lack: the parts that a multi-scale model has beyond a plain one, the null
-# caption, for which diffusers' files have no place, and the decoder that a text encoder is trained
-# with.
+# caption, for which diffusers' files have no place, and the decoder that trains a text encoder.
 _ADDABLE = ("size_embedder/", "ratio_embedder/", "null_caption", "decoder/")
+
+Report = Callable[[str, dict], None]
+"""(name, figures): receives the figures of a conversion."""
+
+
+class Trained(NamedTuple):
+    """A stage that was trained, with its averaged parameters."""
+
+    task: Task
+    params: Any
+    loader: Loader
+
+
+def initial_state(
+    config: Config, index: int, parts: StageParts, previous: Trained | None, report: Report
+) -> TrainState:
+    """The state before the first step of stage ``index``. previous: the stage before."""
+    key = jax.random.fold_in(jax.random.key(config.seed), index)
+
+    def fresh():
+        return fresh_params(parts.task.init, key, parts.abstract)
+
+    params = initial_params(config, index, parts.task, previous, fresh, key, report)
+    return state_from(parts.task.on_stage_start(params), parts.optimizer, parts.abstract)
 
 
 def initial_params(
-    config: Config,
-    index: int,
-    task,
-    previous,
-    fresh,
-    key: jax.Array,
-    report: Callable[[str, dict], None],
+    config: Config, index: int, task: Task, previous, fresh, key: jax.Array, report: Report
 ):
-    """Parameters (plain tree) of the first step of stage ``index``.
-
-    task: the stage's. previous: (task, averaged parameters) of the stage before, or None. fresh: ()
-    → new parameters on the mesh. report(name, figures): told how well a conversion went.
+    """Parameters (plain tree) of the first step of stage ``index``. fresh: () → new parameters on
+    the mesh.
 
     A stage that follows takes the EMA of the one before: the weights that its samples were drawn
     with.
@@ -45,10 +65,10 @@ def initial_params(
     if stage.start == "fresh" or (stage.start == "previous" and index == 0):
         return fresh()
     if stage.start == "previous":
-        before, params = previous
-        kind = config.stages[index - 1].task
-        return convert_params(stage, kind, before.module.config, params, task, fresh, key, report)
-    kind, model, params = load_start(stage)
+        kind, model = config.stages[index - 1].task, previous.task.module.config
+        params = previous.params
+    else:
+        kind, model, params = load_start(stage)
     return convert_params(stage, kind, model, params, task, fresh, key, report)
 
 
@@ -58,45 +78,38 @@ def load_start(stage: StageConfig):
     folder = Path(stage.start)
     part = {"autoencoder": "vae", "text_to_text": "text_encoder"}.get(stage.task, "transformer")
     component = load_component(folder / part if (folder / part).is_dir() else folder)
-    kinds = {
+    kinds: dict[type, str] = {
         TransformerConfig: "text_to_image",
         DiTConfig: "class_conditional",
         T5Config: "text_to_text",
     }
-    kind = kinds.get(type(component.config), "autoencoder")
-    return (
-        kind,
-        component.config,
-        {"encoder": component.params} if kind == "text_to_text" else component.params,
-    )
+    kind, params = kinds.get(type(component.config), "autoencoder"), component.params
+    return kind, component.config, {"encoder": params} if kind == "text_to_text" else params
 
 
 def convert_params(
-    stage: StageConfig, kind: str, model, params, task, fresh, key: jax.Array, report
+    stage: StageConfig, kind: str, model, params, task, fresh, key: jax.Array, report: Report
 ):
-    """Parameters of a model of task ``kind`` as the stage's task needs them."""
+    """Parameters of a model of task ``kind`` in the form of the stage's task."""
     if kind == "class_conditional" and stage.task == "text_to_image":
-        old = jax.tree.map(gather_to_host, params)
-        params = from_dit(old, model, task.module.config, key)
+        old, ours = jax.tree.map(gather_to_host, params), task.module.config
+        params = from_dit(old, model, ours, key)
         height, width = stage.data.buckets[0]
-        latents = jax.random.normal(
-            jax.random.fold_in(key, 1), (2, height // 8, width // 8, model.in_channels)
-        )
-        report(
-            "reparameterization",
-            reparameterization_error(old, model, params, task.module.config, latents).summary(),
-        )
+        shape = (2, height // 8, width // 8, model.in_channels)
+        latents = jax.random.normal(jax.random.fold_in(key, 1), shape)
+        error = reparameterization_error(old, model, params, ours, latents)
+        report("reparameterization", error.summary())
     elif kind != stage.task:
         raise UserError(
             f"stage {stage.name}: task {stage.task} cannot start from a model of task {kind}"
         )
-    return complete_params(stage, params, task, fresh)
+    return complete_params(stage, params, fresh)
 
 
-def complete_params(stage: StageConfig, params, task, fresh):
-    """The given parameters, checked against the stage's model; what they may lack is made."""
-    given = flatten(params)
-    wanted = flatten(jax.eval_shape(fresh))
+def complete_params(stage: StageConfig, params, fresh):
+    """The given parameters, checked against the stage's model, with fresh ones for what they may
+    lack."""
+    given, wanted = flatten(params), flatten(jax.eval_shape(fresh))
     missing = [path for path in wanted if path not in given]
     extra = [path for path in given if path not in wanted]
     wrong = [
@@ -104,24 +117,16 @@ def complete_params(stage: StageConfig, params, task, fresh):
         for path in wanted
         if path in given and given[path].shape != wanted[path].shape
     ]
-    addable = missing and all(path.startswith(_ADDABLE) for path in missing)
-    if extra or wrong or (missing and not addable):
-        what = [
-            f"{len(found)} {name}: {', '.join(found[:3])}"
-            for name, found in (
-                ("missing", missing),
-                ("left over", extra),
-                ("of another shape", wrong),
-            )
-            if found
-        ]
+    addable = all(path.startswith(_ADDABLE) for path in missing)
+    if extra or wrong or not addable:
+        kinds = {"missing": missing, "left over": extra, "of another shape": wrong}
+        what = [f"{len(n)} {name}: {', '.join(n[:3])}" for name, n in kinds.items() if n]
         raise UserError(f"stage {stage.name} cannot start from these weights ({'; '.join(what)})")
     if missing:
-        made = flatten(fresh())
-        # The embedders' last layer is put to zero, so that the model begins as the plain one that
-        # it was.
+        new = flatten(fresh())
+        # The embedders' last layer is set to zero, so that the model begins as the plain one.
         given |= {
-            path: np.zeros(made[path].shape, made[path].dtype) if "/fc2/" in path else made[path]
+            path: np.zeros(new[path].shape, new[path].dtype) if "/fc2/" in path else new[path]
             for path in missing
         }
     return unflatten(given)

@@ -1,93 +1,60 @@
-"""What a run cost: device-hours, energy, money and CO2, each said to be measured or assumed, beside
-the paper's way of counting."""
+"""The cost of a run: device-hours, energy, money and CO2, each marked as measured or assumed,
+beside the paper's way of counting."""
 
 from __future__ import annotations
-
-import glob
-import subprocess
-import threading
-import time
 
 from pixart_jax.config import HardwareConfig
 
 PAPER_WATTS, PAPER_GCO2_PER_KWH = 400.0, 57.0  # GPU-hours × 0.4 kW × 57 gCO2e/kWh
 
 
-class PowerMeter:
-    """Energy of this machine while the context is open, where something measures it.
+class EnergyMeter:
+    """Energy of this machine while the context is open, by codecarbon where it is installed
+    (pip install codecarbon): NVIDIA GPUs and the CPU's counters, else codecarbon's own load model.
 
-    NVIDIA GPUs: nvidia-smi's draw, summed over devices, sampled every ``interval`` seconds. Else
-    the CPU packages' own counters (Linux powercap). ``joules`` is None where neither can be read.
-    source: the name of what measured.
+    ``joules`` is None and ``source`` None without it.
     """
 
-    def __init__(self, platform: str, interval: float = 5.0):
-        self.source, self._interval, self._joules = None, interval, 0.0
-        self._stop = threading.Event()
-        self._counters: list[tuple[str, int]] = []
-        if platform == "gpu" and _gpu_watts() is not None:
-            self.source = "nvidia-smi power.draw"
-        elif platform == "cpu":
-            self._counters = [
-                (p, e)
-                for p in glob.glob("/sys/class/powercap/intel-rapl:?/energy_uj")
-                if (e := _read(p)) is not None
-            ]
-            self.source = "powercap energy_uj of the CPU packages" if self._counters else None
+    def __init__(self) -> None:
+        self.source: str | None = None
+        self._tracker = None
+        self._kwh = 0.0
 
-    def __enter__(self):
-        if self.source:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+    def __enter__(self) -> EnergyMeter:
+        try:
+            import codecarbon
+            from codecarbon.output_methods.base_output import BaseOutput
+        except ImportError:
+            return self
+        meter = self
+
+        class Reading(BaseOutput):
+            def out(self, total, delta):
+                meter._kwh = total.energy_consumed
+
+            live_out = out
+
+        self._tracker = codecarbon.OfflineEmissionsTracker(
+            country_iso_code="USA",  # for its CO2 figure, which the ledger does not use
+            output_methods=[],
+            output_handlers=[Reading()],
+            log_level="error",
+            allow_multiple_runs=True,
+        )
+        self._tracker.start()
+        self.source = f"codecarbon {codecarbon.__version__}"
         return self
 
-    def __exit__(self, *_):
-        self._stop.set()
+    def __exit__(self, *_) -> None:
+        if self._tracker:
+            self._tracker.stop()
 
     @property
     def joules(self) -> float | None:
-        return self._joules if self.source else None
-
-    def _watch(self):
-        before = time.monotonic()
-        while not self._stop.wait(self._interval):
-            now = time.monotonic()
-            if self._counters:
-                fresh = [(path, _read(path)) for path, _ in self._counters]
-                # a counter that wrapped around gives a negative difference, and is left out
-                self._joules += (
-                    sum(
-                        max(new - old, 0)
-                        for (_, new), (_, old) in zip(fresh, self._counters, strict=True)
-                    )
-                    / 1e6
-                )
-                self._counters = fresh
-            else:
-                self._joules += (_gpu_watts() or 0.0) * (now - before)
-            before = now
-
-
-def _read(path: str) -> int | None:
-    try:
-        with open(path) as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return None
-
-
-def _gpu_watts() -> float | None:
-    try:
-        text = subprocess.run(
-            ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout
-        return sum(float(line) for line in text.split())
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+        if self._tracker is None:
+            return None
+        self._tracker.flush()
+        return self._kwh * 3.6e6
 
 
 def ledger(
@@ -95,22 +62,22 @@ def ledger(
     devices: int,
     kind: str,
     hardware: HardwareConfig,
-    power_source: str | None,
+    energy_source: str | None,
 ) -> dict:
     """The ledger as JSON. stages: name → {"seconds", "steps", "images", "joules" (0 where not
     measured)}."""
-    seconds = sum(s["seconds"] for s in stages.values())
-    hours = seconds * devices / 3600
+    hours = sum(s["seconds"] for s in stages.values()) * devices / 3600
     joules = sum(s["joules"] for s in stages.values())
-    measured = power_source is not None and joules > 0
-    kwh = joules / 3.6e6 if measured else hours * hardware.watts_per_device / 1000
-    energy = (
-        f"measured: {power_source}"
-        if measured
-        else f"assumed: {hardware.watts_per_device:g} W a device"
-    )
+    if energy_source is not None and joules > 0:
+        kwh, energy = joules / 3.6e6, f"measured: {energy_source}"
+    else:
+        kwh = hours * hardware.watts_per_device / 1000
+        energy = f"assumed: {hardware.watts_per_device:g} W a device"
+    price, carbon = hardware.usd_per_device_hour, hardware.gco2_per_kwh
+    paper_kwh = hours * PAPER_WATTS / 1000
+    paper_way = f"{PAPER_WATTS / 1000:g} kW × {PAPER_GCO2_PER_KWH:g} gCO2e/kWh"
 
-    def entry(value, basis):
+    def entry(value: float, basis: str) -> dict:
         return {"value": value, "basis": basis}
 
     return {
@@ -119,19 +86,12 @@ def ledger(
         "stages": stages,
         "device_hours": entry(hours, "measured: wall-clock of committed training steps × devices"),
         "energy_kwh": entry(kwh, energy),
-        "usd": entry(
-            hours * hardware.usd_per_device_hour,
-            f"assumed: {hardware.usd_per_device_hour:g} USD a device-hour",
-        ),
-        "co2_kg": entry(
-            kwh * hardware.gco2_per_kwh / 1000,
-            f"{energy}; assumed: {hardware.gco2_per_kwh:g} gCO2e/kWh",
-        ),
+        "usd": entry(hours * price, f"assumed: {price:g} USD a device-hour"),
+        "co2_kg": entry(kwh * carbon / 1000, f"{energy}; assumed: {carbon:g} gCO2e/kWh"),
         "paper_way": {
-            "formula": f"device-hours × {PAPER_WATTS / 1000:g} kW × {PAPER_GCO2_PER_KWH:g} "
-            "gCO2e/kWh",
+            "formula": f"device-hours × {paper_way}",
             "device_days": hours / 24,
-            "energy_kwh": hours * PAPER_WATTS / 1000,
-            "co2_kg": hours * PAPER_WATTS / 1000 * PAPER_GCO2_PER_KWH / 1000,
+            "energy_kwh": paper_kwh,
+            "co2_kg": paper_kwh * PAPER_GCO2_PER_KWH / 1000,
         },
     }

@@ -1,37 +1,37 @@
-"""The loop of one stage: batches in, steps, and from time to time a line, a save and a look at what
-it draws."""
+"""The loop of one stage: batches, steps, and at intervals a log line, a checkpoint and a
+preview."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from pixart_jax.config import Config
 from pixart_jax.errors import Interrupted
 from pixart_jax.parallel import liveness
+from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.training.bad_steps import describe
 from pixart_jax.training.batches import put
-from pixart_jax.training.clock import StepTimer
 from pixart_jax.training.interruption import PreemptionHandler
+from pixart_jax.training.metrics import StepTimer
 from pixart_jax.training.state import TrainState
-from pixart_jax.training.trace import StepProfiler
 
 
 class TrainingDiverged(Exception):
-    """Too many steps in a row could not be taken. The message names the stage, the step, what was
-    wrong and the batch's records."""
+    """Too many steps in a row were skipped. The message names the stage, the step, the cause and
+    the batch's records."""
 
 
 @dataclasses.dataclass
 class MetricWindow:
-    """Sums of the metrics since the last logged line; saved with a checkpoint, so that a resumed
-    run logs the same lines.
-
-    A skipped step counts as skipped, and nowhere else: its loss may be no number.
+    """Sums of the metrics since the last logged line; part of a checkpoint, so that a resumed run
+    logs the same lines. Of a skipped step only the count enters: its loss may not be finite.
     """
 
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -48,149 +48,195 @@ class MetricWindow:
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """Of the good steps; no loss where there was none."""
-        return {name: value / self.count for name, value in self.sums.items()} | {
-            "skipped": self.skipped
-        }
+        """Over the good steps; without a loss where there was none."""
+        means = {name: value / self.count for name, value in self.sums.items()}
+        return means | {"skipped": self.skipped}
 
 
-@dataclasses.dataclass(frozen=True)
 class LoopHooks:
-    """What the loop does besides stepping. Steps are those of the stage, counted from 1.
+    """Callbacks of the loop; those of this class do nothing. Steps are those of the stage, counted
+    from 1."""
 
-    log_every, preview_every: steps (preview 0: at the end alone). saves(step): whether one is due.
-    patience: so many bad steps in a row end the run. done: steps of the run before this stage.
-    log(step, values); save(step, state, window); preview(step, state); bad(step, values) → the
-    record keys of the step's batch; flops(batch) of its forward and backward pass.
-    """
+    def should_save(self, step: int) -> bool:
+        """Whether a checkpoint is due."""
+        return False
 
-    log_every: int
-    preview_every: int
-    max_bad_steps: int
-    done: int
-    should_save: Callable[[int], bool]
-    log: Callable[[int, dict[str, float]], None]
-    save: Callable[[int, TrainState, MetricWindow], None]
-    preview: Callable[[int, TrainState], None]
-    on_bad_step: Callable[[int, dict[str, float]], list[str]]
-    flops: Callable[[dict], float]
-    clock: StepTimer
-    interruption: PreemptionHandler
-    trace: StepProfiler
+    def save(self, step: int, state: TrainState, window: MetricWindow) -> None:
+        """Write a checkpoint."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write a line of metrics."""
+
+    def preview(self, step: int, state: TrainState) -> None:
+        """Draw samples."""
+
+    def on_bad_step(self, step: int, values: dict[str, float]) -> list[str]:
+        """Record a skipped step; returns the record keys of its batch."""
+        return []
+
+    def flops(self, batch: dict) -> float:
+        """FLOPs of a step on this batch (its rows in this process); 0 where unknown."""
+        return 0.0
 
 
 def train(
     state: TrainState,
     step_function,
     loader,
+    hooks: LoopHooks,
     *,
-    name: str,
+    config: Config,
+    index: int,
+    mesh: Mesh,
     start: int,
-    steps: int,
-    key: jax.Array,
-    sharding,
-    watch: LoopHooks,
     window: MetricWindow,
+    timer: StepTimer,
+    interruption: PreemptionHandler,
+    profile: Path,
 ) -> TrainState:
-    """Run steps start … steps − 1 of a stage; step k's key is ``key`` with k folded in.
+    """Run steps start + 1 … of stage ``index`` to its end; step k's random key is the stage's with
+    k − 1 folded in.
 
-    Each step's metrics are read while the next one runs, so the device never waits for the host. A
-    save that falls due within a row of bad steps waits for the first good one. Raises Diverged
-    after ``watch.max_bad_steps`` bad steps in a row, before anything more is saved, and
-    Interrupted, the state saved, when a signal asked for it.
+    A step's metrics are read while the next one runs, so the device never waits for the host. A
+    checkpoint that falls due within a row of bad steps waits for the next good one. Raises
+    TrainingDiverged after too many bad steps in a row, before anything more is saved, and
+    Interrupted after a signal, the state saved. profile: the folder of a trace (config.profile).
     """
-    if start >= steps:
+    stage, preview_every = config.stages[index], config.preview.every
+    if start >= stage.steps:
         return state
-    batches = loader.iterator(start=start)
-    often = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file wants few lines
-    bar = tqdm(
-        total=steps,
-        initial=start,
-        desc=name,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=often,
-        disable=jax.process_index() > 0,
-    )
+    done = sum(before.steps for before in config.stages[:index])  # steps of the run
+    key = jax.random.fold_in(jax.random.key(config.seed), 1_000 + index)
+    sharding, batches = batch_sharding(mesh), loader.iterator(start=start)
+    bar = _progress_bar(stage.name, start, stage.steps)
     pending: tuple[int, dict, float] | None = None
-    in_row, due = 0, False
-    shapes, clock = set(), watch.clock
+    in_row, due, shapes = 0, False, set()
 
-    def settle() -> None:
-        """Read what the step that was begun last has given."""
+    def read_pending() -> None:
+        """Read the metrics of the step that was dispatched last."""
         nonlocal pending, window, in_row
         if pending is None:
             return
         (number, metrics, flops), pending = pending, None
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        clock.done(flops)
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        timer.done(flops)
         bar.update()
         liveness.report_step(number)
         in_row = int(values["skipped_in_row"])
         if values["skipped"]:
-            keys = watch.on_bad_step(number, values)
-            if in_row >= watch.max_bad_steps:
+            keys = hooks.on_bad_step(number, values)
+            if in_row >= config.guard.bad_steps_in_row:
                 raise TrainingDiverged(
-                    f"stage {name}, step {number}, the last of {in_row} bad steps in a row: "
+                    f"stage {stage.name}, step {number}, the last of {in_row} bad steps in a row: "
                     f"{describe(values, keys)}"
                 )
         window.add(values)
-        if number % watch.log_every == 0 or number == steps:
-            line = {
-                **window.means(),
-                "lr": values["lr"],
-                **clock.rates(),
-                "recompilations": step_function.executables - len(shapes),
-            }
+        if number % config.log_every == 0 or number == stage.steps:
+            recompilations = step_function.executables - len(shapes)
+            line = {**window.means(), "lr": values["lr"], **timer.rates()}
+            line["recompilations"] = recompilations
             shown = {"loss": "loss", "images_s": "images_per_second", "mfu": "mfu"}
-            bar.set_postfix(
-                {short: f"{line[long]:.4g}" for short, long in shown.items() if long in line},
-                refresh=False,
-            )
-            watch.log(number, line)
+            text = {short: f"{line[name]:.4g}" for short, name in shown.items() if name in line}
+            bar.set_postfix(text, refresh=False)
+            hooks.log(number, line)
             window = MetricWindow()
 
     def dispatch(state, batch, number):
-        """Begin a step. A call that had to compile is no step's time."""
+        """Begin a step. Compiling is not part of a step's time."""
         before, begun = step_function.executables, time.perf_counter()
         state, metrics = step_function(state, batch, jax.random.fold_in(key, number - 1))
         if step_function.executables > before:
-            clock.compiled(time.perf_counter() - begun)
+            timer.exclude(time.perf_counter() - begun)
         return state, metrics
 
+    trace = StepProfiler(profile, config.profile.steps)
     try:
-        with watch.interruption.deferred(), watch.trace:
-            for number in range(start + 1, steps + 1):
-                if watch.trace.opens(watch.done + number):
-                    settle()
-                    watch.trace.start()
-                with clock.waiting():
+        with interruption.deferred(), trace:
+            for number in range(start + 1, stage.steps + 1):
+                if trace.opens(done + number):
+                    read_pending()
+                    trace.start()
+                with timer.waiting():
                     rows = next(batches)
                     batch = put(rows, sharding)
                 shapes.add(tuple(sorted((name, array.shape) for name, array in batch.items())))
                 state, metrics = dispatch(state, batch, number)
-                settle()
-                pending = (number, metrics, watch.flops(rows))
-                last, stop = number == steps, watch.interruption.should_stop(watch.done + number)
-                look = last or (watch.preview_every and number % watch.preview_every == 0)
-                due = due or watch.should_save(number)
-                if watch.trace.closes(watch.done + number):
-                    settle()
-                    watch.trace.stop()
+                read_pending()
+                pending = (number, metrics, hooks.flops(rows))
+                last, stop = number == stage.steps, interruption.should_stop(done + number)
+                look = last or (preview_every and number % preview_every == 0)
+                due = due or hooks.should_save(number)
+                if trace.closes(done + number):
+                    read_pending()
+                    trace.stop()
                 if last or stop or look or due:
-                    settle()
-                    with clock.paused():
+                    read_pending()
+                    with timer.paused():
                         if last or stop or (due and not in_row):
-                            watch.save(number, state, window)
+                            hooks.save(number, state, window)
                             due = False
                         if look and not stop:
-                            watch.preview(number, state)
+                            hooks.preview(number, state)
                 if stop:
                     raise Interrupted(stop)
     finally:
         liveness.report_step(None)
         bar.close()
-        close = getattr(batches, "close", None)
-        if close:
+        if close := getattr(batches, "close", None):
             close()
     return state
+
+
+def _progress_bar(name: str, start: int, steps: int) -> tqdm:
+    return tqdm(
+        total=steps,
+        initial=start,
+        desc=name,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,  # seconds; few lines in a log file
+        disable=jax.process_index() > 0,
+    )
+
+
+class StepProfiler:
+    """A profiler trace of some steps, for TensorBoard, Perfetto or XProf; leaving the context ends
+    it.
+
+    steps: (first, last) by the run's count, both traced entirely; None: no trace.
+    """
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None):
+        self._folder, self._steps, self._open = Path(folder), steps, False
+
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def opens(self, total: int) -> bool:
+        """Whether the trace begins with this step; the steps before it must be done then."""
+        if self._steps is None or self._open:
+            return False
+        return self._steps[0] <= total <= self._steps[1]
+
+    def closes(self, total: int) -> bool:
+        """Whether this step is the trace's last; it must be done before ``stop``."""
+        return self._open and self._steps is not None and total >= self._steps[1]
+
+    def start(self) -> None:
+        jax.profiler.start_trace(str(self._folder))
+        self._open = True
+
+    def stop(self) -> None:
+        """End the trace, if one is open, and print where it is."""
+        if not self._open or self._steps is None:
+            return
+        self._open = False
+        jax.profiler.stop_trace()
+        if jax.process_index() == 0:
+            print(
+                f"profile of steps {self._steps[0]} to {self._steps[1]}: {self._folder} "
+                "(tensorboard --logdir, or ui.perfetto.dev)"
+            )

@@ -1,5 +1,5 @@
-"""The Optax chain of a stage: clip → AdamW or CAME → schedule → EMA, with the null caption left as
-it is."""
+"""The Optax chain of a stage: clip → AdamW or CAME → schedule → EMA; the null caption is not
+trained."""
 
 from __future__ import annotations
 
@@ -83,18 +83,18 @@ def make_optimizer(
     )
 
 
-def clip_by_global_norm(most: float) -> optax.GradientTransformationExtraArgs:
-    """g · min(1, most / ‖g‖), the norm over all parameters: the update's grad_norm where the caller
-    has it already.
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """g · min(1, limit / ‖g‖), the norm over all parameters: the update's grad_norm where the
+    caller has it already.
 
-    optax's own selects between g and its clipped form, for which XLA keeps both: a second copy of
-    all gradients (2.4 GB for XL/2). A factor is fused into whatever reads the gradient.
+    optax's version selects between g and its clipped form, for which XLA keeps both: a second copy
+    of all gradients (2.4 GB for XL/2). A factor is fused into whatever reads the gradient.
     """
 
     def update(updates, state, params=None, *, grad_norm=None, **_):
         del params
-        norm = optax.global_norm(updates) if grad_norm is None else grad_norm
-        factor = jnp.minimum(1.0, most / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        factor = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         return jax.tree.map(lambda g: g * factor, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

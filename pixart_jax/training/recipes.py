@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,37 +21,43 @@ USAGE = "python train.py configs/NAME.py --workdir DIR [--FIELD VALUE …]"
 
 
 def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
-    """(the recipe's file, the workdir, the overrides that are left)."""
+    """(the recipe's file, the workdir, the remaining overrides)."""
     argv = list(argv)
-    names = known()
-    if not argv or argv[0] in ("-h", "--help"):
-        text = (
-            f"usage: {USAGE}\n\nrecipes: {', '.join(names)}\n`python train.py NAME --help` "
-            f"lists the options of one.\n\n{usage()}"
-        )
-        if argv:
-            print(text)
-            raise SystemExit(0)
-        raise UserError(f"which recipe? {USAGE}; there are {', '.join(names)}")
+    names = ", ".join(known())
+    if not argv:
+        raise UserError(f"which recipe? {USAGE}; there are {names}")
+    if argv[0] in ("-h", "--help"):
+        how = "`python train.py NAME --help` lists the options of one."
+        print(f"usage: {USAGE}\n\nrecipes: {names}\n{how}\n\n{usage()}")
+        raise SystemExit(0)
     if argv[0].startswith("-"):
         raise UserError(f"the recipe comes first: {USAGE}")
     recipe, rest = find(argv[0]), argv[1:]
-    workdir = None
-    for i, token in enumerate(rest):
-        if token == "--workdir" or token.startswith("--workdir="):
-            if token == "--workdir" and (i + 1 == len(rest) or rest[i + 1].startswith("--")):
-                raise UserError("--workdir needs a folder")
-            workdir = Path(rest[i + 1] if token == "--workdir" else token.split("=", 1)[1])
-            rest = rest[:i] + rest[i + (2 if token == "--workdir" else 1) :]
-            break
-    if workdir is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(workdir)):
+    given, rest = pop_flag("--workdir", rest, "--workdir needs a folder")
+    if given is None:
+        if not {"-h", "--help"} & set(rest):
+            raise UserError(f"--workdir is missing, the folder of the run: {USAGE}")
+        return recipe, None, rest
+    if re.match(r"[A-Za-z][\w+.-]+:/", given):
         raise UserError(
-            f"--workdir {workdir}: a folder is needed, on a disk that all processes see; an "
+            f"--workdir {given}: a folder is needed, on a disk that all processes see; an "
             "address is none: mount it"
         )
-    if workdir is None and not {"-h", "--help"} & set(rest):
-        raise UserError(f"--workdir is missing, the folder of the run: {USAGE}")
-    return recipe, workdir, rest
+    return recipe, Path(given), rest
+
+
+def pop_flag(flag: str, argv: Sequence[str], error: str) -> tuple[str | None, list[str]]:
+    """(the value of a flag, the remaining arguments): the last one of several. UserError(error)
+    without a value."""
+    value, rest, tokens = None, [], iter(argv)
+    for token in tokens:
+        if token != flag and not token.startswith(f"{flag}="):
+            rest.append(token)
+            continue
+        value = next(tokens, None) if token == flag else token.split("=", 1)[1]
+        if value is None or value.startswith("--"):
+            raise UserError(error)
+    return value, rest
 
 
 def known() -> list[str]:
@@ -70,44 +78,36 @@ def parse_config(recipe: Path, overrides: Sequence[str]) -> Config:
     """The recipe's config with its overrides; every complaint is a UserError of one line."""
     import tyro
 
-    default, overrides = apply_mesh_flag(load(recipe), overrides)
+    mesh, overrides = pop_flag(
+        "--mesh", overrides, "--mesh needs the sizes of its axes, as --mesh fsdp=8,tensor=2"
+    )
+    config = load(recipe)
+    if mesh is not None:
+        config = dataclasses.replace(config, mesh=MeshConfig.parse(mesh))
     return cli.parse(
         tyro.conf.AvoidSubcommands[Config],
         overrides,
         prog=f"train.py {recipe.stem}",
-        default=default,
+        default=config,
         description=f"Options of {recipe.name}.\n\n{usage()}",
     )
 
 
-def apply_mesh_flag(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
-    """``--mesh fsdp=8,tensor=2``, the whole mesh in one flag, set in the config; (the config, the
-    overrides that are left)."""
-    left: list[str] = []
-    rest = iter(overrides)
-    for token in rest:
-        if token != "--mesh" and not token.startswith("--mesh="):
-            left.append(token)
-            continue
-        text = next(rest, None) if token == "--mesh" else token.split("=", 1)[1]
-        if text is None or text.startswith("--"):
-            raise UserError("--mesh needs the sizes of its axes, as --mesh fsdp=8,tensor=2")
-        config = dataclasses.replace(config, mesh=MeshConfig.parse(text))
-    return config, left
-
-
 def load(recipe: Path) -> Config:
     """What the file's get_config() returns."""
+    if importlib.util.find_spec("configs") is None:
+        # recipes import each other as configs.NAME, also where the folder has another name
+        package = types.ModuleType("configs")
+        package.__path__ = [str(RECIPES)]
+        sys.modules["configs"] = package
     spec = importlib.util.spec_from_file_location(f"recipe_{recipe.stem}", recipe)
+    assert spec is not None and spec.loader is not None, recipe
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        make = module.get_config
-    except UserError:
-        raise
-    except (SyntaxError, ImportError, AttributeError, NameError) as fault:
-        raise UserError(f"{recipe} is no recipe: {fault}") from fault
-    config = make()
+        config = module.get_config()
+    except (SyntaxError, ImportError, AttributeError, NameError) as error:
+        raise UserError(f"{recipe} is no recipe: {error}") from error
     if not isinstance(config, Config):
         raise UserError(f"{recipe}: get_config() returned {type(config).__name__}, want Config")
     return config

@@ -1,19 +1,21 @@
-"""A run's folder: one config, one writer at a time, and a place for compiled programs."""
+"""A run's folder: one config, one writer at a time, and a cache of compiled programs."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from pixart_jax.config import Config
 from pixart_jax.errors import UserError
+from pixart_jax.files import locked, write_json
 
-# What may change between two calls: it changes what is shown, kept or where it is computed, not
+# What may change between two calls: it affects what is logged, kept or where it is computed, not
 # what is learned.
 MUTABLE_FIELDS = (
     "log_every",
@@ -34,9 +36,9 @@ MUTABLE_FIELDS = (
 class Workdir:
     """The folder ``path`` for a run of ``config``; a context that holds its lock.
 
-    Entering raises UserError when the folder holds a run of another config (says what differs) or
-    another process is writing there; :meth:`keep` writes the config down, once it is known that the
-    run can begin.
+    Entering raises UserError when the folder holds a run of another config (naming the difference)
+    or another process is writing there; :meth:`save_config` stores the config, once the run is
+    known to begin.
     """
 
     def __init__(self, path: str | os.PathLike, config: Config):
@@ -44,30 +46,30 @@ class Workdir:
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self.model = self.path / "model"
         self.programs, self.profile = self.path / "compilation_cache", self.path / "profile"
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Workdir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"workdir {self.path} is a file: name a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a") if jax.process_index() == 0 else None
-        if self._lock:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                busy = UserError(
                     f"workdir {self.path} is in use by another run: wait for it, or name another "
                     "folder"
-                ) from None
-        self._compare()
-        self.samples.mkdir(exist_ok=True)
+                )
+                stack.enter_context(locked(self.path / ".lock", busy=busy))
+            self._compare()
+            self.samples.mkdir(exist_ok=True)
+            self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *_):
-        if self._lock:
-            self._lock.close()
+    def __exit__(self, *_) -> None:
+        self._open.close()
 
     def _compare(self) -> None:
-        file, mine = self.path / "config.json", as_json(self.config)
+        """UserError where config.json is of another run."""
+        file, ours = self.path / "config.json", as_json(self.config)
         if file.exists():
             try:
                 theirs = json.loads(file.read_text())
@@ -75,7 +77,7 @@ class Workdir:
                 raise UserError(
                     f"{file} is damaged: move it away if the workdir is this config's"
                 ) from None
-            differing = config_diff(with_defaults(theirs, self.config), mine)
+            differing = config_diff(with_defaults(theirs, self.config), ours)
             if differing:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 raise UserError(
@@ -88,11 +90,9 @@ class Workdir:
             )
 
     def save_config(self) -> None:
-        """The resolved config → config.json: from now on the folder is this run's."""
+        """Write the resolved config to config.json: from now on the folder is this run's."""
         if jax.process_index() == 0:
-            write_atomic(
-                self.path / "config.json", json.dumps(as_json(self.config), indent=1) + "\n"
-            )
+            write_json(self.path / "config.json", as_json(self.config), indent=1)
 
 
 def as_json(config: Config) -> dict:
@@ -101,33 +101,26 @@ def as_json(config: Config) -> dict:
 
 
 def _plain(value):
-    """Dataclasses, tuples and plain values → what JSON gives back of them."""
-    return json.loads(
-        json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
-    )
+    """Dataclasses, tuples and plain values as read back from JSON."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return json.loads(json.dumps(plain))
 
 
 def enable_compilation_cache(folder: Path) -> None:
-    """Compiled programs are kept in ``folder`` and read from there by the next start, unless JAX
-    has been given another place for them.
-
-    To be called before the first compilation.
-    """
+    """Cache compiled programs in ``folder``, unless JAX has another cache. Call it before the first
+    compilation."""
     # set by the program or by JAX_COMPILATION_CACHE_DIR
     if jax.config.jax_compilation_cache_dir is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # a start is made of many small programs
+        # a start compiles many small programs
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def with_defaults(stored, config):
-    """A stored config as JSON, completed by the defaults of the fields that its version of the
-    program did not know.
-
-    config: the dataclass that it is to be compared with, which says what fields there are.
-    """
+    """A stored config as JSON, completed by the defaults of fields that its version of the program
+    did not have. config: the dataclass to compare it with, which has all fields."""
     if isinstance(stored, list) and isinstance(config, tuple):
         return [*(with_defaults(a, b) for a, b in zip(stored, config)), *stored[len(config) :]]
     if not (isinstance(stored, dict) and dataclasses.is_dataclass(config)):
@@ -145,41 +138,24 @@ def with_defaults(stored, config):
 
 def config_diff(old: dict, new: dict) -> list[str]:
     """'stages.0.steps was 10, now 20' for each value that determines the result and differs."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    absent = object()
+    before = {path: json.dumps(value) for path, value in _leaves(old)}
+    after = {path: json.dumps(value) for path, value in _leaves(new)}
     return [
-        f"{path} was {_show(before.get(path, absent), absent)}, now "
-        f"{_show(after.get(path, absent), absent)}"
+        f"{path} was {before.get(path, 'absent')}, now {after.get(path, 'absent')}"
         for path in dict.fromkeys([*before, *after])
-        if before.get(path, absent) != after.get(path, absent)
-        and not set(path.split(".")) & set(MUTABLE_FIELDS)
+        if before.get(path) != after.get(path) and not set(path.split(".")) & set(MUTABLE_FIELDS)
     ]
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _leaves(value, path=""):
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else None
-    )
-    if items is None or not value:
+def _leaves(value, path: str = ""):
+    """(path, value) of every plain value and every empty list or object."""
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    if not items or not value:
         yield path, value
         return
     for key, inner in items:
         yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-
-
-def _show(value, absent) -> str:
-    return "absent" if value is absent else json.dumps(value)

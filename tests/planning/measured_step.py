@@ -23,9 +23,11 @@ import small_run
 
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training import abstract
+from pixart_jax.training import stages
 from pixart_jax.training.batches import put
+from pixart_jax.training.frozen import FrozenSpec
 from pixart_jax.training.state import fresh_params, state_from
+from pixart_jax.training.step import compiled_step
 
 
 def status(field: str) -> int:
@@ -37,10 +39,10 @@ def main(fsdp: int, remat: str) -> None:
     config = small_run.get_config(remat=remat)
     stage = config.stages[0]
     mesh = make_mesh(small_run.MeshConfig(data=-1, fsdp=fsdp))
-    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
-    shapes = abstract.abstract_batch(config, stage, small_run.BUCKET, mesh)
-    step = abstract.compiled_step(config, stage, made, mesh)
-    compiled = step.trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().compile()
+    made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
+    shapes = stages.abstract_batch(config, stage, small_run.BUCKET, mesh)
+    step = compiled_step(config, stage, made, mesh)
+    compiled = step.trace(made.abstract, shapes, stages.abstract_key(mesh)).lower().compile()
     key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
 
     def arrays():

@@ -14,7 +14,9 @@ from training.test_step_compiled import small
 from pixart_jax.config import MeshConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.planning import hlo, topology
-from pixart_jax.training import abstract
+from pixart_jax.training import stages
+from pixart_jax.training.frozen import FrozenSpec
+from pixart_jax.training.step import compiled_step
 
 
 def held(tree) -> int:
@@ -28,11 +30,11 @@ def main(name: str) -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), topology.devices(topology.parse(name)))
     config = small()
     stage = config.stages[0]
-    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
-    batch = abstract.abstract_batch(config, stage, (64, 64), mesh)
+    made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
+    batch = stages.abstract_batch(config, stage, (64, 64), mesh)
     program = (
-        abstract.compiled_step(config, stage, made, mesh)
-        .trace(made.abstract, batch, abstract.abstract_key(mesh))
+        compiled_step(config, stage, made, mesh)
+        .trace(made.abstract, batch, stages.abstract_key(mesh))
         .lower()
         .compile()
     )

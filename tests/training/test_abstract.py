@@ -11,8 +11,10 @@ from training import tiny_run
 from pixart_jax.config import MeshConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import batch_sharding
-from pixart_jax.training import abstract, stages
+from pixart_jax.training import stages
 from pixart_jax.training.batches import put
+from pixart_jax.training.frozen import FrozenSpec
+from pixart_jax.training.step import compiled_step
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,8 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     run = stages.Run(config, type("Folder", (), {"path": folder})(), mesh, None, None, None, None)
     stage, prepared = config.stages[index], run.prepare(index)
-    of_run = abstract.compiled_step(
-        config,
-        stage,
-        abstract.StageParts(prepared.task, prepared.optimizer, prepared.abstract),
-        mesh,
+    of_run = compiled_step(
+        config, stage, stages.StageParts(prepared.task, prepared.optimizer, prepared.abstract), mesh
     )
     batch = put(prepared.loader.batch(0), batch_sharding(mesh))
     key = jax.random.key(0)
@@ -42,14 +41,14 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
     bucket = tuple(8 * n for n in batch["mean"].shape[1:3])
     texts = batch["text_states"].shape[1] if "text_states" in batch else stage.data.max_text_tokens
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, max_text_tokens=texts))
-    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
-    shapes = abstract.abstract_batch(config, stage, bucket, mesh)
+    made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
+    shapes = stages.abstract_batch(config, stage, bucket, mesh)
     assert {name: (s.shape, s.dtype) for name, s in shapes.items()} == {
         name: (a.shape, a.dtype) for name, a in batch.items()
     }
     assert (
-        abstract.compiled_step(config, stage, made, mesh)
-        .trace(made.abstract, shapes, abstract.abstract_key(mesh))
+        compiled_step(config, stage, made, mesh)
+        .trace(made.abstract, shapes, stages.abstract_key(mesh))
         .lower()
         .as_text()
         == real
@@ -58,7 +57,7 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
 
 def test_what_is_assumed_of_absent_folders_is_said():
     config = dataclasses.replace(tiny_config(), vae="models/none", text_encoder="models/none")
-    frozen = abstract.FrozenSpec(config)
+    frozen = FrozenSpec(config)
     assert frozen.scaling_factor == 0.18215 and len(frozen.text_states([""], 8)[0]) == 1
     assert len(frozen.assumptions) == 2 and "0.18215" in frozen.assumptions[0]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from pixart_jax.training.clock import StepTimer
+from pixart_jax.training.trace import StepProfiler
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import Interrupted
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.training import loop
-from pixart_jax.training.clock import StepTimer
 from pixart_jax.training.interruption import PreemptionHandler
 from pixart_jax.training.loop import LoopHooks, MetricWindow, TrainingDiverged, train
-from pixart_jax.training.trace import StepProfiler
 
 
 class Batches:

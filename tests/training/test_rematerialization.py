@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from pixart_jax.training.activations import activation_bytes
 from training import tiny_run
 
 from pixart_jax.config import MeshConfig
@@ -17,8 +18,9 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.remat import BY_SPEED, policy
 from pixart_jax.parallel.chips import CHIPS, GIB
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training import abstract, recipes, rematerialization, stages
-from pixart_jax.training.activations import activation_bytes
+from pixart_jax.training import recipes, stages
+from pixart_jax.training.frozen import FrozenSpec
+from pixart_jax.training.step import compiled_step
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
@@ -29,7 +31,7 @@ def mesh():
 
 
 def parts(config, mesh):
-    return abstract.build_stage(config, config.stages[0], abstract.FrozenSpec(config), mesh)
+    return stages.build_stage(config, config.stages[0], FrozenSpec(config), mesh)
 
 
 def needed(config, made, mesh, name):
@@ -100,11 +102,11 @@ def test_a_run_says_what_it_took_and_its_step_is_that_policys(tmp_path, mesh, ca
             config, type("Folder", (), {"path": tmp_path})(), mesh, None, None, None, None
         )
         stage, made = config.stages[0], run.prepare(0)
-        shapes = abstract.abstract_batch(config, stage, stage.data.buckets[0], mesh)
-        one = abstract.compiled_step(
-            config, stage, abstract.StageParts(made.task, made.optimizer, made.abstract), mesh
+        shapes = stages.abstract_batch(config, stage, stage.data.buckets[0], mesh)
+        one = compiled_step(
+            config, stage, stages.StageParts(made.task, made.optimizer, made.abstract), mesh
         )
-        return one.trace(made.abstract, shapes, abstract.abstract_key(mesh)).lower().as_text()
+        return one.trace(made.abstract, shapes, stages.abstract_key(mesh)).lower().as_text()
 
     chosen = step(config)
     assert (

@@ -25,8 +25,9 @@ from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import unboxed
-from pixart_jax.training import abstract
-from pixart_jax.training.step import update_where
+from pixart_jax.training import stages
+from pixart_jax.training.frozen import FrozenSpec
+from pixart_jax.training.step import compiled_step, update_where
 from pixart_jax.training.tasks.class_conditional import ClassConditional
 from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
@@ -226,14 +227,14 @@ def test_with_micro_batches_a_bucket_takes_one_executable_and_no_step_asks_the_d
     config = small(accumulate=2, dtype="float32")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=48))
     stage = config.stages[0]
-    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
-    step = abstract.compiled_step(config, stage, made, mesh)
+    made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
+    step = compiled_step(config, stage, made, mesh)
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), made.abstract)
     state = jax.device_put(state, jax.tree.map(lambda s: s.sharding, made.abstract))
     for number, bucket in enumerate([(64, 64), (64, 64), (48, 80), (64, 64), (48, 80)]):
         rows = {
             name: np.zeros(s.shape, s.dtype)
-            for name, s in abstract.abstract_batch(config, stage, bucket, mesh).items()
+            for name, s in stages.abstract_batch(config, stage, bucket, mesh).items()
         }
         with jax.transfer_guard_device_to_host("disallow"):
             state, _ = step(state, jax.device_put(rows), jax.random.key(number))

@@ -6,14 +6,14 @@ import json
 import types
 
 import pytest
+from pixart_jax.training.attempts import RestartLog
+from pixart_jax.training.summary import summary
 
 from pixart_jax.models.flops import train_flops
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.training import attempts, clock
-from pixart_jax.training.attempts import RestartLog
 from pixart_jax.training.metrics import TIMING, device_memory, read
 from pixart_jax.training.stages import batch_flops
-from pixart_jax.training.summary import summary
 
 
 class Time:

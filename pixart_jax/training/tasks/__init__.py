@@ -1,41 +1,34 @@
-"""What a stage learns, one task a file: parameters, losses a sample, pictures to look at, and what
-is left behind at the end."""
+"""What a stage learns, one task a file.
+
+Every task has: ``module``, its Flax model; ``init(key)`` → boxed parameters, also for
+jax.eval_shape; ``on_stage_start(params)`` → the plain parameters a stage begins with;
+``losses(params, batch, keys)`` → values a sample, [b] each, of which "loss" is minimised;
+``preview(params, batch, settings)`` → images (uint8 [h, w, 3]) and their captions;
+``export(params, folder, batches)``, which writes the model as a part of a diffusers folder, with
+batches: step → batch for what has to be measured.
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, Protocol
-
-import jax
 import jax.numpy as jnp
 
-from pixart_jax.config import Config, PreviewConfig, StageConfig
-from pixart_jax.training.frozen import Frozen
+from pixart_jax.config import Config, StageConfig
+from pixart_jax.training.frozen import Frozen, FrozenSpec
+from pixart_jax.training.tasks.autoencoder import Autoencoder
+from pixart_jax.training.tasks.class_conditional import ClassConditional
+from pixart_jax.training.tasks.text_to_image import TextToImage
+from pixart_jax.training.tasks.text_to_text import TextToText
+
+Task = ClassConditional | TextToImage | Autoencoder | TextToText
+
+TASKS: dict[str, type[Task]] = {
+    "class_conditional": ClassConditional,
+    "text_to_image": TextToImage,
+    "autoencoder": Autoencoder,
+    "text_to_text": TextToText,
+}
 
 
-class Task(Protocol):
-    """The interface that the loop knows."""
-
-    def init(self, key: jax.Array) -> Any:
-        """Fresh boxed parameters; also for jax.eval_shape."""
-
-    def adjust(self, params) -> Any:
-        """The plain parameters a stage begins with, from those it was given or made."""
-
-    def losses(self, params, batch: dict[str, jax.Array], keys: jax.Array) -> dict[str, jax.Array]:
-        """One value a sample, [b] each; "loss" is what is minimised. keys: [b], a random key a
-        sample."""
-
-    def preview(self, params, batch: dict, settings: PreviewConfig) -> tuple[list, list[str]]:
-        """Pictures (uint8 [h, w, 3]) and their captions; ([], []) for a task without any."""
-
-    def export(self, params, folder, batches) -> None:
-        """Write what was learned as a part of a diffusers folder. batches: step → batch, the
-        stage's own, for what has to be measured."""
-
-
-def make_task(config: Config, stage: StageConfig, frozen: Frozen) -> Task:
+def make_task(config: Config, stage: StageConfig, frozen: Frozen | FrozenSpec) -> Task:
     """The task of a stage, its model built. Raises UserError where config and task do not fit."""
-    # StageConfig.task names only files that are here
-    module = importlib.import_module(f"pixart_jax.training.tasks.{stage.task}")
-    return module.make(config, stage, jnp.dtype(config.compute_dtype), frozen)
+    return TASKS[stage.task].from_config(config, stage, jnp.dtype(config.compute_dtype), frozen)

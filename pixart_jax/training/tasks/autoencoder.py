@@ -28,12 +28,25 @@ class Autoencoder:
     objective: AutoencoderConfig
     image_size: tuple[int, int]
 
+    @classmethod
+    def from_config(
+        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: object
+    ) -> Autoencoder:
+        """The VAE of config.vae_model; UserError without one."""
+        if config.vae_model is None:
+            raise UserError(
+                f"stage {stage.name}: task autoencoder needs the config's vae_model, the sizes to "
+                "train"
+            )
+        module = AutoencoderKL(config.vae_model, dtype=dtype)
+        return cls(module, stage.autoencoder, stage.data.buckets[0])
+
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""
         return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
 
-    def adjust(self, params):
-        """Nothing to set before a stage."""
+    def on_stage_start(self, params):
+        """Return the parameters as they are: nothing to set before a stage."""
         return params
 
     def losses(self, params, batch, keys) -> dict[str, jax.Array]:
@@ -46,11 +59,8 @@ class Autoencoder:
         error = self.module.apply({"params": params}, latents, method="decode") - images
         l1, l2 = _mean(jnp.abs(error)), _mean(jnp.square(error))
         kl = 0.5 * _mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
-        loss = (
-            self.objective.l1_weight * l1
-            + self.objective.l2_weight * l2
-            + self.objective.kl_weight * kl
-        )
+        o = self.objective
+        loss = o.l1_weight * l1 + o.l2_weight * l2 + o.kl_weight * kl
         return {"loss": loss, "l1": l1, "mse": l2, "kl": kl}
 
     def preview(self, params, batch, settings) -> tuple[list[np.ndarray], list[str]]:
@@ -58,41 +68,25 @@ class Autoencoder:
         images = np.asarray(batch["images"][:8], np.float32)
         vae = VAE(self.module.config, params, self.module.dtype)
         decoded = gather_to_host(vae.decode(vae.encode(images)[0]))
-        pairs = [_pixels(picture) for pair in zip(images, decoded, strict=True) for picture in pair]
+        pairs = [to_uint8(image) for pair in zip(images, decoded, strict=True) for image in pair]
         return pairs, ["image", "reconstruction"] * len(images)
 
     def export(self, params, folder: Path, batches) -> None:
         """folder/vae, its scaling factor one over the deviation of the latents (arXiv 2112.10752,
         appendix G)."""
-        encode = jax.jit(
-            lambda params, images: self.module.apply({"params": params}, images, method="encode")
-        )
-        drawn = [
-            encode(params, np.asarray(batches(step)["images"], np.float32))
-            for step in range(_CALIBRATION)
-        ]
-        deviation = np.sqrt(
-            np.mean([float(jnp.mean(jnp.square(mean) + jnp.square(std))) for mean, std in drawn])
-        )
-        config = dataclasses.replace(
-            self.module.config, scaling_factor=round(1 / float(deviation), 5)
-        )
+
+        @jax.jit
+        def encode(params, images):
+            return self.module.apply({"params": params}, images, method="encode")
+
+        moments = []
+        for step in range(_CALIBRATION):
+            images = np.asarray(batches(step)["images"], np.float32)
+            mean, std = encode(params, images)
+            moments.append(float(jnp.mean(jnp.square(mean) + jnp.square(std))))
+        scaling = round(1 / float(np.sqrt(np.mean(moments))), 5)
+        config = dataclasses.replace(self.module.config, scaling_factor=scaling)
         VAE(config, params).save(folder / "vae")
-
-
-def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> Autoencoder:
-    if config.vae_model is None:
-        raise UserError(
-            f"stage {stage.name}: task autoencoder needs the config's vae_model, the sizes to train"
-        )
-    height, width = stage.data.buckets[0]
-    return Autoencoder(
-        AutoencoderKL(config.vae_model, dtype=dtype), stage.autoencoder, (height, width)
-    )
-
-
-def _pixels(image: np.ndarray) -> np.ndarray:
-    return to_uint8(image)
 
 
 def _mean(x: jax.Array) -> jax.Array:

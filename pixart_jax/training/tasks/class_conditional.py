@@ -1,5 +1,4 @@
-"""Task 'class_conditional': the DiT learns what pictures are made of, under their class (stage
-1)."""
+"""Task 'class_conditional': the DiT learns to denoise latents under a class (stage 1)."""
 
 from __future__ import annotations
 
@@ -13,15 +12,13 @@ import numpy as np
 
 from pixart_jax import diffusion
 from pixart_jax.config import Config, PreviewConfig, StageConfig
-from pixart_jax.errors import UserError
 from pixart_jax.images import to_uint8
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.training.export import write_parts
 from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.tasks.denoising import DiffusionObjective
-from pixart_jax.training.tasks.text_to_image import with_stage_positions
+from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
 from pixart_jax.weights import component
 
 _PREVIEWS = 8
@@ -35,45 +32,48 @@ class ClassConditional:
     denoising: DiffusionObjective
     frozen: Frozen
 
+    @classmethod
+    def from_config(
+        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
+    ) -> ClassConditional:
+        """The DiT of the same geometry as config.model."""
+        model = stage_model(config.model, stage)
+        names = [field.name for field in dataclasses.fields(BackboneConfig)]
+        geometry = {name: getattr(model, name) for name in names}
+        module = DiT(
+            DiTConfig(**geometry, num_classes=config.num_classes),
+            dtype=dtype,
+            remat=config.remat,
+            context_attention=config.mesh.context_attention,
+        )
+        return cls(module, DiffusionObjective(stage.objective, frozen.scaling_factor), frozen)
+
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""
         c = self.module.config
-        return self.module.init(
-            key,
-            jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)),
-            jnp.zeros((1,)),
-            jnp.zeros((1,), jnp.int32),
-        )["params"]
+        latents = jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels))
+        return self.module.init(key, latents, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
 
-    def adjust(self, params):
-        """Nothing to set before a stage."""
+    def on_stage_start(self, params):
+        """Return the parameters as they are: nothing to set before a stage."""
         return params
 
     def losses(self, params, batch, keys) -> dict[str, jax.Array]:
         """loss = mse + vb, one value a sample; a dropped or missing label is "no class"."""
-        made = self.denoising.prepare(batch, keys)
+        noised = self.denoising.prepare(batch, keys)
         none = self.module.config.num_classes
-        labels = jnp.where(made.dropped | (batch["label"] < 0), none, batch["label"])
+        labels = jnp.where(noised.dropped | (batch["label"] < 0), none, batch["label"])
         params = component.DiT.cast_for_compute(params, self.module.dtype)
-        output = self.module.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), labels)
-        return self.denoising.losses(output, made)
+        t = noised.t.astype(jnp.float32)
+        output = self.module.apply({"params": params}, noised.x_t, t, labels)
+        return self.denoising.losses(output, noised)
 
     def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
-        """Pictures of the batch's first classes."""
-        none = self.module.config.num_classes
+        """Images of the batch's first classes."""
         labels = np.asarray(batch["label"][:_PREVIEWS])
-        labels = np.where(labels < 0, none, labels)
-        shape = np.shape(batch["mean"])[1:]
-        latents = _draw(
-            self.module,
-            self.denoising,
-            settings.steps,
-            settings.guidance,
-            shape,
-            params,
-            labels,
-            jax.random.key(settings.seed),
-        )
+        labels = np.where(labels < 0, self.module.config.num_classes, labels)
+        shape, key = np.shape(batch["mean"])[1:], jax.random.key(settings.seed)
+        latents = _sample(self, settings.steps, settings.guidance, shape, params, labels, key)
         images = gather_to_host(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
         return list(to_uint8(images)), [f"class {n}" for n in labels]
 
@@ -86,54 +86,25 @@ class ClassConditional:
         write_parts(folder, self.component(params), self.denoising.scheduler, self.frozen)
 
 
-def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -> ClassConditional:
-    model = with_stage_positions(config.model, stage)
-    geometry = {
-        field.name: getattr(model, field.name) for field in dataclasses.fields(BackboneConfig)
-    }
-    if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
-        raise UserError(
-            f"model.out_channels = {model.out_channels}: a learned range needs "
-            f"{2 * model.in_channels}"
-        )
-    sizes = DiTConfig(**geometry, num_classes=config.num_classes)
-    module = DiT(
-        sizes, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention
-    )
-    return ClassConditional(
-        module, DiffusionObjective(stage.objective, frozen.scaling_factor), frozen
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _draw(
-    module: DiT,
-    denoising: DiffusionObjective,
-    steps: int,
-    guidance: float,
-    shape: tuple[int, ...],
-    params,
-    labels,
-    key,
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sample(
+    task: ClassConditional, steps: int, guidance: float, shape: tuple[int, ...], params, labels, key
 ) -> jax.Array:
-    """Latents [b, *shape] of labels [b]; one executable a stage and size, however often it is
-    called."""
-    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(
-        jnp.arange(len(labels))
-    )
-    doubled = jnp.concatenate([jnp.full_like(labels, module.config.num_classes), labels])
+    """Latents [b, *shape] of labels [b]; one executable a stage and size."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(labels)))
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    doubled = jnp.concatenate([jnp.full_like(labels, task.module.config.num_classes), labels])
 
     def both(x, t):
-        return module.apply({"params": params}, x, t, doubled)
+        return task.module.apply({"params": params}, x, t, doubled)
 
     def alone(x, t):
-        return module.apply({"params": params}, x, t, labels)
+        return task.module.apply({"params": params}, x, t, labels)
 
-    denoiser = diffusion.classifier_free_guidance(both, guidance, conditional=alone)
     return diffusion.sample(
-        denoiser,
+        diffusion.classifier_free_guidance(both, guidance, conditional=alone),
         noise,
         steps=steps,
-        schedule=denoising.schedule,
-        prediction=denoising.objective.prediction,
+        schedule=task.denoising.schedule,
+        prediction=task.denoising.objective.prediction,
     )

@@ -1,5 +1,5 @@
-"""What both diffusion tasks share: latents from the stored posterior, noise, times, and the loss of
-a denoiser's output."""
+"""What both diffusion tasks share: latents from the stored posterior, noise, timesteps, and the
+loss of a denoiser's output."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from typing import NamedTuple
 
 import jax
 
-from pixart_jax import diffusion
-from pixart_jax.config import ObjectiveConfig
+from pixart_jax.config import ObjectiveConfig, StageConfig
 from pixart_jax.diffusion import schedule
+from pixart_jax.diffusion.gaussian import add_noise
+from pixart_jax.diffusion.objective import training_loss
+from pixart_jax.errors import UserError
+from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 
 
 class NoisedBatch(NamedTuple):
-    """A batch made ready for the denoiser."""
+    """A batch as the denoiser sees it."""
 
     x_t: jax.Array  # [b, h, w, c]
     t: jax.Array  # [b] int32
     x0: jax.Array  # [b, h, w, c] scaled latents
     noise: jax.Array  # [b, h, w, c]
-    dropped: jax.Array  # [b] bool: shown without its condition
+    dropped: jax.Array  # [b] bool: trained without its condition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,50 +35,63 @@ class DiffusionObjective:
     scaling_factor: float
 
     @property
-    def schedule(self) -> diffusion.Schedule:
-        return schedule.linear(
-            self.objective.timesteps, self.objective.beta_start, self.objective.beta_end
-        )
+    def schedule(self) -> schedule.Schedule:
+        o = self.objective
+        return schedule.linear(o.timesteps, o.beta_start, o.beta_end)
 
     @property
     def scheduler(self) -> SchedulerConfig:
-        """The same as a model folder says it."""
+        """The same in the form of a model folder."""
         o = self.objective
         return SchedulerConfig(o.prediction, o.timesteps, o.beta_start, o.beta_end)
 
     def prepare(self, batch: dict[str, jax.Array], keys: jax.Array) -> NoisedBatch:
-        """batch: mean, std fp32 [b, h, w, c] of the unscaled posterior. keys: [b]; each sample's
-        draws come from its own key alone.
+        """Sample latents, timesteps and noise: the posterior anew at every visit, t uniform, and a
+        share condition_dropout marked as dropped.
 
-        The posterior is sampled anew each time a picture is seen, t is uniform, and a share
-        condition_dropout is marked.
+        batch: mean, std fp32 [b, h, w, c] of the unscaled posterior. keys: [b]; a sample's random
+        numbers come from its own key alone.
         """
 
         def draw(mean, std, key):
             posterior, time, noise, drop = jax.random.split(key, 4)
             x0 = (mean + std * jax.random.normal(posterior, mean.shape)) * self.scaling_factor
             t = jax.random.randint(time, (), 0, self.objective.timesteps)
-            return (
-                x0,
-                t,
-                jax.random.normal(noise, mean.shape),
-                jax.random.bernoulli(drop, self.objective.condition_dropout),
-            )
+            eps = jax.random.normal(noise, mean.shape)
+            return x0, t, eps, jax.random.bernoulli(drop, self.objective.condition_dropout)
 
         x0, t, noise, dropped = jax.vmap(draw)(batch["mean"], batch["std"], keys)
-        return NoisedBatch(diffusion.add_noise(x0, noise, t, self.schedule), t, x0, noise, dropped)
+        return NoisedBatch(add_noise(x0, noise, t, self.schedule), t, x0, noise, dropped)
 
-    def losses(self, output: jax.Array, made: NoisedBatch) -> dict[str, jax.Array]:
+    def losses(self, output: jax.Array, noised: NoisedBatch) -> dict[str, jax.Array]:
         """{"loss", "mse", "vb"}, [b] each. output: the denoiser's, [b, h, w, 2c]."""
         o = self.objective
-        terms = diffusion.training_loss(
+        terms = training_loss(
             output,
-            made.x0,
-            made.noise,
-            made.t,
+            noised.x0,
+            noised.noise,
+            noised.t,
             schedule=self.schedule,
             prediction=o.prediction,
             learned_range=o.learned_range,
             min_snr_gamma=o.min_snr_gamma,
         )
         return {"loss": terms["mse"] + terms["vb"], **terms}
+
+
+def stage_model(model: TransformerConfig, stage: StageConfig) -> TransformerConfig:
+    """The model's config with the stage's positions, which are computed and not learned; UserError
+    where its output has no room for a learned range."""
+    if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
+        raise UserError(
+            f"model.out_channels = {model.out_channels}: a learned range needs "
+            f"{2 * model.in_channels}"
+        )
+    return with_stage_positions(model, stage)
+
+
+def with_stage_positions(model: TransformerConfig, stage: StageConfig) -> TransformerConfig:
+    """The model's config with the stage's position_base and position_scale where it sets them."""
+    positions = {"position_base": stage.position_base, "position_scale": stage.position_scale}
+    changes = {name: value for name, value in positions.items() if value is not None}
+    return dataclasses.replace(model, **changes)

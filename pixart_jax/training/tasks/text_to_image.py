@@ -19,10 +19,10 @@ from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.sampling import SamplingConfig
 from pixart_jax.training.export import write_model
 from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.tasks.denoising import DiffusionObjective
+from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
 from pixart_jax.weights.component import Transformer
 
-_PREVIEWS = 8  # pictures of a sheet where the config names no prompts
+_PREVIEWS = 8  # images of a sheet where the config names no prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class TextToImage:
     """Batches as data.encoded makes them: mean, std, text_states, text_lengths, size, aspect_ratio.
 
     null_length: 0 where a dropped caption keeps its own length under the null caption (official);
-    else the length of the states of "", which are then the null caption. sampling: what the
-    exported folder says of itself.
+    else the length of the states of "", which are then the null caption. sampling: the defaults of
+    the exported folder.
     """
 
     module: PixArtTransformer
@@ -39,6 +39,28 @@ class TextToImage:
     frozen: Frozen
     null_length: int
     sampling: SamplingConfig = SamplingConfig()
+
+    @classmethod
+    def from_config(
+        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
+    ) -> TextToImage:
+        """The transformer of config.model at the stage's positions."""
+        tokens = config.model.text_tokens
+        if stage.data.max_text_tokens > tokens:
+            raise UserError(
+                f"stage {stage.name}: max_text_tokens = {stage.data.max_text_tokens}: the model "
+                f"reads at most {tokens}"
+            )
+        module = PixArtTransformer(
+            stage_model(config.model, stage),
+            dtype=dtype,
+            remat=config.remat,
+            context_attention=config.mesh.context_attention,
+        )
+        empty = stage.objective.null_condition == "empty"
+        null_length = len(frozen.text_states([""], tokens)[0]) if empty else 0
+        denoising = DiffusionObjective(stage.objective, frozen.scaling_factor)
+        return cls(module, denoising, frozen, null_length, SamplingConfig(config.preview.guidance))
 
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""
@@ -49,7 +71,7 @@ class TextToImage:
             key, latents, jnp.zeros((1,)), *text, jnp.ones((1, 2)), jnp.ones((1,))
         )["params"]
 
-    def adjust(self, params):
+    def on_stage_start(self, params):
         """Before the first step of a stage: the null caption is the states of "" where the config
         says so."""
         if not self.null_length:
@@ -61,48 +83,40 @@ class TextToImage:
 
     def losses(self, params, batch, keys) -> dict[str, jax.Array]:
         """loss = mse + vb, one value a sample."""
-        made = self.denoising.prepare(batch, keys)
+        noised = self.denoising.prepare(batch, keys)
         states, lengths = batch["text_states"].astype(jnp.float32), batch["text_lengths"]
         null = jax.lax.stop_gradient(params["null_caption"])[: states.shape[1]]
-        states = jnp.where(made.dropped[:, None, None], null, states)
+        states = jnp.where(noised.dropped[:, None, None], null, states)
         if self.null_length:
-            lengths = jnp.where(made.dropped, self.null_length, lengths)
+            lengths = jnp.where(noised.dropped, self.null_length, lengths)
         params = Transformer.cast_for_compute(params, self.module.dtype)
         output = self.module.apply(
             {"params": params},
-            made.x_t,
-            made.t.astype(jnp.float32),
+            noised.x_t,
+            noised.t.astype(jnp.float32),
             states,
             lengths,
             batch["size"],
             batch["aspect_ratio"],
         )
-        return self.denoising.losses(output, made)
+        return self.denoising.losses(output, noised)
 
     def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
-        """A picture a prompt of the settings, at the batch's size; without prompts, under the
-        batch's own captions."""
-        most = self.module.config.text_tokens
+        """An image a prompt of the settings, at the batch's size; without prompts, of the batch's
+        own captions."""
+        tokens = self.module.config.text_tokens
         if settings.prompts:
-            texts, captions = (
-                self.frozen.text_states(settings.prompts, most),
-                list(settings.prompts),
-            )
+            captions = list(settings.prompts)
+            texts = self.frozen.text_states(captions, tokens)
         else:
+            captions = [str(key) for key in batch["key"][:_PREVIEWS]]
             rows = zip(batch["text_states"], batch["text_lengths"], strict=True)
-            texts, captions = (
-                [np.asarray(states[:n], np.float32) for states, n in rows][:_PREVIEWS],
-                [str(k) for k in batch["key"][:_PREVIEWS]],
-            )
-        (empty,) = self.frozen.text_states([""], most)
-        length = -(-max(len(t) for t in [*texts, empty]) // 8) * 8
+            texts = [np.asarray(states[:n], np.float32) for states, n in rows][:_PREVIEWS]
+        (empty,) = self.frozen.text_states([""], tokens)
+        length = -(-max(len(text) for text in [*texts, empty]) // 8) * 8
         mesh = jax.tree.leaves(params)[0].sharding.mesh
-        mesh = None if mesh.size == 1 else mesh
-        count = (
-            len(texts)
-            if mesh is None
-            else -(-len(texts) // batch_shards(mesh)) * batch_shards(mesh)
-        )
+        mesh, parts = (None, 1) if mesh.size == 1 else (mesh, batch_shards(mesh))
+        count = -(-len(texts) // parts) * parts
         texts += [texts[-1]] * (count - len(texts))
         pipeline = Pipeline(
             self.component(params), None, self.frozen.vae, None, self.denoising.scheduler, mesh=mesh
@@ -136,45 +150,3 @@ def _padded(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarra
     for row, text in zip(states, texts, strict=True):
         row[: len(text)] = text
     return states, np.array([len(text) for text in texts], np.int32)
-
-
-def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen) -> TextToImage:
-    model = config.model
-    if stage.data.max_text_tokens > model.text_tokens:
-        raise UserError(
-            f"stage {stage.name}: max_text_tokens = {stage.data.max_text_tokens}: the model reads "
-            f"at most {model.text_tokens}"
-        )
-    if stage.objective.learned_range and model.out_channels != 2 * model.in_channels:
-        raise UserError(
-            f"model.out_channels = {model.out_channels}: a learned range needs "
-            f"{2 * model.in_channels}"
-        )
-    model = with_stage_positions(model, stage)
-    null_length = (
-        len(frozen.text_states([""], model.text_tokens)[0])
-        if stage.objective.null_condition == "empty"
-        else 0
-    )
-    module = PixArtTransformer(
-        model, dtype=dtype, remat=config.remat, context_attention=config.mesh.context_attention
-    )
-    sampling = SamplingConfig(config.preview.guidance)
-    return TextToImage(
-        module,
-        DiffusionObjective(stage.objective, frozen.scaling_factor),
-        frozen,
-        null_length,
-        sampling,
-    )
-
-
-def with_stage_positions(model, stage: StageConfig):
-    """The model's config with the stage's positions: they are computed, so a change of resolution
-    needs nothing else."""
-    changes = {
-        name: getattr(stage, name)
-        for name in ("position_base", "position_scale")
-        if getattr(stage, name) is not None
-    }
-    return dataclasses.replace(model, **changes)

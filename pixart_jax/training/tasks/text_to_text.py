@@ -1,10 +1,10 @@
 """Task 'text_to_text': the T5 encoder learns to read captions (Raffel et al. 2020, arXiv
 1910.10683).
 
-From the states of one caption of a picture a shallow decoder writes another, the target: from a
-terse caption the dense one of the same scene, so that each word's state must hold what the whole
-text says of it (its colour, its place); from the target itself with some words hidden, so that what
-the target says is read as well. The decoder is thrown away.
+From the states of one caption of an image a shallow decoder predicts another, the target: from a
+terse caption the dense one of the same scene, so that each word's state must hold all that the text
+says about it (its colour, its place); from the target itself with some words masked, so that the
+target's words are learned too. The decoder is discarded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextToText:
     """Batches: input_ids, target_ids int32 [b, l], [b, m]; lengths, target_lengths int32 [b]; the
     last token of each an end mark.
 
-    hidden: share of the words that are shown as ``hidden_token`` where a caption is its own target.
+    hidden: share of the words replaced by ``hidden_token`` where a caption is its own target.
     """
 
     module: T5Encoder
@@ -38,25 +38,49 @@ class TextToText:
     hidden_token: int
     tokenizer: object
 
+    @classmethod
+    def from_config(
+        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen
+    ) -> TextToText:
+        """The encoder of config.text_model, with the stage's decoder."""
+        model, options = config.text_model, stage.text_to_text
+        if model is None:
+            raise UserError(
+                f"stage {stage.name}: task text_to_text needs the config's text_model, the sizes "
+                "to train"
+            )
+        tokenizer = frozen.tokenizer
+        if len(tokenizer) > model.vocab_size:
+            raise UserError(
+                f"text_model.vocab_size = {model.vocab_size}: the tokenizer has {len(tokenizer)} "
+                "tokens"
+            )
+        mask, unknown = tokenizer.mask_token_id, tokenizer.unk_token_id
+        return cls(
+            T5Encoder(model, dtype=dtype, remat=config.remat),
+            T5Decoder(model, options.decoder_layers, dtype),
+            options.hidden,
+            unknown if mask is None else mask,
+            tokenizer,
+        )
+
     def init(self, key: jax.Array):
         """Fresh boxed parameters, {"encoder", "decoder"}; also for jax.eval_shape."""
         ids, one = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32)
         config = self.module.config
-        table, states = (
-            jnp.zeros((config.vocab_size, config.d_model)),
-            jnp.zeros((1, 8, config.d_model)),
-        )
+        table = jnp.zeros((config.vocab_size, config.d_model))
+        states = jnp.zeros((1, 8, config.d_model))
         first, second = jax.random.split(key)
         return {
             "encoder": self.module.init(first, ids, one)["params"],
             "decoder": self.decoder.init(second, table, ids, states, one)["params"],
         }
 
-    def adjust(self, params):
-        """Nothing to set before a stage."""
+    def on_stage_start(self, params):
+        """Return the parameters as they are: nothing to set before a stage."""
         return params
 
-    def hide(self, ids: jax.Array, length: jax.Array, key: jax.Array) -> jax.Array:
+    def mask_words(self, ids: jax.Array, length: jax.Array, key: jax.Array) -> jax.Array:
         """One caption's ids [l] with some of its words, never the end mark, hidden."""
         chosen = (jax.random.uniform(key, ids.shape) < self.hidden) & (
             jnp.arange(ids.shape[0]) < length - 1
@@ -64,12 +88,14 @@ class TextToText:
         return jnp.where(chosen, self.hidden_token, ids)
 
     def losses(self, params, batch, keys) -> dict[str, jax.Array]:
-        """loss: cross-entropy of the target's tokens, a mean over each; accuracy: the share of them
-        told right. [b] each."""
+        """loss: cross-entropy of the target's tokens, a mean over each; accuracy: the share of
+        them predicted right. [b] each."""
         ids, lengths, target, target_lengths = (
             batch[k] for k in ("input_ids", "lengths", "target_ids", "target_lengths")
         )
-        shown = jnp.where(batch["itself"][:, None], jax.vmap(self.hide)(ids, lengths, keys), ids)
+        shown = jnp.where(
+            batch["itself"][:, None], jax.vmap(self.mask_words)(ids, lengths, keys), ids
+        )
         states = self.module.apply({"params": params["encoder"]}, shown, lengths)
         logits = self.decoder.apply(
             {"params": params["decoder"]}, params["encoder"]["embedding"], target, states, lengths
@@ -84,7 +110,7 @@ class TextToText:
         }
 
     def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
-        """Words have no picture."""
+        """Text tasks have no preview."""
         return [], []
 
     def export(self, params, folder: Path, batches) -> None:
@@ -92,23 +118,3 @@ class TextToText:
         TextEncoder(self.module.config, params["encoder"]).save(folder / "text_encoder")
         if jax.process_index() == 0:
             save_tokenizer(self.tokenizer, folder / "tokenizer")
-
-
-def make(config: Config, stage: StageConfig, dtype: jnp.dtype, frozen) -> TextToText:
-    if config.text_model is None:
-        raise UserError(
-            f"stage {stage.name}: task text_to_text needs the config's text_model, the sizes to "
-            "train"
-        )
-    tokenizer = frozen.tokenizer
-    if len(tokenizer) > config.text_model.vocab_size:
-        raise UserError(
-            f"text_model.vocab_size = {config.text_model.vocab_size}: the tokenizer has "
-            f"{len(tokenizer)} tokens"
-        )
-    hidden_token = (
-        tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
-    )
-    module = T5Encoder(config.text_model, dtype=dtype, remat=config.remat)
-    decoder = T5Decoder(config.text_model, stage.text_to_text.decoder_layers, dtype)
-    return TextToText(module, decoder, stage.text_to_text.hidden, hidden_token, tokenizer)

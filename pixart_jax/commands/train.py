@@ -1,0 +1,138 @@
+"""Train the stages of a recipe: python train.py configs/NAME.py --workdir DIR
+[--stages.1.optimizer.learning-rate 1e-4 …].
+
+The same command with the same workdir resumes a stopped run. --help after a recipe's name lists
+every option. Several processes (Cloud TPU, GKE, SLURM, or started by hand) run the same command
+each: docs/pods.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+
+from pixart_jax import cli
+from pixart_jax.config import Config, MeshConfig
+from pixart_jax.errors import Interrupted
+from pixart_jax.parallel import liveness, processes
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.training import recipes
+from pixart_jax.training.batches import Encode, open_loader
+from pixart_jax.training.checkpoint import Checkpointer
+from pixart_jax.training.checks import check_run
+from pixart_jax.training.initialization import Trained, initial_state
+from pixart_jax.training.interruption import PreemptionHandler
+from pixart_jax.training.ledger import EnergyMeter
+from pixart_jax.training.loop import MetricWindow, TrainingDiverged
+from pixart_jax.training.loop import train as train_loop
+from pixart_jax.training.metrics import Metrics
+from pixart_jax.training.run import Run, StageHooks
+from pixart_jax.training.stages import build_stage
+from pixart_jax.training.step import compiled_step
+from pixart_jax.training.workdir import Workdir, enable_compilation_cache
+
+
+def main(argv: list[str]) -> int:
+    """Read the command line, join the other processes and train; returns the exit status."""
+    distributed, argv = processes.pop_distributed_flags(argv)
+    recipe, workdir, overrides = recipes.split(argv)
+    config = recipes.parse_config(recipe, overrides)
+    processes.initialize(distributed)
+    processes.assert_same_config(repr(config), workdir)
+    processes.warm_up_collectives(make_mesh(config.mesh))
+    try:
+        train(config, workdir, encode)
+    except TrainingDiverged as error:
+        advice = "the last save holds, lower the learning rate or look at the data"
+        print(f"error: {error}; {advice}", file=sys.stderr)
+        return cli.GAVE_UP
+    return 0
+
+
+def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> None:
+    """Train what is not trained yet and export WORKDIR/model; the same call resumes a stopped run.
+
+    encode: turns images into encoded shards (training.batches.Encode); only diffusion tasks on such
+    sources need it. Raises UserError for a user's mistake, TrainingDiverged after too many bad
+    steps in a row, and Interrupted when a signal stopped the run and its state is saved.
+    """
+    with Workdir(workdir, config) as folder, PreemptionHandler() as interruption:
+        enable_compilation_cache(folder.programs)
+        mesh = make_mesh(config.mesh)
+        check_run(config, mesh)
+        folder.save_config()
+        keep, every = config.keep_checkpoints, config.keep_every
+        with Checkpointer(folder.checkpoints, keep, every) as checkpoints, EnergyMeter() as meter:
+            position = checkpoints.latest_position()
+            try:
+                with Metrics(folder.path, position.total) as metrics, liveness.report_failures():
+                    outputs = (checkpoints, metrics, meter)
+                    run = Run(config, folder, mesh, *outputs, interruption, position, encode)
+                    trained = None
+                    for index in range(position.stage, len(config.stages)):
+                        trained = train_stage(run, index, trained)
+                    run.finish(trained)
+            except Interrupted as signal:
+                where = checkpoints.describe_latest(config)
+                raise Interrupted(f"stopped by {signal}: {where}") from None
+
+
+def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
+    """Train stage ``index``, or the rest of it. previous: the stage before, where this process
+    trained it."""
+    config, mesh, position = run.config, run.mesh, run.position
+    stage = config.stages[index]
+    loader = open_loader(config, index, run.frozen, run.encode, mesh)
+    parts = build_stage(config, stage, run.frozen, mesh)  # task, optimizer, shapes of the state
+    run.describe(index, loader, parts)
+
+    if index == position.stage and position.total:
+        state = run.checkpoints.restore(position.total, parts.abstract)
+        start, window = position.step, MetricWindow(**position.window)
+        print(f"going on at stage {stage.name}, step {start} of {stage.steps}")
+    else:
+        state = initial_state(config, index, parts, previous, run.report)
+        start, window = 0, MetricWindow()
+
+    step = compiled_step(config, stage, parts, mesh)  # loss, gradient, update and EMA
+    hooks = StageHooks(run, index, parts.task, loader)  # metrics, checkpoints, previews
+    state = train_loop(
+        state,
+        step,
+        loader,
+        hooks,
+        config=config,
+        index=index,
+        mesh=mesh,
+        start=start,
+        window=window,
+        timer=hooks.timer,
+        interruption=run.interruption,
+        profile=run.folder.profile,
+    )
+    # killed between the last checkpoint and its preview
+    if start == stage.steps and not hooks.grid(start).exists():
+        hooks.preview(start, state)
+    return Trained(parts.task, state.average, loader)
+
+
+def encode(source, *, frozen, **options) -> Path:
+    """The encoded shards of a source, made with the run's frozen parts where absent
+    (training.batches.Encode)."""
+    from pixart_jax.encoding.encode import encode_dataset
+    from pixart_jax.encoding.options import EncodeOptions
+
+    text = {}
+    if options["captions"]:
+        text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer}
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    return encode_dataset(
+        source,
+        EncodeOptions(**options),
+        vae=frozen.vae,
+        **text,
+        folders={part: frozen.folder(part) for part in ("vae", *text)},
+        mesh=mesh if mesh.size > 1 else None,
+    )

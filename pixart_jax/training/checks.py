@@ -1,0 +1,65 @@
+"""Check that a run fits its mesh and that its folders exist, before anything is opened or
+compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from pixart_jax.config import Config, StageConfig
+from pixart_jax.data.sources import parse_mixture, parse_source
+from pixart_jax.errors import UserError
+from pixart_jax.models.remat import check_platform
+from pixart_jax.parallel.mesh import batch_shards, check_divides
+
+
+def check_run(config: Config, mesh: Mesh) -> None:
+    """Raise UserError for batches, models or folders of any stage with which it could not run."""
+    check_platform(config.remat, mesh.devices.flat[0].platform)
+    for stage in config.stages:
+        _check_batch(stage, mesh)
+        _check_model(config, stage, mesh)
+        _check_sources(stage)
+    for field in ("vae", "text_encoder"):
+        folder = getattr(config, field)
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(
+                f"{field} {folder!r}: no such folder; give a model folder, or one with "
+                "config.json and weights"
+            )
+
+
+def _check_batch(stage: StageConfig, mesh: Mesh) -> None:
+    """Each micro-batch must cut into equal parts, one a batch shard of the mesh."""
+    accumulate = stage.optimizer.accumulate
+    unit = batch_shards(mesh) * accumulate
+    if stage.batch_size % unit:
+        raise UserError(
+            f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} (mesh "
+            f"data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × accumulate {accumulate})"
+        )
+
+
+def _check_model(config: Config, stage: StageConfig, mesh: Mesh) -> None:
+    """tensor must divide a stage's heads and MLP width, context its image tokens."""
+    name = f"stage {stage.name}"
+    if stage.task in ("class_conditional", "text_to_image"):
+        model, side = config.model, 8 * config.model.patch_size
+        tokens = {f"bucket {h}×{w}": (h // side) * (w // side) for h, w in stage.data.buckets}
+        check_divides(mesh, name, heads=model.heads, mlp_width=model.mlp_width, tokens=tokens)
+    elif stage.task == "text_to_text" and config.text_model is not None:
+        text = config.text_model
+        check_divides(mesh, name, heads=text.num_heads, mlp_width=text.d_ff)
+
+
+def _check_sources(stage: StageConfig) -> None:
+    if stage.start not in ("fresh", "previous") and not Path(stage.start).is_dir():
+        raise UserError(
+            f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)"
+        )
+    for _, source in parse_mixture(stage.data.source):
+        try:
+            parse_source(source)
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None

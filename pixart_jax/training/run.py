@@ -1,0 +1,203 @@
+"""What all stages of a run share, and what its loop does besides stepping: metrics, checkpoints,
+sample grids, the ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pixart_jax.config import Config
+from pixart_jax.data import bucket_chart
+from pixart_jax.data.loader import Loader
+from pixart_jax.files import write_json
+from pixart_jax.images import image_grid, write_png
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.flops import PIXELS, train_flops
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.parallel.chips import chip_of
+from pixart_jax.training.batches import Encode
+from pixart_jax.training.checkpoint import Checkpointer, RunPosition
+from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.initialization import Trained
+from pixart_jax.training.interruption import PreemptionHandler
+from pixart_jax.training.ledger import EnergyMeter, ledger
+from pixart_jax.training.loop import LoopHooks, MetricWindow
+from pixart_jax.training.metrics import (
+    Metrics,
+    RestartLog,
+    StepTimer,
+    device_memory,
+    read,
+    summary,
+    write_loss_curve,
+)
+from pixart_jax.training.stages import StageParts
+from pixart_jax.training.state import TrainState
+from pixart_jax.training.tasks import Task
+from pixart_jax.training.workdir import Workdir
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that resumes at ``position``. encode: see training.batches.Encode."""
+
+    config: Config
+    folder: Workdir
+    mesh: Mesh
+    checkpoints: Checkpointer
+    metrics: Metrics
+    meter: EnergyMeter
+    interruption: PreemptionHandler
+    position: RunPosition
+    encode: Encode | None
+
+    def __post_init__(self):
+        self.frozen = Frozen(self.config, self.folder.path)
+        self.cost, self.productive = dict(self.position.cost), self.position.productive
+        kind = self.mesh.devices.flat[0].device_kind
+        chip = chip_of(kind)
+        # FLOP/s of all devices
+        self.peak_flops = chip.peak_bf16_flops * self.mesh.size if chip else None
+        # a finished run trains nothing, and its log stays as it is
+        if self.position.total < sum(stage.steps for stage in self.config.stages):
+            total = self.position.total
+            self.restarts = RestartLog(self.folder.path, total, self.mesh.size, kind)
+
+    def describe(self, index: int, loader: Loader, parts: StageParts) -> None:
+        """Draw how many samples each bucket holds, and print the remat policy where it was
+        chosen."""
+        name, samples = self.config.stages[index].name, loader.samples
+        if jax.process_index():
+            return
+        if len(samples.buckets) > 1:
+            held = samples.bucket_of[samples.bucket_of >= 0]
+            counts = np.bincount(held, minlength=len(samples.buckets)).tolist()
+            file = self.folder.path / f"buckets-{name}.png"
+            bucket_chart.write(file, dict(zip(samples.buckets, counts)), title=f"stage {name}")
+        if parts.remat:
+            print(f"stage {name}: {parts.remat}")
+
+    def report(self, name: str, figures: dict[str, float]) -> None:
+        """Figures of a conversion → NAME.json and a printed line."""
+        if jax.process_index() == 0:
+            write_json(self.folder.path / f"{name}.json", figures, indent=1)
+            print(f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in figures.items())}")
+
+    def finish(self, trained: Trained) -> None:
+        """After the last stage: write the ledger, the loss curve and the model."""
+        self.checkpoints.wait()
+        folder, first = self.folder.path, jax.process_index() == 0
+        if first:
+            kind = self.mesh.devices.flat[0].device_kind
+            hardware, source = self.config.hardware, self.meter.source
+            account = ledger(self.cost, self.mesh.size, kind, hardware, source)
+            write_json(folder / "ledger.json", account, indent=1)
+            write_loss_curve(folder / "loss.png", read(folder / "metrics.jsonl"))
+        trained.task.export(trained.params, self.folder.model, trained.loader.global_batch)
+        if first:
+            print(summary(folder))
+            print(f"done: {self.folder.model}")
+
+
+class StageHooks(LoopHooks):
+    """The loop's callbacks for stage ``index`` of a run."""
+
+    def __init__(self, run: Run, index: int, task: Task, loader: Loader):
+        self.run, self.index, self.task, self.loader = run, index, task, loader
+        self.stage = run.config.stages[index]
+        self.done = sum(stage.steps for stage in run.config.stages[:index])
+        self.timer = StepTimer(self.stage.batch_size, run.productive, run.peak_flops)
+        self._since, self._joules = time.perf_counter(), run.meter.joules or 0.0
+
+    def should_save(self, step: int) -> bool:
+        # an error of the checkpoint being written is raised here, at the next step
+        self.run.checkpoints.check()
+        config, total = self.run.config, self.done + step
+        always = config.keep_every is not None and total % config.keep_every == 0
+        return step % config.checkpoint_every == 0 or always
+
+    def save(self, step: int, state: TrainState, window: MetricWindow) -> None:
+        run = self.run
+        self._add_cost(step)
+        run.productive = self.timer.productive
+        position = RunPosition(
+            stage=self.index,
+            step=step,
+            total=self.done + step,
+            cost=dict(run.cost),
+            window=dataclasses.asdict(window),
+            loader=self.loader.state_at(step),
+            productive=run.productive,
+        )
+        run.checkpoints.save(position, state)
+
+    def _add_cost(self, step: int) -> None:
+        """Add seconds and joules since the last checkpoint to the stage's."""
+        now, joules = time.perf_counter(), self.run.meter.joules or 0.0
+        old = self.run.cost.get(self.stage.name, {"seconds": 0.0, "joules": 0.0})
+        self.run.cost[self.stage.name] = {
+            "seconds": old["seconds"] + now - self._since,
+            "joules": old["joules"] + joules - self._joules,
+            "steps": step,
+            "images": step * self.stage.batch_size,
+        }
+        self._since, self._joules = now, joules
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        run = self.run
+        goodput = run.restarts.goodput(self.timer.productive)
+        more = {"goodput": goodput, "restarts": run.restarts.restarts}
+        values = {**values, **more, **device_memory(run.mesh.devices.flat)}
+        run.metrics.write(stage=self.stage.name, step=step, total=self.done + step, values=values)
+
+    def on_bad_step(self, step: int, values: dict[str, float]) -> list[str]:
+        keys = record_keys(self.loader, step - 1)
+        total = self.done + step
+        self.run.metrics.bad_step(
+            stage=self.stage.name, step=step, total=total, values=values, keys=keys
+        )
+        return keys
+
+    def grid(self, step: int) -> Path:
+        """The file of a step's sample grid."""
+        return self.run.folder.samples / f"{self.stage.name}-{step:07d}.png"
+
+    def preview(self, step: int, state: TrainState) -> None:
+        """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
+        batch, name = self.loader.global_batch(0, rows=8), self.stage.name
+        images, captions = self.task.preview(state.average, batch, self.run.config.preview)
+        if len(images) and jax.process_index() == 0:
+            sheet = image_grid(images, captions)
+            write_png(self.grid(step), sheet, {"stage": name, "step": step})
+            self.run.metrics.image(f"{name}/samples", sheet, self.done + step)
+
+    def flops(self, batch: dict) -> float:
+        return step_flops(self.task, self.stage.batch_size, batch)
+
+
+def step_flops(task: Task, batch_size: int, batch: dict) -> float:
+    """FLOPs of a train step on a whole batch, of which this process has the rows ``batch``; 0 for a
+    task whose model is not counted."""
+    model = getattr(task.module, "config", None)
+    if not isinstance(model, TransformerConfig | DiTConfig):
+        return 0.0
+    height, width = (side * PIXELS for side in batch["mean"].shape[1:3])
+    tokens = batch["text_states"].shape[1] if "text_states" in batch else 0
+    return batch_size * train_flops(model, height, width, tokens)
+
+
+def record_keys(loader: Loader, step: int, rows: int = 64) -> list[str]:
+    """Names of the records in the global batch of a step (counted from 0), whichever process reads
+    them; a few rows at a time."""
+    batch, samples = loader.plan.batch(step), loader.samples
+    keys: list[str] = []
+    for at in range(0, len(batch.indices), rows):
+        some = slice(at, at + rows)
+        part = samples.read(batch.indices[some], batch.bucket, batch.draws[some])
+        keys += [str(key) for key in part["key"]]
+    return keys
