@@ -86,7 +86,7 @@ install: $(VENV)/.user  ## .venv with what sampling and training need
 
 demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, score: about ten minutes on a laptop
 	@set -e; start=$$(date +%s); \
-	XLA_FLAGS="$(TWO_DEVICES)" $(BIN)/python train.py configs/shapes_demo.py --workdir $(DEMO); \
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS="$(TWO_DEVICES)" $(BIN)/python train.py configs/shapes_demo.py --workdir $(DEMO); \
 	$(BIN)/python sample.py --model $(DEMO)/model --prompts configs/shapes_prompts.txt --out $(DEMO)/drawn; \
 	$(BIN)/python -m pixart_jax evaluate shapes --model $(DEMO)/model --out $(DEMO)/score; \
 	seconds=$$(( $$(date +%s) - start )); \

@@ -367,7 +367,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # a name of models/remat.py, or "auto": the fastest that fits the device
-    # (training/rematerialization.py)
+    # (training/memory.py)
     remat: str = "none"
     seed: int = 0
     log_every: int = 50

@@ -13,14 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from pixart_jax.training.mesh_fit import check_models
 
-import train
 from pixart_jax import cli
+from pixart_jax.commands import train
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import AXES
 from pixart_jax.training import recipes
+from pixart_jax.training.checks import check_run
 from pixart_jax.training.workdir import Workdir
 
 RECIPE = """
@@ -126,10 +126,10 @@ def test_a_file_that_is_no_recipe(capsys, tmp_path):
 def test_a_full_disk_is_one_line(capsys, recipe, tmp_path, monkeypatch, fault):
     from pixart_jax.training import workdir
 
-    def full(*_):
+    def full(*_, **__):
         raise fault
 
-    monkeypatch.setattr(workdir, "write_atomic", full)
+    monkeypatch.setattr(workdir, "write_json", full)
     there = [
         "--stages.0.data.source",
         "tfds:shapes/plain",
@@ -201,12 +201,12 @@ def test_heads_and_tokens_that_the_mesh_does_not_divide_are_named_before_anythin
         UserError,
         match="stage words: mesh tensor 4 does not divide 2 heads; tensor 1 or 2 would do",
     ):
-        check_models(config, mesh_of(tensor=4))
+        check_run(config, mesh_of(tensor=4))
     with pytest.raises(
         UserError,
         match=r"mesh context 3 does not divide bucket 64×64 \(16 tokens\); context 1, 2 or 4 would do",  # noqa: E501
     ):
-        check_models(config, mesh_of(context=3))
+        check_run(config, mesh_of(context=3))
 
 
 def mesh_of(**sizes):

@@ -28,9 +28,11 @@ from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import CacheConfig, Pipeline, SchedulerConfig
 from pixart_jax.text import word_tokenizer
-from pixart_jax.training import abstract
+from pixart_jax.training import stages
 from pixart_jax.training.batches import put
+from pixart_jax.training.frozen import FrozenSpec
 from pixart_jax.training.state import state_from
+from pixart_jax.training.step import compiled_step
 from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
 limits = machine.jax_limits
@@ -129,10 +131,10 @@ def traced_step(case: Case, remat: str):
     parts: dict[str, Any] = {"vae": None, "text_encoder": None}
     config = Config("speed", (stage,), case.config, **parts, compute_dtype=case.dtype, remat=remat)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    made = abstract.build_stage(config, stage, abstract.FrozenSpec(config), mesh)
-    batch = abstract.abstract_batch(config, stage, (case.px, case.px), mesh)
-    step = abstract.compiled_step(config, stage, made, mesh)
-    return made, step.trace(made.abstract, batch, abstract.abstract_key(mesh)), mesh
+    made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
+    batch = stages.abstract_batch(config, stage, (case.px, case.px), mesh)
+    step = compiled_step(config, stage, made, mesh)
+    return made, step.trace(made.abstract, batch, stages.abstract_key(mesh)), mesh
 
 
 def train(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:

@@ -83,7 +83,7 @@ NAMES = ("none", *_POLICIES)
 # The order of their measured time (docs/benchmarks.md), of those that keep less than everything and
 # need no host.
 BY_SPEED = ("dots_attention", "dots", "attention_out", "full")
-# in a config: training chooses by the device's memory (training/rematerialization.py)
+# in a config: training chooses by the device's memory (training/memory.py)
 AUTO = "auto"
 
 

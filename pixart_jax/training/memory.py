@@ -13,10 +13,10 @@ dtype. Bytes a device besides the state:
     cast        the parameters in the compute dtype: XLA casts them once, before the loop over the
                 blocks.
     block       of one block while its backward pass runs: 12·a of the MLP (inner values, GELU,
-                their gradient), 8·a of self-attention (queries, keys, values, output and their gradients,
-                in lanes of 128 with splash), 4·a of cross-attention, 8·a of streams, norms and
-                projections; where attention is dense, s·k·n·m logits as fp32 logits, weights and
-                their gradient: 10 bytes each, m in lanes.
+                their gradient), 8·a of self-attention (queries, keys, values, output and their
+                gradients, in lanes of 128 with splash), 4·a of cross-attention, 8·a of streams,
+                norms and projections; where attention is dense, s·k·n·m logits as fp32 logits,
+                weights and their gradient: 10 bytes each, m in lanes.
     gathered    over fsdp, two blocks' parameters (the next ones arrive while one runs) and one's
                 gradient, in the compute dtype.
     batch       its texts once more, in fp32.

@@ -27,8 +27,9 @@ import tiny_run
 from pixart_jax.config import MeshConfig, OptimizerConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training import stages
-from pixart_jax.training.batches import put
+from pixart_jax.training.batches import open_loader, put
+from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.stages import build_stage
 from pixart_jax.training.state import abstract_state, state_from
 from pixart_jax.training.step import CompiledStep
 
@@ -106,17 +107,18 @@ def first_params(task) -> dict:
 def step(config, mesh, params=None):
     """(loss, gradients on the host, the compiled program, parameters' shapes, the parameters) of
     the first step."""
-    run = stages.Run(
-        config, type("Folder", (), {"path": Path(".")})(), mesh, None, None, None, None
-    )
-    stage = run.prepare(0)
+    frozen = Frozen(config, Path("."))
+    loader = open_loader(config, 0, frozen, None, mesh)
+    stage = build_stage(config, config.stages[0], frozen, mesh)
     boxed = jax.eval_shape(stage.task.init, jax.random.key(0))
     params = params or first_params(stage.task)
     optimizer = optax.chain(keep_gradient(), stage.optimizer)
     abstract = abstract_state(boxed, optimizer, mesh)
     state = state_from(params, optimizer, abstract)
-    compiled = CompiledStep(stage.task.losses, optimizer, lambda _: 1e-3, abstract, mesh)
-    batch = put(stage.loader.batch(0), rules.batch_sharding(mesh))
+    compiled = CompiledStep(
+        mesh, abstract, task=stage.task, optimizer=optimizer, rate=lambda _: 1e-3
+    )
+    batch = put(loader.batch(0), rules.batch_sharding(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
         program = compiled.jitted.lower(state, batch, jax.random.key(7)).compile()
     state, metrics = program(state, batch, jax.random.key(7))

@@ -33,7 +33,9 @@ def main(ema: float) -> None:
     optimizer = make_optimizer(config, 1000, 1, rules.logical_names(boxed))
     abstract = abstract_state(boxed, optimizer, mesh)
     state = state_from(fresh_params(task.init, jax.random.key(0), abstract), optimizer, abstract)
-    step = CompiledStep(task.losses, optimizer, schedule(config, 1000, 1), abstract, mesh)
+    step = CompiledStep(
+        mesh, abstract, task=task, optimizer=optimizer, rate=schedule(config, 1000, 1)
+    )
     rng = np.random.default_rng(0)
     batch = {
         "mean": rng.normal(size=(1, 32, 32, 4)).astype(np.float32),

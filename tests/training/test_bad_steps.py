@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -48,7 +49,13 @@ def prepared(accumulate=1, name="adamw", spike_factor=20.0, window=bad_steps.WIN
     abstract = abstract_state(BOXED, optimizer, mesh)
     weights = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
     step = CompiledStep(
-        losses, optimizer, schedule(config, 20, 8), abstract, mesh, accumulate, spike_factor
+        mesh,
+        abstract,
+        task=SimpleNamespace(losses=losses),
+        optimizer=optimizer,
+        rate=schedule(config, 20, 8),
+        accumulate=accumulate,
+        spike_factor=spike_factor,
     )
     return lambda: state_from({"w": weights}, optimizer, abstract), step
 
@@ -159,7 +166,9 @@ def test_guarding_takes_no_memory(name, monkeypatch):
     }
 
     def temporary() -> int:
-        step = CompiledStep(task.losses, optimizer, schedule(config, 10, 2), abstract, mesh)
+        step = CompiledStep(
+            mesh, abstract, task=task, optimizer=optimizer, rate=schedule(config, 10, 2)
+        )
         with jax.set_mesh(mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
             memory = step.jitted.lower(abstract, fed, jax.random.key(0)).compile().memory_analysis()
         # the state is moved where it lies

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import train
+from pixart_jax.commands import train
 from pixart_jax.config import Config, DataConfig, StageConfig
 from pixart_jax.data import records
 from pixart_jax.data.encoded import EncodedSamples
@@ -16,7 +16,7 @@ from pixart_jax.data.features import FeatureSamples
 from pixart_jax.data.mixed import MixedSamples
 from pixart_jax.data.samples import ImageSamples, TokenSamples
 from pixart_jax.errors import UserError
-from pixart_jax.training import batches, stages
+from pixart_jax.training import batches
 from pixart_jax.training.frozen import Frozen
 from tests.data.tiny_sets import encoded, features, img2dataset, intern, picture, write
 from tests.training import tiny_run
@@ -105,7 +105,7 @@ def test_official_features_train_a_step(world, tmp_path):
     )
     config = world(f"pixart-features:{root}", captions=(("prompt", 1.0),))
     assert isinstance(opened(config, None).samples, FeatureSamples)
-    stages.run(config, tmp_path / "run", None)
+    train.train(config, tmp_path / "run", None)
     logged = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -276,7 +276,7 @@ def test_mistakes_are_one_line(world, source, task, data, message):
 def test_a_source_that_is_not_there_is_said_before_anything_is_opened(world, tmp_path):
     for number, source in enumerate(("nowhere", "0.5*nowhere + 0.5*tfds:shapes/plain")):
         with pytest.raises(UserError, match="stage only: unknown source 'nowhere'"):
-            stages.run(world(source), tmp_path / f"run{number}", None)
+            train.train(world(source), tmp_path / f"run{number}", None)
 
 
 def shards(folder, identity):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from pixart_jax.training.clock import StepTimer
-from pixart_jax.training.trace import StepProfiler
 
-from pixart_jax.config import MeshConfig
+from pixart_jax.config import Config, GuardConfig, MeshConfig, StageConfig
 from pixart_jax.errors import Interrupted
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.training import loop
 from pixart_jax.training.interruption import PreemptionHandler
 from pixart_jax.training.loop import LoopHooks, MetricWindow, TrainingDiverged, train
+from pixart_jax.training.metrics import StepTimer
 
 
 class Batches:
@@ -52,44 +50,58 @@ class Step:
         return state + (not skipped), {name: np.float32(value) for name, value in metrics.items()}
 
 
-def run(steps=10, start=0, bad=(), window=None, patience=3, stop=None, **every):
+class Hooks(LoopHooks):
+    """Records what the loop calls."""
+
+    def __init__(self, save_every):
+        self.save_every, self.logged, self.saved, self.previews = save_every, [], [], []
+
+    def should_save(self, step):
+        return step % self.save_every == 0
+
+    def log(self, step, values):
+        self.logged.append((step, values.get("loss"), values["skipped"]))
+
+    def save(self, step, state, window):
+        self.saved.append((step, state, dict(window.sums), window.count, window.skipped))
+
+    def preview(self, step, state):
+        self.previews.append(step)
+
+    def on_bad_step(self, step, values):
+        return [f"record of {step}"]
+
+
+def run(steps=10, start=0, bad=(), window=None, patience=3, stop=None, save=4):
     """Returns (steps seen by the step, logged lines, saves, previews, the exception or None)."""
-    logged, saved, looked, step = [], [], [], Step(bad)
-    interruption = PreemptionHandler()
+    hooks, step, interruption = Hooks(save), Step(bad), PreemptionHandler()
     if stop:
         interruption.should_stop = lambda total: "SIGTERM" if total == stop + 100 else None
-    watch = LoopHooks(
-        every.get("log", 3),
-        every.get("look", 0),
-        patience,
-        100,
-        lambda n: n % every.get("save", 4) == 0,
-        lambda n, values: logged.append((n, values.get("loss"), values["skipped"])),
-        lambda n, state, w: saved.append((n, state, dict(w.sums), w.count, w.skipped)),
-        lambda n, state: looked.append(n),
-        lambda n, values: [f"record of {n}"],
-        lambda rows: 0.0,
-        StepTimer(4),
-        interruption,
-        StepProfiler("nowhere", None),
+    config = Config(
+        "loop",
+        (StageConfig("before", steps=100), StageConfig("s", steps=steps)),
+        log_every=3,
+        guard=GuardConfig(bad_steps_in_row=patience),
     )
-    fault = None
+    error = None
     try:
         train(
             start,
             step,
             Batches(),
-            name="s",
+            hooks,
+            config=config,
+            index=1,
+            mesh=make_mesh(MeshConfig()),
             start=start,
-            steps=steps,
-            key=jax.random.key(0),
-            watch=watch,
             window=window or MetricWindow(),
-            sharding=batch_sharding(make_mesh(MeshConfig())),
+            timer=StepTimer(4),
+            interruption=interruption,
+            profile="nowhere",
         )
     except (TrainingDiverged, Interrupted) as raised:
-        fault = raised
-    return step.seen, logged, saved, looked, fault
+        error = raised
+    return step.seen, hooks.logged, hooks.saved, hooks.previews, error
 
 
 def test_lines_are_means_since_the_last_line():

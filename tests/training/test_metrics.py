@@ -1,16 +1,22 @@
-"""Figures of a run, on disk."""
+"""Metrics of a run: on disk, and what they say of time and memory."""
 
 from __future__ import annotations
 
 import errno
 import json
 import struct
+import types
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from pixart_jax.training.metrics import Metrics, loss_curve, read
+from pixart_jax.models.flops import train_flops
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.training import metrics
+from pixart_jax.training.metrics import Metrics, RestartLog, read
+from pixart_jax.training.run import step_flops
 
 
 def lines(folder):
@@ -21,8 +27,8 @@ def lines(folder):
 
 
 def test_one_object_a_line_and_events_beside(tmp_path):
-    with Metrics(tmp_path, 0) as metrics:
-        metrics.write(stage="a", step=1, total=1, values={"loss": 0.5, "lr": 1e-3})
+    with Metrics(tmp_path, 0) as log:
+        log.write(stage="a", step=1, total=1, values={"loss": 0.5, "lr": 1e-3})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "stage": "a",
         "step": 1,
@@ -51,9 +57,9 @@ def events(file):
 def test_the_event_file_holds_every_figure_and_picture_and_takes_back_what_a_killed_run_wrote(
     tmp_path,
 ):
-    with Metrics(tmp_path, 5) as metrics:
-        metrics.write(stage="a", step=6, total=6, values={"loss": 0.5})
-        metrics.image("drawn", np.full((4, 6, 3), 200, np.uint8), 6)
+    with Metrics(tmp_path, 5) as log:
+        log.write(stage="a", step=6, total=6, values={"loss": 0.5})
+        log.image("drawn", np.full((4, 6, 3), 200, np.uint8), 6)
         (file,) = tmp_path.glob("events.out.tfevents.*")
         version, start, loss, drawn = events(file)  # already there, though the run goes on
     assert version.file_version == "brain.Event:2" and (start.step, start.session_log.status) == (
@@ -78,45 +84,145 @@ def test_the_event_file_holds_every_figure_and_picture_and_takes_back_what_a_kil
 def test_a_full_disk_is_an_error_of_the_step_and_never_hides_why_a_run_ended(tmp_path, full):
     """/dev/full refuses every write as a full disk does."""
 
-    def fill(metrics):
+    def fill(log):
         if full == "_lines":
-            metrics._lines = open("/dev/full", "a")
+            log._lines = open("/dev/full", "a")
         else:
-            metrics._events._records._writer = open("/dev/full", "wb")
+            log._events._records._writer = open("/dev/full", "wb")
 
-    with pytest.raises(OSError) as fault, Metrics(made(tmp_path / "a"), 0) as metrics:
-        fill(metrics)
-        metrics.write(stage="a", step=1, total=1, values={"loss": 0.5})
+    with pytest.raises(OSError) as fault, Metrics(made(tmp_path / "a"), 0) as log:
+        fill(log)
+        log.write(stage="a", step=1, total=1, values={"loss": 0.5})
     assert fault.value.errno == errno.ENOSPC
     with (
         pytest.raises(RuntimeError, match="its own reason"),
-        Metrics(made(tmp_path / "b"), 0) as metrics,
+        Metrics(made(tmp_path / "b"), 0) as log,
     ):
-        fill(metrics)
-        metrics._lines.write("what is still to be written when the run ends")
-        metrics._events._records.write(b"likewise")
+        fill(log)
+        log._lines.write("what is still to be written when the run ends")
+        log._events._records.write(b"likewise")
         raise RuntimeError("its own reason")
 
 
 def test_lines_beyond_the_restored_step_are_taken_back_and_a_cut_line_with_them(tmp_path):
-    with Metrics(tmp_path, 0) as metrics:
+    with Metrics(tmp_path, 0) as log:
         for step in (1, 2, 3):
-            metrics.write(stage="a", step=step, total=step, values={"loss": float(step)})
+            log.write(stage="a", step=step, total=step, values={"loss": float(step)})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "a", "st')
-    with Metrics(tmp_path, 2) as metrics:
-        metrics.write(stage="b", step=1, total=3, values={"loss": 9.0})
+    with Metrics(tmp_path, 2) as log:
+        log.write(stage="b", step=1, total=3, values={"loss": 9.0})
     assert lines(tmp_path) == [("a", 1, 1, 1.0), ("a", 2, 2, 2.0), ("b", 1, 3, 9.0)]
 
 
-def test_the_loss_curve_draws_each_stage_in_its_colour():
+def test_the_loss_curve_draws_each_stage_in_its_colour(tmp_path):
     points = [
         {"stage": s, "total_step": i + 10 * (s == "b"), "loss": 1 / (i + 1)}
         for s in "ab"
         for i in range(10)
     ]
-    sheet = loss_curve(points)
-    assert sheet.shape == (480, 960, 3)
-    for colour in ((31, 119, 180), (214, 100, 20)):
+    metrics.write_loss_curve(tmp_path / "loss.png", points)
+    sheet = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+    for colour in ((31, 119, 180), (255, 127, 14)):
         assert (sheet == colour).all(-1).sum() > 100
-    assert loss_curve([]).shape == (480, 960, 3)
+    metrics.write_loss_curve(tmp_path / "empty.png", [])
+    assert (tmp_path / "empty.png").exists()
+
+
+class Time:
+    """A clock that moves by calls of ``passes`` alone."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        fake = types.SimpleNamespace(perf_counter=lambda: self.now, time=lambda: self.now)
+        monkeypatch.setattr(metrics, "time", fake)
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+def test_rates_leave_out_saves_compiling_and_the_first_step_and_productive_time_only_the_first_two(
+    monkeypatch,
+):
+    time, flops = Time(monkeypatch), 5e9
+    timer = metrics.StepTimer(batch_size=8, productive=100.0, peak=1e10)
+    time.passes(3.0)
+    timer.exclude(2.5)
+    timer.done(flops)  # the first step: half a second beside its compiling
+    assert timer.rates() == {} and timer.productive == pytest.approx(100.5)
+    for _ in range(4):
+        with timer.waiting():
+            time.passes(0.25)
+        time.passes(0.75)
+        timer.done(flops)
+        with timer.paused():
+            time.passes(60.0)
+    assert timer.rates() == pytest.approx(
+        {"steps_per_second": 1.0, "images_per_second": 8.0, "data_wait": 0.25, "mfu": 0.5}
+    )
+    assert timer.productive == pytest.approx(104.5)
+    assert "mfu" not in metrics.StepTimer(8).rates()
+
+
+def test_goodput_counts_from_the_first_start_whatever_came_between(tmp_path, monkeypatch):
+    time, file = Time(monkeypatch), tmp_path / "attempts.jsonl"
+    first = RestartLog(tmp_path, 0, 8, "TPU v5 lite")
+    time.passes(100.0)
+    assert first.goodput(60.0) == pytest.approx(0.6) and first.restarts == 0
+    with open(file, "a") as lines:
+        lines.write('{"time": 1050.0, "tot')  # killed while it wrote
+    time.passes(100.0)
+    second = RestartLog(tmp_path, 40, 4, "TPU v5 lite")
+    assert second.first == 1000.0 and second.restarts == 1
+    time.passes(50.0)
+    assert second.goodput(40.0 + 50.0) == pytest.approx(0.36)
+    assert [(line["total_step"], line["devices"]) for line in read(file)] == [(0, 8), (40, 4)]
+
+
+def test_flops_are_those_of_the_whole_batch_at_its_bucket():
+    config = TransformerConfig(
+        depth=2, width=32, heads=4, caption_width=16, text_tokens=16, sample_size=4
+    )
+    batch = {"mean": np.zeros((4, 4, 6, 4)), "text_states": np.zeros((4, 8, 16))}
+
+    def task(config):
+        return types.SimpleNamespace(module=types.SimpleNamespace(config=config))
+
+    assert step_flops(task(config), 16, batch) == 16 * train_flops(config, 32, 48, 8)
+    assert step_flops(task(None), 16, batch) == 0
+
+
+def test_device_memory_is_of_the_fullest_device_of_this_process():
+    def device(stats, process=0):
+        return types.SimpleNamespace(process_index=process, memory_stats=lambda: stats)
+
+    full = {"bytes_in_use": 2**31, "peak_bytes_in_use": 2**32}
+    emptier = {"bytes_in_use": 2**30, "peak_bytes_in_use": 2**30}
+    found = metrics.device_memory([device(full), device(emptier), device({}, 1)])
+    assert found == {"device_memory_gib": 2.0, "device_memory_peak_gib": 4.0}
+    assert metrics.device_memory([device(None)]) == {}
+
+
+def test_the_summary_has_a_line_for_the_run_and_one_for_each_stage(tmp_path):
+    assert metrics.summary(tmp_path) == "nothing was logged"
+    RestartLog(tmp_path, 0, 1, "cpu"), RestartLog(tmp_path, 3, 1, "cpu")
+    common = {
+        "images_per_second": 10.0,
+        "mfu": 0.5,
+        "data_wait": 0.25,
+        "goodput": 0.75,
+        "device_memory_peak_gib": 3.0,
+        "recompilations": 0,
+    }
+    rows = [
+        {"stage": "a", "step": 5, "total_step": 5, "loss": 0.5, "skipped": 2, **common},
+        {"stage": "b", "step": 4, "total_step": 9, "skipped": 4, **common},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rates = "10 images/s, MFU 50.0%, 25.0% waiting for data"
+    assert metrics.summary(tmp_path).splitlines() == [
+        "9 steps, goodput 75% of the time since the first start, 1 restarts, device memory at "
+        "most 3.0 GiB",
+        f"  a: 5 steps, loss 0.5, {rates}, 2 steps skipped, 0 recompilations",
+        f"  b: 4 steps, {rates}, 4 steps skipped, 0 recompilations",
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,14 @@ def run(accumulate: int, steps: int = 5, **options):
     state = state_from(
         jax.tree.map(lambda p: np.asarray(p, np.float32), params), optimizer, abstract
     )
-    step = CompiledStep(losses, optimizer, schedule(config, steps, 16), abstract, mesh, accumulate)
+    step = CompiledStep(
+        mesh,
+        abstract,
+        task=SimpleNamespace(losses=losses),
+        optimizer=optimizer,
+        rate=schedule(config, steps, 16),
+        accumulate=accumulate,
+    )
     history = []
     for number in range(steps):
         rng = np.random.default_rng(number)

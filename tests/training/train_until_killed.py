@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import train
 from pixart_jax import cli
+from pixart_jax.commands import train
 from pixart_jax.training import loop
 
 at, _, names = sys.argv[1].partition(":")

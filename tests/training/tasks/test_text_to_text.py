@@ -37,7 +37,7 @@ def batch(rows: int = 4, itself: bool = False) -> dict:
 
 def test_words_are_hidden_at_the_asked_rate_and_the_rest_is_left_alone():
     keys = jax.random.split(jax.random.key(0), len(IDS))
-    shown = jax.vmap(task().hide)(IDS, jnp.full((len(IDS),), 12), keys)
+    shown = jax.vmap(task().mask_words)(IDS, jnp.full((len(IDS),), 12), keys)
     hidden = np.asarray(shown != IDS)
     # no end mark, no padding
     assert hidden[:, :11].mean() == pytest.approx(0.3, abs=0.03) and not hidden[:, 11:].any()

@@ -8,12 +8,12 @@ import jax
 import pytest
 from training import tiny_run
 
-from pixart_jax.config import MeshConfig
+from pixart_jax.config import Config, MeshConfig, StageConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.training import stages
-from pixart_jax.training.batches import put
-from pixart_jax.training.frozen import FrozenSpec
+from pixart_jax.training.batches import open_loader, put
+from pixart_jax.training.frozen import Frozen, FrozenSpec
 from pixart_jax.training.step import compiled_step
 
 
@@ -28,15 +28,12 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
     """Stage 1, stage 2 with CAME, stage 3 with micro-batches: the lowered text of both; the run's
     batch is a real one."""
     folder, config = world
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    run = stages.Run(config, type("Folder", (), {"path": folder})(), mesh, None, None, None, None)
-    stage, prepared = config.stages[index], run.prepare(index)
-    of_run = compiled_step(
-        config, stage, stages.StageParts(prepared.task, prepared.optimizer, prepared.abstract), mesh
-    )
-    batch = put(prepared.loader.batch(0), batch_sharding(mesh))
-    key = jax.random.key(0)
-    real = of_run.trace(prepared.abstract, batch, key).lower().as_text()
+    mesh, stage = make_mesh(MeshConfig(), jax.devices()[:1]), config.stages[index]
+    frozen = Frozen(config, folder)
+    parts = stages.build_stage(config, stage, frozen, mesh)
+    rows = open_loader(config, index, frozen, None, mesh).batch(0)
+    batch = put(rows, batch_sharding(mesh))
+    real = compiled_step(config, stage, parts, mesh).trace(parts.abstract, batch, jax.random.key(0))
 
     bucket = tuple(8 * n for n in batch["mean"].shape[1:3])
     texts = batch["text_states"].shape[1] if "text_states" in batch else stage.data.max_text_tokens
@@ -46,23 +43,19 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
     assert {name: (s.shape, s.dtype) for name, s in shapes.items()} == {
         name: (a.shape, a.dtype) for name, a in batch.items()
     }
-    assert (
-        compiled_step(config, stage, made, mesh)
-        .trace(made.abstract, shapes, stages.abstract_key(mesh))
-        .lower()
-        .as_text()
-        == real
-    )
+    step = compiled_step(config, stage, made, mesh)
+    planned = step.trace(made.abstract, shapes, stages.abstract_key(mesh))
+    assert planned.lower().as_text() == real.lower().as_text()
 
 
 def test_what_is_assumed_of_absent_folders_is_said():
-    config = dataclasses.replace(tiny_config(), vae="models/none", text_encoder="models/none")
+    config = Config(
+        "none",
+        (StageConfig("words"),),
+        model=tiny_run.MODEL,
+        vae="models/none",
+        text_encoder="models/none",
+    )
     frozen = FrozenSpec(config)
     assert frozen.scaling_factor == 0.18215 and len(frozen.text_states([""], 8)[0]) == 1
     assert len(frozen.assumptions) == 2 and "0.18215" in frozen.assumptions[0]
-
-
-def tiny_config():
-    from pixart_jax.config import Config, StageConfig
-
-    return Config("none", (StageConfig("words"),), model=tiny_run.MODEL)

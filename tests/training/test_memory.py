@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from pixart_jax.training.activations import activation_bytes
 from training import tiny_run
 
 from pixart_jax.config import MeshConfig
@@ -18,8 +17,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.remat import BY_SPEED, policy
 from pixart_jax.parallel.chips import CHIPS, GIB
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training import recipes, stages
-from pixart_jax.training.frozen import FrozenSpec
+from pixart_jax.training import memory, recipes, stages
+from pixart_jax.training.frozen import Frozen, FrozenSpec
 from pixart_jax.training.step import compiled_step
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
@@ -35,16 +34,10 @@ def parts(config, mesh):
 
 
 def needed(config, made, mesh, name):
-    stage, held = config.stages[0], rematerialization.bytes_per_device
-    terms = activation_bytes(
-        config,
-        stage,
-        name,
-        dict(mesh.shape),
-        stage.data.buckets[0],
-        "cpu",
-        held(made.abstract.params),
-    )
+    stage, held = config.stages[0], memory.bytes_per_device
+    parameters = held(made.abstract.params)
+    axes, bucket = dict(mesh.shape), stage.data.buckets[0]
+    terms = memory.activation_bytes(config, stage, name, axes, bucket, "cpu", parameters)
     return held(made.abstract) + 1.2 * sum(terms.values())
 
 
@@ -65,13 +58,13 @@ def test_the_fastest_that_fits_is_taken_and_the_smallest_where_none_does(mesh, m
     sizes = [needed(config, made, mesh, name) for name in BY_SPEED]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
     for name, size in zip(BY_SPEED, sizes, strict=True):
-        monkeypatch.setattr(rematerialization, "usable_bytes", lambda device, size=size: size + 1.0)
+        monkeypatch.setattr(memory, "usable_bytes", lambda device, size=size: size + 1.0)
         found = parts(config, mesh)
         assert found.remat.name == name and "the fastest that fits" in str(found.remat)
         assert found.task.module.remat == name
-    monkeypatch.setattr(rematerialization, "usable_bytes", lambda device: sizes[-1] - 1.0)
+    monkeypatch.setattr(memory, "usable_bytes", lambda device: sizes[-1] - 1.0)
     assert str(parts(config, mesh).remat).startswith("remat full, the smallest, which may not fit")
-    monkeypatch.setattr(rematerialization, "usable_bytes", lambda device: None)
+    monkeypatch.setattr(memory, "usable_bytes", lambda device: None)
     assert (
         str(parts(config, mesh).remat)
         == "remat full: what this stage takes, or what its device has, is not known"
@@ -84,7 +77,7 @@ def test_what_a_program_may_have_of_a_device(monkeypatch):
         return SimpleNamespace(platform=platform, device_kind=kind)
 
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    usable = rematerialization.usable_bytes
+    usable = memory.usable_bytes
     assert usable(device("tpu", "TPU v5e")) == CHIPS["v5e"].usable_bytes == 15.75 * GIB
     assert usable(device("gpu", "NVIDIA H200")) == 0.75 * 141e9
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.98")
@@ -94,28 +87,21 @@ def test_what_a_program_may_have_of_a_device(monkeypatch):
     assert usable(jax.devices()[0]) == 0.8 * whole / jax.local_device_count()
 
 
-def test_a_run_says_what_it_took_and_its_step_is_that_policys(tmp_path, mesh, capsys):
+def test_the_step_of_auto_is_that_of_the_policy_it_names(tmp_path, mesh):
     config = dataclasses.replace(tiny_run.curriculum(tmp_path), remat="auto")
+    stage = config.stages[0]
 
-    def step(config):
-        run = stages.Run(
-            config, type("Folder", (), {"path": tmp_path})(), mesh, None, None, None, None
-        )
-        stage, made = config.stages[0], run.prepare(0)
-        shapes = stages.abstract_batch(config, stage, stage.data.buckets[0], mesh)
-        one = compiled_step(
-            config, stage, stages.StageParts(made.task, made.optimizer, made.abstract), mesh
-        )
-        return one.trace(made.abstract, shapes, stages.abstract_key(mesh)).lower().as_text()
+    def build(remat):
+        changed = dataclasses.replace(config, remat=remat)
+        made = stages.build_stage(changed, stage, Frozen(changed, tmp_path), mesh)
+        shapes = stages.abstract_batch(changed, stage, stage.data.buckets[0], mesh)
+        step = compiled_step(changed, stage, made, mesh)
+        traced = step.trace(made.abstract, shapes, stages.abstract_key(mesh))
+        return made.remat, traced.lower().as_text()
 
-    chosen = step(config)
-    assert (
-        f"stage {config.stages[0].name}: remat dots_attention, the fastest that fits: by count 0."
-        in capsys.readouterr().out
-    )
-    assert chosen == step(dataclasses.replace(config, remat="dots_attention"))
-    assert not capsys.readouterr().out
-    assert chosen != step(dataclasses.replace(config, remat="full"))
+    choice, auto = build("auto")
+    assert str(choice).startswith("remat dots_attention, the fastest that fits: by count 0.")
+    assert build("dots_attention") == (None, auto) and build("full")[1] != auto
 
 
 def test_auto_is_no_policy_of_a_model_and_a_mistyped_one_is_told():
