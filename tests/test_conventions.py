@@ -326,7 +326,7 @@ def test_files_that_the_documents_name_exist(page):
         r"(?<![\w/.-])(?:(?:configs|docs|tests|benchmarks|pixart_jax|assets)/[\w./-]*\w|[\w/]+\.py\b)",
         read(page),
     )
-    places = [PACKAGE, ROOT / "configs", ROOT, ROOT / "benchmarks"]
+    places = [ROOT, PACKAGE, *(ROOT / folder for folder in ("configs", "benchmarks", "docs"))]
     missing = [name for name in sorted(set(named)) if not any((p / name).exists() for p in places)]
     assert not missing, missing
 
