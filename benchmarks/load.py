@@ -1,302 +1,230 @@
 """Opening full-size weights: time and peak memory, beside diffusers and transformers on the same
 files.
 
-    python benchmarks/load.py --out docs/load.json            (XL/2 and T5-XXL; about 40 GB of disk,
-    16 GB of memory)
+    python benchmarks/load.py --repeat 2 --out load.json      (XL/2 and T5-XXL: 40 GB of disk)
     python benchmarks/load.py --only xl2                      (6 GB of disk)
 
-Files of the released form are written with random numbers: XL/2 as one fp32 safetensors file,
-T5-XXL as the two fp32 shards that PixArt's folders hold. Every opening is a process of its own. Of
-each: seconds until the call returns; seconds until one number of every page of every parameter has
-been read, which makes a lazily mapped file show what it costs; the peak of resident memory over
-what the process held before, by Linux's account (VmHWM, pages of mapped files counted in); and, of
-XL/2 in a process of its own, seconds until the first forward pass at 256 px, batch 1, has given its
-output: tracing is counted in, and so is fetching the program from the compilation cache, which one
-opening before has filled. "plain" opens the files; "keeping" also writes the converted weights
-(cache=), once; "kept" opens those. cold: the files are put out of the page cache before each
-opening; warm: they lie in it, as kept weights always do here. T5-XXL's files are larger than many a
-machine's memory, so they are opened cold alone.
+The files have the released form, fp32 safetensors, and random parameters. Every opening is a
+process of its own. Measured are: seconds until the call returns; seconds until one byte of every
+page of every parameter has been read, which shows what a lazily mapped file costs; the peak of
+resident memory over what the process held before, mapped files included; and, of XL/2 in another
+process, seconds until the first forward pass at 256 px, batch 1, has given its output, with the
+program from the compilation cache. "plain" opens the files; "keeping" also writes the converted
+weights (cache=), once; "kept" opens those. cold: the files are dropped from the page cache before
+each opening. T5-XXL's files are larger than many a machine's memory, so they are opened cold only.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
+import importlib
+import multiprocessing
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SUBJECTS = {
-    "xl2": ("transformer", "diffusers", "PixArtTransformer2DModel"),
-    "t5xxl": ("text_encoder", "transformers", "T5EncoderModel"),
+from benchmarks.speed import machine  # noqa: E402
+from benchmarks.speed.contest import tell  # noqa: E402
+from benchmarks.speed.table import table  # noqa: E402
+from pixart_jax.files import write_json  # noqa: E402
+
+PEERS = {
+    "xl2": ("diffusers", "PixArtTransformer2DModel"),
+    "t5xxl": ("transformers", "T5EncoderModel"),
 }
-CASES = {
-    "xl2": (("float32", "warm"), ("bfloat16", "warm"), ("float32", "cold"), ("bfloat16", "cold")),
-    "t5xxl": (("bfloat16", "cold"),),
-}  # (dtype, page cache)
-SHARD = 9_990_000_000  # bytes, as released
+CASES = (  # (model, dtype, whether the files are in the page cache)
+    *(("xl2", dtype, warm) for warm in (True, False) for dtype in ("float32", "bfloat16")),
+    ("t5xxl", "bfloat16", False),
+)
+SHARD = 4e9  # bytes
+COLUMNS = (
+    "model",
+    "asked dtype",
+    "files",
+    "opened by",
+    "seconds",
+    "… and read",
+    "first output",
+    "peak GB",
+    "× parameters",
+)
 
-MEASURE = """
-import json, sys, time
-def status(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-def measured(open_it, leaves, touch, forward):
-    if forward:
-        start = time.perf_counter()
-        forward(open_it())
-        print(json.dumps({"seconds_first": time.perf_counter() - start}))
+
+def write_random(model: str, folder: Path) -> None:
+    """A folder of the released form."""
+    if model == "xl2":
+        from benchmarks.speed import weights
+        from benchmarks.speed.cases import Case
+
+        shutil.copytree(weights.folder_of(Case("forward", "XL/2", 256, 1, "float32")), folder)
         return
-    before = status("VmRSS:")
-    open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
-    start = time.perf_counter()
-    part = open_it()
-    opened = time.perf_counter() - start
-    for leaf in leaves(part):
-        touch(leaf)
-    read = time.perf_counter() - start
-    held = sum(leaf.nbytes for leaf in leaves(part))
-    print(json.dumps({"seconds": opened, "seconds_read": read, "peak": status("VmHWM:") - before, "held": held}))
-"""  # noqa: E501
-OURS = (
-    MEASURE
-    + """
-import jax, jax.numpy as jnp, numpy as np
-from pixart_jax import load_component
-folder, dtype, first, cache = sys.argv[1:]
-jnp.zeros(1).block_until_ready()
-def forward(part):
-    latents, states = np.ones((1, 32, 32, 4), np.float32), np.full((1, 120, 4096), 0.01, np.float32)
-    np.asarray(part.apply(latents, np.full(1, 500, np.float32), states, np.full(1, 100, np.int32)))
-def touch(leaf):
-    np.asarray(leaf).reshape(-1).view(np.uint8)[::4096].sum()
-opening = lambda: load_component(folder, dtype=dtype, cache=cache or None)
-measured(opening, lambda part: jax.tree.leaves(part.params), touch, first and forward)
-"""
-)
-PEER = (
-    MEASURE
-    + """
-import importlib, torch
-folder, dtype, first, library, name = sys.argv[1:]
-model, dtype = getattr(importlib.import_module(library), name), getattr(torch, dtype)
-def forward(part):
-    latents, states = torch.ones(1, 4, 32, 32, dtype=dtype), torch.full((1, 120, 4096), 0.01, dtype=dtype)
-    mask = torch.cat([torch.ones(1, 100), torch.zeros(1, 20)], 1).to(dtype)
-    sizes = {"resolution": None, "aspect_ratio": None}
-    with torch.no_grad():
-        part(latents, states, torch.full((1,), 500), added_cond_kwargs=sizes, encoder_attention_mask=mask).sample.float().numpy()
-def touch(leaf):
-    leaf.detach().view(-1).view(torch.uint8)[::4096].sum()
-measured(lambda: model.from_pretrained(folder, torch_dtype=dtype), lambda part: list(part.parameters()), touch, first and forward)
-"""  # noqa: E501
-)
+    import safetensors.numpy
+    import torch
+    from transformers import T5Config, T5EncoderModel
 
+    from benchmarks.parity_rows.text_encoder import XXL
 
-def write_random(subject: str, folder: Path) -> None:
-    """A folder of the released form, its numbers random; a tensor is in memory at a time."""
-    import flax.linen as nn
-    import jax
-
-    from pixart_jax.models.t5 import T5Config
-    from pixart_jax.models.transformer import TransformerConfig
-    from pixart_jax.weights import t5, transformer
-    from pixart_jax.weights.component import TextEncoder, Transformer
-    from pixart_jax.weights.files import write_json, write_safetensors
-    from pixart_jax.weights.table import LazyTensor, write
-
-    kind, config = (
-        (Transformer, TransformerConfig.preset("XL/2"))
-        if subject == "xl2"
-        else (TextEncoder, T5Config())
-    )
-    names = transformer if subject == "xl2" else t5
-    shapes = nn.unbox(
-        jax.eval_shape(kind(config, {}).module.init, jax.random.key(0), *kind._example(config))[
-            "params"
-        ]
-    )
-    shapes.pop("null_caption", None)
-    block = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(0.02)
-
-    def pending(tensor: LazyTensor) -> LazyTensor:
-        def make():
-            return np.resize(block, tensor.shape)
-
-        return LazyTensor(tensor.shape, np.dtype(np.float32), make)
-
-    tensors = {
-        key: pending(tensor)
-        for key, tensor in write(
-            transformer.DIFFUSERS if subject == "xl2" else t5.TRANSFORMERS, shapes
-        ).items()
-    }
     folder.mkdir(parents=True)
-    if subject == "xl2":
-        write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
-    else:
-        shards: list[dict] = [{}]
-        for key, tensor in tensors.items():
-            if (
-                sum(math.prod(t.shape) * 4 for t in shards[-1].values())
-                + math.prod(tensor.shape) * 4
-                > SHARD
-            ):
-                shards.append({})
-            shards[-1][key] = tensor
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / name, shard)
-            weight_map |= dict.fromkeys(shard, name)
-        total = sum(math.prod(tensor.shape) * 4 for tensor in tensors.values())
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
-    write_json(folder / "config.json", names.config_to_json(config))
+    block = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(0.02)
+    with torch.device("meta"):
+        parameters = T5EncoderModel(T5Config(**XXL)).named_parameters()
+    where, shard, number = {}, {}, 0
+    left = [(name, tuple(parameter.shape)) for name, parameter in parameters]
+    while left:
+        name, shape = left.pop(0)
+        shard[name] = np.resize(block, shape)
+        if not left or sum(array.nbytes for array in shard.values()) > SHARD:
+            file = f"model-{(number := number + 1):05d}.safetensors"
+            safetensors.numpy.save_file(shard, folder / file)
+            where |= dict.fromkeys(shard, file)
+            shard.clear()
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    write_json(folder / "config.json", {"model_type": "t5", **XXL})
 
 
-def forget(folder: Path) -> None:
-    """Put a folder's files out of the page cache."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+# ---- in a process of its own ----
 
 
-def remember(folder: Path) -> None:
-    """Have a folder's files in the page cache."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            while file.read(1 << 24):
-                pass
+def open_ours(folder: str, dtype: str, first: bool, cache: str | None) -> dict:
+    import jax
+    import jax.numpy as jnp
 
+    from pixart_jax import load_component
 
-def run(code: str, *arguments: str, programs: Path) -> dict:
-    root = Path(__file__).resolve().parent.parent
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    env = {
-        **os.environ,
-        **compiled,
-        "JAX_PLATFORMS": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=root, env=env, capture_output=True, text=True
+    jnp.zeros(1).block_until_ready()
+
+    def forward(part) -> None:
+        latents, states = np.ones((1, 32, 32, 4), "f"), np.full((1, 120, 4096), 0.01, "f")
+        np.asarray(part.apply(latents, np.full(1, 500, "f"), states, np.full(1, 100, np.int32)))
+
+    return measured(
+        lambda: load_component(folder, dtype=dtype, cache=cache),
+        lambda part: [np.asarray(leaf) for leaf in jax.tree.leaves(part.params)],
+        forward if first else None,
     )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+
+
+def open_peer(folder: str, dtype: str, first: bool, library: str, name: str) -> dict:
+    import torch
+
+    kind, torch_dtype = getattr(importlib.import_module(library), name), getattr(torch, dtype)
+
+    def forward(part) -> None:
+        latents = torch.ones(1, 4, 32, 32, dtype=torch_dtype)
+        states = torch.full((1, 120, 4096), 0.01, dtype=torch_dtype)
+        mask = torch.cat([torch.ones(1, 100), torch.zeros(1, 20)], 1).to(torch_dtype)
+        more = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        with torch.no_grad():
+            out = part(latents, states, torch.full((1,), 500), encoder_attention_mask=mask, **more)
+            out.sample.float().numpy()
+
+    return measured(
+        lambda: kind.from_pretrained(folder, torch_dtype=torch_dtype),
+        lambda part: [p.detach().view(-1).view(torch.uint8).numpy() for p in part.parameters()],
+        forward if first else None,
+    )
+
+
+def measured(open_it: Callable, arrays: Callable, forward: Callable | None) -> dict:
+    """{'first'}, or {'opened', 'read', 'peak', 'held'}: seconds and bytes."""
+    machine.reset_peak()
+    before, begun = machine.resident_bytes(), time.perf_counter()
+    part = open_it()
+    if forward:
+        forward(part)
+        return {"first": time.perf_counter() - begun}
+    opened, held = time.perf_counter() - begun, 0
+    for array in arrays(part):
+        array.reshape(-1).view(np.uint8)[::4096].sum()
+        held += array.nbytes
+    read = time.perf_counter() - begun
+    return {"opened": opened, "read": read, "peak": machine.peak_bytes() - before, "held": held}
+
+
+# ---- the run ----
+
+
+def run(function: Callable, *arguments) -> dict:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(model: str, dtype: str, warm: bool, root: Path, repeat: int) -> list[dict]:
+    """A row a way of opening: the fastest of the repeats, and the highest peak."""
+    library, name = PEERS[model]
+    folder, kept = root / model, root / f"{model}-kept"
+    if not folder.is_dir():
+        tell(f"writing {folder}")
+        write_random(model, folder)
+    ways = {
+        library: (open_peer, library, name),
+        "plain": (open_ours, None),
+        "keeping": (open_ours, str(kept)),
+        "kept": (open_ours, str(kept)),
+    }
+    found: dict[str, list[dict]] = {way: [] for way in ways}
+    if model == "xl2":
+        run(open_ours, str(folder), dtype, True, None)  # fills the compilation cache
+    for _ in range(repeat):
+        shutil.rmtree(kept, ignore_errors=True)
+        for way, (function, *more) in ways.items():
+            firsts = [False, True] if model == "xl2" and way != "keeping" else [False]
+            figures: dict[str, float] = {}
+            for first in firsts:
+                if way != "kept":
+                    machine.set_cached(folder, warm)
+                figures |= run(function, str(folder), dtype, first, *more)
+            found[way].append(figures)
+    shutil.rmtree(kept, ignore_errors=True)
+    rows = []
+    for way, runs in found.items():
+        row = {key: min(each[key] for each in runs) for key in runs[0]}
+        row |= {"peak": max(each["peak"] for each in runs)}
+        cache = "warm" if warm else "cold"
+        rows.append({"model": model, "dtype": dtype, "page_cache": cache, "opened_by": way, **row})
+        tell(" | ".join(cells(rows[-1])))
+    return rows
+
+
+def cells(row: dict) -> list[str]:
+    names = [row[name] for name in ("model", "dtype", "page_cache", "opened_by")]
+    first = f"{row['first']:.2f}" if "first" in row else ""
+    size = [f"{row['peak'] / 1e9:.2f}", f"{row['peak'] / row['held']:.2f}"]
+    return [*names, f"{row['opened']:.2f}", f"{row['read']:.2f}", first, *size]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--only", choices=PEERS, nargs="+", default=list(PEERS))
     parser.add_argument(
-        "--folder",
-        type=Path,
-        help="where the files go, and stay; by default a temporary folder that is deleted",
+        "--folder", type=Path, help="for the files, which stay; else a temporary one"
     )
-    parser.add_argument(
-        "--repeat",
-        type=int,
-        default=1,
-        help="openings of each kind; the fastest counts, and the highest peak",
-    )
+    parser.add_argument("--repeat", type=int, default=1, help="openings of each kind")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     flags = parser.parse_args()
-    root = flags.folder or Path(tempfile.mkdtemp(prefix="load."))
-    rows = []
-    try:
-        for subject in flags.only:
-            kind, library, name = SUBJECTS[subject]
-            folder = root / subject / kind
-            if not folder.is_dir():
-                print(f"writing {subject}: {folder}", file=sys.stderr)
-                write_random(subject, folder)
-            for dtype, page_cache in CASES[subject]:
-                found: dict[str, list[dict]] = {library: [], "plain": [], "keeping": [], "kept": []}
-                if subject == "xl2":
-                    run(OURS, str(folder), dtype, "first", "", programs=root / "programs")
-                for _ in range(flags.repeat):
-                    kept = root / f"{subject}-kept"
-                    shutil.rmtree(kept, ignore_errors=True)
-                    for how in found:
-                        code, last = (
-                            (PEER, [library, name])
-                            if how == library
-                            else (OURS, ["" if how == "plain" else str(kept)])
-                        )
-                        first_as_well = subject == "xl2" and how != "keeping"
-                        for first in ["", "first"] if first_as_well else [""]:
-                            if how != "kept":
-                                forget(folder) if page_cache == "cold" else remember(folder)
-                            figures = run(
-                                code, str(folder), dtype, first, *last, programs=root / "programs"
-                            )
-                            found[how].append(figures) if not first else found[how][-1].update(
-                                figures
-                            )
-                    shutil.rmtree(kept, ignore_errors=True)
-                for how, runs in found.items():
-                    best = {
-                        key: min(one[key] for one in runs)
-                        for key in ("seconds", "seconds_read", "seconds_first")
-                        if key in runs[0]
-                    }
-                    row = {
-                        "model": subject,
-                        "dtype": dtype,
-                        "opened_by": how,
-                        **best,
-                        "peak": max(one["peak"] for one in runs),
-                    }
-                    rows.append({**row, "held": runs[0]["held"], "page_cache": page_cache})
-                    print(line(rows[-1]), flush=True)
-    finally:
-        if flags.folder is None:
-            shutil.rmtree(root, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="load.") as temporary:
+        root = flags.folder or Path(temporary)
+        os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(temporary) / "programs")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        rows = []
+        for model, dtype, warm in CASES:
+            if model in flags.only:
+                rows += measure(model, dtype, warm, root, flags.repeat)
+    print(table(COLUMNS, [cells(row) for row in rows]))
     if flags.out:
-        import diffusers
-        import jax
-        import torch
-        import transformers
-
-        versions = {
-            module.__name__: module.__version__ for module in (jax, torch, diffusers, transformers)
-        }
-        machine = {
-            "cores": os.cpu_count(),
-            "architecture": platform.machine(),
-            "python": platform.python_version(),
-            **versions,
-        }
-        flags.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-
-
-def line(row: dict) -> str:
-    """A row of the table in docs/benchmarks.md."""
-    first = f"{row['seconds_first']:.2f}" if "seconds_first" in row else ""
-    return (
-        f"| {row['model']} | {row['dtype']} | {row['page_cache']} | {row['opened_by']} | "
-        f"{row['seconds']:.2f} | {row['seconds_read']:.2f} "
-        f"| {first} | {row['peak'] / 1e9:.2f} | {row['peak'] / row['held']:.2f} |"
-    )
+        write_json(flags.out, {"machine": machine.described(), "rows": rows})
 
 
 if __name__ == "__main__":

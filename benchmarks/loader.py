@@ -1,20 +1,17 @@
-"""Samples a second that reach the training loop, beside torch's DataLoader on the same records and
-pictures in the same run.
+"""Samples a second that reach the training loop, beside torch's DataLoader on the same files.
 
-    python benchmarks/loader.py --out loader.json             (4 GB of disk, 4 GB of memory; minutes
-    on two idle cores)
-    python benchmarks/loader.py --records 400 --repeat 1      (a look)
+    python benchmarks/loader.py --out loader.json             (4 GB of disk and of memory; minutes)
+    python benchmarks/loader.py --records 400 --repeat 1      (a rehearsal)
 
 *encoded*: records as `encode` writes them at 256 px with T5-XXL: a posterior of 32×32×4 (mean and
 std, fp32) and 120 tokens of 4096 bfloat16 values, 1.05 MB each. *jpeg*: photographs of scikit-image
 with a short side of 512 px, decoded, resized and cropped to 256 px, as the autoencoder's stage
-reads them. The peer is a torch Dataset over the very same bytes, read, unpacked, decoded and
-resized by the same functions, behind DataLoader with 0, 1 and 2 worker processes, of which the best
-counts. Both are asked for the same samples in the same batches, both read ahead by the same number
-of batches; the first batch is checked to be equal. Every measurement is a process of its own, ours
-and the peer's in turn; the clock starts when the first batch has come, so that the start of workers
-is not counted. warm: the files lie in the page cache; cold: they are put out of it first. The
-figures are medians of the repeats.
+reads them. The peer is a torch Dataset over the same bytes, read, decoded and resized by the same
+functions, behind DataLoader with 0, 1 and 2 worker processes, of which the best counts. Both load
+the same samples in the same batches and read ahead by the same number of batches; the first batches
+are compared. Every measurement is a process of its own, in turn; the clock starts when the first
+batch has come, so that the start of workers is not counted. The figures are medians of the repeats;
+exit status 1 where the peer is faster.
 """
 
 from __future__ import annotations
@@ -23,14 +20,16 @@ import argparse
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -38,61 +37,56 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pixart_jax.data import images, records
-from pixart_jax.data.encoded import EncodedSamples
-from pixart_jax.data.loader import Loader
-from pixart_jax.data.samples import ImageSamples
-from pixart_jax.data.sources import Sample
+from benchmarks.speed import machine  # noqa: E402
+from benchmarks.speed.contest import tell  # noqa: E402
+from benchmarks.speed.table import table  # noqa: E402
+from pixart_jax.data import images, records  # noqa: E402
+from pixart_jax.data.encoded import EncodedSamples  # noqa: E402
+from pixart_jax.data.loader import Loader  # noqa: E402
+from pixart_jax.data.samples import ImageSamples  # noqa: E402
+from pixart_jax.data.sources import Sample  # noqa: E402
+from pixart_jax.files import write_json  # noqa: E402
+from pixart_jax.images import to_model  # noqa: E402
 
 BUCKET, TOKENS, WIDTH = (256, 256), 120, 4096
-H200 = 550  # samples/s that one eats at 256 px
+H200 = 550  # samples/s that one trains on at 256 px
 AHEAD = 4  # batches
 LOADERS = ("ours", "torch 0", "torch 1", "torch 2")
 CASES = (("encoded", "warm"), ("jpeg", "warm"), ("encoded", "cold"))
+COLUMNS = (
+    "input,files,ours 2 threads,DataLoader 0,1,2 workers,ours / best of them,"
+    "ours / 550 a second,processor ms ours,best of them"
+).split(",")
 
 
 # ---- the data ----
 
 
 def write_records(folder: Path, count: int) -> None:
-    """Shards of 250 records of random numbers."""
+    """Shards of 250 records of random values."""
     rng, shards = np.random.default_rng(0), []
     block = rng.standard_normal((TOKENS, WIDTH), np.float32).astype(ml_dtypes.bfloat16)
+    caption = json.dumps(["a photograph of " + "words " * 90])
+
+    def record(index: int) -> bytes:
+        latents = rng.standard_normal((2, 32, 32, 4), np.float32)
+        arrays = {
+            "mean": latents[0],
+            "std": abs(latents[1]),
+            "label": np.int64(-1),
+            "size": np.array([512, 512], np.int32),
+            "fit": np.array([256, 256, 0, 0], np.int32),
+            "text.dense.0": np.roll(block, index, 1),
+        }
+        metadata = {"key": f"r{index:06d}", "captions.dense": caption}
+        return records.encode_record(arrays, metadata)
+
+    folder.mkdir()
     for first in range(0, count, 250):
-
-        def packed(first=first):
-            for index in range(first, min(first + 250, count)):
-                latents = rng.standard_normal((2, 32, 32, 4), np.float32)
-                arrays = {
-                    "mean": latents[0],
-                    "std": abs(latents[1]),
-                    "label": np.int64(-1),
-                    "size": np.array([512, 512], np.int32),
-                }
-                arrays |= {
-                    "fit": np.array([256, 256, 0, 0], np.int32),
-                    "text.dense.0": np.roll(block, index, 1),
-                }
-                yield records.encode_record(
-                    arrays,
-                    {
-                        "key": f"r{index:06d}",
-                        "captions.dense": json.dumps(["a photograph of " + "words " * 90]),
-                    },
-                )
-
         path = folder / f"{first // 250:05d}-256x256.array_record"
-        made = records.write_shard(path, packed())
-        shards.append(
-            records.Shard(
-                path.name,
-                BUCKET,
-                made,
-                path.stat().st_size,
-                records.sha256(path),
-                {"dense": TOKENS},
-            )
-        )
+        made = records.write_shard(path, map(record, range(first, min(first + 250, count))))
+        about = (BUCKET, made, path.stat().st_size, records.sha256(path), {"dense": TOKENS})
+        shards.append(records.Shard(path.name, *about))
     records.Manifest({"vae": "random"}, tuple(shards)).write(folder)
 
 
@@ -101,22 +95,16 @@ def write_pictures(folder: Path, count: int) -> None:
     import skimage.data
     from PIL import Image
 
-    rng = np.random.default_rng(0)
-    photographs = [
-        Image.fromarray(getattr(skimage.data, name)())
-        for name in ("astronaut", "coffee", "chelsea", "rocket")
-    ]
+    rng, names = np.random.default_rng(0), ("astronaut", "coffee", "chelsea", "rocket")
+    photographs = [Image.fromarray(getattr(skimage.data, name)()) for name in names]
     folder.mkdir()
     for index in range(count):
         whole = photographs[index % len(photographs)]
-        side = rng.uniform(0.6, 1.0) * min(whole.size)
-        height, width = side, min(side * rng.uniform(1, 1.4), whole.size[0])
+        height = rng.uniform(0.6, 1.0) * min(whole.size)
+        width = min(height * rng.uniform(1, 1.4), whole.size[0])
         left, top = rng.uniform(0, whole.size[0] - width), rng.uniform(0, whole.size[1] - height)
-        picture = whole.resize(
-            (round(512 * width / height), 512),
-            Image.Resampling.BICUBIC,
-            (left, top, left + width, top + height),
-        )
+        size, box = (round(512 * width / height), 512), (left, top, left + width, top + height)
+        picture = whole.resize(size, Image.Resampling.BICUBIC, box)
         picture.save(folder / f"{index:05d}.jpg", quality=92)
 
 
@@ -138,282 +126,150 @@ class Pictures:
         return np.array([images.size(file.read_bytes()) for file in self.files], np.int32)
 
 
-# ---- the two loaders ----
+# ---- the two loaders, each in a process of its own ----
 
 
 def samples_of(case: str, folder: Path):
     if case == "encoded":
-        return EncodedSamples(folder / "records", (("dense", 1.0),), TOKENS)
-    return ImageSamples(Pictures(folder / "pictures"), [BUCKET], cache_bytes=0)
+        return EncodedSamples(folder, (("dense", 1.0),), TOKENS)
+    return ImageSamples(Pictures(folder), [BUCKET], cache_bytes=0)
 
 
-def ours(case: str, folder: Path, batch: int, batches: int):
-    loader = Loader(samples_of(case, folder), batch_size=batch, seed=0, workers=2, prefetch=AHEAD)
-    return itertools.islice(loader.iterator(), batches)
-
-
-def theirs(case: str, folder: Path, batch: int, batches: int, workers: int):
+def theirs(case: str, folder: Path, order: list, workers: int) -> Iterator[dict]:
     import torch
     from torch.utils.data import DataLoader, Dataset
 
     class Encoded(Dataset):
-        def __init__(self):
-            self.records = None
-
-        def __len__(self):
-            return records.Manifest.read(folder / "records").samples
+        stored = None
 
         def __getitem__(self, index):
-            if self.records is None:  # readers are not carried into worker processes
-                self.records = records.Records(folder / "records")
-            arrays, metadata = self.records[index]
-            length = len(arrays["text.dense.0"])
-            states = torch.frombuffer(
-                arrays["text.dense.0"].view(np.int16), dtype=torch.bfloat16
-            ).view(length, WIDTH)
-            if length < TOKENS:
-                states = torch.nn.functional.pad(states, (0, 0, 0, TOKENS - length))
+            if self.stored is None:  # readers are not carried into worker processes
+                self.stored = records.Records(folder)
+            arrays, metadata = self.stored[index]
+            mean, std = (torch.from_numpy(arrays[name]) for name in ("mean", "std"))
+            states = torch.from_numpy(arrays["text.dense.0"].view(np.int16)).view(torch.bfloat16)
             return {
-                "mean": torch.frombuffer(arrays["mean"], dtype=torch.float32).view(
-                    arrays["mean"].shape
-                ),
-                "std": torch.frombuffer(arrays["std"], dtype=torch.float32).view(
-                    arrays["std"].shape
-                ),
-                "text_states": states,
-                "text_lengths": length,
+                "mean": mean,
+                "std": std,
+                "text_states": torch.nn.functional.pad(states, (0, 0, 0, TOKENS - len(states))),
+                "text_lengths": len(states),
                 "label": int(arrays["label"]),
                 "size": torch.tensor(arrays["size"].tolist(), dtype=torch.float32),
                 "key": metadata["key"],
             }
 
-    class Raw(Dataset):
-        def __init__(self):
-            self.source = Pictures(folder / "pictures")
-
-        def __len__(self):
-            return len(self.source)
+    class Decoded(Dataset):
+        source = Pictures(folder)
 
         def __getitem__(self, index):
             sample = self.source[index]
-            return {
-                "images": torch.from_numpy(images.to_model(sample.fitted(BUCKET))),
-                "key": sample.key,
-            }
+            pixels = torch.from_numpy(to_model(sample.fitted(BUCKET)))
+            return {"images": pixels, "key": sample.key}
 
-    plan = Loader(samples_of(case, folder), batch_size=batch, seed=0).plan
-    order = [plan.batch(step).indices.tolist() for step in range(batches)]
-    ahead = {"prefetch_factor": max(1, AHEAD // workers)} if workers else {}
-    import warnings
-
-    warnings.filterwarnings("ignore", message="The given buffer is not writable")
-    return DataLoader(
-        Encoded() if case == "encoded" else Raw(), batch_sampler=order, num_workers=workers, **ahead
-    )
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    data = Encoded() if case == "encoded" else Decoded()
+    how: dict = {"batch_sampler": order, "num_workers": workers}
+    if workers:
+        how |= {"prefetch_factor": max(1, AHEAD // workers), "multiprocessing_context": "fork"}
+    return iter(DataLoader(data, **how))
 
 
 def measure(case: str, loader: str, folder: Path, batch: int, batches: int) -> dict:
-    """Samples a second of one loader, and what its first batch held."""
-    if loader == "ours":
-        found = iter(ours(case, folder, batch, batches))
-    else:
-        import torch
-
-        found = iter(theirs(case, folder, batch, batches, int(loader.split()[1])))
+    """Samples a second of a loader, processor seconds a sample, and a digest of its first batch."""
     begun = time.perf_counter()
+    made = Loader(samples_of(case, folder), batch_size=batch, seed=0, workers=2, prefetch=AHEAD)
+    if loader == "ours":
+        found = itertools.islice(made.iterator(), batches)
+    else:
+        order = [made.plan.batch(step).indices.tolist() for step in range(batches)]
+        found = theirs(case, folder, order, int(loader.split()[1]))
     one = next(found)
     start = time.perf_counter()
     array = one["text_states" if case == "encoded" else "images"]
     if loader != "ours":
-        array = array.view(torch.int16).numpy() if case == "encoded" else array.numpy()
-    first = [
-        list(map(str, one["key"])),
-        hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest(),
-        list(array.shape),
-    ]
+        import torch
+
+        array = (array.view(torch.int16) if case == "encoded" else array).numpy()
+    digest = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()
+    first = [list(map(str, one["key"])), digest, list(array.shape)]
     del one, array
-    before = _cpu()
-    count = sum(len(made["key"]) for made in found)
+    before = processor_seconds()
+    count = sum(len(each["key"]) for each in found)
     seconds = time.perf_counter() - start
     del found  # worker processes count when they have ended
-    return {
-        "per_second": count / seconds,
-        "cpu_seconds_each": (_cpu() - before) / count,
-        "first_batch": start - begun,
-        "first": first,
-    }
+    cpu = (processor_seconds() - before) / count
+    return {"rate": count / seconds, "cpu": cpu, "first_batch": start - begun, "first": first}
 
 
-def _cpu() -> float:
-    """Seconds of processor time that this process and its ended children have used."""
-    return sum(
-        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+def processor_seconds() -> float:
+    """Of this process and its ended children."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(each)[:2]) for each in who)
 
 
 # ---- the run ----
 
 
-def forget(folder: Path) -> None:
-    """Put the files out of the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def compare(case: str, cache: str, folder: Path, flags) -> dict:
+    """A row: the loaders in turn, each time in the other order."""
+    found: dict[str, list[dict]] = {loader: [] for loader in LOADERS}
+    for number in range(flags.repeat if cache == "warm" else max(1, flags.repeat // 2)):
+        for loader in LOADERS if number % 2 == 0 else LOADERS[::-1]:
+            machine.set_cached(folder, cache == "warm")
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                task = pool.submit(measure, case, loader, folder, flags.batch, flags.batches)
+                found[loader].append(task.result())
+            tell(f"{case}, {cache}, {loader}: {found[loader][-1]['rate']:.0f}/s")
+    if len({json.dumps(each["first"]) for runs in found.values() for each in runs}) != 1:
+        raise SystemExit(f"{case}: the loaders did not give the same batch")
+
+    def medians(name: str) -> dict[str, float]:
+        return {one: statistics.median(each[name] for each in runs) for one, runs in found.items()}
+
+    rates = medians("rate")
+    best = max(LOADERS[1:], key=rates.__getitem__)
+    ratios = {"over_peer": rates["ours"] / rates[best], "over_h200": rates["ours"] / H200}
+    every = {loader: [each["rate"] for each in runs] for loader, runs in found.items()}
+    row = {"case": case, "cache": cache, "per_second": rates, "best_peer": best, **ratios}
+    return row | {"cpu_seconds_each": medians("cpu"), "all": every}
 
 
-def remember(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                while file.read(1 << 24):
-                    pass
-
-
-def run(arguments: argparse.Namespace, folder: Path) -> list[dict]:
-    rows = []
-    for case, cache in CASES:
-        where = folder / ("records" if case == "encoded" else "pictures")
-        figures: dict[str, list[dict]] = {loader: [] for loader in LOADERS}
-        for number in range(arguments.repeat if cache == "warm" else max(1, arguments.repeat // 2)):
-            for loader in LOADERS if number % 2 == 0 else LOADERS[::-1]:
-                (forget if cache == "cold" else remember)(where)
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--measure",
-                    case,
-                    loader,
-                    str(folder),
-                    str(arguments.batch),
-                    str(arguments.batches),
-                ]
-                done = subprocess.run(
-                    command,
-                    capture_output=True,
-                    text=True,
-                    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-                )
-                if done.returncode:
-                    raise SystemExit(f"{case} {loader}: {done.stderr[-2000:]}")
-                figures[loader].append(json.loads(done.stdout.splitlines()[-1]))
-                print(
-                    case,
-                    cache,
-                    loader,
-                    f"{figures[loader][-1]['per_second']:.0f}/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        if (
-            len({json.dumps(figure["first"]) for found in figures.values() for figure in found})
-            != 1
-        ):
-            raise SystemExit(
-                f"{case}: the loaders did not give the same batch: "
-                f"{[found[0]['first'] for found in figures.values()]}"
-            )
-        medians = {
-            loader: statistics.median(figure["per_second"] for figure in found)
-            for loader, found in figures.items()
-        }
-        best = max(LOADERS[1:], key=medians.__getitem__)
-        row = {
-            "case": case,
-            "cache": cache,
-            "per_second": medians,
-            "best_peer": best,
-            "over_peer": medians["ours"] / medians[best],
-        }
-        cpu = {
-            loader: statistics.median(figure["cpu_seconds_each"] for figure in found)
-            for loader, found in figures.items()
-        }
-        every = {
-            loader: [figure["per_second"] for figure in found] for loader, found in figures.items()
-        }
-        rows.append(
-            row | {"over_h200": medians["ours"] / H200, "cpu_seconds_each": cpu, "all": every}
-        )
-    return rows
-
-
-def table(rows: list[dict]) -> str:
-    heads = (
-        "input",
-        "files",
-        "ours, 2 threads",
-        "DataLoader, 0",
-        "1",
-        "2 workers",
-        "ours / best of them",
-        "ours / 550 a second",
-    )
-    heads += ("processor ms, ours", "best of them")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        figures = " | ".join(f"{row['per_second'][loader]:.0f}" for loader in LOADERS)
-        cpu = " | ".join(
-            f"{1000 * row['cpu_seconds_each'][loader]:.2f}" for loader in ("ours", row["best_peer"])
-        )
-        lines.append(
-            f"| {row['case']} | {row['cache']} | {figures} | {row['over_peer']:.2f} | "
-            f"{row['over_h200']:.2f} | {cpu} |"
-        )
-    return "\n".join(lines)
+def cells(row: dict) -> list[str]:
+    cpu = [row["cpu_seconds_each"][loader] for loader in ("ours", row["best_peer"])]
+    return [
+        row["case"],
+        row["cache"],
+        *(f"{row['per_second'][loader]:.0f}" for loader in LOADERS),
+        f"{row['over_peer']:.2f}",
+        f"{row['over_h200']:.2f}",
+        *(f"{1000 * seconds:.2f}" for seconds in cpu),
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--records", type=int, default=3000, help="encoded records, 1.05 MB each")
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=40, help="of one measurement")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument(
-        "--folder", type=Path, help="where the data goes, for a while (a temporary folder)"
-    )
+    parser.add_argument("--folder", type=Path, help="for the data, which is deleted afterwards")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        case, loader, folder, batch, batches = arguments.measure
-        print(json.dumps(measure(case, loader, Path(folder), int(batch), int(batches))))
-        return 0
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        folder = Path(folder)
-        (folder / "records").mkdir()
-        write_records(folder / "records", arguments.records)
-        write_pictures(folder / "pictures", arguments.pictures)
+    flags = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with tempfile.TemporaryDirectory(dir=flags.folder) as temporary:
+        folders = {"encoded": Path(temporary, "records"), "jpeg": Path(temporary, "pictures")}
+        write_records(folders["encoded"], flags.records)
+        write_pictures(folders["jpeg"], flags.pictures)
         load = os.getloadavg()[0]
-        rows = run(arguments, folder)
-    import torch
-
-    settings = {
-        key: getattr(arguments, key)
-        for key in ("records", "pictures", "batch", "batches", "repeat")
-    }
-    machine = {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": platform.processor(),
-        "load_before": load,
-    }
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    if arguments.out:
-        arguments.out.write_text(
-            json.dumps({"rows": rows, **settings, **machine, **versions}, indent=1) + "\n",
-            encoding="utf-8",
-        )
-    print(table(rows))
-    slower = [row["case"] for row in rows if row["over_peer"] < 1]
-    return 1 if slower else 0
+        rows = [compare(case, cache, folders[case], flags) for case, cache in CASES]
+    print(table(COLUMNS, [cells(row) for row in rows]))
+    if flags.out:
+        settings = {k: v for k, v in vars(flags).items() if isinstance(v, int)}
+        about = {"machine": machine.described(), "load_before": load}
+        write_json(flags.out, {"rows": rows, **settings, **about}, indent=1)
+    return int(any(row["over_peer"] < 1 for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,148 +1,108 @@
-"""What a drawing's shortcuts gain and cost, on the shapes model: seconds an image, distance from
-the whole image, and the tasks' scores.
+"""What the sampling options that trade quality for speed gain and cost, on the shapes model.
 
     python benchmarks/shortcuts.py --out runs/shortcuts
 
-Every row draws the same scenes from the same noise (`python -m pixart_jax evaluate shapes` draws
-and judges them). *ratio*: seconds of the plain run of 20 steps over seconds of the row, medians of
-batches drawn in turn, the text encoder left out. *distance*: of the images in [0, 1] from the plain
-run's, root mean square. The table is printed and written to OUT/table.md, all figures to
-OUT/shortcuts.json.
+Every row generates the same scenes from the same noise as `python -m pixart_jax evaluate shapes`.
+*ratio*: seconds of the plain run of 20 steps over seconds of the row, medians of batches in turn,
+without the text encoder. *distance*: root mean square, from the plain run's images in [0, 1].
+Writes the table to OUT/table.md and all figures to OUT/shortcuts.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from pixart_jax import Pipeline
-from pixart_jax.diffusion import timesteps
-from pixart_jax.evaluation.shapes_score import score
-from pixart_jax.evaluation.tasks import eval_prompts
-from pixart_jax.pipeline import CacheConfig
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.speed.contest import tell  # noqa: E402
+from benchmarks.speed.table import table  # noqa: E402
+from pixart_jax import Pipeline  # noqa: E402
+from pixart_jax.diffusion import timesteps  # noqa: E402
+from pixart_jax.evaluation.shapes_score import score  # noqa: E402
+from pixart_jax.evaluation.tasks import eval_prompts  # noqa: E402
+from pixart_jax.files import write_json, write_text  # noqa: E402
+from pixart_jax.pipeline import CacheConfig  # noqa: E402
 
 TASKS = ("colour", "shape", "counting", "position", "binding")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A way to draw."""
-
-    name: str
-    steps: int = 20
-    shortcuts: CacheConfig = CacheConfig()
-
-
-ROWS = (
-    Row("20 steps"),
-    Row("14 steps", 14),
-    Row("10 steps", 10),
-    Row("8 steps", 8),
-    Row("6 steps", 6),
-    Row("4 steps", 4),
-    Row("20 steps, guided from 999 to 400", shortcuts=CacheConfig(guidance_interval=(400, 999))),
-    Row("20 steps, guided from 999 to 700", shortcuts=CacheConfig(guidance_interval=(700, 999))),
-    Row("20 steps, guided from 900 to 300", shortcuts=CacheConfig(guidance_interval=(300, 900))),
-    Row("20 steps, text for 12", shortcuts=CacheConfig(cross_attention_steps=12)),
-    Row("20 steps, text for 8", shortcuts=CacheConfig(cross_attention_steps=8)),
-    Row("20 steps, text for 5", shortcuts=CacheConfig(cross_attention_steps=5)),
-    Row("20 steps, blocks every 2nd", shortcuts=CacheConfig(blocks_every=2)),
-    Row("20 steps, blocks every 3rd", shortcuts=CacheConfig(blocks_every=3)),
-    Row(
-        "20 steps, blocks every 2nd, text for 8",
-        shortcuts=CacheConfig(cross_attention_steps=8, blocks_every=2),
-    ),
-    Row("10 steps, guided from 999 to 400", 10, CacheConfig(guidance_interval=(400, 999))),
-)
+COLUMNS = ("drawn with", "computed", "seconds an image", "ratio", "distance", *TASKS)
+# name: (steps, fields of CacheConfig)
+ROWS: dict[str, tuple[int, dict]] = {
+    **{f"{steps} steps": (steps, {}) for steps in (20, 14, 10, 8, 6, 4)},
+    **{
+        f"20 steps, guided from {high} to {low}": (20, {"guidance_interval": (low, high)})
+        for low, high in ((400, 999), (700, 999), (300, 900))
+    },
+    **{f"20 steps, text for {n}": (20, {"cross_attention_steps": n}) for n in (12, 8, 5)},
+    "20 steps, blocks every 2nd": (20, {"blocks_every": 2}),
+    "20 steps, blocks every 3rd": (20, {"blocks_every": 3}),
+    "20 steps, blocks every 2nd, text for 8": (20, {"cross_attention_steps": 8, "blocks_every": 2}),
+    "10 steps, guided from 999 to 400": (10, {"guidance_interval": (400, 999)}),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="assets/shapes")
     parser.add_argument("--per-task", type=int, default=100)
-    parser.add_argument(
-        "--batch", type=int, default=16, help="images drawn at once while the clock runs"
-    )
+    parser.add_argument("--batch", type=int, default=16, help="images a batch")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=len(ROWS), help="the first so many rows alone")
+    parser.add_argument("--rows", type=int, default=len(ROWS), help="only the first so many rows")
     parser.add_argument("--out", type=Path, default=Path("runs/shortcuts"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    pipe, rows = Pipeline.from_pretrained(options.model), ROWS[: options.rows]
+    pipe, rows = Pipeline.from_pretrained(options.model), dict(list(ROWS.items())[: options.rows])
     seconds = timed(pipe, rows, options.batch, options.repeat)
-    wanted = eval_prompts("plain", options.per_task, "short")
-    made, plain = [], None
-    for row in rows:
-        images = drawn(pipe, row, wanted, options.batch)
-        plain = images if plain is None else plain
-        tasks = score(wanted, list(images)).tasks
-        share = (
-            row.shortcuts.plan(
-                timesteps("dpm++", row.steps), pipe.transformer.config.depth, True
-            ).share
-            * row.steps
-            / rows[0].steps
+    prompts, found, plain = eval_prompts("plain", options.per_task, "short"), [], None
+    for name, (steps, fields) in rows.items():
+        caches = CacheConfig(**fields)
+        images = pipe(
+            [p.caption for p in prompts], steps=steps, shortcuts=caches, batch_size=options.batch
         )
-        made.append(
+        plain = images if plain is None else plain
+        tasks = score(prompts, list(images)).tasks
+        plan = caches.plan(timesteps("dpm++", steps), pipe.transformer.config.depth, True)
+        found.append(
             {
-                "name": row.name,
-                "seconds_an_image": seconds[row.name],
-                "ratio": seconds[rows[0].name] / seconds[row.name],
-                "computed": share,
-                "distance": float(
-                    np.sqrt(np.mean(((images.astype(np.float64) - plain) / 255) ** 2))
-                ),
-                "tasks": {name: tasks[name].score for name in TASKS},
+                "name": name,
+                "computed": plan.share * steps / 20,
+                "seconds_an_image": seconds[name],
+                "ratio": seconds["20 steps"] / seconds[name],
+                "distance": float(np.sqrt(np.mean(((images.astype(float) - plain) / 255) ** 2))),
+                "tasks": {task: tasks[task].score for task in TASKS},
             }
         )
-        print(line(made[-1]), flush=True)
-    lines = [
-        f"| drawn with | computed | seconds an image | ratio | distance | {' | '.join(TASKS)} |",
-        f"|---|---|---|---|---|{'---|' * len(TASKS)}",
-        *map(line, made),
-    ]
-    (options.out / "table.md").write_text("\n".join(lines) + "\n")
-    (options.out / "shortcuts.json").write_text(json.dumps(made, indent=1) + "\n")
-    print("\n".join(["", *lines, "", f"written: {options.out / 'table.md'}"]))
+        tell(" | ".join(cells(found[-1])))
+    text = table(COLUMNS, [cells(row) for row in found])
+    write_text(options.out / "table.md", text)
+    write_json(options.out / "shortcuts.json", found, indent=1)
+    print(f"{text}\nwritten: {options.out / 'table.md'}")
 
 
-def line(row: dict) -> str:
-    """A row of the table."""
-    figures = (
-        f"{row['computed']:.2f} | {row['seconds_an_image']:.4f} | {row['ratio']:.2f} | "
-        f"{row['distance']:.3f}"
-    )
-    tasks = " | ".join(f"{row['tasks'][name]:.2f}" for name in TASKS)
-    return f"| {row['name']} | {figures} | {tasks} |"
+def cells(row: dict) -> list[str]:
+    forms = {"computed": ".2f", "seconds_an_image": ".4f", "ratio": ".2f", "distance": ".3f"}
+    figures = [format(row[name], form) for name, form in forms.items()]
+    return [row["name"], *figures, *(f"{row['tasks'][task]:.2f}" for task in TASKS)]
 
 
-def timed(pipe: Pipeline, rows, batch: int, repeat: int) -> dict[str, float]:
-    """Median seconds an image of each row, batch by batch in turn, compiled before."""
+def timed(pipe: Pipeline, rows: dict, batch: int, repeat: int) -> dict[str, float]:
+    """Median seconds an image of each row, batch by batch in turn, after one that compiles."""
     prompts = ["a large red star left of a small blue circle"] * batch
     states = pipe.encode_prompts([*prompts, ""])
-    found: dict[str, list[float]] = {row.name: [] for row in rows}
+    found: dict[str, list[float]] = {name: [] for name in rows}
     for n in range(repeat + 1):
-        for row in rows:
-            begun = time.perf_counter()
-            pipe(prompts, steps=row.steps, shortcuts=row.shortcuts, text_states=states, seed=n)
+        for name, (steps, fields) in rows.items():
+            begun, caches = time.perf_counter(), CacheConfig(**fields)
+            pipe(prompts, steps=steps, shortcuts=caches, text_states=states, seed=n)
             if n:
-                found[row.name].append((time.perf_counter() - begun) / batch)
+                found[name].append((time.perf_counter() - begun) / batch)
     return {name: statistics.median(times) for name, times in found.items()}
-
-
-def drawn(pipe: Pipeline, row: Row, wanted, batch: int) -> np.ndarray:
-    """uint8 [n, h, w, 3], a scene's noise its own."""
-    return pipe(
-        [a.caption for a in wanted], steps=row.steps, shortcuts=row.shortcuts, batch_size=batch
-    )
 
 
 if __name__ == "__main__":

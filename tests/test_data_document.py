@@ -43,40 +43,26 @@ def test_the_script_in_the_document_takes_photographs_to_pictures(tmp_path):
     data, runs = tmp_path / "data" / "photographs", tmp_path / "runs"
 
     looked = json.loads((data / "inspect" / "inspect.json").read_text())
-    assert (
-        looked["readable"] == 240
-        and sum(looked["buckets"].values()) == 240
-        and looked["captions"]["dense"]["cut"] > 0
-    )
-    captions = [
-        json.loads(line)
-        for line in (data / "sam" / "captions" / "captions.jsonl").read_text().splitlines()
-    ]
-    assert (
-        len({row["key"] for row in captions}) == 240
-        and len(list((data / "sam" / "captions").glob("*.txt"))) > 200
-    )
-    nouns = json.loads((data / "nouns" / "nouns.json").read_text())
-    assert "web" in json.dumps(nouns) and (data / "nouns" / "side_by_side.png").exists()
-    for shards, count in (("imagenet_64", 240), ("web_96", 240)):
-        assert json.loads((data / shards / "manifest.json").read_text())["samples"] == count
+    assert looked["readable"] == 240 == sum(looked["buckets"].values())
+    assert looked["captions"]["dense"]["cut"] > 0
+    captions = lines(data / "sam" / "captions" / "captions.jsonl")
+    assert len({row["key"] for row in captions}) == 240
+    assert len(list((data / "sam" / "captions").glob("*.txt"))) > 200
+    assert "web" in (data / "nouns" / "nouns.json").read_text()
+    assert (data / "nouns" / "side_by_side.png").exists()
+    for shards in ("imagenet_64", "web_96"):
+        assert json.loads((data / shards / "manifest.json").read_text())["samples"] == 240
 
-    lines = [
-        json.loads(line)
-        for line in (runs / "photographs" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [*dict.fromkeys(line["stage"] for line in lines)] == [
-        "256_imagenet",
-        "256_sam",
-        "1024_ms",
-    ]
-    for stage in ("256_imagenet", "1024_ms"):
-        losses = [line["loss"] for line in lines if line["stage"] == stage]
+    metrics = lines(runs / "photographs" / "metrics.jsonl")
+    stages = [*dict.fromkeys(line["stage"] for line in metrics)]
+    assert stages == ["256_imagenet", "256_sam", "1024_ms"]
+    for stage in (stages[0], stages[2]):
+        losses = [line["loss"] for line in metrics if line["stage"] == stage]
         assert np.mean(losses[-3:]) < losses[0], stage
-    drawn = [
-        np.asarray(Image.open(path)).astype(float)
-        for path in sorted((runs / "photographs" / "drawn").glob("0*.png"))
-    ]
-    assert len(drawn) == 4 and all(
-        picture.shape == (96, 96, 3) and picture.std() > 15 for picture in drawn
-    )
+    images = [np.asarray(Image.open(p)) for p in (runs / "photographs" / "drawn").glob("0*.png")]
+    assert len(images) == 4
+    assert all(image.shape == (96, 96, 3) and image.std() > 15 for image in images)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

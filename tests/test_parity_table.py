@@ -35,67 +35,46 @@ def test_quick_rows_hold(row, tmp_path):
 def test_the_document_is_what_the_command_writes_and_every_row_in_it_holds():
     results = json.loads(parity.DOCUMENT.with_suffix(".json").read_text())
     assert parity.DOCUMENT.read_text() == render(ROWS, results)
-    assert list(results) == [row.name for row in ROWS if row.name in results] and set(results) >= {
-        row.name for row in QUICK
-    }
-    over = {
-        name: result
-        for name, result in results.items()
-        if "failed" in result or not BY_NAME[name].holds(result["error"])
-    }
-    assert not over
+    assert list(results) == [row.name for row in ROWS if row.name in results]
+    assert set(results) >= {row.name for row in QUICK}
+    for name, result in results.items():
+        assert BY_NAME[name].holds(result["error"]), name
 
 
 def test_names_are_unique_and_bounds_are_those_that_are_promised():
     assert len(BY_NAME) == len(ROWS)
+    bounds = {"pipeline, images": ("psnr", 45.0), "pipeline, final latents": ("max", 1e-3)}
     for row in ROWS:
-        if row.model.startswith("pipeline"):
-            assert (
-                (row.measure, row.bound) == ("psnr", 45.0)
-                if "images" in row.model
-                else ("max", 1e-3)
-            ), row.name
-        else:
-            assert (
-                (row.measure, row.bound) == ("l2", 2e-2) if row.dtype == "bf16" else ("max", 1e-4)
-            ), row.name
+        others = ("l2", 2e-2) if row.dtype == "bf16" else ("max", 1e-4)
+        assert (row.measure, row.bound) == bounds.get(row.model, others), row.name
 
 
 def test_check_fails_on_a_row_over_its_bound_or_without_a_result_and_passes_within(
     tmp_path, monkeypatch, capsys
 ):
-    measured = {
-        "versions": {"jax": "1"},
-        "seconds": {"ours": 1.0, "theirs": None},
-        "peak_bytes": {"ours": 2**30, "theirs": 2**31},
-    }
-    answers = {
-        "vae SD": {"error": {"max": 1e-3, "l2": 1e-6}, **measured},
-        "vae SDXL": {"failed": "ours: no file"},
-    }
-    monkeypatch.setattr(
-        parity,
-        "measure",
-        lambda row, scratch: answers.get(
-            row.name, {"error": {"max": 1e-6, "l2": 1e-6}, **measured}
-        ),
-    )
-    out = ["--out", str(tmp_path / "parity.md")]
-    assert parity.main(["--only", "vae SD", "--check", *out]) == 1
+    def result(largest: float) -> dict:
+        bytes_ = {"ours": 2**30, "theirs": 2**31}
+        cost = {"seconds": {"ours": 1.0, "theirs": None}, "peak_bytes": bytes_}
+        return {"error": {"max": largest, "l2": 1e-6}, "versions": {"jax": "1"}, **cost}
+
+    answers = {"vae SD": result(1e-3), "vae SDXL": {"failed": "ours: no file"}}
+    monkeypatch.setattr(parity, "measure", lambda row, _: answers.get(row.name, result(1e-6)))
+
+    def run(*flags: str) -> int:
+        return parity.main([*flags, "--out", str(tmp_path / "parity.md")])
+
+    assert run("--only", "vae SD", "--check") == 1
     assert "over: vae SD, vae SDXL" in capsys.readouterr().out
     text = (tmp_path / "parity.md").read_text()
-    assert "Not measured yet: transformer tiny, " in text
-    assert "**1.0e-03, over**" in text and "| failed |" in text
-    assert parity.main(["--only", "vae SD", *out]) == 0  # told, not checked
-    assert parity.main(["--only", "t5", "--check", "--quick", *out]) == 0
-    # What an earlier call measured is kept; T5-XXL whole is left to --slow.
+    assert "Not measured yet: transformer tiny, " in text and "**1.0e-03, over**" in text
+    assert "| failed |" in text
+    assert run("--only", "vae SD") == 0  # reported, not checked
+    assert run("--only", "t5", "--check", "--quick") == 0
+    # the results of an earlier call are kept; T5-XXL whole needs --slow
     kept = list(json.loads((tmp_path / "parity.json").read_text()))
-    assert kept == [row.name for row in QUICK if row.name.startswith("t5")] + [
-        "vae SD",
-        "vae SDXL",
-        "vae SD bf16",
-    ]
-    assert parity.main(["--only", "t5 XXL whole", "--check"]) == 2
+    quick = [row.name for row in QUICK if row.name.startswith("t5")]
+    assert kept == [*quick, "vae SD", "vae SDXL", "vae SD bf16"]
+    assert run("--only", "t5 XXL whole", "--check") == 2
     assert "--list" in capsys.readouterr().err
 
 

@@ -12,20 +12,11 @@ from benchmarks.parity_rows import official
 from benchmarks.parity_rows.row import Row, Run, timed
 from benchmarks.parity_rows.weights import materialised
 
-TINY = {
-    "num_layers": 3,
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "sample_size": 8,
-    "num_embeds_ada_norm": 6,
-}
-XL = {
-    "num_layers": 28,
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "sample_size": 32,
-    "num_embeds_ada_norm": 1000,
-}
+_FIELDS = (
+    "num_layers num_attention_heads attention_head_dim sample_size num_embeds_ada_norm"
+).split()
+TINY = dict(zip(_FIELDS, (3, 2, 12, 8, 6)))
+XL = dict(zip(_FIELDS, (28, 16, 72, 32, 1000)))
 
 
 def inputs(fields: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,10 +44,8 @@ def build(fields: dict):
         return model
 
     model = materialised(construct)
-    side, width = (
-        fields["sample_size"],
-        fields["num_attention_heads"] * fields["attention_head_dim"],
-    )
+    side = fields["sample_size"]
+    width = fields["num_attention_heads"] * fields["attention_head_dim"]
     fresh = type(model.pos_embed)(side, side, model.config.patch_size, 4, width)
     model.pos_embed.pos_embed = fresh.pos_embed  # a buffer that is computed at initialisation
     return model
@@ -69,13 +58,11 @@ def theirs(fields: dict, folder: Path) -> Run:
     latents, timesteps, labels = inputs(fields)
     given = torch.from_numpy(latents).permute(0, 3, 1, 2).contiguous()
 
+    conditions = {"timestep": torch.from_numpy(timesteps)}
+    conditions["class_labels"] = torch.from_numpy(labels).long()
+
     def call():
-        out = model(
-            given,
-            timestep=torch.from_numpy(timesteps),
-            class_labels=torch.from_numpy(labels).long(),
-        )
-        return {"output": out.sample.permute(0, 2, 3, 1).numpy()}
+        return {"output": model(given, **conditions).sample.permute(0, 2, 3, 1).numpy()}
 
     with torch.no_grad():
         result = timed(call)

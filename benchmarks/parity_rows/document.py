@@ -47,41 +47,37 @@ def render(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
     known = [row for row in rows if row.name in results]
     parts = [_HEAD.format(versions=_versions(results), minutes=15)]
     for model in dict.fromkeys(row.model for row in known):
-        parts.append(
-            f"\n## {model[0].upper()}{model[1:]}\n\n{_table([row for row in known if row.model == model], results)}"  # noqa: E501
-        )
-    missing = [row.name for row in rows if row.name not in results]
-    if missing:
+        table = _table([row for row in known if row.model == model], results)
+        parts.append(f"\n## {model[0].upper()}{model[1:]}\n\n{table}")
+    if missing := [row.name for row in rows if row.name not in results]:
         parts.append(f"\nNot measured yet: {', '.join(missing)}.\n")
     return "".join(parts) + _NOTES
 
 
 def _versions(results: Mapping[str, Mapping]) -> str:
-    found: dict[str, list[str]] = {}
+    found: dict[str, set[str]] = {}
     for result in results.values():
         for name, version in result.get("versions", {}).items():
-            if version not in found.setdefault(name, []):
-                found[name].append(version)
+            found.setdefault(name, set()).add(version)
     return ", ".join(f"{name} {' and '.join(sorted(versions))}" for name, versions in found.items())
 
 
 def _table(rows: Sequence[Row], results: Mapping[str, Mapping]) -> str:
-    images = all(row.measure == "psnr" for row in rows)
-    columns = ["format", "size", "dtype", *(["PSNR"] if images else ["max", "L2"])]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    titles = {"psnr": "PSNR"}
+    if any(row.measure != "psnr" for row in rows):
+        titles = {"max": "max", "l2": "L2"}
+    lines = [["format", "size", "dtype", *titles.values()]]
     for row in rows:
-        result = results[row.name]
-        if "failed" in result:
-            cells = ["failed", *[""] * (len(columns) - 4)]
-        else:
-            shown = ("psnr",) if images else ("max", "l2")
-            cells = [_error(row, result["error"], key) for key in shown]
-        lines.append(f"| {' | '.join([row.format, row.size, row.dtype, *cells])} |")
-    return "\n".join(lines) + "\n"
+        result, cells = results[row.name], ["failed", *[""] * (len(titles) - 1)]
+        if "failed" not in result:
+            cells = [_error(row, result["error"], measure) for measure in titles]
+        lines.append([row.format, row.size, row.dtype, *cells])
+    text = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([text[0], f"|{'---|' * len(lines[0])}\n", *text[1:]])
 
 
 def _error(row: Row, error: Mapping[str, float], key: str) -> str:
     text = f"{error[key]:.0f} dB" if key == "psnr" else f"{error[key]:.1e}"
-    return (
-        (f"**{text}**" if row.holds(error) else f"**{text}, over**") if key == row.measure else text
-    )
+    if key != row.measure:
+        return text
+    return f"**{text}**" if row.holds(error) else f"**{text}, over**"

@@ -11,26 +11,12 @@ import numpy as np
 from benchmarks.parity_rows.row import Row, Run, timed
 from benchmarks.parity_rows.weights import materialised
 
-_TOLD = {
-    "caption_width": 4096,
-    "text_tokens": 300,
-    "sample_size": 64,
-    "position_scale": 1.0,
-    "kv_compression": 2,
-}
-TINY = {
-    **_TOLD,
-    "depth": 3,
-    "width": 24,
-    "heads": 2,
-    "caption_width": 20,
-    "sample_size": 16,
-    "position_scale": 0.25,
-    "qk_norm": True,
-}
-TINY = {**TINY, "kv_compression_layers": (1, 2)}
+_SIGMA = {"text_tokens": 300, "kv_compression": 2}
+TINY = dict(depth=3, width=24, heads=2, caption_width=20, sample_size=16, position_scale=0.25)
+TINY |= {**_SIGMA, "qk_norm": True, "kv_compression_layers": (1, 2)}
 # as the released configs compress: the second half
-XL = {**_TOLD, "kv_compression_layers": tuple(range(14, 28))}
+XL = dict(caption_width=4096, sample_size=64, position_scale=1.0, **_SIGMA)
+XL |= {"kv_compression_layers": tuple(range(14, 28))}
 
 
 def inputs(fields: dict, rows: int, columns: int, length: int) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from benchmarks.parity_rows.row import Row, Run, timed
 
+SOLVER = Path("diffusion", "model", "dpm_solver.py")
 FROZEN = Path(__file__).with_name("official_dpm.npz")
 STEPS = (20, 14, 8)  # the code's default, its demos', and one where the order falls at the end
 GUIDANCE = 4.5
@@ -61,9 +62,7 @@ def theirs(steps: int, folder: Path) -> Run:
     pipe = tiny_diffusers.build(folder, save=False)
     frozen = np.load(FROZEN)
     if weights(pipe.transformer) != str(frozen["weights"]):
-        raise ValueError(
-            "the weights are not those that the frozen latents were made with: freeze them anew"
-        )
+        raise ValueError("the frozen latents were made with other weights: freeze them again")
     pipe.save_pretrained(folder / "model")
     return Run({"latents": frozen[f"latents_{steps}"]}, None)
 
@@ -73,16 +72,9 @@ def ours(steps: int, folder: Path) -> Run:
 
     pipe = Pipeline.from_pretrained(folder / "model")
     noise, text, null = inputs()
-    text, negative = (text, np.array(LENGTHS)), (null, np.array(NULL_LENGTHS))
-    return timed(
-        lambda: {
-            "latents": np.asarray(
-                pipe.denoise(
-                    *text, noise, *negative, steps=steps, guidance=GUIDANCE, times="fractional"
-                )
-            )
-        }
-    )
+    given = (text, np.array(LENGTHS), noise, null, np.array(NULL_LENGTHS))
+    how = {"steps": steps, "guidance": GUIDANCE, "times": "fractional"}
+    return timed(lambda: {"latents": np.asarray(pipe.denoise(*given, **how))})
 
 
 def freeze(checkout: Path) -> None:
@@ -93,9 +85,7 @@ def freeze(checkout: Path) -> None:
 
     from tests import tiny_diffusers
 
-    spec = importlib.util.spec_from_file_location(
-        "official_dpm_solver", checkout / "diffusion" / "model" / "dpm_solver.py"
-    )
+    spec = importlib.util.spec_from_file_location("official_dpm_solver", checkout / SOLVER)
     official = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(official)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,34 +94,22 @@ def freeze(checkout: Path) -> None:
     noise, text, null = (torch.from_numpy(values) for values in inputs())
     mask = (torch.arange(TOKENS)[None] < torch.tensor(NULL_LENGTHS + LENGTHS)[:, None]).float()
 
-    def epsilon(x, t, states):
-        conditions = {"resolution": None, "aspect_ratio": None}
-        out = model(
-            x, states, timestep=t, added_cond_kwargs=conditions, encoder_attention_mask=mask
-        ).sample
-        return out.chunk(2, dim=1)[0]
+    more = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    more["encoder_attention_mask"] = mask
 
-    schedule = official.NoiseScheduleVP(
-        "discrete", betas=torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    )
-    guided = {
-        "guidance_type": "classifier-free",
-        "condition": text,
-        "unconditional_condition": null,
-        "guidance_scale": GUIDANCE,
-    }
-    solver = official.DPM_Solver(
-        official.model_wrapper(epsilon, schedule, **guided), schedule, algorithm_type="dpmsolver++"
-    )
+    def epsilon(x, t, states):
+        return model(x, states, timestep=t, **more).sample.chunk(2, dim=1)[0]
+
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    schedule = official.NoiseScheduleVP("discrete", betas=betas)
+    guided = {"guidance_type": "classifier-free", "guidance_scale": GUIDANCE}
+    guided |= {"condition": text, "unconditional_condition": null}
+    wrapped = official.model_wrapper(epsilon, schedule, **guided)
+    solver = official.DPM_Solver(wrapped, schedule, algorithm_type="dpmsolver++")
+    how = {"order": 2, "skip_type": "time_uniform", "method": "multistep"}
     for steps in STEPS:
         with torch.no_grad():
-            latents = solver.sample(
-                noise.permute(0, 3, 1, 2),
-                steps,
-                order=2,
-                skip_type="time_uniform",
-                method="multistep",
-            )
+            latents = solver.sample(noise.permute(0, 3, 1, 2), steps, **how)
         found[f"latents_{steps}"] = latents.permute(0, 2, 3, 1).numpy()
     np.savez(FROZEN, **found)
 
@@ -150,12 +128,6 @@ ROWS = tuple(
 )
 
 if __name__ == "__main__":
-    if (
-        len(sys.argv) != 2
-        or not (Path(sys.argv[1]) / "diffusion" / "model" / "dpm_solver.py").is_file()
-    ):
-        sys.exit(
-            "error: give a checkout of PixArt-alpha/PixArt-alpha, with "
-            "diffusion/model/dpm_solver.py in it"
-        )
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / SOLVER).is_file():
+        sys.exit(f"error: give a checkout of PixArt-alpha/PixArt-alpha, with {SOLVER} in it")
     freeze(Path(sys.argv[1]))

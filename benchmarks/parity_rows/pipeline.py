@@ -14,12 +14,7 @@ SHAPES = Path(__file__).resolve().parents[2] / "assets" / "shapes"
 PROMPTS = ("a large red circle", "a small blue star left of a large green square")
 STEPS = {"dpm++": 20, "ddim": 20, "lcm": 4}
 GUIDANCE = {"dpm++": 4.5, "ddim": 4.5, "lcm": 1.0}  # LCM's models have theirs built in
-_BETAS = {
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "num_train_timesteps": 1000,
-}
+_BETAS = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000)
 
 
 def noise() -> np.ndarray:
@@ -59,19 +54,13 @@ def scheduler(solver: str, prediction: str):
     from diffusers import DDIMScheduler, LCMScheduler
 
     if solver == "ddim":  # its defaults clip x_0 to [-1, 1], which latents do not keep to
-        spacing = {"timestep_spacing": "leading", "steps_offset": 0}
-        return DDIMScheduler(
-            **_BETAS,
-            **spacing,
-            clip_sample=False,
-            set_alpha_to_one=True,
-            prediction_type=prediction,
-        )
+        how = {"timestep_spacing": "leading", "steps_offset": 0, "prediction_type": prediction}
+        return DDIMScheduler(**_BETAS, **how, clip_sample=False, set_alpha_to_one=True)
     return LCMScheduler(**_BETAS, prediction_type=prediction) if solver == "lcm" else None
 
 
 def _noise_of_steps(steps: int):
-    """A stand-in for the function that diffusers' LCM draws its noise with: the values that ours
+    """A function in place of the one that diffusers' LCM draws its noise with: the values that ours
     draws from its keys."""
     import jax
     import torch
@@ -93,16 +82,13 @@ def theirs_latents(model: str, solver: str, folder: Path) -> Run:
 
     pipe = open_theirs(model, folder)
     pipe.scheduler = scheduler(solver, pipe.scheduler.config.prediction_type) or pipe.scheduler
-    how = {
-        "num_inference_steps": STEPS[solver],
-        "guidance_scale": GUIDANCE[solver],
-        "negative_prompt": "",
-    }
+    how = {"num_inference_steps": STEPS[solver], "guidance_scale": GUIDANCE[solver]}
 
     def call():
         if solver == "lcm":
             scheduling_lcm.randn_tensor = _noise_of_steps(STEPS[solver])
-        return {"latents": tiny_diffusers.draw(pipe, PROMPTS, noise(), **how)[0]}
+        made = tiny_diffusers.draw(pipe, PROMPTS, noise(), **how, negative_prompt="")
+        return {"latents": made[0]}
 
     original = scheduling_lcm.randn_tensor
     try:
@@ -113,21 +99,14 @@ def theirs_latents(model: str, solver: str, folder: Path) -> Run:
 
 def ours_latents(model: str, solver: str, folder: Path) -> Run:
     pipe = open_ours(model, folder)
+    how = {"steps": STEPS[solver], "guidance": GUIDANCE[solver], "solver": solver}
+    how["keys"] = keys() if solver == "lcm" else None
+    return timed(lambda: {"latents": np.asarray(denoised(pipe, **how))})
 
-    def call():
-        text, negative = pipe.encode_text(PROMPTS), pipe.encode_text([""] * len(PROMPTS))
-        how = {
-            "steps": STEPS[solver],
-            "guidance": GUIDANCE[solver],
-            "keys": keys() if solver == "lcm" else None,
-        }
-        return {
-            "latents": np.asarray(
-                pipe.denoise(*text, noise(), *negative, solver=solver, times="integer", **how)
-            )
-        }
 
-    return timed(call)
+def denoised(pipe, **how):
+    text, negative = pipe.encode_text(PROMPTS), pipe.encode_text([""] * len(PROMPTS))
+    return pipe.denoise(*text, noise(), *negative, times="integer", **how)
 
 
 def theirs_images(model: str, folder: Path) -> Run:
@@ -149,13 +128,8 @@ def ours_images(folder: Path) -> Run:
     from pixart_jax import Pipeline
 
     pipe = Pipeline.from_pretrained(folder / "written")
-
-    def call():
-        text, negative = pipe.encode_text(PROMPTS), pipe.encode_text([""] * len(PROMPTS))
-        latents = pipe.denoise(*text, noise(), *negative, steps=20, guidance=4.5, times="integer")
-        return {"images": np.asarray(pipe.decode(latents))}
-
-    return timed(call)
+    how = {"steps": 20, "guidance": 4.5}
+    return timed(lambda: {"images": np.asarray(pipe.decode(denoised(pipe, **how)))})
 
 
 # ---- the rows ----

@@ -1,5 +1,5 @@
-"""What a row of the parity table is: the same weights and inputs, once through PyTorch and once
-through pixart_jax, and how far apart."""
+"""A row of the parity table: the same weights and inputs through PyTorch and through pixart_jax,
+and the difference."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LEAST_REFERENCE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One side of a row. outputs: {name: array}. seconds: of one call, compiled and warm; None
-    where it would mislead."""
+    """One side of a row. outputs: {name: array}. seconds: of one warm call; None where it would
+    mislead."""
 
     outputs: Mapping[str, np.ndarray]
     seconds: float | None
@@ -26,12 +26,9 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Row:
     """theirs(folder) draws the weights, writes them into the folder and runs the reference;
-    ours(folder) reads them and runs ours.
-
-    measure: 'max' (largest difference over the largest reference), 'l2' (of the norms), 'psnr'
-    (decibels of uint8 images; the bound is then a floor). tier: 'quick' rows are tiny, 'full' ones
-    at real size, 'slow' ones only when asked for.
-    """
+    ours(folder) reads them and runs ours. measure: 'max' (largest difference over the largest
+    reference), 'l2' (of the norms), 'psnr' (decibels of uint8 images; the bound is then a floor).
+    tier: 'quick' rows are tiny, 'full' ones at real size, 'slow' ones run with --slow."""
 
     name: str  # unique, and what --only matches
     model: str
@@ -45,8 +42,8 @@ class Row:
     tier: str = "quick"
 
     def compare(self, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict:
-        """{'max', 'l2', 'psnr' (images only)}, the worst over the outputs. ValueError where two
-        outputs cannot be compared."""
+        """{'max', 'l2', 'psnr' (images only)}, the worst over the outputs. ValueError where outputs
+        cannot be compared."""
         if set(ours) != set(theirs):
             raise ValueError(f"{self.name}: outputs {sorted(ours)} beside {sorted(theirs)}")
         found: dict[str, list[float]] = {}
@@ -56,14 +53,13 @@ class Row:
         return {key: (min if key == "psnr" else max)(values) for key, values in found.items()}
 
     def holds(self, error: Mapping[str, float]) -> bool:
-        """Whether a comparison lies within the bound; a number that is no number never does."""
+        """Whether a comparison is within the bound; NaN never is."""
         value = error[self.measure]
         return bool(value >= self.bound if self.measure == "psnr" else value <= self.bound)
 
 
 def errors(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, float]:
-    """Relative errors of one output, and of uint8 images the peak signal-to-noise ratio of the
-    worst one."""
+    """Relative errors of one output, and of uint8 images the worst peak signal-to-noise ratio."""
     if ours.shape != theirs.shape:
         raise ValueError(f"{what}: {ours.shape} beside {theirs.shape}")
     images = theirs.dtype == np.uint8
@@ -82,12 +78,9 @@ def errors(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, float]:
     return found
 
 
-def timed(call: Callable[[], Mapping[str, np.ndarray]], warm: bool = True) -> Run:
-    """call() → {name: numpy array}, and the seconds of its second run; warm False runs it once and
-    gives no time."""
-    outputs = call()
-    if not warm:
-        return Run(outputs, None)
+def timed(call: Callable[[], Mapping[str, np.ndarray]]) -> Run:
+    """The outputs of call(), and the seconds of its second run."""
+    call()
     start = time.perf_counter()
     outputs = call()
     return Run(outputs, time.perf_counter() - start)

@@ -18,24 +18,8 @@ _V11 = {
     "is_encoder_decoder": False,
     "use_cache": False,
 }
-TINY = {
-    "vocab_size": 97,
-    "d_model": 24,
-    "d_kv": 16,
-    "d_ff": 40,
-    "num_layers": 3,
-    "num_heads": 4,
-    **_V11,
-}
-XXL = {
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    **_V11,
-}
+TINY = dict(vocab_size=97, d_model=24, d_kv=16, d_ff=40, num_layers=3, num_heads=4, **_V11)
+XXL = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, **_V11)
 SLICE = XXL | {"num_layers": 2}
 LENGTHS = (300, 37)  # the longest caption of PixArt-Σ, and past the last bucket of distances
 
@@ -67,11 +51,10 @@ def theirs(fields: dict, write, folder: Path) -> Run:
     write(model, folder / "t5")
     (folder / "t5" / "config.json").write_text(json.dumps({"model_type": "t5", **fields}))
     ids, _, counts = inputs(fields)
+    mask = torch.from_numpy(counts).long()
 
     def call():
-        states = model(
-            torch.from_numpy(ids), attention_mask=torch.from_numpy(counts).long()
-        ).last_hidden_state
+        states = model(torch.from_numpy(ids), attention_mask=mask).last_hidden_state
         return {"states": states.numpy()[counts]}
 
     with torch.no_grad():
@@ -91,34 +74,29 @@ def write_bin(shards: int, model, folder: Path) -> None:
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin")
         return
-    keys, names = (
-        list(state),
-        [f"pytorch_model-{n + 1:05d}-of-{shards:05d}.bin" for n in range(shards)],
-    )
-    where = {key: names[i * shards // len(keys)] for i, key in enumerate(keys)}
+    names = [f"pytorch_model-{n + 1:05d}-of-{shards:05d}.bin" for n in range(shards)]
+    where = {key: names[i * shards // len(state)] for i, key in enumerate(state)}
     for name in names:
-        torch.save({key: state[key] for key in keys if where[key] == name}, folder / name)
-    (folder / "pytorch_model.bin.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": where})
-    )
+        torch.save({key: state[key] for key in state if where[key] == name}, folder / name)
+    write_index(folder / "pytorch_model.bin.index.json", where)
+
+
+def write_index(path: Path, where: dict[str, str]) -> None:
+    path.write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def layer_by_layer(fields: dict, folder: Path) -> Run:
     """The whole encoder with the memory of one layer: bf16 weights are drawn, written and run in
-    fp32, a layer at a time.
-
-    Each layer is a T5EncoderModel of one layer that is given the states so far; the bias of the
-    distances, which transformers keeps in the first layer and shares, is given to every one, and
-    the final norm to the last.
-    """
+    fp32, a layer at a time, each a T5EncoderModel of one layer on the states so far. All have the
+    bias of the distances, which transformers keeps in the first layer; the last has the final
+    norm."""
     import safetensors.torch
     import torch
     from transformers import T5Config, T5EncoderModel
 
-    target = folder / "t5"
+    target, where = folder / "t5", {}
     target.mkdir()
     (target / "config.json").write_text(json.dumps({"model_type": "t5", **fields}))
-    where: dict[str, str] = {}
 
     def drawn(shapes: dict[str, tuple[int, ...]], seed: int, shard: str) -> dict:
         tensors = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
@@ -128,30 +106,22 @@ def layer_by_layer(fields: dict, folder: Path) -> Run:
         return tensors
 
     ids, _, counts = inputs(fields)
+    mask = torch.from_numpy(counts).long()
     last = fields["num_layers"] - 1
     names = [f"model-{n + 1:05d}-of-{last + 2:05d}.safetensors" for n in range(last + 2)]
-    table = drawn({"shared.weight": (fields["vocab_size"], fields["d_model"])}, 0, names[0])[
-        "shared.weight"
-    ]
-    states = table[torch.from_numpy(ids)].float()
-    del table
+    table = {"shared.weight": (fields["vocab_size"], fields["d_model"])}
+    states = drawn(table, 0, names[0])["shared.weight"][torch.from_numpy(ids)].float()
     with torch.no_grad():
         layer = T5EncoderModel(T5Config(**fields | {"num_layers": 1, "vocab_size": 1})).eval()
-        final_norm, layer.encoder.final_layer_norm = (
-            layer.encoder.final_layer_norm,
-            torch.nn.Identity(),
-        )
-        shapes = {
-            key: tuple(value.shape) for key, value in layer.encoder.block.state_dict().items()
-        }
+        final_norm = layer.encoder.final_layer_norm
+        layer.encoder.final_layer_norm = torch.nn.Identity()
+        block = layer.encoder.block.state_dict()
         for i in range(last + 1):
-            wanted = {f"encoder.block.{i}.{key[2:]}": shape for key, shape in shapes.items()}
-            if i:
-                wanted = {
-                    key: shape
-                    for key, shape in wanted.items()
-                    if "relative_attention_bias" not in key
-                }
+            wanted = {
+                f"encoder.block.{i}.{key[2:]}": tuple(value.shape)
+                for key, value in block.items()
+                if i == 0 or "relative_attention_bias" not in key
+            }
             if i == last:
                 wanted["encoder.final_layer_norm.weight"] = (fields["d_model"],)
             tensors = drawn(wanted, i + 1, names[i + 1])
@@ -161,12 +131,8 @@ def layer_by_layer(fields: dict, folder: Path) -> Run:
             for key, tensor in tensors.items():  # into the one layer; the bias of layer 0 stays
                 layer.get_parameter(key.replace(f"block.{i}.", "block.0.")).copy_(tensor)
             del tensors
-            states = layer(
-                inputs_embeds=states, attention_mask=torch.from_numpy(counts).long()
-            ).last_hidden_state
-    (target / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": where})
-    )
+            states = layer(inputs_embeds=states, attention_mask=mask).last_hidden_state
+    write_index(target / "model.safetensors.index.json", where)
     return Run({"states": states.numpy()[counts]}, None)
 
 
@@ -174,8 +140,7 @@ def layer_by_layer(fields: dict, folder: Path) -> Run:
 
 
 def ours(fields: dict, dtype: str, folder: Path) -> Run:
-    """dtype: 'float32', 'bfloat16', or 'bfloat16 held', which holds bf16 parameters and computes in
-    fp32."""
+    """dtype: 'float32', 'bfloat16', or 'bfloat16 held': bf16 parameters, fp32 arithmetic."""
     import jax.numpy as jnp
 
     from pixart_jax import load_component
@@ -189,88 +154,41 @@ def ours(fields: dict, dtype: str, folder: Path) -> Run:
 
 # ---- the rows ----
 
+_FORMATS = {  # how the reference is written: (format, theirs)
+    "safetensors": ("safetensors", theirs, functools.partial(write_safetensors, "10GB")),
+    "8KB": ("safetensors, sharded", theirs, functools.partial(write_safetensors, "8KB")),
+    "500MB": ("safetensors, sharded", theirs, functools.partial(write_safetensors, "500MB")),
+    "bin": (".bin", theirs, functools.partial(write_bin, 1)),
+    "3 bins": (".bin, sharded", theirs, functools.partial(write_bin, 3)),
+    "4 bins": (".bin, sharded", theirs, functools.partial(write_bin, 4)),
+    "layers": ("bf16 safetensors, sharded", layer_by_layer),
+}
+_BF16 = {"dtype": "bf16", "bound": 2e-2, "measure": "l2"}
+_HELD = {"dtype": "fp32, weights held in bf16"}
 
-def _row(name, size, fields, format, reference, compute="float32", **how) -> Row:
+
+def _row(name, fields, written, compute="float32", **how) -> Row:
+    size = {3: "tiny", 2: "T5-XXL, 2 of 24 layers", 24: "T5-XXL whole"}[fields["num_layers"]]
+    format, reference, *write = _FORMATS[written]
     return Row(
-        name=f"t5 {name}",
-        model="T5 v1.1 encoder",
-        format=format,
-        size=size,
-        theirs=functools.partial(*reference),
-        ours=functools.partial(ours, fields, compute),
+        f"t5 {name}",
+        "T5 v1.1 encoder",
+        format,
+        f"{size}, 300 tokens",
+        functools.partial(reference, fields, *write),
+        functools.partial(ours, fields, compute),
         **how,
     )
 
 
-_BF16 = {"dtype": "bf16", "bound": 2e-2, "measure": "l2"}
-_HELD = {"dtype": "fp32, weights held in bf16"}
-_TWO_LAYERS = "T5-XXL, 2 of 24 layers, 300 tokens"
-
-
-def _whole(fields, shard="10GB"):
-    return theirs, fields, functools.partial(write_safetensors, shard)
-
-
 ROWS = (
-    _row("tiny", "tiny, 300 tokens", TINY, "safetensors", _whole(TINY)),
-    _row("tiny sharded", "tiny, 300 tokens", TINY, "safetensors, sharded", _whole(TINY, "8KB")),
-    _row(
-        "tiny bin",
-        "tiny, 300 tokens",
-        TINY,
-        ".bin",
-        (theirs, TINY, functools.partial(write_bin, 1)),
-    ),
-    _row(
-        "tiny bin sharded",
-        "tiny, 300 tokens",
-        TINY,
-        ".bin, sharded",
-        (theirs, TINY, functools.partial(write_bin, 3)),
-    ),
-    _row(
-        "tiny by layers",
-        "tiny, 300 tokens",
-        TINY,
-        "bf16 safetensors, sharded",
-        (layer_by_layer, TINY),
-        "bfloat16 held",
-        **_HELD,
-    ),
-    _row(
-        "XXL 2 layers",
-        _TWO_LAYERS,
-        SLICE,
-        "safetensors, sharded",
-        _whole(SLICE, "500MB"),
-        tier="full",
-    ),
-    _row(
-        "XXL 2 layers bin",
-        _TWO_LAYERS,
-        SLICE,
-        ".bin, sharded",
-        (theirs, SLICE, functools.partial(write_bin, 4)),
-        tier="full",
-    ),
-    _row(
-        "XXL 2 layers bf16",
-        _TWO_LAYERS,
-        SLICE,
-        "safetensors, sharded",
-        _whole(SLICE, "500MB"),
-        "bfloat16",
-        tier="full",
-        **_BF16,
-    ),
-    _row(
-        "XXL",
-        "T5-XXL whole, 300 tokens",
-        XXL,
-        "bf16 safetensors, sharded",
-        (layer_by_layer, XXL),
-        "bfloat16 held",
-        tier="slow",
-        **_HELD,
-    ),
+    _row("tiny", TINY, "safetensors"),
+    _row("tiny sharded", TINY, "8KB"),
+    _row("tiny bin", TINY, "bin"),
+    _row("tiny bin sharded", TINY, "3 bins"),
+    _row("tiny by layers", TINY, "layers", "bfloat16 held", **_HELD),
+    _row("XXL 2 layers", SLICE, "500MB", tier="full"),
+    _row("XXL 2 layers bin", SLICE, "4 bins", tier="full"),
+    _row("XXL 2 layers bf16", SLICE, "500MB", "bfloat16", tier="full", **_BF16),
+    _row("XXL", XXL, "layers", "bfloat16 held", tier="slow", **_HELD),
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,8 @@ from benchmarks.parity_rows.weights import materialised
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """diffusers' config fields; the canvas in latents; one text length a sample. qk_norm:
-    PixArt-Σ's, which diffusers' class lacks."""
+    """diffusers' config fields; size in latents; one text length a sample; qk_norm: PixArt-Σ's,
+    which diffusers' class lacks."""
 
     fields: dict
     height: int
@@ -30,16 +32,15 @@ class Case:
         return self.fields["num_attention_heads"] * self.fields["attention_head_dim"]
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """Arguments as ours takes them; half of the numbers that a model is told lie between whole
-        ones."""
-        rng = np.random.default_rng(len(self.lengths) + self.height)
+        """Arguments as ours takes them."""
         count = len(self.lengths)
+        rng = np.random.default_rng(count + self.height)
+        latents = rng.normal(size=(count, self.height, self.width, 4))
+        states = rng.normal(size=(count, max(self.lengths), self.fields["caption_channels"]))
         found = {
-            "latents": rng.normal(size=(count, self.height, self.width, 4)).astype(np.float32),
+            "latents": latents.astype(np.float32),
             "timesteps": np.linspace(949.05, 3, count).astype(np.float32),
-            "text_states": rng.normal(
-                size=(count, max(self.lengths), self.fields["caption_channels"])
-            ).astype(np.float32),
+            "text_states": states.astype(np.float32),
             "text_lengths": np.array(self.lengths, np.int32),
         }
         if self.fields["use_additional_conditions"]:
@@ -74,8 +75,8 @@ XL_SIGMA = Case(_fields(28, 16, 72, 4096, 32), 32, 32, (300,), qk_norm=True)
 
 
 def build(case: Case, seed: int = 0):
-    """diffusers' model with drawn weights. q/k norm: a LayerNorm of the full width behind the
-    projection, before the heads part."""
+    """diffusers' model with random weights. q/k norm: a LayerNorm of the full width after the
+    projection, before the split into heads."""
     import torch
     from diffusers import PixArtTransformer2DModel
 
@@ -92,9 +93,8 @@ def build(case: Case, seed: int = 0):
 
     model = materialised(construct, seed)
     side, scale = case.fields["sample_size"], case.fields["interpolation_scale"]
-    fresh = type(model.pos_embed)(
-        side, side, model.config.patch_size, 4, case.channels, interpolation_scale=scale
-    )
+    shape = (side, side, model.config.patch_size, 4, case.channels)
+    fresh = type(model.pos_embed)(*shape, interpolation_scale=scale)
     model.pos_embed.pos_embed = fresh.pos_embed  # a buffer that is computed at initialisation
     return model
 
@@ -102,74 +102,58 @@ def build(case: Case, seed: int = 0):
 def run(model, case: Case) -> Run:
     import torch
 
-    given = case.inputs()
-    mask = torch.from_numpy(np.arange(max(case.lengths)) < given["text_lengths"][:, None]).float()
-    told = {"resolution": None, "aspect_ratio": None}
-    if "size" in given:
-        told = {
-            "resolution": torch.from_numpy(given["size"]),
-            "aspect_ratio": torch.from_numpy(given["aspect_ratio"])[:, None],
-        }
-    latents = torch.from_numpy(given["latents"]).permute(0, 3, 1, 2).contiguous()
+    given = {name: torch.from_numpy(array) for name, array in case.inputs().items()}
+    latents = given["latents"].permute(0, 3, 1, 2).contiguous()
+    size, ratio = given.get("size"), given.get("aspect_ratio")
+    conditions = {"resolution": size, "aspect_ratio": None if ratio is None else ratio[:, None]}
+    more = {
+        "timestep": given["timesteps"],
+        "added_cond_kwargs": conditions,
+        "encoder_attention_mask": (
+            torch.arange(max(case.lengths)) < given["text_lengths"][:, None]
+        ).float(),
+    }
 
     def call():
-        out = model(
-            latents,
-            torch.from_numpy(given["text_states"]),
-            timestep=torch.from_numpy(given["timesteps"]),
-            added_cond_kwargs=told,
-            encoder_attention_mask=mask,
-        )
-        return {"output": out.sample.permute(0, 2, 3, 1).numpy()}
+        out = model(latents, given["text_states"], **more).sample
+        return {"output": out.permute(0, 2, 3, 1).numpy()}
 
     with torch.no_grad():
         return timed(call)
 
 
 def plain_names(state: dict) -> dict:
-    """The norms behind to_q and to_k under names of their own."""
+    """The norms after to_q and to_k under their own names."""
     renamed = {}
     for key in list(state):
-        new = key
-        for part in "qk":
-            new = new.replace(f"attn1.to_{part}.0.", f"attn1.to_{part}.").replace(
-                f"attn1.to_{part}.1.", f"attn1.norm_{part}."
-            )
-        renamed[new] = state.pop(key)
+        new = re.sub(r"attn1\.to_([qk])\.0\.", r"attn1.to_\1.", key)
+        renamed[re.sub(r"attn1\.to_([qk])\.1\.", r"attn1.norm_\1.", new)] = state.pop(key)
     return renamed
 
 
 def write_folder(case: Case, shard: str, folder: Path) -> Run:
     """A folder as diffusers' save_pretrained writes it; of a q/k-norm model, which it cannot name,
     the same by hand."""
-    import json
-
     import safetensors.torch
 
     model = build(case)
+    target = folder / "transformer"
     if not case.qk_norm:
-        model.save_pretrained(folder / "transformer", max_shard_size=shard)
+        model.save_pretrained(target, max_shard_size=shard)
     else:
-        (folder / "transformer").mkdir()
-        config = {
-            "_class_name": "PixArtTransformer2DModel",
-            **case.fields,
-            "qk_norm": "layer_norm_across_heads",
-            "text_tokens": 300,
-        }
-        (folder / "transformer" / "config.json").write_text(json.dumps(config))
+        target.mkdir()
+        config = {"_class_name": "PixArtTransformer2DModel", **case.fields}
+        config |= {"qk_norm": "layer_norm_across_heads", "text_tokens": 300}
+        (target / "config.json").write_text(json.dumps(config))
+        file = target / "diffusion_pytorch_model.safetensors"
         state = plain_names(dict(model.state_dict()))
-        safetensors.torch.save_file(
-            state,
-            folder / "transformer" / "diffusion_pytorch_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        safetensors.torch.save_file(state, file, metadata={"format": "pt"})
     return run(model, case)
 
 
 def write_pth(case: Case, averaged: bool, both: bool, folder: Path) -> Run:
-    """An official .pth. both: the raw weights and their average in one file, as trainers leave it;
-    averaged: the reference has those."""
+    """An official .pth. both: raw weights and their average in one file, as trainers write it;
+    averaged: the reference has the average."""
     import torch
 
     model = build(case)
@@ -198,8 +182,7 @@ def _official_state(model, case: Case) -> dict:
 
 
 def forward(part, case: Case) -> Run:
-    """One evaluation of an opened transformer; a function of its own, so that the conversions of
-    both sides stay apart."""
+    """One evaluation of an opened transformer."""
     given = case.inputs()
     return timed(lambda: {"output": np.asarray(part.apply(*given.values()))})
 
@@ -211,7 +194,7 @@ def open_folder(case: Case, dtype: str, folder: Path) -> Run:
 
 
 def open_pth(case: Case, flags: tuple[str, ...], folder: Path) -> Run:
-    """By way of ``python -m pixart_jax convert``, as a person would."""
+    """Through ``python -m pixart_jax convert``, as users do."""
     from pixart_jax import load_component
     from pixart_jax.commands import convert
 
@@ -222,85 +205,52 @@ def open_pth(case: Case, flags: tuple[str, ...], folder: Path) -> Run:
 # ---- the rows ----
 
 
-def _folder_row(name, size, case, shard="10GB", dtype="fp32", **how) -> Row:
-    full = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    return Row(
-        name=f"transformer {name}",
-        model="PixArt-Σ transformer, q/k norm, 300 tokens"
-        if case.qk_norm
-        else "PixArt-α transformer",
-        size=size,
-        dtype=dtype,
-        theirs=functools.partial(write_folder, case, shard),
-        ours=functools.partial(open_folder, case, full),
-        **{"format": "diffusers safetensors", **how},
+def _row(name, size, case, format, theirs, ours, **how) -> Row:
+    sigma = "PixArt-Σ transformer, q/k norm, 300 tokens"
+    model = sigma if case.qk_norm else "PixArt-α transformer"
+    return Row(f"transformer {name}", model, format, size, theirs, ours, **how)
+
+
+def _folder_row(name, size, case, format="diffusers safetensors", shard="10GB", **how) -> Row:
+    theirs = functools.partial(write_folder, case, shard)
+    dtype = "bfloat16" if how.get("dtype") == "bf16" else "float32"
+    return _row(
+        name, size, case, format, theirs, functools.partial(open_folder, case, dtype), **how
     )
 
 
-def _pth_row(name, size, case, format, flags=(), averaged=False, both=False, **how) -> Row:
-    return Row(
-        name=f"transformer {name}",
-        model="PixArt-Σ transformer, q/k norm, 300 tokens"
-        if case.qk_norm
-        else "PixArt-α transformer",
-        format=format,
-        size=size,
-        theirs=functools.partial(write_pth, case, averaged, both),
-        ours=functools.partial(open_pth, case, flags),
-        **how,
-    )
+def _pth_row(name, size, case, flags="", averaged=False, both=False, tier="quick") -> Row:
+    format = "official .pth"
+    if both:
+        format += ", its average" if averaged else ", not its average"
+    theirs = functools.partial(write_pth, case, averaged, both)
+    ours = functools.partial(open_pth, case, tuple(flags.split()))
+    return _row(name, size, case, format, theirs, ours, tier=tier)
 
 
-_TWO, _THREE = ("--heads", "2"), ("--heads", "3")
+_T, _MS, _SIGMA = "tiny, 64 × 96 px", "tiny multi-scale, 96 × 160 px", "tiny, 128 × 96 px"
+_XL, _XL_MS = "XL/2, 256 × 256 px", "XL/2 1024-MS, 512 × 768 px"
 _BF16 = {"dtype": "bf16", "bound": 2e-2, "measure": "l2"}
-_FULL = {"tier": "full"}
-_SHARDED = {"format": "diffusers safetensors, sharded"}
+_SHARDED, _OURS = "diffusers safetensors, sharded", "our safetensors"
 
 ROWS = (
-    _folder_row("tiny", "tiny, 64 × 96 px", TINY),
-    _folder_row("tiny sharded", "tiny, 64 × 96 px", TINY, shard="20KB", **_SHARDED),
-    _folder_row("tiny multi-scale", "tiny multi-scale, 96 × 160 px", TINY_MS),
-    _folder_row("tiny sigma", "tiny, 128 × 96 px", TINY_SIGMA, format="our safetensors"),
-    _folder_row("tiny bf16", "tiny, 64 × 96 px", TINY, **_BF16),
-    _pth_row("tiny pth", "tiny, 64 × 96 px", TINY, "official .pth", _TWO),
-    _pth_row(
-        "tiny pth averaged",
-        "tiny, 64 × 96 px",
-        TINY,
-        "official .pth, its average",
-        _TWO,
-        averaged=True,
-        both=True,
-    ),
-    _pth_row(
-        "tiny pth raw",
-        "tiny, 64 × 96 px",
-        TINY,
-        "official .pth, not its average",
-        (*_TWO, "--no-ema"),
-        both=True,
-    ),
-    _pth_row(
-        "tiny pth multi-scale", "tiny multi-scale, 96 × 160 px", TINY_MS, "official .pth", _THREE
-    ),
-    _pth_row(
-        "tiny pth multi-scale averaged",
-        "tiny multi-scale, 96 × 160 px",
-        TINY_MS,
-        "official .pth, its average",
-        _THREE,
-        True,
-        True,
-    ),
-    _pth_row("tiny pth sigma", "tiny, 128 × 96 px", TINY_SIGMA, "official .pth", _TWO),
-    _folder_row("XL/2 256", "XL/2, 256 × 256 px", XL_256, **_FULL),
-    _folder_row(
-        "XL/2 256 sharded", "XL/2, 256 × 256 px", XL_256, shard="500MB", **_SHARDED, **_FULL
-    ),
-    _folder_row("XL/2 256 bf16", "XL/2, 256 × 256 px", XL_256, **_BF16, **_FULL),
-    _folder_row("XL/2 512", "XL/2, 512 × 512 px", XL_512, **_FULL),
-    _folder_row("XL/2 multi-scale", "XL/2 1024-MS, 512 × 768 px", XL_MS, **_FULL),
-    _folder_row("XL/2 sigma", "XL/2, 256 × 256 px", XL_SIGMA, format="our safetensors", **_FULL),
-    _pth_row("XL/2 pth", "XL/2, 256 × 256 px", XL_256, "official .pth", **_FULL),
-    _pth_row("XL/2 pth multi-scale", "XL/2 1024-MS, 512 × 768 px", XL_MS, "official .pth", **_FULL),
+    _folder_row("tiny", _T, TINY),
+    _folder_row("tiny sharded", _T, TINY, _SHARDED, "20KB"),
+    _folder_row("tiny multi-scale", _MS, TINY_MS),
+    _folder_row("tiny sigma", _SIGMA, TINY_SIGMA, _OURS),
+    _folder_row("tiny bf16", _T, TINY, **_BF16),
+    _pth_row("tiny pth", _T, TINY, "--heads 2"),
+    _pth_row("tiny pth averaged", _T, TINY, "--heads 2", True, True),
+    _pth_row("tiny pth raw", _T, TINY, "--heads 2 --no-ema", False, True),
+    _pth_row("tiny pth multi-scale", _MS, TINY_MS, "--heads 3"),
+    _pth_row("tiny pth multi-scale averaged", _MS, TINY_MS, "--heads 3", True, True),
+    _pth_row("tiny pth sigma", _SIGMA, TINY_SIGMA, "--heads 2"),
+    _folder_row("XL/2 256", _XL, XL_256, tier="full"),
+    _folder_row("XL/2 256 sharded", _XL, XL_256, _SHARDED, "500MB", tier="full"),
+    _folder_row("XL/2 256 bf16", _XL, XL_256, **_BF16, tier="full"),
+    _folder_row("XL/2 512", "XL/2, 512 × 512 px", XL_512, tier="full"),
+    _folder_row("XL/2 multi-scale", _XL_MS, XL_MS, tier="full"),
+    _folder_row("XL/2 sigma", _XL, XL_SIGMA, _OURS, tier="full"),
+    _pth_row("XL/2 pth", _XL, XL_256, tier="full"),
+    _pth_row("XL/2 pth multi-scale", _XL_MS, XL_MS, tier="full"),
 )

@@ -31,8 +31,7 @@ SDXL = _fields((128, 256, 512, 512), 2, 32, 0.13025, 1024)
 
 
 def inputs(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images [1, side, side, 3] in [-1, 1] and latents [1, side / 8, side / 8, 4] as a transformer
-    knows them."""
+    """Images [1, side, side, 3] in [-1, 1] and scaled latents [1, side / 8, side / 8, 4]."""
     rng = np.random.default_rng(3)
     images = rng.uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
     return images, rng.normal(size=(1, side // 8, side // 8, 4)).astype(np.float32)
@@ -54,9 +53,8 @@ def theirs(fields: dict, side: int, old: bool, folder: Path) -> Run:
             state[key] = value
         (folder / "vae").mkdir()
         torch.save(state, folder / "vae" / "diffusion_pytorch_model.bin")
-        (folder / "vae" / "config.json").write_text(
-            json.dumps({"_class_name": "AutoencoderKL", **fields})
-        )
+        config = {"_class_name": "AutoencoderKL", **fields}
+        (folder / "vae" / "config.json").write_text(json.dumps(config))
     else:
         model.save_pretrained(folder / "vae")
     images, latents = (
