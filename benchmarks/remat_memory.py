@@ -22,10 +22,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process computes nothing
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.speed.record import Record  # noqa: E402
-
-from benchmarks.speed.command import tell  # noqa: E402
-from benchmarks.speed.table import render  # noqa: E402
+from benchmarks.speed.contest import tell  # noqa: E402
+from benchmarks.speed.table import Record, render  # noqa: E402
 from pixart_jax import cli  # noqa: E402
 from pixart_jax.config import MeshConfig  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
@@ -110,13 +108,7 @@ def main(argv: list[str]) -> int:
     for policy in policies:
         remat.policy(policy)
     title = "Temporaries of a train step, GiB a device"
-    record = Record(
-        flags.json,
-        " ".join(["python remat_memory.py", *argv]),
-        columns=list(COLUMNS),
-        title=title,
-        cells=[],
-    )
+    record = Record(flags.json, argv, columns=list(COLUMNS), title=title, cells=[])
     for target in TARGETS:
         for policy in policies:
             if flags.only in (None, target[0]):

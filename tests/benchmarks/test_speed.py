@@ -4,10 +4,12 @@ and the GPU's script runs through."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from pixart_jax import diffusion
 from pixart_jax.models.flops import sampling_flops, train_flops
 
 pytestmark = pytest.mark.usefixtures("optimized")
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 CASE = Case("train", "tiny", 32, 4, "float32")
 OURS = Contender("pixart_jax", "ours")
 PEER = Contender("diffusers eager", "peer", {"compile": "none"})
@@ -150,3 +153,8 @@ def test_the_gpu_script_refuses_flags_that_it_does_not_have(root, flags):
     command = ["bash", str(root / "benchmarks" / "gpu.sh"), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error:")
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_imports(script):
+    importlib.import_module(f"benchmarks.{script.stem}")
