@@ -1,4 +1,4 @@
-"""Every option of a run, as frozen dataclasses that are checked where they are built.
+"""Every option of a run, as frozen dataclasses that are checked when they are built.
 
 A recipe in configs/ is a function ``get_config() -> Config``. Overrides on the command line name
 fields by their path (``--stages.1.optimizer.learning-rate 1e-4``, ``--mesh.fsdp 8``). Model sizes
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import field
 from typing import Literal
 
 from pixart_jax.errors import UserError, nearest
@@ -20,41 +21,39 @@ from pixart_jax.models.vae import VAEConfig
 _MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
-def _require(condition: bool, owner: object, field: str, what: str) -> None:
-    if not condition:
-        raise UserError(f"{type(owner).__name__}.{field} = {getattr(owner, field)!r}: {what}")
+def require(config: object, rule: str, **conditions: bool) -> None:
+    """Raise UserError with the name and value of the first field whose condition is false."""
+    for name, holds in conditions.items():
+        if not holds:
+            value = getattr(config, name)
+            raise UserError(f"{type(config).__name__}.{name} = {value!r}: {rule}")
 
 
-def _one_of(owner: object, field: str, known: tuple[str, ...]) -> None:
-    value = getattr(owner, field)
-    _require(value in known, owner, field, f"unknown{nearest(value, known)}")
+def require_one_of(config: object, **choices: tuple[str, ...]) -> None:
+    """:func:`require` that each field is one of its choices; the error names the nearest."""
+    for name, known in choices.items():
+        value = getattr(config, name)
+        require(config, f"unknown{nearest(value, known)}", **{name: value in known})
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be −1: all devices that the others leave.
-
-    context_attention: how keys and values meet all queries where context splits the image tokens:
-    'all_gather' or 'ring', which holds less and hides its transfers behind the products
-    (models/context.py). The numbers are the same.
-    """
+    """Sizes of the mesh axes; one of them may be -1: all devices that the others leave."""
 
     data: int = -1
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    # how keys and values reach all queries where context splits the image tokens: all_gather, or
+    # ring, which holds less and overlaps its transfers with the products; the numbers are the same
     context_attention: str = "all_gather"
 
     def __post_init__(self):
-        _one_of(self, "context_attention", CONTEXT_ATTENTIONS)
-        for name in _MESH_AXES:
-            _require(
-                getattr(self, name) == -1 or getattr(self, name) >= 1,
-                self,
-                name,
-                "a mesh axis is at least 1, or -1 for the rest",
-            )
-        if [self.data, self.fsdp, self.context, self.tensor].count(-1) > 1:
+        require_one_of(self, context_attention=CONTEXT_ATTENTIONS)
+        sizes = {name: getattr(self, name) for name in _MESH_AXES}
+        valid = {name: size == -1 or size >= 1 for name, size in sizes.items()}
+        require(self, "a mesh axis is at least 1, or -1 for the rest", **valid)
+        if list(sizes.values()).count(-1) > 1:
             raise UserError("MeshConfig: only one axis can be -1 (the rest)")
 
     @classmethod
@@ -79,90 +78,85 @@ class MeshConfig:
                     "fsdp=4,tensor=2"
                 ) from None
         rest = 1 if -1 in sizes.values() else -1
-        return cls(**{"data": rest, **sizes})
+        return cls(**{"data": rest, **sizes})  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The Optax chain of a stage: clip → AdamW or CAME → schedule, with the EMA as one more
-    transform."""
+    """The Optax chain of a stage: clip → AdamW or CAME → schedule → EMA."""
 
-    name: str = "adamw"  # adamw | came
+    # adamw | came
+    name: str = "adamw"
     learning_rate: float = 2e-5
-    schedule: str = "constant"  # constant | cosine | linear | rsqrt; each after the warm-up
+    # constant | cosine | linear | rsqrt; each after the warm-up
+    schedule: str = "constant"
     warmup_steps: int = 1000
-    # of learning_rate, where cosine and linear end (the stage's last step)
+    # share of learning_rate at which cosine and linear end (the stage's last step)
     final_fraction: float = 0.0
     weight_decay: float = 0.03
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-10
-    b3: float = 0.9999  # CAME's third decay and two epsilons
+    # CAME's third decay and two epsilons
+    b3: float = 0.9999
     came_eps: tuple[float, float] = (1e-30, 1e-16)
-    clip: float | None = 0.01  # global norm; None: no clipping
+    # global norm; None: no clipping
+    clip: float | None = 0.01
     ema: float = 0.9999
-    accumulate: int = 1  # micro-batches a step; the stage's batch is the whole one
-    sqrt_scale_from: int | None = None  # learning_rate · √(batch / this), as the official auto_lr
+    # micro-batches a step; batch_size is that of all of them
+    accumulate: int = 1
+    # learning_rate · √(batch / this), the official auto_lr
+    sqrt_scale_from: int | None = None
 
     def __post_init__(self):
-        _one_of(self, "name", ("adamw", "came"))
-        _one_of(self, "schedule", ("constant", "cosine", "linear", "rsqrt"))
-        _require(self.learning_rate > 0, self, "learning_rate", "must be positive")
-        _require(self.warmup_steps >= 0, self, "warmup_steps", "must not be negative")
-        _require(0 <= self.final_fraction <= 1, self, "final_fraction", "must lie in [0, 1]")
-        _require(0 <= self.ema < 1, self, "ema", "must lie in [0, 1); 0 keeps no average")
-        _require(self.accumulate >= 1, self, "accumulate", "must be at least 1")
-        for field in ("b1", "b2", "b3"):
-            _require(0 <= getattr(self, field) < 1, self, field, "must lie in [0, 1)")
-        for field in ("weight_decay", "eps"):
-            _require(getattr(self, field) >= 0, self, field, "must not be negative")
-        _require(
-            self.sqrt_scale_from is None or self.sqrt_scale_from > 0,
-            self,
-            "sqrt_scale_from",
-            "must be positive, or None",
+        require_one_of(
+            self, name=("adamw", "came"), schedule=("constant", "cosine", "linear", "rsqrt")
         )
-        _require(
-            self.clip is None or self.clip > 0,
+        require(self, "must be positive", learning_rate=self.learning_rate > 0)
+        require(
             self,
-            "clip",
-            "must be positive, or None for no clipping",
+            "must not be negative",
+            warmup_steps=self.warmup_steps >= 0,
+            weight_decay=self.weight_decay >= 0,
+            eps=self.eps >= 0,
         )
+        require(self, "must lie in [0, 1]", final_fraction=0 <= self.final_fraction <= 1)
+        require(self, "must lie in [0, 1); 0 keeps no average", ema=0 <= self.ema < 1)
+        decays = {name: 0 <= getattr(self, name) < 1 for name in ("b1", "b2", "b3")}
+        require(self, "must lie in [0, 1)", **decays)
+        require(self, "must be at least 1", accumulate=self.accumulate >= 1)
+        scale = self.sqrt_scale_from is None or self.sqrt_scale_from > 0
+        require(self, "must be positive, or None", sqrt_scale_from=scale)
+        clip = self.clip is None or self.clip > 0
+        require(self, "must be positive, or None for no clipping", clip=clip)
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """What the denoiser learns."""
 
-    prediction: str = "epsilon"  # epsilon | v
-    learned_range: bool = True  # mse + vb on the variance half of the output
+    # epsilon | v
+    prediction: str = "epsilon"
+    # mse + vb on the variance half of the output
+    learned_range: bool = True
     min_snr_gamma: float | None = None
-    # captions (stage 2, 3) or labels (stage 1) replaced by the null condition
+    # share of captions (stages 2 and 3) or labels (stage 1) replaced by the null condition
     condition_dropout: float = 0.1
-    # embedding: the model's null caption, under the dropped caption's length (official);
+    # embedding: the model's null caption, with the dropped caption's length (official); empty: the
+    # text encoder's states of "" with their own length (what diffusers guides with)
     null_condition: str = "embedding"
-    # empty: the text encoder's states of "" with their own length (what diffusers guides with)
     timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
     def __post_init__(self):
-        _one_of(self, "prediction", ("epsilon", "v"))
-        _one_of(self, "null_condition", ("embedding", "empty"))
-        _require(0 <= self.condition_dropout <= 1, self, "condition_dropout", "must lie in [0, 1]")
-        _require(self.timesteps >= 2, self, "timesteps", "must be at least 2")
-        _require(
-            0 < self.beta_start <= self.beta_end < 1,
-            self,
-            "beta_start",
-            f"must lie in (0, beta_end = {self.beta_end}], below 1",
-        )
-        _require(
-            self.min_snr_gamma is None or self.min_snr_gamma > 0,
-            self,
-            "min_snr_gamma",
-            "must be positive, or None",
-        )
+        require_one_of(self, prediction=("epsilon", "v"), null_condition=("embedding", "empty"))
+        require(self, "must lie in [0, 1]", condition_dropout=0 <= self.condition_dropout <= 1)
+        require(self, "must be at least 2", timesteps=self.timesteps >= 2)
+        betas = 0 < self.beta_start <= self.beta_end < 1
+        require(self, f"must lie in (0, beta_end = {self.beta_end}], below 1", beta_start=betas)
+        gamma = self.min_snr_gamma is None or self.min_snr_gamma > 0
+        require(self, "must be positive, or None", min_snr_gamma=gamma)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,67 +169,64 @@ class AutoencoderConfig:
     kl_weight: float = 1e-6
 
     def __post_init__(self):
-        for field in ("l1_weight", "l2_weight", "kl_weight"):
-            _require(getattr(self, field) >= 0, self, field, "must not be negative")
+        weights = {name: value >= 0 for name, value in vars(self).items()}
+        require(self, "must not be negative", **weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToTextConfig:
-    """What the text encoder's training asks for: the target caption of each sample, written from
-    one of the stage's mix."""
+    """The text encoder's training: it predicts the target caption from one of the data's kinds."""
 
-    target: str = "dense"  # kind of caption
-    # share of the words that are hidden where the target is written from itself
+    # kind of caption that is predicted
+    target: str = "dense"
+    # share of the words masked where the target is predicted from itself
     hidden: float = 0.15
     decoder_layers: int = 1
 
     def __post_init__(self):
-        _require(0 <= self.hidden < 1, self, "hidden", "must lie in [0, 1)")
-        _require(self.decoder_layers >= 1, self, "decoder_layers", "must be at least 1")
+        require(self, "must lie in [0, 1)", hidden=0 <= self.hidden < 1)
+        require(self, "must be at least 1", decoder_layers=self.decoder_layers >= 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where a stage's samples come from, and the shapes they take.
+    """Where a stage's samples come from, and their shapes.
 
     source: 'tfds:NAME/CONFIG' (the embedded world is 'tfds:shapes/plain', '/free', '/rich'; any
-    other set by its name), a folder of encoded ArrayRecord shards, 'folder:DIR' of pictures,
+    other set by its name), a folder of encoded ArrayRecord shards, 'folder:DIR' of images,
     'webdataset:TARS', 'pixart:ROOT' (the official layout), 'pixart-features:ROOT' (its .npz and
     .npy), or a mixture of these, '0.7*folder:a + 0.3*folder:b' (docs/data_sources.md).
-    captions: kinds and their weights in the mix; a sample that lacks one takes its others in
+    captions: kinds and their weights in the mix; for a sample that lacks one, its others in
     proportion. buckets: (height, width) in pixels; each sample goes to the nearest aspect ratio; a
-    batch holds one bucket only.
+    batch is of one bucket.
     """
 
     source: str = "tfds:shapes/plain"
     split: str = "train"
-    limit: int | None = None  # the first so many samples of the split
+    # the first so many samples of the split
+    limit: int | None = None
     # a filter by name: single (one object), labelled, or package.module:function
     where: str | None = None
     captions: tuple[tuple[str, float], ...] = (("dense", 1.0),)
     buckets: tuple[tuple[int, int], ...] = ((64, 64),)
     max_text_tokens: int = 120
-    workers: int = 2  # threads that read ahead
-    # stop at the first sample that cannot be used; otherwise it is named, counted and left out
+    # threads that read ahead
+    workers: int = 2
+    # stop at the first unusable sample; otherwise it is named, counted and skipped
     strict: bool = False
 
     def __post_init__(self):
-        _require(self.source.strip() != "", self, "source", "name a set")
-        _require(len(self.buckets) > 0, self, "buckets", "name at least one (height, width)")
-        _require(
-            all(h > 0 and w > 0 for h, w in self.buckets), self, "buckets", "sides must be positive"
-        )
-        _require(self.workers >= 0, self, "workers", "must not be negative")
-        _require(
-            self.limit is None or self.limit > 0, self, "limit", "must be positive, or None for all"
-        )
-        _require(self.max_text_tokens > 0, self, "max_text_tokens", "must be positive")
-        _require(
-            all(w >= 0 for _, w in self.captions) and sum(w for _, w in self.captions) > 0,
-            self,
-            "captions",
-            "weights must not be negative, nor all 0",
-        )
+        require(self, "name a set", source=self.source.strip() != "")
+        require(self, "name at least one (height, width)", buckets=len(self.buckets) > 0)
+        sides = all(h > 0 and w > 0 for h, w in self.buckets)
+        require(self, "sides must be positive", buckets=sides)
+        require(self, "must not be negative", workers=self.workers >= 0)
+        limit = self.limit is None or self.limit > 0
+        require(self, "must be positive, or None for all", limit=limit)
+        require(self, "must be positive", max_text_tokens=self.max_text_tokens > 0)
+        weights = [weight for _, weight in self.captions]
+        mix = all(weight >= 0 for weight in weights) and sum(weights) > 0
+        require(self, "weights must not be negative, nor all 0", captions=mix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,159 +234,144 @@ class StageConfig:
     """One stage of a curriculum.
 
     task: class_conditional (the DiT of stage 1), text_to_image (stages 2 and 3), autoencoder and
-    text_to_text (the frozen parts that a curriculum rests on). start: 'fresh', 'previous' (the
-    stage before, converted where the task differs), or a folder with weights to open.
+    text_to_text (the frozen parts of a curriculum). start: 'fresh', 'previous' (the stage before,
+    converted where the task differs), or a folder of weights.
     """
 
     name: str
     task: str = "text_to_image"
     steps: int = 1000
     batch_size: int = 32
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
-    text_to_text: TextToTextConfig = dataclasses.field(default_factory=TextToTextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_to_text: TextToTextConfig = field(default_factory=TextToTextConfig)
     start: str = "previous"
     # base size of the position table in this stage, latent/patch units; None: the model's
     position_base: int | None = None
     position_scale: float | None = None
 
     def __post_init__(self):
-        _require(
-            re.fullmatch(r"[\w.-]+", self.name) is not None,
-            self,
-            "name",
-            "letters, digits, '.', '_' and '-' only: files bear it",
+        named = re.fullmatch(r"[\w.-]+", self.name) is not None
+        require(self, "letters, digits, '.', '_' and '-' only: files bear it", name=named)
+        require_one_of(
+            self, task=("class_conditional", "text_to_image", "autoencoder", "text_to_text")
         )
-        _one_of(self, "task", ("class_conditional", "text_to_image", "autoencoder", "text_to_text"))
-        _require(self.steps >= 0, self, "steps", "must not be negative")
-        _require(self.batch_size >= 1, self, "batch_size", "must be at least 1")
-        _require(
-            self.batch_size % self.optimizer.accumulate == 0,
-            self,
-            "batch_size",
-            f"must be a multiple of optimizer.accumulate = {self.optimizer.accumulate}",
-        )
+        require(self, "must not be negative", steps=self.steps >= 0)
+        require(self, "must be at least 1", batch_size=self.batch_size >= 1)
+        accumulate = self.optimizer.accumulate
+        rule = f"must be a multiple of optimizer.accumulate = {accumulate}"
+        require(self, rule, batch_size=self.batch_size % accumulate == 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreviewConfig:
-    """The sample grid drawn during a text-to-image or class-conditional stage."""
+    """The sample grid of a text-to-image or class-conditional stage."""
 
-    every: int = 0  # steps; 0: only at the end of each stage
+    # steps; 0: at the end of each stage only
+    every: int = 0
     prompts: tuple[str, ...] = ()
     steps: int = 20
-    guidance: float = 4.5  # also what the exported model names as its own
+    # also the default of the exported model
+    guidance: float = 4.5
     seed: int = 0
 
     def __post_init__(self):
-        _require(
-            self.every >= 0,
-            self,
-            "every",
-            "must not be negative; 0 draws at the end of each stage only",
-        )
-        _require(self.steps >= 1, self, "steps", "must be at least 1")
-        _require(self.seed >= 0, self, "seed", "must not be negative")
+        rule = "must not be negative; 0 draws at the end of each stage only"
+        require(self, rule, every=self.every >= 0)
+        require(self, "must be at least 1", steps=self.steps >= 1)
+        require(self, "must not be negative", seed=self.seed >= 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
     """Which steps are skipped, and when a run gives up. A step whose loss or gradient is not finite
-    is never taken.
+    is always skipped."""
 
-    spike_factor: nor is one whose loss or gradient norm is this many times its running mean over
-    the last 100 good steps of the stage; None: only what is not finite is skipped.
-    bad_steps_in_row: so many in a row stop the run.
-    """
-
+    # also skipped: a step whose loss or gradient norm is this many times its running mean over the
+    # last 100 good steps of the stage; None: only what is not finite
     spike_factor: float | None = 20.0
+    # so many in a row stop the run
     bad_steps_in_row: int = 10
 
     def __post_init__(self):
-        _require(
-            self.spike_factor is None or self.spike_factor > 1,
-            self,
-            "spike_factor",
-            "must be above 1, or None for no limit",
-        )
-        _require(self.bad_steps_in_row >= 1, self, "bad_steps_in_row", "must be at least 1")
+        factor = self.spike_factor is None or self.spike_factor > 1
+        require(self, "must be above 1, or None for no limit", spike_factor=factor)
+        require(self, "must be at least 1", bad_steps_in_row=self.bad_steps_in_row >= 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """A profiler trace → WORKDIR/profile. steps: (first, last) by the run's own count, total_step
-    in metrics.jsonl; None: no trace."""
+    """A profiler trace → WORKDIR/profile."""
 
+    # (first, last) by the run's own count, total_step in metrics.jsonl; None: no trace
     steps: tuple[int, int] | None = None
 
     def __post_init__(self):
-        _require(
-            self.steps is None or 1 <= self.steps[0] <= self.steps[1],
-            self,
-            "steps",
-            "want the first and the last step, counted from 1, the first not above the last",
-        )
+        rule = "want the first and the last step, counted from 1, the first not above the last"
+        require(self, rule, steps=self.steps is None or 1 <= self.steps[0] <= self.steps[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class HardwareConfig:
-    """What the ledger assumes where nothing measures it."""
+    """What the ledger assumes where nothing is measured."""
 
     watts_per_device: float = 400.0
     usd_per_device_hour: float = 2.0
-    gco2_per_kwh: float = 57.0  # the paper's figure
+    # the paper's figure
+    gco2_per_kwh: float = 57.0
 
     def __post_init__(self):
-        for field in ("watts_per_device", "usd_per_device_hour", "gco2_per_kwh"):
-            _require(getattr(self, field) >= 0, self, field, "must not be negative")
+        amounts = {name: value >= 0 for name, value in vars(self).items()}
+        require(self, "must not be negative", **amounts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run: the model, the frozen parts it rests on, and its stages in order."""
+    """A run: the model, the frozen parts it uses, and its stages in order."""
 
     name: str
     stages: tuple[StageConfig, ...]
-    model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
-    num_classes: int = 1000  # of the class-conditional stage
-    vae: str | None = "assets/shapes"  # folder of the whole model or of the VAE alone
-    text_encoder: str | None = "assets/shapes"  # likewise; the tokenizer lies beside it
-    vae_model: VAEConfig | None = None  # only where a stage trains it
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    # of the class-conditional stage
+    num_classes: int = 1000
+    # folder of the whole model or of the VAE alone
+    vae: str | None = "assets/shapes"
+    # likewise; the tokenizer is in a folder beside it
+    text_encoder: str | None = "assets/shapes"
+    # the sizes of a VAE or a text encoder that a stage trains
+    vae_model: VAEConfig | None = None
     text_model: T5Config | None = None
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # a name of models/remat.py, or "auto": the fastest that fits the device
-    # (training/memory.py)
+    # a name of models/remat.py, or "auto": the fastest that fits the device (training/memory.py)
     remat: str = "none"
     seed: int = 0
     log_every: int = 50
-    checkpoint_every: int = 1000  # steps of a stage; its last step is saved always
-    keep_checkpoints: int = 3  # the newest so many stay …
-    # … and for good each at a multiple of so many steps of the run, which is saved in any case
+    # steps of a stage; its last step is always saved
+    checkpoint_every: int = 1000
+    # so many of the newest are kept …
+    keep_checkpoints: int = 3
+    # … and, for good, one at each multiple of so many steps of the run, which is always saved
     keep_every: int | None = None
-    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
-    preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
-    hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self):
-        _require(len(self.stages) > 0, self, "stages", "a run needs at least one stage")
-        names = [s.name for s in self.stages]
-        _require(
-            len(set(names)) == len(names), self, "stages", f"stage names must differ, got {names}"
-        )
-        _one_of(self, "compute_dtype", ("bfloat16", "float32"))
-        _require(self.seed >= 0, self, "seed", "must not be negative")
-        for field in ("log_every", "checkpoint_every", "keep_checkpoints", "num_classes"):
-            _require(getattr(self, field) >= 1, self, field, "must be at least 1")
-        _require(
-            self.keep_every is None or self.keep_every >= 1,
-            self,
-            "keep_every",
-            "must be at least 1, or None",
-        )
+        require(self, "a run needs at least one stage", stages=len(self.stages) > 0)
+        names = [stage.name for stage in self.stages]
+        unique = len(set(names)) == len(names)
+        require(self, f"stage names must differ, got {names}", stages=unique)
+        require_one_of(self, compute_dtype=("bfloat16", "float32"))
+        require(self, "must not be negative", seed=self.seed >= 0)
+        counts = ("log_every", "checkpoint_every", "keep_checkpoints", "num_classes")
+        positive = {name: getattr(self, name) >= 1 for name in counts}
+        require(self, "must be at least 1", **positive)
+        keep = self.keep_every is None or self.keep_every >= 1
+        require(self, "must be at least 1, or None", keep_every=keep)
         unit = 8 * self.model.patch_size
         for stage in self.stages:
             for height, width in stage.data.buckets:

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,11 +149,22 @@ def test_help_prints_and_exits_with_0(capsys, recipe):
     assert "--stages.0.optimizer.learning-rate" in capsys.readouterr().out
 
 
-def test_every_recipe_in_configs_can_be_built():
-
-    assert recipes.known()
+def test_every_recipe_can_be_built_also_where_the_folder_has_another_name(
+    root, tmp_path, monkeypatch
+):
+    """As pixart_jax/recipes in a wheel, where no folder ``configs`` is on the path."""
+    shutil.copytree(root / "configs", tmp_path / "recipes")
+    monkeypatch.setattr(recipes, "RECIPES", tmp_path / "recipes")
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert {"xl2_curriculum", "shapes_demo"} <= set(recipes.known())
     for name in recipes.known():
+        assert recipes.find(name).parent == tmp_path / "recipes"
         assert recipes.load(recipes.find(name)).stages
+    found = sys.modules["configs._xl2"].__file__
+    assert found is not None and Path(found).parent == tmp_path / "recipes"
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_the_program_itself_exits_with_2_and_one_line(root: Path, tmp_path):

@@ -95,8 +95,8 @@ def parse_config(recipe: Path, overrides: Sequence[str]) -> Config:
 
 def load(recipe: Path) -> Config:
     """What the file's get_config() returns."""
-    if importlib.util.find_spec("configs") is None:
-        # recipes import each other as configs.NAME, also where the folder has another name
+    # recipes import each other as configs.NAME, also where the folder has another name
+    if str(RECIPES) not in getattr(sys.modules.get("configs"), "__path__", ()):
         package = types.ModuleType("configs")
         package.__path__ = [str(RECIPES)]
         sys.modules["configs"] = package
