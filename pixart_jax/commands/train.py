@@ -70,9 +70,10 @@ def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> 
                 with Metrics(folder.path, position.total) as metrics, liveness.report_failures():
                     outputs = (checkpoints, metrics, meter)
                     run = Run(config, folder, mesh, *outputs, interruption, position, encode)
-                    trained = None
+                    trained: Trained | None = None
                     for index in range(position.stage, len(config.stages)):
                         trained = train_stage(run, index, trained)
+                    assert trained is not None  # a config has at least one stage
                     run.finish(trained)
             except Interrupted as signal:
                 where = checkpoints.describe_latest(config)

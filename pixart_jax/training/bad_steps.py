@@ -7,9 +7,9 @@ of the state, so a resumed run decides as an uninterrupted one.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 WINDOW = 100
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StepGuard:
     """Counts and running means of a stage's steps; scalars, int32 and fp32. Each stage begins
     afresh."""

@@ -170,8 +170,14 @@ def _features(root: str, stage: StageConfig, captions, bad: BadRecords) -> Featu
         )
     root, _, latents = root.partition("?latents=")
     data = stage.data
-    options = {"latents": latents or None, "buckets": data.buckets, "faults": bad}
-    return FeatureSamples(root, captions, data.max_text_tokens, **options)
+    return FeatureSamples(
+        root,
+        captions,
+        data.max_text_tokens,
+        latents=latents or None,
+        buckets=data.buckets,
+        faults=bad,
+    )
 
 
 def rows_of(sharding: jax.sharding.NamedSharding, size: int) -> np.ndarray:

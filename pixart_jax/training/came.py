@@ -15,7 +15,7 @@ last two axes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ import optax
 class Factors(NamedTuple):
     """Running second moment: row [..., n] and col [..., m] of [..., n, m]; or full, for vectors."""
 
-    row: jax.Array | None = None
-    col: jax.Array | None = None
-    full: jax.Array | None = None
+    row: Any = None
+    col: Any = None
+    full: Any = None
 
 
 class CameState(NamedTuple):
@@ -92,8 +92,8 @@ def scale_by_came(
         else:
             second = Factors(full=b2 * second.full + (1 - b2) * square)
             u = g * jax.lax.rsqrt(second.full)
-        own = tuple(range(1 if is_stacked else 0, g.ndim))
-        rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=own, keepdims=True))
+        axes = tuple(range(1 if is_stacked else 0, g.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=axes, keepdims=True))
         u = u / jnp.maximum(1.0, rms / clip)
         m = b1 * m + (1 - b1) * u
         if not matrix:
@@ -115,7 +115,7 @@ def scale_by_came(
                 strict=True,
             )
         ]
-        new, *kept = (treedef.unflatten(column) for column in zip(*results, strict=True))
-        return new, CameState(*kept)
+        new, *moments = (treedef.unflatten(column) for column in zip(*results, strict=True))
+        return new, CameState(*moments)
 
     return optax.GradientTransformation(init, update)

@@ -157,7 +157,8 @@ class Checkpointer:
             raise self._damaged(
                 total, f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}"
             )
-        return TrainState(**opened.state, guard=_guard(position.guard, abstract.guard))
+        guard = _guard(position.guard, abstract.guard)
+        return TrainState(**opened.state, guard=guard)  # type: ignore[arg-type]
 
     def describe_latest(self, config: Config) -> str:
         """Where the last committed checkpoint is in the run, in words."""

@@ -116,7 +116,7 @@ class Frozen:
         return [self._states[text] for text in texts]
 
 
-class FrozenSpec:
+class FrozenSpec(Frozen):
     """Stands in for the frozen parts where a program is made from shapes alone: the few numbers
     that enter it.
 
@@ -125,10 +125,10 @@ class FrozenSpec:
     """
 
     def __init__(self, config: Config):
-        self._config = config
+        super().__init__(config, Path())
         self.assumptions: list[str] = []
 
-    @property
+    @functools.cached_property
     def scaling_factor(self) -> float:
         folder = Path(self._config.vae or "")
         for path in (folder / "vae" / "config.json", folder / "config.json"):
@@ -144,7 +144,7 @@ class FrozenSpec:
         self._assume('the text encoder gives "" one token')
         return [np.zeros((1, self._config.model.caption_width), np.float32) for _ in texts]
 
-    @property
+    @functools.cached_property
     def tokenizer(self):
         """As many tokens as the text model has rows; the first masks words."""
         if self._config.text_model is None:

@@ -109,7 +109,8 @@ def convert_params(
 def complete_params(stage: StageConfig, params, fresh):
     """The given parameters, checked against the stage's model, with fresh ones for what they may
     lack."""
-    given, wanted = flatten(params), flatten(jax.eval_shape(fresh))
+    given: dict[str, Any] = flatten(params)
+    wanted: dict[str, Any] = flatten(jax.eval_shape(fresh))
     missing = [path for path in wanted if path not in given]
     extra = [path for path in given if path not in wanted]
     wrong = [
@@ -123,7 +124,7 @@ def complete_params(stage: StageConfig, params, fresh):
         what = [f"{len(n)} {name}: {', '.join(n[:3])}" for name, n in kinds.items() if n]
         raise UserError(f"stage {stage.name} cannot start from these weights ({'; '.join(what)})")
     if missing:
-        new = flatten(fresh())
+        new: dict[str, Any] = flatten(fresh())
         # The embedders' last layer is set to zero, so that the model begins as the plain one.
         given |= {
             path: np.zeros(new[path].shape, new[path].dtype) if "/fc2/" in path else new[path]

@@ -3,6 +3,8 @@ beside the paper's way of counting."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from pixart_jax.config import HardwareConfig
 
 PAPER_WATTS, PAPER_GCO2_PER_KWH = 400.0, 57.0  # GPU-hours × 0.4 kW × 57 gCO2e/kWh
@@ -17,7 +19,7 @@ class EnergyMeter:
 
     def __init__(self) -> None:
         self.source: str | None = None
-        self._tracker = None
+        self._tracker: Any = None
         self._kwh = 0.0
 
     def __enter__(self) -> EnergyMeter:

@@ -110,7 +110,8 @@ def train(
     sharding, batches = batch_sharding(mesh), loader.iterator(start=start)
     bar = _progress_bar(stage.name, start, stage.steps)
     pending: tuple[int, dict, float] | None = None
-    in_row, due, shapes = 0, False, set()
+    in_row, due = 0, False
+    shapes: set[tuple] = set()  # of the batches so far
 
     def read_pending() -> None:
         """Read the metrics of the step that was dispatched last."""

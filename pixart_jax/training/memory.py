@@ -96,8 +96,10 @@ def usable_bytes(device: jax.Device) -> float | None:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return _OF_A_HOST * whole / jax.local_device_count() if jax.process_count() == 1 else None
     chip = chip_of(device.device_kind)
-    if chip is None or device.platform != "gpu":
-        return chip and chip.usable_bytes
+    if chip is None:
+        return None
+    if device.platform != "gpu":
+        return chip.usable_bytes
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _OF_A_GPU))
     return min(chip.usable_bytes, chip.hbm_bytes * fraction)
 

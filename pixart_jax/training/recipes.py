@@ -20,7 +20,7 @@ RECIPES = bundled("configs")
 USAGE = "python train.py configs/NAME.py --workdir DIR [--FIELD VALUE …]"
 
 
-def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
+def split(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
     """(the recipe's file, the workdir, the remaining overrides)."""
     argv = list(argv)
     names = ", ".join(known())
@@ -37,7 +37,7 @@ def split(argv: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
     if given is None:
         if not {"-h", "--help"} & set(rest):
             raise UserError(f"--workdir is missing, the folder of the run: {USAGE}")
-        return recipe, None, rest
+        return recipe, Path(), rest  # --help ends the program
     if re.match(r"[A-Za-z][\w+.-]+:/", given):
         raise UserError(
             f"--workdir {given}: a folder is needed, on a disk that all processes see; an "

@@ -7,6 +7,7 @@ hardware that is not at hand. Both build a stage here.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.models.remat import AUTO
 from pixart_jax.parallel import rules
-from pixart_jax.training.frozen import Frozen, FrozenSpec
+from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.memory import Choice, choose_remat
 from pixart_jax.training.optimizer import make_optimizer
 from pixart_jax.training.state import TrainState, abstract_state
@@ -35,9 +36,7 @@ class StageParts:
     remat: Choice | None = None  # the policy chosen, where the config says "auto"
 
 
-def build_stage(
-    config: Config, stage: StageConfig, frozen: Frozen | FrozenSpec, mesh: Mesh
-) -> StageParts:
+def build_stage(config: Config, stage: StageConfig, frozen: Frozen, mesh: Mesh) -> StageParts:
     """Build the parts of a stage on a mesh.
 
     Raises UserError for a task that does not fit its config, and where the mesh leaves much of the
@@ -68,6 +67,7 @@ def abstract_batch(
     """
     b, (height, width), text = stage.batch_size, bucket, stage.data.max_text_tokens
     f32, i32 = jnp.float32, jnp.int32
+    shapes: dict[str, tuple[tuple[int, ...], Any]]
     if stage.task == "autoencoder":
         shapes = {"images": ((b, height, width, 3), f32)}
     elif stage.task == "text_to_text":

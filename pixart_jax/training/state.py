@@ -1,10 +1,10 @@
-"""What a run carries from step to step: one pytree, created where it will lie on the mesh."""
+"""What a run carries from step to step: one pytree, created on the mesh."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,17 +15,17 @@ from pixart_jax.training.bad_steps import StepGuard
 from pixart_jax.training.ema import averaged
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 scalar, steps done in this stage, skipped ones too. params: fp32 masters.
-    opt_state: Optax's, the EMA within.
-    guard: what lets a bad step be told (training/bad_steps.py); None in a state that never
-    steps."""
+    """The state of a stage. step: int32 scalar, steps done, skipped ones included. params: fp32
+    masters. opt_state: Optax's, with the EMA. guard: which steps are skipped
+    (training/bad_steps.py); None in a state that never steps."""
 
     step: jax.Array
     params: optax.Params
     opt_state: optax.OptState
-    guard: StepGuard | None = None
+    guard: StepGuard = None  # type: ignore[assignment]
 
     @property
     def average(self) -> optax.Params:
@@ -38,8 +38,8 @@ def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: 
     """The state as shapes with shardings. boxed_shapes: jax.eval_shape of the module's init, with
     logical axis names.
 
-    What the optimizer keeps for a parameter lies as the parameter does where it has its shape;
-    factors and counters are small and replicated.
+    Optimizer state of a parameter's shape is sharded as the parameter; factors and counters are
+    small and replicated.
     """
     shardings = rules.parameter_shardings(boxed_shapes, mesh)
     params = rules.unboxed(boxed_shapes)
@@ -49,7 +49,7 @@ def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: 
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
         )
     }
-    whole = rules.replicated(mesh)
+    replicated = rules.replicated(mesh)
 
     def place(path, leaf):
         names = _names(path)
@@ -57,7 +57,7 @@ def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: 
             shape, sharding = by_path.get(names[start:], (None, None))
             if shape == leaf.shape:
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
     shapes = jax.eval_shape(lambda p: _begin(p, optimizer), params)
     return jax.tree_util.tree_map_with_path(place, shapes)
@@ -66,22 +66,21 @@ def abstract_state(boxed_shapes, optimizer: optax.GradientTransformation, mesh: 
 def fresh_params(
     init: Callable[[jax.Array], optax.Params], key: jax.Array, abstract: TrainState
 ) -> optax.Params:
-    """``init(key)``'s parameters (boxed or plain), made where they will lie: never whole on one
-    device first."""
-    return jax.jit(lambda k: rules.unboxed(init(k)), out_shardings=shardings_of(abstract.params))(
-        key
-    )
+    """``init(key)``'s parameters (boxed or plain), created sharded: never whole on one device."""
+    shardings = shardings_of(abstract.params)
+    return jax.jit(lambda key: rules.unboxed(init(key)), out_shardings=shardings)(key)
 
 
 def state_from(
     params: optax.Params, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """Step 0 from given parameters (numpy or jax arrays, anywhere); those that already lie right
-    are taken over, not copied."""
+    """Step 0 from given parameters (numpy or jax arrays, anywhere); those already in place are
+    donated, not copied."""
     placed = jax.tree.map(gather.place_like, params, abstract.params)
-    return jax.jit(
-        lambda p: _begin(p, optimizer), out_shardings=shardings_of(abstract), donate_argnums=0
-    )(placed)
+    begin = jax.jit(
+        _begin, static_argnums=1, out_shardings=shardings_of(abstract), donate_argnums=0
+    )
+    return begin(placed, optimizer)
 
 
 def shardings_of(abstract):

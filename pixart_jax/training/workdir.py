@@ -102,8 +102,8 @@ def as_json(config: Config) -> dict:
 
 def _plain(value):
     """Dataclasses, tuples and plain values as read back from JSON."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    return json.loads(json.dumps(plain))
+    is_config = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return json.loads(json.dumps(dataclasses.asdict(value) if is_config else value))
 
 
 def enable_compilation_cache(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -27,10 +28,9 @@ from pixart_jax import cli
 from pixart_jax.commands import train
 from pixart_jax.config import DataConfig, ProfileConfig
 from pixart_jax.data.sources import Sample
-from pixart_jax.training import batches
+from pixart_jax.training import batches, loop
 from pixart_jax.training.metrics import TIMING, read
 
-pytestmark = pytest.mark.slow
 STEPS = 7 + 8 + 9
 
 
@@ -130,6 +130,40 @@ def test_the_null_caption_is_the_empty_text_where_the_stage_says_so_and_never_tr
     assert (null[len(empty) :] == 0).all()
 
 
+class Killed(BaseException):
+    """Ends a run where it stands, as SIGKILL would."""
+
+
+def test_a_run_cut_off_at_three_of_its_steps_resumes_to_the_same_bits(world, tmp_path, monkeypatch):
+    """One stage of seven steps, saved at 3, 6 and 7, in one process. Slow tests kill real ones."""
+    config = tiny_run.curriculum(world)
+    config = dataclasses.replace(config, stages=config.stages[:1])
+    train.train(config, tmp_path / "whole")
+    put, count, workdir = loop.put, 0, tmp_path / "run"
+
+    def put_or_die(*batch):
+        nonlocal count
+        count += 1
+        if count in (3, 8, 10):  # before step 3; resumed at 0, step 5; resumed at 3, step 5
+            raise Killed
+        return put(*batch)
+
+    monkeypatch.setattr(loop, "put", put_or_die)
+    starts = 0
+    while not (workdir / "model").exists():
+        starts += 1
+        with contextlib.suppress(Killed):
+            train.train(config, workdir)
+    assert starts == 4 and figures(workdir) == figures(tmp_path / "whole")
+    one, other = (
+        ocp.StandardCheckpointer().restore(folder / "checkpoints" / "7" / "state")
+        for folder in (tmp_path / "whole", workdir)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    file = "model/transformer/diffusion_pytorch_model.safetensors"
+    assert (workdir / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 def program_started(kill_at: int | str, recipe: Path, workdir: Path, *more: str):
     program = Path(__file__).parent / "train_until_killed.py"
     return subprocess.run(
@@ -162,6 +196,7 @@ def assert_ended_the_same(workdir: Path, whole: Path, how) -> None:
         assert (workdir / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bit(
     finished, world, tmp_path
 ):
@@ -179,6 +214,7 @@ def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bi
     assert_ended_the_same(workdir, finished[0], f"killed at {kills}")
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_saves_the_step_says_where_it_stands_and_goes_on_to_the_same_bits(
     finished, world, tmp_path
 ):
@@ -217,6 +253,7 @@ def test_told_to_stop_it_saves_the_step_says_where_it_stands_and_goes_on_to_the_
     assert read(workdir / "metrics.jsonl")[-1]["restarts"] == 3
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_keeps_the_last_save_and_the_same_command_goes_on_once_there_is_space(
     finished, world, tmp_path
 ):
@@ -370,6 +407,7 @@ def test_a_trace_of_asked_steps_lies_in_the_workdir(world, tmp_path, capsys):
     assert f"profile of steps 3 to 4: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_another_place_compiled_programs_are_kept_in_the_workdir(world, tmp_path):
     there = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [

@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pixart_jax.config import Config, StageConfig
-from pixart_jax.training.frozen import Frozen, FrozenSpec
+from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.autoencoder import Autoencoder
 from pixart_jax.training.tasks.class_conditional import ClassConditional
 from pixart_jax.training.tasks.text_to_image import TextToImage
@@ -29,6 +29,6 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def make_task(config: Config, stage: StageConfig, frozen: Frozen | FrozenSpec) -> Task:
+def make_task(config: Config, stage: StageConfig, frozen: Frozen) -> Task:
     """The task of a stage, its model built. Raises UserError where config and task do not fit."""
     return TASKS[stage.task].from_config(config, stage, jnp.dtype(config.compute_dtype), frozen)

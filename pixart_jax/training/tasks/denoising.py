@@ -4,7 +4,7 @@ loss of a denoiser's output."""
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -93,5 +93,5 @@ def stage_model(model: TransformerConfig, stage: StageConfig) -> TransformerConf
 def with_stage_positions(model: TransformerConfig, stage: StageConfig) -> TransformerConfig:
     """The model's config with the stage's position_base and position_scale where it sets them."""
     positions = {"position_base": stage.position_base, "position_scale": stage.position_scale}
-    changes = {name: value for name, value in positions.items() if value is not None}
+    changes: dict[str, Any] = {name: v for name, v in positions.items() if v is not None}
     return dataclasses.replace(model, **changes)
