@@ -29,6 +29,13 @@ def bundled(name: str) -> Path:
     return installed if installed.is_dir() else package.parent / name
 
 
+def find(path: str | os.PathLike) -> Path:
+    """A path as it is where it exists; else, for assets/…, the shipped one."""
+    path = Path(path).expanduser()
+    shipped = bundled("assets").parent / path
+    return shipped if path.parts[:1] == ("assets",) and not path.exists() else path
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **options) -> Iterator[IO]:
     """A file that replaces ``path`` when the block ends, complete and synced, with the permissions

@@ -3,8 +3,6 @@ compiled."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jax.sharding import Mesh
 
 from pixart_jax.config import Config, StageConfig
@@ -12,6 +10,8 @@ from pixart_jax.data.sources import parse_mixture, parse_source
 from pixart_jax.errors import UserError
 from pixart_jax.models.remat import check_platform
 from pixart_jax.parallel.mesh import batch_shards, check_divides
+from pixart_jax.training.initialization import start_folder
+from pixart_jax.weights.hub import model_folder
 
 
 def check_run(config: Config, mesh: Mesh) -> None:
@@ -23,7 +23,7 @@ def check_run(config: Config, mesh: Mesh) -> None:
         _check_sources(stage)
     for field in ("vae", "text_encoder"):
         folder = getattr(config, field)
-        if folder is not None and not Path(folder).is_dir():
+        if folder is not None and not model_folder(folder, (field,)).is_dir():
             raise UserError(
                 f"{field} {folder!r}: no such folder; give a model folder, or one with "
                 "config.json and weights"
@@ -54,7 +54,7 @@ def _check_model(config: Config, stage: StageConfig, mesh: Mesh) -> None:
 
 
 def _check_sources(stage: StageConfig) -> None:
-    if stage.start not in ("fresh", "previous") and not Path(stage.start).is_dir():
+    if stage.start not in ("fresh", "previous") and not start_folder(stage).is_dir():
         raise UserError(
             f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)"
         )

@@ -16,9 +16,11 @@ import numpy as np
 from pixart_jax.config import Config
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
+from pixart_jax.files import find
 from pixart_jax.parallel.liveness import run_on_first_process
 from pixart_jax.text import clean_caption, load_tokenizer, save_tokenizer, tokenize, word_tokenizer
 from pixart_jax.weights.component import load_component
+from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.vae import config_from_json
 
 
@@ -41,7 +43,7 @@ class Frozen:
                 f"config {self._config.name}: {field} is None, but this run needs one: give a "
                 "model folder"
             )
-        given = Path(value)
+        given = model_folder(value, (field,))
         if not given.is_dir():
             raise UserError(
                 f"{field} {str(given)!r}: no such folder; give a model folder, or one with "
@@ -130,7 +132,7 @@ class FrozenSpec(Frozen):
 
     @functools.cached_property
     def scaling_factor(self) -> float:
-        folder = Path(self._config.vae or "")
+        folder = find(self._config.vae or "")
         for path in (folder / "vae" / "config.json", folder / "config.json"):
             if self._config.vae and path.is_file():
                 return config_from_json(json.loads(path.read_text())).scaling_factor

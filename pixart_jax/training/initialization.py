@@ -21,6 +21,7 @@ from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState, fresh_params, state_from
 from pixart_jax.training.tasks import Task
 from pixart_jax.weights.component import load_component
+from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.table import flatten, unflatten
 
 # What given weights may lack: the parts that a multi-scale model has beyond a plain one, the null
@@ -72,12 +73,17 @@ def initial_params(
     return convert_params(stage, kind, model, params, task, fresh, key, report)
 
 
+def start_folder(stage: StageConfig) -> Path:
+    """The folder of the component that a stage starts from; of a hub id, after its download."""
+    part = {"autoencoder": "vae", "text_to_text": "text_encoder"}.get(stage.task, "transformer")
+    folder = model_folder(stage.start, (part,))
+    return folder / part if (folder / part).is_dir() else folder
+
+
 def load_start(stage: StageConfig):
     """(task, model config, parameters) of the folder that a stage names: a part's own, or a
     model's."""
-    folder = Path(stage.start)
-    part = {"autoencoder": "vae", "text_to_text": "text_encoder"}.get(stage.task, "transformer")
-    component = load_component(folder / part if (folder / part).is_dir() else folder)
+    component = load_component(start_folder(stage))
     kinds: dict[type, str] = {
         TransformerConfig: "text_to_image",
         DiTConfig: "class_conditional",

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import find
 
 PARTS = ("transformer", "text_encoder", "vae")
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -32,14 +33,15 @@ def model_folder(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Path:
-    """A model's local folder: ``model`` itself where it exists, else the hub's model of that id.
+    """A model's local folder: ``model`` itself where it exists, else the shipped model of that name
+    (assets/…), else the hub's model of that id.
 
     Downloads only missing files, of the named parts, with progress bars. Without network, files
     that an earlier call downloaded are used. variant: such as "fp16"; by default the weights
     without one, or the only ones there are. Raises UserError for an unknown id or revision, a gated
     model, and where there is no network and no cached copy.
     """
-    path = Path(model).expanduser()
+    path = find(model)
     if path.exists() or not _ID.fullmatch(str(model)):
         return path
     from huggingface_hub import HfApi, snapshot_download

@@ -1,0 +1,59 @@
+"""Files appear whole or not at all; locks; what the project ships is found."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import stat
+
+import pytest
+
+from pixart_jax import files
+
+
+def test_a_file_is_replaced_whole_with_the_permissions_of_a_new_one(tmp_path):
+    file = tmp_path / "a.json"
+    files.write_json(file, {"b": 1, "a": "é"}, sort_keys=True, ensure_ascii=False)
+    assert file.read_text() == '{\n  "a": "é",\n  "b": 1\n}\n'
+    (tmp_path / "new").touch()
+    assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((tmp_path / "new").stat().st_mode)
+    with pytest.raises(OSError, match="full"), files.atomic_write(file) as half:
+        half.write(b"half")
+        raise OSError("full")
+    assert json.loads(file.read_text()) == {"a": "é", "b": 1}
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "new"]
+
+
+def _hold(path, held, leave):
+    with files.locked(path):
+        held.set()
+        leave.wait(30)
+
+
+def test_a_lock_is_refused_or_waited_for(tmp_path):
+    fork = multiprocessing.get_context("spawn")
+    held, leave = fork.Event(), fork.Event()
+    other = fork.Process(target=_hold, args=(tmp_path / "lock", held, leave))
+    other.start()
+    assert held.wait(30)
+    busy = RuntimeError("in use")
+    with pytest.raises(RuntimeError, match="in use"), files.locked(tmp_path / "lock", busy=busy):
+        pass
+    with files.locked(tmp_path / "lock", on_wait=leave.set):
+        pass
+    other.join(30)
+    assert leave.is_set() and other.exitcode == 0
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch, root):
+    monkeypatch.chdir(tmp_path)
+    assert files.find("assets/shapes") == root / "assets" / "shapes"
+    (tmp_path / "assets" / "shapes").mkdir(parents=True)
+    assert files.find("assets/shapes").resolve() == (tmp_path / "assets" / "shapes").resolve()
+    assert str(files.find("absent")) == "absent"
+
+
+def test_hashes_are_the_same_on_every_machine():
+    assert files.hash64("a red circle") == 0x8CBF502735C9B035
+    assert files.hash64("\ud800") != files.hash64("")  # a lone surrogate
