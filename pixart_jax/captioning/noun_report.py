@@ -120,7 +120,7 @@ def _set_figures(one: NounCounts, with_tokens: bool) -> dict:
         "words": _summary(one.words),
         "tokens": tokens,
         "left_out": dict(one.faults.counts),
-        "mended": dict(one.faults.mended),
+        "mended": dict(one.faults.repaired),
         "top": one.top(),
     }
 

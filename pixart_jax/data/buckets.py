@@ -105,7 +105,7 @@ def assign(height: float, width: float, buckets: Iterable[tuple[int, int]]) -> t
     ratios and sizes cannot be told apart, so the first wins.
     """
     _check(height, width)
-    buckets = tuple(map(tuple, buckets))
+    buckets = tuple((height, width) for height, width in buckets)
     if not buckets:
         raise UserError("no buckets to choose from: name at least one (height, width)")
     ratio = height / width

@@ -1,5 +1,5 @@
-"""What is wrong with a set's records: each named by file and record, counted by kind, and the rest
-goes on; or, strict, the first stops."""
+"""Bad records of a set: each is named by file and record and counted by kind, and reading goes on;
+in strict mode the first one raises."""
 
 from __future__ import annotations
 
@@ -13,76 +13,69 @@ from pixart_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
-    """place: the file, and the record in it ('a.tar, 000123.jpg'); kind: a few fixed words that are
-    counted ('unreadable image', 'missing caption', 'key twice', 'cut file'); detail: what exactly,
-    one line, may be empty; mended: put right (control characters taken out of a caption), and the
-    record stays."""
+    """place: the file, and the record in it ('a.tar, 000123.jpg'). kind: one of a few fixed names
+    that are counted ('unreadable image', 'missing caption', 'key twice', 'cut file'). detail: one
+    line, may be empty. repaired: the record stays (control characters removed from a caption)."""
 
     place: str
     kind: str
     detail: str = ""
-    mended: bool = False
+    repaired: bool = False
 
     def __str__(self) -> str:
         return f"{self.place}: {self.kind}{f' ({self.detail})' if self.detail else ''}"
 
 
 class BadRecords:
-    """Collects faults, in the order they were found, each once; threads may report at once.
+    """Collects bad records from any thread, each once, in the order in which they were found.
 
-    strict: the first one is raised as a UserError. kept: so many are kept by name, more are counted
-    alone, so that a set whose every record is bad does not fill the memory.
+    strict: raise the first one as a UserError. limit: only so many are kept by name; more are
+    counted, so that a set of bad records alone does not fill the memory.
     """
 
-    def __init__(self, strict: bool = False, kept: int = 10_000):
-        self.strict, self._most = strict, kept
-        self._kept: dict[BadRecord, None] = {}
-        self.counts: collections.Counter[str] = collections.Counter()  # of what was left out
-        self.mended: collections.Counter[str] = collections.Counter()
+    def __init__(self, strict: bool = False, limit: int = 10_000):
+        self.strict, self._limit = strict, limit
+        self._named: dict[BadRecord, None] = {}
+        self.counts: collections.Counter[str] = collections.Counter()  # skipped, by kind
+        self.repaired: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
 
-    def add(self, place: str, kind: str, detail: str = "", mended: bool = False) -> None:
-        """Report one. UserError where strict."""
-        fault = BadRecord(_line(place), kind, _line(detail), mended)
+    def add(self, place: str, kind: str, detail: str = "", repaired: bool = False) -> None:
+        """Report a bad record. Raises UserError in strict mode."""
+        record = BadRecord(_line(place), kind, _line(detail), repaired)
         if self.strict:
-            raise UserError(
-                f"{fault}; without --strict it would be counted and "
-                f"{'put right' if mended else 'left out'}"
-            )
+            what = "put right" if repaired else "left out"
+            raise UserError(f"{record}; without --strict it would be counted and {what}")
         with self._lock:
-            if fault in self._kept:
+            if record in self._named:
                 return
-            (self.mended if mended else self.counts)[kind] += 1
-            if len(self._kept) < self._most:
-                self._kept[fault] = None
+            (self.repaired if repaired else self.counts)[kind] += 1
+            if len(self._named) < self._limit:
+                self._named[record] = None
 
-    def extend(self, faults: Iterable[BadRecord]) -> None:
+    def extend(self, records: Iterable[BadRecord]) -> None:
         """Report several."""
-        for fault in faults:
-            self.add(fault.place, fault.kind, fault.detail, fault.mended)
+        for record in records:
+            self.add(record.place, record.kind, record.detail, record.repaired)
 
     def __len__(self) -> int:
-        """How many were left out."""
+        """The number of skipped records."""
         return sum(self.counts.values())
 
     def __iter__(self) -> Iterator[BadRecord]:
-        return iter(list(self._kept))
+        return iter(list(self._named))
 
     def summary(self) -> str:
-        """'3 left out: 2 unreadable image, 1 key twice; 1 mended: 1 control characters'; '' where
-        there is none."""
-        said = []
-        for what, counts in (("left out", self.counts), ("mended", self.mended)):
+        """'3 left out: 2 unreadable image, 1 key twice; 1 mended: 1 control characters', or ''."""
+        parts = []
+        for what, counts in (("left out", self.counts), ("mended", self.repaired)):
             if counts:
-                said.append(
-                    f"{counts.total()} {what}: "
-                    + ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-                )
-        return "; ".join(said)
+                kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+                parts.append(f"{counts.total()} {what}: {kinds}")
+        return "; ".join(parts)
 
 
-def _line(text: str, most: int = 300) -> str:
-    """One printable line: control characters and line breaks as spaces, at most ``most``
-    characters."""
-    shown = "".join(c if c.isprintable() else " " for c in text[: 2 * most])
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+def _line(text: str, limit: int = 300) -> str:
+    """One printable line of at most ``limit`` characters: others become spaces."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: 2 * limit])
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"

@@ -1,13 +1,14 @@
-"""The features of the official PixArt repositories as training samples, with the face of encoded
+"""The features of the official PixArt repositories as training samples, in the batches of encoded
 records.
 
-    {name}.npz in caption_feature…   caption_feature float [1, l, c], attention_mask [1, l] (without
-    one every token counts) {name}.npy in img_vae_feature…   float [2·c, height/8, width/8]: mean
-    and std of the VAE's posterior, unscaled
+  {name}.npz in caption_feature…   caption_feature float [1, l, c], attention_mask [1, l] (without
+                                   one every token counts)
+  {name}.npy in img_vae_feature…   float [2·c, height/8, width/8]: mean and std of the VAE's
+                                   posterior, unscaled
 
-Where the official tools differ about a name, each is tried: FOLDER_STEM (what the loaders look
-for), FOLDER_STEM without what lies above, and STEM (what the extractor writes). A file belongs to
-one picture: where several would share it by its bare stem, the first has it.
+The official tools disagree about names, so each is tried: FOLDER_STEM (what the loaders look for),
+FOLDER_STEM without the folders above, and STEM (what the extractor writes). A file belongs to one
+image: of several that would share it by the bare stem, the first has it.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import pathlib
 import posixpath
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from pixart_jax.data.buckets import key_of
+from pixart_jax.data.encoded import unknown_buckets
 from pixart_jax.data.faults import BadRecord, BadRecords
-from pixart_jax.data.samples import CaptionMix, pad_length
-from pixart_jax.data.sources.layout import Entry, Layout, layout
-from pixart_jax.data.sources.listed import READERS, write_cache_file
+from pixart_jax.data.samples import CaptionMix, pad_length, show_sizes
+from pixart_jax.data.sources.indexed import READERS, cached_array
+from pixart_jax.data.sources.official import Entry, Layout
 from pixart_jax.errors import UserError
-from pixart_jax.files import cache_folder
 
 _TEXTS = ("caption_feature_wmask", "caption_features", "caption_features_new", "caption_feature")
 _MORE_TEXTS = {"sharegpt4v": ("sharegpt4v_caption_features_new", "sharegpt4v_caption_features")}
@@ -47,14 +49,13 @@ _LATENTS = (
     "img_sdxl_vae_features_*resolution_ms_new",
 )
 _FACTOR = 8  # pixels a latent
-_KEPT_FROM = 5_000
+_MISSING, _UNREADABLE = "missing features", "unreadable features"
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """Where a picture's features lie. latents: the file. texts: (file, tokens) by kind, None where
-    there is none."""
+    """The feature files of an image. texts: (file, tokens) by kind, None for a kind without."""
 
     latents: str
     bucket: tuple[int, int]
@@ -62,16 +63,15 @@ class _Found:
 
 
 class FeatureSamples:
-    """The pictures of a layout whose features are there and whole; the others are named and left
-    out, and none takes their place.
+    """The images of a layout whose features are complete; the others are named and left out.
 
     captions: kinds and weights: 'prompt' for the features of a data_info.json ('caption' for
-    SAM's), 'sharegpt4v' for PixArt-Σ's second ones. latents: the folder of latents, where the
-    layout holds several. Batches are those of data/encoded.py; label is −1 throughout, and size is
-    that of the picture where the list knows it, else the bucket's.
+    SAM's), 'sharegpt4v' for PixArt-Σ's second ones. latents: the folder of latents, if the layout
+    holds several. Batches are those of data/encoded.py; label is −1, and size is the image's in the
+    list, else the bucket's.
     """
 
-    identity = None  # nothing says which encoders made them
+    identity: Mapping[str, str] | None = None  # the files do not say which encoders made them
 
     def __init__(
         self,
@@ -85,37 +85,29 @@ class FeatureSamples:
     ):
         self.faults = BadRecords() if faults is None else faults
         self.name = f"pixart-features:{root}"
-        where = layout(root)
-        folder = _latents_folder(where.root, latents)
-        held = _text_folders(where)
-        self._mix = CaptionMix(captions, tuple(held), self.name) if captions else None
+        layout = Layout.of(root)
+        folder, texts = _latents_folder(layout.root, latents), _text_folders(layout)
+        self._mix = CaptionMix(captions, tuple(texts), self.name) if captions else None
         self._kinds = self._mix.kinds if self._mix else ()
-        self._entries = list(where.entries(self.faults))
-        self._found = self._look(where, folder, [held[kind] for kind in self._kinds])
-        self.buckets = tuple(sorted({found.bucket for found in self._found if found}))
+        self._entries = list(layout.entries(self.faults))
+        self._found = self._look(layout, folder, [texts[kind] for kind in self._kinds])
+        found = [one for one in self._found if one]
+        self.buckets = tuple(sorted({one.bucket for one in found}))
         if not self.buckets:
+            reason = self.faults.summary() or "the lists are empty"
+            raise UserError(f"{self.name}: no picture has all its features ({reason})")
+        if others := unknown_buckets(self.buckets, buckets):
             raise UserError(
-                f"{self.name}: no picture has all its features "
-                f"({self.faults.summary() or 'the lists are empty'})"
-            )
-        if buckets is not None and (
-            others := [
-                bucket for bucket in self.buckets if bucket not in {tuple(b) for b in buckets}
-            ]
-        ):
-            shown = ", ".join(f"{h}×{w}" for h, w in others[:4])
-            raise UserError(
-                f"{self.name} holds latents of {shown} px, which are none of the stage's buckets: "
-                "name theirs"
+                f"{self.name} holds latents of {show_sizes(others)} px, which are none of the "
+                "stage's buckets: name theirs"
             )
         self._ratios = [key_of(bucket) for bucket in self.buckets]
         numbers = {bucket: number for number, bucket in enumerate(self.buckets)}
-        self.bucket_of = np.array(
-            [numbers[found.bucket] if found else -1 for found in self._found], np.int16
-        )
+        places = [numbers[one.bucket] if one else -1 for one in self._found]
+        self.bucket_of = np.array(places, np.int16)
         self.length = 0
         if self._mix:
-            longest = max(text[1] for found in self._found if found for text in found.texts if text)
+            longest = max(text[1] for one in found for text in one.texts if text)
             if longest > max_text_tokens:
                 raise UserError(
                     f"{self.name} holds texts of {longest} tokens, more than max_text_tokens = "
@@ -126,135 +118,106 @@ class FeatureSamples:
     def __len__(self) -> int:
         return len(self.bucket_of)
 
-    # ---- what is there ----
+    def _look(self, layout: Layout, folder: Path, texts: list[Path]) -> list[_Found | None]:
+        """The files of each entry; for a large set the result is cached on disk."""
+        files = [*layout.lists, folder, *texts]
+        stamps = [(str(file.resolve()), file.stat().st_mtime_ns, self._kinds) for file in files]
+        identity = hashlib.sha256(repr(stamps).encode()).hexdigest()
 
-    def _look(
-        self, where: Layout, folder: pathlib.Path, texts: list[pathlib.Path]
-    ) -> list[_Found | None]:
-        """Each entry's files, by one pass over their headers; of a large set it is kept in the
-        cache folder."""
-        files = [*where.lists, folder, *texts]
-        seal = hashlib.sha256(
-            repr(
-                [(str(file.resolve()), file.stat().st_mtime_ns, self._kinds) for file in files]
-            ).encode()
-        ).hexdigest()
-        kept = cache_folder() / "features" / f"{seal}.json"
-        count = len(self._entries)
-        if count >= _KEPT_FROM and kept.exists():
-            said = json.loads(kept.read_text(encoding="utf-8"))
-            self.faults.extend(BadRecord(*fault) for fault in said["faults"])
-            return [
-                found
-                and _Found(
-                    found[0], tuple(found[1]), tuple(text and tuple(text) for text in found[2])
-                )
-                for found in said["found"]
-            ]
-        seen = BadRecords()
+        def look() -> np.ndarray:
+            found = [one and dataclasses.astuple(one) for one in self._read(folder, texts, faults)]
+            bad = [dataclasses.astuple(record) for record in faults]
+            return np.frombuffer(json.dumps([found, bad]).encode(), np.uint8)
+
+        faults = BadRecords()
+        data = cached_array("features", identity, len(self._entries), look)
+        found, bad = json.loads(data.tobytes())
+        self.faults.extend(BadRecord(*record) for record in bad)
+        return [
+            one and _Found(one[0], tuple(one[1]), tuple(text and tuple(text) for text in one[2]))
+            for one in found
+        ]
+
+    def _read(self, folder: Path, texts: list[Path], faults: BadRecords) -> list[_Found | None]:
+        """One pass over the headers of all files."""
+        found: list[_Found | None] = []
+        taken: set[str] = set()
         with (
             concurrent.futures.ThreadPoolExecutor(READERS) as readers,
             tqdm(
-                total=count, desc=f"headers of {self.name}", unit=" images", delay=2, leave=False
+                total=len(self._entries),
+                desc=f"headers of {self.name}",
+                unit=" images",
+                delay=2,
+                leave=False,
             ) as bar,
         ):
-            found: list[_Found | None] = []
-            for start in range(0, count, 4096):
+            for start in range(0, len(self._entries), 4096):
                 some = self._entries[start : start + 4096]
-                for one, faults in readers.map(
-                    lambda entry: _features_of(entry, folder, texts), some
-                ):
-                    found.append(one)
-                    seen.extend(faults)
+                looks = readers.map(lambda entry: _features_of(entry, folder, texts), some)
+                for entry, (one, bad) in zip(some, looks, strict=True):
                     bar.update()
-        found = self._alone(found, seen)
-        self.faults.extend(seen)
-        if count >= _KEPT_FROM:
-            said = {
-                "faults": [dataclasses.astuple(f) for f in seen],
-                "found": [f and dataclasses.astuple(f) for f in found],
-            }
-            write_cache_file(kept, lambda out: out.write(json.dumps(said).encode()))
+                    faults.extend(bad)
+                    if one and one.latents in taken:
+                        detail = f"{one.latents} is of an earlier picture"
+                        faults.add(f"{entry.place}, {entry.path}", "key twice", detail)
+                        one = None
+                    if one:
+                        taken.add(one.latents)
+                    found.append(one)
         return found
-
-    def _alone(self, found: list[_Found | None], faults: BadRecords) -> list[_Found | None]:
-        """Whoever's file an earlier entry has already is left out: it is that one's picture."""
-        taken: set[str] = set()
-        for number, one in enumerate(found):
-            if one:
-                if one.latents in taken:
-                    entry = self._entries[number]
-                    faults.add(
-                        f"{entry.place}, {entry.path}",
-                        "key twice",
-                        f"{one.latents} is of an earlier picture",
-                    )
-                    found[number] = None
-                taken.add(one.latents)
-        return found
-
-    # ---- batches ----
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of one bucket, each with the text that its draw chooses; UserError names a file that
-        cannot be read (any more)."""
-        height, width = self.buckets[bucket]
-        means, stds, sizes, keys = [], [], [], []
-        states, lengths = None, np.zeros(len(indices), np.int32)
-        for row, (index, draw) in enumerate(zip(indices, draws, strict=True)):
+        """Rows of one bucket, each with the text that its draw chooses. Raises UserError with the
+        name of a file that cannot be read (any more)."""
+        count, (height, width) = len(indices), self.buckets[bucket]
+        posteriors, sizes, keys, texts = [], [], [], []
+        for index, draw in zip(indices, draws, strict=True):
             found, entry = self._found[int(index)], self._entries[int(index)]
-            both = (
-                _load(found.latents)
-                .astype(np.float32)
-                .reshape(-1, height // _FACTOR, width // _FACTOR)
-                .transpose(1, 2, 0)
-            )
-            half = both.shape[-1] // 2
-            means.append(both[..., :half])
-            stds.append(both[..., half:])
+            assert found is not None, "the plan draws no sample without features"
+            latents = _load(found.latents).astype(np.float32)
+            posteriors.append(latents.reshape(-1, height // _FACTOR, width // _FACTOR))
             known = entry.fields.get("height"), entry.fields.get("width")
-            sizes.append(
-                known
-                if all(isinstance(side, int | float) and side > 0 for side in known)
-                else (height, width)
-            )
+            listed = all(isinstance(side, int | float) and side > 0 for side in known)
+            sizes.append(known if listed else (height, width))
             keys.append(posixpath.splitext(entry.path)[0] if entry.fields else entry.path)
             if self._mix:
-                present = {
-                    kind for kind, text in zip(self._kinds, found.texts, strict=True) if text
-                }
-                kind, _ = self._mix.choose(float(draw), present)
-                file, length = found.texts[self._kinds.index(kind)]
-                text = _load(file, "caption_feature")
-                text = text.reshape(-1, text.shape[-1])[:length]
-                if states is None:
-                    states = np.zeros(
-                        (len(indices), self.length, text.shape[-1]), ml_dtypes.bfloat16
-                    )
-                states[row, :length] = text
-                lengths[row] = length
+                held = dict(zip(self._kinds, found.texts, strict=True))
+                present = [kind for kind, text in held.items() if text]
+                file, tokens = held[self._mix.choose(float(draw), present)[0]] or ("", 0)
+                states = _load(file, "caption_feature")
+                texts.append(states.reshape(-1, states.shape[-1])[:tokens])
+        mean, std = np.split(np.stack(posteriors).transpose(0, 2, 3, 1), 2, axis=-1)
         batch = {
-            "mean": np.stack(means),
-            "std": np.stack(stds),
-            "label": np.full(len(indices), -1, np.int32),
+            "mean": mean,
+            "std": std,
+            "label": np.full(count, -1, np.int32),
             "size": np.array(sizes, np.float32),
-            "aspect_ratio": np.full(len(indices), self._ratios[bucket], np.float32),
+            "aspect_ratio": np.full(count, self._ratios[bucket], np.float32),
             "key": np.array(keys),
         }
-        return batch | ({"text_states": states, "text_lengths": lengths} if self._mix else {})
+        if self._mix:
+            shape = (count, self.length, texts[0].shape[-1])
+            batch["text_states"] = np.zeros(shape, ml_dtypes.bfloat16)
+            for row, states in enumerate(texts):
+                batch["text_states"][row, : len(states)] = states
+            batch["text_lengths"] = np.array([len(states) for states in texts], np.int32)
+        return batch
 
 
-def _latents_folder(root: pathlib.Path, given: str | None) -> pathlib.Path:
+# ---- files ----
+
+
+def _latents_folder(root: Path, given: str | None) -> Path:
     if given:
-        for folder in (root / given, pathlib.Path(given)):
+        for folder in (root / given, Path(given)):
             if folder.is_dir():
                 return folder
         raise UserError(
             f"pixart-features:{root}: no folder of latents {given!r}, neither there nor here"
         )
-    found = sorted(
-        {folder for pattern in _LATENTS for folder in root.glob(pattern) if folder.is_dir()}
-    )
+    matches = (folder for pattern in _LATENTS for folder in root.glob(pattern))
+    found = sorted({folder for folder in matches if folder.is_dir()})
     if not found:
         raise UserError(
             f"pixart-features:{root}: no folder of latents, as "
@@ -269,115 +232,88 @@ def _latents_folder(root: pathlib.Path, given: str | None) -> pathlib.Path:
     return found[0]
 
 
-def _text_folders(where: Layout) -> dict[str, pathlib.Path]:
+def _text_folders(layout: Layout) -> dict[str, Path]:
     """Kind of text → folder of its features."""
-    kinds = {where.text_kind: _TEXTS, **_MORE_TEXTS}
-    found = {
-        kind: next((where.root / name for name in names if (where.root / name).is_dir()), None)
-        for kind, names in kinds.items()
-    }
-    return {kind: folder for kind, folder in found.items() if folder}
+    found = {}
+    for kind, names in {layout.text_kind: _TEXTS, **_MORE_TEXTS}.items():
+        if folders := [layout.root / name for name in names if (layout.root / name).is_dir()]:
+            found[kind] = folders[0]
+    return found
 
 
 def _names(path: str) -> list[str]:
-    """What the features of a picture may be called, without suffix."""
+    """What the feature files of an image may be called, without suffix."""
     stem = posixpath.splitext(path)[0] if "." in posixpath.basename(path) else path
-    joined = "_".join(stem.rsplit("/", 1))
-    base = posixpath.basename(stem)
-    # the extractor takes the folder above for it
-    above = [] if "/" in path else [f"InternImgs_{base}", f"InternImgs_{base}".split(".")[0]]
-    return list(
-        dict.fromkeys(
-            [
-                joined,
-                posixpath.basename(joined),
-                base,
-                posixpath.basename(joined).split(".")[0],
-                *above,
-            ]
-        )
-    )
+    joined, base = "_".join(stem.rsplit("/", 1)), posixpath.basename(stem)
+    names = [joined, posixpath.basename(joined), base, posixpath.basename(joined).split(".")[0]]
+    if "/" not in path:  # the extractor takes the folder above for it
+        names += [f"InternImgs_{base}", f"InternImgs_{base}".split(".")[0]]
+    return list(dict.fromkeys(names))
 
 
 def _features_of(
-    entry: Entry, folder: pathlib.Path, texts: Sequence[pathlib.Path]
+    entry: Entry, folder: Path, texts: Sequence[Path]
 ) -> tuple[_Found | None, list[BadRecord]]:
-    """None, and what is wrong, where latents or all texts are missing or damaged."""
-    place = f"{entry.place}, {entry.path}"
-    names = _names(entry.path)
+    """(files, what is wrong); None if the latents or all texts are missing or damaged."""
+    place, names = f"{entry.place}, {entry.path}", _names(entry.path)
     latents = _first(folder, names, ".npy")
     if latents is None:
-        return None, [BadRecord(place, "missing features", f"no {names[0]}.npy in {folder.name}")]
+        return None, [BadRecord(place, _MISSING, f"no {names[0]}.npy in {folder.name}")]
     try:
         bucket = _bucket(latents)
-    except _DAMAGE as fault:
-        return None, [BadRecord(str(latents), "unreadable features", str(fault))]
-    held, faults = [], []
+    except _DAMAGE as error:
+        return None, [BadRecord(str(latents), _UNREADABLE, str(error))]
+    held: list[tuple[str, int] | None] = []
+    bad = []
     for kind in texts:
         file = _first(kind, names, ".npz")
         try:
             held.append((str(file), _tokens(file)) if file else None)
-        except _DAMAGE as fault:
-            faults.append(BadRecord(str(file), "unreadable features", str(fault)))
+        except _DAMAGE as error:
+            bad.append(BadRecord(str(file), _UNREADABLE, str(error)))
             held.append(None)
     if texts and not any(held):
-        missing = BadRecord(
-            place,
-            "missing features",
-            f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}",
-        )
-        return None, faults or [missing]
-    return _Found(str(latents), bucket, tuple(held)), faults
+        missing = f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}"
+        return None, bad or [BadRecord(place, _MISSING, missing)]
+    return _Found(str(latents), bucket, tuple(held)), bad
 
 
-def _first(folder: pathlib.Path, names: Sequence[str], suffix: str) -> pathlib.Path | None:
+def _first(folder: Path, names: Sequence[str], suffix: str) -> Path | None:
     return next((file for name in names if (file := folder / f"{name}{suffix}").is_file()), None)
 
 
-def _bucket(file: pathlib.Path) -> tuple[int, int]:
-    """(height, width) in px of latents, from their header; ValueError where the file is cut or no
-    posterior."""
-    with open(file, "rb") as data:
-        version = np.lib.format.read_magic(data)
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, column_major, dtype = read(data)
-        expected = data.tell() + int(np.prod(shape)) * dtype.itemsize
-    if file.stat().st_size != expected:
-        raise ValueError(f"{file.stat().st_size} bytes, {expected} were written")
-    shape = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
-    if len(shape) != 3 or shape[0] % 2 or column_major or dtype.kind != "f" or 0 in shape:
+def _bucket(file: Path) -> tuple[int, int]:
+    """(height, width) in px of latents, from their header. Raises ValueError if the file is cut or
+    not a posterior."""
+    held = np.load(file, mmap_mode="r")  # refuses a file that is cut
+    shape = held.shape[1:] if held.ndim == 4 and held.shape[0] == 1 else held.shape
+    if len(shape) != 3 or shape[0] % 2 or not held.flags.c_contiguous or held.dtype.kind != "f":
         raise ValueError(
-            f"{dtype} {shape} is no posterior: float [2·channels, height/8, width/8] is wanted"
+            f"{held.dtype} {shape} is no posterior: float [2·channels, height/8, width/8] is wanted"
         )
     return shape[1] * _FACTOR, shape[2] * _FACTOR
 
 
-def _tokens(file: pathlib.Path) -> int:
-    """Tokens of a text's states, at least 1; ValueError where its mask has holes."""
+def _tokens(file: Path) -> int:
+    """Tokens of a text's states, at least 1. Raises ValueError if its mask has holes."""
     with np.load(file) as held:
         if "caption_feature" not in held:
             raise ValueError("holds no caption_feature")
-        if "attention_mask" in held:
-            mask = held["attention_mask"].reshape(-1) != 0
-            length = int(mask.sum())
-            if not mask[:length].all():
-                raise ValueError(
-                    "attention_mask has holes: the tokens of a text are its first ones"
-                )
-            return max(length, 1)
-        return held["caption_feature"].size // held["caption_feature"].shape[-1]
+        if "attention_mask" not in held:
+            return held["caption_feature"].size // held["caption_feature"].shape[-1]
+        mask = held["attention_mask"].reshape(-1) != 0
+    length = int(mask.sum())
+    if not mask[:length].all():
+        raise ValueError("attention_mask has holes: the tokens of a text are its first ones")
+    return max(length, 1)
 
 
-def _load(file: str, name: str | None = None) -> np.ndarray:
+def _load(file: str, name: str | None = None) -> Any:
     try:
         held = np.load(file)
         if name is None:
             return held
         with held:
             return held[name]
-    except _DAMAGE as fault:
-        raise UserError(f"{file} is damaged: {' '.join(str(fault).split())[:160]}") from None
+    except _DAMAGE as error:
+        raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:160]}") from None

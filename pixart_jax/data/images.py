@@ -1,223 +1,183 @@
-"""Bytes of a picture → upright RGB pixels → the pixels of its bucket.
+"""Image bytes → upright RGB pixels → the pixels of a bucket.
 
-Every picture that Pillow reads is brought to RGB of 8 bits: EXIF rotation applied, what is
-transparent laid on white, gray and palettes and CMYK as RGB, 16 bits scaled to 8, of an animation
-the first frame. Colour profiles are not applied. A picture of more than PIXELS pixels (Pillow's own
-limit against decompression bombs), one that holds floating-point numbers, and whatever is cut short
-or damaged is refused by name.
+Every image that Pillow reads becomes 8-bit RGB: EXIF rotation applied, transparency on white, gray,
+palettes and CMYK as RGB, 16 bits scaled to 8, the first frame of an animation. Colour profiles are
+not applied. UnreadableImage is raised for an image of more than PIXELS pixels (Pillow's own limit
+against decompression bombs), one of floating-point numbers, and one that is cut or damaged.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import ExifTags, Image, ImageChops, ImageOps
 
 from pixart_jax.data.buckets import Fit, fit
 from pixart_jax.errors import UserError
 
-PIXELS = 2 * Image.MAX_IMAGE_PIXELS
-"""178,956,970: a picture of more pixels is refused (13,377 px square)."""
-# From half of that on Pillow warns; here the limit is the limit.
+PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""178,956,970: an image of more pixels is refused (13,377 px square)."""
+# Pillow warns from half of that on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# which is as none
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-_EXIF_ORIENTATION = 0x0112
-# What Pillow's codecs raise at bytes that lie.
+# What Pillow's codecs raise for damaged bytes.
 _DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError),
+    *(struct.error, zlib.error),
 )
 
 
 class UnreadableImage(UserError):
-    """The bytes are no picture, or only the beginning of one."""
+    """The bytes are not an image, or only the beginning of one."""
 
 
 def _open(data: bytes | BinaryIO) -> Image.Image:
     if isinstance(data, bytes):
-        if len(data) == 0:
+        if not data:
             raise UnreadableImage("the image is empty (0 bytes)")
         data = io.BytesIO(data)
     try:
         image = Image.open(data)
     except Image.DecompressionBombError:
         raise UnreadableImage(f"the image has more than {PIXELS:,} pixels") from None
-    except _DAMAGE as fault:
-        raise UnreadableImage(f"not a readable image: {_brief(fault)}") from None
+    except _DAMAGE as error:
+        raise UnreadableImage(f"not a readable image: {_brief(error)}") from None
     if 0 in image.size:
         raise UnreadableImage(f"the image has no pixels: {image.size[1]}×{image.size[0]}")
     return image
 
 
-def _brief(fault: BaseException) -> str:
-    text = " ".join(str(fault).split())
-    return (
-        "the format is none that is known"
-        if "cannot identify image file" in text
-        else text or type(fault).__name__
-    )
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "cannot identify image file" in text:
+        return "the format is none that is known"
+    return text or type(error).__name__
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none or the EXIF data are damaged; a TIFF's is
-    Pillow's own affair."""
-    if image.format == "TIFF":
-        return 1
+def _is_sideways(image: Image.Image) -> bool:
+    """Whether EXIF rotation swaps height and width. Damaged EXIF data count as none; Pillow turns a
+    TIFF by itself."""
     try:
-        if image.format == "PNG" and "exif" not in image.info and not _late_exif(image):
-            return 1  # getexif() would decode the whole picture to look behind it
-        found = image.getexif().get(_EXIF_ORIENTATION)
+        if image.format == "TIFF":
+            return False
+        if image.format == "PNG" and "exif" not in image.info and not _has_late_exif(image):
+            return False  # getexif() would decode the image to look behind its pixels
+        return image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
     except _DAMAGE:
-        return 1
-    return found if found in range(1, 9) else 1
+        return False
 
 
-def _late_exif(image: Image.Image) -> bool:
-    """Whether a PNG has its EXIF chunk behind the pixels."""
-    file = image.fp
-    place = file.tell()
-    try:
-        at = 8
-        while True:
-            file.seek(at)
-            head = file.read(8)
-            if len(head) < 8 or head[4:] == b"IEND":
-                return False
-            if head[4:] == b"eXIf":
-                return True
-            at += 12 + int.from_bytes(head[:4], "big")
-    finally:
-        file.seek(place)
+def _has_late_exif(image: Image.Image) -> bool:
+    """Whether the end of a PNG may hold an EXIF chunk, behind the pixels."""
+    file = vars(image)["fp"]
+    place, end = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 2**16))
+    found = b"eXIf" in file.read()
+    file.seek(place)
+    return found
 
 
 def size(data: bytes | BinaryIO) -> tuple[int, int]:
-    """(height, width) in px as the picture is meant to be seen (EXIF rotation applied), from its
-    header alone.
-
-    data: the bytes, or a file opened for reading, of which little more than the header is read.
-    """
+    """(height, width) in px with EXIF rotation applied, from the header: of a file little more is
+    read."""
     image = _open(data)
     width, height = image.size
-    return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+    return (width, height) if _is_sideways(image) else (height, width)
 
 
 def decode(data: bytes) -> np.ndarray:
-    """uint8 [height, width, 3]: upright (EXIF), transparent parts on white, gray, palette, 16-bit
-    and CMYK as RGB.
-
-    Raises UnreadableImage for what is no image and for one that is cut short.
-    """
+    """Decode to uint8 [height, width, 3]. Raises UnreadableImage for anything but a whole image."""
     return _pixels(_open(data))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
     try:
-        orientation = _orientation(image)
         image.load()
-        rgb = _rgb(image)
+        return np.asarray(_rgb(_upright(image), image.format))
     except UnreadableImage:
         raise
-    except (*_DAMAGE, Image.DecompressionBombError, MemoryError) as fault:
-        raise UnreadableImage(f"the image cannot be decoded: {_brief(fault)}") from None
-    return np.asarray(rgb if orientation == 1 else rgb.transpose(_UPRIGHT[orientation]))
+    except (*_DAMAGE, Image.DecompressionBombError, MemoryError) as error:
+        raise UnreadableImage(f"the image cannot be decoded: {_brief(error)}") from None
 
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned and image.format != "TIFF" else image
+    except _DAMAGE:  # damaged EXIF data
+        return image
 
 
 def fitted(data: bytes, bucket: tuple[int, int]) -> tuple[np.ndarray, Fit, tuple[int, int]]:
-    """(uint8 [bucket height, bucket width, 3], how it was resized and cropped, (height, width) of
-    the original).
+    """Decode, resize and crop to (uint8 [bucket height, bucket width, 3], the Fit used, (height,
+    width) of the original).
 
-    A JPEG that is to be shrunk to less than a half is decoded at a half, quarter or eighth of its
-    size, by the codec's own averaging, yet never below twice what it is shrunk to: several times
-    faster, and not the very pixels of ``to_bucket(decode(data))``: tests hold the mean difference
-    on a photograph under one level of 255. Anything else is the same.
+    A JPEG that is shrunk to less than a half is decoded at a half, quarter or eighth of its size by
+    the codec's own averaging, yet never below twice its final size. That is several times faster;
+    the pixels then differ from ``to_bucket(decode(data))`` by less than one level of 255 in the
+    mean (tested on a photograph). All other images are equal to it.
     """
     image = _open(data)
     width, height = image.size
-    turned = _orientation(image) in _SIDEWAYS
-    original = (width, height) if turned else (height, width)
+    sideways = _is_sideways(image)
+    original = (width, height) if sideways else (height, width)
     how = fit(*original, bucket)
     if image.format == "JPEG":
-        enough = (2 * how.height, 2 * how.width) if turned else (2 * how.width, 2 * how.height)
-        image.draft(None, enough)
+        enough = 2 * how.width, 2 * how.height
+        image.draft(None, enough[::-1] if sideways else enough)
     return _cut(_pixels(image), how, bucket), how, original
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
     """uint8 [h, w], [h, w, 1] or [h, w, 3] → uint8 [h, w, 3]."""
     pixels = np.asarray(pixels)
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if (
-        pixels.dtype != np.uint8
-        or pixels.ndim != 3
-        or pixels.shape[-1] not in (1, 3)
-        or 0 in pixels.shape
-    ):
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    shape = pixels.shape
+    if pixels.dtype != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3) or 0 in shape:
         raise UnreadableImage(
-            f"not an image: {pixels.dtype} {pixels.shape}, expected uint8 [height, width, 1 or 3]"
+            f"not an image: {pixels.dtype} {shape}, expected uint8 [height, width, 1 or 3]"
         )
-    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    return np.broadcast_to(pixels, (*shape[:2], 3))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
+def _rgb(image: Image.Image, codec: str | None) -> Image.Image:
+    transparent = "transparency" in image.info
+    if image.mode == "RGB" and not transparent:
         return image
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow would clip them to 8
-        pixels = np.asarray(image).astype(np.float32)
-        return Image.fromarray(np.clip(np.rint(pixels / 257), 0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
+        pixels = np.rint(np.asarray(image).astype(np.float32) / 257)
+        return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise UnreadableImage(
             "the image holds floating-point numbers, of which nothing says what is white"
         )
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparent:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+    if image.mode == "CMYK" and codec == "JPEG" and "adobe" not in image.info:
         # Adobe's are stored inverted, and Pillow takes every one for Adobe's
         image = ImageChops.invert(image)
     return image.convert("RGB")
 
 
 def to_bucket(pixels: np.ndarray, bucket: tuple[int, int]) -> tuple[np.ndarray, Fit]:
-    """uint8 [h, w, 3] → (uint8 [bucket height, bucket width, 3], how it was resized and
-    cropped)."""
-    how = fit(*pixels.shape[:2], bucket)
+    """uint8 [h, w, 3] → (uint8 [bucket height, bucket width, 3], the Fit used)."""
+    how = fit(pixels.shape[0], pixels.shape[1], bucket)
     return _cut(pixels, how, bucket), how
 
 
 def _cut(pixels: np.ndarray, how: Fit, bucket: tuple[int, int]) -> np.ndarray:
     if (how.height, how.width) != pixels.shape[:2]:
-        pixels = np.asarray(
-            Image.fromarray(pixels).resize((how.width, how.height), Image.Resampling.BICUBIC)
-        )
+        image = Image.fromarray(pixels)
+        resized = image.resize((how.width, how.height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized)
     return pixels[how.top : how.top + bucket[0], how.left : how.left + bucket[1]]

@@ -1,12 +1,12 @@
 """Batches in the order of the plan, read ahead by grain's threads.
 
-    loader = Loader(samples, batch_size=32, seed=0) batches = loader.iterator(start=step) batch =
-    next(batches)            # {name: numpy array [rows of this process, …]} state =
-    batches.get_state()      # goes into the checkpoint; set_state(state) goes on with the very next
-    batch
+    loader = Loader(samples, batch_size=32, seed=0)
+    batches = loader.iterator(start=step)
+    batch = next(batches)           # {name: numpy array [rows of this process, …]}
+    state = batches.get_state()     # for the checkpoint; set_state(state) resumes
 
-What a batch holds depends on (seed, step) alone: not on processes, threads, prefetching or where
-the iterator started.
+A batch depends on (seed, step) alone: not on processes, threads, prefetching or where the iterator
+started.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ _STEPS = 2**31 - 1  # more than any run takes
 
 
 class Loader:
-    """samples: what to read (data/samples.py, data/encoded.py). batch_size: of the global batch.
-    rows: numbers of its rows that this process reads (training.batches.rows_of), in their order;
-    None: all. workers: threads that read ahead, each a batch at a time."""
+    """Reads ``samples`` in global batches of ``batch_size``.
+
+    rows: the numbers of the rows of the global batch that this process reads, in their order
+    (training.batches.rows_of); None: all. workers: threads that read ahead, each a batch at a time.
+    """
 
     def __init__(
         self,
@@ -34,7 +36,7 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
         workers: int = 2,
         prefetch: int | None = None,
     ):
@@ -47,15 +49,14 @@ class Loader:
                 "process reads"
             )
         self._workers = max(workers, 0)
-        self._prefetch = prefetch if prefetch is not None else 2 * self._workers + 2
+        self._prefetch = 2 * self._workers + 2 if prefetch is None else prefetch
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of the batch of a step, read now."""
+        """Read this process's rows of the batch of a step."""
         return self._read(step, self._rows)
 
     def global_batch(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
-        """The global batch of a step, or its first ``rows``, the same on every process, read
-        now."""
+        """Read the global batch of a step, or its first ``rows``, the same on every process."""
         return self._read(step, np.arange(self.plan.batch_size)[:rows])
 
     def _read(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -67,8 +68,7 @@ class Loader:
         return self.samples.buckets[self.plan.batch(step).bucket]
 
     def iterator(self, start: int = 0) -> grain.DatasetIterator:
-        """Batches from step ``start`` on, without end. get_state() and set_state() carry the place;
-        close() ends the threads."""
+        """Batches from step ``start`` on, without end. close() ends the threads."""
         options = grain.ReadOptions(
             num_threads=self._workers, prefetch_buffer_size=self._prefetch if self._workers else 0
         )
@@ -77,9 +77,6 @@ class Loader:
         return batches
 
     @staticmethod
-    def state_at(step: int) -> dict:
+    def state_at(step: int) -> dict[str, int]:
         """The iterator state whose next batch is that of ``step``."""
         return {"next_index": step}
-
-    def __iter__(self):
-        return self.iterator()

@@ -87,16 +87,16 @@ class BatchSchedule:
         epoch = self.epoch_of(step)
         bucket, ordinal = self._orders(epoch)[step - self.first_step(epoch)]
         count, members = self._counts[bucket], self._members[bucket]
-        start = int(ordinal) * self.batch_size
-        indices, epochs = [], []
-        while sum(map(len, indices)) < self.batch_size:
-            at = start + sum(map(len, indices))
+        indices: list[np.ndarray] = []
+        epochs: list[np.ndarray] = []
+        missing = self.batch_size
+        while missing:
+            at = (int(ordinal) + 1) * self.batch_size - missing
             number, offset = at // count, at % count
-            taken = self._passes(bucket, number)[
-                offset : offset + self.batch_size - sum(map(len, indices))
-            ]
+            taken = self._passes(bucket, number)[offset : offset + missing]
             indices.append(members[taken].astype(np.int64))
             epochs.append(np.full(len(taken), number))
+            missing -= len(taken)
         draws = self._random(_DRAWS, step).random(self.batch_size)
         return Batch(step, int(bucket), np.concatenate(indices), np.concatenate(epochs), draws)
 

@@ -1,14 +1,13 @@
-"""Encoded samples on disk: ArrayRecord shards of safetensors records, and the manifest that vouches
-for them.
+"""Encoded samples on disk: ArrayRecord shards of safetensors records, and their manifest.
 
-    folder/manifest.json            who encoded what, every shard's bucket, count, size and checksum
-    folder/00000-64x64.array_record one bucket a shard, so a record's bucket is its shard's
+    folder/manifest.json            what the shards were made with; bucket, count, size and checksum
+                                    of each
+    folder/00000-64x64.array_record records of one bucket
 
 A record is the bytes of a safetensors file: named arrays (bfloat16 included) and text metadata. The
-manifest is written last and at once; a folder without one is unfinished work. Readers refuse shards
-that another encoder made, that are missing or cut short (by size, when opened) and damaged records
-(by Riegeli's chunk hash, when read), each by name; :func:`check` compares whole files with their
-checksums.
+manifest is written last; a folder without one is unfinished. Readers refuse, by name, shards of
+another encoder, shards that are missing or cut (by size, when opened) and damaged records (by
+Riegeli's chunk hash, when read); :func:`check` compares whole files with their checksums.
 """
 
 from __future__ import annotations
@@ -23,47 +22,39 @@ import pathlib
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from pixart_jax.data.reused_memory import keep_freed_memory
 from pixart_jax.errors import UserError
+from pixart_jax.files import write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# shards open at a time: a set of millions of pictures has more than a process may open, and to open
-# one costs 0.2 ms
+# shards open at a time: large sets have more than a process may open, and opening takes 0.2 ms
 _OPEN = 256
-_CODES = {
-    "BOOL": np.dtype(bool),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I16": np.dtype("<i2"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
+_DTYPES = {
+    code: np.dtype(dtype)
+    for code, dtype in {
+        **{"BOOL": bool, "U8": np.uint8, "I8": np.int8, "I16": "<i2", "I32": "<i4", "I64": "<i8"},
+        **{"F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8"},
+    }.items()
 }
-_NAMES = {dtype: code for code, dtype in _CODES.items()}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-# ---- one record
-# ---------------------------------------------------------------------------------------------
+# ---- records ----
 
 
 def encode_record(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Named arrays and texts as the bytes of a safetensors file; the same input gives the same
-    bytes."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    """Named arrays and texts as the bytes of a safetensors file; equal input gives equal bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     chunks, end = [], 0
-    # Wide types first, as safetensors does, so that every array lies aligned.
+    # wide types first, as safetensors does, so that every array is aligned
     for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        array = np.asarray(array, order="C")
         header[name] = {
-            "dtype": _NAMES[array.dtype],
+            "dtype": _CODES[array.dtype],
             "shape": list(array.shape),
             "data_offsets": [end, end + array.nbytes],
         }
@@ -77,32 +68,27 @@ def encode_record(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str])
 def decode_record(
     record: bytes, names: Iterable[str] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays, metadata) of a record; the arrays are read-only views into it. names: only these
-    arrays, all by default."""
+    """(arrays, metadata) of a record; the arrays are read-only views. names: only these arrays."""
     (length,) = struct.unpack_from("<Q", record)
     header = json.loads(record[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
     arrays = {}
     for name in header if names is None else names:
-        entry = header[name]
-        begin, end = entry["data_offsets"]
-        dtype = _CODES[entry["dtype"]]
-        arrays[name] = np.frombuffer(
-            record, dtype, (end - begin) // dtype.itemsize, 8 + length + begin
-        ).reshape(entry["shape"])
+        dtype, (begin, end) = _DTYPES[header[name]["dtype"]], header[name]["data_offsets"]
+        count = (end - begin) // dtype.itemsize
+        flat = np.frombuffer(record, dtype, count, 8 + length + begin)
+        arrays[name] = flat.reshape(header[name]["shape"])
     return arrays, metadata
 
 
-# ---- one shard
-# ---------------------------------------------------------------------------------------------
+# ---- shards ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What the manifest says of a shard. bucket: (height, width) in px; longest: tokens of its
-    longest text by caption kind;
-    skipped: (key, reason) of the samples that could not be encoded; lacking: caption kind → places
-    of the records that have no text of it, where their pictures have some but not all kinds."""
+    """A shard's entry in the manifest. bucket: (height, width) in px. longest: caption kind →
+    tokens of its longest text. skipped: (key, reason) of samples that could not be encoded.
+    lacking: caption kind → places of the records without a text of it."""
 
     file: str
     bucket: tuple[int, int]
@@ -114,14 +100,14 @@ class Shard:
     lacking: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, fields: Mapping) -> Shard:
-        lacking = {kind: tuple(places) for kind, places in fields.get("lacking", {}).items()}
+    def from_json(cls, fields: Mapping[str, Any]) -> Shard:
+        height, width = fields["bucket"]
         return cls(
             **{
                 **fields,
-                "bucket": tuple(fields["bucket"]),
+                "bucket": (height, width),
                 "skipped": tuple(map(tuple, fields["skipped"])),
-                "lacking": lacking,
+                "lacking": {kind: tuple(n) for kind, n in fields.get("lacking", {}).items()},
             }
         )
 
@@ -133,14 +119,13 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
-    """Write records to an ArrayRecord file that appears under its name only when complete and on
-    disk; returns their count."""
+    """Write records to an ArrayRecord file and return their count. The file appears under its name
+    complete and synced, or not at all."""
     from array_record.python import array_record_module
 
-    # what a killed run left under this name is overwritten
     partial = path.with_name(f".{path.name}.partial")
     count = 0
-    # One record a group is what random access wants; the arrays are noise to a compressor.
+    # One record a group for random access; the arrays do not compress.
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
     try:
         for record in records:
@@ -152,45 +137,20 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
         partial.unlink(missing_ok=True)
         raise
     writer.close()
-    _publish(partial, path)
-    return count
-
-
-def write_json(path: pathlib.Path, value: object) -> None:
-    """Write JSON that appears under its name only when complete and on disk."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file that appears under its name only when complete and on disk."""
-    # several processes may say the same
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _publish(partial, path)
-
-
-def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
     with open(partial, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    return count
 
 
-# ---- the manifest
-# ---------------------------------------------------------------------------------------------
+# ---- the manifest ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """identity: what the records were made with, name → text (encoders' hashes, source, buckets,
-    caption kinds, token cap).
-    made_from: which files the encoders were opened from, encoder → {"files", "dtype"}, empty where
-    nobody said; the same identity may come of other files (a copy of another format), so this is no
-    part of it."""
+    caption kinds, token cap). made_from: encoder → {"files", "dtype"} it was opened from, if known;
+    not part of the identity, since files of another format may hold the same encoder."""
 
     identity: Mapping[str, str]
     shards: tuple[Shard, ...]
@@ -203,14 +163,12 @@ class Manifest:
     @property
     def longest(self) -> dict[str, int]:
         """Caption kind → tokens of its longest text."""
-        kinds = {kind for shard in self.shards for kind in shard.longest}
-        return {
-            kind: max(shard.longest.get(kind, 0) for shard in self.shards) for kind in sorted(kinds)
-        }
+        kinds = sorted({kind for shard in self.shards for kind in shard.longest})
+        return {kind: max(shard.longest.get(kind, 0) for shard in self.shards) for kind in kinds}
 
     @property
     def by_bucket(self) -> dict[tuple[int, int], int]:
-        """(height, width) → records, in the order of the shards."""
+        """(height, width) → number of records, in the order of the shards."""
         counts: dict[tuple[int, int], int] = {}
         for shard in self.shards:
             counts[shard.bucket] = counts.get(shard.bucket, 0) + shard.count
@@ -221,18 +179,15 @@ class Manifest:
         return [entry for shard in self.shards for entry in shard.skipped]
 
     def write(self, folder: pathlib.Path) -> None:
+        made_from = {part: dict(how) for part, how in self.made_from.items()}
+        fields = {"format": FORMAT, "identity": dict(self.identity), "made_from": made_from}
         shards = [dataclasses.asdict(shard) for shard in self.shards]
-        said = {
-            "identity": dict(self.identity),
-            "made_from": {part: dict(how) for part, how in self.made_from.items()},
-        }
-        write_json(
-            folder / MANIFEST, {"format": FORMAT, **said, "samples": self.samples, "shards": shards}
-        )
+        fields |= {"samples": self.samples, "shards": shards}
+        write_json(folder / MANIFEST, fields, indent=1, sort_keys=True)
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest:
-        """The manifest of a folder; UserError where there is none, or it cannot be read."""
+        """The manifest of a folder. Raises UserError if there is none, or it is damaged."""
         path = pathlib.Path(folder) / MANIFEST
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -241,27 +196,23 @@ class Manifest:
                 f"{folder} holds no {MANIFEST}: not a folder of encoded shards, or encoding has "
                 "not finished"
             ) from None
-        except (OSError, ValueError) as fault:
-            raise UserError(f"{path} cannot be read: {fault}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise UserError(f"{path} has a format this version does not read: encode the set again")
         try:
-            return cls(
-                fields["identity"],
-                tuple(Shard.from_json(shard) for shard in fields["shards"]),
-                fields.get("made_from", {}),
-            )
-        except (KeyError, TypeError) as fault:
-            raise UserError(f"{path} is damaged: {fault!r}") from None
+            shards = tuple(map(Shard.from_json, fields["shards"]))
+            return cls(fields["identity"], shards, fields.get("made_from", {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: {error!r}") from None
 
 
 def check_identity(
     folder: str | os.PathLike, found: Mapping[str, str], expected: Mapping[str, str]
 ) -> None:
-    """Raise UserError that names what differs, where shards were not made with what is expected of
-    them."""
+    """Raise a UserError that names the entries of ``found`` that differ from ``expected``."""
 
-    def brief(value):
+    def brief(value: str | None) -> str:
         return "nothing" if value is None else value if len(value) <= 60 else f"{value[:12]}…"
 
     wrong = [
@@ -277,22 +228,18 @@ def check_identity(
 
 
 def quick_check(folder: pathlib.Path, shard: Shard) -> str | None:
-    """What is wrong with a shard's file at a glance, or None."""
+    """What is wrong with a shard's file by its size, or None."""
     path = folder / shard.file
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
+    if not path.exists():
         return f"{path} is missing"
-    return (
-        None
-        if size == shard.bytes
-        else f"{path} is damaged: {size} bytes, written with {shard.bytes}"
-    )
+    size = path.stat().st_size
+    if size == shard.bytes:
+        return None
+    return f"{path} is damaged: {size} bytes, written with {shard.bytes}"
 
 
 def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
-    """Each shard with what is wrong with it (None: nothing), every byte compared with the
-    manifest's checksum."""
+    """Yield each shard with what is wrong with it, or None, by the checksum of the whole file."""
     folder = pathlib.Path(folder)
     for shard in Manifest.read(folder).shards:
         trouble = quick_check(folder, shard)
@@ -302,10 +249,9 @@ def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
 
 
 class Records:
-    """Random access to the records of a folder, numbered through its shards; threads may read at
-    once.
+    """Random access, from any thread, to the records of a folder, numbered through its shards.
 
-    expected: entries of the identity that the shards must have been made with.
+    expected: entries that the shards' identity must have.
     """
 
     def __init__(self, folder: str | os.PathLike, expected: Mapping[str, str] | None = None):
@@ -319,10 +265,8 @@ class Records:
                     "anew"
                 )
         self._starts = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
-        # those open, the latest used last
-        self._readers: collections.OrderedDict[int, object] = collections.OrderedDict()
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()  # oldest first
         self._opening = threading.Lock()
-        keep_freed_memory()
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -333,30 +277,27 @@ class Records:
         return shard, int(index - self._starts[shard])
 
     def bytes(self, index: int) -> bytes:
-        """The bytes of a record; UserError names the shard and the record where they are
-        damaged."""
+        """The bytes of a record. Raises UserError with shard and record if they are damaged."""
         shard, place = self.shard_of(index)
         try:
             return self._reader(shard).read([place])[0]
-        except (RuntimeError, IndexError, ValueError) as fault:
+        except (RuntimeError, IndexError, ValueError) as error:
             path = self.folder / self.manifest.shards[shard].file
-            raise UserError(
-                f"{path}, record {place}, is damaged: {' '.join(str(fault).split())[:160]}"
-            ) from None
+            brief = " ".join(str(error).split())[:160]
+            raise UserError(f"{path}, record {place}, is damaged: {brief}") from None
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return decode_record(self.bytes(range(len(self))[index]))
 
-    def _reader(self, shard: int):
+    def _reader(self, shard: int) -> Any:
+        from array_record.python import array_record_module
+
         with self._opening:
             reader = self._readers.pop(shard, None)
             if reader is None:
-                from array_record.python import array_record_module
-
                 path = str(self.folder / self.manifest.shards[shard].file)
-                reader = array_record_module.ArrayRecordReader(
-                    path, "readahead_buffer_size:0,max_parallelism:0"
-                )
+                options = "readahead_buffer_size:0,max_parallelism:0"
+                reader = array_record_module.ArrayRecordReader(path, options)
             self._readers[shard] = reader
             if len(self._readers) > _OPEN:  # a thread that still reads from it keeps it
                 self._readers.popitem(last=False)

@@ -1,48 +1,59 @@
-"""What a training batch is made of: pictures, token ids, encoded records, features. Each kind knows
-its buckets and reads rows.
-
-All have the same face, which the loader relies on: ``bucket_of`` (int [n]: number of each sample's
-bucket, −1 where it cannot be used), ``buckets`` ((height, width) by number) and ``read(indices,
-bucket, draws) → {name: numpy array}``.
-"""
+"""Training samples: images and token ids. Each kind of samples assigns buckets and reads rows of a
+batch; encoded records are in data/encoded.py, the official features in data/features.py."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
+from pixart_jax import plots
 from pixart_jax.data import buckets as bucket_tables
 from pixart_jax.data import images
-from pixart_jax.data.sources.listed import write_cache_file
+from pixart_jax.data.sources.indexed import cached_array
 from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.files import cache_folder
 from pixart_jax.images import to_model
 
-_KEPT_FROM = 5_000  # pictures; a smaller set is decoded at each start
-_DECODERS = 8  # threads; Pillow lets go of the interpreter while it decodes
+BUCKETS_PNG = "buckets.png"
+_DECODERS = 8  # threads; Pillow releases the interpreter lock while it decodes
 
 
 class Samples(Protocol):
-    """The face that the loader sees."""
+    """What the loader reads.
+
+    buckets: (height, width) in px by number. bucket_of: int [n], the number of each sample's
+    bucket, −1 if it cannot be used. length: tokens that texts are padded to, 0 without texts.
+    identity: what encoded records were made with (records.Manifest), None for others.
+    """
 
     buckets: tuple[tuple[int, int], ...]
     bucket_of: np.ndarray
+    length: int
+    identity: Mapping[str, str] | None
 
-    def read(
-        self, indices: np.ndarray, bucket: int, draws: np.ndarray
-    ) -> dict[str, np.ndarray]: ...
+    def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of one bucket. draws: float64 in [0, 1), one a row, for all random choices."""
+        ...
+
+
+def second_draw(draw: float) -> float:
+    """A second draw in [0, 1), from the first as a seed."""
+    return np.random.default_rng(np.float64(draw).view(np.uint64)).random()
+
+
+# ---- buckets ----
 
 
 def assign_all(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """int16 [n]: the number in ``buckets`` of each (height, width) of ``sizes`` [n, 2]; −1 for (0,
+    """int16 [n]: the number in ``buckets`` for each (height, width) of ``sizes`` [n, 2]; −1 for (0,
     0), an unreadable image."""
-    buckets = [tuple(b) for b in buckets]
+    buckets = [(height, width) for height, width in buckets]
     kinds, which = np.unique(sizes, axis=0, return_inverse=True)
     numbers = [
         buckets.index(bucket_tables.assign(int(h), int(w), buckets)) if h > 0 and w > 0 else -1
@@ -51,127 +62,154 @@ def assign_all(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndar
     return np.array(numbers, np.int16)[which.reshape(-1)]
 
 
-class CaptionMix:
-    """Caption kinds with weights: one draw in [0, 1) chooses the kind, and within the kind one of
-    its texts.
+def show_sizes(sizes: Sequence[tuple[int, int]], limit: int = 4) -> str:
+    """'64×64, 64×96 and 3 more'."""
+    shown = ", ".join(f"{height}×{width}" for height, width in sizes[:limit])
+    return shown + (f" and {len(sizes) - limit} more" if len(sizes) > limit else "")
 
-    Where a sample lacks the kind that was chosen it takes one of its others, in proportion to their
-    weights: so in a mix of long 3 : short 1 whoever has no long text shows the short one always. A
-    sample that has none of the mix is no sample of it.
+
+def write_bucket_chart(
+    path: Path, counts: Mapping[tuple[int, int], int], title: str = "samples"
+) -> Path:
+    """Draw a bar for each (height, width) in px with its number of samples, tall buckets last."""
+    ordered = sorted(counts.items(), key=lambda item: (item[0][0] / item[0][1], item[0]))
+    values = {f"{height}×{width}": count for (height, width), count in ordered}
+    title = f"{title}: {sum(counts.values()):,} in {len(values)} buckets"
+    return plots.bars(path, values, title=title, axis="samples")
+
+
+# ---- captions ----
+
+
+class CaptionMix:
+    """Caption kinds with weights: one draw in [0, 1) chooses the kind, and a text of that kind.
+
+    A sample that lacks the chosen kind shows one of its other kinds, in proportion to their
+    weights. A sample without any of the kinds is not used.
     """
 
-    def __init__(self, mix: Sequence[tuple[str, float]], known: Sequence[str], source: str):
-        self.kinds = tuple(kind for kind, weight in mix if weight > 0)
+    def __init__(self, mix: Iterable[tuple[str, float]], known: Sequence[str], source: str):
+        weights = {kind: weight for kind, weight in mix if weight > 0}
+        self.kinds = tuple(weights)
         for kind in self.kinds:
             if kind not in known:
-                raise UserError(
-                    f"{source} has no captions of kind "
-                    f"{kind!r}{nearest(kind, known) if known else ' (it has none at all)'}"
-                )
-        self._weights = np.array([weight for _, weight in mix if weight > 0], float)
-        self._edges = _edges(self._weights)
+                hint = nearest(kind, known) if known else " (it has none at all)"
+                raise UserError(f"{source} has no captions of kind {kind!r}{hint}")
+        self._weights = np.array([*weights.values()], float)
 
     def choose(self, draw: float, present: Container[str] | None = None) -> tuple[str, float]:
-        """(kind, the rest of the draw, again uniform in [0, 1)). present: kinds that the sample
-        has, one of the mix at least; None: all."""
-        which, rest = _chosen(self._edges, draw)
+        """(kind, the rest of the draw, again uniform in [0, 1)). present: the kinds that the sample
+        has, at least one of the mix; None: all."""
+        which, rest = _choose(self._weights, draw)
         if present is None or self.kinds[which] in present:
             return self.kinds[which], rest
         others = [i for i, kind in enumerate(self.kinds) if kind in present]
-        which, rest = _chosen(_edges(self._weights[others]), rest)
+        which, rest = _choose(self._weights[others], rest)
         return self.kinds[others[which]], rest
 
 
-def _edges(weights: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
-
-
-def _chosen(edges: np.ndarray, draw: float) -> tuple[int, float]:
+def _choose(weights: np.ndarray, draw: float) -> tuple[int, float]:
+    edges = np.concatenate([[0.0], np.cumsum(weights) / weights.sum()])
     i = int(np.searchsorted(edges[1:-1], draw, side="right"))
-    return i, min((draw - edges[i]) / (edges[i + 1] - edges[i]), np.nextafter(1.0, 0.0))
+    rest = (draw - edges[i]) / (edges[i + 1] - edges[i])
+    return i, float(min(rest, np.nextafter(1.0, 0.0)))
 
 
 def pad_length(longest: int, cap: int) -> int:
-    """Text length that a whole stage is padded to: the longest text, rounded up to 8, at most
+    """Tokens that all texts of a stage are padded to: the longest, rounded up to 8, at most
     ``cap``."""
     return min(-(-longest // 8) * 8, cap)
 
 
-class ImageSamples:
-    """Pictures straight from a source, for the autoencoder: {"images": float32 [b, h, w, 3] in [−1,
-    1], "key"}.
+def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.ndarray]:
+    """int32 ids of each text, with the end token, cut at max_text_tokens, without padding."""
+    out: list[np.ndarray] = []
+    for start in range(0, len(texts), 1024):
+        some = list(texts[start : start + 1024])
+        found = tokenizer(some, max_length=max_text_tokens, truncation=True, padding=False)
+        out.extend(np.asarray(ids, np.int32) for ids in found["input_ids"])
+    return out
 
-    Every picture is decoded once when the set is opened: one that cannot be is named in the
-    source's faults and left out, for no picture may take its place in the middle of an epoch.
-    Decoded pixels stay in memory where the whole set fits into ``cache_bytes``.
+
+# ---- images ----
+
+
+class ImageSamples:
+    """Images of a source, for the autoencoder: {"images": float32 [b, h, w, 3] in [−1, 1], "key"}.
+
+    Every image is decoded once when the set is opened; an unreadable one is named in the source's
+    ``faults`` and left out. The decoded pixels stay in memory if the whole set fits into
+    ``cache_bytes``.
     """
+
+    length, identity = 0, None
 
     def __init__(
         self, source: Source, buckets: Sequence[tuple[int, int]], *, cache_bytes: int = 2**30
     ):
-        self.source, self.buckets = source, tuple(tuple(b) for b in buckets)
+        self.source, self.faults = source, faults_of(source)
+        self.buckets = tuple((height, width) for height, width in buckets)
         self.bucket_of = assign_all(source.sizes(), self.buckets)
-        self.faults = faults_of(source)
-        rows = [int((self.bucket_of == i).sum()) for i in range(len(self.buckets))]
-        self._cache: list[np.ndarray] | None = None
-        if sum(n * h * w * 3 for n, (h, w) in zip(rows, self.buckets)) <= cache_bytes:
-            self._cache = [
-                np.empty((n, h, w, 3), np.uint8) for n, (h, w) in zip(rows, self.buckets)
-            ]
-            # a sample's row in its bucket's array
-            self._row = np.zeros(len(self.bucket_of), np.int64)
-            for i in range(len(self.buckets)):
-                self._row[self.bucket_of == i] = np.arange(rows[i])
-            # set once the pixels are there
-            self._keys: list[str | None] = [None] * len(self.bucket_of)
+        used = np.bincount(self.bucket_of[self.bucket_of >= 0], minlength=len(self.buckets))
+        total = sum(int(n) * h * w * 3 for n, (h, w) in zip(used, self.buckets))
+        self._cached = total <= cache_bytes
+        self._decoded: dict[int, tuple[np.ndarray, str]] = {}
         self._leave_out_unreadable()
 
     def _leave_out_unreadable(self) -> None:
-        """Decode everything once; of a large set what came of it is kept in the cache folder, and
-        the next start need not."""
-        count = len(self.bucket_of)
-        seal = hashlib.sha256(repr((self.source.fingerprint, self.buckets)).encode()).hexdigest()
-        file = cache_folder() / "unreadable" / f"{seal}.npy"
-        known = count >= _KEPT_FROM and file.exists()
-        doubtful = np.load(file) if known else np.arange(count)
+        """Decode every image once; of a large set the unreadable ones are cached on disk, and the
+        next start decodes those alone."""
+        identity = repr((self.source.fingerprint, self.buckets)).encode()
+        name, count = hashlib.sha256(identity).hexdigest(), len(self.bucket_of)
+        tried: list[int] = []
 
-        def trouble(index: int) -> tuple[int, str, str] | None:
+        def unreadable(indices: Sequence[int] = range(count)) -> np.ndarray:
+            tried.extend(indices)
+            return np.array(self._unreadable(indices), np.int64)
+
+        bad = cached_array("unreadable", name, count, unreadable)
+        if not tried:
+            bad = unreadable(bad)
+        self.bucket_of[bad] = -1
+
+    def _unreadable(self, indices: Sequence[int]) -> list[int]:
+        def error_of(index: int) -> str | None:
             try:
-                self._pixels(index, max(int(self.bucket_of[index]), 0))
-            except images.UnreadableImage as fault:
-                key, colon, reason = str(fault).partition(": ")
-                return (index, key, reason) if colon else (index, f"sample {index}", str(fault))
+                self._pixels(int(index), max(int(self.bucket_of[index]), 0))
+            except images.UnreadableImage as error:
+                return str(error)
+            return None
 
+        bad = []
         with (
             concurrent.futures.ThreadPoolExecutor(_DECODERS) as readers,
             tqdm(
-                total=len(doubtful),
+                total=len(indices),
                 desc=f"reading {self.source.name}",
                 unit=" images",
                 delay=2,
                 leave=False,
             ) as bar,
         ):
-            bad = []
-            for start in range(0, len(doubtful), 4096):  # a bounded number of tasks at once
-                for found in readers.map(trouble, (int(i) for i in doubtful[start : start + 4096])):
+            for start in range(0, len(indices), 4096):  # a bounded number of tasks
+                some = indices[start : start + 4096]
+                for index, error in zip(some, readers.map(error_of, some), strict=True):
                     bar.update()
-                    if found:
-                        bad.append(found[0])
-                        self.faults.add(found[1], "unreadable image", found[2])
-        self.bucket_of[bad] = -1
-        if count >= _KEPT_FROM and not known:
-            write_cache_file(file, lambda out: np.save(out, np.array(bad, np.int64)))
+                    if error is not None:
+                        key, colon, reason = error.partition(": ")
+                        place, detail = (key, reason) if colon else (f"sample {index}", error)
+                        self.faults.add(place, "unreadable image", detail)
+                        bad.append(int(index))
+        return bad
 
     def _pixels(self, index: int, bucket: int) -> tuple[np.ndarray, str]:
-        if self._cache is not None and self._keys[index] is not None:
-            return self._cache[bucket][self._row[index]], self._keys[index]
+        if index in self._decoded:
+            return self._decoded[index]
         sample = self.source[index]
-        pixels = sample.fitted(self.buckets[bucket])
-        if self._cache is not None:
-            self._cache[bucket][self._row[index]] = pixels
-            self._keys[index] = sample.key
-        return pixels, sample.key
+        found = np.ascontiguousarray(sample.fitted(self.buckets[bucket])), sample.key
+        if self._cached:
+            self._decoded[index] = found
+        return found
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one bucket."""
@@ -182,19 +220,22 @@ class ImageSamples:
         }
 
 
+# ---- token ids ----
+
+
 class TokenSamples:
     """Token ids of captions, for the text encoder: {"input_ids": int32 [b, l], "lengths": int32
     [b], "key"}.
 
-    Every caption of the mix is tokenised once, when the set is opened; a sample that has none of
-    it, or no target, is named in the source's faults and left out. tokenizer: transformers'
-    protocol; texts beyond max_text_tokens are cut, their end token kept. clean: what is done to a
-    text first (captions.clean), nothing by default.
-    target: a kind of caption whose first text each row brings along: {"target_ids": int32 [b, m],
-    "target_lengths": int32 [b], "itself": bool [b], whether the row's caption is that very text}.
+    All captions are tokenised when the set is opened. A sample without any kind of the mix, or
+    without a target, is named in the source's ``faults`` and left out. tokenizer: transformers'
+    protocol; texts beyond max_text_tokens are cut, their end token kept. clean: applied to each
+    text first. target: a kind of caption whose first text each row brings along as {"target_ids":
+    int32 [b, l], "target_lengths": int32 [b], "itself": bool [b], whether it is the row's caption}.
     """
 
-    buckets = ((0, 0),)  # text has no size: one bucket for all
+    buckets = ((0, 0),)  # text has no size
+    identity = None
 
     def __init__(
         self,
@@ -207,64 +248,49 @@ class TokenSamples:
     ):
         self._mix = CaptionMix(captions, source.caption_kinds, source.name)
         self._target = target
+        if target:  # that there is such a kind
+            CaptionMix([(target, 1.0)], source.caption_kinds, source.name)
         self.faults = faults_of(source)
-        read = dict.fromkeys(
-            self._mix.kinds
-            + (
-                CaptionMix([(target, 1.0)], source.caption_kinds, source.name).kinds
-                if target
-                else ()
-            )
-        )
         self._pad = tokenizer.pad_token_id or 0
         self._keys: list[str] = []
+        self._ranges: list[dict[str, range]] = []  # sample → kind → numbers of its texts
+        self.bucket_of = np.zeros(len(source), np.int16)
         texts: list[str] = []
-        places: list[dict[str, tuple[int, int]]] = []  # sample → kind → its texts' range
-        lacking: list[int] = []
         for index in range(len(source)):
             sample = source[index]
+            ranges: dict[str, range] = {}
             self._keys.append(sample.key)
-            places.append({})
+            self._ranges.append(ranges)
             try:
-                said = {kind: sample.captions[kind] for kind in read if sample.captions.get(kind)}
-                sample.captions_of_kinds(self._mix.kinds)
+                found = sample.captions_of_kinds(self._mix.kinds)
                 if target:
-                    sample.texts(target)
-            except UserError as fault:
-                self.faults.add(sample.key, "missing caption", str(fault).partition(": ")[2])
-                lacking.append(index)
+                    found[target] = sample.texts(target)
+            except UserError as error:
+                self.faults.add(sample.key, "missing caption", str(error).partition(": ")[2])
+                self.bucket_of[index] = -1
                 continue
-            for kind, raw in said.items():
-                places[-1][kind] = (len(texts), len(texts) + len(raw))
-                texts.extend(clean(text) for text in raw)
-        self._places = places
+            for kind, some in found.items():
+                ranges[kind] = range(len(texts), len(texts) + len(some))
+                texts.extend(map(clean, some))
         self._ids = tokenize(tokenizer, texts, max_text_tokens)
         self.length = pad_length(max([1, *map(len, self._ids)]), max_text_tokens)
-        self.bucket_of = np.zeros(len(places), np.int16)
-        self.bucket_of[lacking] = -1
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows, each with the caption that its draw chooses."""
         chosen = []
         for index, draw in zip(indices, draws):
-            kind, rest = self._mix.choose(draw, self._places[index])
-            first, end = self._places[index][kind]
-            chosen.append(first + int(rest * (end - first)))
+            kind, rest = self._mix.choose(draw, self._ranges[index])
+            numbers = self._ranges[index][kind]
+            chosen.append(numbers[int(rest * len(numbers))])
         ids, lengths = self._padded(chosen)
-        batch = {
-            "input_ids": ids,
-            "lengths": lengths,
-            "key": np.array([self._keys[i] for i in indices]),
-        }
+        keys = np.array([self._keys[i] for i in indices])
+        batch = {"input_ids": ids, "lengths": lengths, "key": keys}
         if self._target is None:
             return batch
-        targets = [self._places[index][self._target][0] for index in indices]
+        targets = [self._ranges[index][self._target][0] for index in indices]
         ids, lengths = self._padded(targets)
-        return batch | {
-            "target_ids": ids,
-            "target_lengths": lengths,
-            "itself": np.array(chosen) == np.array(targets),
-        }
+        itself = np.array(chosen) == np.array(targets)
+        return batch | {"target_ids": ids, "target_lengths": lengths, "itself": itself}
 
     def _padded(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [b, l], lengths [b]) of texts by their numbers."""
@@ -273,17 +299,3 @@ class TokenSamples:
             ids[row, : len(self._ids[number])] = self._ids[number]
         # Attention needs a token, even of "" without an end mark.
         return ids, np.array([max(len(self._ids[number]), 1) for number in numbers], np.int32)
-
-
-def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.ndarray]:
-    """int32 ids of each text, end token included, without padding, cut at max_text_tokens."""
-    out: list[np.ndarray] = []
-    for start in range(0, len(texts), 1024):
-        found = tokenizer(
-            list(texts[start : start + 1024]),
-            max_length=max_text_tokens,
-            truncation=True,
-            padding=False,
-        )
-        out.extend(np.asarray(ids, np.int32) for ids in found["input_ids"])
-    return out

@@ -23,9 +23,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax.data import bucket_chart, records
+from pixart_jax.data import records
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.samples import assign_all
+from pixart_jax.data.samples import BUCKETS_PNG, assign_all, write_bucket_chart
 from pixart_jax.data.sources import Source
 from pixart_jax.encoding.options import Bucket, EncodeOptions
 from pixart_jax.encoding.shards import CLEANING, ShardEncoder
@@ -225,7 +225,7 @@ class _Run:
         else:
             (self.folder / FAULTS).unlink(missing_ok=True)
         counts = dict.fromkeys(self.options.buckets, 0) | manifest.by_bucket
-        bucket_chart.write(self.folder / bucket_chart.BUCKETS_PNG, counts, "encoded")
+        write_bucket_chart(self.folder / BUCKETS_PNG, counts, "encoded")
         manifest.write(self.folder)
         for left in self.folder.glob(".*.part*"):  # temporary files of a run that was killed
             left.unlink(missing_ok=True)

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixart_jax.config import Config
-from pixart_jax.data import bucket_chart
 from pixart_jax.data.loader import Loader
+from pixart_jax.data.samples import write_bucket_chart
 from pixart_jax.files import write_json
 from pixart_jax.images import image_grid, write_png
 from pixart_jax.models.dit import DiTConfig
@@ -78,7 +78,7 @@ class Run:
             held = samples.bucket_of[samples.bucket_of >= 0]
             counts = np.bincount(held, minlength=len(samples.buckets)).tolist()
             file = self.folder.path / f"buckets-{name}.png"
-            bucket_chart.write(file, dict(zip(samples.buckets, counts)), title=f"stage {name}")
+            write_bucket_chart(file, dict(zip(samples.buckets, counts)), title=f"stage {name}")
         if parts.remat:
             print(f"stage {name}: {parts.remat}")
 

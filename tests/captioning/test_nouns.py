@@ -222,7 +222,7 @@ def test_bad_records_are_named_and_counted_and_the_rest_goes_on(tmp_path):
         "key twice": 1,
         "unreadable row": 3,
     }
-    assert faults.mended == {"control characters": 1}
+    assert faults.repaired == {"control characters": 1}
     named = "\n".join(map(str, faults))
     for place in (
         "row 2",

@@ -6,7 +6,7 @@ from pixart_jax.errors import UserError
 
 def test_what_is_mended_is_counted_apart_from_what_is_left_out():
     faults = BadRecords()
-    faults.add("a.txt", "control characters", mended=True)
+    faults.add("a.txt", "control characters", repaired=True)
     for _ in range(2):
         faults.add("b.jpg", "unreadable image", "cut")
     faults.add("c.jpg", "unreadable image")

@@ -12,6 +12,7 @@ from pixart_jax.data import features as reading
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.features import FeatureSamples
 from pixart_jax.data.loader import Loader
+from pixart_jax.data.sources import indexed
 from pixart_jax.errors import UserError
 from tests.data.tiny_sets import features, intern, sam, write
 
@@ -188,7 +189,7 @@ def test_mistakes_are_named(root):
 
 def test_what_a_large_set_holds_is_kept_for_the_next_start(root, monkeypatch):
     (root / "caption_feature_wmask" / "000_000000.npz").unlink()
-    monkeypatch.setattr(reading, "_KEPT_FROM", 2)
+    monkeypatch.setattr(indexed, "_CACHED_FROM", 2)
     first = FeatureSamples(str(root), MIX, 16)
     monkeypatch.setattr(reading, "_features_of", None)
     again = FeatureSamples(str(root), MIX, 16)

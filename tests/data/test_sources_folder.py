@@ -183,7 +183,7 @@ def test_bad_input_is_named_and_counted_and_the_rest_goes_on(tmp_path):
         "unreadable row": 4,
         "caption too long": 2,
     }
-    assert kinds(source.faults) == expected and dict(source.faults.mended) == {
+    assert kinds(source.faults) == expected and dict(source.faults.repaired) == {
         "control characters": 1,
         "not UTF-8": 1,
     }
@@ -300,9 +300,9 @@ def test_an_own_filter_that_fails_is_named_with_its_record(tmp_path):
 
 
 def test_sizes_of_a_large_set_are_kept_for_the_next_start(tmp_path, monkeypatch):
-    from pixart_jax.data.sources import listed
+    from pixart_jax.data.sources import indexed as listed
 
-    monkeypatch.setattr(listed, "_KEPT_FROM", 2)
+    monkeypatch.setattr(listed, "_CACHED_FROM", 2)
     monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
     write(tmp_path / "set", {"a.jpg": PHOTO, "b.jpg": PHOTO, "c.jpg": b""})
     sizes = open_source(str(tmp_path / "set")).sizes()

@@ -78,7 +78,7 @@ def test_bad_items_are_named_and_none_is_replaced_by_another(tmp_path):
     file.write_text(json.dumps(items))
     source = open_source(str(root))
     expected = {"key twice": 1, "missing file": 1, "unreadable row": 2, "caption too long": 1}
-    assert dict(source.faults.counts) == expected and dict(source.faults.mended) == {
+    assert dict(source.faults.counts) == expected and dict(source.faults.repaired) == {
         "control characters": 1
     }
     assert [s.captions for s in source] == [

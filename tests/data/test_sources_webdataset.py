@@ -7,7 +7,7 @@ import pytest
 
 from pixart_jax.data import images
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.sources import open_source, tar_headers, tar_index
+from pixart_jax.data.sources import open_source, webdataset
 from pixart_jax.errors import UserError
 from tests.data.tiny_sets import encoded, img2dataset, picture, tar
 
@@ -106,18 +106,18 @@ def test_headers_say_what_tarfile_reads_and_no_cut_is_a_traceback(tmp_path, form
             (member.name, member.offset_data, member.size) for member in held if member.isreg()
         ]
     faults = BadRecords()
-    assert list(tar_headers.members(path, faults)) == expected and not len(faults)
+    assert list(webdataset._members(path, faults)) == expected and not len(faults)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     for cut in rng.integers(0, len(whole) - 10240, 60):
         path.write_bytes(whole[:cut])
         faults = BadRecords()
-        found = list(tar_headers.members(path, faults))
+        found = list(webdataset._members(path, faults))
         assert found == expected[: len(found)] and dict(faults.counts) == {"cut file": 1}
     for place in rng.integers(0, len(whole) - 10240, 100):
         spoilt = bytearray(whole)
         spoilt[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(spoilt)
-        found = list(tar_headers.members(path, BadRecords()))
+        found = list(webdataset._members(path, BadRecords()))
         assert len(found) <= len(expected)
 
 
@@ -194,7 +194,7 @@ def test_bad_members_are_named_and_the_rest_goes_on(tmp_path):
             "unreadable label": 1,
             "key twice": 1,
         }
-        assert dict(source.faults.mended) == {"control characters": 1}
+        assert dict(source.faults.repaired) == {"control characters": 1}
         assert said == {"a": {"caption": ("bell",)}, "c": {}, "d": {}, "e": {}, "f": {}, "g": {}}
         assert source.sizes().tolist() == [[24, 40]] * 3 + [[0, 0]] + [[24, 40]] * 2
         assert "a.tar, c.txt" in [fault.place for fault in source.faults] and "a.tar, d.json" in [
@@ -210,7 +210,7 @@ def test_headers_are_read_once_and_again_when_the_tar_has_changed(tmp_path, monk
     path = img2dataset(tmp_path / "a.tar", 0, 3)
     first = open_source(str(path))
     with monkeypatch.context() as patch:
-        patch.setattr(tar_index, "_read", None)
+        patch.setattr(webdataset, "_read", None)
         assert (
             keys(open_source(str(path))) == keys(first)
             and open_source(str(path)).fingerprint == first.fingerprint

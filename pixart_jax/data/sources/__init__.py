@@ -1,19 +1,118 @@
-"""Where samples come from: one small protocol, and the sets that speak it. :func:`open_source`
-opens any of them by its text."""
+"""Sources of samples. :func:`open_source` opens any of them by its text (docs/data_sources.md)."""
 
-from pixart_jax.data.sources.filters import FILTERS
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import re
+
+from pixart_jax.data import records
+from pixart_jax.data.faults import BadRecords
+from pixart_jax.data.sources.encoded import RecordsSource
+from pixart_jax.data.sources.folder import FolderSource
+from pixart_jax.data.sources.indexed import IndexedSource
 from pixart_jax.data.sources.mixture import Mixture, parse_mixture
-from pixart_jax.data.sources.opening import open_source, parse_source
+from pixart_jax.data.sources.official import OfficialSource
 from pixart_jax.data.sources.sample import Sample, Source
 from pixart_jax.data.sources.tfds import TfdsSource
+from pixart_jax.data.sources.webdataset import WebdatasetSource
+from pixart_jax.errors import UserError, nearest
 
-__all__ = [
-    "FILTERS",
-    "Mixture",
-    "Sample",
-    "Source",
-    "TfdsSource",
-    "kind_of",
-    "open_source",
-    "parts_of",
-]
+__all__ = ["Mixture", "Sample", "Source", "open_source", "parse_mixture", "parse_source"]
+
+_KINDS = ("tfds", "folder", "webdataset", "pixart", "pixart-features", "records")
+_FORMS = (
+    "tfds:NAME[/CONFIG], folder:DIR[?captions=FILE], webdataset:TARS, pixart:ROOT, records:DIR, a "
+    "folder or a .tar by its path, or a mixture as '0.7*folder:a + 0.3*folder:b'"
+)
+
+
+def parse_source(source: str) -> tuple[str, str]:
+    """(kind, the rest) of a text that names one set.
+
+    The kind of a bare path follows from its contents: a manifest (records), tars (webdataset),
+    partition lists (pixart), else a folder of images. Raises UserError for anything else.
+    """
+    kind, colon, rest = source.partition(":")
+    if colon and kind in _KINDS and rest:
+        return kind, rest
+    path = pathlib.Path(source)
+    if path.is_dir():
+
+        def holds(*patterns: str) -> bool:
+            return any(any(path.glob(pattern)) for pattern in patterns)
+
+        if holds(records.MANIFEST, "progress/identity.json", "*.array_record"):
+            return "records", source
+        if holds("*.tar"):
+            return "webdataset", source
+        if holds("partition*/*", "data_info.json", "InternData/"):
+            return "pixart", source
+        return "folder", source
+    if source.endswith(".tar") and (path.is_file() or re.search(r"[{*?\[]", source)):
+        return "webdataset", source
+    reason = "no such folder or tar"
+    if colon and kind not in _KINDS and "/" not in kind and os.sep not in kind:
+        reason = f"no kind is called {kind!r}{nearest(kind, _KINDS)}"
+    raise UserError(f"unknown source {source!r}: {reason}; what can be opened: {_FORMS}")
+
+
+def open_source(
+    source: str,
+    split: str = "train",
+    *,
+    where: str | None = None,
+    limit: int | None = None,
+    data_dir: str | os.PathLike | None = None,
+    strict: bool = False,
+    faults: BadRecords | None = None,
+) -> IndexedSource | Mixture:
+    """Open a set by its text.
+
+    split: of a tfds set; other sets are one split. where: a filter by name ('single', 'labelled')
+    or 'package.module:function' over a record's fields. limit: the first so many samples that pass,
+    of a mixture each part's share of them. data_dir: where tfds sets lie.
+    faults: collects the skipped records (a new one by default, the source's ``faults``). strict:
+    raise the first of them as a UserError, as ``faults=BadRecords(strict=True)`` does. Raises
+    UserError for an unknown set, split or filter.
+    """
+    faults = BadRecords(strict) if faults is None else faults
+    parts = parse_mixture(source)
+    if len(parts) == 1:
+        return _open(parts[0][1], split, where, limit, data_dir, faults)
+    opened = [
+        _open(text, split, where, limit and math.ceil(share * limit), data_dir, faults)
+        for share, text in parts
+    ]
+    return Mixture(opened, [share for share, _ in parts], faults)
+
+
+def _open(
+    source: str, split: str, where: str | None, limit: int | None, data_dir, faults: BadRecords
+) -> IndexedSource:
+    kind, rest = parse_source(source)
+    if kind == "tfds":
+        return TfdsSource(rest, split, where=where, limit=limit, data_dir=data_dir, faults=faults)
+    if split not in ("train", "all"):
+        raise UserError(
+            f"{source} has no split {split!r}: only tfds sets have splits; name the folder or the "
+            "tars of the split instead"
+        )
+    if kind == "folder":
+        folder, mark, options = rest.partition("?captions=")
+        if not mark and "?" in rest and not pathlib.Path(rest).exists():
+            raise UserError(f"folder:{rest}: the one option is ?captions=FILE, or FILE,FILE")
+        tables = [file for file in options.split(",") if file]
+        return FolderSource(folder, where=where, limit=limit, faults=faults, tables=tables)
+    if kind == "webdataset":
+        return WebdatasetSource(rest, where=where, limit=limit, faults=faults)
+    if kind == "pixart":
+        return OfficialSource(rest, where=where, limit=limit, faults=faults)
+    if kind == "records":
+        return RecordsSource(rest, where=where, limit=limit, faults=faults)
+    pictures = f"pixart:{rest.partition('?')[0]}"
+    raise UserError(
+        f"{source} holds features, no pictures: only training reads them (data.source); its "
+        f"pictures are {pictures}"
+    )

@@ -1,45 +1,48 @@
-"""A folder of pictures, and whatever says what is on them: texts beside them, or tables."""
+"""A folder of images with captions beside them, or in tables."""
 
 from __future__ import annotations
 
-import array
 import hashlib
 import json
 import os
 import pathlib
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
-import numpy as np
+import pyarrow as pa
 
-from pixart_jax.data import images
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import rows, texts
-from pixart_jax.data.sources.filters import LazyFields
-from pixart_jax.data.sources.listed import IndexedSource
-from pixart_jax.data.sources.sample import Sample
-from pixart_jax.data.sources.strings import StringIndex, StringTable
+from pixart_jax.data.sources.indexed import Facts, IndexedSource
+from pixart_jax.data.sources.sample import Captions
 from pixart_jax.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_TABLES = ("captions", "metadata")  # .jsonl, .csv, .tsv or .parquet: found by themselves
-_LOOKED_AT = 500  # side files whose JSON is read to learn which kinds of text there are
+_TABLES = ("captions", "metadata")  # .jsonl, .csv, .tsv or .parquet
+_LOOKED_AT = 500  # .json files that are read to find the kinds of captions
+_SCHEMA = pa.schema(
+    {
+        "key": pa.large_string(),
+        "suffix": pa.large_string(),  # of the image: '.jpg'
+        "beside": pa.large_list(pa.large_string()),  # suffixes of side files: '.dense.txt', '.json'
+        "row": pa.large_string(),  # JSON of [captions, other fields] from the tables
+    }
+)
 
 
 class FolderSource(IndexedSource):
-    """Pictures in a folder and all below it; hidden ones do not count.
+    """Images in a folder and all below it, hidden ones excluded.
 
-    A picture's key is its path without the suffix. Its captions are
-      NAME.txt          the kind 'caption'; NAME.KIND.txt that kind; NAME.json, each text in it (as
-      img2dataset writes files) captions.jsonl, .csv, .tsv, .parquet, or metadata.* (Hugging Face's
-      imagefolder), in the folder or one below: every column of
-                        texts is a kind, a list is several captions; 'key', 'file', 'file_name' or
-                        'path' names the picture, from the file's own folder or from the root; an
-                        integer 'label' is the class
-      the files given as ``tables`` in place of the last. Rows of one picture that bring different
-      kinds are put together.
-    Named and left out: a second picture of one key, captions without a picture, a second row of one
-    picture and kind, captions of more than 100 KB, rows that cannot be read.
+    An image's key is its path without the suffix. Its captions come from
+      NAME.txt (kind 'caption'), NAME.KIND.txt, each text in NAME.json (img2dataset's files);
+      captions.jsonl, .csv, .tsv, .parquet, or metadata.* (Hugging Face's imagefolder), in the
+        folder or below, or from the files given as ``tables`` instead. Every column of texts is a
+        kind, a list is several captions; 'key', 'file', 'file_name' or 'path' names the image, from
+        the table's folder or from the root; an integer 'label' is the class. Rows of one image with
+        different kinds are merged.
+    Skipped and named: a second image of one key, captions without an image, a second row of one
+    image and kind, captions over 100 KB, unreadable rows.
     """
 
     def __init__(
@@ -56,120 +59,87 @@ class FolderSource(IndexedSource):
             raise UserError(f"folder {str(root)!r}: no such folder")
         self.faults = BadRecords() if faults is None else faults
         self.name = f"folder:{self._root.resolve().name}"
-        self._keys, self._suffixes = StringTable(), []
-        self._suffix_of = array.array("H")
         seal = hashlib.sha256()
-        beside, found = self._scan(seal)
-        if not len(self._keys):
+        pictures, side_files, found = self._scan(seal)
+        if not pictures:
             raise UserError(f"{self.name} holds no picture ({', '.join(PICTURES)}): {root}")
-        numbers = self._once()
-        self._side_suffixes: list[str] = []  # of side files: '.txt', '.dense.txt', '.json'
-        self._side_of = np.zeros(len(self._keys), np.uint64)  # a bit for each of them
-        self._add_beside(beside, numbers)
-        self._rows, self._row_of = StringTable(), np.full(len(self._keys), -1, np.int64)
+        beside = self._attach(side_files, pictures)
+        merged: dict[str, tuple[dict, dict]] = {}  # key → (captions, other fields) of its rows
         kinds: dict[str, None] = {}
-        labels = -1
         for table in [self._given(table) for table in tables] or found:
-            seal.update(
-                repr(
-                    (
-                        os.path.relpath(table, self._root),
-                        table.stat().st_size,
-                        table.stat().st_mtime_ns,
-                    )
-                ).encode()
-            )
-            labels = max(labels, self._add_rows(table, numbers, kinds))
-        self.caption_kinds = tuple(dict.fromkeys([*self._kinds_beside(), *kinds]))
-        self.num_classes = labels + 1 if labels >= 0 else None
-        self._choose(len(self._keys), ["folder", seal.hexdigest()], where, limit)
+            status, path = table.stat(), os.path.relpath(table, self._root)
+            seal.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+            self._add_rows(table, pictures, merged, kinds)
+        columns = [
+            list(pictures),
+            list(pictures.values()),
+            [beside.get(key) for key in pictures],
+            [json.dumps(merged[key]) if key in merged else None for key in pictures],
+        ]
+        self._table = pa.table(columns, _SCHEMA)
+        self.caption_kinds = tuple(dict.fromkeys([*self._kinds_beside(beside), *kinds]))
+        labels = [texts.label_of(fields) for _, fields in merged.values()]
+        self.num_classes = max(labels, default=-1) + 1 or None
+        self._choose(len(pictures), ["folder", seal.hexdigest()], where, limit)
 
-    # ---- what lies there ----
+    # ---- opening ----
 
-    def _scan(self, seal) -> tuple[StringTable, list[pathlib.Path]]:
-        """Keys of the pictures; (paths of side files, tables). Paths are relative to the root, with
-        '/'."""
-        beside, tables = StringTable(), []
+    def _scan(self, seal) -> tuple[dict[str, str], list[str], list[pathlib.Path]]:
+        """(key → suffix of the images, paths of side files, tables); paths are relative to the
+        root, with '/'."""
+        pictures: dict[str, str] = {}
+        beside, tables = list[str](), list[pathlib.Path]()
         for path, entry in _walk(str(self._root), ""):
             stem, suffix = posixpath.splitext(path)
-            kind = suffix.lower()
-            if kind not in PICTURES and kind not in (".txt", ".json") and not _is_table(path):
+            kind, is_table = suffix.lower(), _is_table(path)
+            if kind not in (*PICTURES, ".txt", ".json") and not is_table:
                 continue
             try:
                 status = entry.stat()
                 path.encode("utf-8")
-            except OSError as fault:
-                self.faults.add(path, "unreadable file", str(fault))
+            except OSError as error:
+                self.faults.add(path, "unreadable file", str(error))
                 continue
             except UnicodeEncodeError:
-                self.faults.add(
-                    path.encode("utf-8", "replace").decode(), "unusable file name", "not UTF-8"
-                )
+                shown = path.encode("utf-8", "replace").decode()
+                self.faults.add(shown, "unusable file name", "not UTF-8")
                 continue
-            if kind in PICTURES:
-                self._keys.append(stem)
-                if suffix not in self._suffixes:
-                    self._suffixes.append(suffix)
-                self._suffix_of.append(self._suffixes.index(suffix))
-            elif _is_table(path):
+            if is_table:
                 tables.append(self._root / path)
                 continue
-            elif kind == ".txt" and status.st_size > texts.LONGEST:
-                self.faults.add(
-                    path,
-                    "caption too long",
-                    f"{status.st_size:,} bytes, at most {texts.LONGEST:,} are taken",
-                )
+            if kind == ".txt" and status.st_size > texts.LONGEST:
+                detail = f"{status.st_size:,} bytes, at most {texts.LONGEST:,} are taken"
+                self.faults.add(path, "caption too long", detail)
                 continue
-            else:
+            if kind not in PICTURES:
                 beside.append(path)
+            elif pictures.setdefault(stem, suffix) != suffix:
+                detail = f"another picture is called {stem!r} too"
+                self.faults.add(path, "key twice", detail)
             seal.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        return beside, tables
+        return pictures, beside, tables
 
-    def _once(self) -> StringIndex:
-        """Of pictures that share a key the first stays."""
-        numbers = StringIndex(self._keys)
-        repeats = numbers.repeats()
-        if not repeats.any():
-            return numbers
-        for number in np.flatnonzero(repeats):
-            path = self._keys[number] + self._suffixes[self._suffix_of[number]]
-            self.faults.add(
-                path, "key twice", f"another picture is called {self._keys[number]!r} too"
-            )
-        kept = np.flatnonzero(~repeats)
-        self._suffix_of = array.array("H", [self._suffix_of[i] for i in kept])
-        self._keys = StringTable(self._keys[i] for i in kept)
-        return StringIndex(self._keys)
-
-    def _add_beside(self, beside: StringTable, numbers: StringIndex) -> None:
+    def _attach(self, beside: list[str], pictures: dict[str, str]) -> dict[str, list[str]]:
+        """Key → suffixes of its side files."""
+        out: dict[str, list[str]] = {}
         for path in beside:
             stem, suffix = posixpath.splitext(path)
-            number = numbers.find(stem)
-            # NAME.dense.txt
-            if number < 0 and suffix == ".txt" and "." in posixpath.basename(stem):
-                stem, kind = posixpath.splitext(stem)
-                number, suffix = numbers.find(stem), kind + suffix
-            if number < 0:
-                if path.endswith(".txt"):
-                    self.faults.add(path, "caption without picture")
-                continue  # a .json of something else
-            if suffix not in self._side_suffixes:
-                if len(self._side_suffixes) == 64:
-                    raise UserError(
-                        f"{self.name}: more than 64 kinds of files beside pictures, the last "
-                        f"{path!r}"
-                    )
-                self._side_suffixes.append(suffix)
-            self._side_of[number] |= np.uint64(1 << self._side_suffixes.index(suffix))
+            if stem not in pictures and suffix == ".txt" and "." in posixpath.basename(stem):
+                stem, kind = posixpath.splitext(stem)  # NAME.dense.txt
+                suffix = kind + suffix
+            if stem in pictures:
+                out.setdefault(stem, []).append(suffix)
+            elif path.endswith(".txt"):  # a .json may belong to something else
+                self.faults.add(path, "caption without picture")
+        return out
 
-    def _kinds_beside(self) -> list[str]:
-        kinds = [_kind(suffix) for suffix in sorted(self._side_suffixes) if suffix.endswith(".txt")]
-        if ".json" in self._side_suffixes:
-            bit = np.uint64(1 << self._side_suffixes.index(".json"))
+    def _kinds_beside(self, beside: dict[str, list[str]]) -> list[str]:
+        suffixes = sorted({suffix for found in beside.values() for suffix in found})
+        kinds = [_kind(suffix) for suffix in suffixes if suffix != ".json"]
+        described = [key for key, found in beside.items() if ".json" in found]
+        for key in described[:_LOOKED_AT]:
             quiet = BadRecords()
-            for place in np.flatnonzero(self._side_of & bit)[:_LOOKED_AT]:
-                kinds += texts.captions_of(self._json(int(place), quiet), "", quiet)
+            kinds += texts.captions_of(self._json(key, quiet), "", quiet)
         return kinds
 
     def _given(self, table: str) -> pathlib.Path:
@@ -178,158 +148,110 @@ class FolderSource(IndexedSource):
                 return path
         raise UserError(f"{self.name}: no caption file {table!r}, neither in the folder nor here")
 
-    def _add_rows(self, table: pathlib.Path, numbers: StringIndex, kinds: dict[str, None]) -> int:
-        """Take in a table; returns the greatest label in it, −1 without any."""
+    def _add_rows(
+        self,
+        table: pathlib.Path,
+        pictures: dict[str, str],
+        merged: dict[str, tuple[dict, dict]],
+        kinds: dict[str, None],
+    ) -> None:
         here = posixpath.normpath(os.path.relpath(table.parent, self._root).replace(os.sep, "/"))
-        greatest = -1
         for number, row in rows.rows(table, self.faults):
             place = f"{table.name}, row {number}"
-            field = next(
-                (name for name in texts.FILE_FIELDS if row.get(name) not in (None, "")), None
-            )
-            if field is None:
-                self.faults.add(
-                    place,
-                    "unreadable row",
-                    f"names no picture (a field of {', '.join(texts.FILE_FIELDS[:4])} …)",
-                )
+            name = next((row[f] for f in texts.FILE_FIELDS if row.get(f) not in (None, "")), None)
+            if name is None:
+                wanted = ", ".join(texts.FILE_FIELDS[:4])
+                detail = f"names no picture (a field of {wanted} …)"
+                self.faults.add(place, "unreadable row", detail)
                 continue
-            picture = self._find(str(row[field]), here, numbers)
-            if picture < 0:
-                self.faults.add(place, "caption without picture", str(row[field]))
-            else:
-                said = texts.captions_of(row, f"{place}, {row[field]}", self.faults)
-                before, known = self._row(picture)
-                if self._row_of[picture] >= 0 and not (
-                    said.keys() - before.keys() and said.keys().isdisjoint(before)
-                ):
-                    self.faults.add(place, "key twice", str(row[field]))
-                    continue
-                kinds.update(dict.fromkeys(said))
-                others = {
-                    k: v
-                    for k, v in row.items()
-                    if k not in said and not texts.is_caption(k, v) and _plain(v)
-                }
-                greatest = max(greatest, texts.label_of(row))
-                self._row_of[picture] = len(self._rows)
-                self._rows.append(
-                    json.dumps([{**before, **said}, {**others, **known}], ensure_ascii=False)
-                )
-        return greatest
+            key = self._find(str(name), here, pictures)
+            if key is None:
+                self.faults.add(place, "caption without picture", str(name))
+                continue
+            captions = texts.captions_of(row, f"{place}, {name}", self.faults)
+            before, known = merged.get(key, ({}, {}))
+            if key in merged and (not captions or captions.keys() & before.keys()):
+                self.faults.add(place, "key twice", str(name))
+                continue
+            kinds.update(dict.fromkeys(captions))
+            others = {
+                field: value
+                for field, value in row.items()
+                if field not in captions and not texts.is_caption(field, value) and _plain(value)
+            }
+            merged[key] = {**before, **captions}, {**others, **known}
 
-    def _find(self, given: str, here: str, numbers: StringIndex) -> int:
-        """The number of the picture that a row names, −1 where there is none."""
+    def _find(self, given: str, here: str, pictures: dict[str, str]) -> str | None:
+        """The key of the image that a row names."""
         if os.path.isabs(given):
             given = os.path.relpath(given, self._root.resolve())
         given = posixpath.normpath(given.replace("\\", "/"))
         stem, suffix = posixpath.splitext(given)
-        for base in dict.fromkeys((here, ".")):
+        for base in (here, "."):
             for name in (stem, given) if suffix.lower() in PICTURES else (given,):
-                number = numbers.find(posixpath.normpath(posixpath.join(base, name)))
-                if number >= 0:
-                    return number
-        return -1
+                key = posixpath.normpath(posixpath.join(base, name))
+                if key in pictures:
+                    return key
+        return None
 
-    # ---- a sample ----
+    # ---- reading ----
 
     def _key(self, place: int) -> str:
-        return self._keys[place]
+        return self._table["key"][place].as_py()
 
-    def _file(self, place: int) -> pathlib.Path:
-        return self._root / (self._keys[place] + self._suffixes[self._suffix_of[place]])
+    def _open(self, place: int) -> BinaryIO:
+        return open(self._root / (self._key(place) + self._table["suffix"][place].as_py()), "rb")
 
-    def _picture(self, place: int):
-        return open(self._file(place), "rb")
-
-    def _json(self, place: int, faults: BadRecords) -> dict[str, object]:
-        """What NAME.json says."""
-        if (
-            ".json" not in self._side_suffixes
-            or not int(self._side_of[place]) >> self._side_suffixes.index(".json") & 1
-        ):
-            return {}
-        file = f"{self._keys[place]}.json"
+    def _json(self, key: str, faults: BadRecords) -> dict[str, Any]:
+        """The object in KEY.json."""
         try:
-            found = json.loads((self._root / file).read_bytes().decode("utf-8-sig", "replace"))
-        except (OSError, ValueError, RecursionError) as fault:
-            faults.add(file, "unreadable row", str(fault))
+            data = (self._root / f"{key}.json").read_bytes()
+        except OSError as error:
+            faults.add(f"{key}.json", "unreadable row", str(error))
             return {}
-        return found if isinstance(found, dict) else {}
+        return texts.json_object(data, f"{key}.json", faults)
 
-    def _row(self, place: int) -> tuple[dict[str, tuple[str, ...]], dict[str, object]]:
-        """(captions, other fields) of the table's row."""
-        number = int(self._row_of[place])
-        if number < 0:
-            return {}, {}
-        said, others = json.loads(self._rows[number])
-        return {kind: tuple(found) for kind, found in said.items()}, others
+    def _facts(self, place: int) -> Facts:
+        key = self._key(place)
+        beside = self._table["beside"][place].as_py() or ()
+        said, others = json.loads(self._table["row"][place].as_py() or "[{}, {}]")
+        side = self._json(key, self.faults) if ".json" in beside else {}
 
-    def _captions(self, place: int, side: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
-        key, found = self._keys[place], []
-        for bit, suffix in enumerate(self._side_suffixes):
-            if suffix.endswith(".txt") and int(self._side_of[place]) >> bit & 1:
-                file, kind = key + suffix, _kind(suffix)
-                try:
-                    text = texts.decoded((self._root / file).read_bytes(), file, kind, self.faults)
-                except OSError as fault:
-                    self.faults.add(file, "unreadable file", str(fault))
-                    continue
-                if text:
-                    found.append({kind: (text,)})
-        return texts.merged(
-            self._row(place)[0], *found, texts.captions_of(side, f"{key}.json", self.faults)
-        )
+        def captions() -> Captions:
+            found = [{kind: tuple(some) for kind, some in said.items()}]
+            for suffix in beside:
+                if suffix != ".json":
+                    found.append(self._beside(key + suffix, _kind(suffix)))
+            found.append(texts.captions_of(side, f"{key}.json", self.faults))
+            return texts.merged(*found)
 
-    def _sample(self, place: int) -> Sample:
-        side = self._json(place, self.faults)
+        label = max(texts.label_of(others), texts.label_of(side))
+        return Facts(label, {**side, **others}, captions)
+
+    def _beside(self, file: str, kind: str) -> dict[str, tuple[str, ...]]:
         try:
-            image = self._file(place).read_bytes()
-        except OSError as fault:
-            raise images.UnreadableImage(f"{self._keys[place]}: {fault}") from None
-        label = max(texts.label_of(self._row(place)[1]), texts.label_of(side))
-        return Sample(self._keys[place], image, self._captions(place, side), label)
-
-    def captions_at(self, index: int) -> tuple[str, dict[str, tuple[str, ...]]]:
-        """(key, captions) of a sample, for whoever counts words: the picture is not read."""
-        place = self._place(index)
-        return self._keys[place], self._captions(place, self._json(place, self.faults))
-
-    def _fields(self, place: int) -> LazyFields:
-        side, row = self._json(place, self.faults), self._row(place)[1]
-        label = max(texts.label_of(row), texts.label_of(side))
-        said = {}
-
-        def caption(kind):
-            if not said:
-                said.update(self._captions(place, side))
-            found = said[kind]
-            return found[0] if len(found) == 1 else found
-
-        made = {kind: lambda kind=kind: caption(kind) for kind in self.caption_kinds}
-        made |= {"captions": lambda: self._captions(place, side)}
-        made |= {"height": lambda: self._size(place)[0], "width": lambda: self._size(place)[1]}
-        return LazyFields({**side, **row, "key": self._keys[place], "label": label}, made)
+            text = texts.decoded((self._root / file).read_bytes(), file, kind, self.faults)
+        except OSError as error:
+            self.faults.add(file, "unreadable file", str(error))
+            return {}
+        return {kind: (text,)} if text else {}
 
 
 def _walk(
     folder: str, below: str, seen: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[str, os.DirEntry]]:
-    """(path with '/', entry) of every file, folder by folder in the order of their names; links are
-    followed, once round."""
+    """(path with '/', entry) of every file, each folder in the order of its names; links are
+    followed, but not in a circle."""
     try:
         here = os.stat(folder)
         with os.scandir(folder) as entries:
-            found = sorted(
-                (entry for entry in entries if not entry.name.startswith(".")),
-                key=lambda entry: entry.name,
-            )
-    except OSError as fault:
-        raise UserError(f"folder {folder!r} cannot be read: {fault.strerror}") from None
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"folder {folder!r} cannot be read: {error.strerror}") from None
     mark = (here.st_dev, here.st_ino)
     if mark in seen:
         return
-    for entry in found:
+    for entry in sorted(visible, key=lambda entry: entry.name):
         path = f"{below}{entry.name}"
         if entry.is_dir():
             yield from _walk(entry.path, f"{path}/", seen | {mark})
@@ -348,6 +270,6 @@ def _kind(suffix: str) -> str:
 
 
 def _plain(value: object) -> bool:
-    return isinstance(value, (str, int, float, bool)) and not (
-        isinstance(value, str) and len(value) > 1000
-    )
+    if isinstance(value, str):
+        return len(value) <= 1000
+    return isinstance(value, int | float | bool)

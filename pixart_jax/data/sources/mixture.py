@@ -1,35 +1,36 @@
-"""Several sets as one, with weights: '0.7*folder:photos +
-0.3*webdataset:scraped/{000..099}.tar'."""
+"""Several sets with weights: '0.7*folder:photos + 0.3*webdataset:scraped/{000..099}.tar'."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.sources.sample import Sample, Source, faults_of
+from pixart_jax.data.sources.indexed import IndexedSource
+from pixart_jax.data.sources.sample import Captions, Sample
 from pixart_jax.errors import UserError
 
+_WEIGHT = re.compile(r"\s*[0-9.]+(?:[eE][-+]?\d+)?\s*\*")
 _TERM = re.compile(r"\s*([0-9.eE+-]+)\s*\*\s*(\S.*?)\s*")
 
 
 def parse_mixture(text: str) -> list[tuple[float, str]]:
-    """[(share, source)] of a mixture, the shares adding up to 1; of any other text [(1, text)].
-    UserError where one is badly written."""
-    if not re.match(r"\s*[0-9.]+(?:[eE][-+]?\d+)?\s*\*", text):
+    """[(share, source)] of a mixture, the shares adding up to 1; [(1, text)] of any other text.
+    Raises UserError for a malformed mixture."""
+    if not _WEIGHT.match(text):
         return [(1.0, text)]
     found = []
     for term in re.split(r"\s+\+\s+(?=\S)", text):
         match = _TERM.fullmatch(term)
         try:
-            weight = float(match[1]) if match else -1.0
+            weight = float(match[1]) if match else 0.0
         except ValueError:
-            weight = -1.0
-        if not match or not 0 < weight < float("inf"):
+            weight = 0.0
+        if match is None or not 0 < weight < float("inf"):
             raise UserError(
                 f"mixture {text!r}: {term.strip()!r} is not WEIGHT*SOURCE, as in '0.7*folder:a + "
                 "0.3*folder:b'"
@@ -41,33 +42,25 @@ def parse_mixture(text: str) -> list[tuple[float, str]]:
 
 class Mixture:
     """The samples of all parts, one part after the other, each once. A key is NAME/KEY, with the
-    part's name behind its colon.
+    part's name after its colon.
 
-    weights: the part's shares, which add up to 1. They say how often each is drawn in training
-    (data/mixed.py), not how many samples
-    are here: whoever counts, looks at or encodes a mixture sees every sample once.
+    weights: the parts' shares, which add up to 1. They say how often training draws each part
+    (data/mixed.py); here every sample occurs once.
     """
 
     def __init__(
-        self, parts: Sequence[Source], weights: Sequence[float], faults: BadRecords | None = None
+        self, parts: Sequence[IndexedSource], weights: Sequence[float], faults: BadRecords
     ):
-        self.parts, self.weights = tuple(parts), tuple(weights)
-        self.name = " + ".join(
-            f"{weight:g}*{part.name}" for weight, part in zip(weights, parts, strict=True)
-        )
-        self.fingerprint = hashlib.sha256(
-            json.dumps([[p.fingerprint, w] for p, w in zip(parts, weights)]).encode()
-        ).hexdigest()
-        self.caption_kinds = tuple(
-            dict.fromkeys(kind for part in parts for kind in part.caption_kinds)
-        )
+        self.parts, self.weights, self.faults = tuple(parts), tuple(weights), faults
+        weighted = list(zip(parts, weights, strict=True))
+        self.name = " + ".join(f"{weight:g}*{part.name}" for part, weight in weighted)
+        identity = json.dumps([[part.fingerprint, weight] for part, weight in weighted])
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        kinds = (kind for part in parts for kind in part.caption_kinds)
+        self.caption_kinds = tuple(dict.fromkeys(kinds))
         classes = {part.num_classes for part in parts}
         self.num_classes = classes.pop() if len(classes) == 1 else None
-        self.faults = BadRecords() if faults is None else faults
-        if faults is None:
-            for part in parts:
-                self.faults.extend(faults_of(part))
-        self.starts = np.cumsum([0, *map(len, parts)])
+        self._starts = np.cumsum([0, *map(len, parts)])
         names = [part.name.partition(":")[2] or part.name for part in parts]
         self._names = [
             f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name
@@ -75,23 +68,18 @@ class Mixture:
         ]
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self._starts[-1])
 
     def _at(self, index: int) -> tuple[int, int]:
         """(number of the part, index in it)."""
         index = range(len(self))[index]
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return part, index - int(self.starts[part])
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, index - int(self._starts[part])
 
-    def captions_at(self, index: int) -> tuple[str, Mapping[str, tuple[str, ...]]]:
-        """(key, captions) of a sample, for whoever counts words: no picture is read where the
-        part's kind of source can do without."""
+    def captions_at(self, index: int) -> tuple[str, Captions]:
+        """(key, captions) of a sample, without its image."""
         part, inside = self._at(index)
-        if read := getattr(self.parts[part], "captions_at", None):
-            key, captions = read(inside)
-        else:
-            found = self.parts[part][inside]
-            key, captions = found.key, found.captions
+        key, captions = self.parts[part].captions_at(inside)
         return f"{self._names[part]}/{key}", captions
 
     def __getitem__(self, index: int) -> Sample:
@@ -100,5 +88,5 @@ class Mixture:
         return Sample(f"{self._names[part]}/{found.key}", found.image, found.captions, found.label)
 
     def sizes(self) -> np.ndarray:
-        """int32 [n, 2]: (height, width); (0, 0) where the image is unreadable."""
+        """int32 [n, 2]: (height, width), (0, 0) for an unreadable image."""
         return np.concatenate([part.sizes() for part in self.parts])

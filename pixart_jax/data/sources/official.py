@@ -1,30 +1,118 @@
-"""Pictures and captions in the layout of the official PixArt repositories (sources/layout.py)."""
+"""The layout of the official PixArt repositories: images, captions, and where their features lie.
+
+ROOT/partition/data_info.json   a list of {path, height, width, ratio, prompt, …} (PixArt-Σ:
+                                ROOT/data_info.json, with further texts, such as sharegpt4v);
+                                several .json files are read one after the other
+InternImgs/ beside InternData/  the images of such a list; also ROOT itself, or a folder in it
+ROOT/partition/*.txt            SAM: the name of one image a line, in ROOT/images/NAME.jpg, with
+                                ROOT/captions/NAME.txt
+ROOT/caption_feature…, img_vae_features…   text states and latents (data/features.py)
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
 import posixpath
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
-from pixart_jax.data import images
+import pyarrow as pa
+
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import texts
-from pixart_jax.data.sources.filters import LazyFields
-from pixart_jax.data.sources.layout import Entry, layout
-from pixart_jax.data.sources.listed import IndexedSource
-from pixart_jax.data.sources.sample import Sample
-from pixart_jax.data.sources.strings import StringTable
+from pixart_jax.data.sources.indexed import Facts, IndexedSource
+from pixart_jax.errors import UserError
+
+_LISTS = ("partition", "partition_filter", ".")  # where official loaders look for .json
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One image of a list. path: as the list has it, or SAM's bare name. place: file and record,
+    for messages. fields: of the list's item."""
+
+    path: str
+    place: str
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The folder ``root`` and the ``lists`` that name its images. sam: SAM's partition files."""
+
+    root: pathlib.Path
+    lists: tuple[pathlib.Path, ...]
+    sam: bool
+
+    @classmethod
+    def of(cls, root: str) -> Layout:
+        """The layout in ``root``. Raises UserError if there is none."""
+        folder = pathlib.Path(root)
+        if not folder.is_dir():
+            raise UserError(f"pixart:{root}: no such folder")
+        # the folder above, as the official set is unpacked
+        if not any(folder.glob("partition*")) and (folder / "InternData").is_dir():
+            folder = folder / "InternData"
+        for place in _LISTS:
+            found = sorted((folder / place).glob("data_info.json" if place == "." else "*.json"))
+            if found:
+                return cls(folder, tuple(found), sam=False)
+        found = sorted((folder / "partition").glob("*.txt"))
+        if found:
+            return cls(folder, tuple(found), sam=True)
+        raise UserError(
+            f"pixart:{root}: neither partition/*.json nor data_info.json nor SAM's "
+            "partition/*.txt lies there"
+        )
+
+    @property
+    def text_kind(self) -> str:
+        """The caption kind of the features in caption_feature…"""
+        return "caption" if self.sam else "prompt"
+
+    def entries(self, faults: BadRecords) -> Iterator[Entry]:
+        """The images of the lists, in their order. Items without a path are skipped and named."""
+        for file in self.lists:
+            yield from (_names if self.sam else _items)(file, faults)
+
+
+def _items(file: pathlib.Path, faults: BadRecords) -> Iterator[Entry]:
+    try:
+        items = json.loads(file.read_bytes().decode("utf-8-sig", "replace"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(items, list):
+        raise UserError(f"{file} holds no list of pictures, but a {type(items).__name__}")
+    for number, item in enumerate(items, 1):
+        place = f"{file.name}, item {number}"
+        if isinstance(item, dict) and isinstance(item.get("path"), str) and item["path"]:
+            yield Entry(_utf8(item["path"]), place, item)
+        else:
+            faults.add(place, "unreadable row", "names no picture: an object with 'path' is wanted")
+
+
+def _utf8(text: str) -> str:
+    """The text without lone surrogates, which JSON may hold and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _names(file: pathlib.Path, faults: BadRecords) -> Iterator[Entry]:
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if name := line.strip():
+                yield Entry(name, f"{file.name}, line {number}", {})
 
 
 class OfficialSource(IndexedSource):
-    """The pictures that the lists name. Every text of an item ('prompt', 'sharegpt4v') is a kind of
-    its name; SAM's captions/NAME.txt are the kind 'caption'. A sample's key is its path without the
-    suffix.
+    """The images that the lists name. Every text of an item ('prompt', 'sharegpt4v') is a kind of
+    its name; SAM's captions/NAME.txt are the kind 'caption'. A key is the path without the suffix.
 
-    Named and left out: an item whose file is not there, a path twice. The official loaders drop
-    what is taller than 4 times its width (4.5 in PixArt-Σ); here a filter may (``where``, over
-    'ratio').
+    Skipped and named: an item whose file is missing, a second item of one path. The official
+    loaders drop images taller than 4 times their width (4.5 in PixArt-Σ); here a filter over
+    'ratio' may.
     """
 
     def __init__(
@@ -36,126 +124,89 @@ class OfficialSource(IndexedSource):
         faults: BadRecords | None = None,
     ):
         self.faults = BadRecords() if faults is None else faults
-        self._layout = layout(root)
+        self._layout = Layout.of(root)
         self.name = f"pixart:{self._layout.root.resolve().name}"
-        pictures = _Pictures(self._layout.root, self._layout.sam)
-        self._keys, self._files, self._items = StringTable(), StringTable(), StringTable()
-        seal, kinds = hashlib.sha256(), {}
+        folders = _image_folders(self._layout)
+        seal, kinds = hashlib.sha256(), dict[str, None]()
+        rows: dict[str, tuple[str, str]] = {}  # key → (file, JSON of [captions, other fields])
         taken: set[str] = set()
         for entry in self._layout.entries(self.faults):
             key = entry.path if self._layout.sam else posixpath.splitext(entry.path)[0]
+            file = _find(folders, entry.path + (".jpg" if self._layout.sam else ""))
             if key in taken:
                 self.faults.add(entry.place, "key twice", entry.path)
-                continue
+            elif file is None:
+                self.faults.add(entry.place, "missing file", entry.path)
+            else:
+                captions, others = self._split(entry)
+                kinds.update(dict.fromkeys(captions))
+                row = _utf8(json.dumps([captions, others], ensure_ascii=False, sort_keys=True))
+                rows[key] = str(file), row
+                _seal(seal, key, file, f"{row}\0")
             taken.add(key)
-            self._add(key, entry, pictures.find(entry.path), seal, kinds)
+        self._captions = self._layout.root / "captions"
         if self._layout.sam:
-            self._captions = self._layout.root / "captions"
-            written = sorted(self._captions.rglob("*.txt")) if self._captions.is_dir() else []
-            kinds = {"caption": None} if written else {}
-            for entry in written:
-                status = entry.stat()
-                name = entry.relative_to(self._captions)
-                seal.update(
-                    f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "replace")
-                )
+            for text in sorted(self._captions.rglob("*.txt")):
+                kinds["caption"] = None
+                _seal(seal, str(text.relative_to(self._captions)), text)
+        columns = {"key": list(rows), "file": [r[0] for r in rows.values()]}
+        columns["row"] = [row for _, row in rows.values()]
+        schema = pa.schema({name: pa.large_string() for name in columns})
+        self._table = pa.table(columns, schema)
         self.caption_kinds, self.num_classes = tuple(kinds), None
-        self._choose(len(self._keys), ["pixart", seal.hexdigest()], where, limit)
+        self._choose(len(rows), ["pixart", seal.hexdigest()], where, limit)
 
-    def _add(
-        self, key: str, entry: Entry, found: pathlib.Path | None, seal, kinds: dict[str, None]
-    ) -> None:
-        if found is None:
-            self.faults.add(entry.place, "missing file", entry.path)
-            return
-        status = found.stat()
-        said = texts.captions_of(
-            {k: v for k, v in entry.fields.items() if k != "path"},
-            f"{entry.place}, {entry.path}",
-            self.faults,
-        )
-        kinds.update(dict.fromkeys(said))
-        others = {k: v for k, v in entry.fields.items() if isinstance(v, (int, float, bool))}
-        item = json.dumps([said, others], ensure_ascii=False, sort_keys=True)
-        seal.update(
-            f"{key}\0{status.st_size}\0{status.st_mtime_ns}\0{item}\0".encode("utf-8", "replace")
-        )
-        self._keys.append(key)
-        self._files.append(str(found))
-        self._items.append(item)
+    def _split(self, entry: Entry) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
+        """(captions, numbers and flags) of an item."""
+        fields = {name: value for name, value in entry.fields.items() if name != "path"}
+        captions = texts.captions_of(fields, f"{entry.place}, {entry.path}", self.faults)
+        return captions, {n: v for n, v in fields.items() if isinstance(v, int | float | bool)}
 
     def _key(self, place: int) -> str:
-        return self._keys[place]
+        return self._table["key"][place].as_py()
 
-    def _picture(self, place: int):
-        return open(self._files[place], "rb")
+    def _open(self, place: int) -> BinaryIO:
+        return open(self._table["file"][place].as_py(), "rb")
 
-    def _said(self, place: int) -> tuple[dict[str, tuple[str, ...]], dict[str, object]]:
-        said, others = json.loads(self._items[place])
-        if not self._layout.sam:
-            return {kind: tuple(found) for kind, found in said.items()}, others
-        file = self._captions / f"{self._keys[place]}.txt"
-        place_of = f"captions/{self._keys[place]}.txt"
+    def _facts(self, place: int) -> Facts:
+        captions, others = json.loads(self._table["row"][place].as_py())
+        label = texts.label_of(others)
+        if self._layout.sam:
+            return Facts(label, others, lambda: self._sam_caption(self._key(place)))
+        return Facts(label, others, lambda: {kind: tuple(some) for kind, some in captions.items()})
+
+    def _sam_caption(self, key: str) -> dict[str, tuple[str, ...]]:
+        file, name = self._captions / f"{key}.txt", f"captions/{key}.txt"
         try:
             if file.stat().st_size > texts.LONGEST:
-                self.faults.add(
-                    place_of, "caption too long", f"at most {texts.LONGEST:,} bytes are taken"
-                )
-                return {}, others
-            text = texts.decoded(file.read_bytes(), place_of, "caption", self.faults)
+                detail = f"at most {texts.LONGEST:,} bytes are taken"
+                self.faults.add(name, "caption too long", detail)
+                return {}
+            text = texts.decoded(file.read_bytes(), name, "caption", self.faults)
         except FileNotFoundError:  # whoever wants a caption of it will name it
             text = ""
-        return ({"caption": (text,)} if text else {}), others
-
-    def _sample(self, place: int) -> Sample:
-        said, others = self._said(place)
-        try:
-            image = pathlib.Path(self._files[place]).read_bytes()
-        except OSError as fault:
-            raise images.UnreadableImage(f"{self._keys[place]}: {fault}") from None
-        return Sample(self._keys[place], image, said, texts.label_of(others))
-
-    def captions_at(self, index: int) -> tuple[str, dict[str, tuple[str, ...]]]:
-        """(key, captions) of a sample, for whoever counts words: the picture is not read."""
-        place = self._place(index)
-        return self._keys[place], self._said(place)[0]
-
-    def _fields(self, place: int) -> LazyFields:
-        said, others = self._said(place)
-        captions = {kind: found[0] if len(found) == 1 else found for kind, found in said.items()}
-        made = {"height": lambda: self._size(place)[0], "width": lambda: self._size(place)[1]}
-        known = {name: value for name, value in others.items() if name not in made}
-        return LazyFields(
-            {
-                **known,
-                **captions,
-                "captions": said,
-                "key": self._keys[place],
-                "label": texts.label_of(others),
-            },
-            made,
-        )
+        return {"caption": (text,)} if text else {}
 
 
-class _Pictures:
-    """Finds a list's pictures: in InternImgs beside InternData, as the official loaders do, in the
-    root, or in a folder of it."""
+def _seal(seal, name: str, file: pathlib.Path, more: str = "") -> None:
+    status = file.stat()
+    seal.update(_utf8(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{more}").encode())
 
-    def __init__(self, root: pathlib.Path, sam: bool):
-        self._suffix = ".jpg" if sam else ""
-        swapped = pathlib.Path(str(root.resolve()).replace("InternData", "InternImgs"))
-        folders = (
-            [root / "images"]
-            if sam
-            else [swapped, root, root / "InternImgs", root.parent / "InternImgs", root / "images"]
-        )
-        self._folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
-    def find(self, path: str) -> pathlib.Path | None:
-        for number, folder in enumerate(self._folders):
-            file = folder / (path + self._suffix)
-            if file.is_file():
-                if number:  # the next one most likely lies there too
-                    self._folders.insert(0, self._folders.pop(number))
-                return file
-        return None
+def _image_folders(layout: Layout) -> list[pathlib.Path]:
+    """Where the images of a list may lie; first, as in the official loaders, InternImgs beside
+    InternData."""
+    root = layout.root
+    if layout.sam:
+        return [root / "images"]
+    swapped = pathlib.Path(str(root.resolve()).replace("InternData", "InternImgs"))
+    others = [root, root / "InternImgs", root.parent / "InternImgs", root / "images"]
+    return [folder for folder in dict.fromkeys([swapped, *others]) if folder.is_dir()]
+
+
+def _find(folders: list[pathlib.Path], path: str) -> pathlib.Path | None:
+    for number, folder in enumerate(folders):
+        if (folder / path).is_file():
+            folders.insert(0, folders.pop(number))  # the next one most likely lies there too
+            return folder / path
+    return None

@@ -1,13 +1,14 @@
-"""TensorFlow's file functions without TensorFlow, for as long as tensorflow-datasets builds a set.
+"""TensorFlow's file functions without TensorFlow, while tensorflow-datasets prepares a set.
 
-Many of its builders, ImageNet's among them, need TensorFlow for ``tf.io.gfile`` and names of dtypes
-alone. Its own paths, which open what gfile opens, serve as well. A builder that asks for more gets
-the ModuleNotFoundError that it would get without this.
+Many builders, ImageNet's and COCO's among them, need TensorFlow only for ``tf.io.gfile`` and names
+of dtypes, which tensorflow-datasets' own paths and numpy provide as well. A builder that needs more
+gets the ModuleNotFoundError that it would get without this module.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.machinery
 import importlib.util
 import os
@@ -22,7 +23,7 @@ _DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float3
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
-    """``import tensorflow`` gives file functions and dtypes; nothing is changed where TensorFlow is
+    """Make ``import tensorflow`` give file functions and dtypes for the block, unless TensorFlow is
     installed."""
     if importlib.util.find_spec("tensorflow") is not None:
         yield
@@ -38,10 +39,17 @@ def _module() -> types.ModuleType:
     from tensorflow_datasets.core import as_path
 
     class GFile:
-        """``tf.io.gfile.GFile``: a file opened by its path."""
-
         def __new__(cls, name, mode="r"):
             return as_path(os.fspath(name)).open(mode)
+
+    def find(patterns) -> list[str]:
+        patterns = [patterns] if isinstance(patterns, str | os.PathLike) else patterns
+        return [found for pattern in patterns for found in glob.glob(str(pattern))]
+
+    def absent(name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ModuleNotFoundError(f"this needs TensorFlow itself (tf.{name})", name="tensorflow")
 
     gfile = types.SimpleNamespace(
         GFile=GFile,
@@ -50,33 +58,21 @@ def _module() -> types.ModuleType:
         isdir=lambda path: as_path(path).is_dir(),
         listdir=lambda path: [child.name for child in as_path(path).iterdir()],
         makedirs=lambda path: as_path(path).mkdir(parents=True, exist_ok=True),
-        glob=_glob,
+        glob=find,
         walk=os.walk,
         join=os.path.join,
     )
     module = types.ModuleType("tensorflow")
-    module.__spec__ = importlib.machinery.ModuleSpec("tensorflow", None)
-    module.__version__ = "2.20.0"  # tensorflow-datasets asks for 2.1 or newer
-    module.io = types.SimpleNamespace(gfile=gfile)
-    for name in _DTYPES:
-        setattr(module, name, np.dtype(name).type)
-    module.string = object
-    module.dtypes = types.SimpleNamespace(DType=type("DType", (), {}), as_dtype=np.dtype)
-    # only asked of values whether they are one
-    for name in ("Tensor", "RaggedTensor", "SparseTensor"):
-        setattr(module, name, type(name, (), {}))
-    module.__getattr__ = _absent
+    contents = {
+        "__spec__": importlib.machinery.ModuleSpec("tensorflow", None),
+        "__version__": "2.20.0",  # tensorflow-datasets asks for 2.1 or newer
+        "io": types.SimpleNamespace(gfile=gfile),
+        "string": object,
+        "dtypes": types.SimpleNamespace(DType=type("DType", (), {}), as_dtype=np.dtype),
+        **{name: np.dtype(name).type for name in _DTYPES},
+        # values are only compared with these
+        **{name: type(name, (), {}) for name in ("Tensor", "RaggedTensor", "SparseTensor")},
+        "__getattr__": absent,
+    }
+    vars(module).update(contents)
     return module
-
-
-def _glob(patterns) -> list[str]:
-    import glob
-
-    patterns = [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns
-    return [found for pattern in patterns for found in glob.glob(str(pattern))]
-
-
-def _absent(name: str):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    raise ModuleNotFoundError(f"this needs TensorFlow itself (tf.{name})", name="tensorflow")

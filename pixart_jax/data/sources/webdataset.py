@@ -1,40 +1,56 @@
-"""Webdataset tars, as img2dataset writes them: read at random, by an index of where each member
-lies."""
+"""Webdataset tars, as img2dataset writes them, read at random through an index of their members.
+
+The index of a tar is made once by a pass over its headers and cached on disk until the file
+changes.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
+import dataclasses
 import glob
+import hashlib
 import io
-import itertools
 import json
 import os
 import pathlib
 import re
+import tarfile
 from collections.abc import Iterator
+from typing import Any, BinaryIO
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.feather
 from tqdm import tqdm
 
-from pixart_jax.data.faults import BadRecords
+from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.data.sources import texts
-from pixart_jax.data.sources.filters import LazyFields
-from pixart_jax.data.sources.listed import READERS, IndexedSource
-from pixart_jax.data.sources.sample import Sample
-from pixart_jax.data.sources.strings import StringIndex, StringTable
-from pixart_jax.data.sources.tar_index import PICTURES, TarIndex, index, kind
+from pixart_jax.data.sources.indexed import READERS, Facts, IndexedSource
+from pixart_jax.data.sources.sample import Captions
 from pixart_jax.errors import UserError
+from pixart_jax.files import atomic_write, cache_folder
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_FORMAT = 2  # of the cached index
+_LOOKED_AT = 200  # .json members of a tar that are read to find the kinds of captions
+_SCHEMA = pa.schema(
+    {  # a row a sample, whose members are three lists of one length
+        "key": pa.large_string(),
+        "label": pa.int64(),
+        "suffixes": pa.large_list(pa.large_string()),  # lower case, without the dot
+        "offsets": pa.large_list(pa.int64()),
+        "sizes": pa.large_list(pa.int64()),
+    }
+)
 
 
 class WebdatasetSource(IndexedSource):
-    """Samples of tars; ``pattern`` is a tar, a folder of them, or their names with {000..012},
-    {a,b} or * in it.
+    """Samples of tars; ``pattern`` is a tar, a folder of them, or names with {000..012}, {a,b}, *.
 
-    A sample is a picture (jpg, jpeg, png, webp …) with what shares its name up to the first dot:
-    .txt is the kind 'caption', .KIND.txt that kind, .json's texts each a kind of its name and its
-    other fields what filters see, .cls the class. Its key is that name; where an earlier tar of the
-    set has it too, the name behind the tar's. Tars are read where they lie, uncompressed.
+    A sample is an image (jpg, png, webp …) and the members that share its name up to the first dot:
+    .txt is the kind 'caption', .KIND.txt that kind, each text in .json a kind, its other fields
+    what filters see, .cls the class. Its key is that name; after the tar's name if an earlier tar
+    of the set has it too. Tars are uncompressed and stay where they are.
     """
 
     def __init__(
@@ -46,170 +62,116 @@ class WebdatasetSource(IndexedSource):
         faults: BadRecords | None = None,
     ):
         self.faults = BadRecords() if faults is None else faults
-        self._tars = tars_of(pattern, self.faults)
         inside = pathlib.Path(pattern)
         self.name = f"webdataset:{inside.resolve().name if inside.is_dir() else inside.name}"
-        parts = self._indices()
-        self._keys = self._named(parts)
-        self._starts = np.cumsum([0, *(len(part.keys) for part in parts)])
-        self._parts = parts
-        for part in parts:
-            part.keys.clear()  # they are in one block now
-        self.caption_kinds = tuple(dict.fromkeys(name for part in parts for name in part.kinds))
-        greatest = max((int(part.label.max()) for part in parts if len(part.label)), default=-1)
-        self.num_classes = greatest + 1 if greatest >= 0 else None
+        self._tars, tables, kinds = self._indexed(tars_of(pattern, self.faults))
+        empty = _SCHEMA.empty_table().append_column("tar", pa.array([], pa.int32()))
+        self._table = pa.concat_tables([empty, *tables]).combine_chunks()
+        self._unique_keys()
+        self.caption_kinds = tuple(kinds)
+        labels = self._table["label"].to_numpy()
+        self.num_classes = int(labels.max(initial=-1)) + 1 or None
         state = [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in self._tars]
-        self._choose(len(self._keys), ["webdataset", state], where, limit)
+        self._choose(len(self._table), ["webdataset", state], where, limit)
 
-    def _indices(self) -> list[TarIndex]:
-        """The index of every tar that can be read; the others are named."""
-        parts, kept = [], []
-        with (
-            concurrent.futures.ThreadPoolExecutor(READERS) as readers,
-            tqdm(
-                total=len(self._tars),
-                desc=f"headers of {self.name}",
+    def _indexed(
+        self, tars: list[pathlib.Path]
+    ) -> tuple[list[pathlib.Path], list[pa.Table], dict[str, None]]:
+        """(tars, their indices with the tar's number, caption kinds) of the readable tars."""
+        readable, tables, kinds = list[pathlib.Path](), [], dict[str, None]()
+        with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+            pending = [readers.submit(index, tar) for tar in tars]
+            bar = tqdm(
+                zip(tars, pending, strict=True),
+                f"headers of {self.name}",
+                len(tars),
                 unit=" tars",
                 delay=2,
                 leave=False,
-            ) as bar,
-        ):
-            for tar, made in zip(
-                self._tars, [readers.submit(index, tar) for tar in self._tars], strict=True
-            ):
+            )
+            for tar, made in bar:
                 try:
-                    part = made.result()
-                except OSError as fault:
-                    self.faults.add(tar.name, "unreadable file", str(fault))
+                    table, found, faults = made.result()
+                except OSError as error:
+                    self.faults.add(tar.name, "unreadable file", str(error))
                     continue
-                self.faults.extend(part.faults)
-                parts.append(part)
-                kept.append(tar)
-                bar.update()
-        self._tars = kept
-        return parts
+                self.faults.extend(faults)
+                number = pa.array([len(readable)] * len(table), pa.int32())
+                tables.append(table.append_column("tar", number))
+                kinds.update(dict.fromkeys(found))
+                readable.append(tar)
+        return readable, tables, kinds
 
-    def _named(self, parts: list[TarIndex]) -> StringTable:
-        plain = StringTable(itertools.chain.from_iterable(part.keys for part in parts))
-        repeats = StringIndex(plain).repeats()
-        if not repeats.any():
-            return plain
-        tars = (tar.stem for tar, part in zip(self._tars, parts) for _ in part.keys)
-        return StringTable(
-            f"{tar}/{key}" if again else key for key, tar, again in zip(plain, tars, repeats)
-        )
-
-    def _at(self, place: int) -> tuple[int, int]:
-        """(number of the tar, number of the sample in it)."""
-        tar = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return tar, place - int(self._starts[tar])
-
-    def _members(self, place: int) -> dict[str, tuple[pathlib.Path, int, int]]:
-        """suffix → (file, offset, size)."""
-        tar, number = self._at(place)
-        part = self._parts[tar]
-        return {
-            part.suffixes[part.suffix[m]]: (self._tars[tar], int(part.offset[m]), int(part.size[m]))
-            for m in range(int(part.first[number]), int(part.first[number + 1]))
-        }
-
-    def _named_member(self, place: int, suffix: str) -> str:
-        return f"{self._tars[self._at(place)[0]].name}, {self._keys[place]}.{suffix}"
+    def _unique_keys(self) -> None:
+        keys, taken = self._table["key"].to_pylist(), set()
+        for number, key in enumerate(keys):
+            if key in taken:
+                keys[number] = f"{self._tars[self._table['tar'][number].as_py()].stem}/{key}"
+            taken.add(key)
+        if len(taken) < len(keys):
+            self._table = self._table.set_column(0, "key", pa.array(keys, pa.large_string()))
 
     # ---- a sample ----
 
     def _key(self, place: int) -> str:
-        return self._keys[place]
+        return self._table["key"][place].as_py()
 
-    @contextlib.contextmanager
-    def _picture(self, place: int):
+    def _members(self, place: int) -> dict[str, _Member]:
+        """suffix → the member, a file to open."""
+        row = self._table.slice(place, 1).to_pylist()[0]
+        tar, where = self._tars[row["tar"]], zip(row["offsets"], row["sizes"], strict=True)
+        return {suffix: _Member(tar, *w) for suffix, w in zip(row["suffixes"], where, strict=True)}
+
+    def _open(self, place: int) -> BinaryIO:
         members = self._members(place)
-        with open(members[_picture_of(members)][0], "rb", buffering=0) as tar:
-            _, offset, size = members[_picture_of(members)]
-            yield io.BufferedReader(_Part(tar, offset, size))
+        return io.BufferedReader(next(members[name] for name in members if name in PICTURES).open())
 
-    def _json(self, place: int, members) -> dict[str, object]:
-        if "json" not in members:
-            return {}
+    def _facts(self, place: int) -> Facts:
+        members, key = self._members(place), self._key(place)
+        tar = self._tars[self._table["tar"][place].as_py()].name
+        side: dict[str, Any] = {}
+        if "json" in members:
+            side = texts.json_object(members["json"].read(), f"{tar}, {key}.json", self.faults)
+
+        def captions() -> Captions:
+            found: list[Captions] = []
+            for suffix, member in members.items():
+                if _is_text(suffix):
+                    kind, name = _kind(suffix), f"{tar}, {key}.{suffix}"
+                    text = texts.decoded(member.read(), name, kind, self.faults)
+                    found.append({kind: (text,)} if text else {})
+            found.append(texts.captions_of(side, f"{tar}, {key}.json", self.faults))
+            return texts.merged(*found)
+
+        label = self._table["label"][place].as_py()
+        return Facts(label if label >= 0 else texts.label_of(side), side, captions)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """A member of a tar: ``size`` bytes at ``offset``."""
+
+    tar: pathlib.Path
+    offset: int
+    size: int
+
+    def open(self) -> _MemberFile:
+        return _MemberFile(self)
+
+    def read(self) -> bytes:
+        with self.open() as file:
+            return file.readall()
+
+
+class _MemberFile(io.RawIOBase):
+    """A member as a file. Raises UserError if the tar is gone or has become shorter."""
+
+    def __init__(self, member: _Member):
+        self._member, self._at = member, 0
         try:
-            found = json.loads(_bytes(*members["json"]).decode("utf-8-sig", "replace"))
-        except (ValueError, RecursionError) as fault:
-            self.faults.add(self._named_member(place, "json"), "unreadable row", str(fault))
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def _captions(self, place: int, members, side: dict[str, object]) -> dict[str, tuple[str, ...]]:
-        found = []
-        for suffix, where in members.items():
-            if suffix == "txt" or suffix.endswith(".txt"):
-                text = texts.decoded(
-                    _bytes(*where), self._named_member(place, suffix), kind(suffix), self.faults
-                )
-                if text:
-                    found.append({kind(suffix): (text,)})
-        return texts.merged(
-            *found, texts.captions_of(side, self._named_member(place, "json"), self.faults)
-        )
-
-    def _label(self, place: int, side: dict[str, object]) -> int:
-        tar, number = self._at(place)
-        label = int(self._parts[tar].label[number])
-        return label if label >= 0 else texts.label_of(side)
-
-    def _sample(self, place: int) -> Sample:
-        members = self._members(place)
-        side = self._json(place, members)
-        image = _bytes(*members[_picture_of(members)])
-        return Sample(
-            self._keys[place], image, self._captions(place, members, side), self._label(place, side)
-        )
-
-    def captions_at(self, index: int) -> tuple[str, dict[str, tuple[str, ...]]]:
-        """(key, captions) of a sample, for whoever counts words: the picture is not read."""
-        members = self._members(place := self._place(index))
-        return self._keys[place], self._captions(place, members, self._json(place, members))
-
-    def _fields(self, place: int) -> LazyFields:
-        members = self._members(place)
-        side = self._json(place, members)
-
-        def caption(name):
-            found = self._captions(place, members, side)[name]
-            return found[0] if len(found) == 1 else found
-
-        made = {name: lambda name=name: caption(name) for name in self.caption_kinds}
-        made |= {"captions": lambda: self._captions(place, members, side)}
-        made |= {"height": lambda: self._size(place)[0], "width": lambda: self._size(place)[1]}
-        said = {name: value for name, value in side.items() if name not in ("height", "width")}
-        return LazyFields(
-            {**said, "key": self._keys[place], "label": self._label(place, side)}, made
-        )
-
-
-def _picture_of(members) -> str:
-    return next(suffix for suffix in members if suffix in PICTURES)
-
-
-def _bytes(tar: pathlib.Path, offset: int, size: int) -> bytes:
-    """UserError where the file is gone or shorter than it was."""
-    try:
-        with open(tar, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, offset)
-    except OSError as fault:
-        raise UserError(f"{tar} cannot be read: {fault.strerror}") from None
-    if len(data) != size:
-        raise UserError(
-            f"{tar} has become shorter since it was opened: {size} bytes at {offset:,} are not "
-            "there"
-        )
-    return data
-
-
-class _Part(io.RawIOBase):
-    """Bytes ``offset`` to ``offset + size`` of an open file, as a file."""
-
-    def __init__(self, file, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
+            self._file = open(member.tar, "rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"{member.tar} cannot be read: {error.strerror}") from None
 
     def readable(self) -> bool:
         return True
@@ -218,28 +180,151 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(
-            0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        )
-        return self._at
-
-    def tell(self) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._member.size}[whence]
+        self._at = max(0, start + offset)
         return self._at
 
     def readinto(self, buffer) -> int:
-        data = os.pread(
-            self._file.fileno(),
-            max(0, min(len(buffer), self._size - self._at)),
-            self._offset + self._at,
-        )
+        wanted = max(0, min(len(buffer), self._member.size - self._at))
+        data = os.pread(self._file.fileno(), wanted, self._member.offset + self._at)
+        if wanted and not data:
+            raise UserError(
+                f"{self._member.tar} has become shorter since it was opened: {wanted} bytes at "
+                f"{self._member.offset + self._at:,} are not there"
+            )
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
 
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+# ---- the index ----
+
+
+def index(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
+    """(table of samples, caption kinds, bad records) of a tar; from the cache if size and time of
+    the file are the same. Raises OSError if it cannot be read."""
+    status = path.stat()
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    file = cache_folder() / "tars" / f"{name}.arrow"
+    seal = [_FORMAT, status.st_size, status.st_mtime_ns]
+    if file.exists():
+        table = pyarrow.feather.read_table(file, memory_map=False)
+        seen = json.loads(table.schema.metadata[b"pixart"])
+        if seen["seal"] == seal:
+            return table, seen["kinds"], [BadRecord(*fault) for fault in seen["faults"]]
+    table, kinds, faults = _read(path)
+    seen = {"seal": seal, "kinds": kinds, "faults": [dataclasses.astuple(f) for f in faults]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as out:
+        described = table.replace_schema_metadata({"pixart": json.dumps(seen)})
+        pyarrow.feather.write_feather(described, out, compression="uncompressed")
+    return table, kinds, faults
+
+
+def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each whole regular file. A cut or damaged tar is named once, with the
+    place: tarfile stops there without a word."""
+    end = path.stat().st_size
+    if not end:
+        faults.add(path.name, "cut file", "0 bytes")
+        return
+    with open(path, "rb") as file:
+        try:
+            with tarfile.TarFile(fileobj=file, errors="replace") as tar:
+                while (member := tar.next()) is not None:
+                    vars(tar)["members"] = []  # tarfile keeps them all
+                    missing = member.offset_data + member.size - end
+                    if member.isreg() and missing > 0:
+                        detail = f"the tar ends {missing:,} bytes early"
+                        faults.add(f"{path.name}, {member.name}", "cut file", detail)
+                        return
+                    if member.isreg():
+                        yield member.name.removeprefix("./"), member.offset_data, member.size
+                at = tar.offset
+        except (tarfile.TarError, ValueError, EOFError):
+            at = file.tell()
+            at -= at % tarfile.BLOCKSIZE
+        file.seek(min(at, end))
+        block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        detail = f"ends at byte {end:,} without an end mark: samples may be lost"
+        faults.add(path.name, "cut file", detail)
+    elif block.strip(b"\0"):
+        detail = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
+        faults.add(path.name, "cut file", detail)
+
+
+def _read(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
+    """One pass over the headers; of the data only labels and the first JSON texts are read."""
+    faults = BadRecords()
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    labels: dict[str, int] = {}
+    kinds: dict[str, None] = {}
+    looked = 0
+    for name, offset, size in _members(path, faults):
+        folder, slash, base = name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if not dot or not stem:
+            continue
+        key, place, suffix = f"{folder}{slash}{stem}", f"{path.name}, {name}", suffix.lower()
+        if suffix.endswith("txt") and size > texts.LONGEST:
+            detail = f"{size:,} bytes, at most {texts.LONGEST:,} are taken"
+            faults.add(place, "caption too long", detail)
+            continue
+        members, image = samples.setdefault(key, {}), suffix in PICTURES
+        if suffix in members or (image and any(other in PICTURES for other in members)):
+            what = "picture" if image else f".{suffix}"
+            faults.add(place, "key twice", f"the tar holds another {what} of {key!r}")
+            continue
+        members[suffix] = (offset, size)
+        if _is_text(suffix):
+            kinds[_kind(suffix)] = None
+        elif suffix == "cls":
+            text = _Member(path, offset, min(size, 32)).read().strip()
+            if text.isdigit():
+                labels[key] = int(text)
+            else:
+                faults.add(place, "unreadable label", text.decode("utf-8", "replace"))
+        elif suffix == "json" and looked < _LOOKED_AT:
+            looked += 1
+            quiet = BadRecords()  # the reader of the sample reports them
+            fields = texts.json_object(_Member(path, offset, size).read(), "", quiet)
+            kinds.update(dict.fromkeys(texts.captions_of(fields, "", quiet)))
+    whole = {}
+    for key, members in samples.items():
+        if any(suffix in PICTURES for suffix in members):
+            whole[key] = members
+        elif any(suffix.endswith("txt") or suffix == "json" for suffix in members):
+            detail = ", ".join(f".{suffix}" for suffix in members)
+            faults.add(f"{path.name}, {key}", "caption without picture", detail)
+    columns = [
+        list(whole),
+        [labels.get(key, -1) for key in whole],
+        [list(members) for members in whole.values()],
+        [[offset for offset, _ in members.values()] for members in whole.values()],
+        [[size for _, size in members.values()] for members in whole.values()],
+    ]
+    return pa.table(columns, _SCHEMA), list(kinds), list(faults)
+
+
+def _is_text(suffix: str) -> bool:
+    return suffix == "txt" or suffix.endswith(".txt")
+
+
+def _kind(suffix: str) -> str:
+    """'txt' → 'caption', 'dense.txt' → 'dense'."""
+    return suffix.removesuffix("txt").rstrip(".") or "caption"
+
+
+# ---- names of tars ----
+
 
 def tars_of(pattern: str, faults: BadRecords) -> list[pathlib.Path]:
-    """The tars that a pattern means, in its order; those of a range that are not there are
-    named."""
+    """The tars of a pattern, in its order; missing ones of a range are named in ``faults``."""
     if re.match(r"[a-z0-9]+://|pipe:", pattern):
         raise UserError(
             f"webdataset:{pattern}: tars are read at random, from a disk; copy them to one first"
@@ -255,12 +340,8 @@ def tars_of(pattern: str, faults: BadRecords) -> list[pathlib.Path]:
             raise UserError(
                 f"webdataset:{name}: a compressed tar cannot be read at random: unpack it to .tar"
             )
-        matches = (
-            sorted(glob.glob(name))
-            if any(c in name for c in "*?[") and not os.path.exists(name)
-            else [name]
-        )
-        for path in map(pathlib.Path, matches):
+        wild = any(c in name for c in "*?[") and not os.path.exists(name)
+        for path in map(pathlib.Path, sorted(glob.glob(name)) if wild else [name]):
             if path.is_file():
                 found.append(path)
             else:
