@@ -118,9 +118,9 @@ class WebdatasetSource(IndexedSource):
 
     def _members(self, place: int) -> dict[str, _Member]:
         """suffix → the member, a file to open."""
-        row = self._table.slice(place, 1).to_pylist()[0]
-        tar, where = self._tars[row["tar"]], zip(row["offsets"], row["sizes"], strict=True)
-        return {suffix: _Member(tar, *w) for suffix, w in zip(row["suffixes"], where, strict=True)}
+        tar = self._tars[self._table["tar"][place].as_py()]
+        columns = (self._table[name][place].as_py() for name in ("suffixes", "offsets", "sizes"))
+        return {suffix: _Member(tar, offset, size) for suffix, offset, size in zip(*columns)}
 
     def _open(self, place: int) -> BinaryIO:
         members = self._members(place)
@@ -185,16 +185,23 @@ class _MemberFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer) -> int:
-        wanted = max(0, min(len(buffer), self._member.size - self._at))
-        data = os.pread(self._file.fileno(), wanted, self._member.offset + self._at)
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self._read(self._member.size)
+
+    def _read(self, most: int) -> bytes:
+        wanted, start = max(0, min(most, self._member.size - self._at)), self._member.offset
+        data = os.pread(self._file.fileno(), wanted, start + self._at)
         if wanted and not data:
             raise UserError(
                 f"{self._member.tar} has become shorter since it was opened: {wanted} bytes at "
-                f"{self._member.offset + self._at:,} are not there"
+                f"{start + self._at:,} are not there"
             )
-        buffer[: len(data)] = data
         self._at += len(data)
-        return len(data)
+        return data
 
     def close(self) -> None:
         self._file.close()
@@ -226,36 +233,56 @@ def index(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
 
 
 def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each whole regular file. A cut or damaged tar is named once, with the
-    place: tarfile stops there without a word."""
-    end = path.stat().st_size
-    if not end:
-        faults.add(path.name, "cut file", "0 bytes")
-        return
-    with open(path, "rb") as file:
-        try:
-            with tarfile.TarFile(fileobj=file, errors="replace") as tar:
-                while (member := tar.next()) is not None:
-                    vars(tar)["members"] = []  # tarfile keeps them all
-                    missing = member.offset_data + member.size - end
-                    if member.isreg() and missing > 0:
-                        detail = f"the tar ends {missing:,} bytes early"
-                        faults.add(f"{path.name}, {member.name}", "cut file", detail)
-                        return
-                    if member.isreg():
-                        yield member.name.removeprefix("./"), member.offset_data, member.size
-                at = tar.offset
-        except (tarfile.TarError, ValueError, EOFError):
-            at = file.tell()
-            at -= at % tarfile.BLOCKSIZE
-        file.seek(min(at, end))
-        block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        detail = f"ends at byte {end:,} without an end mark: samples may be lost"
-        faults.add(path.name, "cut file", detail)
-    elif block.strip(b"\0"):
-        detail = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
-        faults.add(path.name, "cut file", detail)
+    """(name, offset, size) of each whole regular file of a POSIX or GNU tar, from its headers.
+
+    The tarfile module takes four times as long, and ends without a word where a tar is cut or
+    damaged; here that is named once, with the place. Name and size that do not fit into a header
+    are in a member before it, of type L (GNU) or x (pax).
+    """
+    end, at = path.stat().st_size, 0
+    name: str | None = None
+    size: int | None = None
+    with open(path, "rb", buffering=0) as file:
+        while True:
+            block = os.pread(file.fileno(), tarfile.BLOCKSIZE, at)
+            if len(block) < tarfile.BLOCKSIZE:
+                detail = f"ends at byte {end:,} without an end mark: samples may be lost"
+                faults.add(path.name, "cut file", detail)
+                return
+            if not block.strip(b"\0"):
+                return
+            try:
+                length = tarfile.nti(block[124:136]) if size is None else size
+                intact = tarfile.nti(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * 32
+            except tarfile.HeaderError:
+                intact = False
+            if not intact or length < 0:
+                detail = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
+                faults.add(path.name, "cut file", detail)
+                return
+            if name is None:
+                name = _text(block[:100])
+                if block[257:263] == b"ustar\0" and block[345]:
+                    name = f"{_text(block[345:500])}/{name}"
+            kind, start = block[156:157], at + tarfile.BLOCKSIZE
+            at = start + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if start + length > end:
+                detail = f"the tar ends {start + length - end:,} bytes early"
+                faults.add(f"{path.name}, {name}", "cut file", detail)
+                return
+            if kind in b"Lx":
+                data = os.pread(file.fileno(), length, start)
+                pax = dict(re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", data))
+                name = _text(data if kind == b"L" else pax.get(b"path", b"")) or None
+                size = int(pax[b"size"]) if pax.get(b"size", b"").isdigit() else None
+            elif kind not in b"Kg":  # these stand between a name and its member
+                if kind in b"0\0" + b"7" and not name.endswith("/"):
+                    yield name.removeprefix("./"), start, length
+                name = size = None
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "replace")
 
 
 def _read(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
