@@ -1,11 +1,11 @@
 """The embedded world: captioned scenes of coloured shapes, with full ground truth.
 
 A fresh machine has no model hub and no photographs, yet every stage of the curriculum must run for
-real. This world draws one to three objects on a ground and says what it drew in a brief, a short
-and a dense caption, with a class label for single objects (stage 1). Five colour–shape pairs
-(:data:`WITHHELD`) never occur in training, so composition can be tested.
+real. This world draws one to three objects on a ground, with a brief, a short and a dense caption,
+and a class label for single objects (stage 1). Five colour–shape pairs (:data:`WITHHELD`) never
+occur in training, so composition can be tested.
 
-A :class:`Level` is the difficulty, and is named wherever a score stands:
+A :class:`Level` is the difficulty; every score names it:
 
 - ``plain``: 64 px, objects in slots with a little jitter, flat grounds, five shapes, one or two
   kinds of object;
@@ -25,6 +25,7 @@ import dataclasses
 import json
 import math
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,12 +55,9 @@ TEXTURES = ("solid", "striped", "dotted")
 # and their inverse
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUM_CLASSES = len(SHAPES) * len(COLOURS)
-WITHHELD = (
-    ("blue", "star"),
-    ("green", "triangle"),
-    ("yellow", "cross"),
-    ("purple", "square"),
-    ("orange", "circle"),
+WITHHELD = tuple(
+    tuple(pair.split())
+    for pair in ("blue star", "green triangle", "yellow cross", "purple square", "orange circle")
 )
 
 
@@ -168,8 +166,7 @@ LEVELS = {
 }
 
 
-# ---- drawing
-# ---------------------------------------------------------------------------------------------
+# ---- drawing ----
 
 
 def _polygon(p: np.ndarray, vertices: np.ndarray) -> np.ndarray:
@@ -285,72 +282,64 @@ def render(scene: Scene) -> np.ndarray:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-# ---- what is in a scene
-# ---------------------------------------------------------------------------------------------
-
-
-def _pair_allowed(colour: str, shape: str, withheld: str) -> bool:
-    """withheld: 'never' draws none of the withheld pairs, 'only' draws nothing else, 'any' draws
-    all."""
-    return withheld == "any" or ((colour, shape) in WITHHELD) == (withheld == "only")
+# ---- scenes ----
 
 
 def _kind(rng: np.random.Generator, level: Level, withheld: str) -> tuple[str, str, str, str]:
-    """(shape, colour, size, texture) of one object."""
+    """(shape, colour, size, texture) of one object. withheld: 'never' draws none of the withheld
+    pairs, 'only' nothing else, 'any' all."""
     while True:
         shape = level.shapes[rng.integers(len(level.shapes))]
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
-        if _pair_allowed(colour, shape, withheld):
+        if withheld == "any" or ((colour, shape) in WITHHELD) == (withheld == "only"):
             break
-    return (
-        shape,
-        colour,
-        list(SIZES)[rng.integers(2)],
-        level.textures[rng.integers(len(level.textures))],
-    )
+    size = list(SIZES)[rng.integers(2)]
+    return shape, colour, size, level.textures[rng.integers(len(level.textures))]
 
 
 def _slots(count: int, relation: str | None) -> list[tuple[float, float]]:
-    """Centres as shares of (width, height), in the order of the objects; without a relation as the
-    pips of a die stand, one way for each number (three in a triangle: in a row they would
-    touch)."""
+    """Centres as shares of (width, height), in the order of the objects; without a relation like
+    the pips of a die, one way for each number (three in a row would touch)."""
     if count == 1:
         return [(0.5, 0.5)]
     if relation in ("left of", "right of"):
-        places = [(0.25, 0.5), (0.75, 0.5)]
-        return places if relation == "left of" else places[::-1]
+        return [(0.25, 0.5), (0.75, 0.5)][:: 1 if relation == "left of" else -1]
     if relation in ("above", "below"):
-        places = [(0.5, 0.25), (0.5, 0.75)]
-        return places if relation == "above" else places[::-1]
+        return [(0.5, 0.25), (0.5, 0.75)][:: 1 if relation == "above" else -1]
     if count == 2:
         return [(0.25, 0.25), (0.75, 0.75)]
     return [(0.5, 0.25), (0.25, 0.75), (0.75, 0.75)]
 
 
-def _place_free(rng, radii, height, width, relation) -> list[tuple[float, float]] | None:
-    """Centres in px, apart from each other and inside the border, that obey the relation; None
-    where no place is left."""
+def _place_free(
+    rng: np.random.Generator, radii: list[float], height: int, width: int, relation: str | None
+) -> list[tuple[float, float]]:
+    """Centres in px, apart from each other and inside the border, that obey the relation; [] if
+    none were found."""
     places: list[tuple[float, float]] = []
     for radius in radii:
         for _ in range(40):
             margin = 1.28 * radius + 1
             x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
-            if all(
-                math.hypot(x - a, y - b) > 1.28 * (radius + r) + 2
-                for (a, b), r in zip(places, radii)
-            ):
+            placed = zip(places, radii)
+            if all(math.hypot(x - a, y - b) > 1.28 * (radius + r) + 2 for (a, b), r in placed):
                 places.append((x, y))
                 break
         else:
-            return None
+            return []
     if relation:
         (ax, ay), (bx, by) = places[:2]
         dx, dy = bx - ax, by - ay
-        horizontal = relation in ("left of", "right of")
-        along, across = (dx, dy) if horizontal else (dy, dx)
+        along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
         if abs(along) < 1.5 * abs(across) or (along > 0) != (relation in ("left of", "above")):
-            return None
+            return []
     return places
+
+
+def _weighted(rng: np.random.Generator, choices: Sequence[tuple]) -> tuple:
+    """One of the tuples, whose last entries are weights."""
+    weights = np.array([choice[-1] for choice in choices])
+    return choices[rng.choice(len(choices), p=weights)]
 
 
 def draw_scene(
@@ -361,72 +350,57 @@ def draw_scene(
     withheld: str = "never",
     canvas: tuple[int, int] | None = None,
 ) -> Scene:
-    """A scene of the level. task: one of the level's, or any by its weight; withheld: 'never',
-    'only' (each object) or 'any'."""
+    """Draw a scene of the level. task: one of the level's, by default any by its weight. withheld:
+    'never', 'only' (each object) or 'any'."""
     level = LEVELS[level] if isinstance(level, str) else level
     if level.members:
-        member, *size, _ = level.members[
-            rng.choice(len(level.members), p=np.array([m[3] for m in level.members]))
-        ]
-        return draw_scene(rng, member, task=task, withheld=withheld, canvas=canvas or tuple(size))
-    names, weights = zip(*level.tasks)
-    task = task or names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
-    height, width = (
-        canvas
-        or level.canvases[
-            rng.choice(len(level.canvases), p=np.array([c[2] for c in level.canvases]))
-        ][:2]
-    )
+        member, high, wide, _ = _weighted(rng, level.members)
+        return draw_scene(rng, member, task=task, withheld=withheld, canvas=canvas or (high, wide))
+    if task is None:
+        names, weights = zip(*level.tasks)
+        task = names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
+    height, width = canvas or _weighted(rng, level.canvases)[:2]
     unit = min(height, width) / 64 * (0.8 if task == "three" or level.name == "rich" else 1.0)
-    while True:  # until the objects find places
+    places: list[tuple[float, float]] = []
+    while not places:
         relation = None
         if task == "single":
             kinds = [_kind(rng, level, withheld)]
         elif task == "count":
             kinds = [_kind(rng, level, withheld)] * int(rng.integers(1, 4))
         else:
-            kinds, wanted = [], 2 if task == "pair" else 3
+            kinds = []
             # objects of one scene differ in colour and in shape, so that words can tell them apart
-            while len(kinds) < wanted:
+            while len(kinds) < (2 if task == "pair" else 3):
                 kind = _kind(rng, level, withheld)
                 if all(kind[0] != k[0] and kind[1] != k[1] for k in kinds):
                     kinds.append(kind)
             relation = list(RELATIONS)[rng.integers(4)]
         radii = [SIZES[k[2]] * unit * (1 + rng.uniform(-1, 1) * level.size_jitter) for k in kinds]
         if level.placement == "slots":
-            # at most: the tips of two large stars stay apart
+            # no more jitter: the tips of two large stars stay apart
             jitter = rng.uniform(-1, 1, (len(kinds), 2)) * unit
-            places = [
-                (x * width + jx, y * height + jy)
-                for (x, y), (jx, jy) in zip(_slots(len(kinds), relation), jitter)
-            ]
+            slots = zip(_slots(len(kinds), relation), jitter)
+            places = [(x * width + jx, y * height + jy) for (x, y), (jx, jy) in slots]
         else:
             places = _place_free(rng, radii, height, width, relation)
-        if places:
-            break
-    objects = tuple(
-        Object(
-            shape,
-            colour,
-            size,
-            round(x, 3),
-            round(y, 3),
-            round(r, 3),
-            round(rng.uniform(-1, 1) * level.max_turn, 4),
-            texture,
-        )
-        for (shape, colour, size, texture), (x, y), r in zip(kinds, places, radii)
-    )
+    objects = []
+    for (shape, colour, size, texture), (x, y), r in zip(kinds, places, radii):
+        turn = round(rng.uniform(-1, 1) * level.max_turn, 4)
+        where = round(x, 3), round(y, 3), round(r, 3)
+        objects.append(Object(shape, colour, size, *where, turn, texture))
+    ground = list(GROUNDS)[rng.integers(len(GROUNDS))]
+    ground_texture = level.ground_textures[rng.integers(len(level.ground_textures))]
     return Scene(
-        height,
-        width,
-        list(GROUNDS)[rng.integers(len(GROUNDS))],
-        objects,
-        task,
-        relation,
-        level.style,
-        level.ground_textures[rng.integers(len(level.ground_textures))],
-        int(rng.integers(2**31)),
+        height=height,
+        width=width,
+        ground=ground,
+        objects=tuple(objects),
+        task=task,
+        relation=relation,
+        style=level.style,
+        ground_texture=ground_texture,
+        seed=int(rng.integers(2**31)),
     )
 
 
@@ -445,8 +419,7 @@ def label(scene: Scene) -> int:
     return SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)
 
 
-# ---- what is said of it
-# ---------------------------------------------------------------------------------------------
+# ---- captions ----
 
 
 def _where(obj: Object, scene: Scene) -> str:
@@ -460,50 +433,34 @@ def _where(obj: Object, scene: Scene) -> str:
 def captions(scene: Scene) -> dict[str, str]:
     """{"brief", "short", "dense"}: the subject in few words (no sizes, of every other scene no
     articles), the subject, and each object with all that is true of it."""
-    first = scene.objects[0]
-    ground = (
-        f"on a {scene.ground} ground"
-        if scene.ground_texture == "solid"
-        else f"on a {scene.ground_texture} {scene.ground} ground"
-    )
-    if scene.task == "count" and len(scene.objects) > 1:
+    first, count = scene.objects[0], len(scene.objects)
+    names = {
+        "brief": [o.brief_name for o in scene.objects],
+        "short": [o.name for o in scene.objects],
+    }
+    if scene.task == "count" and count > 1:
         plural = PLURALS.get(first.shape, first.shape + "s")
-        number = NUMBERS[len(scene.objects)]
-        brief, short = (
-            f"{number} {name.removesuffix(first.shape)}{plural}"
-            for name in (first.brief_name, first.name)
-        )
+        said = {
+            kind: f"{NUMBERS[count]} {some[0].removesuffix(first.shape)}{plural}"
+            for kind, some in names.items()
+        }
         places = ", ".join(_where(o, scene) for o in scene.objects)
         details = f"the {plural} are {first.colour} and {first.size}, {places}"
     else:
-        number = "one " if scene.task == "count" else ""
-        brief, short = (
-            _subject(
-                [
-                    number + name if number else _with_article(name, scene.seed % 2 and brief)
-                    for name in names
-                ],
-                scene.relation,
+        said = {}
+        for kind, some in names.items():
+            if scene.task == "count":
+                some = [f"one {name}" for name in some]
+            elif kind == "short" or scene.seed % 2 == 0:
+                some = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in some]
+            said[kind] = "".join(
+                [some[0]]
+                + [f" {scene.relation} {name}" for name in some[1:2]]
+                + [f", and {name}" for name in some[2:]]
             )
-            for brief, names in (
-                (True, [o.brief_name for o in scene.objects]),
-                (False, [o.name for o in scene.objects]),
-            )
-        )
         details = ". ".join(
             f"the {o.shape} is {o.colour} and {o.size}, {_where(o, scene)}" for o in scene.objects
         )
-    return {"brief": brief, "short": short, "dense": f"{short} {ground}. {details}."}
-
-
-def _with_article(name: str, bare: bool) -> str:
-    return name if bare else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def _subject(names: list[str], relation: str | None) -> str:
-    """'a …', 'a … left of a …' and, of three objects, ', and a …'."""
-    return (
-        names[0]
-        + "".join(f" {relation} {name}" for name in names[1:2])
-        + "".join(f", and {name}" for name in names[2:])
-    )
+    texture = "" if scene.ground_texture == "solid" else f"{scene.ground_texture} "
+    ground = f"on a {texture}{scene.ground} ground"
+    return {**said, "dense": f"{said['short']} {ground}. {details}."}

@@ -15,6 +15,9 @@ from PIL import Image
 
 from pixart_jax.data import shapes
 
+_TEXTS = ("brief", "short", "dense", "task", "scene", "key")
+_NUMBERS = ("label", "count", "height", "width")
+
 
 class ShapesConfig(tfds.core.BuilderConfig):
     """One level of the world as a builder config."""
@@ -37,25 +40,14 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [ShapesConfig(level) for level in shapes.LEVELS.values()]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                "brief": text(),
-                "short": text(),
-                "dense": text(),
-                "label": tfds.features.Scalar(np.int64),
-                "count": tfds.features.Scalar(np.int64),
-                "height": tfds.features.Scalar(np.int64),
-                "width": tfds.features.Scalar(np.int64),
-                "task": text(),
-                "scene": text(),
-                "key": text(),
-            }
-        )
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            **{name: tfds.features.Text() for name in _TEXTS},
+            **{name: tfds.features.Scalar(np.int64) for name in _NUMBERS},
+        }
         return tfds.core.DatasetInfo(
             builder=self,
-            features=features,
+            features=tfds.features.FeaturesDict(features),
             description="Captioned scenes of coloured shapes.",
             disable_shuffling=True,
         )

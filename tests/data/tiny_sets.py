@@ -37,6 +37,11 @@ def write(folder: Path, files: dict[str, bytes | str]) -> Path:
     return folder
 
 
+def captions(source) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Key → captions of every sample."""
+    return {sample.key: dict(sample.captions) for sample in source}
+
+
 def tar(path: Path, members: dict[str, bytes | str], form: int = tarfile.USTAR_FORMAT) -> Path:
     with tarfile.open(path, "w", format=form) as out:
         for name, data in members.items():

@@ -15,8 +15,8 @@ import json
 import os
 import pathlib
 import re
-import tarfile
 from collections.abc import Iterator
+from tarfile import BLOCKSIZE, HeaderError, nti  # type: ignore[attr-defined]
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -244,17 +244,17 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
     size: int | None = None
     with open(path, "rb", buffering=0) as file:
         while True:
-            block = os.pread(file.fileno(), tarfile.BLOCKSIZE, at)
-            if len(block) < tarfile.BLOCKSIZE:
+            block = os.pread(file.fileno(), BLOCKSIZE, at)
+            if len(block) < BLOCKSIZE:
                 detail = f"ends at byte {end:,} without an end mark: samples may be lost"
                 faults.add(path.name, "cut file", detail)
                 return
             if not block.strip(b"\0"):
                 return
             try:
-                length = tarfile.nti(block[124:136]) if size is None else size
-                intact = tarfile.nti(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * 32
-            except tarfile.HeaderError:
+                length = nti(block[124:136]) if size is None else size
+                intact = nti(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * 32
+            except HeaderError:
                 intact = False
             if not intact or length < 0:
                 detail = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
@@ -264,8 +264,8 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
                 name = _text(block[:100])
                 if block[257:263] == b"ustar\0" and block[345]:
                     name = f"{_text(block[345:500])}/{name}"
-            kind, start = block[156:157], at + tarfile.BLOCKSIZE
-            at = start + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            kind, start = block[156:157], at + BLOCKSIZE
+            at = start + -(-length // BLOCKSIZE) * BLOCKSIZE
             if start + length > end:
                 detail = f"the tar ends {start + length - end:,} bytes early"
                 faults.add(f"{path.name}, {name}", "cut file", detail)
