@@ -8,7 +8,7 @@
 
 Both sides are given the same weights, text states, lengths and noise; exit status 1 where a side
 failed or fp32 latents differ by more than 1e-3. In bfloat16 both sides round at each step.
---options are ours alone, fields of pipeline.CacheConfig as JSON, {"blocks_every": 2}; the latents
+--options are ours alone, fields of SamplingConfig as JSON, {"blocks_every": 2}; the latents
 then differ.
 """
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.speed import command, compiled  # noqa: E402
 from pixart_jax import cli  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
-from pixart_jax.pipeline import CacheConfig  # noqa: E402
+from pixart_jax.pipeline import SamplingConfig  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--draw", action="store_true", help="from prompts to PNG files")
-    parser.add_argument("--options", default="{}", metavar="JSON", help="fields of CacheConfig")
+    parser.add_argument("--options", default="{}", metavar="JSON", help="fields of SamplingConfig")
     flags = command.begin(argv, parser)
     kind = "draw" if flags.draw else "sample"
     measured = command.cases(kind, flags, steps=flags.steps, guidance=flags.guidance)
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> int:
         )
     try:
         options = json.loads(flags.options)
-        CacheConfig(**options)
+        SamplingConfig(**options)
     except (ValueError, TypeError) as error:
         raise UserError(f"--options {flags.options}: {error}") from None
-    ours = command.ours("with shortcuts", shortcuts=options) if options else command.ours()
+    ours = command.ours("with options", sampling=options) if options else command.ours()
     bounds = {"latents": float("inf") if options else 1e-3}
     return command.run(argv, flags, measured, [ours, *command.peers(flags)], bounds)
 

@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.speed.contest import tell  # noqa: E402
 from benchmarks.speed.table import table  # noqa: E402
 from pixart_jax import Pipeline  # noqa: E402
-from pixart_jax.diffusion import timesteps  # noqa: E402
 from pixart_jax.evaluation.shapes_score import score  # noqa: E402
 from pixart_jax.evaluation.tasks import eval_prompts  # noqa: E402
 from pixart_jax.files import write_json, write_text  # noqa: E402
-from pixart_jax.pipeline import CacheConfig  # noqa: E402
+from pixart_jax.pipeline import SamplingConfig  # noqa: E402
+from pixart_jax.pipeline.image_size import cache_plan  # noqa: E402
 
 TASKS = ("colour", "shape", "counting", "position", "binding")
 COLUMNS = ("drawn with", "computed", "seconds an image", "ratio", "distance", *TASKS)
-# name: (steps, fields of CacheConfig)
+# name: (steps, fields of SamplingConfig)
 ROWS: dict[str, tuple[int, dict]] = {
     **{f"{steps} steps": (steps, {}) for steps in (20, 14, 10, 8, 6, 4)},
     **{
@@ -61,13 +61,11 @@ def main() -> None:
     seconds = timed(pipe, rows, options.batch, options.repeat)
     prompts, found, plain = eval_prompts("plain", options.per_task, "short"), [], None
     for name, (steps, fields) in rows.items():
-        caches = CacheConfig(**fields)
-        images = pipe(
-            [p.caption for p in prompts], steps=steps, shortcuts=caches, batch_size=options.batch
-        )
+        config = SamplingConfig(steps, **fields).with_defaults()
+        images = pipe([p.caption for p in prompts], steps=steps, **fields, batch_size=options.batch)
         plain = images if plain is None else plain
         tasks = score(prompts, list(images)).tasks
-        plan = caches.plan(timesteps("dpm++", steps), pipe.transformer.config.depth, True)
+        plan = cache_plan(config, pipe.transformer.config, pipe.scheduler, guided=True)
         found.append(
             {
                 "name": name,
@@ -98,8 +96,8 @@ def timed(pipe: Pipeline, rows: dict, batch: int, repeat: int) -> dict[str, floa
     found: dict[str, list[float]] = {name: [] for name in rows}
     for n in range(repeat + 1):
         for name, (steps, fields) in rows.items():
-            begun, caches = time.perf_counter(), CacheConfig(**fields)
-            pipe(prompts, steps=steps, shortcuts=caches, text_states=states, seed=n)
+            begun = time.perf_counter()
+            pipe(prompts, steps=steps, **fields, text_states=states, seed=n)
             if n:
                 found[name].append((time.perf_counter() - begun) / batch)
     return {name: statistics.median(times) for name, times in found.items()}

@@ -39,6 +39,7 @@ COMMANDS = {
         "pixart_jax.planning.command",
         "memory, time and cost of a run on hardware that is not here, from its compiled program",
     ),
+    "sample": ("pixart_jax.commands.sample", "prompts → PNGs, as sample.py"),
 }
 
 

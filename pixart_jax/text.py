@@ -19,6 +19,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -232,17 +233,18 @@ def _tell_what_is_cut(tokenizer, text: str, most: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
-    """A prompt, and what its row says of height, width (pixels), seed and negative_prompt; None
-    where it says nothing."""
+    """A prompt, and its row's height and width (pixels), seed, guidance and negative_prompt; None
+    where the row leaves them out."""
 
     prompt: str
     height: int | None = None
     width: int | None = None
     seed: int | None = None
     negative_prompt: str | None = None
+    guidance: float | None = None
 
     def overrides(self) -> dict:
-        """What the row says beside its prompt."""
+        """What the row sets beside its prompt."""
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
@@ -315,17 +317,19 @@ def _row(number: int, fields: Mapping) -> PromptRow:
     prompt = fields.get("prompt") or ""
     if not isinstance(prompt, str) or ("prompt" not in fields):
         raise UserError(f'line {number} has no text "prompt"')
-    own = {}
-    for name in ("height", "width", "seed"):
+    own: dict[str, Any] = {}
+    for name in ("height", "width", "seed", "guidance"):
         value = fields.get(name)
         if value is None:
             continue
+        kind, form = (float, "finite number") if name == "guidance" else (int, "whole number")
         try:
-            own[name] = int(value)
-            if isinstance(value, bool) or own[name] != float(value):
+            own[name] = kind(value)
+            # an int of 64 bits is not compared as a float
+            if isinstance(value, bool) or (isinstance(value, float) and own[name] != value):
                 raise ValueError
-        except (ValueError, TypeError):
-            raise UserError(f"line {number}: {name} {value!r} is no whole number") from None
+        except (ValueError, TypeError, OverflowError):
+            raise UserError(f"line {number}: {name} {value!r} is no {form}") from None
     negative = fields.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"line {number}: negative_prompt {negative!r} is no text")

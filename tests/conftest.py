@@ -116,16 +116,3 @@ def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_diffusers.build(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def sample_program(root):
-    """sample.py as a module."""
-    import importlib.util
-    import sys
-
-    spec = importlib.util.spec_from_file_location("sample_program", root / "sample.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sample_program"] = module
-    spec.loader.exec_module(module)
-    return module

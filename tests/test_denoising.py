@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pixart_jax import Pipeline, diffusion
-from pixart_jax.pipeline import denoising
+from pixart_jax.pipeline import SamplingConfig, sampler
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square", "circle"]
@@ -63,13 +63,13 @@ def test_the_image_is_that_of_the_plain_path(pipe):
 
 def lowered(pipe: Pipeline, monkeypatch, **how):
     """The program that a drawing runs, as lowered, and its latents."""
-    run, seen = denoising.generate_jit, []
+    run, seen = sampler.generate_jit, []
 
     def watched(*arguments):
         seen.append(run.lower(*arguments))
         return run(*arguments)
 
-    monkeypatch.setattr(denoising, "generate_jit", watched)
+    monkeypatch.setattr(sampler, "generate_jit", watched)
     pipe(PROMPTS[:2], binning=False, height=64, width=64, **how)
     return seen[0]
 
@@ -80,7 +80,7 @@ def test_one_program_draws_from_noise_to_pixels_in_the_memory_of_the_noise(pipe,
     latents, images = made.out_info
     assert (
         images.shape == (2, 64, 64, 3)
-        and images.dtype == jnp.uint8
+        and images.dtype == jnp.float32  # rounded after the fit to the size that was asked for
         and latents.shape == (2, 8, 8, 4)
     )
     assert made.as_text().count("tf.aliasing_output") == 1  # latents, noise
@@ -93,15 +93,16 @@ def test_a_step_of_the_scan_computes_no_text_and_no_time(pipe):
     given time and text, and no others."""
     states, lengths = pipe.encode_text(PROMPTS[:2])
     noise, _ = pipe.noise(0, range(2), 64, 64)
-    arguments = pipe._arguments((states, lengths), noise, (states, lengths), None, 4.5, None, None)
-    run = pipe._run("dpm++", None, 3, "fractional", True, denoising.NONE)
-    made = jax.make_jaxpr(denoising.sample_latents, static_argnums=0)(run, *arguments)
+    sizes, text = pipe._size_conditions(noise, None, None), (states, lengths)
+    arguments = (pipe.transformer.params, noise, None, text, text, *sizes, np.full(2, 4.5, "f"))
+    spec = pipe._spec(SamplingConfig(steps=3).with_defaults(), True)
+    made = jax.make_jaxpr(sampler.sample_latents, static_argnums=0)(spec, *arguments)
     (loop,) = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] == 3]
 
     apply = functools.partial(pipe.transformer.module.apply, {"params": pipe.transformer.params})
     times = apply(
         np.float32([500.0]),
-        *(np.ones((4, 2)), np.ones(4)) if arguments[5] is not None else (),
+        *(np.ones((4, 2)), np.ones(4)) if sizes[0] is not None else (),
         method="encode_times",
     )
     text = apply(*(jnp.concatenate([a, a]) for a in (states, lengths)), method="encode_text")
@@ -154,15 +155,14 @@ def test_a_negative_prompt_that_all_share_is_what_each_image_with_its_own_gets(t
 
 
 def test_decoding_in_parts_gives_the_images_of_the_whole(pipe, monkeypatch):
-    from pixart_jax.pipeline import decoding
+    from pixart_jax.pipeline import decoder
 
     latents = np.random.default_rng(1).normal(size=(4, 8, 8, 4)).astype(np.float32)
     whole = np.asarray(pipe.decode(latents)).astype(int)
-    monkeypatch.setattr(decoding, "_PIXELS", 64 * 64)
-    how = pipe._decoding(4, None)
-    parts = jax.jit(lambda params, latents: decoding.decode_latents(how, params, latents))(
-        pipe.vae.params, latents
-    )
+    monkeypatch.setattr(decoder, "_PIXELS", 64 * 64)
+    spec = pipe._decode_spec(4)
+    run = jax.jit(lambda params, latents: decoder.decode_latents(spec, params, latents))
+    parts = decoder.fit(run(pipe.vae.params, latents))
     assert np.abs(np.asarray(parts) - whole).max() <= 1
 
 

@@ -11,6 +11,7 @@ import pytest
 from transformers import T5EncoderModel
 
 from pixart_jax import cli
+from pixart_jax.commands import sample
 from tests import tiny_diffusers
 
 
@@ -96,17 +97,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
-def test_a_broken_model_is_one_line_and_nothing_is_begun(
-    sample_program, tiny_model, tmp_path, capsys, damage
-):
+def test_a_broken_model_is_one_line_and_nothing_is_begun(tiny_model, tmp_path, capsys, damage):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     damage(model)
     capsys.readouterr()
     assert (
         cli.run(
-            sample_program.main,
-            ["--model", str(model), "--prompt", "x", "--out", str(tmp_path / "out")],
+            sample.main, ["--model", str(model), "--prompt", "x", "--out", str(tmp_path / "out")]
         )
         == 2
     )
@@ -117,9 +115,7 @@ def test_a_broken_model_is_one_line_and_nothing_is_begun(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_with_a_table_of_sizes_takes_multiples_of_8_and_names_the_next(
-    sample_program, tmp_path, capsys
-):
+def test_a_model_with_a_table_of_sizes_takes_multiples_of_8_and_names_the_next(tmp_path, capsys):
     tiny_diffusers.build(tmp_path / "model", sample_size=32)
     capsys.readouterr()
     where = [
@@ -136,7 +132,7 @@ def test_a_model_with_a_table_of_sizes_takes_multiples_of_8_and_names_the_next(
         ([], "height 201: a side must be a multiple of 8; 200 would do"),
         (["--no-binning"], "a multiple of 16"),
     ):
-        assert cli.run(sample_program.main, [*where, *more]) == 2
+        assert cli.run(sample.main, [*where, *more]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and says in err
     assert not (tmp_path / "out").exists()

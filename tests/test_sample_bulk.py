@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 
 from pixart_jax import cli
+from pixart_jax.commands import sample
 from pixart_jax.encoding import command as encode_command
 from pixart_jax.errors import UserError
 from pixart_jax.images import png_settings
-from pixart_jax.pipeline import drawings, memory, shares
-from pixart_jax.pipeline.writer import AsyncWriter
+from pixart_jax.pipeline import folder as folders
+from pixart_jax.pipeline.folder import ModelFolder
+from pixart_jax.pipeline.output import AsyncWriter, OutputFolder, PromptShard
 from tests import tiny_diffusers
 
 PROMPTS = [
@@ -57,7 +59,7 @@ def assert_within(a: Path, b: Path, levels: int) -> None:
 
 
 def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
-    sample_program, tiny_model, prompt_file, tmp_path, monkeypatch, capsys
+    tiny_model, prompt_file, tmp_path, monkeypatch, capsys
 ):
     from pixart_jax.weights import component
 
@@ -72,7 +74,7 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
         "--batch-size",
         "2",
     ]
-    assert cli.run(sample_program.main, [*base, "--out", str(tmp_path / "plain")]) == 0
+    assert cli.run(sample.main, [*base, "--out", str(tmp_path / "plain")]) == 0
     for stored in ("float32", "bfloat16"):
         argv = [
             "--prompts",
@@ -98,14 +100,14 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
             "--text-states",
             str(tmp_path / f"{stored}.safetensors"),
         ]
-        assert cli.run(sample_program.main, argv) == 0
+        assert cli.run(sample.main, argv) == 0
     assert sorted(set(opened)) == ["transformer", "vae"]
     assert_within(tmp_path / "float32", tmp_path / "plain", 0)
     # of 255: what eight bits of mantissa do to random weights
     assert_within(tmp_path / "bfloat16", tmp_path / "plain", 12)
     # Exact states make the very images, so a call without them finds these there; rounded ones say
     # what they are.
-    assert cli.run(sample_program.main, [*base, "--out", str(tmp_path / "float32")]) == 0
+    assert cli.run(sample.main, [*base, "--out", str(tmp_path / "float32")]) == 0
     assert "5 of them already there" in capsys.readouterr().out
     (path,) = (tmp_path / "bfloat16").glob("0000*.png")
     assert png_settings(path)["text_states"] == "float32 kept as bfloat16"
@@ -121,7 +123,7 @@ def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
         "--text-states",
         str(tmp_path / "float32.safetensors"),
     ]
-    assert cli.run(sample_program.main, argv) == 0
+    assert cli.run(sample.main, argv) == 0
     assert_within(tmp_path / "lightly", tmp_path / "plain", 0)
 
 
@@ -139,7 +141,7 @@ def kept(tiny_model, prompt_file, tmp_path) -> Path:
 
 
 def test_text_states_that_do_not_fit_are_one_line_and_nothing_is_begun(
-    sample_program, tiny_model, kept, tmp_path, capsys
+    tiny_model, kept, tmp_path, capsys
 ):
     (tmp_path / "short.safetensors").write_bytes(kept.read_bytes()[:-100])
     sigma, wide, other = (tmp_path / name for name in ("sigma", "wide", "other"))
@@ -190,15 +192,13 @@ def test_text_states_that_do_not_fit_are_one_line_and_nothing_is_begun(
             str(tmp_path / "out"),
             *more,
         ]
-        assert cli.run(sample_program.main, argv) == 2, says
+        assert cli.run(sample.main, argv) == 2, says
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
         assert not (tmp_path / "out").exists()
 
 
-def test_wrong_names_and_shares_are_one_line_and_nothing_is_begun(
-    sample_program, tiny_model, tmp_path, capsys
-):
+def test_wrong_names_and_shares_are_one_line_and_nothing_is_begun(tiny_model, tmp_path, capsys):
     cases = [
         (["--dtype", "float23"], "dtype 'float23' is unknown (did you mean 'float32'?)"),
         (["--null", "txt"], "null 'txt' is unknown (did you mean 'text'?)"),
@@ -209,14 +209,14 @@ def test_wrong_names_and_shares_are_one_line_and_nothing_is_begun(
     ]
     for more, says in cases:
         argv = ["--model", str(tiny_model), "--prompt", "x", "--out", str(tmp_path / "out"), *more]
-        assert cli.run(sample_program.main, argv) == 2
+        assert cli.run(sample.main, argv) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_prompt_of_5000_characters_is_drawn_with_one_line_that_names_the_lost_words(
-    sample_program, tiny_model, tmp_path, capsys
+    tiny_model, tmp_path, capsys
 ):
     prompt = ("a red circle and " * 300)[:4980] + "zebra"
     argv = [
@@ -229,7 +229,7 @@ def test_a_prompt_of_5000_characters_is_drawn_with_one_line_that_names_the_lost_
         "--steps",
         "1",
     ]
-    assert cli.run(sample_program.main, argv) == 0
+    assert cli.run(sample.main, argv) == 0
     said = [
         line
         for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -244,16 +244,13 @@ def test_a_prompt_of_5000_characters_is_drawn_with_one_line_that_names_the_lost_
 # The text encoder and memory.
 
 MEASURED = """
-import importlib.util, json, sys
+import json, sys
 import jax
+from pixart_jax.commands import sample
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.weights import component
 
-root, model, prompts, out = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("sample", f"{root}/sample.py")
-sample = importlib.util.module_from_spec(spec)
-sys.modules["sample"] = sample
-spec.loader.exec_module(sample)
+model, prompts, out = sys.argv[1:]
 
 def live():
     return sum(array.nbytes for array in jax.live_arrays())
@@ -261,38 +258,30 @@ def live():
 def bytes_of(part):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(part.params))
 
-seen, real, call, found = {"denoise": 0, "encode": 0}, Pipeline._drawn, component.TextEncoder.apply, {}
-def denoise(self, *args, **how):
-    images = real(self, *args, **how).block_until_ready()
+seen, real, call, found = {}, Pipeline._images, component.TextEncoder.apply, {}
+def images(self, *args, **how):
+    made = real(self, *args, **how).block_until_ready()
     seen["denoise"] = max(seen["denoise"], live())
     found["rest"] = bytes_of(self.transformer) + bytes_of(self.vae)
-    return images
+    return made
 def apply(self, *args):
     seen["encode"] = max(seen["encode"], live())
     found["t5"] = bytes_of(self)
     return call(self, *args)
-Pipeline._drawn, component.TextEncoder.apply = denoise, apply
+Pipeline._images, component.TextEncoder.apply = images, apply
 for mode in ("always", "never"):
     seen.update(denoise=0, encode=0)
-    flags = ["--model", model, "--prompts", prompts, "--out", f"{out}/{mode}", "--steps", "2", "--offload-text-encoder", mode]
-    assert sample.main(flags) == 0
+    flags = ["--model", model, "--prompts", prompts, "--out", f"{out}/{mode}", "--steps", "2"]
+    assert sample.main([*flags, "--offload-text-encoder", mode]) == 0
     print("MEASURED " + json.dumps({"mode": mode, **seen, **found}))
-"""  # noqa: E501
+"""
 
 
 def test_the_text_encoder_is_gone_while_denoising_and_the_images_are_the_same_to_the_bit(
     root, prompt_file, tmp_path
 ):
-    model = root / "assets" / "shapes"
-    command = [
-        sys.executable,
-        "-c",
-        MEASURED,
-        str(root),
-        str(model),
-        str(prompt_file),
-        str(tmp_path),
-    ]
+    paths = (root / "assets" / "shapes", prompt_file, tmp_path)
+    command = [sys.executable, "-c", MEASURED, *map(str, paths)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     measured = [
         json.loads(line.removeprefix("MEASURED "))
@@ -315,10 +304,12 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
         leaf.nbytes for part in parts for leaf in __import__("jax").tree.leaves(part.params)
     )
     for share, offloads in ((0.5, True), (1.2, True), (2.0, False)):
-        monkeypatch.setattr(memory, "available", lambda share=share: share * needed)
-        assert memory.should_offload(tiny_model) == offloads
+        monkeypatch.setattr(folders, "available_memory", lambda share=share: share * needed)
+        assert ModelFolder.open(tiny_model).should_offload() == offloads
     monkeypatch.undo()
-    assert not memory.should_offload(tiny_model)  # this machine has room for a few kilobytes
+    assert not ModelFolder.open(
+        tiny_model
+    ).should_offload()  # this machine has room for a few kilobytes
 
 
 # Shares.
@@ -327,7 +318,7 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--text-encoder-int8",)], ids=["floats", "int8"])
 def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(
-    root, sample_program, tiny_model, prompt_file, tmp_path, more
+    root, tiny_model, prompt_file, tmp_path, more
 ):
     """Four simulated devices, the parameters in four parts."""
     argv = [
@@ -340,7 +331,7 @@ def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(
         "--no-grid",
         *more,
     ]
-    assert cli.run(sample_program.main, [*argv, "--out", str(tmp_path / "one")]) == 0
+    assert cli.run(sample.main, [*argv, "--out", str(tmp_path / "one")]) == 0
     command = [
         sys.executable,
         str(root / "sample.py"),
@@ -355,16 +346,11 @@ def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(
     assert_within(tmp_path / "one", tmp_path / "four", 1)
 
 
-def test_int8_is_told_in_the_png_and_changes_little(
-    sample_program, tiny_model, prompt_file, tmp_path
-):
+def test_int8_is_told_in_the_png_and_changes_little(tiny_model, prompt_file, tmp_path):
     argv = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "2", "--no-grid"]
-    assert cli.run(sample_program.main, [*argv, "--out", str(tmp_path / "floats")]) == 0
+    assert cli.run(sample.main, [*argv, "--out", str(tmp_path / "floats")]) == 0
     assert (
-        cli.run(
-            sample_program.main, [*argv, "--out", str(tmp_path / "int8"), "--text-encoder-int8"]
-        )
-        == 0
+        cli.run(sample.main, [*argv, "--out", str(tmp_path / "int8"), "--text-encoder-int8"]) == 0
     )
     (path,) = (tmp_path / "int8").glob("0000*.png")
     assert png_settings(path)["text_encoder"] == "int8"
@@ -383,7 +369,7 @@ def test_int8_is_told_in_the_png_and_changes_little(
     ]
     assert cli.run(encode_command.main, [*states, "--text-encoder-int8"]) == 0
     argv += ["--text-states", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "states")]
-    assert cli.run(sample_program.main, argv) == 0
+    assert cli.run(sample.main, argv) == 0
     assert_within(tmp_path / "states", tmp_path / "int8", 0)
     (path,) = (tmp_path / "states").glob("0000*.png")
     assert png_settings(path)["text_states"] == "float32 from int8 kept as float32"
@@ -398,7 +384,7 @@ def test_int8_is_told_in_the_png_and_changes_little(
         ("data=-1,fsdp=-1", "only one axis"),
     ],
 )
-def test_a_bad_mesh_is_one_line(sample_program, tiny_model, tmp_path, capsys, mesh, says):
+def test_a_bad_mesh_is_one_line(tiny_model, tmp_path, capsys, mesh, says):
     argv = [
         "--model",
         str(tiny_model),
@@ -409,7 +395,7 @@ def test_a_bad_mesh_is_one_line(sample_program, tiny_model, tmp_path, capsys, me
         "--mesh",
         mesh,
     ]
-    assert cli.run(sample_program.main, argv) == 2
+    assert cli.run(sample.main, argv) == 2
     assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -508,7 +494,7 @@ def test_two_processes_of_a_detected_cluster_draw_together(root, tiny_model, siz
 
 def test_shares_are_disjoint_whole_and_even_in_every_size():
     sizes = [(64, 64)] * 7 + [(64, 96)] * 5 + [(64, 64)] * 2
-    parts = [shares.PromptShard(k, 3).of(sizes) for k in range(3)]
+    parts = [PromptShard(k, 3).of(sizes) for k in range(3)]
     assert sorted(n for part in parts for n in part) == list(range(14))
     for size in set(sizes):
         counts = [sum(sizes[n] == size for n in part) for part in parts]
@@ -517,10 +503,10 @@ def test_shares_are_disjoint_whole_and_even_in_every_size():
 
 def test_the_sheet_is_not_waited_for_without_end(tmp_path):
     wanted = [
-        {"prompt": prompt, "index": n, "seed": 0, "height": 8, "width": 8}
+        {"prompt": prompt, "index": n, "seed": 0, "height": 8, "width": 8, "guidance": 1}
         for n, prompt in enumerate(PROMPTS)
     ]
-    mine = drawings.OutputFolder(tmp_path, wanted, shares.PromptShard(0, 2))
+    mine = OutputFolder(tmp_path, wanted, PromptShard(0, 2))
     for n in mine.mine:
         mine.write(n, np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(
@@ -536,7 +522,7 @@ def test_the_sheet_is_not_waited_for_without_end(tmp_path):
 
 def test_a_slow_disk_holds_the_drawing_up_only_when_the_queue_is_full():
     gate, written = threading.Event(), []
-    with AsyncWriter(lambda n: gate.wait() and written.append(n), most=6) as writer:
+    with AsyncWriter(lambda n: gate.wait() and written.append(n), limit=6) as writer:
         for n in range(6):
             writer.put(n)  # returns though nothing can be written
         late = threading.Thread(target=writer.put, args=(6,))
@@ -552,7 +538,7 @@ def test_what_a_writing_thread_meets_stops_the_drawing():
     def full(n):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"), AsyncWriter(full, most=2) as writer:
+    with pytest.raises(OSError, match="No space"), AsyncWriter(full, limit=2) as writer:
         for n in range(10):
             writer.put(n)
     with pytest.raises(OSError, match="No space"), AsyncWriter(full) as writer:

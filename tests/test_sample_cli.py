@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from pixart_jax import Pipeline, cli
+from pixart_jax.commands import sample
+from pixart_jax.commands.sample_flags import Flags
 from pixart_jax.images import png_settings
 from pixart_jax.text import PromptRow
 
@@ -26,7 +28,7 @@ def images_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_a_prompt_becomes_a_png_that_says_how(sample_program, tiny_model, tmp_path, capsys):
+def test_a_prompt_becomes_a_png_that_says_how(tiny_model, tmp_path, capsys):
     argv = [
         "--model",
         str(tiny_model),
@@ -41,7 +43,7 @@ def test_a_prompt_becomes_a_png_that_says_how(sample_program, tiny_model, tmp_pa
         "--seed",
         "5",
     ]
-    assert cli.run(sample_program.main, argv) == 0
+    assert cli.run(sample.main, argv) == 0
     out, err = capsys.readouterr()
     path = tmp_path / "0000_a-large-red-circle_5.png"
     assert str(path) in out and "image/s" in err.replace(" images", "image").replace(
@@ -73,13 +75,13 @@ def test_a_prompt_becomes_a_png_that_says_how(sample_program, tiny_model, tmp_pa
         )
 
 
-def test_without_a_guidance_the_models_own_is_taken_and_told(sample_program, tiny_model, tmp_path):
+def test_without_a_guidance_the_models_own_is_taken_and_told(tiny_model, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(tiny_model, own)
     (own / "sampling_config.json").write_text('{"guidance": 2}')
     assert (
         cli.run(
-            sample_program.main,
+            sample.main,
             [
                 "--model",
                 str(own),
@@ -103,7 +105,7 @@ def test_without_a_guidance_the_models_own_is_taken_and_told(sample_program, tin
 
 
 def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is_missing(
-    sample_program, tiny_model, tmp_path, capsys
+    tiny_model, tmp_path, capsys
 ):
     (tmp_path / "p.txt").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:]]))
     out = tmp_path / "out"
@@ -119,7 +121,7 @@ def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is
         "--batch-size",
         "2",
     ]
-    assert cli.run(sample_program.main, argv) == 0
+    assert cli.run(sample.main, argv) == 0
     names = [
         "0000_a-large-red-circle_0.png",
         "0001_a-small-blue-star_0.png",
@@ -131,7 +133,7 @@ def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is
     (out / names[1]).unlink()
     stamp = (out / names[0]).stat().st_mtime_ns
     capsys.readouterr()
-    assert cli.run(sample_program.main, argv) == 0
+    assert cli.run(sample.main, argv) == 0
     assert "2 of them already there" in capsys.readouterr().out
     assert (out / names[0]).stat().st_mtime_ns == stamp
     assert images_in(out) == names
@@ -141,7 +143,7 @@ def test_a_file_of_prompts_becomes_a_folder_and_a_second_call_draws_only_what_is
     )
     assert np.abs(redrawn - before).max() <= 1  # drawn alone this time
     # Other settings: drawn beside, nothing is lost.
-    assert cli.run(sample_program.main, [*argv[:-4], "--steps", "1", "--no-grid"]) == 0
+    assert cli.run(sample.main, [*argv[:-4], "--steps", "1", "--no-grid"]) == 0
     assert {f"{name[:-4]}_2.png" for name in names[:3]} < set(images_in(out))
     assert (out / names[0]).read_bytes() == first[names[0]]
 
@@ -158,9 +160,9 @@ def _bytes(folder: Path, data: bytes) -> Path:
         ("p.jsonl", '{"prompt": "a red circle"}\n\n"a star, blue"\n'),
     ],
 )
-def test_csv_and_jsonl_files_of_prompts(sample_program, tmp_path, name, text):
+def test_csv_and_jsonl_files_of_prompts(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert sample_program.prompt_rows(sample_program.Flags(prompts=tmp_path / name)) == [
+    assert Flags(prompts=tmp_path / name).prompt_rows() == [
         PromptRow("a red circle"),
         PromptRow("a star, blue"),
     ]
@@ -168,9 +170,9 @@ def test_csv_and_jsonl_files_of_prompts(sample_program, tmp_path, name, text):
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_compiles_once(
-    sample_program, tiny_model, tmp_path, form
+    tiny_model, tmp_path, form
 ):
-    from pixart_jax.pipeline.denoising import generate_jit
+    from pixart_jax.pipeline.sampler import generate_jit
 
     rows = [(PROMPTS[0], 64, 96, None, None), (PROMPTS[1], 96, 64, 7, None)]
     rows += [(PROMPTS[2], 64, 96, None, "a star"), (PROMPTS[0], 96, 64, 7, "")]
@@ -197,7 +199,7 @@ def test_rows_have_their_own_sizes_seeds_and_negative_prompts_and_each_size_comp
         "--batch-size",
         "2",
     ]
-    assert cli.run(sample_program.main, [*argv, "--no-grid"]) == 0
+    assert cli.run(sample.main, [*argv, "--no-grid"]) == 0
     assert generate_jit._cache_size() - before <= 2  # a size each, whatever the order of the rows
     pipe = Pipeline.from_pretrained(tiny_model)
     for n, (prompt, height, width, seed, negative) in enumerate(rows):
@@ -278,21 +280,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_status_2(
-    sample_program, tiny_model, tmp_path, capsys, case
-):
+def test_bad_input_is_one_line_and_exit_status_2(tiny_model, tmp_path, capsys, case):
     make, says = BAD[case]
     argv = make(tmp_path, tiny_model)
     given = argv if "--model" in argv else [*argv, "--model", str(tiny_model)]
     given = given if "--out" in given else [*given, "--out", str(tmp_path / "out")]
-    assert cli.run(sample_program.main, given) == 2
+    assert cli.run(sample.main, given) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
     assert not (tmp_path / "out").exists()
 
 
 def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(
-    sample_program, tiny_model, tmp_path, capsys, monkeypatch
+    tiny_model, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     where = [
@@ -313,13 +313,13 @@ def test_full_disk_keeps_what_was_drawn_and_the_same_command_goes_on(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fills_up)
-    assert cli.run(sample_program.main, argv) == 2
+    assert cli.run(sample.main, argv) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
     assert len(images_in(tmp_path / "out")) == 2 and all(
         png_settings(path) for path in (tmp_path / "out").iterdir()
     )
     monkeypatch.undo()
-    assert cli.run(sample_program.main, argv) == 0
+    assert cli.run(sample.main, argv) == 0
     assert len(images_in(tmp_path / "out")) == 4
 
 
@@ -345,13 +345,13 @@ def test_the_program_itself_draws_and_refuses(tiny_model, root, tmp_path):
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
 
 
-def test_the_shipped_model_is_the_default(sample_program, root):
-    assert sample_program.Flags().model == root / "assets" / "shapes"
+def test_the_shipped_model_is_the_default(root):
+    assert Flags().model == root / "assets" / "shapes"
     if not (root / "assets" / "shapes" / "model_index.json").is_file():
         pytest.skip("assets/shapes is not there yet")
     assert (
-        json.loads((sample_program.Flags().model / "model_index.json").read_text())["_class_name"]
+        json.loads((Flags().model / "model_index.json").read_text())["_class_name"]
         == "PixArtAlphaPipeline"
     )
-    size = sum(p.stat().st_size for p in sample_program.Flags().model.rglob("*") if p.is_file())
+    size = sum(p.stat().st_size for p in Flags().model.rglob("*") if p.is_file())
     assert size <= 25 * 2**20

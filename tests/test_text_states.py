@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from pixart_jax import Pipeline
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline import PromptEncoder, SamplingConfig, TextStates, sampling
+from pixart_jax.pipeline import PromptEncoder, SamplingConfig, TextStates, sampling_config
 from pixart_jax.pipeline.text_states import write
 from pixart_jax.text import clean_caption
 
@@ -140,24 +140,23 @@ def with_null_caption(folder, tiny_model):
 def test_no_prompt_means_what_the_model_says_and_text_where_it_says_nothing(tiny_model, tmp_path):
     folder = tmp_path / "model"
     with_null_caption(folder, tiny_model)
-    (folder / sampling.FILE).unlink()
+    (folder / sampling_config.FILE).unlink()
     silent = Pipeline.from_pretrained(folder)
     assert silent.sampling.null == "text"
     text, embedding = (silent(PROMPTS[0], null=null, **HOW) for null in ("text", "embedding"))
     assert (text != embedding).any()
     np.testing.assert_array_equal(silent(PROMPTS[0], **HOW), text)
     # A converted official checkpoint says it beside its weights.
-    (folder / "transformer" / sampling.FILE).write_text('{"null": "embedding"}')
+    (folder / "transformer" / sampling_config.FILE).write_text('{"null": "embedding"}')
     np.testing.assert_array_equal(Pipeline.from_pretrained(folder)(PROMPTS[0], **HOW), embedding)
     # A folder that says other things keeps that; the model's own word comes before the part's.
-    (folder / sampling.FILE).write_text('{"guidance": 2.0}')
-    assert Pipeline.from_pretrained(folder).sampling == SamplingConfig(
-        guidance=2.0, null="embedding"
-    )
-    (folder / sampling.FILE).write_text('{"null": "text"}')
+    (folder / sampling_config.FILE).write_text('{"guidance": 2.0}')
+    own = SamplingConfig(guidance=2.0, null="embedding").with_defaults()
+    assert Pipeline.from_pretrained(folder).sampling == own
+    (folder / sampling_config.FILE).write_text('{"null": "text"}')
     np.testing.assert_array_equal(Pipeline.from_pretrained(folder)(PROMPTS[0], **HOW), text)
-    (folder / sampling.FILE).write_text('{"null": "txt"}')
-    with pytest.raises(UserError, match="null = 'txt' is unknown .did you mean 'text'"):
+    (folder / sampling_config.FILE).write_text('{"null": "txt"}')
+    with pytest.raises(UserError, match="null 'txt' is unknown .did you mean 'text'"):
         Pipeline.from_pretrained(folder)
 
 

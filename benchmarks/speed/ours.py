@@ -26,7 +26,7 @@ from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.pipeline import CacheConfig, Pipeline, SchedulerConfig
+from pixart_jax.pipeline import Pipeline, SchedulerConfig
 from pixart_jax.text import word_tokenizer
 from pixart_jax.training import stages
 from pixart_jax.training.batches import put
@@ -61,7 +61,7 @@ def forward(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
 
 def sample(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
     """All steps of sampling with guidance, from text states to latents; the negative prompt is one
-    row for all images. options["shortcuts"]: fields of pipeline.CacheConfig."""
+    row for all images. options["sampling"]: fields of SamplingConfig."""
     pipeline = Pipeline(
         load_component(folder, dtype=case.dtype),
         None,
@@ -71,11 +71,10 @@ def sample(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
     )
     names = ("text_states", "text_lengths", "noise", "negative_states", "negative_lengths")
     given = [jax.device_put(arrays[n][: 1 if n.startswith("negative") else None]) for n in names]
-    caches = CacheConfig(**options.get("shortcuts", {}))
     how: dict[str, Any] = {"steps": case.steps, "guidance": case.guidance, "times": "integer"}
+    how |= options.get("sampling", {})
     return Work(
-        lambda: pipeline.denoise(*given, **how, shortcuts=caches),
-        lambda latents: {"latents": np.asarray(latents)},
+        lambda: pipeline.denoise(*given, **how), lambda latents: {"latents": np.asarray(latents)}
     )
 
 
@@ -91,11 +90,11 @@ def draw(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
     )
     out, prompts = Path(tempfile.mkdtemp(prefix="drawn.")), _prompts(case)
     how: dict[str, Any] = {"steps": case.steps, "guidance": case.guidance, "times": "integer"}
+    how |= options.get("sampling", {})
     how |= {"height": case.px, "width": case.px, "binning": False, "batch_size": case.batch}
-    caches = CacheConfig(**options.get("shortcuts", {}))
 
     def run() -> None:
-        for number, image in enumerate(pipeline(prompts, **how, shortcuts=caches)):
+        for number, image in enumerate(pipeline(prompts, **how)):
             write_png(out / f"{number}.png", image, {})
 
     return Work(run, lambda _: {})

@@ -258,7 +258,7 @@ def save(component, out: Path, *, official: bool) -> str:
     official: the source was the official code's, which draws with the null caption that it holds;
     the folder says so.
     """
-    from pixart_jax.pipeline import sampling
+    from pixart_jax.pipeline import sampling_config
     from pixart_jax.weights.files import write_json
 
     staged = None
@@ -267,7 +267,7 @@ def save(component, out: Path, *, official: bool) -> str:
         staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
         component.save(staged)
         if official and "null_caption" in component.params:
-            write_json(staged / sampling.FILE, {"null": "embedding"})
+            write_json(staged / sampling_config.FILE, {"null": "embedding"})
         os.chmod(staged, 0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
         os.replace(staged, out)
     except OSError as error:

@@ -1,5 +1,5 @@
 """The diffusion process around a denoiser function: schedule, objective, guidance, solvers and the
-sampling scan. Knows no model."""
+sampling scan. Independent of any model."""
 
 from pixart_jax.diffusion import guidance, schedule, solvers
 from pixart_jax.diffusion.gaussian import add_noise, to_epsilon, to_x0, velocity
@@ -11,11 +11,11 @@ from pixart_jax.diffusion.schedule import Schedule
 
 __all__ = [
     "Schedule",
-    "Stretch",
+    "Segment",
     "add_noise",
     "ddpm_posterior",
     "guidance",
-    "guided",
+    "classifier_free_guidance",
     "sample",
     "schedule",
     "solvers",

@@ -7,8 +7,8 @@ Forward process, with the schedule's α_t = √ᾱ_t and σ_t = √(1 − ᾱ_t)
     v_t = α_t ε − σ_t x_0                                                                       (2)
     SNR_t = α_t² / σ_t²,   λ_t = log(α_t / σ_t) = ½ log SNR_t                                   (3)
 
-A denoiser sees x_t and t and names ε or v; since α² + σ² = 1, each of the two implies x_0 and the
-other:
+A denoiser gets x_t and t and predicts ε or v; since α² + σ² = 1, each of the two implies x_0 and
+the other:
 
     x_0 = (x_t − σ_t ε) / α_t                                                                   (4)
     x_0 = α_t x_t − σ_t v_t                                                                     (5)
@@ -17,16 +17,15 @@ other:
 One step back, from index t to t − 1 of a process with β_t = 1 − ᾱ_t / ᾱ_{t−1} and ᾱ_{−1} = 1 (DDPM,
 arXiv 2006.11239, eq. 6–7):
 
-    q(x_{t−1} | x_t, x_0) = N(μ̃_t, β̃_t I) μ̃_t = √ᾱ_{t−1} β_t / (1 − ᾱ_t) · x_0 + √(1 − β_t) (1 −
-    ᾱ_{t−1}) / (1 − ᾱ_t) · x_t            (7) β̃_t = (1 − ᾱ_{t−1}) / (1 − ᾱ_t) · β_t,   and β̃_1
-    stands in for β̃_0 = 0 where a log is taken    (8)
+    q(x_{t−1} | x_t, x_0) = N(μ̃_t, β̃_t I)
+    μ̃_t = √ᾱ_{t−1} β_t / (1 − ᾱ_t) · x_0 + √(1 − β_t) (1 − ᾱ_{t−1}) / (1 − ᾱ_t) · x_t          (7)
+    β̃_t = (1 − ᾱ_{t−1}) / (1 − ᾱ_t) · β_t,  with β̃_1 for β̃_0 = 0 where a log is taken         (8)
 
 The model's step p(x_{t−1} | x_t) has mean (7) at the x_0 that its output implies. Its variance lies
 between the two bounds, mixed by the second half of its output, the logits r (Improved DDPM, arXiv
 2102.09672, eq. 15):
 
-    log Σ_t = f log β_t + (1 − f) log β̃_t,   f = (r + 1) / 2   (r is not clipped)
-    (9)
+    log Σ_t = f log β_t + (1 − f) log β̃_t,   f = (r + 1) / 2   (r is not clipped)              (9)
 
     KL(N(μ₁, Σ₁) ‖ N(μ₂, Σ₂)) = ½ (log Σ₂ − log Σ₁ − 1 + Σ₁/Σ₂ + (μ₁ − μ₂)² / Σ₂)               (10)
 

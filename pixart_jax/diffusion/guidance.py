@@ -1,5 +1,5 @@
-"""Classifier-free guidance (arXiv 2207.12598): a function from denoiser to denoiser, so no solver
-knows of it."""
+"""Classifier-free guidance (arXiv 2207.12598): a function from denoiser to denoiser, independent
+of the solver."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ def classifier_free_guidance(
 ) -> Denoiser:
     """uncond + scale · (cond − uncond), on every channel of the prediction.
 
-    both: (x [2b, …], t [2b]) → [2b, …, c or 2c]; the first b rows are to be unconditional (or under
-    the negative prompt),
-        the last b conditional: diffusers' order. It sees the same x and t in both halves.
+    both: (x [2b, …], t [2b]) → [2b, …, c or 2c]; the first b rows are unconditional (or under the
+        negative prompt), the last b conditional: diffusers' order. Both halves get the same x, t.
     scale: one number, or [b], one for each image; may be traced. The plain number 1 does no second
-    pass.
+        pass.
     conditional: (x [b, …], t [b]) → [b, …], the conditional half alone. Needed where scale is 1.
 
-    Guidance in some of the steps only is two stretches of a run (sampling.Stretch), so that the
+    Guidance in some of the steps only is two segments of a run (sampling.Segment), so that the
     others cost half.
     """
     if not isinstance(scale, jax.Array) and np.ndim(scale) == 0 and float(scale) == 1.0:

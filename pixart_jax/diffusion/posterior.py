@@ -65,7 +65,7 @@ def ddpm_posterior(
 
     model_output [b, …, 2c]: the prediction, then the variance logits. x_t [b, …, c]. t [b] int: the
     index in the process of ``steps`` times (0 … steps − 1; for 1000 steps of 1000 it is the model's
-    own time). steps: as respacing.kept_times reads it.
+    own time). steps: as in respacing.space_timesteps.
     """
     check_prediction(prediction)
     schedule = schedule or linear()

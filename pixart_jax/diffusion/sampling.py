@@ -23,19 +23,18 @@ TIMES = ("fractional", "integer")
 
 
 class Segment(NamedTuple):
-    """Consecutive evaluations that are made alike, in a scan of their own: two of them where the
-    second half of a run costs less.
+    """Consecutive evaluations that are computed alike, in a scan of their own: two segments where
+    the second half of a run costs less.
 
-    steps: how many. denoise: (x [b, …, c], t [b] fp32, given, memory) → (prediction as a
-    denoiser's, memory). given: what was made for this evaluation before the scan
-    (``sample(given=…)``); memory: what the evaluation before this one left, of any structure that
-    stays the same within the stretch. enter: the memory that the stretch before left → the memory
-    that this one begins with.
+    steps: how many. denoise: (x [b, …, c], t [b] fp32, per_step, carry) → (prediction as a
+    denoiser's, carry). per_step: this evaluation's row of ``sample(per_step=…)``; carry: what the
+    evaluation before returned, of a structure that is constant within the segment. init_carry: the
+    last carry of the segment before, None at first → the first one of this segment.
     """
 
     steps: int
     denoise: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
-    init_carry: Callable[[Any], Any] = lambda memory: memory
+    init_carry: Callable[[Any], Any] = lambda carry: carry
 
 
 def sample(
@@ -52,14 +51,14 @@ def sample(
     prediction: str = "epsilon",
     start: int | None = None,
     preview: Preview | None = None,
-    given: Any = None,
+    per_step: Any = None,
 ) -> jax.Array:
-    """Integrates from noise to data. Returns x [b, …, c], in fp32 or wider.
+    """Integrate from noise to data. Returns x [b, …, c], in fp32 or wider.
 
     denoiser: (x [b, …, c], t [b] fp32) → the prediction [b, …, c], or [b, …, 2c] with the variance
-        logits behind it, which ddpm uses ((9) of gaussian.py) and the others drop. Guidance is
-        around it (guidance.guided). Or stretches of such, one scan after the other over one
-        solver's state, whose steps are those of the run; what they remember begins as None.
+        logits behind it, which ddpm uses ((9) of gaussian.py) and the others drop. Guidance wraps
+        it (guidance.classifier_free_guidance). Or segments, one scan after the other over one
+        solver's state, whose steps add up to those of the run.
     noise: [b, …, c], standard normal at start 0. The channel axis is the last.
     solver: a name (solvers.NAMES), or one of solvers/ with options of its own.
     steps: how many; ddpm and ddim also read a respacing ('100', 'ddim50', '10,15,20').
@@ -70,18 +69,17 @@ def sample(
     times: "fractional" as the official code, or "integer" as diffusers. dpm++ and lcm have both;
         ddpm, ddim and dmd are always at integer times, sa never.
     order: of dpm++. eta: of ddim.
-    prediction: what the denoiser names, "epsilon" or "v".
+    prediction: what the denoiser predicts, "epsilon" or "v".
     start: skip so many steps; ``noise`` is then x at the time ``timesteps(...)[start]`` (img2img:
-    add_noise up to that time).
-    given: a tree of arrays [n, …], a row for each evaluation of the run, as stretches are given
-        them: what depends on the time alone is made for all steps at once, before the scan.
+        add_noise up to that time).
+    per_step: a tree of arrays [n, …], a row for each evaluation, passed to the segments: what
+        depends on the time alone is computed for all steps at once, before the scan.
     preview: called on the host after each evaluation with (step, x_0 estimate [b, …, c] as numpy);
-        step counts from 0 and includes the skipped ones. The compiled program has no trace of it
-        when it is None.
+        step counts from 0 and includes the skipped ones.
 
-    Called inside a jit it adds its scan to that program. Called outside it compiles, and keeps the
-    program for as long as the same denoiser object comes back (the last few are kept). A denoiser
-    that closes over large parameters is best called inside a jit that takes them as arguments.
+    Inside a jit it adds its scan to that program. Outside it compiles, and caches the programs of
+    the last few denoiser objects. A denoiser that closes over large parameters is best called
+    inside a jit that takes them as arguments.
     """
     check_prediction(prediction)
     x = jnp.asarray(noise)
@@ -99,21 +97,19 @@ def sample(
         "alpha": plan.alpha.astype(x.dtype),
         "sigma": plan.sigma.astype(x.dtype),
         "solver": {name: values.astype(x.dtype) for name, values in plan.coefficients.items()},
-        "given": given,
+        "per_step": per_step,
     }
     if not callable(denoiser):
         denoiser = tuple(denoiser)
-        if sum(stretch.steps for stretch in denoiser) != len(plan.t):
-            raise UserError(
-                f"stretches of {[stretch.steps for stretch in denoiser]} steps do not make the "
-                f"run's {len(plan.t)}"
-            )
+        counts = [segment.steps for segment in denoiser]
+        if sum(counts) != len(plan.t):
+            raise UserError(f"segments of {counts} steps do not make the run's {len(plan.t)}")
     keys = keys if plan.noisy else None
     if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside someone's jit: part of that program
         return _run(denoiser, solver, prediction, preview, x, keys, table)
     try:
         program = _program(denoiser, solver, prediction, preview)
-    except TypeError:  # an unhashable denoiser cannot be recognised when it comes back
+    except TypeError:  # an unhashable denoiser cannot be cached
         program = _program.__wrapped__(denoiser, solver, prediction, preview)
     return program(x, keys, table)
 
@@ -126,8 +122,7 @@ def timesteps(
     *,
     start: int | None = None,
 ) -> np.ndarray:
-    """The model's times that :func:`sample` evaluates with these arguments, in order; float64
-    [n]."""
+    """The times that :func:`sample` evaluates the model at, in order; float64 [n]."""
     solver = by_name(solver) if isinstance(solver, str) else solver
     return _plan(solver, steps, schedule, times, start, stochastic=False).t
 
@@ -172,32 +167,26 @@ def _program(denoiser, solver, prediction, preview):
 
 
 def _run(denoiser, solver, prediction, preview, x, keys, table):
-    stretches = (
-        (Segment(len(table["step"]), _forgetful(denoiser)),) if callable(denoiser) else denoiser
-    )
-    state, memory, start = solver.init(x), None, 0
-    for stretch in stretches:
-        rows = jax.tree.map(operator.itemgetter(slice(start, start + stretch.steps)), table)
-        step = _step(stretch.denoise, solver, prediction, preview, keys)
-        (state, memory), _ = jax.lax.scan(step, (state, stretch.init_carry(memory)), rows)
-        start += stretch.steps
+    if callable(denoiser):
+        plain = denoiser
+        denoiser = (Segment(len(table["step"]), lambda x, t, _, carry: (plain(x, t), carry)),)
+    state, carry, start = solver.init(x), None, 0
+    for segment in denoiser:
+        rows = jax.tree.map(operator.itemgetter(slice(start, start + segment.steps)), table)
+        step = _step(segment.denoise, solver, prediction, preview, keys)
+        (state, carry), _ = jax.lax.scan(step, (state, segment.init_carry(carry)), rows)
+        start += segment.steps
     return state[0]
 
 
-def _forgetful(denoiser: Denoiser):
-    """A denoiser as a stretch has it."""
-    return lambda x, t, given, memory: (denoiser(x, t), memory)
-
-
 def _step(denoise, solver, prediction, preview, keys):
-    """The body of a stretch's scan."""
+    """The body of a segment's scan: evaluate the denoiser, then update the solver's state."""
 
     def step(carry, now):
         state, memory = carry
         x = state[0]
-        output, memory = denoise(
-            x, jnp.full((x.shape[0],), now["t"], jnp.float32), now["given"], memory
-        )
+        t = jnp.full((x.shape[0],), now["t"], jnp.float32)
+        output, memory = denoise(x, t, now["per_step"], memory)
         output, logits = split_output(output.astype(x.dtype), x.shape[-1])
         x0 = predict_x0(output, x, now["alpha"], now["sigma"], prediction)
         if preview is not None:

@@ -163,26 +163,23 @@ def encode(arguments: Arguments, joined) -> int:
 def encode_prompts(arguments: PromptArguments) -> int:
     """Encode the texts of a prompt file; return exit status 0."""
     from pixart_jax.pipeline import PromptEncoder
-    from pixart_jax.pipeline import folder as model_folder
-    from pixart_jax.pipeline import options as flags
-    from pixart_jax.pipeline.prompt_encoder import identity as states_identity
+    from pixart_jax.pipeline.folder import ModelFolder, compute_dtype, weights_cache
+    from pixart_jax.pipeline.sampling_config import check_choice
     from pixart_jax.pipeline.text_states import DTYPES as STORED
     from pixart_jax.text import caption_cleaner, read_prompts
 
-    model, out = arguments.model, arguments.out
-    flags.check_choice("stored", arguments.stored, tuple(STORED))
-    dtype = flags.check_choice("dtype", arguments.dtype, flags.DTYPES)
+    out = arguments.out
+    check_choice("stored", arguments.stored, tuple(STORED))
+    dtype = compute_dtype(arguments.dtype)
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: a file NAME.safetensors is needed")
     rows = read_prompts(arguments.prompts)
-    model_folder.configs(model)  # raises where it is not a model
-    model_folder.check_weights(model, ("text_encoder",))
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = ModelFolder.open(arguments.model)
+    model.check_weights(("text_encoder",))
     clean = caption_cleaner(arguments.clean_caption)
     int8 = "int8" if arguments.text_encoder_int8 else None
-    cache = flags.weights_cache(arguments.weights_cache)
-    made = states_identity(model, dtype, clean, int8) | {"stored_in": arguments.stored}
+    cache = weights_cache(arguments.weights_cache)
+    made = model.text_identity(dtype, clean, int8) | {"stored_in": arguments.stored}
     mesh = make_mesh(MeshConfig.parse(arguments.mesh), jax.local_devices())
     mesh = mesh if mesh.size > 1 else None
 

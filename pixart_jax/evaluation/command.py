@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from pixart_jax import cli
@@ -19,6 +20,7 @@ from pixart_jax.evaluation.shapes_score import Score, score
 from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
 from pixart_jax.files import bundled
 from pixart_jax.images import to_model, to_uint8
+from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 SHIPPED = bundled("assets") / "shapes"
 Level = Literal[*shapes.LEVELS]
@@ -50,23 +52,9 @@ class ShapesOptions(_ModelOptions):
 
     captions: Literal["short", "dense"] = "short"
     """kind of prompts"""
-    steps: int | None = None
-    """of the solver; by default the model's own, 20"""
-    guidance: float | None = None
-    """classifier-free guidance scale; by default the model's own"""
-    solver: str | None = None
-    """dpm++, ddim, ddpm, sa, lcm or dmd; by default the model's own"""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     seed: int = 0
     """of the noise; the scenes are always the same"""
-    guidance_interval: tuple[float, float] | None = None
-    """guide only between these two times (0 … 999); this and the next three as sample.py's, to see
-    what they cost in quality"""
-    cross_attention_steps: int | None = None
-    """after so many steps reuse the last output of cross-attention and end guidance"""
-    blocks_every: int = 1
-    """compute the blocks at every N-th step only"""
-    block_schedule: str | None = None
-    """a JSON file: for each step, block and part 1 or 0"""
 
 
 class VAEOptions(_ModelOptions):
@@ -105,40 +93,32 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
     """Generate, judge, print; ``pipeline`` instead of the one at ``options.model``."""
-    from pixart_jax.pipeline import CacheConfig, Pipeline
+    from pixart_jax.pipeline import Pipeline
 
-    shortcuts = CacheConfig(
-        options.guidance_interval,
-        options.cross_attention_steps,
-        options.blocks_every,
-        options.block_schedule,
-    )
     prompts = eval_prompts(options.level, options.per_task, options.captions)
     _check(options)
     pipeline = pipeline or Pipeline.from_pretrained(options.model)
-    names = ("steps", "guidance", "solver")
-    own = pipeline.sampling.with_defaults(*(getattr(options, name) for name in names))
-    how = dict(zip(names, own, strict=True))
-    options = dataclasses.replace(options, **how)
+    sampling = options.sampling.with_defaults(pipeline.sampling)
+    options = dataclasses.replace(options, sampling=sampling)
 
     def generate(rows: list[int], height: int, width: int) -> Batches:
         return pipeline.generate(
             [prompts[i].caption for i in rows],
-            **how,
+            sampling,
             height=height,
             width=width,
             seed=options.seed,
-            shortcuts=shortcuts,
             indices=rows,  # an image's noise depends on its scene only
             batch_size=min(options.batch_size, len(rows)),
         )
 
     images = _by_size(prompts, generate, "generating")
-    title = (
-        f"shapes · level {options.level} · {options.captions} captions · {options.solver} "
-        f"{options.steps} steps, guidance {options.guidance:g}, seed {options.seed}"
-    )
-    for name, value in shortcuts.settings().items():
+    shown = sampling.settings()
+    main = {name: shown.pop(name) for name in ("solver", "steps", "guidance", "times", "null")}
+    title = f"shapes · level {options.level} · {options.captions} captions · "
+    title += "{solver} {steps} steps, guidance {guidance:g}".format(**main)
+    title += f", seed {options.seed}"
+    for name, value in shown.items():
         title += f", {name.replace('_', ' ')} {value}"
     return _report(options, prompts, images, title)
 
@@ -228,8 +208,11 @@ def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) 
     print(report.table(result, f"{title} · {options.per_task} pictures a set"))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        del settings["out"]
+        fields = dataclasses.asdict(options)
+        fields |= fields.pop("sampling", {})
+        settings = {
+            k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k != "out"
+        }
         paths = report.write(options.out, result, images, {**settings, **more})
         print(f"\nwritten: {', '.join(map(str, paths))}")
     return result

@@ -1,18 +1,20 @@
 """Prompt → tokens → text states → latents → pixels: the one path that programs, the web page and
 evaluation share."""
 
-from pixart_jax.pipeline.pipeline import Pipeline
-from pixart_jax.pipeline.prompt_encoder import PromptEncoder
-from pixart_jax.pipeline.sampling import SamplingConfig
-from pixart_jax.pipeline.scheduler import SchedulerConfig
-from pixart_jax.pipeline.shortcuts import CacheConfig
-from pixart_jax.pipeline.text_states import TextStates
+import importlib
+from typing import Any
 
-__all__ = [
-    "Pipeline",
-    "PromptEncoder",
-    "SamplingConfig",
-    "SchedulerConfig",
-    "Shortcuts",
-    "TextStates",
-]
+_HOMES = {
+    "Pipeline": "pipeline",
+    "PromptEncoder": "prompt_encoder",
+    "SamplingConfig": "sampling_config",
+    "SchedulerConfig": "scheduler",
+    "TextStates": "text_states",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:  # so that a program's --help imports no model code
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

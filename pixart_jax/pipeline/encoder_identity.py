@@ -1,10 +1,8 @@
-"""Who made a record: hashes of an encoder's weights and config, and of a tokenizer; and whether a
-model's folder is who made it.
+"""Which encoders made a set of records: hashes of their weights and configs, and of the tokenizer.
 
-A folder of records says it twice. Its identity is of the numbers that computed: whatever they were
-read from, the same numbers give the same name. Beside it lies what the encoders were opened from,
-by a fingerprint of their files, which costs no reading of
-gigabytes: where that agrees nothing has to be opened (:func:`expected_identity`).
+Records name them twice. Their identity hashes the numbers that computed, from whatever file they
+were read. Beside it stands a fingerprint of those files, which costs no reading of gigabytes: where
+that agrees no weights are opened (:func:`expected_identity`).
 """
 
 from __future__ import annotations
@@ -12,26 +10,41 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from pixart_jax.pipeline import fingerprint
 from pixart_jax.text import load_tokenizer
 from pixart_jax.weights.component import load_component
 
 ENCODERS = ("vae", "text_encoder")
 _DEFAULT_DTYPE = "float32"
+_SAMPLE, _SAMPLES = 1 << 16, 16  # bytes, and how often in a file
+
+
+def folder_fingerprint(folder: str | os.PathLike) -> str:
+    """Ten hex digits that change when a folder's files do: of their names, sizes and some of their
+    bytes, all of a small file's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:10]
 
 
 def component_identity(component) -> str:
     """sha256 in hex over a component's .config, the dtype it computes in and each of its .params
-    (path, shape, dtype, bytes).
+    (path, shape, dtype, bytes); its ``.identity`` where it has one.
 
-    One that knows its own identity says so in ``.identity``; parameters that live on other hosts
-    cannot be hashed here.
+    Parameters that live on other hosts cannot be hashed here.
     """
     if isinstance(known := getattr(component, "identity", None), str):
         return known
@@ -39,11 +52,9 @@ def component_identity(component) -> str:
     config = component.config
     fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    digest.update(str(getattr(component, "dtype", "")).encode())  # of the computation
+    digest.update(str(getattr(component, "dtype", "")).encode())
     leaves, _ = jax.tree_util.tree_flatten_with_path(component.params)
-    for path, leaf in sorted(
-        ((jax.tree_util.keystr(path), leaf) for path, leaf in leaves), key=lambda item: item[0]
-    ):
+    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{path} {array.dtype.name} {array.shape}".encode())
         digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
@@ -67,17 +78,10 @@ def made_from(
     folders: Mapping[str, Path], dtypes: Mapping[str, str] | None = None
 ) -> dict[str, dict[str, str]]:
     """What encoders were opened from, for a manifest: part → {"files": fingerprint, "dtype": of the
-    computation}.
-
-    folders: of 'vae', 'text_encoder' and 'tokenizer', those that there are. dtypes: where not
-    float32.
-    """
-    dtypes = dtypes or {}
+    computation}. folders: of 'vae', 'text_encoder' and 'tokenizer'. dtypes: where not float32."""
+    dtype = {**dict.fromkeys(folders, _DEFAULT_DTYPE), **(dtypes or {})}
     return {
-        part: {
-            "files": fingerprint.folder_fingerprint(folder),
-            "dtype": dtypes.get(part, _DEFAULT_DTYPE),
-        }
+        part: {"files": folder_fingerprint(folder), "dtype": dtype[part]}
         for part, folder in folders.items()
     }
 
@@ -87,27 +91,24 @@ def expected_identity(
     opened_from: Mapping[str, Mapping[str, str]],
     folders: Mapping[str, Path],
 ) -> dict[str, str]:
-    """What the identity of records must say where 'vae', 'text_encoder' and 'tokenizer' lie in
-    ``folders``: for ``EncodedSamples(…, expected=…)``, which refuses by name the records that say
-    otherwise.
+    """The identity that records must have for the 'vae', 'text_encoder' and 'tokenizer' in
+    ``folders``; ``EncodedSamples(…, expected=…)`` refuses others by name.
 
     identity, opened_from: a manifest's ``identity`` and ``made_from``. A part whose files are those
-    that the records were made from is what it is said to be, and costs a few reads; of any other
-    the weights are opened and hashed, in the dtype that the records were computed in. A part that
-    the records say nothing of, or that ``folders`` lacks, is not compared. UserError where a folder
-    cannot be opened.
+    that the records were made from keeps its identity, for a few reads; of any other the weights
+    are opened and hashed, in the dtype that the records were computed in. A part that the records
+    or ``folders`` lack is not compared. Raises UserError where a folder cannot be opened.
     """
     expected = {}
     for part in (*ENCODERS, "tokenizer"):
         if part not in identity or part not in folders:
             continue
         opened = opened_from.get(part, {})
-        if opened.get("files") == fingerprint.folder_fingerprint(folders[part]):
+        if opened.get("files") == folder_fingerprint(folders[part]):
             expected[part] = identity[part]
         elif part == "tokenizer":
             expected[part] = tokenizer_identity(load_tokenizer(folders[part]))
         else:
-            expected[part] = component_identity(
-                load_component(folders[part], opened.get("dtype", _DEFAULT_DTYPE))
-            )
+            component = load_component(folders[part], opened.get("dtype", _DEFAULT_DTYPE))
+            expected[part] = component_identity(component)
     return expected

@@ -5,20 +5,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.pipeline import sampling as samplings
-from pixart_jax.pipeline import scheduler as schedulers
+from pixart_jax.files import cache_folder, write_json
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.vae import VAEConfig
+from pixart_jax.pipeline import sampling_config, text_states
+from pixart_jax.pipeline.encoder_identity import folder_fingerprint
+from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
+from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.text import load_tokenizer, save_tokenizer
 
 INDEX = "model_index.json"
-# those with weights, in the order in which a drawing needs them
-PARTS = ("text_encoder", "transformer", "vae")
+PARTS = ("text_encoder", "transformer", "vae")  # with weights, in the order of their use
 _CLASSES = {
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "T5EncoderModel"],
@@ -30,40 +40,181 @@ _ALPHA, _SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 _TEXT_TOKENS = {_ALPHA: 120, _SIGMA: 300}
 # the version whose PixArtAlphaPipeline is tested to open what is written here
 _DIFFUSERS = "0.42.1"
+OFFLOADS = ("auto", "always", "never")
+DTYPES = ("auto", "float32", "bfloat16")
+_MEMORY_SHARE = 0.6  # of a device's, for parameters; the rest is for activations
 
 
-def check(folder: str | os.PathLike) -> Path:
-    """The folder, or UserError that says what of a model is missing there."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(
-            f"no model folder {folder}: give a diffusers folder (model_index.json, transformer/, "
-            "text_encoder/, vae/ …)"
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A model folder's configs, parsed once and checked against each other; no weight is read."""
+
+    path: Path
+    transformer: TransformerConfig
+    vae: VAEConfig
+    scheduler: SchedulerConfig
+    sampling: SamplingConfig  # the model's own, with defaults filled in
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> ModelFolder:
+        """Raises UserError where a part is missing, damaged or of another model."""
+        from pixart_jax.weights import vae
+
+        folder = Path(folder)
+        if not folder.is_dir():
+            form = "model_index.json, transformer/, text_encoder/, vae/ …"
+            raise UserError(f"no model folder {folder}: give a diffusers folder ({form})")
+        parts = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
+        if missing := [f"{name}/" for name in parts if not (folder / name).is_dir()]:
+            part = (folder / "config.json").is_file()
+            found = "a part of a model" if part else "not a whole model"
+            raise UserError(f"{folder} is {found}: it has no {', '.join(missing)}")
+        transformer = _transformer_config(folder)
+        autoencoder = vae.config_from_json(_json(folder / "vae" / "config.json"))
+        scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+        return cls(
+            folder,
+            transformer,
+            autoencoder,
+            SchedulerConfig.from_json(scheduler, folder / "scheduler" / "scheduler_config.json"),
+            sampling_config.read(folder, str(scheduler.get("_class_name", ""))),
         )
-    missing = [
-        name
-        for name in ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
-        if not (folder / name).is_dir()
-    ]
-    if missing:
-        found = "a part of a model" if (folder / "config.json").is_file() else "not a whole model"
-        raise UserError(
-            f"{folder} is {found}: it has no {', '.join(f'{name}/' for name in missing)}"
+
+    def check_weights(self, parts: Sequence[str] = PARTS) -> None:
+        """Raise UserError where weights are missing, cut short or damaged, as far as headers and
+        sizes show. PyTorch files have no such header: they are checked when they are opened."""
+        for part in parts:
+            if (tensors := _tensors(self.path / part)) is not None:
+                for key in tensors:
+                    tensors.shape(key)  # opens each shard
+
+    def load(
+        self,
+        dtype=None,
+        mesh: jax.sharding.Mesh | None = None,
+        parts: Sequence[str] = PARTS,
+        quantization: str | None = None,
+        cache: str | os.PathLike | None = None,
+    ) -> dict[str, Any]:
+        """Components by name. quantization: of the text encoder. cache: as ``load_component``."""
+        from pixart_jax.weights.component import load_component
+
+        found = {}
+        for name in parts:
+            held = quantization if name == "text_encoder" else None
+            found[name] = load_component(
+                self.path / name, dtype=dtype, mesh=mesh, quantization=held, cache=cache
+            )
+        if "transformer" in found:
+            own = found["transformer"].config
+            config = dataclasses.replace(own, text_tokens=self.transformer.text_tokens)
+            found["transformer"] = found["transformer"].replace(config=config)
+        return found
+
+    def tokenizer(self):
+        return load_tokenizer(self.path / "tokenizer")
+
+    def text_identity(
+        self, dtype=None, clean: Callable[[str], str] | None = None, quantization: str | None = None
+    ) -> dict[str, str]:
+        """What this folder's text states are computed with, from its files. clean: how texts are
+        cleaned, if known.
+
+        Folders of one identity give the same states of the same texts (computed_in: to that
+        precision). A folder without the text encoder's weights does not name them.
+        """
+        found = {
+            "width": str(self.transformer.caption_width),
+            "text_tokens": str(self.transformer.text_tokens),
+            "tokenizer": folder_fingerprint(self.path / "tokenizer"),
+            "computed_in": jnp.dtype(dtype or jnp.float32).name
+            + (f" from {quantization}" if quantization else ""),
+        }
+        encoder = self.path / "text_encoder"
+        if any(encoder.glob("*.safetensors")) or any(encoder.glob("*.bin")):
+            found["text_encoder"] = folder_fingerprint(encoder)
+        return found if clean is None else {**found, "cleaning": text_states.cleaning_id(clean)}
+
+    def should_offload(
+        self, dtype=None, mesh: jax.sharding.Mesh | None = None, quantization: str | None = None
+    ) -> bool:
+        """Whether all parts together would take more than 0.6 of the memory of a device.
+
+        Sizes are those of the tensors on disk, in the dtype that each part is held in. The memory
+        is ``memory_stats()['bytes_limit']``; on a CPU MemAvailable of /proc/meminfo, which all
+        devices share. A device without that figure counts as too small: to encode all texts first
+        costs little, and the images are the same.
+        """
+        held = jnp.dtype(dtype or jnp.float32).itemsize
+        needed = sum(
+            parameter_count(self.path / part)
+            * (1 if quantization and part == "text_encoder" else held)
+            for part in PARTS
         )
-    pipeline_class(folder)
-    return folder
+        cuts = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
+        device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+        if device.platform == "cpu":
+            copies = 1 if mesh is None else mesh.devices.size // cuts
+            return needed * copies > _MEMORY_SHARE * available_memory()
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        return limit is None or needed / cuts > _MEMORY_SHARE * limit
+
+
+def compute_dtype(name: str) -> str:
+    """'float32' or 'bfloat16'; 'auto' is bfloat16 on accelerators. Raises UserError for others."""
+    if check_choice("dtype", name, DTYPES) != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def weights_cache(name: str) -> Path | None:
+    """The folder of converted weights that a flag names: 'auto' (one in $PIXART_JAX_CACHE), 'none',
+    or a path."""
+    if name == "none":
+        return None
+    return cache_folder() / "weights" if name == "auto" else Path(name)
+
+
+def parameter_count(folder: Path) -> int:
+    """Parameters of a component folder, from the headers of its files; of PyTorch files, which have
+    none, by their size as fp32."""
+    from pixart_jax.weights.files import TORCH_SUFFIXES
+
+    tensors = _tensors(folder)
+    if tensors is None:
+        files = [file for file in folder.iterdir() if file.suffix in TORCH_SUFFIXES]
+        return sum(file.stat().st_size for file in files) // 4
+    return sum(int(np.prod(tensors.shape(key))) for key in tensors)
+
+
+def available_memory() -> float:
+    """Bytes of main memory that programs can still have; inf where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else math.inf
+
+
+def _tensors(folder: Path):
+    """The tensors of a component folder, by their headers; None for PyTorch's."""
+    from pixart_jax.weights.files import TORCH_SUFFIXES, find_weights, open_tensors
+
+    path = find_weights(folder)
+    is_torch = path.name.removesuffix(".index.json").endswith(TORCH_SUFFIXES)
+    return None if is_torch else open_tensors(path)
 
 
 def pipeline_class(folder: Path) -> str:
-    """The pipeline that the folder's index names; UserError where it names none that is known."""
+    """The pipeline that the folder's index names. Raises UserError where it names no known one."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no {INDEX}: it is no whole model, or was never wholly written"
-        ) from None
-    except ValueError as fault:
-        raise UserError(f"{folder / INDEX} is no JSON: {fault}") from None
+        never = "it is not a whole model, or was never completely written"
+        raise UserError(f"{folder} has no {INDEX}: {never}") from None
+    except ValueError as error:
+        raise UserError(f"{folder / INDEX} is no JSON: {error}") from None
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in _TEXT_TOKENS:
         raise UserError(
@@ -73,164 +224,102 @@ def pipeline_class(folder: Path) -> str:
     return name
 
 
-def configs(folder: str | os.PathLike):
-    """(TransformerConfig, VAEConfig) of a model folder; no weight is read. UserError where its
-    parts do not fit each other."""
-    from pixart_jax.weights import transformer, vae
-
-    folder = check(folder)
-    values = _config(folder / "transformer")
-    config = transformer.config_from_json(values)
-    tokens = _TEXT_TOKENS[pipeline_class(folder)]
-    if "text_tokens" not in values:
-        if pipeline_class(folder) == _ALPHA and transformer.looks_like_sigma(config):
-            raise UserError(
-                f"{folder / INDEX} names {_ALPHA}, but transformer/ looks like PixArt-Σ's, which "
-                f"reads {_TEXT_TOKENS[_SIGMA]} tokens of a "
-                f'prompt: name {_SIGMA} in {INDEX}; or put "text_tokens": {tokens} into '
-                "transformer/config.json if it is a PixArt-α"
-            )
-        config = dataclasses.replace(config, text_tokens=tokens)
-    _check_fit(folder, config, tokens)
-    return config, vae.config_from_json(_config(folder / "vae"))
-
-
-def _config(folder: Path) -> dict:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json") from None
-    except ValueError as fault:
-        raise UserError(f"{folder / 'config.json'} is no JSON: {fault}") from None
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{folder / 'config.json'} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
     return values
 
 
-def _check_fit(folder: Path, transformer, tokens: int) -> None:
-    """A Σ transformer in an α folder, or the reverse, would be drawn with texts cut at the wrong
-    length; another T5 not at all."""
+def _transformer_config(folder: Path) -> TransformerConfig:
+    """With the text length of the folder's pipeline.
+
+    Raises UserError for a Σ transformer in an α folder, or the reverse, whose texts would be cut at
+    the wrong length, and for another T5.
+    """
+    from pixart_jax.weights import transformer
     from pixart_jax.weights.component import NULL_CAPTION
     from pixart_jax.weights.files import SafetensorsFile
 
-    named = pipeline_class(folder)
-    wants = {"its config.json": transformer.text_tokens}
+    values, named = _json(folder / "transformer" / "config.json"), pipeline_class(folder)
+    config, tokens = transformer.config_from_json(values), _TEXT_TOKENS[named]
+    if "text_tokens" not in values:
+        if named == _ALPHA and transformer.looks_like_sigma(config):
+            raise UserError(
+                f"{folder / INDEX} names {_ALPHA}, but transformer/ looks like PixArt-Σ's, which "
+                f"reads {_TEXT_TOKENS[_SIGMA]} tokens of a prompt: name {_SIGMA} in {INDEX}; or "
+                f'put "text_tokens": {tokens} into transformer/config.json if it is a PixArt-α'
+            )
+        config = dataclasses.replace(config, text_tokens=tokens)
+    wants = {"its config.json": config.text_tokens}
     if (path := folder / "transformer" / NULL_CAPTION).is_file():
         null = SafetensorsFile(path)
-        wants[f"its {NULL_CAPTION}"] = (
-            null.shape("null_caption")[0] if "null_caption" in null else transformer.text_tokens
-        )
+        if "null_caption" in null:
+            wants[f"its {NULL_CAPTION}"] = null.shape("null_caption")[0]
     of_pipeline = {count: name for name, count in _TEXT_TOKENS.items()}
     for where, count in wants.items():
         if count != tokens and count in of_pipeline:
             raise UserError(
                 f"{folder / INDEX} names {named}, which reads {tokens} tokens of a prompt, but "
-                f"transformer/ wants {count} ({where}): "
-                f"it is a transformer of {of_pipeline[count]}; name that one in {INDEX}, or put "
-                "the right transformer there"
+                f"transformer/ wants {count} ({where}): it is a transformer of "
+                f"{of_pipeline[count]}; name that one in {INDEX}, or put the right transformer "
+                "there"
             )
-    width = _config(folder / "text_encoder").get("d_model", transformer.caption_width)
-    if width != transformer.caption_width:
+    width = _json(folder / "text_encoder" / "config.json").get("d_model", config.caption_width)
+    if width != config.caption_width:
         raise UserError(
             f"{folder}: text_encoder/ gives states of width {width}, transformer/ wants "
-            f"{transformer.caption_width}: they are of two models"
+            f"{config.caption_width}: they are of two models"
         )
+    return config
 
 
-def check_weights(folder: str | os.PathLike, parts: Sequence[str] = PARTS) -> None:
-    """UserError where the weights of a part are missing, cut short or damaged, as their headers and
-    sizes tell; nothing else is read.
-
-    PyTorch's files have no such header: they are judged when they are opened.
-    """
-    from pixart_jax.weights.files import TORCH_SUFFIXES, find_weights, open_tensors
-
-    for part in parts:
-        path = find_weights(Path(folder) / part)
-        if path.name.removesuffix(".index.json").endswith(TORCH_SUFFIXES):
-            continue
-        tensors = open_tensors(path)
-        for key in tensors:
-            tensors.shape(key)  # opens each shard
-
-
-def read(
-    folder: str | os.PathLike,
-    dtype=None,
-    mesh=None,
-    parts: Sequence[str] = PARTS,
-    quantization: str | None = None,
-    cache: str | os.PathLike | None = None,
-) -> dict:
-    """{'transformer', 'text_encoder', 'vae', 'tokenizer', 'scheduler', 'sampling'} of a model
-    folder; of the first three only ``parts``.
-
-    quantization: of the text encoder. cache: as ``load_component``.
-    """
-    from pixart_jax.weights.component import load_component
-
-    folder = check(folder)
-    config, _ = configs(folder)
-    found = {
-        "tokenizer": load_tokenizer(folder / "tokenizer"),
-        "scheduler": schedulers.read(folder / "scheduler"),
-        "sampling": samplings.read(folder),
-    }
-    for name in parts:
-        held = quantization if name == "text_encoder" else None
-        found[name] = load_component(
-            folder / name, dtype=dtype, mesh=mesh, quantization=held, cache=cache
-        )
-    if "transformer" in found and found["transformer"].config.text_tokens != config.text_tokens:
-        own = dataclasses.replace(found["transformer"].config, text_tokens=config.text_tokens)
-        found["transformer"] = found["transformer"].replace(config=own)
-    return found
-
-
-def write(
+def write_model(
     folder: str | os.PathLike,
     *,
     transformer,
     text_encoder,
     vae,
     tokenizer,
-    scheduler: schedulers.SchedulerConfig,
-    sampling: samplings.SamplingConfig,
+    scheduler: SchedulerConfig,
+    sampling: SamplingConfig,
 ) -> None:
-    """Write the parts beside the folder and then put each in its place, the index last: an
-    interrupted call leaves no half part.
+    """Write the parts beside the folder, then put each in its place, the index last: an interrupted
+    call leaves no half-written part.
 
     Where several processes share a part's parameters all must call it; the first one writes.
     """
-    import jax
-
     folder = Path(folder)
+    parts = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     if jax.process_index() > 0:
-        for part in (transformer, text_encoder, vae):
+        for part in parts.values():
             part.save(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving.", dir=folder))
     try:
-        transformer.save(staging / "transformer")
-        text_encoder.save(staging / "text_encoder")
-        vae.save(staging / "vae")
+        for name, part in parts.items():
+            part.save(staging / name)
         save_tokenizer(tokenizer, staging / "tokenizer")
-        schedulers.write(scheduler, staging / "scheduler")
-        samplings.write(sampling, staging)
+        scheduler.write(staging / "scheduler")
+        sampling_config.write(sampling, staging)
+        is_sigma = transformer.config.text_tokens == _TEXT_TOKENS[_SIGMA]
         index = {
-            "_class_name": _SIGMA
-            if transformer.config.text_tokens == _TEXT_TOKENS[_SIGMA]
-            else _ALPHA,
+            "_class_name": _SIGMA if is_sigma else _ALPHA,
             "_diffusers_version": _DIFFUSERS,
             **_CLASSES,
             "tokenizer": ["transformers", type(tokenizer).__name__],
         }
-        (staging / INDEX).write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")
-        for part in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
-            target = folder / part.name
+        write_json(staging / INDEX, dict(sorted(index.items())))
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):
+            target = folder / path.name
             if target.is_dir():
                 shutil.rmtree(target)
-            os.replace(part, target)
+            os.replace(path, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -202,20 +202,11 @@ def write(
 
 
 def texts_to_encode(
-    prompts: Sequence[str],
-    negatives: Sequence[str],
-    guidance: float,
-    null: str,
-    clean: Callable[[str], str] = clean_caption,
+    prompts: Sequence[str], negatives: Sequence[str], null: str, clean: Callable[[str], str]
 ) -> list[str]:
-    """The texts whose states a drawing reads, once each. null: 'text' or 'embedding', whose ""
-    needs no states."""
-    guided = float(guidance) != 1.0
-    read = (
-        [text for text in dict.fromkeys(negatives) if null == "text" or clean(text)]
-        if guided
-        else []
-    )
+    """The distinct texts whose states sampling reads. negatives: of guided prompts. null: 'text',
+    or 'embedding', whose "" needs no states."""
+    read = [text for text in negatives if null == "text" or clean(text)]
     return list(dict.fromkeys([*prompts, *read]))
 
 

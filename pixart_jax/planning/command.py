@@ -170,18 +170,20 @@ def job(config: Config, index: int, topology, options: PlanOptions):
 def drawing(config: Config, options: PlanOptions, shards: int):
     """What --sample draws; by default one image a batch shard."""
     from pixart_jax.models.vae import VAEConfig
-    from pixart_jax.pipeline import options as checks
+    from pixart_jax.pipeline.image_size import check_options
+    from pixart_jax.pipeline.sampling_config import SamplingConfig
+    from pixart_jax.pipeline.scheduler import SchedulerConfig
     from pixart_jax.planning import jobs
 
     how = {"steps": options.steps, "guidance": options.guidance, "solver": options.solver}
-    height, width = checks.validate_options(
+    (height, width), _ = check_options(
+        SamplingConfig(**how, binning=False).with_defaults(),
         config.model,
         VAEConfig(),
-        **how,
+        SchedulerConfig(),
         height=options.height,
         width=options.width,
         batch_size=options.batch_size,
-        binning=False,
     )
     return jobs.SamplingWorkload(
         options.batch_size or shards, height, width, **how, dtype=options.dtype

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 
 from pixart_jax.pipeline import folder as model_folder
-from pixart_jax.pipeline import scheduler as schedulers
-from pixart_jax.pipeline.sampling import SamplingConfig
+from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.training.frozen import Frozen
 
 
@@ -30,14 +30,10 @@ class CopiedComponent:
 
 
 def write_model(
-    folder: Path,
-    transformer,
-    scheduler: schedulers.SchedulerConfig,
-    sampling: SamplingConfig,
-    frozen: Frozen,
+    folder: Path, transformer, scheduler: SchedulerConfig, sampling: SamplingConfig, frozen: Frozen
 ) -> None:
     """The whole model: diffusers' PixArtAlphaPipeline and Pipeline.from_pretrained open it."""
-    model_folder.write(
+    model_folder.write_model(
         folder,
         transformer=transformer,
         text_encoder=CopiedComponent(frozen.folder("text_encoder")),
@@ -48,9 +44,7 @@ def write_model(
     )
 
 
-def write_parts(
-    folder: Path, transformer, scheduler: schedulers.SchedulerConfig, frozen: Frozen
-) -> None:
+def write_parts(folder: Path, transformer, scheduler: SchedulerConfig, frozen: Frozen) -> None:
     """The class-conditional model with its VAE and scheduler; there is no diffusers pipeline of
     text for it."""
     first = jax.process_index() == 0
@@ -59,4 +53,4 @@ def write_parts(
     transformer.save(folder / "transformer")
     CopiedComponent(frozen.folder("vae")).save(folder / "vae")
     if first:
-        schedulers.write(scheduler, folder / "scheduler")
+        scheduler.write(folder / "scheduler")

@@ -71,7 +71,7 @@ def test_variance_logits_are_the_conditional_halfs():
     np.testing.assert_array_equal(out[..., 4:], jnp.ones_like(X))
 
 
-def stretches(model, interval, steps=10, scale=2.0):
+def segments(model, interval, steps=10, scale=2.0):
     """A run that is guided within the interval alone."""
     guided = diffusion.classifier_free_guidance(model.both, scale)
     denoisers = {True: guided, False: model.conditional}
@@ -84,7 +84,7 @@ def stretches(model, interval, steps=10, scale=2.0):
 
 def test_outside_the_interval_only_half_the_rows_run():
     model = Counting()
-    made = stretches(model, (300.0, 700.0))
+    made = segments(model, (300.0, 700.0))
     assert len(made) == 3
     jax.block_until_ready(diffusion.sample(made, X, steps=10))
     jax.effects_barrier()
@@ -102,7 +102,7 @@ def test_an_interval_is_what_a_branch_at_each_step_would_compute():
         steps=len(times),
     )
     np.testing.assert_allclose(
-        diffusion.sample(stretches(model, (300.0, 700.0)), X, steps=10),
+        diffusion.sample(segments(model, (300.0, 700.0)), X, steps=10),
         branching,
         rtol=1e-5,
         atol=1e-6,
@@ -111,7 +111,7 @@ def test_an_interval_is_what_a_branch_at_each_step_would_compute():
 
 def test_interval_over_all_times_is_plain_guidance():
     model = Counting()
-    whole = stretches(model, (0.0, 1000.0), steps=20)
+    whole = segments(model, (0.0, 1000.0), steps=20)
     np.testing.assert_allclose(
         diffusion.sample(whole, X),
         diffusion.sample(diffusion.classifier_free_guidance(model.both, 2.0), X),

@@ -185,7 +185,7 @@ def test_bad_noise_keys_and_denoisers_are_named():
         diffusion.sample(lambda x, t: x[..., :3], NOISE)
 
 
-def test_stretches_carry_the_solvers_state_and_their_own_memory_over_and_are_given_their_rows():
+def test_segments_pass_on_the_solvers_state_and_their_own_carry_and_get_their_rows():
     x = jax.random.normal(jax.random.key(1), (2, 3, 3, 4))
     given = np.arange(6, dtype=np.float32)
 
@@ -200,15 +200,15 @@ def test_stretches_carry_the_solvers_state_and_their_own_memory_over_and_are_giv
             2, denoise(1.0), lambda memory: (jax.debug.callback(entered.append, memory), memory)[1]
         ),
     ]
-    one, two = (diffusion.sample(made, x, steps=6, given=given) for made in ([whole], parts))
+    one, two = (diffusion.sample(made, x, steps=6, per_step=given) for made in ([whole], parts))
     np.testing.assert_allclose(one, two, rtol=1e-6)
     jax.effects_barrier()
     assert entered == [0 + 1 + 2 + 3]
     assert not np.allclose(
         one,
         diffusion.sample(
-            [diffusion.Segment(6, denoise(0.5), whole.init_carry)], x, steps=6, given=given
+            [diffusion.Segment(6, denoise(0.5), whole.init_carry)], x, steps=6, per_step=given
         ),
     )
     with pytest.raises(UserError, match="do not make the run's 6"):
-        diffusion.sample(parts[:1], x, steps=6, given=given)
+        diffusion.sample(parts[:1], x, steps=6, per_step=given)

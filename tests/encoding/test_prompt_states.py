@@ -15,7 +15,7 @@ from pixart_jax import cli
 from pixart_jax.encoding import command as encode_command
 from pixart_jax.encoding import prompts as prompt_states
 from pixart_jax.pipeline import PromptEncoder, TextStates
-from pixart_jax.pipeline.prompt_encoder import identity
+from pixart_jax.pipeline.folder import ModelFolder
 from pixart_jax.text import clean_caption
 
 COUNT = 60
@@ -24,12 +24,12 @@ import sys, time
 from pathlib import Path
 from pixart_jax.encoding import prompts
 from pixart_jax.pipeline import PromptEncoder
-from pixart_jax.pipeline.prompt_encoder import identity
+from pixart_jax.pipeline.folder import ModelFolder
 from pixart_jax.text import clean_caption
 
 model, out, delay = sys.argv[1:]
 texts = [f"a large red circle {n} left of the star" for n in range(60)]
-made = {**identity(model, None, clean_caption), "stored_in": "bfloat16"}
+made = {**ModelFolder.open(model).text_identity(None, clean_caption), "stored_in": "bfloat16"}
 class Slow(PromptEncoder):
     def states(self, *args):
         time.sleep(float(delay))
@@ -49,7 +49,8 @@ def start(model, out, delay):
 @pytest.mark.slow
 def test_killed_often_it_ends_with_the_file_of_an_undisturbed_run(tiny_model, tmp_path):
     texts = [f"a large red circle {n} left of the star" for n in range(COUNT)]
-    made = {**identity(tiny_model, None, clean_caption), "stored_in": "bfloat16"}
+    identity = ModelFolder.open(tiny_model).text_identity(None, clean_caption)
+    made = {**identity, "stored_in": "bfloat16"}
     whole = tmp_path / "whole.safetensors"
     assert (
         prompt_states.encode_prompt_file(

@@ -15,7 +15,7 @@ from pixart_jax.evaluation import command
 from pixart_jax.evaluation.command import SHIPPED, ShapesOptions, VAEOptions
 from pixart_jax.evaluation.tasks import eval_prompts
 from pixart_jax.pipeline import Pipeline
-from pixart_jax.pipeline.sampling import SamplingConfig
+from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 
 class TruePipeline:
@@ -24,10 +24,11 @@ class TruePipeline:
 
     def __init__(self, level: str, per_task: int, wrong: int = 10**9):
         self.prompts, self.wrong = eval_prompts(level, per_task), wrong
-        self.calls, self.sampling = [], SamplingConfig(1.75)
+        self.calls, self.sampling = [], SamplingConfig(guidance=1.75)
 
-    def generate(self, prompts, *, height, width, indices, batch_size, shortcuts, seed, **how):
-        assert shortcuts.settings() == {}
+    def generate(self, prompts, config, *, height, width, indices, batch_size, seed):
+        how = {name: getattr(config, name) for name in ("steps", "guidance", "solver")}
+        assert config == SamplingConfig(**how, null="text")
         self.calls.append({"size": (height, width), "count": len(prompts), "seed": seed, **how})
         assert prompts == [self.prompts[i].caption for i in indices]
         for start in reversed(range(0, len(prompts), batch_size)):

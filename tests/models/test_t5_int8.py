@@ -63,7 +63,8 @@ def test_the_shipped_model_draws_nearly_the_same_from_int8_states(root):
     empty, empty_lengths = tokenize(
         pipe.tokenizer, [""] * len(prompts), pipe.transformer.config.text_tokens, ids.shape[1]
     )
-    steps, guidance, solver = pipe.sampling.with_defaults(None, None, None)
+    own = pipe.sampling
+    steps, guidance, solver = own.steps, own.guidance, own.solver
 
     def draw(module, params, seed):
         states, negative = (

@@ -15,27 +15,26 @@ import numpy as np
 from pixart_jax import Pipeline
 from pixart_jax.config import MeshConfig
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.pipeline import denoising
+from pixart_jax.pipeline import sampler
 
 
 def drawn(pipe, prompt: str, monitored: list) -> tuple[np.ndarray, np.ndarray]:
     """(latents [b, h, w, c] of the compiled scan, images); monitored: what the scan's program costs
     a device is put there."""
-    run, seen = denoising.generate_jit, []
+    run, seen = sampler.generate_jit, []
 
-    def watched(how, decoding, *arguments):
+    def watched(spec, decode, vae_params, *arguments):
         # without the VAE, whose rows each device has of its own
-        scan = denoising.sample_latents_jit.lower(how, *arguments[:-1])
+        scan = sampler.sample_latents_jit.lower(spec, *arguments)
         monitored.append(scan.compile().cost_analysis()["flops"])
-        arguments = how, decoding, *arguments
-        seen.append(run(*arguments))
+        seen.append(run(spec, decode, vae_params, *arguments))
         return seen[-1]
 
-    denoising.generate_jit = watched
+    sampler.generate_jit = watched
     try:
         images = pipe([prompt], steps=4, seed=3)
     finally:
-        denoising.generate_jit = run
+        sampler.generate_jit = run
     return np.asarray(seen[0][0]), images
 
 

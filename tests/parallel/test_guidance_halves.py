@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from pixart_jax import cli
+from pixart_jax.commands import sample
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import AXES
@@ -69,11 +70,10 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_where_the_pipeline_is_
         pipe.replace(mesh=sevenths)
 
 
-def test_a_mesh_of_more_devices_than_there_are_is_one_line(sample_program, capsys, tmp_path):
+def test_a_mesh_of_more_devices_than_there_are_is_one_line(capsys, tmp_path):
     assert (
         cli.run(
-            sample_program.main,
-            ["--prompt", PROMPT, "--out", str(tmp_path), "--mesh", "data=3,fsdp=5"],
+            sample.main, ["--prompt", PROMPT, "--out", str(tmp_path), "--mesh", "data=3,fsdp=5"]
         )
         == 2
     )

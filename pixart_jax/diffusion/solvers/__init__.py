@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from pixart_jax.diffusion.solvers.ancestral import DDIM, DDPM
 from pixart_jax.diffusion.solvers.base import Solver, StepTable
-from pixart_jax.diffusion.solvers.ddim import DDIM
-from pixart_jax.diffusion.solvers.ddpm import DDPM
 from pixart_jax.diffusion.solvers.dmd import DMD
 from pixart_jax.diffusion.solvers.dpm import DPMSolver
 from pixart_jax.diffusion.solvers.lcm import LCM
@@ -20,26 +19,19 @@ __all__ = [
     "DPMSolver",
     "LCM",
     "NAMES",
-    "Plan",
     "SASolver",
     "Solver",
+    "StepTable",
     "by_name",
 ]
 
 
 def by_name(name: str, *, order: int = 2, eta: float = 0.0) -> Solver:
-    """The solver of that name with PixArt's settings. order is dpm++'s, eta ddim's; the others have
-    neither."""
-    if name == "ddpm":
-        return DDPM()
+    """The solver of that name with PixArt's settings. order: of dpm++. eta: of ddim."""
     if name == "ddim":
         return DDIM(eta=eta)
     if name == "dpm++":
         return DPMSolver(order=order)
-    if name == "sa":
-        return SASolver()
-    if name == "lcm":
-        return LCM()
-    if name == "dmd":
-        return DMD()
+    if name in (others := {"ddpm": DDPM, "sa": SASolver, "lcm": LCM, "dmd": DMD}):
+        return others[name]()
     raise UserError(f"unknown solver {name!r}{nearest(name, NAMES)}")

@@ -1,9 +1,9 @@
-"""What a solver is: a plan made on the host, and an update that the sampling scan repeats.
+"""A solver: a step table computed on the host, and an update that the sampling scan repeats.
 
 A solver is a small frozen dataclass of its options. Everything that depends on the step list alone
-is computed once, on the host, in float64 (its ``Plan``) and scanned over; on the device each update
-is a short linear combination. Every solver sees the model through the x_0 that its prediction
-implies ((4), (5) of gaussian.py).
+is computed once, on the host, in float64 (its ``StepTable``) and scanned over; on the device each
+update is a short linear combination. Every solver sees the model through the x_0 that its
+prediction implies ((4), (5) of gaussian.py).
 
 The state is a tuple. Its first item is x, where the denoiser is evaluated next and, after the last
 step, the result; what follows is the solver's memory.
@@ -14,13 +14,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-import jax
 import numpy as np
+from jax import Array
 
 from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.errors import UserError
 
 State = tuple
+MaybeArray = Array | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,23 +41,30 @@ class Solver(Protocol):
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
     ) -> StepTable:
-        """The whole run from its step ``start`` on; start 0 is pure noise. stochastic False: the
-        run adds no noise."""
+        """The run from its step ``start`` on; start 0 is pure noise. stochastic False: the run adds
+        no noise."""
 
-    def init(self, x: jax.Array) -> State:
+    def init(self, x: Array) -> State:
         """The state before the first evaluation; x [b, …]."""
 
     def update(
-        self,
-        state: State,
-        x0: jax.Array,
-        logits: jax.Array | None,
-        c: dict[str, jax.Array],
-        noise: jax.Array | None,
+        self, state: State, x0: Array, logits: MaybeArray, c: dict[str, Array], noise: MaybeArray
     ) -> State:
-        """One step. x0: implied at state[0]. logits: of the variance, if the model gives them. c:
-        this step's coefficients.
-        noise: standard normal, like x, or None."""
+        """One step. x0: implied at state[0]. logits: of the variance, from a model with a learned
+        range. c: this step's coefficients. noise: standard normal, like x, or None."""
+
+
+class OneStep:
+    """A solver without memory: x' = c_x x + c_x0 x_0, plus c_noise z where noise is added."""
+
+    def init(self, x: Array) -> State:
+        return (x,)
+
+    def update(
+        self, state: State, x0: Array, logits: MaybeArray, c: dict[str, Array], noise: MaybeArray
+    ) -> State:
+        x = c["x"] * state[0] + c["x0"] * x0
+        return (x if noise is None else x + c["noise"] * noise,)
 
 
 def step_count(steps: int | str) -> int:
@@ -76,11 +84,24 @@ def check_start(start: int, count: int) -> None:
         raise UserError(f"start = {start}: must lie in 0 … {count - 1} for {count} steps")
 
 
-def push_history(x0: jax.Array, past: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def fractional_times(schedule: Schedule, steps: int) -> np.ndarray:
+    """[steps + 1] times in equal steps from T − 1 to 0, as in the official samplers; 20 steps: 999,
+    949.05, … 0."""
+    return np.linspace(schedule.timesteps - 1, 0, steps + 1)
+
+
+def lambda_grid(log_alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(α, σ, λ) at each log α, with λ of (3); +inf at σ = 0."""
+    alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+    with np.errstate(divide="ignore"):
+        return alpha, sigma, log_alpha - np.log(sigma)
+
+
+def push_history(x0: Array, past: tuple[Array, ...]) -> tuple[Array, ...]:
     """The memory of a multistep solver, newest first, with ``x0`` in and the oldest out."""
     return (x0, *past)[: len(past)]
 
 
-def weighted_sum(weights: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
+def weighted_sum(weights: Array, values: tuple[Array, ...]) -> Array:
     """Σ_j weights[j] · values[j]; weights [k], k arrays of one shape."""
     return sum(weights[j] * value for j, value in enumerate(values))

@@ -3,14 +3,12 @@
 From time s to t, with λ = log(α/σ), h = λ_t − λ_s and m_0, m_1, m_2 the implied x_0 at s and at the
 two evaluations before it:
 
-    x_t = σ_t/σ_s x − α_t φ₁ m_0                                      φ₁ = e^{−h} − 1
-    (order 1: DDIM)
-          − ½ α_t φ₁ D                                                D = (m_0 − m_1) / r_0
-          (order 2, midpoint)
-    x_t = σ_t/σ_s x − α_t φ₁ m_0 + α_t φ₂ D₁ − α_t φ₃ D₂              φ₂ = φ₁/h + 1, φ₃ = φ₂/h − ½
-    (order 3)
-          D₁ = D_0 + r_0/(r_0 + r_1) (D_0 − D_1),   D₂ = (D_0 − D_1)/(r_0 + r_1) D_0 = (m_0 −
-          m_1)/r_0,   D_1 = (m_1 − m_2)/r_1,   r_i = h_i/h with h_0, h_1 the two steps before
+    order 1:  x_t = σ_t/σ_s x − α_t φ₁ m_0                           (DDIM)     φ₁ = e^{−h} − 1
+    order 2:        … − ½ α_t φ₁ D_0                                 (midpoint)
+    order 3:        … + α_t φ₂ D₁ − α_t φ₃ D₂          φ₂ = φ₁/h + 1, φ₃ = φ₂/h − ½
+
+    D_0 = (m_0 − m_1) / r_0,   D_1 = (m_1 − m_2) / r_1,   r_i = h_i/h with h_0, h_1 the two steps
+    before,   D₁ = D_0 + r_0/(r_0 + r_1) (D_0 − D_1),   D₂ = (D_0 − D_1) / (r_0 + r_1)
 
 All of it is linear in x and the m's with weights that depend on the times alone.
 """
@@ -19,15 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import (
+    MaybeArray,
     State,
     StepTable,
     check_start,
+    fractional_times,
+    lambda_grid,
     push_history,
     step_count,
     weighted_sum,
@@ -35,12 +36,6 @@ from pixart_jax.diffusion.solvers.base import (
 from pixart_jax.errors import UserError, nearest
 
 SPACINGS = ("linspace", "leading", "trailing")
-
-
-def fractional_times(schedule: Schedule, steps: int) -> np.ndarray:
-    """[steps + 1] times in equal steps from T − 1 to 0, as the official samplers take them: 20
-    steps: 999, 949.05, … 0."""
-    return np.linspace(schedule.timesteps - 1, 0, steps + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +87,7 @@ class DPMSolver:
         if times == "integer":
             orders[-1] = 1
 
-        alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
-        with np.errstate(divide="ignore"):
-            lam = log_alpha - np.log(sigma)  # +inf at σ = 0
+        alpha, sigma, lam = lambda_grid(log_alpha)
         of_x = sigma[1:] / sigma[:-1]
         of_past = np.stack(
             [self._weights(orders[k], lam[: k + 2]) * alpha[k + 1] for k in range(start, count)]
@@ -135,16 +128,11 @@ class DPMSolver:
             )
         return weights[: self.order]
 
-    def init(self, x: jax.Array) -> State:
+    def init(self, x: Array) -> State:
         return (x, (jnp.zeros_like(x),) * (self.order - 1))
 
     def update(
-        self,
-        state: State,
-        x0: jax.Array,
-        logits: jax.Array | None,
-        c: dict[str, jax.Array],
-        noise: jax.Array | None,
+        self, state: State, x0: Array, logits: MaybeArray, c: dict[str, Array], noise: MaybeArray
     ) -> State:
         x, past = state
         return (c["x"] * x + weighted_sum(c["past"], (x0, *past)), push_history(x0, past))

@@ -1,15 +1,14 @@
-"""Latent consistency models (arXiv 2310.04378; PixArt-δ, arXiv 2401.05252): a distilled model names
-the clean image at every time."""
+"""Latent consistency models (arXiv 2310.04378; PixArt-δ, arXiv 2401.05252): a distilled model
+predicts the clean image at every time."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from pixart_jax.diffusion.schedule import Schedule
-from pixart_jax.diffusion.solvers.base import State, StepTable, check_start, step_count
+from pixart_jax.diffusion.solvers.base import OneStep, StepTable, check_start, step_count
 from pixart_jax.errors import UserError
 
 _SIGMA_DATA = 0.5
@@ -17,17 +16,17 @@ _TIME_SCALE = 10.0  # of whole times, so that the boundary condition is nearly a
 
 
 @dataclasses.dataclass(frozen=True)
-class LCM:
+class LCM(OneStep):
     """f = c_skip x + c_out x_0, then x at the next time is α' f + σ' z with fresh noise z; the last
     step ends at f.
 
     With s = 10 t: c_skip = ¼ / (s² + ¼), c_out = s / √(s² + ¼). Without a key no noise is added,
-    which is right for one step only. Guidance was distilled into the model: none is wanted here.
+    which is right for one step only. Guidance was distilled into the model: use none here.
 
-    ``steps``: N of the ``origin`` times that the model was distilled on (49, 99 … for 20 of 1000).
-    times: "fractional", every ⌊origin / N⌋-th from the noisiest down (official: 999, 759, 519, 279
-    for 4), or "integer", spread over all of them (diffusers: 999, 759, 499, 259). The times are
-    whole either way.
+    ``steps``: N of the ``original_steps`` times that the model was distilled on (49, 99 … for 20 of
+    1000). times: "fractional", every ⌊original_steps / N⌋-th from the noisiest down (official: 999,
+    759, 519, 279 for 4), or "integer", spread over all of them (diffusers: 999, 759, 499, 259). The
+    times are whole either way.
     """
 
     original_steps: int = 50
@@ -43,8 +42,7 @@ class LCM:
         if count > self.original_steps or self.original_steps > schedule.timesteps:
             raise UserError(
                 f"steps = {steps!r}: lcm takes at most the {self.original_steps} steps that its "
-                "model was "
-                "distilled on"
+                "model was distilled on"
             )
         check_start(start, count)
         known = (np.arange(self.original_steps) + 1)[::-1] * (
@@ -71,17 +69,3 @@ class LCM:
             },
             noisy=stochastic and len(t) > 1,
         )
-
-    def init(self, x: jax.Array) -> State:
-        return (x,)
-
-    def update(
-        self,
-        state: State,
-        x0: jax.Array,
-        logits: jax.Array | None,
-        c: dict[str, jax.Array],
-        noise: jax.Array | None,
-    ) -> State:
-        x = c["x"] * state[0] + c["x0"] * x0
-        return (x if noise is None else x + c["noise"] * noise,)

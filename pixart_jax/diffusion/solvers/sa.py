@@ -4,15 +4,14 @@ From s to t with h = λ_t − λ_s, τ constant over the step, a = 1 + τ², z ~
 Lagrange polynomials over the λ of the evaluations used (the predictor's: at s and before; the
 corrector's: at t and before), paper eq. 14 and 17:
 
-    x_t = e^{−τ²h} σ_t/σ_s x_s + Σ_j b_j m_j + σ_t √(1 − e^{−2τ²h}) z
-    (S1) b_j = a σ_t e^{−τ²λ_t} ∫_{λ_s}^{λ_t} e^{aλ} L_j(λ) dλ = a α_t ∫_{−h}^{0} e^{au} L_j(λ_t +
-    u) du     (S2)
+    x_t = e^{−τ²h} σ_t/σ_s x_s + Σ_j b_j m_j + σ_t √(1 − e^{−2τ²h}) z                       (S1)
+    b_j = a σ_t e^{−τ²λ_t} ∫_{λ_s}^{λ_t} e^{aλ} L_j(λ) dλ
+        = a α_t ∫_{−h}^{0} e^{au} L_j(λ_t + u) du                                           (S2)
 
 For two nodes λ_0, λ_1 the published few-step variant (paper, appendix D) moves weight, δ to the
 first and −δ to the second:
 
-    δ = a α_t (h²/2 − (ah − 1 + e^{−ah}) / a²) / (λ_0 − λ_1)
-    (S3)
+    δ = a α_t (h²/2 − (ah − 1 + e^{−ah}) / a²) / (λ_0 − λ_1)                                (S3)
 
 PEC: one evaluation a step. The model is evaluated at the predicted point, the step is redone with
 that evaluation and the same z, and the next prediction starts from the corrected point.
@@ -22,20 +21,22 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import (
+    MaybeArray,
     State,
     StepTable,
     check_start,
+    fractional_times,
+    lambda_grid,
     push_history,
     step_count,
     weighted_sum,
 )
-from pixart_jax.diffusion.solvers.dpm import fractional_times
 from pixart_jax.errors import UserError
 
 
@@ -70,9 +71,7 @@ class SASolver:
         count = step_count(steps)
         check_start(start, count)
         t = fractional_times(schedule, count)[start:]
-        log_alpha = schedule.log_alpha(t)
-        alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
-        lam = log_alpha - np.log(sigma)
+        alpha, sigma, lam = lambda_grid(schedule.log_alpha(t))
         low, high = self.tau_interval
         share = (t + 1) / schedule.timesteps
         tau = np.where((low <= share) & (share <= high), self.tau if stochastic else 0.0, 0.0)
@@ -104,17 +103,12 @@ class SASolver:
             noisy=stochastic and bool((tau > 0).any()),
         )
 
-    def init(self, x: jax.Array) -> State:
+    def init(self, x: Array) -> State:
         nothing = jnp.zeros_like(x)
         return (x, x, nothing, (nothing,) * (max(self.predictor_order, self.corrector_order) - 1))
 
     def update(
-        self,
-        state: State,
-        x0: jax.Array,
-        logits: jax.Array | None,
-        c: dict[str, jax.Array],
-        noise: jax.Array | None,
+        self, state: State, x0: Array, logits: MaybeArray, c: dict[str, Array], noise: MaybeArray
     ) -> State:
         # the corrected point one step back, and the noise of the step since
         _, x, step_noise, past = state

@@ -16,7 +16,7 @@ from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.pipeline import Pipeline
-from pixart_jax.pipeline.sampling import SamplingConfig
+from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.training.export import write_model
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
@@ -60,7 +60,8 @@ class TextToImage:
         empty = stage.objective.null_condition == "empty"
         null_length = len(frozen.text_states([""], tokens)[0]) if empty else 0
         denoising = DiffusionObjective(stage.objective, frozen.scaling_factor)
-        return cls(module, denoising, frozen, null_length, SamplingConfig(config.preview.guidance))
+        sampling = SamplingConfig(guidance=config.preview.guidance)
+        return cls(module, denoising, frozen, null_length, sampling)
 
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""

@@ -1,4 +1,4 @@
-"""What a drawing leaves out: the plan of it, and that the image is what the plan says."""
+"""What sampling skips and reuses: the plan of it, and that the image is what the plan says."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from pixart_jax import Pipeline, cli, diffusion
+from pixart_jax.commands import sample
 from pixart_jax.diffusion.guidance import combine_guidance
 from pixart_jax.errors import UserError
+from pixart_jax.images import png_settings
 from pixart_jax.models.transformer import PARTS, BlockCache, Conditioning
-from pixart_jax.pipeline import CacheConfig, denoising
+from pixart_jax.pipeline import SamplingConfig, sampler
+from pixart_jax.pipeline.block_cache import make_plan
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square"]
@@ -28,61 +31,52 @@ def pipe(tmp_path_factory) -> Pipeline:
     return Pipeline.from_pretrained(folder)
 
 
-def steps_fresh(plan, part: str) -> list[int]:
-    return plan.fresh[part].all(1).astype(int).tolist()
+def plan(guided: bool = True, **options):
+    return make_plan(SamplingConfig(**options), T, DEPTH, guided)
 
 
-def test_nothing_is_left_out_unless_asked_for():
-    plan = CacheConfig().plan(T, DEPTH, True)
-    assert plan.guides.all() and not plan.fresh and plan.share == 1
-    assert not CacheConfig().plan(T, DEPTH, False).guides.any() and CacheConfig().settings() == {}
+def computed(plan) -> dict[str, list[int]]:
+    """By part, 1 for the steps at which all blocks compute it."""
+    return {part: rows.all(1).astype(int).tolist() for part, rows in plan.recompute.items()}
+
+
+def test_nothing_is_skipped_unless_asked_for():
+    assert all(plan().guides) and not plan().recompute and plan().share == 1
+    assert not any(plan(guided=False).guides)
+    gate_after_the_last_step = plan(cross_attention_steps=6)
+    assert gate_after_the_last_step == plan()
 
 
 def test_an_interval_guides_the_steps_within_it():
-    plan = CacheConfig(guidance_interval=(300, 900)).plan(T, DEPTH, True)
-    assert plan.guides.tolist() == [300 <= t <= 900 for t in T] == [
-        False,
-        True,
-        True,
-        True,
-        True,
-        False,
-    ] or plan.guides.sum() < len(T)
-    assert plan.share == pytest.approx((2 * plan.guides.sum() + (~plan.guides).sum()) / 12)
+    found = plan(guidance_interval=(300, 900))
+    assert list(found.guides) == [300 <= t <= 900 for t in T] and 0 < sum(found.guides) < len(T)
+    assert found.share == pytest.approx((sum(found.guides) + 6) / 12)
 
 
-def test_blocks_are_computed_at_every_nth_step():
-    plan = CacheConfig(blocks_every=3).plan(T, DEPTH, True)
-    assert {part: steps_fresh(plan, part) for part in PARTS} == dict.fromkeys(
-        PARTS, [1, 0, 0, 1, 0, 0]
-    )
-    assert plan.share == pytest.approx(1 / 3)
-
-
-def test_cross_attention_is_kept_and_guidance_ends_after_the_gate():
-    plan = CacheConfig(cross_attention_steps=2).plan(T, DEPTH, True)
-    assert plan.guides.tolist() == [True, True, False, False, False, False]
-    assert list(plan.fresh) == ["cross_attention"] and steps_fresh(plan, "cross_attention") == [
-        1,
-        1,
-        0,
-        0,
-        0,
-        0,
-    ]
-    assert not CacheConfig(cross_attention_steps=6).plan(T, DEPTH, True).fresh, (
-        "a gate after the last step changes nothing"
-    )
-
-
-def test_where_guidance_begins_or_ends_all_is_computed_but_what_the_gate_keeps():
-    plan = CacheConfig(cross_attention_steps=3, blocks_every=6).plan(T, DEPTH, True)
-    assert plan.guides.tolist() == [True] * 3 + [False] * 3
-    assert steps_fresh(plan, "attention") == steps_fresh(plan, "mlp") == [1, 0, 0, 1, 0, 0]
-    assert steps_fresh(plan, "cross_attention") == [1, 0, 0, 0, 0, 0]
-    plan = CacheConfig(guidance_interval=(500, 999), blocks_every=6).plan(T, DEPTH, True)
-    (first,) = np.flatnonzero(np.diff(plan.guides.astype(int))) + 1
-    assert all(np.flatnonzero(steps_fresh(plan, part)).tolist() == [0, first] for part in PARTS)
+@pytest.mark.parametrize(
+    "options, guided_steps, tables",
+    [
+        ({"blocks_every": 3}, 6, dict.fromkeys(PARTS, [1, 0, 0, 1, 0, 0])),
+        ({"cross_attention_steps": 2}, 2, {"cross_attention": [1, 1, 0, 0, 0, 0]}),
+        # where guidance ends all is computed but what the gate keeps
+        (
+            {"cross_attention_steps": 3, "blocks_every": 6},
+            3,
+            dict.fromkeys(PARTS, [1, 0, 0, 1, 0, 0]) | {"cross_attention": [1, 0, 0, 0, 0, 0]},
+        ),
+        (
+            {"guidance_interval": (500, 999), "blocks_every": 6},
+            3,
+            dict.fromkeys(PARTS, [1, 0, 0, 1, 0, 0]),
+        ),
+    ],
+)
+def test_which_steps_compute_which_part(options, guided_steps, tables):
+    found = plan(**options)
+    assert computed(found) == tables
+    assert list(found.guides) == [step < guided_steps for step in range(6)]
+    if options == {"blocks_every": 3}:
+        assert found.share == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +86,12 @@ def test_where_guidance_begins_or_ends_all_is_computed_but_what_the_gate_keeps()
         ({"guidance_interval": (float("nan"), 1)}, "two times"),
         ({"cross_attention_steps": 0}, "at least 1"),
         ({"blocks_every": 0}, "at least 1"),
-        ({"blocks_every": 2, "schedule": "x.json"}, "one of them"),
+        ({"blocks_every": 2, "block_schedule": "x.json"}, "one of them"),
     ],
 )
 def test_a_wrong_value_is_named(wrong, says):
     with pytest.raises(UserError, match=says):
-        CacheConfig(**wrong)
+        SamplingConfig(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +109,12 @@ def test_a_schedule_that_does_not_fit_is_one_line(tmp_path, content, says):
     path = tmp_path / "schedule.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=says) as fault:
-        CacheConfig(schedule=str(path)).plan(T, DEPTH, True)
-    assert "\n" not in str(fault.value) and "schedule.json" in str(fault.value)
+    with pytest.raises(UserError, match=says) as error:
+        plan(block_schedule=str(path))
+    assert "\n" not in str(error.value) and "schedule.json" in str(error.value)
 
 
-# ---- what a block takes over ----
+# ---- what a block reuses ----
 
 
 def evaluated(pipe, noise, t, kept=None, states=None):
@@ -230,8 +224,8 @@ def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.
 def test_the_image_is_what_the_plan_written_out_step_by_step_draws(pipe, gate, every):
     noise, _ = pipe.noise(0, range(2), 64, 64)
     states, lengths = pipe.encode_text(PROMPTS)
-    shortcuts = CacheConfig(cross_attention_steps=gate, blocks_every=every)
-    found = pipe.denoise(states, lengths, noise, steps=6, shortcuts=shortcuts)
+    how = {"cross_attention_steps": gate, "blocks_every": every}
+    found = pipe.denoise(states, lengths, noise, steps=6, **how)
     want = definition(pipe, noise, 6, gate, every)
     assert np.abs(found - want).max() <= 2e-5 * np.abs(want).max()
     whole = pipe.denoise(states, lengths, noise, steps=6)
@@ -248,8 +242,8 @@ def test_a_schedule_of_all_parts_is_the_named_one(pipe, tmp_path):
     path = tmp_path / "every_second.json"
     path.write_text(json.dumps(schedule.tolist()))
     found, named = (
-        np.asarray(pipe.denoise(states, lengths, noise, steps=6, shortcuts=how))
-        for how in (CacheConfig(schedule=str(path)), CacheConfig(blocks_every=2))
+        np.asarray(pipe.denoise(states, lengths, noise, steps=6, **how))
+        for how in ({"block_schedule": str(path)}, {"blocks_every": 2})
     )
     np.testing.assert_array_equal(found, named)
 
@@ -258,10 +252,11 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
     """Two scans, one over 2b rows and one over b; the image is that of guidance of 1 there."""
     noise, _ = pipe.noise(0, range(2), 64, 64)
     states, lengths = pipe.encode_text(PROMPTS)
-    how = CacheConfig(guidance_interval=(400, 999))
-    run = pipe._run("dpm++", None, 6, "fractional", True, how)
-    arguments = pipe._arguments((states, lengths), noise, (states, lengths), None, 4.5, None, None)
-    made = jax.make_jaxpr(denoising.sample_latents, static_argnums=0)(run, *arguments)
+    config = SamplingConfig(steps=6, guidance_interval=(400, 999)).with_defaults()
+    text, scale = (states, lengths), np.full(2, 4.5, "f")
+    arguments = (pipe.transformer.params, noise, None, text, text, None, None, scale)
+    spec = pipe._spec(config, True)
+    made = jax.make_jaxpr(sampler.sample_latents, static_argnums=0)(spec, *arguments)
     loops = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] in (3, 4, 2)]
     rows = sorted(
         "f32[4,16,24]" in str(e.params["jaxpr"])
@@ -269,39 +264,18 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
         if "f32[2,8,8,4]" in str(e.params["jaxpr"])
     )
     assert rows == [False, True]
-    none = pipe.denoise(
-        states, lengths, noise, steps=6, shortcuts=CacheConfig(guidance_interval=(2000, 3000))
-    )
+    none = pipe.denoise(states, lengths, noise, steps=6, guidance_interval=(2000, 3000))
     unguided = pipe.denoise(states, lengths, noise, steps=6, guidance=1.0)
     np.testing.assert_allclose(none, unguided, rtol=1e-5, atol=1e-6)
 
 
-def test_sample_py_takes_them_and_writes_them_into_the_image(
-    sample_program, tiny_model, tmp_path, capsys
-):
-    from pixart_jax.images import png_settings
-
-    argv = [
-        "--model",
-        str(tiny_model),
-        "--prompt",
-        "a red circle",
-        "--out",
-        str(tmp_path),
-        "--steps",
-        "4",
-    ]
+def test_sample_py_takes_them_and_records_them_in_the_image(tiny_model, tmp_path, capsys):
+    argv = f"--model {tiny_model} --prompt circle --out {tmp_path} --steps 4".split()
     fast = [
         *argv,
-        "--guidance-interval",
-        "200",
-        "900",
-        "--cross-attention-steps",
-        "2",
-        "--blocks-every",
-        "2",
+        *"--guidance-interval 200 900 --cross-attention-steps 2 --blocks-every 2".split(),
     ]
-    assert cli.run(sample_program.main, argv) == 0 and cli.run(sample_program.main, fast) == 0
+    assert cli.run(sample.main, argv) == 0 and cli.run(sample.main, fast) == 0
     plain, short = (
         png_settings(path)
         for path in sorted(tmp_path.glob("*.png"), key=lambda path: path.stat().st_mtime)
@@ -309,7 +283,7 @@ def test_sample_py_takes_them_and_writes_them_into_the_image(
     said = {"guidance_interval": [200.0, 900.0], "cross_attention_steps": 2, "blocks_every": 2}
     assert {**plain, **said} == short
     capsys.readouterr()
-    assert cli.run(sample_program.main, fast) == 0
+    assert cli.run(sample.main, fast) == 0
     assert "already there" in capsys.readouterr().out
-    assert cli.run(sample_program.main, [*argv, "--blocks-every", "0"]) == 2
+    assert cli.run(sample.main, [*argv, "--blocks-every", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err

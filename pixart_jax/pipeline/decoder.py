@@ -1,0 +1,95 @@
+"""Latents → images: the VAE part by part, so that its activations fit; the fit to the size that was
+asked for; rough previews without the VAE."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixart_jax.parallel.rules import row_sharding
+
+# decoded at once on a device: the decoder's activations are far larger than its image
+_PIXELS = 2 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSpec:
+    """module: the VAE's. scaling_factor: of its latents. factor: pixels a latent, along a side.
+    mesh: where each device decodes its own images, at least ``rows`` in all; None: one device."""
+
+    module: nn.Module
+    scaling_factor: float
+    factor: int
+    mesh: jax.sharding.Mesh | None = None
+    rows: int = 1
+
+
+def decode_latents(spec: DecodeSpec, params, latents: jax.Array) -> jax.Array:
+    """The transformer's latents [b, h, w, c] → images [b, height, width, 3] of about [−1, 1], to be
+    traced in a jit."""
+    batch, rows, columns, _ = latents.shape
+    decode = functools.partial(spec.module.apply, {"params": params}, method="decode")
+    latents = latents / spec.scaling_factor
+    if spec.mesh is not None:
+        fill = spec.rows - batch  # guidance may have had fewer rows whole on all devices
+        latents = jnp.concatenate([latents, *[latents[-1:]] * fill]) if fill > 0 else latents
+        latents = jax.lax.with_sharding_constraint(latents, row_sharding(spec.mesh, len(latents)))
+        return decode(latents)[:batch]
+    limit = max(1, _PIXELS // (rows * columns * spec.factor**2))
+    part = max(n for n in range(1, batch + 1) if batch % n == 0 and (n <= limit or n == 1))
+    if part == batch:
+        return decode(latents)
+    images = jax.lax.map(decode, latents.reshape(batch // part, part, *latents.shape[1:]))
+    return images.reshape(batch, *images.shape[2:])
+
+
+decode_jit = jax.jit(decode_latents, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def fit(images: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+    """Images [b, H, W, 3] of about [−1, 1] → uint8 [b, height, width, 3], resized and cropped to
+    ``size``. A small program of its own: another size recompiles nothing else."""
+    images = images if size is None else resize_and_crop(images, *size)
+    return jnp.round((images / 2 + 0.5).clip(0, 1) * 255).astype(jnp.uint8)
+
+
+def resize_and_crop(images: jax.Array, height: int, width: int) -> jax.Array:
+    """Images [b, H, W, 3] → [b, height, width, 3]: resized to cover that size, keeping their aspect
+    ratio, then cropped around the center. Bilinear without antialiasing, as in diffusers."""
+    batch, rows, columns, channels = images.shape
+    if (rows, columns) == (height, width):
+        return images
+    ratio = max(height / rows, width / columns)
+    rows, columns = max(height, int(rows * ratio)), max(width, int(columns * ratio))
+    images = jax.image.resize(images, (batch, rows, columns, channels), "bilinear", antialias=False)
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return images[:, top : top + height, left : left + width]
+
+
+def make_previewer(
+    decode: Callable[[np.ndarray], np.ndarray], channels: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A function: latents [b, h, w, c] → small rough images uint8 [b, h, w, 3], without JAX, which
+    is busy while a callback runs.
+
+    One matrix, fitted by least squares to what ``decode`` (latents → uint8 images) makes of flat
+    latents of normal random colors: wrong in detail, right in place and mostly in color.
+    """
+    probes, side = 64, 4
+    flat = np.random.default_rng(0).standard_normal((probes, 1, 1, channels)).astype(np.float32)
+    images = decode(np.broadcast_to(flat, (probes, side, side, channels)))
+    colors = np.asarray(images, np.float32).mean((1, 2))  # [probes, 3]
+    inputs = np.pad(flat[:, 0, 0], ((0, 0), (0, 1)), constant_values=1)  # [probes, c + 1]
+    matrix, *_ = np.linalg.lstsq(inputs, colors, rcond=None)
+
+    def preview(latents: np.ndarray) -> np.ndarray:
+        return np.clip(np.round(latents @ matrix[:-1] + matrix[-1]), 0, 255).astype(np.uint8)
+
+    return preview

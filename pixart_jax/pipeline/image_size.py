@@ -1,0 +1,70 @@
+"""Resolution binning, and whether options can be used with a model: a size that a model never saw
+is generated at the nearest one of its bucket table, then fitted to what was asked for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pixart_jax import diffusion
+from pixart_jax.data import buckets
+from pixart_jax.errors import UserError
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.vae import VAEConfig
+from pixart_jax.pipeline import block_cache
+from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.pipeline.scheduler import SchedulerConfig
+
+
+class ImageSize(NamedTuple):
+    """(height, width) in pixels: what was asked for, and what is generated."""
+
+    asked: tuple[int, int]
+    generated: tuple[int, int]
+
+
+def check_options(
+    config: SamplingConfig,
+    transformer: TransformerConfig,
+    vae: VAEConfig,
+    scheduler: SchedulerConfig,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    batch_size: int | None = None,
+) -> ImageSize:
+    """The size of the images, by default the side that the model was trained at. config: with its
+    defaults filled in.
+
+    Raises UserError, naming a value that would do, for options that this model cannot be sampled
+    with; the configs suffice, so it comes before any weight is read.
+    """
+    side = transformer.sample_size * vae.factor
+    asked = side if height is None else height, side if width is None else width
+    binned = config.binning and side in buckets.INFERENCE_TABLES
+    unit = vae.factor * (1 if binned else transformer.patch_size)
+    for name, value in zip(("height", "width"), asked):
+        if value < unit or value % unit:
+            fits = max(unit, (value + unit // 2) // unit * unit)
+            why = "" if binned else f" ({vae.factor} × patch size {transformer.patch_size})"
+            raise UserError(
+                f"{name} {value}: a side must be a multiple of {unit}{why}; {fits} would do"
+            )
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch size {batch_size}: at least 1 is needed")
+    if (config.text_length or 0) > transformer.text_tokens:
+        limit = transformer.text_tokens
+        raise UserError(f"text length {config.text_length}: this model reads at most {limit}")
+    cache_plan(config, transformer, scheduler, guided=config.guidance != 1)
+    if not binned:
+        return ImageSize(asked, asked)
+    return ImageSize(asked, buckets.nearest(*asked, side, inference=True))
+
+
+def cache_plan(
+    config: SamplingConfig, transformer: TransformerConfig, scheduler: SchedulerConfig, guided: bool
+) -> block_cache.CachePlan:
+    """What the run skips and reuses. Raises UserError for steps that the solver cannot take, or a
+    block schedule that does not fit."""
+    solver = scheduler.solver(str(config.solver), config.order)
+    t = diffusion.timesteps(solver, config.steps or 0, scheduler.schedule(), config.times)
+    return block_cache.make_plan(config, t, transformer.depth, guided)

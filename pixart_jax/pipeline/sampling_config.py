@@ -1,0 +1,195 @@
+"""SamplingConfig: every option of sampling, with its default.
+
+A model folder may name its own options in ``sampling_config.json``, which diffusers ignores; one
+whose scheduler is diffusers' LCMScheduler holds a distilled model, sampled in 4 steps without
+guidance. What "no prompt" means may also stand beside the transformer's weights, where ``convert``
+writes it for an official checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pixart_jax.errors import UserError, nearest
+from pixart_jax.files import write_json
+
+FILE = "sampling_config.json"
+NULLS = ("text", "embedding")
+# PixArt's values of the options for which a model may name its own
+DEFAULTS: dict[str, Any] = {"guidance": 4.5, "steps": 20, "solver": "dpm++", "null": "text"}
+_STEPS = {"lcm": 4, "dmd": 1}  # of solvers of distilled models
+_SCHEDULERS = {"LCMScheduler": {"guidance": 1.0, "steps": 4, "solver": "lcm"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Options of sampling. None (of null: 'auto') stands for the model's own value, else the
+    default of PixArt; :meth:`with_defaults` fills it in.
+
+    order: of dpm++; None: the scheduler's. The four fields from guidance_interval on trade quality
+    for speed (block_cache.py). text_length: tokens that prompts are padded to, so that batches of
+    any prompts share one executable; None: as many as the longest one needs.
+    """
+
+    steps: int | None = None
+    """Evaluations of the model an image. By default the model's own, 20 where it names none."""
+    guidance: float | None = None
+    """Strength of the prompt; 1 does no second pass. By default the model's own, 4.5 where it names
+    none."""
+    solver: str | None = None
+    """dpm++, ddim, ddpm, sa, lcm (distilled models, 4 steps) or dmd (1 step). By default the
+    model's own."""
+    times: Literal["fractional", "integer"] = "fractional"
+    """The time grid of dpm++: the official code's, or diffusers'."""
+    null: str = "auto"
+    """What an empty negative prompt means: text, the text encoder's states of "", or embedding, the
+    model's null caption (the official code); auto: as the model says, text where it says
+    nothing."""
+    vae_tile: int | None = None
+    """Decode large images in blended tiles of so many latents a side (64 is 512 pixels)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these two times (0 … 999); a step outside costs half. This and the next
+    three change the image: docs/speed.md."""
+    cross_attention_steps: int | None = None
+    """After so many steps reuse the last output of cross-attention and end guidance."""
+    blocks_every: int = 1
+    """Compute the blocks at every N-th step only, and reuse their outputs in between."""
+    block_schedule: str | None = None
+    """A JSON file that says for each step, block and part (attention, cross-attention, MLP) whether
+    it is computed, 1 or 0."""
+    clean_caption: bool = True
+    """Clean prompts as PixArt's training captions were: addresses, markup, file names and the like
+    go."""
+    binning: bool = True
+    """Generate at the nearest size that the model was trained at, then resize and crop to what was
+    asked for."""
+    order: int | None = None
+    """Order of dpm++, 1 to 3. By default the model's own, 2 where it names none."""
+    text_length: int | None = None
+    """Pad all prompts to so many tokens, so that every batch runs the same compiled program. By
+    default as many as the longest prompt needs."""
+
+    def __post_init__(self):
+        from pixart_jax.diffusion import solvers  # imports jax: not for a --help
+
+        _integer("steps", self.steps, 1)
+        if self.guidance is not None:
+            check_guidance(self.guidance)
+        if self.solver is not None:
+            check_choice("solver", self.solver, solvers.NAMES)
+        check_choice("times", self.times, ("fractional", "integer"))
+        check_choice("null", self.null, ("auto", *NULLS))
+        blends = "so that tiles blend over 16 latents"
+        _integer("vae tile", self.vae_tile, 32, blends)
+        if self.guidance_interval is not None:
+            low, high = (float(t) for t in self.guidance_interval)
+            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+                raise UserError(
+                    f"guidance interval {low:g} {high:g}: two times of 0 … 999 are needed, the "
+                    "lower one first"
+                )
+            object.__setattr__(self, "guidance_interval", (low, high))
+        _integer("cross-attention steps", self.cross_attention_steps, 1, "whose output is reused")
+        _integer("blocks every", self.blocks_every, 1, "which computes them at every step")
+        if self.block_schedule is not None and self.blocks_every > 1:
+            raise UserError("blocks every and block schedule exclude each other: give one of them")
+        _integer("text length", self.text_length, 1)
+
+    def with_defaults(self, own: SamplingConfig | None = None) -> SamplingConfig:
+        """The config with ``own`` (a model's), else PixArt's values where it has none. A solver
+        other than the model's comes with its own number of steps."""
+        base = DEFAULTS if own is None else {**DEFAULTS, **own.given()}
+        found = {**base, **self.given()}
+        if found["solver"] != base["solver"] and self.steps is None:
+            found["steps"] = _STEPS.get(found["solver"], DEFAULTS["steps"])
+        return dataclasses.replace(self, **found)
+
+    def given(self) -> dict[str, Any]:
+        """Those of DEFAULTS' fields that this config sets."""
+        values = {name: getattr(self, name) for name in DEFAULTS}
+        return {name: value for name, value in values.items() if value not in (None, "auto")}
+
+    def settings(self) -> dict[str, Any]:
+        """What an image records of how it was made: steps, guidance, solver, times and null, and of
+        the others those that are not the default; a block schedule by a hash of its file."""
+        found = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            always = field.name in (*DEFAULTS, "times")
+            if field.name != "text_length" and (always or value != field.default):
+                found[field.name] = list(value) if isinstance(value, tuple) else value
+        if self.block_schedule is not None:
+            from pixart_jax.pipeline.block_cache import schedule_hash
+
+            found.pop("block_schedule")
+            found["schedule"] = schedule_hash(self.block_schedule)
+        return found
+
+
+def read(folder: str | os.PathLike, scheduler: str = "") -> SamplingConfig:
+    """A model folder's options, with defaults filled in. scheduler: its class in diffusers, for a
+    folder without a ``sampling_config.json``. Raises UserError for a file that cannot be used."""
+    folder = Path(folder)
+    part, own = _read(folder / "transformer" / FILE), _read(folder / FILE)
+    if own is None:
+        own = SamplingConfig(**_SCHEDULERS.get(scheduler, {}))
+    null = {} if part is None else {"null": part.null}
+    return dataclasses.replace(own, **{**null, **own.given()}).with_defaults()
+
+
+def _read(path: Path) -> SamplingConfig | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        if unknown := set(values) - set(DEFAULTS):
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+        return SamplingConfig(**values)
+    except (ValueError, TypeError) as error:
+        known = ", ".join(DEFAULTS)
+        raise UserError(f"{path} is no JSON object with any of {known}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def write(config: SamplingConfig, folder: str | os.PathLike) -> None:
+    """Write folder/sampling_config.json: what a model names that is not PixArt's default."""
+    given = config.given().items()
+    write_json(Path(folder) / FILE, {name: v for name, v in given if v != DEFAULTS[name]})
+
+
+def check_choice(what: str, value: str, known: tuple[str, ...]) -> str:
+    """Return the value; raise UserError with the nearest known one."""
+    if value not in known:
+        raise UserError(f"{what} {value!r} is unknown{nearest(str(value), known)}")
+    return value
+
+
+def check_guidance(value: float) -> None:
+    """Raise UserError for a guidance scale that is not a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise UserError(f"guidance {value!r}: a finite number is needed; 1 does no second pass")
+
+
+def check_seed(value: int | str) -> int:
+    """The seed as an int of 64 bits, from an int or its decimal digits."""
+    try:
+        seed = int(value)
+    except (TypeError, ValueError):
+        seed = -1
+    if not 0 <= seed < 2**64 or isinstance(value, bool | float):
+        raise UserError(f"seed {value}: a whole number from 0 to {2**64 - 1} is needed")
+    return seed
+
+
+def _integer(what: str, value: int | None, least: int, why: str = "") -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{what} {value!r}: at least {least} is needed{why and f', {why}'}")
