@@ -18,16 +18,17 @@ import tyro
 from pixart_jax import cli
 from pixart_jax.captioning import export, model
 from pixart_jax.captioning.run import Cluster, run
-from pixart_jax.captioning.worker import CaptionOptions, SourceSpec
+from pixart_jax.captioning.worker import CaptionOptions
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import parse_mixture, parse_source
 from pixart_jax.data.sources.webdataset import tars_of
+from pixart_jax.encoding.options import SourceSpec
 from pixart_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    source: tyro.conf.OmitArgPrefixes[SourceSpec]
+    source: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[SourceSpec]]
     options: tyro.conf.OmitArgPrefixes[CaptionOptions]
     cluster: tyro.conf.OmitArgPrefixes[Cluster] = Cluster()
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None

@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ _CHUNK = 256  # samples read ahead of the count
 _LONGEST = 4096  # tokens; longer texts are counted as this long
 _THUMBNAIL = 192  # px of the longer side
 _HASH_BITS = 64
-# on the page; inspect.json has all that were kept
-_MAX_FAULTS, _MAX_GROUPS, _GROUP_PICTURES = 500, 50, 6
+_ON_PAGE = 500  # entries of a list; inspect.json has all that were kept
+_GROUPS, _GROUP_PICTURES = 50, 6  # shown as pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,37 +85,12 @@ class Look:
     error: str = ""
 
 
-@dataclasses.dataclass
-class CaptionFigures:
-    """The captions of one kind. words, tokens: length → how many texts; cut: texts longer than the
-    limit."""
-
-    samples: int = 0
-    texts: int = 0
-    empty: int = 0
-    repeated: int = 0
-    words: Counter[int] = dataclasses.field(default_factory=Counter)
-    tokens: Counter[int] = dataclasses.field(default_factory=Counter)
-    cut: int = 0
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Survey:
-    """What was found. samples: of the source; enlarged: pictures smaller than their bucket; shown:
-    pictures by bucket; groups: duplicates, as keys; group_pictures: the first of each group."""
+    """figures: every number, as inspect.json holds it; pictures: heading → samples shown."""
 
-    source: str
-    samples: int
-    buckets: dict[Bucket, int]
-    faults: BadRecords
-    looked_at: int = 0
-    enlarged: int = 0
-    sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    labels: set[int] = dataclasses.field(default_factory=set)
-    captions: dict[str, CaptionFigures] = dataclasses.field(default_factory=dict)
-    shown: dict[Bucket, list[Look]] = dataclasses.field(default_factory=dict)
-    groups: list[list[str]] = dataclasses.field(default_factory=list)
-    group_pictures: list[list[Look]] = dataclasses.field(default_factory=list)
+    figures: dict[str, Any]
+    pictures: dict[str, list[Look]]
 
 
 def survey(
@@ -127,47 +102,76 @@ def survey(
     progress: bool = True,
 ) -> Survey:
     """Look at a source's samples. tokenizer: counts the tokens of captions, cleaned as in training;
-    None counts words alone."""
+    None counts words alone. faults: those of the source, to which unreadable pictures are added."""
     buckets = options.buckets or tuple(bucket_tables.TABLES[256].values())
     faults = BadRecords() if faults is None else faults
-    found = Survey(source.name, len(source), dict.fromkeys(buckets, 0), faults)
     indices = np.arange(len(source))
     if options.sample is not None and options.sample < len(source):
         random = np.random.default_rng(options.seed)
         indices = np.sort(random.choice(len(source), options.sample, replace=False))
-    found.looked_at = len(indices)
+    readable: list[int] = []  # numbers of samples, with their hashes and sizes
     hashes: list[int] = []
-    readable: list[int] = []  # their numbers in the source
-    texts_seen: set[tuple[str, int]] = set()
+    sizes: list[tuple[int, int]] = []
+    labels: set[int] = set()
+    enlarged = 0
+    counts = dict.fromkeys(buckets, 0)
+    shown: dict[Bucket, list[Look]] = {bucket: [] for bucket in buckets}
+    captions: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
     bar = tqdm(total=len(indices), unit=" samples", desc="looking", disable=not progress)
     with bar, concurrent.futures.ThreadPoolExecutor(options.threads) as readers:
         for start in range(0, len(indices), _CHUNK):
             part = indices[start : start + _CHUNK]
             looks = list(readers.map(lambda index: _look(source, index, buckets), part))
             for index, look in zip(part, looks):
-                _count_captions(found, look, options.max_text_tokens, tokenizer, texts_seen)
+                _count_captions(captions, look, options.max_text_tokens, tokenizer, seen)
                 if look.error:
                     faults.add(look.key, "unreadable image", look.error)
                     continue
-                hashes.append(look.hash)
                 readable.append(index)
-                found.sizes.append(look.size)
-                found.labels.add(look.label)
-                found.buckets[look.bucket] += 1
-                found.enlarged += any(a < b for a, b in zip(look.size, look.bucket))
+                hashes.append(look.hash)
+                sizes.append(look.size)
+                labels.add(look.label)
+                counts[look.bucket] += 1
+                enlarged += any(a < b for a, b in zip(look.size, look.bucket))
                 # the same pictures are shown whatever the order, the threads or the other samples
-                chosen = [*found.shown.get(look.bucket, ()), look]
+                chosen = [*shown[look.bucket], look]
                 chosen.sort(key=lambda one: hash64(f"{options.seed} {one.key}"))
-                found.shown[look.bucket] = chosen[: options.shown]
+                shown[look.bucket] = chosen[: options.shown]
             bar.update(len(part))
+    pictures: dict[str, list[Look]] = {}
+    groups: list[list[str]] = []
     if options.duplicates >= 0:
         for group in duplicate_groups(np.array(hashes, np.uint64), options.duplicates):
             numbers = [readable[i] for i in group]
-            found.groups.append([source[number].key for number in numbers[:100]])
-            if len(found.group_pictures) < _MAX_GROUPS:
+            groups.append([source[number].key for number in numbers[:100]])
+            if len(groups) <= _GROUPS:
                 first = [_look(source, number, buckets) for number in numbers[:_GROUP_PICTURES]]
-                found.group_pictures.append(first)
-    return found
+                pictures[f"duplicates {len(groups)}: {len(group)} pictures"] = first
+    for (height, width), chosen in shown.items():
+        if chosen:
+            title = f"{height}×{width} px: {len(chosen)} of {counts[height, width]}"
+            pictures[title] = chosen
+    for one in captions.values():
+        one |= {name: _spread(value) for name, value in one.items() if isinstance(value, Counter)}
+    figures = {
+        "source": source.name,
+        "samples": len(source),
+        "looked_at": len(indices),
+        "readable": len(readable),
+        "shorter_side": _spread(Counter(map(min, sizes))),
+        "longer_side": _spread(Counter(map(max, sizes))),
+        "enlarged": enlarged,
+        "buckets": {f"{h}×{w}": count for (h, w), count in counts.items()},
+        "classes": len([label for label in labels if label >= 0]),
+        "captions": captions,
+        "max_text_tokens": options.max_text_tokens,
+        "duplicate_distance": None if options.duplicates < 0 else options.duplicates,
+        "duplicate_groups": groups,
+        "left_out": dict(faults.counts),
+        "faults": [{"place": f.place, "kind": f.kind, "detail": f.detail} for f in faults],
+    }
+    return Survey(figures, pictures)
 
 
 def _look(source: Source, index: int, buckets: Sequence[Bucket]) -> Look:
@@ -191,21 +195,23 @@ def _look(source: Source, index: int, buckets: Sequence[Bucket]) -> Look:
 
 
 def _count_captions(
-    found: Survey, look: Look, limit: int, tokenizer, seen: set[tuple[str, int]]
+    captions: dict[str, dict[str, Any]], look: Look, limit: int, tokenizer, seen: set[int]
 ) -> None:
+    """Add a sample's captions to the counts of their kinds. words, tokens: length → texts; cut:
+    texts of more than ``limit`` tokens; repeated: texts that occurred before."""
     for kind, texts in look.captions.items():
-        figures = found.captions.setdefault(kind, CaptionFigures())
-        figures.samples += bool(texts)
-        figures.texts += len(texts)
+        one = captions.setdefault(kind, dict.fromkeys(("samples", "texts", "empty", "repeated"), 0))
+        one["samples"] += bool(texts)
+        one["texts"] += len(texts)
         for text in texts:
-            figures.words[len(text.split())] += 1
-            figures.empty += not text.strip()
-            figures.repeated += (kind, hash64(text)) in seen
-            seen.add((kind, hash64(text)))
+            one.setdefault("words", Counter())[len(text.split())] += 1
+            one["empty"] += not text.strip()
+            one["repeated"] += (mark := hash64(f"{kind} {text}")) in seen
+            seen.add(mark)
         if tokenizer is not None and texts:
             for ids in tokenize(tokenizer, [clean_caption(text) for text in texts], _LONGEST):
-                figures.tokens[len(ids)] += 1
-                figures.cut += len(ids) > limit
+                one.setdefault("tokens", Counter())[len(ids)] += 1
+                one["cut"] = one.get("cut", 0) + (len(ids) > limit)
 
 
 def duplicate_groups(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
@@ -240,60 +246,6 @@ def duplicate_groups(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
     return sorted((b for b in blocks if len(b) > 1), key=lambda b: (-len(b), b[0]))
 
 
-# ---- the page ----
-
-
-def write(found: Survey, options: InspectOptions, out: Path, tokenizer_name: str | None) -> Path:
-    """Write the folder atomically; return the page. Raises UserError where ``out`` holds anything
-    but an earlier page."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / FIGURES).exists()):
-        raise UserError(
-            f"--out {out}: it holds something else than an earlier page; give another folder"
-        )
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "pictures").mkdir(parents=True)
-    numbers = figures(found, options, tokenizer_name)
-    (partial / FIGURES).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    page = _page(found, options, numbers, partial)
-    (partial / "index.html").write_text(page, encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.replace(out)
-    return out / "index.html"
-
-
-def figures(found: Survey, options: InspectOptions, tokenizer_name: str | None) -> dict[str, Any]:
-    """Every number of the page."""
-    captions = {}
-    for kind, one in found.captions.items():
-        captions[kind] = {
-            "samples": one.samples,
-            "texts": one.texts,
-            "empty": one.empty,
-            "repeated": one.repeated,
-            "words": _spread(one.words),
-        }
-        if tokenizer_name:
-            captions[kind] |= {"tokens": _spread(one.tokens), "cut": one.cut}
-    return {
-        "source": found.source,
-        "samples": found.samples,
-        "looked_at": found.looked_at,
-        "readable": len(found.sizes),
-        "buckets": {f"{h}×{w}": count for (h, w), count in found.buckets.items()},
-        "enlarged": found.enlarged,
-        "classes": len([label for label in found.labels if label >= 0]),
-        "captions": captions,
-        "tokenizer": tokenizer_name,
-        "max_text_tokens": options.max_text_tokens,
-        "duplicate_distance": None if options.duplicates < 0 else options.duplicates,
-        "duplicate_groups": found.groups,
-        "left_out": dict(found.faults.counts),
-        "faults": [{"place": f.place, "kind": f.kind, "detail": f.detail} for f in found.faults],
-    }
-
-
 def _spread(lengths: Mapping[int, int]) -> dict[str, float]:
     """Least, median, 95th percentile, mean and most."""
     if not lengths:
@@ -304,72 +256,47 @@ def _spread(lengths: Mapping[int, int]) -> dict[str, float]:
     return spread | {"mean": round(float(values.mean()), 2), "most": int(values.max())}
 
 
-def _page(found: Survey, options: InspectOptions, numbers: dict[str, Any], folder: Path) -> str:
-    overview = {
-        "samples": found.samples,
-        "looked at": found.looked_at,
-        "readable pictures": len(found.sizes),
-        "shorter side, px": _text(_spread(Counter(map(min, found.sizes)))),
-        "longer side, px": _text(_spread(Counter(map(max, found.sizes)))),
-        "smaller than their bucket, enlarged for training": found.enlarged,
-        "classes": numbers["classes"],
-        "left out": found.faults.summary() or "nothing",
-    }
-    parts = [_table(overview.items()), "<h2>Buckets</h2>"]
-    most = max(found.buckets.values(), default=0)
-    bars = {
-        name: f"{count} {'█' * (count * 40 // max(1, most))}"
-        for name, count in numbers["buckets"].items()
-        if count
-    }
-    parts += [_table(bars.items()), "<h2>Captions</h2>"]
-    for kind, counts in numbers["captions"].items():
-        rows = {name: _text(value) for name, value in counts.items()}
-        parts += [f"<h3>{html.escape(kind)}</h3>", _table(rows.items())]
-    if len(found.faults):
-        faults = [(f.place, f"{f.kind}: {f.detail}") for f in found.faults]
-        parts += [f"<h2>Left out (all: {FIGURES})</h2>", _table(faults[:_MAX_FAULTS])]
-    if options.duplicates >= 0:
-        limit = f"perceptual hashes differ in at most {options.duplicates} of 64 bits"
-        parts.append(f"<h2>Duplicates: {len(found.groups)} groups, {limit}</h2>")
-    for number, (keys, looks) in enumerate(zip(found.groups, found.group_pictures)):
-        parts.append(f"<h3>Group {number + 1}: {len(keys)} pictures</h3>")
-        parts.append(_pictures(looks, folder, f"same-{number:03d}"))
-    for (height, width), looks in found.shown.items():
-        count = found.buckets[height, width]
-        parts.append(f"<h2>{height}×{width} px: {len(looks)} of {count}</h2>")
-        parts.append(_pictures(looks, folder, f"{height}x{width}"))
-    title, body = html.escape(found.source), "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{title}</title>'
-    return (
-        f"<!doctype html>\n<html><head>{head}</head><body><h1>{title}</h1>\n{body}</body></html>\n"
-    )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {number}" for name, number in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    lines = (
-        f"<tr><th align=left>{html.escape(name)}</th><td>{html.escape(_text(value))}</td></tr>"
-        for name, value in rows
-    )
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _pictures(looks: Sequence[Look], folder: Path, name: str) -> str:
-    """A table: a row per picture with its key, size and captions."""
+def write(found: Survey, out: Path) -> Path:
+    """Write the folder atomically; return the page. Raises UserError where ``out`` holds anything
+    but an earlier page."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / FIGURES).exists()):
+        raise UserError(
+            f"--out {out}: it holds something else than an earlier page; give another folder"
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "pictures").mkdir(parents=True)
+    (partial / FIGURES).write_text(json.dumps(found.figures, indent=1) + "\n", encoding="utf-8")
+    title = html.escape(found.figures["source"])
     rows = []
-    for number, look in enumerate(looks):
-        file = f"pictures/{name}-{number:02d}.jpg"
-        (folder / file).write_bytes(look.jpeg)
-        texts = [f"{look.key} ({look.size[0]}×{look.size[1]})"]
-        texts += [
-            f"{kind}: {text[:2000]}" for kind, some in look.captions.items() for text in some[:3]
-        ]
-        shown = "<br>".join(map(html.escape, texts))
-        rows.append(f'<tr><td><img src="{file}"></td><td>{shown}</td></tr>')
-    return f"<table>{''.join(rows)}</table>"
+    for number, (heading, looks) in enumerate(found.pictures.items()):
+        rows.append(f"<tr><th colspan=2>{html.escape(heading)}</th></tr>")
+        for place, look in enumerate(looks):
+            file = f"pictures/{number:03d}-{place:02d}.jpg"
+            (partial / file).write_bytes(look.jpeg)
+            texts = {
+                kind: [text[:2000] for text in some[:3]] for kind, some in look.captions.items()
+            }
+            about = {"key": look.key, "size": f"{look.size[0]}×{look.size[1]}", **texts}
+            rows.append(f'<tr><td><img src="{file}"></td><td>{_cell(about)}</td></tr>')
+    page = (
+        f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>\n'
+        f"{_cell(found.figures)}\n<table>{''.join(rows)}</table>\n"
+    )
+    (partial / "index.html").write_text(page, encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    partial.replace(out)
+    return out / "index.html"
+
+
+def _cell(value: Any) -> str:
+    """HTML of a figure: a table of a dict, the lines of a list."""
+    if isinstance(value, Mapping):
+        rows = (
+            f"<tr><th>{_cell(name)}</th><td>{_cell(one)}</td></tr>" for name, one in value.items()
+        )
+        return f"<table>{''.join(rows)}</table>"
+    if isinstance(value, list):
+        return "<br>".join(_cell(one) for one in value[:_ON_PAGE])
+    return html.escape(f"{value:,}" if isinstance(value, int) else str(value))

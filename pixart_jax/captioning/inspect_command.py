@@ -20,8 +20,9 @@ import tyro
 from pixart_jax import cli
 from pixart_jax.captioning.inspect import InspectOptions, survey, write
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.sources import Sample, Source, open_source
+from pixart_jax.data.sources import Sample, Source
 from pixart_jax.data.sources.encoded import RecordsSource
+from pixart_jax.encoding.options import SourceSpec
 from pixart_jax.errors import UserError
 from pixart_jax.images import to_uint8
 from pixart_jax.text import load_tokenizer
@@ -29,14 +30,9 @@ from pixart_jax.text import load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    data: tyro.conf.Positional[str]
-    """The set: a folder, 'tfds:NAME', 'webdataset:…': whatever encode takes as --source."""
+    source: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[SourceSpec]]
     out: Path = Path("inspect")
     """Folder of the page; an earlier page there is replaced."""
-    split: str = "train"
-    """Of a set that has splits."""
-    where: str | None = None
-    """Only samples that pass this filter: a name ('single') or 'package.module:function'."""
     options: tyro.conf.OmitArgPrefixes[InspectOptions] = InspectOptions()
     vae: Path | None = None
     """Of encoded shards: the folder of the VAE that made them, or of a model that holds it; it
@@ -51,30 +47,31 @@ class Arguments:
 def main(argv: Sequence[str]) -> int:
     """Write the page; return exit status 0. Raises UserError for user errors."""
     arguments = cli.parse(Arguments, argv, prog="python -m pixart_jax inspect", description=__doc__)
-    options, vae, name, tokenizer = arguments.options, arguments.vae, None, None
+    options, vae, tokenizer = arguments.options, arguments.vae, None
     if arguments.tokenizer != "none":
-        name, folder = arguments.tokenizer, Path(arguments.tokenizer)
+        folder = Path(arguments.tokenizer)
         inner = folder / "tokenizer"
         tokenizer = load_tokenizer(inner if inner.is_dir() else folder)
     faults = BadRecords(arguments.strict)
-    source = open_source(arguments.data, arguments.split, where=arguments.where, faults=faults)
+    source = arguments.source.open(faults)
     if isinstance(source, RecordsSource):
         if options.buckets:
             raise UserError("--buckets: encoded shards have buckets of their own")
         options = dataclasses.replace(options, buckets=source.buckets)
         source = _decoded(source, vae)
     elif vae is not None:
-        raise UserError(f"--vae is for encoded shards, and {arguments.data} has its pictures")
+        raise UserError(f"--vae is for encoded shards, and {source.name} has its pictures")
     found = survey(source, options, tokenizer, faults=faults)
-    path = write(found, options, arguments.out, name)
-    used = sum(count > 0 for count in found.buckets.values())
+    found.figures["tokenizer"] = arguments.tokenizer if tokenizer else None
+    path, figures = write(found, arguments.out), found.figures
+    used = sum(count > 0 for count in figures["buckets"].values())
     print(
-        f"{found.looked_at} samples of {found.source}: {len(found.sizes)} pictures in {used} "
-        f"buckets, {len(found.groups)} groups alike"
+        f"{figures['looked_at']} samples of {source.name}: {figures['readable']} pictures in "
+        f"{used} buckets, {len(figures['duplicate_groups'])} groups alike"
     )
-    for kind, one in found.captions.items():
-        cut = f", {one.cut} longer than {options.max_text_tokens} tokens" if tokenizer else ""
-        print(f"  captions {kind}: {one.texts} of {one.samples} samples{cut}")
+    for kind, one in figures["captions"].items():
+        cut = f", {one['cut']} longer than {options.max_text_tokens} tokens" if tokenizer else ""
+        print(f"  captions {kind}: {one['texts']} of {one['samples']} samples{cut}")
     if len(faults):
         print(f"  {faults.summary()}")
     print(f"the page: {path}")

@@ -41,8 +41,7 @@ class NounOptions:
     threshold: int = 10
     """A noun is valid that occurs more often than this."""
     tagger: str = "textblob"
-    """textblob (its model comes with it), nltk or spacy (where their models are installed;
-    spacy:MODEL names one)."""
+    """textblob (its model comes with it) or nltk (the paper's; where its model is installed)."""
     singular: bool = False
     """Count a plural as its singular; the paper does not."""
     tokenizer: Path | None = None

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from pixart_jax.captioning.log import CaptionLog, open_log, read_manifest
 from pixart_jax.captioning.model import VisionLanguageModel, check_engines, identity
-from pixart_jax.captioning.worker import CaptionOptions, CaptionWorker, SourceSpec
+from pixart_jax.captioning.worker import CaptionOptions, CaptionWorker
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import Source
+from pixart_jax.encoding.options import SourceSpec
 from pixart_jax.errors import UserError
 
 WAVE = 2048

@@ -1,4 +1,4 @@
-"""Which words of a text are nouns, by one of three part-of-speech taggers. Counts depend on the
+"""Which words of a text are nouns, by one of two part-of-speech taggers. Counts depend on the
 tagger, so it is named in the results."""
 
 from __future__ import annotations
@@ -41,14 +41,12 @@ class Tagger(NamedTuple):
 
 
 def open_tagger(name: str = "textblob", singular: bool = False) -> Tagger:
-    """Open 'textblob' (its model lies in its wheel), 'nltk', 'spacy' or 'spacy:MODEL'. singular:
-    plural nouns (NNS, NNPS) as their singular, by TextBlob's rules. Raises UserError where a
-    package or its model is not installed."""
-    kind, _, model = name.partition(":")
-    openers = {"textblob": _textblob, "nltk": _nltk, "spacy": _spacy}
-    if kind not in openers or (model and kind != "spacy"):
-        raise UserError(f"unknown tagger {name!r}{nearest(kind, openers)}")
-    tag, model = openers[kind](model)
+    """Open 'textblob' (its model lies in its wheel) or 'nltk'. singular: plural nouns (NNS, NNPS)
+    as their singular, by TextBlob's rules. Raises UserError where NLTK's model is missing."""
+    openers = {"textblob": _textblob, "nltk": _nltk}
+    if name not in openers:
+        raise UserError(f"unknown tagger {name!r}{nearest(name, openers)}")
+    tag, model = openers[name]()
     if singular:
         from textblob.en.inflect import singularize
 
@@ -66,10 +64,10 @@ def open_tagger(name: str = "textblob", singular: bool = False) -> Tagger:
             found.append(to_singular(word.lower()) if plural else word.lower())
         return found, too_long
 
-    return Tagger(kind, importlib.metadata.version(kind), model, nouns)
+    return Tagger(name, importlib.metadata.version(name), model, nouns)
 
 
-def _textblob(_: str) -> tuple[Tag, str]:
+def _textblob() -> tuple[Tag, str]:
     from textblob.en import tag
 
     def tagged(text: str):
@@ -78,15 +76,18 @@ def _textblob(_: str) -> tuple[Tag, str]:
     return tagged, "pattern.en, in TextBlob's wheel"
 
 
-def _nltk(_: str) -> tuple[Tag, str]:
+def _nltk() -> tuple[Tag, str]:
+    import nltk  # comes with textblob
+    from nltk.tokenize import NLTKWordTokenizer
+
     model = "averaged_perceptron_tagger_eng"
     try:
-        import nltk
-        from nltk.tokenize import NLTKWordTokenizer
-
         nltk.pos_tag(["dog"])
-    except (ImportError, LookupError):
-        raise _missing("nltk", f"pip install nltk; python -m nltk.downloader {model}") from None
+    except LookupError:
+        raise UserError(
+            f"--tagger nltk: its model is not here: python -m nltk.downloader {model}, or --tagger "
+            "textblob"
+        ) from None
     split = NLTKWordTokenizer().tokenize
 
     def tagged(text: str):
@@ -94,24 +95,3 @@ def _nltk(_: str) -> tuple[Tag, str]:
             yield from nltk.pos_tag(split(sentence))
 
     return tagged, model
-
-
-def _spacy(model: str) -> tuple[Tag, str]:
-    model = model or "en_core_web_sm"
-    try:
-        import spacy
-
-        parse = spacy.load(model, exclude=["parser", "ner", "lemmatizer"])
-    except (ImportError, OSError):
-        raise _missing("spacy", f"pip install spacy; python -m spacy download {model}") from None
-
-    def tagged(text: str):
-        return [(token.text, token.tag_) for token in parse(text)]
-
-    return tagged, f"{model} {parse.meta.get('version', '')}".strip()
-
-
-def _missing(name: str, install: str) -> UserError:
-    return UserError(
-        f"--tagger {name}: it or its model is not here: {install}, or --tagger textblob"
-    )

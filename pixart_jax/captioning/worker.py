@@ -7,19 +7,17 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from PIL import Image
 
 from pixart_jax.captioning import prompts
 from pixart_jax.captioning.guards import failed_checks
 from pixart_jax.captioning.model import resize, seed_of
-from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.sources import Sample, Source, open_source
+from pixart_jax.data.sources import Sample
 from pixart_jax.data.sources.sample import faults_of
+from pixart_jax.encoding.options import SourceSpec
 from pixart_jax.errors import UserError
 
 
@@ -58,32 +56,6 @@ class CaptionOptions:
             raise UserError(f"max new tokens {self.max_new_tokens}: at least 1")
         if self.retries < 0:
             raise UserError(f"retries {self.retries}: at least 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceSpec:
-    """How to open the source, here and in the workers."""
-
-    source: tyro.conf.Positional[str]
-    """The pictures: whatever encode takes, as 'folder:DIR', 'webdataset:DIR' or 'tfds:NAME'."""
-    split: str = "train"
-    """The set's split."""
-    where: str | None = None
-    """Only samples that pass this filter: a name or 'package.module:function'."""
-    limit: int | None = None
-    """Only the first so many samples."""
-    data_dir: Path | None = None
-    """Where a tensorflow-datasets set lies."""
-
-    def open(self, faults: BadRecords | None = None) -> Source:
-        return open_source(
-            self.source,
-            self.split,
-            where=self.where,
-            limit=self.limit,
-            data_dir=self.data_dir,
-            faults=faults,
-        )
 
 
 class CaptionWorker:

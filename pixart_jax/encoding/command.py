@@ -17,10 +17,10 @@ import tyro
 from pixart_jax import cli
 from pixart_jax.config import MeshConfig
 from pixart_jax.data import records
-from pixart_jax.data.sources import open_source
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.encoding.check import check, reencode_and_compare, summary
 from pixart_jax.encoding.encode import encode_dataset, identity
-from pixart_jax.encoding.options import EncodeOptions
+from pixart_jax.encoding.options import EncodeOptions, SourceSpec
 from pixart_jax.encoding.prompts import encode_prompt_file
 from pixart_jax.encoding.shards import ShardEncoder
 from pixart_jax.errors import UserError
@@ -35,15 +35,7 @@ CacheDefault = tyro.conf.arg(help_behavior_hint="(default: a folder of the cache
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    source: str = "tfds:shapes/plain"
-    """The set: 'tfds:NAME', a folder of pictures, 'webdataset:FILE.tar' …, as training takes it
-    (docs/data_sources.md)."""
-    split: str = "train"
-    """The set's split."""
-    where: str | None = None
-    """Only samples that pass this filter: a name ('single') or 'package.module:function'."""
-    limit: int | None = None
-    """Only the first so many samples."""
+    source: tyro.conf.OmitArgPrefixes[SourceSpec] = SourceSpec("tfds:shapes/plain")
     model: Path = Path("assets/shapes")
     """A model folder with vae/, text_encoder/ and tokenizer/."""
     out: Annotated[Path | None, CacheDefault] = None
@@ -133,13 +125,7 @@ def encode(arguments: Arguments, joined) -> int:
 
     mesh = make_mesh(sizes, jax.local_devices())
     mesh = mesh if mesh.size > 1 else None
-    source = open_source(
-        arguments.source,
-        arguments.split,
-        where=arguments.where,
-        limit=arguments.limit,
-        strict=options.strict,
-    )
+    source = arguments.source.open(BadRecords(options.strict))
     encoders: dict[str, Any] = {"vae": load_component(model / "vae", mesh=mesh)}
     if options.captions:
         encoders["text_encoder"] = load_component(model / "text_encoder", arguments.dtype, mesh)

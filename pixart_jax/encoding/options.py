@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from pixart_jax.data import buckets as bucket_tables
+from pixart_jax.data.faults import BadRecords
+from pixart_jax.data.sources import Source, open_source
 from pixart_jax.errors import UserError
 
 Bucket = tuple[int, int]  # (height, width) in px
@@ -58,7 +61,33 @@ NamesFlag = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceSpec:
+    """Which samples: the flags of the commands that open a source."""
+
+    source: str
+    """The set: 'tfds:NAME', a folder of pictures, 'webdataset:FILE.tar' …, as training takes it
+    (docs/data_sources.md)."""
+    split: str = "train"
+    """The set's split."""
+    where: str | None = None
+    """Only samples that pass this filter: a name ('single') or 'package.module:function'."""
+    limit: int | None = None
+    """Only the first so many samples."""
+    data_dir: Path | None = None
+    """Where a tensorflow-datasets set lies."""
+
+    def open(self, faults: BadRecords | None = None) -> Source:
+        """Open the source. faults: collects what is skipped."""
+        chosen: dict[str, Any] = {
+            name: getattr(self, name) for name in ("where", "limit", "data_dir")
+        }
+        return open_source(self.source, self.split, **chosen, faults=faults)
+
+
+@dataclasses.dataclass(frozen=True)
 class EncodeOptions:
+    """How a source is encoded."""
+
     buckets: BucketsFlag
     """HEIGHTxWIDTH in px, separated by commas; or 256, 512, 1024 or 2048 for that base's table."""
     captions: NamesFlag = ()

@@ -44,95 +44,70 @@ PROMPTS = [
 def model(request, tmp_path_factory):
     for package in tiny_vlms.NEEDS.get(request.param, ()):
         pytest.importorskip(package)
-    return VisionLanguageModel(
-        str(tiny_vlms.FAMILIES[request.param](tmp_path_factory.mktemp("vlm") / request.param))
-    )
+    folder = tmp_path_factory.mktemp("vlm") / request.param
+    return VisionLanguageModel(str(tiny_vlms.FAMILIES[request.param](folder)))
+
+
+def generate(model, images, prompts, seeds, temperature=0.0, limit=20):
+    return model.generate(images, prompts, seeds, temperature=temperature, max_new_tokens=limit)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_caption_is_the_same_in_a_batch_as_alone(model, temperature):
     seeds = [seed_of(0, f"p{i}") for i in range(4)]
-    together = model.generate(PICTURES, PROMPTS, seeds, temperature=temperature, max_new_tokens=20)
-    alone = [
-        model.generate(
-            [PICTURES[i]], [PROMPTS[i]], [seeds[i]], temperature=temperature, max_new_tokens=20
-        )[0]
-        for i in range(4)
-    ]
-    turned = model.generate(
-        PICTURES[::-1], PROMPTS[::-1], seeds[::-1], temperature=temperature, max_new_tokens=20
-    )[::-1]
+    requests = list(zip(PICTURES, PROMPTS, seeds))
+    together = generate(model, *zip(*requests), temperature)
+    alone = [generate(model, *([part] for part in one), temperature)[0] for one in requests]
+    turned = generate(model, *zip(*requests[::-1]), temperature)[::-1]
     assert together == alone == turned
-    assert len({said.text for said in alone}) > 2  # they do not all say one thing
+    assert len({made.text for made in alone}) > 2  # they differ
 
 
 def test_the_padding_is_on_the_left_and_masked(model):
     assert model.tokenizer.padding_side == "left"
-    texts = [model.conversation(prompt) for prompt in PROMPTS]
-    inputs = model.processor(
-        text=texts, images=[[p] for p in PICTURES], padding=True, return_tensors="pt"
-    )
+    texts, images = [model.conversation(p) for p in PROMPTS], [[p] for p in PICTURES]
+    inputs = model.processor(text=texts, images=images, padding=True, return_tensors="pt")
     mask = inputs["attention_mask"]
     assert (mask[:, -1] == 1).all() and (mask.diff(dim=1) >= 0).all() and mask.min() == 0
 
 
 def test_a_caption_depends_on_the_picture_and_on_the_seed(model):
-    said = {
-        model.generate([p], ["a dog"], [1], temperature=0, max_new_tokens=20)[0].text
-        for p in PICTURES
-    }
-    assert len(said) > 1
-    drawn = {
-        model.generate(PICTURES[:1], ["a dog"], [seed], temperature=2.0, max_new_tokens=20)[0].text
-        for seed in range(4)
-    }
-    assert len(drawn) > 2
+    assert len({generate(model, [p], ["a dog"], [1])[0].text for p in PICTURES}) > 1
+    some = [generate(model, PICTURES[:1], ["a dog"], [seed], 2.0)[0].text for seed in range(4)]
+    assert len(set(some)) > 2
 
 
-def test_draws_are_from_the_softmax_of_the_logits_over_the_temperature():
+def test_samples_are_from_the_softmax_of_the_logits_over_the_temperature():
     scores = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
-    draw = GumbelNoise(0.7, [3] * 1, torch.device("cpu"))
-    counts = (
-        np.bincount([int(draw(None, scores).argmax()) for _ in range(20_000)], minlength=4) / 20_000
-    )
-    np.testing.assert_allclose(counts, torch.softmax(scores[0] / 0.7, 0), atol=0.012)
+    noise = GumbelNoise(0.7, [3], torch.device("cpu"))
+    counts = np.bincount([int(noise(None, scores).argmax()) for _ in range(20_000)], minlength=4)
+    np.testing.assert_allclose(counts / 20_000, torch.softmax(scores[0] / 0.7, 0), atol=0.012)
 
 
 def test_finish_says_whether_the_end_mark_or_the_limit_ended_it(model):
-    for said in model.generate(PICTURES, PROMPTS, [1, 2, 3, 4], temperature=1.0, max_new_tokens=40):
-        assert said.finish in ("stop", "length") and (said.tokens == 40) == (
-            said.finish == "length"
-        )
-    (cut,) = model.generate(PICTURES[:1], PROMPTS[:1], [0], temperature=0, max_new_tokens=1)
-    assert cut.tokens <= 1
+    for made in generate(model, PICTURES, PROMPTS, [1, 2, 3, 4], 1.0, 40):
+        assert made.finish == ("length" if made.tokens == 40 else "stop")
+    assert generate(model, PICTURES[:1], PROMPTS[:1], [0], limit=1)[0].tokens <= 1
 
 
 def test_a_processor_without_a_chat_template_gets_llava_s_plain_form(tmp_path):
     plain = VisionLanguageModel(str(tiny_vlms.llava(tmp_path / "plain", chat_template=False)))
     assert plain.conversation("what is it") == "USER: <image>\nwhat is it ASSISTANT:"
-    assert (
-        len(plain.generate(PICTURES[:2], PROMPTS[:2], [0, 1], temperature=0, max_new_tokens=5)) == 2
-    )
+    assert len(generate(plain, PICTURES[:2], PROMPTS[:2], [0, 1], limit=5)) == 2
 
 
 def test_a_raw_caption_cannot_write_the_models_marks(model):
     raw = f"two dogs {model.image_mark}{model.image_mark}\x00\n</s> <image> in a car"
     text = prompts.fill(prompts.template("paper", True), raw, model.special)
     assert "'two dogs in a car'" in text
-    assert len(model.generate(PICTURES[:1], [text], [0], temperature=0, max_new_tokens=4)) == 1
+    assert len(generate(model, PICTURES[:1], [text], [0], limit=4)) == 1
 
 
 def test_the_prompts_are_the_papers():
-    assert (
-        prompts.template("paper", False)
-        == "Describe this image and its style in a very detailed manner"
-    )
+    plain = "Describe this image and its style in a very detailed manner"
+    assert prompts.template("paper", False) == plain
     asked = prompts.fill(prompts.template("paper", True), "a dog")
-    assert (
-        asked
-        == "Give the caption of this image 'a dog', describe this image and its style in a very "
-        "detailed manner"
-    )
+    assert asked == f"Give the caption of this image 'a dog', d{plain[1:]}"
     with pytest.raises(UserError, match="needs {caption}"):
         CaptionOptions("m", prompt="What is it?", raw_caption="txt")
     with pytest.raises(UserError, match="--raw-caption KIND is needed"):

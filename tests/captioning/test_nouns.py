@@ -271,7 +271,6 @@ def test_a_parquet_file_that_is_cut_is_one_line(tmp_path):
         (["nowhere"], "unknown source 'nowhere'"),
         (["empty"], "holds no .txt"),
         (["x.jsonl", "--tagger", "textblop"], "did you mean 'textblob'"),
-        (["x.jsonl", "--tagger", "spacy:nothing_at_all"], "spacy.*or --tagger textblob"),
         (["x.jsonl", "--names", "a,b"], "--names has 2 names, and 1 sets"),
         (["x.jsonl", "--threshold", "-1"], "threshold -1"),
         (["x.jsonl", "--tokenizer", "nowhere"], "no tokenizer in nowhere"),

@@ -29,16 +29,21 @@ TILES = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_uttera
 TILES += [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
 
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
 def small_llama(tokenizer, positions: int):
     """The config of the language model in three of the families."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        **SMALL,
         num_key_value_heads=4,
         max_position_embeddings=positions,
         bos_token_id=1,
@@ -99,15 +104,7 @@ def llava(folder: Path, chat_template: bool = True) -> Path:
 
     tokenizer = words_tokenizer(["<image>"])
     text = small_llama(tokenizer, 512)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=28,
-        patch_size=14,
-        projection_dim=32,
-    )
+    vision = CLIPVisionConfig(**SMALL, image_size=28, patch_size=14, projection_dim=32)
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -127,78 +124,41 @@ def llava(folder: Path, chat_template: bool = True) -> Path:
     return _save(LlavaForConditionalGeneration(config), processor, folder)
 
 
-def idefics(folder: Path) -> Path:
-    """Idefics3, SmolVLM's family: a picture is cut into tiles, so that the number of its tokens
+def idefics(folder: Path, family: str = "Idefics3") -> Path:
+    """Idefics3, SmolVLM's family: an image is cut into tiles, so that the number of its tokens
     depends on its shape."""
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+    import transformers
     from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+    smol = family == "SmolVLM"
+    vision_config = SmolVLMVisionConfig if smol else Idefics3VisionConfig
+    image_processor = SmolVLMImageProcessorPil if smol else Idefics3ImageProcessorPil
     tokenizer = words_tokenizer(TILES)
-    text = small_llama(tokenizer, 1024)
-    vision = Idefics3VisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-    config = Idefics3Config(
-        vision_config=vision,
-        text_config=text,
+    config = getattr(transformers, f"{family}Config")(
+        vision_config=vision_config(**SMALL, image_size=32, patch_size=8),
+        text_config=small_llama(tokenizer, 1024),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=0,
     )
-    images = Idefics3ImageProcessorPil(
+    images = image_processor(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True
     )
-    processor = Idefics3Processor(
-        images, tokenizer, image_seq_len=4, chat_template=TEMPLATE.replace("IMAGE", "<image>")
+    videos = [transformers.SmolVLMVideoProcessor()] if smol else []
+    template = TEMPLATE.replace("IMAGE", "<image>")
+    processor = getattr(transformers, f"{family}Processor")(
+        images, tokenizer, *videos, image_seq_len=4, chat_template=template
     )
-    return _save(Idefics3ForConditionalGeneration(config), processor, folder)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    return _save(model, processor, folder)
 
 
 def smolvlm(folder: Path) -> Path:
     """SmolVLM. Its processor needs num2words and, for the videos that it takes too, torchvision."""
-    from transformers import (
-        SmolVLMConfig,
-        SmolVLMForConditionalGeneration,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
-    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
-    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-
-    tokenizer = words_tokenizer(TILES)
-    text = small_llama(tokenizer, 1024)
-    vision = SmolVLMVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-    config = SmolVLMConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-        pad_token_id=0,
-    )
-    images = SmolVLMImageProcessorPil(
-        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True
-    )
-    processor = SmolVLMProcessor(
-        images,
-        tokenizer,
-        SmolVLMVideoProcessor(),
-        image_seq_len=4,
-        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
-    )
-    return _save(SmolVLMForConditionalGeneration(config), processor, folder)
+    return idefics(folder, "SmolVLM")
 
 
 def qwen(folder: Path) -> Path:
@@ -222,10 +182,7 @@ def qwen(folder: Path) -> Path:
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
+            **SMALL,
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
             "bos_token_id": 1,

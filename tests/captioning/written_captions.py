@@ -11,8 +11,9 @@ from PIL import Image
 
 from pixart_jax.captioning import run
 from pixart_jax.captioning.model import Generation, seed_of
-from pixart_jax.captioning.worker import CaptionOptions, CaptionWorker, SourceSpec
+from pixart_jax.captioning.worker import CaptionOptions, CaptionWorker
 from pixart_jax.data.faults import BadRecords
+from pixart_jax.encoding.options import SourceSpec
 
 GOOD = (
     "A large red barn stands on a green hill under a cloudy sky. The light is soft and the "

@@ -7,6 +7,7 @@ import pytest
 from pixart_jax.data import images, records
 from pixart_jax.data.buckets import TABLES
 from pixart_jax.encoding import command as encode_command
+from pixart_jax.encoding import options
 from pixart_jax.encoding.encode import encode_dataset
 from pixart_jax.encoding.options import EncodeOptions, parse_buckets
 from pixart_jax.errors import UserError
@@ -93,7 +94,7 @@ def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
     model, tmp_path, monkeypatch, capsys
 ):
     source = tiny.Noise(10)
-    monkeypatch.setattr(encode_command, "open_source", lambda *args, **kwargs: source)
+    monkeypatch.setattr(options, "open_source", lambda *args, **kwargs: source)
     monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
     arguments = [
         "--model",
@@ -138,7 +139,7 @@ def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
 def test_flips_and_a_bfloat16_text_encoder_by_flags_and_the_records_encoded_again_are_equal(
     model, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(encode_command, "open_source", lambda *args, **kwargs: tiny.Noise(10))
+    monkeypatch.setattr(options, "open_source", lambda *args, **kwargs: tiny.Noise(10))
     arguments = [
         "--model",
         str(model),
