@@ -37,12 +37,10 @@ def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(t
         made.append([row(1, caption="again"), row(0), row(4)])
         assert made.done.all()
         made.finalize(lambda r: {"key": r["key"], "caption": r["caption"]}, {"captions": 4})
-    assert lines(tmp_path / "c.jsonl") == [
-        {"key": f"k{i}", "caption": f"caption {i}"} for i in (0, 1, 3, 4)
-    ]
-    assert lines(tmp_path / "c.faults.jsonl") == [
-        {"key": "k2", "index": 2, "kind": "unreadable image", "detail": "cut"}
-    ]
+    rows = [{"key": f"k{i}", "caption": f"caption {i}"} for i in (0, 1, 3, 4)]
+    assert lines(tmp_path / "c.jsonl") == rows
+    skipped = {"key": "k2", "index": 2, "kind": "unreadable image", "detail": "cut"}
+    assert lines(tmp_path / "c.faults.jsonl") == [skipped]
     assert read_manifest(tmp_path / "c.manifest.json")["captions"] == 4
     assert not (tmp_path / "c.jsonl.partial").exists()
     with log(tmp_path) as again:
@@ -56,11 +54,7 @@ def test_a_journal_cut_at_any_byte_goes_on_with_what_was_whole(tmp_path, cut):
     data = made.partial.read_bytes()
     made.partial.write_bytes(data[: max(0, len(data) - cut)])
     with log(tmp_path) as again:
-        assert (
-            again.done.sum() == data[: max(0, len(data) - cut)].count(b"\n") - 1
-            if cut < 10_000
-            else not again.done.any()
-        )
+        assert again.done.sum() == max(0, data[: max(0, len(data) - cut)].count(b"\n") - 1)
         again.append([row(i) for i in range(5)])
         again.finalize(lambda r: r, {})
     assert [r["key"] for r in lines(tmp_path / "c.jsonl")] == [f"k{i}" for i in range(5)]
@@ -155,16 +149,9 @@ def test_tars_get_a_member_a_sample_and_keep_theirs_byte_for_byte(tmp_path, form
     assert held == (4, 4) and not len(faults) and old.read_bytes() == before
     with tarfile.open(old) as was, tarfile.open(tmp_path / "out" / "00000.tar") as now:
         names = now.getnames()
-        assert names == [
-            *NAMES[:3],
-            "000.dense.txt",
-            "001.jpg",
-            "001.dense.txt",
-            *NAMES[4:6],
-            f"{LONG}.dense.txt",
-            "b/002.png",
-            "b/002.dense.txt",
-        ]
+        texts_of = [f"{name}.dense.txt" for name in ("000", "001", LONG, "b/002")]
+        samples = [NAMES[:3], NAMES[3:4], NAMES[4:6], NAMES[6:]]
+        assert names == [n for sample, text in zip(samples, texts_of) for n in (*sample, text)]
         for member in was:
             other = now.getmember(member.name)
             assert was.extractfile(member).read() == now.extractfile(other).read()

@@ -12,13 +12,14 @@ import numpy as np
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.encoding import encode
+from pixart_jax.encoding.options import EncodeOptions
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.text import load_tokenizer
 from pixart_jax.weights.component import load_component
 from tests.encoding import tiny_encoders as tiny
 from tests.training import tiny_run
 
-OPTIONS = encode.EncodeOptions(
+OPTIONS = EncodeOptions(
     ((32, 32), (32, 64)), ("short", "dense"), 24, batch_size=4, shard_size=16, flip=True
 )
 

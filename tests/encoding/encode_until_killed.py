@@ -2,16 +2,12 @@
 
 import sys
 
-from pixart_jax.encoding.encode import EncodeOptions, encode_dataset
+from pixart_jax.encoding.encode import encode_dataset
+from pixart_jax.encoding.options import EncodeOptions
 from tests.encoding import tiny_encoders as tiny
 
-options = EncodeOptions(
-    buckets=((32, 32), (32, 64), (64, 32)),
-    captions=("short", "dense"),
-    max_text_tokens=24,
-    batch_size=4,
-    shard_size=8,
-)
+buckets = ((32, 32), (32, 64), (64, 32))
+options = EncodeOptions(buckets, ("short", "dense"), 24, batch_size=4, shard_size=8)
 delay = float(sys.argv[2])
 encode_dataset(
     tiny.Noise(90, broken=(7, 50)),

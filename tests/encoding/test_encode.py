@@ -1,4 +1,5 @@
 import concurrent.futures
+import dataclasses
 import json
 import pathlib
 import random
@@ -16,6 +17,7 @@ from pixart_jax.data.buckets import assign
 from pixart_jax.data.encoded import EncodedSamples
 from pixart_jax.data.loader import Loader
 from pixart_jax.encoding import encode
+from pixart_jax.encoding.options import EncodeOptions
 from pixart_jax.errors import UserError
 from pixart_jax.images import to_model
 from pixart_jax.text import tokenize
@@ -25,27 +27,19 @@ ROOT = pathlib.Path(__file__).parents[2]
 BUCKETS = ((32, 32), (32, 64), (64, 32))
 
 
-def options(**changes):
-    return encode.EncodeOptions(
-        **{
-            "buckets": BUCKETS,
-            "captions": ("short", "dense"),
-            "max_text_tokens": 24,
-            "batch_size": 4,
-            "shard_size": 8,
-            **changes,
-        }
-    )
+OPTIONS = EncodeOptions(BUCKETS, ("short", "dense"), 24, batch_size=4, shard_size=8)
 
 
-def run(folder, source=None, vae=None, text_encoder=None, **changes):
+def run(folder, source=None, vae=None, text_encoder=None, process=(0, 1), **changes):
     return encode.encode_dataset(
         source or tiny.Noise(50),
-        options(**changes),
+        dataclasses.replace(OPTIONS, **changes),
         vae=vae or tiny.vae(),
         text_encoder=text_encoder or tiny.text_encoder(),
         tokenizer=tiny.words(),
         folder=folder,
+        process_index=process[0],
+        process_count=process[1],
         progress=False,
     )
 
@@ -109,6 +103,34 @@ def test_two_runs_at_once_make_every_shard_once(tmp_path, capfd):
     assert len(encoded) == 2 * once > 0
     assert files(tmp_path / "set") == files(tmp_path / "alone")
     assert "another run encodes" in capfd.readouterr().out
+
+
+def test_a_crash_at_any_shard_ends_with_the_files_of_an_uninterrupted_run(tmp_path, monkeypatch):
+    """The write of each shard in turn fails, before and after the shard is on the disk."""
+    write, crashes = records.write_shard, []
+
+    def crash_once(path, made):
+        if (path.name, "before") not in crashes:
+            crashes.append((path.name, "before"))
+            path.with_name(f".{path.name}.partial").write_bytes(b"half a shard")
+            raise MemoryError
+        count = write(path, made)
+        if (path.name, "after") not in crashes:
+            crashes.append((path.name, "after"))
+            raise MemoryError
+        return count
+
+    monkeypatch.setattr(records, "write_shard", crash_once)
+    source = tiny.Noise(20)
+    for number in range(1, 100):
+        try:
+            run(tmp_path / "crashed", source)
+            break
+        except MemoryError:
+            assert len(crashes) == number and not (tmp_path / "crashed/manifest.json").exists()
+    assert len(crashes) == 2 * len(records.Manifest.read(tmp_path / "crashed").shards) > 4
+    monkeypatch.undo()
+    assert files(tmp_path / "crashed") == files(run(tmp_path / "whole", source))
 
 
 @pytest.mark.slow
@@ -205,25 +227,9 @@ def test_unreadable_pictures_are_named_and_counted_or_stop_a_strict_run(tmp_path
 
 
 def test_two_processes_share_the_work(tmp_path):
-    import threading
-
-    def process(index):
-        encode.encode_dataset(
-            tiny.Noise(50),
-            options(),
-            vae=tiny.vae(),
-            text_encoder=tiny.text_encoder(),
-            tokenizer=tiny.words(),
-            folder=tmp_path / "shared",
-            process_index=index,
-            process_count=2,
-            progress=False,
-        )
-
-    other = threading.Thread(target=process, args=(1,))
-    other.start()
-    process(0)
-    other.join(60)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, tmp_path / "shared", process=(index, 2)) for index in (0, 1)]
+        assert [one.result(60) for one in runs] == [tmp_path / "shared"] * 2
     assert files(tmp_path / "shared") == files(run(tmp_path / "alone"))
 
 
@@ -234,12 +240,9 @@ def test_processes_that_do_not_share_the_folder_are_told_so(tmp_path):
 
 
 def test_a_set_without_captions_needs_no_text_encoder(tmp_path):
+    options = dataclasses.replace(OPTIONS, captions=())
     folder = encode.encode_dataset(
-        tiny.Noise(20),
-        options(captions=()),
-        vae=tiny.vae(),
-        folder=tmp_path / "set",
-        progress=False,
+        tiny.Noise(20), options, vae=tiny.vae(), folder=tmp_path / "set", progress=False
     )
     batch = Loader(EncodedSamples(folder, (), 120), batch_size=4, seed=0).batch(0)
     assert set(batch) == {"mean", "std", "label", "size", "aspect_ratio", "key"}

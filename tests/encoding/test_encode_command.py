@@ -1,4 +1,3 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +11,11 @@ from pixart_jax.encoding.encode import encode_dataset
 from pixart_jax.encoding.options import EncodeOptions, parse_buckets
 from pixart_jax.errors import UserError
 from pixart_jax.images import to_model
-from pixart_jax.models.t5 import T5Config
-from pixart_jax.models.vae import VAEConfig
 from pixart_jax.pipeline.encoder_identity import component_identity, tokenizer_identity
-from pixart_jax.text import tokenize, word_tokenizer
+from pixart_jax.text import load_tokenizer, tokenize, word_tokenizer
 from pixart_jax.weights import component
 from tests.encoding import tiny_encoders as tiny
-
-RANDOM = np.random.default_rng(3)
+from tests.training import tiny_run
 
 
 @pytest.fixture
@@ -51,43 +47,28 @@ def test_check_names_a_shard_with_one_flipped_bit(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--buckets", "64"], "--buckets '64'"),
-        (["--buckets", "64x0"], "HEIGHTxWIDTH"),
-        (["--batch-size", "0"], "batch size 0"),
-        (["--model", "nowhere"], "no vae in nowhere"),
-        (["--check"], "--check needs --out"),
-        (["--dtype", "float16"], "--dtype 'float16': float32 or bfloat16"),
-        (["--mesh", "rows=2"], "rows"),
-        (["--check", "--out", "nowhere"], "nowhere holds no manifest.json"),
-        (["--bukets", "64x64"], "--buckets"),
+        ("--buckets 64", "--buckets '64'"),
+        ("--buckets 64x0", "HEIGHTxWIDTH"),
+        ("--batch-size 0", "batch size 0"),
+        ("--model nowhere", "no vae in nowhere"),
+        ("--check", "--check needs --out"),
+        ("--dtype float16", "--dtype 'float16': float32 or bfloat16"),
+        ("--mesh rows=2", "rows"),
+        ("--check --out nowhere", "nowhere holds no manifest.json"),
+        ("--bukets 64x64", "--buckets"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        encode_command.main(arguments)
+        encode_command.main(arguments.split())
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture
-def model(tmp_path):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
     """A tiny VAE and T5 of random weights with a tokenizer, as a model folder."""
-    vae = VAEConfig(block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4)
-    text = T5Config(vocab_size=200, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-    for name, kind, config in (
-        ("vae", component.VAE, vae),
-        ("text_encoder", component.TextEncoder, text),
-    ):
-        example = kind._example(config)
-        shapes = nn.unbox(
-            jax.eval_shape(kind._module(config, jnp.float32).init, jax.random.key(0), *example)
-        )["params"]
-        params = jax.tree.map(
-            lambda leaf: RANDOM.normal(size=leaf.shape, scale=0.2).astype(np.float32), shapes
-        )
-        kind(config, params).save(tmp_path / "model" / name)
-    tiny.words().save_pretrained(str(tmp_path / "model" / "tokenizer"))
-    return tmp_path / "model"
+    return tiny_run.parts(tmp_path_factory.mktemp("model"))
 
 
 def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
@@ -96,36 +77,22 @@ def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
     source = tiny.Noise(10)
     monkeypatch.setattr(options, "open_source", lambda *args, **kwargs: source)
     monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
-    arguments = [
-        "--model",
-        str(model),
-        "--buckets",
-        "32x32",
-        "--captions",
-        "dense,short",
-        "--batch-size",
-        "4",
-        "--max-text-tokens",
-        "24",
-    ]
-    assert encode_command.main(arguments) == 0
+    flags = f"--model {model} --buckets 32x32 --captions dense,short --batch-size 4"
+    assert encode_command.main([*flags.split(), "--max-text-tokens", "24"]) == 0
     (folder,) = (tmp_path / "cache" / "encoded").iterdir()
-    assert f"10 records (32×32: 10) in 1 shards, 0.1 MiB: {folder}" in capsys.readouterr().out
-    vae, text = (
-        component.load_component(model / "vae"),
-        component.load_component(model / "text_encoder"),
-    )
-    made = records.Records(
-        folder, {"vae": component_identity(vae), "text_encoder": component_identity(text)}
-    )
+    said = capsys.readouterr().out
+    assert "10 records (32×32: 10) in 1 shards, 0." in said and str(folder) in said
+    vae = component.load_component(model / "vae")
+    text = component.load_component(model / "text_encoder")
+    tokenizer = load_tokenizer(model / "tokenizer")
+    expected = {"vae": component_identity(vae), "text_encoder": component_identity(text)}
+    made = records.Records(folder, expected)
     # four, as encoded, but beside others: no result may depend on its batch
     samples = [source[i] for i in (6, 7, 8, 9)]
-    mean, std = vae.encode(
-        np.stack([to_model(images.to_bucket(sample.pixels(), (32, 32))[0]) for sample in samples])
-    )
-    ids, lengths = tokenize(
-        tiny.words(), [sample.captions["dense"][0] for sample in samples], 24, length=16
-    )
+    pixels = [images.to_bucket(sample.pixels(), (32, 32))[0] for sample in samples]
+    mean, std = vae.encode(to_model(np.stack(pixels)))
+    dense = [sample.captions["dense"][0] for sample in samples]
+    ids, lengths = tokenize(tokenizer, dense, 24, length=16)
     states = np.asarray(text.apply(ids, lengths))
     for row, sample in enumerate(samples):
         arrays, metadata = made[6 + row]
@@ -140,29 +107,16 @@ def test_flips_and_a_bfloat16_text_encoder_by_flags_and_the_records_encoded_agai
     model, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(options, "open_source", lambda *args, **kwargs: tiny.Noise(10))
-    arguments = [
-        "--model",
-        str(model),
-        "--buckets",
-        "32x32,32x64",
-        "--batch-size",
-        "4",
-        "--max-text-tokens",
-        "24",
-        "--flip",
-    ]
-    arguments += ["--out", str(tmp_path / "set"), "--dtype", "bfloat16", "--mesh", "data=-1"]
+    arguments = f"--model {model} --buckets 32x32,32x64 --batch-size 4 --max-text-tokens 24".split()
+    arguments += f"--flip --out {tmp_path / 'set'} --dtype bfloat16 --mesh data=-1".split()
     assert encode_command.main(arguments) == 0
     assert "10 records (32×32: 8, 32×64: 2), each mirrored too" in capsys.readouterr().out
     manifest = records.Manifest.read(tmp_path / "set")
-    assert (
-        manifest.made_from["text_encoder"]["dtype"] == "bfloat16"
-        and manifest.made_from["vae"]["dtype"] == "float32"
-    )
+    dtypes = {part: made["dtype"] for part, made in manifest.made_from.items()}
+    assert dtypes["text_encoder"] == "bfloat16" and dtypes["vae"] == "float32"
     assert encode_command.main([*arguments, "--check", "--again", "3"]) == 0
-    assert (
-        capsys.readouterr().out.splitlines()[-1] == "3 records encoded again: 3 equal to the byte"
-    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "3 records encoded again: 3 equal to the byte"
     with pytest.raises(UserError, match="was encoded with something else: text_encoder is "):
         encode_command.main([*arguments[:-4], "--check", "--again", "3"])
 

@@ -51,15 +51,8 @@ def on_devices(model, tmp_path_factory):
     """Folder of each of SIMPLE and MESHES, made where there are four devices."""
     out = tmp_path_factory.mktemp("devices")
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    program = [
-        sys.executable,
-        "-m",
-        "tests.encoding.encode_on_devices",
-        str(model),
-        str(out),
-        *SIMPLE,
-        *MESHES,
-    ]
+    module = "tests.encoding.encode_on_devices"
+    program = [sys.executable, "-m", module, str(model), str(out), *SIMPLE, *MESHES]
     done = subprocess.run(
         program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -238,26 +231,15 @@ def test_bad_samples_are_named_and_counted_and_the_rest_goes_on(model, tmp_path,
             )
 
 
-class _Only:
+class _Only(tiny.Noise):
     """One sample of another source."""
 
     def __init__(self, source, index):
+        super().__init__(1)
         self._source, self._index = source, index
-        self.name, self.caption_kinds, self.num_classes, self.fingerprint = (
-            source.name,
-            source.caption_kinds,
-            None,
-            str(index),
-        )
-
-    def __len__(self):
-        return 1
 
     def __getitem__(self, index) -> Sample:
         return self._source[self._index]
-
-    def sizes(self):
-        return np.array([[32, 32]], np.int32)
 
 
 def test_check_names_a_key_that_stands_twice(model, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 from pixart_jax.data import records
 from pixart_jax.data.encoded import EncodedSamples
 from pixart_jax.encoding import encode
+from pixart_jax.encoding.options import EncodeOptions
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline import encoder_identity
 from pixart_jax.pipeline.encoder_identity import expected_identity
@@ -30,7 +31,7 @@ def model(tmp_path_factory):
 def encoded(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("set") / "set"
     vae, text = load_component(model / "vae"), load_component(model / "text_encoder")
-    options = encode.EncodeOptions(((32, 32),), ("dense",), 24, batch_size=4)
+    options = EncodeOptions(((32, 32),), ("dense",), 24, batch_size=4)
     words, folders = load_tokenizer(model / "tokenizer"), {part: model / part for part in PARTS}
     return encode.encode_dataset(
         tiny.Noise(8),
