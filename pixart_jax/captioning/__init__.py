@@ -1,2 +1,1 @@
-"""The labelling room: what is said of pictures, and pictures and words turned into the shards that
-training reads."""
+"""Captions of images by vision-language models, their nouns, and a page that shows a data set."""

@@ -33,6 +33,9 @@ _CHUNK = 256  # samples read ahead of the count
 _LONGEST = 4096  # tokens; longer texts are counted as this long
 _THUMBNAIL = 192  # px of the longer side
 _HASH_BITS = 64
+_ROW = np.dtype(
+    [(name, "i8") for name in ("index", "label", "height", "width", "bucket")] + [("hash", "u8")]
+)
 _ON_PAGE = 500  # entries of a list; inspect.json has all that were kept
 _GROUPS, _GROUP_PICTURES = 50, 6  # shown as pictures
 
@@ -79,7 +82,7 @@ class Look:
     label: int
     captions: Mapping[str, tuple[str, ...]]
     size: tuple[int, int] = (0, 0)
-    bucket: Bucket = (0, 0)
+    bucket: int = -1
     hash: int = 0
     jpeg: bytes = b""
     error: str = ""
@@ -109,15 +112,10 @@ def survey(
     if options.sample is not None and options.sample < len(source):
         random = np.random.default_rng(options.seed)
         indices = np.sort(random.choice(len(source), options.sample, replace=False))
-    readable: list[int] = []  # numbers of samples, with their hashes and sizes
-    hashes: list[int] = []
-    sizes: list[tuple[int, int]] = []
-    labels: set[int] = set()
-    enlarged = 0
-    counts = dict.fromkeys(buckets, 0)
-    shown: dict[Bucket, list[Look]] = {bucket: [] for bucket in buckets}
+    rows: list[tuple] = []  # of _ROW, the readable samples
+    shown: list[list[Look]] = [[] for _ in buckets]
     captions: dict[str, dict[str, Any]] = {}
-    seen: set[int] = set()
+    seen: set[int] = set()  # hashes of texts
     bar = tqdm(total=len(indices), unit=" samples", desc="looking", disable=not progress)
     with bar, concurrent.futures.ThreadPoolExecutor(options.threads) as readers:
         for start in range(0, len(indices), _CHUNK):
@@ -128,42 +126,43 @@ def survey(
                 if look.error:
                     faults.add(look.key, "unreadable image", look.error)
                     continue
-                readable.append(index)
-                hashes.append(look.hash)
-                sizes.append(look.size)
-                labels.add(look.label)
-                counts[look.bucket] += 1
-                enlarged += any(a < b for a, b in zip(look.size, look.bucket))
+                rows.append((index, look.label, *look.size, look.bucket, look.hash))
                 # the same pictures are shown whatever the order, the threads or the other samples
-                chosen = [*shown[look.bucket], look]
+                chosen = shown[look.bucket]
+                chosen.append(look)
                 chosen.sort(key=lambda one: hash64(f"{options.seed} {one.key}"))
-                shown[look.bucket] = chosen[: options.shown]
+                del chosen[options.shown :]
             bar.update(len(part))
-    pictures: dict[str, list[Look]] = {}
-    groups: list[list[str]] = []
-    if options.duplicates >= 0:
-        for group in duplicate_groups(np.array(hashes, np.uint64), options.duplicates):
-            numbers = [readable[i] for i in group]
-            groups.append([source[number].key for number in numbers[:100]])
+    table = np.array(rows, _ROW)
+    counts = np.bincount(table["bucket"], minlength=len(buckets)).tolist()
+    smallest = np.array(buckets)[table["bucket"]]  # [n, 2], px
+    sizes = np.stack([table["height"], table["width"]], 1)
+    groups, pictures = [], {}
+    if options.duplicates >= 0 and len(table):
+        for group in duplicate_groups(table["hash"], options.duplicates):
+            numbers = table["index"][group]
+            groups.append([source[int(number)].key for number in numbers[:100]])
             if len(groups) <= _GROUPS:
                 first = [_look(source, number, buckets) for number in numbers[:_GROUP_PICTURES]]
                 pictures[f"duplicates {len(groups)}: {len(group)} pictures"] = first
-    for (height, width), chosen in shown.items():
+    names = [f"{height}×{width}" for height, width in buckets]
+    for name, chosen, count in zip(names, shown, counts):
         if chosen:
-            title = f"{height}×{width} px: {len(chosen)} of {counts[height, width]}"
-            pictures[title] = chosen
+            pictures[f"{name} px: {len(chosen)} of {count}"] = chosen
     for one in captions.values():
-        one |= {name: _spread(value) for name, value in one.items() if isinstance(value, Counter)}
+        for name in ("words", "tokens"):
+            if name in one:
+                one[name] = _spread(np.repeat(list(one[name]), list(one[name].values())))
     figures = {
         "source": source.name,
         "samples": len(source),
         "looked_at": len(indices),
-        "readable": len(readable),
-        "shorter_side": _spread(Counter(map(min, sizes))),
-        "longer_side": _spread(Counter(map(max, sizes))),
-        "enlarged": enlarged,
-        "buckets": {f"{h}×{w}": count for (h, w), count in counts.items()},
-        "classes": len([label for label in labels if label >= 0]),
+        "readable": len(table),
+        "shorter_side": _spread(sizes.min(1)),
+        "longer_side": _spread(sizes.max(1)),
+        "enlarged": int((sizes < smallest).any(1).sum()),
+        "buckets": dict(zip(names, counts)),
+        "classes": len(np.unique(table["label"][table["label"] >= 0])),
         "captions": captions,
         "max_text_tokens": options.max_text_tokens,
         "duplicate_distance": None if options.duplicates < 0 else options.duplicates,
@@ -191,7 +190,7 @@ def _look(source: Source, index: int, buckets: Sequence[Bucket]) -> Look:
     small.save(jpeg, "JPEG", quality=85)
     bits = np.packbits(imagehash.phash(Image.fromarray(pixels)).hash)
     number = int.from_bytes(bits.tobytes(), "big")
-    return Look(*about, (height, width), bucket, number, jpeg.getvalue())
+    return Look(*about, (height, width), buckets.index(bucket), number, jpeg.getvalue())
 
 
 def _count_captions(
@@ -246,14 +245,13 @@ def duplicate_groups(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
     return sorted((b for b in blocks if len(b) > 1), key=lambda b: (-len(b), b[0]))
 
 
-def _spread(lengths: Mapping[int, int]) -> dict[str, float]:
-    """Least, median, 95th percentile, mean and most."""
-    if not lengths:
+def _spread(values: np.ndarray) -> dict[str, float]:
+    """Least, median, 95th percentile, mean and most of integers [n]."""
+    if not len(values):
         return {}
-    values = np.repeat(list(lengths), list(lengths.values()))
-    median, p95 = np.quantile(values, (0.5, 0.95), method="inverted_cdf")
-    spread = {"least": int(values.min()), "median": int(median), "p95": int(p95)}
-    return spread | {"mean": round(float(values.mean()), 2), "most": int(values.max())}
+    least, median, p95, most = np.quantile(values, (0, 0.5, 0.95, 1), method="inverted_cdf")
+    spread = {"least": int(least), "median": int(median), "p95": int(p95)}
+    return spread | {"mean": round(float(values.mean()), 2), "most": int(most)}
 
 
 def write(found: Survey, out: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -74,7 +75,7 @@ def run(
     made = {name: str(value) for name, value in dataclasses.asdict(options).items()}
     made |= {"source": spec.source, "split": spec.split, "where": str(spec.where), "kind": kind}
     made["model files"] = identity(options.model)
-    numbers = lambda: _numbers(source)  # noqa: E731
+    numbers = functools.partial(_numbers, source)
     with open_log(file, made, len(source), source.fingerprint, numbers) as log:
         if not log.finished:
             began = time.monotonic()

@@ -9,6 +9,7 @@ again, ends with the same files as an uninterrupted one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -125,8 +126,8 @@ def encode_dataset(
     encoder = ShardEncoder(source, options, vae, text_encoder, tokenizer, mesh)
     run = _Run(folder, made, made_from(folders or {}, dtypes), source, options, encoder, progress)
     notes.mkdir(parents=True, exist_ok=True)
-    wait = lambda: tqdm.write(f"another run encodes into {folder}; waiting for it")  # noqa: E731
-    with locked(notes / f"process-{process_index}", on_wait=wait):
+    on_wait = functools.partial(tqdm.write, f"another run encodes into {folder}; waiting for it")
+    with locked(notes / f"process-{process_index}", on_wait=on_wait):
         run.encode(process_index, process_count)
     return folder
 
