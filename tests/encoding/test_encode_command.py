@@ -92,7 +92,7 @@ def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
     pixels = [images.to_bucket(sample.pixels(), (32, 32))[0] for sample in samples]
     mean, std = vae.encode(to_model(np.stack(pixels)))
     dense = [sample.captions["dense"][0] for sample in samples]
-    ids, lengths = tokenize(tokenizer, dense, 24, length=16)
+    ids, lengths = tokenize(tokenizer, dense, 24, length=24)
     states = np.asarray(text.apply(ids, lengths))
     for row, sample in enumerate(samples):
         arrays, metadata = made[6 + row]
