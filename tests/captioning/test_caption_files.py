@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -108,15 +110,44 @@ def test_a_source_that_changed_keeps_its_captions_by_key(tmp_path, finished):
     assert found == ["new", "caption 1", "caption 0", "caption 4"]
 
 
+@pytest.mark.parametrize("step", ["c.jsonl", "c.faults.jsonl", "c.manifest.json", "end"])
+def test_a_crash_while_the_files_are_written_loses_nothing(tmp_path, monkeypatch, step):
+    replace = os.replace
+
+    def crash_at(name, step_taken):
+        if Path(name).name == step:
+            raise MemoryError
+        return step_taken()
+
+    skipped = {"index": 1, "key": "k1", "left_out": ["unreadable image", "cut"]}
+    with log(tmp_path, 2) as made:
+        made.append([row(0), skipped])
+        monkeypatch.setattr(os, "replace", lambda a, b: crash_at(b, lambda: replace(a, b)))
+        if step == "end":
+            monkeypatch.setattr(Path, "unlink", lambda path, **how: crash_at("end", None))
+        with pytest.raises(MemoryError):
+            made.finalize(lambda r: r, {"captions": 1})
+    monkeypatch.undo()
+    with log(tmp_path, 2) as again:
+        assert not again.finished and again.done.all()
+        again.finalize(lambda r: r, {"captions": 1})
+    assert [r["key"] for r in lines(tmp_path / "c.jsonl")] == ["k0"]
+    assert [r["key"] for r in lines(tmp_path / "c.faults.jsonl")] == ["k1"]
+
+
 # ---- export ----
 
 
 def captions(tmp_path, texts: dict[str, str]):
     file = tmp_path / "captions.jsonl"
-    file.write_text(
-        "".join(json.dumps({"key": key, "caption": text}) + "\n" for key, text in texts.items())
-    )
+    rows = [{"key": key, "caption": text} for key, text in texts.items()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def to_tars(tmp_path, texts, tars, out="out", faults=None):
+    faults = BadRecords() if faults is None else faults
+    return export.to_tars(captions(tmp_path, texts), tars, tmp_path / out, "dense", faults)
 
 
 def tar(path, names, sizes=None, form=tarfile.PAX_FORMAT):
@@ -125,14 +156,15 @@ def tar(path, names, sizes=None, form=tarfile.PAX_FORMAT):
         for number, name in enumerate(names):
             data = bytes([number + 1]) * ((sizes or {}).get(name, 700 + number))
             info = tarfile.TarInfo(name)
-            info.size, info.mtime, info.uid, info.uname = (
-                len(data),
-                1_700_000_000.5 + number,
-                1234,
-                "somebody",
-            )
+            info.size, info.mtime = len(data), 1_700_000_000.5 + number
+            info.uid, info.uname = 1234, "somebody"
             out.addfile(info, io.BytesIO(data))
     return path
+
+
+def members(file) -> dict[str, bytes]:
+    with tarfile.open(file) as found:
+        return {member.name: found.extractfile(member).read() for member in found}
 
 
 LONG = "a" * 150
@@ -141,41 +173,36 @@ NAMES = ["000.jpg", "000.txt", "000.json", "001.jpg", f"{LONG}.jpg", f"{LONG}.tx
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_tars_get_a_member_a_sample_and_keep_theirs_byte_for_byte(tmp_path, form):
-    old = tar(tmp_path / "in" / "00000.tar", NAMES, form=form)
+    old, copy = tar(tmp_path / "in" / "00000.tar", NAMES, form=form), tmp_path / "out" / "00000.tar"
     before = old.read_bytes()
     texts = {"000": "A dog.", "001": "Ünicode — 猫.", LONG: "Long. " * 300, "b/002": "A cat."}
     faults = BadRecords()
-    held = export.to_tars(captions(tmp_path, texts), [old], tmp_path / "out", "dense", faults)
-    assert held == (4, 4) and not len(faults) and old.read_bytes() == before
-    with tarfile.open(old) as was, tarfile.open(tmp_path / "out" / "00000.tar") as now:
-        names = now.getnames()
-        texts_of = [f"{name}.dense.txt" for name in ("000", "001", LONG, "b/002")]
-        samples = [NAMES[:3], NAMES[3:4], NAMES[4:6], NAMES[6:]]
-        assert names == [n for sample, text in zip(samples, texts_of) for n in (*sample, text)]
-        for member in was:
-            other = now.getmember(member.name)
-            assert was.extractfile(member).read() == now.extractfile(other).read()
-            stop = member.offset_data + -(-member.size // 512) * 512
+    assert to_tars(tmp_path, texts, [old], faults=faults) == (4, 4)
+    assert not len(faults) and old.read_bytes() == before
+    samples = zip(texts, (NAMES[:3], NAMES[3:4], NAMES[4:6], NAMES[6:]))
+    wanted = [name for key, sample in samples for name in (*sample, f"{key}.dense.txt")]
+    found, data = members(copy), copy.read_bytes()
+    assert list(found) == wanted and len(data) % tarfile.RECORDSIZE == 0
+    with tarfile.open(old) as was, tarfile.open(copy) as now:
+        for member in was:  # headers too
+            other, stop = now.getmember(member.name), member.offset_data + member.size
             length = stop - member.offset
-            data = (tmp_path / "out" / "00000.tar").read_bytes()
-            # headers too
             assert data[other.offset : other.offset + length] == before[member.offset : stop]
-        for key, text in texts.items():
-            assert now.extractfile(f"{key}.dense.txt").read().decode() == text
-    assert len((tmp_path / "out" / "00000.tar").read_bytes()) % tarfile.RECORDSIZE == 0
+    for key, text in texts.items():
+        assert found[f"{key}.dense.txt"].decode() == text
 
 
 def test_a_copy_is_complete_or_made_again_and_no_text_is_replaced(tmp_path):
     old, out = tar(tmp_path / "in" / "00000.tar", NAMES), tmp_path / "out"
-    found = captions(tmp_path, {"000": "A dog.", "001": "A cat."})
-    assert export.to_tars(found, [old], out, "dense", BadRecords()) == (2, 2)
-    made = (out / "00000.tar").stat()
-    assert export.to_tars(found, [old], out, "dense", BadRecords()) == (2, 2)
-    assert (out / "00000.tar").stat().st_mtime_ns == made.st_mtime_ns
-    assert [file.name for file in out.iterdir()] == ["00000.tar"]
-    other = captions(tmp_path, {"000": "A cow."})
+    file = captions(tmp_path, {"000": "A dog.", "001": "A cat."})
+    times = set()
+    for _ in range(2):
+        assert export.to_tars(file, [old], out, "dense", BadRecords()) == (2, 2)
+        times.add((out / "00000.tar").stat().st_mtime_ns)
+    assert len(times) == 1
+    assert [copy.name for copy in out.iterdir()] == ["00000.tar"]
     with pytest.raises(UserError, match="000.dense.txt that says something else"):
-        export.to_tars(other, [out / "00000.tar"], tmp_path / "twice", "dense", BadRecords())
+        to_tars(tmp_path, {"000": "A cow."}, [out / "00000.tar"], "twice")
 
 
 def test_a_tar_that_is_cut_is_named_and_keeps_what_is_before_the_cut(tmp_path):
@@ -184,40 +211,28 @@ def test_a_tar_that_is_cut_is_named_and_keeps_what_is_before_the_cut(tmp_path):
         inside = whole.getmember("001.jpg").offset_data + 100
     old.write_bytes(old.read_bytes()[:inside])
     faults = BadRecords()
-    found = captions(tmp_path, {"000": "A dog.", "001": "A cat."})
-    assert export.to_tars(found, [old], tmp_path / "out", "dense", faults) == (1, 2)
+    assert to_tars(tmp_path, {"000": "A dog.", "001": "A cat."}, [old], faults=faults) == (1, 2)
     assert faults.counts == {"cut file": 1} and "001.jpg" in str(list(faults)[0])
-    with tarfile.open(tmp_path / "out" / "00000.tar") as now:
-        assert now.getnames() == [*NAMES[:3], "000.dense.txt"]
+    assert list(members(tmp_path / "out" / "00000.tar")) == [*NAMES[:3], "000.dense.txt"]
 
 
 def test_a_compressed_tar_and_the_originals_folder_are_refused(tmp_path):
     old = tar(tmp_path / "in" / "00000.tar", NAMES)
-    found = captions(tmp_path, {"000": "A dog."})
     with pytest.raises(UserError, match="the folder of the tars themselves"):
-        export.to_tars(found, [old], tmp_path / "in", "dense", BadRecords())
+        to_tars(tmp_path, {"000": "A dog."}, [old], "in")
     with tarfile.open(tmp_path / "in" / "z.tar", "w:gz") as out:
         out.addfile(tarfile.TarInfo("x.jpg"))
     with pytest.raises(UserError, match="no plain tar"):
-        export.to_tars(found, [tmp_path / "in" / "z.tar"], tmp_path / "out", "dense", BadRecords())
+        to_tars(tmp_path, {"000": "A dog."}, [tmp_path / "in" / "z.tar"])
 
 
 def test_a_key_that_two_tars_have_gets_its_own_caption_or_none(tmp_path):
-    old = [
-        tar(tmp_path / "in" / name, ["000.jpg", "000.txt"]) for name in ("a.tar", "b.tar", "c.tar")
-    ]
+    names = ("a.tar", "b.tar", "c.tar")
+    old = [tar(tmp_path / "in" / name, ["000.jpg", "000.txt"]) for name in names]
     # the picture in b could not be read
-    found = captions(tmp_path, {"000": "In a.", "c/000": "In c."})
-    assert export.to_tars(found, old, tmp_path / "out", "dense", BadRecords()) == (2, 2)
-    said = []
-    for name in ("a.tar", "b.tar", "c.tar"):
-        with tarfile.open(tmp_path / "out" / name) as now:
-            said.append(
-                now.extractfile("000.dense.txt").read()
-                if "000.dense.txt" in now.getnames()
-                else None
-            )
-    assert said == [b"In a.", None, b"In c."]
+    assert to_tars(tmp_path, {"000": "In a.", "c/000": "In c."}, old) == (2, 2)
+    found = [members(tmp_path / "out" / name).get("000.dense.txt") for name in names]
+    assert found == [b"In a.", None, b"In c."]
 
 
 def test_texts_are_written_below_the_folder_alone_and_never_over_another_text(tmp_path):

