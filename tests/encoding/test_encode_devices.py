@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 
 from pixart_jax.data import images, records
 from pixart_jax.data.encoded import EncodedSamples, is_flipped
@@ -21,7 +22,7 @@ from pixart_jax.encoding import encode
 from pixart_jax.encoding.shards import ShardEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.images import to_model
-from pixart_jax.text import clean_caption, tokenize
+from pixart_jax.text import tokenize
 from tests.encoding import tiny_encoders as tiny
 from tests.encoding.encode_on_devices import OPTIONS, Texts, encoders, made, simple_encoders
 from tests.training import tiny_run
@@ -112,14 +113,9 @@ def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(mode
         height, width, top, left = stored["fit"]
         # the very crop can be made again from what is stored
         assert (height, width, top, left) == dataclasses.astuple(fit)
-        again = np.asarray(
-            images.Image.fromarray(sample.pixels()).resize(
-                (width, height), images.Image.Resampling.BICUBIC
-            )
-        )
-        again = again[
-            top : top + samples.buckets[bucket][0], left : left + samples.buckets[bucket][1]
-        ]
+        resized = Image.fromarray(sample.pixels()).resize((width, height), Image.BICUBIC)
+        rows, columns = samples.buckets[bucket]
+        again = np.asarray(resized)[top : top + rows, left : left + columns]
         if (height, width) != tuple(stored["size"]):
             np.testing.assert_array_equal(again, pixels)
         draws = np.array([0.1, 0.7])  # its first caption, and its second
@@ -129,19 +125,15 @@ def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(mode
             mean, std = parts["vae"].encode(to_model(np.stack([seen] * 4)))
             np.testing.assert_array_equal(batch["mean"][row], mean[place])
             np.testing.assert_array_equal(batch["std"][row], std[place])
-            ids, lengths = tokenize(
-                parts["tokenizer"], [sample.captions["dense"][row]], 24, None, clean_caption
-            )
-            padded = np.zeros((4, 16 if lengths[0] <= 16 else 24), np.int32)
-            padded[0, : lengths[0]] = ids[0, : lengths[0]]
-            direct = np.asarray(
-                parts["text_encoder"].apply(padded, np.array([lengths[0], 1, 1, 1], np.int32))
-            )[0, : lengths[0]]
-            assert batch["text_lengths"][row] == lengths[0]
-            np.testing.assert_array_equal(
-                batch["text_states"][row, : lengths[0]].view(np.uint16),
-                direct.astype(ml_dtypes.bfloat16).view(np.uint16),
-            )
+            ids, (length,) = tokenize(parts["tokenizer"], [sample.captions["dense"][row]], 24)
+            padded = np.zeros((4, 16 if length <= 16 else 24), np.int32)
+            padded[0, :length] = ids[0, :length]
+            lengths = np.array([length, 1, 1, 1], np.int32)
+            direct = np.asarray(parts["text_encoder"].apply(padded, lengths))[0, :length]
+            assert batch["text_lengths"][row] == length
+            found = batch["text_states"][row, :length].view(np.uint16)
+            wanted = direct.astype(ml_dtypes.bfloat16).view(np.uint16)
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_mirrored_pictures_are_drawn_half_of_the_time_whatever_the_caption(alone):
@@ -163,18 +155,12 @@ def test_records_encoded_again_are_equal_and_another_encoder_s_are_refused(model
             source, dataclasses.replace(OPTIONS, strict=True), **{**parts, **changes}
         )
 
-    assert (
-        encode_check.reencode_and_compare(alone, source, OPTIONS, encoder(), 4)
-        == "4 records encoded again: 4 equal to the byte"
-    )
-    other = parts["vae"].replace(
-        params=jax.tree.map(lambda leaf: leaf * np.float32(1.1), parts["vae"].params)
-    )
-    with pytest.raises(
-        UserError,
-        match="0 equal to the byte; posterior differ by .* is not what these encoders make of "
-        "noise",
-    ):
+    said = encode_check.reencode_and_compare(alone, source, OPTIONS, encoder(), 4)
+    assert said == "4 records encoded again: 4 equal to the byte"
+    params = jax.tree.map(lambda leaf: leaf * np.float32(1.1), parts["vae"].params)
+    other = parts["vae"].replace(params=params)
+    message = "0 equal to the byte; posterior differ by .* is not what these encoders make of noise"
+    with pytest.raises(UserError, match=message):
         encode_check.reencode_and_compare(alone, source, OPTIONS, encoder(vae=other), 4)
 
 
