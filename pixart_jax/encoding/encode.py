@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pixart_jax.data import records
-from pixart_jax.data.faults import BadRecords
+from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.data.samples import BUCKETS_PNG, assign_all, write_bucket_chart
 from pixart_jax.data.sources import Source
 from pixart_jax.encoding.options import Bucket, EncodeOptions
@@ -220,8 +220,7 @@ class _Run:
         """Write the skipped samples, the chart of the buckets and, last, the manifest."""
         manifest = records.Manifest(self.made, tuple(shards), self.made_from)
         faults = skipped_samples(manifest, self.source)
-        lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in faults]
-        if lines:
+        if lines := [json.dumps(_named(one), ensure_ascii=False) + "\n" for one in faults]:
             write_text(self.folder / FAULTS, "".join(lines))
         else:
             (self.folder / FAULTS).unlink(missing_ok=True)
@@ -232,6 +231,11 @@ class _Run:
             left.unlink(missing_ok=True)
         if faults and self.progress:
             tqdm.write(f"{faults.summary()}; {self.folder / FAULTS} names them", file=sys.stderr)
+
+
+def _named(fault: BadRecord) -> dict[str, Any]:
+    fields = {"place": fault.place, "kind": fault.kind, "detail": fault.detail}
+    return fields | {"mended": fault.repaired}
 
 
 def skipped_samples(manifest: records.Manifest, source: Source | None = None) -> BadRecords:
