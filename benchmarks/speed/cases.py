@@ -74,8 +74,11 @@ class Case:
             return self.batch * flops.train_flops(*shape)
         if self.kind == "forward":
             return self.batch * flops.forward_flops(*shape)
-        guided = self.guidance != 1
-        return self.batch * flops.sampling_flops(*shape, steps=self.steps, guided=guided)
+        text = flops.forward_flops(self.config, 0, 0, self.text_tokens)
+        text -= flops.forward_flops(self.config, 0, 0, 0)
+        step = flops.forward_flops(*shape) - text
+        halves = 1 if self.guidance == 1 else 2
+        return self.batch * halves * (text + self.steps * step)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.model} {self.size} px, batch {self.batch}, {self.dtype}"

@@ -1,2 +1,1 @@
-"""Models as pure functions of (parameters, arrays), in Flax linen; nothing here knows of
-diffusion."""
+"""Models in Flax linen, as pure functions of parameters and arrays; independent of diffusion."""

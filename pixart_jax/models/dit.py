@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import LabelEmbedder, PatchEmbedder, ScalarEmbedder, unpatchify
 from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.layers import Dense, Mlp, SelfAttention, modulated_norm, row_major, zeros
 from pixart_jax.models.remat import policy, remat
+from pixart_jax.models.ring import check_context_attention
 from pixart_jax.parallel.axes import ACTIVATION, CONDITION, EMBED, LAYERS, MODULATION
 
 
@@ -25,11 +25,11 @@ class DiTConfig(BackboneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.num_classes >= 1, "num_classes", "must be at least 1")
+        self.require_positive("num_classes")
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, modulated by a network of the block's own that starts at zero."""
+    """Self-attention and MLP, modulated by the block's own network, which starts at zero."""
 
     config: DiTConfig
     dtype: jnp.dtype = jnp.float32
@@ -64,8 +64,8 @@ class DiT(nn.Module):
 
     config: DiTConfig
     dtype: jnp.dtype = jnp.float32
-    remat: str = "none"  # a name of models/remat.py
-    context_attention: str = "all_gather"  # a name of models/context.py
+    remat: str = "none"  # a policy of models/remat.py
+    context_attention: str = "all_gather"  # of models/ring.py
 
     def setup(self):
         c = self.config

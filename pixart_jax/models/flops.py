@@ -10,10 +10,10 @@ work.
 from __future__ import annotations
 
 from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.embedders import SINUSOID_CHANNELS
 from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.transformer import TransformerConfig
 
-_SINUSOID = 256  # channels of a scalar's sinusoid (models/embedders.py)
 PIXELS = 8  # image pixels a side of a latent pixel
 
 
@@ -50,21 +50,6 @@ def train_flops(
     return 3.0 * forward_flops(config, height, width, text_tokens)
 
 
-def sampling_flops(
-    config: TransformerConfig,
-    height: int,
-    width: int,
-    text_tokens: int,
-    steps: int = 20,
-    guided: bool = True,
-) -> float:
-    """Of drawing one image: an evaluation a step, two under guidance; what depends on a text alone
-    (its projection, every block's keys and values) once a text."""
-    text = forward_flops(config, 0, 0, text_tokens) - forward_flops(config, 0, 0, 0)
-    halves = 2 if guided else 1
-    return halves * (text + steps * (forward_flops(config, height, width, text_tokens) - text))
-
-
 def _self_attention(config: BackboneConfig, rows: int, columns: int) -> int:
     """Scores and weighted values of all layers; a compressed layer (PixArt-Σ) has 1 / R² of the
     keys."""
@@ -76,4 +61,4 @@ def _self_attention(config: BackboneConfig, rows: int, columns: int) -> int:
 
 def _scalar(width: int) -> int:
     """Embedding of one scalar: sinusoid, two dense layers."""
-    return 2 * (_SINUSOID * width + width * width)
+    return 2 * (SINUSOID_CHANNELS * width + width * width)

@@ -1,5 +1,4 @@
-"""What the PixArt transformer and the class-conditional DiT have in common as numbers: sizes,
-patches, positions."""
+"""Configs: their checks, and what the PixArt transformer and the class-conditional DiT share."""
 
 from __future__ import annotations
 
@@ -15,11 +14,25 @@ PATCHES = (2, 4)
 PRESETS = tuple(f"{size}/{patch}" for size in SIZES for patch in PATCHES)
 
 
+class CheckedConfig:
+    """A config that is checked when it is built."""
+
+    def require(self, condition: bool, field: str, what: str) -> None:
+        """Raise a UserError that names the field, its value and what is valid."""
+        if not condition:
+            raise UserError(f"{type(self).__name__}.{field} = {getattr(self, field)!r}: {what}")
+
+    def require_positive(self, *fields: str) -> None:
+        """Every field is at least 1."""
+        for field in fields:
+            self.require(getattr(self, field) >= 1, field, "must be at least 1")
+
+
 @dataclasses.dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(CheckedConfig):
     """Sizes of a diffusion transformer on latents.
 
-    sample_size: side of the latent grid that the model was trained at. The coordinate of patch i of
+    sample_size: side of the latent grid in training. The coordinate of patch i of
     n along an axis is i · position_base / n / position_scale, so any grid spans the same range;
     position_base None means sample_size // patch_size.
     """
@@ -34,62 +47,36 @@ class BackboneConfig:
     sample_size: int = 32
     position_base: int | None = None
     position_scale: float = 1.0
-    attention_backend: str = "auto"  # a name of models/attention/backends.py
+    attention_backend: str = "auto"  # of models/attention.py
 
     def __post_init__(self):
-        for field in (
-            "depth",
-            "width",
-            "heads",
-            "patch_size",
-            "in_channels",
-            "out_channels",
-            "sample_size",
-        ):
-            self.require(getattr(self, field) >= 1, field, "must be at least 1")
+        self.require_positive("depth", "width", "heads", "patch_size")
+        self.require_positive("in_channels", "out_channels", "sample_size")
         self.require(
             self.width % self.heads == 0, "width", f"must be a multiple of heads = {self.heads}"
         )
-        self.require(
-            self.width % 4 == 0,
-            "width",
-            "must be a multiple of 4 (sine and cosine of two coordinates)",
-        )
+        positions = "must be a multiple of 4 (sine and cosine of two coordinates)"
+        self.require(self.width % 4 == 0, "width", positions)
         self.require(self.mlp_ratio > 0, "mlp_ratio", "must be positive")
         self.require(
             self.sample_size % self.patch_size == 0,
             "sample_size",
             f"must be a multiple of patch_size = {self.patch_size}",
         )
-        self.require(
-            self.position_base is None or self.position_base >= 1,
-            "position_base",
-            "must be at least 1, or None",
-        )
+        base = self.position_base
+        self.require(base is None or base >= 1, "position_base", "must be at least 1, or None")
         self.require(self.position_scale > 0, "position_scale", "must be positive")
         check_backend(self.attention_backend)
 
-    def require(self, condition: bool, field: str, what: str) -> None:
-        """Raises UserError that names the field, its value and what would do."""
-        if not condition:
-            raise UserError(f"{type(self).__name__}.{field} = {getattr(self, field)!r}: {what}")
-
     @classmethod
     def preset(cls, name: str, **overrides) -> Self:
-        """'XL/2' and the like: size S, B, L or XL and the patch size."""
+        """A preset such as 'XL/2': size S, B, L or XL, and the patch size."""
         if name not in PRESETS:
             raise UserError(f"model preset {name!r} is unknown{nearest(name, PRESETS)}")
         size, patch = name.split("/")
         depth, width, heads = SIZES[size]
-        return cls(
-            **{
-                "depth": depth,
-                "width": width,
-                "heads": heads,
-                "patch_size": int(patch),
-                **overrides,
-            }
-        )
+        sizes = {"depth": depth, "width": width, "heads": heads, "patch_size": int(patch)}
+        return cls(**{**sizes, **overrides})
 
     @property
     def head_dim(self) -> int:
@@ -102,11 +89,7 @@ class BackboneConfig:
     @property
     def base(self) -> int:
         """Base size of the position table, in patches."""
-        return (
-            self.sample_size // self.patch_size
-            if self.position_base is None
-            else self.position_base
-        )
+        return self.position_base or self.sample_size // self.patch_size
 
     def grid(self, latents_shape: tuple[int, ...]) -> tuple[int, int]:
         """(rows, columns) of patches of latents [b, h, w, c]; UserError where they do not fit."""

@@ -1,36 +1,50 @@
-"""The layers that the transformer and the DiT are made of: dense, adaptive norm, MLP,
-attentions."""
+"""Layers of the transformer and the DiT: dense, adaptive norm, MLP, attentions, key and value
+compression."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pixart_jax.models.attention import attention, platform
-from pixart_jax.models.context import context_parallel_attention
-from pixart_jax.models.kv_compression import Compression, compress
+from pixart_jax.models.ring import context_parallel_attention
 from pixart_jax.parallel.axes import (
     ACT_HEADS,
     ACT_MLP,
     BATCH,
     EMBED,
     HEADS,
+    LAYERS,
     MLP,
     NORM,
     TEXT_TOKENS,
     TOKENS,
 )
 
-zeros = nn.initializers.zeros_init()
+zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: Callable,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+) -> jax.Array:
+    """An fp32 parameter of the module, with logical axis names."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 def xavier(fan_in: int, fan_out: int) -> Callable:
-    """Xavier-uniform for stated fans: the published models draw q, k and v as one matrix, whose
-    fans are not those of its parts."""
+    """Xavier-uniform with given fans: the published models initialise q, k and v as one matrix,
+    whose fans differ from those of its parts."""
     bound = (6.0 / (fan_in + fan_out)) ** 0.5
 
     def init(key, shape, dtype=jnp.float32):
@@ -45,43 +59,39 @@ class Dense(nn.Module):
 
     features: int
     axes: tuple[str | None, str | None]  # (in, out)
-    kernel_init: Callable | None = None  # None: xavier-uniform on this very matrix
+    kernel_init: Callable | None = None  # None: Xavier-uniform with this matrix's fans
     dtype: jnp.dtype = jnp.float32
     precision: jax.lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = self.kernel_init or xavier(x.shape[-1], self.features)
-        # a bias of width d is too small to be worth a gather
+        # a bias of width d is too small to gather
         out = NORM if self.axes[1] == EMBED else self.axes[1]
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init, self.axes),
-            (x.shape[-1], self.features),
-            jnp.float32,
-        )
-        bias = self.param(
-            "bias", nn.with_logical_partitioning(zeros, (out,)), (self.features,), jnp.float32
-        )
+        kernel = param(self, "kernel", init, (x.shape[-1], self.features), self.axes)
+        bias = param(self, "bias", zeros, (self.features,), (out,))
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
         return jnp.dot(x, kernel, precision=self.precision) + bias
 
 
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """LayerNorm of x [b, n, d] without weights of its own, then · (1 + scale) + shift, both [b, d];
-    in fp32, returned in x's dtype."""
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+    """adaLN: LayerNorm of x [b, n, d] without weights, then · (1 + scale) + shift, both [b, d];
+    computed in fp32, returned in x's dtype."""
+    normed = _normalize(x.astype(jnp.float32), 1e-6)
     return (normed * (1.0 + scale[:, None]) + shift[:, None]).astype(x.dtype)
 
 
-def row_major(x: jax.Array) -> jax.Array:
-    """x [b, n, d]; on a GPU, told to lie as it is written.
+def _normalize(x: jax.Array, epsilon: float) -> jax.Array:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
 
-    Left alone, XLA has the backward pass want the stream as [b, d, n], and turns around what each
-    block kept for it: one transposed copy of the whole stack, and several of a block's stream. A
-    TPU's layouts are its compiler's to choose; a CPU knows no constraint.
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x [b, n, d], constrained on a GPU to the row-major layout.
+
+    Without it XLA's backward pass there wants the stream as [b, d, n] and transposes the saved
+    values of each block: one copy of the whole stack, and several of a block's stream. A TPU's
+    compiler chooses its layouts; a CPU supports no constraint.
     """
     return with_layout_constraint(x, Layout((0, 1, 2))) if platform() == "gpu" else x
 
@@ -100,43 +110,95 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = Dense(self.hidden, self.axes[:2], self.kernel_init, self.dtype, name="fc1")(x)
-        # else fc2 may gather its kernel over tensor
+        # otherwise fc2 may gather its kernel over tensor
         x = nn.with_logical_constraint(x, (BATCH, self.tokens, ACT_MLP))
         return Dense(self.out, self.axes[1:], self.kernel_init, self.dtype, name="fc2")(
             nn.gelu(x, approximate=True)
         )
 
 
+class Compression(NamedTuple):
+    """One layer's key and value compression; with a leading axis [depth, …] every layer's."""
+
+    here: jax.Array  # bool: whether this layer compresses; if not, the rest is unused
+    kernel: jax.Array  # [R, R, 1, d]
+    bias: jax.Array  # [d]
+    norm_scale: jax.Array  # [d]
+    norm_bias: jax.Array  # [d]
+
+
+class KVCompression(nn.Module):
+    """Key and value compression (PixArt-Σ, arXiv 2403.04692): some layers' self-attention reads the
+    keys and values of a coarser grid of image tokens.
+
+    Every R × R patches give one key and one value, by a depthwise convolution of kernel and stride
+    R, initialised to their mean, and a LayerNorm; keys and values share both. Queries keep the full
+    grid, so a layer's attention costs 1/R². The parameters are fp32, stacked over the compressed
+    layers only; a call returns them for every layer.
+    """
+
+    ratio: int  # R
+    layers: tuple[int, ...]
+    depth: int
+    width: int
+
+    @nn.compact
+    def __call__(self) -> Compression:
+        count, r, d = len(self.layers), self.ratio, self.width
+        vector = (count, d), (LAYERS, NORM)
+        axes = (LAYERS, None, None, None, NORM)
+        stacked = (
+            param(self, "kernel", nn.initializers.constant(1 / r**2), (count, r, r, 1, d), axes),
+            param(self, "bias", zeros, *vector),
+            param(self, "norm_scale", ones, *vector),
+            param(self, "norm_bias", zeros, *vector),
+        )
+        here, row = np.zeros(self.depth, bool), np.zeros(self.depth, int)
+        here[list(self.layers)], row[list(self.layers)] = True, np.arange(count)
+        return Compression(jnp.asarray(here), *(leaf[row] for leaf in stacked))
+
+
+def compress(tokens: jax.Array, grid: tuple[int, int], compression: Compression) -> jax.Array:
+    """Keys or values [b, rows · columns, d] → [b, rows // R · columns // R, d], in their dtype;
+    computed in fp32.
+
+    Rows and columns after the last whole R × R are dropped, as by a convolution without padding.
+    """
+    b, _, d = tokens.shape
+    r = compression.kernel.shape[0]
+    rows, columns = (side // r for side in grid)
+    x = tokens.reshape(b, *grid, d)[:, : rows * r, : columns * r].astype(jnp.float32)
+    x = x.reshape(b, rows, r, columns, r, d) * compression.kernel.reshape(r, 1, r, d)
+    x = (x.sum((2, 4)) + compression.bias).reshape(b, rows * columns, d)
+    normed = _normalize(x, 1e-5)
+    return (normed * compression.norm_scale + compression.norm_bias).astype(tokens.dtype)
+
+
 def _backend(module: SelfAttention | CrossAttention) -> str:
-    """Its backend; while parameters are made, which may be elsewhere than where they will be used,
-    the one that runs anywhere."""
+    """The module's backend; for init, which may run on another platform than training, xla."""
     return "xla" if module.is_initializing() else module.backend
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of the image tokens [b, n, d] over themselves, or over fewer keys and
-    values made of them.
+    """Multi-head attention of the image tokens [b, n, d] over themselves, or over the compressed
+    keys and values of a coarser grid.
 
-    compression, grid: what KVCompression gives this layer, and the (rows, columns) of the n tokens;
-    None: no layer compresses. Only the way that ``compression.here`` says is computed. Where the
-    tokens are split over devices, context_attention says how keys and values meet all queries
-    (models/context.py); compressed ones, R² times fewer, are gathered in any case. q, k and v are
-    three products: joined to one by us they were faster in no work that was measured
-    (docs/benchmarks.md), and where small, XLA joins them on GPUs.
+    compression: this layer's; None: no layer compresses. grid: (rows, columns) of the n tokens, for
+    compression. Where the tokens are split over devices, context_attention says how keys and values
+    meet all queries (models/ring.py); compressed ones, R² times fewer, are gathered in any case. q,
+    k and v are three products: one fused product was not faster in any measurement
+    (docs/benchmarks.md), and XLA fuses small ones on GPUs.
     """
 
     heads: int
-    qk_norm: bool = False  # LayerNorm over the full width of q and of k, before the heads part
+    qk_norm: bool = False  # LayerNorm over the full width of q and of k, before the heads are split
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
     context_attention: str = "all_gather"
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        compression: Compression | None = None,
-        grid: tuple[int, int] | None = None,
+        self, x: jax.Array, compression: Compression | None = None, grid: tuple[int, int] = (0, 0)
     ) -> jax.Array:
         b, n, d = x.shape
 
@@ -144,11 +206,6 @@ class SelfAttention(nn.Module):
             q, k, v = (a.reshape(b, a.shape[1], self.heads, d // self.heads) for a in (q, k, v))
             return context_parallel_attention(
                 q, k, v, backend=_backend(self), context_attention=how
-            )
-
-        def attend_compressed(q, k, v):
-            return attend(
-                q, compress(k, grid, compression), compress(v, grid, compression), "replicated"
             )
 
         q, k, v = (
@@ -160,24 +217,31 @@ class SelfAttention(nn.Module):
                 nn.LayerNorm(
                     epsilon=1e-5,
                     dtype=self.dtype,
-                    scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), (NORM,)),
+                    scale_init=nn.with_logical_partitioning(ones, (NORM,)),
                     bias_init=nn.with_logical_partitioning(zeros, (NORM,)),
                     name=name,
                 )(a)
                 for name, a in (("q_norm", q), ("k_norm", k))
             )
-        x = (
-            attend(q, k, v)
-            if compression is None
-            else jax.lax.cond(compression.here, attend_compressed, attend, q, k, v)
-        )
+        if compression is None:
+            x = attend(q, k, v)
+        else:
+            shrink = functools.partial(compress, grid=grid, compression=compression)
+            x = jax.lax.cond(
+                compression.here,
+                lambda q, k, v: attend(q, shrink(k), shrink(v), "replicated"),
+                attend,
+                q,
+                k,
+                v,
+            )
         return Dense(d, (HEADS, EMBED), dtype=self.dtype, name="out")(x)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the image tokens over the text; its output projection starts at zero.
+    """Multi-head attention of the image tokens over the text; the output projection starts at zero.
 
-    The keys and values depend on the text alone, so they have a method of their own.
+    Keys and values depend on the text only: ``keys_values`` computes them once for all steps.
     """
 
     width: int

@@ -1,17 +1,20 @@
-"""Weight-only int8: a kernel is held as int8 values with one fp32 scale an output channel, and
+"""Weight-only int8: a kernel is stored as int8 values with one fp32 scale per output channel, and
 multiplied as floats.
 
-The arrays and the rounding are Qwix's. Imported only where something is quantised: Qwix takes 0.4 s
-to import.
+Arrays and rounding are Qwix's, which takes 0.4 s to import: import this module only where something
+is quantised.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 
 from pixart_jax.parallel.axes import EMBED
@@ -23,20 +26,18 @@ def quantize(kernel: jax.Array) -> qwix.QArray:
     """kernel [..., in, out] of any float dtype → .qvalue int8 [..., in, out] and .scale fp32 [...,
     1, out].
 
-    Every leading index (a layer of stacked blocks) and every output channel has a scale of its own,
-    the largest magnitude over 127.5, so no value is further than half a step from what it stands
-    for.
+    There is a scale, the largest magnitude / 127.5, for every leading index (a layer of stacked
+    blocks) and output channel; the rounding error is at most half a step.
     """
     channels = (*range(kernel.ndim - 2), kernel.ndim - 1)
     return qwix.quantize(kernel.astype(jnp.float32), VALUES, channelwise_axes=channels)
 
 
 def dequantize(kernel: qwix.QArray, axes: tuple[str, str], dtype) -> jax.Array:
-    """[in, out] in dtype. The product with the scale is rounded once: the scale stays fp32 until
-    then.
+    """[in, out] in dtype; the product with the fp32 scale is rounded once.
 
-    axes: the kernel's logical names. On a mesh it is gathered along EMBED before it becomes floats:
-    what goes over the wires is int8.
+    axes: the kernel's logical names. On a mesh the int8 values, not the floats, are gathered along
+    EMBED.
     """
     inputs, outputs = (None if axis == EMBED else axis for axis in axes)
     gathered = kernel.replace(
@@ -47,12 +48,38 @@ def dequantize(kernel: qwix.QArray, axes: tuple[str, str], dtype) -> jax.Array:
 
 
 def quantized(init: Callable, axes: tuple[str | None, str | None]) -> Callable:
-    """An initializer of [in, out] → one that quantises what it draws; axes: the kernel's logical
-    names, and its scale's where they fit."""
+    """An initializer of [in, out] → one of quantised kernels; axes: the kernel's logical names."""
 
-    def draw(key, shape, dtype=jnp.float32):
-        drawn = quantize(init(key, shape, dtype))
-        names = drawn.replace(qvalue=axes, scale=(None, axes[-1]))
-        return jax.tree.map(nn.LogicallyPartitioned, drawn, names)
+    def quantized_init(key, shape, dtype=jnp.float32):
+        kernel = quantize(init(key, shape, dtype))
+        names = kernel.replace(qvalue=axes, scale=(None, axes[-1]))
+        return jax.tree.map(nn.LogicallyPartitioned, kernel, names)
 
-    return draw
+    return quantized_init
+
+
+# ---- loading, one layer at a time ----
+
+_quantize_rows = jax.jit(
+    lambda matrix: qwix.quantize(matrix.astype(jnp.float32), VALUES, channelwise_axes=(0,))
+)
+
+
+def applies(path: str) -> bool:
+    """Whether a parameter, by its path ('blocks/q/kernel'), is stored as int8: kernels are;
+    embeddings, norms and biases are not."""
+    return path.rpartition("/")[2] == "kernel"
+
+
+def quantize_matrix(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A kernel as PyTorch's files hold it, [out, in] of any float dtype → (int8 [in, out], scale
+    fp32 [1, out]); the values of models.quantize to the bit, at a fraction of its
+    time: every channel lies in one run."""
+    one = _quantize_rows(jnp.asarray(matrix))
+    return np.asarray(one.qvalue).T, np.asarray(one.scale).T
+
+
+def leaf(values: Any, scale: Any) -> qwix.QArray:
+    """The parameter tree's leaf of int8 values [..., in, out] and fp32 scales [..., 1, out]."""
+    kind = jax.eval_shape(quantize, jax.ShapeDtypeStruct(values.shape, jnp.float32))
+    return dataclasses.replace(kind, qvalue=values, scale=scale)

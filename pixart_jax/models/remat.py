@@ -1,31 +1,28 @@
-"""Which intermediate values of a block are kept for the backward pass, by name.
+"""Rematerialisation policies: what a block keeps for the backward pass, by name.
 
-What a policy keeps of each block, in values of the compute dtype an image token of width d (MLP
-4·d), and what the backward pass computes again. step: FLOPs of all products of a train step of XL/2
-against those of "none", counted in the traced program with attention "xla" at 256 px and at 1024
-px:
+Kept values are in the compute dtype, for an image token of width d (MLP 4·d). FLOPs are those of
+all products of a train step of XL/2, relative to "none", counted in the traced program with
+attention "xla" at 256 px and at 1024 px.
 
-name            kept on the device                              computed again               step
-for none            everything, the softmaxes too                   nothing                      1
-1     small models dots_attention  as dots, and both attentions: 14·d              norms, GELU,
-"xla"'s logits   1.01   1.06  long sequences, memory to spare dots            the block's input,
-projections' outputs: 12·d   attention, norms, GELU       1.01   1.11  the usual one where it fits
-attention_out   the block's input and both attentions: 3·d      projections, norms, GELU     1.33
-1.28  long sequences, where dots does not fit
-full            the block's input: d                            1 forward pass               1.33
-1.33  the least memory without a host's
-offload         nothing: input and attentions, 3·d, lie in      as attention_out             1.33
-                1.28  long sequences; 2 × 3·d bytes a the host's pinned memory
-                token and block cross PCIe, which must be shorter than the block's compute to be
-                hidden
+name            kept on the device                recomputed              FLOPs       for
+none            everything, with the softmaxes    nothing                 1     1     small models
+dots_attention  as dots, and both attentions:     norms, GELU, the        1.01  1.06  long sequence,
+                14·d                              logits of "xla"                     much memory
+dots            the block's input, outputs of     attention, norms, GELU  1.01  1.11  usually best
+                the projections: 12·d                                                 where it fits
+attention_out   the block's input and both        projections, norms,     1.33  1.28  long sequence,
+                attentions: 3·d                   GELU                                little memory
+full            the block's input: d              one forward pass        1.33  1.33  least memory
+offload         nothing; input and attentions,    as attention_out        1.33  1.28  long sequence
+                3·d, in pinned host memory
 
-dots also keeps the keys and values of the text, 2·d a text token. No policy but none keeps logits
-or probabilities of attention. What attentions give is their outputs, and of a flash kernel
-(models/attention) also the softmax's logarithm, 4 bytes a token and head, so that attention_out,
-dots_attention and offload run no forward kernel again; full and dots do. Of what splash gives,
-heads of 72 lie in lanes of 128. Dense attention keeps no weights: its logits and softmax are
-computed again. Compiled for one H200 (XL/2, bfloat16, AdamW and EMA, 256 px, batch 32, attention
-"xla"), the temporaries are full 3.7 GiB, attention_out 4.9, dots 9.7 and none 35.7.
+dots also keeps the keys and values of the text, 2·d a text token. Only "none" keeps logits or
+softmaxes. The kept value of an attention is its output and, with a flash kernel, the logsumexp
+(4 bytes a token and head), so attention_out, dots_attention and offload do not rerun a forward
+kernel; full and dots do. Splash keeps heads of 72 in 128 lanes. offload moves 2 × 3·d bytes a token
+and block over PCIe, which the block's compute must hide. Compiled for one H200 (XL/2, bfloat16,
+AdamW and EMA, 256 px, batch 32, attention "xla"), temporaries are 3.7 GiB with full, 4.9 with
+attention_out, 9.7 with dots and 35.7 with none.
 """
 
 from __future__ import annotations
@@ -38,12 +35,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pixart_jax.errors import UserError, nearest
 
-# The names under which blocks mark values (jax.ad_checkpoint.checkpoint_name).
-ATTENTION_OUT = "attention_out"  # the outputs of their attentions
-BLOCK_INPUT = "block_input"  # the residual stream as it comes in
-HOST = "pinned_host"  # JAX's kind of memory that "offload" writes to
+# names by which blocks mark values (jax.ad_checkpoint.checkpoint_name)
+ATTENTION_OUT = "attention_out"  # the output of an attention
+BLOCK_INPUT = "block_input"  # the residual stream
+HOST = "pinned_host"  # the JAX memory kind of "offload"
 
-# JAX's primitives of cuDNN's kernels; the forward one gives what the backward one needs.
+# JAX's primitives of cuDNN's kernels
 CUDNN_FORWARD, CUDNN_BACKWARD = (
     "dot_product_attention_fwd_wrapper",
     "dot_product_attention_bwd_wrapper",
@@ -51,8 +48,8 @@ CUDNN_FORWARD, CUDNN_BACKWARD = (
 
 
 def _with_kernels(policy: Callable) -> Callable:
-    """The policy, with what cuDNN's forward kernel gives treated as what is named ATTENTION_OUT:
-    names cannot be put inside it."""
+    """The policy, with the results of cuDNN's forward kernel treated as ATTENTION_OUT: names cannot
+    be put inside its primitive."""
     (mark,) = jax.make_jaxpr(lambda x: checkpoint_name(x, ATTENTION_OUT))(0.0).eqns
 
     def with_kernels(primitive, *avals, **params):
@@ -80,8 +77,7 @@ _POLICIES: dict[str, Callable] = {
     "offload": _OFFLOAD,
 }
 NAMES = ("none", *_POLICIES)
-# The order of their measured time (docs/benchmarks.md), of those that keep less than everything and
-# need no host.
+# fastest first, as measured (docs/benchmarks.md); without "none" and without host memory
 BY_SPEED = ("dots_attention", "dots", "attention_out", "full")
 # in a config: training chooses by the device's memory (training/memory.py)
 AUTO = "auto"
@@ -101,8 +97,7 @@ def policy(name: str) -> Callable | None:
 
 
 def check_platform(name: str, platform: str) -> None:
-    """UserError where devices of this platform ('tpu', 'gpu', 'cpu') have no host memory of their
-    own to offload to."""
+    """UserError for a policy that devices of this platform ('tpu', 'gpu', 'cpu') cannot run."""
     if name == "offload" and platform == "cpu":
         raise UserError(
             "remat offload: a CPU has no other memory to offload to; attention_out computes the "
@@ -113,8 +108,8 @@ def check_platform(name: str, platform: str) -> None:
 def remat(step: Callable, name: str) -> Callable:
     """Wrap the body of a scan over blocks, ``step(module, carry, …)``, in the named policy.
 
-    prevent_cse is off: inside a scan the loop itself keeps forward and backward apart, and its
-    barriers would cost speed.
+    prevent_cse is off: inside a scan the loop keeps forward and backward apart, and the barriers
+    would cost speed.
     """
     chosen = policy(name)
     if chosen is None:

@@ -1,9 +1,8 @@
-"""The T5 v1.1 encoder (Raffel et al. 2020, arXiv 1910.10683; gated GELU as Shazeer 2020, arXiv
-2002.05202): text → states.
+"""The T5 v1.1 encoder (arXiv 1910.10683, with the gated GELU of arXiv 2002.05202): text → states.
 
-No absolute positions: every layer adds the same learned bias to its attention logits, looked up by
-the distance between two tokens in buckets. Attention is not scaled by 1/√d_kv; T5's initialisation
-takes that over.
+There are no absolute positions: every layer adds the same learned bias to its attention logits, by
+the bucket of the distance between two tokens. Attention is not scaled by 1/√d_kv; T5's
+initialisation does that.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ import numpy as np
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.attention import attention
+from pixart_jax.models.geometry import CheckedConfig
+from pixart_jax.models.layers import ones, param
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.parallel.axes import EMBED, HEADS, LAYERS, MLP, NORM, TEXT_ACTIVATION, VOCAB
 
@@ -25,7 +26,7 @@ QUANTIZATIONS = ("int8",)
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(CheckedConfig):
     """Sizes of a T5 v1.1 encoder; the defaults are T5-XXL's (4.76G parameters). Names as in
     transformers' config.json."""
 
@@ -40,24 +41,19 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
 
     def __post_init__(self):
-        for field in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
-            self._require(getattr(self, field) >= 1, field, "must be at least 1")
+        self.require_positive("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
         buckets = self.relative_attention_num_buckets
-        self._require(
+        self.require(
             buckets >= 4 and buckets % 4 == 0,
             "relative_attention_num_buckets",
             "must be a multiple of 4",
         )
-        self._require(
+        self.require(
             self.relative_attention_max_distance > buckets // 4,
             "relative_attention_max_distance",
             f"must be more than relative_attention_num_buckets / 4 = {buckets // 4}",
         )
-        self._require(self.layer_norm_epsilon > 0, "layer_norm_epsilon", "must be positive")
-
-    def _require(self, condition: bool, field: str, what: str) -> None:
-        if not condition:
-            raise UserError(f"T5Config.{field} = {getattr(self, field)!r}: {what}")
+        self.require(self.layer_norm_epsilon > 0, "layer_norm_epsilon", "must be positive")
 
 
 def relative_buckets(
@@ -65,16 +61,15 @@ def relative_buckets(
 ) -> np.ndarray:
     """Bucket of the distance key − query for every pair, int32 [length queries, length keys].
 
-    Half of the buckets are for keys behind the query (causal, a decoder's: none, and such keys
-    share bucket 0). Of each half, one half holds single distances from 0 on and the other widens
-    logarithmically up to max_distance; what lies beyond shares the last one.
+    Half of the buckets are for keys behind the query (with causal, for a decoder: none, and those
+    keys share bucket 0). Of each half, one half holds single distances from 0 on, the other widens
+    logarithmically up to max_distance; larger distances share the last bucket.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = buckets if causal else buckets // 2
     exact = half // 2
     magnitude = np.maximum(-distance, 0) if causal else np.abs(distance)
-    # In fp32, as the reference rounds it: a distance at the edge of a bucket must fall to the same
-    # side.
+    # In fp32, as in the reference: a distance at the edge of a bucket must round to the same side.
     steps = np.log(np.maximum(magnitude, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(max_distance / exact)
     )
@@ -85,32 +80,44 @@ def relative_buckets(
     ).astype(np.int32)
 
 
-def _normal(std: float, axes: tuple):
-    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+def relative_bias(module: nn.Module, config: T5Config) -> jax.Array:
+    """The table [buckets, k] of attention biases, a parameter of the module."""
+    init, shape = (
+        nn.initializers.normal(config.d_model**-0.5),
+        (config.relative_attention_num_buckets, config.num_heads),
+    )
+    return param(module, "relative_bias", init, shape, (None, None))
+
+
+def attention_bias(
+    config: T5Config, table: jax.Array, length: int, *, causal: bool = False
+) -> jax.Array:
+    """The biases [1, k, l, l] of every pair of tokens."""
+    buckets = relative_buckets(
+        length,
+        config.relative_attention_num_buckets,
+        config.relative_attention_max_distance,
+        causal=causal,
+    )
+    return table[buckets].transpose(2, 0, 1)[None]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale in fp32, no mean taken off, no bias; returned in dtype."""
+    """x / rms(x) · scale, in fp32; returned in dtype."""
 
     epsilon: float
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones_init(), (NORM,)),
-            (x.shape[-1],),
-            jnp.float32,
-        )
+        scale = param(self, "scale", ones, (x.shape[-1],), (NORM,))
         wide = x.astype(jnp.float32)
-        return (
-            wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon) * scale
-        ).astype(self.dtype)
+        rms = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        return (wide * rms * scale).astype(self.dtype)
 
 
 def check_quantization(name: str | None) -> None:
-    """Raises UserError when there is no such way to hold the kernels; None holds them as floats."""
+    """Raise UserError for an unknown quantization; None: float kernels."""
     if name not in (None, *QUANTIZATIONS):
         raise UserError(f"quantization {name!r} is unknown{nearest(str(name), QUANTIZATIONS)}")
 
@@ -127,29 +134,23 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
-        if self.quantization is None:
-            kernel = self._checked(
-                self.param("kernel", _normal(self.std, self.axes), shape, jnp.float32)
-            ).astype(self.dtype)
+        shape, init = (x.shape[-1], self.features), nn.initializers.normal(self.std)
+        if self.quantization:
+            from pixart_jax.models import quantization  # imports Qwix, 0.4 s
+
+            kernel = self.param("kernel", quantization.quantized(init, self.axes), shape)
         else:
-            from pixart_jax.models import quantization  # see there
-
-            init = quantization.quantized(nn.initializers.normal(self.std), self.axes)
-            kernel = quantization.dequantize(
-                self._checked(self.param("kernel", init, shape)), self.axes, self.dtype
-            )
-        return jnp.dot(x.astype(self.dtype), kernel)
-
-    def _checked(self, kernel):
-        """Flax compares shapes alone, and those int8 values and floats have in common."""
-        if hasattr(kernel, "qvalue") != (self.quantization is not None):
+            kernel = param(self, "kernel", init, shape, self.axes)
+        # Flax compares shapes only, which int8 values and floats share.
+        if hasattr(kernel, "qvalue") != bool(self.quantization):
             held = "floats" if self.quantization else "int8 values"
             raise UserError(
                 f"{'/'.join(self.path)}/kernel holds {held}, which a T5 with "
                 f"quantization={self.quantization!r} does not take"
             )
-        return kernel
+        if self.quantization:
+            kernel = quantization.dequantize(kernel, self.axes, self.dtype)
+        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class T5Block(nn.Module):
@@ -188,50 +189,43 @@ class T5Block(nn.Module):
 class T5Encoder(nn.Module):
     """Token ids → states of the last layer, normed.
 
-    Parameters are fp32, stacked over the blocks (params["blocks"][…] [num_layers, …]); the products
-    compute in dtype, while the residual stream, norms and softmax stay in fp32: T5's activations
-    outgrow half precision. params["embedding"] [vocab_size, d_model] is the table. quantization
-    "int8": the blocks' kernels are held as int8 values with a scale an output channel (Qwix
-    arrays), a quarter of fp32's memory; they are turned to dtype a layer at a time.
+    Parameters are fp32, stacked over the blocks (params["blocks"][…] [num_layers, …]). Products
+    compute in dtype; the residual stream, norms and softmax in fp32, because T5's activations
+    overflow half precision. quantization "int8": the blocks' kernels are int8 values with a scale
+    per output channel (Qwix arrays), a quarter of fp32's memory, and converted to dtype a layer at
+    a time.
     """
 
     config: T5Config
     dtype: jnp.dtype = jnp.float32
-    remat: str = "none"  # a name of models/remat.py
-    quantization: str | None = None  # a name of QUANTIZATIONS
+    remat: str = "none"  # a policy of models/remat.py
+    quantization: str | None = None  # one of QUANTIZATIONS
 
     def setup(self):
         c = self.config
         policy(self.remat)  # an unknown name fails before anything is computed
         check_quantization(self.quantization)
-        self.embedding = self.param(
-            "embedding", _normal(1.0, (VOCAB, EMBED)), (c.vocab_size, c.d_model), jnp.float32
-        )
-        shape = (c.relative_attention_num_buckets, c.num_heads)
-        self.relative_bias = self.param(
-            "relative_bias", _normal(c.d_model**-0.5, (None, None)), shape, jnp.float32
-        )
+        normal = nn.initializers.normal
+        table = (c.vocab_size, c.d_model)
+        self.embedding = param(self, "embedding", normal(1.0), table, (VOCAB, EMBED))
+        self.relative_bias = relative_bias(self, c)
         self.blocks = T5Block(c, self.dtype, self.quantization)
         self.final_norm = RMSNorm(c.layer_norm_epsilon)
 
     def __call__(
         self,
         input_ids: jax.Array,  # [b, l] int
-        lengths: jax.Array,  # [b] int: tokens of each text that count, the closing one included
-    ) -> jax.Array:  # [b, l, d_model] fp32; positions from lengths on hold nothing of use
+        lengths: jax.Array,  # [b] int: tokens of each text, with the closing one
+    ) -> jax.Array:  # [b, l, d_model] fp32; undefined from lengths on
         c = self.config
         if input_ids.ndim != 2 or lengths.shape != input_ids.shape[:1]:
             raise UserError(
                 f"input_ids {tuple(input_ids.shape)} and lengths {tuple(lengths.shape)} do not "
                 "fit: [b, l] and [b] would"
             )
-        x = nn.with_logical_constraint(
-            self.embedding[input_ids].astype(jnp.float32), TEXT_ACTIVATION
-        )
-        buckets = relative_buckets(
-            x.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
-        )
-        bias = self.relative_bias[buckets].transpose(2, 0, 1)[None]  # [1, k, l, l]
+        x = self.embedding[input_ids].astype(jnp.float32)
+        x = nn.with_logical_constraint(x, TEXT_ACTIVATION)
+        bias = attention_bias(c, self.relative_bias, x.shape[1])
         scan = nn.scan(
             remat(lambda block, x, bias, lengths: (block(x, bias, lengths), None), self.remat),
             variable_axes={"params": 0},

@@ -1,8 +1,7 @@
-"""T5's decoder (Raffel et al. 2020, arXiv 1910.10683), of use while a text encoder is trained and
-thrown away after.
+"""T5's decoder (arXiv 1910.10683), used to train a text encoder and dropped afterwards.
 
-The fewer layers it has, the more of a text's meaning the encoder has to write into the states of
-its words: one layer finds "the star is …" only where the word "star" itself says what the star is.
+The fewer layers it has, the more of a text's meaning the encoder must write into the states of its
+words: one layer completes "the star is …" only if the state of "star" describes the star.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.models.attention import attention
-from pixart_jax.models.t5 import Projection, RMSNorm, T5Config, relative_buckets
+from pixart_jax.models.t5 import Projection, RMSNorm, T5Config, attention_bias, relative_bias
 from pixart_jax.parallel.axes import EMBED, HEADS, MLP, TEXT_ACTIVATION
 
-_LATER = -1e9  # added to the logits of tokens that are not written yet
+_LATER = -1e9  # added to the logits of later tokens
 
 
 class _Attention(nn.Module):
-    """x + attention of norm(x) over states (over itself where there are none)."""
+    """x + attention of norm(x) over states; without states, over itself."""
 
     config: T5Config
     dtype: jnp.dtype
@@ -66,7 +65,7 @@ class _Mlp(nn.Module):
 class T5Decoder(nn.Module):
     """Target tokens and an encoder's states → logits of each target token, given those before it.
 
-    config: the encoder's, whose sizes it shares; num_layers: its own depth. The embedding table is
+    config: the encoder's, for the sizes; num_layers: this decoder's depth. The embedding table is
     the encoder's, and the head is tied to it.
     """
 
@@ -78,25 +77,17 @@ class T5Decoder(nn.Module):
     def __call__(
         self,
         embedding: jax.Array,  # [vocab_size, d_model] fp32: params["embedding"] of the encoder
-        target_ids: jax.Array,  # [b, m] int: what is to be written
+        target_ids: jax.Array,  # [b, m] int
         states: jax.Array,  # [b, l, d_model]
-        lengths: jax.Array,  # [b] int: the first so many states count
+        lengths: jax.Array,  # [b] int: number of states of each text
     ) -> jax.Array:  # [b, m, vocab_size] fp32
         c = self.config
-        # the padding token opens every text
+        # every text starts with the padding token
         written = jnp.pad(target_ids[:, :-1], ((0, 0), (1, 0)))
         x = nn.with_logical_constraint(embedding[written].astype(jnp.float32), TEXT_ACTIVATION)
         length = x.shape[1]
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), (None, None))
-        table = self.param(
-            "relative_bias", init, (c.relative_attention_num_buckets, c.num_heads), jnp.float32
-        )
-        buckets = relative_buckets(
-            length, c.relative_attention_num_buckets, c.relative_attention_max_distance, causal=True
-        )
-        bias = table[buckets].transpose(2, 0, 1)[None] + np.triu(
-            np.full((length, length), _LATER, np.float32), 1
-        )
+        bias = attention_bias(c, relative_bias(self, c), length, causal=True)
+        bias = bias + np.triu(np.full((length, length), _LATER, np.float32), 1)
         for layer in range(self.num_layers):
             x = _Attention(c, self.dtype, name=f"self_attention_{layer}")(x, bias=bias)
             x = _Attention(c, self.dtype, name=f"cross_attention_{layer}")(

@@ -1,5 +1,5 @@
-"""The PixArt-α transformer: text-conditioned, with one modulation network for all blocks
-(adaLN-single)."""
+"""The PixArt-α transformer (arXiv 2310.00426, section 2.3): DiT blocks with cross-attention to the
+text, and one modulation network for all blocks (adaLN-single)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.context import check_context_attention
 from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
 from pixart_jax.models.geometry import BackboneConfig
-from pixart_jax.models.kv_compression import Compression, KVCompression
 from pixart_jax.models.layers import (
+    Compression,
     CrossAttention,
     Dense,
+    KVCompression,
     Mlp,
     SelfAttention,
     modulated_norm,
+    param,
     row_major,
     zeros,
 )
 from pixart_jax.models.remat import policy, remat
+from pixart_jax.models.ring import check_context_attention
 from pixart_jax.parallel.axes import (
     ACT_EMBED,
     ACTIVATION,
@@ -45,11 +47,11 @@ from pixart_jax.parallel.axes import (
 class TransformerConfig(BackboneConfig):
     """Sizes of a PixArt transformer.
 
-    size_conditions: the multi-scale model, told the image's size and aspect ratio. text_tokens: the
-    longest caption, and the length of the null caption. qk_norm: LayerNorm on the queries and keys
-    of self-attention (PixArt-Σ's option).
-    kv_compression: R, where the self-attention of kv_compression_layers (counted from 0) reads one
-    key and value for every R × R patches (PixArt-Σ: 2, in the last 14 of 28); 1: nowhere.
+    size_conditions: the multi-scale model, conditioned on the image's size and aspect ratio.
+    text_tokens: the longest caption, and the length of the null caption. qk_norm: LayerNorm on the
+    queries and keys of self-attention (an option of PixArt-Σ). kv_compression: R; the
+    self-attention of kv_compression_layers (counted from 0) reads one key and value for every R × R
+    patches (PixArt-Σ: 2, in the last 14 of 28 layers). 1: no compression.
     """
 
     caption_width: int = 4096
@@ -61,61 +63,65 @@ class TransformerConfig(BackboneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        # a list, as JSON has it, is no key of jit
+        # a list, as JSON gives it, is not hashable, and a config is a static argument of jit
         object.__setattr__(self, "kv_compression_layers", tuple(self.kv_compression_layers))
-        for field in ("caption_width", "text_tokens"):
-            self.require(getattr(self, field) >= 1, field, "must be at least 1")
+        self.require_positive("caption_width", "text_tokens", "kv_compression")
         self.require(
             not self.size_conditions or self.width % 3 == 0,
             "width",
             "must be a multiple of 3 with size_conditions (height, width, ratio)",
         )
-        self.require(self.kv_compression >= 1, "kv_compression", "must be at least 1 (1: none)")
-        layers = self.kv_compression_layers
+        layers, compressed = self.kv_compression_layers, self.kv_compression > 1
         self.require(
-            bool(layers) == (self.kv_compression > 1),
+            bool(layers) == compressed,
             "kv_compression_layers",
-            f"must name {'at least one layer' if self.kv_compression > 1 else 'no layer'} with "
+            f"must name {'at least one layer' if compressed else 'no layer'} with "
             f"kv_compression = {self.kv_compression}",
         )
         self.require(
-            all(isinstance(layer, int) and 0 <= layer < self.depth for layer in layers)
-            and list(layers) == sorted(set(layers)),
+            set(layers) <= set(range(self.depth)) and list(layers) == sorted(set(layers)),
             "kv_compression_layers",
             f"must be layers of 0 … {self.depth - 1}, each once and in ascending order",
         )
 
 
-# of a block: the three sums that it adds to the residual stream
-PARTS = ("attention", "cross_attention", "mlp")
-
-
 class TextKV(NamedTuple):
-    """All that the denoiser needs of a prompt; it does not change over the steps of sampling."""
+    """A prompt, encoded for sampling: every block's keys and values. They are the same at every
+    step."""
 
     keys: jax.Array  # [depth, b, l, k, h]
     values: jax.Array  # [depth, b, l, k, h]
     lengths: jax.Array  # [b] int
 
 
-class Conditioning(NamedTuple):
-    """All that the denoiser needs of a time and an image's size; it depends on neither latents nor
-    text.
+class ProjectedText(NamedTuple):
+    """A prompt for one evaluation: each block computes its own keys and values."""
 
-    The 1 stands for the batch where every image is told the same, in a model without size
-    conditions. With a leading axis [steps, …], every step's.
+    states: jax.Array  # [b, l, d], after the caption projection
+    lengths: jax.Array  # [b] int
+
+
+class Conditioning(NamedTuple):
+    """The time and the image's size, embedded.
+
+    The 1 stands for the batch where all images share them (without size conditions). With a leading
+    axis [steps, …] those of every step.
     """
 
-    vector: jax.Array  # [b or 1, d] fp32, what the final layer is modulated by
-    modulation: jax.Array  # [b or 1, 6, d] fp32, t_block's output
+    vector: jax.Array  # [b or 1, d] fp32, modulates the final layer
+    modulation: jax.Array  # [b or 1, 6, d] fp32, the output of t_block
+
+
+# the three terms that a block adds to the residual stream
+PARTS = ("attention", "cross_attention", "mlp")
 
 
 class BlockCache(NamedTuple):
-    """What an evaluation takes over from an earlier one, and what of it is made afresh: of some or
-    all of PARTS, by name.
+    """Parts of the blocks that an evaluation may take from an earlier one; some or all of PARTS, by
+    name.
 
-    fresh: bool [depth], whether each block computes this part. outputs: [depth, b, n, d], what each
-    block's part gave when it was last computed, before its gate; read where it is not fresh.
+    recompute: bool [depth], whether each block computes the part. cached: [depth, b, n, d], the
+    part's last output in each block, before its gate; read where recompute is False.
     """
 
     recompute: dict[str, jax.Array]
@@ -123,8 +129,8 @@ class BlockCache(NamedTuple):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and MLP; the first and the last modulated by table +
-    t_block(t)."""
+    """Self-attention, cross-attention and MLP. Self-attention and MLP are modulated by the block's
+    table + t_block(t)."""
 
     config: TransformerConfig
     dtype: jnp.dtype = jnp.float32
@@ -132,9 +138,9 @@ class Block(nn.Module):
 
     def setup(self):
         c = self.config
-        # Drawn at 1/√d, so the gates do not start at zero.
-        table = nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), (None, NORM))
-        self.table = self.param("table", table, (6, c.width), jnp.float32)
+        # a standard deviation of 1/√d: the gates do not start at zero
+        init = nn.initializers.normal(c.width**-0.5)
+        self.table = param(self, "table", init, (6, c.width), (None, NORM))
         self.attn = SelfAttention(
             c.heads, c.qk_norm, c.attention_backend, self.dtype, self.context_attention
         )
@@ -154,64 +160,65 @@ class Block(nn.Module):
         lengths: jax.Array,  # [b]
         compression: Compression | None,  # this layer's; None in a model without
         grid: tuple[int, int],  # (rows, columns) of the n patches
-        kept: BlockCache | None = None,  # this block's, without the leading axis
-        # [b, n, d], and the parts' outputs, of those that kept names
+        cache: BlockCache | None = None,  # this block's, without the leading axis
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        outputs = {}
-
-        def part(name, compute, *operands):
-            if kept is None or name not in kept.recompute:
-                return compute(self, *operands)
-            out = nn.cond(
-                kept.recompute[name],
-                compute,
-                lambda block, *operands: kept.cached[name],
-                self,
-                *operands,
-            )
-            outputs[name] = out
-            return out
-
-        x = row_major(nn.with_logical_constraint(x, ACTIVATION))
+        """x [b, n, d] after the block, and the outputs [b, n, d] of the parts in ``cache``."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(
             self.table + modulation, 1, 0
         )
-        # Constrained after each sum, so that what tensor's parts add up to is summed there, and the
-        # stream stays whole along d.
-        attended = part(
-            "attention",
-            lambda block, x: block.attn(modulated_norm(x, shift_a, scale_a), compression, grid),
-            x,
+
+        def attention(block: Block, x: jax.Array) -> jax.Array:
+            return block.attn(modulated_norm(x, shift_a, scale_a), compression, grid)
+
+        def cross_attention(block: Block, x: jax.Array) -> jax.Array:
+            return block.cross_attn(x, keys, values, lengths)
+
+        def mlp(block: Block, x: jax.Array) -> jax.Array:
+            return block.mlp(modulated_norm(x, shift_m, scale_m))
+
+        outputs: dict[str, jax.Array] = {}
+        x = row_major(_stream(x))
+        x = _stream(x + _gate(gate_a, x) * self._part(attention, x, cache, outputs))
+        x = _stream(x + self._part(cross_attention, x, cache, outputs))
+        x = _stream(x + _gate(gate_m, x) * self._part(mlp, x, cache, outputs))
+        return x, outputs
+
+    def _part(self, part, x: jax.Array, cache: BlockCache | None, outputs: dict) -> jax.Array:
+        """part(self, x); where the cache holds the part, by its function's name, only if it is to
+        be recomputed. Its output is then put into ``outputs``."""
+        name = part.__name__
+        if cache is None or name not in cache.recompute:
+            return part(self, x)
+        outputs[name] = nn.cond(
+            cache.recompute[name], part, lambda block, x: cache.cached[name], self, x
         )
-        x = nn.with_logical_constraint(x + gate_a[:, None].astype(x.dtype) * attended, ACTIVATION)
-        x = nn.with_logical_constraint(
-            x
-            + part(
-                "cross_attention", lambda block, x: block.cross_attn(x, keys, values, lengths), x
-            ),
-            ACTIVATION,
-        )
-        x = x + gate_m[:, None].astype(x.dtype) * part(
-            "mlp", lambda block, x: block.mlp(modulated_norm(x, shift_m, scale_m)), x
-        )
-        return nn.with_logical_constraint(x, ACTIVATION), outputs
+        return outputs[name]
+
+
+def _stream(x: jax.Array) -> jax.Array:
+    """The residual stream [b, n, d], whole along d on every device: what tensor parallelism splits
+    is summed here."""
+    return nn.with_logical_constraint(x, ACTIVATION)
+
+
+def _gate(gate: jax.Array, x: jax.Array) -> jax.Array:
+    """[b, d] fp32 → [b, 1, d] in the stream's dtype."""
+    return gate[:, None].astype(x.dtype)
 
 
 class PixArtTransformer(nn.Module):
     """ε and variance logits of noisy latents, given a timestep and a text.
 
-    Parameters are fp32 and stacked over the blocks, params["blocks"][…] [depth, …]; the blocks
-    compute in dtype, while the timestep, sizes, modulation, norms and softmax stay in fp32.
-    params["null_caption"] [text_tokens, caption_width] is what
-    a dropped caption is replaced by: drawn at init, read by the trainer, never by this module, and
-    never trained.
+    Parameters are fp32 and stacked over the blocks, params["blocks"][…] [depth, …]. The blocks
+    compute in dtype; timestep, sizes, modulation, norms and softmax in fp32.
+    params["null_caption"] [text_tokens, caption_width] replaces dropped captions: random at init,
+    read by the trainer, never by this module, and never trained.
     """
 
     config: TransformerConfig
     dtype: jnp.dtype = jnp.float32
-    remat: str = "none"  # a name of models/remat.py
-    # a name of models/context.py; read where image tokens are split over devices
-    context_attention: str = "all_gather"
+    remat: str = "none"  # a policy of models/remat.py
+    context_attention: str = "all_gather"  # of models/ring.py, where image tokens are split
 
     def setup(self):
         c = self.config
@@ -232,16 +239,12 @@ class PixArtTransformer(nn.Module):
             self.kv_compression = KVCompression(
                 c.kv_compression, c.kv_compression_layers, c.depth, c.width
             )
-        final_table = nn.with_logical_partitioning(
-            nn.initializers.normal(c.width**-0.5), (None, NORM)
-        )
-        self.final_table = self.param("final_table", final_table, (2, c.width), jnp.float32)
+        init = nn.initializers.normal(c.width**-0.5)
+        self.final_table = param(self, "final_table", init, (2, c.width), (None, NORM))
         self.final = Dense(c.patch_size**2 * c.out_channels, (EMBED, None), zeros, self.dtype)
         if self.is_initializing():
-            null = nn.with_logical_partitioning(
-                nn.initializers.normal(c.caption_width**-0.5), (None, TEXT)
-            )
-            self.param("null_caption", null, (c.text_tokens, c.caption_width), jnp.float32)
+            init = nn.initializers.normal(c.caption_width**-0.5)
+            param(self, "null_caption", init, (c.text_tokens, c.caption_width), (None, TEXT))
 
     def __call__(
         self,
@@ -249,30 +252,53 @@ class PixArtTransformer(nn.Module):
         timesteps: jax.Array,  # [b] fp32, 0 … 999, may be fractional
         text_states: jax.Array,  # [b, l, caption_width]
         text_lengths: jax.Array,  # [b] int
-        # [b, 2] (height, width) in pixels; read only with size_conditions
-        size: jax.Array | None = None,
-        aspect_ratio: jax.Array | None = None,  # [b] height / width; likewise
+        size: jax.Array | None = None,  # [b, 2] (height, width) in pixels, with size_conditions
+        aspect_ratio: jax.Array | None = None,  # [b] height / width, with size_conditions
     ) -> jax.Array:  # [b, h, w, out_channels] fp32
-        """One evaluation; equal to encode_text, encode_times and denoise, but each block makes its
-        keys and values where it needs them."""
-        text, grid = self._project(text_states), self.config.grid(latents.shape)
-
-        def step(block, x, per_block, modulation, text, lengths):
-            _, compression, _ = per_block
-            return block(x, modulation, *block.keys_values(text), lengths, compression, grid)
-
+        """One evaluation."""
+        text = ProjectedText(self._project(text_states), text_lengths)
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), latents.shape[:1])
         vector = nn.with_logical_constraint(
             self._condition(timesteps, size, aspect_ratio), CONDITION
         )
         modulation = nn.with_logical_constraint(self._modulation(vector), (BATCH, None, ACT_EMBED))
-        return self._denoise(
-            latents, Conditioning(vector, modulation), step, None, (text, text_lengths)
-        )[0]
+        return self.denoise(latents, Conditioning(vector, modulation), text)[0]
+
+    def denoise(
+        self,
+        latents: jax.Array,  # [b, h, w, in_channels]
+        conditioning: Conditioning,
+        text: TextKV | ProjectedText,
+        cache: BlockCache | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """One evaluation, with time and text already encoded: [b, h, w, out_channels] fp32, and of
+        the parts in ``cache`` the outputs [depth, b, n, d], for the next evaluation's cache."""
+        c = self.config
+        rows, columns = grid = c.grid(latents.shape)
+
+        def block_step(block, x, per_block, modulation, states, lengths):
+            keys_values, compression, cache = per_block
+            keys, values = keys_values or block.keys_values(states)
+            return block(x, modulation, keys, values, lengths, compression, grid, cache)
+
+        keys_values, states = (
+            ((text.keys, text.values), None) if isinstance(text, TextKV) else (None, text.states)
+        )
+        x = _stream(self.patch_embedder(latents))
+        x, outputs = self._scan(remat(block_step, self.remat), broadcast=3)(
+            self.blocks,
+            x,
+            (keys_values, self._compression(rows, columns), cache),
+            conditioning.modulation,
+            states,
+            text.lengths,
+        )
+        shift, scale = jnp.moveaxis(self.final_table + conditioning.vector[:, None], 1, 0)
+        x = self.final(modulated_norm(x, shift, scale))
+        return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size), outputs
 
     def encode_text(self, text_states: jax.Array, text_lengths: jax.Array) -> TextKV:
-        """Text states [b, l, caption_width], lengths [b] → every block's keys and values: the work
-        that depends on the prompt alone."""
+        """Text states [b, l, caption_width], lengths [b] → every block's keys and values."""
         text = self._project(text_states)
         scan = self._scan(
             lambda block, carry, _, text: (carry, block.keys_values(text)), broadcast=1
@@ -282,37 +308,16 @@ class PixArtTransformer(nn.Module):
 
     def encode_times(
         self,
-        timesteps: jax.Array,
-        size: jax.Array | None = None,
-        aspect_ratio: jax.Array | None = None,
+        timesteps: jax.Array,  # [s], of all steps at once
+        size: jax.Array | None = None,  # [b, 2], as in __call__
+        aspect_ratio: jax.Array | None = None,  # [b]
     ) -> Conditioning:  # vector [s, b or 1, d], modulation [s, b or 1, 6, d]
-        """The work that depends on the times alone, of all steps at once: timesteps [s]; size [b,
-        2], aspect_ratio [b] as in __call__."""
         timesteps = jnp.asarray(timesteps, jnp.float32)[:, None]
         vector = self._condition(timesteps, size, aspect_ratio)
         return Conditioning(vector, self._modulation(vector))
 
-    def denoise(
-        self,
-        latents: jax.Array,
-        conditioning: Conditioning,
-        text: TextKV,
-        kept: BlockCache | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """One evaluation, time and text already encoded: latents [b, h, w, in_channels] → [b, h, w,
-        out_channels] fp32 and the outputs [depth, b, n, d] of the parts that ``kept`` names, as the
-        next evaluation may take them over."""
-        grid = self.config.grid(latents.shape)
-
-        def step(block, x, per_block, modulation, lengths):
-            keys_values, compression, kept = per_block
-            return block(x, modulation, *keys_values, lengths, compression, grid, kept)
-
-        return self._denoise(
-            latents, conditioning, step, (text.keys, text.values), (text.lengths,), kept
-        )
-
     def _project(self, text_states: jax.Array) -> jax.Array:
+        """[b, l, caption_width] → [b, l, d]."""
         if text_states.shape[-1] != self.config.caption_width:
             raise UserError(
                 f"text states {tuple(text_states.shape)} do not fit: want [b, l, "
@@ -320,23 +325,11 @@ class PixArtTransformer(nn.Module):
             )
         return nn.with_logical_constraint(self.caption_projection(text_states), TEXT_ACTIVATION)
 
-    def _scan(self, step, broadcast: int):
-        """One loop over the stacked blocks; step(block, carry, per_block, *broadcast) → (carry,
-        out)."""
-        return nn.scan(
-            step,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * broadcast),
-            length=self.config.depth,
-            metadata_params={nn.PARTITION_NAME: LAYERS},
-        )
-
     def _condition(
         self, timesteps: jax.Array, size: jax.Array | None, aspect_ratio: jax.Array | None
     ) -> jax.Array:
-        """The conditioning vector, fp32, of the timestep and, in the multi-scale model, height,
-        width and aspect ratio: timesteps [b] → [b, d], or [s, 1] → [s, b or 1, d]."""
+        """The conditioning vector, fp32: the timestep and, in the multi-scale model, height, width
+        and aspect ratio. timesteps [b] → [b, d], or [s, 1] → [s, b or 1, d]."""
         t = self.timestep_embedder(timesteps)
         if self.config.size_conditions:
             if size is None or aspect_ratio is None:
@@ -352,6 +345,18 @@ class PixArtTransformer(nn.Module):
         """[…, d] → […, 6, d]."""
         return self.t_block(nn.silu(vector)).reshape(*vector.shape[:-1], 6, self.config.width)
 
+    def _scan(self, step, broadcast: int):
+        """One loop over the stacked blocks; step(block, carry, per_block, *broadcast) → (carry,
+        output)."""
+        return nn.scan(
+            step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, *[nn.broadcast] * broadcast),
+            length=self.config.depth,
+            metadata_params={nn.PARTITION_NAME: LAYERS},
+        )
+
     def _compression(self, rows: int, columns: int) -> Compression | None:
         """Every layer's key and value compression on a grid of patches, stacked [depth, …]; None in
         a model without."""
@@ -359,32 +364,12 @@ class PixArtTransformer(nn.Module):
         if c.kv_compression == 1:
             return None
         compression = self.kv_compression()
-        # the parameters are made, and any grid will do to make them: one patch, too
-        if self.is_initializing():
+        if self.is_initializing():  # the parameters exist now, and init uses a grid of one patch
             return None
         if min(rows, columns) < c.kv_compression:
+            side = c.kv_compression * c.patch_size
             raise UserError(
                 f"a grid of {rows} × {columns} patches is too small for kv_compression = "
-                f"{c.kv_compression}: "
-                f"latents of at least {c.kv_compression * c.patch_size} × "
-                f"{c.kv_compression * c.patch_size} would do"
+                f"{c.kv_compression}: latents of at least {side} × {side} would do"
             )
         return compression
-
-    def _denoise(
-        self, latents, conditioning, step, per_block, shared, kept=None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        c = self.config
-        rows, columns = c.grid(latents.shape)
-        x = nn.with_logical_constraint(self.patch_embedder(latents), ACTIVATION)
-        scan = self._scan(remat(step, self.remat), broadcast=1 + len(shared))
-        x, outputs = scan(
-            self.blocks,
-            x,
-            (per_block, self._compression(rows, columns), kept),
-            conditioning.modulation,
-            *shared,
-        )
-        shift, scale = jnp.moveaxis(self.final_table + conditioning.vector[:, None], 1, 0)
-        x = self.final(modulated_norm(x, shift, scale))
-        return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size), outputs

@@ -1,39 +1,44 @@
-"""AutoencoderKL: the convolutional autoencoder of Stable Diffusion (Rombach et al. 2022, arXiv
-2112.10752) that PixArt works behind.
+"""AutoencoderKL: the convolutional autoencoder of Stable Diffusion (arXiv 2112.10752).
 
 Images [b, H, W, 3] in [-1, 1] ↔ latents [b, H/f, W/f, 4], f = 2^(levels − 1). The encoder gives a
-diagonal Gaussian; the
-latents here are unscaled: ``config.scaling_factor`` is applied by whoever hands them to a denoiser.
-
-Every layer stands outside of ``lax.scan``: the levels differ in shape, and a scanned convolution is
-slow on a CPU.
+diagonal Gaussian. Latents are unscaled here: callers multiply by ``config.scaling_factor`` before
+denoising. No layer is in ``lax.scan``: levels differ in shape, and a scanned convolution is slow on
+a CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import attention
+from pixart_jax.models.geometry import CheckedConfig
+from pixart_jax.models.layers import ones, param, zeros
 from pixart_jax.parallel.axes import BATCH, CONV_IN, CONV_OUT, NORM
 
+lecun = nn.initializers.lecun_normal()
 _IMAGES = (BATCH, None, None, None)  # logical names of [b, h, w, c]
 _GROUP_NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(CheckedConfig):
     """Sizes of an autoencoder; the defaults are Stable Diffusion's (83.7M parameters).
 
-    block_out_channels: one width a level, the image halved between two levels. use_quant_conv: a
-    1×1 convolution behind the encoder and one before the decoder. mid_block_attention: one
-    single-head attention at the lowest resolution of each half. sample_size: side in pixels that it
-    was trained at; a note only.
+    block_out_channels: the width of each level; resolution halves between levels. use_quant_conv: a
+    1×1 convolution after the encoder and one before the decoder. mid_block_attention: single-head
+    attention at the lowest resolution of each half. sample_size: side in pixels of the training
+    images, informative only.
     """
 
     in_channels: int = 3
@@ -48,25 +53,15 @@ class VAEConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        for name in (
-            "in_channels",
-            "latent_channels",
-            "layers_per_block",
-            "norm_num_groups",
-            "sample_size",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"VAEConfig.{name} = {getattr(self, name)!r}: must be at least 1")
-        if not self.block_out_channels:
-            raise UserError("VAEConfig.block_out_channels is empty: name one width a level")
-        for width in self.block_out_channels:
-            if width < 1 or width % self.norm_num_groups:
-                raise UserError(
-                    f"VAEConfig.block_out_channels = {self.block_out_channels!r}: "
-                    f"{width} is not divisible by norm_num_groups = {self.norm_num_groups}"
-                )
-        if not self.scaling_factor > 0:
-            raise UserError(f"VAEConfig.scaling_factor = {self.scaling_factor!r}: must be positive")
+        self.require_positive("in_channels", "latent_channels", "layers_per_block")
+        self.require_positive("norm_num_groups", "sample_size")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        self.require(bool(widths), "block_out_channels", "is empty: name one width a level")
+        for width in widths:
+            fits = width >= 1 and width % groups == 0
+            what = f"{width} is not divisible by norm_num_groups = {groups}"
+            self.require(fits, "block_out_channels", what)
+        self.require(self.scaling_factor > 0, "scaling_factor", "must be positive")
 
     @property
     def factor(self) -> int:
@@ -90,25 +85,21 @@ class Convolution(nn.Module):
             strides=self.stride,
             padding="SAME" if self.stride == 1 else ((0, 1), (0, 1)),
             dtype=self.dtype,
-            kernel_init=nn.with_logical_partitioning(
-                nn.initializers.lecun_normal(), (None, None, CONV_IN, CONV_OUT)
-            ),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (CONV_OUT,)),
+            kernel_init=nn.with_logical_partitioning(lecun, (None, None, CONV_IN, CONV_OUT)),
+            bias_init=nn.with_logical_partitioning(zeros, (CONV_OUT,)),
             name="conv",
         )(x)
-        # else an fsdp mesh may gather images rather than kernels
+        # otherwise an fsdp mesh may gather images instead of kernels
         return nn.with_logical_constraint(x, _IMAGES)
 
 
-def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+def _dense(features: int, dtype: jnp.dtype, name: str | None = None) -> nn.Dense:
     """A 1×1 convolution, [..., c] → [..., features]."""
     return nn.Dense(
         features,
         dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(
-            nn.initializers.lecun_normal(), (CONV_IN, CONV_OUT)
-        ),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (CONV_OUT,)),
+        kernel_init=nn.with_logical_partitioning(lecun, (CONV_IN, CONV_OUT)),
+        bias_init=nn.with_logical_partitioning(zeros, (CONV_OUT,)),
         name=name,
     )
 
@@ -116,8 +107,8 @@ def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
 class GroupNorm(nn.Module):
     """Group normalisation with statistics in fp32, [b, ..., c] → the same.
 
-    The groups are folded into one scale and one shift a channel, [b, c] each, so that what is left
-    of the pass over the image is one multiply-add, which XLA fuses with the activation behind it.
+    The groups are folded into a scale and a shift [b, c], so the pass over the image is one
+    multiply-add, which XLA fuses with the activation after it.
     """
 
     groups: int
@@ -126,19 +117,14 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), (NORM,)), (channels,)
-        )
-        bias = self.param(
-            "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), (NORM,)), (channels,)
-        )
+        scale = param(self, "scale", ones, (channels,), (NORM,))
+        bias = param(self, "bias", zeros, (channels,), (NORM,))
         per_group = (x.shape[0], self.groups, channels // self.groups)
         space = tuple(range(1, x.ndim - 1))
         spread = (slice(None), *(None,) * len(space))  # [b, c] → [b, 1, 1, c]
         wide = x.astype(jnp.float32)
 
-        # [b, c] → mean over each group's channels, given back to each channel
-        def over_group(per_channel):
+        def over_group(per_channel):  # [b, c] → the mean of each channel's group
             mean = per_channel.reshape(per_group).mean(-1, keepdims=True)
             return jnp.broadcast_to(mean, per_group).reshape(x.shape[0], channels)
 
@@ -247,11 +233,8 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder. ``init`` and training go through ``__call__``; use goes through ``encode``
-    and ``decode``.
-
-    dtype: of the computation; parameters and what comes out are fp32.
-    """
+    """The autoencoder; ``__call__`` is for init and training, ``encode`` and ``decode`` for use.
+    Parameters and outputs are fp32, the computation is in dtype."""
 
     config: VAEConfig
     dtype: jnp.dtype = jnp.float32
@@ -260,15 +243,14 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(self.config, self.dtype)
         self.decoder = Decoder(self.config, self.dtype)
         if self.config.use_quant_conv:
-            self.quant = _dense(2 * self.config.latent_channels, self.dtype, None)
-            self.post_quant = _dense(self.config.latent_channels, self.dtype, None)
+            self.quant = _dense(2 * self.config.latent_channels, self.dtype)
+            self.post_quant = _dense(self.config.latent_channels, self.dtype)
 
     def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images [b, H, W, 3] in [-1, 1] → (mean, log-variance) [b, H/f, W/f, latent_channels]
         fp32, for a KL loss.
 
-        Sides that are no multiple of f lose the remainder, as in the reference. Raises UserError on
-        any other shape.
+        Sides that are not a multiple of f lose the remainder, as in the reference.
         """
         if images.ndim != 4 or images.shape[-1] != self.config.in_channels:
             raise UserError(
@@ -293,8 +275,8 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.exp(0.5 * log_variance)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [b, h, w, latent_channels], unscaled → images [b, h · f, w · f, 3] fp32, about
-        [-1, 1] and not clipped."""
+        """Latents [b, h, w, latent_channels], unscaled → images [b, h · f, w · f, 3] fp32 in about
+        [-1, 1], not clipped."""
         if latents.ndim != 4 or latents.shape[-1] != self.config.latent_channels:
             raise UserError(
                 f"latents of shape {tuple(latents.shape)} do not fit: [batch, height, width, "
@@ -308,10 +290,83 @@ class AutoencoderKL(nn.Module):
     def __call__(
         self, images: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Images → (reconstruction, mean, log-variance). With a key the decoder sees a draw from
-        the posterior, else its mean."""
+        """Images → (reconstruction, mean, log-variance). The decoder gets a sample of the
+        posterior with a key, otherwise its mean."""
         mean, log_variance = self.moments(images)
         latents = mean
         if key is not None:
             latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
         return self.decode(latents), mean, log_variance
+
+
+# ---- tiled decoding ----
+
+
+def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
+    """First cells of the fewest tiles along a side that overlap by at least ``overlap``, evenly
+    spaced, the last one at the end."""
+    if side <= tile:
+        return [0]
+    count = math.ceil((side - overlap) / (tile - overlap))
+    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
+
+
+def _ramp(length: int, overlap: int, first: bool, last: bool) -> np.ndarray:
+    """Weights of a tile along one axis, [length] fp32, linear over the overlaps."""
+    weights = np.ones(length, np.float32)
+    slope = (np.arange(overlap, dtype=np.float32) + 0.5) / max(overlap, 1)
+    if not first:
+        weights[:overlap] = slope
+    if not last:
+        weights[length - overlap :] = np.minimum(weights[length - overlap :], slope[::-1])
+    return weights
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _blend(total, weight, tile, tile_weight, top, left):
+    """Add a tile [b, t, t', c] with its weights [t, t', 1] to the sums. Its place is traced:
+    one program for all tiles."""
+    b, height, width, channels = tile.shape
+    region = jax.lax.dynamic_slice(total, (0, top, left, 0), (b, height, width, channels))
+    total = jax.lax.dynamic_update_slice(total, region + tile * tile_weight, (0, top, left, 0))
+    region = jax.lax.dynamic_slice(weight, (top, left, 0), (height, width, 1))
+    return total, jax.lax.dynamic_update_slice(weight, region + tile_weight, (top, left, 0))
+
+
+def tiled_decode(
+    decode: Callable[[jax.Array], jax.Array], latents: jax.Array, tile: int = 64, overlap: int = 16
+) -> jax.Array:
+    """decode(latents) in overlapping tiles, so that memory depends on the tile only: latents [b, h,
+    w, 4] → images [b, h · f, w · f, 3].
+
+    tile, overlap: in latent cells. Tiles are cross-faded linearly over the overlap. Group norms and
+    the middle attention see one tile, so the result is close to that of one pass, not equal.
+    Latents no larger than a tile are decoded in one pass. UserError where the overlap is more than
+    half a tile.
+    """
+    if tile < 1 or not 0 <= overlap <= tile // 2:
+        raise UserError(
+            f"tile {tile} with overlap {overlap}: a tile is at least 1 and the overlap lies in 0 "
+            f"… {max(tile, 0) // 2}, half the tile"
+        )
+    b, height, width, _ = latents.shape
+    if height <= tile and width <= tile:
+        return decode(latents)
+    rows, columns = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
+    total: Any = None
+    weight: Any = None
+    for top in rows:
+        for left in columns:
+            image = decode(latents[:, top : top + tile, left : left + tile])
+            if total is None:
+                factor = image.shape[1] // min(tile, height)
+                total = jnp.zeros(
+                    (b, height * factor, width * factor, image.shape[-1]), jnp.float32
+                )
+                weight = jnp.zeros((height * factor, width * factor, 1), jnp.float32)
+            down = _ramp(image.shape[1], overlap * factor, top == rows[0], top == rows[-1])
+            ends = left == columns[0], left == columns[-1]
+            across = _ramp(image.shape[2], overlap * factor, *ends)
+            weights = (down[:, None] * across[None])[..., None]
+            total, weight = _blend(total, weight, image, weights, top * factor, left * factor)
+    return total / weight

@@ -19,7 +19,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.text import clean_caption, lower_caption
-from pixart_jax.weights.files import ChunkedTensor, SafetensorsFile, write_safetensors
+from pixart_jax.weights.files import LazyTensor, SafetensorsFile, write_safetensors
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours: safetensors' name
 _IDENTITY = "pixart_jax.text_states"
@@ -194,7 +194,9 @@ def write(
     offsets = np.cumsum([0, *(len(rows[text]) for text in texts)], dtype=np.int64)
     names = json.dumps(texts, ensure_ascii=False).encode("utf-8")
     tensors = {
-        "states": ChunkedTensor((int(offsets[-1]), width), dtype, (rows[text] for text in texts)),
+        "states": LazyTensor(
+            (int(offsets[-1]), width), dtype, lambda: map(rows.__getitem__, texts)
+        ),
         "offsets": offsets,
         "texts": np.frombuffer(names, np.uint8),
     }

@@ -1,9 +1,8 @@
-"""Weights as they lie in memory, kept on disk: the second opening of a model changes no axes and no
-dtype.
+"""A cache of converted weights, so that the second load of a model converts no axes and no dtypes.
 
-One safetensors file for each (model folder, dtypes), under our own names. Its header says which
-files it was made of, by size and time of change, and by which code; where any of that has changed
-it is made anew in its place.
+One safetensors file per (model folder, dtype, quantization), with our own names. Its metadata
+records the source files, by size and modification time, and a hash of the converting code; after
+any change it is replaced.
 """
 
 from __future__ import annotations
@@ -22,31 +21,30 @@ from pixart_jax.errors import UserError
 from pixart_jax.weights.files import SafetensorsFile, write_safetensors
 from pixart_jax.weights.streaming import leaves
 
-SMALLEST = 64 << 20  # bytes; what is smaller opens at once anyway
-_IDENTITY = "pixart_jax"  # the key in the file's metadata
+SMALLEST = 64 << 20  # bytes; smaller models load fast without a cache
+_IDENTITY = "pixart_jax"  # key in the file's metadata
 
 
 class ParamCache:
-    """The kept weights of one model folder, opened in one way (dtype, quantization)."""
+    """The cached weights of a model folder; how: (dtype, quantization)."""
 
     def __init__(self, root: Path, folder: Path, how: tuple):
         self._root, self._folder, self._how = root, folder.resolve(), how
 
     def find(self) -> SafetensorsFile | None:
-        """The kept file; None where there is none, or it was made of other files or by other
-        code."""
+        """The cached file; None without one of these source files and this code."""
         if not self._path.is_file():
             return None
         try:
-            held = SafetensorsFile(self._path)
-        except UserError as fault:
-            _say(f"{fault}; it is a cache, and made anew")
+            cached = SafetensorsFile(self._path)
+        except UserError as error:
+            _say(f"{error}; it is a cache, and made anew")
             return None
-        return held if held.metadata.get(_IDENTITY) == self._identity() else None
+        return cached if cached.metadata.get(_IDENTITY) == self._identity() else None
 
     def store(self, params: Mapping) -> None:
-        """Write the parameters, unless they are few, lie on several hosts, or the disk has no room
-        for them, which is said."""
+        """Write the parameters, unless they are small or on several hosts, or, with a message, the
+        disk is too full."""
         flat = leaves(params)
         size = sum(array.nbytes for array in flat.values())
         if size < SMALLEST or not all(array.is_fully_addressable for array in flat.values()):
@@ -76,7 +74,7 @@ class ParamCache:
 
 @functools.cache
 def _code() -> str:
-    """A hash of the code that lays parameters out: the models, the tables of names, the readers."""
+    """A hash of the code of the models, the tables of names and the readers."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
     for file in sorted([*package.glob("models/*.py"), *package.glob("weights/*.py")]):

@@ -1,5 +1,5 @@
-"""A part of a model, bound: config, module and parameters together, opened from and saved to a
-folder of diffusers or transformers."""
+"""Components: a model's config, module and parameters, loaded from and saved to a folder that
+diffusers or transformers opens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -18,43 +18,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.files import write_json
 from pixart_jax.models.dit import DiT as DiTModule
 from pixart_jax.models.t5 import T5Encoder, check_quantization
 from pixart_jax.models.transformer import PixArtTransformer
-from pixart_jax.models.vae import AutoencoderKL
-from pixart_jax.models.vae_tiled import tiled_decode
+from pixart_jax.models.vae import AutoencoderKL, tiled_decode
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.parallel.rules import on_mesh, parameter_shardings
 from pixart_jax.weights import dit, t5, transformer, vae
 from pixart_jax.weights.cache import ParamCache
 from pixart_jax.weights.files import (
-    Renamed,
+    JoinedTensors,
+    LazyTensor,
     SafetensorsFile,
     Tensors,
     find_weights,
     open_tensors,
-    write_json,
+    renamed,
     write_order,
     write_safetensors,
 )
-from pixart_jax.weights.opening import LazyParams, PendingParams
-from pixart_jax.weights.streaming import ParamReader, map_params
-from pixart_jax.weights.table import LazyTensor, ParamMapping, flatten, unflatten, write
+from pixart_jax.weights.streaming import map_params, read
+from pixart_jax.weights.table import ParamMapping, flatten, unflatten, write
 
 CONFIG = "config.json"
-# beside the transformer's weights: diffusers has no place for it and would warn of its key
+# beside the transformer's weights: diffusers does not store it and would warn of its key
 NULL_CAPTION = "null_caption.safetensors"
+_NULL_KEY = "caption_projection.y_embedding"  # its key in old diffusers files
 
 
 def _apply(module: nn.Module, method: str, params, *arguments):
     return module.apply({"params": params}, *arguments, method=method)
 
 
-# One executable a (module, method, shapes); modules of equal config are equal, so other parameters
-# do not recompile.
+# One executable per (module, method, shapes). Modules of equal configs are equal, so other
+# parameters do not recompile.
 _run = jax.jit(_apply, static_argnums=(0, 1))
-# A CPU multiplies narrow floats as fp32, and XLA would widen the whole stack of a scan's parameters
-# before it begins: 19 GB for T5-XXL.
+# A CPU multiplies bfloat16 as fp32, and XLA would convert a scan's whole stack of parameters before
+# the loop: 19 GB for T5-XXL.
 _run_layer_by_layer = jax.jit(
     _apply,
     static_argnums=(0, 1),
@@ -65,69 +66,50 @@ _run_layer_by_layer = jax.jit(
 @dataclasses.dataclass(frozen=True, eq=False)
 class Component(abc.ABC):
     """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation.
-    mesh: where params lie, or None.
+    mesh: where the parameters are, or None.
 
-    A component that was just opened reads its parameters while its caller goes on; asking for
-    ``params`` waits for them (opening.py). Opened with a dtype, the matrices of what computes in it
-    are held in it too, so bfloat16 is half the memory; norms, tables, biases and all that computes
-    in fp32 stay in fp32.
+    Loaded with dtype=bfloat16, the kernels of what computes in it are stored in it too: half the
+    memory. Norms, tables, biases and modules that compute in fp32 stay fp32.
     """
 
-    config: object
-    params: Mapping = LazyParams()
+    config: Any
+    params: Mapping
     dtype: jnp.dtype = jnp.float32
     mesh: jax.sharding.Mesh | None = None
 
     weights_file: ClassVar[str] = "diffusion_pytorch_model.safetensors"
+    _wide: ClassVar[tuple[str, ...]] = ()  # modules that always compute in fp32
 
     def __post_init__(self):
-        # one spelling, so that equal modules hash alike
+        # one spelling of a dtype, so that equal modules hash alike
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
     @functools.cached_property
     def module(self) -> nn.Module:
-        """The Flax module; equal for equal config and dtype, and hashable, so it can be a static
-        argument of jit."""
+        """The Flax module: equal for equal config and dtype, and hashable, as a static argument of
+        jit must be."""
         return self._module(self.config, self.dtype)
 
     def replace(self, **changes) -> Self:
         """The same component with other params (or config, dtype, mesh)."""
-        return dataclasses.replace(self, **{"params": self._held, **changes})
-
-    @property
-    def shapes(self) -> Mapping:
-        """The tree of params as jax.ShapeDtypeStruct, without waiting for those that are being
-        read."""
-        held = self._held
-        return (
-            held.shapes
-            if isinstance(held, PendingParams)
-            else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
-        )
-
-    @property
-    def _held(self) -> Mapping | PendingParams:
-        return vars(self)["params"]
+        return dataclasses.replace(self, **changes)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write config.json and the weights, each whole or not at all, in the dtype that params are
-        held in.
+        """Write config.json and the weights, each atomically, in the dtypes of params.
 
-        Where several processes share the parameters all must call it: tensor by tensor, a stack's
-        layer by layer, they gather what the first one writes, so that no host holds more than one
-        beside its own. Raises UserError when the folder cannot be written.
+        Where several processes share the parameters all must call it: they gather one tensor, or
+        layer of a stack, at a time, and the first process writes. UserError when the folder cannot
+        be written.
         """
         params, folder = nn.unbox(dict(self.params)), Path(folder)
-        if jax.process_index() == 0:
+        arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+        first = jax.process_index() == 0
+        if first or not all(array.is_fully_addressable for array in arrays):
             self._write_weights(folder, params)
-            write_json(folder / CONFIG, self._config_to_json(params))
-        elif any(
-            isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-            for leaf in jax.tree.leaves(params)
-        ):
-            self._write_weights(folder, params)
+        if first:
+            write_json(folder / CONFIG, self._config_to_json(params), ensure_ascii=False)
 
-    # What each kind of component fills in.
+    # ---- what each kind of component defines ----
 
     @classmethod
     @abc.abstractmethod
@@ -137,7 +119,7 @@ class Component(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def _example(cls, config) -> tuple:
-        """Arguments that the module's init takes."""
+        """Arguments of the module's init."""
 
     @classmethod
     @abc.abstractmethod
@@ -146,121 +128,106 @@ class Component(abc.ABC):
 
     @abc.abstractmethod
     def _config_to_json(self, params: Mapping) -> dict:
-        """config.json of what is saved."""
+        """The config.json to save."""
+
+    @classmethod
+    def _canonical(cls, tensors: Tensors, config) -> Tensors:
+        """The file's tensors under current names, without those of other models."""
+        return tensors
 
     def _write_weights(self, folder: Path, params: Mapping) -> None:
-        tensors = write(self._names(self.config, self._config_to_json(params))[0], params)
-        _write(folder / self.weights_file, tensors)
-
-    # Modules that compute in fp32 whatever the model's dtype is.
-    _wide: ClassVar[tuple[str, ...]] = ()
+        table, _ = self._names(self.config, self._config_to_json(params))
+        _write(folder / self.weights_file, write(table, params))
 
     @classmethod
     def _keep(cls, path: str, dtype) -> np.dtype:
-        """The dtype in which a parameter is held when the computation is in ``dtype``: that of the
-        products that it enters."""
+        """The dtype of a stored parameter when the computation is in ``dtype``: that of the
+        products it is used in."""
         narrow = path.endswith("kernel") and not path.startswith(cls._wide)
         return np.dtype(dtype) if narrow else np.dtype(np.float32)
 
+    # ---- loading and running ----
+
     @classmethod
     def cast_for_compute(cls, params, dtype):
-        """fp32 parameters as a component opened with ``dtype`` holds them: what enters products in
-        it is cast to it, the rest is as given.
+        """Cast fp32 parameters to the dtypes of a component loaded with ``dtype``.
 
-        Whoever computes more than once with fp32 parameters casts them once by it, ahead of the
-        loop over blocks. The module's results are the same to the bit, for it casts to the same
-        dtype what it is given in another.
+        Cast once, ahead of the loop over blocks, when the parameters are used several times. The
+        module's results are the same to the bit.
         """
 
         def cast(path, leaf):
-            held = cls._keep("/".join(key.key for key in path), dtype)
-            return leaf.astype(held) if leaf.dtype == jnp.float32 else leaf
+            dtype_of_leaf = cls._keep("/".join(key.key for key in path), dtype)
+            return leaf.astype(dtype_of_leaf) if leaf.dtype == jnp.float32 else leaf
 
         return jax.tree_util.tree_map_with_path(cast, params)
 
-    # Loading.
-
-    @classmethod
-    def _boxed(cls, config, dtype, *more) -> Mapping:
-        """The tree of shapes that the module's init makes, each in its box of axis names; nothing
-        is computed."""
-        key = jax.eval_shape(jax.random.key, 0)
-        return jax.eval_shape(cls._module(config, dtype, *more).init, key, *cls._example(config))[
-            "params"
-        ]
-
     @classmethod
     def abstract(cls, config, dtype, mesh: jax.sharding.Mesh) -> Self:
-        """The component as it would be opened on ``mesh``, its parameters as shapes with dtypes and
-        shardings alone."""
-        dtype = jnp.dtype(dtype)
-        boxed = cls._boxed(config, dtype)
-        held = {path: cls._keep(path, dtype) for path in flatten(nn.unbox(boxed))}
+        """The component as loaded on ``mesh``, with shapes, dtypes and shardings for parameters."""
+        boxed = cls._boxed(config, dtype := jnp.dtype(dtype))
         shapes, shardings = flatten(nn.unbox(boxed)), flatten(parameter_shardings(boxed, mesh))
         params = {
-            p: jax.ShapeDtypeStruct(shapes[p].shape, held[p], sharding=shardings[p]) for p in shapes
+            path: jax.ShapeDtypeStruct(
+                shape.shape, cls._keep(path, dtype), sharding=shardings[path]
+            )
+            for path, shape in shapes.items()
         }
         return cls(config, unflatten(params), dtype, mesh)
+
+    @classmethod
+    def _boxed(cls, config, dtype, **options) -> Mapping:
+        """The shapes of the module's init, boxed with axis names; nothing is computed."""
+        init = cls._module(config, dtype, **options).init
+        return jax.eval_shape(init, jax.random.key(0), *cls._example(config))["params"]
 
     @classmethod
     def _load(
         cls,
         config,
-        tensors: Tensors,
         values: Mapping,
+        tensors: Tensors,
         dtype,
         mesh,
-        cache: ParamCache | None = None,
-        quantization: str | None = None,
-    ):
-        held = None if cache is None else cache.find()
-        if held is not None and mesh is None:
-            return cls(config, map_params(held), dtype, mesh)
-        boxed = cls._boxed(config, dtype, *[quantization] * bool(quantization))
-        shardings = parameter_shardings(boxed, mesh) if mesh is not None else None
-        if held is not None:
-            return cls(config, map_params(held, shardings), dtype, mesh)
-        keep = functools.partial(cls._keep, dtype=dtype)
+        cache: ParamCache | None,
+        **options,
+    ) -> Self:
+        """options: of the module, quantization."""
+        cached = None if cache is None else cache.find()
+        if cached is not None and mesh is None:
+            return cls(config, map_params(cached), dtype, mesh)
+        boxed = cls._boxed(config, dtype, **options)
+        shardings = None if mesh is None else parameter_shardings(boxed, mesh)
+        if cached is not None:
+            return cls(config, map_params(cached, shardings), dtype, mesh)
         table, ignore = cls._names(config, values)
-        reading = ParamReader(
+        params = read(
             table,
             nn.unbox(boxed),
             tensors,
             ignore=ignore,
-            dtype=keep,
+            dtype=functools.partial(cls._keep, dtype=dtype),
             shardings=shardings,
-            quantization=quantization,
+            **options,
         )
-
-        def read():
-            params = reading.read()
-            if cache is not None:
-                cache.store(params)
-            return params
-
-        return cls(config, PendingParams(reading.shapes, read), dtype, mesh)
+        if cache is not None:
+            cache.store(params)
+        return cls(config, params, dtype, mesh)
 
     def _call(self, method: str, *arguments):
-        arguments = [
-            None if a is None else jnp.asarray(a) if not isinstance(a, jax.Array) else a
-            for a in arguments
-        ]
-        run = self._executable
+        arguments = tuple(None if a is None else jnp.asarray(a) for a in arguments)
         with on_mesh(self.mesh):
-            # what is made for these shapes is kept by JAX, and used below
-            if isinstance(self._held, PendingParams):
-                run.lower(self.module, method, self.shapes, *arguments).compile()
-            return run(self.module, method, self.params, *arguments)
+            return self._executable(self.module, method, self.params, *arguments)
 
     @property
     def _executable(self):
-        narrow = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(self.shapes))
+        narrow = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(self.params))
         return _run_layer_by_layer if narrow and jax.default_backend() == "cpu" else _run
 
 
 class Transformer(Component):
-    """The PixArt transformer. ``params`` lacks null_caption where the file held none (diffusers'
-    own files hold none)."""
+    """The PixArt transformer. ``params`` lacks null_caption where the file does (as released
+    diffusers files do)."""
 
     _wide = (
         "timestep_embedder/",
@@ -285,11 +252,11 @@ class Transformer(Component):
 
     @classmethod
     def _example(cls, config):
-        side, width = config.patch_size, config.caption_width
+        side = config.patch_size
         return (
             np.zeros((1, side, side, config.in_channels), np.float32),
             np.zeros((1,), np.float32),
-            np.zeros((1, 1, width), np.float32),
+            np.zeros((1, 1, config.caption_width), np.float32),
             np.ones((1,), np.int32),
             np.ones((1, 2), np.float32),
             np.ones((1,), np.float32),
@@ -303,25 +270,18 @@ class Transformer(Component):
         return transformer.config_to_json(self.config)
 
     def _write_weights(self, folder, params):
-        null = params.get("null_caption")
-        super()._write_weights(
-            folder, {name: value for name, value in params.items() if name != "null_caption"}
-        )
+        params = dict(params)
+        null = params.pop("null_caption", None)
+        super()._write_weights(folder, params)
         if null is not None:
-            _write(
-                folder / NULL_CAPTION,
-                {
-                    "null_caption": LazyTensor(
-                        null.shape, np.dtype(null.dtype), lambda: gather_to_host(null)
-                    )
-                },
-            )
+            tensor = LazyTensor(null.shape, np.dtype(null.dtype), lambda: [gather_to_host(null)])
+            _write(folder / NULL_CAPTION, {"null_caption": tensor})
         elif jax.process_index() == 0:
             (folder / NULL_CAPTION).unlink(missing_ok=True)
 
 
 class DiT(Component):
-    """The class-conditional DiT of stage 1, saved under the official code's names."""
+    """The class-conditional DiT of stage 1, saved under the official names."""
 
     _wide = ("timestep_embedder/", "blocks/modulation/", "final_modulation/")
 
@@ -335,9 +295,8 @@ class DiT(Component):
 
     @classmethod
     def _example(cls, config):
-        latents = np.zeros(
-            (1, config.patch_size, config.patch_size, config.in_channels), np.float32
-        )
+        side = config.patch_size
+        latents = np.zeros((1, side, side, config.in_channels), np.float32)
         return latents, np.zeros((1,), np.float32), np.zeros((1,), np.int32)
 
     @classmethod
@@ -351,8 +310,8 @@ class DiT(Component):
 
 
 class TextEncoder(Component):
-    """The T5 encoder. T5-XXL computing in bfloat16 is 9.5 GB; opened with quantization="int8",
-    whose kernels are int8 values and an fp32 scale an output channel, it is 4.9 GB."""
+    """The T5 encoder. T5-XXL takes 9.5 GB in bfloat16, and 4.9 GB loaded with quantization="int8":
+    int8 kernels with an fp32 scale per output channel."""
 
     weights_file = "model.safetensors"
 
@@ -362,13 +321,9 @@ class TextEncoder(Component):
 
     @property
     def quantization(self) -> str | None:
-        """How the kernels are held: 'int8', or None for floats (and where there are no parameters
-        yet)."""
-        return (
-            "int8"
-            if any(hasattr(leaf, "qvalue") for leaf in flatten(self.shapes).values())
-            else None
-        )
+        """'int8', or None for float kernels (and without parameters)."""
+        quantized = any(hasattr(leaf, "qvalue") for leaf in flatten(self.params).values())
+        return "int8" if quantized else None
 
     @functools.cached_property
     def module(self) -> nn.Module:
@@ -395,6 +350,12 @@ class TextEncoder(Component):
         return t5.TRANSFORMERS, t5.IGNORED
 
     @classmethod
+    def _canonical(cls, tensors, config):
+        keys = [key for key in tensors if not key.startswith(t5.IGNORED_PREFIXES)]
+        own = {key: key for key in keys if key not in t5.ALIASES}
+        return renamed(tensors, {t5.ALIASES[k]: k for k in keys if k in t5.ALIASES} | own)
+
+    @classmethod
     def _keep(cls, path, dtype):
         return np.dtype(dtype) if path == "embedding" else super()._keep(path, dtype)
 
@@ -410,13 +371,12 @@ class VAE(Component):
         return self._call("encode", images)
 
     def decode(self, latents, tile: int | None = None, overlap: int = 16) -> jax.Array:
-        """[b, h, w, 4] → [b, h · f, w · f, 3] fp32. tile: in latent cells, decodes a large image in
-        blended tiles of that side."""
+        """[b, h, w, 4] → [b, h · f, w · f, 3] fp32. tile: decodes in blended tiles of this many
+        latent cells a side, for large images."""
         if tile is None:
             return self._call("decode", latents)
-        return tiled_decode(
-            lambda part: self._call("decode", part), jnp.asarray(latents), tile, overlap
-        )
+        decode = functools.partial(self._call, "decode")
+        return tiled_decode(decode, jnp.asarray(latents), tile, overlap)
 
     @classmethod
     def _module(cls, config, dtype):
@@ -430,12 +390,16 @@ class VAE(Component):
     def _names(cls, config, values):
         return vae.diffusers(config), ()
 
+    @classmethod
+    def _canonical(cls, tensors, config):
+        return renamed(tensors, {vae.ALIASES.get(key, key): key for key in tensors})
+
     def _config_to_json(self, params):
         return vae.config_to_json(self.config)
 
 
-# config.json's _class_name (diffusers) or model_type (transformers) → (the component, its reader of
-# config.json).
+# config.json's _class_name (diffusers) or model_type (transformers): the component, and the reader
+# of its config.json
 _KINDS = {
     transformer.CLASS_NAME: (Transformer, transformer.config_from_json),
     dit.CLASS_NAME: (DiT, dit.config_from_json),
@@ -443,7 +407,7 @@ _KINDS = {
     vae.CLASS_NAME: (VAE, vae.config_from_json),
     "t5": (TextEncoder, t5.config_from_json),
 }
-# Early diffusers files name one class for every transformer; the norm says which it is.
+# Early diffusers files have one class name for every transformer; the norm tells them apart.
 _OLD_CLASS_NAME = "Transformer2DModel"
 _OF_NORM = {"ada_norm_single": transformer.CLASS_NAME, "ada_norm_zero": dit.DIFFUSERS_CLASS_NAME}
 
@@ -456,21 +420,18 @@ def load_component(
     cache: str | os.PathLike | None = None,
     quantization: str | None = None,
 ) -> Component:
-    """Open one part of a model: the folder of a transformer, DiT, T5 encoder or VAE that diffusers,
-    transformers or this project wrote.
+    """Load one part of a model: a folder of a transformer, DiT, T5 encoder or VAE, as written by
+    diffusers, transformers or this package.
 
-    dtype: of the computation, fp32 by default; matrices are held in it. mesh: parameters are laid
-    over it by parallel.rules, each device reading its own part. cache: a folder where large weights
-    are kept as they lie in memory, so that opening the same files again changes no axes and no
-    dtype (cache.py). quantization: 'int8' for a T5 encoder (weights alone; see TextEncoder). Raises
-    UserError for a folder that is missing, is a whole model, is of an unknown kind, lacks weights,
-    or holds damaged ones, ones of other names, or ones of other shapes. It returns when names and
-    shapes are checked; the tensors are read while the caller goes on, and whoever asks for
-    ``params`` waits for them.
+    dtype: of the computation, fp32 by default; kernels are stored in it. mesh: where parallel.rules
+    places the parameters, each device reading its own part. cache: a folder for converted weights
+    of large models, so that the next load converts nothing (cache.py). quantization: 'int8', for a
+    T5 encoder. Raises UserError for a folder that is missing, a whole model, of an unknown kind, or
+    without weights, and for weights that are damaged or do not fit the config.
     """
     folder = Path(folder)
     values = _read_config(folder)
-    kind = values.get("_class_name") or values.get("model_type")
+    kind: Any = values.get("_class_name") or values.get("model_type")
     if kind == _OLD_CLASS_NAME:
         kind = _OF_NORM.get(values.get("norm_type"), kind)
         values = {**values, "_class_name": kind}
@@ -489,12 +450,17 @@ def load_component(
         config = config_from_json(values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    tensors = _canonical_keys(open_tensors(find_weights(folder)), component, config)
+    tensors = component._canonical(open_tensors(find_weights(folder)), config)
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
-        tensors = _WithNullCaption(tensors, folder / NULL_CAPTION)
+        beside = SafetensorsFile(folder / NULL_CAPTION)
+        if "null_caption" not in beside:
+            raise UserError(f"{folder / NULL_CAPTION} holds no null_caption")
+        places = {**{key: (tensors, key) for key in tensors}, _NULL_KEY: (beside, "null_caption")}
+        tensors = JoinedTensors(tensors.source, places)
     dtype = jnp.dtype(dtype or jnp.float32)
-    kept = None if cache is None else ParamCache(Path(cache), folder, (dtype.name, quantization))
-    return component._load(config, tensors, values, dtype, mesh, kept, quantization)
+    stored = None if cache is None else ParamCache(Path(cache), folder, (dtype.name, quantization))
+    options = {"quantization": quantization} if quantization else {}
+    return component._load(config, values, tensors, dtype, mesh, stored, **options)
 
 
 def _read_config(folder: Path) -> dict:
@@ -520,59 +486,11 @@ def _read_config(folder: Path) -> dict:
     return values
 
 
-def _canonical_keys(tensors: Tensors, component: type[Component], config) -> Renamed:
-    """A file's tensors under today's names, without those that belong to another model (a whole
-    T5's decoder)."""
-    renames = {VAE: vae.aliases(config) if component is VAE else {}, TextEncoder: t5.ALIASES}.get(
-        component, {}
-    )
-    foreign = t5.IGNORED_PREFIXES if component is TextEncoder else ()
-    keys = [key for key in tensors if not key.startswith(foreign)] if foreign else list(tensors)
-    return Renamed(
-        tensors,
-        {renames.get(key, key): key for key in keys}
-        | {key: key for key in keys if key not in renames},
-    )
-
-
-class _WithNullCaption(Tensors):
-    """A transformer's tensors and, under the name that old diffusers files give it, the null
-    caption kept beside them."""
-
-    KEY = "caption_projection.y_embedding"
-
-    def __init__(self, tensors: Tensors, path: Path):
-        super().__init__(tensors.source)
-        self._tensors, self._beside = tensors, SafetensorsFile(path)
-        if "null_caption" not in self._beside:
-            raise UserError(f"{path} holds no null_caption")
-
-    def __iter__(self):
-        return iter({*self._tensors, self.KEY})
-
-    def __len__(self):
-        return len({*self._tensors, self.KEY})
-
-    def shape(self, key):
-        return self._beside.shape("null_caption") if key == self.KEY else self._tensors.shape(key)
-
-    def __getitem__(self, key):
-        return self._beside["null_caption"] if key == self.KEY else self._tensors[key]
-
-    def prefetch(self, key):
-        if key != self.KEY:
-            self._tensors.prefetch(key)
-
-    def release(self, key):
-        if key != self.KEY:
-            self._tensors.release(key)
-
-
 def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """The file, on the first process; the others make each tensor as it does, which is how they
-    give it their parts."""
+    """Write the file on the first process; the others take part in gathering each tensor."""
     if jax.process_index() == 0:
         write_safetensors(path, tensors)
         return
     for key in write_order(tensors):
-        tensors[key].make()
+        for _ in tensors[key].parts():
+            pass

@@ -1,5 +1,5 @@
-"""The class-conditional DiT's names: the official .pt (and our own component folder, which keeps
-them), and diffusers safetensors."""
+"""The class-conditional DiT in files: the names of the official .pt, which our component folders
+use too, and of diffusers' safetensors; and their configs."""
 
 from __future__ import annotations
 
@@ -16,46 +16,38 @@ from pixart_jax.weights.transformer import BOOKKEEPING, dense, official_geometry
 CLASS_NAME = "DiT"  # config.json's _class_name in a folder that this project saved
 DIFFUSERS_CLASS_NAME = "DiTTransformer2DModel"
 
+_EMB, _D = "transformer_blocks.0.norm1.emb", "transformer_blocks.{i}"
+# Linears: our path, the official name and the part of its tensor, diffusers' name
+_LINEARS = (
+    ("timestep_embedder/fc1", "t_embedder.mlp.0", (0, 1), f"{_EMB}.timestep_embedder.linear_1"),
+    ("timestep_embedder/fc2", "t_embedder.mlp.2", (0, 1), f"{_EMB}.timestep_embedder.linear_2"),
+    ("blocks/modulation", "blocks.{i}.adaLN_modulation.1", (0, 1), f"{_D}.norm1.linear"),
+    ("blocks/attn/q", "blocks.{i}.attn.qkv", (0, 3), f"{_D}.attn1.to_q"),
+    ("blocks/attn/k", "blocks.{i}.attn.qkv", (1, 3), f"{_D}.attn1.to_k"),
+    ("blocks/attn/v", "blocks.{i}.attn.qkv", (2, 3), f"{_D}.attn1.to_v"),
+    ("blocks/attn/out", "blocks.{i}.attn.proj", (0, 1), f"{_D}.attn1.to_out.0"),
+    ("blocks/mlp/fc1", "blocks.{i}.mlp.fc1", (0, 1), f"{_D}.ff.net.0.proj"),
+    ("blocks/mlp/fc2", "blocks.{i}.mlp.fc2", (0, 1), f"{_D}.ff.net.2"),
+    ("final_modulation", "final_layer.adaLN_modulation.1", (0, 1), "proj_out_1"),
+    ("final", "final_layer.linear", (0, 1), "proj_out_2"),
+)
 OFFICIAL: tuple[ParamMapping, ...] = (
     ParamMapping("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
     ParamMapping("patch_embedder/bias", "x_embedder.proj.bias"),
-    *dense("timestep_embedder/fc1", "t_embedder.mlp.0"),
-    *dense("timestep_embedder/fc2", "t_embedder.mlp.2"),
     ParamMapping("label_embedder/table", "y_embedder.embedding_table.weight"),
-    *dense("blocks/modulation", "blocks.{i}.adaLN_modulation.1"),
-    *dense("blocks/attn/q", "blocks.{i}.attn.qkv", (0, 3)),
-    *dense("blocks/attn/k", "blocks.{i}.attn.qkv", (1, 3)),
-    *dense("blocks/attn/v", "blocks.{i}.attn.qkv", (2, 3)),
-    *dense("blocks/attn/out", "blocks.{i}.attn.proj"),
-    *dense("blocks/mlp/fc1", "blocks.{i}.mlp.fc1"),
-    *dense("blocks/mlp/fc2", "blocks.{i}.mlp.fc2"),
-    *dense("final_modulation", "final_layer.adaLN_modulation.1"),
-    *dense("final", "final_layer.linear"),
+    *(entry for path, name, part, _ in _LINEARS for entry in dense(path, name, part)),
 )
 OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 
-# To read only: diffusers keeps a copy of the timestep and label embedders in every block; block 0's
-# is the one it also ends with. Its own model differs from the official one in the sinusoid (it
-# divides the exponent by 127, not 128) and in an epsilon (1e-5); ours computes as the official one,
-# which the weights were trained with.
+# For reading only. diffusers stores a copy of the timestep and label embedders in every block and
+# computes with block 0's. Its model differs from the official one in the sinusoid (an exponent
+# divided by 127 instead of 128) and an epsilon (1e-5); ours computes as the official one, which the
+# weights were trained with.
 DIFFUSERS: tuple[ParamMapping, ...] = (
     ParamMapping("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
     ParamMapping("patch_embedder/bias", "pos_embed.proj.bias"),
-    *dense("timestep_embedder/fc1", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"),
-    *dense("timestep_embedder/fc2", "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2"),
-    ParamMapping(
-        "label_embedder/table",
-        "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
-    ),
-    *dense("blocks/modulation", "transformer_blocks.{i}.norm1.linear"),
-    *dense("blocks/attn/q", "transformer_blocks.{i}.attn1.to_q"),
-    *dense("blocks/attn/k", "transformer_blocks.{i}.attn1.to_k"),
-    *dense("blocks/attn/v", "transformer_blocks.{i}.attn1.to_v"),
-    *dense("blocks/attn/out", "transformer_blocks.{i}.attn1.to_out.0"),
-    *dense("blocks/mlp/fc1", "transformer_blocks.{i}.ff.net.0.proj"),
-    *dense("blocks/mlp/fc2", "transformer_blocks.{i}.ff.net.2"),
-    *dense("final_modulation", "proj_out_1"),
-    *dense("final", "proj_out_2"),
+    ParamMapping("label_embedder/table", f"{_EMB}.class_embedder.embedding_table.weight"),
+    *(entry for path, _, _, name in _LINEARS for entry in dense(path, name)),
 )
 
 
@@ -70,7 +62,7 @@ def diffusers_ignore(depth: int) -> tuple[str, ...]:
 
 
 def to_official(config: DiTConfig, params: Mapping) -> dict[str, np.ndarray]:
-    """Our tree → {the official code's key: array}, all that its model's strict loading asks for."""
+    """Our tree → {the official code's key: array}, complete for its strict loading."""
     return {"pos_embed": position_table(config), **write(OFFICIAL, params)}
 
 

@@ -1,8 +1,8 @@
-"""Tensors in files, one at a time: safetensors (one file, or shards behind an index) and PyTorch's
-.pth, .pt, .bin.
+"""Tensor files, read and written one tensor at a time: safetensors (one file, or shards with an
+index) and PyTorch's .pth, .pt, .bin.
 
-Nothing is unpickled: a PyTorch file is opened by torch's weights-only loader, and one that holds
-more than plain data is refused.
+PyTorch files are opened by torch's weights-only loader; one that holds more than plain data is
+refused.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import json
 import math
 import mmap
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -23,8 +22,9 @@ import numpy as np
 import safetensors
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import atomic_write
 
-# safetensors' names of dtypes.
+# by their names in safetensors
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -42,12 +42,12 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-# Weights of a component folder, in the order in which they are looked for.
+# weights files of a component folder, in order of preference
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """{key: array} of one file, read when asked for. ``source`` names the file in messages."""
+    """{key: array} of a file, read on access. ``source`` names the file in messages."""
 
     def __init__(self, source: str):
         self.source = source
@@ -57,17 +57,14 @@ class Tensors(Mapping[str, np.ndarray]):
         """The tensor's shape, without reading it."""
 
     def prefetch(self, key: str) -> None:
-        """Tell the system that the tensor's pages are wanted soon, so that it reads them
-        meanwhile."""
+        """Ask the system to read the tensor's pages in the background."""
 
     def release(self, key: str) -> None:
-        """Give the memory of the tensor's pages back; they are read again when they are asked for.
-        Nothing, where no file is mapped."""
+        """Free the memory of the tensor's pages in a mapped file."""
 
 
 class SafetensorsFile(Tensors):
-    """One .safetensors file, memory mapped: an array is a view of the file until somebody copies
-    it."""
+    """One .safetensors file, memory mapped: arrays are views of the file."""
 
     def __init__(self, path: Path):
         super().__init__(str(path))
@@ -120,8 +117,8 @@ class SafetensorsFile(Tensors):
 
 
 class TorchFile(Tensors):
-    """One PyTorch file of tensors, memory mapped where its format allows. branch: which of several
-    state dicts in it was taken."""
+    """One PyTorch file of tensors, memory mapped where its format allows. branch: the key of the
+    state dict in it, if it holds several."""
 
     def __init__(self, path: Path, branches: tuple[str, ...] = ()):
         super().__init__(str(path))
@@ -164,102 +161,96 @@ class TorchFile(Tensors):
         storage = self._tensors[key].untyped_storage()
         start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         start -= start % mmap.PAGESIZE
-        # never memory that is not a mapped file's
+        # only pages of the mapped file: others would lose their values
         if any(first <= start and stop <= last for first, last in self._mapped):
             ctypes.CDLL(None).madvise(
                 ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
             )
 
 
-class Shards(Tensors):
-    """Several files behind one index.json; a shard is opened when a tensor of it is asked for."""
+class JoinedTensors(Tensors):
+    """Tensors of several files, or some of one file's, under other names.
 
-    def __init__(self, index: Path):
-        super().__init__(str(index))
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self._shard_of = {str(key): index.parent / name for key, name in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{index} is no index of shards (a JSON object with weight_map): it is damaged, "
-                "copy it again"
-            ) from None
-        missing = sorted({shard.name for shard in self._shard_of.values() if not shard.is_file()})
-        if missing:
-            raise UserError(
-                f"{index} names {len(missing)} missing shards: "
-                f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
-            )
-        self._open: dict[Path, Tensors] = {}
+    places: {key: (file, its key there)}; a file is a path, opened on first access, or Tensors.
+    """
 
-    def _shard(self, key: str) -> Tensors:
-        path = self._shard_of[key]
-        if path not in self._open:
-            self._open[path] = open_tensors(path)
-        if key not in self._open[path]:
-            raise UserError(
-                f"{path} lacks {key}, which {self.source} says is there: copy both again"
-            )
-        return self._open[path]
+    def __init__(self, source: str, places: Mapping[str, tuple[Path | Tensors, str]]):
+        super().__init__(source)
+        self._places = dict(places)
+        self._opened: dict[Path, Tensors] = {}
+
+    def _find(self, key: str) -> tuple[Tensors, str]:
+        file, name = self._places[key]
+        if isinstance(file, Path):
+            if file not in self._opened:
+                self._opened[file] = open_tensors(file)
+            tensors = self._opened[file]
+            if name not in tensors:
+                raise UserError(
+                    f"{file} lacks {name}, which {self.source} says is there: copy both again"
+                )
+            return tensors, name
+        return file, name
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shard_of)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._shard_of)
+        return len(self._places)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._shard(key).shape(key)
+        tensors, name = self._find(key)
+        return tensors.shape(name)
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self._shard(key)[key]
+        tensors, name = self._find(key)
+        return tensors[name]
 
     def prefetch(self, key: str) -> None:
-        self._shard(key).prefetch(key)
+        tensors, name = self._find(key)
+        tensors.prefetch(name)
 
     def release(self, key: str) -> None:
-        self._shard(key).release(key)
+        tensors, name = self._find(key)
+        tensors.release(name)
 
 
-class Renamed(Tensors):
-    """Tensors of a file under other names, or some of them."""
+def renamed(tensors: Tensors, key_of: Mapping[str, str]) -> Tensors:
+    """Tensors under other names, or some of them: {new key: key in ``tensors``}."""
+    return JoinedTensors(tensors.source, {new: (tensors, key) for new, key in key_of.items()})
 
-    def __init__(self, tensors: Tensors, key_of: Mapping[str, str]):
-        super().__init__(tensors.source)
-        self._tensors, self._key_of = tensors, key_of
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._key_of)
-
-    def __len__(self) -> int:
-        return len(self._key_of)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._tensors.shape(self._key_of[key])
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        return self._tensors[self._key_of[key]]
-
-    def prefetch(self, key: str) -> None:
-        self._tensors.prefetch(self._key_of[key])
-
-    def release(self, key: str) -> None:
-        self._tensors.release(self._key_of[key])
+def _open_shards(index: Path) -> Tensors:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = {str(key): (index.parent / name, str(key)) for key, name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{index} is no index of shards (a JSON object with weight_map): it is damaged, copy "
+            "it again"
+        ) from None
+    missing = sorted({shard.name for shard, _ in places.values() if not shard.is_file()})
+    if missing:
+        raise UserError(
+            f"{index} names {len(missing)} missing shards: "
+            f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
+        )
+    return JoinedTensors(str(index), places)
 
 
 def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Tensors:
     """Open a .safetensors file, an …index.json of shards, or a PyTorch file.
 
-    branches: names under which a PyTorch file may keep the state dict, the first that is there wins
-    (('state_dict_ema', 'state_dict') for an official checkpoint's average); the file itself where
-    none is. Raises UserError, naming the file, when it is missing, damaged, not of a known kind, or
-    holds code.
+    branches: keys under which a PyTorch file may hold the state dict, in order of preference
+    (('state_dict_ema', 'state_dict') for an official checkpoint's average); without any of them the
+    file is the state dict. UserError, naming the file, when it is missing, damaged, of an unknown
+    kind, or holds code.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}")
     if path.name.endswith(".index.json"):
-        return Shards(path)
+        return _open_shards(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in TORCH_SUFFIXES:
@@ -271,8 +262,8 @@ def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Ten
 
 
 def find_weights(folder: str | os.PathLike) -> Path:
-    """The file or index that holds a component folder's weights; UserError where there is none.
-    safetensors before PyTorch's."""
+    """The weights file or index of a component folder, safetensors first; UserError where there is
+    none."""
     folder = Path(folder)
     for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"):
         for stem in STEMS:
@@ -285,99 +276,69 @@ def find_weights(folder: str | os.PathLike) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChunkedTensor:
-    """A tensor to be written whose values come in parts, in their order, each made when it is its
-    turn."""
+class LazyTensor:
+    """A tensor to be written, whose values are computed when it is written.
+
+    parts: gives its values, as one array or as consecutive parts of it.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    parts: Iterable[np.ndarray]
+    parts: Callable[[], Iterable[np.ndarray]]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        value = np.concatenate([np.reshape(part, -1) for part in self.parts()])
+        return value.reshape(self.shape).astype(dtype or self.dtype, copy=False)
 
 
 def write_safetensors(
     path: str | os.PathLike, tensors: Mapping, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write {key: anything with shape and dtype that numpy reads, or InParts}, one tensor, or one
-    part, in memory at a time.
+    """Write {key: array or LazyTensor} atomically, with one tensor, or one part of it, in memory at
+    a time.
 
-    Written beside ``path`` and then renamed, so that ``path`` is always a whole file. The file
-    names its format "pt", without which diffusers and transformers refuse it. Tensors of a multiple
-    of 64 bytes come first and begin at one, so that arrays can be used where they lie. Raises
-    UserError when it cannot be written.
+    The metadata names the format "pt", without which diffusers and transformers refuse a file.
+    Tensors of a multiple of 64 bytes come first and are aligned to it, so that arrays can be used
+    in place. UserError when the file cannot be written.
     """
-    dtypes = {key: np.dtype(tensor.dtype) for key, tensor in tensors.items()}
-    sizes = {key: math.prod(tensor.shape) * dtypes[key].itemsize for key, tensor in tensors.items()}
     order = write_order(tensors)
+    dtypes = {key: np.dtype(tensors[key].dtype) for key in order}
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
+    end = 0
     for key in order:
-        dtype, size = dtypes[key], sizes[key]
-        header[key] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(tensors[key].shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
+        start, end = end, end + _size(tensors[key])
+        shape, dtype = list(tensors[key].shape), _NAMES[dtypes[key]]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % 64)
-
-    def save(staged: Path) -> None:
-        with open(staged, "wb") as file:
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for key in order:
                 tensor, written = tensors[key], 0
-                for part in tensor.parts if isinstance(tensor, ChunkedTensor) else (tensor,):
-                    written += file.write(
-                        np.ascontiguousarray(part, dtypes[key]).reshape(-1).view(np.uint8).data
-                    )
-                if written != sizes[key]:
-                    raise ValueError(f"{key}: {written} bytes were given for {sizes[key]}")
-
-    write_atomically(path, save)
+                for part in tensor.parts() if isinstance(tensor, LazyTensor) else (tensor,):
+                    part = np.ascontiguousarray(part, dtypes[key])
+                    written += file.write(part.reshape(-1).view(np.uint8).data)
+                if written != _size(tensor):
+                    raise ValueError(f"{key}: {written} bytes were given for {_size(tensor)}")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {_first_line(error)}") from None
 
 
 def write_order(tensors: Mapping) -> list[str]:
-    """The keys as ``write_safetensors`` writes them, and asks for their values."""
+    """The keys in the order of ``write_safetensors``."""
 
     def place(key: str) -> tuple:
-        itemsize = np.dtype(tensors[key].dtype).itemsize
-        return math.prod(tensors[key].shape) * itemsize % 64 != 0, -itemsize, key
+        return _size(tensors[key]) % 64 != 0, -np.dtype(tensors[key].dtype).itemsize, key
 
     return sorted(tensors, key=place)
 
 
-def write_json(path: str | os.PathLike, values: Mapping) -> None:
-    """Write a JSON object as ``write_safetensors`` writes."""
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: str | os.PathLike, write) -> None:
-    """write(staged path), then rename to ``path``; on a failure nothing of it is left. Raises
-    UserError for the system's refusals."""
-    path = Path(path)
-    staged = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        staged = Path(name)
-        write(staged)
-        os.chmod(staged, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        with open(staged, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {_first_line(error)}") from None
-    finally:
-        if staged is not None:
-            staged.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _size(tensor) -> int:
+    """Bytes."""
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
 def _torch_load(path: Path) -> Mapping:
@@ -392,7 +353,7 @@ def _torch_load(path: Path) -> Mapping:
     import pickle
 
     def load(**options):
-        # a bag of values, which DiT's trainer puts beside the weights
+        # the options that DiT's trainer stores beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, **options)
 
@@ -423,8 +384,8 @@ def _torch_load(path: Path) -> Mapping:
 
 
 def _mapped(path: Path) -> list[tuple[int, int]]:
-    """Addresses (first, last) at which this process has a file mapped, by Linux's account; none
-    where that cannot be had."""
+    """Address ranges (first, last) at which this process maps a file, from Linux's /proc; none on
+    other systems."""
     name, found = str(path.resolve()), []
     with contextlib.suppress(FileNotFoundError), open("/proc/self/maps") as maps:
         for line in maps:

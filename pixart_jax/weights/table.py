@@ -1,9 +1,7 @@
-"""A table of names: which parameter of ours is which tensor of a released file, and how its axes
-lie.
+"""Tables that map our parameters to the tensors of released files, and their axes.
 
-Each model has one table a format (weights/transformer.py, weights/t5.py, weights/vae.py). A table
-is a tuple of :class:`Entry`; reading and writing are the same walk in two directions, so what is
-read can be written back to the bit.
+Each model has one table per format (weights/transformer.py, dit.py, t5.py, vae.py), a tuple of
+:class:`ParamMapping`. One table serves reading and writing, so files round-trip to the bit.
 """
 
 from __future__ import annotations
@@ -11,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.gather import gather_to_host
+from pixart_jax.weights.files import LazyTensor
 
 _LAYOUTS: dict[str, tuple[Callable, Callable]] = {
     # name: (their axes → ours, ours → theirs)
@@ -33,12 +32,11 @@ _LAYOUTS: dict[str, tuple[Callable, Callable]] = {
 class ParamMapping:
     """One parameter.
 
-    ours: path in our tree, joined by '/'. theirs: key in the file; '{i}' in it means that ours is
-    stacked over a leading layer axis, filled in place layer by layer. layout: a key of _LAYOUTS.
-    part: (k, n) takes the k-th of n equal parts of theirs along its first axis (a fused qkv).
-    optional: may be absent from the file (then absent from the tree).
-    layers: the layers that a stacked parameter is of, in order, where not every layer has it; None:
-    0, 1, 2 …
+    path: in our tree, joined by '/'. key: in the file; with '{i}' in it the parameter is stacked
+    over a leading layer axis. layout: a key of _LAYOUTS. part: (k, n) is the k-th of n equal parts
+    of the file's tensor along its first axis (a fused qkv). optional: may be absent from the file,
+    and is then absent from the tree. layers: the layers of a stacked parameter that only some
+    layers have; None: 0, 1, 2 …
     """
 
     path: str
@@ -53,17 +51,15 @@ class ParamMapping:
         return "{i}" in self.key
 
     def names(self, length: int) -> list[str]:
-        """Their keys, one for each row of a stacked parameter of ``length`` rows; the one key of
-        any other."""
+        """The keys in the file: one per row of a stacked parameter of ``length`` rows, else one."""
         if not self.stacked:
             return [self.key]
-        return [
-            self.key.format(i=i) for i in (range(length) if self.layers is None else self.layers)
-        ]
+        layers = range(length) if self.layers is None else self.layers
+        return [self.key.format(i=i) for i in layers]
 
     def view(self, theirs: np.ndarray) -> np.ndarray | None:
-        """This parameter's part of their tensor with its axes as ours, not copied; None where it
-        has other axes than the layout takes."""
+        """A view of this parameter's part of the file's tensor with our axes; None where the tensor
+        does not have the layout's axes."""
         part, parts = self.part
         if parts > 1:
             if theirs.ndim == 0 or theirs.shape[0] % parts:
@@ -76,9 +72,9 @@ class ParamMapping:
             return None
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """Nested dict → {'a/b/c': leaf}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}/{key}" if prefix else str(key)
         if isinstance(value, Mapping):
@@ -101,8 +97,7 @@ def unflatten(flat: Mapping[str, object]) -> dict:
 
 
 class Match(NamedTuple):
-    """A parameter and where it is found: its entry, its shape in our tree, and its tensors' keys,
-    one a row where it is stacked."""
+    """A parameter, its shape in our tree, and the keys of its tensors, one per row if stacked."""
 
     entry: ParamMapping
     shape: tuple[int, ...]
@@ -117,12 +112,12 @@ def match(
     source: str,
     ignore: Iterable[str] = (),
 ) -> list[Match]:
-    """Every parameter with its tensors, in the table's order; optional ones that the file lacks are
-    left out.
+    """Every parameter with its tensors, in the table's order, without optional ones that the file
+    lacks.
 
-    ignore: keys that released files hold and no model needs. Raises UserError that names every
-    missing and left-over key at once, or else every wrongly shaped one; keys that differ in the
-    layer alone are named together ("blocks.[0-27].mlp.fc1.weight").
+    ignore: keys that files may hold and no model needs. The UserError names all missing and
+    left-over keys, or else all wrong shapes, at once; keys of several layers are grouped
+    ("blocks.[0-27].mlp.fc1.weight").
     """
     table, shapes = list(table), flatten(shapes)
     matches = []
@@ -133,13 +128,13 @@ def match(
     wanted = {name for found in matches for name in found.names}
     needed = {name for found in matches if not found.entry.optional for name in found.names}
     problems = []
-    for what, names in (
+    for what, keys in (
         ("missing", needed - theirs.keys()),
         ("left over", theirs.keys() - wanted - set(ignore)),
         ("without a name in the table", shapes.keys() - {entry.path for entry in table}),
     ):
-        if names:
-            problems.append(f"{len(names)} {what}: {', '.join(grouped(names))}")
+        if keys:
+            problems.append(f"{len(keys)} {what}: {', '.join(grouped(keys))}")
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
 
@@ -148,7 +143,7 @@ def match(
     for entry, shape, names in matches:
         want = shape[1:] if entry.stacked else shape
         for name in names:
-            view = entry.view(np.broadcast_to(np.empty((), np.int8), theirs[name]))
+            view = entry.view(np.broadcast_to(np.int8(0), theirs[name]))
             if view is None or view.shape != want:
                 wrong.setdefault(f"{tuple(theirs[name])} for {entry.path} {want}", []).append(name)
     if wrong:
@@ -158,7 +153,7 @@ def match(
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """Names in order, those that differ in their first number alone as one: a.0.b, a.1.b, a.3.b →
+    """Sorted names, grouped where they differ in their first number only: a.0.b, a.1.b, a.3.b →
     a.[0-1,3].b."""
     groups: dict[tuple[str, str], list[int]] = {}
     plain = []
@@ -179,59 +174,33 @@ def grouped(names: Iterable[str]) -> list[str]:
     return sorted(plain)
 
 
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor of a file to be written: its shape and dtype are known, its values are made when
-    they are asked for."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    make: Callable[[], np.ndarray]
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        value = self.make()
-        return value if dtype is None else value.astype(dtype, copy=False)
-
-
 def write(table: Iterable[ParamMapping], params: Mapping) -> dict[str, LazyTensor]:
-    """Our tree → {their key: tensor}, the inverse of reading, to the bit. One is made at a time, so
-    a whole copy is never held.
+    """Our tree → {key in the file: tensor}, the inverse of reading, to the bit.
 
-    Of a stack of layers that lies over a mesh one layer is gathered for its tensor
-    (parallel.gather.on_host).
+    Values are gathered to the host (parallel.gather) when a tensor is written, of a stack one layer
+    at a time, so no host holds a second copy of the parameters.
     """
     flat = flatten(params)
-    pieces: dict[str, dict[int, tuple[ParamMapping, int]]] = {}
-    for entry in table:
+    parts_of: dict[str, list[tuple[ParamMapping, int | None]]] = {}
+    for entry in sorted(table, key=lambda entry: entry.part[0]):
         if entry.path in flat:
             for row, key in enumerate(entry.names((*flat[entry.path].shape, 1)[0])):
-                pieces.setdefault(key, {})[entry.part[0]] = (entry, row)
+                parts_of.setdefault(key, []).append((entry, row if entry.stacked else None))
 
-    def make(key: str) -> np.ndarray:
-        arrays = []
-        for _, (entry, row) in sorted(pieces[key].items(), key=lambda item: item[0]):
-            arrays.append(
-                _LAYOUTS[entry.layout][1](
-                    gather_to_host(flat[entry.path], row if entry.stacked else None)
-                )
-            )
-        return np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
+    def values(key: str) -> Iterator[np.ndarray]:
+        for entry, row in parts_of[key]:
+            yield _LAYOUTS[entry.layout][1](gather_to_host(flat[entry.path], row))
 
-    def shape(entry: ParamMapping) -> tuple[int, ...]:
-        ours = flat[entry.path].shape[1:] if entry.stacked else flat[entry.path].shape
-        return _LAYOUTS[entry.layout][1](np.broadcast_to(np.empty((), np.int8), ours)).shape
+    def shape(key: str) -> tuple[int, ...]:
+        shapes = []
+        for entry, _ in parts_of[key]:
+            ours = flat[entry.path].shape[1 if entry.stacked else 0 :]
+            shapes.append(_LAYOUTS[entry.layout][1](np.broadcast_to(np.int8(0), ours)).shape)
+        return (sum(length for length, *_ in shapes), *shapes[0][1:]) if shapes[1:] else shapes[0]
 
-    out = {}
-    for key, parts in pieces.items():
-        shapes = [shape(entry) for entry, _ in parts.values()]
-        whole = (
-            shapes[0]
-            if len(shapes) == 1
-            else (sum(length for length, *_ in shapes), *shapes[0][1:])
+    return {
+        key: LazyTensor(
+            shape(key), np.dtype(flat[parts[0][0].path].dtype), functools.partial(values, key)
         )
-        out[key] = LazyTensor(
-            whole,
-            np.dtype(flat[next(iter(parts.values()))[0].path].dtype),
-            functools.partial(make, key),
-        )
-    return out
+        for key, parts in parts_of.items()
+    }

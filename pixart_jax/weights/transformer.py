@@ -1,4 +1,5 @@
-"""The PixArt transformer's names in released files: diffusers safetensors and the official .pth."""
+"""The PixArt transformer in released files: names and configs of diffusers' safetensors and the
+official .pth."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from pixart_jax.errors import UserError
+from pixart_jax.models.embedders import sincos_2d
 from pixart_jax.models.geometry import SIZES, BackboneConfig
-from pixart_jax.models.positions import sincos_2d
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.weights.table import ParamMapping, write
 
@@ -16,132 +17,111 @@ CLASS_NAME = "PixArtTransformer2DModel"  # config.json's _class_name
 SIGMA_TOKENS = 300  # of a PixArt-Σ caption; a PixArt-α caption has 120
 
 
-def dense(
-    ours: str, theirs: str, part: tuple[int, int] = (0, 1)
-) -> tuple[ParamMapping, ParamMapping]:
-    """Kernel and bias of one Linear."""
-    return ParamMapping(f"{ours}/kernel", f"{theirs}.weight", "linear", part), ParamMapping(
-        f"{ours}/bias", f"{theirs}.bias", "same", part
+def dense(path: str, name: str, part: tuple[int, int] = (0, 1)) -> tuple[ParamMapping, ...]:
+    """Kernel and bias of a Linear."""
+    return (
+        ParamMapping(f"{path}/kernel", f"{name}.weight", "linear", part),
+        ParamMapping(f"{path}/bias", f"{name}.bias", "same", part),
     )
 
 
+_EMB, _D, _O = "adaln_single.emb", "transformer_blocks.{i}", "blocks.{i}"
+# Linears: our path, diffusers' name, the official name, and the part of the official tensor
+_LINEARS: tuple[tuple, ...] = (
+    ("timestep_embedder/fc1", f"{_EMB}.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+    ("timestep_embedder/fc2", f"{_EMB}.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+    ("size_embedder/fc1", f"{_EMB}.resolution_embedder.linear_1", "csize_embedder.mlp.0"),
+    ("size_embedder/fc2", f"{_EMB}.resolution_embedder.linear_2", "csize_embedder.mlp.2"),
+    ("ratio_embedder/fc1", f"{_EMB}.aspect_ratio_embedder.linear_1", "ar_embedder.mlp.0"),
+    ("ratio_embedder/fc2", f"{_EMB}.aspect_ratio_embedder.linear_2", "ar_embedder.mlp.2"),
+    ("t_block", "adaln_single.linear", "t_block.1"),
+    ("caption_projection/fc1", "caption_projection.linear_1", "y_embedder.y_proj.fc1"),
+    ("caption_projection/fc2", "caption_projection.linear_2", "y_embedder.y_proj.fc2"),
+    ("blocks/attn/q", f"{_D}.attn1.to_q", f"{_O}.attn.qkv", (0, 3)),
+    ("blocks/attn/k", f"{_D}.attn1.to_k", f"{_O}.attn.qkv", (1, 3)),
+    ("blocks/attn/v", f"{_D}.attn1.to_v", f"{_O}.attn.qkv", (2, 3)),
+    ("blocks/attn/out", f"{_D}.attn1.to_out.0", f"{_O}.attn.proj"),
+    ("blocks/cross_attn/q", f"{_D}.attn2.to_q", f"{_O}.cross_attn.q_linear"),
+    ("blocks/cross_attn/k", f"{_D}.attn2.to_k", f"{_O}.cross_attn.kv_linear", (0, 2)),
+    ("blocks/cross_attn/v", f"{_D}.attn2.to_v", f"{_O}.cross_attn.kv_linear", (1, 2)),
+    ("blocks/cross_attn/out", f"{_D}.attn2.to_out.0", f"{_O}.cross_attn.proj"),
+    ("blocks/mlp/fc1", f"{_D}.ff.net.0.proj", f"{_O}.mlp.fc1"),
+    ("blocks/mlp/fc2", f"{_D}.ff.net.2", f"{_O}.mlp.fc2"),
+    ("final", "proj_out", "final_layer.linear"),
+)
+# other tensors: our path, diffusers' name, the official name
+_TENSORS = (
+    ("patch_embedder/kernel", "pos_embed.proj.weight", "x_embedder.proj.weight"),
+    ("patch_embedder/bias", "pos_embed.proj.bias", "x_embedder.proj.bias"),
+    ("null_caption", "caption_projection.y_embedding", "y_embedder.y_embedding"),
+    ("blocks/table", f"{_D}.scale_shift_table", f"{_O}.scale_shift_table"),
+    ("blocks/attn/q_norm/scale", f"{_D}.attn1.norm_q.weight", f"{_O}.attn.q_norm.weight"),
+    ("blocks/attn/q_norm/bias", f"{_D}.attn1.norm_q.bias", f"{_O}.attn.q_norm.bias"),
+    ("blocks/attn/k_norm/scale", f"{_D}.attn1.norm_k.weight", f"{_O}.attn.k_norm.weight"),
+    ("blocks/attn/k_norm/bias", f"{_D}.attn1.norm_k.bias", f"{_O}.attn.k_norm.bias"),
+    ("final_table", "scale_shift_table", "final_layer.scale_shift_table"),
+)
+
+
+def _tensor(path: str, name: str) -> ParamMapping:
+    layout = "conv" if path == "patch_embedder/kernel" else "same"
+    return ParamMapping(path, name, layout, optional=path == "null_caption")
+
+
 DIFFUSERS: tuple[ParamMapping, ...] = (
-    ParamMapping("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
-    ParamMapping("patch_embedder/bias", "pos_embed.proj.bias"),
-    *dense("timestep_embedder/fc1", "adaln_single.emb.timestep_embedder.linear_1"),
-    *dense("timestep_embedder/fc2", "adaln_single.emb.timestep_embedder.linear_2"),
-    *dense("size_embedder/fc1", "adaln_single.emb.resolution_embedder.linear_1"),
-    *dense("size_embedder/fc2", "adaln_single.emb.resolution_embedder.linear_2"),
-    *dense("ratio_embedder/fc1", "adaln_single.emb.aspect_ratio_embedder.linear_1"),
-    *dense("ratio_embedder/fc2", "adaln_single.emb.aspect_ratio_embedder.linear_2"),
-    *dense("t_block", "adaln_single.linear"),
-    ParamMapping("null_caption", "caption_projection.y_embedding", optional=True),
-    *dense("caption_projection/fc1", "caption_projection.linear_1"),
-    *dense("caption_projection/fc2", "caption_projection.linear_2"),
-    ParamMapping("blocks/table", "transformer_blocks.{i}.scale_shift_table"),
-    *dense("blocks/attn/q", "transformer_blocks.{i}.attn1.to_q"),
-    *dense("blocks/attn/k", "transformer_blocks.{i}.attn1.to_k"),
-    *dense("blocks/attn/v", "transformer_blocks.{i}.attn1.to_v"),
-    *dense("blocks/attn/out", "transformer_blocks.{i}.attn1.to_out.0"),
-    ParamMapping("blocks/attn/q_norm/scale", "transformer_blocks.{i}.attn1.norm_q.weight"),
-    ParamMapping("blocks/attn/q_norm/bias", "transformer_blocks.{i}.attn1.norm_q.bias"),
-    ParamMapping("blocks/attn/k_norm/scale", "transformer_blocks.{i}.attn1.norm_k.weight"),
-    ParamMapping("blocks/attn/k_norm/bias", "transformer_blocks.{i}.attn1.norm_k.bias"),
-    *dense("blocks/cross_attn/q", "transformer_blocks.{i}.attn2.to_q"),
-    *dense("blocks/cross_attn/k", "transformer_blocks.{i}.attn2.to_k"),
-    *dense("blocks/cross_attn/v", "transformer_blocks.{i}.attn2.to_v"),
-    *dense("blocks/cross_attn/out", "transformer_blocks.{i}.attn2.to_out.0"),
-    *dense("blocks/mlp/fc1", "transformer_blocks.{i}.ff.net.0.proj"),
-    *dense("blocks/mlp/fc2", "transformer_blocks.{i}.ff.net.2"),
-    ParamMapping("final_table", "scale_shift_table"),
-    *dense("final", "proj_out"),
+    *(entry for path, name, *_ in _LINEARS for entry in dense(path, name)),
+    *(_tensor(path, name) for path, name, _ in _TENSORS),
 )
 DIFFUSERS_IGNORE = ("pos_embed.pos_embed",)  # the position table: computed, not read
-
 OFFICIAL: tuple[ParamMapping, ...] = (
-    ParamMapping("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
-    ParamMapping("patch_embedder/bias", "x_embedder.proj.bias"),
-    *dense("timestep_embedder/fc1", "t_embedder.mlp.0"),
-    *dense("timestep_embedder/fc2", "t_embedder.mlp.2"),
-    *dense("size_embedder/fc1", "csize_embedder.mlp.0"),
-    *dense("size_embedder/fc2", "csize_embedder.mlp.2"),
-    *dense("ratio_embedder/fc1", "ar_embedder.mlp.0"),
-    *dense("ratio_embedder/fc2", "ar_embedder.mlp.2"),
-    *dense("t_block", "t_block.1"),
-    ParamMapping("null_caption", "y_embedder.y_embedding", optional=True),
-    *dense("caption_projection/fc1", "y_embedder.y_proj.fc1"),
-    *dense("caption_projection/fc2", "y_embedder.y_proj.fc2"),
-    ParamMapping("blocks/table", "blocks.{i}.scale_shift_table"),
-    *dense("blocks/attn/q", "blocks.{i}.attn.qkv", (0, 3)),
-    *dense("blocks/attn/k", "blocks.{i}.attn.qkv", (1, 3)),
-    *dense("blocks/attn/v", "blocks.{i}.attn.qkv", (2, 3)),
-    *dense("blocks/attn/out", "blocks.{i}.attn.proj"),
-    ParamMapping("blocks/attn/q_norm/scale", "blocks.{i}.attn.q_norm.weight"),
-    ParamMapping("blocks/attn/q_norm/bias", "blocks.{i}.attn.q_norm.bias"),
-    ParamMapping("blocks/attn/k_norm/scale", "blocks.{i}.attn.k_norm.weight"),
-    ParamMapping("blocks/attn/k_norm/bias", "blocks.{i}.attn.k_norm.bias"),
-    *dense("blocks/cross_attn/q", "blocks.{i}.cross_attn.q_linear"),
-    *dense("blocks/cross_attn/k", "blocks.{i}.cross_attn.kv_linear", (0, 2)),
-    *dense("blocks/cross_attn/v", "blocks.{i}.cross_attn.kv_linear", (1, 2)),
-    *dense("blocks/cross_attn/out", "blocks.{i}.cross_attn.proj"),
-    *dense("blocks/mlp/fc1", "blocks.{i}.mlp.fc1"),
-    *dense("blocks/mlp/fc2", "blocks.{i}.mlp.fc2"),
-    ParamMapping("final_table", "final_layer.scale_shift_table"),
-    *dense("final", "final_layer.linear"),
+    *(entry for path, _, name, *part in _LINEARS for entry in dense(path, name, *part)),
+    *(_tensor(path, name) for path, _, name in _TENSORS),
 )
-# counters that averaging wrappers keep beside the weights
+# counters that averaging wrappers store beside the weights
 BOOKKEEPING = ("n_averaged", "num_updates", "decay")
 OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 
 
-def _compression(
-    config: TransformerConfig, convolution: str, norm: str
-) -> tuple[ParamMapping, ...]:
-    """The rows of key and value compression, which only its layers have; none in a model
-    without."""
+def _compression(config: TransformerConfig, conv: str, norm: str) -> tuple[ParamMapping, ...]:
+    """The entries of key and value compression; none in a model without."""
     if config.kv_compression == 1:
         return ()
     rows = (
-        ("kernel", f"{convolution}.weight", "conv"),
-        ("bias", f"{convolution}.bias", "same"),
+        ("kernel", f"{conv}.weight", "conv"),
+        ("bias", f"{conv}.bias", "same"),
         ("norm_scale", f"{norm}.weight", "same"),
         ("norm_bias", f"{norm}.bias", "same"),
     )
+    layers = config.kv_compression_layers
     return tuple(
-        ParamMapping(f"kv_compression/{ours}", theirs, layout, layers=config.kv_compression_layers)
-        for ours, theirs, layout in rows
+        ParamMapping(f"kv_compression/{path}", name, layout, layers=layers)
+        for path, name, layout in rows
     )
 
 
 def diffusers(config: TransformerConfig) -> tuple[ParamMapping, ...]:
-    """The table of a component folder: DIFFUSERS, and names of our own for key and value
-    compression, which diffusers lacks."""
-    return DIFFUSERS + _compression(
-        config, "transformer_blocks.{i}.attn1.sr", "transformer_blocks.{i}.attn1.sr_norm"
-    )
+    """The table of a component folder: diffusers' names, and ours for key and value compression,
+    which diffusers lacks."""
+    return DIFFUSERS + _compression(config, f"{_D}.attn1.sr", f"{_D}.attn1.sr_norm")
 
 
 def official(config: TransformerConfig) -> tuple[ParamMapping, ...]:
-    """The table of the official code's files, with key and value compression where the config has
-    it."""
-    return OFFICIAL + _compression(config, "blocks.{i}.attn.sr", "blocks.{i}.attn.norm")
+    """The table of the official code's files."""
+    return OFFICIAL + _compression(config, f"{_O}.attn.sr", f"{_O}.attn.norm")
 
 
 def to_official(config: TransformerConfig, params: Mapping) -> dict[str, np.ndarray]:
-    """Our tree → {the official code's key: array}, all that its model's strict loading asks for
-    (the null caption where params has it)."""
+    """Our tree → {the official code's key: array}, complete for its strict loading."""
     return {"pos_embed": position_table(config), **write(official(config), params)}
 
 
 def position_table(config: BackboneConfig) -> np.ndarray:
-    """[1, n, d] fp32: the buffer that the official models hold for the square grid they are built
-    for."""
+    """[1, n, d] fp32: the position buffer of the official models, of a square grid."""
     side = config.sample_size // config.patch_size
     return sincos_2d(side, side, config.width, config.base, config.position_scale)[None]
 
 
-# config.json fields that say which variant of the architecture the weights are for, and the only
-# one that this model is.
+# config.json fields of architecture variants, and the values that this model implements
 _FIXED = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -152,34 +132,26 @@ _FIXED = {
 
 
 def config_from_json(data: Mapping) -> TransformerConfig:
-    """A diffusers config.json → our config. UserError for a variant that this model is not."""
+    """A diffusers config.json → our config. UserError for another variant of the architecture."""
     for field, only in _FIXED.items():
         if data.get(field, only) != only:
             raise UserError(f"config.json: {field} = {data[field]!r}: only {only!r} is known")
     try:
-        heads, sample, patch = (
-            data.get("num_attention_heads", 16),
-            data.get("sample_size", 128),
-            data.get("patch_size", 2),
-        )
-        width, channels, out = (
-            heads * data.get("attention_head_dim", 72),
-            data.get("in_channels", 4),
-            data.get("out_channels", 8),
-        )
-        scale, conditions = data.get("interpolation_scale"), data.get("use_additional_conditions")
-        captions = data.get("caption_channels")
-        if captions is None or data.get("cross_attention_dim", 1152) != width:
+        heads, sample = data.get("num_attention_heads", 16), data.get("sample_size", 128)
+        width, channels = heads * data.get("attention_head_dim", 72), data.get("in_channels", 4)
+        out, scale = data.get("out_channels", 8), data.get("interpolation_scale")
+        conditions, captions = data.get("use_additional_conditions"), data.get("caption_channels")
+        cross = data.get("cross_attention_dim", 1152)
+        if captions is None or cross != width:
             raise UserError(
                 f"config.json: caption_channels = {captions!r} and cross_attention_dim = "
-                f"{data.get('cross_attention_dim', 1152)!r}: "
-                f"want the text encoder's width and the model's own, {width}"
+                f"{cross!r}: want the text encoder's width and the model's own, {width}"
             )
         return TransformerConfig(
             depth=data.get("num_layers", 28),
             width=width,
             heads=heads,
-            patch_size=patch,
+            patch_size=data.get("patch_size", 2),
             in_channels=channels,
             out_channels=channels if out is None else out,
             mlp_ratio=float(data.get("mlp_ratio", 4.0)),
@@ -197,17 +169,16 @@ def config_from_json(data: Mapping) -> TransformerConfig:
 
 
 def looks_like_sigma(config: TransformerConfig) -> bool:
-    """Of the released models only PixArt-Σ's are of 1024 px and not told the image's size, and only
-    they compress keys and values."""
+    """Of the released models only PixArt-Σ's are of 1024 px without size conditions, and only they
+    compress keys and values."""
     return config.kv_compression > 1 or (config.sample_size >= 128 and not config.size_conditions)
 
 
 def config_to_json(config: TransformerConfig) -> dict:
-    """Our config → a config.json that diffusers opens; fields that it does not know appear only
+    """Our config → a config.json that diffusers opens; fields that diffusers lacks are written only
     where they differ from its model.
 
-    diffusers has no position base of its own: it takes sample_size / patch_size, and what is left
-    goes into the scale.
+    diffusers' position base is sample_size / patch_size; another base is expressed by the scale.
     """
     side = config.sample_size // config.patch_size
     data = {
@@ -240,11 +211,9 @@ def config_to_json(config: TransformerConfig) -> dict:
 
 
 def position_scale_of(pos_embed: np.ndarray) -> float | None:
-    """The scale that a stored position table [1, n, d] of a square grid was made with; None if the
-    table is empty or of one place.
-
-    The second place's coordinate is 1 / scale, and its fastest sine and cosine are channels 0 and
-    d/4.
+    """The scale of a stored position table [1, n, d] of a square grid; None for fewer than two
+    places. The second place has coordinate 1 / scale; channels 0 and d/4 are its fastest sine and
+    cosine.
     """
     places = np.asarray(pos_embed, np.float64).reshape(-1, pos_embed.shape[-1])
     if len(places) < 2:
@@ -259,7 +228,7 @@ def official_geometry(
     heads: int | None,
     sample_size: int | None,
 ) -> dict:
-    """The fields of a Geometry that the tensors' shapes of an official PixArt or DiT file tell."""
+    """The fields of a BackboneConfig, from the shapes in an official PixArt or DiT file."""
     try:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
         depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
@@ -301,8 +270,7 @@ def official_geometry(
 
 
 def _official_compression(shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """The fields of key and value compression that an official file's convolutions [d, 1, R, R]
-    tell."""
+    """The fields of key and value compression, from the official convolutions [d, 1, R, R]."""
     suffix = ".attn.sr.weight"
     ratios = {
         int(key.split(".")[1]): shape[-1]
@@ -333,12 +301,12 @@ def config_from_official(
 ) -> TransformerConfig:
     """The config of an official file, from its tensors' names and shapes.
 
-    pos_embed: its position table [1, n, d], where the file has one: it tells sample_size and
-    position_scale. Without it the multi-scale model is taken for the 1024 px one, and any other
-    needs sample_size; the scale is then sample_size / 64 for PixArt-Σ (300 tokens), and for
-    PixArt-α the same but 1 at 256 px. heads: known for the widths of DiT and PixArt, needed for any
-    other. text_tokens: needed where the file has no null caption to tell it (120 without).
-    UserError where something needed is missing, or said otherwise by the file.
+    pos_embed: the file's position table [1, n, d], which gives sample_size and position_scale.
+    Without it the multi-scale model is taken as the 1024 px one, and others need sample_size; the
+    scale is then sample_size / 64 for PixArt-Σ (300 tokens), and for PixArt-α the same, but 1 at
+    256 px. heads: needed for widths other than DiT's and PixArt's. text_tokens: where the file has
+    no null caption; 120 by default. UserError where a needed value is missing or contradicts the
+    file.
     """
     multi_scale = "csize_embedder.mlp.0.weight" in shapes
     if sample_size is None and pos_embed is None and multi_scale:

@@ -10,23 +10,19 @@ from pixart_jax.weights.table import ParamMapping
 
 CLASS_NAME = "AutoencoderKL"  # config.json's _class_name
 
-# Names of the middle attention's layers before diffusers 0.17.
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def aliases(config: VAEConfig) -> dict[str, str]:
-    """{a key of an old file: the key of today}."""
-    del config
-    return {
-        f"{half}.mid_block.attentions.0.{old}.{part}": f"{half}.mid_block.attentions.0.{new}.{part}"
-        for half in ("encoder", "decoder")
-        for old, new in _OLD_ATTENTION.items()
-        for part in ("weight", "bias")
-    }
+_ATTENTION = "mid_block.attentions.0"
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+# the keys before diffusers 0.17: the current ones
+ALIASES = {
+    f"{half}.{_ATTENTION}.{old}.{part}": f"{half}.{_ATTENTION}.{new}.{part}"
+    for half in ("encoder", "decoder")
+    for old, new in zip(("query", "key", "value", "proj_attn"), _PROJECTIONS, strict=True)
+    for part in ("weight", "bias")
+}
 
 
 def diffusers(config: VAEConfig) -> tuple[ParamMapping, ...]:
-    """The table for a config: levels and layers differ in shape, so each has entries of its own."""
+    """The table for a config, with an entry for each level and layer, which differ in shape."""
     levels = len(config.block_out_channels)
     entries: list[ParamMapping] = []
     for half, level_name, blocks, layers in (
@@ -40,25 +36,14 @@ def diffusers(config: VAEConfig) -> tuple[ParamMapping, ...]:
                     f"{half}/{level_name}_{level}_resnet_{i}",
                     f"{half}.{blocks}.{level}.resnets.{i}",
                 )
-            ours, theirs = (
-                ("downsample", "downsamplers") if half == "encoder" else ("upsample", "upsamplers")
-            )
-            entries += _conv(
-                f"{half}/{level_name}_{level}_{ours}/conv",
-                f"{half}.{blocks}.{level}.{theirs}.0.conv",
-            )
+            path = f"{half}/{level_name}_{level}_{level_name}sample/conv"
+            entries += _conv(path, f"{half}.{blocks}.{level}.{level_name}samplers.0.conv")
         for i in range(2):
             entries += _residual(f"{half}/mid/resnet_{i}", f"{half}.mid_block.resnets.{i}")
-        entries += _norm(f"{half}/mid/attention/norm", f"{half}.mid_block.attentions.0.group_norm")
-        for ours, theirs in (
-            ("query", "to_q"),
-            ("key", "to_k"),
-            ("value", "to_v"),
-            ("out", "to_out.0"),
-        ):
-            entries += _conv(
-                f"{half}/mid/attention/{ours}", f"{half}.mid_block.attentions.0.{theirs}", "linear"
-            )
+        entries += _norm(f"{half}/mid/attention/norm", f"{half}.{_ATTENTION}.group_norm")
+        for ours, theirs in zip(("query", "key", "value", "out"), _PROJECTIONS, strict=True):
+            path = f"{half}/mid/attention/{ours}"
+            entries += _conv(path, f"{half}.{_ATTENTION}.{theirs}", "linear")
         entries += _norm(f"{half}/norm_out", f"{half}.conv_norm_out")
         entries += _conv(f"{half}/conv_out/conv", f"{half}.conv_out")
     entries += _conv("quant", "quant_conv", "pointwise")
@@ -91,7 +76,7 @@ def _residual(ours: str, theirs: str) -> list[ParamMapping]:
 
 
 def config_from_json(values: Mapping) -> VAEConfig:
-    """diffusers' config.json → VAEConfig. Raises UserError for an autoencoder of another make."""
+    """diffusers' config.json → VAEConfig. UserError for another architecture."""
     widths = tuple(values.get("block_out_channels", (64,)))
     quant = values.get("use_quant_conv", True)
     for name, want in (
