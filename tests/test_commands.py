@@ -195,7 +195,7 @@ def test_the_average_is_taken_where_there_is_one_unless_told_otherwise(released,
 
 
 def test_position_table_tells_size_and_scale(released, tmp_path, capsys):
-    from pixart_jax.models.positions import sincos_2d
+    from pixart_jax.models.embedders import sincos_2d
 
     _, official = released
     for scale in (1.0, 2.0):

@@ -22,7 +22,7 @@ from benchmarks.speed.compiled import largest
 from benchmarks.speed.contest import Contender, row
 from benchmarks.speed.peer_loss import DiffusionLoss
 from pixart_jax import diffusion
-from pixart_jax.models.flops import sampling_flops, train_flops
+from pixart_jax.models.flops import forward_flops, train_flops
 
 pytestmark = pytest.mark.usefixtures("optimized")
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -119,7 +119,9 @@ def test_sizes_and_flops_of_a_case():
     assert sizes("256,1024ms") == [(256, False), (1024, True)]
     big = Case("sample", "XL/2", 1024, 16, "bfloat16", True)
     assert big.config.size_conditions and big.config.sample_size == 128
-    assert big.flops == 16 * sampling_flops(big.config, 1024, 1024, 120)
+    c, once = big.config, forward_flops(big.config, 1024, 1024, 120)
+    text = 120 * (2 * (c.caption_width * c.width + c.width**2) + c.depth * 4 * c.width**2)
+    assert big.flops == 16 * 2 * (big.steps * once - (big.steps - 1) * text)
     assert CASE.flops == 4 * train_flops(CASE.config, 32, 32, 120)
 
 

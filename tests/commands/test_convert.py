@@ -24,7 +24,7 @@ from pixart_jax.weights.files import open_tensors
 from pixart_jax.weights.table import flatten, write
 from tests import tiny_diffusers
 from tests.models.official_reference import OfficialPixArt, run_official
-from tests.models.pixart_reference import abstract_params, inputs, randomise, relative_error
+from tests.models.reference import abstract_params, inputs, randomise, relative_error
 
 HEADS = 3
 SIZES = {

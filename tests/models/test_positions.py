@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pixart_jax.models.positions import sincos_2d
+from pixart_jax.models.embedders import sincos_2d
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import jaxprs
-import numpy as np
 import pytest
 
 from pixart_jax.errors import UserError
@@ -37,23 +36,6 @@ def gradient(name: str):
         return jnp.square(module.apply({"params": params}, *inputs)).mean()
 
     return jax.jit(jax.grad(loss)).trace(params), params
-
-
-@pytest.mark.slow
-def test_every_policy_gives_the_same_gradients_and_less_is_kept_from_none_to_full():
-    made = {}
-    for name in NAMES:
-        traced, params = gradient(name)
-        program = traced.lower().compile()
-        made[name] = (program.memory_analysis().temp_size_in_bytes, program(params))
-    for name in NAMES:
-        for ours, theirs in zip(
-            jax.tree.leaves(made[name][1]), jax.tree.leaves(made["none"][1]), strict=True
-        ):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()) + 1e-8)
-    order = ["none", "dots", "attention_out", "full"]
-    kept = [made[name][0] for name in order]
-    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4, dict(zip(order, kept))
 
 
 def test_only_none_keeps_what_attention_makes_for_each_pair_of_tokens():

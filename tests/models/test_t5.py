@@ -15,9 +15,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from pixart_jax.weights import t5 as tables
-from pixart_jax.weights.streaming import read
 from pixart_jax.weights.table import write
-from tests.models.t5_reference import drawn_anew, relative_error
+from tests.models.reference import randomise, relative_error, t5_params, t5_shapes
 
 SIZES = {
     "tiny": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
@@ -43,19 +42,13 @@ SIZES = {
 }
 
 
-def reference(config: T5Config, seed: int = 0) -> T5EncoderModel:
-    """transformers' encoder, every weight drawn anew so that none is zero or one."""
-    return drawn_anew(T5EncoderModel(TorchConfig(**tables.config_to_json(config))), seed)
+def reference(config: T5Config) -> T5EncoderModel:
+    model = T5EncoderModel(TorchConfig(**tables.config_to_json(config)))
+    return randomise(model, spread=0.3, centre=1.0)
 
 
 def params_of(config: T5Config, model: T5EncoderModel) -> dict:
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    shapes = nn.unbox(
-        jax.eval_shape(
-            T5Encoder(config).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int)
-        )
-    )["params"]
-    return read(tables.TRANSFORMERS, shapes, state, source="the reference", ignore=tables.IGNORED)
+    return t5_params(config, model.state_dict())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -133,10 +126,7 @@ def test_bfloat16_stays_near_fp32():
 
 
 def test_parameters_of_t5_xxl():
-    shapes = jax.eval_shape(
-        T5Encoder(T5Config()).init, jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1,), int)
-    )
-    assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes))) == 4_762_310_656
+    assert sum(leaf.size for leaf in jax.tree.leaves(t5_shapes(T5Config()))) == 4_762_310_656
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,7 @@ from transformers import T5EncoderModel
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.weights import t5 as tables
 from pixart_jax.weights.streaming import read
-from tests.models.t5_reference import relative_error, rms_error
+from tests.models.reference import relative_error, rms_error, t5_params, t5_shapes
 
 pytestmark = pytest.mark.usefixtures("optimized")
 CONFIG = T5Config(vocab_size=256, num_layers=2)
@@ -64,19 +63,11 @@ def encoder(whole_memory):
             jnp.bfloat16 if path.endswith("kernel") or path == "embedding" else np.float32
         )
 
-    def opened(quantization: str | None) -> dict:
-        module = T5Encoder(CONFIG, quantization=quantization)
-        shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), IDS, LENGTHS))["params"]
-        return read(
-            tables.TRANSFORMERS,
-            shapes,
-            state,
-            ignore=tables.IGNORED,
-            dtype=kept,
-            quantization=quantization,
-        )
-
-    floats, int8 = opened(None), opened("int8")
+    floats = t5_params(CONFIG, state, dtype=kept)
+    shapes = t5_shapes(CONFIG, quantization="int8")
+    int8 = read(
+        tables.TRANSFORMERS, shapes, state, ignore=tables.IGNORED, dtype=kept, quantization="int8"
+    )
     state.clear()
     gc.collect()
     return reference, floats, int8

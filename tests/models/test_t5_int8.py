@@ -13,7 +13,7 @@ from pixart_jax import Pipeline
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.text import tokenize
-from tests.models.t5_reference import quantized, relative_error, rms_error
+from tests.models.reference import quantized, relative_error, rms_error
 
 EXAMPLE = (jnp.zeros((1, 2), int), jnp.ones((1,), int))
 

@@ -20,7 +20,7 @@ from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.weights import transformer as names
 from pixart_jax.weights.files import write_safetensors
 from pixart_jax.weights.table import flatten, write
-from tests.models.pixart_reference import (
+from tests.models.reference import (
     diffusers_pair,
     inputs,
     randomise,
@@ -76,6 +76,7 @@ def count(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+OPTIONS = ({}, {"kv_compression": 2, "kv_compression_layers": (1, 2)})
 CASES = {
     "square": (TINY, (8, 8), [7, 7]),
     "non-square latents, ragged texts": (TINY, (6, 10), [1, 7, 4]),
@@ -126,38 +127,25 @@ def test_text_of_length_zero_gives_numbers_and_finite_gradients():
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
-def test_text_encoded_once_gives_the_same_as_the_whole_model():
-    config = tiny(size_conditions=True)
-    module, params, args = (
-        PixArtTransformer(config),
-        {"params": random_params(config)},
-        inputs(tiny(size_conditions=True), 6, 8, [2, 5]),
-    )
+@pytest.mark.parametrize("options", OPTIONS)
+def test_text_encoded_once_gives_the_same_as_the_whole_model(options):
+    config = tiny(size_conditions=True, **options)
+    module, params = PixArtTransformer(config), {"params": random_params(config)}
+    args = inputs(config, 6, 8, [2, 5])
     text = module.apply(params, args["text_states"], args["text_lengths"], method="encode_text")
     assert text.keys.shape == (3, 2, 5, 2, 12)
     times = np.array([999.0, 420.5, 3.0], np.float32)
     conditioning = module.apply(
         params, times, args["size"], args["aspect_ratio"], method="encode_times"
     )
-    assert conditioning.vector.shape == (3, 2, 24) and conditioning.modulation.shape == (
-        3,
-        2,
-        6,
-        24,
-    )
+    assert conditioning.vector.shape == (3, 2, 24)
+    assert conditioning.modulation.shape == (3, 2, 6, 24)
     denoise = jax.jit(lambda *args: module.apply(params, *args, method="denoise"))
     for n, t in enumerate(times):
-        split, kept = denoise(
-            args["latents"], jax.tree.map(lambda a, n=n: a[n], conditioning), text
-        )
-        assert not kept
-        assert (
-            relative_error(
-                split,
-                forward(module.config, params["params"], {**args, "timesteps": np.full(2, t)}),
-            )
-            <= 1e-6
-        )
+        at_t = jax.tree.map(lambda a, n=n: a[n], conditioning)
+        split, cached = denoise(args["latents"], at_t, text)
+        whole = forward(config, params["params"], {**args, "timesteps": np.full(2, t)})
+        assert not cached and relative_error(split, whole) <= 1e-6
 
 
 @pytest.mark.parametrize("policy", [name for name in remat.NAMES if name != "none"])
@@ -264,8 +252,9 @@ def test_init_follows_the_published_distributions():
     ), "each block is drawn anew"
 
 
-def test_bf16_compute_keeps_fp32_parameters_and_stays_near_fp32():
-    config = tiny(width=48)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_bf16_compute_keeps_fp32_parameters_and_stays_near_fp32(options):
+    config = tiny(width=48, **options)
     params, args = random_params(config), inputs(config, 8, 8, [3, 5])
     fresh = nn.unbox(
         jax.eval_shape(PixArtTransformer(config, jnp.bfloat16).init, jax.random.key(0), **args)
@@ -282,7 +271,9 @@ def test_timesteps_and_sizes_are_not_rounded_to_bf16():
     params, module = random_params(config), PixArtTransformer(config, jnp.bfloat16)
 
     def condition(timesteps, size):
-        return module.apply({"params": params}, timesteps, size, jnp.ones(1), method="_condition")
+        return module.apply(
+            {"params": params}, timesteps, size, jnp.ones(1), method="encode_times"
+        )[0]
 
     size = jnp.array([[1024.0, 1024.0]])
     assert not np.array_equal(
@@ -293,8 +284,9 @@ def test_timesteps_and_sizes_are_not_rounded_to_bf16():
     )
 
 
-def test_a_result_does_not_depend_on_the_batch_it_ran_in():
-    config = tiny()
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_result_does_not_depend_on_the_batch_it_ran_in(options):
+    config = tiny(**options)
     params, args = random_params(config), inputs(config, 8, 8, [3, 5, 5])
     apply = jax.jit(PixArtTransformer(config).apply)
     whole = apply({"params": params}, **args)

@@ -14,11 +14,10 @@ import torch
 from diffusers import AutoencoderKL as TorchVAE
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.vae import AutoencoderKL, VAEConfig
-from pixart_jax.models.vae_tiled import tile_starts, tiled_decode
+from pixart_jax.models.vae import AutoencoderKL, VAEConfig, tile_starts, tiled_decode
 from pixart_jax.weights import vae as tables
-from pixart_jax.weights.streaming import read
 from pixart_jax.weights.table import flatten, write
+from tests.models.reference import abstract_params, randomise, read_state_dict, relative_error
 
 SIZES = {
     "tiny": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4),
@@ -34,34 +33,16 @@ SIZES = {
 }
 
 
-def reference(config: VAEConfig, seed: int = 0) -> TorchVAE:
-    """diffusers' autoencoder, every weight drawn anew so that none is zero or one."""
-    values = {
-        name: value
-        for name, value in tables.config_to_json(config).items()
-        if not name.startswith("_")
-    }
-    model = TorchVAE(**values).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator)
-                * (0.2 if parameter.ndim == 1 else fan_in**-0.5)
-            )
-            if parameter.ndim == 1:
-                parameter.add_(0.7)
-    return model
+def reference(config: VAEConfig) -> TorchVAE:
+    fields = tables.config_to_json(config).items()
+    model = TorchVAE(**{name: value for name, value in fields if not name.startswith("_")})
+    return randomise(model, spread=0.2, centre=0.7)
 
 
 def params_of(config: VAEConfig, model: TorchVAE) -> dict:
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    side = config.factor
-    shapes = nn.unbox(
-        jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
-    )["params"]
-    params = read(tables.diffusers(config), shapes, state, source="the reference")
+    images = jnp.zeros((1, config.factor, config.factor, 3))
+    shapes = abstract_params(AutoencoderKL(config), images)
+    params = read_state_dict(tables.diffusers(config), shapes, model.state_dict())
     assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(params))
     return params
 
@@ -79,49 +60,27 @@ def fresh(config: VAEConfig, key: jax.Array) -> dict:
     )["params"]
 
 
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
 def channels_last(tensor: torch.Tensor) -> np.ndarray:
     return tensor.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize("height, width", [(16, 24), (33, 19)])
 @pytest.mark.parametrize("size", SIZES)
-def test_encode_equals_diffusers(size, height, width):
-    config = SIZES[size]
+def test_encode_and_decode_equal_diffusers(size, height, width):
+    config, rng = SIZES[size], np.random.default_rng(0)
     model = reference(config)
-    images = np.random.default_rng(0).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+    params = params_of(config, model)
+    images = rng.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     with torch.no_grad():
         posterior = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
-    mean, std = run(config, "encode", params_of(config, model), images)
-    assert mean.shape == (
-        2,
-        height // config.factor,
-        width // config.factor,
-        config.latent_channels,
-    )
+        decoded = model.decode(posterior.mean).sample
+    mean, std = run(config, "encode", params, images)
+    f = config.factor
+    assert mean.shape == (2, height // f, width // f, config.latent_channels)
     assert relative_error(mean, channels_last(posterior.mean)) <= 1e-4
     assert relative_error(std, channels_last(posterior.std)) <= 1e-4
-
-
-@pytest.mark.parametrize("height, width", [(4, 2), (3, 7)])
-@pytest.mark.parametrize("size", SIZES)
-def test_decode_equals_diffusers(size, height, width):
-    config = SIZES[size]
-    model = reference(config)
-    latents = (
-        np.random.default_rng(1)
-        .normal(size=(2, height, width, config.latent_channels))
-        .astype(np.float32)
-    )
-    with torch.no_grad():
-        theirs = channels_last(model.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample)
-    ours = run(config, "decode", params_of(config, model), latents)
-    assert relative_error(ours, theirs) <= 1e-4
+    ours = run(config, "decode", params, channels_last(posterior.mean))
+    assert relative_error(ours, channels_last(decoded)) <= 1e-4
 
 
 def test_log_variance_is_clamped():
@@ -167,10 +126,8 @@ def test_every_parameter_gets_a_gradient_and_a_few_steps_lower_the_loss():
 
 
 def test_parameters_of_stable_diffusions_vae():
-    shapes = jax.eval_shape(
-        AutoencoderKL(VAEConfig()).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
-    )
-    assert sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes))) == 83_653_863
+    shapes = abstract_params(AutoencoderKL(VAEConfig()), jnp.zeros((1, 8, 8, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 83_653_863
 
 
 def test_names_are_written_back_as_they_were_read():

@@ -13,7 +13,7 @@ from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
 from pixart_jax.weights.table import flatten
-from tests.models.pixart_reference import abstract_params, relative_error, transformer_shapes
+from tests.models.reference import abstract_params, relative_error, transformer_shapes
 
 GEOMETRY = {"depth": 4, "width": 48, "heads": 4, "sample_size": 8}
 DIT = DiTConfig(**GEOMETRY, num_classes=6)

@@ -1,5 +1,5 @@
-"""Kept weights: the second opening reads them where they lie, and never those of files that have
-changed."""
+"""The cache of converted weights: the second load converts nothing, and a changed model is not read
+from it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from pixart_jax import load_component
 from pixart_jax.weights import cache, component
+from pixart_jax.weights.streaming import read
 from pixart_jax.weights.table import flatten
 
 
@@ -26,18 +27,8 @@ def folder(saved_transformer, tmp_path, monkeypatch):
 def conversions(monkeypatch):
     """A list with an entry for each time that weights were converted."""
     calls = []
-    real = component.ParamReader
-    monkeypatch.setattr(
-        component, "ParamReader", lambda *args, **more: calls.append(1) or real(*args, **more)
-    )
+    monkeypatch.setattr(component, "read", lambda *a, **k: calls.append(1) or read(*a, **k))
     return calls
-
-
-def opened(folder, *how, **more):
-    """A component whose parameters are there, and kept."""
-    part = load_component(folder, *how, **more)
-    assert part.params
-    return part
 
 
 def assert_same(ours, others):
@@ -51,8 +42,8 @@ def assert_same(ours, others):
 def test_the_second_opening_converts_nothing_and_gives_the_same(
     folder, tmp_path, conversions, dtype
 ):
-    plain = opened(folder, dtype)
-    first, second = (opened(folder, dtype, cache=tmp_path / "kept") for _ in range(2))
+    plain = load_component(folder, dtype)
+    first, second = (load_component(folder, dtype, cache=tmp_path / "kept") for _ in range(2))
     assert len(conversions) == 2
     assert_same(first, plain)
     assert_same(second, plain)
@@ -61,34 +52,34 @@ def test_the_second_opening_converts_nothing_and_gives_the_same(
 def test_each_dtype_has_its_own_file_and_a_changed_model_replaces_it(folder, tmp_path, conversions):
     kept = tmp_path / "kept"
     for dtype in (jnp.float32, jnp.bfloat16):
-        opened(folder, dtype, cache=kept)
+        load_component(folder, dtype, cache=kept)
     assert len(list(kept.iterdir())) == 2
     weights = folder / "diffusion_pytorch_model.safetensors"
-    changed = opened(folder)
+    changed = load_component(folder)
     changed.replace(params=jax.tree.map(lambda leaf: leaf + 1, changed.params)).save(folder)
     os.utime(weights, ns=(1, 1))  # a change that the clock may be too coarse to show
     conversions.clear()
-    assert_same(opened(folder, cache=kept), opened(folder))
+    assert_same(load_component(folder, cache=kept), load_component(folder))
     assert len(conversions) == 2 and len(list(kept.iterdir())) == 2
 
 
 def test_a_damaged_file_is_named_and_made_anew(folder, tmp_path, conversions, capsys):
-    opened(folder, cache=tmp_path / "kept")
+    load_component(folder, cache=tmp_path / "kept")
     (path,) = (tmp_path / "kept").iterdir()
     path.write_bytes(path.read_bytes()[:-100])
-    assert_same(opened(folder, cache=tmp_path / "kept"), opened(folder))
+    assert_same(load_component(folder, cache=tmp_path / "kept"), load_component(folder))
     assert str(path) in (err := capsys.readouterr().err) and "made anew" in err
     conversions.clear()
-    opened(folder, cache=tmp_path / "kept")
+    load_component(folder, cache=tmp_path / "kept")
     assert not conversions
 
 
 def test_a_small_model_is_not_kept(saved_transformer, tmp_path):
-    opened(saved_transformer, cache=tmp_path / "kept")
+    load_component(saved_transformer, cache=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 
 def test_a_full_disk_is_told_and_the_model_opens(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
-    opened(folder, cache=tmp_path / "kept")
+    load_component(folder, cache=tmp_path / "kept")
     assert "are free there" in capsys.readouterr().err and not list((tmp_path / "kept").iterdir())

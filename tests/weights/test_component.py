@@ -4,7 +4,6 @@ on the way."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +27,7 @@ from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.weights.component import NULL_CAPTION, VAE, DiT, TextEncoder, Transformer
 from pixart_jax.weights.streaming import leaves
-from tests.models.t5_reference import quantized
+from tests.models.reference import quantized, randomise, relative_error, run_diffusers
 
 T5 = dict(
     vocab_size=32,
@@ -42,14 +41,8 @@ T5 = dict(
 GEOMETRY = dict(num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8)
 
 
-def randomised(model, seed: int = 0):
-    """The model with every weight drawn anew, none zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shift = 0.8 if parameter.ndim == 1 and name.endswith("weight") else 0.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + shift)
-    return model.eval()
+def randomised(model):
+    return randomise(model, spread=0.2, centre=0.5)
 
 
 def reference(kind: str):
@@ -94,77 +87,52 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {kind: root / kind for kind in KINDS}
 
 
-def torch_of(array) -> torch.Tensor:
-    return torch.from_numpy(np.array(array))
-
-
-def channels_first(array) -> torch.Tensor:
-    return torch_of(array).permute(0, 3, 1, 2).contiguous()
-
-
-def evaluate(part, rng_seed: int = 3):
+def evaluate(part):
     """(arguments as numpy, our output) of any component on small random input."""
-    rng = np.random.default_rng(rng_seed)
+    rng = np.random.default_rng(3)
+    latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
+    times = np.array([3.0, 700.0], np.float32)
     if isinstance(part, VAE):
-        arguments = (rng.normal(size=(1, 4, 6, 4)).astype(np.float32),)
+        arguments = (latents[:1, :4, :6],)
         return arguments, part.decode(*arguments)
     if isinstance(part, TextEncoder):
         arguments = (rng.integers(0, 32, (2, 9)), np.array([9, 4]))
     elif isinstance(part, DiT):
-        arguments = (
-            rng.normal(size=(2, 8, 8, 4)).astype(np.float32),
-            np.array([3.0, 700.0], np.float32),
-            np.array([2, 6]),
-        )
+        arguments = (latents, times, np.array([2, 6]))
     else:
         states = rng.normal(size=(2, 5, 10)).astype(np.float32)
-        arguments = (
-            rng.normal(size=(2, 8, 8, 4)).astype(np.float32),
-            np.array([3.0, 700.0], np.float32),
-            states,
-            np.array([5, 2]),
-        )
+        arguments = (latents, times, states, np.array([5, 2]))
     return arguments, part.apply(*arguments)
 
 
 def their_output(model, arguments) -> np.ndarray:
+    first, *more = (torch.tensor(np.array(array)) for array in arguments)
+    if isinstance(model, PixArtTransformer2DModel):
+        return run_diffusers(model, *arguments)
     with torch.no_grad():
-        if isinstance(model, AutoencoderKL):
-            return model.decode(channels_first(arguments[0])).sample.permute(0, 2, 3, 1).numpy()
         if isinstance(model, T5EncoderModel):
-            ids, lengths = arguments
-            mask = torch_of((np.arange(ids.shape[1]) < lengths[:, None]).astype(int))
-            return model(torch_of(ids), attention_mask=mask).last_hidden_state.numpy()
-        latents, timesteps = channels_first(arguments[0]), torch_of(arguments[1])
-        if isinstance(model, DiTTransformer2DModel):
-            out = model(latents, timestep=timesteps, class_labels=torch_of(arguments[2]))
-        else:
-            mask = torch_of(
-                (np.arange(arguments[2].shape[1]) < arguments[3][:, None]).astype(np.float32)
-            )
-            conditions = {"resolution": None, "aspect_ratio": None}
-            out = model(
-                latents,
-                torch_of(arguments[2]),
-                timestep=timesteps,
-                encoder_attention_mask=mask,
-                added_cond_kwargs=conditions,
-            )
+            mask = torch.arange(first.shape[1]) < more[0][:, None]
+            return model(first, attention_mask=mask.int()).last_hidden_state.numpy()
+        first = first.permute(0, 3, 1, 2)
+        out = (
+            model.decode(first)
+            if isinstance(model, AutoencoderKL)
+            else model(first, timestep=more[0], class_labels=more[1])
+        )
         return out.sample.permute(0, 2, 3, 1).numpy()
 
 
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
 def valid(kind: str, arguments, output):
-    """The part of an output that is defined: a text's own tokens."""
+    """The defined part of an output: a text's tokens."""
     if kind != "text_encoder":
         return np.asarray(output)
     ids, lengths = arguments
     return np.asarray(output)[np.arange(ids.shape[1]) < lengths[:, None]]
+
+
+def error(kind: str, arguments, ours, theirs) -> float:
+    """Relative error where the output is defined: for a text, on its tokens."""
+    return relative_error(valid(kind, arguments, ours), valid(kind, arguments, theirs))
 
 
 def assert_equal_to_the_bit(ours: dict, theirs: dict):
@@ -183,13 +151,7 @@ def test_a_folder_of_the_reference_opens_and_computes_the_same(folders, kind):
     part = load_component(folders[kind])
     assert isinstance(part, KINDS[kind])
     arguments, ours = evaluate(part)
-    assert (
-        relative_error(
-            valid(kind, arguments, ours),
-            valid(kind, arguments, their_output(reference(kind), arguments)),
-        )
-        <= 1e-4
-    )
+    assert error(kind, arguments, ours, their_output(reference(kind), arguments)) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["transformer", "text_encoder", "vae"])
@@ -203,13 +165,7 @@ def test_what_we_save_opens_in_the_reference_without_a_stray_key_and_computes_th
     model, info = type(reference(kind)).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     arguments, ours = evaluate(part)
-    assert (
-        relative_error(
-            valid(kind, arguments, ours),
-            valid(kind, arguments, their_output(model.eval(), arguments)),
-        )
-        <= 1e-4
-    )
+    assert error(kind, arguments, ours, their_output(model.eval(), arguments)) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,27 +220,16 @@ def rewrite(folder: Path, tmp_path: Path, change) -> Path:
     return copy
 
 
-def test_t5_under_either_name_of_its_embedding_or_both(folders, tmp_path):
-    want = load_component(folders["text_encoder"]).params
-    for i, names in enumerate(
-        (
-            ["shared.weight"],
-            ["encoder.embed_tokens.weight"],
-            ["shared.weight", "encoder.embed_tokens.weight"],
-        )
-    ):
+@pytest.mark.parametrize("own, other", [(True, False), (False, True), (True, True)])
+def test_t5_under_either_name_of_its_embedding_or_both(folders, tmp_path, own, other):
+    def change(tensors, config):
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
+        for name, wanted in (("shared.weight", own), ("encoder.embed_tokens.weight", other)):
+            if not wanted:
+                del tensors[name]
 
-        def change(tensors, config, names=names):
-            found = [
-                tensors.pop(name)
-                for name in ("shared.weight", "encoder.embed_tokens.weight")
-                if name in tensors
-            ]
-            tensors.update({name: found[0].clone() for name in names})
-
-        assert_equal_to_the_bit(
-            load_component(rewrite(folders["text_encoder"], tmp_path / str(i), change)).params, want
-        )
+    part = load_component(rewrite(folders["text_encoder"], tmp_path, change))
+    assert_equal_to_the_bit(part.params, load_component(folders["text_encoder"]).params)
 
 
 def test_the_encoder_of_a_whole_t5_is_read_from_it(tmp_path):
@@ -362,12 +307,7 @@ def test_bfloat16_halves_the_text_encoder_and_survives_a_save(folders, tmp_path)
     assert_equal_to_the_bit(load_component(tmp_path, dtype=jnp.bfloat16).params, part.params)
     arguments, ours = evaluate(part)
     exact = evaluate(load_component(folders["text_encoder"]))[1]
-    assert (
-        relative_error(
-            valid("text_encoder", arguments, ours), valid("text_encoder", arguments, exact)
-        )
-        < 0.05
-    )
+    assert error("text_encoder", arguments, ours, exact) < 0.05
 
 
 @pytest.mark.usefixtures("optimized")
@@ -401,13 +341,7 @@ def test_an_int8_text_encoder_is_opened_quantised_and_kept_so(folders, tmp_path,
     assert part.quantization == "int8" and exact.quantization is None
     assert_equal_to_the_bit(part.params, by_hand)
     arguments, ours = evaluate(part)
-    assert (
-        relative_error(
-            valid("text_encoder", arguments, ours),
-            valid("text_encoder", arguments, evaluate(exact)[1]),
-        )
-        < 0.05
-    )
+    assert error("text_encoder", arguments, ours, evaluate(exact)[1]) < 0.05
     for _ in range(2):
         kept = load_component(folders["text_encoder"], quantization="int8", cache=tmp_path)
         assert_equal_to_the_bit(kept.params, by_hand)
@@ -471,67 +405,65 @@ def refusal(folder, match: str):
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
+CONFIGS = {  # of a folder without weights
+    "{": "is no JSON",
+    "[]": "no JSON object",
+    '{"_class_name": "AutoencoderKLL"}': "did you mean 'AutoencoderKL'",
+    '{"_class_name": "UNet2DConditionModel"}': "UNet2DConditionModel.*not known",
+}
+
+
 def test_folders_that_are_no_component_are_named(tmp_path, folders):
     refusal(tmp_path / "absent", "no folder")
     refusal(tmp_path, "has no config.json")
-    (tmp_path / "config.json").write_text("{")
-    refusal(tmp_path, "is no JSON")
-    (tmp_path / "config.json").write_text("[]")
-    refusal(tmp_path, "no JSON object")
-    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKLL"}')
-    refusal(tmp_path, "did you mean 'AutoencoderKL'")
-    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    refusal(tmp_path, "UNet2DConditionModel.*not known")
+    for text, match in CONFIGS.items():
+        (tmp_path / "config.json").write_text(text)
+        refusal(tmp_path, match)
     shutil.copytree(folders["vae"], tmp_path / "whole" / "vae")
     (tmp_path / "whole" / "model_index.json").write_text("{}")
     refusal(tmp_path / "whole", r"is a whole model: give one of its parts \(vae\)")
 
 
-def test_configs_of_other_makes_are_named(folders, tmp_path):
-    for i, (kind, field, value, match) in enumerate(
+def configure(**fields):
+    return lambda tensors, config: config.update(fields)
+
+
+def replace(lost: str | None = None, **added):
+    def change(tensors, config):
+        tensors.pop(lost, None)
+        tensors.update({name.replace("__", "."): value for name, value in added.items()})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "kind, change, match",
+    [
+        ("vae", configure(act_fn="mish"), "act_fn = 'mish'"),
+        ("vae", configure(down_block_types=["Attn"] * 2), "down_block_types"),
+        ("vae", configure(norm_num_groups=5), "not divisible by norm_num_groups = 5"),
+        ("vae", configure(layers_per_block="two"), "wrong type"),
+        ("text_encoder", configure(feed_forward_proj="relu"), "feed_forward_proj is 'relu'"),
+        ("transformer", configure(norm_type="layer_norm"), "norm_type = 'layer_norm'"),
+        ("text_encoder", configure(d_ff=25), "wrong shape"),
         (
-            ("vae", "act_fn", "mish", "act_fn = 'mish'"),
-            ("vae", "down_block_types", ["AttnDownEncoderBlock2D"] * 2, "down_block_types"),
-            ("vae", "norm_num_groups", 5, "not divisible by norm_num_groups = 5"),
-            ("vae", "layers_per_block", "two", "wrong type"),
-            ("text_encoder", "feed_forward_proj", "relu", "feed_forward_proj is 'relu'"),
-            ("transformer", "norm_type", "layer_norm", "norm_type = 'layer_norm'"),
-        )
-    ):
-        change = functools.partial(
-            lambda wrong, tensors, config: config.update(wrong), {field: value}
-        )
-        refusal(rewrite(folders[kind], tmp_path / str(i), change), match)
-
-
-def test_weights_that_do_not_fit_are_named(folders, tmp_path):
-    def lose(tensors, config):
-        del tensors["encoder.conv_in.weight"]
-        tensors["stray"] = torch.ones(1)
-
-    refusal(
-        rewrite(folders["vae"], tmp_path / "1", lose),
-        "1 missing: encoder.conv_in.weight; 1 left over: stray",
-    )
-
-    def cut(tensors, config):
-        tensors["encoder.conv_in.weight"] = torch.ones(8, 3, 3, 1)
-
-    refusal(
-        rewrite(folders["vae"], tmp_path / "2", cut),
-        r"wrong shape: encoder.conv_in.weight \(8, 3, 3, 1\)",
-    )
-    refusal(
-        rewrite(
-            folders["text_encoder"], tmp_path / "3", lambda tensors, config: config.update(d_ff=25)
+            "vae",
+            replace("encoder.conv_in.weight", stray=torch.ones(1)),
+            "1 missing: encoder.conv_in.weight; 1 left over: stray",
         ),
-        "wrong shape",
-    )
+        (
+            "vae",
+            replace(encoder__conv_in__weight=torch.ones(8, 3, 3, 1)),
+            r"wrong shape: encoder.conv_in.weight \(8, 3, 3, 1\)",
+        ),
+    ],
+)
+def test_configs_and_weights_that_do_not_fit_are_named(folders, tmp_path, kind, change, match):
+    refusal(rewrite(folders[kind], tmp_path, change), match)
 
 
 def test_missing_and_damaged_weights_are_named(folders, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(folders["vae"], copy)
+    copy = shutil.copytree(folders["vae"], tmp_path / "copy")
     weights = copy / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     refusal(copy, "damaged or cut short")
@@ -539,7 +471,7 @@ def test_missing_and_damaged_weights_are_named(folders, tmp_path):
     refusal(copy, "holds no weights")
 
 
-def test_a_place_that_cannot_be_written_is_named(folders, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(folders, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         load_component(folders["vae"]).save(tmp_path / "file" / "vae")

@@ -4,8 +4,8 @@ line."""
 from __future__ import annotations
 
 import argparse
-import builtins
 import json
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from pixart_jax.errors import UserError
-from pixart_jax.weights.files import find_weights, open_tensors, write_atomically, write_safetensors
+from pixart_jax.weights.files import LazyTensor, find_weights, open_tensors, write_safetensors
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -152,38 +152,33 @@ def test_safetensors_come_before_pytorch_files(tmp_path):
 # ---- bad input: one line that names the file ----
 
 
-def one_line(error, path) -> str:
-    message = str(error.value)
-    assert "\n" not in message and str(path) in message
-    return message
+def refused(open_it, path, match: str):
+    with pytest.raises(UserError, match=match) as error:
+        open_it(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 40, -5])
-def test_a_safetensors_file_cut_short_is_named(tmp_path, kept):
-    path = tmp_path / "x.safetensors"
+DAMAGED = {  # suffix, the file's bytes from those of a whole one, message
+    "nothing left": ("safetensors", lambda data: b"", "damaged or cut short"),
+    "cut in the header": ("safetensors", lambda data: data[:40], "damaged or cut short"),
+    "cut at the end": ("safetensors", lambda data: data[:-5], "damaged or cut short"),
+    "a pointer of git-lfs": ("safetensors", lambda data: b"version https://x\n", "damaged"),
+    "an empty .pth": ("pth", lambda data: b"", "cannot be read as a PyTorch file"),
+    "a cut .pth": ("pth", lambda data: data[:2000], "cannot be read as a PyTorch file"),
+    "a text": ("pth", lambda data: b"no such thing", "cannot be read as a PyTorch file"),
+    "another kind": ("npz", lambda data: b"x", "weights are read from .safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_is_named(tmp_path, case):
+    suffix, damage, match = DAMAGED[case]
+    path = tmp_path / f"x.{suffix}"
     write_safetensors(path, arrays())
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match="damaged or cut short") as error:
-        open_tensors(path)
-    one_line(error, path)
-
-
-def test_a_pointer_instead_of_a_file_is_named(tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
-    with pytest.raises(UserError, match="damaged or cut short") as error:
-        open_tensors(path)
-    one_line(error, path)
-
-
-@pytest.mark.parametrize("content", [b"", b"no such thing", None])
-def test_a_damaged_pytorch_file_is_named(tmp_path, content):
-    path = tmp_path / "x.pth"
-    torch.save({"w": torch.randn(1000)}, path)
-    path.write_bytes(path.read_bytes()[:2000] if content is None else content)
-    with pytest.raises(UserError, match="cannot be read as a PyTorch file") as error:
-        open_tensors(path)
-    one_line(error, path)
+    if suffix == "pth":
+        torch.save({"w": torch.randn(1000)}, path)
+    path.write_bytes(damage(path.read_bytes()))
+    refused(open_tensors, path, match)
 
 
 class _Code:
@@ -191,64 +186,40 @@ class _Code:
         return (print, ("this must not run",))
 
 
-def test_a_pytorch_file_with_code_in_it_is_refused_and_not_run(tmp_path, capsys):
-    path = tmp_path / "x.pth"
-    torch.save({"w": torch.ones(1), "trap": _Code()}, path)
-    with pytest.raises(UserError, match="could run code") as error:
-        open_tensors(path)
-    one_line(error, path)
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        ({"w": torch.ones(1), "trap": _Code()}, "could run code"),
+        ([torch.ones(1)], "holds a list, not tensors by name"),
+    ],
+    ids=["code", "list"],
+)
+def test_a_pytorch_file_of_something_else_is_refused_and_not_run(tmp_path, capsys, content, match):
+    torch.save(content, tmp_path / "x.pth")
+    refused(open_tensors, tmp_path / "x.pth", match)
     assert "this must not run" not in capsys.readouterr().out
 
 
-def test_a_pytorch_file_of_something_else_is_named(tmp_path):
-    path = tmp_path / "x.pth"
-    torch.save([torch.ones(1)], path)
-    with pytest.raises(UserError, match="holds a list, not tensors by name") as error:
-        open_tensors(path)
-    one_line(error, path)
+def test_without_pytorch_its_files_name_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "x.pth").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(open_tensors, tmp_path / "x.pth", "pip install torch")
 
 
-def test_without_pytorch_its_files_say_what_would_do(tmp_path, monkeypatch):
-    path = tmp_path / "x.pth"
-    path.write_bytes(b"x")
-    real = builtins.__import__
-
-    def without_torch(name, *args, **kwargs):
-        if name == "torch":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_torch)
-    with pytest.raises(UserError, match="pip install torch") as error:
-        open_tensors(path)
-    one_line(error, path)
-
-
-def test_missing_files_and_unknown_kinds_are_named(tmp_path):
-    with pytest.raises(UserError, match="no file"):
-        open_tensors(tmp_path / "absent.safetensors")
-    (tmp_path / "x.npz").write_bytes(b"x")
-    with pytest.raises(UserError, match="weights are read from .safetensors") as error:
-        open_tensors(tmp_path / "x.npz")
-    one_line(error, tmp_path / "x.npz")
-    with pytest.raises(UserError, match="holds no weights") as error:
-        find_weights(tmp_path)
-    one_line(error, tmp_path)
+def test_missing_files_are_named(tmp_path):
+    refused(open_tensors, tmp_path / "absent.safetensors", "no file")
+    refused(find_weights, tmp_path, "holds no weights")
 
 
 def test_damaged_indices_and_missing_shards_are_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text in ("{", "[]", '{"metadata": {}}', '{"weight_map": 3}'):
         index.write_text(text)
-        with pytest.raises(UserError, match="no index of shards") as error:
-            open_tensors(index)
-        one_line(error, index)
+        refused(open_tensors, index, "no index of shards")
     index.write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
-    with pytest.raises(UserError, match="1 missing shards: model-1.safetensors"):
-        open_tensors(index)
+    refused(open_tensors, index, "1 missing shards: model-1.safetensors")
     write_safetensors(tmp_path / "model-1.safetensors", {"v": np.ones(1)})
-    with pytest.raises(UserError, match="lacks w, which"):
-        open_tensors(index)["w"]
+    refused(lambda path: open_tensors(path)["w"], index, "lacks w, which")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -256,14 +227,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     write_safetensors(path, {"w": np.ones(3)})
     before = path.read_bytes()
 
-    def full(staged):
-        staged.write_bytes(b"half of i")
+    def parts():
+        yield np.ones(2)
         raise OSError(28, "No space left on device")
 
+    tensor = LazyTensor((3,), np.dtype(np.float64), parts)
     with pytest.raises(UserError, match="cannot write .*No space left on device"):
-        write_atomically(path, full)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+        write_safetensors(path, {"w": tensor})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

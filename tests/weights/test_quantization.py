@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import qwix
 
-from pixart_jax.models.quantization import quantize
+from pixart_jax.models.quantization import applies, leaf, quantize, quantize_matrix
 from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.weights.quantization import applies, leaf, quantize_matrix
-from tests.models.t5_reference import quantized
+from tests.models.reference import quantized
 
 CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=4)
 
