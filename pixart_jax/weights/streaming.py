@@ -194,13 +194,14 @@ def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.n
 def _copy(out: np.ndarray, view: np.ndarray) -> None:
     """out[...] = view, cast. A transposed matrix is cast and turned a few rows at a time, in the
     core's cache: numpy's own copy misses the cache at every element."""
-    if view.ndim != 2 or abs(view.strides[0]) >= abs(view.strides[1]):
-        np.copyto(out, view, casting="unsafe")
-        return
-    rows, bits = view.T, np.dtype(f"u{out.itemsize}")  # numpy copies integers faster than bfloat16
-    for start in range(0, len(rows), _ROWS):
-        tile = rows[start : start + _ROWS].astype(out.dtype)
-        out.view(bits)[:, start : start + _ROWS] = tile.view(bits).T
+    with np.errstate(invalid="ignore"):  # NaNs stay NaNs
+        if view.ndim != 2 or abs(view.strides[0]) >= abs(view.strides[1]):
+            np.copyto(out, view, casting="unsafe")
+            return
+        rows, bits = view.T, np.dtype(f"u{out.itemsize}")  # numpy copies integers fastest
+        for start in range(0, len(rows), _ROWS):
+            tile = rows[start : start + _ROWS].astype(out.dtype)
+            out.view(bits)[:, start : start + _ROWS] = tile.view(bits).T
 
 
 def _put(buffers: Mapping[Index, np.ndarray], shape: tuple[int, ...], sharding) -> jax.Array:
