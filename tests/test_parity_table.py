@@ -21,7 +21,16 @@ QUICK = [row for row in ROWS if row.tier == "quick"]
 BY_NAME = {row.name: row for row in ROWS}
 
 
-@pytest.mark.parametrize("row", QUICK, ids=lambda row: row.name.replace(" ", "_"))
+# tests/models, tests/weights and test_pipeline.py compare the same models with the same references
+QUICK_ROWS = [
+    pytest.param(
+        row, id=row.name.replace(" ", "_"), marks=() if row.name == "dit tiny" else pytest.mark.slow
+    )
+    for row in QUICK
+]
+
+
+@pytest.mark.parametrize("row", QUICK_ROWS)
 def test_quick_rows_hold(row, tmp_path):
     theirs = row.theirs(tmp_path)
     if "sharded" in row.format:

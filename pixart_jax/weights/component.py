@@ -433,7 +433,7 @@ def load_component(
     values = _read_config(folder)
     kind: Any = values.get("_class_name") or values.get("model_type")
     if kind == _OLD_CLASS_NAME:
-        kind = _OF_NORM.get(values.get("norm_type"), kind)
+        kind = _OF_NORM.get(str(values.get("norm_type")), kind)
         values = {**values, "_class_name": kind}
     if kind not in _KINDS:
         raise UserError(
