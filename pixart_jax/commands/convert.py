@@ -117,7 +117,7 @@ def from_folder(flags: Flags):
 def from_file(flags: Flags):
     """An official checkpoint: PixArt's or DiT's, told apart by their tensors."""
     from pixart_jax.weights import component, dit, transformer
-    from pixart_jax.weights.files import open_tensors, renamed
+    from pixart_jax.weights.files import open_tensors
     from pixart_jax.weights.streaming import read
 
     branches = ("state_dict_ema", "ema", "state_dict", "model")
@@ -159,7 +159,7 @@ def from_file(flags: Flags):
             f"holds {held} …"
         )
     wanted = parameter_shapes(kind(config, {}).module)
-    params = read(table, wanted, renamed(tensors, names), source=str(flags.src), ignore=ignore)
+    params = read(table, wanted, tensors.renamed(names), source=str(flags.src), ignore=ignore)
     part = kind(config, params)
     branch = getattr(tensors, "branch", None)
     return part, f"{flags.src}" + (f" ({branch})" if branch else "") + assumed(part, said, flags)

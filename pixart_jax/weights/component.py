@@ -28,13 +28,11 @@ from pixart_jax.parallel.rules import on_mesh, parameter_shardings
 from pixart_jax.weights import dit, t5, transformer, vae
 from pixart_jax.weights.cache import ParamCache
 from pixart_jax.weights.files import (
-    JoinedTensors,
     LazyTensor,
     SafetensorsFile,
     Tensors,
     find_weights,
     open_tensors,
-    renamed,
     write_order,
     write_safetensors,
 )
@@ -353,7 +351,7 @@ class TextEncoder(Component):
     def _canonical(cls, tensors, config):
         keys = [key for key in tensors if not key.startswith(t5.IGNORED_PREFIXES)]
         own = {key: key for key in keys if key not in t5.ALIASES}
-        return renamed(tensors, {t5.ALIASES[k]: k for k in keys if k in t5.ALIASES} | own)
+        return tensors.renamed({t5.ALIASES[k]: k for k in keys if k in t5.ALIASES} | own)
 
     @classmethod
     def _keep(cls, path, dtype):
@@ -392,7 +390,7 @@ class VAE(Component):
 
     @classmethod
     def _canonical(cls, tensors, config):
-        return renamed(tensors, {vae.ALIASES.get(key, key): key for key in tensors})
+        return tensors.renamed({vae.ALIASES.get(key, key): key for key in tensors})
 
     def _config_to_json(self, params):
         return vae.config_to_json(self.config)
@@ -455,8 +453,8 @@ def load_component(
         beside = SafetensorsFile(folder / NULL_CAPTION)
         if "null_caption" not in beside:
             raise UserError(f"{folder / NULL_CAPTION} holds no null_caption")
-        places = {**{key: (tensors, key) for key in tensors}, _NULL_KEY: (beside, "null_caption")}
-        tensors = JoinedTensors(tensors.source, places)
+        entries = {**tensors.entries, _NULL_KEY: beside.entries["null_caption"]}
+        tensors = Tensors(tensors.source, entries)
     dtype = jnp.dtype(dtype or jnp.float32)
     stored = None if cache is None else ParamCache(Path(cache), folder, (dtype.name, quantization))
     options = {"quantization": quantization} if quantization else {}

@@ -7,7 +7,6 @@ refused.
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import json
@@ -16,6 +15,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -46,74 +46,82 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
+class Entry(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    advise: Callable[[str], None]  # madvise on its pages, by the name of the advice
+
+
 class Tensors(Mapping[str, np.ndarray]):
-    """{key: array} of a file, read on access. ``source`` names the file in messages."""
+    """{key: array} of one or several files, read on access. ``source`` names them in messages."""
 
-    def __init__(self, source: str):
-        self.source = source
+    def __init__(self, source: str, entries: Mapping[str, Entry]):
+        self.source, self.entries = source, entries
 
-    @abc.abstractmethod
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.entries[key].read()
+
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
+        return self.entries[key].shape
 
     def prefetch(self, key: str) -> None:
         """Ask the system to read the tensor's pages in the background."""
+        self.entries[key].advise("MADV_WILLNEED")
 
     def release(self, key: str) -> None:
         """Free the memory of the tensor's pages in a mapped file."""
+        self.entries[key].advise("MADV_DONTNEED")
+
+    def renamed(self, key_of: Mapping[str, str]) -> Tensors:
+        """The tensors under other names, or some of them: {new key: current key}."""
+        return Tensors(self.source, {new: self.entries[key] for new, key in key_of.items()})
 
 
 class SafetensorsFile(Tensors):
     """One .safetensors file, memory mapped: arrays are views of the file."""
 
     def __init__(self, path: Path):
-        super().__init__(str(path))
         try:
             # checks the header, and that the tensors cover the file exactly
             with safetensors.safe_open(path, "np"):
                 pass
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                self._header = json.loads(file.read(length))
+                header = json.loads(file.read(length))
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
-            self._start = 8 + length
-            self._bytes = np.frombuffer(self._map, np.uint8)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read as safetensors, it is damaged or cut short "
                 f"({_first_line(error)}): copy it again"
             ) from None
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        super().__init__(str(path), {key: self._entry(8 + length, header[key]) for key in header})
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._header)
+    def _entry(self, base: int, fields: Mapping) -> Entry:
+        dtype, shape = fields["dtype"], tuple(fields["shape"])
+        start, stop = (base + offset for offset in fields["data_offsets"])
 
-    def __len__(self) -> int:
-        return len(self._header)
+        def read() -> np.ndarray:
+            if dtype not in _DTYPES:
+                raise UserError(f"{self.source}: the dtype {dtype} of a tensor is not known")
+            return self._bytes[start:stop].view(_DTYPES[dtype]).reshape(shape)
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._header[key]["shape"])
+        def advise(advice: str) -> None:
+            first = start - start % mmap.PAGESIZE
+            if stop > first and hasattr(mmap, advice):
+                self._map.madvise(getattr(mmap, advice), first, stop - first)
 
-    def __getitem__(self, key: str) -> np.ndarray:
-        entry = self._header[key]
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(
-                f"{self.source}: {key} is of dtype {entry['dtype']}, which is not known"
-            )
-        start, stop = (self._start + offset for offset in entry["data_offsets"])
-        return self._bytes[start:stop].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-
-    def prefetch(self, key: str) -> None:
-        self._advise(key, "MADV_WILLNEED")
-
-    def release(self, key: str) -> None:
-        self._advise(key, "MADV_DONTNEED")
-
-    def _advise(self, key: str, advice: str) -> None:
-        start, stop = (self._start + offset for offset in self._header[key]["data_offsets"])
-        start -= start % mmap.PAGESIZE
-        if stop > start and hasattr(mmap, advice):
-            self._map.madvise(getattr(mmap, advice), start, stop - start)
+        return Entry(shape, read, advise)
 
 
 class TorchFile(Tensors):
@@ -121,121 +129,64 @@ class TorchFile(Tensors):
     state dict in it, if it holds several."""
 
     def __init__(self, path: Path, branches: tuple[str, ...] = ()):
-        super().__init__(str(path))
-        self.branch: str | None = None
         content = _torch_load(path)
-        for name in branches:
-            if isinstance(content.get(name), Mapping):
-                self.branch, content = name, content[name]
-                break
-        self._tensors = {
-            str(key): value for key, value in content.items() if hasattr(value, "numpy")
-        }
-        self._mapped = _mapped(path)
-        if not self._tensors:
+        self.branch = next((b for b in branches if isinstance(content.get(b), Mapping)), None)
+        content = content[self.branch] if self.branch else content
+        tensors = {str(key): value for key, value in content.items() if hasattr(value, "numpy")}
+        if not tensors:
             raise UserError(
                 f"{path} holds no tensors by name (it holds: "
                 f"{', '.join(map(str, list(content)[:8])) or 'nothing'})"
             )
+        mapped = _mapped(path)
+        super().__init__(str(path), {key: _torch_entry(t, mapped) for key, t in tensors.items()})
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
 
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].shape)
-
-    def __getitem__(self, key: str) -> np.ndarray:
+def _torch_entry(tensor, mapped: list[tuple[int, int]]) -> Entry:
+    def read() -> np.ndarray:
         import torch
 
-        tensor = self._tensors[key].detach()
         if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+            return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.detach().numpy()
 
-    def release(self, key: str) -> None:
+    def advise(advice: str) -> None:
         import ctypes
 
-        storage = self._tensors[key].untyped_storage()
+        storage = tensor.untyped_storage()
         start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         start -= start % mmap.PAGESIZE
         # only pages of the mapped file: others would lose their values
-        if any(first <= start and stop <= last for first, last in self._mapped):
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
-            )
+        if any(first <= start and stop <= last for first, last in mapped):
+            size = ctypes.c_size_t(stop - start)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, getattr(mmap, advice))
 
-
-class JoinedTensors(Tensors):
-    """Tensors of several files, or some of one file's, under other names.
-
-    places: {key: (file, its key there)}; a file is a path, opened on first access, or Tensors.
-    """
-
-    def __init__(self, source: str, places: Mapping[str, tuple[Path | Tensors, str]]):
-        super().__init__(source)
-        self._places = dict(places)
-        self._opened: dict[Path, Tensors] = {}
-
-    def _find(self, key: str) -> tuple[Tensors, str]:
-        file, name = self._places[key]
-        if isinstance(file, Path):
-            if file not in self._opened:
-                self._opened[file] = open_tensors(file)
-            tensors = self._opened[file]
-            if name not in tensors:
-                raise UserError(
-                    f"{file} lacks {name}, which {self.source} says is there: copy both again"
-                )
-            return tensors, name
-        return file, name
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        tensors, name = self._find(key)
-        return tensors.shape(name)
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        tensors, name = self._find(key)
-        return tensors[name]
-
-    def prefetch(self, key: str) -> None:
-        tensors, name = self._find(key)
-        tensors.prefetch(name)
-
-    def release(self, key: str) -> None:
-        tensors, name = self._find(key)
-        tensors.release(name)
-
-
-def renamed(tensors: Tensors, key_of: Mapping[str, str]) -> Tensors:
-    """Tensors under other names, or some of them: {new key: key in ``tensors``}."""
-    return JoinedTensors(tensors.source, {new: (tensors, key) for new, key in key_of.items()})
+    return Entry(tuple(tensor.shape), read, advise)
 
 
 def _open_shards(index: Path) -> Tensors:
+    """The tensors of all shards of an index."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        places = {str(key): (index.parent / name, str(key)) for key, name in weight_map.items()}
+        names = {str(key): str(name) for key, name in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{index} is no index of shards (a JSON object with weight_map): it is damaged, copy "
             "it again"
         ) from None
-    missing = sorted({shard.name for shard, _ in places.values() if not shard.is_file()})
+    missing = sorted({name for name in names.values() if not (index.parent / name).is_file()})
     if missing:
         raise UserError(
             f"{index} names {len(missing)} missing shards: "
             f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}"
         )
-    return JoinedTensors(str(index), places)
+    shards = {name: open_tensors(index.parent / name) for name in dict.fromkeys(names.values())}
+    for key, name in names.items():
+        if key not in shards[name]:
+            raise UserError(
+                f"{index.parent / name} lacks {key}, which {index} says is there: copy both again"
+            )
+    return Tensors(str(index), {key: shards[name].entries[key] for key, name in names.items()})
 
 
 def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Tensors:

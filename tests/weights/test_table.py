@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.weights.files import Tensors
+from pixart_jax.weights.files import Entry, Tensors
 from pixart_jax.weights.streaming import read
 from pixart_jax.weights.table import ParamMapping, flatten, grouped, unflatten, write
 
@@ -82,25 +82,21 @@ class Watched(Tensors):
     """A file that records accesses. forbidden: only shapes may be read."""
 
     def __init__(self, tensors: dict[str, np.ndarray], forbidden: bool = False):
-        super().__init__("the file")
-        self._tensors, self._forbidden, self.events = tensors, forbidden, []
+        self.events: list[tuple[str, str]] = []
 
-    def __iter__(self):
-        return iter(self._tensors)
+        def entry(key: str, value: np.ndarray) -> Entry:
+            def read():
+                assert not forbidden, key
+                self.events.append(("read", key))
+                return value
 
-    def __len__(self):
-        return len(self._tensors)
+            def advise(advice):
+                if advice == "MADV_DONTNEED":
+                    self.events.append(("release", key))
 
-    def shape(self, key):
-        return self._tensors[key].shape
+            return Entry(value.shape, read, advise)
 
-    def __getitem__(self, key):
-        assert not self._forbidden, key
-        self.events.append(("read", key))
-        return self._tensors[key]
-
-    def release(self, key):
-        self.events.append(("release", key))
+        super().__init__("the file", {key: entry(key, value) for key, value in tensors.items()})
 
 
 def test_one_tensor_at_a_time_is_read_and_released():
