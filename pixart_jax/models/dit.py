@@ -10,10 +10,18 @@ import jax.numpy as jnp
 
 from pixart_jax.models.embedders import LabelEmbedder, PatchEmbedder, ScalarEmbedder, unpatchify
 from pixart_jax.models.geometry import BackboneConfig
-from pixart_jax.models.layers import Dense, Mlp, SelfAttention, modulated_norm, row_major, zeros
+from pixart_jax.models.layers import (
+    Dense,
+    Mlp,
+    SelfAttention,
+    modulated_norm,
+    row_major,
+    scan_blocks,
+    zeros,
+)
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.models.ring import check_context_attention
-from pixart_jax.parallel.axes import ACTIVATION, CONDITION, EMBED, LAYERS, MODULATION
+from pixart_jax.parallel.axes import ACTIVATION, CONDITION, EMBED, MODULATION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +101,8 @@ class DiT(nn.Module):
             jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), (x.shape[0],))
         )
         condition = nn.with_logical_constraint(nn.silu(t + self.label_embedder(labels)), CONDITION)
-        scan = nn.scan(
-            remat(lambda block, x, condition: (block(x, condition), None), self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: LAYERS},
-        )
-        x, _ = scan(self.blocks, x, condition)
+        step = remat(lambda block, x, condition: (block(x, condition), None), self.remat)
+        x, _ = scan_blocks(step, c.depth)(self.blocks, x, condition)
         shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
         x = self.final(modulated_norm(x, shift, scale))
         return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size)

@@ -1,10 +1,8 @@
-"""How much arithmetic one image costs the diffusion models: matrix products counted from their
-sizes.
+"""Model FLOPs of the diffusion models, the numerator of MFU, from their matrix products.
 
-XLA's own count takes the body of a loop over layers once, and counts what recomputation adds; model
-FLOPs, the numerator of MFU, are those that the mathematics asks for. A product [m, k] · [k, n] is
-2·m·n·k. Norms, activations and softmax are left out: under 1 % of an XL/2, and no matrix unit's
-work.
+XLA's count takes the body of a loop over layers once and includes recomputation. A product
+[m, k] · [k, n] is 2·m·n·k. Norms, activations and softmax, under 1 % of an XL/2 and no work for
+matrix units, are not counted.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ PIXELS = 8  # image pixels a side of a latent pixel
 def forward_flops(
     config: TransformerConfig | DiTConfig, height: int, width: int, text_tokens: int = 0
 ) -> float:
-    """Of one evaluation for one image of height × width px under text_tokens tokens of text (as
-    padded; a DiT reads none).
+    """One evaluation for one image of height × width px and text_tokens tokens, with padding (a DiT
+    reads none).
 
     XL/2 with 120 tokens: 0.298e12 at 256 px, 1.236e12 at 512 px, 6.51e12 at 1024 px.
     """
@@ -45,13 +43,13 @@ def forward_flops(
 def train_flops(
     config: TransformerConfig | DiTConfig, height: int, width: int, text_tokens: int = 0
 ) -> float:
-    """Of one image's share of a train step: the backward pass costs two forward passes. What remat
-    computes again is not counted."""
+    """One image of a train step: the backward pass costs two forward passes. Recomputation is not
+    counted."""
     return 3.0 * forward_flops(config, height, width, text_tokens)
 
 
 def _self_attention(config: BackboneConfig, rows: int, columns: int) -> int:
-    """Scores and weighted values of all layers; a compressed layer (PixArt-Σ) has 1 / R² of the
+    """Scores and weighted values of all layers; compressed layers (PixArt-Σ) have 1 / R² of the
     keys."""
     n, r = rows * columns, getattr(config, "kv_compression", 1)
     fewer = len(getattr(config, "kv_compression_layers", ())) if r > 1 else 0
@@ -60,5 +58,5 @@ def _self_attention(config: BackboneConfig, rows: int, columns: int) -> int:
 
 
 def _scalar(width: int) -> int:
-    """Embedding of one scalar: sinusoid, two dense layers."""
+    """The embedder of one scalar: two dense layers."""
     return 2 * (SINUSOID_CHANNELS * width + width * width)

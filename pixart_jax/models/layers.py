@@ -42,6 +42,19 @@ def param(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
+def scan_blocks(step: Callable, depth: int, in_axes=nn.broadcast) -> Callable:
+    """One loop over stacked blocks, whose parameters have a leading axis [depth, …]; step(block,
+    carry, *inputs) → (carry, output). in_axes: 0 for inputs with that axis, else nn.broadcast."""
+    return nn.scan(
+        step,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: LAYERS},
+    )
+
+
 def xavier(fan_in: int, fan_out: int) -> Callable:
     """Xavier-uniform with given fans: the published models initialise q, k and v as one matrix,
     whose fans differ from those of its parts."""

@@ -72,9 +72,8 @@ def applies(path: str) -> bool:
 
 
 def quantize_matrix(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A kernel as PyTorch's files hold it, [out, in] of any float dtype → (int8 [in, out], scale
-    fp32 [1, out]); the values of models.quantize to the bit, at a fraction of its
-    time: every channel lies in one run."""
+    """A kernel in PyTorch's layout, [out, in] of any float dtype → (int8 [in, out], scale fp32 [1,
+    out]); equal to ``quantize`` to the bit, and faster, because a channel is contiguous."""
     one = _quantize_rows(jnp.asarray(matrix))
     return np.asarray(one.qvalue).T, np.asarray(one.scale).T
 

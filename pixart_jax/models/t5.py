@@ -18,9 +18,9 @@ import numpy as np
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.attention import attention
 from pixart_jax.models.geometry import CheckedConfig
-from pixart_jax.models.layers import ones, param
+from pixart_jax.models.layers import ones, param, scan_blocks
 from pixart_jax.models.remat import policy, remat
-from pixart_jax.parallel.axes import EMBED, HEADS, LAYERS, MLP, NORM, TEXT_ACTIVATION, VOCAB
+from pixart_jax.parallel.axes import EMBED, HEADS, MLP, NORM, TEXT_ACTIVATION, VOCAB
 
 QUANTIZATIONS = ("int8",)
 
@@ -43,16 +43,11 @@ class T5Config(CheckedConfig):
     def __post_init__(self):
         self.require_positive("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
         buckets = self.relative_attention_num_buckets
-        self.require(
-            buckets >= 4 and buckets % 4 == 0,
-            "relative_attention_num_buckets",
-            "must be a multiple of 4",
-        )
-        self.require(
-            self.relative_attention_max_distance > buckets // 4,
-            "relative_attention_max_distance",
-            f"must be more than relative_attention_num_buckets / 4 = {buckets // 4}",
-        )
+        fits = buckets >= 4 and buckets % 4 == 0
+        self.require(fits, "relative_attention_num_buckets", "must be a multiple of 4")
+        fits = self.relative_attention_max_distance > buckets // 4
+        least = f"must be more than relative_attention_num_buckets / 4 = {buckets // 4}"
+        self.require(fits, "relative_attention_max_distance", least)
         self.require(self.layer_norm_epsilon > 0, "layer_norm_epsilon", "must be positive")
 
 
@@ -61,7 +56,7 @@ def relative_buckets(
 ) -> np.ndarray:
     """Bucket of the distance key − query for every pair, int32 [length queries, length keys].
 
-    Half of the buckets are for keys behind the query (with causal, for a decoder: none, and those
+    Half of the buckets are for keys after the query (with causal, for a decoder: none, and those
     keys share bucket 0). Of each half, one half holds single distances from 0 on, the other widens
     logarithmically up to max_distance; larger distances share the last bucket.
     """
@@ -70,22 +65,17 @@ def relative_buckets(
     exact = half // 2
     magnitude = np.maximum(-distance, 0) if causal else np.abs(distance)
     # In fp32, as in the reference: a distance at the edge of a bucket must round to the same side.
-    steps = np.log(np.maximum(magnitude, 1).astype(np.float32) / np.float32(exact)) / np.float32(
-        math.log(max_distance / exact)
-    )
-    wide = np.minimum(exact + (steps * np.float32(half - exact)).astype(np.int32), half - 1)
-    behind = 0 if causal else half
-    return (
-        np.where(distance > 0, behind, 0) + np.where(magnitude < exact, magnitude, wide)
-    ).astype(np.int32)
+    steps = np.log(np.maximum(magnitude, 1).astype(np.float32) / np.float32(exact))
+    steps = steps / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    wide = np.minimum(exact + steps.astype(np.int32), half - 1)
+    ahead = np.where(distance > 0, 0 if causal else half, 0)
+    return (ahead + np.where(magnitude < exact, magnitude, wide)).astype(np.int32)
 
 
 def relative_bias(module: nn.Module, config: T5Config) -> jax.Array:
     """The table [buckets, k] of attention biases, a parameter of the module."""
-    init, shape = (
-        nn.initializers.normal(config.d_model**-0.5),
-        (config.relative_attention_num_buckets, config.num_heads),
-    )
+    init = nn.initializers.normal(config.d_model**-0.5)
+    shape = (config.relative_attention_num_buckets, config.num_heads)
     return param(module, "relative_bias", init, shape, (None, None))
 
 
@@ -226,13 +216,6 @@ class T5Encoder(nn.Module):
         x = self.embedding[input_ids].astype(jnp.float32)
         x = nn.with_logical_constraint(x, TEXT_ACTIVATION)
         bias = attention_bias(c, self.relative_bias, x.shape[1])
-        scan = nn.scan(
-            remat(lambda block, x, bias, lengths: (block(x, bias, lengths), None), self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: LAYERS},
-        )
-        x, _ = scan(self.blocks, x, bias, lengths)
+        step = remat(lambda block, x, bias, lengths: (block(x, bias, lengths), None), self.remat)
+        x, _ = scan_blocks(step, c.num_layers)(self.blocks, x, bias, lengths)
         return self.final_norm(x)

@@ -23,6 +23,7 @@ from pixart_jax.models.layers import (
     modulated_norm,
     param,
     row_major,
+    scan_blocks,
     zeros,
 )
 from pixart_jax.models.remat import policy, remat
@@ -33,7 +34,6 @@ from pixart_jax.parallel.axes import (
     BATCH,
     CONDITION,
     EMBED,
-    LAYERS,
     MLP,
     MODULATION,
     NORM,
@@ -285,25 +285,21 @@ class PixArtTransformer(nn.Module):
             ((text.keys, text.values), None) if isinstance(text, TextKV) else (None, text.states)
         )
         x = _stream(self.patch_embedder(latents))
-        x, outputs = self._scan(remat(block_step, self.remat), broadcast=3)(
-            self.blocks,
-            x,
-            (keys_values, self._compression(rows, columns), cache),
-            conditioning.modulation,
-            states,
-            text.lengths,
-        )
+        per_block = keys_values, self._compression(rows, columns), cache
+        scan = scan_blocks(remat(block_step, self.remat), c.depth, (0, *[nn.broadcast] * 3))
+        x, outputs = scan(self.blocks, x, per_block, conditioning.modulation, states, text.lengths)
         shift, scale = jnp.moveaxis(self.final_table + conditioning.vector[:, None], 1, 0)
         x = self.final(modulated_norm(x, shift, scale))
         return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size), outputs
 
     def encode_text(self, text_states: jax.Array, text_lengths: jax.Array) -> TextKV:
         """Text states [b, l, caption_width], lengths [b] → every block's keys and values."""
+
+        def step(block, carry, text):
+            return carry, block.keys_values(text)
+
         text = self._project(text_states)
-        scan = self._scan(
-            lambda block, carry, _, text: (carry, block.keys_values(text)), broadcast=1
-        )
-        _, (keys, values) = scan(self.blocks, (), None, text)
+        _, (keys, values) = scan_blocks(step, self.config.depth)(self.blocks, (), text)
         return TextKV(keys, values, text_lengths)
 
     def encode_times(
@@ -344,18 +340,6 @@ class PixArtTransformer(nn.Module):
     def _modulation(self, vector: jax.Array) -> jax.Array:
         """[…, d] → […, 6, d]."""
         return self.t_block(nn.silu(vector)).reshape(*vector.shape[:-1], 6, self.config.width)
-
-    def _scan(self, step, broadcast: int):
-        """One loop over the stacked blocks; step(block, carry, per_block, *broadcast) → (carry,
-        output)."""
-        return nn.scan(
-            step,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * broadcast),
-            length=self.config.depth,
-            metadata_params={nn.PARTITION_NAME: LAYERS},
-        )
 
     def _compression(self, rows: int, columns: int) -> Compression | None:
         """Every layer's key and value compression on a grid of patches, stacked [depth, …]; None in
