@@ -3,6 +3,7 @@ itself."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
+from benchmarks.parity_rows import official as official_names
 from pixart_jax.errors import UserError
 from pixart_jax.models import remat
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
@@ -299,58 +301,19 @@ def test_a_result_does_not_depend_on_the_batch_it_ran_in(options):
         )
 
 
-def official_state(state: dict[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
-    """A diffusers state dict under the names of the official .pth, written out by hand."""
-    out = {}
-
-    def linear(new, *old):
-        for part in ("weight", "bias"):
-            out[f"{new}.{part}"] = np.concatenate([state[f"{name}.{part}"] for name in old])
-
-    linear("x_embedder.proj", "pos_embed.proj")
-    embedders = {
-        "t_embedder": "timestep_embedder",
-        "csize_embedder": "resolution_embedder",
-        "ar_embedder": "aspect_ratio_embedder",
-    }
-    for new, old in embedders.items():
-        if f"adaln_single.emb.{old}.linear_1.weight" in state:
-            linear(f"{new}.mlp.0", f"adaln_single.emb.{old}.linear_1")
-            linear(f"{new}.mlp.2", f"adaln_single.emb.{old}.linear_2")
-    linear("t_block.1", "adaln_single.linear")
-    linear("y_embedder.y_proj.fc1", "caption_projection.linear_1")
-    linear("y_embedder.y_proj.fc2", "caption_projection.linear_2")
-    for i in range(depth):
-        old = f"transformer_blocks.{i}"
-        out[f"blocks.{i}.scale_shift_table"] = state[f"{old}.scale_shift_table"]
-        linear(f"blocks.{i}.attn.qkv", *(f"{old}.attn1.to_{x}" for x in "qkv"))
-        linear(f"blocks.{i}.attn.proj", f"{old}.attn1.to_out.0")
-        linear(f"blocks.{i}.cross_attn.q_linear", f"{old}.attn2.to_q")
-        linear(f"blocks.{i}.cross_attn.kv_linear", f"{old}.attn2.to_k", f"{old}.attn2.to_v")
-        linear(f"blocks.{i}.cross_attn.proj", f"{old}.attn2.to_out.0")
-        linear(f"blocks.{i}.mlp.fc1", f"{old}.ff.net.0.proj")
-        linear(f"blocks.{i}.mlp.fc2", f"{old}.ff.net.2")
-    linear("final_layer.linear", "proj_out")
-    out["final_layer.scale_shift_table"] = state["scale_shift_table"]
-    return out
-
-
 @pytest.mark.parametrize("conditions", [False, True], ids=["plain", "multi-scale"])
 def test_official_and_diffusers_files_read_to_equal_parameters_and_write_back(conditions):
     theirs, config, params = diffusers_pair(**{**TINY, "use_additional_conditions": conditions})
-    state = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    official = official_state(state, config.depth)
-    official["y_embedder.y_embedding"] = (
-        np.random.default_rng(0).normal(size=(9, 20)).astype(np.float32)
-    )
-    official["pos_embed"] = theirs.pos_embed.pos_embed.numpy()
+    state = dict(theirs.state_dict())
+    official = official_names.transformer(dict(state), config.depth)
+    official["y_embedder.y_embedding"] = torch.randn(9, 20)
+    official["pos_embed"] = theirs.pos_embed.pos_embed
 
-    told = names.config_from_official(
-        {k: v.shape for k, v in official.items()}, pos_embed=official["pos_embed"], heads=2
-    )
-    assert told == TransformerConfig(**{**vars(config), "text_tokens": 9})
+    shapes = {key: tuple(value.shape) for key, value in official.items()}
+    found = names.config_from_official(shapes, pos_embed=official["pos_embed"].numpy(), heads=2)
+    assert found == dataclasses.replace(config, text_tokens=9)
     read = read_state_dict(
-        names.OFFICIAL, transformer_shapes(told), official, ignore=names.OFFICIAL_IGNORE
+        names.OFFICIAL, transformer_shapes(found), official, ignore=names.OFFICIAL_IGNORE
     )
     np.testing.assert_array_equal(read.pop("null_caption"), official["y_embedder.y_embedding"])
     assert flatten(read).keys() == flatten(params).keys()
@@ -413,32 +376,6 @@ def test_diffusers_opens_what_is_saved_with_a_null_caption(tmp_path):
     theirs = PixArtTransformer2DModel.from_pretrained(tmp_path).eval()
     args = inputs(config, 8, 8, [4, 2])
     assert relative_error(forward(config, params, args), run_diffusers(theirs, **args)) <= 1e-5
-
-
-def test_query_key_norm_is_layer_norm_over_the_full_width():
-    """Against PyTorch: with q and k normalised, self-attention in one block of width 24."""
-    config = tiny(depth=1, qk_norm=True)
-    params = random_params(config)["blocks"]["attn"]
-    from pixart_jax.models.layers import SelfAttention
-
-    x = np.random.default_rng(1).normal(size=(2, 7, 24)).astype(np.float32)
-    one = jax.tree.map(lambda leaf: leaf[0], params)
-    ours = SelfAttention(2, True).apply({"params": one}, x)
-    torch_one = jax.tree.map(torch.tensor, one)
-
-    def project(name, value):
-        return value @ torch_one[name]["kernel"] + torch_one[name]["bias"]
-
-    heads = []
-    for name in ("q", "k", "v"):
-        value = project(name, torch.tensor(x))
-        if name != "v":
-            value = torch.nn.functional.layer_norm(
-                value, (24,), torch_one[f"{name}_norm"]["scale"], torch_one[f"{name}_norm"]["bias"]
-            )
-        heads.append(value.reshape(2, 7, 2, 12).transpose(1, 2))
-    out = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(2, 7, 24)
-    assert relative_error(ours, project("out", out).numpy()) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -181,12 +181,8 @@ def test_tiled_decode_is_close_to_one_pass_in_the_interior():
 
 def test_latents_no_larger_than_a_tile_take_one_pass():
     calls = []
-    result = tiled_decode(
-        lambda latents: calls.append(latents.shape) or latents,
-        jnp.ones((1, 16, 16, 4)),
-        tile=16,
-        overlap=4,
-    )
+    latents = jnp.ones((1, 16, 16, 4))
+    result = tiled_decode(lambda part: calls.append(part.shape) or part, latents, 16, 4)
     assert calls == [(1, 16, 16, 4)] and result.shape == (1, 16, 16, 4)
 
 
