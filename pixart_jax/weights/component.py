@@ -138,7 +138,7 @@ class Component(abc.ABC):
         _write(folder / self.weights_file, write(table, params))
 
     @classmethod
-    def _keep(cls, path: str, dtype) -> np.dtype:
+    def _stored_dtype(cls, path: str, dtype) -> np.dtype:
         """The dtype of a stored parameter when the computation is in ``dtype``: that of the
         products it is used in."""
         narrow = path.endswith("kernel") and not path.startswith(cls._wide)
@@ -155,8 +155,8 @@ class Component(abc.ABC):
         """
 
         def cast(path, leaf):
-            dtype_of_leaf = cls._keep("/".join(key.key for key in path), dtype)
-            return leaf.astype(dtype_of_leaf) if leaf.dtype == jnp.float32 else leaf
+            stored = cls._stored_dtype("/".join(key.key for key in path), dtype)
+            return leaf.astype(stored) if leaf.dtype == jnp.float32 else leaf
 
         return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -167,7 +167,7 @@ class Component(abc.ABC):
         shapes, shardings = flatten(nn.unbox(boxed)), flatten(parameter_shardings(boxed, mesh))
         params = {
             path: jax.ShapeDtypeStruct(
-                shape.shape, cls._keep(path, dtype), sharding=shardings[path]
+                shape.shape, cls._stored_dtype(path, dtype), sharding=shardings[path]
             )
             for path, shape in shapes.items()
         }
@@ -204,7 +204,7 @@ class Component(abc.ABC):
             nn.unbox(boxed),
             tensors,
             ignore=ignore,
-            dtype=functools.partial(cls._keep, dtype=dtype),
+            dtype=functools.partial(cls._stored_dtype, dtype=dtype),
             shardings=shardings,
             **options,
         )
@@ -354,8 +354,8 @@ class TextEncoder(Component):
         return tensors.renamed({t5.ALIASES[k]: k for k in keys if k in t5.ALIASES} | own)
 
     @classmethod
-    def _keep(cls, path, dtype):
-        return np.dtype(dtype) if path == "embedding" else super()._keep(path, dtype)
+    def _stored_dtype(cls, path, dtype):
+        return np.dtype(dtype) if path == "embedding" else super()._stored_dtype(path, dtype)
 
     def _config_to_json(self, params):
         return {**t5.config_to_json(self.config), "torch_dtype": str(params["embedding"].dtype)}

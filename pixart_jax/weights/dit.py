@@ -11,7 +11,13 @@ import numpy as np
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.weights.table import ParamMapping, write
-from pixart_jax.weights.transformer import BOOKKEEPING, dense, official_geometry, position_table
+from pixart_jax.weights.transformer import (
+    BOOKKEEPING,
+    backbone_from_diffusers,
+    dense,
+    official_geometry,
+    position_table,
+)
 
 CLASS_NAME = "DiT"  # config.json's _class_name in a folder that this project saved
 DIFFUSERS_CLASS_NAME = "DiTTransformer2DModel"
@@ -51,6 +57,14 @@ DIFFUSERS: tuple[ParamMapping, ...] = (
 )
 
 
+_FIXED = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_type": "ada_norm_zero",
+}
+
+
 def diffusers_ignore(depth: int) -> tuple[str, ...]:
     """The copies of the embedders in blocks 1 … depth − 1, and a stored position table."""
     copies = [f"timestep_embedder.linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
@@ -72,45 +86,18 @@ def config_to_json(config: DiTConfig) -> dict:
 
 
 def config_from_json(data: Mapping) -> DiTConfig:
-    """A config.json of ours, or diffusers' of a DiT → our config."""
-    if data.get("_class_name") == DIFFUSERS_CLASS_NAME:
-        return _config_from_diffusers(data)
-    fields = {field.name for field in dataclasses.fields(DiTConfig)}
-    given = {key: value for key, value in data.items() if not key.startswith("_")}
-    for key in given:
-        if key not in fields:
-            raise UserError(f"config.json: {key!r} is no field of a DiT{nearest(key, fields)}")
+    """A config.json of ours, or of a DiT in diffusers → our config."""
     try:
+        if data.get("_class_name") == DIFFUSERS_CLASS_NAME:
+            fields = backbone_from_diffusers(data, _FIXED, sample_size=32, out_channels=None)
+            return DiTConfig(**fields, num_classes=data.get("num_embeds_ada_norm", 1000))
+        known = {field.name for field in dataclasses.fields(DiTConfig)}
+        given = {key: value for key, value in data.items() if not key.startswith("_")}
+        for key in given.keys() - known:
+            raise UserError(f"config.json: {key!r} is no field of a DiT{nearest(key, known)}")
         return DiTConfig(**given)
     except TypeError as error:
         raise UserError(f"config.json: a field has the wrong type: {error}") from None
-
-
-def _config_from_diffusers(data: Mapping) -> DiTConfig:
-    fixed = {
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "norm_elementwise_affine": False,
-        "norm_type": "ada_norm_zero",
-    }
-    for field, only in fixed.items():
-        if data.get(field, only) != only:
-            raise UserError(f"config.json: {field} = {data[field]!r}: only {only!r} is known")
-    heads, channels, out = (
-        data.get("num_attention_heads", 16),
-        data.get("in_channels", 4),
-        data.get("out_channels"),
-    )
-    return DiTConfig(
-        depth=data.get("num_layers", 28),
-        width=heads * data.get("attention_head_dim", 72),
-        heads=heads,
-        patch_size=data.get("patch_size", 2),
-        in_channels=channels,
-        out_channels=channels if out is None else out,
-        sample_size=data.get("sample_size", 32),
-        num_classes=data.get("num_embeds_ada_norm", 1000),
-    )
 
 
 def config_from_official(

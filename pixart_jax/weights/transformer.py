@@ -131,31 +131,42 @@ _FIXED = {
 }
 
 
-def config_from_json(data: Mapping) -> TransformerConfig:
-    """A diffusers config.json → our config. UserError for another variant of the architecture."""
-    for field, only in _FIXED.items():
+def backbone_from_diffusers(
+    data: Mapping, fixed: Mapping, sample_size: int, out_channels: int | None
+) -> dict:
+    """The fields of a BackboneConfig in a diffusers config.json, with diffusers' defaults.
+    UserError where a field of ``fixed`` has another value: another architecture."""
+    for field, only in fixed.items():
         if data.get(field, only) != only:
             raise UserError(f"config.json: {field} = {data[field]!r}: only {only!r} is known")
+    heads, channels = data.get("num_attention_heads", 16), data.get("in_channels", 4)
+    out = data.get("out_channels", out_channels)
+    return {
+        "depth": data.get("num_layers", 28),
+        "width": heads * data.get("attention_head_dim", 72),
+        "heads": heads,
+        "patch_size": data.get("patch_size", 2),
+        "in_channels": channels,
+        "out_channels": channels if out is None else out,
+        "sample_size": data.get("sample_size", sample_size),
+    }
+
+
+def config_from_json(data: Mapping) -> TransformerConfig:
+    """A diffusers config.json → our config. UserError for another variant of the architecture."""
     try:
-        heads, sample = data.get("num_attention_heads", 16), data.get("sample_size", 128)
-        width, channels = heads * data.get("attention_head_dim", 72), data.get("in_channels", 4)
-        out, scale = data.get("out_channels", 8), data.get("interpolation_scale")
-        conditions, captions = data.get("use_additional_conditions"), data.get("caption_channels")
-        cross = data.get("cross_attention_dim", 1152)
+        fields = backbone_from_diffusers(data, _FIXED, sample_size=128, out_channels=8)
+        sample, width = fields["sample_size"], fields["width"]
+        scale, conditions = data.get("interpolation_scale"), data.get("use_additional_conditions")
+        captions, cross = data.get("caption_channels"), data.get("cross_attention_dim", 1152)
         if captions is None or cross != width:
             raise UserError(
                 f"config.json: caption_channels = {captions!r} and cross_attention_dim = "
                 f"{cross!r}: want the text encoder's width and the model's own, {width}"
             )
         return TransformerConfig(
-            depth=data.get("num_layers", 28),
-            width=width,
-            heads=heads,
-            patch_size=data.get("patch_size", 2),
-            in_channels=channels,
-            out_channels=channels if out is None else out,
+            **fields,
             mlp_ratio=float(data.get("mlp_ratio", 4.0)),
-            sample_size=sample,
             position_scale=float(max(sample // 64, 1) if scale is None else scale),
             caption_width=captions,
             text_tokens=data.get("text_tokens", 120),
