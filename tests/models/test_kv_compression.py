@@ -26,14 +26,7 @@ from tests.models.reference import (
     transformer_shapes,
 )
 
-SIZES = {
-    "depth": 4,
-    "width": 24,
-    "heads": 2,
-    "caption_width": 20,
-    "text_tokens": 9,
-    "sample_size": 8,
-}
+SIZES = dict(depth=4, width=24, heads=2, caption_width=20, text_tokens=9, sample_size=8)
 
 
 def sigma(**overrides) -> TransformerConfig:

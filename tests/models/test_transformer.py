@@ -32,13 +32,9 @@ from tests.models.reference import (
     transformer_shapes,
 )
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "num_layers": 3,
-    "caption_channels": 20,
-    "sample_size": 8,
-}
+TINY = dict(
+    num_attention_heads=2, attention_head_dim=12, num_layers=3, caption_channels=20, sample_size=8
+)
 ODD = {
     "num_attention_heads": 3,
     "attention_head_dim": 28,
