@@ -1,7 +1,6 @@
 """Kill and move real runs, and compare what they end with to what an undisturbed run makes.
 
     python benchmarks/interruptions.py train --kills 100 [--processes 2]
-    python benchmarks/interruptions.py encode --kills 20
     python benchmarks/interruptions.py curves [--doc docs/pods.md --png docs/images/curves.png]
 
 train: a curriculum of three stages is ended by SIGKILL or SIGTERM at any moment, a few steps after
@@ -10,20 +9,16 @@ time no committed checkpoint is lost, the next start continues from the newest, 
 has lost no step; at the end the last checkpoint, the exported model and metrics.jsonl (but for
 timings) are equal to the bit. With --processes, SIGKILL ends one of them or all.
 
-encode: `python -m pixart_jax encode` is killed at any moment of its life, and at the end every
-record is equal to the byte, none missing or doubled.
-
 curves: the same curriculum on several meshes of simulated devices and processes, one run killed and
 moved three times; losses and final parameters agree with those of one device within 1e-4.
 
-A second call with the same --folder runs only what is missing of `curves`. Exit status 1 where a
-promise is broken; the message is the last line.
+A second call with the same --folder runs only what is missing of `curves`. Exit status 1 and the
+reason on the last line where a promise is broken.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import json
@@ -104,9 +99,8 @@ def started(command: Sequence[str], log: Path, **env: str) -> Iterator[subproces
 
 def committed(workdir: Path) -> int:
     """The newest committed step; 0 where there is none."""
-    return max(
-        (int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=0
-    )
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -157,8 +151,10 @@ def strike(process: subprocess.Popen, asked: signal.Signals, rng: random.Random)
     process.send_signal(asked)
 
 
-def attempt(command: list[str], workdir: Path, log: Path, rng: random.Random, kill: bool) -> tuple:
-    """Start once and check what that leaves; (moment, signal, exit status)."""
+def attempt(
+    command: list[str], workdir: Path, log: Path, rng: random.Random, kill: bool
+) -> tuple[str, int]:
+    """Start once and check what that leaves; (signal and moment, exit status)."""
     before, starts = committed(workdir), len(lines(workdir, "attempts.jsonl"))
     moment = rng.choices(list(MOMENTS), list(MOMENTS.values()))[0] if kill else "none"
     asked = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
@@ -178,7 +174,7 @@ def attempt(command: list[str], workdir: Path, log: Path, rng: random.Random, ki
             raise Broken(f"committed {before}, continued from {attempts[-1]['total_step']}")
         if status == 75 and logged(workdir) != after:
             raise Broken(f"SIGTERM saved step {after} of {logged(workdir)}")
-    return moment, asked.name if kill else "", status
+    return f"{asked.name} {moment}" if kill else "no signal", status
 
 
 def state(workdir: Path) -> dict[str, np.ndarray]:
@@ -221,108 +217,20 @@ def train(flags, folder: Path, rng: random.Random) -> str:
     file, log = recipe(folder / "world", (flags.steps,) * 3), folder / "log.txt"
     reference, runs, starts = folder / "uninterrupted", 0, 0
     attempt(train_command(file, reference, flags.processes), reference, log, rng, kill=False)
-    ended: collections.Counter = collections.Counter()
-
-    def kills() -> int:
-        return sum(
-            count for (_, asked, how), count in ended.items() if asked and how != "had ended"
-        )
-
-    while kills() < flags.kills:
+    kills = 0
+    while kills < flags.kills:
         workdir, status = folder / f"run{runs}", None
         while status != 0:
             command = train_command(file, workdir, flags.processes)
-            moment, asked, status = attempt(command, workdir, log, rng, kills() < flags.kills)
-            how = (
-                "killed" if status in STRUCK else {0: "had ended", 75: "saved"}.get(status, "other")
-            )
-            ended[moment, asked, how] += 1
-            starts += 1
-            tell(f"run {runs}: {asked or 'no signal'} {moment}, {how}, step {committed(workdir)}")
+            how, status = attempt(command, workdir, log, rng, kills < flags.kills)
+            kills, starts = kills + (status != 0), starts + 1
+            print(f"run {runs}: {how}, status {status}, step {committed(workdir)}", flush=True)
         check_end(workdir, reference)
         runs += 1
-    for (moment, asked, how), count in sorted(ended.items()):
-        if asked:
-            print(f"{moment:16} {asked:8} {how:10} {count:5}")
     return (
-        f"{kills()} kills in {runs} runs, {starts} starts: every run ended equal to the bit to the "
+        f"{kills} kills in {runs} runs, {starts} starts: every run ended equal to the bit to the "
         "uninterrupted one; no committed step was lost"
     )
-
-
-# ---- encode ----
-
-WORDS = "a large small red blue green circle square star left right of above below".split()
-DAMAGED = (17, 130)  # pictures that are cut short
-
-
-def write_pictures(folder: Path, count: int) -> None:
-    """PNGs of several shapes, each with a caption beside it."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for index in range(count):
-        height, width = ((96, 96), (96, 144), (150, 96))[index % 3]
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-        path = folder / f"{index:04d}.png"
-        coarse.resize((width, height)).save(path)
-        if index in DAMAGED:
-            path.write_bytes(path.read_bytes()[:1000])
-        caption = " ".join(rng.choice(WORDS, int(rng.integers(1, 30))))
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-
-
-def records_of(folder: Path) -> dict[str, bytes]:
-    """'shard, place' → a record's bytes; and the manifest's account of the shards."""
-    from pixart_jax.data import records
-
-    stored = records.Records(folder)
-    found = {str(stored.shard_of(n)): stored.bytes(n) for n in range(len(stored))}
-    keys = [records.decode_record(record, ())[1]["key"] for record in found.values()]
-    if len(set(keys)) != len(keys):
-        raise Broken(f"{folder}: a sample is there twice")
-    manifest = json.loads((folder / records.MANIFEST).read_text())
-    return found | {"manifest": json.dumps([manifest["shards"], manifest["identity"]]).encode()}
-
-
-def encode(flags, folder: Path, rng: random.Random) -> str:
-    """Kill encoding runs; the verdict."""
-    pictures, whole, killed = (folder / name for name in ("pictures", "whole", "killed"))
-    write_pictures(pictures, flags.pictures)
-    command = [sys.executable, "-m", "pixart_jax", "encode", "--source", str(pictures)]
-    command += ["--captions", "caption", "--buckets", "64x64,64x96,96x64", "--batch-size", "8"]
-    command += ["--shard-size", "12", "--flip", "--model", str(ROOT / "assets" / "shapes"), "--out"]
-
-    def to_the_end(out: Path) -> dict[str, bytes]:
-        log = out.with_name(f"{out.name}.log")
-        with started([*command, str(out)], log) as process:
-            if process.wait(2 * WAIT):
-                raise Broken(log.read_text()[-3000:])
-        return records_of(out)
-
-    def shards() -> int:
-        return len(list(killed.glob("*.array_record")))
-
-    expected, kills = to_the_end(whole), 0
-    while kills < flags.kills:
-        before, working = shards(), rng.random() < 0.8  # else anywhere in its start
-        with started([*command, str(killed)], folder / "killed.log") as process:
-            while working and process.poll() is None and shards() == before:
-                time.sleep(0.01)
-            time.sleep(rng.random() * (0.3 if working else 6))
-            if process.poll() is not None:
-                break
-        kills += 1
-        tell(f"kill {kills}: {shards()} shards, {before} before")
-    found = to_the_end(killed)
-    left = {path.name for path in killed.iterdir()} - {path.name for path in whole.iterdir()}
-    if kills < flags.kills:
-        raise Broken(f"it ended after {kills} kills: give more --pictures")
-    if found != expected or left:
-        same = sum(found.get(name) == value for name, value in expected.items())
-        raise Broken(f"{same} of {len(expected)} entries are equal; left over: {sorted(left)}")
-    return f"{kills} kills: all {len(found) - 1} records are equal to the byte"
 
 
 # ---- curves ----
@@ -446,7 +354,6 @@ def curves(flags, folder: Path, rng: random.Random) -> str:
             over.append(name)
         step = f"{gap.max():.1e} (step {gap.argmax() + 1})"
         rows.append(f"| {name} | {len(gap)} | {step} | {total:.1e} | {worst:.1e} ({where}) |")
-        tell(rows[-1])
     head = ["| run | steps | losses | all parameters | worst array |", "|---|---|---|---|---|"]
     table = "\n".join([*head, *rows])
     print(table)
@@ -461,27 +368,19 @@ def curves(flags, folder: Path, rng: random.Random) -> str:
     return f"losses and parameters agree with those of 1 device within {LIMIT:g}"
 
 
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     what = parser.add_subparsers(dest="what", required=True)
-    training, encoding, meshes = (
-        what.add_parser(each.__name__) for each in (train, encode, curves)
-    )
-    for each in (training, encoding):
-        each.add_argument("--kills", type=int, default=20)
+    training, meshes = (what.add_parser(each.__name__) for each in (train, curves))
+    training.add_argument("--kills", type=int, default=20)
     training.add_argument("--steps", type=int, default=24, help="of each of the three stages")
     training.add_argument("--processes", type=int, default=1)
-    encoding.add_argument("--pictures", type=int, default=900)
     meshes.add_argument("--steps", type=int, default=50, help="of the whole run")
     meshes.add_argument("--only", help="a part of the names of the runs to make, beside 1 device")
     meshes.add_argument("--png", type=Path, help="plot the curves")
     meshes.add_argument("--doc", type=Path, help="a page that takes the table between its markers")
-    for each in (training, encoding, meshes):
+    for each in (training, meshes):
         each.add_argument("--folder", type=Path, help="of the runs; by default a temporary one")
         each.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     flags = parser.parse_args(argv)
