@@ -10,8 +10,8 @@
 Both sides have the same weights and first batch. Ours is the step that train.py runs; the peer
 checkpoints each block where our remat is not 'none' (--peer-checkpointing). Exit status 1 where a
 side failed or, in fp32, the first losses differ by more than 1e-4 or the gradient norms by more
-than 1e-3. XL/2 in fp32 takes about 12 GiB a side at batch 1; where all sides together do not fit,
-each runs alone.
+than 1e-3. XL/2 in fp32 takes about 12 GiB a side at batch 1, so on a CPU each side runs alone, one
+after the other, unless --alone no.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from pixart_jax.models import remat  # noqa: E402
 
 # relative, in fp32; torch's norm on a CPU adds up millions of squares one by one
 BOUNDS = {"loss": 1e-4, "grad_norm": 1e-3}
-STATE = 20  # bytes a parameter: master, gradient, two moments, EMA
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> int:
     contenders += command.peers(flags, suffix, checkpointing=checkpointing)
     search = lambda case: compiled.largest_batch(case, policies[0], flags.memory)  # noqa: E731
     prepare = search if flags.largest_batch else None
-    return command.run(argv, flags, measured, contenders, BOUNDS, STATE, prepare)
+    return command.run(argv, flags, measured, contenders, BOUNDS, prepare)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.speed import machine
-from benchmarks.speed.cases import MODELS, Case, numbers, sizes
+from benchmarks.speed.cases import MODELS, TINY, Case, numbers, sizes
 from benchmarks.speed.contest import OURS, Contender, Contest, tell
 from benchmarks.speed.table import Record, runs_of, tables
 from pixart_jax.errors import UserError
@@ -44,7 +43,7 @@ def parser(document: str | None, px: str, repeat: int) -> argparse.ArgumentParse
     add("--budget", type=float, default=600.0, help="seconds after which no new round begins")
     add("--peer-compile", metavar="NAMES", help="of none, whole, blocks; on a GPU whole by default")
     add("--peer-backend", default="inductor", help="of torch.compile")
-    add("--alone", choices=("auto", "yes", "no"), default="auto", help="one side at a time")
+    add("--alone", choices=("yes", "no"), help="one side at a time; yes for training on a CPU")
     add("--keep", action="store_true", help="the same processes for all cases: faster")
     add("--compile-cache", type=Path, help="keep programs there; by default compile times are cold")
     add("--compile-time", action="store_true", help="measure only that: cold and from the cache")
@@ -105,16 +104,15 @@ def run(
     measured: Sequence[Case],
     contenders: Sequence[Contender],
     bounds: Mapping[str, float],
-    parameter_bytes: int = 4,
     prepare: Callable[[Case], Case] | None = None,
 ) -> int:
     """Measure every case and print the table; 1 where a side failed or fp32 outputs differ by more
     than bounds (output → relative error). A case that fails is recorded, and the others go on.
-
-    parameter_bytes: that a side holds for each parameter; prepare: case → case just before it.
+    prepare: case → case just before it is measured alone.
     """
     record, failed = Record(flags.json, argv), False
-    alone = prepare is not None or _alone(flags, measured, len(contenders) * parameter_bytes)
+    large = platform() == "cpu" and any(c.kind == "train" and c.model != TINY for c in measured)
+    alone = prepare is not None or (flags.alone == "yes" if flags.alone else large)
     with Contest(contenders, flags, alone) as contest:
         for case in measured:
             try:
@@ -143,27 +141,3 @@ def _add(record: Record, row: dict, bounds: Mapping[str, float], contest: Contes
     for text in wrong:
         tell(f"{row['side']}: {text}")
     return bool(wrong)
-
-
-def _alone(flags, measured: Sequence[Case], parameter_bytes: int) -> bool:
-    """Whether each side runs alone: where all parameters, and half as much again, are more than
-    the memory at hand."""
-    if flags.alone != "auto":
-        return flags.alone == "yes"
-    if platform() == "gpu":
-        return False
-    most = max((_parameters(case) for case in measured), default=0)
-    return 1.5 * parameter_bytes * most > machine.available_bytes()
-
-
-def _parameters(case: Case) -> int:
-    """The number of parameters of the case's transformer."""
-    import jax
-
-    from pixart_jax.config import MeshConfig
-    from pixart_jax.parallel.mesh import make_mesh
-    from pixart_jax.weights.component import Transformer
-
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    shapes = Transformer.abstract(case.config, "float32", mesh).params
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

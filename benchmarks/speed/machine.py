@@ -19,7 +19,7 @@ COPIED = {"cpu": 256 << 20, "gpu": 4 << 30, "tpu": 1 << 30}  # bytes
 def peak_bytes() -> int:
     """The largest resident set since the start or reset_peak, mapped weight files included."""
     # getrusage's figure outlives exec: the child of a large process would show its parent's
-    found = _proc("self/status", "VmHWM")
+    found = _status("VmHWM")
     if found is None:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -28,7 +28,7 @@ def peak_bytes() -> int:
 
 def resident_bytes() -> int:
     """The resident set of this process now; 0 where the system does not report it."""
-    return _proc("self/status", "VmRSS") or 0
+    return _status("VmRSS") or 0
 
 
 def reset_peak() -> None:
@@ -39,14 +39,9 @@ def reset_peak() -> None:
         pass
 
 
-def available_bytes() -> float:
-    """Memory that new processes can have; infinite where the system does not report it."""
-    return _proc("meminfo", "MemAvailable") or float("inf")
-
-
-def _proc(file: str, name: str) -> int | None:
+def _status(name: str) -> int | None:
     try:
-        lines = (Path("/proc") / file).read_text().splitlines()
+        lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
     except (OSError, StopIteration):
         return None
