@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,10 +15,7 @@ from pixart_jax.errors import UserError
 
 LINES = 4  # measurements after which the bracket is halved
 SHARE = 0.95  # of the device's memory that a program is given: allocators leave gaps
-COLUMNS = (
-    "work,model,px,batch,dtype,cache,trace s,lower s,compile or load s,together s,imports s"
-).split(",")
-STARTS = ("cold", "warm", "warm again")
+COLUMNS = ("work", "model", "px", "batch", "dtype", "cache", "compile or load s", "together s")
 
 
 def largest(
@@ -82,21 +78,17 @@ def largest_batch(case: Case, remat: str, gib: float | None) -> Case:
 
 
 def compile_times(argv: Sequence[str], flags, measured: Sequence[tuple[Case, dict]]) -> int:
-    """Each case in three fresh processes that share a cache folder, which the first finds empty.
-    Prints the table; 'imports' are the process's start, imports and devices."""
+    """Each case in two fresh processes that share a cache folder, which the first finds empty;
+    together: tracing and lowering too. Prints the table."""
     record = Record(flags.json, argv, columns=COLUMNS, cells=[], title="Compile time")
     for case, options in measured:
         name = ", ".join(f" {key} {value}" for key, value in options.items())
         name = f"train step,{name}" if case.kind == "train" else "sampler"
         with tempfile.TemporaryDirectory(prefix="compiled.") as cache:
-            for start in STARTS:
-                begun = time.perf_counter()
+            for start in ("cold", "warm"):
                 process = Process("ours", Path(cache))
-                process.call("described")
-                imports = time.perf_counter() - begun
-                found = process.call("compile_seconds", case, options)
+                seconds = process.call("compile_seconds", case, options)
                 process.end()
-                seconds = [*found.values(), sum(found.values()), imports]
                 cells = [name, case.model, case.size, str(case.batch), case.dtype, start]
                 record.run["cells"].append([*cells, *(f"{second:.2f}" for second in seconds)])
                 tell(" | ".join(record.run["cells"][-1]))
