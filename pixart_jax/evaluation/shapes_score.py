@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -90,17 +91,16 @@ class Score:
 
     def by_attribute(self) -> dict[str, dict[str, float]]:
         """Of single objects: colour and shape → the share of their images that got it right."""
-        right: dict[str, dict[str, list[bool]]] = {}
-        right = {"colour": defaultdict(list), "shape": defaultdict(list)}
+        lists: Any = {"colour": defaultdict(list), "shape": defaultdict(list)}
         for verdict in self.verdicts:
             if verdict.prompt.set == "single":
-                for kind, values in right.items():
+                for kind, values in lists.items():
                     wanted = getattr(verdict.prompt.scene.objects[0], kind)
                     values[wanted].append(verdict.right[kind])
         order = {"colour": shapes.COLOURS, "shape": shapes.SHAPES}
         return {
             kind: {name: round(float(np.mean(of[name])), 4) for name in order[kind] if name in of}
-            for kind, of in right.items()
+            for kind, of in lists.items()
         }
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import zlib
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -78,26 +79,32 @@ def unit(scene: shapes.Scene, shorter: int) -> float:
 # size, and answers yes or no.
 
 Found = list[Detection]
+Question = Callable[[shapes.Scene, Found, float], bool]
+
+
+def _largest(*names: str) -> Question:
+    """The largest object has these attributes of the prompt's."""
+
+    def ask(scene: shapes.Scene, found: Found, unit: float) -> bool:
+        wanted = scene.objects[0]
+        return bool(found) and all(getattr(found[0], n) == getattr(wanted, n) for n in names)
+
+    return ask
+
+
+def _every(*names: str) -> Question:
+    """Every object's attributes are there, whatever else is."""
+
+    def ask(scene: shapes.Scene, found: Found, unit: float) -> bool:
+        there = Counter(tuple(getattr(f, n) for n in names) for f in found)
+        return Counter(tuple(getattr(o, n) for n in names) for o in scene.objects) <= there
+
+    return ask
 
 
 def _object(scene: shapes.Scene, found: Found, unit: float) -> bool:
     """There is one object, and it has the shape."""
     return len(found) == 1 and found[0].shape == scene.objects[0].shape
-
-
-def _colour(scene: shapes.Scene, found: Found, unit: float) -> bool:
-    """The largest object has the colour."""
-    return bool(found) and found[0].colour == scene.objects[0].colour
-
-
-def _shape(scene: shapes.Scene, found: Found, unit: float) -> bool:
-    """The largest object has the shape."""
-    return bool(found) and found[0].shape == scene.objects[0].shape
-
-
-def _colour_and_shape(scene: shapes.Scene, found: Found, unit: float) -> bool:
-    """The largest object has both."""
-    return _colour(scene, found, unit) and _shape(scene, found, unit)
 
 
 def _size(scene: shapes.Scene, found: Found, unit: float) -> bool:
@@ -108,22 +115,6 @@ def _size(scene: shapes.Scene, found: Found, unit: float) -> bool:
 def _counting(scene: shapes.Scene, found: Found, unit: float) -> bool:
     """There are as many objects as in the prompt, whatever they are."""
     return len(found) == len(scene.objects)
-
-
-def _both_colours(scene: shapes.Scene, found: Found, unit: float) -> bool:
-    """Every colour is there."""
-    return {o.colour for o in scene.objects} <= {f.colour for f in found}
-
-
-def _both_shapes(scene: shapes.Scene, found: Found, unit: float) -> bool:
-    """Every shape is there."""
-    return {o.shape for o in scene.objects} <= {f.shape for f in found}
-
-
-def _binding(scene: shapes.Scene, found: Found, unit: float) -> bool:
-    """Every object is there with its own colour and shape."""
-    there = Counter((f.shape, f.colour) for f in found)
-    return Counter((o.shape, o.colour) for o in scene.objects) <= there
 
 
 def _position(scene: shapes.Scene, found: Found, unit: float) -> bool:
@@ -155,23 +146,23 @@ def _all(scene: shapes.Scene, found: Found, unit: float) -> bool:
 
 
 ALL = "all correct"
-QUESTIONS = {  # task: (set whose images are judged, question)
+QUESTIONS: dict[str, tuple[str, Question]] = {  # task: (set whose images are judged, question)
     "object": ("single", _object),
-    "colour": ("single", _colour),
-    "shape": ("single", _shape),
+    "colour": ("single", _largest("colour")),
+    "shape": ("single", _largest("shape")),
     "size": ("single", _size),
     "counting": ("count", _counting),
-    "both colours": ("pair", _both_colours),
-    "both shapes": ("pair", _both_shapes),
+    "both colours": ("pair", _every("colour")),
+    "both shapes": ("pair", _every("shape")),
     "position": ("pair", _position),
-    "binding": ("pair", _binding),
+    "binding": ("pair", _every("shape", "colour")),
     "three: position": ("three", _position),
-    "three: binding": ("three", _binding),
-    "withheld: colour": ("withheld single", _colour),
-    "withheld: shape": ("withheld single", _shape),
-    "withheld: object and colour": ("withheld single", _colour_and_shape),
+    "three: binding": ("three", _every("shape", "colour")),
+    "withheld: colour": ("withheld single", _largest("colour")),
+    "withheld: shape": ("withheld single", _largest("shape")),
+    "withheld: object and colour": ("withheld single", _largest("colour", "shape")),
     "withheld: position": ("withheld pair", _position),
-    "withheld: binding": ("withheld pair", _binding),
+    "withheld: binding": ("withheld pair", _every("shape", "colour")),
 }
 # the six whose mean is the score
 MAIN = ("object", "colour", "shape", "counting", "position", "binding")
