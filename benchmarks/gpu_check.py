@@ -41,7 +41,6 @@ SHAPES = {
 }
 TINY = {"self": (2, 64, 64, False), "cross": (2, 64, 24, True)}
 HEADS, HEAD_DIM = 16, 72
-Arrays = list[np.ndarray]
 
 
 class Programs:
@@ -49,9 +48,9 @@ class Programs:
     again."""
 
     def __init__(self):
-        self._results: dict[str, Arrays] = {}
+        self._results: dict[str, list[np.ndarray]] = {}
 
-    def results(self, q, k, v, weights, lengths, backend: str) -> Arrays:
+    def results(self, q, k, v, weights, lengths, backend: str) -> list[np.ndarray]:
         """Output, and the gradients of a weighted sum of it by q, k and v."""
 
         def weighted(q, k, v):

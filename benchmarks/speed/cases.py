@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from pixart_jax.models import flops
 from pixart_jax.models.geometry import PRESETS
 from pixart_jax.models.transformer import TransformerConfig
 
+Arrays = dict[str, np.ndarray]
 TINY = "tiny"  # the model of a rehearsal
 MODELS = (*PRESETS, TINY)
 LATENT = 8  # pixels a side of a latent
@@ -59,6 +63,10 @@ class Case:
         return dict(block_out_channels=widths, layers_per_block=layers, norm_num_groups=groups)
 
     @property
+    def prompts(self) -> list[str]:
+        return [PROMPTS[n % len(PROMPTS)] for n in range(self.batch)]
+
+    @property
     def size(self) -> str:
         """'1024ms' and the like, as --px takes it."""
         return f"{self.px}{'ms' if self.multi_scale else ''}"
@@ -82,6 +90,16 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.model} {self.size} px, batch {self.batch}, {self.dtype}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A case that a side has opened. result: the first run's output → arrays to compare. facts: for
+    the row."""
+
+    run: Callable[[], Any]
+    result: Callable[[Any], Arrays]
+    facts: dict = dataclasses.field(default_factory=dict)
 
 
 def sizes(text: str) -> list[tuple[int, bool]]:

@@ -5,11 +5,9 @@ A kind of work is a function of (case, options, folder of weights, arrays) that 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.speed import inputs, machine
-from benchmarks.speed.cases import PROMPTS, WORDS, Case
+from benchmarks.speed.cases import WORDS, Arrays, Case, Work
 from pixart_jax import load_component
 from pixart_jax.config import Config, DataConfig, MeshConfig, StageConfig
 from pixart_jax.images import write_png
@@ -38,16 +36,6 @@ from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 limits = machine.jax_limits
 forget = jax.clear_caches
 wait = jax.block_until_ready
-Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """An open case. result: the first run's output → arrays to compare. facts: for the row."""
-
-    run: Callable[[], Any]
-    result: Callable[[Any], Arrays]
-    facts: dict = dataclasses.field(default_factory=dict)
 
 
 def forward(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
@@ -88,7 +76,7 @@ def draw(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
         word_tokenizer(WORDS),
         SchedulerConfig(),
     )
-    out, prompts = Path(tempfile.mkdtemp(prefix="drawn.")), _prompts(case)
+    out, prompts = Path(tempfile.mkdtemp(prefix="drawn.")), case.prompts
     how: dict[str, Any] = {"steps": case.steps, "guidance": case.guidance, "times": "integer"}
     how |= options.get("sampling", {})
     how |= {"height": case.px, "width": case.px, "binning": False, "batch_size": case.batch}
@@ -98,10 +86,6 @@ def draw(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
             write_png(out / f"{number}.png", image, {})
 
     return Work(run, lambda _: {})
-
-
-def _prompts(case: Case) -> list[str]:
-    return [PROMPTS[n % len(PROMPTS)] for n in range(case.batch)]
 
 
 def _random(part):

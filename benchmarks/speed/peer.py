@@ -9,9 +9,7 @@ AdamW and, in bfloat16, autocast over fp32 parameters.
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from diffusers import (
 )
 
 from benchmarks.speed import machine
-from benchmarks.speed.cases import PROMPTS, WORDS, Case
+from benchmarks.speed.cases import WORDS, Arrays, Case, Work
 from benchmarks.speed.inputs import SCALING_FACTOR
 from benchmarks.speed.peer_loss import OBJECTIVE, DiffusionLoss
 from pixart_jax.config import OptimizerConfig
@@ -37,16 +35,6 @@ BETAS: dict[str, Any] = dict(
     beta_start=1e-4, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000
 )
 limits = machine.torch_limits
-Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """An open case; see ours.Work."""
-
-    run: Callable[[], Any]
-    result: Callable[[Any], Arrays]
-    facts: dict = dataclasses.field(default_factory=dict)
 
 
 def tensor(arrays: Arrays, name: str, dtype=None) -> torch.Tensor:
@@ -162,11 +150,10 @@ def draw(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
     model = frozen(folder, dtype, options)
     pipeline = pipeline_of(model, word_tokenizer(WORDS), encoder, vae)
     out = Path(tempfile.mkdtemp(prefix="drawn."))
-    prompts = [PROMPTS[n % len(PROMPTS)] for n in range(case.batch)]
     how = sizes_of(case) | {"clean_caption": False, "max_sequence_length": case.text_tokens}
 
     def run() -> None:
-        for number, image in enumerate(pipeline(prompts, **how).images):
+        for number, image in enumerate(pipeline(case.prompts, **how).images):
             image.save(out / f"{number}.png")
 
     return Work(run, lambda _: {})
