@@ -7,15 +7,15 @@ block: its block uses E_i + S(t). (PixArt-α, §2.3)
 
 1. Without a class, φ(t) = SiLU(embed(t) + e_null). e_null is added to the last bias of the timestep
    embedder: φ is then the same function in both models.
-2. E_i = S_i(500) − S(500), so every block is exactly DiT's at t = 500. What is left at another t is
+2. E_i = S_i(500) − S(500), so every block is exactly DiT's at t = 500. The error at another t is
    (W − W_i)(φ(t) − φ(500)), and the sum of its squares over blocks and timesteps is least at W =
-   mean over i of W_i, whatever φ and whatever the weights of the timesteps. b cancels out; the mean
-   of the b_i is taken, which makes S the blocks' mean modulation and the tables their deviations
-   from it at t = 500.
+   mean over i of W_i, whatever φ and the weights of the timesteps. b cancels out; the mean of the
+   b_i is taken, so that S is the blocks' mean modulation and the tables their deviations from it at
+   t = 500.
 3. The final layer's modulation is table + t-embedding (no SiLU, no network) in PixArt: its table is
    DiT's final modulation at t = 500 less the embedding of 500.
 4. Cross-attention's output projection is zero, so text changes nothing yet; its other parameters,
-   the caption projection and the null caption are drawn anew.
+   the caption projection and the null caption are freshly initialised.
 """
 
 from __future__ import annotations
@@ -43,38 +43,25 @@ def _silu(x: np.ndarray) -> np.ndarray:
     return x / (1.0 + np.exp(-x))
 
 
+def _dense(layer: Mapping, x: np.ndarray, i: int | slice = slice(None)) -> np.ndarray:
+    """x · kernel + bias in fp64; i: of the stacked layer i."""
+    kernel, bias = (np.asarray(layer[name][i], np.float64) for name in ("kernel", "bias"))
+    return x @ kernel + bias
+
+
 def _embed(embedder: Mapping, timesteps: np.ndarray) -> np.ndarray:
     """ScalarEmbedder in fp64: timesteps [n] → [n, d]."""
     frequencies = np.exp(-np.log(10000.0) * np.arange(128) / 128)
     angles = np.asarray(timesteps, np.float64)[:, None] * frequencies
     x = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
-    fc1, fc2 = (
-        {name: np.asarray(value, np.float64) for name, value in embedder[layer].items()}
-        for layer in ("fc1", "fc2")
-    )
-    return _silu(x @ fc1["kernel"] + fc1["bias"]) @ fc2["kernel"] + fc2["bias"]
+    return _dense(embedder["fc2"], _silu(_dense(embedder["fc1"], x)))
 
 
-def _dense(layer: Mapping, x: np.ndarray, i: int | None = None) -> np.ndarray:
-    """x · kernel + bias in fp64; i: of the stacked layer i."""
-    kernel, bias = (
-        np.asarray(layer[name] if i is None else layer[name][i], np.float64)
-        for name in ("kernel", "bias")
-    )
-    return x @ kernel + bias
-
-
-def _class_free_embedder(dit_params: Mapping) -> dict:
+def _class_free_embedder(dit: Mapping) -> dict:
     """The timestep embedder with "no class" in its last bias."""
-    embedder, null = (
-        dit_params["timestep_embedder"],
-        np.asarray(dit_params["label_embedder"]["table"])[-1],
-    )
+    embedder, null = dit["timestep_embedder"], np.asarray(dit["label_embedder"]["table"])[-1]
     bias = (np.asarray(embedder["fc2"]["bias"], np.float64) + null).astype(np.float32)
-    return {
-        "fc1": dict(embedder["fc1"]),
-        "fc2": {"kernel": embedder["fc2"]["kernel"], "bias": bias},
-    }
+    return {**embedder, "fc2": {**embedder["fc2"], "bias": bias}}
 
 
 def _check(dit_config: DiTConfig, config: TransformerConfig) -> None:
@@ -85,15 +72,12 @@ def _check(dit_config: DiTConfig, config: TransformerConfig) -> None:
                 f"a DiT with {field} = {theirs!r} cannot become a transformer with {field} = "
                 f"{ours!r}: they must be equal"
             )
-    for field, there in (
-        ("qk_norm", config.qk_norm),
-        ("kv_compression", config.kv_compression > 1),
-    ):
-        if there:
-            raise UserError(
-                f"a DiT cannot become a transformer with {field}: it has nothing like it, and the "
-                "result would differ from it"
-            )
+    extra = {"qk_norm": config.qk_norm, "kv_compression": config.kv_compression > 1}
+    for field in (name for name, present in extra.items() if present):
+        raise UserError(
+            f"a DiT cannot become a transformer with {field}: it has nothing like it, and the "
+            "result would differ from it"
+        )
 
 
 def from_dit(
@@ -102,65 +86,58 @@ def from_dit(
     """Parameters of PixArtTransformer(config), fp32 on the host, from those of DiT(dit_config).
 
     At t = 500 and with equal positions the result computes what the DiT computes without a class,
-    for any text (and any size: the size embedders of a multi-scale model are drawn anew and end in
-    zeros). key draws what a DiT does not have. UserError where the two geometries differ.
+    for any text (and any size: the size embedders of a multi-scale model are fresh and end in
+    zeros). key: initialises what a DiT does not have. UserError where the two geometries differ.
     """
     _check(dit_config, config)
     old = {path: np.asarray(value) for path, value in flatten(nn.unbox(dit_params)).items()}
     new = {path: value for path, value in old.items() if path.startswith(_COPIED)}
-    tree = unflatten(old)
+    dit = unflatten(old)
 
-    embedder = _class_free_embedder(tree)
+    embedder = _class_free_embedder(dit)
     new["timestep_embedder/fc2/bias"] = embedder["fc2"]["bias"]
     t = _embed(embedder, np.array([TIMESTEP]))  # [1, d]
 
-    modulation = tree["blocks"]["modulation"]
-    new["t_block/kernel"] = modulation["kernel"].mean(0, dtype=np.float64).astype(np.float32)
-    new["t_block/bias"] = modulation["bias"].mean(0, dtype=np.float64).astype(np.float32)
-    shared = _dense({"kernel": new["t_block/kernel"], "bias": new["t_block/bias"]}, _silu(t))
-    # [depth, 6d]
-    own = np.concatenate([_dense(modulation, _silu(t), i) for i in range(config.depth)])
-    new["blocks/table"] = (own - shared).reshape(config.depth, 6, config.width).astype(np.float32)
-    new["final_table"] = (
-        _dense(tree["final_modulation"], _silu(t)).reshape(2, config.width) - t
-    ).astype(np.float32)
+    modulation = dit["blocks"]["modulation"]
+    mean = {name: w.mean(0, dtype=np.float64).astype(np.float32) for name, w in modulation.items()}
+    new |= {f"t_block/{name}": value for name, value in mean.items()}
+    blocks = np.concatenate([_dense(modulation, _silu(t), i) for i in range(config.depth)])
+    tables = blocks - _dense(mean, _silu(t))  # [depth, 6d]
+    new["blocks/table"] = tables.reshape(config.depth, 6, config.width).astype(np.float32)
+    final = _dense(dit["final_modulation"], _silu(t)).reshape(2, config.width)
+    new["final_table"] = (final - t).astype(np.float32)
 
-    new.update(_fresh(config, key, set(new)))
+    new |= _fresh(config, key, set(new))
     for name in ("size_embedder", "ratio_embedder") if config.size_conditions else ():
         new[f"{name}/fc2/kernel"] = np.zeros_like(new[f"{name}/fc2/kernel"])
     return unflatten(new)
 
 
 def _fresh(config: TransformerConfig, key: jax.Array, known: set[str]) -> dict[str, np.ndarray]:
-    """Of a newly initialised transformer, the parameters that are not known."""
-    p = config.patch_size
+    """The parameters of a newly initialised transformer that are not known."""
 
-    def draw(key):
+    def init(key):
         one, text = jnp.ones((1,)), jnp.zeros((1, 1, config.caption_width))
-        latents = jnp.zeros((1, p, p, config.in_channels))
-        params = nn.unbox(
-            PixArtTransformer(config).init(key, latents, one, text, one, jnp.ones((1, 2)), one)
-        )["params"]
+        latents = jnp.zeros((1, config.patch_size, config.patch_size, config.in_channels))
+        inputs = (latents, one, text, one, jnp.ones((1, 2)), one)
+        params = nn.unbox(PixArtTransformer(config).init(key, *inputs))["params"]
         return {path: value for path, value in flatten(params).items() if path not in known}
 
-    return {path: np.asarray(value) for path, value in jax.jit(draw)(key).items()}
+    return {path: np.asarray(value) for path, value in jax.jit(init)(key).items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class ReparameterizationError:
-    """How far the transformer is from the class-free DiT; every figure is ‖difference‖ /
-    ‖DiT's‖."""
+    """Error of the transformer against the class-free DiT, ‖difference‖ / ‖DiT's‖ throughout."""
 
     timesteps: np.ndarray  # [n]
-    # [depth, n]: modulation of each block (shift, scale and gate of both halves)
-    blocks: np.ndarray
+    blocks: np.ndarray  # [depth, n]: modulation of each block (shift, scale and gate, both halves)
     final: np.ndarray  # [n]: modulation of the final layer
     output: np.ndarray  # [n]: the model's output, over the given latents
 
     def summary(self) -> dict[str, float]:
-        """Worst and mean over the timesteps, and the output's error at t = 500 where that is among
-        them; for a log line."""
-        out = {
+        """Mean and maximum over the timesteps, and the output's error at t = 500 if among them."""
+        values = {
             "blocks_mean": float(self.blocks.mean()),
             "blocks_max": float(self.blocks.max()),
             "final_mean": float(self.final.mean()),
@@ -168,7 +145,7 @@ class ReparameterizationError:
             "output_max": float(self.output.max()),
         }
         at = np.flatnonzero(self.timesteps == TIMESTEP)
-        return out | ({"output_at_500": float(self.output[at[0]])} if at.size else {})
+        return values | ({"output_at_500": float(self.output[at[0]])} if at.size else {})
 
 
 def reparameterization_error(
@@ -182,25 +159,25 @@ def reparameterization_error(
     """The error of a re-parameterised transformer at each timestep, before any further training."""
     old, new = unflatten(flatten(nn.unbox(dit_params))), unflatten(flatten(nn.unbox(params)))
     times = np.asarray(timesteps, np.float64)
-    t = _embed(_class_free_embedder(old), times)  # [n, d]
-    mine = _embed(new["timestep_embedder"], times)
-    shared = _dense(new["t_block"], _silu(mine))  # [n, 6d]
+    theirs = _silu(_embed(_class_free_embedder(old), times))  # [n, d]
+    ours = _embed(new["timestep_embedder"], times)
+    shared = _dense(new["t_block"], _silu(ours))  # [n, 6d]
 
-    def relative(ours, theirs):  # [n, …] each
-        n = len(times)
-        norm = np.linalg.norm(np.reshape(theirs, (n, -1)), axis=-1)
-        return np.linalg.norm(np.reshape(ours - theirs, (n, -1)), axis=-1) / np.maximum(
-            norm, np.finfo(np.float64).tiny
+    def relative(value, reference):  # [n, …] each
+        difference, reference = (
+            np.linalg.norm(np.reshape(x, (len(times), -1)), axis=-1)
+            for x in (value - reference, reference)
         )
+        return difference / np.maximum(reference, np.finfo(np.float64).tiny)
 
     tables = np.asarray(new["blocks"]["table"], np.float64).reshape(config.depth, 1, -1)
+    modulation = old["blocks"]["modulation"]
     blocks = [
-        relative(tables[i] + shared, _dense(old["blocks"]["modulation"], _silu(t), i))
-        for i in range(config.depth)
+        relative(tables[i] + shared, _dense(modulation, theirs, i)) for i in range(config.depth)
     ]
     final = relative(
-        np.asarray(new["final_table"], np.float64)[None] + mine[:, None],
-        _dense(old["final_modulation"], _silu(t)).reshape(-1, 2, config.width),
+        np.asarray(new["final_table"], np.float64)[None] + ours[:, None],
+        _dense(old["final_modulation"], theirs).reshape(-1, 2, config.width),
     )
 
     b = latents.shape[0]
@@ -210,12 +187,10 @@ def reparameterization_error(
     @jax.jit
     def both(old, new, latents, time):
         time = jnp.full((b,), time, jnp.float32)
-        text = jnp.zeros((b, 1, config.caption_width))  # any text: it has no way in yet
+        text = jnp.zeros((b, 1, config.caption_width))  # any text: it has no effect yet
         ours = PixArtTransformer(config).apply({"params": new}, latents, time, text, lengths, *size)
         return ours, DiT(dit_config).apply({"params": old}, latents, time, labels)
 
     pairs = [both(old, new, latents, time) for time in times.astype(np.float32)]
-    output = relative(
-        *(np.stack([np.asarray(pair[k], np.float64) for pair in pairs]) for k in (0, 1))
-    )
+    output = relative(*(np.stack([np.asarray(p[k], np.float64) for p in pairs]) for k in (0, 1)))
     return ReparameterizationError(times, np.stack(blocks), final, output)

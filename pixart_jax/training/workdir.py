@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -138,8 +137,7 @@ def with_defaults(stored, config):
 
 def config_diff(old: dict, new: dict) -> list[str]:
     """'stages.0.steps was 10, now 20' for each value that determines the result and differs."""
-    before = {path: json.dumps(value) for path, value in _leaves(old)}
-    after = {path: json.dumps(value) for path, value in _leaves(new)}
+    before, after = _leaves(old), _leaves(new)
     return [
         f"{path} was {before.get(path, 'absent')}, now {after.get(path, 'absent')}"
         for path in dict.fromkeys([*before, *after])
@@ -147,15 +145,12 @@ def config_diff(old: dict, new: dict) -> list[str]:
     ]
 
 
-def _leaves(value, path: str = ""):
-    """(path, value) of every plain value and every empty list or object."""
-    items: Any = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    if not items or not value:
-        yield path, value
-        return
-    for key, inner in items:
-        yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+def _leaves(value: dict) -> dict[str, str]:
+    """Path 'stages.0.steps' → JSON of every plain value and every empty list or object."""
+
+    def is_leaf(node) -> bool:
+        return node is None or node == [] or node == {}
+
+    leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=is_leaf)
+    keystr = jax.tree_util.keystr
+    return {keystr(path, simple=True, separator="."): json.dumps(v) for path, v in leaves}
