@@ -11,10 +11,10 @@ PAPER_WATTS, PAPER_GCO2_PER_KWH = 400.0, 57.0  # GPU-hours × 0.4 kW × 57 gCO2e
 
 
 class EnergyMeter:
-    """Energy of this machine while the context is open, by codecarbon where it is installed
-    (pip install codecarbon): NVIDIA GPUs and the CPU's counters, else codecarbon's own load model.
+    """Energy of this machine while the context is open, where codecarbon (extra ``energy``) is
+    installed: from NVIDIA's and the CPU's counters, else by codecarbon's load model.
 
-    ``joules`` is None and ``source`` None without it.
+    Without it ``joules`` and ``source`` are None.
     """
 
     def __init__(self) -> None:
