@@ -40,6 +40,7 @@ COMMANDS = {
         "memory, time and cost of a run on hardware that is not here, from its compiled program",
     ),
     "sample": ("pixart_jax.commands.sample", "prompts → PNGs, as sample.py"),
+    "train": ("pixart_jax.commands.train", "train the stages of a recipe"),
 }
 
 
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 def run() -> int:
     """The ``pixart-jax`` program: returns the process's exit status."""
-    if sys.argv[1:2] == ["encode"]:  # its processes work together
+    if sys.argv[1:2] in (["encode"], ["train"]):  # their processes work together
         from pixart_jax.parallel.processes import run_with_peers
 
         return run_with_peers(lambda: cli.run(main))

@@ -54,18 +54,25 @@ def refused(capsys, *argv) -> str:
     return err
 
 
-def test_an_unknown_recipe_names_the_nearest(capsys, tmp_path):
-    assert "xl2_256_sam" in refused(capsys, "configs/xl2_256_sma.py", "--workdir", tmp_path / "run")
-    assert "did you mean" in refused(capsys, "xl2_curiculum", "--workdir", tmp_path / "run")
-
-
-def test_no_recipe_lists_them(capsys):
-    assert "xl2_curriculum" in refused(capsys)
-
-
-def test_a_workdir_is_needed(capsys, recipe):
-    assert "--workdir is missing" in refused(capsys, recipe)
-    assert "--workdir needs a folder" in refused(capsys, recipe, "--workdir")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["configs/xl2_256_sma.py", "--workdir", "{run}"], "xl2_256_sam"),
+        (["xl2_curiculum", "--workdir", "{run}"], "did you mean"),
+        ([], "xl2_curriculum"),
+        (["{recipe}"], "--workdir is missing"),
+        (["{recipe}", "--workdir"], "--workdir needs a folder"),
+        (["{recipe}", "--workdir", "gs://bucket/run"], "an address is none"),
+        (["{bad}", "--workdir", "{run}"], "is no recipe"),
+        (["{other}", "--workdir", "{run}"], "returned int"),
+    ],
+)
+def test_recipe_and_workdir_are_checked_first(capsys, recipe, tmp_path, argv, said):
+    (tmp_path / "bad.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "other.py").write_text("def get_config():\n    return 3\n")
+    names = {name: tmp_path / f"{name}.py" for name in ("bad", "other")}
+    names |= {"recipe": recipe, "run": tmp_path / "run"}
+    assert said in refused(capsys, *(part.format(**names) for part in argv))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +94,12 @@ def test_a_workdir_is_needed(capsys, recipe):
         (["--mesh.fsdp", "0"], "at least 1"),
         (["stray"], "stray"),
         ([], "no/such/"),
+        (["--stages.0.start", "no/such/model"], "start 'no/such/model': no such folder"),
+        (["--mesh"], "as --mesh fsdp=8,tensor=2"),
+        (["--mesh", "fdsp=8"], "did you mean 'fsdp'"),
+        (["--mesh", "fsdp=8"], "does not fit 1 device"),
+        (["--mesh", "context_attention=rnig"], "did you mean 'ring'"),
+        (["--remat", "offload"], "a CPU has no other memory"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, recipe, tmp_path, override, said):
@@ -96,25 +109,11 @@ def test_a_mistake_is_one_line(capsys, recipe, tmp_path, override, said):
     )
 
 
-def test_what_a_later_stage_lacks_is_said_before_the_first_one_trains(capsys, recipe, tmp_path):
-    line = refused(
-        capsys, recipe, "--workdir", tmp_path / "run", "--stages.0.start", "no/such/model"
-    )
-    assert "start 'no/such/model': no such folder" in line
-
-
 def test_a_workdir_with_another_config(capsys, recipe, tmp_path):
     with Workdir(tmp_path / "run", runpy.run_path(recipe)["get_config"]()) as folder:
         folder.save_config()
     line = refused(capsys, recipe, "--workdir", tmp_path / "run", "--stages.0.batch-size", "4")
     assert "holds another config: stages.0.batch_size was 8, now 4" in line
-
-
-def test_a_file_that_is_no_recipe(capsys, tmp_path):
-    (tmp_path / "bad.py").write_text("import nothing_of_this_name\n")
-    assert "is no recipe" in refused(capsys, tmp_path / "bad.py", "--workdir", tmp_path / "run")
-    (tmp_path / "other.py").write_text("def get_config():\n    return 3\n")
-    assert "returned int" in refused(capsys, tmp_path / "other.py", "--workdir", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -191,20 +190,6 @@ def test_the_program_itself_exits_with_2_and_one_line(root: Path, tmp_path):
 def test_a_mesh_is_one_flag_or_one_for_each_axis(recipe, flag):
     config = recipes.parse_config(Path(recipe), [*flag, "--seed", "3"])
     assert config.mesh == MeshConfig(data=-1, fsdp=8, tensor=2) and config.seed == 3
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--mesh"], "as --mesh fsdp=8,tensor=2"),
-        (["--mesh", "fdsp=8"], "did you mean 'fsdp'"),
-        (["--mesh", "fsdp=8"], "does not fit 1 device"),
-        (["--mesh", "context_attention=rnig"], "did you mean 'ring'"),
-        (["--remat", "offload"], "a CPU has no other memory"),
-    ],
-)
-def test_a_mesh_that_cannot_be_is_one_line(capsys, recipe, tmp_path, flags, said):
-    assert said in refused(capsys, recipe, "--workdir", tmp_path / "run", *flags)
 
 
 def test_heads_and_tokens_that_the_mesh_does_not_divide_are_named_before_anything_is_opened(recipe):

@@ -33,13 +33,17 @@ def other(**changes) -> Config:
     return dataclasses.replace(CONFIG, stages=(CONFIG.stages[0], stage))
 
 
-def test_the_same_config_comes_back(tmp_path):
+@pytest.fixture
+def begun(tmp_path):
+    """A folder that a run of CONFIG has begun."""
     with Workdir(tmp_path / "run", CONFIG) as folder:
         folder.save_config()
-        pass
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == as_json(CONFIG)
-    with Workdir(tmp_path / "run", CONFIG) as folder:
-        folder.save_config()
+    return folder.path
+
+
+def test_the_same_config_comes_back(begun):
+    assert json.loads((begun / "config.json").read_text()) == as_json(CONFIG)
+    with Workdir(begun, CONFIG):
         pass
 
 
@@ -58,28 +62,25 @@ def test_the_same_config_comes_back(tmp_path):
         (dataclasses.replace(CONFIG, seed=1), "seed was 0, now 1"),
     ],
 )
-def test_another_config_is_refused_with_what_differs(tmp_path, config, said):
-    with Workdir(tmp_path, CONFIG) as folder:
-        folder.save_config()
-    before = (tmp_path / "config.json").read_text()
-    with pytest.raises(UserError) as fault, Workdir(tmp_path, config):
+def test_another_config_is_refused_with_what_differs(begun, config, said):
+    before = (begun / "config.json").read_text()
+    with pytest.raises(UserError) as error, Workdir(begun, config):
         pass
-    assert said in str(fault.value) and "\n" not in str(fault.value)
-    assert (tmp_path / "config.json").read_text() == before
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert (begun / "config.json").read_text() == before
 
 
-def test_what_only_changes_the_watching_may_change(tmp_path):
-    with Workdir(tmp_path, CONFIG) as folder:
-        folder.save_config()
-    with Workdir(
-        tmp_path,
-        dataclasses.replace(
-            other(data=DataConfig(workers=7, strict=True)),
-            log_every=1,
-            checkpoint_every=5,
-            remat="full",
-        ),
-    ):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"log_every": 1, "checkpoint_every": 5, "remat": "full"},
+        {"stages": other(data=DataConfig(workers=7, strict=True)).stages},
+        {"keep_every": 7, "keep_checkpoints": 1, "profile": ProfileConfig((1, 2))},
+        {"guard": GuardConfig(bad_steps_in_row=3)},
+    ],
+)
+def test_what_is_logged_kept_or_watched_may_change(begun, changes):
+    with Workdir(begun, dataclasses.replace(CONFIG, **changes)):
         pass
 
 
@@ -98,41 +99,19 @@ def test_a_file_is_no_workdir(tmp_path):
         pass
 
 
-def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(tmp_path):
-    with Workdir(tmp_path, CONFIG) as folder:
-        folder.save_config()
-    file = tmp_path / "config.json"
+def test_a_run_of_an_older_version_goes_on_and_its_missing_fields_are_defaults(begun):
+    file = begun / "config.json"
     old = json.loads(file.read_text())
-    del (
-        old["guard"],
-        old["keep_every"],
-        old["profile"],
-        old["stages"][1]["optimizer"]["clip"],
-        old["model"]["qk_norm"],
-    )
+    del old["guard"], old["keep_every"], old["profile"]
+    del old["stages"][1]["optimizer"]["clip"], old["model"]["qk_norm"]
     file.write_text(json.dumps(old))
-    with Workdir(tmp_path, CONFIG) as folder:
+    with Workdir(begun, CONFIG) as folder:
         folder.save_config()
     assert json.loads(file.read_text()) == as_json(CONFIG)
     file.write_text(json.dumps(old))
     changed = dataclasses.replace(CONFIG, guard=GuardConfig(spike_factor=None))
-    with (
-        pytest.raises(UserError, match="guard.spike_factor was 20.0, now null"),
-        Workdir(tmp_path, changed),
-    ):
-        pass
-
-
-def test_what_only_changes_what_is_kept_or_when_to_give_up_may_change(tmp_path):
-    with Workdir(tmp_path, CONFIG) as folder:
-        folder.save_config()
-    changes = {
-        "keep_every": 7,
-        "keep_checkpoints": 1,
-        "profile": ProfileConfig((1, 2)),
-        "guard": GuardConfig(bad_steps_in_row=3),
-    }
-    with Workdir(tmp_path, dataclasses.replace(CONFIG, **changes)):
+    message = "guard.spike_factor was 20.0, now null"
+    with pytest.raises(UserError, match=message), Workdir(begun, changed):
         pass
 
 

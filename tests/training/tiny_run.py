@@ -92,14 +92,22 @@ def shards(folder: Path, buckets=((32, 32),), count: int = 24) -> Path:
     return folder
 
 
-def recipe(folder: Path) -> Path:
-    """The curriculum as a file that train.py takes."""
+def recipe(folder: Path, steps: int | None = None, every: int = 3) -> Path:
+    """The curriculum as a file that train.py takes; with ``steps`` its first stage alone, so long.
+    every: steps between checkpoints."""
     here = Path(__file__).resolve().parent
-    file = folder / "tiny.py"
+    file = folder / f"tiny_{steps}_{every}.py"
     file.write_text(
-        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(here)!r})\nfrom tiny_run "
-        "import curriculum\n\n\n"
-        f"def get_config():\n    return curriculum(Path({str(folder)!r}))\n"
+        "import dataclasses, sys\n"
+        "from pathlib import Path\n"
+        f"sys.path.insert(0, {str(here)!r})\n"
+        "from tiny_run import curriculum\n\n\n"
+        "def get_config():\n"
+        f"    config = curriculum(Path({str(folder)!r}), checkpoint_every={every})\n"
+        f"    if {steps} is None:\n"
+        "        return config\n"
+        f"    stage = dataclasses.replace(config.stages[0], steps={steps})\n"
+        "    return dataclasses.replace(config, stages=(stage,))\n"
     )
     return file
 

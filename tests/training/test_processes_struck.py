@@ -1,5 +1,5 @@
-"""A run of two processes of which one dies or hangs: the other says so and ends, and the same
-command ends with the same bits."""
+"""A run of two processes of which one dies, hangs or is told to stop: the other says so and ends,
+and the same command ends with the same bits."""
 
 from __future__ import annotations
 
@@ -30,32 +30,13 @@ STEPS, EVERY, PATIENCE = 40, 5, 15
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     tiny_run.curriculum(folder)
-    here = Path(tiny_run.__file__).parent
-    file = folder / "one_stage.py"
-    file.write_text(
-        "import dataclasses, sys\nfrom pathlib import Path\nsys.path.insert(0, "
-        f"{str(here)!r})\nfrom tiny_run import curriculum\n\n\n"
-        f"def get_config():\n    config = curriculum(Path({str(folder)!r}))\n"
-        f"    stage = dataclasses.replace(config.stages[0], steps={STEPS})\n"
-        f"    return dataclasses.replace(config, stages=(stage,), checkpoint_every={EVERY})\n"
-    )
-    return file
+    return tiny_run.recipe(folder, STEPS, EVERY)
 
 
 def start(root: Path, recipe: Path, workdir: Path, patience: int = 60) -> subprocess.Popen:
-    launcher = [
-        "-m",
-        "pixart_jax",
-        "launch",
-        "--processes",
-        "2",
-        "--devices-per-process",
-        "2",
-        "--patience",
-        patience,
-    ]
+    launcher = "-m pixart_jax launch --processes 2 --devices-per-process 2 --patience".split()
     flags = ["--workdir", workdir, "--mesh.fsdp", "2", "--peer-timeout", PATIENCE]
-    command = [sys.executable, *launcher, "--", "train.py", recipe, *flags]
+    command = [sys.executable, *launcher, patience, "--", "train.py", recipe, *flags]
     return subprocess.Popen(
         list(map(str, command)),
         cwd=root,
@@ -79,12 +60,8 @@ def processes(launcher: subprocess.Popen) -> dict[int, int]:
 
 
 def saved(workdir: Path) -> int:
-    folder = workdir / "checkpoints"
-    return (
-        max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
-        if folder.exists()
-        else 0
-    )
+    steps = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    return max(steps, default=0)
 
 
 def struck(
@@ -148,11 +125,30 @@ def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_sam
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0 and "going on at stage pixels" in output, output
     assert figures(broken) == figures(whole) and len(figures(whole)) == STEPS
-    for (path, one), other in zip(
-        jax.tree_util.tree_leaves_with_path(state(whole)),
-        jax.tree.leaves(state(broken)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(one, other, err_msg=str(path))
+    jax.tree.map(np.testing.assert_array_equal, state(whole), state(broken))
     name = "transformer/diffusion_pytorch_model.safetensors"
     assert (whole / "model" / name).read_bytes() == (broken / "model" / name).read_bytes()
+
+
+def test_one_process_is_told_to_stop_and_both_save_the_step_that_none_has_passed(root, tmp_path):
+    tiny_run.curriculum(tmp_path / "world")
+    workdir, recipe = tmp_path / "run", tiny_run.recipe(tmp_path / "world", 100_000, 50_000)
+    launcher = start(root, recipe, workdir)
+    deadline = time.monotonic() + 400
+    while len(read(workdir / "metrics.jsonl")) < 5:
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[0][
+            -4000:
+        ]
+        time.sleep(0.1)
+    os.kill(processes(launcher)[1], signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=400)
+    assert launcher.returncode == 75, out[-4000:]
+    step = saved(workdir)
+    # nothing that was done is lost
+    assert step >= 5 and read(workdir / "metrics.jsonl")[-1]["total_step"] == step
+    said = [line for line in out.splitlines() if "stopped by SIGTERM: " in line]
+    assert len(said) == 2 and all(
+        f"stage pixels, step {step} of 100000 is saved; the same command goes on" in line
+        for line in said
+    )
+    assert "Traceback" not in out
