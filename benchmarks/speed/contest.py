@@ -106,6 +106,7 @@ class Process:
         self._env = {
             "HF_HUB_OFFLINE": "1",
             "JAX_COMPILATION_CACHE_DIR": str(compile_cache / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TORCHINDUCTOR_CACHE_DIR": str(compile_cache / "inductor"),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
