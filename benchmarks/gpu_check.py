@@ -43,30 +43,24 @@ TINY = {"self": (2, 64, 64, False), "cross": (2, 64, 24, True)}
 HEADS, HEAD_DIM = 16, 72
 
 
-class Programs:
-    """Results of compiled programs; "auto" is the program of another backend and is not compiled
-    again."""
+def results(known: dict[str, list], q, k, v, weights, lengths, backend: str) -> list[np.ndarray]:
+    """Output, and the gradients of a weighted sum of it by q, k and v. known: program → results;
+    "auto" is the program of another backend, which is not compiled again."""
 
-    def __init__(self):
-        self._results: dict[str, list[np.ndarray]] = {}
+    def weighted(q, k, v):
+        out = attention(q, k, v, lengths=lengths, backend=backend)
+        return jnp.sum(out.astype(jnp.float32) * weights), out
 
-    def results(self, q, k, v, weights, lengths, backend: str) -> list[np.ndarray]:
-        """Output, and the gradients of a weighted sum of it by q, k and v."""
-
-        def weighted(q, k, v):
-            out = attention(q, k, v, lengths=lengths, backend=backend)
-            return jnp.sum(out.astype(jnp.float32) * weights), out
-
-        gradient = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))
-        lowered = gradient.lower(q, k, v)
-        text = lowered.as_text()
-        if text not in self._results:
-            gradients, out = lowered.compile()(q, k, v)
-            self._results[text] = [np.asarray(x, np.float64) for x in (out, *gradients)]
-        return self._results[text]
+    gradient = jax.jit(jax.grad(weighted, argnums=(0, 1, 2), has_aux=True))
+    lowered = gradient.lower(q, k, v)
+    text = lowered.as_text()
+    if text not in known:
+        gradients, out = lowered.compile()(q, k, v)
+        known[text] = [np.asarray(x, np.float64) for x in (out, *gradients)]
+    return known[text]
 
 
-def cells(shape: tuple[int, int, int, bool], programs: Programs):
+def cells(shape: tuple[int, int, int, bool], known: dict[str, list]):
     """Yields (backend, errors of output, dq, dk and dv, remark, whether it holds). With lengths,
     they run from 1 to all keys."""
     batch, queries, keys, some = shape
@@ -80,10 +74,10 @@ def cells(shape: tuple[int, int, int, bool], programs: Programs):
     for backend in BACKENDS:
         errors, remark, holds = [""] * 4, "", True
         try:
-            mine = programs.results(*narrow, weights, lengths, backend)
+            mine = results(known, *narrow, weights, lengths, backend)
             with jax.default_matmul_precision("highest"):
                 wide = [x.astype(jnp.float32) for x in narrow]
-                theirs = programs.results(*wide, weights, lengths, "xla")
+                theirs = results(known, *wide, weights, lengths, "xla")
             relative = [
                 np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(mine, theirs, strict=True)
             ]
@@ -110,9 +104,9 @@ def main(argv: list[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     record = Record(flags.json, argv, columns=COLUMNS, title=TITLE, cells=[])
     record.run["machine"] |= ours.described()
-    held, programs = True, Programs()
+    held, known = True, {}
     for name, shape in (TINY if flags.tiny else SHAPES).items():
-        for backend, errors, remark, holds in cells(shape, programs):
+        for backend, errors, remark, holds in cells(shape, known):
             at = ", ".join(map(str, shape[:3]))
             record.run["cells"].append([name, at, backend, *errors, remark])
             record.write()

@@ -40,11 +40,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.speed import machine  # noqa: E402
 from benchmarks.speed.contest import tell  # noqa: E402
 from benchmarks.speed.table import table  # noqa: E402
-from pixart_jax.data import images, records  # noqa: E402
+from pixart_jax.data import records  # noqa: E402
 from pixart_jax.data.encoded import EncodedSamples  # noqa: E402
 from pixart_jax.data.loader import Loader  # noqa: E402
 from pixart_jax.data.samples import ImageSamples  # noqa: E402
-from pixart_jax.data.sources import Sample  # noqa: E402
+from pixart_jax.data.sources import open_source  # noqa: E402
 from pixart_jax.files import write_json  # noqa: E402
 from pixart_jax.images import to_model  # noqa: E402
 
@@ -108,31 +108,13 @@ def write_pictures(folder: Path, count: int) -> None:
         picture.save(folder / f"{index:05d}.jpg", quality=92)
 
 
-class Pictures:
-    """A folder of JPEGs as a source."""
-
-    name, num_classes, caption_kinds, fingerprint = "pictures", None, (), ""
-
-    def __init__(self, folder: Path):
-        self.files = sorted(folder.glob("*.jpg"))
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(self.files[index].stem, self.files[index].read_bytes(), {})
-
-    def sizes(self) -> np.ndarray:
-        return np.array([images.size(file.read_bytes()) for file in self.files], np.int32)
-
-
 # ---- the two loaders, each in a process of its own ----
 
 
 def samples_of(case: str, folder: Path):
     if case == "encoded":
         return EncodedSamples(folder, (("dense", 1.0),), TOKENS)
-    return ImageSamples(Pictures(folder), [BUCKET], cache_bytes=0)
+    return ImageSamples(open_source(str(folder)), [BUCKET], cache_bytes=0)
 
 
 def theirs(case: str, folder: Path, order: list, workers: int) -> Iterator[dict]:
@@ -159,7 +141,7 @@ def theirs(case: str, folder: Path, order: list, workers: int) -> Iterator[dict]
             }
 
     class Decoded(Dataset):
-        source = Pictures(folder)
+        source = open_source(str(folder))
 
         def __getitem__(self, index):
             sample = self.source[index]
