@@ -8,9 +8,9 @@ tables of docs/parity.md.
     python benchmarks/parity.py --list               the rows' names
     python benchmarks/parity.py --document           the document again, without running anything
 
-Each side of a row runs in its own process, one at a time, so that peak memory is that side's alone.
-The results are kept in parity.json beside the document, one entry a row; the document is written
-from it, and rows that a call does not run keep theirs.
+Each side of a row runs in its own process, one at a time, so that each has all the memory. The
+results are kept in parity.json beside the document, one entry a row; the document is written from
+it, and rows that a call does not run keep theirs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ if __name__ == "__main__":
 
 from benchmarks.parity_rows import ROWS  # noqa: E402
 from benchmarks.parity_rows.document import render  # noqa: E402
-from benchmarks.parity_rows.row import Row, Run  # noqa: E402
-from benchmarks.speed.machine import peak_bytes  # noqa: E402
+from benchmarks.parity_rows.row import Row  # noqa: E402
 from pixart_jax.files import write_json, write_text  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "parity.md"
@@ -101,25 +100,24 @@ def _error(text: str) -> int:
 
 
 def _one(options, rows) -> int:
-    """--row: one line of JSON, of the whole row or, in the processes that it starts, of one
-    side."""
+    """--row: one line of JSON; or, in the processes that it starts, the outputs of one side."""
     found = [row for row in rows if row.name == options.row]
     if not found:
         return _error(f"no row {options.row!r}")
     if options.side:
-        result = run_side(found[0], options.side, options.folder)
-    else:
-        result = measure(found[0], options.scratch)
+        outputs = getattr(found[0], options.side)(options.folder)
+        np.savez(options.folder / f"{options.side}.npz", **outputs)
+        return 0
+    result = measure(found[0], options.scratch)
     print(json.dumps(result))
     return int("failed" in result)
 
 
 def measure(row: Row, scratch: Path | None = None) -> dict:
-    """Both sides of a row, a process each: {'error', 'seconds', 'peak_bytes', 'versions'}, or
-    {'failed': the last line of its output}."""
+    """Both sides of a row, a process each: {'error', 'versions'}, or {'failed': the last line of
+    its output}."""
     quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with tempfile.TemporaryDirectory(prefix="parity.", dir=scratch) as folder:
-        sides = {}
         for side in ("theirs", "ours"):
             command = [sys.executable, str(Path(__file__).resolve()), "--row", row.name]
             command += ["--side", side, "--folder", folder]
@@ -128,7 +126,6 @@ def measure(row: Row, scratch: Path | None = None) -> dict:
                 status = f"exit status {done.returncode}"
                 output = done.stderr.strip() or done.stdout.strip() or status
                 return {"failed": f"{side}: {output.splitlines()[-1]}"}
-            sides[side] = json.loads(done.stdout.strip().splitlines()[-1])
         try:
             error = row.compare(*(_outputs(Path(folder), side) for side in ("ours", "theirs")))
         except ValueError as fault:
@@ -136,18 +133,8 @@ def measure(row: Row, scratch: Path | None = None) -> dict:
     versions = {name: importlib.metadata.version(name) for name in COMPARED}
     return {
         "error": {key: float(f"{value:.3g}") for key, value in error.items()},
-        "seconds": {side: found["seconds"] for side, found in sides.items()},
-        "peak_bytes": {side: found["peak_bytes"] for side, found in sides.items()},
         "versions": {"python": platform.python_version(), **versions},
     }
-
-
-def run_side(row: Row, side: str, folder: Path) -> dict:
-    """Run one side in this process: outputs go to a file in the folder; returns time and memory."""
-    run: Run = getattr(row, side)(folder)
-    np.savez(folder / f"{side}.npz", **run.outputs)
-    seconds = None if run.seconds is None else float(f"{run.seconds:.3g}")
-    return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 
 def _outputs(folder: Path, side: str) -> dict[str, np.ndarray]:

@@ -36,7 +36,7 @@ def test_quick_rows_hold(row, tmp_path):
     if "sharded" in row.format:
         (index,) = tmp_path.rglob("*.index.json")
         assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
-    error = row.compare(row.ours(tmp_path).outputs, theirs.outputs)
+    error = row.compare(row.ours(tmp_path), theirs)
     print(row.name, error)
     assert row.holds(error), error
 
@@ -62,9 +62,7 @@ def test_check_fails_on_a_row_over_its_bound_or_without_a_result_and_passes_with
     tmp_path, monkeypatch, capsys
 ):
     def result(largest: float) -> dict:
-        bytes_ = {"ours": 2**30, "theirs": 2**31}
-        cost = {"seconds": {"ours": 1.0, "theirs": None}, "peak_bytes": bytes_}
-        return {"error": {"max": largest, "l2": 1e-6}, "versions": {"jax": "1"}, **cost}
+        return {"error": {"max": largest, "l2": 1e-6}, "versions": {"jax": "1"}}
 
     answers = {"vae SD": result(1e-3), "vae SDXL": {"failed": "ours: no file"}}
     monkeypatch.setattr(parity, "measure", lambda row, _: answers.get(row.name, result(1e-6)))
@@ -117,9 +115,7 @@ def one_line(*arguments: str) -> dict:
 def test_one_row_is_one_line_of_json_with_a_process_a_side():
     result = one_line("--row", "vae tiny")
     assert BY_NAME["vae tiny"].holds(result["error"])
-    assert all(
-        result[key][side] > 0 for key in ("seconds", "peak_bytes") for side in ("ours", "theirs")
-    )
+    assert set(result["versions"]) >= {"jax", "torch", "diffusers"}
 
 
 def test_a_row_that_breaks_says_which_side_and_why(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.parity_rows import official
-from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.row import Outputs, Row
 from benchmarks.parity_rows.weights import materialised
 
 _FIELDS = (
@@ -51,7 +51,7 @@ def build(fields: dict):
     return model
 
 
-def theirs(fields: dict, folder: Path) -> Run:
+def theirs(fields: dict, folder: Path) -> Outputs:
     import torch
 
     model = build(fields)
@@ -61,23 +61,20 @@ def theirs(fields: dict, folder: Path) -> Run:
     conditions = {"timestep": torch.from_numpy(timesteps)}
     conditions["class_labels"] = torch.from_numpy(labels).long()
 
-    def call():
-        return {"output": model(given, **conditions).sample.permute(0, 2, 3, 1).numpy()}
-
     with torch.no_grad():
-        result = timed(call)
+        out = model(given, **conditions).sample.permute(0, 2, 3, 1).numpy()
     state = official.dit(dict(model.state_dict()), fields["num_layers"])
     torch.save({"pos_embed": model.pos_embed.pos_embed, **state}, folder / "official.pt")
-    return result
+    return {"output": out}
 
 
-def ours(flags: tuple[str, ...], fields: dict, folder: Path) -> Run:
+def ours(flags: tuple[str, ...], fields: dict, folder: Path) -> Outputs:
     from pixart_jax import load_component
     from pixart_jax.commands import convert
 
     convert.main([str(folder / "official.pt"), str(folder / "converted"), *flags])
     part = load_component(folder / "converted")
-    return timed(lambda: {"output": np.asarray(part.apply(*inputs(fields)))})
+    return {"output": np.asarray(part.apply(*inputs(fields)))}
 
 
 def _row(name, size, fields, flags=(), **how) -> Row:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.row import Outputs, Row
 from benchmarks.parity_rows.weights import materialised
 
 _SIGMA = {"text_tokens": 300, "kv_compression": 2}
@@ -29,7 +29,7 @@ def inputs(fields: dict, rows: int, columns: int, length: int) -> dict[str, np.n
     }
 
 
-def theirs(fields: dict, canvas: tuple, folder: Path) -> Run:
+def theirs(fields: dict, canvas: tuple, folder: Path) -> Outputs:
     import torch
 
     from pixart_jax.models.transformer import TransformerConfig
@@ -45,10 +45,10 @@ def theirs(fields: dict, canvas: tuple, folder: Path) -> Run:
     )
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, folder / "official.pth")
     given = inputs(fields, *canvas)
-    return timed(lambda: {"output": run_official(model, **given)})
+    return {"output": run_official(model, **given)}
 
 
-def ours(fields: dict, canvas: tuple, flags: tuple[str, ...], folder: Path) -> Run:
+def ours(fields: dict, canvas: tuple, flags: tuple[str, ...], folder: Path) -> Outputs:
     from pixart_jax import load_component
     from pixart_jax.commands import convert
 
@@ -56,7 +56,7 @@ def ours(fields: dict, canvas: tuple, flags: tuple[str, ...], folder: Path) -> R
     part = load_component(folder / "converted")
     assert part.config.kv_compression_layers == fields["kv_compression_layers"]
     given = inputs(fields, *canvas)
-    return timed(lambda: {"output": np.asarray(part.apply(*given.values()))})
+    return {"output": np.asarray(part.apply(*given.values()))}
 
 
 def _row(name: str, size: str, fields: dict, canvas: tuple, flags=(), **how) -> Row:

@@ -24,7 +24,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.row import Outputs, Row
 
 SOLVER = Path("diffusion", "model", "dpm_solver.py")
 FROZEN = Path(__file__).with_name("official_dpm.npz")
@@ -54,7 +54,7 @@ def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(random.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-def theirs(steps: int, folder: Path) -> Run:
+def theirs(steps: int, folder: Path) -> Outputs:
     """The model's folder, and the frozen latents. ValueError where the weights are not those that
     were frozen."""
     from tests import tiny_diffusers
@@ -64,17 +64,17 @@ def theirs(steps: int, folder: Path) -> Run:
     if weights(pipe.transformer) != str(frozen["weights"]):
         raise ValueError("the frozen latents were made with other weights: freeze them again")
     pipe.save_pretrained(folder / "model")
-    return Run({"latents": frozen[f"latents_{steps}"]}, None)
+    return {"latents": frozen[f"latents_{steps}"]}
 
 
-def ours(steps: int, folder: Path) -> Run:
+def ours(steps: int, folder: Path) -> Outputs:
     from pixart_jax import Pipeline
 
     pipe = Pipeline.from_pretrained(folder / "model")
     noise, text, null = inputs()
     given = (text, np.array(LENGTHS), noise, null, np.array(NULL_LENGTHS))
     how = {"steps": steps, "guidance": GUIDANCE, "times": "fractional"}
-    return timed(lambda: {"latents": np.asarray(pipe.denoise(*given, **how))})
+    return {"latents": np.asarray(pipe.denoise(*given, **how))}
 
 
 def freeze(checkout: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
-from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.row import Outputs, Row
 
 SHAPES = Path(__file__).resolve().parents[2] / "assets" / "shapes"
 PROMPTS = ("a large red circle", "a small blue star left of a large green square")
@@ -75,7 +76,7 @@ def _noise_of_steps(steps: int):
     return lambda *_, **__: next(left)
 
 
-def theirs_latents(model: str, solver: str, folder: Path) -> Run:
+def theirs_latents(model: str, solver: str, folder: Path) -> Outputs:
     from diffusers.schedulers import scheduling_lcm
 
     from tests import tiny_diffusers
@@ -84,24 +85,17 @@ def theirs_latents(model: str, solver: str, folder: Path) -> Run:
     pipe.scheduler = scheduler(solver, pipe.scheduler.config.prediction_type) or pipe.scheduler
     how = {"num_inference_steps": STEPS[solver], "guidance_scale": GUIDANCE[solver]}
 
-    def call():
-        if solver == "lcm":
-            scheduling_lcm.randn_tensor = _noise_of_steps(STEPS[solver])
+    draws = _noise_of_steps(STEPS[solver]) if solver == "lcm" else None
+    with mock.patch.object(scheduling_lcm, "randn_tensor", draws):
         made = tiny_diffusers.draw(pipe, PROMPTS, noise(), **how, negative_prompt="")
-        return {"latents": made[0]}
-
-    original = scheduling_lcm.randn_tensor
-    try:
-        return timed(call)
-    finally:
-        scheduling_lcm.randn_tensor = original
+    return {"latents": made[0]}
 
 
-def ours_latents(model: str, solver: str, folder: Path) -> Run:
+def ours_latents(model: str, solver: str, folder: Path) -> Outputs:
     pipe = open_ours(model, folder)
     how = {"steps": STEPS[solver], "guidance": GUIDANCE[solver], "solver": solver}
     how["keys"] = keys() if solver == "lcm" else None
-    return timed(lambda: {"latents": np.asarray(denoised(pipe, **how))})
+    return {"latents": np.asarray(denoised(pipe, **how))}
 
 
 def denoised(pipe, **how):
@@ -109,7 +103,7 @@ def denoised(pipe, **how):
     return pipe.denoise(*text, noise(), *negative, times="integer", **how)
 
 
-def theirs_images(model: str, folder: Path) -> Run:
+def theirs_images(model: str, folder: Path) -> Outputs:
     """The folder is written by pixart_jax and opened by diffusers, which draws from it."""
     from diffusers import PixArtAlphaPipeline
 
@@ -121,15 +115,15 @@ def theirs_images(model: str, folder: Path) -> Run:
     pipe = PixArtAlphaPipeline.from_pretrained(folder / "written")
     pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 20, "guidance_scale": 4.5, "negative_prompt": ""}
-    return timed(lambda: {"images": tiny_diffusers.draw(pipe, PROMPTS, noise(), **how)[1]})
+    return {"images": tiny_diffusers.draw(pipe, PROMPTS, noise(), **how)[1]}
 
 
-def ours_images(folder: Path) -> Run:
+def ours_images(folder: Path) -> Outputs:
     from pixart_jax import Pipeline
 
     pipe = Pipeline.from_pretrained(folder / "written")
     how = {"steps": 20, "guidance": 4.5}
-    return timed(lambda: {"images": np.asarray(pipe.decode(denoised(pipe, **how)))})
+    return {"images": np.asarray(pipe.decode(denoised(pipe, **how)))}
 
 
 # ---- the rows ----

@@ -4,7 +4,6 @@ and the difference."""
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,13 +13,7 @@ import numpy as np
 LEAST_REFERENCE = 0.05
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One side of a row. outputs: {name: array}. seconds: of one warm call; None where it would
-    mislead."""
-
-    outputs: Mapping[str, np.ndarray]
-    seconds: float | None
+Outputs = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +27,14 @@ class Row:
     model: str
     format: str
     size: str
-    theirs: Callable[[Path], Run]
-    ours: Callable[[Path], Run]
+    theirs: Callable[[Path], Outputs]
+    ours: Callable[[Path], Outputs]
     dtype: str = "fp32"
     bound: float = 1e-4
     measure: str = "max"
     tier: str = "quick"
 
-    def compare(self, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict:
+    def compare(self, ours: Outputs, theirs: Outputs) -> dict:
         """{'max', 'l2', 'psnr' (images only)}, the worst over the outputs. ValueError where outputs
         cannot be compared."""
         if set(ours) != set(theirs):
@@ -76,11 +69,3 @@ def errors(ours: np.ndarray, theirs: np.ndarray, what: str) -> dict[str, float]:
         worst = float(np.square(a - b).reshape(len(a), -1).mean(1).max())
         found["psnr"] = 99.0 if worst == 0 else float(10 * np.log10(255**2 / worst))
     return found
-
-
-def timed(call: Callable[[], Mapping[str, np.ndarray]]) -> Run:
-    """The outputs of call(), and the seconds of its second run."""
-    call()
-    start = time.perf_counter()
-    outputs = call()
-    return Run(outputs, time.perf_counter() - start)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.row import Outputs, Row
 from benchmarks.parity_rows.weights import draw, materialised
 
 _V11 = {
@@ -42,7 +42,7 @@ def build(fields: dict):
     return model
 
 
-def theirs(fields: dict, write, folder: Path) -> Run:
+def theirs(fields: dict, write, folder: Path) -> Outputs:
     """The reference on its own weights; write(model, folder) leaves them in the row's format."""
     import torch
 
@@ -53,12 +53,9 @@ def theirs(fields: dict, write, folder: Path) -> Run:
     ids, _, counts = inputs(fields)
     mask = torch.from_numpy(counts).long()
 
-    def call():
-        states = model(torch.from_numpy(ids), attention_mask=mask).last_hidden_state
-        return {"states": states.numpy()[counts]}
-
     with torch.no_grad():
-        return timed(call)
+        states = model(torch.from_numpy(ids), attention_mask=mask).last_hidden_state
+    return {"states": states.numpy()[counts]}
 
 
 def write_safetensors(shard: str, model, folder: Path) -> None:
@@ -85,7 +82,7 @@ def write_index(path: Path, where: dict[str, str]) -> None:
     path.write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def layer_by_layer(fields: dict, folder: Path) -> Run:
+def layer_by_layer(fields: dict, folder: Path) -> Outputs:
     """The whole encoder with the memory of one layer: bf16 weights are drawn, written and run in
     fp32, a layer at a time, each a T5EncoderModel of one layer on the states so far. All have the
     bias of the distances, which transformers keeps in the first layer; the last has the final
@@ -133,13 +130,13 @@ def layer_by_layer(fields: dict, folder: Path) -> Run:
             del tensors
             states = layer(inputs_embeds=states, attention_mask=mask).last_hidden_state
     write_index(target / "model.safetensors.index.json", where)
-    return Run({"states": states.numpy()[counts]}, None)
+    return {"states": states.numpy()[counts]}
 
 
 # ---- ours ----
 
 
-def ours(fields: dict, dtype: str, folder: Path) -> Run:
+def ours(fields: dict, dtype: str, folder: Path) -> Outputs:
     """dtype: 'float32', 'bfloat16', or 'bfloat16 held': bf16 parameters, fp32 arithmetic."""
     import jax.numpy as jnp
 
@@ -149,7 +146,7 @@ def ours(fields: dict, dtype: str, folder: Path) -> Run:
     if dtype.endswith("held"):
         part = part.replace(dtype=jnp.float32)
     ids, lengths, counts = inputs(fields)
-    return timed(lambda: {"states": np.asarray(part.apply(ids, lengths))[counts]})
+    return {"states": np.asarray(part.apply(ids, lengths))[counts]}
 
 
 # ---- the rows ----

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.parity_rows import official
-from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.row import Outputs, Row
 from benchmarks.parity_rows.weights import materialised
 
 
@@ -99,7 +99,7 @@ def build(case: Case, seed: int = 0):
     return model
 
 
-def run(model, case: Case) -> Run:
+def run(model, case: Case) -> Outputs:
     import torch
 
     given = {name: torch.from_numpy(array) for name, array in case.inputs().items()}
@@ -114,12 +114,9 @@ def run(model, case: Case) -> Run:
         ).float(),
     }
 
-    def call():
-        out = model(latents, given["text_states"], **more).sample
-        return {"output": out.permute(0, 2, 3, 1).numpy()}
-
     with torch.no_grad():
-        return timed(call)
+        out = model(latents, given["text_states"], **more).sample
+    return {"output": out.permute(0, 2, 3, 1).numpy()}
 
 
 def plain_names(state: dict) -> dict:
@@ -131,7 +128,7 @@ def plain_names(state: dict) -> dict:
     return renamed
 
 
-def write_folder(case: Case, shard: str, folder: Path) -> Run:
+def write_folder(case: Case, shard: str, folder: Path) -> Outputs:
     """A folder as diffusers' save_pretrained writes it; of a q/k-norm model, which it cannot name,
     the same by hand."""
     import safetensors.torch
@@ -151,7 +148,7 @@ def write_folder(case: Case, shard: str, folder: Path) -> Run:
     return run(model, case)
 
 
-def write_pth(case: Case, averaged: bool, both: bool, folder: Path) -> Run:
+def write_pth(case: Case, averaged: bool, both: bool, folder: Path) -> Outputs:
     """An official .pth. both: raw weights and their average in one file, as trainers write it;
     averaged: the reference has the average."""
     import torch
@@ -181,19 +178,19 @@ def _official_state(model, case: Case) -> dict:
 # ---- ours ----
 
 
-def forward(part, case: Case) -> Run:
+def forward(part, case: Case) -> Outputs:
     """One evaluation of an opened transformer."""
     given = case.inputs()
-    return timed(lambda: {"output": np.asarray(part.apply(*given.values()))})
+    return {"output": np.asarray(part.apply(*given.values()))}
 
 
-def open_folder(case: Case, dtype: str, folder: Path) -> Run:
+def open_folder(case: Case, dtype: str, folder: Path) -> Outputs:
     from pixart_jax import load_component
 
     return forward(load_component(folder / "transformer", dtype=dtype), case)
 
 
-def open_pth(case: Case, flags: tuple[str, ...], folder: Path) -> Run:
+def open_pth(case: Case, flags: tuple[str, ...], folder: Path) -> Outputs:
     """Through ``python -m pixart_jax convert``, as users do."""
     from pixart_jax import load_component
     from pixart_jax.commands import convert

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.parity_rows.row import Row, Run, timed
+from benchmarks.parity_rows.row import Outputs, Row
 from benchmarks.parity_rows.weights import materialised
 
 
@@ -37,7 +37,7 @@ def inputs(side: int) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.normal(size=(1, side // 8, side // 8, 4)).astype(np.float32)
 
 
-def theirs(fields: dict, side: int, old: bool, folder: Path) -> Run:
+def theirs(fields: dict, side: int, old: bool, folder: Path) -> Outputs:
     """old: a .bin file with the names that the attention had before diffusers 0.17, as Stable
     Diffusion's own VAE is stored."""
     import torch
@@ -61,28 +61,21 @@ def theirs(fields: dict, side: int, old: bool, folder: Path) -> Run:
         torch.from_numpy(given).permute(0, 3, 1, 2).contiguous() for given in inputs(side)
     )
 
-    def call():
+    with torch.no_grad():
         posterior = model.encode(images).latent_dist
         decoded = model.decode(latents / model.config.scaling_factor).sample
-        found = {"mean": posterior.mean, "std": posterior.std, "images": decoded}
-        return {name: value.permute(0, 2, 3, 1).numpy() for name, value in found.items()}
-
-    with torch.no_grad():
-        return timed(call)
+    found = {"mean": posterior.mean, "std": posterior.std, "images": decoded}
+    return {name: value.permute(0, 2, 3, 1).numpy() for name, value in found.items()}
 
 
-def ours(side: int, dtype: str, folder: Path) -> Run:
+def ours(side: int, dtype: str, folder: Path) -> Outputs:
     from pixart_jax import load_component
 
     part = load_component(folder / "vae", dtype=dtype)
     images, latents = inputs(side)
-
-    def call():
-        mean, std = part.encode(images)
-        decoded = part.decode(latents / np.float32(part.config.scaling_factor))
-        return {"mean": np.asarray(mean), "std": np.asarray(std), "images": np.asarray(decoded)}
-
-    return timed(call)
+    mean, std = part.encode(images)
+    decoded = part.decode(latents / np.float32(part.config.scaling_factor))
+    return {"mean": np.asarray(mean), "std": np.asarray(std), "images": np.asarray(decoded)}
 
 
 def _row(name, model, fields, side, size=None, compute="float32", old=False, **how) -> Row:
