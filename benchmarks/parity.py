@@ -128,8 +128,8 @@ def measure(row: Row, scratch: Path | None = None) -> dict:
                 return {"failed": f"{side}: {output.splitlines()[-1]}"}
         try:
             error = row.compare(*(_outputs(Path(folder), side) for side in ("ours", "theirs")))
-        except ValueError as fault:
-            return {"failed": str(fault)}
+        except ValueError as reason:
+            return {"failed": str(reason)}
     versions = {name: importlib.metadata.version(name) for name in COMPARED}
     return {
         "error": {key: float(f"{value:.3g}") for key, value in error.items()},

@@ -66,13 +66,13 @@ def _noise_of_steps(steps: int):
     import jax
     import torch
 
-    drawn = []
+    draws = []
     for step in range(steps):
         values = jax.vmap(
             lambda key, step=step: jax.random.normal(jax.random.fold_in(key, step), (8, 8, 4))
         )(keys())
-        drawn.append(torch.from_numpy(np.array(values)).permute(0, 3, 1, 2))
-    left = iter(drawn)
+        draws.append(torch.from_numpy(np.array(values)).permute(0, 3, 1, 2))
+    left = iter(draws)
     return lambda *_, **__: next(left)
 
 

@@ -95,7 +95,7 @@ def layer_by_layer(fields: dict, folder: Path) -> Outputs:
     target.mkdir()
     (target / "config.json").write_text(json.dumps({"model_type": "t5", **fields}))
 
-    def drawn(shapes: dict[str, tuple[int, ...]], seed: int, shard: str) -> dict:
+    def write_shard(shapes: dict[str, tuple[int, ...]], seed: int, shard: str) -> dict:
         tensors = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
         draw(tensors.items(), seed, t5_head=fields["d_kv"])
         safetensors.torch.save_file(tensors, target / shard, metadata={"format": "pt"})
@@ -107,7 +107,7 @@ def layer_by_layer(fields: dict, folder: Path) -> Outputs:
     last = fields["num_layers"] - 1
     names = [f"model-{n + 1:05d}-of-{last + 2:05d}.safetensors" for n in range(last + 2)]
     table = {"shared.weight": (fields["vocab_size"], fields["d_model"])}
-    states = drawn(table, 0, names[0])["shared.weight"][torch.from_numpy(ids)].float()
+    states = write_shard(table, 0, names[0])["shared.weight"][torch.from_numpy(ids)].float()
     with torch.no_grad():
         layer = T5EncoderModel(T5Config(**fields | {"num_layers": 1, "vocab_size": 1})).eval()
         final_norm = layer.encoder.final_layer_norm
@@ -121,7 +121,7 @@ def layer_by_layer(fields: dict, folder: Path) -> Outputs:
             }
             if i == last:
                 wanted["encoder.final_layer_norm.weight"] = (fields["d_model"],)
-            tensors = drawn(wanted, i + 1, names[i + 1])
+            tensors = write_shard(wanted, i + 1, names[i + 1])
             if i == last:
                 final_norm.weight.copy_(tensors.pop("encoder.final_layer_norm.weight"))
                 layer.encoder.final_layer_norm = final_norm

@@ -49,7 +49,7 @@ class Case:
         return found
 
 
-def _fields(depth, heads, head_dim, captions, sample, scale=1.0, told=False) -> dict:
+def _fields(depth, heads, head_dim, captions, sample, scale=1.0, multi_scale=False) -> dict:
     return {
         "num_layers": depth,
         "num_attention_heads": heads,
@@ -58,7 +58,7 @@ def _fields(depth, heads, head_dim, captions, sample, scale=1.0, told=False) -> 
         "caption_channels": captions,
         "sample_size": sample,
         "interpolation_scale": scale,
-        "use_additional_conditions": told,
+        "use_additional_conditions": multi_scale,
     }
 
 

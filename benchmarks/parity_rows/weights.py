@@ -45,7 +45,7 @@ def draw(
 
 
 def materialised(build, seed: int = 0, t5_head: int | None = None):
-    """build()'s PyTorch model with drawn weights; its own initialisation, which takes longer than a
+    """build()'s PyTorch model with random weights; its initialisation, which takes longer than a
     forward pass, is not computed.
 
     Buffers that are computed at initialisation (position tables) are for the caller to renew.

@@ -50,10 +50,10 @@ def sheet(
         shown += [i for i, v in enumerate(score.verdicts) if v.prompt.set == name][:per_set]
     verdicts = [score.verdicts[i] for i in shown]
     marks = [verdict.right[ALL] for verdict in verdicts]
-    faults = [f"WRONG ({', '.join(verdict.wrong)})" for verdict in verdicts]
+    errors = [f"WRONG ({', '.join(verdict.wrong)})" for verdict in verdicts]
     captions = [
-        f"{'RIGHT' if right else fault}: {verdict.prompt.caption}"
-        for verdict, right, fault in zip(verdicts, marks, faults)
+        f"{'RIGHT' if right else error}: {verdict.prompt.caption}"
+        for verdict, right, error in zip(verdicts, marks, errors)
     ]
     return image_grid([images[i] for i in shown], captions, marks=marks, columns=SHEET_COLUMNS)
 
