@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,7 @@ class Process:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         }
+        self.described = self.submit("described")
 
     def submit(self, name: str, *arguments):
         # the first submit starts the process, with the environment of this moment
@@ -154,7 +155,9 @@ class Contest:
         """{'ours', 'peer'} → the machine's limits as that side measures them, once a contest."""
         if dtype not in self.measured_limits:
             self.measured_limits[dtype] = {}
-            for one in {one.side: one for one in reversed(self._contenders)}.values():
+            sides = {one.side: one for one in reversed(self._contenders)}.values()
+            self._start(sides)
+            for one in sides:
                 with self._noting_failure(one):
                     self.measured_limits[dtype][one.side] = self._process(one).call("limits", dtype)
                 if self._alone:
@@ -174,6 +177,7 @@ class Contest:
 
     def _measure(self, group, opened: tuple, case: Case, found: dict[str, dict]) -> None:
         living, asked = list(group), {}
+        self._start(group)
         for one in group:  # all are asked before the first has answered: they compile together
             with self._noting_failure(one, found, living):
                 asked[one.label] = self._process(one).submit(
@@ -211,17 +215,22 @@ class Contest:
                 found[one.label] = {"failed": str(error)}
                 living.remove(one)
 
+    def _start(self, contenders: Iterable[Contender]) -> None:
+        """Start their processes, all at the same time."""
+        for one in contenders:
+            if one.label not in self._processes:
+                self._processes[one.label] = Process(one.side, self._compile_cache)
+
     def _process(self, one: Contender) -> Process:
         """The contender's process. RuntimeError where it does not run on the others' platform."""
-        if one.label not in self._processes:
-            process = self._processes[one.label] = Process(one.side, self._compile_cache)
-            described = process.call("described")
-            known = self.machine.setdefault("platform", described["platform"])
-            if known != described["platform"]:
-                raise RuntimeError(f"{one.label} runs on {described['platform']}, not on {known}")
-            if one.ours or "device" not in self.machine:
-                self.machine["device"] = described["device"]
-        return self._processes[one.label]
+        process = self._processes[one.label]
+        described = process.described.result()
+        known = self.machine.setdefault("platform", described["platform"])
+        if known != described["platform"]:
+            raise RuntimeError(f"{one.label} runs on {described['platform']}, not on {known}")
+        if one.ours or "device" not in self.machine:
+            self.machine["device"] = described["device"]
+        return process
 
     def _end(self, label: str) -> None:
         if label in self._processes:
