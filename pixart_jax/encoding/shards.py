@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -30,15 +29,13 @@ from pixart_jax.errors import UserError
 from pixart_jax.images import to_model
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import replicated, row_sharding
+from pixart_jax.pipeline.prompt_encoder import BATCH, one_ahead, text_batches
 from pixart_jax.text import clean_caption
 from pixart_jax.weights.component import Component
 
 CLEANING = "deepfloyd"  # of captions; another would make other states of the same words
 # characters; a longer text is not a caption, and cleaning it would take minutes
 LONGEST_CAPTION = 100_000
-# texts per device and batch: 64 tokens of each keep its matrix units busy, and few are wasted
-_TEXTS = 8
-_SHORTEST = 16  # tokens
 
 
 @dataclasses.dataclass
@@ -76,7 +73,7 @@ class ShardEncoder:
         self._source, self._options, self._mesh, self._tokenizer = source, options, mesh, tokenizer
         shards = 1 if mesh is None else batch_shards(mesh)
         self._rows = options.batch_size * shards
-        self._text_rows = min(_TEXTS, options.batch_size) * shards
+        self._text_rows = min(BATCH, options.batch_size) * shards
         self._vae, self._text_encoder = _on_mesh(vae, mesh), _on_mesh(text_encoder, mesh)
 
     def records(
@@ -92,26 +89,14 @@ class ShardEncoder:
         on_skip(key, reason): called for every other. on_progress(count): called when so many more
         samples are done. Decoding, encoding and packing of successive batches overlap.
         """
-        starts = range(0, len(indices), self._rows)
-        batches = [indices[start : start + self._rows] for start in starts]
-        read = functools.partial(self._read, bucket=bucket)
-        running: tuple[_Batch, int] | None = None
         with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as readers:
-            ahead = readers.map(read, batches[0])
-            for following in (*batches[1:], ()):
-                found, ahead = list(ahead), readers.map(read, following)
-                for skipped in found:
-                    if isinstance(skipped, tuple):
-                        on_skip(*skipped)
-                items = [item for item in found if isinstance(item, _Item)]
-                begun = self._encode(items, bucket), len(found)
-                if running is not None:  # packed and written while the devices encode the next
-                    yield from _pack(*running[0])
-                    on_progress(running[1])
-                running = begun
-        if running is not None:
-            yield from _pack(*running[0])
-            on_progress(running[1])
+            starts = range(0, len(indices), self._rows)
+            batches = (indices[start : start + self._rows] for start in starts)
+            decoding = (readers.map(lambda i: self._read(i, bucket), batch) for batch in batches)
+            encoding = (self._encode(list(found), bucket, on_skip) for found in one_ahead(decoding))
+            for batch, count in one_ahead(encoding):
+                yield from _pack(*batch)
+                on_progress(count)
 
     def _read(self, index: int, bucket: Bucket) -> _Item | tuple[str, str]:
         """Decode a sample; or return (its key, why it is skipped)."""
@@ -151,10 +136,16 @@ class ShardEncoder:
         }
         return _Item(arrays, metadata, pixels, texts)
 
-    def _encode(self, items: list[_Item], bucket: Bucket) -> _Batch:
-        """Give a batch to the devices without waiting for them."""
+    def _encode(
+        self, found: list[_Item | tuple[str, str]], bucket: Bucket, on_skip
+    ) -> tuple[_Batch, int]:
+        """Give a batch to the devices without waiting for them; return it and its samples."""
+        items = [item for item in found if isinstance(item, _Item)]
+        for skipped in found:
+            if isinstance(skipped, tuple):
+                on_skip(*skipped)
         if not items:
-            return [], {}, []
+            return ([], {}, []), len(found)
         pixels = np.empty((self._rows, *bucket, 3), np.uint8)
         for row, item in enumerate(items):
             pixels[row] = item.pixels
@@ -163,7 +154,7 @@ class ShardEncoder:
         posteriors = {"": self._vae.encode(self._place(to_model(pixels)))}
         if self._options.flip:
             posteriors["_flip"] = self._vae.encode(self._place(to_model(pixels[:, :, ::-1])))
-        return items, posteriors, list(self._encode_texts(items))
+        return (items, posteriors, list(self._encode_texts(items))), len(found)
 
     def _encode_texts(
         self, items: list[_Item]
@@ -173,23 +164,12 @@ class ShardEncoder:
         texts = [(row, *named) for row, item in enumerate(items) for named in item.texts.items()]
         if not texts:
             return
-        limit = self._options.max_text_tokens
+        limit, pad = self._options.max_text_tokens, self._tokenizer.pad_token_id or 0
         ids = tokenize(self._tokenizer, [clean_caption(text) for _, _, text in texts], limit)
-        powers = [1 << max(len(row) - 1, 0).bit_length() for row in ids]
-        widths = np.minimum(limit, np.maximum(_SHORTEST, powers))
-        for width in np.unique(widths):
-            members = np.flatnonzero(widths == width)
-            for start in range(0, len(members), self._text_rows):
-                part = members[start : start + self._text_rows]
-                pad = self._tokenizer.pad_token_id or 0
-                padded = np.full((self._text_rows, width), pad, np.int32)
-                # filler is one token long, and so is "" where there is no end mark
-                lengths = np.ones(self._text_rows, np.int32)
-                for row, number in enumerate(part):
-                    padded[row, : len(ids[number])] = ids[number]
-                    lengths[row] = max(len(ids[number]), 1)
-                states = self._text_encoder.apply(self._place(padded), self._place(lengths))
-                yield [(*texts[n][:2], int(count)) for n, count in zip(part, lengths)], states
+        lengths = [max(len(row), 1) for row in ids]  # "" has no token where there is no end token
+        for part, padded, counts in text_batches(ids, lengths, limit, self._text_rows, pad):
+            states = self._text_encoder.apply(self._place(padded), self._place(counts))
+            yield [(*texts[number][:2], lengths[number]) for number in part], states
 
     def _place(self, array: np.ndarray):
         if self._mesh is None:

@@ -124,21 +124,10 @@ class PromptEncoder:
     ) -> Iterator[tuple[list[int], jax.Array]]:
         """(row numbers, states [batch, width, c] on the devices): texts of one width together, the
         last batch of a width filled up."""
-        widths = [self._width(int(length)) for length in lengths]
-        for width in sorted(set(widths)):
-            rows = [n for n, other in enumerate(widths) if other == width]
-            for start in range(0, len(rows), self._batch):
-                part = rows[start : start + self._batch]
-                padded = np.full((self._batch, width), self.tokenizer.pad_token_id or 0, np.int32)
-                known = min(width, ids.shape[1])
-                padded[: len(part), :known] = ids[part, :known]
-                counts = np.ones(self._batch, np.int32)
-                counts[: len(part)] = lengths[part]
-                with on_mesh(self.mesh):
-                    yield part, self.text_encoder.apply(self._place(padded), self._place(counts))
-
-    def _width(self, length: int) -> int:
-        return min(self.tokens, max(_SHORTEST, 1 << (length - 1).bit_length()))
+        pad = self.tokenizer.pad_token_id or 0
+        for part, padded, counts in text_batches(ids, lengths, self.tokens, self._batch, pad):
+            with on_mesh(self.mesh):
+                yield part, self.text_encoder.apply(self._place(padded), self._place(counts))
 
     def _place(self, array: np.ndarray) -> jax.Array:
         if self.mesh is None:
@@ -156,6 +145,28 @@ def _gathered(parts, place, length: int, sharding):
     ]
     rows = jnp.concatenate(same)[place]
     return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
+
+
+def text_batches(
+    ids: Sequence[np.ndarray] | np.ndarray, lengths: Sequence[int], limit: int, rows: int, pad: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Yield (numbers, ids int32 [rows, width], lengths int32 [rows]): texts of one width together,
+    the last batch of a width filled up with texts of one token.
+
+    ids: token ids of each text. limit: the most tokens that the model reads; a text's width is 16,
+    32, 64 … or the limit. pad: the id to pad with.
+    """
+    widths = [min(limit, max(_SHORTEST, 1 << (int(n) - 1).bit_length())) for n in lengths]
+    for width in sorted(set(widths)):
+        members = [number for number, other in enumerate(widths) if other == width]
+        for start in range(0, len(members), rows):
+            part = members[start : start + rows]
+            padded, counts = np.full((rows, width), pad, np.int32), np.ones(rows, np.int32)
+            for row, number in enumerate(part):
+                own = ids[number][: lengths[number]]
+                padded[row, : len(own)] = own
+                counts[row] = lengths[number]
+            yield part, padded, counts
 
 
 def one_ahead(items: Iterator) -> Iterator:
