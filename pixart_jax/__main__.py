@@ -10,37 +10,16 @@ from pixart_jax.errors import UserError, nearest
 
 # name: (module, what it does); each module has main(argv) -> exit status, and its own --help.
 COMMANDS = {
-    "caption": (
-        "pixart_jax.captioning.caption_command",
-        "pictures → detailed captions by a vision-language model, on Ray Data",
-    ),
-    "convert": (
-        "pixart_jax.commands.convert",
-        "official .pth, DiT .pt or diffusers folder → a component folder",
-    ),
-    "encode": (
-        "pixart_jax.encoding.command",
-        "images and captions → shards to train from; prompts → text states to draw from",
-    ),
+    "caption": ("pixart_jax.captioning.caption_command", "images → captions by a VLM, on Ray Data"),
+    "convert": ("pixart_jax.commands.convert", "official .pth, DiT .pt or diffusers → a component"),
+    "encode": ("pixart_jax.encoding.command", "images, captions or prompts → latents, text states"),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
-    "inspect": (
-        "pixart_jax.captioning.inspect_command",
-        "a page on a set's pictures, captions, buckets and duplicates, before training",
-    ),
-    "launch": (
-        "pixart_jax.commands.launch",
-        "several processes of train.py, sample.py or a command on this machine",
-    ),
-    "nouns": (
-        "pixart_jax.captioning.nouns_command",
-        "captions → the paper's table of nouns, with charts; data sets side by side",
-    ),
-    "plan": (
-        "pixart_jax.planning.command",
-        "memory, time and cost of a run on hardware that is not here, from its compiled program",
-    ),
+    "inspect": ("pixart_jax.captioning.inspect_command", "a data set's report, before training"),
+    "launch": ("pixart_jax.commands.launch", "run several processes on this machine"),
+    "nouns": ("pixart_jax.captioning.nouns_command", "noun statistics of captions, as the paper's"),
+    "plan": ("pixart_jax.planning.command", "memory, time and cost of a run on other hardware"),
     "sample": ("pixart_jax.commands.sample", "prompts → PNGs, as sample.py"),
-    "train": ("pixart_jax.commands.train", "train the stages of a recipe"),
+    "train": ("pixart_jax.commands.train", "train the stages of a recipe, as train.py"),
 }
 
 
