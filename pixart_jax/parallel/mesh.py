@@ -23,10 +23,14 @@ AXES = ("data", "fsdp", "context", "tensor")
 class Sizes(Protocol):
     """A config's size of each axis; at most one is −1, the rest of the devices."""
 
-    data: int
-    fsdp: int
-    context: int
-    tensor: int
+    @property
+    def data(self) -> int: ...
+    @property
+    def fsdp(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def tensor(self) -> int: ...
 
 
 def resolve_sizes(sizes: Sizes, devices: int) -> tuple[int, int, int, int]:

@@ -3,9 +3,11 @@ when first needed."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,18 @@ from pixart_jax.text import clean_caption, load_tokenizer, save_tokenizer, token
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.vae import config_from_json
+
+
+@dataclasses.dataclass(frozen=True)
+class CopiedComponent:
+    """A part that was not trained: ``save`` copies its files. All processes call it, the first one
+    writes."""
+
+    source: Path
+
+    def save(self, folder: Path) -> None:
+        if jax.process_index() == 0:
+            shutil.copytree(self.source, folder)
 
 
 class Frozen:
@@ -55,6 +69,10 @@ class Frozen:
         if part == "tokenizer" and (given.parent / part).is_dir():
             return given.parent / part
         return given
+
+    def copied(self, part: str) -> CopiedComponent:
+        """A part as the exported model takes it."""
+        return CopiedComponent(self.folder(part))
 
     def is_configured(self, part: str) -> bool:
         """Whether the config names where 'vae', 'text_encoder' or 'tokenizer' lies."""

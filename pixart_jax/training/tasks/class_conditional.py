@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,7 +17,6 @@ from pixart_jax.images import to_uint8
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.parallel.gather import gather_to_host
-from pixart_jax.training.export import write_parts
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
 from pixart_jax.weights import component
@@ -82,8 +82,15 @@ class ClassConditional:
         return component.DiT(self.module.config, params, self.module.dtype)
 
     def export(self, params, folder: Path, batches) -> None:
-        """folder/transformer, the DiT, with the VAE and scheduler beside it."""
-        write_parts(folder, self.component(params), self.denoising.scheduler, self.frozen)
+        """folder/transformer, the DiT, with the VAE and scheduler beside it; diffusers has no
+        pipeline for them."""
+        first = jax.process_index() == 0
+        for part in ("transformer", "vae", "scheduler") if first else ():
+            shutil.rmtree(folder / part, ignore_errors=True)
+        self.component(params).save(folder / "transformer")
+        self.frozen.copied("vae").save(folder / "vae")
+        if first:
+            self.denoising.scheduler.write(folder / "scheduler")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

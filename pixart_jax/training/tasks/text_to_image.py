@@ -16,8 +16,8 @@ from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.pipeline import Pipeline
+from pixart_jax.pipeline.folder import write_model
 from pixart_jax.pipeline.sampling_config import SamplingConfig
-from pixart_jax.training.export import write_model
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
 from pixart_jax.weights.component import Transformer
@@ -139,9 +139,16 @@ class TextToImage:
         return Transformer(self.module.config, params, self.module.dtype)
 
     def export(self, params, folder: Path, batches) -> None:
-        """The whole model, as diffusers and Pipeline.from_pretrained open it."""
+        """The whole model, as diffusers' PixArtAlphaPipeline and Pipeline.from_pretrained open
+        it."""
         write_model(
-            folder, self.component(params), self.denoising.scheduler, self.sampling, self.frozen
+            folder,
+            transformer=self.component(params),
+            text_encoder=self.frozen.copied("text_encoder"),
+            vae=self.frozen.copied("vae"),
+            tokenizer=self.frozen.tokenizer,
+            scheduler=self.denoising.scheduler,
+            sampling=self.sampling,
         )
 
 
