@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tyro
@@ -23,7 +23,10 @@ from pixart_jax.images import to_model, to_uint8
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 SHIPPED = bundled("assets") / "shapes"
-Level = Literal[*shapes.LEVELS]
+if TYPE_CHECKING:
+    Level = AnyLevel = str
+else:  # the choices that --help lists
+    Level, AnyLevel = Literal[*shapes.LEVELS], Literal["all", *shapes.LEVELS]
 _PROG = "python -m pixart_jax evaluate"
 
 
@@ -66,7 +69,7 @@ class VAEOptions(_ModelOptions):
 class CheckerOptions(_Options):
     """Score true renders: what the checker itself gets wrong."""
 
-    level: Literal["all", *shapes.LEVELS] = "all"
+    level: AnyLevel = "all"
     """one difficulty, or all of them, each in its own folder of --out"""
 
 

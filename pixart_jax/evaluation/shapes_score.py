@@ -186,8 +186,8 @@ def _mean(tasks: Mapping[str, TaskScore], sets: Mapping[str, Sequence]) -> TaskS
     whose tasks are judged on the same images (so it is rather too wide), and in squares over sets,
     which are independent."""
     mean = float(np.mean([tasks[task].score for task in MAIN]))
-    below: Counter[str] = Counter()
-    above: Counter[str] = Counter()
+    below: dict[str, float] = defaultdict(float)
+    above: dict[str, float] = defaultdict(float)
     for task in MAIN:
         below[QUESTIONS[task][0]] += tasks[task].score - tasks[task].low
         above[QUESTIONS[task][0]] += tasks[task].high - tasks[task].score
