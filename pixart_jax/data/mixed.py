@@ -9,7 +9,7 @@ times where r > 1, and what a step shows is a function of seed and step alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class MixedSamples:
     Parts with texts are padded to one length. Raises UserError if a part has no sample, or if
     different encoders made the records.
     """
+
+    identity: Mapping[str, str] | None = None
 
     def __init__(self, parts: Sequence[Samples], shares: Sequence[float], names: Sequence[str]):
         _check_identities(parts, names)

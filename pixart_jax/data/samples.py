@@ -142,7 +142,8 @@ class ImageSamples:
     ``cache_bytes``.
     """
 
-    length, identity = 0, None
+    length = 0
+    identity: Mapping[str, str] | None = None
 
     def __init__(
         self, source: Source, buckets: Sequence[tuple[int, int]], *, cache_bytes: int = 2**30
@@ -234,8 +235,8 @@ class TokenSamples:
     int32 [b, l], "target_lengths": int32 [b], "itself": bool [b], whether it is the row's caption}.
     """
 
-    buckets = ((0, 0),)  # text has no size
-    identity = None
+    buckets: tuple[tuple[int, int], ...] = ((0, 0),)  # text has no size
+    identity: Mapping[str, str] | None = None
 
     def __init__(
         self,
