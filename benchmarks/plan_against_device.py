@@ -36,14 +36,11 @@ def main(argv: list[str]) -> int:
     from pixart_jax.parallel import rules
     from pixart_jax.parallel.chips import chip_of
     from pixart_jax.parallel.mesh import make_mesh
-    from pixart_jax.planning import estimate, jobs, plan, topology, worker
-    from pixart_jax.planning.arithmetic import products
-    from pixart_jax.planning.programs import state_bytes
+    from pixart_jax.planning import compilation, estimate, plan, programs, topology
+    from pixart_jax.planning.target import PlanTarget
     from pixart_jax.training import recipes, stages
     from pixart_jax.training.batches import put
-    from pixart_jax.training.frozen import FrozenSpec
     from pixart_jax.training.state import fresh_params, state_from
-    from pixart_jax.training.step import compiled_step
 
     device = jax.local_devices()[0]
     chip = chip_of(device.device_kind)
@@ -59,34 +56,11 @@ def main(argv: list[str]) -> int:
     mesh, bucket = make_mesh(sizes), plan.largest(stage)
     where = topology.Topology(device.device_kind, chip.name, (mesh.size,))
 
-    made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
-    shapes = stages.abstract_batch(config, stage, bucket, mesh)
-    traced = compiled_step(config, stage, made, mesh).trace(
-        made.abstract, shapes, stages.abstract_key(mesh)
-    )
-    compiled = traced.lower().compile()
-    found, memory = worker.read(compiled, mesh)
-    job = jobs.PlanTarget(where, config, 0, jobs.resolve_mesh(sizes, mesh.size), bucket)
-    count = products(traced.jaxpr.jaxpr)
-    facts = jobs.CompiledStats(
-        device.device_kind,
-        {**state_bytes(made.abstract), "batch": 0.0},
-        **memory,
-        wanted=None,
-        available=None,
-        message="",
-        flops=count.flops,
-        product_bytes=count.bytes,
-        collectives=tuple(found),
-        links=tuple(worker.links(job, mesh, [c.axes for c in found])),
-        whole_share=0.0,
-        assumptions=(),
-        trace_seconds=0.0,
-        compile_seconds=0.0,
-        compile_cpu_seconds=0.0,
-        host_peak=0.0,
-        compiler="",
-    )
+    target = PlanTarget(where, config, 0, mesh.devices.shape, bucket)
+    program = programs.train_step(target, mesh)
+    compiled = program.traced.lower().compile()
+    stats = compilation.stats(target, program, compiled)
+    made, shapes = program.parts, stages.abstract_batch(config, stage, bucket, mesh)
 
     key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
     rng = np.random.default_rng(0)
@@ -107,14 +81,14 @@ def main(argv: list[str]) -> int:
     jax.block_until_ready(metrics)
     seconds = (time.perf_counter() - begun) / options.steps
     measured = device.memory_stats()["peak_bytes_in_use"]
-    predicted = estimate.time_of(job, facts, chip)
+    predicted = estimate.time_of(target, stats, chip)
     print(
         f"{mesh.size} × {device.device_kind}, {options.recipe}, batch {options.batch_size}, remat "
         f"{options.remat}"
     )
     print(
-        f"memory   predicted {facts.total / 2**30:.3f} GiB   measured {measured / 2**30:.3f} GiB  "
-        f" ratio {measured / facts.total:.3f}"
+        f"memory   predicted {stats.total / 2**30:.3f} GiB   measured {measured / 2**30:.3f} GiB  "
+        f" ratio {measured / stats.total:.3f}"
     )
     print(
         f"step     predicted {predicted.step:.4f} s   measured {seconds:.4f} s   ratio "

@@ -22,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pixart_jax import cli
 from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError
-from pixart_jax.planning import compilation, estimate, jobs, plan, report, topology
+from pixart_jax.parallel.chips import GIB
+from pixart_jax.parallel.mesh import resolve_sizes
+from pixart_jax.planning import compilation, estimate, plan, report, topology
+from pixart_jax.planning.target import PlanTarget
 from pixart_jax.training import recipes
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "pods.md"
@@ -40,7 +43,7 @@ ROWS = (
 )
 
 
-def job(recipe: str, name: str, slices: int, mesh: str, accumulate: int) -> jobs.PlanTarget:
+def target(recipe: str, name: str, slices: int, mesh: str, accumulate: int) -> PlanTarget:
     """The step of a recipe on a row's hardware."""
     config: Config = recipes.load(recipes.find(recipe))
     stage = config.stages[0]
@@ -48,11 +51,11 @@ def job(recipe: str, name: str, slices: int, mesh: str, accumulate: int) -> jobs
     stage = dataclasses.replace(stage, batch_size=BATCHES[recipe], optimizer=optimizer)
     where = topology.parse(name, slices)
     sizes = MeshConfig.parse(mesh)
-    made = jobs.PlanTarget(
+    made = PlanTarget(
         where,
         dataclasses.replace(config, stages=(stage,), mesh=sizes),
         0,
-        jobs.resolve_mesh(sizes, where.size),
+        resolve_sizes(sizes, where.size),
         plan.largest(stage),
     )
     plan.check(made)
@@ -61,13 +64,13 @@ def job(recipe: str, name: str, slices: int, mesh: str, accumulate: int) -> jobs
 
 def row(made: plan.Plan) -> list[str]:
     """A line of the table."""
-    f, t, stage = made.facts, made.time, made.job.stage_config
+    f, t, stage = made.stats, made.time, made.target.stage_config
     micro = f" in {stage.optimizer.accumulate}" if stage.optimizer.accumulate > 1 else ""
     first = [
-        f"{min(made.job.bucket)} px",
-        made.job.topology.label,
-        made.job.label.replace(" ", ", "),
-        f"{made.batch:,}{micro}",
+        f"{min(made.target.bucket)} px",
+        made.target.topology.label,
+        made.target.label.replace(" ", ", "),
+        f"{made.target.batch:,}{micro}",
         f.remat,
         f"{report.data(f.total)} of {report.data(made.usable)}",
     ]
@@ -75,7 +78,7 @@ def row(made: plan.Plan) -> list[str]:
         return [*first, "–", "–", "–", "does not fit", "–"]
     return [
         *first,
-        f"{made.image_flops * made.batch / 1e15:,.1f}",
+        f"{made.image_flops * made.target.batch / 1e15:,.1f}",
         f"{1e3 * t.step * made.mean:,.0f} ({1e3 * t.compute:,.0f} / {1e3 * t.memory:,.0f} / "
         f"{1e3 * t.exposed:,.0f})",
         f"{made.images_per_second:,.0f}",
@@ -116,19 +119,19 @@ def main(argv: list[str]) -> int:
     for recipe, name, slices, mesh, micro in tqdm(
         todo, desc="compiling", unit="program", dynamic_ncols=True
     ):
-        wanted = job(recipe, name, slices, mesh, micro.get(recipe, 1))
+        wanted = target(recipe, name, slices, mesh, micro.get(recipe, 1))
         try:
             made = plan.make(wanted, compilation.CompileLimits())
-        except UserError as fault:
-            tqdm.write(f"{recipe}, {name}: {fault}", file=sys.stderr)
-            lines.append([wanted.stage_config.name, name, *["–"] * 8, str(fault)])
+        except UserError as error:
+            tqdm.write(f"{recipe}, {name}: {error}", file=sys.stderr)
+            lines.append([wanted.stage_config.name, name, *["–"] * 8, str(error)])
             continue
         lines.append(row(made))
         tqdm.write(" | ".join(lines[-1]), file=sys.stderr)
         figures = (
-            made.facts.compile_seconds,
-            made.facts.compile_cpu_seconds,
-            made.facts.host_peak / jobs.GIB,
+            made.stats.compile_seconds,
+            made.stats.compile_cpu_seconds,
+            made.stats.host_peak / GIB,
         )
         worst = [max(pair) for pair in zip(worst, figures, strict=True)]
     text = written(lines)

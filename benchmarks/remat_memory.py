@@ -28,8 +28,11 @@ from pixart_jax import cli  # noqa: E402
 from pixart_jax.config import MeshConfig  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.models import remat  # noqa: E402
-from pixart_jax.planning import activations, compilation, jobs, topology  # noqa: E402
-from pixart_jax.training import recipes  # noqa: E402
+from pixart_jax.parallel.chips import GIB  # noqa: E402
+from pixart_jax.parallel.mesh import resolve_sizes  # noqa: E402
+from pixart_jax.planning import compilation, topology  # noqa: E402
+from pixart_jax.planning.target import CompiledStats, PlanTarget  # noqa: E402
+from pixart_jax.training import memory, recipes  # noqa: E402
 
 # (topology, recipe, mesh, batch, pixels)
 TARGETS = (
@@ -52,45 +55,53 @@ COLUMNS = (
 )
 
 
-def job(name: str, recipe: str, mesh: str, batch: int, side: int, policy: str) -> jobs.PlanTarget:
+def target_of(name: str, recipe: str, mesh: str, batch: int, side: int, policy: str) -> PlanTarget:
     config = recipes.load(recipes.find(recipe))
     stage = dataclasses.replace(config.stages[0], batch_size=batch)
     where, sizes = topology.parse(name), MeshConfig.parse(mesh)
     config = dataclasses.replace(config, stages=(stage,), mesh=sizes, remat=policy)
-    return jobs.PlanTarget(where, config, 0, jobs.resolve_mesh(sizes, where.size), (side, side))
+    return PlanTarget(where, config, 0, resolve_sizes(sizes, where.size), (side, side))
 
 
-def cells(made: jobs.PlanTarget, facts: jobs.CompiledStats) -> list[str]:
+def cells(made: PlanTarget, stats: CompiledStats) -> list[str]:
     first = [
         made.topology.name,
         str(made.bucket[0]),
         str(made.stage_config.batch_size),
         made.config.remat,
     ]
-    seconds = f"{facts.compile_seconds:.0f} s"
-    if facts.wanted is not None:
+    seconds = f"{stats.compile_seconds:.0f} s"
+    if stats.wanted is not None:
         return [
             *first,
-            f"does not fit: {facts.wanted / jobs.GIB:.1f} GiB in all",
+            f"does not fit: {stats.wanted / GIB:.1f} GiB in all",
             "",
             "",
             "",
             "",
             seconds,
         ]
-    gib = facts.temporaries / jobs.GIB
+    gib = stats.temporaries / GIB
     try:
-        counted = activations.counted(made, facts.counted["parameters"])
+        counted = memory.activation_bytes(
+            made.config,
+            made.stage_config,
+            made.config.remat,
+            made.axes,
+            made.bucket,
+            made.topology.jax_platform,
+            stats.counted["parameters"],
+        )
     except UserError:
         return [*first, f"{gib:.2f}", "", "", "", "", seconds]
     kept, whole = counted["kept"], sum(counted.values())
-    own = facts.temporaries - sum(counted[name] for name in activations.ANY_POLICY)
+    own = stats.temporaries - sum(counted[name] for name in memory.ANY_POLICY)
     return [
         *first,
         f"{gib:.2f}",
-        f"{whole / jobs.GIB:.2f}",
-        f"{facts.temporaries / whole:.2f}",
-        f"{kept / jobs.GIB:.2f}",
+        f"{whole / GIB:.2f}",
+        f"{stats.temporaries / whole:.2f}",
+        f"{kept / GIB:.2f}",
         f"{own / kept:.2f}" if kept else "",
         seconds,
     ]
@@ -112,18 +123,18 @@ def main(argv: list[str]) -> int:
     for target in TARGETS:
         for policy in policies:
             if flags.only in (None, target[0]):
-                made = job(*target, policy)
+                made = target_of(*target, policy)
                 try:
                     line = cells(
                         made, compilation.compiled(made, compilation.CompileLimits(gib=8.0))
                     )
-                except UserError as fault:
+                except UserError as error:
                     line = [
                         target[0],
                         str(target[4]),
                         str(target[3]),
                         policy,
-                        f"not compiled: {fault}",
+                        f"not compiled: {error}",
                         *[""] * 5,
                     ]
                 record.run["cells"].append(line)

@@ -1,15 +1,14 @@
-"""The compilers of hardware that is not here (requirements-compilers.txt), for processes that a
-test starts.
+"""The compilers of hardware that this machine lacks (requirements-compilers.txt), for processes
+that a test starts.
 
-They lie in a folder of their own, .venv/compilers, because a JAX that can import the CUDA plugin
-looks for a GPU. A test marked ``needs("v5e:4x4")`` runs where that topology's compiler is there or
-installed as usual; ``path()`` goes onto the PYTHONPATH of its process.
+They are installed into .venv/compilers, because a JAX that can import the CUDA plugin looks for a
+GPU. A test marked ``needs("v5e:4x4")`` runs where that topology's compiler is there or installed as
+usual, in the version that fits the installed JAX; ``path()`` goes onto its process's PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -30,21 +29,15 @@ def path() -> str:
 
 
 def missing(name: str) -> str | None:
-    """Why nothing can be compiled for the topology; None where it can."""
-    package = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[topology.parse(name).platform]
+    """Why nothing can be compiled for the topology, and what to install; None where it can."""
+    platform = topology.parse(name).platform
     found = [
-        d
+        d.version
         for d in importlib.metadata.distributions(path=[str(FOLDER), *sys.path])
-        if d.metadata["Name"].replace("_", "-") == package
+        if d.metadata["Name"].replace("_", "-") == topology.COMPILERS[platform]
     ]
-    if not found:
-        return (
-            f"{package}, which compiles for {name}, is not installed (`make test` installs "
-            "requirements-compilers.txt)"
-        )
-    if package != "libtpu" and found[0].version != importlib.metadata.version("jax"):
-        return f"{package} {found[0].version} is not of JAX {importlib.metadata.version('jax')}"
-    return None
+    error = topology.compiler_error(platform, found[0] if found else None)
+    return error and f"{name}: {error} (`make test` installs requirements-compilers.txt)"
 
 
 def needs(name: str) -> pytest.MarkDecorator:

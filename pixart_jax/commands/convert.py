@@ -7,14 +7,18 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from pixart_jax import cli
 from pixart_jax.errors import UserError
+from pixart_jax.files import write_json
+
+if TYPE_CHECKING:
+    from pixart_jax.models.transformer import TransformerConfig
 
 PATCHES = "x_embedder.proj.weight"  # any official model has it
 LABELS = "y_embedder.embedding_table.weight"  # only a DiT has it
@@ -31,8 +35,7 @@ class Flags:
     code's names.
 
     A .pth does not say how many heads its model has, nor always how its positions are scaled; for
-    the released widths (384, 768, 1024,
-    1152) the heads are known.
+    the released widths (384, 768, 1024, 1152) the heads are known.
     """
 
     src: tyro.conf.Positional[Path]
@@ -67,20 +70,19 @@ def main(argv: list[str]) -> int:
             f"{flags.src} does not exist: give a .pth, a .pt, a .safetensors or a diffusers folder"
         )
     check_out(flags)
-    component, origin = from_folder(flags) if flags.src.is_dir() else from_file(flags)
+    part, origin = from_folder(flags) if flags.src.is_dir() else from_file(flags)
+    note = ""
     if flags.format == "official":
-        note = save_official(component, flags.out)
+        note = save_official(part, flags.out)
     else:
-        note = save(component, flags.out, official=flags.src.is_file())
-    print(f"{flags.out}: {describe(component)}\nfrom {origin}" + (f"\n{note}" if note else ""))
+        save(part, flags)
+    print(f"{flags.out}: {describe(part)}\nfrom {origin}{note}")
     return 0
 
 
-# ---- reading ----
-
-
-def from_folder(flags: Flags):
-    """A diffusers folder's transformer, its positions rescaled where a flag says so."""
+def from_folder(flags: Flags) -> tuple[Any, str]:
+    """(the transformer of a diffusers folder, its positions rescaled where a flag says so; its
+    origin in words)."""
     from pixart_jax.pipeline import folder
     from pixart_jax.weights import component
 
@@ -91,31 +93,27 @@ def from_folder(flags: Flags):
             "--heads and --sample-size are for .pth, .pt and .safetensors files: "
             f"{source / 'config.json'} says both"
         )
-    part = component.load_component(source)
-    changes = {} if flags.scale is None else {"position_scale": flags.scale}
-    said = None
+    part: Any = component.load_component(source)
+    changes: dict[str, Any] = {} if flags.scale is None else {"position_scale": flags.scale}
+    config: Any = part.config
+    stated = None
     if isinstance(part, component.Transformer):
-        if (
-            "text_tokens" in json.loads((source / component.CONFIG).read_text(encoding="utf-8"))
-            or "null_caption" in part.params
-        ):
-            said = part.config.text_tokens
+        values = json.loads((source / component.CONFIG).read_text(encoding="utf-8"))
+        if "text_tokens" in values or "null_caption" in part.params:
+            stated = config.text_tokens
         elif whole and folder.pipeline_class(flags.src) == "PixArtSigmaPipeline":
-            said = 300
-        changes["text_tokens"] = caption_tokens(part.config, said, flags)
-    elif flags.tokens is not None or (
-        flags.scale is not None and not isinstance(part, component.DiT)
-    ):
-        raise UserError(
-            f"--tokens and --scale are for a transformer: {source} is a {type(part).__name__}"
-        )
+            stated = 300
+        changes["text_tokens"] = caption_tokens(config, stated, flags)
+    elif flags.tokens is not None or (flags.scale and not isinstance(part, component.DiT)):
+        kind = type(part).__name__
+        raise UserError(f"--tokens and --scale are for a transformer: {source} is a {kind}")
     if changes:
-        part = part.replace(config=dataclasses.replace(part.config, **changes))
-    return part, f"{source}" + assumed(part, said, flags)
+        part = part.replace(config=dataclasses.replace(config, **changes))
+    return part, f"{source}{assumed(part, stated, flags)}"
 
 
-def from_file(flags: Flags):
-    """An official checkpoint: PixArt's or DiT's, told apart by their tensors."""
+def from_file(flags: Flags) -> tuple[Any, str]:
+    """(an official checkpoint, PixArt's or DiT's by its tensors; its origin in words)."""
     from pixart_jax.weights import component, dit, transformer
     from pixart_jax.weights.files import open_tensors
     from pixart_jax.weights.streaming import read
@@ -124,48 +122,46 @@ def from_file(flags: Flags):
     tensors = open_tensors(flags.src, branches if flags.ema else ("state_dict", "model"))
     names = official_names(tensors)
     shapes = {name: tensors.shape(key) for name, key in names.items()}
-    told = {"heads": flags.heads, "sample_size": flags.sample_size}
-    told["pos_embed"] = tensors[names["pos_embed"]] if "pos_embed" in shapes else None
-    said = shapes[NULL_CAPTION][0] if NULL_CAPTION in shapes else None
+    table = tensors[names["pos_embed"]] if "pos_embed" in shapes else None
+    given = {"heads": flags.heads, "sample_size": flags.sample_size, "pos_embed": table}
+    stated = shapes[NULL_CAPTION][0] if NULL_CAPTION in shapes else None
+    config: Any
+    kind: Any
     if CAPTIONS in shapes:
-        tokens = flags.tokens if said is None else None
+        tokens = flags.tokens if stated is None else None
         config = transformer.config_from_official(
-            shapes, position_scale=flags.scale, text_tokens=tokens, **told
+            shapes, position_scale=flags.scale, text_tokens=tokens, **given
         )
-        caption_tokens(config, said, flags)
-        kind, table, ignore = (
-            component.Transformer,
-            transformer.official(config),
-            transformer.OFFICIAL_IGNORE,
-        )
+        caption_tokens(config, stated, flags)
+        kind, mapping = component.Transformer, transformer.official(config)
+        ignore = transformer.OFFICIAL_IGNORE
     elif LABELS in shapes:
         if flags.tokens is not None:
             raise UserError(
                 f"--tokens is for a PixArt transformer: {flags.src} is a DiT, which reads no "
                 "captions"
             )
-        config = dit.config_from_official(shapes, **told)
+        config = dit.config_from_official(shapes, **given)
         if flags.scale is not None:
             config = dataclasses.replace(config, position_scale=flags.scale)
-        kind, table, ignore = component.DiT, dit.OFFICIAL, dit.OFFICIAL_IGNORE
+        kind, mapping, ignore = component.DiT, dit.OFFICIAL, dit.OFFICIAL_IGNORE
     elif DIFFUSERS in shapes:
         raise UserError(
             f"{flags.src} has diffusers' names: give the folder it is in, with its config.json"
         )
     else:
-        held = ", ".join(list(shapes)[:4])
         raise UserError(
             f"{flags.src} is neither a PixArt transformer ({CAPTIONS}) nor a DiT ({LABELS}): it "
-            f"holds {held} …"
+            f"holds {', '.join(list(shapes)[:4])} …"
         )
     wanted = parameter_shapes(kind(config, {}).module)
-    params = read(table, wanted, tensors.renamed(names), source=str(flags.src), ignore=ignore)
-    part = kind(config, params)
+    renamed = tensors.renamed(names)
+    part = kind(config, read(mapping, wanted, renamed, source=str(flags.src), ignore=ignore))
     branch = getattr(tensors, "branch", None)
-    return part, f"{flags.src}" + (f" ({branch})" if branch else "") + assumed(part, said, flags)
+    return part, f"{flags.src}{f' ({branch})' if branch else ''}{assumed(part, stated, flags)}"
 
 
-def official_names(keys) -> dict[str, str]:
+def official_names(keys: Iterable[str]) -> dict[str, str]:
     """{official name: key in the file}, without what wrappers (data parallel, compiled, averaged)
     put before each."""
     prefix = next((key.removesuffix(PATCHES) for key in keys if key.endswith(PATCHES)), "")
@@ -175,32 +171,31 @@ def official_names(keys) -> dict[str, str]:
     return {key: key for key in keys} if rest else {key.removeprefix(prefix): key for key in keys}
 
 
-def caption_tokens(config, said: int | None, flags: Flags) -> int:
-    """The captions' length: what the source says, else the flag, else PixArt-α's.
+def caption_tokens(config: TransformerConfig, stated: int | None, flags: Flags) -> int:
+    """The captions' length: as the source states, else the flag's, else PixArt-α's.
 
-    UserError where the flag contradicts the source, and where neither says it of a model that can
-    only be a PixArt-Σ: as a PixArt-α it would open without complaint and read less than half of a
-    long caption.
+    UserError where the flag contradicts the source, and where neither gives it of a model that can
+    only be a PixArt-Σ, which as a PixArt-α would read less than half of a long caption.
     """
     from pixart_jax.weights.transformer import looks_like_sigma
 
-    if said is not None and flags.tokens not in (None, said):
-        known = {120: " (PixArt-α)", 300: " (PixArt-Σ)"}.get(said, "")
+    if stated is not None and flags.tokens not in (None, stated):
+        known = {120: " (PixArt-α)", 300: " (PixArt-Σ)"}.get(stated, "")
         raise UserError(
-            f"--tokens {flags.tokens}: {flags.src} says itself that its captions are of {said} "
+            f"--tokens {flags.tokens}: {flags.src} says itself that its captions are of {stated} "
             f"tokens{known}"
         )
-    if said is None and flags.tokens is None and looks_like_sigma(config):
+    if stated is None and flags.tokens is None and looks_like_sigma(config):
         raise UserError(
             f"{flags.src} does not say how long its captions are, and looks like PixArt-Σ: give "
             "--tokens 300, or 120 if it is PixArt-α"
         )
-    return next((tokens for tokens in (said, flags.tokens) if tokens is not None), 120)
+    return next((tokens for tokens in (stated, flags.tokens) if tokens is not None), 120)
 
 
-def assumed(part, said: int | None, flags: Flags) -> str:
-    """What had to be taken for granted of a transformer."""
-    if said is not None or flags.tokens is not None or not hasattr(part.config, "text_tokens"):
+def assumed(part: Any, stated: int | None, flags: Flags) -> str:
+    """What had to be assumed of a transformer, in words."""
+    if stated is not None or flags.tokens is not None or not hasattr(part.config, "text_tokens"):
         return ""
     return (
         f"; it does not say how long its captions are: {part.config.text_tokens} tokens, as "
@@ -208,43 +203,29 @@ def assumed(part, said: int | None, flags: Flags) -> str:
     )
 
 
-def parameter_shapes(module):
+def parameter_shapes(module: Any) -> Any:
     """The tree of a transformer's or DiT's parameter shapes; nothing is computed."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
 
-    config = module.config
-    inputs = [
-        jnp.zeros((1, config.patch_size, config.patch_size, config.in_channels)),
-        jnp.zeros((1,)),
-    ]
+    config, zeros = module.config, jnp.zeros
+    inputs = [zeros((1, config.patch_size, config.patch_size, config.in_channels)), zeros((1,))]
     if hasattr(config, "caption_width"):
-        inputs += [
-            jnp.zeros((1, 1, config.caption_width)),
-            jnp.ones((1,), int),
-            jnp.ones((1, 2)),
-            jnp.ones((1,)),
-        ]
+        lengths = jnp.ones((1,), int)
+        inputs += [zeros((1, 1, config.caption_width)), lengths, jnp.ones((1, 2)), jnp.ones((1,))]
     else:
-        inputs += [jnp.zeros((1,), int)]
+        inputs += [zeros((1,), int)]
     return nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
 
 
-# ---- writing ----
-
-
 def check_out(flags: Flags) -> None:
-    """UserError where OUT is there or cannot be made, before gigabytes are read."""
-    out = flags.out
-    if flags.format == "official" and out.suffix != ".safetensors":
+    """UserError where OUT exists or cannot be made, before gigabytes are read."""
+    out, folder = flags.out, flags.format == "folder"
+    if not folder and out.suffix != ".safetensors":
         raise UserError(f"{out}: --format official writes one .safetensors file: name it so")
-    if os.path.lexists(out) and not (
-        flags.format == "folder" and out.is_dir() and not any(out.iterdir())
-    ):
-        raise UserError(
-            f"{out} is there already: name a new {'folder' if flags.format == 'folder' else 'file'}"
-        )
+    if os.path.lexists(out) and not (folder and out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already: name a new {'folder' if folder else 'file'}")
     above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
         raise UserError(f"cannot write {out}: {above} is no folder")
@@ -252,74 +233,58 @@ def check_out(flags: Flags) -> None:
         raise UserError(f"cannot write {out}: {above} may not be written to")
 
 
-def save(component, out: Path, *, official: bool) -> str:
-    """The component's folder, whole or not at all: written beside its place and then renamed.
+def save(part: Any, flags: Flags) -> None:
+    """Write the component's folder completely or not at all: it is renamed into place.
 
-    official: the source was the official code's, which draws with the null caption that it holds;
-    the folder says so.
+    The official code samples with the null caption of its file; the folder says so.
     """
-    from pixart_jax.files import write_json
     from pixart_jax.pipeline import sampling_config
 
-    staged = None
+    out = flags.out.absolute()
+    staged = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-        component.save(staged)
-        if official and "null_caption" in component.params:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staged.mkdir()
+        part.save(staged)
+        if flags.src.is_file() and "null_caption" in part.params:
             write_json(staged / sampling_config.FILE, {"null": "embedding"})
-        os.chmod(staged, 0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
         os.replace(staged, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {flags.out}: {error.strerror or error}") from None
     except UserError as error:  # of a file in it
-        raise UserError(str(error).replace(str(staged), str(out))) from None
+        raise UserError(str(error).replace(str(staged), str(flags.out))) from None
     finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-    return ""
+        shutil.rmtree(staged, ignore_errors=True)
 
 
-def save_official(part, out: Path) -> str:
-    """One file under the official code's names; a line about what it lacks."""
+def save_official(part: Any, out: Path) -> str:
+    """Write one file under the official code's names; return a line about what it lacks."""
     from pixart_jax.weights import component, dit, transformer
     from pixart_jax.weights.files import write_safetensors
 
-    to_official = {
-        component.Transformer: transformer.to_official,
-        component.DiT: dit.to_official,
-    }.get(type(part))
-    if to_official is None:
-        raise UserError(
-            "--format official is for a transformer or a DiT: the source is a "
-            f"{type(part).__name__}"
-        )
-    tensors = to_official(part.config, part.params)
+    config: Any = part.config
+    if isinstance(part, component.Transformer):
+        tensors = transformer.to_official(config, part.params)
+    elif isinstance(part, component.DiT):
+        tensors = dit.to_official(config, part.params)
+    else:
+        kind = type(part).__name__
+        raise UserError(f"--format official is for a transformer or a DiT: the source is a {kind}")
     write_safetensors(out, tensors)
-    if type(part) is component.Transformer and NULL_CAPTION not in tensors:
-        return (
-            f"without {NULL_CAPTION}, which the source does not hold: the official code loads "
-            "it with strict=False"
-        )
-    return ""
+    if isinstance(part, component.DiT) or NULL_CAPTION in tensors:
+        return ""
+    return (
+        f"\nwithout {NULL_CAPTION}, which the source does not hold: the official code loads it "
+        "with strict=False"
+    )
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def describe(component) -> str:
+def describe(part: Any) -> str:
     """The model in one line."""
     import jax
 
-    count = sum(leaf.size for leaf in jax.tree.leaves(component.params))
-    facts = {
-        name: value
-        for name, value in dataclasses.asdict(component.config).items()
-        if value is not None
-    }
-    return f"{type(component).__name__}, {count:,} parameters, {json.dumps(facts)[1:-1]}".replace(
+    count = sum(leaf.size for leaf in jax.tree.leaves(part.params))
+    config = {k: v for k, v in dataclasses.asdict(part.config).items() if v is not None}
+    return f"{type(part).__name__}, {count:,} parameters, {json.dumps(config)[1:-1]}".replace(
         '"', ""
     )

@@ -221,7 +221,8 @@ class PeerMonitor:
                         self._progressed = now
                     if new["end"] != peer.end:
                         peer.ended_at = now
-                    peer.seen, peer.beat, peer.step, peer.end = now, *new.values()
+                    peer.seen, peer.beat = now, new["beat"]
+                    peer.step, peer.end = new["step"], new["end"]
             self._beats += 1
             self._stop.wait(self._interval)
 

@@ -66,7 +66,7 @@ def parameter_spec(
     names = names or (None,) * len(shape)
     spec: list[str | None] = [None] * len(shape)
     for i, name in enumerate(names):
-        axis = _PARAMETER_AXES.get(name)
+        axis = _PARAMETER_AXES.get(name or "")
         if axis and axis not in spec and mesh.shape[axis] > 1 and shape[i] % mesh.shape[axis] == 0:
             spec[i] = axis
     large, fsdp = math.prod(shape) * itemsize > REPLICATED_LIMIT, mesh.shape["fsdp"]

@@ -1,1 +1,1 @@
-"""The very step and sampler compiled for hardware that is not here: memory, time, cost."""
+"""Memory, time and cost of a run, from its compiled program, without the target hardware."""

@@ -1,9 +1,8 @@
 """What a compiled program sends between devices: each collective with its bytes, its count and the
 mesh axes that it runs over.
 
-Read from the optimised program, so it is what will run. A collective inside a loop counts as often
-as the loop turns; an asynchronous one once, though its start, its steps and its end may each name
-it.
+A collective inside a loop counts as often as the loop runs; an asynchronous one once, though its
+start, its steps and its end may each name it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"  # noqa: E501
 )
@@ -41,11 +39,9 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 class Collective:
     """All collectives of one kind over the same mesh axes in one execution of the program.
 
-    axes: names of the mesh axes in whose direction the groups lie, () where each device is alone.
-    group: devices of a group.
-    count: how many run. bytes: of the whole (gathered, or reduced) arrays, a device. moved: bytes
-    that a device sends by the ring
-    algorithm: (g − 1) / g of bytes, twice that for an all-reduce, all of them for a permutation.
+    axes: of the mesh along which the group lies. group: devices. bytes: of the complete (gathered
+    or reduced) arrays, per device. moved: bytes that a device sends with the ring algorithm:
+    (g − 1) / g of bytes, twice that for an all-reduce, all of them for a permutation.
     asynchronous: whether the program does other work meanwhile.
     """
 
@@ -59,156 +55,126 @@ class Collective:
 
 
 def collectives(text: str, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
-    """Those of ``compiled.as_text()`` on a mesh of these axes, the largest first; devices are
-    numbered in the mesh's order."""
+    """Those of ``compiled.as_text()``, the largest first, on a mesh whose devices are numbered in
+    its order."""
     totals: dict[tuple, list[float]] = {}
-    for run, instruction in _once(text):
-        kind = instruction.opcode.removesuffix("-start")
-        chain = _CHAIN.search(instruction.rest)
-        started = instruction.opcode.endswith("-start")
-        asynchronous = (
-            chain is not None
-            or started
-            or _wrapped(run)
-            or 'async_collective_name="' in instruction.rest
-        )
-        if '"is_sync":true' in instruction.rest:
-            asynchronous = False
-        whole = _whole(kind, instruction, started)
-        if kind == "all-reduce" and run.computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # TPU: an all-reduce whose result is cut in the same fusion
-        group, names = _groups(instruction.rest, axes, sizes)
+    for run, i in _started(text):
+        kind, started = i.opcode.removesuffix("-start"), i.opcode.endswith("-start")
+        group, names = _groups(i.rest, axes, sizes)
         if group == 1:
             continue
-        if kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
-            whole *= group  # its shape is that of the part
-        entry = totals.setdefault((kind, names, group, asynchronous), [0.0, 0.0])
-        entry[0] += run.times
-        entry[1] += run.times * whole
-    found = [
-        Collective(kind, names, group, count, total, total * _share(kind, group), asynchronous)
-        for (kind, names, group, asynchronous), (count, total) in totals.items()
-    ]
+        alone = all(other.opcode in ("parameter", *KINDS) for other in run.instructions)
+        asynchronous = (
+            started
+            or alone  # what an async-start calls
+            or _CHAIN.search(i.rest) is not None
+            or 'async_collective_name="' in i.rest
+        ) and '"is_sync":true' not in i.rest
+        size: float = _bytes(kind, i.arrays, started)
+        if kind == "reduce-scatter":
+            size *= group  # its shape is that of the part
+        elif kind == "all-reduce" and run.computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # TPU: an all-reduce whose result is sliced in the same fusion
+        total = totals.setdefault((kind, names, group, asynchronous), [0.0, 0.0])
+        total[0] += run.times
+        total[1] += run.times * size
+    found = []
+    for (kind, names, group, asynchronous), (count, size) in totals.items():
+        share = (2.0 if kind == "all-reduce" else 1.0) * (group - 1) / group
+        if kind in ("collective-permute", "collective-broadcast"):
+            share = 1.0
+        found.append(Collective(kind, names, group, count, size, share * size, asynchronous))
     return sorted(found, key=lambda c: -c.moved)
 
 
-def _once(text: str) -> Iterator[tuple[hlo.Run, hlo.Instruction]]:
-    """Every collective that is started, with the run that starts it.
+def _started(text: str) -> Iterator[tuple[hlo.Run, hlo.Instruction]]:
+    """Every collective with the run that starts it.
 
     On a TPU an asynchronous one is a chain of pieces fused into the work that hides it, some inside
-    a loop that turns meanwhile; all bear the chain's number, and the piece that runs least often
-    says how often the chain does.
+    a loop that runs meanwhile. All have the chain's number; the piece that runs least often gives
+    the count.
     """
     chains: dict[tuple, tuple[hlo.Run, hlo.Instruction]] = {}
     for run in hlo.executed(text):
-        for instruction in run.instructions:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS:
+        for i in run.instructions:
+            if i.opcode.removesuffix("-start") not in KINDS:
                 continue
-            chain = _CHAIN.search(instruction.rest)
+            chain, channel = _CHAIN.search(i.rest), _CHANNEL.search(i.rest)
             if chain is None:
-                yield run, instruction
+                yield run, i
                 continue
-            channel = _CHANNEL.search(instruction.rest)
-            identity = (kind, chain[1], channel and channel[1])
-            if identity not in chains or run.times < chains[identity][0].times:
-                chains[identity] = (run, instruction)
+            key = (i.opcode.removesuffix("-start"), chain[1], channel and channel[1])
+            if key not in chains or run.times < chains[key][0].times:
+                chains[key] = (run, i)
     yield from chains.values()
 
 
-def _share(kind: str, group: int) -> float:
-    if kind in ("collective-permute", "collective-broadcast"):
-        return 1.0
-    return (2.0 if kind == "all-reduce" else 1.0) * (group - 1) / group
-
-
-def _wrapped(run: hlo.Run) -> bool:
-    """Whether the computation is what an async-start calls: it holds the collective and nothing
-    else."""
-    return all(i.opcode == "parameter" or i.opcode in KINDS for i in run.instructions)
-
-
-def _whole(kind: str, instruction: hlo.Instruction, started: bool) -> int:
-    """Bytes of the results; a started one's shape is (operands, results, more), an all-reduce's the
-    results alone."""
-    arrays = instruction.arrays
-    if not started or kind == "all-reduce":
+def _bytes(kind: str, arrays: list[int], started: bool) -> int:
+    """Bytes of the results. The shape of a started one is (operands, results, …), but an
+    all-reduce's is that of the results."""
+    if not started or kind == "all-reduce" or len(arrays) == 1:
         return sum(arrays)
-    if kind == "collective-permute":
-        return arrays[1]
-    return sum(arrays) - sum(arrays[: len(arrays) // 2]) if len(arrays) > 1 else sum(arrays)
+    return arrays[1] if kind == "collective-permute" else sum(arrays[len(arrays) // 2 :])
 
 
 def _groups(rest: str, axes: Sequence[str], sizes: Sequence[int]) -> tuple[int, tuple[str, ...]]:
-    """(devices of a group, names of the axes along which they differ)."""
+    """(devices of a group, the axes along which they differ)."""
     pairs = _PAIRS.search(rest)
-    if pairs:
-        members = np.array(_numbers(pairs[1]))
-    else:
-        members = replica_groups(rest, math.prod(sizes))
+    members = _numbers(pairs[1]) if pairs else replica_groups(rest, math.prod(sizes))
     if members.size == 0:
         return 1, ()
     where = np.stack(np.unravel_index(members, tuple(sizes)), -1)  # [groups, members, axes]
     differ = (where != where[:, :1]).any((0, 1))
-    return (2 if pairs and differ.any() else members.shape[1] if not pairs else 1), tuple(
-        n for n, d in zip(axes, differ) if d
-    )
+    group = members.shape[1] if not pairs else 2 if differ.any() else 1
+    return group, tuple(name for name, d in zip(axes, differ) if d)
 
 
 def replica_groups(rest: str, devices: int) -> np.ndarray:
     """The groups of an instruction's text, [groups, members] device numbers, in each of the three
     forms that XLA writes."""
-    mesh = _MESH_GROUPS.search(rest)
-    if mesh:
+    if mesh := _MESH_GROUPS.search(rest):
         return _mesh_groups(*mesh.groups())
-    iota = _IOTA_GROUPS.search(rest)
-    if iota:
-        groups, shape = (tuple(map(int, part.split(","))) for part in iota.groups()[:2])
-        return _iota(shape, iota[3]).reshape(groups)
+    if iota := _IOTA_GROUPS.search(rest):
+        return _iota(iota[2], iota[3]).reshape(_ints(iota[1]))
     listed = _LISTED_GROUPS.search(rest)
-    if listed and listed[1]:
-        return np.array(_numbers(listed[1]))
-    return np.arange(devices)[None]
-
-
-def _iota(shape: tuple[int, ...], order: str | None) -> np.ndarray:
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    return numbers.transpose(tuple(map(int, order.split(",")))) if order else numbers
+    return _numbers(listed[1]) if listed and listed[1] else np.arange(devices)[None]
 
 
 def _mesh_groups(mesh: str, shape: str | None, order: str | None, along: str) -> np.ndarray:
     """mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}: devices in the mesh's shape; a group runs
-    along the named axes, of which one may be a part of an axis, 'a':(2)2: of the axis's 4 the
-    factor 2 that follows a factor of 2."""
+    along the named axes. One may be a part of an axis, 'a':(2)2: of the axis's 4 the factor 2 that
+    follows a factor of 2."""
     named = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)]
-    sizes = [size for _, size in named]
-    ids = (
-        np.arange(math.prod(sizes))
-        if shape is None
-        else _iota(tuple(map(int, shape.split(","))), order).reshape(-1)
-    )
-    parts: list[tuple[str, int]] = []  # axes split where a part of one is named
-    wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along)
-    chosen = set()
+    total = math.prod(size for _, size in named)
+    ids = _iota(shape, order).reshape(-1) if shape else np.arange(total)
+    wanted: dict[str, list[tuple[int, int]]] = {}  # axis: (factor before, size) of the named parts
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along):
+        wanted.setdefault(name, []).append(
+            (int(before), int(part)) if before else (1, dict(named)[name])
+        )
+    parts: list[int] = []  # sizes of all axes, split where a part is named
+    chosen: list[int] = []  # the named parts
     for name, size in named:
-        cuts = [
-            (int(before), int(part)) for other, before, part in wanted if other == name and before
-        ]
-        whole = any(other == name and not before for other, before, _ in wanted)
-        edges = sorted({1, size, *(b for b, _ in cuts), *(b * p for b, p in cuts)})
-        for low, high in zip(edges, edges[1:]) if size > 1 else [(1, 1)]:
-            if whole or any(b <= low and high <= b * p for b, p in cuts):
-                chosen.add(len(parts))
-            parts.append((name, high // low))
-    grid = ids.reshape([size for _, size in parts])
-    order_ = [i for i in range(len(parts)) if i not in chosen] + sorted(chosen)
-    members = math.prod(parts[i][1] for i in chosen)
-    return grid.transpose(order_).reshape(-1, members)
+        spans = [(before, before * part) for before, part in wanted.get(name, ())]
+        edges = sorted({1, size, *(edge for span in spans for edge in span)})
+        for low, high in zip(edges, edges[1:]):
+            if any(first <= low and high <= last for first, last in spans):
+                chosen.append(len(parts))
+            parts.append(high // low)
+    rest = [i for i in range(len(parts)) if i not in chosen]
+    members = math.prod(parts[i] for i in chosen)
+    return ids.reshape(parts).transpose(rest + chosen).reshape(-1, members)
 
 
-def _numbers(text: str) -> list[list[int]]:
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    numbers = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
+    return numbers.transpose(_ints(order)) if order else numbers
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n.strip()]
+
+
+def _numbers(text: str) -> np.ndarray:
     """'{0,1},{2,3}' → [[0, 1], [2, 3]]."""
-    return [
-        [int(n) for n in group.split(",") if n.strip()]
-        for group in re.findall(r"\{([\d, ]*)\}", text)
-    ]
+    return np.array([_ints(group) for group in re.findall(r"\{([\d, ]*)\}", text)])

@@ -1,49 +1,46 @@
-"""How long a program takes, from what is known of it and of the chip: a roofline. Every figure here
-is an estimate.
+"""Time of a program, a roofline from its compiled figures and the chip's, and cost. Every figure
+here is an estimate.
 
-  compute   = FLOPs of the matrix products, recomputation included, over the chip's peak, of which
-  PRODUCTS is reached memory    = bytes that have to move, over the memory's bandwidth, of which
-  MEMORY is reached: operands and results of the products,
-              state read and written, gradients written and read, weights read once a pass, what
-              collectives bring written and read
-  wires     = bytes that each collective sends, over the links that its mesh axes lie on, of which
-  WIRES is reached step      = max(compute, memory) + exposed exposed   = wires of collectives that
-  the program waits for, and of the asynchronous ones what exceeds HIDDEN · max(compute, memory)
+  compute  FLOPs of the matrix products, recomputation included, over PRODUCT_EFFICIENCY of the peak
+  memory   bytes over MEMORY_EFFICIENCY of the bandwidth: operands and results of the products,
+           state read and written, gradients written and read, weights read once a pass, and what
+           collectives deliver, written and read
+  wires    bytes that each collective sends, over WIRE_EFFICIENCY of the links of its mesh axes
+  exposed  wires of synchronous collectives, and of asynchronous ones what exceeds
+           OVERLAP · max(compute, memory)
+  step     max(compute, memory) + exposed
 
-Left out: traffic of element-wise work that the compiler does not fuse into a product, latency of
-small collectives, contention of two axes for one link, and all that a run does besides stepping
-(input, saves, previews, restarts).
+Not included: element-wise work that is not fused into a product, latency of small collectives,
+contention of two axes for one link, and all that a run does besides steps (input, checkpoints,
+previews, restarts).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from pixart_jax.config import HardwareConfig
 from pixart_jax.parallel.chips import Chip
 from pixart_jax.planning.collectives import Collective
-from pixart_jax.planning.jobs import CompiledStats, Link, PlanTarget
+from pixart_jax.planning.target import CompiledStats, PlanTarget
 
-# a large bf16 product reaches 0.80 of an H200's peak; those of width 1152 and heads of 72 are
-# smaller
+# A large bf16 product reaches 0.80 of an H200's peak; those of width 1152 and heads of 72 less.
 PRODUCT_EFFICIENCY = 0.70
-MEMORY_EFFICIENCY = 0.85  # a device-to-device copy reaches 0.90 of an H200's
+MEMORY_EFFICIENCY = 0.85  # a copy on the device reaches 0.90 of an H200's bandwidth
 WIRE_EFFICIENCY = 0.80
 OVERLAP = 0.80
 
 ASSUMPTIONS = (
     f"products reach {PRODUCT_EFFICIENCY:.0%} of the peak, memory {MEMORY_EFFICIENCY:.0%} and "
-    f"links {WIRE_EFFICIENCY:.0%} of "
-    "theirs; "
-    f"asynchronous collectives hide behind {OVERLAP:.0%} of the work, others behind none of it"
+    f"links {WIRE_EFFICIENCY:.0%} of theirs; asynchronous collectives hide behind {OVERLAP:.0%} "
+    "of the work, others behind none of it"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one execution of a program. wires: of all collectives, in the order of
-    Facts.collectives; exposed: not hidden."""
+    """Seconds of one execution. wires: of each of CompiledStats.collectives. exposed: not
+    hidden."""
 
     compute: float
     memory: float
@@ -51,71 +48,62 @@ class StepTime:
     exposed: float
 
     @property
-    def work(self) -> float:
-        return max(self.compute, self.memory)
-
-    @property
     def step(self) -> float:
-        return self.work + self.exposed
+        return max(self.compute, self.memory) + self.exposed
 
     @property
     def bound(self) -> str:
-        """What most of the step's time is."""
-        named = {"compute": self.compute, "memory": self.memory, "communication": self.exposed}
-        return max(named, key=named.get)
+        """What takes most of the time."""
+        parts = {"compute": self.compute, "memory": self.memory, "communication": self.exposed}
+        return max(parts, key=lambda name: parts[name])
 
 
-def time_of(job: PlanTarget, facts: CompiledStats, chip: Chip) -> StepTime:
+def time_of(target: PlanTarget, stats: CompiledStats, chip: Chip) -> StepTime:
     """The roofline of a compiled program."""
-    devices = job.topology.size
-    train = job.drawing is None
-    weights = (
-        sum(facts.counted.get(name, 0.0) for name in ("parameters", "transformer"))
-        * _cuts(job)
-        / job.axes["tensor"]
-    )
-    if train:
-        narrow = 0.5 if job.config.compute_dtype == "bfloat16" else 1.0
-        state = sum(facts.counted[name] for name in ("parameters", "optimizer", "EMA"))
-        moved = 2 * state + 2 * facts.counted["parameters"] + 3 * weights * narrow
+    axes, counted = target.axes, stats.counted
+    weights = counted.get("parameters", 0.0) + counted.get("transformer", 0.0)
+    gathered = weights * axes["fsdp"]  # read by every device at each pass
+    if target.sampling is None:
+        narrow = 0.5 if target.config.compute_dtype == "bfloat16" else 1.0
+        state = sum(counted[name] for name in ("parameters", "optimizer", "EMA"))
+        moved = 2 * state + 2 * counted["parameters"] + 3 * gathered * narrow
+    elif target.part == "denoise":
+        moved = target.sampling.steps * gathered
     else:
-        moved = (job.drawing.steps if job.part == "denoise" else 1) * (
-            weights if job.part == "denoise" else facts.counted["VAE"]
-        )
-    moved += facts.product_bytes / devices + 2 * sum(c.bytes for c in facts.collectives)
-    compute = facts.flops / devices / (chip.peak_bf16_flops * PRODUCT_EFFICIENCY)
+        moved = counted["VAE"]
+    devices = target.topology.size
+    moved += stats.product_bytes / devices + 2 * sum(c.bytes for c in stats.collectives)
+    compute = stats.flops / devices / (chip.peak_bf16_flops * PRODUCT_EFFICIENCY)
     memory = moved / (chip.hbm_bandwidth * MEMORY_EFFICIENCY)
-    wires = tuple(seconds(c, facts.links, chip, job.topology.platform) for c in facts.collectives)
-    work = max(compute, memory)
-    waited = sum(w for w, c in zip(wires, facts.collectives, strict=True) if not c.asynchronous)
-    hidden = sum(w for w, c in zip(wires, facts.collectives, strict=True) if c.asynchronous)
-    return StepTime(compute, memory, wires, waited + max(0.0, hidden - OVERLAP * work))
+    wires = tuple(wire_seconds(c, target, stats, chip) for c in stats.collectives)
+    pairs = list(zip(wires, stats.collectives, strict=True))
+    waited = sum(seconds for seconds, c in pairs if not c.asynchronous)
+    hidden = sum(seconds for seconds, c in pairs if c.asynchronous)
+    exposed = waited + max(0.0, hidden - OVERLAP * max(compute, memory))
+    return StepTime(compute, memory, wires, exposed)
 
 
-def _cuts(job: PlanTarget) -> int:
-    return job.axes["fsdp"] * job.axes["tensor"]
-
-
-def seconds(collective: Collective, links: Sequence[Link], chip: Chip, platform: str) -> float:
+def wire_seconds(
+    collective: Collective, target: PlanTarget, stats: CompiledStats, chip: Chip
+) -> float:
     """Time on the wires. A group that spans several networks first works within each, then sends
     its share across."""
-    link = next(link for link in links if link.axes == collective.axes)
+    link = next(link for link in stats.links if link.axes == collective.axes)
     inner = max(1, link.group // link.networks)
-    if platform == "tpu" and link.links == 0 and inner > 1:
-        within = chip.hbm_bandwidth / 2  # two devices of one chip
-    else:
-        within = chip.link_bandwidth * max(1, link.links)
-    total = 0.0
+    rate = chip.link_bandwidth * max(1, link.links)
+    if target.topology.platform == "tpu" and link.links == 0:
+        rate = chip.hbm_bandwidth / 2  # two devices of one chip
+    seconds = 0.0
     if inner > 1:
-        total += collective.moved / (within * WIRE_EFFICIENCY)
+        seconds += collective.moved / (rate * WIRE_EFFICIENCY)
     if link.networks > 1:
-        total += collective.moved / inner / (chip.network_bandwidth * WIRE_EFFICIENCY)
-    return total
+        seconds += collective.moved / inner / (chip.network_bandwidth * WIRE_EFFICIENCY)
+    return seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What so many device-hours cost. basis: of each figure."""
+    """Cost of so many device-hours. basis: the prices and rates behind it."""
 
     days: float
     device_hours: float
@@ -125,26 +113,18 @@ class Cost:
     basis: str
 
 
-def account(hours: float, devices: int, chip: Chip, hardware: HardwareConfig) -> Cost:
-    """The cost of ``hours`` on so many devices: the config's assumptions where it makes any of its
-    own, else the chip table's."""
-    plain = HardwareConfig()
-    watts, usd = chip.watts, chip.usd_per_hour
-    said = []
-    if hardware.watts_per_device != plain.watts_per_device:
+def cost_of(hours: float, devices: int, chip: Chip, hardware: HardwareConfig) -> Cost:
+    """Cost of ``hours`` on so many devices, with the config's figures where it changes their
+    defaults and else the chip table's."""
+    default, watts, usd, notes = HardwareConfig(), chip.watts, chip.usd_per_hour, []
+    if hardware.watts_per_device != default.watts_per_device:
         watts = hardware.watts_per_device
-        said.append("W by the config")
-    if hardware.usd_per_device_hour != plain.usd_per_device_hour:
+        notes.append("W by the config")
+    if hardware.usd_per_device_hour != default.usd_per_device_hour:
         usd = hardware.usd_per_device_hour
-        said.append("USD by the config")
-    kwh = hours * devices * watts / 1000
+        notes.append("USD by the config")
+    total = hours * devices
+    kwh = total * watts / 1000
     basis = f"{usd:g} USD a device-hour, {watts:g} W a device, {hardware.gco2_per_kwh:g} gCO2e/kWh"
-    basis += f" ({', '.join(said)})" if said else " (chip table)"
-    return Cost(
-        hours / 24,
-        hours * devices,
-        hours * devices * usd,
-        kwh,
-        kwh * hardware.gco2_per_kwh / 1000,
-        basis,
-    )
+    basis += f" ({', '.join(notes) or 'chip table'})"
+    return Cost(hours / 24, total, total * usd, kwh, kwh * hardware.gco2_per_kwh / 1000, basis)

@@ -1,10 +1,11 @@
-"""A stage's plan: its program compiled, and what follows of it, with the basis of each figure."""
+"""A program's plan: compiled, and what follows from it."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from types import SimpleNamespace
+
+import jax
 
 from pixart_jax.config import StageConfig
 from pixart_jax.errors import UserError
@@ -12,23 +13,23 @@ from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.flops import forward_flops, train_flops
 from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.remat import check_platform
-from pixart_jax.parallel.mesh import check_divides
+from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.parallel.mesh import AXES, check_divides, check_slices
 from pixart_jax.planning import estimate
 from pixart_jax.planning.compilation import CompileLimits, compiled
-from pixart_jax.planning.jobs import CompiledStats, PlanTarget
+from pixart_jax.planning.target import CompiledStats, PlanTarget
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """facts: compiled and counted. time, cost: estimates; None where the program does not fit, or
-    the chip has no row in the table.
+    """usable: bytes that a program may have on a device. image_flops: model FLOPs an image, of the
+    compiled bucket; None for a task without a closed form. mean: FLOPs of the mean bucket over the
+    compiled one's. time, cost: estimates; None where the program does not fit or the chip is not in
+    the table."""
 
-    image_flops: model FLOPs an image, of the compiled bucket; None for a task that has no closed
-    form. mean: FLOPs of the mean bucket over those of the compiled one.
-    """
-
-    job: PlanTarget
-    facts: CompiledStats
+    target: PlanTarget
+    stats: CompiledStats
     usable: float | None
     image_flops: float | None
     mean: float
@@ -37,88 +38,67 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """None where nothing is known of the device's memory."""
-        return (
-            False
-            if self.facts.wanted is not None
-            else None
-            if self.usable is None
-            else self.facts.total <= self.usable
-        )
-
-    @property
-    def batch(self) -> int:
-        return self.job.drawing.batch if self.job.drawing else self.job.stage_config.batch_size
+        """None where the device's memory is not known."""
+        if self.stats.wanted is not None:
+            return False
+        return None if self.usable is None else self.stats.total <= self.usable
 
     @property
     def seconds(self) -> float | None:
-        """Of a step, or of a batch of images: over the mean bucket."""
+        """Of a step, mean over the buckets, or of a batch of images."""
         return None if self.time is None else self.time.step * self.mean
 
     @property
     def images_per_second(self) -> float | None:
-        return None if self.seconds is None else self.batch / self.seconds
+        return None if self.seconds is None else self.target.batch / self.seconds
 
     @property
     def mfu(self) -> float | None:
-        if self.time is None or self.image_flops is None:
+        chip = self.target.topology.chip
+        if self.time is None or self.image_flops is None or chip is None:
             return None
-        return (
-            self.image_flops
-            * self.batch
-            / self.time.step
-            / (self.job.topology.size * self.job.topology.chip.peak_bf16_flops)
-        )
+        peak = self.target.topology.size * chip.peak_bf16_flops
+        return self.image_flops * self.target.batch / self.time.step / peak
 
 
-def make(job: PlanTarget, bounds: CompileLimits) -> Plan:
-    """Compile the job and estimate. UserError where it cannot be compiled."""
-    return plan_from_stats(job, compiled(job, bounds))
+def make(target: PlanTarget, limits: CompileLimits) -> Plan:
+    """Compile the target and estimate. UserError where it cannot be compiled."""
+    return plan_from_stats(target, compiled(target, limits))
 
 
-def plan_from_stats(job: PlanTarget, facts: CompiledStats) -> Plan:
-    chip = job.topology.chip
-    usable = facts.available or (chip.usable_bytes if chip else None)
-    image, mean = model_flops(job)
+def plan_from_stats(target: PlanTarget, stats: CompiledStats) -> Plan:
+    chip = target.topology.chip
+    usable = stats.available or (chip.usable_bytes if chip else None)
+    image, mean = model_flops(target)
     time = cost = None
-    if chip is not None and facts.wanted is None:
-        time = estimate.time_of(job, facts, chip)
-        if job.drawing is None:
-            hours = job.stage_config.steps * time.step * mean / 3600
-            cost = estimate.account(hours, job.topology.size, chip, job.config.hardware)
-    return Plan(job, facts, usable, image, mean, time, cost)
+    if chip is not None and stats.wanted is None:
+        time = estimate.time_of(target, stats, chip)
+        if target.sampling is None:
+            hours = target.stage_config.steps * time.step * mean / 3600
+            cost = estimate.cost_of(hours, target.topology.size, chip, target.config.hardware)
+    return Plan(target, stats, usable, image, mean, time, cost)
 
 
-def geometry(job: PlanTarget) -> BackboneConfig | None:
-    """The denoiser that a stage trains; None for the frozen parts' tasks."""
-    stage, model = job.stage_config, job.config.model
-    if stage.task == "text_to_image":
-        return model
-    if stage.task == "class_conditional":
-        return DiTConfig(
-            **{f.name: getattr(model, f.name) for f in dataclasses.fields(BackboneConfig)},
-            num_classes=job.config.num_classes,
-        )
-    return None
+def denoiser(target: PlanTarget) -> TransformerConfig | DiTConfig | None:
+    """The config of the denoiser that a stage trains; None for the other tasks."""
+    model = target.config.model
+    if target.stage_config.task == "class_conditional":
+        fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(BackboneConfig)}
+        return DiTConfig(**fields, num_classes=target.config.num_classes)
+    return model if target.stage_config.task == "text_to_image" else None
 
 
-def model_flops(job: PlanTarget) -> tuple[float | None, float]:
-    """(model FLOPs an image, the mean bucket's over the compiled one's, equally often drawn)."""
-    model = geometry(job)
-    if model is None:
+def model_flops(target: PlanTarget) -> tuple[float | None, float]:
+    """(model FLOPs an image, the mean over the buckets relative to that)."""
+    model, data = denoiser(target), target.stage_config.data
+    if model is None or target.part == "decode":
         return None, 1.0
-    text = job.stage_config.data.max_text_tokens if job.stage_config.task == "text_to_image" else 0
-    if job.drawing is not None:
-        if job.part != "denoise":
-            return None, 1.0
-        passes = job.drawing.steps * (2 if job.drawing.guidance != 1 else 1)
-        return passes * forward_flops(
-            job.config.model, job.drawing.height, job.drawing.width, job.config.model.text_tokens
-        ), 1.0
-    one = train_flops(model, *job.bucket, text)
-    return one, statistics.fmean(
-        train_flops(model, *bucket, text) for bucket in job.stage_config.data.buckets
-    ) / one
+    if (work := target.sampling) is not None:
+        text = target.config.model.text_tokens
+        return work.steps * work.passes * forward_flops(model, *target.size, text), 1.0
+    text = data.max_text_tokens if target.stage_config.task == "text_to_image" else 0
+    one = train_flops(model, *target.bucket, text)
+    return one, statistics.fmean(train_flops(model, *b, text) for b in data.buckets) / one
 
 
 def largest(stage: StageConfig) -> tuple[int, int]:
@@ -126,56 +106,93 @@ def largest(stage: StageConfig) -> tuple[int, int]:
     return max(stage.data.buckets, key=lambda b: (b[0] * b[1], -abs(b[0] - b[1])))
 
 
-def check(job: PlanTarget) -> None:
-    """UserError for what can be known to be wrong before anything is compiled: heads, tokens and
-    batches that the mesh does not divide."""
-    axes, stage = job.axes, job.stage_config
+def check(target: PlanTarget) -> None:
+    """Raise UserError for slices, batches, heads and tokens that the mesh does not divide, before
+    anything is compiled."""
+    axes, stage = target.axes, target.stage_config
+    parts = f"mesh data {axes['data']} × fsdp {axes['fsdp']}"
     shards = axes["data"] * axes["fsdp"]
-    if axes["data"] % job.topology.slices and job.topology.platform == "tpu":
-        raise UserError(
-            f"mesh data {axes['data']} is not a multiple of the {job.topology.slices} slices: "
-            "slices lie along data"
-        )
-    if job.drawing is not None:
-        if job.drawing.batch % shards:
-            raise UserError(
-                f"batch size {job.drawing.batch} is not a multiple of {shards} (mesh data "
-                f"{axes['data']} × fsdp {axes['fsdp']})"
-            )
-        tokens = {
-            f"{job.drawing.height}×{job.drawing.width}": _tokens(
-                job, job.drawing.height, job.drawing.width
-            )
-        }
+    if target.topology.platform == "tpu":
+        check_slices(axes["data"], target.topology.slices)
+    if target.sampling is not None:
+        if target.batch % shards:
+            raise UserError(f"batch size {target.batch} is not a multiple of {shards} ({parts})")
+        sizes: tuple[tuple[int, int], ...] = (target.size,)
     else:
         unit = shards * stage.optimizer.accumulate
-        if stage.batch_size % unit:
-            near = [
-                n
-                for n in (stage.batch_size // unit * unit, -(-stage.batch_size // unit) * unit)
-                if n
-            ]
-            parts = (
-                f"mesh data {axes['data']} × fsdp {axes['fsdp']} × accumulate "
-                f"{stage.optimizer.accumulate}"
-            )
+        if target.batch % unit:
+            near = {target.batch // unit * unit, -(-target.batch // unit) * unit} - {0}
             raise UserError(
-                f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of {unit} "
-                f"({parts}); "
-                f"{' or '.join(map(str, near))} would be (--batch-size)"
+                f"stage {stage.name}: batch_size {target.batch} is not a multiple of {unit} "
+                f"({parts} × accumulate {stage.optimizer.accumulate}); "
+                f"{' or '.join(map(str, sorted(near)))} would be (--batch-size)"
             )
-        tokens = {f"{h}×{w}": _tokens(job, h, w) for h, w in stage.data.buckets}
-    check_platform(
-        job.config.remat, {"cuda": "gpu"}.get(job.topology.platform, job.topology.platform)
-    )
-    model = geometry(job)
-    if model is not None:
-        mesh = SimpleNamespace(shape=axes)
+        sizes = stage.data.buckets
+    check_platform(target.config.remat, target.topology.jax_platform)
+    if (model := denoiser(target)) is not None:
         check_divides(
-            mesh, f"stage {stage.name}", heads=model.heads, mlp_width=model.mlp_width, tokens=tokens
+            jax.sharding.AbstractMesh(target.mesh, AXES),
+            f"stage {stage.name}",
+            heads=model.heads,
+            mlp_width=model.mlp_width,
+            tokens={f"{h}×{w}": target.tokens((h, w)) for h, w in sizes},
         )
 
 
-def _tokens(job: PlanTarget, height: int, width: int) -> int:
-    side = 8 * job.config.model.patch_size
-    return (height // side) * (width // side)
+@dataclasses.dataclass(frozen=True)
+class SamplingPlan:
+    """A batch of images: the compiled scan over the steps and VAE decoder, and the counted text
+    encoder. text: its seconds for prompts and negative prompts; None for a chip without a row."""
+
+    denoise: Plan
+    decode: Plan
+    text: float | None
+
+    @property
+    def weights(self) -> float:
+        """Bytes on a device of all three models."""
+        return sum(self._counted(name) for name in ("transformer", "VAE", "text encoder"))
+
+    @property
+    def peak(self) -> float:
+        """Bytes on a device: all weights, and the larger of the two programs' other needs."""
+        denoise = self.denoise.stats.total - self._counted("transformer")
+        decode = self.decode.stats.total - self._counted("VAE")
+        return self.weights + max(denoise, decode)
+
+    @property
+    def without_text_encoder(self) -> float:
+        """The peak with the text encoder offloaded, as sample.py does where it does not fit."""
+        return self.peak - self._counted("text encoder")
+
+    @property
+    def seconds(self) -> float | None:
+        if self.text is None or self.denoise.time is None or self.decode.time is None:
+            return None
+        return self.text + self.denoise.time.step + self.decode.time.step
+
+    def _counted(self, name: str) -> float:
+        return self.denoise.stats.counted[name]
+
+
+def make_sampling(target: PlanTarget, limits: CompileLimits) -> SamplingPlan:
+    """Compile both programs of a target with ``sampling``. UserError where one cannot be."""
+    denoise = make(target, limits)
+    decode = make(dataclasses.replace(target, part="decode"), limits)
+    chip, work, text = target.topology.chip, target.sampling, None
+    if chip is not None and work is not None:
+        from pixart_jax.planning.programs import text_config  # imports every model
+
+        encoder = text_config(target.config, [])
+        flops = work.batch * work.passes * t5_flops(encoder, target.config.model.text_tokens)
+        rate = target.topology.size * chip.peak_bf16_flops * estimate.PRODUCT_EFFICIENCY
+        weights = denoise.stats.counted["text encoder"]
+        text = max(flops / rate, weights / (chip.hbm_bandwidth * estimate.MEMORY_EFFICIENCY))
+    return SamplingPlan(denoise, decode, text)
+
+
+def t5_flops(config: T5Config, tokens: int) -> float:
+    """Forward FLOPs of one text."""
+    inner, d = config.num_heads * config.d_kv, config.d_model
+    block = 8 * tokens * d * inner + 4 * tokens**2 * inner + 6 * tokens * d * config.d_ff
+    return float(config.num_layers * block)

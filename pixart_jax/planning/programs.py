@@ -1,11 +1,11 @@
-"""The programs of a job, traced from shapes alone in a process that has the topology's devices: the
-train step, and the sampler's parts."""
+"""The program of a target, traced from shapes alone on the topology's devices."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ from pixart_jax.config import Config, MeshConfig
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel import rules
-from pixart_jax.parallel.mesh import AXES, make_mesh
+from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.planning import topology
-from pixart_jax.planning.jobs import PlanTarget
+from pixart_jax.planning.target import PlanTarget, SamplingWorkload
 from pixart_jax.training import stages
 from pixart_jax.training.ema import averaged
 from pixart_jax.training.frozen import FrozenSpec
@@ -31,119 +31,102 @@ from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """traced: ready to be lowered. counted: bytes a device by kind. whole_share, remat: see
-    jobs.Facts."""
+    """traced: ready to lower. counted: bytes on a device by kind. whole_share, remat: as in
+    CompiledStats. parts: of a train step."""
 
-    traced: jax.stages.Traced
+    traced: Any  # jax.stages.Traced
     mesh: jax.sharding.Mesh
     counted: dict[str, float]
-    whole_share: float
-    assumptions: tuple[str, ...]
+    whole_share: float = 0.0
+    assumptions: tuple[str, ...] = ()
     remat: str = ""
+    parts: stages.StageParts | None = None
 
 
-def program(job: PlanTarget) -> Program:
-    """The job's program on its topology's devices."""
-    mesh = make_mesh(
-        MeshConfig(**dict(zip(AXES, job.mesh, strict=True))), topology.devices(job.topology)
-    )
-    return _step(job, mesh) if job.drawing is None else _drawing(job, mesh)
+def program(target: PlanTarget) -> Program:
+    data, fsdp, context, tensor = target.mesh
+    sizes = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    mesh = make_mesh(sizes, topology.devices(target.topology))
+    if target.sampling is None:
+        return train_step(target, mesh)
+    return sampler(target, target.sampling, mesh)
 
 
-def state_bytes(state) -> dict[str, float]:
-    """Bytes on one device of an abstract TrainState, by kind; the step's counters and guard lie
-    with the optimizer."""
-    ema = averaged(state.opt_state)
+def train_step(target: PlanTarget, mesh: jax.sharding.Mesh) -> Program:
+    """The step that train.py runs, on a mesh."""
+    config, stage = target.config, target.stage_config
+    frozen = FrozenSpec(config)
+    parts = stages.build_stage(config, stage, frozen, mesh)
+    batch = stages.abstract_batch(config, stage, target.bucket, mesh)
+    key = stages.abstract_key(mesh)
+    step = compiled_step(config, stage, parts, mesh)
+    traced = step.trace(parts.abstract, batch, key)
+    state, ema = parts.abstract, averaged(parts.abstract.opt_state)
     counted = {
         "parameters": bytes_per_device(state.params),
         "EMA": bytes_per_device(ema) if ema is not None else 0.0,
     }
-    return counted | {"optimizer": bytes_per_device(state) - sum(counted.values())}
-
-
-def _step(job: PlanTarget, mesh) -> Program:
-    stage = job.stage_config
-    frozen = FrozenSpec(job.config)
-    made = stages.build_stage(job.config, stage, frozen, mesh)
-    batch = stages.abstract_batch(job.config, stage, job.bucket, mesh)
-    traced = compiled_step(job.config, stage, made, mesh).trace(
-        made.abstract, batch, stages.abstract_key(mesh)
-    )
-    state = made.abstract
-    counted = state_bytes(state)
+    # the step's counters and guard count with the optimizer
+    counted["optimizer"] = bytes_per_device(state) - sum(counted.values())
     counted["batch"] = bytes_per_device(batch)
-    sizes = {True: 0, False: 0}
-    for leaf in jax.tree.leaves(state.params):
-        sizes[leaf.sharding.is_fully_replicated] += leaf.size
-    chosen = [f"auto: {made.remat}"] if made.remat else []
-    remat = made.remat.name if made.remat else job.config.remat
+    leaves = jax.tree.leaves(state.params)
+    whole = sum(leaf.size for leaf in leaves if leaf.sharding.is_fully_replicated)
     return Program(
         traced,
         mesh,
         counted,
-        sizes[True] / sum(sizes.values()),
-        (*chosen, *frozen.assumptions),
-        remat,
+        whole / sum(leaf.size for leaf in leaves),
+        (*([f"auto: {parts.remat}"] if parts.remat else []), *frozen.assumptions),
+        parts.remat.name if parts.remat else config.remat,
+        parts,
     )
 
 
-def _drawing(job: PlanTarget, mesh) -> Program:
+def sampler(target: PlanTarget, work: SamplingWorkload, mesh: jax.sharding.Mesh) -> Program:
     """Pipeline.denoise or the VAE's decode, of parameters as they would be opened on the mesh."""
-    drawing, assumptions = job.drawing, []
-    model = with_stage_positions(job.config.model, job.stage_config)
-    transformer = Transformer.abstract(model, drawing.dtype, mesh)
-    autoencoder = VAE.abstract(vae_config(job.config, assumptions), drawing.dtype, mesh)
-    encoder = TextEncoder.abstract(text_config(job.config, assumptions), drawing.dtype, mesh)
-    opened = {"transformer": transformer, "VAE": autoencoder, "text encoder": encoder}
-    counted = {name: bytes_per_device(part.params) for name, part in opened.items()}
-    rows = rules.row_sharding(mesh, drawing.batch)
-    b, h, w = (
-        drawing.batch,
-        drawing.height // autoencoder.config.factor,
-        drawing.width // autoencoder.config.factor,
-    )
+    assumptions: list[str] = []
+    model = with_stage_positions(target.config.model, target.stage_config)
+    transformer: Any = Transformer.abstract(model, work.dtype, mesh)
+    decoder: Any = VAE.abstract(vae_config(target.config, assumptions), work.dtype, mesh)
+    encoder = TextEncoder.abstract(text_config(target.config, assumptions), work.dtype, mesh)
+    parts = {"transformer": transformer, "VAE": decoder, "text encoder": encoder}
+    counted = {name: bytes_per_device(part.params) for name, part in parts.items()}
+    rows, factor = rules.row_sharding(mesh, work.batch), decoder.config.factor
 
-    def shape(*sizes, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((b, *sizes), dtype, sharding=rows)
+    def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((work.batch, *sizes), dtype, sharding=rows)
 
-    noise = shape(h, w, model.in_channels)
-    if job.part == "decode":
-        module = autoencoder.module
+    arguments: tuple
+    noise = shape(work.height // factor, work.width // factor, model.in_channels)
+    if target.part == "decode":
 
-        def run(params, latents):
-            return module.apply(
-                {"params": params}, latents / autoencoder.config.scaling_factor, method="decode"
-            )
+        def run(params, *arrays):
+            latents = arrays[0] / decoder.config.scaling_factor
+            return decoder.module.apply({"params": params}, latents, method="decode")
 
-        arguments = (autoencoder.params, noise)
+        arguments = (decoder.params, noise)
     else:
-        objective = job.stage_config.objective
-        scheduler = SchedulerConfig(
-            objective.prediction, objective.timesteps, objective.beta_start, objective.beta_end
-        )
-        # its mesh is set here, around the trace
-        bare = Pipeline(transformer.replace(mesh=None), None, autoencoder, None, scheduler)
+        o = target.stage_config.objective
+        scheduler = SchedulerConfig(o.prediction, o.timesteps, o.beta_start, o.beta_end)
+        # without its mesh, which is set around the trace
+        bare: Any = Pipeline(transformer.replace(mesh=None), None, decoder, None, scheduler)
         states, lengths = shape(model.text_tokens, model.caption_width), shape(dtype=jnp.int32)
 
-        def run(params, noise, states, lengths, negative, negative_lengths):
-            pipeline = bare.replace(transformer=bare.transformer.replace(params=params))
-            how = {"steps": drawing.steps, "guidance": drawing.guidance, "solver": drawing.solver}
-            return pipeline.denoise(states, lengths, noise, negative, negative_lengths, **how)
+        def run(params, *arrays):
+            pipeline = bare.replace(transformer=transformer.replace(params=params, mesh=None))
+            how = {"steps": work.steps, "guidance": work.guidance, "solver": work.solver}
+            return pipeline.denoise(*arrays, **how)
 
-        arguments = (transformer.params, noise, states, lengths, states, lengths)
+        arguments = (transformer.params, states, lengths, noise, states, lengths)
     counted["batch"] = bytes_per_device(arguments[1:])
     with rules.on_mesh(mesh):
-        jitted = jax.jit(
-            run,
-            in_shardings=jax.tree.map(lambda leaf: leaf.sharding, arguments),
-            out_shardings=rows,
-        )
-        traced = jitted.trace(*arguments)
-    return Program(traced, mesh, counted, 0.0, tuple(assumptions))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+        traced = jax.jit(run, in_shardings=shardings, out_shardings=rows).trace(*arguments)
+    return Program(traced, mesh, counted, assumptions=tuple(assumptions))
 
 
 def vae_config(config: Config, assumptions: list[str]) -> VAEConfig:
-    """Of the config's VAE folder where it is here, else of the VAE it trains, else Stable
+    """Of the config's VAE folder where it exists, else of the VAE that it trains, else Stable
     Diffusion's."""
     found = _read(config.vae, "vae")
     if found is not None:
@@ -154,7 +137,7 @@ def vae_config(config: Config, assumptions: list[str]) -> VAEConfig:
 
 
 def text_config(config: Config, assumptions: list[str]) -> T5Config:
-    """Likewise of the text encoder; else T5-XXL's."""
+    """Likewise of the text encoder, else T5-XXL's."""
     found = _read(config.text_encoder, "text_encoder")
     if found is not None:
         return t5.config_from_json(found)

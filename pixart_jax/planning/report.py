@@ -1,188 +1,143 @@
-"""A plan as a person reads it, every line marked as compiled, counted or estimate, and as JSON."""
+"""A plan as text, every line marked as compiled, counted or estimate, and as JSON."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+from pixart_jax.parallel.chips import GIB
 from pixart_jax.planning import estimate
-from pixart_jax.planning.jobs import GIB
-from pixart_jax.planning.plan import Plan
+from pixart_jax.planning.plan import Plan, SamplingPlan
 
 COMPILED, COUNTED, ESTIMATE, TABLE = "compiled", "counted", "estimate", "chip table"
 LEGEND = (
-    "compiled: the compiler's word on the very program that runs; counted: from shapes and "
-    "shardings; estimate: a roofline "
-    f"({estimate.ASSUMPTIONS})"
+    "compiled: the compiler's figures of the program that a run executes; counted: from shapes and "
+    f"shardings; estimate: a roofline ({estimate.ASSUMPTIONS})"
 )
 
 Row = tuple[str, str, str]  # what, figure, basis
 
 
-def data(bytes_: float) -> str:
+def data(size: float) -> str:
     """'1.96 GiB', '37.2 MiB'."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if bytes_ >= unit:
-            return f"{bytes_ / unit:,.2f} {name}"
-    return f"{bytes_:,.0f} B"
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size:,.0f} B"
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float | None) -> str:
     """'1.32 s', '12.0 ms'."""
+    if seconds is None:
+        return ""
     return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:,.3g} ms"
 
 
-def amount(number: float, unit: str) -> str:
+def amount(flops: float) -> str:
     """'1.24 TFLOP'."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:,.3g} {prefix}{unit}"
-    return f"{number:,.3g} {unit}"
+        if flops >= size:
+            return f"{flops / size:,.3g} {prefix}FLOP"
+    return f"{flops:,.3g} FLOP"
 
 
 def title(plan: Plan) -> str:
-    job = plan.job
-    mesh = f"{job.topology.label}, {job.topology.size} devices, mesh {job.label}"
-    if job.drawing is not None:
-        d = job.drawing
-        guided = f"guidance {d.guidance:g}" if d.guidance != 1 else "no guidance"
-        what = (
-            f"{d.height} × {d.width} px, {d.steps} steps of {d.solver}, {guided}"
-            if job.part == "denoise"
-            else f"{d.height} × {d.width} px"
-        )
-        return f"sampling, {job.part}: {what}, batch {d.batch}, {d.dtype} · {mesh}"
-    stage = job.stage_config
-    many = f", largest of {len(stage.data.buckets)} buckets" if len(stage.data.buckets) > 1 else ""
-    size = f"{job.bucket[0]} × {job.bucket[1]} px{many}, " if stage.task != "text_to_text" else ""
-    more = f", {stage.optimizer.accumulate} micro-batches" if stage.optimizer.accumulate > 1 else ""
-    how = f"remat {plan.facts.remat}, {job.config.compute_dtype}"
-    return (
-        f"stage {stage.name} ({stage.task}): {size}batch {stage.batch_size}{more}, {how} · {mesh}"
-    )
+    target, stage = plan.target, plan.target.stage_config
+    mesh = f"{target.topology.label}, {target.topology.size} devices, mesh {target.label}"
+    size = f"{target.size[0]} × {target.size[1]} px"
+    if (work := target.sampling) is not None:
+        guidance = f"guidance {work.guidance:g}" if work.guidance != 1 else "no guidance"
+        steps = f", {work.steps} steps of {work.solver}, {guidance}"
+        how = f"{size}{steps if target.part == 'denoise' else ''}, batch {work.batch}, {work.dtype}"
+        return f"sampling, {target.part}: {how} · {mesh}"
+    buckets, micro = len(stage.data.buckets), stage.optimizer.accumulate
+    size += f", largest of {buckets} buckets, " if buckets > 1 else ", "
+    how = f"{size if stage.task != 'text_to_text' else ''}batch {stage.batch_size}"
+    how += f", {micro} micro-batches" if micro > 1 else ""
+    how += f", remat {plan.stats.remat}, {target.config.compute_dtype}"
+    return f"stage {stage.name} ({stage.task}): {how} · {mesh}"
 
 
 def memory(plan: Plan) -> list[Row]:
-    """Bytes a device, by kind."""
-    facts = plan.facts
-    rows = [(name, data(size), COUNTED) for name, size in facts.counted.items() if size]
-    if facts.wanted is None:
-        inputs = sum(
-            size
-            for name, size in facts.counted.items()
-            if not plan.job.drawing or name in _inputs(plan)
+    """Bytes on a device, by kind."""
+    stats, sampling = plan.stats, plan.target.sampling is not None
+    rows = [(name, data(size), COUNTED) for name, size in stats.counted.items() if size]
+    if stats.wanted is None:
+        used = {"transformer" if plan.target.part == "denoise" else "VAE", "batch"}
+        inputs = sum(n for name, n in stats.counted.items() if not sampling or name in used)
+        beside = stats.outputs - stats.aliased
+        kinds = "activations, temporaries" if sampling else "gradients, activations, temporaries"
+        lines = (
+            ("padding of these by layout", stats.arguments - inputs, 0.01 * stats.total),
+            (kinds, stats.temporaries, 0),
+            ("results beside the state", beside, 2**20),
+            ("program", stats.code, 0),
+            ("total", stats.total, 0),
+            ("in the host's memory", stats.host, 2**20),
         )
-        if facts.arguments - inputs >= 0.01 * facts.total:
-            rows.append(("padding of these by layout", data(facts.arguments - inputs), COMPILED))
-        kind = (
-            "gradients, activations, temporaries"
-            if plan.job.drawing is None
-            else "activations, temporaries"
-        )
-        rows.append((kind, data(facts.temporaries), COMPILED))
-        if facts.outputs - facts.aliased >= 2**20:
-            rows.append(("results beside the state", data(facts.outputs - facts.aliased), COMPILED))
-        rows.append(("program", data(facts.code), COMPILED))
-        rows.append(("total", data(facts.total), COMPILED))
-        if facts.host >= 2**20:
-            rows.append(("in the host's memory", data(facts.host), COMPILED))
+        rows += [(name, data(size), COMPILED) for name, size, least in lines if size >= least]
     if plan.usable is not None:
-        rows.append(("the device has", data(plan.usable), COMPILED if facts.available else TABLE))
-    return rows + [("verdict", verdict(plan), "")]
+        rows.append(("the device has", data(plan.usable), COMPILED if stats.available else TABLE))
+    return [*rows, ("verdict", verdict(plan), "")]
 
 
 def verdict(plan: Plan) -> str:
-    facts = plan.facts
-    if plan.fits is None:
-        return "no limit is known of this device"
+    total, usable = plan.stats.total, plan.usable
+    if usable is None:
+        return "does not fit" if plan.fits is False else "no limit is known of this device"
     if plan.fits:
-        return (
-            f"fits, {data(plan.usable - facts.total)} to spare "
-            f"({facts.total / plan.usable:.0%} used)"
-        )
-    return (
-        f"does not fit: needs {data(facts.total)} of {data(plan.usable)}, "
-        f"{data(facts.total - plan.usable)} over"
-    )
-
-
-def _inputs(plan: Plan) -> set[str]:
-    return {"transformer" if plan.job.part == "denoise" else "VAE", "batch"}
+        return f"fits, {data(usable - total)} to spare ({total / usable:.0%} used)"
+    return f"does not fit: needs {data(total)} of {data(usable)}, {data(total - usable)} over"
 
 
 def arithmetic(plan: Plan) -> list[Row]:
-    rows = []
-    if plan.image_flops is not None:
-        rows = [
-            ("model FLOPs an image", amount(plan.image_flops, "FLOP"), COUNTED),
-            (
-                "model FLOPs a step" if plan.job.drawing is None else "model FLOPs a batch",
-                amount(plan.image_flops * plan.batch, "FLOP"),
-                COUNTED,
-            ),
-        ]
-        if plan.job.drawing is None:
-            rows.append(
-                (
-                    "products as traced, of that",
-                    f"{plan.facts.flops / (plan.image_flops * plan.batch):.3f}",
-                    COUNTED,
-                )
-            )
-    else:
-        rows.append(("products as traced", amount(plan.facts.flops, "FLOP"), COUNTED))
-    return rows
+    if plan.image_flops is None:
+        return [("products as traced", amount(plan.stats.flops), COUNTED)]
+    whole = plan.image_flops * plan.target.batch
+    rows = [("model FLOPs an image", amount(plan.image_flops), COUNTED)]
+    if plan.target.sampling is not None:
+        return [*rows, ("model FLOPs a batch", amount(whole), COUNTED)]
+    traced = f"{plan.stats.flops / whole:.3f}"
+    rows.append(("model FLOPs a step", amount(whole), COUNTED))
+    return [*rows, ("products as traced, of that", traced, COUNTED)]
 
 
 def communication(plan: Plan) -> list[Row]:
     rows = []
-    for index, c in enumerate(plan.facts.collectives):
+    for index, c in enumerate(plan.stats.collectives):
         took = f", {clock(plan.time.wires[index])}" if plan.time else ""
         how = "asynchronous" if c.asynchronous else "waited for"
-        what = f"{c.kind} over {'+'.join(c.axes)}" + (
-            f" ({c.group})" if c.kind != "collective-permute" else ""
-        )
-        rows.append(
-            (
-                what,
-                f"{c.count:,.0f} ×, {data(c.bytes)}, {data(c.moved)} sent, {how}{took}",
-                COMPILED,
-            )
-        )
+        group = f" ({c.group})" if c.kind != "collective-permute" else ""
+        figure = f"{c.count:,.0f} ×, {data(c.bytes)}, {data(c.moved)} sent, {how}{took}"
+        rows.append((f"{c.kind} over {'+'.join(c.axes)}{group}", figure, COMPILED))
     return rows
 
 
 def timing(plan: Plan) -> list[Row]:
-    t = plan.time
-    if t is None:
+    if (t := plan.time) is None:
         return []
+    step = "step" if plan.target.sampling is None else "batch"
     rows = [
-        ("compute", clock(t.compute), ESTIMATE),
-        ("memory", clock(t.memory), ESTIMATE),
-        ("communication, exposed", f"{clock(t.exposed)} of {clock(sum(t.wires))}", ESTIMATE),
-        (
-            "step" if plan.job.drawing is None else "batch",
-            f"{clock(t.step)}, bound by {t.bound}",
-            ESTIMATE,
-        ),
+        ("compute", clock(t.compute)),
+        ("memory", clock(t.memory)),
+        ("communication, exposed", f"{clock(t.exposed)} of {clock(sum(t.wires))}"),
+        (step, f"{clock(t.step)}, bound by {t.bound}"),
     ]
     if plan.mean != 1:
-        rows.append(("step, mean over the buckets", clock(plan.seconds), ESTIMATE))
-    rows.append(("images/s", f"{plan.images_per_second:,.1f}", ESTIMATE))
+        rows.append(("step, mean over the buckets", clock(plan.seconds)))
+    rows.append(("images/s", f"{plan.images_per_second:,.1f}"))
     if plan.mfu is not None:
-        rows.append(("MFU", f"{plan.mfu:.1%}", ESTIMATE))
-    return rows
+        rows.append(("MFU", f"{plan.mfu:.1%}"))
+    return [(what, figure, ESTIMATE) for what, figure in rows]
 
 
 def cost(plan: Plan) -> list[Row]:
-    if plan.cost is None:
+    if (c := plan.cost) is None:
         return []
-    c = plan.cost
+    days = f"{c.days:,.2f} days, {c.device_hours:,.0f} device-hours"
     return [
-        (
-            f"{plan.job.stage_config.steps:,} steps",
-            f"{c.days:,.2f} days, {c.device_hours:,.0f} device-hours",
-            ESTIMATE,
-        ),
+        (f"{plan.target.stage_config.steps:,} steps", days, ESTIMATE),
         ("USD", f"{c.usd:,.0f}", ESTIMATE),
         ("energy", f"{c.kwh:,.0f} kWh", ESTIMATE),
         ("CO2", f"{c.kg_co2:,.1f} kg", ESTIMATE),
@@ -192,48 +147,69 @@ def cost(plan: Plan) -> list[Row]:
 
 def text(plan: Plan) -> str:
     """All of it as aligned lines."""
-    sections = [
-        ("memory a device", memory(plan)),
-        ("arithmetic", arithmetic(plan)),
-        ("collectives a device", communication(plan) if plan.facts.wanted is None else []),
-        ("time", timing(plan)),
-        ("the stage", cost(plan)),
-    ]
-    rows = [row for _, part in sections for row in part]
-    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-    second = min(second, 62)
+    sections = {
+        "memory a device": memory(plan),
+        "arithmetic": arithmetic(plan),
+        "collectives a device": communication(plan) if plan.stats.wanted is None else [],
+        "time": timing(plan),
+        "the stage": cost(plan),
+    }
+    rows = [row for part in sections.values() for row in part]
     lines = [title(plan)]
-    for name, part in sections:
+    for name, part in sections.items():
         if part:
-            lines.append(f"  {name}")
-            lines += [
-                f"    {what:{first}}  {figure:{second}}  {basis}".rstrip()
-                for what, figure, basis in part
-            ]
-    f = plan.facts
-    took = (
-        "kept from before"
-        if f.cached
-        else f"compiled in {f.compile_seconds:.0f} s ({f.compile_cpu_seconds:.0f} s of CPU)"
-    )
-    lines.append(
-        f"  {took} by {f.compiler} for {f.device_kind}, with {data(f.host_peak)} of this "
-        "machine's memory"
-    )
-    if f.whole_share > 0.02 and plan.job.axes["fsdp"] > 1:
+            lines += [f"  {name}", *_aligned(part, rows, "    ")]
+    stats = plan.stats
+    took = f"compiled in {stats.compile_seconds:.0f} s ({stats.compile_cpu_seconds:.0f} s of CPU)"
+    took = "compiled earlier" if stats.cached else took
+    host = f"with {data(stats.host_peak)} of this machine's memory"
+    lines.append(f"  {took} by {stats.compiler} for {stats.device_kind}, {host}")
+    if stats.whole_share > 0.02 and plan.target.axes["fsdp"] > 1:
         lines.append(
-            f"  {f.whole_share:.0%} of the parameters lie whole on every device: fsdp "
-            f"{plan.job.axes['fsdp']} does not divide them"
+            f"  {stats.whole_share:.0%} of the parameters are whole on every device: fsdp "
+            f"{plan.target.axes['fsdp']} does not divide them"
         )
-    lines += [f"  assumed: {words}" for words in f.assumptions]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  assumed: {words}" for words in stats.assumptions)])
+
+
+def _aligned(rows: Sequence[Row], widest: Sequence[Row], indent: str) -> list[str]:
+    first = max(len(row[0]) for row in widest)
+    second = min(max(len(row[1]) for row in widest), 62)
+    return [f"{indent}{a:{first}}  {b:{second}}  {basis}".rstrip() for a, b, basis in rows]
+
+
+def sampling_text(plan: SamplingPlan) -> str:
+    """Both programs, and the batch as a whole."""
+    usable, batch = plan.denoise.usable, plan.denoise.target.batch
+    rows: list[Row] = [
+        ("weights of all models", data(plan.weights), COUNTED),
+        ("peak with the text encoder beside", data(plan.peak), COMPILED),
+        ("peak with it offloaded", data(plan.without_text_encoder), COMPILED),
+    ]
+    if usable is not None:
+        fits = "fits with the text encoder offloaded"
+        if plan.peak <= usable:
+            fits = "fits"
+        elif plan.without_text_encoder > usable:
+            fits = "does not fit"
+        rows.append(("the device has", f"{data(usable)}: {fits}", TABLE))
+    if plan.seconds is not None and plan.denoise.time and plan.decode.time:
+        rows += [
+            ("text encoder", clock(plan.text), ESTIMATE),
+            ("denoise", clock(plan.denoise.time.step), ESTIMATE),
+            ("decode", clock(plan.decode.time.step), ESTIMATE),
+            ("a batch", clock(plan.seconds), ESTIMATE),
+            ("images/s", f"{batch / plan.seconds:,.2f}", ESTIMATE),
+        ]
+    parts = f"{text(plan.denoise)}\n\n{text(plan.decode)}\n\na batch of {batch} images, a device"
+    return "\n".join([parts, *_aligned(rows, rows, "  ")])
 
 
 def total(plans: Sequence[Plan]) -> str:
     """The stages' sum."""
     known = [plan.cost for plan in plans if plan.cost]
     if len(known) < len(plans):
-        return "total: not of all stages is the time known"
+        return "total: unknown, as the time of some stages is"
     days, usd, kwh, co2 = (
         sum(getattr(c, name) for c in known) for name in ("days", "usd", "kwh", "kg_co2")
     )
@@ -245,88 +221,71 @@ def total(plans: Sequence[Plan]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in [header, *rows]
-    )
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for first, *rest in [header, *rows]:
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    return "\n".join(lines)
 
 
-def as_json(plan: Plan) -> dict:
+def as_json(plan: Plan) -> dict[str, Any]:
     """Every figure with its basis; bytes, seconds, FLOPs."""
-    job, facts = plan.job, plan.facts
+    target, stats = plan.target, plan.stats
 
-    def figure(value, basis):
-        return {"value": value, "basis": basis}
+    def figures(basis: str, **values: float | None) -> dict:
+        return {name: {"value": value, "basis": basis} for name, value in values.items()}
 
-    found = {
-        "program": job.part,
-        "topology": job.topology.label,
-        "devices": job.topology.size,
-        "mesh": job.axes,
-        "stage": job.stage_config.name,
-        "batch_size": plan.batch,
-        "bucket": list(
-            job.bucket if job.drawing is None else (job.drawing.height, job.drawing.width)
-        ),
-        "remat": facts.remat,
+    device = {"temporaries": stats.temporaries, "program": stats.code, "total": stats.total}
+    found: dict[str, Any] = {
+        "program": target.part,
+        "topology": target.topology.label,
+        "devices": target.topology.size,
+        "mesh": target.axes,
+        "stage": target.stage_config.name,
+        "batch_size": target.batch,
+        "bucket": list(target.size),
+        "remat": stats.remat,
         "fits": plan.fits,
-        "memory": {
-            **{name: figure(size, COUNTED) for name, size in facts.counted.items()},
-            "temporaries": figure(facts.temporaries, COMPILED),
-            "program": figure(facts.code, COMPILED),
-            "total": figure(facts.total, COMPILED),
-            "host": figure(facts.host, COMPILED),
-            "available": figure(plan.usable, COMPILED if facts.available else TABLE),
-        },
-        "flops": {
-            "image": figure(plan.image_flops, COUNTED),
-            "traced": figure(facts.flops, COUNTED),
-        },
-        "collectives": [
-            {
-                "kind": c.kind,
-                "axes": list(c.axes),
-                "group": c.group,
-                "count": c.count,
-                "bytes": c.bytes,
-                "moved": c.moved,
-                "asynchronous": c.asynchronous,
-                "basis": COMPILED,
-            }
-            for c in facts.collectives
-        ],
+        "memory": figures(COUNTED, **stats.counted)
+        | figures(COMPILED, **device, host=stats.host)
+        | figures(COMPILED if stats.available else TABLE, available=plan.usable),
+        "flops": figures(COUNTED, image=plan.image_flops, traced=stats.flops),
+        "collectives": [dataclasses.asdict(c) | {"basis": COMPILED} for c in stats.collectives],
         "compile": {
-            "seconds": facts.compile_seconds,
-            "cpu_seconds": facts.compile_cpu_seconds,
-            "host_peak": facts.host_peak,
-            "compiler": facts.compiler,
-            "kept": facts.cached,
+            "seconds": stats.compile_seconds,
+            "cpu_seconds": stats.compile_cpu_seconds,
+            "host_peak": stats.host_peak,
+            "compiler": stats.compiler,
+            "kept": stats.cached,
         },
-        "assumptions": [*facts.assumptions, estimate.ASSUMPTIONS],
+        "assumptions": [*stats.assumptions, estimate.ASSUMPTIONS],
     }
-    if plan.time is not None:
-        t = plan.time
-        found["time"] = {
-            name: figure(value, ESTIMATE)
-            for name, value in {
-                "compute": t.compute,
-                "memory": t.memory,
-                "communication": sum(t.wires),
-                "exposed": t.exposed,
-                "step": plan.seconds,
-                "images_per_second": plan.images_per_second,
-                "mfu": plan.mfu,
-            }.items()
-        }
+    if (t := plan.time) is not None:
+        found["time"] = figures(
+            ESTIMATE,
+            compute=t.compute,
+            memory=t.memory,
+            communication=sum(t.wires),
+            exposed=t.exposed,
+            step=plan.seconds,
+            images_per_second=plan.images_per_second,
+            mfu=plan.mfu,
+        )
     if plan.cost is not None:
-        c = plan.cost
-        found["cost"] = {
-            name: figure(getattr(c, name), ESTIMATE)
-            for name in ("days", "device_hours", "usd", "kwh", "kg_co2")
-        }
-        found["cost"]["at"] = c.basis
+        values = dataclasses.asdict(plan.cost)
+        found["cost"] = {"at": values.pop("basis")} | figures(ESTIMATE, **values)
     return found
+
+
+def sampling_json(plan: SamplingPlan) -> dict[str, Any]:
+    """Both programs, and the batch as a whole."""
+    batch: dict[str, Any] = {
+        "weights": plan.weights,
+        "peak": plan.peak,
+        "peak_without_text_encoder": plan.without_text_encoder,
+    }
+    if plan.seconds is not None:
+        rate = plan.denoise.target.batch / plan.seconds
+        batch |= {"seconds": plan.seconds, "text_seconds": plan.text, "images_per_second": rate}
+    return {"programs": [as_json(plan.denoise), as_json(plan.decode)], "batch": batch}

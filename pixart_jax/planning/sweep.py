@@ -1,36 +1,46 @@
-"""Meshes and batch sizes ranked: what arithmetic rules out is not compiled, of the rest the most
-promising are."""
+"""Meshes and batch sizes ranked: the most promising by rough arithmetic are compiled, and those
+that fit are ordered by their estimated images/s."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.flops import forward_flops
+from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.planning import plan as plans
 from pixart_jax.planning.compilation import CompileLimits
-from pixart_jax.planning.jobs import PlanTarget
 from pixart_jax.planning.plan import Plan
+from pixart_jax.planning.target import PlanTarget
+from pixart_jax.training.memory import activation_bytes
 
 WIDEST_TENSOR = 8
 WIDEST_CONTEXT = 16
-# bytes a parameter of parameters, moments; the EMA's 4 come on top
-_STATE = {"adamw": 16, "came": 8}
-BATCHES = (1.0, 0.5, 2.0, 0.25, 4.0)  # of the config's, in the order of trust
+BATCHES = (1.0, 0.5, 2.0, 0.25, 4.0)  # of the config's
+# Bytes a parameter of the fp32 parameters and the optimizer's moments; an EMA takes 4 more.
+_STATE_BYTES = {"adamw": 12, "came": 8}
+# The rough arithmetic. Only the order of candidates rests on it, not a figure of the report.
+_PEAK_SHARE = 0.5  # of the chip's peak that a step's work reaches
+_PASSES = 4  # forward, recomputed forward, and a backward of two
+_EXPOSED_SHARE = 0.3  # of the communication, what is not hidden behind work
+_GATHERS = 4  # of the bf16 weights over fsdp: one a pass, and the gradients' scatter
+_TENSOR_SUMS = 8  # of the bf16 stream a block: two all-reduces, each of two transfers, in 2 passes
+_CONTEXT_GATHERS = 6  # of the bf16 stream a block: keys and values, in 3 passes
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One candidate, compiled. fault: why it could not be."""
+    """One candidate, compiled. error: why it could not be."""
 
-    job: PlanTarget
+    target: PlanTarget
     plan: Plan | None
-    fault: str = ""
+    error: str = ""
 
 
 def factorisations(devices: int, slices: int) -> Iterator[tuple[int, int, int, int]]:
@@ -38,149 +48,108 @@ def factorisations(devices: int, slices: int) -> Iterator[tuple[int, int, int, i
     the slices."""
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
     for fsdp, context, tensor in itertools.product(sizes, repeat=3):
-        if devices % (fsdp * context * tensor) == 0:
-            data = devices // (fsdp * context * tensor)
-            if data % slices == 0:
-                yield data, fsdp, context, tensor
+        data, rest = divmod(devices, fsdp * context * tensor)
+        if data and not rest and data % slices == 0:
+            yield data, fsdp, context, tensor
 
 
-def candidates(job: PlanTarget, sizes: bool = True) -> list[PlanTarget]:
-    """Jobs worth compiling, the most promising first. sizes: also other batch sizes than the
+def candidates(target: PlanTarget, sizes: bool = True) -> list[PlanTarget]:
+    """Targets worth compiling, the most promising first. sizes: also other batch sizes than the
     config's.
 
-    Ruled out: what plan.check rejects; fsdp that does not divide the model's width, so that its
-    parameters would stay whole; tensor over 8, context over 16; a state that alone exceeds the
-    device.
+    Excluded: what plan.check refuses; fsdp that does not divide the model's width, so that its
+    parameters would stay whole; tensor over 8, context over 16; a state larger than the device.
     """
-    model = plans.geometry(job)
-    found: list[tuple[float, PlanTarget]] = []
-    own = job.drawing.batch if job.drawing else job.stage_config.batch_size
-    for mesh in factorisations(
-        job.topology.size, job.topology.slices if job.topology.platform == "tpu" else 1
-    ):
+    model, topology = plans.denoiser(target), target.topology
+    found = []
+    slices = topology.slices if topology.platform == "tpu" else 1
+    for mesh in factorisations(topology.size, slices):
         data, fsdp, context, tensor = mesh
         if tensor > WIDEST_TENSOR or context > WIDEST_CONTEXT or (model and model.width % fsdp):
             continue
-        unit = data * fsdp * (1 if job.drawing else job.stage_config.optimizer.accumulate)
-        batches = dict.fromkeys(
-            max(unit, round(own * share / unit) * unit) for share in (BATCHES if sizes else (1.0,))
-        )
-        for batch in batches:
-            other = with_mesh_and_batch(job, mesh, batch)
+        micro = 1 if target.sampling else target.stage_config.optimizer.accumulate
+        unit, shares = data * fsdp * micro, BATCHES if sizes else (1.0,)
+        for batch in dict.fromkeys(
+            max(unit, round(target.batch * share / unit) * unit) for share in shares
+        ):
+            other = target.with_mesh_and_batch(mesh, batch)
             try:
                 plans.check(other)
             except UserError:
                 continue
-            if _state(other) > _usable(job):
-                continue
-            found.append((_promise(other, batch), other))
-    return _varied(found)
-
-
-def _varied(found: list[tuple[float, PlanTarget]]) -> list[PlanTarget]:
-    """By promise, halved for each candidate of the same mesh that stands before: another mesh may
-    tell more than another batch."""
-    before: dict[tuple, int] = {}
+            if promise := _images_per_second(other, model):
+                found.append((promise, other))
+    # Halved for each better batch of the same mesh: another mesh may tell more than another batch.
+    seen: collections.Counter = collections.Counter()
     scored = []
     for promise, other in sorted(found, key=lambda pair: -pair[0]):
-        count = before.setdefault(other.mesh, 0)
-        before[other.mesh] += 1
-        scored.append((promise * 0.5**count if promise > 0 else promise - count, other))
+        scored.append((promise / 2 ** seen[other.mesh], other))
+        seen[other.mesh] += 1
     return [other for _, other in sorted(scored, key=lambda pair: -pair[0])]
 
 
-def with_mesh_and_batch(job: PlanTarget, mesh: tuple[int, int, int, int], batch: int) -> PlanTarget:
-    """The same job on another mesh and with another batch."""
-    if job.drawing is not None:
-        return dataclasses.replace(
-            job, mesh=mesh, drawing=dataclasses.replace(job.drawing, batch=batch)
+def _images_per_second(target: PlanTarget, model: TransformerConfig | DiTConfig | None) -> float:
+    """Rough images/s: work shared evenly, weights gathered over fsdp, streams summed over tensor,
+    keys and values gathered over context. 0 for a state larger than the device; a thousandth where
+    the activations do not fit either. Without a chip or a model: fewer split axes are better."""
+    chip, axes = target.topology.chip, target.axes
+    if model is None or chip is None:
+        return 1 / (1 + sum(size > 1 for size in target.mesh))
+    stage, config = target.stage_config, target.config
+    parameters = model.depth * 16.0 * model.width**2  # attention, MLP 12 d², cross-attention 4 d²
+    share = 1 / (axes["fsdp"] * axes["tensor"])
+    held = 2 * parameters * share
+    if target.sampling is None:
+        ema = 4 if stage.optimizer.ema else 0
+        held = parameters * (_STATE_BYTES[stage.optimizer.name] + ema) * share
+    if held > chip.usable_bytes:
+        return 0.0
+    if target.sampling is None:
+        policy = "full" if config.remat in ("auto", "none") else config.remat
+        platform = target.topology.jax_platform
+        held += sum(
+            activation_bytes(
+                config, stage, policy, axes, target.size, platform, 4 * parameters * share
+            ).values()
         )
-    stages = list(job.config.stages)
-    stages[job.stage] = dataclasses.replace(job.stage_config, batch_size=batch)
-    return dataclasses.replace(
-        job, mesh=mesh, config=dataclasses.replace(job.config, stages=tuple(stages))
-    )
+    text = stage.data.max_text_tokens
+    flops = _PASSES * forward_flops(model, *target.size, text) * target.batch
+    stream = 2.0 * target.batch * target.tokens(target.size) * model.width
+    stream /= axes["data"] * axes["fsdp"] * axes["context"]
+    sent = _GATHERS * 2 * parameters / axes["tensor"] * (axes["fsdp"] > 1)
+    blocks = _TENSOR_SUMS * (axes["tensor"] > 1) + _CONTEXT_GATHERS * (axes["context"] > 1)
+    sent += model.depth * stream * blocks
+    work = flops / target.topology.size / (_PEAK_SHARE * chip.peak_bf16_flops)
+    seconds = work + _EXPOSED_SHARE * sent / (chip.link_bandwidth * max(1, chip.torus))
+    return target.batch / seconds * (1.0 if held < chip.usable_bytes else 1e-3)
 
 
 def run(
-    job: PlanTarget,
-    most: int,
-    bounds: CompileLimits,
+    target: PlanTarget,
+    limit: int,
+    limits: CompileLimits,
     sizes: bool,
-    made: Callable[[PlanTarget, CompileLimits], Plan] = plans.make,
+    make: Callable[[PlanTarget, CompileLimits], Plan] = plans.make,
 ) -> list[Outcome]:
-    """Compile the ``most`` most promising candidates; those that fit first, by images/s."""
-    todo = candidates(job, sizes)
+    """Compile the ``limit`` most promising candidates; those that fit first, by images/s."""
+    todo = candidates(target, sizes)
     if not todo:
         raise UserError(
-            f"{job.topology.name}: no mesh of {job.topology.size} devices divides heads, tokens "
-            "and batch of this model"
+            f"{target.topology.name}: no mesh of {target.topology.size} devices divides heads, "
+            "tokens and batch of this model"
         )
     found = []
-    for other in tqdm(todo[:most], desc="compiling", unit="mesh", dynamic_ncols=True):
+    for other in tqdm(todo[:limit], desc="compiling", unit="mesh", dynamic_ncols=True):
         try:
-            found.append(Outcome(other, made(other, bounds)))
-        except UserError as fault:
-            found.append(Outcome(other, None, str(fault)))
-    left = len(todo) - len(found)
-    if left > 0:
-        tqdm.write(f"{left} less promising candidates were not compiled (--most {most})")
+            found.append(Outcome(other, make(other, limits)))
+        except UserError as error:
+            found.append(Outcome(other, None, str(error)))
+    if left := len(todo) - len(found):
+        tqdm.write(f"{left} less promising candidates were not compiled (--most {limit})")
     return sorted(found, key=_rank)
 
 
-def _rank(outcome: Outcome) -> tuple:
-    p = outcome.plan
-    if p is None:
-        return (2, 0.0)
-    return (0 if p.fits is not False else 1, -(p.images_per_second or 0.0))
-
-
-def _usable(job: PlanTarget) -> float:
-    return job.topology.chip.usable_bytes if job.topology.chip else math.inf
-
-
-def _parameters(job: PlanTarget) -> float:
-    """About: 12 d² for attention, MLP and 4 d² for cross-attention a block."""
-    model = plans.geometry(job)
-    return 0.0 if model is None else model.depth * 16.0 * model.width**2
-
-
-def _state(job: PlanTarget) -> float:
-    """Bytes a device of parameters, optimizer and EMA, about."""
-    a = job.axes
-    if job.drawing is not None:
-        return 2 * _parameters(job) / (a["fsdp"] * a["tensor"])
-    options = job.stage_config.optimizer
-    return (
-        _parameters(job)
-        * (_STATE[options.name] + (4 if options.ema else 0))
-        / (a["fsdp"] * a["tensor"])
-    )
-
-
-def _promise(job: PlanTarget, batch: int) -> float:
-    """Images/s by rough arithmetic: work evenly shared, weights gathered over fsdp, residual
-    streams summed over tensor, keys over context. Less what does not fit by the same rough
-    arithmetic."""
-    model, chip, a = plans.geometry(job), job.topology.chip, job.axes
-    if model is None or chip is None:
-        return -sum(size > 1 for size in job.mesh)
-    height, width = job.bucket if job.drawing is None else (job.drawing.height, job.drawing.width)
-    tokens = (height // 8 // model.patch_size) * (width // 8 // model.patch_size)
-    rows = batch / (a["data"] * a["fsdp"])
-    flops = (
-        4
-        * forward_flops(model, height, width, job.stage_config.data.max_text_tokens)
-        * batch
-        / job.topology.size
-    )
-    wire = chip.link_bandwidth * max(1, chip.torus)
-    sent = 4 * 2 * _parameters(job) / a["tensor"] * (a["fsdp"] > 1)
-    stream = 2.0 * rows * tokens / a["context"] * model.width
-    sent += model.depth * stream * (8 * (a["tensor"] > 1) + 6 * (a["context"] > 1))
-    seconds = flops / (0.5 * chip.peak_bf16_flops) + 0.3 * sent / wire
-    kept = model.depth * stream / a["tensor"] ** 0.5 + 4.0 * rows * model.heads * tokens**2 / (
-        a["context"] * a["tensor"]
-    )
-    fits = _state(job) + 4 * _parameters(job) / (a["fsdp"] * a["tensor"]) + kept < chip.usable_bytes
-    return batch / seconds * (1.0 if fits else 1e-3)
+def _rank(outcome: Outcome) -> tuple[int, float]:
+    if (plan := outcome.plan) is None:
+        return 2, 0.0
+    return int(plan.fits is False), -(plan.images_per_second or 0.0)

@@ -1,9 +1,10 @@
-"""Hardware by name: what `--topology` takes, how many devices it is, and the devices that JAX
-compiles for without having them."""
+"""Hardware by name: what ``--topology`` takes, and the devices that JAX compiles for without
+having them."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -12,42 +13,28 @@ import re
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.parallel.chips import CHIPS, Chip
 
-# Slices that Google Cloud lends, by generation, in chips.
+# Slices that Google Cloud offers, by generation, in chips.
+_3D = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"
+_2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 SHAPES: dict[str, tuple[str, ...]] = {
-    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
-    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v5p": (
-        "2x2x1",
-        "2x2x2",
-        "2x2x4",
-        "2x4x4",
-        "4x4x4",
-        "4x4x8",
-        "4x8x8",
-        "8x8x8",
-        "8x8x16",
-        "8x16x16",
-        "16x16x16",
-    ),
-    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
+    "v4": tuple(_3D.split()),
+    "v5e": tuple(_2D.split()),
+    "v5p": (*_3D.split(), "8x16x16", "16x16x16"),
+    "v6e": tuple(_2D.split()),
+    "tpu7x": tuple(_3D.split()),
 }
 GPUS = ("h100", "h200")
 LARGEST_HOST = 8  # GPUs that NVLink joins
 LARGEST_CPU = 512  # simulated devices
 
-LIBTPU = "pip install 'jax[tpu]'"
-CUDA = (
-    "pip install --no-deps jax-cuda13-pjrt=={version} jax-cuda13-plugin=={version} "
-    "nvidia-cudnn-cu13"
-)
+COMPILERS = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin", "cpu": "jaxlib"}  # by platform
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """name: as given. kind: a row of parallel.chips.CHIPS, or 'cpu'. shape: chips of a slice along
-    the torus's dimensions; of a GPU host, its GPUs; of the CPU, its simulated devices. slices: TPU
-    slices, or hosts of GPUs, joined by a network."""
+    the torus's dimensions, GPUs of a host, or simulated devices of the CPU. slices: TPU slices, or
+    hosts of GPUs, joined by a network."""
 
     name: str
     kind: str
@@ -64,19 +51,19 @@ class Topology:
         return "cpu" if self.kind == "cpu" else "cuda" if self.kind in GPUS else "tpu"
 
     @property
-    def devices_per_slice(self) -> int:
-        return math.prod(self.shape) * (2 if self.kind == "tpu7x" else 1)
+    def jax_platform(self) -> str:
+        """As jax.Device.platform."""
+        return "gpu" if self.platform == "cuda" else self.platform
 
     @property
     def size(self) -> int:
-        """JAX devices in all."""
-        return self.devices_per_slice * self.slices
+        """JAX devices in all; a chip of TPU7x is two."""
+        return math.prod(self.shape) * (2 if self.kind == "tpu7x" else 1) * self.slices
 
     @property
     def label(self) -> str:
-        return self.name + (
-            f" × {self.slices} slices" if self.slices > 1 and self.platform == "tpu" else ""
-        )
+        several = self.slices > 1 and self.platform == "tpu"
+        return f"{self.name} × {self.slices} slices" if several else self.name
 
     def wraps(self, dimension: int) -> bool:
         """Whether a dimension of the torus is closed to a ring: 16 chips of v5e and v6e; multiples
@@ -93,88 +80,88 @@ def parse(text: str, slices: int = 1) -> Topology:
     kind, _, shape = text.partition(":")
     if slices < 1:
         raise UserError(f"--slices {slices}: at least 1")
+    absent = f"topology {text!r} does not exist"
     if kind in SHAPES:
         if shape not in SHAPES[kind]:
-            raise UserError(
-                f"topology {text!r} does not exist; of {kind} there are "
-                f"{', '.join(f'{kind}:{s}' for s in SHAPES[kind])}"
-            )
+            known = ", ".join(f"{kind}:{s}" for s in SHAPES[kind])
+            raise UserError(f"{absent}; of {kind} there are {known}")
         return Topology(text, kind, tuple(map(int, shape.split("x"))), slices)
-    numbers = re.fullmatch(r"(\d+)(?:x(\d+))?", shape)
-    if kind in GPUS:
-        if not numbers or not 1 <= int(numbers[1]) <= LARGEST_HOST or int(numbers[2] or 1) < 1:
-            raise UserError(
-                f"topology {text!r} does not exist; {kind}:1 … {kind}:8 is one host's GPUs, "
-                f"{kind}:8xN is N hosts of 8"
-            )
-        if slices > 1:
-            raise UserError(
-                f"--slices is for TPUs; several hosts of GPUs are {kind}:{numbers[1]}x{slices}"
-            )
-        return Topology(text, kind, (int(numbers[1]),), int(numbers[2] or 1))
+    if kind not in (*GPUS, "cpu"):
+        known = ", ".join(f"{name}:{shapes[-1]}" for name, shapes in SHAPES.items())
+        raise UserError(
+            f"{absent}{nearest(kind, [*SHAPES, *GPUS, 'cpu'])}: GENERATION:CHIPS of a TPU, "
+            f"{' or '.join(GPUS)}:GPUSxHOSTS, or cpu:N; for example {known}, h200:8x2, cpu:8"
+        )
+    numbers = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape)
+    devices, hosts = (int(n or 1) for n in numbers.groups()) if numbers else (0, 0)
     if kind == "cpu":
-        if not numbers or numbers[2] or not 1 <= int(numbers[1]) <= LARGEST_CPU:
-            raise UserError(
-                f"topology {text!r} does not exist; cpu:N is N simulated devices, 1 to "
-                f"{LARGEST_CPU}"
-            )
+        if hosts != 1 or devices > LARGEST_CPU or "x" in shape:
+            raise UserError(f"{absent}; cpu:N is N simulated devices, 1 to {LARGEST_CPU}")
         if slices > 1:
             raise UserError("--slices is for TPUs; simulated devices have no network between them")
-        return Topology(text, kind, (int(numbers[1]),))
-    known = [f"{name}:{example}" for name, (*_, example) in SHAPES.items()] + [
-        "h100:8",
-        "h200:8x2",
-        "cpu:8",
-    ]
-    raise UserError(
-        f"topology {text!r} does not exist{nearest(kind, [*SHAPES, *GPUS, 'cpu'])}: "
-        f"GENERATION:CHIPS of {', '.join(SHAPES)}, "
-        f"{' or '.join(GPUS)}:GPUSxHOSTS, or cpu:N; for example {', '.join(known)}"
-    )
+    else:
+        if not 1 <= devices <= LARGEST_HOST:
+            names = f"{kind}:1 … {kind}:8 is one host's GPUs, {kind}:8xN is N hosts of 8"
+            raise UserError(f"{absent}; {names}")
+        if slices > 1:
+            several = f"{kind}:{devices}x{slices}"
+            raise UserError(f"--slices is for TPUs; several hosts of GPUs are {several}")
+    return Topology(text, kind, (devices,), hosts)
+
+
+def wanted_compiler(platform: str) -> str:
+    """The requirement of the compiler that fits the installed JAX: 'libtpu==0.0.42.*' as JAX's own
+    metadata has it, or 'jax-cuda13-plugin==…' of JAX's own version."""
+    package = COMPILERS[platform]
+    if platform == "tpu":
+        for line in importlib.metadata.requires("jax") or ():
+            requirement = line.partition(";")[0].strip()
+            if re.match(r"libtpu\b", requirement):
+                return requirement
+    return f"{package}=={importlib.metadata.version('jax')}"
+
+
+def compiler_error(platform: str, found: str | None) -> str | None:
+    """Why the compiler's version ``found`` (None: not installed) cannot be used, with the command
+    that installs the right one; None where it can."""
+    package, wanted = COMPILERS[platform], wanted_compiler(platform)
+    version = wanted.partition("==")[2]
+    if found and (found == version or version[-1] == "*" and found.startswith(version[:-1])):
+        return None
+    command = f"pip install '{wanted}'"
+    if platform == "cuda":
+        pjrt = wanted.replace("plugin", "pjrt")
+        command = f"pip install --no-deps {pjrt} {wanted} nvidia-cudnn-cu13"
+    state = f"is {found}" if found else "is not installed"
+    jax = importlib.metadata.version("jax")
+    return f"{package}, which compiles for it, {state}; JAX {jax} needs: {command}"
 
 
 def require_compiler(topology: Topology) -> None:
-    """UserError with the command that installs it where the compiler of a platform is not here."""
-    if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"{topology.name}: TPU programs are compiled by libtpu, which is not installed here: "
-            f"{LIBTPU}"
-        )
-    if topology.platform == "cuda" and not all(
-        map(_found, ("jax_plugins.xla_cuda13", "jax_cuda13_plugin"))
-    ):
-        import jax
-
-        command = CUDA.format(version=jax.__version__)
-        raise UserError(
-            f"{topology.name}: CUDA programs are compiled by JAX's CUDA plugin, which is not "
-            f"installed here: {command}"
-        )
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+    """Raise UserError, with the command that installs it, where the platform's compiler is missing
+    or is one of another JAX."""
+    if topology.platform != "cpu":
+        try:
+            found = importlib.metadata.version(COMPILERS[topology.platform])
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if error := compiler_error(topology.platform, found):
+            raise UserError(f"{topology.name}: {error}")
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """The variables of a process that compiles for a topology: no device of its own is looked for,
-    no server asked."""
-    found = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "LIBTPU_INIT_ARGS")
-    }
+    """The variables of a process that compiles for a topology: it looks for no device of its own
+    and asks no server."""
+    own = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "LIBTPU_INIT_ARGS")
+    found = {name: value for name, value in os.environ.items() if name not in own}
     found |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # results are cached, not executables
     }
-    found["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # results are kept, not executables
     if topology.platform == "cpu":
         found["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.size}"
     if topology.platform == "cuda":
@@ -183,28 +170,25 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def devices(topology: Topology) -> list:
-    """JAX's devices of the topology, to be called in a process with ``environment``. On a CPU they
-    are real ones."""
+    """JAX's devices of the topology, in a process with ``environment``. Those of a CPU are real."""
     import jax
     from jax.experimental import topologies
 
     if topology.platform == "cpu":
         return list(jax.devices()[: topology.size])
+    options: dict = {"platform": topology.platform, "topology_name": topology.name}
     if topology.platform == "cuda":
         shape = f"1x{topology.slices}x{topology.shape[0]}"
-        described = topologies.get_topology_desc(
-            platform="cuda", target_config=_GPU.format(**_GPU_FIELDS[topology.kind]), topology=shape
-        )
-        return list(described.devices)
-    options = {}
-    if topology.kind in ("v4",):
-        options["chip_config_name"] = "megacore"  # one device a chip, as these generations run
-    if math.prod(topology.shape) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    if topology.slices > 1:
-        options["num_slices"] = topology.slices
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
-    return list(described.devices)
+        board = _GPU.format(**_GPU_FIELDS[topology.kind])
+        options = {"platform": "cuda", "target_config": board, "topology": shape}
+    else:
+        if topology.kind == "v4":
+            options["chip_config_name"] = "megacore"  # one device a chip
+        if math.prod(topology.shape) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        if topology.slices > 1:
+            options["num_slices"] = topology.slices
+    return list(topologies.get_topology_desc(**options).devices)
 
 
 _GPU_FIELDS = {

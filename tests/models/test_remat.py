@@ -10,7 +10,7 @@ import pytest
 from pixart_jax.errors import UserError
 from pixart_jax.models.remat import HOST, NAMES, check_platform
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
-from pixart_jax.planning.arithmetic import products
+from pixart_jax.planning.matmul_cost import matmul_cost
 
 pytestmark = pytest.mark.usefixtures("optimized")
 CONFIG = TransformerConfig(
@@ -58,7 +58,7 @@ def test_only_none_keeps_what_attention_makes_for_each_pair_of_tokens():
 
 
 def test_dots_attention_keeps_what_dots_does_and_computes_no_attention_again():
-    flops = {name: products(gradient(name)[0].jaxpr.jaxpr).flops for name in NAMES}
+    flops = {name: matmul_cost(gradient(name)[0].jaxpr.jaxpr).flops for name in NAMES}
     assert (
         flops["none"]
         < flops["dots_attention"]

@@ -182,9 +182,9 @@ def pair(tmp_path):
     (tmp_path / "run.py").write_text(RUN)
 
     def start(*flags, wait: bool = True):
-        from pixart_jax.commands.launch import _free_port
+        from pixart_jax.commands.launch import free_port
 
-        port = str(_free_port())
+        port = str(free_port())
         for index in "01":
             files = [open(tmp_path / f"{len(started)}.{name}", "w+") for name in ("out", "err")]  # noqa: SIM115
             environment = {**os.environ, "XLA_FLAGS": ""}
@@ -265,9 +265,9 @@ def test_processes_that_are_done_end_together_with_status_0(pair):
 
 def test_a_coordinator_that_nobody_runs_is_named_in_time(tmp_path):
     (tmp_path / "run.py").write_text(RUN)
-    from pixart_jax.commands.launch import _free_port
+    from pixart_jax.commands.launch import free_port
 
-    port, began = _free_port(), time.monotonic()
+    port, began = free_port(), time.monotonic()
     command = [sys.executable, tmp_path / "run.py", str(port), "1", "--start-timeout", "3"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "XLA_FLAGS": ""}

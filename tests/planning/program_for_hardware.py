@@ -9,48 +9,70 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.util
 import json
 import math
+import re
 import sys
-from pathlib import Path
 
 import jax
 
 from pixart_jax.models.flops import train_flops
-from pixart_jax.planning import activations, hlo, topology
-from pixart_jax.planning.arithmetic import products
-from pixart_jax.planning.jobs import PlanTarget, SamplingWorkload
+from pixart_jax.planning import hlo, topology
+from pixart_jax.planning.matmul_cost import matmul_cost
 from pixart_jax.planning.programs import program
+from pixart_jax.planning.target import PlanTarget, SamplingWorkload
+from pixart_jax.training import memory, recipes
 from pixart_jax.weights.component import Transformer
 
 LARGE = 1 << 20  # bytes; smaller parameters may be copied
+_OPERAND = re.compile(r"%([\w.\-]+)")
 
 
-def job_of(
+def target_of(
     name: str, recipe: str, part: str, mesh: str, batch: str, side: str, remat: str
 ) -> PlanTarget:
-    spec = importlib.util.spec_from_file_location(
-        "recipe", Path(__file__).parents[2] / "configs" / f"{recipe}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe"] = module
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = recipes.load(recipes.find(recipe))
     stage = dataclasses.replace(config.stages[0], batch_size=int(batch))
     config = dataclasses.replace(config, stages=(stage,), remat=remat)
-    drawing = (
-        None if part == "step" else SamplingWorkload(int(batch), int(side), int(side), 20, 4.5)
-    )
-    return PlanTarget(
-        topology.parse(name),
-        config,
-        0,
-        tuple(map(int, mesh.split(","))),
-        (int(side),) * 2,
-        drawing,
-        part,
-    )
+    work = None if part == "step" else SamplingWorkload(int(batch), int(side), int(side), 20, 4.5)
+    sizes, bucket = tuple(map(int, mesh.split(","))), (int(side), int(side))
+    return PlanTarget(topology.parse(name), config, 0, sizes, bucket, work, part)
+
+
+def counted(target: PlanTarget, parameters: float) -> dict[str, float]:
+    """Bytes of activations by term. parameters: bytes of a device's share of them."""
+    platform, config = target.topology.jax_platform, target.config
+    sizes = (target.axes, target.bucket, platform, parameters)
+    return memory.activation_bytes(config, target.stage_config, config.remat, *sizes)
+
+
+def rearranged(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
+    """Copies and transposes, as written, of arrays of these shapes in any order of their
+    dimensions, without those of 1.
+
+    Not counted: asynchronous copies to another memory of the chip (copy-start), copies of a
+    broadcast, with which a loop's sums begin, and what a loop over stacked blocks does each time:
+    it takes a slice out of the stack and puts one in.
+    """
+
+    def outline(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(n for n in shape if n > 1))
+
+    wanted, found, seen = set(map(outline, shapes)), [], set()
+    for run in hlo.executed(text):
+        if run.computation in seen:
+            continue
+        seen.add(run.computation)
+        made = {i.name: i.opcode for i in run.instructions}
+        updates = [i.rest for i in run.instructions if i.opcode == "dynamic-update-slice"]
+        put = {name for rest in updates for name in _OPERAND.findall(rest)}
+        for i in run.instructions:
+            if i.opcode in ("copy", "transpose") and i.name not in put:
+                source = made.get(_OPERAND.findall(i.rest)[0])
+                if outline(i.dims) in wanted and source not in ("broadcast", "dynamic-slice"):
+                    line = f"{run.loop}: {i.name} = {i.shape} {i.opcode}({i.rest[:200]}"
+                    found.append(line)
+    return found
 
 
 def kernels(text: str) -> dict[str, int]:
@@ -73,11 +95,11 @@ def kernels(text: str) -> dict[str, int]:
     return dict(collections.Counter(names))
 
 
-def shapes_of_parameters(job: PlanTarget, mesh) -> set[tuple[int, ...]]:
+def shapes_of_parameters(target: PlanTarget, mesh) -> set[tuple[int, ...]]:
     """As a device holds them, and of the stacked ones a block's alone, as held and gathered."""
     found = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(
-        Transformer.abstract(job.config.model, "bfloat16", mesh).params
+        Transformer.abstract(target.config.model, "bfloat16", mesh).params
     ):
         stacked = path[0].key == "blocks"
         found |= {
@@ -89,25 +111,25 @@ def shapes_of_parameters(job: PlanTarget, mesh) -> set[tuple[int, ...]]:
 
 
 def main(name: str, *what: str) -> None:
-    job = job_of(name, *what)
-    made = program(job)
+    target = target_of(name, *what)
+    made = program(target)
     compiled = made.traced.lower().compile()
     text = compiled.as_text()
     found = {
         "kernels": kernels(text),
-        "rearranged": hlo.rearranged(text, shapes_of_parameters(job, made.mesh)),
+        "rearranged": rearranged(text, shapes_of_parameters(target, made.mesh)),
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
     }
-    if job.part == "step":
-        counted = found["counted"] = activations.counted(job, made.counted["parameters"])
-        own = found["temporaries"] - sum(counted[name] for name in activations.ANY_POLICY)
-        found["ratio"] = found["temporaries"] / sum(counted.values())
+    if target.part == "step":
+        terms = found["counted"] = counted(target, made.counted["parameters"])
+        own = found["temporaries"] - sum(terms[name] for name in memory.ANY_POLICY)
+        found["ratio"] = found["temporaries"] / sum(terms.values())
         # beside what the policy keeps alone
-        found["strictly"] = own / counted["kept"] if counted["kept"] else None
-        one = train_flops(job.config.model, *job.bucket, job.stage_config.data.max_text_tokens)
-        found["passes"] = (
-            3 * products(made.traced.jaxpr.jaxpr).flops / (one * job.stage_config.batch_size)
-        )
+        found["strictly"] = own / terms["kept"] if terms["kept"] else None
+        stage = target.stage_config
+        one = train_flops(target.config.model, *target.bucket, stage.data.max_text_tokens)
+        flops = matmul_cost(made.traced.jaxpr.jaxpr).flops
+        found["passes"] = 3 * flops / (one * stage.batch_size)
     print(json.dumps(found))
 
 

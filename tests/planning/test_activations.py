@@ -4,19 +4,18 @@ compares it with what compilers make."""
 from __future__ import annotations
 
 import pytest
-from planning.program_for_hardware import job_of
+from planning import program_for_hardware
 
 from pixart_jax.errors import UserError
 from pixart_jax.models import remat
-from pixart_jax.planning import activations
+from pixart_jax.training import memory
 
 STATE = 2.4e9  # bytes of parameters; any number does
 
 
 def counted(name: str, policy: str) -> dict[str, float]:
-    return activations.counted(
-        job_of(name, "xl2_512_aesthetic", "step", "1,1,1,1", "4", "512", policy), STATE
-    )
+    what = ("xl2_512_aesthetic", "step", "1,1,1,1", "4", "512", policy)
+    return program_for_hardware.counted(program_for_hardware.target_of(name, *what), STATE)
 
 
 # A CPU has no flash kernel: what a policy keeps is the table in models/remat.py, in streams of the
@@ -33,7 +32,7 @@ def test_what_a_policy_keeps_is_its_row_of_the_table(policy, streams):
 @pytest.mark.parametrize("name", ["cpu:1", "h200:1", "v5e:1x1"])
 def test_what_is_not_kept_is_there_whatever_the_policy(name):
     found = [counted(name, policy) for policy in remat.NAMES if policy != "none"]
-    for term in (*activations.ANY_POLICY, "block"):
+    for term in (*memory.ANY_POLICY, "block"):
         assert len({one[term] for one in found}) == 1, term
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pixart_jax.planning import hlo
+from planning.program_for_hardware import rearranged
 
 TEXT = """
 %loop (p: (s32[], bf16[28,64,32])) -> bf16[1,64,32] {
@@ -29,6 +29,6 @@ ENTRY %main (a: f32[28,64,32]) -> f32[28,64,32] {
 
 
 def test_what_is_rearranged_is_told_from_what_a_loop_over_blocks_must_do():
-    found = hlo.rearranged(TEXT, {(28, 64, 32), (64, 32)})
+    found = rearranged(TEXT, {(28, 64, 32), (64, 32)})
     assert [line.split()[1] for line in found] == ["copy.4", "turned"]
-    assert hlo.rearranged(TEXT, {(7, 7)}) and not hlo.rearranged(TEXT, {(9, 9)})
+    assert rearranged(TEXT, {(7, 7)}) and not rearranged(TEXT, {(9, 9)})

@@ -13,7 +13,7 @@ from planning import small_run
 
 from pixart_jax.planning import topology
 from pixart_jax.planning.compilation import CompileLimits, compiled
-from pixart_jax.planning.jobs import PlanTarget
+from pixart_jax.planning.target import PlanTarget
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("optimized")

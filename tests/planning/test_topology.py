@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
+import jax
 import pytest
 
 from pixart_jax.errors import UserError
@@ -43,9 +46,9 @@ def test_a_name_says_how_many_devices_it_is(name, slices, platform, size):
     ],
 )
 def test_a_name_that_does_not_exist_lists_those_that_do(name, slices, says):
-    with pytest.raises(UserError) as fault:
+    with pytest.raises(UserError) as error:
         topology.parse(name, slices)
-    assert says in str(fault.value) and "\n" not in str(fault.value)
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_dimension_closes_to_a_ring_where_the_hardware_closes_it():
@@ -58,12 +61,27 @@ def test_a_dimension_closes_to_a_ring_where_the_hardware_closes_it():
 
 
 @pytest.mark.parametrize(
-    "name, package", [("v5e:4x4", "jax[tpu]"), ("h200:8", "jax-cuda13-plugin")]
+    "name, package",
+    [("v5e:4x4", "libtpu==0.0."), ("h200:8", f"jax-cuda13-plugin=={jax.__version__}")],
 )
-def test_an_absent_compiler_is_one_line_with_the_command_that_installs_it(
-    name, package, monkeypatch
+@pytest.mark.parametrize("found", [None, "0.0.1"])
+def test_a_missing_or_unfit_compiler_is_one_line_with_the_command_that_installs_it(
+    name, package, found, monkeypatch
 ):
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(UserError, match="pip install") as fault:
+    def version(distribution: str) -> str:
+        if distribution == "jax":
+            return jax.__version__
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(topology.importlib.metadata, "version", version)
+    with pytest.raises(UserError, match="pip install") as error:
         topology.require_compiler(topology.parse(name))
-    assert package in str(fault.value)
+    assert package in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_compiler_that_jax_asks_for_is_taken():
+    for platform in ("tpu", "cuda"):
+        version = topology.wanted_compiler(platform).partition("==")[2].replace("*", "7")
+        assert topology.compiler_error(platform, version) is None

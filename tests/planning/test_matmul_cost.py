@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from pixart_jax.planning.arithmetic import products
+from pixart_jax.planning.matmul_cost import matmul_cost
 
 
 def count(function, *shapes):
-    return products(
+    return matmul_cost(
         jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr
     )
 

@@ -1,0 +1,134 @@
+"""What is planned, one program of a run on one mesh of one topology, and its compiled figures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pixart_jax.config import Config, StageConfig
+from pixart_jax.parallel.mesh import AXES
+from pixart_jax.planning.collectives import Collective
+from pixart_jax.planning.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingWorkload:
+    """A batch of images to generate. height, width: pixels. guidance: 1 is no second pass. dtype:
+    of the computation."""
+
+    batch: int
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    solver: str = "dpm++"
+    dtype: str = "bfloat16"
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of an image at each step."""
+        return 1 if self.guidance == 1 else 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanTarget:
+    """The program to compile. mesh: sizes of the four axes, none −1. bucket: (height, width) in
+    pixels of a train step. sampling: not None for the sampler, whose part is 'denoise' (the scan
+    over the steps) or 'decode' (the VAE)."""
+
+    topology: Topology
+    config: Config
+    stage: int
+    mesh: tuple[int, int, int, int]
+    bucket: tuple[int, int] = (0, 0)
+    sampling: SamplingWorkload | None = None
+    part: str = "step"
+
+    @property
+    def stage_config(self) -> StageConfig:
+        return self.config.stages[self.stage]
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return dict(zip(AXES, self.mesh, strict=True))
+
+    @property
+    def label(self) -> str:
+        axes = " ".join(f"{name}={size}" for name, size in self.axes.items() if size > 1)
+        return axes or "one device"
+
+    @property
+    def batch(self) -> int:
+        return self.sampling.batch if self.sampling else self.stage_config.batch_size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.sampling.height, self.sampling.width) if self.sampling else self.bucket
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of a size in pixels."""
+        side = 8 * self.config.model.patch_size
+        return (size[0] // side) * (size[1] // side)
+
+    def with_mesh_and_batch(self, mesh: tuple[int, int, int, int], batch: int) -> PlanTarget:
+        if self.sampling is not None:
+            sampling = dataclasses.replace(self.sampling, batch=batch)
+            return dataclasses.replace(self, mesh=mesh, sampling=sampling)
+        stages = list(self.config.stages)
+        stages[self.stage] = dataclasses.replace(self.stage_config, batch_size=batch)
+        config = dataclasses.replace(self.config, stages=tuple(stages))
+        return dataclasses.replace(self, mesh=mesh, config=config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What a collective over these mesh axes runs on. group: devices. links: one-way links of the
+    torus that a device has in their directions (2 for a dimension that closes to a ring, 1 for a
+    line), 1 for a switch, 0 within a chip. networks: slices or hosts that the group spans."""
+
+    axes: tuple[str, ...]
+    group: int
+    links: int
+    networks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStats:
+    """Figures of a compiled program: bytes on one device unless a unit is given.
+
+    counted: bytes by kind, from shapes and shardings. flops, product_bytes: of all devices
+    together, from the traced program. arguments … host: the compiler's; zero where it ran out of
+    memory, when ``wanted`` is what it asked for. whole_share: of the parameters' bytes, what every
+    device holds whole. compile_cpu_seconds: of all cores together. host_peak: of the compiling
+    process. remat: the policy, chosen where the config says "auto"; "" for sampling.
+    """
+
+    device_kind: str
+    counted: dict[str, float]
+    flops: float
+    product_bytes: float
+    arguments: float = 0.0
+    outputs: float = 0.0
+    aliased: float = 0.0
+    temporaries: float = 0.0
+    code: float = 0.0
+    host: float = 0.0
+    wanted: float | None = None
+    available: float | None = None
+    collectives: tuple[Collective, ...] = ()
+    links: tuple[Link, ...] = ()
+    whole_share: float = 0.0
+    assumptions: tuple[str, ...] = ()
+    compile_seconds: float = 0.0
+    compile_cpu_seconds: float = 0.0
+    host_peak: float = 0.0
+    compiler: str = ""
+    cached: bool = False
+    remat: str = ""
+
+    @property
+    def total(self) -> float:
+        """Peak bytes on a device."""
+        if self.wanted is not None:
+            return self.wanted
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
