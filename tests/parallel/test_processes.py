@@ -217,8 +217,15 @@ PATIENCE = 4.0
 SLACK = 8.0  # of a machine that is busy with other tests
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [
+        (signal.SIGKILL, 0),
+        (signal.SIGSTOP, 1),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_dead_or_hung_process_ends_the_other_with_a_line_and_a_status_in_time(pair, number, lost):
     children = pair("--peer-timeout", str(PATIENCE))
     began = time.monotonic()
@@ -250,7 +257,7 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_ends_the_other(pair):
 
 
 def test_a_step_that_never_ends_though_all_processes_live_is_named(pair):
-    children = pair("hang-1", "--stall-timeout", "4")
+    children = pair("hang-1", "--stall-timeout", "2")
     for child in children:
         assert child.wait(timeout=60) == PEER_LOST
         assert "no step was done for" in last_line(

@@ -33,25 +33,19 @@ def kept(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ([], "--topology"),
-        (["--topology", "v5e:3x5"], "v5e:4x4"),
-        (["--topology", "cpu:8", "--mesh", "fsdp=3"], "sizes that divide it: 1, 2, 4, 8"),
-        (["--topology", "cpu:8", "--mesh", "tensor=4"], "does not divide 6 heads"),
-        (["--topology", "cpu:8", "--mesh", "widht=4"], "'widht' is no axis"),
-        (["--topology", "cpu:8", "--batch-size", "12"], "8 or 16 would be"),
-        (["--topology", "cpu:8", "--stage", "wrods"], "did you mean 'words'"),
-        (
-            ["--topology", "v5e:4x4", "--slices", "3", "--mesh", "data=16,fsdp=3"],
-            "not a multiple of the 3 slices",
-        ),
-        (
-            ["--topology", "v5e:4x4", "--slices", "2", "--mesh", "data=1,fsdp=32"],
-            "they lie along data",
-        ),
-        (["--topology", "cpu:8", "--stages.0.steps", "none"], "--stages.0.steps"),
-        (["--topology", "cpu:8", "--compile-gib", "-1"], "must be positive"),
-        (["--topology", "cpu:8", "--sample", "--height", "100"], "height 100"),
-        (["--topology", "cpu:8", "--sweep", "--most", "0"], "--most 0"),
+        ("", "--topology"),
+        ("--topology v5e:3x5", "v5e:4x4"),
+        ("--topology cpu:8 --mesh fsdp=3", "sizes that divide it: 1, 2, 4, 8"),
+        ("--topology cpu:8 --mesh tensor=4", "does not divide 6 heads"),
+        ("--topology cpu:8 --mesh widht=4", "'widht' is no axis"),
+        ("--topology cpu:8 --batch-size 12", "8 or 16 would be"),
+        ("--topology cpu:8 --stage wrods", "did you mean 'words'"),
+        ("--topology v5e:4x4 --slices 3 --mesh data=16,fsdp=3", "not a multiple of the 3 slices"),
+        ("--topology v5e:4x4 --slices 2 --mesh data=1,fsdp=32", "they lie along data"),
+        ("--topology cpu:8 --stages.0.steps none", "--stages.0.steps"),
+        ("--topology cpu:8 --compile-gib -1", "must be positive"),
+        ("--topology cpu:8 --sample --height 100", "height 100"),
+        ("--topology cpu:8 --sweep --most 0", "--most 0"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_compiled(flags, says, monkeypatch):
@@ -60,7 +54,7 @@ def test_bad_input_is_one_line_before_anything_is_compiled(flags, says, monkeypa
     )
     monkeypatch.setattr(topology, "require_compiler", lambda where: None)
     with pytest.raises(UserError) as error:
-        command.main([RECIPE, *flags])
+        command.main([RECIPE, *flags.split()])
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -70,41 +64,24 @@ def test_without_a_recipe_the_recipes_are_listed():
 
 
 def test_flags_of_the_command_and_overrides_of_the_recipe_are_told_apart():
-    recipe, own, rest = command.split(
-        [
-            "xl2",
-            "--topology=v5e:4x4",
-            "--remat",
-            "dots",
-            "--sweep",
-            "--stages.0.steps",
-            "5",
-            "--stage",
-            "a",
-        ]
-    )
-    assert (recipe, own, rest) == (
-        "xl2",
-        ["--topology=v5e:4x4", "--sweep", "--stage", "a"],
-        ["--remat", "dots", "--stages.0.steps", "5"],
-    )
+    flags = "--topology=v5e:4x4 --remat dots --sweep --stages.0.steps 5 --stage a"
+    recipe, own, rest = command.split(["xl2", *flags.split()])
+    assert recipe == "xl2" and own == ["--topology=v5e:4x4", "--sweep", "--stage", "a"]
+    assert rest == ["--remat", "dots", "--stages.0.steps", "5"]
+
+
+def plan_json(folder: Path, flags: str) -> dict:
+    """What the command writes."""
+    file = folder / "plan.json"
+    assert command.main([RECIPE, *flags.split(), *TINY, "--json", str(file)]) == 0
+    return json.loads(file.read_text())
 
 
 @pytest.mark.slow
 def test_a_plan_tells_memory_flops_and_collectives_and_is_kept(tmp_path, capsys):
-    arguments = [
-        RECIPE,
-        "--topology",
-        "cpu:8",
-        "--mesh",
-        "data=2,fsdp=4",
-        *TINY,
-        "--json",
-        str(tmp_path / "plan.json"),
-    ]
-    assert command.main(arguments) == 0
+    flags = "--topology cpu:8 --mesh data=2,fsdp=4"
+    (found,) = plan_json(tmp_path, flags)["programs"]
     said = capsys.readouterr().out
-    (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
     memory = {name: entry["value"] for name, entry in found["memory"].items()}
     assert (
         memory["EMA"] == memory["parameters"] > 0
@@ -120,33 +97,14 @@ def test_a_plan_tells_memory_flops_and_collectives_and_is_kept(tmp_path, capsys)
     assert all(set(c["axes"]) <= {"data", "fsdp"} for c in found["collectives"])
     assert found["fits"] is None and "time" not in found
     assert "compiled" in said and "counted" in said and "0.18215" in said
-    command.main(arguments)
-    (again,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
+    (again,) = plan_json(tmp_path, flags)["programs"]
     assert again["compile"].pop("kept") and not found["compile"].pop("kept") and again == found
 
 
 @pytest.mark.slow
 def test_a_plan_of_drawing_has_both_programs_and_all_weights(tmp_path):
-    arguments = [
-        RECIPE,
-        "--topology",
-        "cpu:2",
-        "--mesh",
-        "fsdp=2,data=1",
-        *TINY,
-        "--sample",
-        "--batch-size",
-        "2",
-        "--steps",
-        "3",
-    ]
-    assert (
-        command.main(
-            [*arguments, "--height", "32", "--width", "32", "--json", str(tmp_path / "plan.json")]
-        )
-        == 0
-    )
-    found = json.loads((tmp_path / "plan.json").read_text())
+    size = "--batch-size 2 --steps 3 --height 32 --width 32"
+    found = plan_json(tmp_path, f"--topology cpu:2 --mesh fsdp=2,data=1 --sample {size}")
     assert [p["program"] for p in found["programs"]] == ["denoise", "decode"]
     # T5-XXL in bfloat16 on two devices
     assert found["batch"]["peak"] > found["batch"]["weights"] > 9.5e9 / 2 * 0.98
@@ -259,18 +217,7 @@ def libtpu(monkeypatch):
 @compilers.needs("v5e:2x4")
 @pytest.mark.slow
 def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, libtpu):
-    arguments = [
-        RECIPE,
-        "--topology",
-        "v5e:2x4",
-        "--mesh",
-        "data=2,fsdp=4",
-        *TINY,
-        "--json",
-        str(tmp_path / "plan.json"),
-    ]
-    assert command.main(arguments) == 0
-    (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
+    (found,) = plan_json(tmp_path, "--topology v5e:2x4 --mesh data=2,fsdp=4")["programs"]
     assert (
         found["fits"]
         and found["time"]["images_per_second"]["value"] > 0
@@ -282,20 +229,6 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, libtpu):
 @compilers.needs("v5e:2x2")
 @pytest.mark.slow
 def test_a_program_that_a_slice_cannot_hold_is_told_and_is_no_traceback(capsys, libtpu):
-    assert (
-        command.main(
-            [
-                RECIPE,
-                "--topology",
-                "v5e:2x2",
-                "--mesh",
-                "fsdp=4,data=1",
-                "--remat",
-                "none",
-                "--batch-size",
-                "65536",
-            ]
-        )
-        == 0
-    )
+    flags = "--topology v5e:2x2 --mesh fsdp=4,data=1 --remat none --batch-size 65536"
+    assert command.main([RECIPE, *flags.split()]) == 0
     assert "does not fit: needs" in capsys.readouterr().out
