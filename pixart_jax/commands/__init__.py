@@ -1,1 +1,1 @@
-"""The commands of ``python -m pixart_jax`` that belong to no other room."""
+"""Commands of ``python -m pixart_jax`` without a package of their own."""

@@ -1,5 +1,4 @@
-"""Where arrays lie: the device mesh, and the table from logical axis names to mesh axes."""
+"""The device mesh, shardings from logical axis names, and the processes of a run."""
 
-# Where this process belongs, in its environment: the local launcher says so, and any other may.
-# Read together or not at all.
+# A process's place, as a launcher sets it; read only where all three are set.
 DISTRIBUTED_ENV_VARS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

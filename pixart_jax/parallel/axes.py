@@ -1,17 +1,14 @@
-"""Logical names of array axes: the one vocabulary that models write on their arrays and parallel's
-rules map to the mesh."""
+"""Logical names of array axes, which models attach to arrays and parallel.rules maps to the mesh."""
 
 from __future__ import annotations
 
 # Parameters.
 LAYERS = "layers"  # the stacked leading axis of scanned blocks
-# model width d, where it is a layer's input (the contracting side), or the output of a block's last
-# projection
-EMBED = "embed"
+EMBED = "embed"  # width d as a layer's input, or as the output of a block's last projection
 HEADS = "heads"  # fused heads · head_dim, the output of q, k and v
 MLP = "mlp"  # the MLP's inner width
 TEXT = "text"  # caption width (the text encoder's states)
-MODULATION = "modulation"  # 6·d or 2·d of adaptive layer norm; kept whole
+MODULATION = "modulation"  # 6·d or 2·d of adaptive layer norm; replicated
 CONV_IN = "conv_in"
 CONV_OUT = "conv_out"
 VOCAB = "vocab"
@@ -26,6 +23,6 @@ ACT_HEADS = "act_heads"  # attention heads
 ACT_MLP = "act_mlp"  # the MLP's inner width
 
 ACTIVATION = (BATCH, TOKENS, ACT_EMBED)  # [b, n, d], the residual stream
-CONDITION = (BATCH, ACT_EMBED)  # [b, d], what every token of a sample is told alike
+CONDITION = (BATCH, ACT_EMBED)  # [b, d], the same for every token of a sample
 TEXT_ACTIVATION = (BATCH, TEXT_TOKENS, ACT_EMBED)  # [b, l, d], a text model's
 OF_ACTIVATIONS = (BATCH, TOKENS, TEXT_TOKENS, ACT_EMBED, ACT_HEADS, ACT_MLP)
