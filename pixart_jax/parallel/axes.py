@@ -1,4 +1,4 @@
-"""Logical names of array axes, which models attach to arrays and parallel.rules maps to the mesh."""
+"""Logical names of array axes: models attach them to arrays, parallel.rules maps them to a mesh."""
 
 from __future__ import annotations
 

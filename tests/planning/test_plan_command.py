@@ -215,7 +215,6 @@ def libtpu(monkeypatch):
 
 
 @compilers.needs("v5e:2x4")
-@pytest.mark.slow
 def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, libtpu):
     (found,) = plan_json(tmp_path, "--topology v5e:2x4 --mesh data=2,fsdp=4")["programs"]
     assert (
