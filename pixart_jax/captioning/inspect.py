@@ -137,7 +137,8 @@ def survey(
     counts = np.bincount(table["bucket"], minlength=len(buckets)).tolist()
     smallest = np.array(buckets)[table["bucket"]]  # [n, 2], px
     sizes = np.stack([table["height"], table["width"]], 1)
-    groups, pictures = [], {}
+    groups: list[list[str]] = []
+    pictures: dict[str, list[Look]] = {}
     if options.duplicates >= 0 and len(table):
         for group in duplicate_groups(table["hash"], options.duplicates):
             numbers = table["index"][group]
