@@ -24,7 +24,8 @@ from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 SHIPPED = bundled("assets") / "shapes"
 if TYPE_CHECKING:
-    Level = AnyLevel = str
+    Level = str
+    AnyLevel = str
 else:  # the choices that --help lists
     Level, AnyLevel = Literal[*shapes.LEVELS], Literal["all", *shapes.LEVELS]
 _PROG = "python -m pixart_jax evaluate"
