@@ -272,15 +272,15 @@ class PreviewConfig:
     # steps; 0: at the end of each stage only
     every: int = 0
     prompts: tuple[str, ...] = ()
-    steps: int = 20
-    # also the default of the exported model
-    guidance: float = 4.5
+    # None: as SamplingConfig's defaults; guidance is also the default of the exported model
+    steps: int | None = None
+    guidance: float | None = None
     seed: int = 0
 
     def __post_init__(self):
         rule = "must not be negative; 0 draws at the end of each stage only"
         require(self, rule, every=self.every >= 0)
-        require(self, "must be at least 1", steps=self.steps >= 1)
+        require(self, "must be at least 1", steps=self.steps is None or self.steps >= 1)
         require(self, "must not be negative", seed=self.seed >= 0)
 
 

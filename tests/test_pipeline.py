@@ -86,18 +86,17 @@ def assert_draws_the_same(
     assert min(values) >= 45, values
 
 
-def test_draws_the_image_of_diffusers(pair):
-    assert_draws_the_same(pair[0], pair[1], PROMPTS, 64, 64)
-
-
-def test_draws_the_image_of_diffusers_on_an_oblong_canvas_under_a_negative_prompt(pair):
-    assert_draws_the_same(
-        pair[0], pair[1], PROMPTS[:2], 48, 96, negative="a red star", steps=7, guidance=3.0
-    )
-
-
-def test_guidance_one_is_the_image_without_guidance(pair):
-    assert_draws_the_same(pair[0], pair[1], PROMPTS[:1], 64, 64, steps=5, guidance=1.0)
+@pytest.mark.parametrize(
+    "count, height, width, how",
+    [
+        (3, 64, 64, {}),
+        (2, 48, 96, {"negative": "a red star", "steps": 7, "guidance": 3.0}),
+        (1, 64, 64, {"steps": 5, "guidance": 1.0}),
+    ],
+    ids=["20 steps", "oblong, under a negative prompt", "without guidance"],
+)
+def test_gives_the_image_of_diffusers(pair, count, height, width, how):
+    assert_draws_the_same(*pair[:2], PROMPTS[:count], height, width, **how)
 
 
 def test_model_with_size_conditions_is_told_the_images_size(tmp_path):
@@ -135,46 +134,23 @@ def test_saving_over_a_saved_folder_replaces_its_parts_and_keeps_other_files(our
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "transformer" / "stale.safetensors").write_text("old")
     ours.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [
-            "README.md",
-            "model_index.json",
-            "sampling_config.json",
-            "scheduler",
-            "text_encoder",
-            "tokenizer",
-            "transformer",
-            "vae",
-        ]
-    )
+    names = ["README.md", "model_index.json", "sampling_config.json", "scheduler", "text_encoder"]
+    names += ["tokenizer", "transformer", "vae"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert not (tmp_path / "transformer" / "stale.safetensors").exists()
-    np.testing.assert_array_equal(
-        Pipeline.from_pretrained(tmp_path)(PROMPTS[0], steps=2), ours(PROMPTS[0], steps=2)
-    )
+    again = Pipeline.from_pretrained(tmp_path)(PROMPTS[0], steps=2)
+    np.testing.assert_array_equal(again, ours(PROMPTS[0], steps=2))
 
 
-def test_shipped_folder_draws_what_diffusers_draws_from_it(root):
+def test_shipped_folder_gives_what_diffusers_gives_from_it(root):
     shipped = root / "assets" / "shapes"
-    if not (shipped / "model_index.json").is_file():
-        pytest.skip("assets/shapes is not there yet")
     theirs = PixArtAlphaPipeline.from_pretrained(shipped)
     theirs.set_progress_bar_config(disable=True)
-    prompts = [
-        "a large red star left of a small blue circle",
-        "a small green square",
-        "a large yellow circle",
-    ]
-    pipe = Pipeline.from_pretrained(shipped)
-    assert_draws_the_same(theirs, pipe, prompts, pipe.default_size, pipe.default_size)
-    unit = 8 * pipe.transformer.config.patch_size
-    assert_draws_the_same(
-        theirs,
-        pipe,
-        prompts[:2],
-        pipe.default_size,
-        pipe.default_size + unit,
-        negative="a red circle",
-    )
+    pipe, prompts = Pipeline.from_pretrained(shipped), ["a large red star left of a small circle"]
+    prompts += ["a small green square", "a large yellow circle"]
+    side, unit = pipe.default_size, 8 * pipe.transformer.config.patch_size
+    assert_draws_the_same(theirs, pipe, prompts, side, side)
+    assert_draws_the_same(theirs, pipe, prompts[:2], side, side + unit, negative="a red circle")
 
 
 @pytest.mark.parametrize("solver", ["dpm++", "sa", "ddpm"])
@@ -228,27 +204,18 @@ def test_negative_states_of_another_length_are_padded(ours):
 
 def test_null_embedding_is_the_stored_caption_under_the_prompts_length(ours):
     null = np.asarray(jax.random.normal(jax.random.key(0), (120, 16)))
-    pipe = ours.replace(
-        transformer=ours.transformer.replace(
-            params={**ours.transformer.params, "null_caption": jnp.asarray(null)}
-        )
-    )
+    params = {**ours.transformer.params, "null_caption": jnp.asarray(null)}
+    pipe = ours.replace(transformer=ours.transformer.replace(params=params))
     noise = noise_for(pipe, 1, 64, 64)
     states, lengths = pipe.encode_text(PROMPTS[:1])
     core = pipe.denoise(states, lengths, noise, null[None, : states.shape[1]], lengths, steps=3)
+    embedding = pipe(PROMPTS[0], steps=3, null="embedding")
+    np.testing.assert_array_equal(np.asarray(pipe.decode(core)), embedding)
+    assert np.abs(embedding.astype(int) - pipe(PROMPTS[0], steps=3)).max() > 1
+    # A negative prompt with words counts as it is, whichever null is chosen.
+    how = {"negative_prompt": "a red star", "steps": 3}
     np.testing.assert_array_equal(
-        np.asarray(pipe.decode(core)), pipe(PROMPTS[0], steps=3, null="embedding")
-    )
-    assert (
-        np.abs(
-            pipe(PROMPTS[0], steps=3, null="embedding").astype(int) - pipe(PROMPTS[0], steps=3)
-        ).max()
-        > 1
-    )
-    # A negative prompt that says something is what it says, whichever null is chosen.
-    says = {"negative_prompt": "a red star", "steps": 3}
-    np.testing.assert_array_equal(
-        pipe(PROMPTS[0], null="embedding", **says), pipe(PROMPTS[0], **says)
+        pipe(PROMPTS[0], null="embedding", **how), pipe(PROMPTS[0], **how)
     )
 
 
@@ -454,72 +421,44 @@ def test_a_sigma_folder_reads_300_tokens_and_draws_what_diffusers_draws(tmp_path
     )
 
 
-def test_a_folder_without_its_index_or_of_another_pipeline_is_named(ours, tmp_path):
-    ours.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(
-        json.dumps(index | {"_class_name": "PixArtBetaPipeline"})
-    )
-    with pytest.raises(UserError, match="'PixArtBetaPipeline' .did you mean.*not known"):
-        Pipeline.from_pretrained(tmp_path)
-    (tmp_path / "model_index.json").unlink()
-    with pytest.raises(UserError, match="has no model_index.json"):
-        Pipeline.from_pretrained(tmp_path)
-
-
-def test_an_lcm_folder_draws_in_four_steps_what_diffusers_draws(tmp_path, monkeypatch):
-    """Without a word about steps, solver or guidance; both add the same noise between the steps."""
+@pytest.mark.parametrize(
+    "scheduler, steps, theirs_how",
+    [
+        (LCMScheduler, 4, {"num_inference_steps": 4}),
+        # a DDPM step at time 400, as the official code samples a distilled checkpoint
+        (DDPMScheduler, 1, {"num_inference_steps": 1, "timesteps": [400]}),
+    ],
+    ids=["lcm", "dmd"],
+)
+def test_distilled_models_give_what_diffusers_gives(
+    tmp_path, monkeypatch, scheduler, steps, theirs_how
+):
+    """An LCM folder without a word about steps, solver or guidance; both add the same noise."""
     theirs = tiny_diffusers.build(tmp_path)
-    theirs.scheduler = LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    theirs.scheduler = scheduler(**betas, **({} if steps == 4 else {"clip_sample": False}))
     theirs.save_pretrained(tmp_path)
-    pipe = Pipeline.from_pretrained(tmp_path)
-    assert pipe.sampling == SamplingConfig(4, 1.0, "lcm").with_defaults()
+    pipe, how = Pipeline.from_pretrained(tmp_path), {"solver": "dmd", "guidance": 1.0}
+    if steps == 4:
+        how = {"times": "integer"}
+        assert pipe.sampling == SamplingConfig(4, 1.0, "lcm").with_defaults()
     noise, keys = pipe.noise(0, range(2), 64, 64)
     step = iter(range(4))
 
     def same_noise(*_, **__):
         here = next(step)
-        drawn = jax.vmap(
-            lambda key: jax.random.normal(jax.random.fold_in(key, here), noise.shape[1:])
-        )(keys)
-        return torch.from_numpy(np.array(drawn)).permute(0, 3, 1, 2)
+        fold = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, here), (8, 8, 4)))
+        return torch.from_numpy(np.array(fold(keys))).permute(0, 3, 1, 2)
 
     monkeypatch.setattr(scheduling_lcm, "randn_tensor", same_noise)
     want, images = tiny_diffusers.draw(
-        theirs, PROMPTS[:2], np.asarray(noise), num_inference_steps=4, guidance_scale=1.0
+        theirs, PROMPTS[:2], np.asarray(noise), **theirs_how, guidance_scale=1.0
     )
-    states, lengths = pipe.encode_text(PROMPTS[:2])
-    found = pipe.denoise(
-        states, lengths, noise, steps=4, guidance=1.0, solver="lcm", times="integer", keys=keys
-    )
+    full = {"solver": "lcm", "guidance": 1.0, "keys": keys, **how}
+    found = pipe.denoise(*pipe.encode_text(PROMPTS[:2]), noise, steps=steps, **full)
     assert np.linalg.norm(found - want) / np.linalg.norm(want) < 1e-4
-    assert (
-        min(psnr(a, b) for a, b in zip(pipe(PROMPTS[:2], times="integer"), images, strict=True))
-        >= 45
-    )
-
-
-def test_one_step_of_dmd_draws_what_diffusers_draws(tmp_path):
-    """As the official code draws with a distilled checkpoint: one step of a DDPM at time 400, no
-    guidance."""
-    theirs = tiny_diffusers.build(tmp_path)
-    theirs.scheduler = DDPMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
-    )
-    pipe = Pipeline.from_pretrained(tmp_path)
-    noise, _ = pipe.noise(0, range(2), 64, 64)
-    how = {"num_inference_steps": 1, "timesteps": [400], "guidance_scale": 1.0}
-    want, images = tiny_diffusers.draw(theirs, PROMPTS[:2], np.asarray(noise), **how)
-    states, lengths = pipe.encode_text(PROMPTS[:2])
-    found = np.asarray(pipe.denoise(states, lengths, noise, steps=1, guidance=1.0, solver="dmd"))
-    assert np.linalg.norm(found - want) / np.linalg.norm(want) < 1e-5
-    assert (
-        min(
-            psnr(a, b)
-            for a, b in zip(pipe(PROMPTS[:2], solver="dmd", guidance=1.0), images, strict=True)
-        )
-        >= 45
-    )
+    values = [psnr(a, b) for a, b in zip(pipe(PROMPTS[:2], **how), images, strict=True)]
+    assert min(values) >= 45
 
 
 def test_bfloat16_draws_nearly_the_same(ours, tmp_path):
@@ -566,21 +505,25 @@ def test_options_that_cannot_be_used_are_named(ours, how, says):
 def test_folders_that_are_no_model_are_named(ours, tmp_path):
     with pytest.raises(UserError, match="no model folder"):
         Pipeline.from_pretrained(tmp_path / "nowhere")
-    ours.save_pretrained(tmp_path / "model")
+    model = tmp_path / "model"
+    ours.save_pretrained(model)
     with pytest.raises(UserError, match="part of a model"):
-        Pipeline.from_pretrained(tmp_path / "model" / "transformer")
-    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
-    found = json.loads(config.read_text())
-    for change, says in (
-        ({"prediction_type": "flow_prediction"}, "prediction_type"),
-        ({"trained_betas": [0.1]}, "trained_betas"),
+        Pipeline.from_pretrained(model / "transformer")
+    scheduler, index = model / "scheduler" / "scheduler_config.json", model / "model_index.json"
+    for path, change, says in (
+        (scheduler, {"prediction_type": "flow_prediction"}, "prediction_type"),
+        (scheduler, {"trained_betas": [0.1]}, "trained_betas"),
+        (scheduler, None, "scheduler_config.json"),
+        (index, {"_class_name": "PixArtBetaPipeline"}, "'PixArtBetaPipeline' .did you mean.*known"),
+        (index, None, "has no model_index.json"),
     ):
-        config.write_text(json.dumps({**found, **change}))
+        before = path.read_text()
+        path.write_text(json.dumps({**json.loads(before), **(change or {})}))
+        if change is None:
+            path.unlink()
         with pytest.raises(UserError, match=says):
-            Pipeline.from_pretrained(tmp_path / "model")
-    config.unlink()
-    with pytest.raises(UserError, match="scheduler_config.json"):
-        Pipeline.from_pretrained(tmp_path / "model")
+            Pipeline.from_pretrained(model)
+        path.write_text(before)
 
 
 @pytest.mark.parametrize(

@@ -58,185 +58,106 @@ def assert_within(a: Path, b: Path, levels: int) -> None:
 # Text states.
 
 
-def test_text_states_draw_the_same_images_and_the_text_encoder_is_never_opened(
+def generate(model: Path, out: Path, *flags, **paths) -> None:
+    """sample.py with flags between blanks and flags of paths, without a sheet."""
+    argv = ["--model", str(model), "--out", str(out), "--no-grid", *" ".join(flags).split()]
+    for name, path in paths.items():
+        argv += [f"--{name.replace('_', '-')}", str(path)]
+    assert cli.run(sample.main, argv) == 0
+
+
+def encode(model: Path, prompts: Path, out: Path, *flags: str) -> Path:
+    argv = f"--prompts {prompts} --model {model} --out {out}".split()
+    assert cli.run(encode_command.main, [*argv, *flags]) == 0
+    return out
+
+
+def test_text_states_give_the_same_images_and_the_text_encoder_is_never_opened(
     tiny_model, prompt_file, tmp_path, monkeypatch, capsys
 ):
     from pixart_jax.weights import component
 
-    base = [
-        "--model",
-        str(tiny_model),
-        "--prompts",
-        str(prompt_file),
-        "--steps",
-        "2",
-        "--no-grid",
-        "--batch-size",
-        "2",
-    ]
-    assert cli.run(sample.main, [*base, "--out", str(tmp_path / "plain")]) == 0
-    for stored in ("float32", "bfloat16"):
-        argv = [
-            "--prompts",
-            str(prompt_file),
-            "--model",
-            str(tiny_model),
-            "--out",
-            str(tmp_path / f"{stored}.safetensors"),
-        ]
-        assert cli.run(encode_command.main, [*argv, "--stored", stored]) == 0
+    how = ("--steps 2 --batch-size 2",)
+    generate(tiny_model, tmp_path / "plain", *how, prompts=prompt_file)
+    states = {
+        stored: encode(
+            tiny_model, prompt_file, tmp_path / f"{stored}.safetensors", "--stored", stored
+        )
+        for stored in ("float32", "bfloat16")
+    }
     opened, real = [], component.load_component
     monkeypatch.setattr(
         component,
         "load_component",
         lambda folder, **how: opened.append(Path(folder).name) or real(folder, **how),
     )
-    capsys.readouterr()
-    for stored in ("float32", "bfloat16"):
-        argv = [
-            *base,
-            "--out",
-            str(tmp_path / stored),
-            "--text-states",
-            str(tmp_path / f"{stored}.safetensors"),
-        ]
-        assert cli.run(sample.main, argv) == 0
+    for stored, path in states.items():
+        generate(tiny_model, tmp_path / stored, *how, prompts=prompt_file, text_states=path)
     assert sorted(set(opened)) == ["transformer", "vae"]
     assert_within(tmp_path / "float32", tmp_path / "plain", 0)
-    # of 255: what eight bits of mantissa do to random weights
+    # of 255: the effect of eight bits of mantissa on random weights
     assert_within(tmp_path / "bfloat16", tmp_path / "plain", 12)
-    # Exact states make the very images, so a call without them finds these there; rounded ones say
-    # what they are.
-    assert cli.run(sample.main, [*base, "--out", str(tmp_path / "float32")]) == 0
+    # Exact states give the same images, so a call without them finds these there; rounded ones
+    # are recorded.
+    capsys.readouterr()
+    generate(tiny_model, tmp_path / "float32", *how, prompts=prompt_file)
     assert "5 of them already there" in capsys.readouterr().out
     (path,) = (tmp_path / "bfloat16").glob("0000*.png")
     assert png_settings(path)["text_states"] == "float32 kept as bfloat16"
-    # A machine that only draws needs no weights of the text encoder.
+    # A machine that samples from states needs no weights of the text encoder.
     light = tmp_path / "light" / tiny_model.name
     shutil.copytree(tiny_model, light, ignore=shutil.ignore_patterns("model.safetensors"))
-    argv = [
-        "--model",
-        str(light),
-        *base[2:],
-        "--out",
-        str(tmp_path / "lightly"),
-        "--text-states",
-        str(tmp_path / "float32.safetensors"),
-    ]
-    assert cli.run(sample.main, argv) == 0
+    exact = {"prompts": prompt_file, "text_states": states["float32"]}
+    generate(light, tmp_path / "lightly", *how, **exact)
     assert_within(tmp_path / "lightly", tmp_path / "plain", 0)
 
 
-@pytest.fixture
-def kept(tiny_model, prompt_file, tmp_path) -> Path:
-    path = tmp_path / "kept.safetensors"
-    assert (
-        cli.run(
-            encode_command.main,
-            ["--prompts", str(prompt_file), "--model", str(tiny_model), "--out", str(path)],
-        )
-        == 0
-    )
-    return path
-
-
 def test_text_states_that_do_not_fit_are_one_line_and_nothing_is_begun(
-    tiny_model, kept, tmp_path, capsys
+    tiny_model, prompt_file, tmp_path, capsys
 ):
+    kept = encode(tiny_model, prompt_file, tmp_path / "kept.safetensors")
     (tmp_path / "short.safetensors").write_bytes(kept.read_bytes()[:-100])
     sigma, wide, other = (tmp_path / name for name in ("sigma", "wide", "other"))
     for folder in (sigma, wide, other):
         shutil.copytree(tiny_model, folder)
-    (sigma / "model_index.json").write_text(
-        (sigma / "model_index.json").read_text().replace("PixArtAlpha", "PixArtSigma")
-    )
+    index = (sigma / "model_index.json").read_text()
+    (sigma / "model_index.json").write_text(index.replace("PixArtAlpha", "PixArtSigma"))
     tiny_diffusers.build(other, seed=1)
     for part, field in (("transformer", "caption_channels"), ("text_encoder", "d_model")):
         config = wide / part / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), field: 8}))
-    own = str(tiny_model)
+    lower = "another cleaning of prompts (deepfloyd) than this model's (lower case)"
+    vae = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
     cases = [
-        (own, "a red hat", kept, [], "a prompt is not in"),
-        (own, PROMPTS[0], kept, ["--negative-prompt", "a hat"], "a prompt is not in"),
-        (
-            own,
-            PROMPTS[0],
-            kept,
-            ["--no-clean-caption"],
-            "another cleaning of prompts (deepfloyd) than this model's (lower case)",
-        ),
-        (own, PROMPTS[0], tmp_path / "absent.safetensors", [], "no text states"),
-        (own, PROMPTS[0], tmp_path, [], "is a folder"),
-        (own, PROMPTS[0], tmp_path / "short.safetensors", [], "damaged or cut short"),
-        (
-            own,
-            PROMPTS[0],
-            tiny_model / "vae" / "diffusion_pytorch_model.safetensors",
-            [],
-            "holds no text states",
-        ),
-        (str(sigma), PROMPTS[0], kept, [], "another limit of tokens (120) than this model's (300)"),
-        (str(wide), PROMPTS[0], kept, [], "another width (16) than this model's (8)"),
-        (str(other), PROMPTS[0], kept, [], "another text encoder"),
+        (tiny_model, kept, ["--prompt", "a red hat"], "a prompt is not in"),
+        (tiny_model, kept, ["--negative-prompt", "a hat"], "a prompt is not in"),
+        (tiny_model, kept, ["--no-clean-caption"], lower),
+        (tiny_model, tmp_path / "absent.safetensors", [], "no text states"),
+        (tiny_model, tmp_path, [], "is a folder"),
+        (tiny_model, tmp_path / "short.safetensors", [], "damaged or cut short"),
+        (tiny_model, vae, [], "holds no text states"),
+        (sigma, kept, [], "another limit of tokens (120) than this model's (300)"),
+        (wide, kept, [], "another width (16) than this model's (8)"),
+        (other, kept, [], "another text encoder"),
     ]
     capsys.readouterr()
-    for model, prompt, states, more, says in cases:
-        argv = [
-            "--model",
-            model,
-            "--prompt",
-            prompt,
-            "--text-states",
-            str(states),
-            "--out",
-            str(tmp_path / "out"),
-            *more,
-        ]
-        assert cli.run(sample.main, argv) == 2, says
+    for model, states, more, says in cases:
+        argv = f"--model {model} --text-states {states} --out {tmp_path}/out".split()
+        assert cli.run(sample.main, [*argv, "--prompt", PROMPTS[0], *more]) == 2, says
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
         assert not (tmp_path / "out").exists()
 
 
-def test_wrong_names_and_shares_are_one_line_and_nothing_is_begun(tiny_model, tmp_path, capsys):
-    cases = [
-        (["--dtype", "float23"], "dtype 'float23' is unknown (did you mean 'float32'?)"),
-        (["--null", "txt"], "null 'txt' is unknown (did you mean 'text'?)"),
-        (["--offload-text-encoder", "allways"], "did you mean 'always'"),
-        (["--share", "2/2"], "--share '2/2': K/N is needed"),
-        (["--share", "half"], "0/4 … 3/4"),
-        (["--share", "cluster"], "--share cluster: JAX finds no cluster"),
-    ]
-    for more, says in cases:
-        argv = ["--model", str(tiny_model), "--prompt", "x", "--out", str(tmp_path / "out"), *more]
-        assert cli.run(sample.main, argv) == 2
-        out, err = capsys.readouterr()
-        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_prompt_of_5000_characters_is_drawn_with_one_line_that_names_the_lost_words(
+def test_a_prompt_of_5000_characters_runs_with_one_line_that_names_the_lost_words(
     tiny_model, tmp_path, capsys
 ):
     prompt = ("a red circle and " * 300)[:4980] + "zebra"
-    argv = [
-        "--model",
-        str(tiny_model),
-        "--prompt",
-        prompt,
-        "--out",
-        str(tmp_path / "out"),
-        "--steps",
-        "1",
-    ]
-    assert cli.run(sample.main, argv) == 0
-    said = [
-        line
-        for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
-        if line.startswith("warning: ")
-    ]
-    assert len(said) == 1 and "was cut to 120, the model's most: lost are its last " in said[0]
-    assert said[0].endswith("zebra'") and "words: " in said[0] and len(said[0]) < 500
+    generate(tiny_model, tmp_path / "out", "--steps 1", prompt=prompt)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    (said,) = (line for line in lines if line.startswith("warning: "))
+    assert "was cut to 120" in said and "lost are its last " in said
+    assert said.endswith("zebra'") and "words: " in said and len(said) < 500
     (path,) = (tmp_path / "out").glob("*.png")
     assert png_settings(path)["prompt"] == prompt  # whole
 
@@ -317,105 +238,44 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--text-encoder-int8",)], ids=["floats", "int8"])
-def test_a_mesh_that_cuts_the_parameters_draws_the_same_images(
+def test_a_mesh_that_cuts_the_parameters_gives_the_same_images(
     root, tiny_model, prompt_file, tmp_path, more
 ):
     """Four simulated devices, the parameters in four parts."""
-    argv = [
-        "--model",
-        str(tiny_model),
-        "--prompts",
-        str(prompt_file),
-        "--steps",
-        "3",
-        "--no-grid",
-        *more,
-    ]
-    assert cli.run(sample.main, [*argv, "--out", str(tmp_path / "one")]) == 0
-    command = [
-        sys.executable,
-        str(root / "sample.py"),
-        *argv,
-        "--mesh",
-        "fsdp=4",
-        "--out",
-        str(tmp_path / "four"),
-    ]
+    generate(tiny_model, tmp_path / "one", "--steps 3", *more, prompts=prompt_file)
+    argv = f"--model {tiny_model} --prompts {prompt_file} --steps 3 --no-grid".split()
+    argv += ["--mesh", "fsdp=4", "--out", str(tmp_path / "four"), *more]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, str(root / "sample.py"), *argv]
     subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     assert_within(tmp_path / "one", tmp_path / "four", 1)
 
 
-def test_int8_is_told_in_the_png_and_changes_little(tiny_model, prompt_file, tmp_path):
-    argv = ["--model", str(tiny_model), "--prompts", str(prompt_file), "--steps", "2", "--no-grid"]
-    assert cli.run(sample.main, [*argv, "--out", str(tmp_path / "floats")]) == 0
-    assert (
-        cli.run(sample.main, [*argv, "--out", str(tmp_path / "int8"), "--text-encoder-int8"]) == 0
-    )
+def test_int8_is_recorded_in_the_png_and_changes_little(tiny_model, prompt_file, tmp_path):
+    how = {"prompts": prompt_file}
+    generate(tiny_model, tmp_path / "floats", "--steps 2", **how)
+    generate(tiny_model, tmp_path / "int8", "--steps 2 --text-encoder-int8", **how)
     (path,) = (tmp_path / "int8").glob("0000*.png")
     assert png_settings(path)["text_encoder"] == "int8"
     one, other = (pictures(tmp_path / name) for name in ("floats", "int8"))
     assert max(np.abs(one[name] - other[name]).max() for name in one) > 0  # it was really rounded
     assert np.mean([np.abs(one[name] - other[name]).mean() for name in one]) < 8
-    states = [
-        "--prompts",
-        str(prompt_file),
-        "--model",
-        str(tiny_model),
-        "--out",
-        str(tmp_path / "s.safetensors"),
-        "--stored",
-        "float32",
-    ]
-    assert cli.run(encode_command.main, [*states, "--text-encoder-int8"]) == 0
-    argv += ["--text-states", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "states")]
-    assert cli.run(sample.main, argv) == 0
+    flags = ("--stored", "float32", "--text-encoder-int8")
+    states = encode(tiny_model, prompt_file, tmp_path / "s.safetensors", *flags)
+    generate(tiny_model, tmp_path / "states", "--steps 2", **how, text_states=states)
     assert_within(tmp_path / "states", tmp_path / "int8", 0)
     (path,) = (tmp_path / "states").glob("0000*.png")
     assert png_settings(path)["text_states"] == "float32 from int8 kept as float32"
 
 
-@pytest.mark.parametrize(
-    ("mesh", "says"),
-    [
-        ("fdsp=2", "did you mean 'fsdp'"),
-        ("fsdp=two", "is not AXIS=SIZE"),
-        ("fsdp=3", "does not fit 1 device"),
-        ("data=-1,fsdp=-1", "only one axis"),
-    ],
-)
-def test_a_bad_mesh_is_one_line(tiny_model, tmp_path, capsys, mesh, says):
-    argv = [
-        "--model",
-        str(tiny_model),
-        "--prompt",
-        "x",
-        "--out",
-        str(tmp_path / "out"),
-        "--mesh",
-        mesh,
-    ]
-    assert cli.run(sample.main, argv) == 2
-    assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+# Shares.
 
 
-def start(
-    root: Path, tiny_model: Path, prompts: Path, out: Path, *more: str, **env: str
-) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        str(root / "sample.py"),
-        "--model",
-        str(tiny_model),
-        "--prompts",
-        str(prompts),
-        "--out",
-        str(out),
-    ]
-    command += ["--steps", "2", *more]
+def start(root: Path, model: Path, prompts: Path, out: Path, *more: str, **env: str):
+    """sample.py in a process of its own."""
+    argv = f"--model {model} --prompts {prompts} --out {out} --steps 2".split()
     return subprocess.Popen(
-        command,
+        [sys.executable, str(root / "sample.py"), *argv, *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -463,27 +323,10 @@ def test_two_processes_of_a_detected_cluster_draw_together(root, tiny_model, siz
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    job = {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "127.0.0.1",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
-    }
-    job |= {"JAX_COORDINATOR_PORT": port}
-    runs = [
-        start(
-            root,
-            tiny_model,
-            sized,
-            tmp_path / "two",
-            "--share",
-            "cluster",
-            SLURM_PROCID=str(k),
-            SLURM_LOCALID=str(k),
-            **job,
-        )
-        for k in (0, 1)
-    ]
+    job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    job |= {"SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": port}
+    share = (root, tiny_model, sized, tmp_path / "two", "--share", "cluster")
+    runs = [start(*share, SLURM_PROCID=str(k), SLURM_LOCALID=str(k), **job) for k in (0, 1)]
     said = [finished(run) for run in runs]
     assert ["share 0/2" in said[0], "share 1/2" in said[1]] == [True, True]
     assert (

@@ -165,37 +165,14 @@ class Pipeline:
 
     # ---- prompts → images ----
 
-    def __call__(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] = "",
-        height: int | None = None,
-        width: int | None = None,
-        seed: Seed | Sequence[Seed] = 0,
-        guidance: float | Sequence[float] | None = None,
-        batch_size: int | None = None,
-        indices: Sequence[int] | None = None,
-        text_states: TextStates | None = None,
-        callback: Callback | None = None,
-        **options,
-    ) -> np.ndarray:
-        """Sample an image a prompt; uint8 [n, height, width, 3]. options: steps, solver and the
-        other fields of SamplingConfig. The rest is :meth:`generate`'s."""
+    def __call__(self, prompts: str | Sequence[str], **options) -> np.ndarray:
+        """Sample an image a prompt; uint8 [n, height, width, 3]. options: height, width, seed,
+        guidance and the other keywords of :meth:`generate`; steps, solver and the other fields of
+        SamplingConfig."""
+        fields = {field.name for field in dataclasses.fields(SamplingConfig)} - {"guidance"}
+        config = SamplingConfig(**{name: options.pop(name) for name in fields & set(options)})
         images: dict[int, np.ndarray] = {}
-        for positions, batch in self.generate(
-            prompts,
-            SamplingConfig(**options),
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            seed=seed,
-            guidance=guidance,
-            batch_size=batch_size,
-            indices=indices,
-            text_states=text_states,
-            callback=callback,
-        ):
+        for positions, batch in self.generate(prompts, config, **options):
             images.update(zip(positions, batch, strict=True))
         return np.stack([images[n] for n in range(len(images))])
 
@@ -270,20 +247,26 @@ class Pipeline:
         length = config.text_length or padded_length(longest, parts.text_tokens)
 
         def batches() -> Iterator[tuple[list[int], jax.Array]]:
-            unguided = sorted(set(range(count)) - set(guided))
-            for group in filter(None, (guided, unguided)):
-                wanted = batch_size or min(len(group), DEFAULT_BATCH)
-                number = self._padded(wanted, group is guided)
-                for start in range(0, len(group), number):
-                    positions = group[start : start + number]
-                    filled = positions + [positions[-1]] * (number - len(positions))
-                    batch = [rows[n] for n in filled]
-                    tell = callback and _without_fillers(callback, len(positions))
-                    yield positions, self._images(batch, config, size, length, encoder, tell)
+            for positions, batch in self._batches(rows, batch_size):
+                tell = callback and _without_fillers(callback, len(positions))
+                yield positions, self._images(batch, config, size, length, encoder, tell)
 
         # the device works on a batch while the host takes the one before
         for positions, images in one_ahead(batches()):
             yield positions, np.asarray(images)[: len(positions)]
+
+    def _batches(
+        self, rows: list[Row], batch_size: int | None
+    ) -> Iterator[tuple[list[int], list[Row]]]:
+        """(positions, their rows) of batches of one size, the last one filled up by its last row;
+        all rows of a batch are guided, or none is."""
+        for guided in (True, False):
+            group = [n for n, row in enumerate(rows) if (row.guidance != 1) == guided]
+            size = self._padded(batch_size or min(len(group), DEFAULT_BATCH), guided)
+            for start in range(0, len(group), size or 1):
+                positions = group[start : start + size]
+                filled = positions + [positions[-1]] * (size - len(positions))
+                yield positions, [rows[n] for n in filled]
 
     def _images(
         self,

@@ -19,6 +19,7 @@ import numpy as np
 
 from pixart_jax import diffusion
 from pixart_jax.diffusion.guidance import combine_guidance
+from pixart_jax.diffusion.sampling import Preview, sample, timesteps
 from pixart_jax.models.transformer import Conditioning, TextKV
 from pixart_jax.pipeline import block_cache
 from pixart_jax.pipeline.decoder import DecodeSpec, decode_latents
@@ -39,7 +40,7 @@ class SamplerSpec:
     times: str
     guided: bool
     plan: block_cache.CachePlan
-    preview: diffusion.sampling.Preview | None = None
+    preview: Preview | None = None
 
 
 def sample_latents(
@@ -56,7 +57,7 @@ def sample_latents(
     """From noise to latents, to be traced in a jit."""
     apply = functools.partial(spec.module.apply, {"params": params})
     config, batch = spec.module.config, noise.shape[0]
-    t = diffusion.timesteps(spec.solver, spec.steps, spec.schedule, spec.times)
+    t = timesteps(spec.solver, spec.steps, spec.schedule, spec.times)
     conditionings = apply(t.astype(np.float32), size, aspect_ratio, method="encode_times")
     texts = {False: apply(*text, method="encode_text")}
     if spec.guided:
@@ -75,7 +76,7 @@ def sample_latents(
 
     tokens = int(np.prod(config.grid(noise.shape)))
     shape = (config.depth, batch, tokens, config.width)
-    return diffusion.sample(
+    return sample(
         block_cache.segments(spec.plan, denoise, shape, spec.module.dtype),
         noise,
         solver=spec.solver,

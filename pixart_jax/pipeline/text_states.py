@@ -1,10 +1,9 @@
-"""Text states kept: of each text the encoder's states of its real tokens, on the host or in one
-file.
+"""Stored text states: the encoder's states of each text's real tokens, on the host or in a file.
 
-Encoded once, a text is drawn with as often as wanted and without its encoder, which for T5-XXL is
-seven eighths of a model. A text is known by what the tokenizer saw of it, so by its cleaned form.
-The file is safetensors: ``states`` [tokens, c], the texts one after the other, ``offsets`` int64 [n
-+ 1] into it, and ``texts``, a JSON list as bytes; what made them, the identity, is its metadata.
+A text encoded once can be sampled from any number of times without its encoder, which for T5-XXL is
+seven eighths of a model. The key of a text is its cleaned form, what the tokenizer gets. The file
+is safetensors: ``states`` [tokens, c], the texts one after the other, ``offsets`` int64 [n + 1]
+into it, and ``texts``, a JSON list as bytes; the identity of the encoder is its metadata.
 """
 
 from __future__ import annotations
@@ -23,31 +22,26 @@ from pixart_jax.weights.files import LazyTensor, SafetensorsFile, write_safetens
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours: safetensors' name
 _IDENTITY = "pixart_jax.text_states"
-_SAID = {  # of an identity: how a difference is told
+_DIFFERENCES = {  # where the name of a part of the identity does not say enough
     "text_encoder": "another text encoder",
-    "tokenizer": "another tokenizer",
     "width": "a text encoder of another width",
     "text_tokens": "another limit of tokens",
     "cleaning": "another cleaning of prompts",
     "computed_in": "another precision",
-    "stored_in": "another dtype",
 }
 
 
 def cleaning_id(clean: Callable[[str], str]) -> str:
-    """The name that a cleaning of texts goes by in an identity."""
-    return {clean_caption: "deepfloyd", lower_caption: "lower case"}.get(
-        clean, getattr(clean, "__qualname__", repr(clean))
-    )
+    """The name of a cleaning function in an identity."""
+    known = {clean_caption: "deepfloyd", lower_caption: "lower case"}
+    return known.get(clean, getattr(clean, "__qualname__", repr(clean)))
 
 
 class TextStates(Mapping[str, np.ndarray]):
-    """{cleaned text: states [l, c] of its real tokens}; a draw takes it in the text encoder's
-    place.
+    """{cleaned text: states [l, c] of its real tokens}; replaces the text encoder in sampling.
 
-    identity: what made the states (text encoder, tokenizer, width, text_tokens, cleaning,
-    computed_in), compared by :meth:`check`; empty where nobody needs to know. source: their name in
-    messages.
+    identity: ModelFolder.text_identity's, with cleaning and stored_in; compared by :meth:`check`;
+    may be empty. source: their name in messages.
     """
 
     def __init__(
@@ -60,26 +54,17 @@ class TextStates(Mapping[str, np.ndarray]):
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> TextStates:
-        """The states in a file of :func:`write`, read when asked for. UserError where it is
-        missing, damaged or of another kind."""
-        path = Path(path)
+        """The states in a file of :func:`write`, read lazily. Raises UserError where it is missing,
+        damaged or of another kind."""
+        path, command = Path(path), "`python -m pixart_jax encode --prompts"
         if path.is_dir():
-            raise UserError(
-                f"{path} is a folder: give the file that `python -m pixart_jax encode --prompts` "
-                "wrote"
-            )
+            raise UserError(f"{path} is a folder: give the file that {command}` wrote")
         if not path.is_file():
-            raise UserError(
-                f"no text states {path}: `python -m pixart_jax encode --prompts FILE --out "
-                f"{path}` makes them"
-            )
+            raise UserError(f"no text states {path}: {command} FILE --out {path}` makes them")
         tensors = SafetensorsFile(path)
         identity = tensors.metadata.get(_IDENTITY)
         if identity is None or set(tensors) != {"states", "offsets", "texts"}:
-            raise UserError(
-                f"{path} holds no text states: give a file that `python -m pixart_jax encode "
-                "--prompts` wrote"
-            )
+            raise UserError(f"{path} holds no text states: give a file that {command}` wrote")
         return cls(_FileRows(tensors), json.loads(identity), str(path))
 
     def __getitem__(self, text: str) -> np.ndarray:
@@ -100,32 +85,29 @@ class TextStates(Mapping[str, np.ndarray]):
         return next((self[text].shape[-1] for text in self), 0)
 
     def check(self, wanted: Mapping[str, str]) -> None:
-        """UserError where these states were made otherwise than ``wanted`` says; only what both
-        name is compared."""
+        """Raise UserError where the identity differs from ``wanted``; only what both name is
+        compared."""
         for name, value in wanted.items():
             found = self.identity.get(name, value)
             if found != value:
+                other = _DIFFERENCES.get(name, f"another {name}")
                 raise UserError(
-                    f"{self.source} was made with {_SAID.get(name, f'another {name}')} ({found}) "
-                    f"than this model's ({value}): "
+                    f"{self.source} was made with {other} ({found}) than this model's ({value}): "
                     "encode the prompts again, into another file"
                 )
 
     def precision(self, dtype: str) -> str | None:
-        """How these states differ from those that a model computing in ``dtype`` encodes itself;
-        None where they do not to the bit."""
-        computed, kept = self.identity.get("computed_in"), self.identity.get("stored_in")
-        return (
-            None
-            if computed == dtype and kept in (dtype, "float32")
-            else f"{computed} kept as {kept}"
-        )
+        """How these states differ from those that a model computing in ``dtype`` encodes; None
+        where they are equal to the bit."""
+        computed, stored = self.identity.get("computed_in"), self.identity.get("stored_in")
+        exact = computed == dtype and stored in (dtype, "float32")
+        return None if exact else f"{computed} kept as {stored}"
 
     def lengths(
         self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption
     ) -> np.ndarray:
-        """Tokens of each text, int32 [n]. UserError where a text is not there, or is there under
-        another cleaning."""
+        """Tokens of each text, int32 [n]. Raises UserError where a text is missing, or was cleaned
+        otherwise."""
         self.check({"cleaning": cleaning_id(clean)})
         missing = list(dict.fromkeys(text for text in texts if clean(text) not in self))
         if missing:
@@ -140,8 +122,8 @@ class TextStates(Mapping[str, np.ndarray]):
     def batch(
         self, texts: Sequence[str], length: int, clean: Callable[[str], str] = clean_caption
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(states [n, length, c] in the dtype that they are kept in, lengths int32 [n]); zeros
-        where a text has no token."""
+        """(states [n, length, c] in their stored dtype, lengths int32 [n]); zeros where a text has
+        no token."""
         rows = [self[clean(text)] for text in texts]
         states = np.zeros((len(rows), length, rows[0].shape[-1]), rows[0].dtype)
         for into, row in zip(states, rows, strict=True):
@@ -157,10 +139,8 @@ class _FileRows(Mapping[str, np.ndarray]):
         self._states, self._offsets = tensors["states"], np.array(tensors["offsets"])
         self._number = {text: n for n, text in enumerate(texts)}
         if len(self._offsets) != len(texts) + 1 or self._offsets[-1] != len(self._states):
-            raise UserError(
-                f"{tensors.source} is damaged: its texts, offsets and states do not fit; encode "
-                "the prompts again"
-            )
+            damage = "its texts, offsets and states do not fit"
+            raise UserError(f"{tensors.source} is damaged: {damage}; encode the prompts again")
 
     def __getitem__(self, text: str) -> np.ndarray:
         n = self._number[text]
@@ -182,8 +162,8 @@ def write(
     rows: Mapping[str, np.ndarray],
     identity: Mapping[str, str],
 ) -> None:
-    """Write the states of ``texts``, in their order, to one file that appears whole or not at all;
-    one text is in memory at a time.
+    """Write the states of ``texts``, in their order, to one file, atomically, with one text in
+    memory at a time.
 
     rows: states [l, c] of each, all of one dtype (fp32 or bf16) and width.
     """

@@ -17,6 +17,7 @@ from pixart_jax.images import to_uint8
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.parallel.gather import gather_to_host
+from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
 from pixart_jax.weights import component
@@ -73,7 +74,8 @@ class ClassConditional:
         labels = np.asarray(batch["label"][:_PREVIEWS])
         labels = np.where(labels < 0, self.module.config.num_classes, labels)
         shape, key = np.shape(batch["mean"])[1:], jax.random.key(settings.seed)
-        latents = _sample(self, settings.steps, settings.guidance, shape, params, labels, key)
+        sampling = SamplingConfig(settings.steps, settings.guidance).with_defaults()
+        latents = _sample(self, sampling.steps, sampling.guidance, shape, params, labels, key)
         images = gather_to_host(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
         return list(to_uint8(images)), [f"class {n}" for n in labels]
 
