@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -172,7 +173,7 @@ def check_choice(what: str, value: str, known: tuple[str, ...]) -> str:
 
 def check_guidance(value: float) -> None:
     """Raise UserError for a guidance scale that is not a finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
         raise UserError(f"guidance {value!r}: a finite number is needed; 1 does no second pass")
 
@@ -191,5 +192,5 @@ def check_seed(value: int | str) -> int:
 def _integer(what: str, value: int | None, least: int, why: str = "") -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise UserError(f"{what} {value!r}: at least {least} is needed{why and f', {why}'}")

@@ -79,11 +79,6 @@ class TextStates(Mapping[str, np.ndarray]):
     def __contains__(self, text: object) -> bool:
         return text in self._rows  # Mapping's own would read the states
 
-    @property
-    def width(self) -> int:
-        """c; 0 where there is no text."""
-        return next((self[text].shape[-1] for text in self), 0)
-
     def check(self, wanted: Mapping[str, str]) -> None:
         """Raise UserError where the identity differs from ``wanted``; only what both name is
         compared."""
