@@ -29,13 +29,7 @@ _SCHEDULERS = {"LCMScheduler": {"guidance": 1.0, "steps": 4, "solver": "lcm"}}
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Options of sampling. None (of null: 'auto') stands for the model's own value, else the
-    default of PixArt; :meth:`with_defaults` fills it in.
-
-    order: of dpm++; None: the scheduler's. The four fields from guidance_interval on trade quality
-    for speed (block_cache.py). text_length: tokens that prompts are padded to, so that batches of
-    any prompts share one executable; None: as many as the longest one needs.
-    """
+    """How to sample. Where no value is given the model's own counts, else PixArt's."""
 
     steps: int | None = None
     """Evaluations of the model an image. By default the model's own, 20 where it names none."""
