@@ -87,13 +87,13 @@ _WORDS = _rules(
 
 
 def clean_caption(text: str) -> str:
-    """A caption or a prompt as the text encoder is to see it; of plain words nothing but capitals
-    and outer blanks change."""
+    """A caption or prompt as the text encoder gets it; of plain words only capitals and outer
+    blanks change."""
     return _once(_once(text))
 
 
 def lower_caption(text: str) -> str:
-    """Lower case and no blanks around it: what is done where cleaning is not wanted."""
+    """Lower case without outer blanks: what remains of cleaning where it is switched off."""
     return text.lower().strip()
 
 
@@ -141,10 +141,10 @@ def load_tokenizer(folder: str | os.PathLike):
         raise UserError(f"no tokenizer in {folder}: that folder does not exist")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as fault:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
-            f"no tokenizer in {folder}: {' '.join(str(fault).split())[:300]}"
-        ) from fault
+            f"no tokenizer in {folder}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def word_tokenizer(words: Sequence[str]):
@@ -175,54 +175,51 @@ def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def padded_length(longest: int, most: int) -> int:
-    """The length to pad to: the next multiple of 8, so that few shapes compile, and never more than
-    the model's ``most``."""
-    return min(most, -(-max(longest, 1) // 8) * 8)
+def padded_length(longest: int, limit: int) -> int:
+    """The length to pad to: the next multiple of 8, so that few shapes compile, and at most the
+    model's ``limit``."""
+    return min(limit, -(-max(longest, 1) // 8) * 8)
 
 
 def tokenize(
     tokenizer,
     texts: Sequence[str],
-    most: int,
+    limit: int,
     length: int | None = None,
     clean: Callable[[str], str] = clean_caption,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Texts → (ids int32 [n, l], lengths int32 [n]).
 
-    Texts are cleaned (``clean_caption`` or ``lower_caption``), cut at ``most`` tokens (the end
-    mark kept) and padded to
-    ``length``: by default the next multiple of 8 over the longest. Nothing that reads the result
-    may depend on the padding. A text that is cut is told of by a Notice that names what was lost.
+    Texts are cleaned, cut at ``limit`` tokens (the end mark stays) and padded to ``length``, by
+    default the next multiple of 8 over the longest. No result may depend on the padding. A Notice
+    names the words that a cut text lost.
     """
     cleaned = [clean(text) for text in texts]
-    ids = tokenizer(cleaned, truncation=True, max_length=most, add_special_tokens=True)["input_ids"]
-    for n, row in enumerate(ids):
-        if len(row) >= most:
-            _tell_what_is_cut(tokenizer, cleaned[n], most)
-    length = length or padded_length(max((len(row) for row in ids), default=1), most)
-    pad = tokenizer.pad_token_id or 0
-    out = np.full((len(ids), length), pad, np.int32)
+    ids = tokenizer(cleaned, truncation=True, max_length=limit, add_special_tokens=True)
+    ids = ids["input_ids"]
+    for text, row in zip(cleaned, ids):
+        if len(row) >= limit:
+            _warn_of_cut(tokenizer, text, limit)
+    length = length or padded_length(max((len(row) for row in ids), default=1), limit)
+    out = np.full((len(ids), length), tokenizer.pad_token_id or 0, np.int32)
     for row, tokens in zip(out, ids, strict=True):
         row[: len(tokens)] = tokens[:length]
     # A tokenizer without an end mark gives "" no token at all; attention needs one.
     return out, np.maximum([min(len(row), length) for row in ids], 1).astype(np.int32)
 
 
-def _tell_what_is_cut(tokenizer, text: str, most: int) -> None:
-    """Warn of a text that has more tokens than ``most``, naming the words beyond them."""
+def _warn_of_cut(tokenizer, text: str, limit: int) -> None:
+    """Warn of a text with more tokens than ``limit``, naming the words beyond them."""
     whole = tokenizer(text, add_special_tokens=True)["input_ids"]
-    if len(whole) <= most:
+    if len(whole) <= limit:
         return
     marked = int(tokenizer.eos_token_id is not None and whole[-1] == tokenizer.eos_token_id)
-    lost = tokenizer.decode(
-        whole[most - marked : len(whole) - marked], skip_special_tokens=True
-    ).split()
+    beyond = whole[limit - marked : len(whole) - marked]
+    lost = tokenizer.decode(beyond, skip_special_tokens=True).split()
     shown = " ".join(lost) if len(lost) <= 30 else f"{' '.join(lost[:20])} … {' '.join(lost[-5:])}"
     warnings.warn(
-        f"the prompt {text[:40]!r}… has {len(whole)} tokens and was cut to {most}, the model's "
-        "most: "
-        f"lost are its last {len(whole) - most} tokens, {len(lost)} words: {shown!r}",
+        f"the prompt {text[:40]!r}… has {len(whole)} tokens and was cut to {limit}, the model's "
+        f"most: lost are its last {len(whole) - limit} tokens, {len(lost)} words: {shown!r}",
         Notice,
         stacklevel=3,
     )
@@ -253,11 +250,9 @@ class PromptRow:
 
 
 def read_prompts(path: str | os.PathLike) -> list[PromptRow]:
-    """The rows of a file in their order, those of a blank prompt left out. UserError where there is
-    none, or one cannot be read.
-
-    Columns of a .csv and fields of a .jsonl that PromptRow does not know are left alone.
-    """
+    """The rows of a file in their order, without those of a blank prompt; other columns of a .csv
+    and fields of a .jsonl are ignored. Raises UserError where there is no row, or one cannot be
+    read."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -274,8 +269,8 @@ def read_prompts(path: str | os.PathLike) -> list[PromptRow]:
     reader = {".csv": _csv, ".jsonl": _jsonl}.get(path.suffix.lower(), _lines)
     try:
         rows = [_row(number, fields) for number, fields in reader(text)]
-    except UserError as fault:
-        raise UserError(f"{path}: {fault}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     rows = [row for row in rows if row.prompt]
     if not rows:
         raise UserError(f"{path} holds no prompt: write one a line")
@@ -308,8 +303,8 @@ def _jsonl(text: str) -> Iterator[tuple[int, Mapping]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as fault:
-            raise UserError(f"line {number} is no JSON: {fault}") from None
+        except ValueError as error:
+            raise UserError(f"line {number} is no JSON: {error}") from None
         yield number, value if isinstance(value, dict) else {"prompt": value}
 
 
