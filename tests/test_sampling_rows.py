@@ -85,7 +85,7 @@ def test_sizes_within_a_generation_size_share_the_large_program(tmp_path):
     tiny_diffusers.build(tmp_path, sample_size=32)
     pipe = Pipeline.from_pretrained(tmp_path)
     programs = []
-    for height, width in [(256, 256), (248, 256), (200, 208), (264, 256)]:
+    for height, width in [(256, 256), (200, 200), (392, 400), (64, 64)]:
         assert pipe("zebra", height=height, width=width, steps=2).shape == (1, height, width, 3)
         programs.append(sampler.generate_jit._cache_size())
     assert set(programs) == {programs[0]}

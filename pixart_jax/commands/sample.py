@@ -109,8 +109,8 @@ def image_settings(
 def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
     """Generate what is missing, images of one size together; threads write the files."""
     from pixart_jax.commands.sample_texts import encode_first
-    from pixart_jax.pipeline import Pipeline
     from pixart_jax.pipeline.output import AsyncWriter
+    from pixart_jax.pipeline.pipeline import Pipeline
 
     states = encode_first(flags, model, [folder.wanted[n] for n in folder.missing], opening)
     pipe = Pipeline.from_pretrained(model, text_encoder=states is None, **opening)

@@ -424,9 +424,9 @@ class Pipeline:
         clean: Callable[[str], str],
         encoder: PromptEncoder | TextStates,
     ) -> TextKV:
-        """Keys and values of the rows' negative prompts; one row where all are the same, as they
-        mostly are. A text's row is computed by itself and cached: the image does not depend on the
-        negative prompts beside it, and "" is encoded once, not once a batch."""
+        """Keys and values of the rows' negative prompts. A text's row is computed by itself and
+        cached: an image does not depend on the negative prompts beside it, and "" is encoded once,
+        not once a batch."""
         source = encoder if isinstance(encoder, TextStates) else self.text_encoder
         names = [(clean(text), null, length, id(source)) for text in texts]
         is_null = np.array([null == "embedding" and not name[0] for name in names])
@@ -447,9 +447,6 @@ class Pipeline:
             found[name] = self._negatives[name] = row, source
         while len(self._negatives) > _CACHED_NEGATIVES:
             self._negatives.pop(next(iter(self._negatives)))
-        if len(found) == 1:
-            row, _ = found[names[0]]
-            return row._replace(lengths=lengths) if is_null[0] else row
         columns = zip(*(found[name][0] for name in names))
         keys, values, own = (jnp.concatenate(a, n) for a, n in zip(columns, (1, 1, 0)))
         return TextKV(keys, values, jnp.where(is_null, lengths, own))

@@ -1,9 +1,9 @@
 """The compiled core of sampling: noise and text → latents → pixels, one program.
 
 What does not change from step to step is computed once, before the scan: every block's keys and
-values of the text (of a negative prompt that all images share, for one row), and the embedding and
-modulation of all times. Both halves of guidance are one batch; guided and unguided steps lie in
-scans of their own, so that the second kind costs half (block_cache.py).
+values of the text, and the embedding and modulation of all times. Both halves of guidance are one
+batch; guided and unguided steps lie in scans of their own, so that the second kind costs half
+(block_cache.py).
 """
 
 from __future__ import annotations
