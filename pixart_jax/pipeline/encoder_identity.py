@@ -50,7 +50,7 @@ def component_identity(component) -> str:
         return known
     digest = hashlib.sha256()
     config = component.config
-    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    fields = config if isinstance(config, dict) else dataclasses.asdict(config)
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     digest.update(str(getattr(component, "dtype", "")).encode())
     leaves, _ = jax.tree_util.tree_flatten_with_path(component.params)

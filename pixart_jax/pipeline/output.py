@@ -59,9 +59,8 @@ def parse_share(text: str | None) -> PromptShard:
         if jax.distributed.is_initialized():
             return PromptShard(jax.process_index(), jax.process_count())
         given, _ = processes.pop_distributed_flags([])
-        return (
-            PromptShard(given.process_index, given.processes) if given.processes else PromptShard()
-        )
+        index, count = given.process_index or 0, given.processes or 1
+        return PromptShard(index, count)
     if text == "cluster":
         return _detected_share()
     try:

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ Callback = Callable[[int, np.ndarray], None]
 Seed = int | str  # of 64 bits; its decimal digits where JSON would round it
 
 
-class Row(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Row:
     """One image of a call. index: folded into the seed."""
 
     prompt: str
@@ -341,7 +342,8 @@ class Pipeline:
         noise = jnp.asarray(noise, jnp.float32)
         text = (jnp.asarray(text_states), jnp.asarray(text_lengths))
         scale = np.float32(config.guidance if guidance is None else guidance)
-        guided, negative = bool((scale != 1).any()), None
+        guided = bool((scale != 1).any())
+        negative: Any = None
         if guided and negative_states is None:
             arguments = text[0].shape[1], text[1], "text", clean_caption, self.prompt_encoder
             negative = self._negative([""] * len(noise), *arguments)

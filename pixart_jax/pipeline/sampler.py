@@ -62,6 +62,7 @@ def sample_latents(
     texts = {False: apply(*text, method="encode_text")}
     if spec.guided:
         if not isinstance(negative, TextKV):
+            assert negative is not None, "guided, so there is a negative prompt"
             negative = apply(*negative, method="encode_text")
         texts[True] = _both_halves(negative, texts[False], batch)
 

@@ -24,7 +24,7 @@ NULLS = ("text", "embedding")
 # PixArt's values of the options for which a model may name its own
 DEFAULTS: dict[str, Any] = {"guidance": 4.5, "steps": 20, "solver": "dpm++", "null": "text"}
 _STEPS = {"lcm": 4, "dmd": 1}  # of solvers of distilled models
-_SCHEDULERS = {"LCMScheduler": {"guidance": 1.0, "steps": 4, "solver": "lcm"}}
+_LCM: dict[str, Any] = {"guidance": 1.0, "steps": 4, "solver": "lcm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def read(folder: str | os.PathLike, scheduler: str = "") -> SamplingConfig:
     folder = Path(folder)
     part, own = _read(folder / "transformer" / FILE), _read(folder / FILE)
     if own is None:
-        own = SamplingConfig(**_SCHEDULERS.get(scheduler, {}))
+        own = SamplingConfig(**_LCM) if scheduler == "LCMScheduler" else SamplingConfig()
     null = {} if part is None else {"null": part.null}
     return dataclasses.replace(own, **{**null, **own.given()}).with_defaults()
 

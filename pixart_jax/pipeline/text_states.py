@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,7 @@ _DIFFERENCES = {  # where the name of a part of the identity does not say enough
 
 def cleaning_id(clean: Callable[[str], str]) -> str:
     """The name of a cleaning function in an identity."""
-    known = {clean_caption: "deepfloyd", lower_caption: "lower case"}
+    known: dict[Any, str] = {clean_caption: "deepfloyd", lower_caption: "lower case"}
     return known.get(clean, getattr(clean, "__qualname__", repr(clean)))
 
 

@@ -12,7 +12,7 @@ step, the result; what follows is the solver's memory.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from jax import Array
@@ -21,7 +21,7 @@ from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.errors import UserError
 
 State = tuple
-MaybeArray = Array | None
+MaybeArray: TypeAlias = Array | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +37,8 @@ class StepTable:
 
 class Solver(Protocol):
     """The parts of a solver that the sampling scan uses."""
+
+    def __hash__(self) -> int: ...
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
