@@ -43,7 +43,7 @@ def test_a_seed_of_64_bits_is_its_low_word_with_the_high_one_folded_in(pipe):
 def test_each_row_is_equal_to_the_bit_to_the_same_request_alone_at_its_place(pipe, solver):
     seeds, scales = [1, str(LARGE), 3], [4.5, 2.0, 7.5]
     negatives = ["", "a star", "a red circle"]
-    how = {"steps": 3, "solver": solver, "batch_size": 3}
+    how = {"steps": 3, "solver": solver, "batch_size": 3, "text_length": 64}
     mixed = pipe(PROMPTS, negative_prompt=negatives, seed=seeds, guidance=scales, **how)
     for n, prompt in enumerate(PROMPTS):
         row = {"negative_prompt": negatives[n], "seed": seeds[n], "guidance": scales[n]}

@@ -199,8 +199,9 @@ class Pipeline:
         negative_prompt, seed, guidance: one for all or one a prompt; guidance None: the config's.
             Prompts with guidance 1 form batches of their own.
         height, width: pixels, by default the side the model was trained at.
-        indices: the noise of image i comes from fold_in(key(seed), indices[i]), by default i, so an
-            image does not depend on its batch.
+        indices: the noise of image i comes from fold_in(key(seed), indices[i]), by default i. So an
+            image does not depend on its batch: at one batch size, text_length and place it is equal
+            to the bit whatever is beside it, in another batch to 1 of 255.
         text_states: of all prompts and negative prompts (:meth:`encode_prompts` or
             ``TextStates.open``), instead of encoding them. The image is equal to the bit from
             states in fp32, or in the dtype that the transformer computes in.
