@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from pixart_jax import cli
 from pixart_jax.config import Config
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import write_json
+from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 USAGE = (
     "python -m pixart_jax plan configs/NAME.py --topology v5e:16x16 [flags] "
@@ -40,9 +43,7 @@ class PlanOptions:
     sample: bool = False  # plan sampling with the last stage's model, not training
     height: int | None = None  # pixels of --sample; the model's own side where not given
     width: int | None = None
-    steps: int = 20  # of --sample
-    guidance: float = 4.5  # of --sample; 1 does no second pass
-    solver: str = "dpm++"  # of --sample
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of --sample
     json: Path | None = None  # also write every figure here
     compile_gib: float = 4.0  # limit of this machine's memory for one compilation
@@ -51,7 +52,8 @@ class PlanOptions:
 
 def split(argv: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
     """(the recipe, this command's own flags, overrides of the config)."""
-    flags = {field.name.replace("_", "-") for field in dataclasses.fields(PlanOptions)}
+    fields = dataclasses.fields(PlanOptions) + dataclasses.fields(SamplingConfig)
+    flags = {field.name.replace("_", "-") for field in fields} - {"sampling"}
     own, rest, todo = [], [], list(argv)
     recipe = todo.pop(0) if todo and not todo[0].startswith("-") else None
     while todo:
@@ -62,8 +64,10 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
             rest.append(token)
             continue
         own.append(token)
-        if name not in ("sweep", "sample") and not given and todo:
-            own.append(todo.pop(0))
+        switch = name in ("sweep", "sample", "clean-caption", "binning") or given
+        values = 0 if switch else 2 if name == "guidance-interval" else 1
+        own += todo[:values]
+        del todo[:values]
     return recipe, own, rest
 
 
@@ -116,7 +120,6 @@ def make_target(config: Config, index: int, where, options: PlanOptions):
     from pixart_jax.models.vae import VAEConfig
     from pixart_jax.parallel.mesh import resolve_sizes
     from pixart_jax.pipeline.image_size import check_options
-    from pixart_jax.pipeline.sampling_config import SamplingConfig
     from pixart_jax.pipeline.scheduler import SchedulerConfig
     from pixart_jax.planning import plan, target
 
@@ -131,10 +134,9 @@ def make_target(config: Config, index: int, where, options: PlanOptions):
             f"task is {stage.task}"
         )
     o = options
+    sampling = dataclasses.replace(o.sampling, binning=False).with_defaults()
     (height, width), _ = check_options(
-        SamplingConfig(
-            steps=o.steps, guidance=o.guidance, solver=o.solver, binning=False
-        ).with_defaults(),
+        sampling,
         config.model,
         VAEConfig(),
         SchedulerConfig(),
@@ -143,7 +145,7 @@ def make_target(config: Config, index: int, where, options: PlanOptions):
         batch_size=o.batch_size,
     )
     batch = o.batch_size or mesh[0] * mesh[1]
-    work = target.SamplingWorkload(batch, height, width, o.steps, o.guidance, o.solver, o.dtype)
+    work = target.SamplingWorkload(batch, height, width, sampling, o.dtype)
     return target.PlanTarget(where, config, index, mesh, sampling=work, part="denoise")
 
 

@@ -114,8 +114,7 @@ def sampler(target: PlanTarget, work: SamplingWorkload, mesh: jax.sharding.Mesh)
 
         def run(params, *arrays):
             pipeline = bare.replace(transformer=transformer.replace(params=params, mesh=None))
-            how = {"steps": work.steps, "guidance": work.guidance, "solver": work.solver}
-            return pipeline.denoise(*arrays, **how)
+            return pipeline.denoise(*arrays, **dataclasses.asdict(work.sampling))
 
         arguments = (transformer.params, states, lengths, noise, states, lengths)
     counted["batch"] = bytes_per_device(arguments[1:])

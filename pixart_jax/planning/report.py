@@ -47,8 +47,10 @@ def title(plan: Plan) -> str:
     mesh = f"{target.topology.label}, {target.topology.size} devices, mesh {target.label}"
     size = f"{target.size[0]} × {target.size[1]} px"
     if (work := target.sampling) is not None:
-        guidance = f"guidance {work.guidance:g}" if work.guidance != 1 else "no guidance"
-        steps = f", {work.steps} steps of {work.solver}, {guidance}"
+        guidance = (
+            f"guidance {work.sampling.guidance:g}" if work.sampling.guidance != 1 else "no guidance"
+        )
+        steps = f", {work.steps} steps of {work.sampling.solver}, {guidance}"
         how = f"{size}{steps if target.part == 'denoise' else ''}, batch {work.batch}, {work.dtype}"
         return f"sampling, {target.part}: {how} · {mesh}"
     buckets, micro = len(stage.data.buckets), stage.optimizer.accumulate

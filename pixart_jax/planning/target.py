@@ -6,27 +6,30 @@ import dataclasses
 
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.parallel.mesh import AXES
+from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.planning.collectives import Collective
 from pixart_jax.planning.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingWorkload:
-    """A batch of images to generate. height, width: pixels. guidance: 1 is no second pass. dtype:
-    of the computation."""
+    """A batch of images to generate. height, width: pixels. sampling: with its defaults filled in.
+    dtype: of the computation."""
 
     batch: int
     height: int
     width: int
-    steps: int
-    guidance: float
-    solver: str = "dpm++"
+    sampling: SamplingConfig
     dtype: str = "bfloat16"
+
+    @property
+    def steps(self) -> int:
+        return int(self.sampling.steps or 0)
 
     @property
     def passes(self) -> int:
         """Forward passes of an image at each step."""
-        return 1 if self.guidance == 1 else 2
+        return 1 if self.sampling.guidance == 1 else 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import sys
 import jax
 
 from pixart_jax.models.flops import train_flops
+from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.planning import hlo, topology
 from pixart_jax.planning.matmul_cost import matmul_cost
 from pixart_jax.planning.programs import program
@@ -34,7 +35,11 @@ def target_of(
     config = recipes.load(recipes.find(recipe))
     stage = dataclasses.replace(config.stages[0], batch_size=int(batch))
     config = dataclasses.replace(config, stages=(stage,), remat=remat)
-    work = None if part == "step" else SamplingWorkload(int(batch), int(side), int(side), 20, 4.5)
+    work = (
+        None
+        if part == "step"
+        else SamplingWorkload(int(batch), int(side), int(side), SamplingConfig().with_defaults())
+    )
     sizes, bucket = tuple(map(int, mesh.split(","))), (int(side), int(side))
     return PlanTarget(topology.parse(name), config, 0, sizes, bucket, work, part)
 
