@@ -87,7 +87,9 @@ def _decoded(source: RecordsSource, vae: Path | None) -> Source:
         )
     from pixart_jax.pipeline.encoder_identity import component_identity
     from pixart_jax.weights.component import load_component
+    from pixart_jax.weights.hub import model_folder
 
+    vae = model_folder(vae, ("vae",))
     opened = load_component(vae / "vae" if (vae / "vae").is_dir() else vae)
     if component_identity(opened) != source.identity.get("vae"):
         raise UserError(f"--vae {vae}: {source.name} was encoded with another VAE")

@@ -29,12 +29,13 @@ def main(argv: Sequence[str]) -> int:
     rows = flags.prompt_rows()
 
     from pixart_jax.pipeline import output
-    from pixart_jax.pipeline.folder import OFFLOADS, ModelFolder
+    from pixart_jax.pipeline.folder import OFFLOADS, PARTS, ModelFolder
     from pixart_jax.pipeline.sampling_config import check_choice
 
     share, opening = output.parse_share(flags.share), flags.opening()
     check_choice("offload-text-encoder", flags.offload_text_encoder, OFFLOADS)
-    model = ModelFolder.open(flags.model)
+    parts = ("transformer", "vae") if flags.text_states else PARTS
+    model = ModelFolder.open(flags.model, parts)
     sampling = flags.sampling.with_defaults(model.sampling)
     flags = dataclasses.replace(flags, sampling=sampling)
     wanted = image_settings(flags, model, rows, opening)
@@ -77,8 +78,8 @@ def image_settings(
         **flags.sampling.settings(),
         "dtype": dtype,
         **({"text_encoder": "int8"} if flags.text_encoder_int8 and not flags.text_states else {}),
-        "model": flags.model.resolve().name,
-        "model_hash": folder_fingerprint(flags.model / "transformer"),
+        "model": model.name,
+        "model_hash": folder_fingerprint(model.path / "transformer"),
     }
 
     @functools.cache

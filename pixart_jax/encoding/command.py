@@ -27,6 +27,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.parallel import processes
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.text import load_tokenizer
+from pixart_jax.weights.hub import model_folder
 
 PROG = "python -m pixart_jax encode"
 DTYPES = ("float32", "bfloat16")
@@ -114,6 +115,7 @@ def encode(arguments: Arguments, joined) -> int:
         raise UserError(f"--dtype {arguments.dtype!r}: {' or '.join(DTYPES)}")
     sizes = MeshConfig.parse(arguments.mesh)
     parts = ("vae", *(("text_encoder", "tokenizer") if options.captions else ()))
+    model = model_folder(model, ("vae", "text_encoder") if options.captions else ("vae",))
     for part in parts:
         if not (model / part).is_dir():
             raise UserError(
@@ -160,7 +162,7 @@ def encode_prompts(arguments: PromptArguments) -> int:
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: a file NAME.safetensors is needed")
     rows = read_prompts(arguments.prompts)
-    model = ModelFolder.open(arguments.model)
+    model = ModelFolder.open(arguments.model, ("text_encoder",))
     model.check_weights(("text_encoder",))
     clean = caption_cleaner(arguments.clean_caption)
     int8 = "int8" if arguments.text_encoder_int8 else None

@@ -134,8 +134,9 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
     _check(options)
     if vae is None:
         from pixart_jax.weights.component import load_component
+        from pixart_jax.weights.hub import model_folder
 
-        folder = options.model
+        folder = model_folder(options.model, ("vae",))
         vae = load_component(folder / "vae" if (folder / "vae").is_dir() else folder)
         if not hasattr(vae, "decode"):
             raise UserError(f"{folder} is no autoencoder: give a model folder or its vae/")

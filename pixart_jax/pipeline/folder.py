@@ -26,6 +26,7 @@ from pixart_jax.pipeline.encoder_identity import folder_fingerprint
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.text import load_tokenizer, save_tokenizer
+from pixart_jax.weights.hub import model_folder
 
 INDEX = "model_index.json"
 PARTS = ("text_encoder", "transformer", "vae")  # with weights, in the order of their use
@@ -50,30 +51,36 @@ class ModelFolder:
     """A model folder's configs, parsed once and checked against each other; no weight is read."""
 
     path: Path
+    name: str  # of the folder, or the hub id
     transformer: TransformerConfig
     vae: VAEConfig
     scheduler: SchedulerConfig
     sampling: SamplingConfig  # the model's own, with defaults filled in
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> ModelFolder:
-        """Raises UserError where a part is missing, damaged or of another model."""
+    def open(
+        cls, folder: str | os.PathLike, parts: Sequence[str] = PARTS, revision: str | None = None
+    ) -> ModelFolder:
+        """folder: a folder or a hub id, of whose weights only those of ``parts`` are downloaded.
+        Raises UserError where a part is missing, damaged or of another model."""
         from pixart_jax.weights import vae
 
-        folder = Path(folder)
+        given, folder = Path(folder), model_folder(folder, parts, revision)
+        name = folder.resolve().name if given.exists() else str(given)
         if not folder.is_dir():
             form = "model_index.json, transformer/, text_encoder/, vae/ …"
             raise UserError(f"no model folder {folder}: give a diffusers folder ({form})")
-        parts = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
-        if missing := [f"{name}/" for name in parts if not (folder / name).is_dir()]:
-            part = (folder / "config.json").is_file()
-            found = "a part of a model" if part else "not a whole model"
+        folders = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
+        if missing := [f"{part}/" for part in folders if not (folder / part).is_dir()]:
+            alone = (folder / "config.json").is_file()
+            found = "a part of a model" if alone else "not a whole model"
             raise UserError(f"{folder} is {found}: it has no {', '.join(missing)}")
         transformer = _transformer_config(folder)
         autoencoder = vae.config_from_json(_json(folder / "vae" / "config.json"))
         scheduler = _json(folder / "scheduler" / "scheduler_config.json")
         return cls(
             folder,
+            name,
             transformer,
             autoencoder,
             SchedulerConfig.from_json(scheduler, folder / "scheduler" / "scheduler_config.json"),

@@ -84,18 +84,23 @@ class Pipeline:
         *,
         quantization: str | None = None,
         cache: str | os.PathLike | None = None,
+        revision: str | None = None,
     ) -> Pipeline:
-        """Open a diffusers folder, or one that ``save_pretrained`` or a training run wrote.
+        """Open a diffusers folder, one that ``save_pretrained`` or a training run wrote, or a hub
+        id such as "PixArt-alpha/PixArt-XL-2-1024-MS", at ``revision`` (weights/hub.py).
 
         dtype: of the computation (jnp.bfloat16 on accelerators), fp32 by default. text_encoder:
         False leaves out the largest part, for sampling from text states. quantization: 'int8' holds
         the text encoder's matrices as int8. cache: a folder of converted weights, by which the next
         start is quick. Raises UserError where a part is missing, damaged or of another model.
         """
-        model = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
+        names = [name for name in PARTS if text_encoder or name != "text_encoder"]
+        if isinstance(folder, ModelFolder):
+            model = folder
+        else:
+            model = ModelFolder.open(folder, names, revision)
         if mesh is not None:
             _check_mesh(mesh, model.transformer)
-        names = [name for name in PARTS if text_encoder or name != "text_encoder"]
         parts = model.load(dtype, mesh, names, quantization, cache)
         return cls(
             **{"text_encoder": None, **parts},

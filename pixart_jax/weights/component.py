@@ -36,6 +36,7 @@ from pixart_jax.weights.files import (
     write_order,
     write_safetensors,
 )
+from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.streaming import map_params, read
 from pixart_jax.weights.table import ParamMapping, flatten, unflatten, write
 
@@ -417,9 +418,10 @@ def load_component(
     *,
     cache: str | os.PathLike | None = None,
     quantization: str | None = None,
+    revision: str | None = None,
 ) -> Component:
-    """Load one part of a model: a folder of a transformer, DiT, T5 encoder or VAE, as written by
-    diffusers, transformers or this package.
+    """Load one part of a model: a folder or hub id of a transformer, DiT, T5 encoder or VAE, as
+    written by diffusers, transformers or this package.
 
     dtype: of the computation, fp32 by default; kernels are stored in it. mesh: where parallel.rules
     places the parameters, each device reading its own part. cache: a folder for converted weights
@@ -427,7 +429,7 @@ def load_component(
     T5 encoder. Raises UserError for a folder that is missing, a whole model, of an unknown kind, or
     without weights, and for weights that are damaged or do not fit the config.
     """
-    folder = Path(folder)
+    folder = model_folder(folder, revision=revision)
     values = _read_config(folder)
     kind: Any = values.get("_class_name") or values.get("model_type")
     if kind == _OLD_CLASS_NAME:

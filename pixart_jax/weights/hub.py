@@ -19,7 +19,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.files import find
 
 PARTS = ("transformer", "text_encoder", "vae")
-_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(transformer|text_encoder|vae|tokenizer))?")
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(\.[a-z]\w*)?(?:-\d{5}-of-\d{5})?(\.[a-z]\w*)?"
     r"\.(?P<kind>safetensors|bin)(?:\.index(\.[a-z]\w*)?\.json)?"
@@ -36,17 +36,20 @@ def model_folder(
     """A model's local folder: ``model`` itself where it exists, else the shipped model of that name
     (assets/…), else the hub's model of that id.
 
-    Downloads only missing files, of the named parts, with progress bars. Without network, files
-    that an earlier call downloaded are used. variant: such as "fp16"; by default the weights
-    without one, or the only ones there are. Raises UserError for an unknown id or revision, a gated
-    model, and where there is no network and no cached copy.
+    An id may be followed by a part, as "PixArt-alpha/PixArt-XL-2-1024-MS/vae". Downloads only
+    missing files, of the named parts, with progress bars; without network, files that an earlier
+    call downloaded are used. variant: such as "fp16"; by default the weights without one, or the
+    only ones there are. Raises UserError for an unknown id or revision, a gated model, and where
+    there is neither network nor a cached copy.
     """
     path = find(model)
-    if path.exists() or not _ID.fullmatch(str(model)):
+    match = _ID.fullmatch(str(model))
+    if path.exists() or match is None:
         return path
     from huggingface_hub import HfApi, snapshot_download
 
-    name = str(model)
+    name, part = match.groups()
+    parts = (part,) if part else parts
     with _as_user_errors(name, revision):
         try:
             info = HfApi().model_info(name, revision=revision)
@@ -55,11 +58,11 @@ def model_folder(
             folder = snapshot_download(
                 name, revision=revision, local_files_only=True, allow_patterns=["*config*.json"]
             )
-            return Path(folder)
+            return Path(folder, part or "")
         patterns = [glob.escape(file) for file in files]
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
     _remove_partial_files(Path(folder).parents[1])
-    return Path(folder)
+    return Path(folder, part or "")
 
 
 def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = None) -> list[str]:

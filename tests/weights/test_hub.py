@@ -147,3 +147,22 @@ def test_a_sole_variant_is_taken_and_of_several_one_must_be_named():
         hub.wanted([*vae, "vae/diffusion_pytorch_model.bf16.safetensors"], hub.PARTS)
     with pytest.raises(UserError, match="no weights of variant 'fp8': there are fp16"):
         hub.wanted(vae, hub.PARTS, "fp8")
+
+
+def test_a_pipeline_and_a_component_open_by_id(model, tmp_path):
+    code = (
+        "import numpy as np, pixart_jax\n"
+        "pipe = pixart_jax.Pipeline.from_pretrained('some/model')\n"
+        "shipped = pixart_jax.Pipeline.from_pretrained('assets/shapes')\n"
+        "images = [p(['a red circle'], steps=2, seed=1) for p in (pipe, shipped)]\n"
+        "np.testing.assert_array_equal(*images)\n"
+        "print(pixart_jax.load_component('some/model/vae').config.scaling_factor)\n"
+    )
+    with hub_server.serve({"some/model": model}) as server:
+        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+        environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": server.url}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, text=True, capture_output=True
+        )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
