@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from configs import xl2_256_imagenet, xl2_256_sam, xl2_1024_ms
-from pixart_jax.config import Config, DataConfig, PreviewConfig
+from pixart_jax.config import Config, DataConfig, PreviewConfig, StageConfig
 from pixart_jax.models.transformer import TransformerConfig
 
 DATA = "data/photographs"
@@ -28,53 +28,40 @@ PROMPTS = (
 )
 
 
-def shrunk(recipe, steps: int, position_base: int, data: DataConfig, **changes):
-    """The one stage of a recipe, for a small model."""
+def shrunk(recipe, steps: int, folder: str, captions, buckets, **changes) -> StageConfig:
+    """The one stage of a recipe, for a small model and the data in a folder of ``DATA``."""
     (stage,) = recipe.get_config().stages
-    optimizer = dataclasses.replace(
-        stage.optimizer, learning_rate=1.5e-3, warmup_steps=min(50, steps // 4), clip=1.0, ema=0.99
+    return dataclasses.replace(
+        stage,
+        steps=steps,
+        batch_size=16,
+        position_base=4,
+        data=DataConfig(f"{DATA}/{folder}", captions=captions, buckets=buckets),
+        objective=dataclasses.replace(stage.objective, prediction="v"),
+        optimizer=dataclasses.replace(
+            stage.optimizer,
+            learning_rate=1.5e-3,
+            warmup_steps=min(50, steps // 4),
+            clip=1.0,
+            ema=0.99,
+        ),
+        **changes,
     )
-    objective = dataclasses.replace(stage.objective, prediction="v")
-    changes |= {
-        "optimizer": optimizer,
-        "objective": objective,
-        "position_base": position_base,
-        "data": data,
-    }
-    return dataclasses.replace(stage, steps=steps, batch_size=16, **changes)
 
 
 def get_config(
     imagenet_steps: int = 100, sam_steps: int = 100, aesthetic_steps: int = 300
 ) -> Config:
-    mixed = (("caption", 0.5), ("dense", 0.5))
+    square, sizes = ((64, 64),), ((96, 96), (80, 112), (112, 80), (64, 128), (128, 64))
+    plain, mixed = (("caption", 1.0),), (("caption", 0.5), ("dense", 0.5))
+    labels = DataConfig().captions  # of no use to a class-conditional stage
+    previous = {"start": "previous"}
     return Config(
         name="photographs",
         stages=(
-            shrunk(
-                xl2_256_imagenet,
-                imagenet_steps,
-                4,
-                DataConfig(f"{DATA}/imagenet_64", buckets=((64, 64),)),
-            ),
-            shrunk(
-                xl2_256_sam,
-                sam_steps,
-                4,
-                DataConfig(f"{DATA}/sam_64", captions=(("caption", 1.0),), buckets=((64, 64),)),
-                start="previous",
-            ),
-            shrunk(
-                xl2_1024_ms,
-                aesthetic_steps,
-                4,
-                DataConfig(
-                    f"{DATA}/web_96",
-                    captions=mixed,
-                    buckets=((96, 96), (80, 112), (112, 80), (64, 128), (128, 64)),
-                ),
-                start="previous",
-            ),
+            shrunk(xl2_256_imagenet, imagenet_steps, "imagenet_64", labels, square),
+            shrunk(xl2_256_sam, sam_steps, "sam_64", plain, square, **previous),
+            shrunk(xl2_1024_ms, aesthetic_steps, "web_96", mixed, sizes, **previous),
         ),
         model=TransformerConfig(
             depth=3,

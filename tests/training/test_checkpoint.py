@@ -43,6 +43,11 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
+def at(total: int) -> RunPosition:
+    cost, window = {"a": {"seconds": 1.5}}, {"sums": {"loss": 0.1}, "count": 1}
+    return RunPosition(0, total, total, cost, window, {"next_index": total})
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """Saves of steps 1, 2 and 3 of a run that keeps two; the state is donated away right after
@@ -52,17 +57,7 @@ def saved(tmp_path_factory) -> Path:
     with Checkpointer(folder, keep=2) as saves:
         for total in (1, 2, 3):
             state = make(total)
-            saves.save(
-                RunPosition(
-                    0,
-                    total,
-                    total,
-                    {"a": {"seconds": 1.5}},
-                    {"sums": {"loss": 0.1}, "count": 1},
-                    {"next_index": total},
-                ),
-                state,
-            )
+            saves.save(at(total), state)
             jax.block_until_ready(spoil(state))
     return folder
 
@@ -70,10 +65,7 @@ def saved(tmp_path_factory) -> Path:
 def test_restored_is_what_was_saved_though_its_memory_was_given_away(saved):
     with Checkpointer(saved, keep=2) as saves:
         assert saves.latest() == 3
-        place = saves.position(3)
-        assert place == RunPosition(
-            0, 3, 3, {"a": {"seconds": 1.5}}, {"sums": {"loss": 0.1}, "count": 1}, {"next_index": 3}
-        )
+        assert saves.position(3) == at(3)
         assert_equal(saves.restore(3, abstract()), make(3))
 
 
@@ -119,7 +111,6 @@ def flip(path: Path):
 @pytest.mark.parametrize("spoil", [cut_short, flip, Path.unlink])
 def test_a_damaged_save_is_named_and_never_skipped(saved, tmp_path, spoil):
     named, unharmed = damage_nothing_silently(saved, spoil, tmp_path / "copy")
-    print(named, unharmed)
     assert len(named) > 3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -59,6 +60,11 @@ def finished(world, tmp_path_factory):
 def final_state(workdir: Path):
     """The last save, read by Orbax alone."""
     return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(STEPS) / "state")
+
+
+def checkpoints(workdir: Path) -> set[int]:
+    """The total steps of the checkpoints."""
+    return {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
 
 
 def figures(workdir: Path):
@@ -182,18 +188,12 @@ def start(kill_at: int, recipe: Path, workdir: Path) -> int:
 
 
 def assert_ended_the_same(workdir: Path, whole: Path, how) -> None:
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(final_state(whole)),
-        jax.tree.leaves(final_state(workdir)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b, err_msg=f"{path}, {how}")
+    equal = functools.partial(np.testing.assert_array_equal, err_msg=how)
+    jax.tree.map(equal, final_state(whole), final_state(workdir))
     assert figures(workdir) == figures(whole)
-    for name in (
-        "transformer/diffusion_pytorch_model.safetensors",
-        "transformer/null_caption.safetensors",
-    ):
-        assert (workdir / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+    for name in ("diffusion_pytorch_model", "null_caption"):
+        file = f"model/transformer/{name}.safetensors"
+        assert (workdir / file).read_bytes() == (whole / file).read_bytes(), how
 
 
 @pytest.mark.slow
@@ -204,11 +204,7 @@ def test_killed_at_random_steps_and_at_a_stage_border_it_ends_the_same_to_the_bi
     kills = [rng.randint(4, 7), None, rng.randint(1, 14), 0]
     for number, kill in enumerate(kills):
         if kill is None:  # the step after the border, wherever the last kill has left the run
-            saved = max(
-                (int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()),
-                default=0,
-            )
-            kill = 7 - saved + 1
+            kill = 7 - max(checkpoints(workdir), default=0) + 1
         kills[number] = kill
         assert start(kill, recipe, workdir) == (-9 if kill else 0), kills
     assert_ended_the_same(workdir, finished[0], f"killed at {kills}")
@@ -238,15 +234,12 @@ def test_told_to_stop_it_saves_the_step_says_where_it_stands_and_goes_on_to_the_
         done = program_started(at, recipe, workdir, *more)
         assert done.returncode == 75, done.stderr[-2000:]
         assert done.stderr.splitlines()[-1] == told and "Traceback" not in done.stderr
-        assert (
-            max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-            == saved
-        )
+        assert max(checkpoints(workdir)) == saved
     done = program_started("2:SIGTERM,SIGTERM", recipe, workdir)
     assert done.returncode == 143 and "stopped at once" in done.stderr
     train.train(tiny_run.curriculum(world, keep_every=2), workdir)
     assert_ended_the_same(workdir, finished[0], "stopped three times")
-    kept = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
+    kept = checkpoints(workdir)
     # keep-every from its first start on, keep-last below
     assert {12, 14, 16, 18, 20, 22, 24} <= kept and not {5, 7, 11} & kept
     assert [line["total_step"] for line in read(workdir / "attempts.jsonl")] == [0, 5, 11, 11]
@@ -323,40 +316,21 @@ def test_a_checkpoint_cut_short_is_named_and_nothing_is_touched(finished, world,
     )
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))  # what the line advises
     train.train(tiny_run.curriculum(world), workdir)
-    for a, b in zip(
-        jax.tree.leaves(final_state(finished[0])),
-        jax.tree.leaves(final_state(workdir)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, final_state(finished[0]), final_state(workdir))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_status_1_and_keeps_the_last_save(
     world, tmp_path, capsys
 ):
-    wild = [
-        "--stages.0.optimizer.learning-rate",
-        "1e30",
-        "--stages.0.optimizer.warmup-steps",
-        "0",
-        "--checkpoint-every",
-        "1",
-    ]
-    line = one_line(
-        capsys,
-        1,
-        tiny_run.recipe(world),
-        "--workdir",
-        tmp_path / "run",
-        *wild,
-        "--guard.bad-steps-in-row",
-        "4",
+    wild = (
+        "--stages.0.optimizer.learning-rate 1e30 --stages.0.optimizer.warmup-steps 0 "
+        "--checkpoint-every 1 --guard.bad-steps-in-row 4"
     )
+    recipe, workdir = tiny_run.recipe(world), tmp_path / "run"
+    line = one_line(capsys, 1, recipe, "--workdir", workdir, *wild.split())
     assert "stage pixels, step 5, the last of 4 bad steps in a row: loss is" in line
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == [
-        "1"
-    ]
-    bad = read(tmp_path / "run" / "bad_steps.jsonl")
+    assert checkpoints(workdir) == {1}
+    bad = read(workdir / "bad_steps.jsonl")
     assert [entry["step"] for entry in bad] == [2, 3, 4, 5]
     assert bad[-1]["keys"][0] in line and all(
         len(entry["keys"]) == 8 and entry["keys"][0].startswith("r0-") for entry in bad
@@ -410,21 +384,9 @@ def test_a_trace_of_asked_steps_lies_in_the_workdir(world, tmp_path, capsys):
 @pytest.mark.slow
 def test_without_another_place_compiled_programs_are_kept_in_the_workdir(world, tmp_path):
     there = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    command = [
-        sys.executable,
-        "train.py",
-        tiny_run.recipe(world),
-        "--workdir",
-        tmp_path / "run",
-        "--checkpoint-every",
-        "1",
-    ]
-    first = subprocess.Popen(
-        command,
-        env={**there, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "train.py", tiny_run.recipe(world), "--workdir", tmp_path / "run"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(command, env={**there, "JAX_PLATFORMS": "cpu"}, **quiet)
     while first.poll() is None and not read(tmp_path / "run" / "metrics.jsonl"):
         time.sleep(0.1)
     first.kill()
