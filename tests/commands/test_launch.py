@@ -51,11 +51,7 @@ time.sleep(600)
 def pids(child, count: int) -> list[int]:
     found = []
     while len(found) < 2 * count:
-        line = (
-            child.stdout.readline()
-            if len(found) == 0
-            else (child.stderr.readline() or child.stdout.readline())
-        )
+        line = (child.stderr if found else child.stdout).readline()
         assert line, child.communicate()
         if "pids" in line:
             found += map(int, line.split("pids ")[1].split())
@@ -63,13 +59,9 @@ def pids(child, count: int) -> list[int]:
 
 
 def test_each_process_is_told_its_place_and_its_lines_carry_its_number(tmp_path):
-    file = program(
-        tmp_path,
-        "import os, sys\n"
-        "print(os.environ['JAX_PROCESS_ID'], os.environ['JAX_NUM_PROCESSES'], "
-        "os.environ['JAX_COORDINATOR_ADDRESS'].split(':')[0],"
-        " os.environ['XLA_FLAGS'], sys.argv[1:])\n",
-    )
+    names = "JAX_PROCESS_ID JAX_NUM_PROCESSES JAX_COORDINATOR_ADDRESS XLA_FLAGS"
+    text = "print(*(os.environ[n].split(':')[0] for n in {!r}.split()), sys.argv[1:])"
+    file = program(tmp_path, f"import os, sys\n{text.format(names)}\n")
     child = launcher("--processes", 3, "--devices-per-process", 4, "--", file, "--flag", "a b")
     out, err = child.communicate(timeout=60)
     assert child.returncode == 0
@@ -80,27 +72,19 @@ def test_each_process_is_told_its_place_and_its_lines_carry_its_number(tmp_path)
 
 
 def test_logs_keep_every_process_s_output_and_the_first_one_s_is_shown_as_it_is(tmp_path):
-    file = program(
-        tmp_path,
-        "import os, sys\nprint('I am', os.environ['JAX_PROCESS_ID'])\nprint('oops', "
-        "file=sys.stderr)\n",
-    )
+    text = "print('I am', os.environ['JAX_PROCESS_ID']); print('oops', file=sys.stderr)"
+    file = program(tmp_path, f"import os, sys\n{text}\n")
     child = launcher("--processes", 2, "--logs", tmp_path / "logs", "--", file)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, sorted(out.splitlines()), err) == (0, ["I am 0", "oops"], "")
     for k in range(2):
-        assert sorted((tmp_path / "logs" / f"process-{k}.log").read_text().splitlines()) == [
-            f"I am {k}",
-            "oops",
-        ]
+        lines = (tmp_path / "logs" / f"process-{k}.log").read_text().splitlines()
+        assert sorted(lines) == [f"I am {k}", "oops"]
 
 
 def test_the_first_bad_status_is_the_launcher_s_and_the_others_are_ended_in_time(tmp_path):
-    file = program(
-        tmp_path,
-        "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1':\n    "
-        "sys.exit(7)\ntime.sleep(600)\n",
-    )
+    text = "os.environ['JAX_PROCESS_ID'] == '1' and sys.exit(7)\ntime.sleep(600)"
+    file = program(tmp_path, f"import os, sys, time\n{text}\n")
     began = time.monotonic()
     child = launcher("--processes", 3, "--patience", 1, "--", file)
     _, err = child.communicate(timeout=60)
@@ -109,11 +93,8 @@ def test_the_first_bad_status_is_the_launcher_s_and_the_others_are_ended_in_time
 
 
 def test_a_process_killed_by_the_kernel_is_named(tmp_path):
-    file = program(
-        tmp_path,
-        "import os, signal\nif os.environ['JAX_PROCESS_ID'] == '0':\n    os.kill(os.getpid(), "
-        "signal.SIGKILL)\n",
-    )
+    text = "os.environ['JAX_PROCESS_ID'] == '0' and os.kill(os.getpid(), signal.SIGKILL)"
+    file = program(tmp_path, f"import os, signal\n{text}\n")
     child = launcher("--", file)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 128 + signal.SIGKILL and "process 0 was killed by SIGKILL" in err
