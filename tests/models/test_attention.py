@@ -80,12 +80,6 @@ def test_softmax_is_fp32_under_bf16_inputs():
     np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=0.01)
 
 
-def test_unknown_backend_is_named():
-    q, k, v = draw()
-    with pytest.raises(UserError, match="did you mean 'xla'"):
-        attention(q, k, v, backend="xlla")
-
-
 @pytest.mark.parametrize("how", ["all_gather", "ring", "replicated"])
 def test_on_one_device_every_way_of_context_attention_is_plain_attention(how):
     q, k, v = draw(n=7)
