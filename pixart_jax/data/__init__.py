@@ -1,1 +1,1 @@
-"""The data room: from pictures and captions, wherever they lie, to batches of one bucket each."""
+"""Data: from images and captions in any source to training batches of one bucket each."""

@@ -13,8 +13,8 @@ image: of several that would share it by the bare stem, the first has it.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import posixpath
@@ -26,13 +26,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from pixart_jax.data.buckets import key_of
 from pixart_jax.data.encoded import unknown_buckets
 from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.data.samples import CaptionMix, pad_length, show_sizes
-from pixart_jax.data.sources.indexed import READERS, cached_array
+from pixart_jax.data.sources.indexed import cached_array, in_threads
 from pixart_jax.data.sources.official import Entry, Layout
 from pixart_jax.errors import UserError
 
@@ -142,29 +141,17 @@ class FeatureSamples:
         """One pass over the headers of all files."""
         found: list[_Found | None] = []
         taken: set[str] = set()
-        with (
-            concurrent.futures.ThreadPoolExecutor(READERS) as readers,
-            tqdm(
-                total=len(self._entries),
-                desc=f"headers of {self.name}",
-                unit=" images",
-                delay=2,
-                leave=False,
-            ) as bar,
-        ):
-            for start in range(0, len(self._entries), 4096):
-                some = self._entries[start : start + 4096]
-                looks = readers.map(lambda entry: _features_of(entry, folder, texts), some)
-                for entry, (one, bad) in zip(some, looks, strict=True):
-                    bar.update()
-                    faults.extend(bad)
-                    if one and one.latents in taken:
-                        detail = f"{one.latents} is of an earlier picture"
-                        faults.add(f"{entry.place}, {entry.path}", "key twice", detail)
-                        one = None
-                    if one:
-                        taken.add(one.latents)
-                    found.append(one)
+        look = functools.partial(_features_of, folder=folder, texts=texts)
+        looks = in_threads(look, self._entries, f"headers of {self.name}")
+        for entry, (one, bad) in zip(self._entries, looks, strict=True):
+            faults.extend(bad)
+            if one and one.latents in taken:
+                detail = f"{one.latents} is of an earlier picture"
+                faults.add(f"{entry.place}, {entry.path}", "key twice", detail)
+                one = None
+            if one:
+                taken.add(one.latents)
+            found.append(one)
         return found
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:

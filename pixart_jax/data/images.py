@@ -136,18 +136,6 @@ def fitted(data: bytes, bucket: tuple[int, int]) -> tuple[np.ndarray, Fit, tuple
     return _cut(_pixels(image), how, bucket), how, original
 
 
-def as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [h, w], [h, w, 1] or [h, w, 3] → uint8 [h, w, 3]."""
-    pixels = np.asarray(pixels)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    shape = pixels.shape
-    if pixels.dtype != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3) or 0 in shape:
-        raise UnreadableImage(
-            f"not an image: {pixels.dtype} {shape}, expected uint8 [height, width, 1 or 3]"
-        )
-    return np.broadcast_to(pixels, (*shape[:2], 3))
-
-
 def _rgb(image: Image.Image, codec: str | None) -> Image.Image:
     transparent = "transparency" in image.info
     if image.mode == "RGB" and not transparent:

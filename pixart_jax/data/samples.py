@@ -3,19 +3,17 @@ batch; encoded records are in data/encoded.py, the official features in data/fea
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from pixart_jax import plots
 from pixart_jax.data import buckets as bucket_tables
 from pixart_jax.data import images
-from pixart_jax.data.sources.indexed import cached_array
+from pixart_jax.data.sources.indexed import cached_array, in_threads
 from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.images import to_model
@@ -181,26 +179,14 @@ class ImageSamples:
                 return str(error)
             return None
 
-        bad = []
-        with (
-            concurrent.futures.ThreadPoolExecutor(_DECODERS) as readers,
-            tqdm(
-                total=len(indices),
-                desc=f"reading {self.source.name}",
-                unit=" images",
-                delay=2,
-                leave=False,
-            ) as bar,
-        ):
-            for start in range(0, len(indices), 4096):  # a bounded number of tasks
-                some = indices[start : start + 4096]
-                for index, error in zip(some, readers.map(error_of, some), strict=True):
-                    bar.update()
-                    if error is not None:
-                        key, colon, reason = error.partition(": ")
-                        place, detail = (key, reason) if colon else (f"sample {index}", error)
-                        self.faults.add(place, "unreadable image", detail)
-                        bad.append(int(index))
+        bad, what = list[int](), f"reading {self.source.name}"
+        errors = in_threads(error_of, indices, what, threads=_DECODERS)
+        for index, error in zip(indices, errors, strict=True):
+            if error is not None:
+                key, colon, reason = error.partition(": ")
+                place, detail = (key, reason) if colon else (f"sample {index}", error)
+                self.faults.add(place, "unreadable image", detail)
+                bad.append(int(index))
         return bad
 
     def _pixels(self, index: int, bucket: int) -> tuple[np.ndarray, str]:

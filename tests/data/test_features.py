@@ -32,17 +32,11 @@ def root(tmp_path, monkeypatch):
 
 def test_rows_are_the_files_numbers_with_lengths_from_the_mask(root):
     samples = FeatureSamples(str(root), MIX, 16)
-    assert (
-        samples.buckets == ((32, 32),)
-        and samples.bucket_of.tolist() == [0, 0, 0]
-        and samples.length == 8
-        and not len(samples.faults)
-    )
+    assert samples.buckets == ((32, 32),) and samples.bucket_of.tolist() == [0, 0, 0]
+    assert samples.length == 8 and not len(samples.faults)
     batch = samples.read(np.array([2, 0]), 0, np.zeros(2))
-    assert (
-        batch["mean"].shape == batch["std"].shape == (2, 4, 4, 4)
-        and batch["mean"].dtype == np.float32
-    )
+    assert batch["mean"].shape == batch["std"].shape == (2, 4, 4, 4)
+    assert batch["mean"].dtype == np.float32
     posterior = np.load(root / LATENTS / "002_000002.npy")
     np.testing.assert_array_equal(batch["mean"][0], posterior[:4].transpose(1, 2, 0))
     np.testing.assert_array_equal(batch["std"][0], posterior[4:].transpose(1, 2, 0))
@@ -52,21 +46,10 @@ def test_rows_are_the_files_numbers_with_lengths_from_the_mask(root):
         batch["text_states"][0, :3], held["caption_feature"][0, :3].astype(ml_dtypes.bfloat16)
     )
     assert not batch["text_states"][0, 3:].astype(np.float32).any()
-    assert batch["size"].tolist() == [[32, 32], [24, 40]] and batch["key"].tolist() == [
-        "002/000002",
-        "000/000000",
-    ]
-    assert batch["aspect_ratio"].tolist() == [1, 1] and batch["label"].tolist() == [-1, -1]
-    assert set(batch) == {
-        "mean",
-        "std",
-        "label",
-        "size",
-        "aspect_ratio",
-        "key",
-        "text_states",
-        "text_lengths",
-    }
+    rest = {"size": [[32, 32], [24, 40]], "key": ["002/000002", "000/000000"]}
+    rest |= {"aspect_ratio": [1, 1], "label": [-1, -1]}
+    assert {name: batch[name].tolist() for name in rest} == rest
+    assert set(batch) == {"mean", "std", "text_states", "text_lengths", *rest}
 
 
 @pytest.mark.parametrize(
@@ -173,14 +156,13 @@ def test_a_damaged_file_that_shows_only_when_read_is_named(root):
 
 
 def test_mistakes_are_named(root):
-    with pytest.raises(UserError, match="has no captions of kind 'dense'"):
-        FeatureSamples(str(root), (("dense", 1.0),), 16)
-    with pytest.raises(UserError, match="texts of 3 tokens, more than max_text_tokens = 2"):
-        FeatureSamples(str(root), MIX, 2)
-    with pytest.raises(
-        UserError, match="latents of 32×32 px, which are none of the stage's buckets"
+    for mix, cap, buckets, message in (
+        ((("dense", 1.0),), 16, None, "has no captions of kind 'dense'"),
+        (MIX, 2, None, "texts of 3 tokens, more than max_text_tokens = 2"),
+        (MIX, 16, ((64, 64),), "latents of 32×32 px, which are none of the stage's buckets"),
     ):
-        FeatureSamples(str(root), MIX, 16, buckets=((64, 64),))
+        with pytest.raises(UserError, match=message):
+            FeatureSamples(str(root), mix, cap, buckets=buckets)
     features(root, NAMES, "img_vae_features_64resolution/noflip")
     with pytest.raises(UserError, match="several folders of latents: .*latents=DIR"):
         FeatureSamples(str(root), MIX, 16)

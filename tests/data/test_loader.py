@@ -1,20 +1,19 @@
 import dataclasses
 import hashlib
-import io
 import json
 
 import ml_dtypes
 import numpy as np
 import pytest
-from PIL import Image
 
-from pixart_jax.data import images, records
-from pixart_jax.data.encoded import EncodedSamples
+from pixart_jax.data import images
+from pixart_jax.data.encoded import EncodedSamples, is_flipped
 from pixart_jax.data.loader import Loader
 from pixart_jax.data.samples import CaptionMix, ImageSamples, TokenSamples
-from pixart_jax.data.sources import Sample
+from pixart_jax.data.sources import Sample, indexed
 from pixart_jax.errors import UserError
 from pixart_jax.images import to_model
+from tests.data.tiny_sets import encoded, shards
 
 BUCKETS = ((32, 32), (32, 64), (64, 32))
 
@@ -41,14 +40,11 @@ class Noise:
 
     def __getitem__(self, index):
         self.reads += 1
-        png = io.BytesIO()
-        Image.fromarray(
-            np.random.default_rng(index).integers(0, 256, (*self.shape(index), 3), np.uint8)
-        ).save(png, "PNG")
+        pixels = np.random.default_rng(index).integers(0, 256, (*self.shape(index), 3), np.uint8)
         dense = tuple("w " * (5 + index % 4 + j) for j in range(1 + index % 2))
         return Sample(
             f"k{index}",
-            png.getvalue() if index not in self.broken else b"",
+            encoded(pixels) if index not in self.broken else b"",
             {"short": (f"s {index}",), "dense": dense},
             index % 5,
         )
@@ -68,44 +64,20 @@ class Tokenizer:
 
 
 def encoded_folder(folder, n=60):
-    shards = []
+    made = {}
     for number, bucket in enumerate(BUCKETS):
-        made = []
+        made[bucket] = []
         for i in range(number, n, 3):
             rng = np.random.default_rng(i)
-            latents = rng.normal(size=(2, bucket[0] // 8, bucket[1] // 8, 4)).astype(np.float32)
-            arrays = {
-                "mean": latents[0],
-                "std": abs(latents[1]),
-                "label": np.int64(i % 5),
-                "size": np.array([i + 1, i + 2], np.int32),
+            mean, std = rng.normal(size=(2, bucket[0] // 8, bucket[1] // 8, 4)).astype(np.float32)
+            texts = {
+                f"text.{kind}.0": rng.normal(size=(tokens, 8)).astype(ml_dtypes.bfloat16)
+                for kind, tokens in (("short", 3), ("dense", 4 + i % 7))
             }
-            arrays["text.short.0"] = rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16)
-            arrays["text.dense.0"] = rng.normal(size=(4 + i % 7, 8)).astype(ml_dtypes.bfloat16)
-            made.append(
-                records.encode_record(
-                    arrays,
-                    {
-                        "key": f"k{i}",
-                        "captions.short": '["s"]',
-                        "captions.dense": json.dumps(["d"]),
-                    },
-                )
-            )
-        path = folder / f"{number}.array_record"
-        count = records.write_shard(path, made)
-        shards.append(
-            records.Shard(
-                path.name,
-                bucket,
-                count,
-                path.stat().st_size,
-                records.sha256(path),
-                {"short": 3, "dense": 10},
-            )
-        )
-    records.Manifest({"vae": "v"}, tuple(shards)).write(folder)
-    return folder
+            facts = {"label": np.int64(i % 5), "size": np.array([i + 1, i + 2], np.int32)}
+            metadata = {"key": f"k{i}", "captions.short": '["s"]', "captions.dense": '["d"]'}
+            made[bucket].append(({"mean": mean, "std": abs(std), **facts, **texts}, metadata))
+    return shards(folder, made, {"vae": "v"}, {"short": 3, "dense": 10})
 
 
 @pytest.fixture(params=["images", "tokens", "encoded"])
@@ -147,9 +119,8 @@ def test_resume_at_any_step_gives_the_same_remaining_sequence(samples):
 def test_batches_depend_on_neither_threads_nor_prefetch(samples):
     expected = [Loader(samples, batch_size=8, seed=3).batch(step) for step in range(10)]
     for workers, prefetch in ((0, None), (1, 1), (4, 16)):
-        batches = Loader(
-            samples, batch_size=8, seed=3, workers=workers, prefetch=prefetch
-        ).iterator()
+        loader = Loader(samples, batch_size=8, seed=3, workers=workers, prefetch=prefetch)
+        batches = loader.iterator()
         for batch in expected:
             same(next(batches), batch)
         batches.close()
@@ -161,16 +132,8 @@ def test_processes_read_shares_of_one_global_batch_in_one_bucket(samples, count)
     parts = [Loader(samples, batch_size=8, seed=3, rows=range(p, 8, count)) for p in range(count)]
     for step in range(20):
         assert len({part.bucket(step) for part in parts}) == 1
-        shares = [part.batch(step) for part in parts]
-        same(
-            {
-                name: np.stack([share[name] for share in shares], 1).reshape(
-                    -1, *shares[0][name].shape[1:]
-                )
-                for name in shares[0]
-            },
-            whole.batch(step),
-        )
+        for share, rows in ((part.batch(step), slice(p, 8, count)) for p, part in enumerate(parts)):
+            same(share, {name: value[rows] for name, value in whole.batch(step).items()})
 
 
 def test_shapes_are_one_a_bucket_for_the_whole_stage(samples):
@@ -187,11 +150,8 @@ def test_pictures_are_those_of_the_source_in_the_model_s_range_and_decoded_once(
     loader = Loader(ImageSamples(source, BUCKETS), batch_size=8, seed=0)
     for step in range(40):
         batch = loader.batch(step)
-        assert batch["images"].dtype == np.float32 and batch["images"].shape == (
-            8,
-            *loader.bucket(step),
-            3,
-        )
+        assert batch["images"].dtype == np.float32
+        assert batch["images"].shape == (8, *loader.bucket(step), 3)
         for row, key in zip(batch["images"], batch["key"]):
             pixels, _ = images.to_bucket(Noise()[int(key[1:])].pixels(), loader.bucket(step))
             np.testing.assert_array_equal(row, to_model(pixels))
@@ -200,76 +160,86 @@ def test_pictures_are_those_of_the_source_in_the_model_s_range_and_decoded_once(
     same(Loader(uncached, batch_size=8, seed=0).batch(5), loader.batch(5))
 
 
+def keys_of(samples, steps, batch_size=8):
+    loader = Loader(samples, batch_size=batch_size, seed=0)
+    return {str(key) for step in range(steps) for key in loader.batch(step)["key"]}
+
+
+def ids_of(texts):
+    return Tokenizer()(texts, 120, True, False)["input_ids"]
+
+
 def test_an_unreadable_picture_is_left_out_by_its_header_and_named_when_asked_for():
     samples = ImageSamples(Noise(broken=(4,)), BUCKETS)
     assert samples.bucket_of[4] == -1
-    seen = {
-        key
-        for step in range(40)
-        for key in Loader(samples, batch_size=8, seed=0).batch(step)["key"]
-    }
-    assert len(seen) == 59 and "k4" not in seen
+    assert keys_of(samples, 40) == {f"k{i}" for i in range(60) if i != 4}
     with pytest.raises(UserError, match="k4: the image is empty"):
         samples.read(np.array([4]), 0, np.zeros(1))
+
+
+def test_a_picture_that_shows_its_damage_only_when_decoded_is_left_out_before_the_first_step():
+    class Cut(Noise):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return dataclasses.replace(sample, image=sample.image[:-40]) if index == 7 else sample
+
+    for cache_bytes in (2**30, 0):
+        samples = ImageSamples(Cut(), BUCKETS, cache_bytes=cache_bytes)
+        assert np.flatnonzero(samples.bucket_of < 0).tolist() == [7]
+        (fault,) = samples.faults
+        assert (fault.place, fault.kind) == ("k7", "unreadable image")
+        assert "cannot be decoded" in fault.detail
+
+
+def test_the_unreadable_pictures_of_a_large_set_are_kept_for_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "_CACHED_FROM", 2)
+    monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path))
+    for reads in (60, 1):  # the second time only the broken one is tried
+        source = Noise(broken=(4,))
+        samples = ImageSamples(source, BUCKETS, cache_bytes=0)
+        assert np.flatnonzero(samples.bucket_of < 0).tolist() == [4] and source.reads == reads
+        assert dict(samples.faults.counts) == {"unreadable image": 1}
 
 
 def test_tokens_are_those_of_the_chosen_caption_padded_to_one_length():
     source = Noise()
     samples = TokenSamples(source, Tokenizer(), (("short", 1.0), ("dense", 3.0)), 120)
     assert samples.length == 16  # the longest has 9 words and the end
-    loader, kinds = Loader(samples, batch_size=20, seed=0), []
+    loader, short = Loader(samples, batch_size=20, seed=0), []
     for step in range(50):
         batch = loader.batch(step)
         assert batch["input_ids"].dtype == batch["lengths"].dtype == np.int32
         for ids, length, key in zip(batch["input_ids"], batch["lengths"], batch["key"]):
             sample = source[int(key[1:])]
-            expected = {
-                kind: Tokenizer()(sample.texts(kind), 120, True, False)["input_ids"]
-                for kind in ("short", "dense")
-            }
-            kinds.append(ids[:length].tolist() in expected["short"])
-            assert kinds[-1] or ids[:length].tolist() in expected["dense"]
+            short.append(ids[:length].tolist() in ids_of(sample.texts("short")))
+            assert short[-1] or ids[:length].tolist() in ids_of(sample.texts("dense"))
             assert not ids[length:].any() and ids[length - 1] == 1
-    assert abs(np.mean(kinds) - 0.25) < 0.05
+    assert abs(np.mean(short) - 0.25) < 0.05
 
 
 def test_each_row_brings_the_first_text_of_its_target():
-    source = Noise()
-    samples = TokenSamples(
-        source, Tokenizer(), (("short", 1.0), ("dense", 1.0)), 120, target="dense"
-    )
+    source, mix = Noise(), (("short", 1.0), ("dense", 1.0))
+    samples = TokenSamples(source, Tokenizer(), mix, 120, target="dense")
     batch = Loader(samples, batch_size=40, seed=0).batch(0)
     for row, key in enumerate(batch["key"]):
         target = batch["target_ids"][row, : batch["target_lengths"][row]].tolist()
         ids = batch["input_ids"][row, : batch["lengths"][row]].tolist()
-        assert (
-            target
-            == Tokenizer()([source[int(key[1:])].texts("dense")[0]], 120, True, False)["input_ids"][
-                0
-            ]
-        )
+        assert [target] == ids_of(source[int(key[1:])].texts("dense")[:1])
         assert batch["itself"][row] == (ids == target)
     assert 0 < batch["itself"].mean() < 1
-    with pytest.raises(UserError, match="no captions of kind 'dens'"):
-        TokenSamples(source, Tokenizer(), (("short", 1.0),), 120, target="dens")
 
 
 def test_long_texts_are_cut_with_their_end_mark_kept():
     samples = TokenSamples(Noise(), Tokenizer(), (("dense", 1.0),), 7)
     batch = Loader(samples, batch_size=30, seed=0).batch(0)
-    assert (
-        samples.length == 7
-        and (batch["lengths"] <= 7).all()
-        and (batch["input_ids"][np.arange(30), batch["lengths"] - 1] == 1).all()
-    )
+    assert samples.length == 7 and (batch["lengths"] <= 7).all()
+    assert (batch["input_ids"][np.arange(30), batch["lengths"] - 1] == 1).all()
 
 
 def test_a_caption_is_chosen_anew_in_each_epoch():
     samples = TokenSamples(Noise(), Tokenizer(), (("short", 1.0), ("dense", 1.0)), 16)
-    loader = Loader(samples, batch_size=20, seed=0)
-    lengths = {}
-    for step in range(30):  # ten epochs
-        batch = loader.batch(step)
+    loader, lengths = Loader(samples, batch_size=20, seed=0), {}
+    for batch in map(loader.batch, range(30)):  # ten epochs
         for key, length in zip(batch["key"], batch["lengths"]):
             lengths.setdefault(key, set()).add(int(length))
     assert np.mean([len(found) > 1 for found in lengths.values()]) > 0.9
@@ -277,20 +247,14 @@ def test_a_caption_is_chosen_anew_in_each_epoch():
 
 def test_text_states_are_real_tokens_then_zeros(tmp_path):
     samples = EncodedSamples(encoded_folder(tmp_path), (("dense", 1.0),), 120)
-    assert samples.length == 16
     batch = Loader(samples, batch_size=8, seed=0).batch(0)
+    assert samples.length == 16 and batch["text_states"].dtype == ml_dtypes.bfloat16
+    states = batch["text_states"].astype(np.float32)
     for row, key in enumerate(batch["key"]):
-        length = batch["text_lengths"][row]
-        assert length == 4 + int(key[1:]) % 7
-        assert batch["text_states"].dtype == ml_dtypes.bfloat16
-        assert (
-            batch["text_states"][row, :length].astype(np.float32).all()
-            and not batch["text_states"][row, length:].astype(np.float32).any()
-        )
-        assert (
-            tuple(batch["size"][row]) == (int(key[1:]) + 1, int(key[1:]) + 2)
-            and batch["label"][row] == int(key[1:]) % 5
-        )
+        number, length = int(key[1:]), batch["text_lengths"][row]
+        assert length == 4 + number % 7 and batch["label"][row] == number % 5
+        assert states[row, :length].all() and not states[row, length:].any()
+        assert tuple(batch["size"][row]) == (number + 1, number + 2)
 
 
 def test_damage_stops_the_loader_with_the_shard_s_name(tmp_path):
@@ -305,76 +269,52 @@ def test_damage_stops_the_loader_with_the_shard_s_name(tmp_path):
             next(batches)
 
 
+def test_flips_are_half_of_all_and_independent_of_the_caption():
+    draws = np.random.default_rng(0).random(4000)
+    flipped = np.array([is_flipped(draw) for draw in draws])
+    for some in (draws >= 0, draws < 0.1, (draws * 1000).astype(int) % 2 == 0):
+        assert abs(flipped[some].mean() - 0.5) < 0.06
+
+
 def test_the_mix_keeps_its_weights_and_its_draw_stays_uniform():
-    mix = CaptionMix((("a", 1.0), ("b", 0.0), ("c", 4.0)), ("a", "b", "c"), "set")
-    chosen = [mix.choose(draw) for draw in np.linspace(0, 1, 10_000, endpoint=False)]
-    assert {kind for kind, _ in chosen} == {"a", "c"} and abs(
-        np.mean([kind == "a" for kind, _ in chosen]) - 0.2
-    ) < 1e-3
-    for kind in "ac":
-        rest = np.array([r for k, r in chosen if k == kind])
-        assert (0 <= rest).all() and (rest < 1).all() and abs(rest.mean() - 0.5) < 1e-2
-
-
-def test_mistakes_are_named(samples, tmp_path):
-    with pytest.raises(UserError, match="rows 0 to 8"):
-        Loader(samples, batch_size=9, seed=0, rows=[8, 9])
-    with pytest.raises(UserError, match="no captions of kind 'dens' .did you mean 'dense'"):
-        TokenSamples(Noise(), Tokenizer(), (("dens", 1.0),), 16)
-
-
-def test_a_sample_that_lacks_a_kind_takes_its_others_in_proportion_and_nothing_else_changes():
-    mix = CaptionMix(
-        (("long", 3.0), ("short", 1.0), ("tags", 1.0)), ("long", "short", "tags"), "set"
-    )
     draws = np.linspace(0, 1, 20_000, endpoint=False)
+    kinds = ("long", "short", "none", "tags")
+    mix = CaptionMix(zip(kinds, (3.0, 1.0, 0.0, 1.0)), kinds, "set")
+    for present, shares in (
+        (None, (0.6, 0.2, 0, 0.2)),
+        # a sample that lacks a kind takes its others in proportion
+        ({"short", "long"}, (0.75, 0.25, 0, 0)),
+        ({"tags"}, (0, 0, 0, 1)),
+    ):
+        chosen = [mix.choose(draw, present) for draw in draws]
+        for kind, share in zip(kinds, shares):
+            rest = np.array([rest for found, rest in chosen if found == kind])
+            assert abs(len(rest) / len(draws) - share) < 5e-3
+            if share:
+                assert (0 <= rest).all() and (rest < 1).all() and abs(rest.mean() - 0.5) < 2e-2
     for draw in draws[::500]:
-        assert mix.choose(draw, {"long", "short", "tags", "other"}) == mix.choose(draw)
-    chosen = [mix.choose(draw, {"short", "long"}) for draw in draws]
-    assert abs(np.mean([kind == "long" for kind, _ in chosen]) - 0.75) < 5e-3 and {
-        kind for kind, _ in chosen
-    } == {"long", "short"}
-    rest = np.array([rest for kind, rest in chosen if kind == "short"])
-    assert (0 <= rest).all() and (rest < 1).all() and abs(rest.mean() - 0.5) < 2e-2
-    assert {mix.choose(draw, {"tags"})[0] for draw in draws} == {"tags"}
+        assert mix.choose(draw, {*kinds, "other"}) == mix.choose(draw)
 
 
 def test_samples_without_a_caption_of_the_mix_are_named_and_left_out():
     class Partly(Noise):
         def __getitem__(self, index):
             sample = super().__getitem__(index)
-            return dataclasses.replace(
-                sample,
-                captions={
-                    k: v for k, v in sample.captions.items() if (k == "dense") == (index % 2 == 0)
-                },
-            )
+            kind = ("dense", "short")[index % 2]
+            return dataclasses.replace(sample, captions={kind: sample.captions[kind]})
 
     samples = TokenSamples(Partly(), Tokenizer(), (("short", 1.0),), 16)
-    assert (samples.bucket_of >= 0).tolist() == [i % 2 == 1 for i in range(60)] and dict(
-        samples.faults.counts
-    ) == {"missing caption": 30}
-    assert {
-        str(key)
-        for step in range(20)
-        for key in Loader(samples, batch_size=6, seed=0).batch(step)["key"]
-    } == {f"k{i}" for i in range(1, 60, 2)}
+    assert (samples.bucket_of >= 0).tolist() == [i % 2 == 1 for i in range(60)]
+    assert dict(samples.faults.counts) == {"missing caption": 30}
+    assert keys_of(samples, 20, 6) == {f"k{i}" for i in range(1, 60, 2)}
     both = TokenSamples(Partly(), Tokenizer(), (("short", 1.0), ("dense", 1.0)), 16)
     assert (both.bucket_of >= 0).all() and not len(both.faults)
 
 
-def test_a_picture_that_shows_its_damage_only_when_decoded_is_left_out_before_the_first_step():
-    class Cut(Noise):
-        def __getitem__(self, index):
-            sample = super().__getitem__(index)
-            return dataclasses.replace(sample, image=sample.image[:-40]) if index == 7 else sample
-
-    for cache_bytes in (2**30, 0):
-        samples = ImageSamples(Cut(), BUCKETS, cache_bytes=cache_bytes)
-        assert samples.bucket_of[7] == -1 and (samples.bucket_of >= 0).sum() == 59
-        (fault,) = samples.faults
-        assert (
-            fault.place == "k7"
-            and fault.kind == "unreadable image"
-            and "cannot be decoded" in fault.detail
-        )
+def test_mistakes_are_named(samples):
+    with pytest.raises(UserError, match="rows 0 to 8"):
+        Loader(samples, batch_size=9, seed=0, rows=[8, 9])
+    with pytest.raises(UserError, match="no captions of kind 'dens' .did you mean 'dense'"):
+        TokenSamples(Noise(), Tokenizer(), (("dens", 1.0),), 16)
+    with pytest.raises(UserError, match="no captions of kind 'dens'"):
+        TokenSamples(Noise(), Tokenizer(), (("short", 1.0),), 120, target="dens")

@@ -8,6 +8,7 @@ import safetensors.torch
 
 from pixart_jax.data import records
 from pixart_jax.errors import UserError
+from tests.data.tiny_sets import shards
 
 
 def arrays(i=0, rows=5):
@@ -23,28 +24,11 @@ def arrays(i=0, rows=5):
 
 @pytest.fixture
 def folder(tmp_path):
-    shards = []
-    for number in range(3):
-        path = tmp_path / f"{number}.array_record"
-        count = records.write_shard(
-            path,
-            (
-                records.encode_record(arrays(10 * number + i), {"key": f"k{number}{i}"})
-                for i in range(4 + number)
-            ),
-        )
-        shards.append(
-            records.Shard(
-                path.name,
-                (32, 32 * (1 + number)),
-                count,
-                path.stat().st_size,
-                records.sha256(path),
-                {"dense": 5 + number},
-            )
-        )
-    records.Manifest({"vae": "abc"}, tuple(shards)).write(tmp_path)
-    return tmp_path
+    made = {
+        (32, 32 * (1 + n)): [(arrays(10 * n + i), {"key": f"k{n}{i}"}) for i in range(4 + n)]
+        for n in range(3)
+    }
+    return shards(tmp_path, made, {"vae": "abc"}, {"dense": 7})
 
 
 def test_a_record_comes_back_to_the_bit():

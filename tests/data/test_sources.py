@@ -1,19 +1,14 @@
-import io
-
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from pixart_jax.data import images, shapes, sources
 from pixart_jax.errors import UserError
+from tests.data.tiny_sets import encoded, picture
 
 
-def photo(index: int, kind: str = "JPEG") -> bytes:
-    out = io.BytesIO()
-    pixels = np.random.default_rng(index).integers(0, 256, (20 + index, 30, 3), np.uint8)
-    Image.fromarray(pixels).save(out, kind)
-    return out.getvalue()
+def photo(index: int) -> bytes:
+    return encoded(picture(index, 20 + index, 30), "JPEG")
 
 
 class TinyPhotos(tfds.core.GeneratorBasedBuilder):
@@ -39,15 +34,8 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         for i in range(count):
             texts = [{"text": f"caption {j} of {i}", "id": j} for j in range(1 + i % 3)]
-            yield (
-                i,
-                {
-                    "image": photo(i) if i != 5 else photo(i)[:10],
-                    "file_name": f"{i}.jpg",
-                    "label": i % 3,
-                    "captions": texts,
-                },
-            )
+            facts = {"file_name": f"{i}.jpg", "label": i % 3, "captions": texts}
+            yield i, {"image": photo(i) if i != 5 else photo(i)[:10], **facts}
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +63,8 @@ def test_a_tfds_set_is_built_and_read_without_tensorflow(prepared):
     assert isinstance(source, sources.Source) and len(source) == 9 and source.num_classes == 3
     assert source.caption_kinds == ("captions/text", "class")
     sample = source[4]
-    assert (
-        sample.label == 1
-        and sample.texts("class") == ("hen",)
-        and sample.texts("captions/text") == ("caption 0 of 4", "caption 1 of 4")
-    )
+    assert sample.label == 1 and sample.texts("class") == ("hen",)
+    assert sample.texts("captions/text") == ("caption 0 of 4", "caption 1 of 4")
     assert sample.key == "tiny_photos/1.0.0/train/00000004"
     np.testing.assert_array_equal(sample.pixels(), images.decode(photo(4)))
     assert source.sizes().tolist() == [[20 + i, 30] if i != 5 else [0, 0] for i in range(9)]
@@ -119,11 +104,7 @@ def is_hen(fields):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        (
-            "tfds:tiny_photo",
-            {},
-            "no tensorflow-datasets set is called 'tiny_photo' .did you mean 'tiny_photos'",
-        ),
+        ("tfds:tiny_photo", {}, "set is called 'tiny_photo' .did you mean 'tiny_photos'"),
         ("tfds:tiny_photos", {"split": "trian"}, "no split 'trian'"),
         ("tfds:tiny_photos", {"where": "singel"}, "unknown filter 'singel' .did you mean 'single'"),
         ("tfds:tiny_photos", {"where": "single"}, "needs the field 'count'"),

@@ -2,14 +2,22 @@
 
 import json
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-from pixart_jax.data import records
 from pixart_jax.data.sources import Mixture, open_source, parse_mixture
 from pixart_jax.errors import UserError
-from tests.data.tiny_sets import encoded, img2dataset, intern, picture, sam, write
+from tests.data.tiny_sets import (
+    captions,
+    encoded,
+    encoded_record,
+    img2dataset,
+    intern,
+    picture,
+    sam,
+    shards,
+    write,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +29,9 @@ def test_a_data_info_names_pictures_in_the_folder_beside(tmp_path):
     root = intern(tmp_path)
     for text in (f"pixart:{root}", str(root), f"pixart:{tmp_path}"):
         source = open_source(text)
-        assert [sample.key for sample in source] == [
-            "000/000000",
-            "001/000001",
-            "002/000002",
-        ] and not len(source.faults)
-        assert source.caption_kinds == ("prompt",) and source[1].captions == {
-            "prompt": ("prompt of 1",)
+        assert source.caption_kinds == ("prompt",) and not len(source.faults)
+        assert captions(source) == {
+            f"{i:03d}/{i:06d}": {"prompt": (f"prompt of {i}",)} for i in range(3)
         }
         assert source.sizes().tolist() == [[24, 40], [40, 24], [32, 32]]
         np.testing.assert_array_equal(source[2].pixels(), picture(2, 32, 32))
@@ -39,31 +43,19 @@ def tall(fields):
 
 
 def test_pixart_sigma_s_list_lies_in_the_root_and_has_a_second_text(tmp_path):
-    item = {
-        "path": "a.png",
-        "height": 24,
-        "width": 40,
-        "ratio": 0.6,
-        "prompt": "short",
-        "sharegpt4v": "a long one",
-    }
-    write(
-        tmp_path,
-        {"InternImgs/a.png": encoded(picture()), "InternData/data_info.json": json.dumps([item])},
-    )
+    texts = {"prompt": "short", "sharegpt4v": "a long one"}
+    item = json.dumps([{"path": "a.png", "height": 24, "width": 40, "ratio": 0.6, **texts}])
+    write(tmp_path, {"InternImgs/a.png": encoded(picture()), "InternData/data_info.json": item})
     source = open_source(f"pixart:{tmp_path / 'InternData'}")
-    assert source.caption_kinds == ("prompt", "sharegpt4v") and source[0].captions == {
-        "prompt": ("short",),
-        "sharegpt4v": ("a long one",),
-    }
+    assert source.caption_kinds == tuple(texts)
+    assert captions(source) == {"a": {kind: (text,) for kind, text in texts.items()}}
 
 
 def test_sam_s_partitions_images_and_captions(tmp_path):
     source = open_source(str(sam(tmp_path / "SA1B")))
     assert source.name == "pixart:SA1B" and source.caption_kinds == ("caption",)
-    assert [(s.key, s.captions["caption"][0]) for s in source] == [
-        (f"sa_{i:06d}", f"a dense caption of sa_{i:06d}") for i in range(3)
-    ]
+    names = [f"sa_{i:06d}" for i in range(3)]
+    assert captions(source) == {n: {"caption": (f"a dense caption of {n}",)} for n in names}
     assert source.sizes().tolist() == [[24, 40]] * 3
 
 
@@ -71,21 +63,16 @@ def test_bad_items_are_named_and_none_is_replaced_by_another(tmp_path):
     root = intern(tmp_path)
     file = root / "partition" / "data_info.json"
     items = json.loads(file.read_text())
-    good = len(items)
     items += [items[0], {"path": "gone.png", "prompt": "x"}, {"prompt": "of nothing"}, "odd"]
     items[1]["prompt"] = "w" * 10_000_000
     items[2]["prompt"] = "bell\x07"
     file.write_text(json.dumps(items))
     source = open_source(str(root))
     expected = {"key twice": 1, "missing file": 1, "unreadable row": 2, "caption too long": 1}
-    assert dict(source.faults.counts) == expected and dict(source.faults.repaired) == {
-        "control characters": 1
-    }
-    assert [s.captions for s in source] == [
-        {"prompt": ("prompt of 0",)},
-        {},
-        {"prompt": ("bell",)},
-    ] and len(source) == good
+    assert dict(source.faults.counts) == expected
+    assert dict(source.faults.repaired) == {"control characters": 1}
+    found = [sample.captions for sample in source]
+    assert found == [{"prompt": ("prompt of 0",)}, {}, {"prompt": ("bell",)}]
     assert "data_info.json, item 5" in [fault.place for fault in source.faults]
     with pytest.raises(UserError, match="data_info.json, item 2, 001/000001.png: caption too long"):
         open_source(str(root), strict=True)
@@ -96,43 +83,22 @@ def test_bad_items_are_named_and_none_is_replaced_by_another(tmp_path):
         open_source(f"pixart:{tmp_path / 'InternImgs'}")
 
 
-def shards(folder, count=4, flip_bit=False):
-    folder.mkdir()
-    made = []
-    for i in range(count):
-        arrays = {
-            "mean": np.zeros((4, 4, 4), np.float32),
-            "std": np.ones((4, 4, 4), np.float32),
-            "label": np.int64(i),
-            "fit": np.zeros(4, np.int32),
-            "size": np.array([30 + i, 40], np.int32),
-            "text.dense.0": np.zeros((3, 8), ml_dtypes.bfloat16),
-        }
-        made.append(
-            records.encode_record(
-                arrays, {"key": f"k{i}", "captions.dense": json.dumps([f"dense {i}"])}
-            )
-        )
-    path = folder / "00000-32x32.array_record"
-    records.write_shard(path, made)
-    shard = records.Shard(
-        path.name, (32, 32), count, path.stat().st_size, records.sha256(path), {"dense": 3}
-    )
-    records.Manifest({"captions": "dense", "vae": "v"}, (shard,)).write(folder)
-    return folder
+def records_of(folder):
+    made = [
+        encoded_record(f"k{i}", label=np.int64(i), size=np.array([30 + i, 40], np.int32))
+        for i in range(4)
+    ]
+    return shards(folder, {(32, 32): made}, {"captions": "dense", "vae": "v"}, {"dense": 3})
 
 
 def test_encoded_shards_tell_keys_captions_and_sizes_and_have_no_pictures(tmp_path):
-    folder = shards(tmp_path / "set")
+    folder = records_of(tmp_path / "set")
     for text in (f"records:{folder}", str(folder)):
         source = open_source(text)
-        assert (
-            source.name == "records:set"
-            and source.caption_kinds == ("dense",)
-            and source.sizes().tolist() == [[30 + i, 40] for i in range(4)]
-        )
+        assert source.name == "records:set" and source.caption_kinds == ("dense",)
+        assert source.sizes().tolist() == [[30 + i, 40] for i in range(4)]
         assert [(s.key, s.captions["dense"], s.label) for s in source] == [
-            (f"k{i}", (f"dense {i}",), i) for i in range(4)
+            (f"k{i}", (f"dense k{i}",), i) for i in range(4)
         ]
         with pytest.raises(UserError, match="k2: the records of encoded shards hold no picture"):
             source[2].pixels()
@@ -144,14 +110,14 @@ def late(fields):
 
 
 def test_a_record_with_a_flipped_bit_is_named_by_shard_and_place(tmp_path):
-    folder = shards(tmp_path / "set")
-    shard = folder / "00000-32x32.array_record"
+    folder = records_of(tmp_path / "set")
+    shard = folder / "0.array_record"
     data = bytearray(shard.read_bytes())
     data[data.index(b'"key":"k2"') + 8] ^= 1
     shard.write_bytes(data)
     source = open_source(str(folder))
     assert source[1].key == "k1" and source[3].key == "k3"
-    with pytest.raises(UserError, match="00000-32x32.array_record, record 2, is damaged"):
+    with pytest.raises(UserError, match="0.array_record, record 2, is damaged"):
         source[2]
     assert source.sizes()[2].tolist() == [0, 0]
 
@@ -182,26 +148,15 @@ def test_a_badly_written_mixture_is_named(text):
 
 
 def test_a_mixture_shows_every_sample_once_under_its_set_s_name(tmp_path):
-    write(
-        tmp_path / "photos",
-        {
-            "a.png": encoded(picture(1, 20, 20)),
-            "a.dense.txt": "at length",
-            "b.png": encoded(picture(2)),
-        },
-    )
+    files = {"a.png": encoded(picture(1, 20, 20)), "a.dense.txt": "x", "b.png": encoded(picture(2))}
+    write(tmp_path / "photos", files)
     img2dataset(tmp_path / "web.tar", 0, 3)
     source = open_source(f"0.9*folder:{tmp_path / 'photos'} + 0.1*{tmp_path / 'web.tar'}")
     assert isinstance(source, Mixture) and len(source) == 5 and source.weights == (0.9, 0.1)
-    assert (
-        set(source.caption_kinds) == {"dense", "caption"}
-        and source.name == "0.9*folder:photos + 0.1*webdataset:web.tar"
-    )
-    assert [source[i].key for i in range(5)] == [
-        "photos/a",
-        "photos/b",
-        *(f"web.tar/{i:09d}" for i in range(3)),
-    ]
+    assert source.name == "0.9*folder:photos + 0.1*webdataset:web.tar"
+    assert set(source.caption_kinds) == {"dense", "caption"}
+    keys = ["photos/a", "photos/b", *(f"web.tar/{i:09d}" for i in range(3))]
+    assert [source[i].key for i in range(5)] == keys
     assert source.sizes().tolist() == [[20, 20]] + [[24, 40]] * 4
     other = open_source(f"0.5*folder:{tmp_path / 'photos'} + 0.5*{tmp_path / 'web.tar'}")
     assert other.fingerprint != source.fingerprint
@@ -210,10 +165,8 @@ def test_a_mixture_shows_every_sample_once_under_its_set_s_name(tmp_path):
 
 
 def test_captions_are_read_without_the_pictures(tmp_path):
-    write(
-        tmp_path / "photos",
-        {"a.png": encoded(picture()), "a.dense.txt": "at length", "b.png": encoded(picture())},
-    )
+    files = {"a.png": encoded(picture()), "a.dense.txt": "at length", "b.png": encoded(picture())}
+    write(tmp_path / "photos", files)
     img2dataset(tmp_path / "web.tar", 0, 2)
     parts = [
         f"folder:{tmp_path / 'photos'}",
@@ -221,13 +174,11 @@ def test_captions_are_read_without_the_pictures(tmp_path):
         str(intern(tmp_path / "official")),
         str(sam(tmp_path / "SA1B")),
     ]
-    parts.append(str(shards(tmp_path / "set")))
-    for text in [*parts[:-1], " + ".join(f"1*{part}" for part in parts)]:
+    parts.append(str(records_of(tmp_path / "set")))
+    for text in [*parts, " + ".join(f"1*{part}" for part in parts)]:
         source = open_source(text)
-        expected = [(source[i].key, dict(source[i].captions)) for i in range(len(source))]
-        assert [
-            (key, dict(said)) for key, said in map(source.captions_at, range(len(source)))
-        ] == expected
+        for i in range(len(source)):
+            assert source.captions_at(i) == (source[i].key, source[i].captions)
     source = open_source(parts[0])
     (tmp_path / "photos" / "a.png").unlink()
     assert source.captions_at(0) == ("a", {"dense": ("at length",)})
@@ -237,7 +188,5 @@ def test_the_faults_of_all_parts_are_one_list(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / name, {"x.png": encoded(picture()), "x.jpg": b"", "lonely.txt": "x"})
     source = open_source(f"1*{tmp_path / 'a'} + 1*{tmp_path / 'b'}")
-    assert (
-        source.faults.counts["caption without picture"] >= 1
-        and source.faults is source.parts[0].faults
-    )
+    assert source.faults.counts["caption without picture"] >= 1
+    assert source.faults is source.parts[0].faults

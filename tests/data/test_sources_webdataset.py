@@ -9,9 +9,10 @@ from pixart_jax.data import images
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import open_source, webdataset
 from pixart_jax.errors import UserError
-from tests.data.tiny_sets import encoded, img2dataset, picture, tar
+from tests.data.tiny_sets import captions, encoded, img2dataset, picture, tar
 
 PHOTO = encoded(picture(), "JPEG")
+FORMS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 @pytest.fixture(autouse=True)
@@ -20,31 +21,31 @@ def cache(tmp_path, monkeypatch):
 
 
 def keys(source) -> list[str]:
-    return [source[i].key for i in range(len(source))]
+    return [sample.key for sample in source]
 
 
-@pytest.mark.parametrize("form", ["folder", "range", "list", "star", "path"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        "webdataset:{}",
+        "webdataset:{}/{{00000..00002}}.tar",
+        "webdataset:{}/{{00000,00001,00002}}.tar",
+        "webdataset:{}/*.tar",
+    ],
+)
 def test_shards_of_img2dataset_are_read_at_random(tmp_path, form):
     for i in range(3):
         img2dataset(tmp_path / f"{i:05d}.tar", 10 * i, 4)
-    text = {
-        "folder": "",
-        "range": "/{00000..00002}.tar",
-        "list": "/{00000,00001,00002}.tar",
-        "star": "/*.tar",
-        "path": "",
-    }[form]
-    source = open_source(f"{'' if form == 'path' else 'webdataset:'}{tmp_path}{text}")
-    assert len(source) == 12 and source.caption_kinds == ("caption",) and not len(source.faults)
-    assert keys(source) == [f"{10 * i + j:09d}" for i in range(3) for j in range(4)]
+    source = open_source(form.format(tmp_path))
+    assert source.caption_kinds == ("caption",) and not len(source.faults)
+    numbers = [10 * i + j for i in range(3) for j in range(4)]
+    assert keys(source) == [f"{number:09d}" for number in numbers]
     for index in (11, 0, 5):
-        sample = source[index]
-        number = int(sample.key)
         # once, though .txt and .json both say it
-        assert sample.captions == {"caption": (f"a photo number {number}",)}
-        np.testing.assert_array_equal(
-            sample.pixels(), images.decode(encoded(picture(number), "JPEG", quality=95))
-        )
+        assert source[index].captions == {"caption": (f"a photo number {numbers[index]}",)}
+        jpeg = encoded(picture(numbers[index]), "JPEG", quality=95)
+        np.testing.assert_array_equal(source[index].pixels(), images.decode(jpeg))
     assert source.sizes().tolist() == [[24, 40]] * 12
 
 
@@ -63,32 +64,28 @@ def test_members_of_other_kinds_are_captions_labels_and_fields(tmp_path):
         "c.json": json.dumps({"score": 0.2, "label": 4}),
         "notes.md": "read me",
     }
-    source = open_source(str(tar(tmp_path / "set.tar", members)))
-    assert (
-        keys(source) == ["deep/a", "b", "c"]
-        and source.num_classes == 3
-        and set(source.caption_kinds) == {"caption", "dense", "short"}
-    )
-    assert source[0].captions == {"dense": ("at length",), "short": ("a",)} and [
-        source[i].label for i in range(3)
-    ] == [2, 0, 4]
-    assert keys(open_source(str(tmp_path / "set.tar"), where=f"{__name__}:scored")) == ["deep/a"]
+    path = str(tar(tmp_path / "set.tar", members))
+    source = open_source(path)
+    assert keys(source) == ["deep/a", "b", "c"] and source.num_classes == 3
+    assert set(source.caption_kinds) == {"caption", "dense", "short"}
+    assert source[0].captions == {"dense": ("at length",), "short": ("a",)}
+    assert [sample.label for sample in source] == [2, 0, 4]
+    assert keys(open_source(path, where=f"{__name__}:scored")) == ["deep/a"]
 
 
 def scored(fields):
     return fields["score"] > 0.3 and fields["width"] == 40
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("form", FORMS)
 def test_long_and_foreign_names_are_understood_in_every_form_of_tar(tmp_path, form):
     name = ("n" * 60 + "/") * 2 + "photo" if form == tarfile.USTAR_FORMAT else "länger/" + "n" * 200
-    source = open_source(
-        str(tar(tmp_path / "a.tar", {f"{name}.jpg": PHOTO, f"{name}.txt": "x"}, form))
-    )
-    assert keys(source) == [name] and source[0].texts("caption") == ("x",)
+    members = {f"{name}.jpg": PHOTO, f"{name}.txt": "x"}
+    source = open_source(str(tar(tmp_path / "a.tar", members, form)))
+    assert captions(source) == {name: {"caption": ("x",)}}
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("form", FORMS)
 def test_headers_say_what_tarfile_reads_and_no_cut_is_a_traceback(tmp_path, form):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=form) as out:
@@ -102,23 +99,23 @@ def test_headers_say_what_tarfile_reads_and_no_cut_is_a_traceback(tmp_path, form
                 link.type, link.linkname = kind, name
                 out.addfile(link)
     with tarfile.open(path) as held:
-        expected = [
-            (member.name, member.offset_data, member.size) for member in held if member.isreg()
-        ]
-    faults = BadRecords()
-    assert list(webdataset._members(path, faults)) == expected and not len(faults)
+        expected = [(m.name, m.offset_data, m.size) for m in held if m.isreg()]
+
+    def members():
+        faults = BadRecords()
+        return list(webdataset._members(path, faults)), dict(faults.counts)
+
+    assert members() == (expected, {})
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     for cut in rng.integers(0, len(whole) - 10240, 60):
         path.write_bytes(whole[:cut])
-        faults = BadRecords()
-        found = list(webdataset._members(path, faults))
-        assert found == expected[: len(found)] and dict(faults.counts) == {"cut file": 1}
+        found, faults = members()
+        assert found == expected[: len(found)] and faults == {"cut file": 1}
     for place in rng.integers(0, len(whole) - 10240, 100):
         spoilt = bytearray(whole)
         spoilt[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(spoilt)
-        found = list(webdataset._members(path, BadRecords()))
-        assert len(found) <= len(expected)
+        assert len(members()[0]) <= len(expected)
 
 
 def test_a_key_of_two_tars_is_told_by_its_tar_and_the_first_stays_plain(tmp_path):
@@ -132,21 +129,19 @@ def test_a_key_of_two_tars_is_told_by_its_tar_and_the_first_stays_plain(tmp_path
 def test_a_tar_cut_in_the_middle_gives_what_is_whole_and_is_named(tmp_path):
     whole = img2dataset(tmp_path / "a.tar", 0, 5).read_bytes()
     with tarfile.open(tmp_path / "a.tar") as held:
-        third = next(m for m in held.getmembers() if m.name == "000000002.jpg")
+        third = held.getmember("000000002.jpg")
     img2dataset(tmp_path / "b.tar", 10, 2)
-    for cut, count, detail in (
-        (third.offset_data + 10, 2, "the tar ends"),  # inside a picture
-        (third.offset, 2, "without an end mark"),  # between two samples
-        (third.offset + 100, 2, "ends at byte|at byte"),  # inside a header
+    for cut, detail in (
+        (third.offset_data + 10, "the tar ends"),  # inside a picture
+        (third.offset, "without an end mark"),  # between two samples
+        (third.offset + 100, "ends at byte"),  # inside a header
     ):
         (tmp_path / "a.tar").write_bytes(whole[:cut])
         source = open_source(str(tmp_path))
-        assert len(source) == count + 2 and dict(source.faults.counts) == {"cut file": 1}, cut
         (fault,) = source.faults
-        assert fault.place.startswith("a.tar") and any(
-            part in fault.detail for part in detail.split("|")
-        )
-        assert [source[i].pixels().shape for i in range(len(source))] == [(24, 40, 3)] * len(source)
+        assert fault.kind == "cut file" and fault.place.startswith("a.tar"), cut
+        assert detail in fault.detail
+        assert [sample.pixels().shape for sample in source] == [(24, 40, 3)] * 4
         with pytest.raises(UserError, match="a.tar.*: cut file"):
             open_source(str(tmp_path), strict=True)
     (tmp_path / "a.tar").write_bytes(b"")
@@ -154,39 +149,28 @@ def test_a_tar_cut_in_the_middle_gives_what_is_whole_and_is_named(tmp_path):
 
 
 def test_a_damaged_header_loses_what_lies_behind_it_and_says_so(tmp_path):
-    data = bytearray(img2dataset(tmp_path / "a.tar", 0, 5).read_bytes())
-    with tarfile.open(tmp_path / "a.tar") as held:
-        place = next(m.offset for m in held.getmembers() if m.name == "000000003.jpg")
-    data[place + 150] ^= 0xFF
-    (tmp_path / "a.tar").write_bytes(data)
-    source = open_source(str(tmp_path / "a.tar"))
+    path = img2dataset(tmp_path / "a.tar", 0, 5)
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as held:
+        data[held.getmember("000000003.jpg").offset + 150] ^= 0xFF
+    path.write_bytes(data)
+    source = open_source(str(path))
     assert keys(source) == ["000000000", "000000001", "000000002"]
     assert "what lies behind is lost" in str(next(iter(source.faults)))
 
 
 def test_bad_members_are_named_and_the_rest_goes_on(tmp_path):
-    members = {
-        "a.jpg": PHOTO,
-        "a.txt": "bell\x07",
-        "b.txt": "of nothing",
-        "c.jpg": PHOTO,
-        "c.txt": "w" * 10_000_000,
-        "d.jpg": PHOTO,
-        "d.json": "{cut",
-        "e.jpg": b"",
-        "f.jpg": PHOTO[:-40],
-        "f.cls": "two",
-        "g.jpg": PHOTO,
-        "g.json": json.dumps({"caption": "w" * 10_000_000}),
-    }
-    path = tar(tmp_path / "a.tar", members)
+    members = {f"{name}.jpg": PHOTO for name in "acdg"} | {"e.jpg": b"", "f.jpg": PHOTO[:-40]}
+    members |= {"a.txt": "bell\x07", "b.txt": "of nothing", "c.txt": "w" * 10_000_000}
+    members |= {"d.json": "{cut", "g.json": json.dumps({"caption": "w" * 10_000_000})}
+    path = tar(tmp_path / "a.tar", members | {"f.cls": "two"})
     with tarfile.open(path, "a") as more:  # a key twice
         info = tarfile.TarInfo("a.jpg")
         info.size = len(PHOTO)
         more.addfile(info, io.BytesIO(PHOTO))
     for _ in range(2):  # the second time from the cache
         source = open_source(str(path))
-        said = {sample.key: sample.captions for sample in source}
+        assert captions(source) == {"a": {"caption": ("bell",)}} | {key: {} for key in "cdgef"}
         assert dict(source.faults.counts) == {
             "caption without picture": 1,
             "caption too long": 2,
@@ -195,13 +179,10 @@ def test_bad_members_are_named_and_the_rest_goes_on(tmp_path):
             "key twice": 1,
         }
         assert dict(source.faults.repaired) == {"control characters": 1}
-        assert said == {"a": {"caption": ("bell",)}, "c": {}, "d": {}, "e": {}, "f": {}, "g": {}}
-        assert source.sizes().tolist() == [[24, 40]] * 3 + [[0, 0]] + [[24, 40]] * 2
-        assert "a.tar, c.txt" in [fault.place for fault in source.faults] and "a.tar, d.json" in [
-            fault.place for fault in source.faults
-        ]
+        assert source.sizes().tolist() == [[24, 40]] * 4 + [[0, 0], [24, 40]]
+        assert {"a.tar, c.txt", "a.tar, d.json"} <= {fault.place for fault in source.faults}
         with pytest.raises(UserError, match="f: the image cannot be decoded"):
-            source[4].pixels()
+            source[5].pixels()
     with pytest.raises(UserError, match="a.tar, c.txt: caption too long"):
         open_source(str(path), strict=True)
 
@@ -211,10 +192,8 @@ def test_headers_are_read_once_and_again_when_the_tar_has_changed(tmp_path, monk
     first = open_source(str(path))
     with monkeypatch.context() as patch:
         patch.setattr(webdataset, "_read", None)
-        assert (
-            keys(open_source(str(path))) == keys(first)
-            and open_source(str(path)).fingerprint == first.fingerprint
-        )
+        again = open_source(str(path))
+        assert keys(again) == keys(first) and again.fingerprint == first.fingerprint
     img2dataset(path, 5, 4)
     again = open_source(str(path))
     assert len(again) == 4 and again.fingerprint != first.fingerprint

@@ -9,8 +9,11 @@ import json
 import tarfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from PIL import Image
+
+from pixart_jax.data import records
 
 
 def picture(seed: int = 0, height: int = 24, width: int = 40) -> np.ndarray:
@@ -110,6 +113,33 @@ def intern(root: Path, sizes=((24, 40), (40, 24), (32, 32))) -> Path:
         files[f"InternImgs/{path}"] = encoded(picture(i, height, width))
     write(root, files | {"InternData/partition/data_info.json": json.dumps(items)})
     return root / "InternData"
+
+
+def shards(
+    folder: Path,
+    made: dict[tuple[int, int], list[tuple[dict, dict]]],
+    identity: dict[str, str],
+    longest: dict[str, int],
+) -> Path:
+    """Encoded shards and their manifest: a shard of (arrays, metadata) for each bucket."""
+    folder.mkdir(exist_ok=True)
+    written = []
+    for number, (bucket, some) in enumerate(made.items()):
+        path = folder / f"{number}.array_record"
+        count = records.write_shard(path, (records.encode_record(*one) for one in some))
+        size, checksum = path.stat().st_size, records.sha256(path)
+        written.append(records.Shard(path.name, bucket, count, size, checksum, longest))
+    records.Manifest(identity, tuple(written)).write(folder)
+    return folder
+
+
+def encoded_record(key: str, side: int = 4, **arrays) -> tuple[dict, dict]:
+    """(arrays, metadata) of a record with one dense text of 3 tokens."""
+    flat = np.zeros((side, side, 4), np.float32)
+    plain = {"mean": flat, "std": flat + 1, "label": np.int64(-1), "size": np.array([32, 32], "i4")}
+    text = {"text.dense.0": np.zeros((3, 16), ml_dtypes.bfloat16)}
+    captions = json.dumps([f"dense {key}"])
+    return plain | text | arrays, {"key": key, "captions.dense": captions}
 
 
 def features(

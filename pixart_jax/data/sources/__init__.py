@@ -11,7 +11,7 @@ from pixart_jax.data import records
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources.encoded import RecordsSource
 from pixart_jax.data.sources.folder import FolderSource
-from pixart_jax.data.sources.indexed import IndexedSource
+from pixart_jax.data.sources.indexed import Choice, IndexedSource
 from pixart_jax.data.sources.mixture import Mixture, parse_mixture
 from pixart_jax.data.sources.official import OfficialSource
 from pixart_jax.data.sources.sample import Sample, Source
@@ -80,20 +80,21 @@ def open_source(
     faults = BadRecords(strict) if faults is None else faults
     parts = parse_mixture(source)
     if len(parts) == 1:
-        return _open(parts[0][1], split, where, limit, data_dir, faults)
+        return _open(parts[0][1], Choice(where, limit, faults), split, data_dir)
+    limits = [limit and math.ceil(share * limit) for share, _ in parts]
     opened = [
-        _open(text, split, where, limit and math.ceil(share * limit), data_dir, faults)
-        for share, text in parts
+        _open(text, Choice(where, most, faults), split, data_dir)
+        for (_, text), most in zip(parts, limits, strict=True)
     ]
     return Mixture(opened, [share for share, _ in parts], faults)
 
 
 def _open(
-    source: str, split: str, where: str | None, limit: int | None, data_dir, faults: BadRecords
+    source: str, choice: Choice, split: str, data_dir: str | os.PathLike | None
 ) -> IndexedSource:
     kind, rest = parse_source(source)
     if kind == "tfds":
-        return TfdsSource(rest, split, where=where, limit=limit, data_dir=data_dir, faults=faults)
+        return TfdsSource(rest, choice, split, data_dir)
     if split not in ("train", "all"):
         raise UserError(
             f"{source} has no split {split!r}: only tfds sets have splits; name the folder or the "
@@ -104,13 +105,13 @@ def _open(
         if not mark and "?" in rest and not pathlib.Path(rest).exists():
             raise UserError(f"folder:{rest}: the one option is ?captions=FILE, or FILE,FILE")
         tables = [file for file in options.split(",") if file]
-        return FolderSource(folder, where=where, limit=limit, faults=faults, tables=tables)
+        return FolderSource(folder, choice, tables)
     if kind == "webdataset":
-        return WebdatasetSource(rest, where=where, limit=limit, faults=faults)
+        return WebdatasetSource(rest, choice)
     if kind == "pixart":
-        return OfficialSource(rest, where=where, limit=limit, faults=faults)
+        return OfficialSource(rest, choice)
     if kind == "records":
-        return RecordsSource(rest, where=where, limit=limit, faults=faults)
+        return RecordsSource(rest, choice)
     pictures = f"pixart:{rest.partition('?')[0]}"
     raise UserError(
         f"{source} holds features, no pictures: only training reads them (data.source); its "

@@ -9,8 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pixart_jax.data import images, records
-from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.sources.indexed import Facts, IndexedSource
+from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource
 from pixart_jax.data.sources.sample import Sample
 from pixart_jax.errors import UserError
 
@@ -19,15 +18,8 @@ class RecordsSource(IndexedSource):
     """The samples of a folder written by ``encode``: without images, with the sizes of the original
     images. A damaged record is a UserError that names shard and record."""
 
-    def __init__(
-        self,
-        folder: str,
-        *,
-        where: str | None = None,
-        limit: int | None = None,
-        faults: BadRecords | None = None,
-    ):
-        self.faults = BadRecords() if faults is None else faults
+    def __init__(self, folder: str, choice: Choice):
+        self.faults = choice.faults
         self._records = records.Records(folder)
         self.name = f"records:{self._records.folder.resolve().name}"
         manifest = self._records.manifest
@@ -35,7 +27,7 @@ class RecordsSource(IndexedSource):
         self.caption_kinds = tuple(filter(None, kinds)) or tuple(manifest.longest)
         self.num_classes = None
         state = [[shard.file, shard.count, shard.sha256] for shard in manifest.shards]
-        self._choose(len(self._records), ["records", state], where, limit)
+        self._choose(len(self._records), ["records", state], choice)
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import rows, texts
-from pixart_jax.data.sources.indexed import Facts, IndexedSource
+from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource
 from pixart_jax.data.sources.sample import Captions
 from pixart_jax.errors import UserError
 
@@ -45,19 +45,11 @@ class FolderSource(IndexedSource):
     image and kind, captions over 100 KB, unreadable rows.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike,
-        *,
-        where: str | None = None,
-        limit: int | None = None,
-        faults: BadRecords | None = None,
-        tables: Sequence[str] = (),
-    ):
+    def __init__(self, root: str, choice: Choice, tables: Sequence[str] = ()):
         self._root = pathlib.Path(root)
         if not self._root.is_dir():
             raise UserError(f"folder {str(root)!r}: no such folder")
-        self.faults = BadRecords() if faults is None else faults
+        self.faults = choice.faults
         self.name = f"folder:{self._root.resolve().name}"
         seal = hashlib.sha256()
         pictures, side_files, found = self._scan(seal)
@@ -80,7 +72,7 @@ class FolderSource(IndexedSource):
         self.caption_kinds = tuple(dict.fromkeys([*self._kinds_beside(beside), *kinds]))
         labels = [texts.label_of(fields) for _, fields in merged.values()]
         self.num_classes = max(labels, default=-1) + 1 or None
-        self._choose(len(pictures), ["folder", seal.hexdigest()], where, limit)
+        self._choose(len(pictures), ["folder", seal.hexdigest()], choice)
 
     # ---- opening ----
 
@@ -195,9 +187,6 @@ class FolderSource(IndexedSource):
         return None
 
     # ---- reading ----
-
-    def _key(self, place: int) -> str:
-        return self._table["key"][place].as_py()
 
     def _open(self, place: int) -> BinaryIO:
         return open(self._root / (self._key(place) + self._table["suffix"][place].as_py()), "rb")

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from pixart_jax.data import images
@@ -23,9 +24,11 @@ from pixart_jax.data.sources.sample import Captions, Sample
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import atomic_write, cache_folder
 
-READERS = 16  # threads of a pass over image headers, which waits for the disk
+READERS = 16  # threads of a pass over headers, which waits for the disk
 _CACHED_FROM = 5_000  # samples; smaller sets are read again in seconds
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Filter = Callable[[Mapping[str, Any]], bool]
 FILTERS: dict[str, Filter] = {
     "single": lambda fields: int(fields["count"]) == 1,
@@ -44,6 +47,20 @@ class Facts(NamedTuple):
     captions: Callable[[], Captions]
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which records of a set become samples. where: a filter (:func:`get_filter`). limit: the first
+    so many that pass. faults: collects the bad records."""
+
+    where: str | None = None
+    limit: int | None = None
+    faults: BadRecords = dataclasses.field(default_factory=BadRecords)
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit {self.limit}: must be at least 1, or none for all")
+
+
 class IndexedSource(abc.ABC):
     """A set whose records are numbered (their *places*); a filter and a limit choose the samples.
 
@@ -57,9 +74,10 @@ class IndexedSource(abc.ABC):
     caption_kinds: tuple[str, ...]
     num_classes: int | None
     same_fields = False  # whether all records have the same fields
+    _table: pa.Table  # a row a record, with a column 'key'; where a subclass keeps its records so
 
-    @abc.abstractmethod
-    def _key(self, place: int) -> str: ...
+    def _key(self, place: int) -> str:
+        return self._table["key"][place].as_py()
 
     @abc.abstractmethod
     def _facts(self, place: int) -> Facts: ...
@@ -77,11 +95,10 @@ class IndexedSource(abc.ABC):
             raise images.UnreadableImage(f"{key}: {error}") from None
         return Sample(key, image, facts.captions(), facts.label)
 
-    def _choose(self, records: int, state: object, where: str | None, limit: int | None) -> None:
+    def _choose(self, records: int, state: object, choice: Choice) -> None:
         """Choose the samples among ``records`` records. state: JSON that changes with the data; it
         goes into the fingerprint with filter and limit."""
-        if limit is not None and limit < 1:
-            raise UserError(f"limit {limit}: must be at least 1, or none for all")
+        where, limit = choice.where, choice.limit
         identity = json.dumps([state, records, filter_identity(where), limit], sort_keys=True)
         self.fingerprint = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
         self._places: range | np.ndarray = range(records if limit is None else min(records, limit))
@@ -166,25 +183,14 @@ class IndexedSource(abc.ABC):
         return self.fingerprint
 
     def _read_sizes(self) -> np.ndarray:
-        sizes = np.zeros((len(self), 2), np.int32)
+        def read(index: int) -> tuple[int, int]:
+            try:
+                return self._size(self._place(index))
+            except images.UnreadableImage:  # the reader of the sample reports it
+                return 0, 0
 
-        def read(start: int) -> int:
-            end = min(start + 64, len(self))
-            for index in range(start, end):
-                # the reader of the sample reports an unreadable image
-                with contextlib.suppress(images.UnreadableImage):
-                    sizes[index] = self._size(self._place(index))
-            return end - start
-
-        with (
-            concurrent.futures.ThreadPoolExecutor(READERS) as readers,
-            tqdm(
-                total=len(self), desc=f"sizes of {self.name}", unit=" images", delay=2, leave=False
-            ) as bar,
-        ):
-            for done in readers.map(read, range(0, len(self), 64)):
-                bar.update(done)
-        return sizes
+        found = in_threads(read, range(len(self)), f"sizes of {self.name}")
+        return np.array(list(found), np.int32).reshape(-1, 2)
 
     def _size(self, place: int) -> tuple[int, int]:
         """(height, width) from the header. Raises UnreadableImage."""
@@ -240,6 +246,24 @@ def filter_identity(where: str | None) -> str | None:
     except (OSError, TypeError):  # made without a source file
         return where
     return f"{where} {hashlib.sha256(source.encode()).hexdigest()[:16]}"
+
+
+def in_threads(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    description: str,
+    unit: str = "images",
+    threads: int = READERS,
+) -> Iterator[Result]:
+    """Yield function(item) of each item, in order, with a progress bar if it takes long."""
+    with (
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+        tqdm(items, description, unit=f" {unit}", delay=2, leave=False) as bar,
+    ):
+        for start in range(0, len(items), 4096):  # a bounded number of tasks
+            for result in pool.map(function, items[start : start + 4096]):
+                bar.update()
+                yield result
 
 
 def cached_array(

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import texts
-from pixart_jax.data.sources.indexed import Facts, IndexedSource
+from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource
 from pixart_jax.errors import UserError
 
 _LISTS = ("partition", "partition_filter", ".")  # where official loaders look for .json
@@ -115,15 +115,8 @@ class OfficialSource(IndexedSource):
     'ratio' may.
     """
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        where: str | None = None,
-        limit: int | None = None,
-        faults: BadRecords | None = None,
-    ):
-        self.faults = BadRecords() if faults is None else faults
+    def __init__(self, root: str, choice: Choice):
+        self.faults = choice.faults
         self._layout = Layout.of(root)
         self.name = f"pixart:{self._layout.root.resolve().name}"
         folders = _image_folders(self._layout)
@@ -154,16 +147,13 @@ class OfficialSource(IndexedSource):
         schema = pa.schema({name: pa.large_string() for name in columns})
         self._table = pa.table(columns, schema)
         self.caption_kinds, self.num_classes = tuple(kinds), None
-        self._choose(len(rows), ["pixart", seal.hexdigest()], where, limit)
+        self._choose(len(rows), ["pixart", seal.hexdigest()], choice)
 
     def _split(self, entry: Entry) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
         """(captions, numbers and flags) of an item."""
         fields = {name: value for name, value in entry.fields.items() if name != "path"}
         captions = texts.captions_of(fields, f"{entry.place}, {entry.path}", self.faults)
         return captions, {n: v for n, v in fields.items() if isinstance(v, int | float | bool)}
-
-    def _key(self, place: int) -> str:
-        return self._table["key"][place].as_py()
 
     def _open(self, place: int) -> BinaryIO:
         return open(self._table["file"][place].as_py(), "rb")

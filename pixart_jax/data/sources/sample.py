@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,37 +20,32 @@ Captions = Mapping[str, tuple[str, ...]]
 class Sample:
     """One image and its captions.
 
-    key: stable name, the same in every run. image: encoded bytes, or uint8 [h, w, 3] or [h, w, 1];
-    None for encoded records, which hold latents alone. label: class, −1 for none.
+    key: stable name, the same in every run. image: encoded bytes; None for encoded records, which
+    hold latents alone. label: class, −1 for none.
     """
 
     key: str
-    image: bytes | np.ndarray | None
+    image: bytes | None
     captions: Captions
     label: int = -1
 
     def pixels(self) -> np.ndarray:
         """Decode to uint8 [height, width, 3], upright. Raises UnreadableImage with the key."""
-        return self._decode(images.decode, lambda pixels: pixels)
+        return self._decode(images.decode)
 
     def fitted(self, bucket: tuple[int, int]) -> np.ndarray:
         """Decode, resize and crop to uint8 [bucket height, bucket width, 3] (:func:`images.fitted`:
         fast for a JPEG far larger than its bucket). Raises UnreadableImage with the key."""
-        return self._decode(
-            lambda data: images.fitted(data, bucket)[0],
-            lambda pixels: images.to_bucket(pixels, bucket)[0],
-        )
+        return self._decode(lambda data: images.fitted(data, bucket)[0])
 
-    def _decode(self, from_bytes, from_pixels) -> np.ndarray:
+    def _decode(self, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
         try:
             if self.image is None:
                 raise images.UnreadableImage(
                     "the records of encoded shards hold no picture; give the set that they were "
                     "encoded from"
                 )
-            if isinstance(self.image, bytes):
-                return from_bytes(self.image)
-            return from_pixels(images.as_rgb(self.image))
+            return decode(self.image)
         except UserError as error:
             raise images.UnreadableImage(f"{self.key}: {error}") from None
 

@@ -10,9 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import texts, tf_files
-from pixart_jax.data.sources.indexed import Facts, IndexedSource, filter_identity
+from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource, filter_identity
 from pixart_jax.data.sources.sample import Captions, Sample
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import cache_folder, locked
@@ -34,12 +33,9 @@ class TfdsSource(IndexedSource):
     def __init__(
         self,
         name: str,
+        choice: Choice,
         split: str = "train",
-        *,
-        where: str | None = None,
-        limit: int | None = None,
         data_dir: str | os.PathLike | None = None,
-        faults: BadRecords | None = None,
     ):
         import tensorflow_datasets as tfds
 
@@ -54,15 +50,16 @@ class TfdsSource(IndexedSource):
                 f"tfds:{name} has no split {split!r} that can be read at random (splits: "
                 f"{splits}): {_brief(error)}"
             ) from error
-        self.faults = BadRecords() if faults is None else faults
+        self.faults = choice.faults
         self.name, self.split = f"tfds:{name}", split
         classes = self._roles.classes
         self.num_classes = len(classes) if classes else None
         self.caption_kinds = (*self._roles.texts, *(("class",) if classes else ()))
         self._prefix = f"{builder.info.full_name}/{split}"
-        self._choose(len(self._records), [builder.info.full_name, split], where, limit)
-        # of earlier versions: encoded shards are found by it
-        state = (builder.info.full_name, split, len(self._records), filter_identity(where), limit)
+        self._choose(len(self._records), [builder.info.full_name, split], choice)
+        # that of earlier versions: the shards which they encoded are found by it
+        chosen = filter_identity(choice.where), choice.limit
+        state = (builder.info.full_name, split, len(self._records), *chosen)
         self.fingerprint = hashlib.sha256(repr(state).encode()).hexdigest()
         self._folder = pathlib.Path(builder.data_dir)
 

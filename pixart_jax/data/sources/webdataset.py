@@ -6,7 +6,6 @@ changes.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import glob
 import hashlib
@@ -21,11 +20,10 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.feather
-from tqdm import tqdm
 
 from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.data.sources import texts
-from pixart_jax.data.sources.indexed import READERS, Facts, IndexedSource
+from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource, in_threads
 from pixart_jax.data.sources.sample import Captions
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write, cache_folder
@@ -53,15 +51,8 @@ class WebdatasetSource(IndexedSource):
     of the set has it too. Tars are uncompressed and stay where they are.
     """
 
-    def __init__(
-        self,
-        pattern: str,
-        *,
-        where: str | None = None,
-        limit: int | None = None,
-        faults: BadRecords | None = None,
-    ):
-        self.faults = BadRecords() if faults is None else faults
+    def __init__(self, pattern: str, choice: Choice):
+        self.faults = choice.faults
         inside = pathlib.Path(pattern)
         self.name = f"webdataset:{inside.resolve().name if inside.is_dir() else inside.name}"
         self._tars, tables, kinds = self._indexed(tars_of(pattern, self.faults))
@@ -72,34 +63,31 @@ class WebdatasetSource(IndexedSource):
         labels = self._table["label"].to_numpy()
         self.num_classes = int(labels.max(initial=-1)) + 1 or None
         state = [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in self._tars]
-        self._choose(len(self._table), ["webdataset", state], where, limit)
+        self._choose(len(self._table), ["webdataset", state], choice)
 
     def _indexed(
         self, tars: list[pathlib.Path]
     ) -> tuple[list[pathlib.Path], list[pa.Table], dict[str, None]]:
         """(tars, their indices with the tar's number, caption kinds) of the readable tars."""
-        readable, tables, kinds = list[pathlib.Path](), [], dict[str, None]()
-        with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-            pending = [readers.submit(index, tar) for tar in tars]
-            bar = tqdm(
-                zip(tars, pending, strict=True),
-                f"headers of {self.name}",
-                len(tars),
-                unit=" tars",
-                delay=2,
-                leave=False,
-            )
-            for tar, made in bar:
-                try:
-                    table, found, faults = made.result()
-                except OSError as error:
-                    self.faults.add(tar.name, "unreadable file", str(error))
-                    continue
-                self.faults.extend(faults)
-                number = pa.array([len(readable)] * len(table), pa.int32())
-                tables.append(table.append_column("tar", number))
-                kinds.update(dict.fromkeys(found))
-                readable.append(tar)
+        readable, tables, kinds = list[pathlib.Path](), list[pa.Table](), dict[str, None]()
+
+        def read(tar: pathlib.Path):
+            try:
+                return index(tar)
+            except OSError as error:
+                return error
+
+        made = in_threads(read, tars, f"headers of {self.name}", "tars")
+        for tar, found in zip(tars, made, strict=True):
+            if isinstance(found, OSError):
+                self.faults.add(tar.name, "unreadable file", str(found))
+                continue
+            table, some, faults = found
+            self.faults.extend(faults)
+            number = pa.array([len(readable)] * len(table), pa.int32())
+            tables.append(table.append_column("tar", number))
+            kinds.update(dict.fromkeys(some))
+            readable.append(tar)
         return readable, tables, kinds
 
     def _unique_keys(self) -> None:
@@ -112,9 +100,6 @@ class WebdatasetSource(IndexedSource):
             self._table = self._table.set_column(0, "key", pa.array(keys, pa.large_string()))
 
     # ---- a sample ----
-
-    def _key(self, place: int) -> str:
-        return self._table["key"][place].as_py()
 
     def _members(self, place: int) -> dict[str, _Member]:
         """suffix → the member, a file to open."""
