@@ -34,12 +34,12 @@ def space_timesteps(timesteps: int, steps: int | str) -> np.ndarray:
         length = size + (i < extra)
         if count > length:
             raise UserError(f"steps = {steps!r}: a section of {length} times cannot give {count}")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        spacing = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
             times.append(first + round(position))
             # summed, not multiplied: published step lists depend on how halves round
-            position += stride
+            position += spacing
         first += length
     return np.unique(np.asarray(times, np.int64))
 

@@ -61,9 +61,9 @@ def sample_latents(
     conditionings = apply(t.astype(np.float32), size, aspect_ratio, method="encode_times")
     texts = {False: apply(*text, method="encode_text")}
     if spec.guided:
+        assert negative is not None, "guided, so there is a negative prompt"
         if not isinstance(negative, TextKV):
-            assert negative is not None, "guided, so there is a negative prompt"
-            negative = apply(*negative, method="encode_text")
+            negative = TextKV(*apply(*negative, method="encode_text"))
         texts[True] = _both_halves(negative, texts[False], batch)
 
     def denoise(guided, x, conditioning, cache):

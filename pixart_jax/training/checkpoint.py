@@ -15,6 +15,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +63,7 @@ class Checkpointer:
     def __init__(self, folder: Path, keep: int, every: int | None = None):
         self.folder = Path(folder).absolute()
         self._saving: int | None = None
+        _report_errors_once()
         policies = [preservation.LatestN(keep)]
         if every:
             policies.append(preservation.EveryNSteps(every))
@@ -206,6 +209,28 @@ class Checkpointer:
         return UserError(
             f"checkpoint {self.folder / str(total)} is damaged ({why}); move it away and {instead}"
         )
+
+
+def _report_errors_once() -> None:
+    """Drop the tracebacks that threads of Orbax and asyncio print of errors that a save raises
+    too, so that a full disk is one line."""
+    logging.getLogger("absl").addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )
+    logging.getLogger("asyncio").addFilter(
+        lambda record: (
+            not (record.exc_info and "No space left on device" in str(record.exc_info[1]))
+        )
+    )
+    show = sys.unraisablehook
+    if getattr(show, "func", None) is not _unraisable:
+        sys.unraisablehook = functools.partial(_unraisable, show)
+
+
+def _unraisable(show, error) -> None:
+    # a write of TensorStore that fails after Orbax gave up on its checkpoint and closed its loop
+    if not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
+        show(error)
 
 
 class _Orbax(ocp.CheckpointManager):

@@ -282,6 +282,7 @@ def test_a_disk_that_is_full_keeps_the_last_save_and_the_same_command_goes_on_on
         len(said) == 1
         and "could not be written, step 3 is the last save; free some space" in said[0]
     )
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     first, second = [line.split() for line in done.stdout.splitlines() if line.startswith("status")]
     assert first[:4] == ["status", "2", "saves", "3"] and second == ["status", "0"], done.stdout
     assert_ended_the_same(tmp_path / "run", finished[0], "on a full disk")
@@ -296,6 +297,7 @@ def test_the_same_command_on_a_finished_run_trains_nothing(finished, world):
 def one_line(capsys, status: int, *argv) -> str:
     assert cli.run(train.main, [str(a) for a in argv]) == status
     err = capsys.readouterr().err
+    assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     return line
 
