@@ -29,6 +29,7 @@ _DIFFERENCES = {  # where the name of a part of the identity does not say enough
     "text_tokens": "another limit of tokens",
     "cleaning": "another cleaning of prompts",
     "computed_in": "another precision",
+    "stored_in": "another dtype",
 }
 
 

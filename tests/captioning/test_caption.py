@@ -42,8 +42,6 @@ PROMPTS = [
 
 @pytest.fixture(scope="module", params=tiny_vlms.FAMILIES)
 def model(request, tmp_path_factory):
-    for package in tiny_vlms.NEEDS.get(request.param, ()):
-        pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("vlm") / request.param
     return VisionLanguageModel(str(tiny_vlms.FAMILIES[request.param](folder)))
 

@@ -1,5 +1,4 @@
-"""Vision-language models of random weights in four families, saved as the hub's folders are: LLaVA,
-Idefics3, SmolVLM, Qwen2-VL.
+"""Vision-language models of random weights, LLaVA and Idefics3, saved as a hub's folders are.
 
 Each has a few thousand parameters and a tokenizer of whole words, so that what it says is nonsense
 that can be read. Weights are large, so that the likeliest token is far from the next one and greedy
@@ -24,7 +23,7 @@ TEMPLATE = (
 )
 
 
-# What Idefics3's processor, and SmolVLM's, put around the tiles of a picture.
+# What Idefics3's processor puts around the tiles of an image.
 TILES = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 TILES += [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
 
@@ -124,99 +123,31 @@ def llava(folder: Path, chat_template: bool = True) -> Path:
     return _save(LlavaForConditionalGeneration(config), processor, folder)
 
 
-def idefics(folder: Path, family: str = "Idefics3") -> Path:
+def idefics(folder: Path) -> Path:
     """Idefics3, SmolVLM's family: an image is cut into tiles, so that the number of its tokens
     depends on its shape."""
-    import transformers
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
-    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-    smol = family == "SmolVLM"
-    vision_config = SmolVLMVisionConfig if smol else Idefics3VisionConfig
-    image_processor = SmolVLMImageProcessorPil if smol else Idefics3ImageProcessorPil
     tokenizer = words_tokenizer(TILES)
-    config = getattr(transformers, f"{family}Config")(
-        vision_config=vision_config(**SMALL, image_size=32, patch_size=8),
+    config = Idefics3Config(
+        vision_config=Idefics3VisionConfig(**SMALL, image_size=32, patch_size=8),
         text_config=small_llama(tokenizer, 1024),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=0,
     )
-    images = image_processor(
+    images = Idefics3ImageProcessorPil(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True
     )
-    videos = [transformers.SmolVLMVideoProcessor()] if smol else []
     template = TEMPLATE.replace("IMAGE", "<image>")
-    processor = getattr(transformers, f"{family}Processor")(
-        images, tokenizer, *videos, image_seq_len=4, chat_template=template
-    )
-    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
-    return _save(model, processor, folder)
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+    return _save(Idefics3ForConditionalGeneration(config), processor, folder)
 
 
-def smolvlm(folder: Path) -> Path:
-    """SmolVLM. Its processor needs num2words and, for the videos that it takes too, torchvision."""
-    return idefics(folder, "SmolVLM")
-
-
-def qwen(folder: Path) -> Path:
-    """Qwen2-VL: pictures in their own shape, rotary positions in three axes. Its processor needs
-    torchvision, for videos."""
-    from transformers import (
-        Qwen2VLConfig,
-        Qwen2VLForConditionalGeneration,
-        Qwen2VLProcessor,
-        Qwen2VLVideoProcessor,
-    )
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    tokenizer = words_tokenizer(
-        ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    )
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-        for name in ("vision_start", "vision_end", "image_pad", "video_pad")
-    }
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            **SMALL,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [1, 1, 2],
-                "rope_theta": 10000.0,
-            },
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 32,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "patch_size": 14,
-        },
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-    )
-    template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
-    processor = Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
-    return _save(Qwen2VLForConditionalGeneration(config), processor, folder)
-
-
-FAMILIES = {"llava": llava, "idefics3": idefics, "smolvlm": smolvlm, "qwen2-vl": qwen}
-NEEDS = {"smolvlm": ("torchvision", "num2words"), "qwen2-vl": ("torchvision",)}
-"""Packages beside torch that a family's processor asks for; torchvision and torch must be of one
-build."""
+# SmolVLM's and Qwen-VL's processors need torchvision, which no CPU build of PyTorch here fits
+FAMILIES = {"llava": llava, "idefics3": idefics}
 
 
 if __name__ == "__main__":  # python tests/captioning/tiny_vlms.py FOLDER: the LLaVA of docs/data.md
