@@ -9,6 +9,7 @@ duplicates by perceptual hash, and every record that is left out with its reason
 from __future__ import annotations
 
 import dataclasses
+import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from PIL import Image
 
 from pixart_jax import cli
 from pixart_jax.captioning.inspect import InspectOptions, survey, write
@@ -112,7 +114,9 @@ class DecodedSource:
         sample = self._encoded[index]
         with self._one_at_a_time:  # so that each bucket compiles once
             pixels = np.asarray(self._vae.decode(self._encoded.latents(index)[None]))[0]
-        return dataclasses.replace(sample, image=to_uint8(pixels))
+        png = io.BytesIO()
+        Image.fromarray(to_uint8(pixels)).save(png, "PNG")
+        return dataclasses.replace(sample, image=png.getvalue())
 
     def sizes(self) -> np.ndarray:
         """int32 [n, 2]: of the pictures before they were encoded."""

@@ -107,7 +107,8 @@ def test_a_signal_is_passed_on_to_every_process(tmp_path, number):
         "import signal, sys, time\n"
         "for n in (signal.SIGTERM, signal.SIGINT):\n"
         "    signal.signal(n, lambda n, _: (print('got', n, flush=True), sys.exit(75)))\n"
-        "print('ready', flush=True)\ntime.sleep(600)\n",
+        # a signal between Python's last look and a long sleep would be handled after the sleep
+        "print('ready', flush=True)\nfor _ in range(6000):\n    time.sleep(0.1)\n",
     )
     child = launcher("--", file)
     assert "ready" in child.stdout.readline() and "ready" in child.stderr.readline()
