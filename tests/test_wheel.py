@@ -38,6 +38,7 @@ def _works(command, folder, environment):
 def test_the_wheel_samples_with_its_own_model(wheel, tmp_path):
     """Its files alone, with this environment's packages."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert (tmp_path / "site" / "pixart_jax" / "py.typed").is_file()
     (tmp_path / "work").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     _works([sys.executable, "-P", "-m", "pixart_jax"], tmp_path / "work", environment)
