@@ -1,4 +1,5 @@
-"""The class-conditional DiT against diffusers' with the same weights."""
+"""The class-conditional DiT against PyTorch with the same weights: diffusers' model, and the
+published formulas written out, also for grids that are not square."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 
 from pixart_jax.errors import UserError
@@ -60,6 +62,78 @@ def inputs(config: DiTConfig, height: int, width: int, labels: list[int], seed: 
         rng.uniform(0, 999, size=len(labels)).astype(np.float32),
         np.array(labels, np.int32),
     )
+
+
+def published_dit(state: dict, config: DiTConfig, latents, timesteps, labels) -> np.ndarray:
+    """DiT as its paper and its released weights have it, in float64 PyTorch, over a state dict with
+    the official names."""
+    w = {key: torch.tensor(np.asarray(value), dtype=torch.float64) for key, value in state.items()}
+    d, heads, p = config.width, config.heads, config.patch_size
+
+    def linear(name, value):
+        return F.linear(value, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(value, shift, scale):
+        return F.layer_norm(value, (d,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    x = torch.tensor(latents, dtype=torch.float64).permute(0, 3, 1, 2)
+    x = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=p)
+    rows, columns = x.shape[2:]
+    x = x.flatten(2).transpose(1, 2)
+    frequency = torch.exp(-math.log(10000) * torch.arange(d // 4, dtype=torch.float64) / (d // 4))
+    base = config.sample_size / p
+    for half, count in ((0, columns), (1, rows)):
+        places = torch.arange(count, dtype=torch.float64) * base / count
+        table = torch.cat(
+            [torch.sin(places[:, None] * frequency), torch.cos(places[:, None] * frequency)], 1
+        )
+        index = torch.arange(rows * columns)
+        x[..., half * d // 2 : (half + 1) * d // 2] += table[
+            index % columns if half == 0 else index // columns
+        ]
+    frequency = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
+    angles = torch.tensor(timesteps, dtype=torch.float64)[:, None] * frequency
+    t = linear(
+        "t_embedder.mlp.2",
+        F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))),
+    )
+    condition = F.silu(t + w["y_embedder.embedding_table.weight"][torch.tensor(labels).long()])
+    for i in range(config.depth):
+        name = f"blocks.{i}"
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(
+            f"{name}.adaLN_modulation.1", condition
+        ).chunk(6, 1)
+        qkv = (
+            linear(f"{name}.attn.qkv", norm(x, shift_a, scale_a))
+            .reshape(len(x), -1, 3, heads, d // heads)
+            .permute(2, 0, 3, 1, 4)
+        )
+        weights = torch.softmax(qkv[0] @ qkv[1].transpose(-1, -2) / math.sqrt(d // heads), -1)
+        x = x + gate_a[:, None] * linear(
+            f"{name}.attn.proj", (weights @ qkv[2]).transpose(1, 2).reshape(x.shape)
+        )
+        hidden = F.gelu(linear(f"{name}.mlp.fc1", norm(x, shift_m, scale_m)), approximate="tanh")
+        x = x + gate_m[:, None] * linear(f"{name}.mlp.fc2", hidden)
+    shift, scale = linear("final_layer.adaLN_modulation.1", condition).chunk(2, 1)
+    x = linear("final_layer.linear", norm(x, shift, scale))
+    x = torch.einsum("bhwpqc->bhpwqc", x.reshape(len(x), rows, columns, p, p, -1))
+    return x.reshape(len(x), rows * p, columns * p, -1).numpy()
+
+
+@pytest.mark.parametrize(
+    "overrides, size",
+    [
+        ({}, (8, 8)),
+        ({"patch_size": 4, "in_channels": 3, "out_channels": 6}, (8, 12)),
+        ({"width": 84, "heads": 3}, (10, 6)),
+    ],
+)
+def test_forward_equals_the_published_formulas(overrides, size):
+    config = tiny(**overrides)
+    params = random_params(config)
+    args = inputs(config, *size, labels=[0, 4, 5])  # 5 is "no class"
+    ours = jax.jit(DiT(config).apply)({"params": params}, *args)
+    assert relative_error(ours, published_dit(write(names.OFFICIAL, params), config, *args)) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def flip(path: Path):
 @pytest.mark.parametrize("spoil", [cut_short, flip, Path.unlink])
 def test_a_damaged_save_is_named_and_never_skipped(saved, tmp_path, spoil):
     named, unharmed = damage_nothing_silently(saved, spoil, tmp_path / "copy")
-    assert len(named) > 3
+    assert len(named) >= 6  # whatever is not named gave the very state
 
 
 def test_an_altered_bit_of_an_array_or_of_the_position_is_found(saved, tmp_path):
