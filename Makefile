@@ -28,7 +28,7 @@ export PIXART_JAX_CACHE ?= $(CURDIR)/.cache/pixart_jax
 export TRANSFORMERS_VERBOSITY ?= error
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check clean clean-demo
+.PHONY: help install demo test test-all check docs clean clean-demo
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -80,6 +80,10 @@ $(VENV)/.compilers: requirements-compilers.txt $(VENV)/.dev
 	  || echo "no compilers for TPUs and GPUs within reach; the tests that need them will be skipped"
 	@touch $@
 
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.uv
+	$(call install,requirements-docs.txt)
+	@touch $@
+
 install: $(VENV)/.user  ## .venv with what sampling and training need
 
 # ---- the two commands ----
@@ -99,7 +103,7 @@ export PARITY
 test: $(VENV)/.dev $(VENV)/.compilers  ## every promise once: about ten minutes on two cores
 	$(MANY) -m "not slow"
 
-test-all: $(VENV)/.dev $(VENV)/.compilers  ## all tests, also random kills, full sizes and hardware compiles; fails on a skip
+test-all: $(VENV)/.dev $(VENV)/.compilers $(VENV)/.docs  ## all tests, also random kills, full sizes and hardware compiles; fails on a skip
 	$(PYTEST) --fail-on-skip $(ALONE)
 	$(MANY) --fail-on-skip --ignore $(ALONE)
 
@@ -108,6 +112,10 @@ check: $(VENV)/.dev  ## lint, format, types and the conventions: what pre-commit
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_conventions.py
+
+docs: $(VENV)/.dev $(VENV)/.docs  ## the documentation's site, into site/
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build -q
+	@echo "open site/index.html, or: $(BIN)/mkdocs serve"
 
 clean-demo:  ## forget the demo's run, so that the next `make demo` trains again
 	rm -rf $(DEMO)
