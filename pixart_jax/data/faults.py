@@ -4,15 +4,14 @@ in strict mode the first one raises."""
 from __future__ import annotations
 
 import collections
-import dataclasses
 import threading
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from pixart_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class BadRecord:
+class BadRecord(NamedTuple):
     """place: the file, and the record in it ('a.tar, 000123.jpg'). kind: one of a few fixed names
     that are counted ('unreadable image', 'missing caption', 'key twice', 'cut file'). detail: one
     line, may be empty. repaired: the record stays (control characters removed from a caption)."""
@@ -56,7 +55,7 @@ class BadRecords:
     def extend(self, records: Iterable[BadRecord]) -> None:
         """Report several."""
         for record in records:
-            self.add(record.place, record.kind, record.detail, record.repaired)
+            self.add(*record)
 
     def __len__(self) -> int:
         """The number of skipped records."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import posixpath
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import rows, texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource
-from pixart_jax.data.sources.sample import Captions
 from pixart_jax.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -25,7 +25,7 @@ _SCHEMA = pa.schema(
     {
         "key": pa.large_string(),
         "suffix": pa.large_string(),  # of the image: '.jpg'
-        "beside": pa.large_list(pa.large_string()),  # suffixes of side files: '.dense.txt', '.json'
+        "beside": pa.large_list(pa.large_string()),  # suffixes of side files: 'dense.txt', 'json'
         "row": pa.large_string(),  # JSON of [captions, other fields] from the tables
     }
 )
@@ -57,11 +57,10 @@ class FolderSource(IndexedSource):
             raise UserError(f"{self.name} holds no picture ({', '.join(PICTURES)}): {root}")
         beside = self._attach(side_files, pictures)
         merged: dict[str, tuple[dict, dict]] = {}  # key → (captions, other fields) of its rows
-        kinds: dict[str, None] = {}
         for table in [self._given(table) for table in tables] or found:
             status, path = table.stat(), os.path.relpath(table, self._root)
             seal.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
-            self._add_rows(table, pictures, merged, kinds)
+            self._add_rows(table, pictures, merged)
         columns = [
             list(pictures),
             list(pictures.values()),
@@ -69,7 +68,8 @@ class FolderSource(IndexedSource):
             [json.dumps(merged[key]) if key in merged else None for key in pictures],
         ]
         self._table = pa.table(columns, _SCHEMA)
-        self.caption_kinds = tuple(dict.fromkeys([*self._kinds_beside(beside), *kinds]))
+        in_tables = (kind for captions, _ in merged.values() for kind in captions)
+        self.caption_kinds = tuple(dict.fromkeys([*self._kinds_beside(beside), *in_tables]))
         labels = [texts.label_of(fields) for _, fields in merged.values()]
         self.num_classes = max(labels, default=-1) + 1 or None
         self._choose(len(pictures), ["folder", seal.hexdigest()], choice)
@@ -81,13 +81,13 @@ class FolderSource(IndexedSource):
         root, with '/'."""
         pictures: dict[str, str] = {}
         beside, tables = list[str](), list[pathlib.Path]()
-        for path, entry in _walk(str(self._root), ""):
+        for path in _files_below(str(self._root)):
             stem, suffix = posixpath.splitext(path)
             kind, is_table = suffix.lower(), _is_table(path)
             if kind not in (*PICTURES, ".txt", ".json") and not is_table:
                 continue
             try:
-                status = entry.stat()
+                status = os.stat(self._root / path)
                 path.encode("utf-8")
             except OSError as error:
                 self.faults.add(path, "unreadable file", str(error))
@@ -112,26 +112,25 @@ class FolderSource(IndexedSource):
         return pictures, beside, tables
 
     def _attach(self, beside: list[str], pictures: dict[str, str]) -> dict[str, list[str]]:
-        """Key → suffixes of its side files."""
+        """Key → suffixes of its side files, without the first dot."""
         out: dict[str, list[str]] = {}
         for path in beside:
             stem, suffix = posixpath.splitext(path)
             if stem not in pictures and suffix == ".txt" and "." in posixpath.basename(stem):
-                stem, kind = posixpath.splitext(stem)  # NAME.dense.txt
-                suffix = kind + suffix
+                stem = posixpath.splitext(stem)[0]  # NAME.dense.txt
             if stem in pictures:
-                out.setdefault(stem, []).append(suffix)
-            elif path.endswith(".txt"):  # a .json may belong to something else
+                out.setdefault(stem, []).append(path[len(stem) + 1 :])
+            elif suffix == ".txt":  # a .json may belong to something else
                 self.faults.add(path, "caption without picture")
         return out
 
     def _kinds_beside(self, beside: dict[str, list[str]]) -> list[str]:
         suffixes = sorted({suffix for found in beside.values() for suffix in found})
-        kinds = [_kind(suffix) for suffix in suffixes if suffix != ".json"]
-        described = [key for key, found in beside.items() if ".json" in found]
-        for key in described[:_LOOKED_AT]:
-            quiet = BadRecords()
-            kinds += texts.captions_of(self._json(key, quiet), "", quiet)
+        kinds = [kind for kind in map(texts.kind_of, suffixes) if kind]
+        quiet = BadRecords()  # the reader of the sample reports them
+        for key in [key for key, found in beside.items() if "json" in found][:_LOOKED_AT]:
+            side, _ = texts.side_files(self._readers(key, ["json"]), "", quiet)
+            kinds += texts.captions_of(side, "", quiet)
         return kinds
 
     def _given(self, table: str) -> pathlib.Path:
@@ -141,11 +140,7 @@ class FolderSource(IndexedSource):
         raise UserError(f"{self.name}: no caption file {table!r}, neither in the folder nor here")
 
     def _add_rows(
-        self,
-        table: pathlib.Path,
-        pictures: dict[str, str],
-        merged: dict[str, tuple[dict, dict]],
-        kinds: dict[str, None],
+        self, table: pathlib.Path, pictures: dict[str, str], merged: dict[str, tuple[dict, dict]]
     ) -> None:
         here = posixpath.normpath(os.path.relpath(table.parent, self._root).replace(os.sep, "/"))
         for number, row in rows.rows(table, self.faults):
@@ -165,7 +160,6 @@ class FolderSource(IndexedSource):
             if key in merged and (not captions or captions.keys() & before.keys()):
                 self.faults.add(place, "key twice", str(name))
                 continue
-            kinds.update(dict.fromkeys(captions))
             others = {
                 field: value
                 for field, value in row.items()
@@ -191,71 +185,44 @@ class FolderSource(IndexedSource):
     def _open(self, place: int) -> BinaryIO:
         return open(self._root / (self._key(place) + self._table["suffix"][place].as_py()), "rb")
 
-    def _json(self, key: str, faults: BadRecords) -> dict[str, Any]:
-        """The object in KEY.json."""
-        try:
-            data = (self._root / f"{key}.json").read_bytes()
-        except OSError as error:
-            faults.add(f"{key}.json", "unreadable row", str(error))
-            return {}
-        return texts.json_object(data, f"{key}.json", faults)
+    def _readers(self, key: str, suffixes: Sequence[str]) -> dict[str, Callable[[int], bytes]]:
+        """Suffix → a function that reads so many bytes of the file."""
+
+        def read(suffix: str, limit: int) -> bytes:
+            with open(self._root / f"{key}.{suffix}", "rb") as file:
+                return file.read(limit)
+
+        return {suffix: functools.partial(read, suffix) for suffix in suffixes}
 
     def _facts(self, place: int) -> Facts:
         key = self._key(place)
-        beside = self._table["beside"][place].as_py() or ()
+        readers = self._readers(key, self._table["beside"][place].as_py() or ())
+        side, beside = texts.side_files(readers, f"{key}.", self.faults)
         said, others = json.loads(self._table["row"][place].as_py() or "[{}, {}]")
-        side = self._json(key, self.faults) if ".json" in beside else {}
-
-        def captions() -> Captions:
-            found = [{kind: tuple(some) for kind, some in said.items()}]
-            for suffix in beside:
-                if suffix != ".json":
-                    found.append(self._beside(key + suffix, _kind(suffix)))
-            found.append(texts.captions_of(side, f"{key}.json", self.faults))
-            return texts.merged(*found)
-
         label = max(texts.label_of(others), texts.label_of(side))
-        return Facts(label, {**side, **others}, captions)
-
-    def _beside(self, file: str, kind: str) -> dict[str, tuple[str, ...]]:
-        try:
-            text = texts.decoded((self._root / file).read_bytes(), file, kind, self.faults)
-        except OSError as error:
-            self.faults.add(file, "unreadable file", str(error))
-            return {}
-        return {kind: (text,)} if text else {}
+        return Facts(label, {**side, **others}, lambda: texts.merged(said, beside()))
 
 
-def _walk(
-    folder: str, below: str, seen: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[tuple[str, os.DirEntry]]:
-    """(path with '/', entry) of every file, each folder in the order of its names; links are
-    followed, but not in a circle."""
-    try:
-        here = os.stat(folder)
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"folder {folder!r} cannot be read: {error.strerror}") from None
-    mark = (here.st_dev, here.st_ino)
-    if mark in seen:
-        return
-    for entry in sorted(visible, key=lambda entry: entry.name):
-        path = f"{below}{entry.name}"
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{path}/", seen | {mark})
-        else:
-            yield path, entry
+def _files_below(root: str) -> list[str]:
+    """Paths of all files with '/', each folder in the order of its names, hidden ones excluded.
+    Links are followed, but not in a circle."""
+
+    def refuse(error: OSError):
+        raise UserError(f"folder {error.filename!r} cannot be read: {error.strerror}")
+
+    found = []
+    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
+        here = os.path.realpath(folder) + os.sep
+        real = {name: os.path.realpath(os.path.join(folder, name)) + os.sep for name in below}
+        below[:] = [n for n in below if n[0] != "." and not here.startswith(real[n])]
+        inside = os.path.relpath(folder, root).replace(os.sep, "/")
+        found += [posixpath.normpath(f"{inside}/{name}") for name in files if name[0] != "."]
+    return sorted(found, key=lambda path: path.split("/"))
 
 
 def _is_table(path: str) -> bool:
     stem, suffix = posixpath.splitext(posixpath.basename(path))
     return stem in _TABLES and suffix.lower() in rows.SUFFIXES
-
-
-def _kind(suffix: str) -> str:
-    """'.txt' → 'caption', '.dense.txt' → 'dense'."""
-    return suffix[1:].removesuffix("txt").rstrip(".") or "caption"
 
 
 def _plain(value: object) -> bool:

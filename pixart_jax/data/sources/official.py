@@ -161,21 +161,18 @@ class OfficialSource(IndexedSource):
     def _facts(self, place: int) -> Facts:
         captions, others = json.loads(self._table["row"][place].as_py())
         label = texts.label_of(others)
-        if self._layout.sam:
-            return Facts(label, others, lambda: self._sam_caption(self._key(place)))
-        return Facts(label, others, lambda: {kind: tuple(some) for kind, some in captions.items()})
+        if not self._layout.sam:
+            return Facts(label, others, lambda: texts.merged(captions))
+        file = self._captions / f"{self._key(place)}.txt"
 
-    def _sam_caption(self, key: str) -> dict[str, tuple[str, ...]]:
-        file, name = self._captions / f"{key}.txt", f"captions/{key}.txt"
-        try:
-            if file.stat().st_size > texts.LONGEST:
-                detail = f"at most {texts.LONGEST:,} bytes are taken"
-                self.faults.add(name, "caption too long", detail)
-                return {}
-            text = texts.decoded(file.read_bytes(), name, "caption", self.faults)
-        except FileNotFoundError:  # whoever wants a caption of it will name it
-            text = ""
-        return {"caption": (text,)} if text else {}
+        def read(limit: int) -> bytes:
+            with open(file, "rb") as text:
+                return text.read(limit)
+
+        # whoever wants a caption that is missing will name it
+        readers = {"txt": read} if file.is_file() else {}
+        place_of = f"captions/{self._key(place)}."
+        return Facts(label, others, texts.side_files(readers, place_of, self.faults)[1])
 
 
 def _seal(seal, name: str, file: pathlib.Path, more: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,8 @@ def decoded(data: bytes, place: str, kind: str, faults: BadRecords) -> str:
     """The text in a caption file's bytes, cleaned; '' if it is too long. A byte order mark is
     removed, invalid UTF-8 becomes U+FFFD."""
     if len(data) > LONGEST:
-        return clean_text(" " * len(data), place, kind, faults)
+        faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes")
+        return ""
     text = data.decode("utf-8-sig", "replace")
     if "\ufffd" in text and b"\xef\xbf\xbd" not in data:
         faults.add(place, "not UTF-8", f"caption of kind {kind!r}", repaired=True)
@@ -88,13 +89,50 @@ def clean_text(text: str, place: str, kind: str, faults: BadRecords) -> str:
     """Strip a caption and remove its control characters; '' for one beyond LONGEST bytes. Both are
     named in ``faults``: the first as repaired, the second as skipped."""
     if len(text) * 4 > LONGEST and len(text.encode("utf-8", "replace")) > LONGEST:
-        size = f"{len(text):,} characters, at most {LONGEST:,} bytes are taken"
-        faults.add(place, "caption too long", f"kind {kind!r}, {size}")
+        faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes")
         return ""
     if _CONTROL.search(text):
         faults.add(place, "control characters", f"caption of kind {kind!r}", repaired=True)
         text = _CONTROL.sub("", text)
     return text.strip()
+
+
+def kind_of(suffix: str) -> str | None:
+    """'txt' → 'caption', 'dense.txt' → 'dense', other suffixes → None."""
+    kind = suffix.removesuffix("txt")
+    return None if kind == suffix or (kind and kind[-1] != ".") else kind[:-1] or "caption"
+
+
+def side_files(
+    files: Mapping[str, Callable[[int], bytes]], place: str, faults: BadRecords
+) -> tuple[dict[str, Any], Callable[[], dict[str, tuple[str, ...]]]]:
+    """(fields of the .json, a function that reads the captions) of the files beside an image.
+
+    files: suffix → a function that reads at most so many bytes, −1 for all. place: the name before
+    the suffix, for messages.
+    """
+
+    def read(suffix: str, limit: int) -> bytes | None:
+        try:
+            return files[suffix](limit)
+        except OSError as error:
+            faults.add(place + suffix, "unreadable file", str(error))
+            return None
+
+    side: dict[str, Any] = {}
+    if "json" in files and (data := read("json", -1)) is not None:
+        side = json_object(data, f"{place}json", faults)
+
+    def captions() -> dict[str, tuple[str, ...]]:
+        found = []
+        for suffix in files:
+            kind = kind_of(suffix)
+            if kind and (data := read(suffix, LONGEST + 1)) is not None:
+                text = decoded(data, place + suffix, kind, faults)
+                found.append({kind: (text,)} if text else {})
+        return merged(*found, captions_of(side, f"{place}json", faults))
+
+    return side, captions
 
 
 def merged(*captions: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ changes.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import glob
 import hashlib
 import io
@@ -14,9 +14,9 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from tarfile import BLOCKSIZE, HeaderError, nti  # type: ignore[attr-defined]
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.feather
@@ -24,12 +24,11 @@ import pyarrow.feather
 from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource, in_threads
-from pixart_jax.data.sources.sample import Captions
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write, cache_folder
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_FORMAT = 2  # of the cached index
+_FORMAT = 3  # of the cached index
 _LOOKED_AT = 200  # .json members of a tar that are read to find the kinds of captions
 _SCHEMA = pa.schema(
     {  # a row a sample, whose members are three lists of one length
@@ -101,62 +100,37 @@ class WebdatasetSource(IndexedSource):
 
     # ---- a sample ----
 
-    def _members(self, place: int) -> dict[str, _Member]:
-        """suffix → the member, a file to open."""
+    def _members(self, place: int) -> dict[str, Callable[[], _Member]]:
+        """suffix → a function that opens the member."""
         tar = self._tars[self._table["tar"][place].as_py()]
         columns = (self._table[name][place].as_py() for name in ("suffixes", "offsets", "sizes"))
-        return {suffix: _Member(tar, offset, size) for suffix, offset, size in zip(*columns)}
+        return {suffix: functools.partial(_Member, tar, *at) for suffix, *at in zip(*columns)}
 
     def _open(self, place: int) -> BinaryIO:
         members = self._members(place)
-        return io.BufferedReader(next(members[name] for name in members if name in PICTURES).open())
+        return io.BufferedReader(next(members[name] for name in members if name in PICTURES)())
 
     def _facts(self, place: int) -> Facts:
-        members, key = self._members(place), self._key(place)
         tar = self._tars[self._table["tar"][place].as_py()].name
-        side: dict[str, Any] = {}
-        if "json" in members:
-            side = texts.json_object(members["json"].read(), f"{tar}, {key}.json", self.faults)
-
-        def captions() -> Captions:
-            found: list[Captions] = []
-            for suffix, member in members.items():
-                if _is_text(suffix):
-                    kind, name = _kind(suffix), f"{tar}, {key}.{suffix}"
-                    text = texts.decoded(member.read(), name, kind, self.faults)
-                    found.append({kind: (text,)} if text else {})
-            found.append(texts.captions_of(side, f"{tar}, {key}.json", self.faults))
-            return texts.merged(*found)
-
+        readers = {
+            suffix: functools.partial(_read_member, member)
+            for suffix, member in self._members(place).items()
+        }
+        side, captions = texts.side_files(readers, f"{tar}, {self._key(place)}.", self.faults)
         label = self._table["label"][place].as_py()
         return Facts(label if label >= 0 else texts.label_of(side), side, captions)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Member:
-    """A member of a tar: ``size`` bytes at ``offset``."""
+class _Member(io.RawIOBase):
+    """A member of a tar, ``size`` bytes at ``offset``, as a file. Raises UserError if the tar is
+    gone or has become shorter."""
 
-    tar: pathlib.Path
-    offset: int
-    size: int
-
-    def open(self) -> _MemberFile:
-        return _MemberFile(self)
-
-    def read(self) -> bytes:
-        with self.open() as file:
-            return file.readall()
-
-
-class _MemberFile(io.RawIOBase):
-    """A member as a file. Raises UserError if the tar is gone or has become shorter."""
-
-    def __init__(self, member: _Member):
-        self._member, self._at = member, 0
+    def __init__(self, tar: pathlib.Path, offset: int, size: int):
+        self._tar, self._start, self._size, self._at = tar, offset, size, 0
         try:
-            self._file = open(member.tar, "rb", buffering=0)
+            self._file = open(tar, "rb", buffering=0)
         except OSError as error:
-            raise UserError(f"{member.tar} cannot be read: {error.strerror}") from None
+            raise UserError(f"{tar} cannot be read: {error.strerror}") from None
 
     def readable(self) -> bool:
         return True
@@ -165,54 +139,52 @@ class _MemberFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._member.size}[whence]
-        self._at = max(0, start + offset)
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
         return self._at
 
     def readinto(self, buffer) -> int:
-        data = self._read(len(buffer))
+        wanted, start = max(0, min(len(buffer), self._size - self._at)), self._start + self._at
+        data = os.pread(self._file.fileno(), wanted, start)
+        if wanted and not data:
+            raise UserError(
+                f"{self._tar} has become shorter since it was opened: {wanted} bytes at {start:,} "
+                "are not there"
+            )
         buffer[: len(data)] = data
+        self._at += len(data)
         return len(data)
 
     def readall(self) -> bytes:
-        return self._read(self._member.size)
-
-    def _read(self, most: int) -> bytes:
-        wanted, start = max(0, min(most, self._member.size - self._at)), self._member.offset
-        data = os.pread(self._file.fileno(), wanted, start + self._at)
-        if wanted and not data:
-            raise UserError(
-                f"{self._member.tar} has become shorter since it was opened: {wanted} bytes at "
-                f"{start + self._at:,} are not there"
-            )
-        self._at += len(data)
-        return data
+        return self.read(max(0, self._size - self._at)) or b""
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
+def _read_member(member: Callable[[], _Member], limit: int = -1) -> bytes:
+    with member() as file:
+        return file.read(limit) or b""
+
+
 # ---- the index ----
 
 
 def index(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
-    """(table of samples, caption kinds, bad records) of a tar; from the cache if size and time of
-    the file are the same. Raises OSError if it cannot be read."""
+    """(table of samples, caption kinds, bad records) of a tar; from the cache if path, size and
+    time of the file are the same. Raises OSError if it cannot be read."""
     status = path.stat()
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    identity = repr((_FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns))
+    name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
     file = cache_folder() / "tars" / f"{name}.arrow"
-    seal = [_FORMAT, status.st_size, status.st_mtime_ns]
     if file.exists():
         table = pyarrow.feather.read_table(file, memory_map=False)
-        seen = json.loads(table.schema.metadata[b"pixart"])
-        if seen["seal"] == seal:
-            return table, seen["kinds"], [BadRecord(*fault) for fault in seen["faults"]]
+        kinds, faults = json.loads(table.schema.metadata[b"pixart"])
+        return table, kinds, [BadRecord(*fault) for fault in faults]
     table, kinds, faults = _read(path)
-    seen = {"seal": seal, "kinds": kinds, "faults": [dataclasses.astuple(f) for f in faults]}
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as out:
-        described = table.replace_schema_metadata({"pixart": json.dumps(seen)})
+        described = table.replace_schema_metadata({"pixart": json.dumps([kinds, faults])})
         pyarrow.feather.write_feather(described, out, compression="uncompressed")
     return table, kinds, faults
 
@@ -293,10 +265,10 @@ def _read(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
             faults.add(place, "key twice", f"the tar holds another {what} of {key!r}")
             continue
         members[suffix] = (offset, size)
-        if _is_text(suffix):
-            kinds[_kind(suffix)] = None
+        if kind := texts.kind_of(suffix):
+            kinds[kind] = None
         elif suffix == "cls":
-            text = _Member(path, offset, min(size, 32)).read().strip()
+            text = _read_member(functools.partial(_Member, path, offset, min(size, 32))).strip()
             if text.isdigit():
                 labels[key] = int(text)
             else:
@@ -304,7 +276,8 @@ def _read(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
         elif suffix == "json" and looked < _LOOKED_AT:
             looked += 1
             quiet = BadRecords()  # the reader of the sample reports them
-            fields = texts.json_object(_Member(path, offset, size).read(), "", quiet)
+            data = _read_member(functools.partial(_Member, path, offset, size))
+            fields = texts.json_object(data, "", quiet)
             kinds.update(dict.fromkeys(texts.captions_of(fields, "", quiet)))
     whole = {}
     for key, members in samples.items():
@@ -321,15 +294,6 @@ def _read(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
         [[size for _, size in members.values()] for members in whole.values()],
     ]
     return pa.table(columns, _SCHEMA), list(kinds), list(faults)
-
-
-def _is_text(suffix: str) -> bool:
-    return suffix == "txt" or suffix.endswith(".txt")
-
-
-def _kind(suffix: str) -> str:
-    """'txt' → 'caption', 'dense.txt' → 'dense'."""
-    return suffix.removesuffix("txt").rstrip(".") or "caption"
 
 
 # ---- names of tars ----
