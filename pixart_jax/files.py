@@ -1,4 +1,4 @@
-"""Local files: the cache folder, atomic writes, locks, JSON and hashes."""
+"""Local files: the cache folder, atomic writes, locks, JSON, hashes and safetensors headers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,32 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""Name in a safetensors header → dtype. The safetensors package has no bfloat16 for NumPy."""
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def cache_folder() -> Path:
@@ -101,3 +122,20 @@ def hash64(text: str) -> int:
     """64 bits of a hash of a text, the same on every machine."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, Any]], metadata: Mapping[str, str], align: int
+) -> bytes:
+    """The first bytes of a safetensors file whose data are the ``tensors``, each with .shape and
+    .dtype, one after the other; padded so that the data begin at a multiple of ``align`` bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors:
+        dtype, shape = np.dtype(tensor.dtype), list(tensor.shape)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": shape}
+        header[name]["data_offsets"] = [start, end]
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    return len(text).to_bytes(8, "little") + text

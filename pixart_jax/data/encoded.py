@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from pixart_jax.data import records
 from pixart_jax.data.buckets import key_of
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.samples import CaptionMix, pad_length, second_draw, show_sizes
+from pixart_jax.data.samples import CaptionMix, check_buckets, encoded_length, second_draw
 from pixart_jax.errors import UserError
 
 
@@ -45,12 +46,7 @@ class EncodedSamples:
         manifest = self._records.manifest
         self.identity: Mapping[str, str] | None = manifest.identity
         self.buckets = tuple(manifest.by_bucket)
-        if others := unknown_buckets(self.buckets, buckets):
-            raise UserError(
-                f"{folder} was encoded at {show_sizes(others)}, which the stage's buckets "
-                f"({show_sizes(buckets or ())}) do not hold: name the buckets that it was encoded "
-                "with, or encode again"
-            )
+        check_buckets(str(folder), self.buckets, buckets)
         numbers = [self.buckets.index(shard.bucket) for shard in manifest.shards]
         counts = [shard.count for shard in manifest.shards]
         self.bucket_of = np.repeat(np.array(numbers, np.int16), counts)
@@ -62,13 +58,7 @@ class EncodedSamples:
             self._mix = CaptionMix(captions, tuple(longest), str(folder))
             self._leave_out_mute(self._mix, BadRecords() if faults is None else faults)
             needed = max(longest[kind] for kind in self._mix.kinds)
-            if needed > max_text_tokens:
-                # The states of a whole text, cut, are not the states of the cut text.
-                raise UserError(
-                    f"{folder} holds texts of {needed} tokens, more than max_text_tokens = "
-                    f"{max_text_tokens}: encode again with that cap"
-                )
-            self.length = pad_length(needed, max_text_tokens)
+            self.length = encoded_length(str(folder), needed, max_text_tokens)
 
     def _leave_out_mute(self, mix: CaptionMix, faults: BadRecords) -> None:
         """Leave out the records without any text of the mix."""
@@ -85,38 +75,49 @@ class EncodedSamples:
         return len(self._records)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of one bucket, each with the caption, and mirrored or not, as its draw chooses.
+        """Rows of one bucket, each with the caption, and mirrored or not, as its draw chooses."""
 
-        Every number is copied once, from the record's bytes to its place in the batch.
-        """
-        count, keys = len(indices), []
-        batch: dict[str, np.ndarray] = {
-            "label": np.empty(count, np.int32),
-            "size": np.empty((count, 2), np.float32),
-            "aspect_ratio": np.full(count, self._ratios[bucket], np.float32),
-        }
-        for row, (index, draw) in enumerate(zip(indices, draws)):
-            arrays, metadata = self._records[int(index)]
-            keys.append(metadata["key"])
-            side = "_flip" if self._flipped and is_flipped(draw) else ""
-            values = {"mean": arrays[f"mean{side}"], "std": arrays[f"std{side}"]}
-            values |= {"label": arrays["label"], "size": arrays["size"]}
-            if row == 0:
-                for name in ("mean", "std"):
-                    batch[name] = np.empty((count, *values[name].shape), np.float32)
+        def rows() -> Iterator[tuple[str, dict[str, Any], np.ndarray | None]]:
+            for index, draw in zip(indices, draws):
+                arrays, metadata = self._records[int(index)]
+                side = "_flip" if self._flipped and is_flipped(draw) else ""
+                values = {"mean": arrays[f"mean{side}"], "std": arrays[f"std{side}"]}
+                values |= {"label": arrays["label"], "size": arrays["size"]}
+                values["aspect_ratio"] = self._ratios[bucket]
+                text = arrays[_chosen_text(self._mix, metadata, draw)] if self._mix else None
+                yield metadata["key"], values, text
+
+        return collate(rows(), len(indices), self.length)
+
+
+_INTEGERS = ("label", "text_lengths")
+
+
+def collate(
+    rows: Iterable[tuple[str, dict[str, Any], np.ndarray | None]], count: int, length: int
+) -> dict[str, np.ndarray]:
+    """A batch of EncodedSamples' from ``count`` rows (key, values by name, text states [l, c]),
+    whose texts are padded to ``length``. Each number is copied once."""
+    batch: dict[str, np.ndarray] = {}
+    keys = []
+    for row, (key, values, states) in enumerate(rows):
+        if states is not None:
+            values["text_lengths"] = len(states)
+        if row == 0:
             for name, value in values.items():
-                batch[name][row] = value
-            if self._mix:
-                states = arrays[_chosen_text(self._mix, metadata, draw)].view(np.uint16)
-                if row == 0:
-                    shape = (count, self.length, states.shape[-1])
-                    batch["text_states"] = np.empty(shape, ml_dtypes.bfloat16)
-                    batch["text_lengths"] = np.empty(count, np.int32)
-                # plain integers are copied without the interpreter's lock
-                out = batch["text_states"].view(np.uint16)[row]
-                out[: len(states)], out[len(states) :] = states, 0
-                batch["text_lengths"][row] = len(states)
-        return batch | {"key": np.array(keys)}
+                dtype = np.int32 if name in _INTEGERS else np.float32
+                batch[name] = np.empty((count, *np.shape(value)), dtype)
+            if states is not None:
+                shape = (count, length, states.shape[-1])
+                batch["text_states"] = np.zeros(shape, ml_dtypes.bfloat16)
+        for name, value in values.items():
+            batch[name][row] = value
+        if states is not None:
+            # plain integers are copied without the interpreter's lock
+            out = batch["text_states"].view(np.uint16)[row]
+            out[: len(states)] = states.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16)
+        keys.append(key)
+    return batch | {"key": np.array(keys)}
 
 
 def _chosen_text(mix: CaptionMix, metadata: Mapping[str, str], draw: float) -> str:
@@ -131,11 +132,3 @@ def _chosen_text(mix: CaptionMix, metadata: Mapping[str, str], draw: float) -> s
 def is_flipped(draw: float) -> bool:
     """Whether a row of this draw takes the mirrored image; independent of the caption chosen."""
     return second_draw(draw) < 0.5
-
-
-def unknown_buckets(
-    found: Iterable[tuple[int, int]], wanted: Iterable[tuple[int, int]] | None
-) -> list[tuple[int, int]]:
-    """The buckets that a stage does not have; none if it takes all (None)."""
-    known = None if wanted is None else {(height, width) for height, width in wanted}
-    return [] if known is None else [bucket for bucket in found if bucket not in known]

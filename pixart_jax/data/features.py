@@ -13,25 +13,22 @@ image: of several that would share it by the bare stem, the first has it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import json
 import posixpath
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from pixart_jax.data.buckets import key_of
-from pixart_jax.data.encoded import unknown_buckets
+from pixart_jax.data.encoded import collate
 from pixart_jax.data.faults import BadRecord, BadRecords
-from pixart_jax.data.samples import CaptionMix, pad_length, show_sizes
-from pixart_jax.data.sources.indexed import cached_array, in_threads
+from pixart_jax.data.samples import CaptionMix, check_buckets, encoded_length
+from pixart_jax.data.sources.indexed import cached_json, in_threads
 from pixart_jax.data.sources.official import Entry, Layout
 from pixart_jax.errors import UserError
 
@@ -52,13 +49,12 @@ _MISSING, _UNREADABLE = "missing features", "unreadable features"
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """The feature files of an image. texts: (file, tokens) by kind, None for a kind without."""
 
     latents: str
     bucket: tuple[int, int]
-    texts: tuple[tuple[str, int] | None, ...]
+    texts: Sequence[tuple[str, int] | None]
 
 
 class FeatureSamples:
@@ -95,11 +91,7 @@ class FeatureSamples:
         if not self.buckets:
             reason = self.faults.summary() or "the lists are empty"
             raise UserError(f"{self.name}: no picture has all its features ({reason})")
-        if others := unknown_buckets(self.buckets, buckets):
-            raise UserError(
-                f"{self.name} holds latents of {show_sizes(others)} px, which are none of the "
-                "stage's buckets: name theirs"
-            )
+        check_buckets(self.name, self.buckets, buckets)
         self._ratios = [key_of(bucket) for bucket in self.buckets]
         numbers = {bucket: number for number, bucket in enumerate(self.buckets)}
         places = [numbers[one.bucket] if one else -1 for one in self._found]
@@ -107,12 +99,7 @@ class FeatureSamples:
         self.length = 0
         if self._mix:
             longest = max(text[1] for one in found for text in one.texts if text)
-            if longest > max_text_tokens:
-                raise UserError(
-                    f"{self.name} holds texts of {longest} tokens, more than max_text_tokens = "
-                    f"{max_text_tokens}: raise it"
-                )
-            self.length = pad_length(longest, max_text_tokens)
+            self.length = encoded_length(self.name, longest, max_text_tokens)
 
     def __len__(self) -> int:
         return len(self.bucket_of)
@@ -122,24 +109,15 @@ class FeatureSamples:
         files = [*layout.lists, folder, *texts]
         stamps = [(str(file.resolve()), file.stat().st_mtime_ns, self._kinds) for file in files]
         identity = hashlib.sha256(repr(stamps).encode()).hexdigest()
-
-        def look() -> np.ndarray:
-            found = [one and dataclasses.astuple(one) for one in self._read(folder, texts, faults)]
-            bad = [dataclasses.astuple(record) for record in faults]
-            return np.frombuffer(json.dumps([found, bad]).encode(), np.uint8)
-
-        faults = BadRecords()
-        data = cached_array("features", identity, len(self._entries), look)
-        found, bad = json.loads(data.tobytes())
+        read = functools.partial(self._read, folder, texts)
+        found, bad = cached_json("features", identity, len(self._entries), read)
         self.faults.extend(BadRecord(*record) for record in bad)
-        return [
-            one and _Found(one[0], tuple(one[1]), tuple(text and tuple(text) for text in one[2]))
-            for one in found
-        ]
+        return [one and _Found(one[0], tuple(one[1]), one[2]) for one in found]
 
-    def _read(self, folder: Path, texts: list[Path], faults: BadRecords) -> list[_Found | None]:
-        """One pass over the headers of all files."""
+    def _read(self, folder: Path, texts: list[Path]) -> tuple[list[_Found | None], list[BadRecord]]:
+        """(files of each entry, what is wrong) by one pass over the headers of all files."""
         found: list[_Found | None] = []
+        faults = BadRecords()
         taken: set[str] = set()
         look = functools.partial(_features_of, folder=folder, texts=texts)
         looks = in_threads(look, self._entries, f"headers of {self.name}")
@@ -152,44 +130,38 @@ class FeatureSamples:
             if one:
                 taken.add(one.latents)
             found.append(one)
-        return found
+        return found, list(faults)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one bucket, each with the text that its draw chooses. Raises UserError with the
         name of a file that cannot be read (any more)."""
-        count, (height, width) = len(indices), self.buckets[bucket]
-        posteriors, sizes, keys, texts = [], [], [], []
-        for index, draw in zip(indices, draws, strict=True):
-            found, entry = self._found[int(index)], self._entries[int(index)]
-            assert found is not None, "the plan draws no sample without features"
-            latents = _load(found.latents).astype(np.float32)
-            posteriors.append(latents.reshape(-1, height // _FACTOR, width // _FACTOR))
-            known = entry.fields.get("height"), entry.fields.get("width")
-            listed = all(isinstance(side, int | float) and side > 0 for side in known)
-            sizes.append(known if listed else (height, width))
-            keys.append(posixpath.splitext(entry.path)[0] if entry.fields else entry.path)
-            if self._mix:
-                held = dict(zip(self._kinds, found.texts, strict=True))
-                present = [kind for kind, text in held.items() if text]
-                file, tokens = held[self._mix.choose(float(draw), present)[0]] or ("", 0)
-                states = _load(file, "caption_feature")
-                texts.append(states.reshape(-1, states.shape[-1])[:tokens])
-        mean, std = np.split(np.stack(posteriors).transpose(0, 2, 3, 1), 2, axis=-1)
-        batch = {
-            "mean": mean,
-            "std": std,
-            "label": np.full(count, -1, np.int32),
-            "size": np.array(sizes, np.float32),
-            "aspect_ratio": np.full(count, self._ratios[bucket], np.float32),
-            "key": np.array(keys),
-        }
+        rows = (self._row(int(i), bucket, float(draw)) for i, draw in zip(indices, draws))
+        return collate(rows, len(indices), self.length)
+
+    def _row(
+        self, index: int, bucket: int, draw: float
+    ) -> tuple[str, dict[str, Any], np.ndarray | None]:
+        found, entry, (height, width) = (
+            self._found[index],
+            self._entries[index],
+            self.buckets[bucket],
+        )
+        assert found is not None, "the plan draws no sample without features"
+        latents = _load(found.latents).reshape(-1, height // _FACTOR, width // _FACTOR)
+        mean, std = np.split(latents.transpose(1, 2, 0), 2, axis=-1)
+        size = entry.fields.get("height"), entry.fields.get("width")
+        if not all(isinstance(side, int | float) and side > 0 for side in size):
+            size = height, width
+        values = {"mean": mean, "std": std, "label": -1, "size": size}
+        values["aspect_ratio"] = self._ratios[bucket]
+        states = None
         if self._mix:
-            shape = (count, self.length, texts[0].shape[-1])
-            batch["text_states"] = np.zeros(shape, ml_dtypes.bfloat16)
-            for row, states in enumerate(texts):
-                batch["text_states"][row, : len(states)] = states
-            batch["text_lengths"] = np.array([len(states) for states in texts], np.int32)
-        return batch
+            held = {kind: text for kind, text in zip(self._kinds, found.texts) if text}
+            file, tokens = held[self._mix.choose(draw, held)[0]]
+            states = _load(file, "caption_feature")
+            states = states.reshape(-1, states.shape[-1])[:tokens]
+        key = posixpath.splitext(entry.path)[0] if entry.fields else entry.path
+        return key, values, states
 
 
 # ---- files ----
@@ -262,7 +234,7 @@ def _features_of(
     if texts and not any(held):
         missing = f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}"
         return None, bad or [BadRecord(place, _MISSING, missing)]
-    return _Found(str(latents), bucket, tuple(held)), bad
+    return _Found(str(latents), bucket, held), bad
 
 
 def _first(folder: Path, names: Sequence[str], suffix: str) -> Path | None:

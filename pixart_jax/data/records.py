@@ -19,29 +19,19 @@ import hashlib
 import json
 import os
 import pathlib
-import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.files import write_json
+from pixart_jax.files import SAFETENSORS_DTYPES, safetensors_header, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 # shards open at a time: large sets have more than a process may open, and opening takes 0.2 ms
 _OPEN = 256
-_DTYPES = {
-    code: np.dtype(dtype)
-    for code, dtype in {
-        **{"BOOL": bool, "U8": np.uint8, "I8": np.int8, "I16": "<i2", "I32": "<i4", "I64": "<i8"},
-        **{"F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8"},
-    }.items()
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 # ---- records ----
@@ -49,35 +39,26 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 def encode_record(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """Named arrays and texts as the bytes of a safetensors file; equal input gives equal bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    chunks, end = [], 0
     # wide types first, as safetensors does, so that every array is aligned
-    for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        header[name] = {
-            "dtype": _CODES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [end, end + array.nbytes],
-        }
-        chunks.append(array.tobytes())
-        end += array.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((struct.pack("<Q", len(text)), text, *chunks))
+    order = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    data = (array.tobytes() for _, array in order)
+    return b"".join((safetensors_header(order, metadata, align=8), *data))
 
 
 def decode_record(
     record: bytes, names: Iterable[str] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(arrays, metadata) of a record; the arrays are read-only views. names: only these arrays."""
-    (length,) = struct.unpack_from("<Q", record)
+    length = int.from_bytes(record[:8], "little")
     header = json.loads(record[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
     arrays = {}
     for name in header if names is None else names:
-        dtype, (begin, end) = _DTYPES[header[name]["dtype"]], header[name]["data_offsets"]
+        field = header[name]
+        dtype, (begin, end) = SAFETENSORS_DTYPES[field["dtype"]], field["data_offsets"]
         count = (end - begin) // dtype.itemsize
         flat = np.frombuffer(record, dtype, count, 8 + length + begin)
-        arrays[name] = flat.reshape(header[name]["shape"])
+        arrays[name] = flat.reshape(field["shape"])
     return arrays, metadata
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pixart_jax import plots
 from pixart_jax.data import buckets as bucket_tables
 from pixart_jax.data import images
-from pixart_jax.data.sources.indexed import cached_array, in_threads
+from pixart_jax.data.sources.indexed import cached_json, in_threads
 from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.images import to_model
@@ -60,7 +60,22 @@ def assign_all(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndar
     return np.array(numbers, np.int16)[which.reshape(-1)]
 
 
-def show_sizes(sizes: Sequence[tuple[int, int]], limit: int = 4) -> str:
+def check_buckets(
+    name: str, found: Sequence[tuple[int, int]], wanted: Iterable[tuple[int, int]] | None
+) -> None:
+    """Raise a UserError if encoded latents have a (height, width) that is none of the stage's
+    buckets. wanted: None takes all."""
+    if wanted is None:
+        return
+    known = [(height, width) for height, width in wanted]
+    if others := [size for size in found if size not in known]:
+        raise UserError(
+            f"{name} was encoded at {_show_sizes(others)}, which the stage's buckets "
+            f"({_show_sizes(known)}) do not hold: name those of the set, or encode again"
+        )
+
+
+def _show_sizes(sizes: Sequence[tuple[int, int]], limit: int = 4) -> str:
     """'64×64, 64×96 and 3 more'."""
     shown = ", ".join(f"{height}×{width}" for height, width in sizes[:limit])
     return shown + (f" and {len(sizes) - limit} more" if len(sizes) > limit else "")
@@ -119,6 +134,17 @@ def pad_length(longest: int, cap: int) -> int:
     return min(-(-longest // 8) * 8, cap)
 
 
+def encoded_length(name: str, longest: int, cap: int) -> int:
+    """:func:`pad_length` of text states. Raises UserError if a text is longer than the cap: the
+    states of a whole text, cut, are not the states of the cut text."""
+    if longest > cap:
+        raise UserError(
+            f"{name} holds texts of {longest} tokens, more than max_text_tokens = {cap}: raise it, "
+            "or encode again with that cap"
+        )
+    return pad_length(longest, cap)
+
+
 def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.ndarray]:
     """int32 ids of each text, with the end token, cut at max_text_tokens, without padding."""
     out: list[np.ndarray] = []
@@ -135,9 +161,9 @@ def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.n
 class ImageSamples:
     """Images of a source, for the autoencoder: {"images": float32 [b, h, w, 3] in [−1, 1], "key"}.
 
-    Every image is decoded once when the set is opened; an unreadable one is named in the source's
-    ``faults`` and left out. The decoded pixels stay in memory if the whole set fits into
-    ``cache_bytes``.
+    Every image is decoded once when the set is opened, a large set's at the first start alone; an
+    unreadable one is named in the source's ``faults`` and left out. The decoded pixels stay in
+    memory if the whole set fits into ``cache_bytes``.
     """
 
     length = 0
@@ -153,41 +179,31 @@ class ImageSamples:
         total = sum(int(n) * h * w * 3 for n, (h, w) in zip(used, self.buckets))
         self._cached = total <= cache_bytes
         self._decoded: dict[int, tuple[np.ndarray, str]] = {}
-        self._leave_out_unreadable()
+        identity = hashlib.sha256(repr((source.fingerprint, self.buckets)).encode()).hexdigest()
+        bad = cached_json("unreadable", identity, len(self.bucket_of), self._unreadable)
+        for index, place, detail in bad:
+            self.faults.add(place, "unreadable image", detail)
+            self.bucket_of[index] = -1
 
-    def _leave_out_unreadable(self) -> None:
-        """Decode every image once; of a large set the unreadable ones are cached on disk, and the
-        next start decodes those alone."""
-        identity = repr((self.source.fingerprint, self.buckets)).encode()
-        name, count = hashlib.sha256(identity).hexdigest(), len(self.bucket_of)
-        tried: list[int] = []
+    def _unreadable(self) -> list[tuple[int, str, str]]:
+        """Decode every image. (index, key, reason) of the unreadable ones."""
 
-        def unreadable(indices: Sequence[int] = range(count)) -> np.ndarray:
-            tried.extend(indices)
-            return np.array(self._unreadable(indices), np.int64)
-
-        bad = cached_array("unreadable", name, count, unreadable)
-        if not tried:
-            bad = unreadable(bad)
-        self.bucket_of[bad] = -1
-
-    def _unreadable(self, indices: Sequence[int]) -> list[int]:
         def error_of(index: int) -> str | None:
             try:
-                self._pixels(int(index), max(int(self.bucket_of[index]), 0))
+                self._pixels(index, max(int(self.bucket_of[index]), 0))
             except images.UnreadableImage as error:
                 return str(error)
             return None
 
-        bad, what = list[int](), f"reading {self.source.name}"
-        errors = in_threads(error_of, indices, what, threads=_DECODERS)
-        for index, error in zip(indices, errors, strict=True):
+        indices = range(len(self.bucket_of))
+        errors = in_threads(error_of, indices, f"reading {self.source.name}", threads=_DECODERS)
+        found = []
+        for index, error in enumerate(errors):
             if error is not None:
                 key, colon, reason = error.partition(": ")
                 place, detail = (key, reason) if colon else (f"sample {index}", error)
-                self.faults.add(place, "unreadable image", detail)
-                bad.append(int(index))
-        return bad
+                found.append((index, place, detail))
+        return found
 
     def _pixels(self, index: int, bucket: int) -> tuple[np.ndarray, str]:
         if index in self._decoded:

@@ -22,24 +22,7 @@ import numpy as np
 import safetensors
 
 from pixart_jax.errors import UserError
-from pixart_jax.files import atomic_write
-
-# by their names in safetensors
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+from pixart_jax.files import SAFETENSORS_DTYPES, atomic_write, safetensors_header
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # weights files of a component folder, in order of preference
@@ -112,9 +95,9 @@ class SafetensorsFile(Tensors):
         start, stop = (base + offset for offset in fields["data_offsets"])
 
         def read() -> np.ndarray:
-            if dtype not in _DTYPES:
+            if dtype not in SAFETENSORS_DTYPES:
                 raise UserError(f"{self.source}: the dtype {dtype} of a tensor is not known")
-            return self._bytes[start:stop].view(_DTYPES[dtype]).reshape(shape)
+            return self._bytes[start:stop].view(SAFETENSORS_DTYPES[dtype]).reshape(shape)
 
         def advise(advice: str) -> None:
             first = start - start % mmap.PAGESIZE
@@ -253,24 +236,17 @@ def write_safetensors(
     in place. UserError when the file cannot be written.
     """
     order = write_order(tensors)
-    dtypes = {key: np.dtype(tensors[key].dtype) for key in order}
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for key in order:
-        start, end = end, end + _size(tensors[key])
-        shape, dtype = list(tensors[key].shape), _NAMES[dtypes[key]]
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % 64)
+    pairs = ((key, tensors[key]) for key in order)
+    header = safetensors_header(pairs, {"format": "pt", **(metadata or {})}, align=64)
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for key in order:
                 tensor, written = tensors[key], 0
                 for part in tensor.parts() if isinstance(tensor, LazyTensor) else (tensor,):
-                    part = np.ascontiguousarray(part, dtypes[key])
+                    part = np.ascontiguousarray(part, tensor.dtype)
                     written += file.write(part.reshape(-1).view(np.uint8).data)
                 if written != _size(tensor):
                     raise ValueError(f"{key}: {written} bytes were given for {_size(tensor)}")

@@ -159,7 +159,7 @@ def test_mistakes_are_named(root):
     for mix, cap, buckets, message in (
         ((("dense", 1.0),), 16, None, "has no captions of kind 'dense'"),
         (MIX, 2, None, "texts of 3 tokens, more than max_text_tokens = 2"),
-        (MIX, 16, ((64, 64),), "latents of 32×32 px, which are none of the stage's buckets"),
+        (MIX, 16, ((64, 64),), "encoded at 32×32, which the stage's buckets .64×64. do not hold"),
     ):
         with pytest.raises(UserError, match=message):
             FeatureSamples(str(root), mix, cap, buckets=buckets)

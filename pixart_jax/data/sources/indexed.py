@@ -280,3 +280,12 @@ def cached_array(
         with atomic_write(file) as out:
             np.save(out, array)
     return np.load(file)
+
+
+def cached_json(kind: str, identity: str, count: int, make: Callable[[], Any]) -> Any:
+    """:func:`cached_array` for a value of JSON; tuples come back as lists."""
+
+    def encode() -> np.ndarray:
+        return np.frombuffer(json.dumps(make()).encode(), np.uint8)
+
+    return json.loads(cached_array(kind, identity, count, encode).tobytes())
