@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from pixart_jax.errors import Interrupted, Notice, UserError, nearest
 
@@ -122,25 +123,28 @@ def parse(shape, argv: Sequence[str], *, prog: str, description: str | None = No
     shape: a dataclass or function whose fields are the flags; ``default=`` is an instance to
     override. Raises UserError for an unknown flag, with the nearest one, and for a bad value.
     """
-    import tyro
+    how = {"prog": prog, "description": description, **tyro_options}
+    value, unknown = parse_known(shape, argv, **how)
+    if unknown:
+        raise UserError(_unknown(unknown, _flags(shape, how)))
+    return value
 
-    def call(arguments: Sequence[str], **more):
-        return tyro.cli(
-            shape, args=list(arguments), prog=prog, description=description, **tyro_options, **more
-        )
+
+def parse_known(shape, argv: Sequence[str], *, prog: str, **tyro_options) -> tuple[Any, list[str]]:
+    """As :func:`parse`, but (the value, the arguments that are no flags of the shape)."""
+    import tyro
 
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            value, unknown = call(argv, return_unknown_args=True)
+            return tyro.cli(
+                shape, args=list(argv), prog=prog, return_unknown_args=True, **tyro_options
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
         message = _tyro_message(stderr.getvalue())
         raise UserError(f"{message} ({prog} --help lists the flags)") from None
-    if unknown:
-        raise UserError(_unknown(unknown, _flags(call)))
-    return value
 
 
 def _plain(terminal: str) -> str:
@@ -154,11 +158,13 @@ def _tyro_message(box: str) -> str:
     return " ".join(" ".join(lines[:rule]).split()) or "the command line cannot be read"
 
 
-def _flags(call) -> list[str]:
+def _flags(shape, how: dict[str, Any]) -> list[str]:
     """Every flag, from the help text."""
+    import tyro
+
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        call(["--help"])
+        tyro.cli(shape, args=["--help"], **how)
     return sorted(set(re.findall(r"--[a-z0-9][a-z0-9._-]*", _plain(text.getvalue()))))
 
 

@@ -44,24 +44,16 @@ _SYMPTOM = re.compile(
 _RESTART = "what was saved holds: start all processes again with the same command"
 
 _monitor: PeerMonitor | None = None
-_start_error: str | None = None  # what an abort means while the processes connect
 _handler: Any = None  # a ctypes callback must not be collected while it is installed
 _barriers = 0
 
 
 def start_monitor(peer_timeout: float, stall_timeout: float) -> None:
     """Watch the peers from now on, in seconds; do nothing where there are none."""
-    global _monitor, _start_error
-    _start_error = None
+    global _monitor
     if jax.process_count() > 1:
         _monitor = PeerMonitor(peer_timeout, stall_timeout)
-    else:
-        handle_sigabrt(None)
-
-
-def has_peers() -> bool:
-    """Whether this process watches peers."""
-    return _monitor is not None
+    handle_sigabrt(_monitor.aborted if _monitor else None)
 
 
 def report_step(step: int | None) -> None:
@@ -85,14 +77,23 @@ def report_failures() -> Iterator[None]:
         raise
 
 
-def diagnose_peer_failure(error: BaseException) -> str | None:
-    """The line that names the lost peer where ``error`` is a broken collective, else None."""
-    return _monitor.verdict() if _monitor is not None and _is_symptom(error) else None
+def run_with_peers(run: Callable[[], int]) -> int:
+    """Return run()'s exit status, after publishing it to the other processes.
 
-
-def shut_down(status: int) -> int:
-    """Publish this process's exit status. Return it where all processes end in order; else end the
-    process."""
+    Processes that all succeed end together. Where this one fails, the others learn of it at once
+    and this process ends here, with a traceback where the program is at fault.
+    """
+    try:
+        status = run()
+    except BaseException as error:
+        if _monitor is None:
+            raise
+        if _is_symptom(error) and (lost := _monitor.verdict()) is not None:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+            status = PEER_LOST
+        else:
+            traceback.print_exc()
+            status = 1
     return status if _monitor is None else _monitor.leave(status)
 
 
@@ -128,10 +129,10 @@ class _Peer:
     """What a peer last published, and when (monotonic seconds) that and its end were first read."""
 
     seen: float
+    ended: float = 0.0
     beat: int = -1
     step: int | None = None
     end: str = ""
-    ended_at: float = 0.0
 
 
 class PeerMonitor:
@@ -172,7 +173,8 @@ class PeerMonitor:
         return self._wait(lambda: self._problem(timeout), timeout + 2 * self._interval) or None
 
     def leave(self, status: int) -> int:
-        """See :func:`shut_down`."""
+        """Publish this process's exit status. Return it where all processes end in order; else end
+        the process."""
         self.step, self._leaving = None, True
         orderly = status in _ORDERLY
         self._end = "done" if orderly else f"has ended with status {status}, its output says why"
@@ -214,15 +216,15 @@ class PeerMonitor:
             with self._lock:
                 self._answered = now
                 for key, text in found:
-                    peer, new = self._peers.get(int(key.rsplit("/", 1)[1])), json.loads(text)
-                    if peer is None or new["beat"] == peer.beat:
+                    k, new = int(key.rsplit("/", 1)[1]), _Peer(now, ended=now, **json.loads(text))
+                    old = self._peers.get(k)
+                    if old is None or new.beat == old.beat:  # itself, or nothing new
                         continue
-                    if new["step"] != peer.step:
+                    if new.step != old.step:
                         self._progressed = now
-                    if new["end"] != peer.end:
-                        peer.ended_at = now
-                    peer.seen, peer.beat = now, new["beat"]
-                    peer.step, peer.end = new["step"], new["end"]
+                    if new.end == old.end:
+                        new.ended = old.ended
+                    self._peers[k] = new
             self._beats += 1
             self._stop.wait(self._interval)
 
@@ -255,7 +257,7 @@ class PeerMonitor:
             for k, peer in sorted(self._peers.items()):
                 name, silent = f"process {k} of {self._count}", now - peer.seen
                 if peer.end not in ("", "done"):
-                    if now - peer.ended_at > grace:
+                    if now - peer.ended > grace:
                         return f"{name} {peer.end}; {_RESTART}"
                 elif not peer.end and now - self._answered <= timeout < silent:
                     what = f"has not answered for {silent:.0f} s: it is dead or hangs"
@@ -287,30 +289,23 @@ class PeerMonitor:
         return f"{name} is gone{why}; {_RESTART}"
 
 
-def handle_sigabrt(start_error: str | None) -> None:
+def handle_sigabrt(explain: Callable[[], str | None] | None, status: int = PEER_LOST) -> None:
     """Explain an abort by JAX's coordination client in one line and exit with a status.
 
-    start_error: the line while the processes connect (status 2); None once peers are watched, and
-    without peers JAX's own handling. The handler is C's: an abort never returns to Python.
+    explain: the line, or None for an ordinary abort; in its place None restores JAX's own handling.
+    The handler is C's: an abort never returns to Python.
     """
-    global _start_error, _handler
-    _start_error = start_error
-    if start_error is None:
-        if _handler is not None:
-            ctypes.CDLL(None).signal(signal.SIGABRT, ctypes.c_void_p(0))
-            _handler = None
-        return
+    global _handler
 
     def on_abort(_number: int) -> None:
-        line, status = _start_error, 2
-        if line is None:
-            line, status = _monitor.aborted() if _monitor else None, PEER_LOST
-        if line is not None:  # else abort() continues when this returns
+        if explain is not None and (line := explain()) is not None:
             os.write(2, f"\nerror: {line}\n".encode())
-            os._exit(status)
+            os._exit(status)  # else abort() continues when this returns
 
-    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
-    ctypes.CDLL(None).signal(signal.SIGABRT, _handler)
+    default = ctypes.c_void_p(0)
+    handler: Any = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort) if explain else default
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    _handler = handler
 
 
 def _exit(status: int, text: str = "") -> NoReturn:

@@ -16,9 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pixart_jax.errors import UserError
 from pixart_jax.parallel import DISTRIBUTED_ENV_VARS, liveness
 from pixart_jax.parallel.liveness import PEER_LOST as PEER_LOST
+from pixart_jax.parallel.liveness import run_with_peers as run_with_peers
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,21 +37,24 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+# flag: (type, metavar, help)
+_FLAGS: dict[str, tuple[Callable, str, str]] = {
+    "coordinator": (str, "HOST:PORT", "where process 0 listens; with the next two"),
+    "processes": (int, "N", "number of processes"),
+    "process-index": (int, "K", "index of this process, from 0"),
+    "distributed": (str, "auto|none", "none: one process alone, whatever cluster JAX detects"),
+    "start-timeout": (float, "SECONDS", "until all processes must have connected (300)"),
+    "peer-timeout": (float, "SECONDS", "silence after which a process counts as lost (60)"),
+    "stall-timeout": (float, "SECONDS", "without any step, then the run ends (1800; 0: never)"),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    flags = parser.add_argument_group("several processes (docs/pods.md)")
-
-    def add(name: str, kind: Callable, metavar: str, text: str) -> None:
+    group = parser.add_argument_group("several processes (docs/pods.md)")
+    for name, (kind, metavar, text) in _FLAGS.items():
         names = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
-        flags.add_argument(*names, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
-
-    add("coordinator", str, "HOST:PORT", "where process 0 listens; with the next two")
-    add("processes", int, "N", "number of processes")
-    add("process-index", int, "K", "index of this process, from 0")
-    add("distributed", str, "auto|none", "none: one process alone, whatever cluster JAX detects")
-    add("start-timeout", float, "SECONDS", "until all processes must have connected (300)")
-    add("peer-timeout", float, "SECONDS", "silence after which a process counts as lost (60)")
-    add("stall-timeout", float, "SECONDS", "without any step, then the run ends (1800; 0: never)")
+        group.add_argument(*names, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
     return parser
 
 
@@ -70,32 +72,30 @@ class DistributedOptions:
     stall_timeout: float = 1800
 
     def __post_init__(self) -> None:
-        def require(ok: bool, text: str) -> None:
-            if not ok:
-                raise UserError(text)
+        if error := self._error():
+            raise UserError(error)
 
-        require(
-            self.distributed in ("auto", "none"),
-            f"--distributed {self.distributed!r}: auto or none",
-        )
+    def _error(self) -> str | None:
+        if self.distributed not in ("auto", "none"):
+            return f"--distributed {self.distributed!r}: auto or none"
         for name, least in (("start", 1), ("peer", 1), ("stall", 0)):
-            seconds = getattr(self, f"{name}_timeout")
-            require(seconds >= least, f"--{name}-timeout {seconds:g}: at least {least} second")
-        if (self.coordinator, self.processes, self.process_index) == (None, None, None):
-            return
-        count, index = self.processes, self.process_index
-        if self.coordinator is None or count is None or index is None:
-            raise UserError(
-                "--coordinator, --processes and --process-index: give all three, or none"
-            )
-        host, _, port = self.coordinator.rpartition(":")
-        known = host and port.isdigit() and 0 < int(port) < 65536
-        require(bool(known), f"--coordinator {self.coordinator!r}: HOST:PORT is needed")
-        require(count >= 1, f"--processes {count}: at least 1")
-        require(0 <= index < count, f"--process-index {index}: the indices are 0 to {count - 1}")
-        require(
-            self.distributed != "none", "--distributed none with --coordinator: one or several?"
-        )
+            if not (seconds := getattr(self, f"{name}_timeout")) >= least:
+                return f"--{name}-timeout {seconds:g}: at least {least} second"
+        where, count, index = self.coordinator, self.processes, self.process_index
+        if (where, count, index) == (None, None, None):
+            return None
+        if where is None or count is None or index is None:
+            return "--coordinator, --processes and --process-index: give all three, or none"
+        host, _, port = where.rpartition(":")
+        if not (host and port.isdigit() and 0 < int(port) < 65536):
+            return f"--coordinator {where!r}: HOST:PORT is needed"
+        if count < 1:
+            return f"--processes {count}: at least 1"
+        if not 0 <= index < count:
+            return f"--process-index {index}: the indices are 0 to {count - 1}"
+        if self.distributed == "none":
+            return "--distributed none with --coordinator: one or several?"
+        return None
 
 
 def pop_distributed_flags(
@@ -141,7 +141,7 @@ def initialize(options: DistributedOptions) -> None:
         }
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    liveness.handle_sigabrt(_start_error(options))
+    liveness.handle_sigabrt(lambda: _start_error(options), status=2)
     try:
         jax.distributed.initialize(
             **where,
@@ -164,19 +164,14 @@ def initialize(options: DistributedOptions) -> None:
 
 
 def _start_error(options: DistributedOptions) -> str:
+    many = f"not all of the {options.processes} processes have come to"
+    what = f"no coordinator at {options.coordinator}, or {many} it"
     if options.coordinator is None:
         what = "not all processes of the detected cluster have come"
     elif options.process_index == 0:
-        what = f"not all of the {options.processes} processes have come to {options.coordinator}"
-    else:
-        what = (
-            f"no coordinator at {options.coordinator}, or not all of the {options.processes} "
-            "processes have come to it"
-        )
-    return (
-        f"{what} within {options.start_timeout:g} s (--start-timeout); --distributed none runs "
-        "this process alone"
-    )
+        what = f"{many} {options.coordinator}"
+    limit = f"within {options.start_timeout:g} s (--start-timeout)"
+    return f"{what} {limit}; --distributed none runs this process alone"
 
 
 def _in_cluster() -> bool:
@@ -251,23 +246,3 @@ def warm_up_collectives(mesh: jax.sharding.Mesh) -> None:
     compiled = jax.jit(sums).lower(ones).compile()
     liveness.barrier("warm-up")
     compiled(ones).block_until_ready()
-
-
-def run_with_peers(run: Callable[[], int]) -> int:
-    """Return run()'s exit status, after publishing it to the other processes.
-
-    Processes that all succeed end together. Where this one fails, the others learn of it at once
-    and this process ends here, with a traceback where the program is at fault.
-    """
-    try:
-        status = run()
-    except BaseException as error:
-        if not liveness.has_peers():
-            raise
-        if (lost := liveness.diagnose_peer_failure(error)) is not None:
-            print(f"error: {lost}", file=sys.stderr, flush=True)
-            status = PEER_LOST
-        else:
-            traceback.print_exc()
-            status = 1
-    return liveness.shut_down(status)

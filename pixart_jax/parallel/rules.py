@@ -147,17 +147,13 @@ def check_sharded(boxed_shapes, mesh: Mesh) -> None:
         if not ("fsdp" in spec or vector or on_purpose):
             whole[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
     amount = sum(leaf.size for leaf in whole.values())
-    if amount <= 0.02 * total or 4 * amount <= REPLICATED_LIMIT:
-        return
-    sides = [leaf.shape[-2:] for leaf in whole.values()]
-    fits = [
-        str(n)
-        for n in range(1, mesh.size + 1)
-        if mesh.size % n == 0 and all(any(side % n == 0 for side in pair) for pair in sides)
-    ]
-    more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
-    raise UserError(
-        f"mesh fsdp {mesh.shape['fsdp']} leaves {amount / total:.0%} of the parameters "
-        f"({amount:,} of {total:,}) whole on every device: it divides no side of "
-        f"{', '.join(list(whole)[:3])}{more}; fsdp {', '.join(fits)} would do"
-    )
+    if amount > 0.02 * total and 4 * amount > REPLICATED_LIMIT:
+        divisors = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0]
+        sides = [leaf.shape[-2:] for leaf in whole.values()]
+        fits = [n for n in divisors if all(any(s % n == 0 for s in pair) for pair in sides)]
+        raise UserError(
+            f"mesh fsdp {mesh.shape['fsdp']} leaves {amount / total:.0%} of the parameters "
+            f"({amount:,} of {total:,}) whole on every device: it divides no side of "
+            f"{', '.join(list(whole)[:3])}{' …' if len(whole) > 3 else ''}; fsdp "
+            f"{', '.join(map(str, fits))} would do"
+        )

@@ -16,15 +16,8 @@ import numpy as np
 
 from pixart_jax.planning import hlo
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"}
+KINDS |= {"collective-permute", "collective-broadcast"}
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"  # noqa: E501
 )
@@ -42,7 +35,9 @@ class Collective:
     axes: of the mesh along which the group lies. group: devices. bytes: of the complete (gathered
     or reduced) arrays, per device. moved: bytes that a device sends with the ring algorithm:
     (g − 1) / g of bytes, twice that for an all-reduce, all of them for a permutation.
-    asynchronous: whether the program does other work meanwhile.
+    asynchronous: whether the program does other work meanwhile. links: one-way links of the torus
+    that a device has along these axes (2 for a dimension that closes to a ring, 1 for a line), 1
+    for a switch, 0 within a chip. networks: slices or hosts that the group spans.
     """
 
     kind: str
@@ -52,6 +47,8 @@ class Collective:
     bytes: float
     moved: float
     asynchronous: bool
+    links: int = 1
+    networks: int = 1
 
 
 def collectives(text: str, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
@@ -144,26 +141,17 @@ def _mesh_groups(mesh: str, shape: str | None, order: str | None, along: str) ->
     """mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}: devices in the mesh's shape; a group runs
     along the named axes. One may be a part of an axis, 'a':(2)2: of the axis's 4 the factor 2 that
     follows a factor of 2."""
-    named = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)]
-    total = math.prod(size for _, size in named)
-    ids = _iota(shape, order).reshape(-1) if shape else np.arange(total)
-    wanted: dict[str, list[tuple[int, int]]] = {}  # axis: (factor before, size) of the named parts
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    shape = shape or str(math.prod(sizes.values()))
+    ids, names = _iota(shape, order).reshape(-1), list(sizes)
+    places = np.stack(np.unravel_index(np.arange(len(ids)), tuple(sizes.values())))
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along):
-        wanted.setdefault(name, []).append(
-            (int(before), int(part)) if before else (1, dict(named)[name])
-        )
-    parts: list[int] = []  # sizes of all axes, split where a part is named
-    chosen: list[int] = []  # the named parts
-    for name, size in named:
-        spans = [(before, before * part) for before, part in wanted.get(name, ())]
-        edges = sorted({1, size, *(edge for span in spans for edge in span)})
-        for low, high in zip(edges, edges[1:]):
-            if any(first <= low and high <= last for first, last in spans):
-                chosen.append(len(parts))
-            parts.append(high // low)
-    rest = [i for i in range(len(parts)) if i not in chosen]
-    members = math.prod(parts[i] for i in chosen)
-    return ids.reshape(parts).transpose(rest + chosen).reshape(-1, members)
+        length = int(part or sizes[name])
+        stride = sizes[name] // (int(before or 1) * length)
+        place = places[names.index(name)]
+        place -= place // stride % length * stride  # now alike within a group
+    groups = np.ravel_multi_index(tuple(places), tuple(sizes.values()))
+    return ids[np.argsort(groups, kind="stable")].reshape(len(np.unique(groups)), -1)
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:

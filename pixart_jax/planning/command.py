@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -50,39 +49,19 @@ class PlanOptions:
     compile_seconds: float = 600.0  # and of its time
 
 
-def split(argv: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
-    """(the recipe, this command's own flags, overrides of the config)."""
-    fields = dataclasses.fields(PlanOptions) + dataclasses.fields(SamplingConfig)
-    flags = {field.name.replace("_", "-") for field in fields} - {"sampling"}
-    own, rest, todo = [], [], list(argv)
-    recipe = todo.pop(0) if todo and not todo[0].startswith("-") else None
-    while todo:
-        token = todo.pop(0)
-        name, given, _ = token.removeprefix("--").partition("=")
-        name = name.replace("_", "-").removeprefix("no-")
-        if not token.startswith("--") or name not in flags:
-            rest.append(token)
-            continue
-        own.append(token)
-        switch = name in ("sweep", "sample", "clean-caption", "binning") or given
-        values = 0 if switch else 2 if name == "guidance-interval" else 1
-        own += todo[:values]
-        del todo[:values]
-    return recipe, own, rest
-
-
 def main(argv: list[str]) -> int:
     if "jax" not in sys.modules:  # this process only counts: it needs no device
         os.environ["JAX_PLATFORMS"] = "cpu"
     from pixart_jax.planning import compilation, plan, topology
     from pixart_jax.training import recipes
 
-    recipe, own, overrides = split(argv)
-    if {"-h", "--help"} & set(argv):
-        own = ["--help"]
-    elif recipe is None:
+    recipe = argv[0] if argv and not argv[0].startswith("-") else None
+    if recipe is None and not {"-h", "--help"} & set(argv):
         raise UserError(f"the recipe comes first: {USAGE}; there are {', '.join(recipes.known())}")
-    options = cli.parse(PlanOptions, own, prog="pixart_jax plan", description=f"usage: {USAGE}")
+    flags = argv[recipe is not None :]
+    options, overrides = cli.parse_known(
+        PlanOptions, flags, prog="pixart_jax plan", description=f"usage: {USAGE}"
+    )
     if options.most < 1:
         raise UserError(f"--most {options.most}: at least 1")
     limits = compilation.CompileLimits(options.compile_gib, options.compile_seconds)
@@ -133,19 +112,11 @@ def make_target(config: Config, index: int, where, options: PlanOptions):
             f"stage {stage.name}: --sample generates with a text-to-image model, and this stage's "
             f"task is {stage.task}"
         )
-    o = options
+    o, batch = options, options.batch_size or mesh[0] * mesh[1]
     sampling = dataclasses.replace(o.sampling, binning=False).with_defaults()
-    (height, width), _ = check_options(
-        sampling,
-        config.model,
-        VAEConfig(),
-        SchedulerConfig(),
-        height=o.height,
-        width=o.width,
-        batch_size=o.batch_size,
-    )
-    batch = o.batch_size or mesh[0] * mesh[1]
-    work = target.SamplingWorkload(batch, height, width, sampling, o.dtype)
+    parts = (config.model, VAEConfig(), SchedulerConfig())
+    size, _ = check_options(sampling, *parts, o.height, o.width, batch_size=batch)
+    work = target.SamplingWorkload(batch, *size, sampling, o.dtype)
     return target.PlanTarget(where, config, index, mesh, sampling=work, part="denoise")
 
 
@@ -156,12 +127,10 @@ def run_stages(targets, options: PlanOptions, limits) -> dict:
     made = []
     for target in targets:
         made.append(plan.make(target, limits))
-        print(report.text(made[-1]), flush=True)
-        if len(targets) > 1:
-            print()
+        print(f"{report.text(made[-1])}\n", flush=True)
     if len(made) > 1:
         print(f"{report.total(made)}\n")
-    print(report.LEGEND if len(made) > 1 else f"\n{report.LEGEND}")
+    print(report.LEGEND)
     return {"programs": [report.as_json(p) for p in made]}
 
 
@@ -169,8 +138,7 @@ def run_sampling(targets, options: PlanOptions, limits) -> dict:
     """Compile and print the sampler of the one target."""
     from pixart_jax.planning import plan, report
 
-    (target,) = targets
-    made = plan.make_sampling(target, limits)
+    made = plan.make_sampling(targets[0], limits)
     print(f"{report.sampling_text(made)}\n\n{report.LEGEND}")
     return report.sampling_json(made)
 
@@ -182,7 +150,7 @@ def run_sweep(targets, options: PlanOptions, limits) -> dict:
     found = []
     for target in targets:
         outcomes = sweep.run(target, options.most, limits, sizes=options.batch_size is None)
-        print(ranking(target, outcomes), flush=True)
+        print(report.ranking(target, outcomes), flush=True)
         ranked = [
             report.as_json(o.plan) if o.plan else {"mesh": o.target.axes, "fault": o.error}
             for o in outcomes
@@ -190,28 +158,3 @@ def run_sweep(targets, options: PlanOptions, limits) -> dict:
         found.append({"stage": target.stage_config.name, "ranking": ranked})
     print(f"\n{report.LEGEND}")
     return {"sweeps": found}
-
-
-def ranking(target, outcomes) -> str:
-    """The table of a sweep."""
-    from pixart_jax.planning import report
-
-    rows = []
-    for o in outcomes:
-        if (p := o.plan) is None:
-            rows.append((o.target.label, "", "", "", "", "", o.error[:80]))
-            continue
-        speed = f"{p.images_per_second:,.1f}" if p.time else ""
-        mfu = f"{p.mfu:.1%}" if p.mfu is not None else ""
-        fits = "fits" if p.fits else "no limit known" if p.fits is None else report.verdict(p)
-        size = report.data(p.stats.total)
-        batch = f"{p.target.batch:,}"
-        rows.append((o.target.label, batch, size, report.clock(p.seconds), speed, mfu, fits))
-    what = f"stage {target.stage_config.name}, remat {target.config.remat}"
-    what = what if target.sampling is None else "sampling, denoise"
-    header = ("mesh", "batch", "memory a device", "step", "images/s", "MFU", "")
-    return (
-        f"{target.topology.label}, {target.topology.size} devices: {what}\n"
-        f"{report.table(header, rows)}\n"
-        "(batch: counted; memory: compiled; step, images/s, MFU: estimate)"
-    )

@@ -1,8 +1,9 @@
 """Programs compiled, each in a process of its own with its platform's settings and bounded memory
 and time.
 
-The process is ``python -m pixart_jax.planning.compilation TARGET RESULT CACHE``, all pickle files:
-a PlanTarget, its CompiledStats or a UserError's text, and a folder of earlier results.
+The process is ``python -m pixart_jax.planning.compilation GIB CACHE``: it reads a pickled
+PlanTarget from stdin and writes its CompiledStats, or a UserError's text, pickled to stdout. GIB
+bounds its memory; CACHE is a folder of earlier results.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,14 @@ from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write, cache_folder
 from pixart_jax.parallel.chips import GIB
 from pixart_jax.planning import topology as topologies
-from pixart_jax.planning.collectives import collectives
-from pixart_jax.planning.target import CompiledStats, Link, PlanTarget
+from pixart_jax.planning.collectives import Collective, collectives
+from pixart_jax.planning.target import CompiledStats, PlanTarget
 
 if TYPE_CHECKING:
     from pixart_jax.planning.programs import Program
 
-FORMAT = 4  # of cached results and of how a program is read; a new number forgets old results
+FORMAT = 5  # of cached results and of how a program is read; a new number forgets old results
+TOO_MUCH_MEMORY = 77  # exit status of the compiling process
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TOO_LARGE = (  # XLA's messages when a program does not fit: (wanted, available)
     re.compile(r"Used ([\d.]+[KMGTB])\w* of ([\d.]+[KMGTB])\w* hbm"),
@@ -61,72 +63,65 @@ def compiled(target: PlanTarget, limits: CompileLimits) -> CompiledStats:
     Raises UserError where it cannot be compiled, or not within the limits.
     """
     topologies.require_compiler(target.topology)
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        given, result, log = (Path(folder) / name for name in ("target", "result", "log"))
-        given.write_bytes(pickle.dumps(target))
-        command = [sys.executable, "-m", __name__, given, result, cache_folder() / "plans"]
-        environment = topologies.environment(target.topology)
-        paths = [Path(__file__).resolve().parents[2], environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if str(path))
-        with log.open("wb") as stream:
-            child = subprocess.Popen(
-                list(map(str, command)),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                env=environment,
-            )
-            try:
-                _wait(child, f"{target.topology.name}, {target.label}", limits)
-            finally:
-                child.kill()
-                child.wait()
-        if not result.is_file():
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise UserError(
-                f"{target.topology.name}, {target.label}: the compiling process ended with status "
-                f"{child.returncode}: {lines[-1][:300] if lines else 'no output'}"
-            )
-        found = pickle.loads(result.read_bytes())
+    command = [sys.executable, "-m", __name__, str(limits.gib), str(cache_folder() / "plans")]
+    environment, label = topologies.environment(target.topology), _label(target)
+    paths = (str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    given = pickle.dumps(target)
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, env=environment, timeout=limits.seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{label}: not compiled in {limits.seconds:g} s; --compile-seconds allows more, a "
+            "smaller batch or a remat policy takes less"
+        ) from None
+    if done.returncode == TOO_MUCH_MEMORY:
+        raise UserError(
+            f"{label}: compiling takes more than {limits.gib:g} GiB of this machine's memory; "
+            "--compile-gib allows more"
+        )
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "no output")[:300]
+        raise UserError(
+            f"{label}: the compiling process ended with status {done.returncode}: {last}"
+        )
+    found = pickle.loads(done.stdout)
     if isinstance(found, str):
         raise UserError(found)
     return found
 
 
-def _wait(child: subprocess.Popen, label: str, limits: CompileLimits) -> None:
-    """Wait for the child; UserError once it passes a limit."""
-    begun = time.monotonic()
-    while child.poll() is None:
-        time.sleep(0.2)
-        if time.monotonic() - begun > limits.seconds:
-            raise UserError(
-                f"{label}: not compiled in {limits.seconds:g} s; --compile-seconds allows more, a "
-                "smaller batch or a remat policy takes less"
-            )
-        try:
-            status = Path(f"/proc/{child.pid}/status").read_text()
-        except OSError:  # no Linux, or just ended
-            continue
-        resident = re.search(r"VmRSS:\s*(\d+)", status)
-        if resident and int(resident[1]) * 1024 > limits.gib * GIB:
-            raise UserError(
-                f"{label}: compiling takes more than {limits.gib:g} GiB of this machine's memory; "
-                "--compile-gib allows more"
-            )
+def _label(target: PlanTarget) -> str:
+    return f"{target.topology.name}, {target.label}"
 
 
 # In the process that compiles.
 
 
-def main(target: str, result: str, cache: str) -> None:
-    if sys.platform == "linux":  # a killed command leaves no compiler behind
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def main(gib: str, cache: str) -> None:
+    stdout = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a compiler prints is not part of the result
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the command
+        threading.Thread(target=_limit_memory, args=(float(gib),), daemon=True).start()
     found: CompiledStats | str
     try:
-        found = compile_here(pickle.loads(Path(target).read_bytes()), Path(cache))
+        found = compile_here(pickle.loads(sys.stdin.buffer.read()), Path(cache))
     except UserError as error:
         found = str(error)
-    Path(result).write_bytes(pickle.dumps(found))
+    with stdout:
+        pickle.dump(found, stdout)
+
+
+def _limit_memory(gib: float) -> None:
+    """End this process once it holds more: XLA has no such limit, and the machine would swap."""
+    page = resource.getpagesize()
+    while int(Path("/proc/self/statm").read_text().split()[1]) * page < gib * GIB:
+        time.sleep(0.2)
+    os._exit(TOO_MUCH_MEMORY)
 
 
 def compile_here(target: PlanTarget, cache: Path) -> CompiledStats:
@@ -149,9 +144,9 @@ def compile_here(target: PlanTarget, cache: Path) -> CompiledStats:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        line = str(error).splitlines()[0][:300]
         match = next((m for pattern in _TOO_LARGE if (m := pattern.search(str(error)))), None)
         if match is None:
+            line = str(error).splitlines()[0][:300]
             raise UserError(f"{target.topology.name}: the compiler failed: {line}") from error
         wanted, available = (float(n[:-1]) * _UNITS[n[-1]] for n in match.groups())
         changes = {"wanted": wanted, "available": available}
@@ -174,45 +169,34 @@ def stats(target: PlanTarget, made: Program, compiled: Any) -> CompiledStats:
     from pixart_jax.planning.matmul_cost import matmul_cost
 
     cost = matmul_cost(made.traced.jaxpr.jaxpr)
-    found = CompiledStats(
-        made.mesh.devices.flat[0].device_kind,
-        made.counted,
-        cost.flops,
-        cost.bytes,
-        whole_share=made.whole_share,
-        assumptions=made.assumptions,
-        remat=made.remat,
-    )
+    kind, noted = made.mesh.devices.flat[0].device_kind, (made.assumptions, made.remat)
+    found = CompiledStats(kind, made.counted, cost.flops, cost.bytes, *noted)
     if compiled is None:
         return found
-    memory = compiled.memory_analysis()
+    m = compiled.memory_analysis()
+    host = m.host_argument_size_in_bytes + m.host_output_size_in_bytes
+    host += m.host_temp_size_in_bytes - m.host_alias_size_in_bytes
     sent = collectives(compiled.as_text(), made.mesh.axis_names, made.mesh.devices.shape)
     return dataclasses.replace(
         found,
-        arguments=float(memory.argument_size_in_bytes),
-        outputs=float(memory.output_size_in_bytes),
-        aliased=float(memory.alias_size_in_bytes),
-        temporaries=float(memory.temp_size_in_bytes),
-        code=float(memory.generated_code_size_in_bytes),
-        host=float(
-            memory.host_argument_size_in_bytes
-            + memory.host_output_size_in_bytes
-            - memory.host_alias_size_in_bytes
-            + memory.host_temp_size_in_bytes
-        ),
-        collectives=tuple(sent),
-        links=tuple(link(target, made.mesh, axes) for axes in dict.fromkeys(c.axes for c in sent)),
+        arguments=float(m.argument_size_in_bytes),
+        outputs=float(m.output_size_in_bytes),
+        aliased=float(m.alias_size_in_bytes),
+        temporaries=float(m.temp_size_in_bytes),
+        code=float(m.generated_code_size_in_bytes),
+        host=float(host),
+        collectives=tuple(_placed(c, target, made.mesh) for c in sent),
     )
 
 
-def link(target: PlanTarget, mesh: Any, axes: tuple[str, ...]) -> Link:
-    """The wires under a combination of mesh axes, from the coordinates of the mesh's devices."""
+def _placed(c: Collective, target: PlanTarget, mesh: Any) -> Collective:
+    """With its links and networks, from the coordinates of the mesh's devices."""
     topology = target.topology
-    index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
+    index = tuple(slice(None) if name in c.axes else 0 for name in mesh.axis_names)
     group = list(mesh.devices[index].flat)
     if topology.platform != "tpu":
         hosts = {device.id // topology.shape[0] for device in group}
-        return Link(axes, len(group), 1, len(hosts))
+        return dataclasses.replace(c, networks=len(hosts))
     slices = [getattr(device, "slice_index", 0) for device in group]
     places = [device.coords for device, s in zip(group, slices) if s == slices[0]]
     links = 0
@@ -220,15 +204,12 @@ def link(target: PlanTarget, mesh: Any, axes: tuple[str, ...]) -> Link:
         different = len(set(values))
         ring = different == topology.shape[dimension] and topology.wraps(dimension)
         links += 0 if different == 1 else 2 if ring else 1
-    return Link(axes, len(group), links, len(set(slices)))
+    return dataclasses.replace(c, links=links, networks=len(set(slices)))
 
 
 def compiler_version(target: PlanTarget) -> str:
     package = topologies.COMPILERS[target.topology.platform]
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{package} of jaxlib {importlib.metadata.version('jaxlib')}"
+    return f"{package} {importlib.metadata.version(package)}"
 
 
 if __name__ == "__main__":

@@ -75,29 +75,24 @@ def time_of(target: PlanTarget, stats: CompiledStats, chip: Chip) -> StepTime:
     moved += stats.product_bytes / devices + 2 * sum(c.bytes for c in stats.collectives)
     compute = stats.flops / devices / (chip.peak_bf16_flops * PRODUCT_EFFICIENCY)
     memory = moved / (chip.hbm_bandwidth * MEMORY_EFFICIENCY)
-    wires = tuple(wire_seconds(c, target, stats, chip) for c in stats.collectives)
-    pairs = list(zip(wires, stats.collectives, strict=True))
-    waited = sum(seconds for seconds, c in pairs if not c.asynchronous)
-    hidden = sum(seconds for seconds, c in pairs if c.asynchronous)
+    wires = tuple(wire_seconds(c, chip) for c in stats.collectives)
+    waited, hidden = (
+        sum(s for s, c in zip(wires, stats.collectives, strict=True) if c.asynchronous == kind)
+        for kind in (False, True)
+    )
     exposed = waited + max(0.0, hidden - OVERLAP * max(compute, memory))
     return StepTime(compute, memory, wires, exposed)
 
 
-def wire_seconds(
-    collective: Collective, target: PlanTarget, stats: CompiledStats, chip: Chip
-) -> float:
+def wire_seconds(c: Collective, chip: Chip) -> float:
     """Time on the wires. A group that spans several networks first works within each, then sends
     its share across."""
-    link = next(link for link in stats.links if link.axes == collective.axes)
-    inner = max(1, link.group // link.networks)
-    rate = chip.link_bandwidth * max(1, link.links)
-    if target.topology.platform == "tpu" and link.links == 0:
-        rate = chip.hbm_bandwidth / 2  # two devices of one chip
-    seconds = 0.0
-    if inner > 1:
-        seconds += collective.moved / (rate * WIRE_EFFICIENCY)
-    if link.networks > 1:
-        seconds += collective.moved / inner / (chip.network_bandwidth * WIRE_EFFICIENCY)
+    inner = max(1, c.group // c.networks)
+    # without a link: two devices of one chip
+    rate = chip.link_bandwidth * c.links if c.links else chip.hbm_bandwidth / 2
+    seconds = c.moved / (rate * WIRE_EFFICIENCY) if inner > 1 else 0.0
+    if c.networks > 1:
+        seconds += c.moved / inner / (chip.network_bandwidth * WIRE_EFFICIENCY)
     return seconds
 
 
@@ -116,13 +111,13 @@ class Cost:
 def cost_of(hours: float, devices: int, chip: Chip, hardware: HardwareConfig) -> Cost:
     """Cost of ``hours`` on so many devices, with the config's figures where it changes their
     defaults and else the chip table's."""
-    default, watts, usd, notes = HardwareConfig(), chip.watts, chip.usd_per_hour, []
-    if hardware.watts_per_device != default.watts_per_device:
-        watts = hardware.watts_per_device
-        notes.append("W by the config")
-    if hardware.usd_per_device_hour != default.usd_per_device_hour:
-        usd = hardware.usd_per_device_hour
-        notes.append("USD by the config")
+    default, notes = HardwareConfig(), []
+    figures = {"watts_per_device": chip.watts, "usd_per_device_hour": chip.usd_per_hour}
+    for name, unit in (("watts_per_device", "W"), ("usd_per_device_hour", "USD")):
+        if getattr(hardware, name) != getattr(default, name):
+            figures[name] = getattr(hardware, name)
+            notes.append(f"{unit} by the config")
+    watts, usd = figures.values()
     total = hours * devices
     kwh = total * watts / 1000
     basis = f"{usd:g} USD a device-hour, {watts:g} W a device, {hardware.gco2_per_kwh:g} gCO2e/kWh"

@@ -62,8 +62,7 @@ def bytes_of(dtype: str, dims: str) -> int:
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """({name: instructions}, the entry's name) of ``compiled.as_text()``."""
     found: dict[str, list[Instruction]] = {}
-    entry = ""
-    current: list[Instruction] | None = None
+    entry, current = "", None
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             current = found.setdefault(head[2], [])

@@ -31,13 +31,12 @@ from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """traced: ready to lower. counted: bytes on a device by kind. whole_share, remat: as in
-    CompiledStats. parts: of a train step."""
+    """traced: ready to lower. counted: bytes on a device by kind. remat: as in CompiledStats.
+    parts: of a train step."""
 
     traced: Any  # jax.stages.Traced
     mesh: jax.sharding.Mesh
     counted: dict[str, float]
-    whole_share: float = 0.0
     assumptions: tuple[str, ...] = ()
     remat: str = ""
     parts: stages.StageParts | None = None
@@ -58,9 +57,8 @@ def train_step(target: PlanTarget, mesh: jax.sharding.Mesh) -> Program:
     frozen = FrozenSpec(config)
     parts = stages.build_stage(config, stage, frozen, mesh)
     batch = stages.abstract_batch(config, stage, target.bucket, mesh)
-    key = stages.abstract_key(mesh)
     step = compiled_step(config, stage, parts, mesh)
-    traced = step.trace(parts.abstract, batch, key)
+    traced = step.trace(parts.abstract, batch, stages.abstract_key(mesh))
     state, ema = parts.abstract, averaged(parts.abstract.opt_state)
     counted = {
         "parameters": bytes_per_device(state.params),
@@ -69,17 +67,9 @@ def train_step(target: PlanTarget, mesh: jax.sharding.Mesh) -> Program:
     # the step's counters and guard count with the optimizer
     counted["optimizer"] = bytes_per_device(state) - sum(counted.values())
     counted["batch"] = bytes_per_device(batch)
-    leaves = jax.tree.leaves(state.params)
-    whole = sum(leaf.size for leaf in leaves if leaf.sharding.is_fully_replicated)
-    return Program(
-        traced,
-        mesh,
-        counted,
-        whole / sum(leaf.size for leaf in leaves),
-        (*([f"auto: {parts.remat}"] if parts.remat else []), *frozen.assumptions),
-        parts.remat.name if parts.remat else config.remat,
-        parts,
-    )
+    chosen = [f"auto: {parts.remat}"] if parts.remat else []
+    remat = parts.remat.name if parts.remat else config.remat
+    return Program(traced, mesh, counted, (*chosen, *frozen.assumptions), remat, parts)
 
 
 def sampler(target: PlanTarget, work: SamplingWorkload, mesh: jax.sharding.Mesh) -> Program:
@@ -127,8 +117,7 @@ def sampler(target: PlanTarget, work: SamplingWorkload, mesh: jax.sharding.Mesh)
 def vae_config(config: Config, assumptions: list[str]) -> VAEConfig:
     """Of the config's VAE folder where it exists, else of the VAE that it trains, else Stable
     Diffusion's."""
-    found = _read(config.vae, "vae")
-    if found is not None:
+    if (found := _read(config.vae, "vae")) is not None:
         return vae.config_from_json(found)
     if config.vae_model is None:
         assumptions.append("the VAE is Stable Diffusion's (its folder is not here)")
@@ -137,8 +126,7 @@ def vae_config(config: Config, assumptions: list[str]) -> VAEConfig:
 
 def text_config(config: Config, assumptions: list[str]) -> T5Config:
     """Likewise of the text encoder, else T5-XXL's."""
-    found = _read(config.text_encoder, "text_encoder")
-    if found is not None:
+    if (found := _read(config.text_encoder, "text_encoder")) is not None:
         return t5.config_from_json(found)
     if config.text_model is None:
         assumptions.append("the text encoder is T5 v1.1 XXL (its folder is not here)")

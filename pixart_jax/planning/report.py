@@ -1,22 +1,23 @@
-"""A plan as text, every line marked as compiled, counted or estimate, and as JSON."""
+"""A plan as text and as JSON; every figure is marked as compiled, counted or estimate."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from pixart_jax.parallel.chips import GIB
 from pixart_jax.planning import estimate
 from pixart_jax.planning.plan import Plan, SamplingPlan
+from pixart_jax.planning.sweep import Outcome
+from pixart_jax.planning.target import PlanTarget
 
 COMPILED, COUNTED, ESTIMATE, TABLE = "compiled", "counted", "estimate", "chip table"
 LEGEND = (
     "compiled: the compiler's figures of the program that a run executes; counted: from shapes and "
     f"shardings; estimate: a roofline ({estimate.ASSUMPTIONS})"
 )
-
-Row = tuple[str, str, str]  # what, figure, basis
+TITLES = {"memory": "memory a device", "flops": "arithmetic", "cost": "the stage"}
 
 
 def data(size: float) -> str:
@@ -34,12 +35,83 @@ def clock(seconds: float | None) -> str:
     return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:,.3g} ms"
 
 
-def amount(flops: float) -> str:
+def flop(count: float) -> str:
     """'1.24 TFLOP'."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if flops >= size:
-            return f"{flops / size:,.3g} {prefix}FLOP"
-    return f"{flops:,.3g} FLOP"
+        if count >= size:
+            return f"{count / size:,.3g} {prefix}FLOP"
+    return f"{count:,.3g} FLOP"
+
+
+class Figure(NamedTuple):
+    """key: in the JSON. label, text: in the report; a figure without text is in the JSON alone."""
+
+    section: str
+    key: str
+    value: float | None
+    basis: str
+    label: str
+    text: str
+
+
+def figures(plan: Plan) -> Iterator[Figure]:
+    """Every figure of a plan but its collectives."""
+
+    def row(section, key, value, basis, label="", text="") -> Figure:
+        return Figure(section, key, value, basis, label or key, text)
+
+    stats, t, sampling = plan.stats, plan.time, plan.target.sampling is not None
+    for name, size in stats.counted.items():
+        yield row("memory", name, size, COUNTED, text=data(size) if size else "")
+    used = {"transformer" if plan.target.part == "denoise" else "VAE", "batch"}
+    inputs = sum(n for name, n in stats.counted.items() if not sampling or name in used)
+    gradients = "" if sampling else "gradients, "
+    for key, label, size in (
+        ("padding", "padding of these by layout", stats.arguments - inputs),
+        ("temporaries", f"{gradients}activations, temporaries", stats.temporaries),
+        ("results", "results beside the state", stats.outputs - stats.aliased),
+        ("program", "", stats.code),
+        ("total", "", stats.total),
+        ("host", "in the host's memory", stats.host),
+    ):
+        shown = stats.wanted is None and size >= 0.001 * stats.total
+        yield row("memory", key, size, COMPILED, label, data(size) if shown else "")
+    if (usable := plan.usable) is not None:
+        basis = COMPILED if stats.available else TABLE
+        yield row("memory", "available", usable, basis, "the device has", data(usable))
+
+    if (image := plan.image_flops) is None:
+        yield row("flops", "traced", stats.flops, COUNTED, "products as traced", flop(stats.flops))
+    else:
+        whole, unit = image * plan.target.batch, "batch" if sampling else "step"
+        yield row("flops", "image", image, COUNTED, "model FLOPs an image", flop(image))
+        yield row("flops", "batch", whole, COUNTED, f"model FLOPs a {unit}", flop(whole))
+        share = f"{stats.flops / whole:.3f}"
+        yield row("flops", "traced", stats.flops, COUNTED, "products as traced, of that", share)
+
+    if t is not None and (rate := plan.images_per_second) is not None:
+        wires, unit = sum(t.wires), "batch" if sampling else "step"
+        exposed = f"{clock(t.exposed)} of {clock(wires)}"
+        bound = f"{clock(t.step)}, bound by {t.bound}"
+        yield row("time", "compute", t.compute, ESTIMATE, text=clock(t.compute))
+        yield row("time", "memory", t.memory, ESTIMATE, text=clock(t.memory))
+        yield row("time", "communication", wires, ESTIMATE)
+        yield row("time", "exposed", t.exposed, ESTIMATE, "communication, exposed", exposed)
+        yield row("time", "compiled_step", t.step, ESTIMATE, unit, bound)
+        several = clock(plan.seconds) if plan.mean != 1 else ""
+        yield row("time", "step", plan.seconds, ESTIMATE, "step, mean over the buckets", several)
+        yield row("time", "images_per_second", rate, ESTIMATE, "images/s", f"{rate:,.1f}")
+        if plan.mfu is not None:
+            yield row("time", "mfu", plan.mfu, ESTIMATE, "MFU", f"{plan.mfu:.1%}")
+
+    if (c := plan.cost) is not None:
+        steps = f"{plan.target.stage_config.steps:,} steps"
+        days = f"{c.days:,.2f} days, {c.device_hours:,.0f} device-hours"
+        yield row("cost", "days", c.days, ESTIMATE, steps, days)
+        yield row("cost", "device_hours", c.device_hours, ESTIMATE)
+        yield row("cost", "usd", c.usd, ESTIMATE, "USD", f"{c.usd:,.0f}")
+        yield row("cost", "kwh", c.kwh, ESTIMATE, "energy", f"{c.kwh:,.0f} kWh")
+        yield row("cost", "kg_co2", c.kg_co2, ESTIMATE, "CO2", f"{c.kg_co2:,.1f} kg")
 
 
 def title(plan: Plan) -> str:
@@ -47,11 +119,10 @@ def title(plan: Plan) -> str:
     mesh = f"{target.topology.label}, {target.topology.size} devices, mesh {target.label}"
     size = f"{target.size[0]} × {target.size[1]} px"
     if (work := target.sampling) is not None:
-        guidance = (
-            f"guidance {work.sampling.guidance:g}" if work.sampling.guidance != 1 else "no guidance"
-        )
-        steps = f", {work.steps} steps of {work.sampling.solver}, {guidance}"
-        how = f"{size}{steps if target.part == 'denoise' else ''}, batch {work.batch}, {work.dtype}"
+        how = f"{size}, batch {work.batch}, {work.dtype}"
+        if target.part == "denoise":
+            how += f", {work.steps} steps of {work.sampling.solver}"
+            how += f", guidance {work.sampling.guidance:g}"
         return f"sampling, {target.part}: {how} · {mesh}"
     buckets, micro = len(stage.data.buckets), stage.optimizer.accumulate
     size += f", largest of {buckets} buckets, " if buckets > 1 else ", "
@@ -59,29 +130,6 @@ def title(plan: Plan) -> str:
     how += f", {micro} micro-batches" if micro > 1 else ""
     how += f", remat {plan.stats.remat}, {target.config.compute_dtype}"
     return f"stage {stage.name} ({stage.task}): {how} · {mesh}"
-
-
-def memory(plan: Plan) -> list[Row]:
-    """Bytes on a device, by kind."""
-    stats, sampling = plan.stats, plan.target.sampling is not None
-    rows = [(name, data(size), COUNTED) for name, size in stats.counted.items() if size]
-    if stats.wanted is None:
-        used = {"transformer" if plan.target.part == "denoise" else "VAE", "batch"}
-        inputs = sum(n for name, n in stats.counted.items() if not sampling or name in used)
-        beside = stats.outputs - stats.aliased
-        kinds = "activations, temporaries" if sampling else "gradients, activations, temporaries"
-        lines = (
-            ("padding of these by layout", stats.arguments - inputs, 0.01 * stats.total),
-            (kinds, stats.temporaries, 0),
-            ("results beside the state", beside, 2**20),
-            ("program", stats.code, 0),
-            ("total", stats.total, 0),
-            ("in the host's memory", stats.host, 2**20),
-        )
-        rows += [(name, data(size), COMPILED) for name, size, least in lines if size >= least]
-    if plan.usable is not None:
-        rows.append(("the device has", data(plan.usable), COMPILED if stats.available else TABLE))
-    return [*rows, ("verdict", verdict(plan), "")]
 
 
 def verdict(plan: Plan) -> str:
@@ -93,97 +141,47 @@ def verdict(plan: Plan) -> str:
     return f"does not fit: needs {data(total)} of {data(usable)}, {data(total - usable)} over"
 
 
-def arithmetic(plan: Plan) -> list[Row]:
-    if plan.image_flops is None:
-        return [("products as traced", amount(plan.stats.flops), COUNTED)]
-    whole = plan.image_flops * plan.target.batch
-    rows = [("model FLOPs an image", amount(plan.image_flops), COUNTED)]
-    if plan.target.sampling is not None:
-        return [*rows, ("model FLOPs a batch", amount(whole), COUNTED)]
-    traced = f"{plan.stats.flops / whole:.3f}"
-    rows.append(("model FLOPs a step", amount(whole), COUNTED))
-    return [*rows, ("products as traced, of that", traced, COUNTED)]
-
-
-def communication(plan: Plan) -> list[Row]:
-    rows = []
+def communication(plan: Plan) -> Iterator[tuple[str, str, str]]:
     for index, c in enumerate(plan.stats.collectives):
         took = f", {clock(plan.time.wires[index])}" if plan.time else ""
         how = "asynchronous" if c.asynchronous else "waited for"
         group = f" ({c.group})" if c.kind != "collective-permute" else ""
         figure = f"{c.count:,.0f} ×, {data(c.bytes)}, {data(c.moved)} sent, {how}{took}"
-        rows.append((f"{c.kind} over {'+'.join(c.axes)}{group}", figure, COMPILED))
-    return rows
-
-
-def timing(plan: Plan) -> list[Row]:
-    if (t := plan.time) is None:
-        return []
-    step = "step" if plan.target.sampling is None else "batch"
-    rows = [
-        ("compute", clock(t.compute)),
-        ("memory", clock(t.memory)),
-        ("communication, exposed", f"{clock(t.exposed)} of {clock(sum(t.wires))}"),
-        (step, f"{clock(t.step)}, bound by {t.bound}"),
-    ]
-    if plan.mean != 1:
-        rows.append(("step, mean over the buckets", clock(plan.seconds)))
-    rows.append(("images/s", f"{plan.images_per_second:,.1f}"))
-    if plan.mfu is not None:
-        rows.append(("MFU", f"{plan.mfu:.1%}"))
-    return [(what, figure, ESTIMATE) for what, figure in rows]
-
-
-def cost(plan: Plan) -> list[Row]:
-    if (c := plan.cost) is None:
-        return []
-    days = f"{c.days:,.2f} days, {c.device_hours:,.0f} device-hours"
-    return [
-        (f"{plan.target.stage_config.steps:,} steps", days, ESTIMATE),
-        ("USD", f"{c.usd:,.0f}", ESTIMATE),
-        ("energy", f"{c.kwh:,.0f} kWh", ESTIMATE),
-        ("CO2", f"{c.kg_co2:,.1f} kg", ESTIMATE),
-        ("at", c.basis, ""),
-    ]
+        yield f"{c.kind} over {'+'.join(c.axes)}{group}", figure, COMPILED
 
 
 def text(plan: Plan) -> str:
-    """All of it as aligned lines."""
-    sections = {
-        "memory a device": memory(plan),
-        "arithmetic": arithmetic(plan),
-        "collectives a device": communication(plan) if plan.stats.wanted is None else [],
-        "time": timing(plan),
-        "the stage": cost(plan),
-    }
-    rows = [row for part in sections.values() for row in part]
-    lines = [title(plan)]
-    for name, part in sections.items():
-        if part:
-            lines += [f"  {name}", *_aligned(part, rows, "    ")]
+    """The report: aligned lines by section."""
     stats = plan.stats
+    sections: dict[str, list[tuple[str, str, str]]] = {"memory": [], "flops": []}
+    sections["collectives a device"] = list(communication(plan))
+    for f in figures(plan):
+        if f.text:
+            sections.setdefault(f.section, []).append((f.label, f.text, f.basis))
+    sections["memory"].append(("verdict", verdict(plan), ""))
+    if plan.cost is not None:
+        sections["cost"].append(("at", plan.cost.basis, ""))
+    width = max(len(row[0]) for rows in sections.values() for row in rows)
+    lines = [title(plan)]
+    for name, rows in sections.items():
+        if rows:
+            lines += [f"  {TITLES.get(name, name)}", *_aligned(rows, "    ", width)]
     took = f"compiled in {stats.compile_seconds:.0f} s ({stats.compile_cpu_seconds:.0f} s of CPU)"
     took = "compiled earlier" if stats.cached else took
     host = f"with {data(stats.host_peak)} of this machine's memory"
     lines.append(f"  {took} by {stats.compiler} for {stats.device_kind}, {host}")
-    if stats.whole_share > 0.02 and plan.target.axes["fsdp"] > 1:
-        lines.append(
-            f"  {stats.whole_share:.0%} of the parameters are whole on every device: fsdp "
-            f"{plan.target.axes['fsdp']} does not divide them"
-        )
     return "\n".join([*lines, *(f"  assumed: {words}" for words in stats.assumptions)])
 
 
-def _aligned(rows: Sequence[Row], widest: Sequence[Row], indent: str) -> list[str]:
-    first = max(len(row[0]) for row in widest)
-    second = min(max(len(row[1]) for row in widest), 62)
-    return [f"{indent}{a:{first}}  {b:{second}}  {basis}".rstrip() for a, b, basis in rows]
+def _aligned(rows: Sequence[tuple[str, str, str]], indent: str, first: int = 0) -> list[str]:
+    first = first or max(len(row[0]) for row in rows)
+    return [f"{indent}{a:{first}}  {b:62}  {basis}".rstrip() for a, b, basis in rows]
 
 
 def sampling_text(plan: SamplingPlan) -> str:
     """Both programs, and the batch as a whole."""
     usable, batch = plan.denoise.usable, plan.denoise.target.batch
-    rows: list[Row] = [
+    rows = [
         ("weights of all models", data(plan.weights), COUNTED),
         ("peak with the text encoder beside", data(plan.peak), COMPILED),
         ("peak with it offloaded", data(plan.without_text_encoder), COMPILED),
@@ -195,16 +193,14 @@ def sampling_text(plan: SamplingPlan) -> str:
         elif plan.without_text_encoder > usable:
             fits = "does not fit"
         rows.append(("the device has", f"{data(usable)}: {fits}", TABLE))
-    if plan.seconds is not None and plan.denoise.time and plan.decode.time:
+    if plan.seconds is not None:
         rows += [
             ("text encoder", clock(plan.text), ESTIMATE),
-            ("denoise", clock(plan.denoise.time.step), ESTIMATE),
-            ("decode", clock(plan.decode.time.step), ESTIMATE),
             ("a batch", clock(plan.seconds), ESTIMATE),
             ("images/s", f"{batch / plan.seconds:,.2f}", ESTIMATE),
         ]
     parts = f"{text(plan.denoise)}\n\n{text(plan.decode)}\n\na batch of {batch} images, a device"
-    return "\n".join([parts, *_aligned(rows, rows, "  ")])
+    return "\n".join([parts, *_aligned(rows, "  ")])
 
 
 def total(plans: Sequence[Plan]) -> str:
@@ -221,24 +217,35 @@ def total(plans: Sequence[Plan]) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for first, *rest in [header, *rows]:
+def ranking(target: PlanTarget, outcomes: Sequence[Outcome]) -> str:
+    """The table of a sweep."""
+    rows = [("mesh", "batch", "memory a device", "step", "images/s", "MFU", "")]
+    for o in outcomes:
+        if (p := o.plan) is None:
+            rows.append((o.target.label, "", "", "", "", "", o.error[:80]))
+            continue
+        speed, mfu = (f"{p.images_per_second:,.1f}", f"{p.mfu or 0:.1%}") if p.time else ("", "")
+        fits = "fits" if p.fits else verdict(p)
+        figures = (f"{p.target.batch:,}", data(p.stats.total), clock(p.seconds), speed, mfu, fits)
+        rows.append((o.target.label, *figures))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [f"{target.topology.label}, {target.topology.size} devices: {_stage(target)}"]
+    for first, *rest in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
         lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
-    return "\n".join(lines)
+    note = "(batch: counted; memory: compiled; step, images/s, MFU: estimate)"
+    return "\n".join([*lines, note])
+
+
+def _stage(target: PlanTarget) -> str:
+    if target.sampling is not None:
+        return "sampling, denoise"
+    return f"stage {target.stage_config.name}, remat {target.config.remat}"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Every figure with its basis; bytes, seconds, FLOPs."""
     target, stats = plan.target, plan.stats
-
-    def figures(basis: str, **values: float | None) -> dict:
-        return {name: {"value": value, "basis": basis} for name, value in values.items()}
-
-    device = {"temporaries": stats.temporaries, "program": stats.code, "total": stats.total}
     found: dict[str, Any] = {
         "program": target.part,
         "topology": target.topology.label,
@@ -249,10 +256,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bucket": list(target.size),
         "remat": stats.remat,
         "fits": plan.fits,
-        "memory": figures(COUNTED, **stats.counted)
-        | figures(COMPILED, **device, host=stats.host)
-        | figures(COMPILED if stats.available else TABLE, available=plan.usable),
-        "flops": figures(COUNTED, image=plan.image_flops, traced=stats.flops),
         "collectives": [dataclasses.asdict(c) | {"basis": COMPILED} for c in stats.collectives],
         "compile": {
             "seconds": stats.compile_seconds,
@@ -263,20 +266,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "assumptions": [*stats.assumptions, estimate.ASSUMPTIONS],
     }
-    if (t := plan.time) is not None:
-        found["time"] = figures(
-            ESTIMATE,
-            compute=t.compute,
-            memory=t.memory,
-            communication=sum(t.wires),
-            exposed=t.exposed,
-            step=plan.seconds,
-            images_per_second=plan.images_per_second,
-            mfu=plan.mfu,
-        )
+    for f in figures(plan):
+        found.setdefault(f.section, {})[f.key] = {"value": f.value, "basis": f.basis}
     if plan.cost is not None:
-        values = dataclasses.asdict(plan.cost)
-        found["cost"] = {"at": values.pop("basis")} | figures(ESTIMATE, **values)
+        found["cost"]["at"] = plan.cost.basis
     return found
 
 

@@ -4,6 +4,7 @@ that fit are ordered by their estimated images/s."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pixart_jax.planning import plan as plans
 from pixart_jax.planning.compilation import CompileLimits
 from pixart_jax.planning.plan import Plan
 from pixart_jax.planning.target import PlanTarget
+from pixart_jax.planning.topology import Topology
 from pixart_jax.training.memory import activation_bytes
 
 WIDEST_TENSOR = 8
@@ -43,14 +45,15 @@ class Outcome:
     error: str = ""
 
 
-def factorisations(devices: int, slices: int) -> Iterator[tuple[int, int, int, int]]:
-    """Every (data, fsdp, context, tensor) whose product is ``devices`` and whose data axis holds
-    the slices."""
-    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+def meshes(topology: Topology) -> Iterator[tuple[int, int, int, int]]:
+    """Every (data, fsdp, context, tensor) of its devices whose data axis holds the slices."""
+    slices = topology.slices if topology.platform == "tpu" else 1
+    sizes = [n for n in range(1, topology.size + 1) if topology.size % n == 0]
     for fsdp, context, tensor in itertools.product(sizes, repeat=3):
-        data, rest = divmod(devices, fsdp * context * tensor)
+        data, rest = divmod(topology.size, fsdp * context * tensor)
         if data and not rest and data % slices == 0:
-            yield data, fsdp, context, tensor
+            if context <= WIDEST_CONTEXT and tensor <= WIDEST_TENSOR:
+                yield data, fsdp, context, tensor
 
 
 def candidates(target: PlanTarget, sizes: bool = True) -> list[PlanTarget]:
@@ -60,25 +63,19 @@ def candidates(target: PlanTarget, sizes: bool = True) -> list[PlanTarget]:
     Excluded: what plan.check refuses; fsdp that does not divide the model's width, so that its
     parameters would stay whole; tensor over 8, context over 16; a state larger than the device.
     """
-    model, topology = plans.denoiser(target), target.topology
-    found = []
-    slices = topology.slices if topology.platform == "tpu" else 1
-    for mesh in factorisations(topology.size, slices):
-        data, fsdp, context, tensor = mesh
-        if tensor > WIDEST_TENSOR or context > WIDEST_CONTEXT or (model and model.width % fsdp):
+    model, found = plans.denoiser(target), []
+    micro = 1 if target.sampling else target.stage_config.optimizer.accumulate
+    for mesh in meshes(target.topology):
+        if model and model.width % mesh[1]:
             continue
-        micro = 1 if target.sampling else target.stage_config.optimizer.accumulate
-        unit, shares = data * fsdp * micro, BATCHES if sizes else (1.0,)
-        for batch in dict.fromkeys(
-            max(unit, round(target.batch * share / unit) * unit) for share in shares
-        ):
+        unit = mesh[0] * mesh[1] * micro
+        batches = [target.batch * share for share in (BATCHES if sizes else (1.0,))]
+        for batch in dict.fromkeys(max(unit, round(n / unit) * unit) for n in batches):
             other = target.with_mesh_and_batch(mesh, batch)
-            try:
+            with contextlib.suppress(UserError):
                 plans.check(other)
-            except UserError:
-                continue
-            if promise := _images_per_second(other, model):
-                found.append((promise, other))
+                if promise := _images_per_second(other, model):
+                    found.append((promise, other))
     # Halved for each better batch of the same mesh: another mesh may tell more than another batch.
     seen: collections.Counter = collections.Counter()
     scored = []
@@ -97,21 +94,16 @@ def _images_per_second(target: PlanTarget, model: TransformerConfig | DiTConfig 
         return 1 / (1 + sum(size > 1 for size in target.mesh))
     stage, config = target.stage_config, target.config
     parameters = model.depth * 16.0 * model.width**2  # attention, MLP 12 d², cross-attention 4 d²
-    share = 1 / (axes["fsdp"] * axes["tensor"])
-    held = 2 * parameters * share
+    share = parameters / (axes["fsdp"] * axes["tensor"])
+    held = 2 * share
     if target.sampling is None:
-        ema = 4 if stage.optimizer.ema else 0
-        held = parameters * (_STATE_BYTES[stage.optimizer.name] + ema) * share
+        held = share * (_STATE_BYTES[stage.optimizer.name] + 4 * bool(stage.optimizer.ema))
     if held > chip.usable_bytes:
         return 0.0
     if target.sampling is None:
         policy = "full" if config.remat in ("auto", "none") else config.remat
-        platform = target.topology.jax_platform
-        held += sum(
-            activation_bytes(
-                config, stage, policy, axes, target.size, platform, 4 * parameters * share
-            ).values()
-        )
+        where = (axes, target.size, target.topology.jax_platform, 4 * share)
+        held += sum(activation_bytes(config, stage, policy, *where).values())
     text = stage.data.max_text_tokens
     flops = _PASSES * forward_flops(model, *target.size, text) * target.batch
     stream = 2.0 * target.batch * target.tokens(target.size) * model.width
@@ -146,10 +138,10 @@ def run(
             found.append(Outcome(other, None, str(error)))
     if left := len(todo) - len(found):
         tqdm.write(f"{left} less promising candidates were not compiled (--most {limit})")
-    return sorted(found, key=_rank)
 
+    def rank(outcome: Outcome) -> tuple[int, float]:
+        if (plan := outcome.plan) is None:
+            return 2, 0.0
+        return int(plan.fits is False), -(plan.images_per_second or 0.0)
 
-def _rank(outcome: Outcome) -> tuple[int, float]:
-    if (plan := outcome.plan) is None:
-        return 2, 0.0
-    return int(plan.fits is False), -(plan.images_per_second or 0.0)
+    return sorted(found, key=rank)

@@ -84,32 +84,22 @@ class PlanTarget:
 
 
 @dataclasses.dataclass(frozen=True)
-class Link:
-    """What a collective over these mesh axes runs on. group: devices. links: one-way links of the
-    torus that a device has in their directions (2 for a dimension that closes to a ring, 1 for a
-    line), 1 for a switch, 0 within a chip. networks: slices or hosts that the group spans."""
-
-    axes: tuple[str, ...]
-    group: int
-    links: int
-    networks: int
-
-
-@dataclasses.dataclass(frozen=True)
 class CompiledStats:
     """Figures of a compiled program: bytes on one device unless a unit is given.
 
     counted: bytes by kind, from shapes and shardings. flops, product_bytes: of all devices
     together, from the traced program. arguments … host: the compiler's; zero where it ran out of
-    memory, when ``wanted`` is what it asked for. whole_share: of the parameters' bytes, what every
-    device holds whole. compile_cpu_seconds: of all cores together. host_peak: of the compiling
-    process. remat: the policy, chosen where the config says "auto"; "" for sampling.
+    memory, when ``wanted`` is what it asked for. compile_cpu_seconds: of all cores together.
+    host_peak: of the compiling process. remat: the policy, chosen where the config says "auto"; ""
+    for sampling.
     """
 
     device_kind: str
     counted: dict[str, float]
     flops: float
     product_bytes: float
+    assumptions: tuple[str, ...] = ()
+    remat: str = ""
     arguments: float = 0.0
     outputs: float = 0.0
     aliased: float = 0.0
@@ -119,15 +109,11 @@ class CompiledStats:
     wanted: float | None = None
     available: float | None = None
     collectives: tuple[Collective, ...] = ()
-    links: tuple[Link, ...] = ()
-    whole_share: float = 0.0
-    assumptions: tuple[str, ...] = ()
     compile_seconds: float = 0.0
     compile_cpu_seconds: float = 0.0
     host_peak: float = 0.0
     compiler: str = ""
     cached: bool = False
-    remat: str = ""
 
     @property
     def total(self) -> float:

@@ -3,9 +3,9 @@ having them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
-import importlib.util
 import math
 import os
 import re
@@ -24,6 +24,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "tpu7x": tuple(_3D.split()),
 }
 GPUS = ("h100", "h200")
+KINDS = (*SHAPES, *GPUS, "cpu")
 LARGEST_HOST = 8  # GPUs that NVLink joins
 LARGEST_CPU = 512  # simulated devices
 
@@ -74,38 +75,35 @@ class Topology:
         return all(n % 4 == 0 for n in self.shape) and side >= 4
 
 
+def _forms(kind: str) -> str:
+    """The names of a kind's topologies."""
+    if kind in SHAPES:
+        return ", ".join(f"{kind}:{shape}" for shape in SHAPES[kind])
+    if kind == "cpu":
+        return f"cpu:N is N simulated devices, 1 to {LARGEST_CPU}"
+    return (
+        f"{kind}:1 … {kind}:{LARGEST_HOST} is one host's GPUs, {kind}:{LARGEST_HOST}xN is N hosts"
+    )
+
+
 def parse(text: str, slices: int = 1) -> Topology:
     """'v5e:16x16', 'v5p:4x4x4', 'h200:8', 'h200:8x4' (four hosts of eight), 'cpu:8' → the topology;
     UserError lists those that exist."""
     kind, _, shape = text.partition(":")
     if slices < 1:
         raise UserError(f"--slices {slices}: at least 1")
-    absent = f"topology {text!r} does not exist"
-    if kind in SHAPES:
-        if shape not in SHAPES[kind]:
-            known = ", ".join(f"{kind}:{s}" for s in SHAPES[kind])
-            raise UserError(f"{absent}; of {kind} there are {known}")
+    if shape in SHAPES.get(kind, ()):
         return Topology(text, kind, tuple(map(int, shape.split("x"))), slices)
-    if kind not in (*GPUS, "cpu"):
-        known = ", ".join(f"{name}:{shapes[-1]}" for name, shapes in SHAPES.items())
-        raise UserError(
-            f"{absent}{nearest(kind, [*SHAPES, *GPUS, 'cpu'])}: GENERATION:CHIPS of a TPU, "
-            f"{' or '.join(GPUS)}:GPUSxHOSTS, or cpu:N; for example {known}, h200:8x2, cpu:8"
-        )
     numbers = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape)
     devices, hosts = (int(n or 1) for n in numbers.groups()) if numbers else (0, 0)
-    if kind == "cpu":
-        if hosts != 1 or devices > LARGEST_CPU or "x" in shape:
-            raise UserError(f"{absent}; cpu:N is N simulated devices, 1 to {LARGEST_CPU}")
-        if slices > 1:
-            raise UserError("--slices is for TPUs; simulated devices have no network between them")
-    else:
-        if not 1 <= devices <= LARGEST_HOST:
-            names = f"{kind}:1 … {kind}:8 is one host's GPUs, {kind}:8xN is N hosts of 8"
-            raise UserError(f"{absent}; {names}")
-        if slices > 1:
-            several = f"{kind}:{devices}x{slices}"
-            raise UserError(f"--slices is for TPUs; several hosts of GPUs are {several}")
+    largest = LARGEST_HOST if kind in GPUS else LARGEST_CPU if kind == "cpu" and hosts == 1 else 0
+    if not 1 <= devices <= largest:
+        near = "" if kind in KINDS else nearest(kind, KINDS)
+        known = [_forms(kind)] if kind in KINDS else map(_forms, KINDS)
+        raise UserError(f"topology {text!r} does not exist{near}; there are {'; '.join(known)}")
+    if slices > 1:
+        hint = f"; several hosts are {kind}:{devices}x{slices}" if kind in GPUS else ""
+        raise UserError(f"--slices is for TPUs{hint}")
     return Topology(text, kind, (devices,), hosts)
 
 
@@ -140,13 +138,11 @@ def compiler_error(platform: str, found: str | None) -> str | None:
 def require_compiler(topology: Topology) -> None:
     """Raise UserError, with the command that installs it, where the platform's compiler is missing
     or is one of another JAX."""
-    if topology.platform != "cpu":
-        try:
-            found = importlib.metadata.version(COMPILERS[topology.platform])
-        except importlib.metadata.PackageNotFoundError:
-            found = None
-        if error := compiler_error(topology.platform, found):
-            raise UserError(f"{topology.name}: {error}")
+    found = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = importlib.metadata.version(COMPILERS[topology.platform])
+    if topology.platform != "cpu" and (error := compiler_error(topology.platform, found)):
+        raise UserError(f"{topology.name}: {error}")
 
 
 def environment(topology: Topology) -> dict[str, str]:
@@ -179,7 +175,8 @@ def devices(topology: Topology) -> list:
     options: dict = {"platform": topology.platform, "topology_name": topology.name}
     if topology.platform == "cuda":
         shape = f"1x{topology.slices}x{topology.shape[0]}"
-        board = _GPU.format(**_GPU_FIELDS[topology.kind])
+        speed = int(CHIPS[topology.kind].hbm_bandwidth)
+        board = _GPU.format(bandwidth=speed, **_GPU_FIELDS[topology.kind])
         options = {"platform": "cuda", "target_config": board, "topology": shape}
     else:
         if topology.kind == "v4":
@@ -191,13 +188,9 @@ def devices(topology: Topology) -> list:
     return list(topologies.get_topology_desc(**options).devices)
 
 
-_GPU_FIELDS = {
-    "h100": {
-        "name": "NVIDIA H100 80GB HBM3",
-        "bandwidth": 3_350_000_000_000,
-        "memory": 85_520_809_984,
-    },
-    "h200": {"name": "NVIDIA H200", "bandwidth": 4_800_000_000_000, "memory": 151_397_597_184},
+_GPU_FIELDS: dict[str, dict] = {
+    "h100": {"name": "NVIDIA H100 80GB HBM3", "memory": 85_520_809_984},
+    "h200": {"name": "NVIDIA H200", "memory": 151_397_597_184},
 }
 # What XLA asks of a GPU before it compiles for it (stream_executor's GpuTargetConfig), SXM boards.
 _GPU = """

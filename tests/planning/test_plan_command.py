@@ -10,11 +10,12 @@ import compilers
 import pytest
 from planning import small_run
 
+from pixart_jax import cli
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.chips import CHIPS
 from pixart_jax.planning import command, compilation, estimate, plan, report, sweep, topology
 from pixart_jax.planning.collectives import Collective
-from pixart_jax.planning.target import CompiledStats, Link, PlanTarget
+from pixart_jax.planning.target import CompiledStats, PlanTarget
 
 pytestmark = pytest.mark.usefixtures("optimized")
 RECIPE = str(Path(small_run.__file__))
@@ -65,8 +66,8 @@ def test_without_a_recipe_the_recipes_are_listed():
 
 def test_flags_of_the_command_and_overrides_of_the_recipe_are_told_apart():
     flags = "--topology=v5e:4x4 --remat dots --sweep --stages.0.steps 5 --stage a"
-    recipe, own, rest = command.split(["xl2", *flags.split()])
-    assert recipe == "xl2" and own == ["--topology=v5e:4x4", "--sweep", "--stage", "a"]
+    options, rest = cli.parse_known(command.PlanOptions, flags.split(), prog="plan")
+    assert options == command.PlanOptions("v5e:4x4", sweep=True, stage="a")
     assert rest == ["--remat", "dots", "--stages.0.steps", "5"]
 
 
@@ -122,8 +123,8 @@ def target(name: str = "v5e:2x4", mesh=(1, 8, 1, 1), **changes) -> PlanTarget:
 
 
 def stats(**changes) -> CompiledStats:
-    one = Collective("all-gather", ("fsdp",), 8, 4, 8e9, 7e9, True)
-    two = Collective("all-reduce", ("fsdp",), 8, 1, 4e9, 7e9, False)
+    one = Collective("all-gather", ("fsdp",), 8, 4, 8e9, 7e9, True, 2, 1)
+    two = Collective("all-reduce", ("fsdp",), 8, 1, 4e9, 7e9, False, 2, 1)
     plain = {
         "device_kind": "TPU v5 lite",
         "counted": {"parameters": 1e9, "EMA": 1e9, "optimizer": 2e9, "batch": 1e8},
@@ -135,7 +136,6 @@ def stats(**changes) -> CompiledStats:
         "temporaries": 3e9,
         "code": 1e8,
         "collectives": (one, two),
-        "links": (Link(("fsdp",), 8, 2, 1),),
     }
     return CompiledStats(**{**plain, **changes})
 
@@ -151,7 +151,7 @@ def test_a_roofline_is_the_sum_of_what_its_docstring_says():
 
 
 def test_what_crosses_slices_takes_the_network():
-    slow = stats(links=(Link(("fsdp",), 8, 2, 2),))
+    slow = stats(collectives=(Collective("all-gather", ("fsdp",), 8, 4, 8e9, 7e9, True, 2, 2),))
     chip = CHIPS["v5e"]
     within = 7e9 / (chip.link_bandwidth * 2 * estimate.WIRE_EFFICIENCY)
     across = 7e9 / 4 / (chip.network_bandwidth * estimate.WIRE_EFFICIENCY)
