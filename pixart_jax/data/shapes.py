@@ -26,6 +26,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -130,21 +131,20 @@ class Level:
     test: int = 1_000
 
 
+_FREE: dict[str, Any] = {"placement": "free", "max_turn": 0.35, "size_jitter": 0.08}
 LEVELS = {
     level.name: level
     for level in (
         Level("plain"),
-        Level("free", placement="free", max_turn=0.35, size_jitter=0.08),
+        Level("free", **_FREE),
         Level(
             "rich",
             canvases=((128, 128, 0.5), (96, 160, 0.25), (160, 96, 0.25)),
             shapes=SHAPES,
             tasks=(("single", 0.2), ("pair", 0.3), ("count", 0.2), ("three", 0.3)),
-            placement="free",
-            max_turn=0.35,
-            size_jitter=0.08,
             textures=TEXTURES,
             ground_textures=("solid", "checked", "speckled"),
+            **_FREE,
         ),
         Level("lit", style="lit", train=6_000),
         Level(
@@ -155,11 +155,8 @@ LEVELS = {
         Level(
             "gallery",
             members=(
-                ("plain", 64, 64, 0.4),
-                ("free", 64, 64, 0.2),
-                ("aesthetic", 64, 64, 0.15),
-                ("aesthetic", 96, 96, 0.15),
-                ("rich", 64, 64, 0.1),
+                *(("plain", 64, 64, 0.4), ("free", 64, 64, 0.2), ("aesthetic", 64, 64, 0.15)),
+                *(("aesthetic", 96, 96, 0.15), ("rich", 64, 64, 0.1)),
             ),
         ),
     )
@@ -222,11 +219,6 @@ def distance(shape: str, p: np.ndarray, radius: float) -> np.ndarray:
     return _polygon(p, radius * _outline(shape))
 
 
-def _grid(scene: Scene) -> np.ndarray:
-    y, x = np.mgrid[: scene.height, : scene.width] + 0.5
-    return np.stack([x, y], -1)  # [h, w, 2]
-
-
 def _ground(scene: Scene, rng: np.random.Generator, grid: np.ndarray) -> np.ndarray:
     unit = min(scene.height, scene.width) / 64
     colour = np.array(GROUNDS[scene.ground], float) + rng.uniform(-6, 6)
@@ -255,22 +247,17 @@ def _fill(obj: Object, p: np.ndarray, unit: float, style: str) -> np.ndarray:
     return image
 
 
-def _window(scene: Scene, obj: Object, reach: float) -> tuple[slice, slice]:
-    """Rows and columns within ``reach`` px of the object's centre: all that it can touch."""
-    return (
-        slice(max(0, int(obj.y - reach)), min(scene.height, math.ceil(obj.y + reach))),
-        slice(max(0, int(obj.x - reach)), min(scene.width, math.ceil(obj.x + reach))),
-    )
-
-
 def render(scene: Scene) -> np.ndarray:
     """uint8 [height, width, 3]; borders are anti-aliased over one pixel."""
     rng = np.random.default_rng(scene.seed)
-    grid = _grid(scene)
+    grid = np.stack(np.meshgrid(np.arange(scene.width), np.arange(scene.height)), -1) + 0.5
     unit = min(scene.height, scene.width) / 64
     image = _ground(scene, rng, grid)
     for obj in scene.objects:
-        near = _window(scene, obj, 1.3 * obj.radius + (6 * unit if scene.style == "lit" else 2))
+        # all pixels that the object and its shade can touch
+        reach = 1.3 * obj.radius + (6 * unit if scene.style == "lit" else 2)
+        rows = slice(max(0, int(obj.y - reach)), math.ceil(obj.y + reach))
+        near = rows, slice(max(0, int(obj.x - reach)), math.ceil(obj.x + reach))
         p = grid[near] - np.array([obj.x, obj.y])
         cos, sin = math.cos(obj.turn), math.sin(obj.turn)
         p = p @ np.array([[cos, -sin], [sin, cos]])
@@ -297,18 +284,17 @@ def _kind(rng: np.random.Generator, level: Level, withheld: str) -> tuple[str, s
     return shape, colour, size, level.textures[rng.integers(len(level.textures))]
 
 
-def _slots(count: int, relation: str | None) -> list[tuple[float, float]]:
-    """Centres as shares of (width, height), in the order of the objects; without a relation like
-    the pips of a die, one way for each number (three in a row would touch)."""
-    if count == 1:
-        return [(0.5, 0.5)]
-    if relation in ("left of", "right of"):
-        return [(0.25, 0.5), (0.75, 0.5)][:: 1 if relation == "left of" else -1]
-    if relation in ("above", "below"):
-        return [(0.5, 0.25), (0.5, 0.75)][:: 1 if relation == "above" else -1]
-    if count == 2:
-        return [(0.25, 0.25), (0.75, 0.75)]
-    return [(0.5, 0.25), (0.25, 0.75), (0.75, 0.75)]
+_SLOTS: dict[str | int, list[tuple[float, float]]] = {
+    1: [(0.5, 0.5)],
+    2: [(0.25, 0.25), (0.75, 0.75)],
+    3: [(0.5, 0.25), (0.25, 0.75), (0.75, 0.75)],
+    "left of": [(0.25, 0.5), (0.75, 0.5)],
+    "right of": [(0.75, 0.5), (0.25, 0.5)],
+    "above": [(0.5, 0.25), (0.5, 0.75)],
+    "below": [(0.5, 0.75), (0.5, 0.25)],
+}
+"""Centres as shares of (width, height), in the order of the objects; without a relation like the
+pips of a die, one way for each number (three in a row would touch)."""
 
 
 def _place_free(
@@ -357,8 +343,7 @@ def draw_scene(
         member, high, wide, _ = _weighted(rng, level.members)
         return draw_scene(rng, member, task=task, withheld=withheld, canvas=canvas or (high, wide))
     if task is None:
-        names, weights = zip(*level.tasks)
-        task = names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
+        task = _weighted(rng, level.tasks)[0]
     height, width = canvas or _weighted(rng, level.canvases)[:2]
     unit = min(height, width) / 64 * (0.8 if task == "three" or level.name == "rich" else 1.0)
     places: list[tuple[float, float]] = []
@@ -380,7 +365,7 @@ def draw_scene(
         if level.placement == "slots":
             # no more jitter: the tips of two large stars stay apart
             jitter = rng.uniform(-1, 1, (len(kinds), 2)) * unit
-            slots = zip(_slots(len(kinds), relation), jitter)
+            slots = zip(_SLOTS[relation or len(kinds)], jitter)
             places = [(x * width + jx, y * height + jy) for (x, y), (jx, jy) in slots]
         else:
             places = _place_free(rng, radii, height, width, relation)
@@ -392,14 +377,7 @@ def draw_scene(
     ground = list(GROUNDS)[rng.integers(len(GROUNDS))]
     ground_texture = level.ground_textures[rng.integers(len(level.ground_textures))]
     return Scene(
-        height=height,
-        width=width,
-        ground=ground,
-        objects=tuple(objects),
-        task=task,
-        relation=relation,
-        style=level.style,
-        ground_texture=ground_texture,
+        *(height, width, ground, tuple(objects), task, relation, level.style, ground_texture),
         seed=int(rng.integers(2**31)),
     )
 
@@ -434,32 +412,26 @@ def captions(scene: Scene) -> dict[str, str]:
     """{"brief", "short", "dense"}: the subject in few words (no sizes, of every other scene no
     articles), the subject, and each object with all that is true of it."""
     first, count = scene.objects[0], len(scene.objects)
-    names = {
-        "brief": [o.brief_name for o in scene.objects],
-        "short": [o.name for o in scene.objects],
-    }
-    if scene.task == "count" and count > 1:
-        plural = PLURALS.get(first.shape, first.shape + "s")
-        said = {
-            kind: f"{NUMBERS[count]} {some[0].removesuffix(first.shape)}{plural}"
-            for kind, some in names.items()
-        }
-        places = ", ".join(_where(o, scene) for o in scene.objects)
-        details = f"the {plural} are {first.colour} and {first.size}, {places}"
+    plural = PLURALS.get(first.shape, first.shape + "s")
+    places = [_where(o, scene) for o in scene.objects]
+    several = scene.task == "count" and count > 1
+    said = {}
+    for kind in ("brief", "short"):
+        names = [o.brief_name if kind == "brief" else o.name for o in scene.objects]
+        if several:
+            said[kind] = f"{NUMBERS[count]} {names[0].removesuffix(first.shape)}{plural}"
+            continue
+        if scene.task == "count":
+            names = [f"one {name}" for name in names]
+        elif kind == "short" or scene.seed % 2 == 0:
+            names = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
+        said[kind] = ", and ".join([f" {scene.relation} ".join(names[:2]), *names[2:]])
+    if several:
+        details = f"the {plural} are {first.colour} and {first.size}, {', '.join(places)}"
     else:
-        said = {}
-        for kind, some in names.items():
-            if scene.task == "count":
-                some = [f"one {name}" for name in some]
-            elif kind == "short" or scene.seed % 2 == 0:
-                some = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in some]
-            said[kind] = "".join(
-                [some[0]]
-                + [f" {scene.relation} {name}" for name in some[1:2]]
-                + [f", and {name}" for name in some[2:]]
-            )
         details = ". ".join(
-            f"the {o.shape} is {o.colour} and {o.size}, {_where(o, scene)}" for o in scene.objects
+            f"the {o.shape} is {o.colour} and {o.size}, {place}"
+            for o, place in zip(scene.objects, places)
         )
     texture = "" if scene.ground_texture == "solid" else f"{scene.ground_texture} "
     ground = f"on a {texture}{scene.ground} ground"
