@@ -33,3 +33,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f" (did you mean {close[0]!r}?)"
     return f" (one of: {', '.join(sorted(known))})"
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """A library's message as one line of at most ``limit`` characters; the error's name if it has
+    no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

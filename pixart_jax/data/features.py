@@ -30,7 +30,7 @@ from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.data.samples import CaptionMix, check_buckets, encoded_length
 from pixart_jax.data.sources.indexed import cached_json, in_threads
 from pixart_jax.data.sources.official import Entry, Layout
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_line
 
 _TEXTS = ("caption_feature_wmask", "caption_features", "caption_features_new", "caption_feature")
 _MORE_TEXTS = {"sharegpt4v": ("sharegpt4v_caption_features_new", "sharegpt4v_caption_features")}
@@ -177,17 +177,14 @@ def _latents_folder(root: Path, given: str | None) -> Path:
         )
     matches = (folder for pattern in _LATENTS for folder in root.glob(pattern))
     found = sorted({folder for folder in matches if folder.is_dir()})
-    if not found:
-        raise UserError(
-            f"pixart-features:{root}: no folder of latents, as "
-            "img_vae_features_256resolution/noflip; name one by ?latents=DIR"
-        )
-    if len(found) > 1:
+    if len(found) != 1:
         several = ", ".join(str(folder.relative_to(root)) for folder in found)
-        raise UserError(
-            f"pixart-features:{root} holds several folders of latents: {several}; name one by "
-            "?latents=DIR"
+        held = (
+            f"holds several folders of latents: {several}"
+            if found
+            else "holds no folder of latents"
         )
+        raise UserError(f"pixart-features:{root} {held}; name one by ?latents=DIR")
     return found[0]
 
 
@@ -275,4 +272,4 @@ def _load(file: str, name: str | None = None) -> Any:
         with held:
             return held[name]
     except _DAMAGE as error:
-        raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(f"{file} is damaged: {one_line(error)}") from None

@@ -16,10 +16,10 @@ import zlib
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from pixart_jax.data.buckets import Fit, fit
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_line
 
 PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """178,956,970: an image of more pixels is refused (13,377 px square)."""
@@ -49,17 +49,16 @@ def _open(data: bytes | BinaryIO) -> Image.Image:
     except Image.DecompressionBombError:
         raise UnreadableImage(f"the image has more than {PIXELS:,} pixels") from None
     except _DAMAGE as error:
-        raise UnreadableImage(f"not a readable image: {_brief(error)}") from None
+        raise UnreadableImage(f"not a readable image: {_reason(error)}") from None
     if 0 in image.size:
         raise UnreadableImage(f"the image has no pixels: {image.size[1]}×{image.size[0]}")
     return image
 
 
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if "cannot identify image file" in text:
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
         return "the format is none that is known"
-    return text or type(error).__name__
+    return one_line(error)
 
 
 def _is_sideways(image: Image.Image) -> bool:
@@ -105,7 +104,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     except UnreadableImage:
         raise
     except (*_DAMAGE, Image.DecompressionBombError, MemoryError) as error:
-        raise UnreadableImage(f"the image cannot be decoded: {_brief(error)}") from None
+        raise UnreadableImage(f"the image cannot be decoded: {_reason(error)}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_line
 from pixart_jax.files import SAFETENSORS_DTYPES, safetensors_header, write_json
 
 FORMAT = 1
@@ -264,8 +264,7 @@ class Records:
             return self._reader(shard).read([place])[0]
         except (RuntimeError, IndexError, ValueError) as error:
             path = self.folder / self.manifest.shards[shard].file
-            brief = " ".join(str(error).split())[:160]
-            raise UserError(f"{path}, record {place}, is damaged: {brief}") from None
+            raise UserError(f"{path}, record {place}, is damaged: {one_line(error)}") from None
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return decode_record(self.bytes(range(len(self))[index]))

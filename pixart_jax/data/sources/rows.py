@@ -8,8 +8,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_line
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _BAD = "unreadable row"
@@ -51,39 +54,37 @@ def _jsonl(file: pathlib.Path, faults: BadRecords) -> Rows:
 def _csv(file: pathlib.Path, faults: BadRecords) -> Rows:
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     mark = "\t" if file.suffix.lower() == ".tsv" else ","
-    header: list[str] | None = None
+    header: list[str] = []
     number = 0
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as text:
         reader = csv.reader(text, delimiter=mark, strict=True)
         while True:
             try:
-                row = next(reader)
-            except StopIteration:
-                return
+                row = next(reader, None)
             except csv.Error as error:
                 number += 1
                 faults.add(f"{file.name}, row {number}", _BAD, str(error))
                 continue
-            if row and header is None:
+            if row is None:
+                return
+            if not row:
+                continue
+            if not header:
                 header = [name.strip() for name in row]
-            elif row and header is not None:
-                number += 1
-                if len(row) == len(header):
-                    yield number, dict(zip(header, row, strict=True))
-                else:
-                    detail = f"{len(row)} fields under {len(header)} columns"
-                    faults.add(f"{file.name}, row {number}", _BAD, detail)
+                continue
+            number += 1
+            if len(row) == len(header):
+                yield number, dict(zip(header, row))
+            else:
+                detail = f"{len(row)} fields under {len(header)} columns"
+                faults.add(f"{file.name}, row {number}", _BAD, detail)
 
 
 def _parquet(file: pathlib.Path, faults: BadRecords) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
-        brief = " ".join(str(error).split())[:160]
-        raise UserError(f"{file} is no whole Parquet file: {brief}") from None
+        raise UserError(f"{file} is no whole Parquet file: {one_line(error)}") from None
     with table:
         end = 0
         for group in range(table.num_row_groups):
@@ -94,6 +95,5 @@ def _parquet(file: pathlib.Path, faults: BadRecords) -> Rows:
                         number += 1
                         yield number, row
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                brief = " ".join(str(error).split())[:120]
-                detail = f"{end - number} rows of a damaged group: {brief}"
+                detail = f"{end - number} rows of a damaged group: {error}"
                 faults.add(f"{file.name}, rows {number + 1} to {end}", _BAD, detail)

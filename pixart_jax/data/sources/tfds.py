@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from pixart_jax.data.sources import texts, tf_files
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource, filter_identity
 from pixart_jax.data.sources.sample import Captions, Sample
-from pixart_jax.errors import UserError, nearest
+from pixart_jax.errors import UserError, nearest, one_line
 from pixart_jax.files import cache_folder, locked
 
 # texts of a set that do not describe its images
@@ -48,7 +50,7 @@ class TfdsSource(IndexedSource):
             splits = ", ".join(builder.info.splits) or "none"
             raise UserError(
                 f"tfds:{name} has no split {split!r} that can be read at random (splits: "
-                f"{splits}): {_brief(error)}"
+                f"{splits}): {one_line(error, 200)}"
             ) from error
         self.faults = choice.faults
         self.name, self.split = f"tfds:{name}", split
@@ -69,24 +71,19 @@ class TfdsSource(IndexedSource):
         stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(f"{self.fingerprint} {stamp}".encode()).hexdigest()
 
-    def _key(self, place: int) -> str:
-        return self._key_of(place, self._records[place])
-
-    def _key_of(self, place: int, record) -> str:
+    def _key(self, place: int, record: Mapping[str, Any] | None = None) -> str:
         if self._roles.key is None:
             return f"{self._prefix}/{place:08d}"
-        return _strings(_at(record, self._roles.key))[0]
+        return _strings(record or self._records[place], self._roles.key)[0]
 
-    def _facts(self, place: int) -> Facts:
-        return self._facts_of(place, self._records[place])
-
-    def _facts_of(self, place: int, record) -> Facts:
+    def _facts(self, place: int, record: Mapping[str, Any] | None = None) -> Facts:
+        record = record or self._records[place]
         label = int(record[self._roles.label]) if self._roles.label else -1
 
         def captions() -> Captions:
-            key, found = self._key_of(place, record), {}
+            key, found = self._key(place, record), {}
             for kind, path in self._roles.texts.items():
-                some = _strings(_at(record, path))
+                some = _strings(record, path)
                 cleaned = (texts.clean_text(text, key, kind, self.faults) for text in some)
                 found[kind] = tuple(text for text in cleaned if text)
             if self._roles.classes and label >= 0:
@@ -97,9 +94,9 @@ class TfdsSource(IndexedSource):
 
     def _sample(self, place: int) -> Sample:
         record = self._records[place]
-        facts = self._facts_of(place, record)
+        facts = self._facts(place, record)
         image = record[self._roles.image]
-        return Sample(self._key_of(place, record), image, facts.captions(), facts.label)
+        return Sample(self._key(place, record), image, facts.captions(), facts.label)
 
     def _open(self, place: int) -> BinaryIO:
         return io.BytesIO(self._records[place][self._roles.image])
@@ -165,9 +162,12 @@ def _builder(name: str, data_dir: pathlib.Path):
             f"no tensorflow-datasets set is called {name!r}{nearest(name, known)}"
         ) from None
     except (ValueError, ModuleNotFoundError) as error:  # an unknown config, or TensorFlow is needed
-        configs = [f"{name.split('/')[0]}/{config}" for config in _configs(name)]
-        hint = nearest(name, configs) if configs else ""
-        raise UserError(f"tfds:{name} cannot be opened{hint}: {_brief(error)}") from None
+        hint = ""
+        with contextlib.suppress(Exception):
+            set_name = name.split("/")[0]
+            configs = tfds.builder_cls(set_name).builder_configs
+            hint = nearest(name, [f"{set_name}/{config}" for config in configs]) if configs else ""
+        raise UserError(f"tfds:{name} cannot be opened{hint}: {one_line(error, 200)}") from None
     if builder.info.splits:
         return builder
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -182,29 +182,13 @@ def _builder(name: str, data_dir: pathlib.Path):
             f"tfds:{name} cannot be built here: its builder needs {error.name}"
         ) from None
     except AssertionError as error:  # files that the user has to fetch are not there
-        raise UserError(f"tfds:{name} cannot be built: {_brief(error, 400)}") from None
+        raise UserError(f"tfds:{name} cannot be built: {one_line(error, 400)}") from None
     return builder
 
 
-def _configs(name: str) -> list[str]:
-    import tensorflow_datasets as tfds
-
-    try:
-        return list(tfds.builder_cls(name.split("/")[0]).builder_configs)
-    except (ImportError, KeyError, ValueError, tfds.core.registered.DatasetNotFoundError):
-        return []  # they serve a hint alone
-
-
-def _brief(error: Exception, limit: int = 200) -> str:
-    return " ".join(str(error).split())[:limit]
-
-
-def _at(fields: Any, path: tuple[str, ...]) -> Any:
+def _strings(fields: Any, path: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts at a path of a record."""
     for step in path:
         fields = fields[step]
-    return fields
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, list | tuple | np.ndarray) else [value]
+    values = fields if isinstance(fields, list | tuple | np.ndarray) else [fields]
     return tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
