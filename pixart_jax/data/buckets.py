@@ -77,23 +77,18 @@ def _check(height: float, width: float) -> None:
         )
 
 
-def nearest_key(height: float, width: float, base: int = 1024, *, inference: bool = False) -> float:
-    """Key of the bucket whose key lies nearest to height / width; the smaller key where two are
-    equally near."""
-    _check(height, width)
-    ratio = height / width
-    return min(_sizes(base, inference), key=lambda key: abs(key - ratio))
-
-
 def nearest(
     height: float, width: float, base: int = 1024, *, inference: bool = False
 ) -> tuple[int, int]:
-    """(height, width) in px of the bucket for an image of this size.
+    """(height, width) in px of the bucket for an image of this size: the one whose key lies nearest
+    to height / width, of two equally near the smaller.
 
     base: 256, 512, 1024 or 2048, the side of the square bucket. inference: choose among the 33 that
     released pipelines sample at, not among the 40 of training.
     """
-    return _sizes(base, inference)[nearest_key(height, width, base, inference=inference)]
+    _check(height, width)
+    sizes, ratio = _sizes(base, inference), height / width
+    return sizes[min(sizes, key=lambda key: abs(key - ratio))]
 
 
 def assign(height: float, width: float, buckets: Iterable[tuple[int, int]]) -> tuple[int, int]:

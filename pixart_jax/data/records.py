@@ -12,14 +12,13 @@ Riegeli's chunk hash, when read); :func:`check` compares whole files with their 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -83,14 +82,10 @@ class Shard:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Shard:
         height, width = fields["bucket"]
-        return cls(
-            **{
-                **fields,
-                "bucket": (height, width),
-                "skipped": tuple(map(tuple, fields["skipped"])),
-                "lacking": {kind: tuple(n) for kind, n in fields.get("lacking", {}).items()},
-            }
-        )
+        skipped = tuple(map(tuple, fields["skipped"]))
+        lacking = {kind: tuple(places) for kind, places in fields.get("lacking", {}).items()}
+        parsed = {"bucket": (height, width), "skipped": skipped, "lacking": lacking}
+        return cls(**{**fields, **parsed})
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -193,11 +188,8 @@ def check_identity(
 ) -> None:
     """Raise a UserError that names the entries of ``found`` that differ from ``expected``."""
 
-    def brief(value: str | None) -> str:
-        return "nothing" if value is None else value if len(value) <= 60 else f"{value[:12]}…"
-
     wrong = [
-        f"{name} is {brief(found.get(name))}, expected {brief(value)}"
+        f"{name} is {_brief(found.get(name))}, expected {_brief(value)}"
         for name, value in expected.items()
         if found.get(name) != value
     ]
@@ -208,15 +200,18 @@ def check_identity(
         )
 
 
+def _brief(value: str | None) -> str:
+    return "nothing" if value is None else value if len(value) <= 60 else f"{value[:12]}…"
+
+
 def quick_check(folder: pathlib.Path, shard: Shard) -> str | None:
     """What is wrong with a shard's file by its size, or None."""
     path = folder / shard.file
     if not path.exists():
         return f"{path} is missing"
     size = path.stat().st_size
-    if size == shard.bytes:
-        return None
-    return f"{path} is damaged: {size} bytes, written with {shard.bytes}"
+    damage = f"{path} is damaged: {size} bytes, written with {shard.bytes}"
+    return None if size == shard.bytes else damage
 
 
 def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
@@ -246,8 +241,8 @@ class Records:
                     "anew"
                 )
         self._starts = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()  # oldest first
-        self._opening = threading.Lock()
+        # a thread that still reads from a reader that the cache drops keeps it
+        self._reader = functools.lru_cache(_OPEN)(self._open_reader)
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -269,16 +264,9 @@ class Records:
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return decode_record(self.bytes(range(len(self))[index]))
 
-    def _reader(self, shard: int) -> Any:
+    def _open_reader(self, shard: int) -> Any:
         from array_record.python import array_record_module
 
-        with self._opening:
-            reader = self._readers.pop(shard, None)
-            if reader is None:
-                path = str(self.folder / self.manifest.shards[shard].file)
-                options = "readahead_buffer_size:0,max_parallelism:0"
-                reader = array_record_module.ArrayRecordReader(path, options)
-            self._readers[shard] = reader
-            if len(self._readers) > _OPEN:  # a thread that still reads from it keeps it
-                self._readers.popitem(last=False)
-            return reader
+        path = str(self.folder / self.manifest.shards[shard].file)
+        options = "readahead_buffer_size:0,max_parallelism:0"
+        return array_record_module.ArrayRecordReader(path, options)

@@ -234,7 +234,7 @@ class TokenSamples:
     without a target, is named in the source's ``faults`` and left out. tokenizer: transformers'
     protocol; texts beyond max_text_tokens are cut, their end token kept. clean: applied to each
     text first. target: a kind of caption whose first text each row brings along as {"target_ids":
-    int32 [b, l], "target_lengths": int32 [b], "itself": bool [b], whether it is the row's caption}.
+    int32 [b, l], "target_lengths": int32 [b], "is_target": bool [b], whether it is the row's}.
     """
 
     buckets: tuple[tuple[int, int], ...] = ((0, 0),)  # text has no size
@@ -261,9 +261,8 @@ class TokenSamples:
         texts: list[str] = []
         for index in range(len(source)):
             sample = source[index]
-            ranges: dict[str, range] = {}
             self._keys.append(sample.key)
-            self._ranges.append(ranges)
+            self._ranges.append({})
             try:
                 found = sample.captions_of_kinds(self._mix.kinds)
                 if target:
@@ -273,7 +272,7 @@ class TokenSamples:
                 self.bucket_of[index] = -1
                 continue
             for kind, some in found.items():
-                ranges[kind] = range(len(texts), len(texts) + len(some))
+                self._ranges[index][kind] = range(len(texts), len(texts) + len(some))
                 texts.extend(map(clean, some))
         self._ids = tokenize(tokenizer, texts, max_text_tokens)
         self.length = pad_length(max([1, *map(len, self._ids)]), max_text_tokens)
@@ -292,8 +291,8 @@ class TokenSamples:
             return batch
         targets = [self._ranges[index][self._target][0] for index in indices]
         ids, lengths = self._padded(targets)
-        itself = np.array(chosen) == np.array(targets)
-        return batch | {"target_ids": ids, "target_lengths": lengths, "itself": itself}
+        is_target = np.array(chosen) == np.array(targets)
+        return batch | {"target_ids": ids, "target_lengths": lengths, "is_target": is_target}
 
     def _padded(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [b, l], lengths [b]) of texts by their numbers."""

@@ -76,7 +76,7 @@ def abstract_batch(
             "lengths": ((b,), i32),
             "target_ids": ((b, text), i32),
             "target_lengths": ((b,), i32),
-            "itself": ((b,), jnp.bool_),
+            "is_target": ((b,), jnp.bool_),
         }
     else:
         latents = (b, height // LATENT, width // LATENT, config.model.in_channels)

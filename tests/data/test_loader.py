@@ -225,8 +225,8 @@ def test_each_row_brings_the_first_text_of_its_target():
         target = batch["target_ids"][row, : batch["target_lengths"][row]].tolist()
         ids = batch["input_ids"][row, : batch["lengths"][row]].tolist()
         assert [target] == ids_of(source[int(key[1:])].texts("dense")[:1])
-        assert batch["itself"][row] == (ids == target)
-    assert 0 < batch["itself"].mean() < 1
+        assert batch["is_target"][row] == (ids == target)
+    assert 0 < batch["is_target"].mean() < 1
 
 
 def test_long_texts_are_cut_with_their_end_mark_kept():

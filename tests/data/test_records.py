@@ -127,4 +127,4 @@ def test_no_more_than_a_few_shards_are_open_at_once(folder, monkeypatch):
     for index in np.random.default_rng(0).permutation(np.tile(np.arange(15), 4)):
         shard, place = found.shard_of(int(index))
         assert found[int(index)][1]["key"] == f"k{shard}{place}"
-        assert len(found._readers) <= 2
+        assert found._reader.cache_info().currsize <= 2

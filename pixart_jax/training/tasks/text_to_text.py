@@ -94,7 +94,7 @@ class TextToText:
             batch[k] for k in ("input_ids", "lengths", "target_ids", "target_lengths")
         )
         shown = jnp.where(
-            batch["itself"][:, None], jax.vmap(self.mask_words)(ids, lengths, keys), ids
+            batch["is_target"][:, None], jax.vmap(self.mask_words)(ids, lengths, keys), ids
         )
         states = self.module.apply({"params": params["encoder"]}, shown, lengths)
         logits = self.decoder.apply(

@@ -24,13 +24,13 @@ def task(hidden: float = 0.3) -> TextToText:
     return TextToText(T5Encoder(CONFIG), T5Decoder(CONFIG), hidden, hidden_token=2, tokenizer=None)
 
 
-def batch(rows: int = 4, itself: bool = False) -> dict:
+def batch(rows: int = 4, is_target: bool = False) -> dict:
     target = jax.random.randint(jax.random.key(7), (rows, 20), 3, 50)
     lengths = {"lengths": jnp.full((rows,), 12), "target_lengths": jnp.array([20, 13, 5, 1])[:rows]}
     return {
         "input_ids": IDS[:rows],
         "target_ids": target,
-        "itself": jnp.full((rows,), itself),
+        "is_target": jnp.full((rows,), is_target),
         **lengths,
     }
 
@@ -72,7 +72,7 @@ def test_words_are_hidden_only_where_a_caption_is_its_own_target():
     keys = [jax.random.split(jax.random.key(seed), 4) for seed in (3, 4)]
     clean, again = (t.losses(params, batch(), k)["loss"] for k in keys)
     np.testing.assert_array_equal(clean, again)
-    one, other = (t.losses(params, batch(itself=True), k)["loss"] for k in keys)
+    one, other = (t.losses(params, batch(is_target=True), k)["loss"] for k in keys)
     assert (one != other).any() and (one != clean).any()
 
 
@@ -80,7 +80,7 @@ def test_every_parameter_learns():
     t = task()
     params = unboxed(t.init(jax.random.key(0)))
     gradient = jax.grad(
-        lambda p: t.losses(p, batch(itself=True), jax.random.split(jax.random.key(3), 4))[
+        lambda p: t.losses(p, batch(is_target=True), jax.random.split(jax.random.key(3), 4))[
             "loss"
         ].mean()
     )(params)
