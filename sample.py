@@ -2,8 +2,7 @@
 
 import sys
 
-from pixart_jax import cli
-from pixart_jax.commands.sample import main
+from pixart_jax.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run("sample"))

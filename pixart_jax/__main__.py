@@ -40,13 +40,15 @@ def main(argv: list[str]) -> int:
     return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
 
 
-def run() -> int:
-    """The ``pixart-jax`` program: returns the process's exit status."""
-    if sys.argv[1:2] in (["encode"], ["train"]):  # their processes work together
-        from pixart_jax.parallel.processes import run_with_peers
+def run(command: str | None = None) -> int:
+    """The ``pixart-jax`` program, or one command of it: returns the process's exit status."""
+    argv = [*([command] if command else []), *sys.argv[1:]]
+    with cli.signals():
+        if argv[:1] in (["encode"], ["train"]):  # their processes work together
+            from pixart_jax.parallel.processes import run_with_peers
 
-        return run_with_peers(lambda: cli.run(main))
-    return cli.run(main)
+            return run_with_peers(lambda: cli.run(main, argv))
+        return cli.run(main, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The command line of every program: flags, one-line errors and exit statuses.
+"""The command line of every program: flags, one-line errors, signals and exit statuses.
 
 :func:`parse` reads flags with tyro and reports what tyro rejects in one line. :func:`run` calls a
 program's main; user errors, a full disk and unusable files become one line on stderr and exit
-status 2, and each :class:`Notice` becomes one line, shown once.
+status 2, and each :class:`Notice` becomes one line, shown once. :func:`signals`, open from a
+program's first line, ends it after Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import re
+import select
+import signal
 import sys
+import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +28,8 @@ from pixart_jax.errors import Interrupted, Notice, UserError, nearest
 GAVE_UP = 1  # training stopped itself: too many bad steps in a row
 BAD_INPUT = 2
 INTERRUPTED = 75  # the state is saved and the same command resumes (EX_TEMPFAIL of sysexits.h)
-KILLED_BY_KEYBOARD = 130  # Ctrl-C where nothing had to be saved
+KILLED_BY_KEYBOARD = 130  # Ctrl-C where nothing had to be saved; SIGTERM: 143
+GRACE = 5.0  # seconds from a signal to the end of the process, for cleaning up
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _UNUSABLE_FILE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
@@ -33,7 +40,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     """Call ``main(argv)``, by default with the process's arguments; return the exit status.
 
     0 or what main returns; 2 with ``error: …`` on stderr for a user error; 75 for an interrupted
-    run whose state is saved; 130 for Ctrl-C elsewhere. Any other exception propagates.
+    run whose state is saved; 130 for Ctrl-C and 143 for SIGTERM elsewhere. Any other exception
+    propagates.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -48,14 +56,94 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         print(stop, file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return KILLED_BY_KEYBOARD
+        return end_by_signal()
     except Exception as error:
+        if _received:  # an import or a callback turned KeyboardInterrupt into something else
+            return end_by_signal()
         line = as_line(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return BAD_INPUT
+
+
+_received: list[int] = []  # the signals that have asked this process to end
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """End the program after Ctrl-C or SIGTERM, even where Python loses KeyboardInterrupt: in a
+    garbage-collection callback, in a library's import, or while C++ compiles.
+
+    The first signal raises KeyboardInterrupt, so that files are closed and removed (during an
+    import it ends the process at once); a thread ends the process ``GRACE`` seconds later, or at a
+    second signal. Signals that have a handler of their
+    own (training's) or are ignored (nohup) are left alone.
+    """
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    ]
+    before = {number: signal.signal(number, _on_signal) for number in numbers}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    os.register_at_fork(after_in_child=_default_signals)  # of a worker that a library forks
+    threading.Thread(target=_end_in_time, args=(reader,), daemon=True).start()
+    try:
+        yield
+    except (KeyboardInterrupt, Exception):
+        if not _received:
+            raise
+        raise SystemExit(end_by_signal()) from None
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(writer)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received.clear()
+
+
+def end_by_signal() -> int:
+    """Print that the program was stopped; return its exit status."""
+    number = _received[0] if _received else signal.SIGINT
+    print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
+    return 128 + number
+
+
+def _on_signal(number: int, frame: types.FrameType | None) -> None:
+    _received.append(number)
+    while frame is not None:
+        # C extensions print, swallow or crash on an exception while they import
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os._exit(end_by_signal())
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _end_in_time(reader: int) -> None:
+    timeout = None
+    while select.select([reader], [], [], timeout)[0]:
+        number = int.from_bytes(os.read(reader, 1))
+        if not number:  # the program has ended by itself
+            os.close(reader)
+            return
+        if signal.getsignal(number) is _on_signal:
+            if timeout is not None:
+                break
+            timeout = GRACE
+    os._exit(end_by_signal())
+
+
+def _default_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number, default in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGTERM, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, default)
 
 
 @contextlib.contextmanager
