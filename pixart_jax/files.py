@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -61,9 +62,19 @@ def find(path: str | os.PathLike) -> Path:
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **options) -> Iterator[IO]:
     """A file that replaces ``path`` when the block ends, complete and synced, with the permissions
     of a new file; after an exception ``path`` is as it was. options: of ``open`` (encoding …).
+
+    The half-written file is a hidden sibling, locked while its process lives. The first write into
+    a folder removes those that killed processes left there.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent)
+    _remove_unlocked(path.parent)
+    linked = 0
+    while not linked:  # another process may have removed it before it was locked
+        prefix = f".{path.name[:40]}."
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=path.parent)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        linked = os.fstat(handle).st_nlink
     try:
         with os.fdopen(handle, mode, **options) as file:
             yield file
@@ -75,6 +86,14 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **options) -> Iterat
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+@functools.lru_cache
+def _remove_unlocked(folder: Path) -> None:
+    for left in folder.glob(f".*.{'?' * 8}.part"):
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

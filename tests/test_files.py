@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -23,6 +25,27 @@ def test_a_file_is_replaced_whole_with_the_permissions_of_a_new_one(tmp_path):
         raise OSError("full")
     assert json.loads(file.read_text()) == {"a": "é", "b": 1}
     assert sorted(os.listdir(tmp_path)) == ["a.json", "new"]
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_stays(tmp_path):
+    code = (
+        "import os, sys, time; from pixart_jax import files\n"
+        "with files.atomic_write(sys.argv[1]) as f:\n"
+        "    print(flush=True); time.sleep(60)"
+    )
+    writing = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path / name], stdout=subprocess.PIPE)
+        for name in ("killed.json", "alive.json")
+    ]
+    for process in writing:
+        process.stdout.readline()
+    writing[0].kill()
+    writing[0].wait()
+    (tmp_path / ".other.part").touch()  # not ours
+    files.write_json(tmp_path / "mine.json", {})
+    left = sorted(os.listdir(tmp_path))
+    writing[1].kill()
+    assert [name.split(".")[1] for name in left] == ["alive", "other", "json"]
 
 
 def _hold(path, held, leave):

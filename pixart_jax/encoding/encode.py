@@ -227,8 +227,6 @@ class _Run:
         counts = dict.fromkeys(self.options.buckets, 0) | manifest.by_bucket
         write_bucket_chart(self.folder / BUCKETS_PNG, counts, "encoded")
         manifest.write(self.folder)
-        for left in self.folder.glob(".*.part*"):  # temporary files of a run that was killed
-            left.unlink(missing_ok=True)
         if faults and self.progress:
             tqdm.write(f"{faults.summary()}; {self.folder / FAULTS} names them", file=sys.stderr)
 
