@@ -9,7 +9,6 @@ the others are measured all the same. A backend that this platform lacks is left
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.speed import ours  # noqa: E402
-from benchmarks.speed.table import Record, limits_line, render  # noqa: E402
+from benchmarks.speed.table import Record, flag_parser, limits_line, render  # noqa: E402
 from pixart_jax import cli  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.files import cache_folder  # noqa: E402
@@ -94,9 +93,7 @@ def cells(shape: tuple[int, int, int, bool], known: dict[str, list]):
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flag_parser(__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see it work")
     flags = parser.parse_args(argv)

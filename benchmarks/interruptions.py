@@ -18,7 +18,6 @@ reason on the last line where a promise is broken.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -36,6 +35,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training")]
+
+from benchmarks.speed.table import flag_parser, write_between  # noqa: E402
+
 WAIT = 900.0  # seconds that a start, or an ending, may take
 STRUCK = (-9, -15, 137, 143)  # exit statuses of a program that a signal ended
 
@@ -358,9 +360,7 @@ def curves(flags, folder: Path, rng: random.Random) -> str:
     table = "\n".join([*head, *rows])
     print(table)
     if flags.doc:
-        before, rest = flags.doc.read_text(encoding="utf-8").split(BEGIN)
-        text = f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
-        flags.doc.write_text(text, encoding="utf-8")
+        write_between(flags.doc, BEGIN, END, f"{table}\n")
     if flags.png:
         plot(flags.png, found)
     if over:
@@ -369,8 +369,7 @@ def curves(flags, folder: Path, rng: random.Random) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = flag_parser(__doc__)
     what = parser.add_subparsers(dest="what", required=True)
     training, meshes = (what.add_parser(each.__name__) for each in (train, curves))
     training.add_argument("--kills", type=int, default=20)

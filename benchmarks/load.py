@@ -14,16 +14,13 @@ load. T5-XXL's files are larger than many a machine's memory, so they are loaded
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.speed import machine  # noqa: E402
-from benchmarks.speed.contest import tell  # noqa: E402
-from benchmarks.speed.table import table  # noqa: E402
+from benchmarks.speed.table import flag_parser, table, tell  # noqa: E402
 from pixart_jax.files import write_json  # noqa: E402
 
 PEERS = {
@@ -123,11 +119,6 @@ def measured(load: Callable, arrays: Callable) -> dict:
 # ---- the run ----
 
 
-def run(function: Callable, *arguments) -> dict:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def measure(model: str, dtype: str, warm: bool, root: Path, repeat: int) -> list[dict]:
     """A row a way of loading: the fastest of the repeats, and the highest peak."""
     library, name = PEERS[model]
@@ -141,13 +132,13 @@ def measure(model: str, dtype: str, warm: bool, root: Path, repeat: int) -> list
         "kept": (load_ours, str(kept)),
     }
     shutil.rmtree(kept, ignore_errors=True)
-    run(load_ours, str(folder), dtype, str(kept))  # writes the cache
+    machine.in_process(load_ours, str(folder), dtype, str(kept))  # writes the cache
     rows = []
     for way, (function, *more) in ways.items():
         runs = []
         for _ in range(repeat):
             machine.set_cached(kept if way == "kept" else folder, warm)
-            runs.append(run(function, str(folder), dtype, *more))
+            runs.append(machine.in_process(function, str(folder), dtype, *more))
         row = {key: min(each[key] for each in runs) for key in runs[0]}
         row |= {"peak": max(each["peak"] for each in runs)}
         cache = "warm" if warm else "cold"
@@ -164,14 +155,12 @@ def cells(row: dict) -> list[str]:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = flag_parser(__doc__)
     parser.add_argument("--only", choices=PEERS, nargs="+", default=list(PEERS))
-    parser.add_argument(
-        "--folder", type=Path, help="for the files, which stay; else a temporary one"
-    )
-    parser.add_argument("--repeat", type=int, default=1, help="loads of each kind")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    add = parser.add_argument
+    add("--folder", type=Path, help="for the files, which stay; else a temporary one")
+    add("--repeat", type=int, default=1, help="loads of each kind")
+    add("--out", type=Path, help="a JSON file for the figures")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="load.") as temporary:
         root = flags.folder or Path(temporary)

@@ -16,11 +16,9 @@ exit status 1 where the peer is faster.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import statistics
@@ -29,7 +27,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -38,8 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.speed import machine  # noqa: E402
-from benchmarks.speed.contest import tell  # noqa: E402
-from benchmarks.speed.table import table  # noqa: E402
+from benchmarks.speed.table import flag_parser, table, tell  # noqa: E402
 from pixart_jax.data import records  # noqa: E402
 from pixart_jax.data.encoded import EncodedSamples  # noqa: E402
 from pixart_jax.data.loader import Loader  # noqa: E402
@@ -198,9 +194,8 @@ def compare(case: str, cache: str, folder: Path, flags) -> dict:
     for number in range(flags.repeat if cache == "warm" else max(1, flags.repeat // 2)):
         for loader in LOADERS if number % 2 == 0 else LOADERS[::-1]:
             machine.set_cached(folder, cache == "warm")
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                task = pool.submit(measure, case, loader, folder, flags.batch, flags.batches)
-                found[loader].append(task.result())
+            asked = (case, loader, folder, flags.batch, flags.batches)
+            found[loader].append(machine.in_process(measure, *asked))
             tell(f"{case}, {cache}, {loader}: {found[loader][-1]['rate']:.0f}/s")
     if len({json.dumps(each["first"]) for runs in found.values() for each in runs}) != 1:
         raise SystemExit(f"{case}: the loaders did not give the same batch")
@@ -229,8 +224,7 @@ def cells(row: dict) -> list[str]:
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = flag_parser(__doc__)
     parser.add_argument("--records", type=int, default=3000, help="encoded records, 1.05 MB each")
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)

@@ -34,6 +34,7 @@ if __name__ == "__main__":
 from benchmarks.parity_rows import ROWS  # noqa: E402
 from benchmarks.parity_rows.document import render  # noqa: E402
 from benchmarks.parity_rows.row import Row  # noqa: E402
+from benchmarks.speed.table import flag_parser  # noqa: E402
 from pixart_jax.files import write_json, write_text  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "parity.md"
@@ -77,8 +78,7 @@ def main(argv: list[str] | None = None, rows: tuple[Row, ...] = ROWS) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = flag_parser(__doc__)
     add = parser.add_argument
     add("--only", default="", metavar="PATTERN", help="rows whose name holds this")
     add("--quick", action="store_true", help="only the tiny rows")

@@ -14,7 +14,6 @@ $PIXART_JAX_CACHE/plans. `make test` installs the compilers; a row without its c
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -25,8 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.speed.contest import tell  # noqa: E402
-from benchmarks.speed.table import table  # noqa: E402
+from benchmarks.speed.table import flag_parser, table, tell, write_between  # noqa: E402
 from pixart_jax import cli  # noqa: E402
 from pixart_jax.config import MeshConfig  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
@@ -110,9 +108,7 @@ def plan_table(flags) -> None:
     if flags.print or flags.only:
         print(text)
         return
-    head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    page = f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}"
-    PAGE.write_text(page, encoding="utf-8")
+    write_between(PAGE, BEGIN, END, text)
 
 
 def plan_row(made: plan.Plan) -> list[str]:
@@ -172,15 +168,9 @@ def remat_cells(target: PlanTarget) -> list[str]:
     if stats.wanted is not None:
         return [f"does not fit: {stats.wanted / GIB:.1f} GiB in all", "", ""]
     try:
-        counted = memory.activation_bytes(
-            target.config,
-            target.stage_config,
-            target.config.remat,
-            target.axes,
-            target.bucket,
-            target.topology.jax_platform,
-            stats.counted["parameters"],
-        )
+        where = (target.axes, target.bucket, target.topology.jax_platform)
+        how = (target.config, target.stage_config, target.config.remat)
+        counted = memory.activation_bytes(*how, *where, stats.counted["parameters"])
     except UserError:
         return [f"{stats.temporaries / GIB:.2f}", "", ""]
     figures = (stats.temporaries / GIB, sum(counted.values()) / GIB)
@@ -234,8 +224,7 @@ def device_figures(flags) -> None:
 
 
 def main(argv: list[str]) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = flag_parser(__doc__)
     what = parser.add_subparsers(dest="what", required=True)
     whole, remat, device = (what.add_parser(name) for name in ("table", "remat", "device"))
     for each in (whole, remat):

@@ -8,7 +8,6 @@ table.md beside the runs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.speed.table import table  # noqa: E402
+from benchmarks.speed.table import flag_parser, table  # noqa: E402
 
 
 def train_and_score(config: str, seed: int, out: Path, per_task: int) -> dict[str, float]:
@@ -39,8 +38,7 @@ def train_and_score(config: str, seed: int, out: Path, per_task: int) -> dict[st
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = flag_parser(__doc__)
     parser.add_argument("--config", default="configs/shapes_demo.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--per-task", type=int, default=100)

@@ -10,7 +10,6 @@ Writes the table to OUT/table.md and all figures to OUT/shortcuts.json.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -20,8 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.speed.contest import tell  # noqa: E402
-from benchmarks.speed.table import table  # noqa: E402
+from benchmarks.speed.table import flag_parser, table, tell  # noqa: E402
 from pixart_jax import Pipeline  # noqa: E402
 from pixart_jax.evaluation.shapes_score import score  # noqa: E402
 from pixart_jax.evaluation.tasks import eval_prompts  # noqa: E402
@@ -30,7 +28,7 @@ from pixart_jax.pipeline import SamplingConfig  # noqa: E402
 from pixart_jax.pipeline.image_size import cache_plan  # noqa: E402
 
 TASKS = ("colour", "shape", "counting", "position", "binding")
-COLUMNS = ("drawn with", "computed", "seconds an image", "ratio", "distance", *TASKS)
+COLUMNS = ("generated with", "computed", "seconds an image", "ratio", "distance", *TASKS)
 # name: (steps, fields of SamplingConfig)
 ROWS: dict[str, tuple[int, dict]] = {
     **{f"{steps} steps": (steps, {}) for steps in (20, 14, 10, 8, 6, 4)},
@@ -47,8 +45,7 @@ ROWS: dict[str, tuple[int, dict]] = {
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = flag_parser(__doc__)
     parser.add_argument("--model", default="assets/shapes")
     parser.add_argument("--per-task", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16, help="images a batch")

@@ -69,11 +69,7 @@ def theirs(fields: dict, folder: Path) -> Outputs:
 
 
 def ours(flags: tuple[str, ...], fields: dict, folder: Path) -> Outputs:
-    from pixart_jax import load_component
-    from pixart_jax.commands import convert
-
-    convert.main([str(folder / "official.pt"), str(folder / "converted"), *flags])
-    part = load_component(folder / "converted")
+    part = official.converted(folder / "official.pt", flags)
     return {"output": np.asarray(part.apply(*inputs(fields)))}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.parity_rows import official
 from benchmarks.parity_rows.row import Outputs, Row
 from benchmarks.parity_rows.weights import materialised
 
@@ -49,11 +50,7 @@ def theirs(fields: dict, canvas: tuple, folder: Path) -> Outputs:
 
 
 def ours(fields: dict, canvas: tuple, flags: tuple[str, ...], folder: Path) -> Outputs:
-    from pixart_jax import load_component
-    from pixart_jax.commands import convert
-
-    convert.main([str(folder / "official.pth"), str(folder / "converted"), *flags])
-    part = load_component(folder / "converted")
+    part = official.converted(folder / "official.pth", flags)
     assert part.config.kv_compression_layers == fields["kv_compression_layers"]
     given = inputs(fields, *canvas)
     return {"output": np.asarray(part.apply(*given.values()))}

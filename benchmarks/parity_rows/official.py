@@ -6,6 +6,8 @@ Written apart from the tables in pixart_jax/weights, so that a row of the table 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 _TRANSFORMER = {  # old name: new name
     "pos_embed.proj": "x_embedder.proj",
     "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -37,6 +39,16 @@ _DIT = {
     "proj_out_1": "final_layer.adaLN_modulation.1",
     "proj_out_2": "final_layer.linear",
 }
+
+
+def converted(file: Path, flags: tuple[str, ...] = ()):
+    """An official file as a component, through ``python -m pixart_jax convert``, as users do."""
+    from pixart_jax import load_component
+    from pixart_jax.commands import convert
+
+    folder = file.with_name("converted")
+    convert.main([str(file), str(folder), *flags])
+    return load_component(folder)
 
 
 def transformer(state: dict, depth: int) -> dict:

@@ -191,12 +191,7 @@ def open_folder(case: Case, dtype: str, folder: Path) -> Outputs:
 
 
 def open_pth(case: Case, flags: tuple[str, ...], folder: Path) -> Outputs:
-    """Through ``python -m pixart_jax convert``, as users do."""
-    from pixart_jax import load_component
-    from pixart_jax.commands import convert
-
-    convert.main([str(folder / "official.pth"), str(folder / "converted"), *flags])
-    return forward(load_component(folder / "converted"), case)
+    return forward(official.converted(folder / "official.pth", flags), case)
 
 
 # ---- the rows ----

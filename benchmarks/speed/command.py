@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.speed.cases import MODELS, TINY, Case, numbers, sizes
-from benchmarks.speed.contest import OURS, Contender, Contest, tell
-from benchmarks.speed.table import Record, runs_of, tables
+from benchmarks.speed.contest import OURS, Contender, Contest
+from benchmarks.speed.table import Record, flag_parser, runs_of, tables, tell
 from pixart_jax.errors import UserError
 
 COMPILES = {
@@ -30,8 +30,7 @@ def platform() -> str:
 
 
 def parser(document: str | None, px: str, repeat: int) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    found = argparse.ArgumentParser(description=document, formatter_class=raw)
+    found = flag_parser(document)
     add = found.add_argument
     add("--against", choices=("diffusers", "none"), default="diffusers", help="none: ours alone")
     add("--model", choices=MODELS, default="XL/2")

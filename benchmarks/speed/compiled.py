@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.speed.cases import Case
-from benchmarks.speed.contest import Process, tell
-from benchmarks.speed.table import Record, render
+from benchmarks.speed.contest import Process
+from benchmarks.speed.table import Record, render, tell
 from pixart_jax.errors import UserError
 
 LINES = 4  # measurements after which the bracket is halved
@@ -23,16 +23,16 @@ def largest(
     limit: float,
     first: int = 32,
     unit: int = 8,
-    most: int = 1 << 14,
+    maximum: int = 1 << 14,
 ) -> int:
-    """The largest multiple of unit (or number below unit) up to most with bytes_of(batch) ≤ limit;
-    0 where one sample does not fit.
+    """The largest multiple of unit (or number below unit) up to maximum with bytes_of(batch) ≤
+    limit; 0 where one sample does not fit.
 
     A bisection. Memory grows with the batch nearly along a straight line, so the first guesses lie
     where the line through the last two measurements meets the limit; bytes_of is called once a
     batch.
     """
-    batches = [*range(1, unit), *range(unit, most + 1, unit)]
+    batches = [*range(1, unit), *range(unit, maximum + 1, unit)]
     known: list[tuple[int, float]] = []
     # places in batches: the largest known to fit, the least known not to
     low, high = -1, len(batches)

@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 import traceback
@@ -25,6 +24,7 @@ import numpy as np
 
 from benchmarks.speed import inputs, machine, weights
 from benchmarks.speed.cases import Case
+from benchmarks.speed.table import tell
 from pixart_jax.parallel.chips import chip_of
 
 OURS = "pixart_jax"
@@ -235,11 +235,6 @@ class Contest:
     def _end(self, label: str) -> None:
         if label in self._processes:
             self._processes.pop(label).end()
-
-
-def tell(line: str) -> None:
-    """Progress, on standard error."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def relative_errors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, float]:

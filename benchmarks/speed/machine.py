@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "numpy")
@@ -33,10 +36,8 @@ def resident_bytes() -> int:
 
 def reset_peak() -> None:
     """Count the peak from now on, where Linux allows it."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def _status(name: str) -> int | None:
@@ -59,14 +60,18 @@ def set_cached(folder: Path, cached: bool) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def in_process(function: Callable, *arguments):
+    """function(*arguments) in a fresh process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def described() -> dict:
     """Cores, architecture and the versions of what is installed."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     system = {"architecture": platform.machine(), "python": platform.python_version()}
     return {"cores": os.cpu_count(), **system, "versions": versions}
 

@@ -76,7 +76,7 @@ def draw(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
         word_tokenizer(WORDS),
         SchedulerConfig(),
     )
-    out, prompts = Path(tempfile.mkdtemp(prefix="drawn.")), case.prompts
+    out, prompts = Path(tempfile.mkdtemp(prefix="images.")), case.prompts
     how: dict[str, Any] = {"steps": case.steps, "guidance": case.guidance, "times": "integer"}
     how |= options.get("sampling", {})
     how |= {"height": case.px, "width": case.px, "binning": False, "batch_size": case.batch}

@@ -149,7 +149,7 @@ def draw(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
         vae.decode = torch.compile(vae.decode, **how_compiled(options))
     model = frozen(folder, dtype, options)
     pipeline = pipeline_of(model, word_tokenizer(WORDS), encoder, vae)
-    out = Path(tempfile.mkdtemp(prefix="drawn."))
+    out = Path(tempfile.mkdtemp(prefix="images."))
     how = sizes_of(case) | {"clean_caption": False, "max_sequence_length": case.text_tokens}
 
     def run() -> None:

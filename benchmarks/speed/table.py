@@ -8,13 +8,15 @@ A file holds a list of runs, each with its machine, limits and rows, and is rewr
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.speed import machine
-from pixart_jax.files import write_json
+from pixart_jax.files import write_json, write_text
 
 COLUMNS = (
     "model,px,batch,dtype,side,median s,best s,ours / it,TFLOP/s,of the limit,MFU,images/s,"
@@ -24,8 +26,21 @@ NAMES = {"ours": "jax", "peer": "torch"}
 KINDS = {"forward": "Forward", "sample": "Sampling", "draw": "Prompt to PNG", "train": "Train step"}
 
 
-def command_line(argv: Sequence[str]) -> str:
-    return " ".join(["python", Path(sys.argv[0]).name, *argv])
+def flag_parser(document: str | None) -> argparse.ArgumentParser:
+    """A program's flags; its docstring is the help, as it is."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=document, formatter_class=raw)
+
+
+def tell(line: str) -> None:
+    """Progress, on standard error."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what a page has between two markers."""
+    head, rest = page.read_text(encoding="utf-8").split(begin)
+    write_text(page, f"{head}{begin}\n{text}{end}{rest.split(end)[1]}")
 
 
 def runs_of(path: Path) -> list[dict]:
@@ -38,8 +53,9 @@ class Record:
     def __init__(self, path: Path | None, argv: Sequence[str], **facts):
         self._path = path
         self._before = runs_of(path) if path else []
-        self.run = {"command": command_line(argv), "machine": machine.described()}
-        self.run |= {"limits": {}, "rows": [], **facts}
+        command = " ".join(["python", Path(sys.argv[0]).name, *argv])
+        self.run = {"command": command, "machine": machine.described(), "limits": {}, "rows": []}
+        self.run |= facts
 
     def write(self) -> None:
         if self._path:

@@ -72,7 +72,7 @@ def test_the_largest_batch_is_found_with_few_compiles_and_never_one_that_does_no
         asked.append(batch)
         return 0.6 + batch + 0.001 * batch**1.5
 
-    batch = largest(bytes_of, limit, first=32, unit=8, most=4096)
+    batch = largest(bytes_of, limit, first=32, unit=8, maximum=4096)
     fits = [n for n in range(1, 4097) if 0.6 + n + 0.001 * n**1.5 <= limit]
     best = max(fits, default=0)
     assert batch == (min(best, 4096) if best < 8 else best // 8 * 8)

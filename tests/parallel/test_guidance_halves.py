@@ -24,18 +24,10 @@ PROMPT = "a large red star left of a small blue circle"
 
 @pytest.mark.slow
 def test_each_of_two_devices_computes_half_and_the_image_is_the_same(root):
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(Path(__file__).parent / "guidance_on_two_devices.py"),
-            str(root / "assets" / "shapes"),
-            PROMPT,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-    )
+    script, model = Path(__file__).with_name("guidance_on_two_devices.py"), root / "assets/shapes"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    how = {"capture_output": True, "text": True, "timeout": 900, "env": environment}
+    done = subprocess.run([sys.executable, script, model, PROMPT], **how)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
         assert found["rows"] == 1, name  # one image, not one and its copy
@@ -46,15 +38,7 @@ def test_each_of_two_devices_computes_half_and_the_image_is_the_same(root):
 
 @pytest.mark.parametrize(
     ("images", "guided", "size"),
-    [
-        (1, True, 2),
-        (2, True, 2),
-        (3, True, 4),
-        (4, True, 4),
-        (5, True, 8),
-        (1, False, 4),
-        (4, False, 4),
-    ],
+    [*((n, True, size) for n, size in enumerate((2, 2, 4, 4, 8), 1)), (1, False, 4), (4, False, 4)],
 )
 def test_a_batch_is_as_large_as_gives_every_device_rows_of_its_own(root, images, guided, size):
     pipe = Pipeline.from_pretrained(root / "assets" / "shapes", text_encoder=False)
@@ -71,12 +55,8 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_where_the_pipeline_is_
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_one_line(capsys, tmp_path):
-    assert (
-        cli.run(
-            sample.main, ["--prompt", PROMPT, "--out", str(tmp_path), "--mesh", "data=3,fsdp=5"]
-        )
-        == 2
-    )
+    flags = ["--prompt", PROMPT, "--out", str(tmp_path), "--mesh", "data=3,fsdp=5"]
+    assert cli.run(sample.main, flags) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: mesh data 3 × fsdp 5") and said.count("\n") == 1
     assert MeshConfig.parse("fsdp=2,context_attention=ring").context_attention == "ring"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import pytest
@@ -53,9 +54,8 @@ class Chip:
 
 def two_slices() -> list[Chip]:
     """Two slices of 2 × 4 chips, listed in turns, as no order is promised."""
-    return [
-        Chip(8 * s + 4 * x + y, s, (x, y, 0)) for x in range(2) for y in range(4) for s in range(2)
-    ]
+    places = itertools.product(range(2), range(4), range(2))
+    return [Chip(8 * s + 4 * x + y, s, (x, y, 0)) for x, y, s in places]
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 1, 1), (4, 2, 1, 2), (16, 1, 1, 1), (2, 2, 4, 1)])
@@ -84,23 +84,21 @@ def abstract(**sizes):
     return jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
-def test_what_does_not_divide_is_named_with_what_would():
-    check_divides(
-        abstract(tensor=4, context=2),
-        "stage words",
-        heads=16,
-        mlp_width=4608,
-        tokens={"bucket 256×256": 256},
-    )
-    with pytest.raises(
-        UserError,
-        match="stage words: mesh tensor 3 does not divide 16 heads; tensor 1, 2 or 4 would do",
-    ):
-        check_divides(abstract(tensor=3), "stage words", heads=16, mlp_width=4608)
-    with pytest.raises(
-        UserError,
-        match=r"mesh context 4 does not divide bucket 32×48 \(6 tokens\); context 1 or 2 would do",
-    ):
-        check_divides(
-            abstract(context=4), "stage words", tokens={"bucket 32×32": 4, "bucket 32×48": 6}
-        )
+@pytest.mark.parametrize(
+    ("sizes", "sides", "says"),
+    [
+        ({"tensor": 3}, {"heads": 16, "mlp_width": 4608}, "16 heads; tensor 1, 2 or 4 would do"),
+        (
+            {"context": 4},
+            {"tokens": {"bucket 32×32": 4, "bucket 32×48": 6}},
+            "bucket 32×48 (6 tokens); context 1 or 2 would do",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_named_with_what_would(sizes, sides, says):
+    fits = {"heads": 16, "mlp_width": 4608, "tokens": {"bucket 256×256": 256}}
+    check_divides(abstract(tensor=4, context=2), "stage words", **fits)
+    ((axis, size),) = sizes.items()
+    with pytest.raises(UserError) as error:
+        check_divides(abstract(**sizes), "stage words", **sides)
+    assert str(error.value) == f"stage words: mesh {axis} {size} does not divide {says}"

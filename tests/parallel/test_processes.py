@@ -15,72 +15,61 @@ import jax
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.parallel import processes
+from pixart_jax.parallel import DISTRIBUTED_ENV_VARS, processes
 from pixart_jax.parallel.processes import PEER_LOST, DistributedOptions, pop_distributed_flags
 
 
 def test_flags_are_taken_out_of_a_command_line_wherever_they_stand():
-    argv = [
-        "configs/x.py",
-        "--coordinator",
-        "10.0.0.1:1234",
-        "--workdir",
-        "d",
-        "--processes=4",
-        "--process_index",
-        "3",
-        "--mesh.fsdp",
-        "4",
-    ]
-    start, rest = pop_distributed_flags([*argv, "--peer-timeout", "7.5"], {})
+    argv = "configs/x.py --coordinator 10.0.0.1:1234 --workdir d --processes=4 --process_index 3"
+    argv += " --mesh.fsdp 4 --peer-timeout 7.5"
+    start, rest = pop_distributed_flags(argv.split(), {})
     assert start == DistributedOptions("10.0.0.1:1234", 4, 3, peer_timeout=7.5)
     assert rest == ["configs/x.py", "--workdir", "d", "--mesh.fsdp", "4"]
 
 
-def test_the_environment_of_a_launcher_is_read_whole_or_not_at_all_and_flags_win():
-    environment = {
-        "JAX_COORDINATOR_ADDRESS": "localhost:99",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_PROCESS_ID": "1",
-    }
-    assert pop_distributed_flags([], environment)[0] == DistributedOptions("localhost:99", 2, 1)
-    assert pop_distributed_flags(["--distributed", "none"], environment)[0] == DistributedOptions(
-        distributed="none"
-    )
-    assert (
-        pop_distributed_flags([], {"JAX_COORDINATOR_ADDRESS": "localhost:99"})[0]
-        == DistributedOptions()
-    )
-    flags = ["--coordinator", "h:1", "--processes", "8", "--process-index", "0"]
-    assert pop_distributed_flags(flags, environment)[0] == DistributedOptions("h:1", 8, 0)
-
-
-AT = ["--coordinator", "h:1"]
+LAUNCHER = dict(zip(DISTRIBUTED_ENV_VARS, ("localhost:99", "2", "1")))
+NONE = DistributedOptions(distributed="none")
 
 
 @pytest.mark.parametrize(
-    ("argv", "line"),
+    ("flags", "environment", "options"),
     [
-        (["--processes", "2"], "--process-index: give all three, or none"),
-        ([*AT, "--processes", "2"], "give all three"),
-        ([*AT, "--processes", "2", "--process-index", "2"], "the indices are 0 to 1"),
-        ([*AT, "--processes", "2", "--process-index", "-1"], "the indices are 0 to 1"),
-        ([*AT, "--processes", "0", "--process-index", "0"], "--processes 0: at least 1"),
-        ([*AT[:1], "host", "--processes", "2", "--process-index", "0"], "HOST:PORT is needed"),
-        ([*AT[:1], "h:99999", "--processes", "2", "--process-index", "0"], "HOST:PORT is needed"),
-        (["--processes", "two"], "argument --processes: invalid int value: 'two'"),
-        (["--coordinator"], "argument --coordinator: expected one argument"),
-        (["--distributed", "nome"], "--distributed 'nome': auto or none"),
-        (["--peer-timeout", "0"], "--peer-timeout 0: at least 1 second"),
+        ("", LAUNCHER, DistributedOptions("localhost:99", 2, 1)),
+        ("--distributed none", LAUNCHER, NONE),
+        ("", {DISTRIBUTED_ENV_VARS[0]: "localhost:99"}, DistributedOptions()),
         (
-            ["--distributed", "none", *AT, "--processes", "2", "--process-index", "0"],
-            "one or several?",
+            "--coordinator h:1 --processes 8 --process-index 0",
+            LAUNCHER,
+            DistributedOptions("h:1", 8, 0),
         ),
     ],
 )
-def test_a_mistake_is_one_line_that_says_what_would_do(argv, line):
+def test_the_environment_of_a_launcher_is_read_whole_or_not_at_all_and_flags_win(
+    flags, environment, options
+):
+    assert pop_distributed_flags(flags.split(), environment)[0] == options
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--processes 2", "--process-index: give all three, or none"),
+        ("--coordinator h:1 --processes 2", "give all three"),
+        ("--coordinator h:1 --processes 2 --process-index 2", "the indices are 0 to 1"),
+        ("--coordinator h:1 --processes 2 --process-index -1", "the indices are 0 to 1"),
+        ("--coordinator h:1 --processes 0 --process-index 0", "--processes 0: at least 1"),
+        ("--coordinator host --processes 2 --process-index 0", "HOST:PORT is needed"),
+        ("--coordinator h:99999 --processes 2 --process-index 0", "HOST:PORT is needed"),
+        ("--processes two", "argument --processes: invalid int value: 'two'"),
+        ("--coordinator", "argument --coordinator: expected one argument"),
+        ("--distributed nome", "--distributed 'nome': auto or none"),
+        ("--peer-timeout 0", "--peer-timeout 0: at least 1 second"),
+        ("--distributed none --coordinator h:1 --processes 2 --process-index 0", "or several?"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_would_do(flags, line):
     with pytest.raises(UserError, match=re.escape(line)):
-        pop_distributed_flags(argv, {})
+        pop_distributed_flags(flags.split(), {})
 
 
 def test_where_nothing_is_detected_one_process_goes_on_without_delay():
@@ -93,18 +82,11 @@ def test_where_nothing_is_detected_one_process_goes_on_without_delay():
         assert time.perf_counter() - began < 2 and not jax.distributed.is_initialized() and jax.process_count() == 1
         print(processes.run_with_peers(lambda: 5))
     """  # noqa: E501
-    environment = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR"))
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    clusters = ("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(clusters)}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    how = {"env": environment, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command, **how)
     assert done.returncode == 0 and done.stdout == "5\n", done.stderr
 
 
@@ -113,9 +95,8 @@ def test_what_a_cluster_that_cannot_be_joined_says_is_a_user_error(monkeypatch):
         raise RuntimeError("To enable automatic bootstrap in a K8s cluster,\njobs must be indexed")
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", refuse)
-    with pytest.raises(
-        UserError, match="jobs must be indexed.*--coordinator HOST:PORT.*--distributed none"
-    ):
+    says = "jobs must be indexed.*--coordinator HOST:PORT.*--distributed none"
+    with pytest.raises(UserError, match=says):
         processes.initialize(DistributedOptions())
 
 
@@ -123,14 +104,9 @@ def test_a_process_that_computes_already_is_alone_but_not_in_a_cluster(monkeypat
     jax.devices()
     processes.initialize(DistributedOptions())
     assert not jax.distributed.is_initialized()
-    for name, value in {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "a,b",
-        "SLURM_NTASKS": "2",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
+    slurm = {"JOB_ID": "1", "STEP_NODELIST": "a,b", "NTASKS": "2", "PROCID": "0", "LOCALID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(UserError, match="cannot join the other processes.*--distributed none"):
         processes.initialize(DistributedOptions())
 
@@ -190,17 +166,15 @@ def pair(tmp_path):
             environment = {**os.environ, "XLA_FLAGS": ""}
             command = [sys.executable, str(tmp_path / "run.py"), port, index, *flags]
             child = subprocess.Popen(command, stdout=files[0], stderr=files[1], env=environment)
-            child.out, child.err = (
-                lambda file=file: (file.seek(0), file.read())[1] for file in files
-            )
+            reads = [lambda file=file: (file.seek(0), file.read())[1] for file in files]
+            child.out, child.err = reads
             started.append(child)
-        deadline = time.monotonic() + 120
-        while wait and not all("running" in child.out() for child in started[-2:]):
-            assert time.monotonic() < deadline and all(
-                child.poll() is None for child in started[-2:]
-            ), [c.err() for c in started]
+        deadline, both = time.monotonic() + 120, started[-2:]
+        while wait and not all("running" in child.out() for child in both):
+            alive = all(child.poll() is None for child in both)
+            assert alive and time.monotonic() < deadline, [child.err() for child in both]
             time.sleep(0.05)
-        return started[-2:]
+        return both
 
     yield start
     for child in started:
@@ -234,10 +208,8 @@ def test_a_dead_or_hung_process_ends_the_other_with_a_line_and_a_status_in_time(
     assert left.wait(timeout=60) == PEER_LOST, left.err()
     assert time.monotonic() - began < PATIENCE + SLACK
     line = last_line(left)
-    assert (
-        line.startswith(f"error: process {lost} of 2")
-        and "start all processes again with the same command" in line
-    )
+    assert line.startswith(f"error: process {lost} of 2")
+    assert "start all processes again with the same command" in line
     assert "has not answered for" in line or "is gone" in line
 
 
@@ -260,9 +232,8 @@ def test_a_step_that_never_ends_though_all_processes_live_is_named(pair):
     children = pair("hang-1", "--stall-timeout", "2")
     for child in children:
         assert child.wait(timeout=60) == PEER_LOST
-        assert "no step was done for" in last_line(
-            child
-        ) and "at step 3; what was saved holds" in last_line(child)
+        line = last_line(child)
+        assert "no step was done for" in line and "at step 3; what was saved holds" in line
 
 
 def test_processes_that_are_done_end_together_with_status_0(pair):
@@ -276,10 +247,8 @@ def test_a_coordinator_that_nobody_runs_is_named_in_time(tmp_path):
 
     port, began = free_port(), time.monotonic()
     command = [sys.executable, tmp_path / "run.py", str(port), "1", "--start-timeout", "3"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "XLA_FLAGS": ""}
-    )
+    how = {"capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command, **how, env={**os.environ, "XLA_FLAGS": ""})
     assert done.returncode == 2 and time.monotonic() - began < 30
-    assert done.stderr.splitlines()[-1].startswith(
-        f"error: no coordinator at localhost:{port}, or not all of the 2 processes have come to it"
-    )
+    line = f"error: no coordinator at localhost:{port}, or not all of the 2 processes have come"
+    assert done.stderr.splitlines()[-1].startswith(line)

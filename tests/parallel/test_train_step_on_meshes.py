@@ -16,6 +16,8 @@ PROGRAM = Path(__file__).parent / "train_step_on_meshes.py"
 sys.path.insert(0, str(PROGRAM.parent))
 from train_step_on_meshes import BATCH, TOKENS  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # The code generator's passes come after all that is tested here, and are most of a compile's time.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
@@ -36,13 +38,9 @@ def outcome(folder: Path, stage: int, meshes) -> tuple[dict, str]:
     """(what came of each mesh, all that was printed to stderr, XLA's own lines too). What is
     compiled is compiled here: a program out of the cache would warn of nothing.
     """
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), str(stage), *meshes],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_ENABLE_COMPILATION_CACHE": "false"},
-    )
+    environment = {**os.environ, "XLA_FLAGS": FLAGS, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    how = {"capture_output": True, "text": True, "timeout": 1800, "env": environment}
+    done = subprocess.run([sys.executable, PROGRAM, folder, str(stage), *meshes], **how)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -57,21 +55,13 @@ def dit(tmp_path_factory) -> tuple[dict, str]:
     return outcome(tmp_path_factory.mktemp("dit"), 0, DIT)
 
 
-def equal(found: dict) -> None:
+@pytest.mark.parametrize(
+    "model, mesh", [*(("transformer", m) for m in TRANSFORMER), *(("dit", m) for m in DIT)]
+)
+def test_loss_and_gradients_are_those_of_one_device(model, mesh, request):
+    found = request.getfixturevalue(model)[0][mesh]
     assert found["loss"] < 1e-5
     assert found["gradient"][0] < 1e-5, found["gradient"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", TRANSFORMER)
-def test_loss_and_gradients_are_those_of_one_device(transformer, mesh):
-    equal(transformer[0][mesh])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", DIT)
-def test_the_dits_loss_and_gradients_are_those_of_one_device(dit, mesh):
-    equal(dit[0][mesh])
 
 
 def of_activations(shapes, parameters, batch: int, tokens: int = TOKENS) -> list:
@@ -83,7 +73,6 @@ def of_activations(shapes, parameters, batch: int, tokens: int = TOKENS) -> list
     ]
 
 
-@pytest.mark.slow
 def test_an_fsdp_mesh_gathers_parameters_and_no_activations(transformer, dit):
     for found in (transformer[0][FSDP], dit[0][FSDP]):
         assert len(found["all-gather"]) > 10
@@ -96,17 +85,13 @@ def test_an_fsdp_mesh_gathers_parameters_and_no_activations(transformer, dit):
         assert max(math.prod(shape) for shape in [*found["all-to-all"], [1]]) <= BATCH * 32
 
 
-@pytest.mark.slow
 def test_compiling_needs_no_involuntary_rematerialization(transformer, dit):
     """XLA says so on stderr where it finds no way from one sharding to the next but a whole copy on
     every device."""
     for _, said in (transformer, dit):
-        assert "nvoluntary" not in said, [
-            line for line in said.splitlines() if "nvoluntary" in line
-        ][:3]
+        assert not [line for line in said.splitlines() if "nvoluntary" in line]
 
 
-@pytest.mark.slow
 def test_tensor_parallelism_sums_activations_and_gathers_no_kernel_over_tensor(transformer):
     """A block's kernels stay cut in two; what is summed is the stream: forward after each attention
     and after the MLP (3), these again under remat (at most 3), and backward at what the cut kernels
@@ -117,16 +102,11 @@ def test_tensor_parallelism_sums_activations_and_gathers_no_kernel_over_tensor(t
     # halves: fsdp's parts joined, tensor's not
     assert gathered >= {(256, 128), (128, 256), (256, 512), (512, 256)}
     assert not gathered & {(256, 1024), (1024, 256)}
-    stream = [
-        tuple(shape)
-        for shape in found["all-reduce"]
-        if math.prod(shape) == BATCH // 4 * TOKENS * 256
-    ]
-    assert 6 <= len(stream) <= 11
+    size = BATCH // 4 * TOKENS * 256
+    assert 6 <= sum(math.prod(shape) == size for shape in found["all-reduce"]) <= 11
     assert not of_activations([s for s in gathered if len(s) > 2], found["parameters"], BATCH // 4)
 
 
-@pytest.mark.slow
 def test_context_parallelism_gathers_keys_and_values_or_sends_them_round(transformer):
     def whole(found, share):  # results as large as all tokens of the stream, or of its heads
         return [s for s in found["all-gather"] if TOKENS in s and math.prod(s) >= share]
@@ -137,8 +117,6 @@ def test_context_parallelism_gathers_keys_and_values_or_sends_them_round(transfo
     assert len(whole(gathered, stream)) == 4
     assert len(gathered["reduce-scatter"]) == 2  # their gradients
     assert not whole(ring, stream)
-    travelling = [
-        s for s in ring["collective-permute"] if tuple(s) == (BATCH // 2, TOKENS // 4, 8, 32)
-    ]
+    travelling = ring["collective-permute"].count([BATCH // 2, TOKENS // 4, 8, 32])
     # 3 turns forward, not again under this remat; 3 and the gradients' 4 backward
-    assert len(travelling) == 2 * 3 + 2 * 3 + 2 * 4
+    assert travelling == 2 * 3 + 2 * 3 + 2 * 4

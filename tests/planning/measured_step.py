@@ -46,11 +46,8 @@ def main(fsdp: int, remat: str) -> None:
     key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
 
     def arrays():
-        state = state_from(
-            fresh_params(made.task.init, jax.random.key(0), made.abstract),
-            made.optimizer,
-            made.abstract,
-        )
+        params = fresh_params(made.task.init, jax.random.key(0), made.abstract)
+        state = state_from(params, made.optimizer, made.abstract)
         batch = put(rows(shapes), rules.batch_sharding(mesh))
         return jax.block_until_ready((state, batch))
 
@@ -68,22 +65,19 @@ def main(fsdp: int, remat: str) -> None:
     made_of_arrays = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     loss = steps(*held)
-    print(
-        json.dumps(
-            {"grown": status("VmHWM") - before, "arrays": made_of_arrays - before, "loss": loss}
-        )
-    )
+    grown, arrays_bytes = status("VmHWM") - before, made_of_arrays - before
+    print(json.dumps({"grown": grown, "arrays": arrays_bytes, "loss": loss}))
 
 
 def rows(shapes) -> dict[str, np.ndarray]:
     """Numbers of the batch's shapes."""
     rng = np.random.default_rng(0)
-    return {
-        name: rng.normal(size=s.shape).astype(s.dtype)
-        if s.dtype.kind not in "iu"
-        else np.full(s.shape, 5, s.dtype)
-        for name, s in shapes.items()
-    }
+
+    def values(s) -> np.ndarray:
+        whole = s.dtype.kind in "iu"
+        return (np.full(s.shape, 5) if whole else rng.normal(size=s.shape)).astype(s.dtype)
+
+    return {name: values(shape) for name, shape in shapes.items()}
 
 
 def settle() -> None:

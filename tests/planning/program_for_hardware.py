@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -35,12 +36,9 @@ def target_of(
     config = recipes.load(recipes.find(recipe))
     stage = dataclasses.replace(config.stages[0], batch_size=int(batch))
     config = dataclasses.replace(config, stages=(stage,), remat=remat)
-    work = (
-        None
-        if part == "step"
-        else SamplingWorkload(int(batch), int(side), int(side), SamplingConfig().with_defaults())
-    )
-    sizes, bucket = tuple(map(int, mesh.split(","))), (int(side), int(side))
+    sizes, bucket, work = tuple(map(int, mesh.split(","))), (int(side), int(side)), None
+    if part == "denoise":
+        work = SamplingWorkload(int(batch), *bucket, SamplingConfig().with_defaults())
     return PlanTarget(topology.parse(name), config, 0, sizes, bucket, work, part)
 
 
@@ -83,36 +81,23 @@ def rearranged(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
 def kernels(text: str) -> dict[str, int]:
     """Names of the attention kernels in a program's text, and how many calls of each are written
     there."""
-    calls = [
-        i
-        for instructions in hlo.computations(text)[0].values()
-        for i in instructions
-        if i.opcode == "custom-call"
-    ]
-    names = [i.name.split(".")[0] for i in calls if i.name.startswith("splash_")]
-    names += [
-        target
-        for i in calls
-        if (target := i.rest.partition('custom_call_target="')[2].partition('"')[0]).startswith(
-            "__cudnn$"
-        )
-    ]
+    names = []
+    for i in itertools.chain.from_iterable(hlo.computations(text)[0].values()):
+        if i.opcode == "custom-call":
+            target = i.rest.partition('custom_call_target="')[2].partition('"')[0]
+            names += [i.name.split(".")[0]] if i.name.startswith("splash_") else []
+            names += [target] if target.startswith("__cudnn$") else []
     return dict(collections.Counter(names))
 
 
 def shapes_of_parameters(target: PlanTarget, mesh) -> set[tuple[int, ...]]:
     """As a device holds them, and of the stacked ones a block's alone, as held and gathered."""
-    found = set()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        Transformer.abstract(target.config.model, "bfloat16", mesh).params
-    ):
-        stacked = path[0].key == "blocks"
-        found |= {
-            s
-            for s in (leaf.sharding.shard_shape(leaf.shape), leaf.shape[stacked:])
-            if 2 * math.prod(s) >= LARGE and len(s) > 1
-        }
-    return found
+    found: set[tuple[int, ...]] = set()
+    params = Transformer.abstract(target.config.model, "bfloat16", mesh).params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        whole = leaf.shape[path[0].key == "blocks" :]
+        found |= {leaf.sharding.shard_shape(leaf.shape), whole}
+    return {shape for shape in found if 2 * math.prod(shape) >= LARGE and len(shape) > 1}
 
 
 def main(name: str, *what: str) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.extend
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec as P
 
 from pixart_jax.planning.matmul_cost import matmul_cost
 
 
 def count(function, *shapes):
-    return matmul_cost(
-        jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr
-    )
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return matmul_cost(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def test_a_product_is_two_flops_a_term_and_moves_its_three_arrays():
@@ -22,36 +24,30 @@ def test_a_product_is_two_flops_a_term_and_moves_its_three_arrays():
     assert (found.flops, found.bytes) == (2 * 3 * 5 * 7, 4 * (15 + 35 + 21))
 
 
-def test_a_scan_counts_as_often_as_it_turns():
-    found = count(
-        lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=11)[0], (3, 5), (5, 5)
-    )
-    assert found.flops == 11 * 2 * 3 * 5 * 5
+def scanned(x, w):
+    return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=11)[0]
 
 
-def test_what_no_result_depends_on_is_not_counted():
-    def both(x, w):
-        unused = (x @ w) @ w
-        return x @ w, jax.lax.scan(lambda c, _: (c, unused.sum()), 0.0, None, length=3)[0]
-
-    assert count(both, (3, 5), (5, 5)).flops == 2 * 3 * 5 * 5
+def partly_unused(x, w):
+    unused = (x @ w) @ w
+    return x @ w, jax.lax.scan(lambda c, _: (c, unused.sum()), 0.0, None, length=3)[0]
 
 
-def test_of_a_conditional_the_dearest_branch_counts():
-    found = count(
-        lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), (3, 5), (5, 5)
-    )
-    assert found.flops == 2 * 2 * 3 * 5 * 5
+def conditional(x, w):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+
+@pytest.mark.parametrize("program, products", [(scanned, 11), (partly_unused, 1), (conditional, 2)])
+def test_scans_count_each_turn_conditionals_their_largest_branch_and_unused_work_nothing(
+    program, products
+):
+    assert count(program, (3, 5), (5, 5)).flops == products * 2 * 3 * 5 * 5
 
 
 def test_a_convolution_counts_its_window():
-    found = count(
-        lambda x, k: jax.lax.conv_general_dilated(
-            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ),
-        (2, 8, 8, 3),
-        (3, 3, 3, 5),
-    )
+    how = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    convolution = functools.partial(jax.lax.conv_general_dilated, **how)
+    found = count(lambda x, k: convolution(x, k, (1, 1), "SAME"), (2, 8, 8, 3), (3, 3, 3, 5))
     assert found.flops == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
 
 
@@ -71,17 +67,11 @@ def test_recomputation_is_one_more_forward_pass(remat, passes):
 
 
 def test_of_a_mesh_every_device_counts():
-    mesh = jax.sharding.AbstractMesh(
-        (2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
-    spec = jax.sharding.PartitionSpec("data", None)
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"), axis_types=auto)
+    specs = {"in_specs": (P("data", None), P(None, "tensor")), "out_specs": P("data", "tensor")}
     with jax.sharding.use_abstract_mesh(mesh):
-        one = jax.shard_map(
-            jnp.dot,
-            in_specs=(spec, jax.sharding.PartitionSpec(None, "tensor")),
-            out_specs=jax.sharding.PartitionSpec("data", "tensor"),
-        )
-        found = count(one, (6, 5), (5, 8))
+        found = count(jax.shard_map(jnp.dot, **specs), (6, 5), (5, 8))
     assert found.flops == 2 * 6 * 5 * 8
 
 
@@ -93,9 +83,8 @@ def test_a_kernel_counts_each_cell_of_its_grid_and_moves_its_arrays_once():
         rows, out = (pl.BlockSpec((8, size), lambda i: (i, 0)) for size in (16, 4))
         whole = pl.BlockSpec((16, 4), lambda i: (0, 0))
         shape = jax.ShapeDtypeStruct((24, 4), jnp.float32)
-        return pl.pallas_call(
-            cell, grid=(3,), in_specs=[rows, whole], out_specs=out, out_shape=shape
-        )(x, w)
+        how = {"in_specs": [rows, whole], "out_specs": out, "out_shape": shape}
+        return pl.pallas_call(cell, grid=(3,), **how)(x, w)
 
     found = count(kernel, (24, 16), (16, 4))
     assert (found.flops, found.bytes) == (2 * 24 * 16 * 4, 4 * (24 * 16 + 16 * 4 + 24 * 4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from planning import small_run
 
 from pixart_jax import cli
+from pixart_jax.config import HardwareConfig
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.chips import CHIPS
 from pixart_jax.planning import command, compilation, estimate, plan, report, sweep, topology
@@ -84,17 +84,13 @@ def test_a_plan_tells_memory_flops_and_collectives_and_is_kept(tmp_path, capsys)
     (found,) = plan_json(tmp_path, flags)["programs"]
     said = capsys.readouterr().out
     memory = {name: entry["value"] for name, entry in found["memory"].items()}
-    assert (
-        memory["EMA"] == memory["parameters"] > 0
-        and memory["optimizer"] > 1.9 * memory["parameters"]
-    )
+    assert memory["EMA"] == memory["parameters"] > 0
+    assert memory["optimizer"] > 1.9 * memory["parameters"]
     assert memory["total"] > memory["temporaries"] > 0
-    assert found["flops"]["traced"]["value"] == pytest.approx(
-        4 / 3 * found["batch_size"] * found["flops"]["image"]["value"], rel=0.05
-    )
-    assert {"all-gather", "all-reduce"} & {
-        c["kind"] for c in found["collectives"] if c["axes"] == ["fsdp"]
-    }
+    flops = {name: entry["value"] for name, entry in found["flops"].items()}
+    assert flops["traced"] == pytest.approx(4 / 3 * flops["batch"], rel=0.05)
+    over_fsdp = {c["kind"] for c in found["collectives"] if c["axes"] == ["fsdp"]}
+    assert {"all-gather", "all-reduce"} & over_fsdp
     assert all(set(c["axes"]) <= {"data", "fsdp"} for c in found["collectives"])
     assert found["fits"] is None and "time" not in found
     assert "compiled" in said and "counted" in said and "0.18215" in said
@@ -162,10 +158,7 @@ def test_a_stage_costs_its_steps_on_all_devices():
     made = plan.plan_from_stats(target(), stats())
     hours = made.target.stage_config.steps * made.time.step / 3600
     assert made.cost.usd == pytest.approx(hours * 8 * CHIPS["v5e"].usd_per_hour)
-    own = dataclasses.replace(made.target.config.hardware, usd_per_device_hour=9.0)
-    other = dataclasses.replace(
-        made.target, config=dataclasses.replace(made.target.config, hardware=own)
-    )
+    other = target(hardware=HardwareConfig(usd_per_device_hour=9.0))
     assert plan.plan_from_stats(other, stats()).cost.usd == pytest.approx(hours * 8 * 9.0)
 
 
@@ -195,10 +188,7 @@ def test_a_sweep_leaves_out_what_arithmetic_rules_out():
     assert found
     for one in found:
         plan.check(one)
-        assert (
-            one.axes["tensor"] in (1, 2)
-            and small_run.get_config().model.width % one.axes["fsdp"] == 0
-        )
+        assert one.axes["tensor"] in (1, 2) and 384 % one.axes["fsdp"] == 0
     assert len({(one.mesh, one.stage_config.batch_size) for one in found}) == len(found)
     assert len({one.mesh for one in found[:4]}) > 1
 
@@ -217,11 +207,8 @@ def libtpu(monkeypatch):
 @compilers.needs("v5e:2x4")
 def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, libtpu):
     (found,) = plan_json(tmp_path, "--topology v5e:2x4 --mesh data=2,fsdp=4")["programs"]
-    assert (
-        found["fits"]
-        and found["time"]["images_per_second"]["value"] > 0
-        and found["cost"]["usd"]["value"] > 0
-    )
+    assert found["fits"]
+    assert found["time"]["images_per_second"]["value"] > 0 < found["cost"]["usd"]["value"]
     assert found["memory"]["total"]["value"] < 2**30
 
 

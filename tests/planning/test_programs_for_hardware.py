@@ -13,11 +13,15 @@ SCRIPT = Path(__file__).with_name("program_for_hardware.py")
 SPLASH = {"splash_mha_fwd_residuals": 1, "splash_mha_dkv_no_residuals": 1}
 OF_MANY_KEYS = SPLASH | {"splash_mha_dq_no_residuals": 1}
 # Over fsdp 16 the output projections of both attentions lie as [28, 1152, 72], the cut side last.
-# Cast for the loop, each goes through the
-# layout that pads it to 128 and back: four copies of 4 MB, once a step.
+# Cast for the loop, each goes through the layout that pads it to 128 and back: four copies of 4 MB,
+# once a step.
 CAST_OF_OUTPUT_PROJECTIONS = " = bf16[28,1152,72]"
 # self-attention and cross-attention
 CUDNN = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 2}
+
+
+def row(name: str, *values):
+    return pytest.param(name, *values, marks=compilers.needs(name))
 
 
 def compiled(name: str, *what: str) -> dict:
@@ -30,33 +34,9 @@ def compiled(name: str, *what: str) -> dict:
 @pytest.mark.parametrize(
     "name, recipe, mesh, batch, side, kernels",
     [
-        pytest.param(
-            "v5e:4x4",
-            "xl2_256_sam",
-            "1,16,1,1",
-            "256",
-            "256",
-            SPLASH,
-            marks=compilers.needs("v5e:4x4"),
-        ),
-        pytest.param(
-            "v5p:2x2x4",
-            "xl2_1024_ms",
-            "1,16,1,1",
-            "32",
-            "1024",
-            OF_MANY_KEYS,
-            marks=compilers.needs("v5p:2x2x4"),
-        ),
-        pytest.param(
-            "h200:1",
-            "xl2_512_aesthetic",
-            "1,1,1,1",
-            "32",
-            "512",
-            CUDNN,
-            marks=compilers.needs("h200:1"),
-        ),
+        row("v5e:4x4", "xl2_256_sam", "1,16,1,1", "256", "256", SPLASH),
+        row("v5p:2x2x4", "xl2_1024_ms", "1,16,1,1", "32", "1024", OF_MANY_KEYS),
+        row("h200:1", "xl2_512_aesthetic", "1,1,1,1", "32", "512", CUDNN),
     ],
 )
 def test_a_train_step_has_its_kernels_copies_no_parameter_and_holds_what_is_counted(
@@ -64,12 +44,9 @@ def test_a_train_step_has_its_kernels_copies_no_parameter_and_holds_what_is_coun
 ):
     found = compiled(name, recipe, "step", mesh, batch, side, "attention_out")
     assert found["kernels"] == kernels
-    cast = [
-        line
-        for line in found["rearranged"]
-        if CAST_OF_OUTPUT_PROJECTIONS in line and line.startswith("entry: ")
-    ]
-    assert len(cast) <= 4 and len(found["rearranged"]) == len(cast), "\n".join(found["rearranged"])
+    copies = found["rearranged"]
+    cast = [x for x in copies if CAST_OF_OUTPUT_PROJECTIONS in x and x.startswith("entry: ")]
+    assert len(cast) <= 4 and len(copies) == len(cast), "\n".join(copies)
     assert 0.7 < found["ratio"] <= 1.2, found
     # Forward passes, as planning counts the step: three, and one again but for its attention; two
     # kernels of splash share no logits.
@@ -89,16 +66,8 @@ def test_where_a_policy_keeps_most_of_the_temporaries_they_are_little_more_than_
 @pytest.mark.parametrize(
     "name, mesh, batch, kernels",
     [
-        pytest.param(
-            "v5e:4x4",
-            "1,16,1,1",
-            "16",
-            {"splash_mha_fwd_no_residuals": 1},
-            marks=compilers.needs("v5e:4x4"),
-        ),
-        pytest.param(
-            "h200:1", "1,1,1,1", "4", {"__cudnn$fmhaSoftmax": 2}, marks=compilers.needs("h200:1")
-        ),
+        row("v5e:4x4", "1,16,1,1", "16", {"splash_mha_fwd_no_residuals": 1}),
+        row("h200:1", "1,1,1,1", "4", {"__cudnn$fmhaSoftmax": 2}),
     ],
 )
 def test_the_sampler_has_its_kernels_and_copies_no_parameter(name, mesh, batch, kernels):

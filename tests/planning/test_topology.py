@@ -52,12 +52,10 @@ def test_a_name_that_does_not_exist_lists_those_that_do(name, slices, says):
 
 
 def test_a_dimension_closes_to_a_ring_where_the_hardware_closes_it():
-    assert (
-        topology.parse("v5e:16x16").wraps(0)
-        and not topology.parse("v5e:8x16").wraps(0)
-        and topology.parse("v5e:8x16").wraps(1)
-    )
-    assert topology.parse("v5p:4x4x4").wraps(2) and not topology.parse("v5p:2x4x4").wraps(1)
+    rings = [("v5e:16x16", 0), ("v5e:8x16", 1), ("v5p:4x4x4", 2)]
+    lines = [("v5e:8x16", 0), ("v5p:2x4x4", 1)]
+    assert all(topology.parse(name).wraps(side) for name, side in rings)
+    assert not any(topology.parse(name).wraps(side) for name, side in lines)
 
 
 @pytest.mark.parametrize(
