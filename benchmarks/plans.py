@@ -180,12 +180,27 @@ def remat_cells(target: PlanTarget) -> list[str]:
 # ---- device ----
 
 
-def device_figures(flags) -> None:
+def arrays(target: PlanTarget, program: programs.Program) -> tuple:
+    """(fresh state, batch of random values, key) for a train step."""
     from pixart_jax.parallel import rules
     from pixart_jax.training import stages
     from pixart_jax.training.batches import put
     from pixart_jax.training.state import fresh_params, state_from
 
+    made, mesh = program.parts, program.mesh
+    key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
+    rng, rows = np.random.default_rng(0), {}
+    shapes = stages.abstract_batch(target.config, target.stage_config, target.bucket, mesh)
+    for name, shape in shapes.items():
+        whole = shape.dtype.kind in "iu"
+        values = np.full(shape.shape, 5) if whole else rng.normal(size=shape.shape)
+        rows[name] = values.astype(shape.dtype)
+    params = fresh_params(made.task.init, key, made.abstract)
+    state = state_from(params, made.optimizer, made.abstract)
+    return jax.block_until_ready((state, put(rows, rules.batch_sharding(mesh)), key))
+
+
+def device_figures(flags) -> None:
     device = jax.local_devices()[0]
     chip = chip_of(device.device_kind)
     if chip is None or not device.memory_stats():
@@ -195,18 +210,8 @@ def device_figures(flags) -> None:
     target = target_of(where, flags.recipe, sizes, flags.batch_size, remat=flags.remat)
     program = programs.train_step(target, mesh)
     compiled = program.traced.lower().compile()
-    stats, made = compilation.stats(target, program, compiled), program.parts
-
-    key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
-    rng, rows = np.random.default_rng(0), {}
-    shapes = stages.abstract_batch(target.config, target.stage_config, target.bucket, mesh)
-    for name, shape in shapes.items():
-        whole = shape.dtype.kind in "iu"
-        values = np.full(shape.shape, 5) if whole else rng.normal(size=shape.shape)
-        rows[name] = values.astype(shape.dtype)
-    batch = put(rows, rules.batch_sharding(mesh))
-    params = fresh_params(made.task.init, key, made.abstract)
-    state = state_from(params, made.optimizer, made.abstract)
+    stats = compilation.stats(target, program, compiled)
+    state, batch, key = arrays(target, program)
     state, metrics = jax.block_until_ready(compiled(state, batch, key))
     begun = time.perf_counter()
     for _ in range(flags.steps):

@@ -214,10 +214,9 @@ def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) 
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         fields = dataclasses.asdict(options)
+        del fields["out"]
         fields |= fields.pop("sampling", {})
-        settings = {
-            k: str(v) if isinstance(v, Path) else v for k, v in fields.items() if k != "out"
-        }
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
         paths = report.write(options.out, result, images, {**settings, **more})
         print(f"\nwritten: {', '.join(map(str, paths))}")
     return result

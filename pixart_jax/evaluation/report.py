@@ -19,20 +19,13 @@ def table(score: Score, title: str) -> str:
     """Task, score, 95% interval, floor by shuffled captions, images; the withheld sets and the sums
     apart."""
     head = f"{'task':30} {'score':>6}   {'95% interval':^13}   {'floor':>5}   {'n':>5}"
-    rows = {
-        withheld: [
-            _row(t, s) for t, s in score.tasks.items() if t.startswith("withheld") == withheld
-        ]
-        for withheld in (False, True)
-    }
-    sums = {
-        "mean of the six main tasks": score.mean,
-        "all correct (not withheld)": score.all_correct,
-    }
-    lines = [title, "", head, "-" * len(head), *rows[False]]
-    lines += ["", *rows[True]] if rows[True] else []
-    lines += ["", *(_row(name, task) for name, task in sums.items() if task is not None)]
-    return "\n".join(lines)
+    sums = {"mean of the six main tasks": score.mean}
+    sums["all correct (not withheld)"] = score.all_correct
+    parts = [[], [], [_row(name, task) for name, task in sums.items() if task is not None]]
+    for name, task in score.tasks.items():
+        parts[name.startswith("withheld")].append(_row(name, task))
+    body = "\n\n".join("\n".join(part) for part in parts if part)
+    return f"{title}\n\n{head}\n{'-' * len(head)}\n{body}"
 
 
 def _row(name: str, task: TaskScore) -> str:
@@ -50,11 +43,8 @@ def sheet(
         shown += [i for i, v in enumerate(score.verdicts) if v.prompt.set == name][:per_set]
     verdicts = [score.verdicts[i] for i in shown]
     marks = [verdict.right[ALL] for verdict in verdicts]
-    errors = [f"WRONG ({', '.join(verdict.wrong)})" for verdict in verdicts]
-    captions = [
-        f"{'RIGHT' if right else error}: {verdict.prompt.caption}"
-        for verdict, right, error in zip(verdicts, marks, errors)
-    ]
+    judged = ["RIGHT" if v.right[ALL] else f"WRONG ({', '.join(v.wrong)})" for v in verdicts]
+    captions = [f"{how}: {v.prompt.caption}" for v, how in zip(verdicts, judged)]
     return image_grid([images[i] for i in shown], captions, marks=marks, columns=SHEET_COLUMNS)
 
 

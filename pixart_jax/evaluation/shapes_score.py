@@ -113,22 +113,11 @@ def score(prompts: Sequence[EvalPrompt], images: Sequence[np.ndarray]) -> Score:
     verdicts = [
         Verdict(p, f, judge(p.set, p.scene, list(f), u)) for p, f, u in zip(prompts, found, units)
     ]
-    sets = {
-        name: rows
-        for name in SETS
-        if (rows := [i for i, prompt in enumerate(prompts) if prompt.set == name])
-    }
-    # set → task → right [n], and its floor
-    right = {
-        name: {task: np.array([verdicts[i].right[task] for i in rows]) for task in _tasks_of(name)}
-        for name, rows in sets.items()
-    }
-    floors = {
-        name: _floor([verdicts[i] for i in rows], [units[i] for i in rows])
-        for name, rows in sets.items()
-    }
+    rows = {name: [i for i, p in enumerate(prompts) if p.set == name] for name in SETS}
+    sets = {name: [verdicts[i] for i in rows[name]] for name in SETS if rows[name]}
+    floors = {name: _floor(of, [units[i] for i in rows[name]]) for name, of in sets.items()}
     tasks = {
-        task: TaskScore.of(right[name][task], floors[name].get(task))
+        task: TaskScore.of(_right(sets[name], task), floors[name].get(task))
         for task, (name, _) in QUESTIONS.items()
         if name in sets
     }
@@ -137,8 +126,12 @@ def score(prompts: Sequence[EvalPrompt], images: Sequence[np.ndarray]) -> Score:
     if seen:
         known = [floors[name].get(ALL) for name in seen]
         floor = _average(known, [len(sets[name]) for name in seen])
-        every = TaskScore.of(np.concatenate([right[name][ALL] for name in seen]), floor)
+        every = TaskScore.of(_right(sum((sets[name] for name in seen), []), ALL), floor)
     return Score(tasks, mean, every, tuple(verdicts))
+
+
+def _right(verdicts: Sequence[Verdict], task: str) -> np.ndarray:
+    return np.array([verdict.right[task] for verdict in verdicts])
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -149,10 +142,6 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _tasks_of(name: str) -> list[str]:
-    return [*(task for task, (of, _) in QUESTIONS.items() if of == name), ALL]
 
 
 def _average(values: Sequence[float | None], weights: Sequence[int] | None = None) -> float | None:

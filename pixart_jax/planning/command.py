@@ -8,18 +8,26 @@ weights and no device are needed, only the platform's compiler.
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import jax
 import tyro
 
 from pixart_jax import cli
 from pixart_jax.config import Config
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import write_json
+from pixart_jax.models.vae import VAEConfig
+from pixart_jax.parallel.mesh import resolve_sizes
+from pixart_jax.pipeline.image_size import check_options
 from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.pipeline.scheduler import SchedulerConfig
+from pixart_jax.planning import plan, report, sweep, topology
+from pixart_jax.planning.compilation import CompileLimits
+from pixart_jax.planning.target import PlanTarget, SamplingWorkload
+from pixart_jax.training import recipes
 
 USAGE = (
     "python -m pixart_jax plan configs/NAME.py --topology v5e:16x16 [flags] "
@@ -50,11 +58,7 @@ class PlanOptions:
 
 
 def main(argv: list[str]) -> int:
-    if "jax" not in sys.modules:  # this process only counts: it needs no device
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    from pixart_jax.planning import compilation, plan, topology
-    from pixart_jax.training import recipes
-
+    jax.config.update("jax_platforms", "cpu")  # this process only counts: it needs no device
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
     if recipe is None and not {"-h", "--help"} & set(argv):
         raise UserError(f"the recipe comes first: {USAGE}; there are {', '.join(recipes.known())}")
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
     )
     if options.most < 1:
         raise UserError(f"--most {options.most}: at least 1")
-    limits = compilation.CompileLimits(options.compile_gib, options.compile_seconds)
+    limits = CompileLimits(options.compile_gib, options.compile_seconds)
     where = topology.parse(options.topology, options.slices)
     config = recipes.parse_config(recipes.find(recipe or ""), overrides)
     targets = [make_target(config, index, where, options) for index in stages(config, options)]
@@ -93,19 +97,15 @@ def stages(config: Config, options: PlanOptions) -> list[int]:
     return [names.index(options.stage)]
 
 
-def make_target(config: Config, index: int, where, options: PlanOptions):
+def make_target(
+    config: Config, index: int, where: topology.Topology, options: PlanOptions
+) -> PlanTarget:
     """The train step of a stage, or with --sample the sampler's scan, by default of one image a
     batch shard."""
-    from pixart_jax.models.vae import VAEConfig
-    from pixart_jax.parallel.mesh import resolve_sizes
-    from pixart_jax.pipeline.image_size import check_options
-    from pixart_jax.pipeline.scheduler import SchedulerConfig
-    from pixart_jax.planning import plan, target
-
     stage = config.stages[index]
     mesh = (where.size, 1, 1, 1) if options.sweep else resolve_sizes(config.mesh, where.size)
     if not options.sample:
-        made = target.PlanTarget(where, config, index, mesh, plan.largest(stage))
+        made = PlanTarget(where, config, index, mesh, plan.largest(stage))
         return made.with_mesh_and_batch(mesh, options.batch_size or stage.batch_size)
     if stage.task != "text_to_image":
         raise UserError(
@@ -115,15 +115,13 @@ def make_target(config: Config, index: int, where, options: PlanOptions):
     o, batch = options, options.batch_size or mesh[0] * mesh[1]
     sampling = dataclasses.replace(o.sampling, binning=False).with_defaults()
     parts = (config.model, VAEConfig(), SchedulerConfig())
-    size, _ = check_options(sampling, *parts, o.height, o.width, batch_size=batch)
-    work = target.SamplingWorkload(batch, *size, sampling, o.dtype)
-    return target.PlanTarget(where, config, index, mesh, sampling=work, part="denoise")
+    size, _ = check_options(sampling, *parts, o.height, o.width, batch_size=o.batch_size)
+    work = SamplingWorkload(batch, *size, sampling, o.dtype)
+    return PlanTarget(where, config, index, mesh, sampling=work, part="denoise")
 
 
-def run_stages(targets, options: PlanOptions, limits) -> dict:
+def run_stages(targets: Sequence[PlanTarget], options: PlanOptions, limits: CompileLimits) -> dict:
     """Compile and print each stage."""
-    from pixart_jax.planning import plan, report
-
     made = []
     for target in targets:
         made.append(plan.make(target, limits))
@@ -134,19 +132,17 @@ def run_stages(targets, options: PlanOptions, limits) -> dict:
     return {"programs": [report.as_json(p) for p in made]}
 
 
-def run_sampling(targets, options: PlanOptions, limits) -> dict:
+def run_sampling(
+    targets: Sequence[PlanTarget], options: PlanOptions, limits: CompileLimits
+) -> dict:
     """Compile and print the sampler of the one target."""
-    from pixart_jax.planning import plan, report
-
     made = plan.make_sampling(targets[0], limits)
     print(f"{report.sampling_text(made)}\n\n{report.LEGEND}")
     return report.sampling_json(made)
 
 
-def run_sweep(targets, options: PlanOptions, limits) -> dict:
+def run_sweep(targets: Sequence[PlanTarget], options: PlanOptions, limits: CompileLimits) -> dict:
     """Compile, rank and print the candidates of each target."""
-    from pixart_jax.planning import report, sweep
-
     found = []
     for target in targets:
         outcomes = sweep.run(target, options.most, limits, sizes=options.batch_size is None)

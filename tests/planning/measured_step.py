@@ -16,18 +16,14 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 import small_run
 
-from pixart_jax.parallel import rules
-from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training import stages
-from pixart_jax.training.batches import put
-from pixart_jax.training.frozen import FrozenSpec
-from pixart_jax.training.state import fresh_params, state_from
-from pixart_jax.training.step import compiled_step
+from benchmarks.plans import arrays
+from pixart_jax.planning import programs, topology
+from pixart_jax.planning.target import PlanTarget
 
 
 def status(field: str) -> int:
@@ -35,55 +31,35 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def settle() -> None:
+    """What was freed goes back to the system."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def main(fsdp: int, remat: str) -> None:
-    config = small_run.get_config(remat=remat)
-    stage = config.stages[0]
-    mesh = make_mesh(small_run.MeshConfig(data=-1, fsdp=fsdp))
-    made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
-    shapes = stages.abstract_batch(config, stage, small_run.BUCKET, mesh)
-    step = compiled_step(config, stage, made, mesh)
-    compiled = step.trace(made.abstract, shapes, stages.abstract_key(mesh)).lower().compile()
-    key = jax.device_put(jax.random.key(0), rules.replicated(mesh))
+    count, config = small_run.DEVICES, small_run.get_config(remat=remat)
+    where, mesh = topology.parse(f"cpu:{count}"), (count // fsdp, fsdp, 1, 1)
+    target = PlanTarget(where, config, 0, mesh, small_run.BUCKET)
+    program = programs.program(target)
+    compiled = program.traced.lower().compile()
 
-    def arrays():
-        params = fresh_params(made.task.init, jax.random.key(0), made.abstract)
-        state = state_from(params, made.optimizer, made.abstract)
-        batch = put(rows(shapes), rules.batch_sharding(mesh))
-        return jax.block_until_ready((state, batch))
-
-    def steps(state, batch):
+    def steps(state, batch, key) -> float:
         for _ in range(2):
             state, metrics = compiled(state, batch, key)
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
-    steps(*arrays())
+    steps(*arrays(target, program))
     settle()
     before = status("VmRSS")
-    held = arrays()
+    held = arrays(target, program)
     settle()
     made_of_arrays = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     loss = steps(*held)
-    grown, arrays_bytes = status("VmHWM") - before, made_of_arrays - before
-    print(json.dumps({"grown": grown, "arrays": arrays_bytes, "loss": loss}))
-
-
-def rows(shapes) -> dict[str, np.ndarray]:
-    """Numbers of the batch's shapes."""
-    rng = np.random.default_rng(0)
-
-    def values(s) -> np.ndarray:
-        whole = s.dtype.kind in "iu"
-        return (np.full(s.shape, 5) if whole else rng.normal(size=s.shape)).astype(s.dtype)
-
-    return {name: values(shape) for name, shape in shapes.items()}
-
-
-def settle() -> None:
-    """What was freed goes back to the system."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    grown = status("VmHWM") - before
+    print(json.dumps({"grown": grown, "arrays": made_of_arrays - before, "loss": loss}))
 
 
 main(int(sys.argv[1]), sys.argv[2])
