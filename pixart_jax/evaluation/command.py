@@ -210,7 +210,7 @@ def _check(options) -> None:
 def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) -> Score:
     """Score, print the table, write the files with the options and ``more``."""
     result = score(prompts, images)
-    print(report.table(result, f"{title} · {options.per_task} pictures a set"))
+    print(report.table(result, f"{title} · {options.per_task} images a set"))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         fields = dataclasses.asdict(options)

@@ -148,7 +148,7 @@ def run_sweep(targets: Sequence[PlanTarget], options: PlanOptions, limits: Compi
         outcomes = sweep.run(target, options.most, limits, sizes=options.batch_size is None)
         print(report.ranking(target, outcomes), flush=True)
         ranked = [
-            report.as_json(o.plan) if o.plan else {"mesh": o.target.axes, "fault": o.error}
+            report.as_json(o.plan) if o.plan else {"mesh": o.target.axes, "error": o.error}
             for o in outcomes
         ]
         found.append({"stage": target.stage_config.name, "ranking": ranked})

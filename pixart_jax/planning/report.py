@@ -262,7 +262,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "cpu_seconds": stats.compile_cpu_seconds,
             "host_peak": stats.host_peak,
             "compiler": stats.compiler,
-            "kept": stats.cached,
+            "cached": stats.cached,
         },
         "assumptions": [*stats.assumptions, estimate.ASSUMPTIONS],
     }

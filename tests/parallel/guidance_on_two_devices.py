@@ -18,7 +18,7 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import sampler
 
 
-def drawn(pipe, prompt: str, monitored: list) -> tuple[np.ndarray, np.ndarray]:
+def generated(pipe, prompt: str, monitored: list) -> tuple[np.ndarray, np.ndarray]:
     """(latents [b, h, w, c] of the compiled scan, images); monitored: what the scan's program costs
     a device is put there."""
     run, seen = sampler.generate_jit, []
@@ -40,16 +40,16 @@ def drawn(pipe, prompt: str, monitored: list) -> tuple[np.ndarray, np.ndarray]:
 
 def main(folder: str, prompt: str) -> None:
     single: list[float] = []
-    latents, images = drawn(Pipeline.from_pretrained(folder), prompt, single)
+    latents, images = generated(Pipeline.from_pretrained(folder), prompt, single)
     found = {}
     for name in ("data=2", "fsdp=2,data=1"):
         flops: list[float] = []
         mesh = make_mesh(MeshConfig.parse(name), jax.devices())
-        ours, pictures = drawn(Pipeline.from_pretrained(folder, mesh=mesh), prompt, flops)
+        ours, others = generated(Pipeline.from_pretrained(folder, mesh=mesh), prompt, flops)
         found[name] = {
             "rows": len(ours),
             "latents": float(np.abs(ours - latents).max() / np.abs(latents).max()),
-            "images": int(np.abs(pictures.astype(int) - images).max()),
+            "images": int(np.abs(others.astype(int) - images).max()),
             "work": flops[0] / single[0],
         }
     print(json.dumps(found))

@@ -57,6 +57,6 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_where_the_pipeline_is_
 def test_a_mesh_of_more_devices_than_there_are_is_one_line(capsys, tmp_path):
     flags = ["--prompt", PROMPT, "--out", str(tmp_path), "--mesh", "data=3,fsdp=5"]
     assert cli.run(sample.main, flags) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: mesh data 3 × fsdp 5") and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: mesh data 3 × fsdp 5") and printed.count("\n") == 1
     assert MeshConfig.parse("fsdp=2,context_attention=ring").context_attention == "ring"

@@ -29,9 +29,9 @@ def test_the_rest_goes_to_the_axis_that_asks_for_it():
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 7}, {"data": 64}, {"data": 5, "tensor": 3}])
 def test_a_mesh_that_does_not_fit_is_one_clear_line(sizes):
-    with pytest.raises(UserError, match="does not fit 1 device") as fault:
+    with pytest.raises(UserError, match="does not fit 1 device") as error:
         make_mesh(MeshConfig(**sizes), jax.devices()[:1])
-    assert "\n" not in str(fault.value)
+    assert "\n" not in str(error.value)
 
 
 def test_two_rests_are_refused():

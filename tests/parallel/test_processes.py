@@ -1,5 +1,5 @@
-"""How processes are told of each other, what a mistake there says, and that one lost ends the
-others with a line."""
+"""How processes find each other, what a mistake there says, and that a lost one ends the others
+with a line."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ def test_an_fsdp_mesh_gathers_parameters_and_no_activations(transformer, dit):
 def test_compiling_needs_no_involuntary_rematerialization(transformer, dit):
     """XLA says so on stderr where it finds no way from one sharding to the next but a whole copy on
     every device."""
-    for _, said in (transformer, dit):
-        assert not [line for line in said.splitlines() if "nvoluntary" in line]
+    for _, printed in (transformer, dit):
+        assert not [line for line in printed.splitlines() if "nvoluntary" in line]
 
 
 def test_tensor_parallelism_sums_activations_and_gathers_no_kernel_over_tensor(transformer):

@@ -8,11 +8,11 @@ the DiT, 1: the transformer), MESH as train.py's --mesh takes it, with ",remat=N
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import flax.linen as nn
@@ -65,33 +65,17 @@ def recipe(folder: Path, stage: int, mesh: str):
     config = tiny_run.curriculum(folder)
     if not (folder / "wide").exists():
         tiny_run.shards(folder / "wide", (BUCKET,), count=BATCH)
-    chosen = dataclasses.replace(
-        config.stages[stage],
-        start="fresh",
-        batch_size=BATCH,
-        data=dataclasses.replace(
-            config.stages[stage].data,
-            source=str(folder / "wide"),
-            buckets=(BUCKET,),
-            max_text_tokens=TEXT_TOKENS,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip=1.0, ema=0.9, eps=1e-8),
-    )
+    data = {"source": str(folder / "wide"), "buckets": (BUCKET,), "max_text_tokens": TEXT_TOKENS}
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip=1.0, ema=0.9, eps=1e-8)
+    chosen = replace(config.stages[stage], start="fresh", batch_size=BATCH, optimizer=optimizer)
+    chosen = replace(chosen, data=replace(chosen.data, **data))
     ratio = int(changes.get("kv_compression", 1))
-    model = dataclasses.replace(
-        config.model,
-        width=256,
-        heads=8,
-        depth=2,
-        text_tokens=TEXT_TOKENS,
-        size_conditions=False,
-        kv_compression=ratio,
-        kv_compression_layers=(1,) if ratio > 1 else (),
-    )
+    fields = {"width": 256, "heads": 8, "depth": 2, "text_tokens": TEXT_TOKENS}
+    fields |= {"kv_compression": ratio, "kv_compression_layers": (1,) if ratio > 1 else ()}
+    model = replace(config.model, size_conditions=False, **fields)
     sizes = MeshConfig.parse(",".join(f"{name}={value}" for name, value in options.items()))
-    return dataclasses.replace(
-        config, stages=(chosen,), model=model, mesh=sizes, remat=changes.get("remat", "none")
-    ), sizes
+    remat = changes.get("remat", "none")
+    return replace(config, stages=(chosen,), model=model, mesh=sizes, remat=remat), sizes
 
 
 def first_params(task) -> dict:
@@ -115,20 +99,14 @@ def step(config, mesh, params=None):
     optimizer = optax.chain(keep_gradient(), stage.optimizer)
     abstract = abstract_state(boxed, optimizer, mesh)
     state = state_from(params, optimizer, abstract)
-    compiled = CompiledStep(
-        mesh, abstract, task=stage.task, optimizer=optimizer, rate=lambda _: 1e-3
-    )
+    how = {"task": stage.task, "optimizer": optimizer, "rate": lambda _: 1e-3}
+    compiled = CompiledStep(mesh, abstract, **how)
     batch = put(loader.batch(0), rules.batch_sharding(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
         program = compiled.jitted.lower(state, batch, jax.random.key(7)).compile()
     state, metrics = program(state, batch, jax.random.key(7))
-    return (
-        float(metrics["loss"]),
-        jax.device_get(state.opt_state[0]),
-        program,
-        rules.unboxed(boxed),
-        params,
-    )
+    gradients = jax.device_get(state.opt_state[0])
+    return float(metrics["loss"]), gradients, program, rules.unboxed(boxed), params
 
 
 def difference(gradients, reference) -> tuple[float, str]:
@@ -138,14 +116,11 @@ def difference(gradients, reference) -> tuple[float, str]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(reference)
     floor = 1e-5 * math.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for _, leaf in leaves))
-    worst = [
-        (
-            float(np.linalg.norm(ours - leaf) / max(np.linalg.norm(leaf), floor)),
-            jax.tree_util.keystr(path, simple=True, separator="/"),
-        )
-        for (path, leaf), ours in zip(leaves, jax.tree.leaves(gradients), strict=True)
-    ]
-    return max(worst)
+    found = []
+    for (path, leaf), ours in zip(leaves, jax.tree.leaves(gradients), strict=True):
+        gap = float(np.linalg.norm(ours - leaf) / max(np.linalg.norm(leaf), floor))
+        found.append((gap, jax.tree_util.keystr(path, simple=True, separator="/")))
+    return max(found)
 
 
 def main(folder: Path, stage: int, meshes: list[str]) -> None:
@@ -153,24 +128,17 @@ def main(folder: Path, stage: int, meshes: list[str]) -> None:
     for name in meshes:
         config, sizes = recipe(folder, stage, name)
         if config.model not in single:
-            single[config.model] = step(
-                dataclasses.replace(config, remat="none"),
-                make_mesh(MeshConfig(), jax.devices()[:1]),
-            )
+            alone = make_mesh(MeshConfig(), jax.devices()[:1])
+            single[config.model] = step(replace(config, remat="none"), alone)
         loss, gradients, _, _, params = single[config.model]
         print(f"compiling {name}", file=sys.stderr, flush=True)
         ours, theirs, program, shapes, _ = step(config, make_mesh(sizes), params)
-        held = collectives(program.as_text())
+        leaves = jax.tree_util.tree_leaves_with_path(shapes)
         found[name] = {
             "loss": abs(ours - loss) / abs(loss),
             "gradient": difference(theirs, gradients),
-            "parameters": sorted(
-                {
-                    leaf.shape[path[0].key == "blocks" :]
-                    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-                }
-            ),
-            **held,
+            "parameters": sorted({x.shape[path[0].key == "blocks" :] for path, x in leaves}),
+            **collectives(program.as_text()),
         }
     print(json.dumps(found))
 
