@@ -17,6 +17,7 @@ from pixart_jax.models.flops import forward_flops
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.planning import plan as plans
 from pixart_jax.planning.compilation import CompileLimits
+from pixart_jax.planning.estimate import OVERLAP, PRODUCT_EFFICIENCY, WIRE_EFFICIENCY
 from pixart_jax.planning.plan import Plan
 from pixart_jax.planning.target import PlanTarget
 from pixart_jax.planning.topology import Topology
@@ -27,10 +28,9 @@ WIDEST_CONTEXT = 16
 BATCHES = (1.0, 0.5, 2.0, 0.25, 4.0)  # of the config's
 # Bytes a parameter of the fp32 parameters and the optimizer's moments; an EMA takes 4 more.
 _STATE_BYTES = {"adamw": 12, "came": 8}
-# The rough arithmetic. Only the order of candidates rests on it, not a figure of the report.
-_PEAK_SHARE = 0.5  # of the chip's peak that a step's work reaches
+# The rough arithmetic, with estimate.py's efficiencies. Only the order of candidates rests on it,
+# not a figure of the report.
 _PASSES = 4  # forward, recomputed forward, and a backward of two
-_EXPOSED_SHARE = 0.3  # of the communication, what is not hidden behind work
 _GATHERS = 4  # of the bf16 weights over fsdp: one a pass, and the gradients' scatter
 _TENSOR_SUMS = 8  # of the bf16 stream a block: two all-reduces, each of two transfers, in 2 passes
 _CONTEXT_GATHERS = 6  # of the bf16 stream a block: keys and values, in 3 passes
@@ -111,8 +111,9 @@ def _images_per_second(target: PlanTarget, model: TransformerConfig | DiTConfig 
     sent = _GATHERS * 2 * parameters / axes["tensor"] * (axes["fsdp"] > 1)
     blocks = _TENSOR_SUMS * (axes["tensor"] > 1) + _CONTEXT_GATHERS * (axes["context"] > 1)
     sent += model.depth * stream * blocks
-    work = flops / target.topology.size / (_PEAK_SHARE * chip.peak_bf16_flops)
-    seconds = work + _EXPOSED_SHARE * sent / (chip.link_bandwidth * max(1, chip.torus))
+    work = flops / target.topology.size / (PRODUCT_EFFICIENCY * chip.peak_bf16_flops)
+    links = WIRE_EFFICIENCY * chip.link_bandwidth * max(1, chip.torus)
+    seconds = work + (1 - OVERLAP) * sent / links
     return target.batch / seconds * (1.0 if held < chip.usable_bytes else 1e-3)
 
 
