@@ -14,7 +14,7 @@ COMMANDS = {
     "convert": ("pixart_jax.commands.convert", "official .pth, DiT .pt or diffusers → a component"),
     "encode": ("pixart_jax.encoding.command", "images, captions or prompts → latents, text states"),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
-    "inspect": ("pixart_jax.captioning.inspect_command", "a data set's report, before training"),
+    "inspect": ("pixart_jax.captioning.inspect", "a data set's report, before training"),
     "launch": ("pixart_jax.commands.launch", "run several processes on this machine"),
     "nouns": ("pixart_jax.captioning.nouns_command", "noun statistics of captions, as the paper's"),
     "plan": ("pixart_jax.planning.command", "memory, time and cost of a run on other hardware"),

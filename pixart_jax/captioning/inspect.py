@@ -1,5 +1,11 @@
-"""One pass over a source, and what it found: a page index.html with its pictures, and inspect.json
-with every figure."""
+"""``python -m pixart_jax inspect DATA``: a page that shows what a set holds, before anything is
+trained on it.
+
+DATA is a source, as encode takes it, or with --vae a folder of encoded shards. The page has
+figures, pictures by bucket as training would crop them, captions and how many of them are cut,
+duplicates by perceptual hash, and every record that is left out with its reason; inspect.json has
+every figure.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +15,35 @@ import html
 import io
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from pixart_jax import cli
 from pixart_jax.data import buckets as bucket_tables
 from pixart_jax.data import images
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.samples import tokenize
-from pixart_jax.data.sources import Source
-from pixart_jax.encoding.options import Bucket, BucketsFlag
+from pixart_jax.data.sources import Sample, Source
+from pixart_jax.data.sources.encoded import RecordsSource
+from pixart_jax.encoding.options import Bucket, BucketsFlag, SourceSpec
 from pixart_jax.errors import UserError
 from pixart_jax.files import hash64
-from pixart_jax.text import clean_caption
+from pixart_jax.images import to_uint8
+from pixart_jax.text import clean_caption, load_tokenizer
 
 FIGURES = "inspect.json"
 _CHUNK = 256  # samples read ahead of the count
 _LONGEST = 4096  # tokens; longer texts are counted as this long
 _THUMBNAIL = 192  # px of the longer side
 _HASH_BITS = 64
-_ROW = np.dtype(
-    [(name, "i8") for name in ("index", "label", "height", "width", "bucket")] + [("hash", "u8")]
-)
 _ON_PAGE = 500  # entries of a list; inspect.json has all that were kept
 _GROUPS, _GROUP_PICTURES = 50, 6  # shown as pictures
 
@@ -71,6 +79,91 @@ class InspectOptions:
                 f"--duplicates {self.duplicates}: at most 16 bits; pictures that have nothing in "
                 "common differ in about 32"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    source: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[SourceSpec]]
+    out: Path = Path("inspect")
+    """Folder of the page; an earlier page there is replaced."""
+    options: tyro.conf.OmitArgPrefixes[InspectOptions] = InspectOptions()
+    vae: Path | None = None
+    """Of encoded shards: the folder of the VAE that made them, or of a model that holds it; it
+    shows what training sees."""
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "none"
+    """A tokenizer's folder, or a model folder that holds one: counts tokens; none counts words
+    alone."""
+    strict: bool = False
+    """Stop at the first record that cannot be read; otherwise it is named, counted and skipped."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the page; return exit status 0. Raises UserError for user errors."""
+    arguments = cli.parse(Arguments, argv, prog="python -m pixart_jax inspect", description=__doc__)
+    options, vae, tokenizer = arguments.options, arguments.vae, None
+    if arguments.tokenizer != "none":
+        folder = Path(arguments.tokenizer)
+        inner = folder / "tokenizer"
+        tokenizer = load_tokenizer(inner if inner.is_dir() else folder)
+    faults = BadRecords(arguments.strict)
+    source: Source = arguments.source.open(faults)
+    if isinstance(source, RecordsSource):
+        if options.buckets:
+            raise UserError("--buckets: encoded shards have buckets of their own")
+        if vae is None:
+            raise UserError(
+                f"{source.name} is encoded: give --vae, the folder of its VAE or of the model, or "
+                "the set that it was made from"
+            )
+        options = dataclasses.replace(options, buckets=source.buckets)
+        source = DecodedSource(source, vae)
+    elif vae is not None:
+        raise UserError(f"--vae is for encoded shards, and {source.name} has its pictures")
+    found = survey(source, options, tokenizer, faults=faults)
+    found.figures["tokenizer"] = arguments.tokenizer if tokenizer else None
+    path, figures = write(found, arguments.out), found.figures
+    used = sum(count > 0 for count in figures["buckets"].values())
+    print(
+        f"{figures['looked_at']} samples of {source.name}: {figures['readable']} pictures in "
+        f"{used} buckets, {len(figures['duplicate_groups'])} groups alike"
+    )
+    for kind, one in figures["captions"].items():
+        cut = f", {one['cut']} longer than {options.max_text_tokens} tokens" if tokenizer else ""
+        print(f"  captions {kind}: {one['texts']} of {one['samples']} samples{cut}")
+    if len(faults):
+        print(f"  {faults.summary()}")
+    print(f"the page: {path}")
+    return 0
+
+
+class DecodedSource:
+    """Encoded records with pictures: what the VAE decodes from their latents, which is all that
+    training sees. Raises UserError for a VAE that did not make them."""
+
+    def __init__(self, encoded: RecordsSource, vae: Path):
+        from pixart_jax.pipeline.encoder_identity import component_identity
+        from pixart_jax.weights.component import load_component
+        from pixart_jax.weights.hub import model_folder
+
+        vae = model_folder(vae, ("vae",))
+        opened: Any = load_component(vae / "vae" if (vae / "vae").is_dir() else vae)
+        if component_identity(opened) != encoded.identity.get("vae"):
+            raise UserError(f"--vae {vae}: {encoded.name} was encoded with another VAE")
+        self._encoded, self._vae, self._one_at_a_time = encoded, opened, threading.Lock()
+        self.name, self.fingerprint = encoded.name, encoded.fingerprint
+        self.caption_kinds, self.num_classes = encoded.caption_kinds, encoded.num_classes
+        self.sizes = encoded.sizes  # of the pictures before they were encoded
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._encoded[index]
+        with self._one_at_a_time:  # so that each bucket compiles once
+            pixels = np.asarray(self._vae.decode(self._encoded.latents(index)[None]))[0]
+        png = io.BytesIO()
+        Image.fromarray(to_uint8(pixels)).save(png, "PNG")
+        return dataclasses.replace(sample, image=png.getvalue())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +205,8 @@ def survey(
     if options.sample is not None and options.sample < len(source):
         random = np.random.default_rng(options.seed)
         indices = np.sort(random.choice(len(source), options.sample, replace=False))
-    rows: list[tuple] = []  # of _ROW, the readable samples
+    readable: list[tuple[int, ...]] = []  # (index, label, height, width, bucket)
+    hashes: list[int] = []
     shown: list[list[Look]] = [[] for _ in buckets]
     captions: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()  # hashes of texts
@@ -120,28 +214,27 @@ def survey(
     with bar, concurrent.futures.ThreadPoolExecutor(options.threads) as readers:
         for start in range(0, len(indices), _CHUNK):
             part = indices[start : start + _CHUNK]
-            looks = list(readers.map(lambda index: _look(source, index, buckets), part))
-            for index, look in zip(part, looks):
+            for index, look in zip(part, readers.map(lambda i: _look(source, i, buckets), part)):
                 _count_captions(captions, look, options.max_text_tokens, tokenizer, seen)
                 if look.error:
                     faults.add(look.key, "unreadable image", look.error)
                     continue
-                rows.append((index, look.label, *look.size, look.bucket, look.hash))
+                readable.append((index, look.label, *look.size, look.bucket))
+                hashes.append(look.hash)
                 # the same pictures are shown whatever the order, the threads or the other samples
                 chosen = shown[look.bucket]
                 chosen.append(look)
                 chosen.sort(key=lambda one: hash64(f"{options.seed} {one.key}"))
                 del chosen[options.shown :]
             bar.update(len(part))
-    table = np.array(rows, _ROW)
-    counts = np.bincount(table["bucket"], minlength=len(buckets)).tolist()
-    smallest = np.array(buckets)[table["bucket"]]  # [n, 2], px
-    sizes = np.stack([table["height"], table["width"]], 1)
+    table = np.array(readable, np.int64).reshape(-1, 5)
+    labels, sizes, smallest = table[:, 1], table[:, 2:4], np.array(buckets)[table[:, 4]]
+    counts = np.bincount(table[:, 4], minlength=len(buckets)).tolist()
     groups: list[list[str]] = []
     pictures: dict[str, list[Look]] = {}
     if options.duplicates >= 0 and len(table):
-        for group in duplicate_groups(table["hash"], options.duplicates):
-            numbers = table["index"][group]
+        for group in duplicate_groups(np.array(hashes, np.uint64), options.duplicates):
+            numbers = table[group, 0]
             groups.append([source[int(number)].key for number in numbers[:100]])
             if len(groups) <= _GROUPS:
                 first = [_look(source, number, buckets) for number in numbers[:_GROUP_PICTURES]]
@@ -163,7 +256,7 @@ def survey(
         "longer_side": _spread(sizes.max(1)),
         "enlarged": int((sizes < smallest).any(1).sum()),
         "buckets": dict(zip(names, counts)),
-        "classes": len(np.unique(table["label"][table["label"] >= 0])),
+        "classes": len(np.unique(labels[labels >= 0])),
         "captions": captions,
         "max_text_tokens": options.max_text_tokens,
         "duplicate_distance": None if options.duplicates < 0 else options.duplicates,

@@ -1,8 +1,8 @@
 """The nouns of a set's captions, as the paper's table counts them: valid and distinct nouns, their
 total, how many per image.
 
-Captions are read once, in chunks; processes tag them; one table adds up. Sums do not depend on the
-order in which chunks come back, so neither do the counts on the number of processes.
+Captions are read once, in chunks, and processes tag them. Sums do not depend on the order of the
+chunks, so the counts do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import itertools
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from pixart_jax.captioning import taggers
-from pixart_jax.captioning.texts import of_kinds, open_captions
+from pixart_jax.captioning.taggers import NounFinder, noun_finder
+from pixart_jax.captioning.texts import open_captions, texts_of_kinds
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.encoding.options import NamesFlag
 from pixart_jax.errors import UserError
@@ -28,7 +29,6 @@ from pixart_jax.files import hash64
 from pixart_jax.text import clean_caption, load_tokenizer
 
 CHUNK = 400  # images per task
-CHUNK_TEXT = 1_000_000  # characters per task at most
 TOP, DROPPED = 100, 1000  # nouns that are reported by name
 
 
@@ -55,37 +55,17 @@ class NounOptions:
                 raise UserError(f"{name} {getattr(self, name)}: at least 0")
 
 
-class Lengths(Counter[int]):
-    """How many captions have how many words (or tokens)."""
-
-    def quantile(self, share: float) -> int:
-        """The smallest length that at least ``share`` of the captions do not exceed."""
-        rest = share * self.total()
-        for length in sorted(self):
-            rest -= self[length]
-            if rest <= 1e-9:
-                return length
-        return 0
-
-    def mean(self) -> float:
-        return sum(length * count for length, count in self.items()) / max(1, self.total())
-
-    def above(self, limit: int) -> int:
-        """How many captions are longer than ``limit``."""
-        return sum(count for length, count in self.items() if length > limit)
-
-
 @dataclasses.dataclass
 class ChunkCounts:
-    """The counts of some captions. nouns: noun → occurrences; too_long: words that were too long
-    for a noun."""
+    """The counts of some captions. nouns: noun → occurrences; words, tokens: length → captions;
+    too_long: words that were too long for a noun."""
 
     images: int = 0
     captions: int = 0
     too_long: int = 0
     nouns: Counter[str] = dataclasses.field(default_factory=Counter)
-    words: Lengths = dataclasses.field(default_factory=Lengths)
-    tokens: Lengths = dataclasses.field(default_factory=Lengths)
+    words: Counter[int] = dataclasses.field(default_factory=Counter)
+    tokens: Counter[int] = dataclasses.field(default_factory=Counter)
 
     def add(self, other: ChunkCounts) -> None:
         self.images += other.images
@@ -98,7 +78,7 @@ class ChunkCounts:
 
 @dataclasses.dataclass
 class NounCounts(ChunkCounts):
-    """The counts of one set. threshold: nouns that occur more often than this are valid."""
+    """The counts of a set. threshold: nouns that occur more often than this are valid."""
 
     name: str = ""
     threshold: int = 10
@@ -117,7 +97,7 @@ class NounCounts(ChunkCounts):
     @property
     def ratio(self) -> float:
         """VN / DN, 0 where there is no noun."""
-        return self.valid / self.distinct if self.distinct else 0.0
+        return self.valid / max(1, self.distinct)
 
     @property
     def total(self) -> int:
@@ -126,7 +106,7 @@ class NounCounts(ChunkCounts):
     @property
     def average(self) -> float:
         """Nouns per image."""
-        return self.total / self.images if self.images else 0.0
+        return self.total / max(1, self.images)
 
     @property
     def dropped_total(self) -> int:
@@ -135,13 +115,24 @@ class NounCounts(ChunkCounts):
 
     def top(self) -> list[tuple[str, int]]:
         """The most frequent nouns."""
-        return sorted(self.nouns.items(), key=lambda item: (-item[1], item[0]))[:TOP]
+        return sorted(self.nouns.items(), key=_by_frequency)[:TOP]
 
     def dropped(self) -> list[tuple[str, int]]:
         """A sample of the nouns that are not valid, the same in every run."""
         rare = [noun for noun, times in self.nouns.items() if times <= self.threshold]
         chosen = sorted(rare, key=hash64)[:DROPPED]
-        return sorted(((noun, self.nouns[noun]) for noun in chosen), key=lambda p: (-p[1], p[0]))
+        return sorted(((noun, self.nouns[noun]) for noun in chosen), key=_by_frequency)
+
+
+def _by_frequency(pair: tuple[str, int]) -> tuple[int, str]:
+    return -pair[1], pair[0]
+
+
+def quantiles(lengths: Counter[int], *shares: float) -> list[int]:
+    """For each share the smallest length that at least this share of the texts do not exceed.
+    lengths: length → texts, not empty."""
+    values = np.repeat(list(lengths), list(lengths.values()))
+    return np.quantile(values, shares, method="inverted_cdf").tolist()
 
 
 def count(
@@ -153,12 +144,12 @@ def count(
 ) -> NounCounts:
     """Count the nouns of a caption file, a folder of .txt or a source. Raises UserError where it
     cannot be opened or holds no caption."""
-    taggers.open_tagger(options.tagger, options.singular)  # raises before the work where missing
-    found = open_captions(what, faults, split, limit)
-    result = NounCounts(name=found.name, threshold=options.threshold, faults=faults)
-    chunks = _chunks(_first_of_key(of_kinds(found.records, options.kind, faults, what), faults))
-    with tqdm(total=found.total, unit=" images", desc=f"nouns of {found.name}") as bar:
-        for part in _count_chunks(chunks, options):
+    noun_finder(options.tagger)  # raises before the work where it is missing
+    name, total, records = open_captions(what, faults, split, limit)
+    result = NounCounts(name=name, threshold=options.threshold, faults=faults)
+    found = texts_of_kinds(records, options.kind, faults, what)
+    with tqdm(total=total, unit=" images", desc=f"nouns of {name}") as bar:
+        for part in _count_chunks(found, options):
             result.add(part)
             bar.update(part.images)
     if not result.images:
@@ -167,53 +158,22 @@ def count(
     return result
 
 
-def _first_of_key(
-    found: Iterable[tuple[str, str, tuple[str, ...]]], faults: BadRecords
-) -> Iterator[tuple[str, ...]]:
-    """The texts of each key's first record; later ones are named."""
-    seen: set[int] = set()
-    for key, place, texts in found:
-        if key and hash64(key) in seen:
-            faults.add(place, "key twice", key)
-        else:
-            seen.add(hash64(key))
-            yield texts
-
-
-def _chunks(found: Iterable[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
-    chunk, size = [], 0
-    for texts in found:
-        chunk.append(texts)
-        size += sum(map(len, texts))
-        if len(chunk) == CHUNK or size > CHUNK_TEXT:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _count_chunks(
-    chunks: Iterator[Sequence[tuple[str, ...]]], options: NounOptions
-) -> Iterator[ChunkCounts]:
-    """Every chunk's counts, in any order. At most three chunks per worker wait: reading does not
-    run ahead of tagging."""
+def _count_chunks(found: Iterator[tuple[str, ...]], options: NounOptions) -> Iterator[ChunkCounts]:
+    """The counts of every CHUNK images. Reading is at most some chunks per worker ahead."""
     workers = options.workers or os.cpu_count() or 1
+    chunks = iter(lambda: list(itertools.islice(found, CHUNK)), [])
     first = list(itertools.islice(chunks, 2))
-    chunks = itertools.chain(first, chunks)
     if workers == 1 or len(first) < 2:  # starting a process takes as long as tagging 2,000 captions
         _start(options)
-        yield from map(_count_chunk, chunks)
+        yield from map(_count_chunk, itertools.chain(first, chunks))
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (options,))
     try:
-        waiting: set[concurrent.futures.Future[ChunkCounts]] = set()
-        for chunk in chunks:
-            waiting.add(pool.submit(_count_chunk, chunk))
-            if len(waiting) >= 3 * workers:
-                done, waiting = concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED")
-                yield from (future.result() for future in done)
-        yield from (future.result() for future in concurrent.futures.as_completed(waiting))
+        while first:
+            tasks = [pool.submit(_count_chunk, chunk) for chunk in first]
+            first = list(itertools.islice(chunks, 16 * workers))
+            yield from (task.result() for task in tasks)
     except BrokenProcessPool:
         raise UserError(
             "a tagging process was ended from outside (out of memory?): fewer --workers need less"
@@ -222,13 +182,13 @@ def _count_chunks(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-_tagger: taggers.Tagger  # of a worker process
+_nouns: NounFinder  # of a worker process
 _tokenizer = None
 
 
 def _start(options: NounOptions) -> None:
-    global _tagger, _tokenizer
-    _tagger = taggers.open_tagger(options.tagger, options.singular)
+    global _nouns, _tokenizer
+    _nouns = noun_finder(options.tagger, options.singular)
     _tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
 
 
@@ -236,7 +196,7 @@ def _count_chunk(chunk: Sequence[tuple[str, ...]]) -> ChunkCounts:
     texts = [text for image in chunk for text in image]
     part = ChunkCounts(images=len(chunk), captions=len(texts))
     for text in texts:
-        found, too_long = _tagger.nouns(text)
+        found, too_long = _nouns(text)
         part.nouns.update(found)
         part.too_long += too_long
         part.words[len(text.split())] += 1

@@ -1,5 +1,5 @@
 """Which words of a text are nouns, by one of two part-of-speech taggers. Counts depend on the
-tagger, so it is named in the results."""
+tagger, so the results name it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import functools
 import importlib.metadata
 import re
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from pixart_jax.errors import UserError, nearest
 
 TAGS = ("NN", "NNS", "NNP", "NNPS")
 """The Penn Treebank's nouns: common and proper, singular and plural."""
-
 LONGEST = 64
 """Characters of a noun; a longer word is an address, a hash or base64, and would fill the table."""
-
 RULE = (
     f"tagged {', '.join(TAGS)}; lower-cased; of two letters or more; at most {LONGEST} characters"
 )
+MODELS = {"textblob": "pattern.en, in TextBlob's wheel", "nltk": "averaged_perceptron_tagger_eng"}
 
 _LETTERS = re.compile(r"[^\W\d_].*[^\W\d_]", re.DOTALL)
 # TextBlob tokenizes "isn't" as is, n, ', t; split like this before, no piece is a noun.
@@ -27,71 +25,53 @@ _NOT = re.compile(r"n['’]t\b", re.IGNORECASE)
 _SHORT = re.compile(r"(?<=\w)['’](?:s|d|m|ll|re|ve)\b", re.IGNORECASE)
 _SENTENCES = re.compile(r"(?<=[.!?])\s+")
 
-Tag = Callable[[str], Iterable[tuple[str, str]]]  # text → (word, tag) pairs
+NounFinder = Callable[[str], tuple[list[str], int]]
+"""A text → (its nouns in order, lower-cased; how many words were too long)."""
 
 
-class Tagger(NamedTuple):
-    """nouns: a text → (its nouns in order, lower-cased; how many words were too long). name,
-    version: of the package; model: of its tags."""
+def noun_finder(name: str = "textblob", singular: bool = False) -> NounFinder:
+    """Open a tagger of MODELS. singular: plural nouns (NNS, NNPS) become their singular, by
+    TextBlob's rules. Raises UserError for an unknown name, or where NLTK's model is missing."""
+    if name not in MODELS:
+        raise UserError(f"unknown tagger {name!r}{nearest(name, MODELS)}")
+    from textblob.en import tag
+    from textblob.en.inflect import singularize
 
-    name: str
-    version: str
-    model: str
-    nouns: Callable[[str], tuple[list[str], int]]
-
-
-def open_tagger(name: str = "textblob", singular: bool = False) -> Tagger:
-    """Open 'textblob' (its model lies in its wheel) or 'nltk'. singular: plural nouns (NNS, NNPS)
-    as their singular, by TextBlob's rules. Raises UserError where NLTK's model is missing."""
-    openers = {"textblob": _textblob, "nltk": _nltk}
-    if name not in openers:
-        raise UserError(f"unknown tagger {name!r}{nearest(name, openers)}")
-    tag, model = openers[name]()
-    if singular:
-        from textblob.en.inflect import singularize
-
-        to_singular = functools.lru_cache(100_000)(singularize)
+    to_singular = functools.lru_cache(100_000)(singularize)
+    nltk_tag = _nltk() if name == "nltk" else None
 
     def nouns(text: str) -> tuple[list[str], int]:
         found, too_long = [], 0
-        for word, mark in tag(text):
+        tagged = nltk_tag(text) if nltk_tag else tag(_SHORT.sub(" ", _NOT.sub(" not", text)))
+        for word, mark in tagged:
             if mark not in TAGS or not _LETTERS.search(word):
                 continue
             if len(word) > LONGEST:
                 too_long += 1
-                continue
-            plural = singular and mark.endswith("S")
-            found.append(to_singular(word.lower()) if plural else word.lower())
+            else:
+                plural = singular and mark.endswith("S")
+                found.append(to_singular(word.lower()) if plural else word.lower())
         return found, too_long
 
-    return Tagger(name, importlib.metadata.version(name), model, nouns)
+    return nouns
 
 
-def _textblob() -> tuple[Tag, str]:
-    from textblob.en import tag
-
-    def tagged(text: str):
-        return tag(_SHORT.sub(" ", _NOT.sub(" not", text)))
-
-    return tagged, "pattern.en, in TextBlob's wheel"
-
-
-def _nltk() -> tuple[Tag, str]:
+def _nltk() -> Callable[[str], Iterable[tuple[str, str]]]:
     import nltk  # comes with textblob
     from nltk.tokenize import NLTKWordTokenizer
 
-    model = "averaged_perceptron_tagger_eng"
     try:
         nltk.pos_tag(["dog"])
     except LookupError:
         raise UserError(
-            f"--tagger nltk: its model is not here: python -m nltk.downloader {model}, or --tagger "
-            "textblob"
+            f"--tagger nltk: its model is not here: python -m nltk.downloader {MODELS['nltk']}, or "
+            "--tagger textblob"
         ) from None
     split = NLTKWordTokenizer().tokenize
+    return lambda text: (pair for s in _SENTENCES.split(text) for pair in nltk.pos_tag(split(s)))
 
-    def tagged(text: str):
-        for sentence in _SENTENCES.split(text):
-            yield from nltk.pos_tag(split(sentence))
 
-    return tagged, model
+def description(name: str) -> dict:
+    """The tagger in nouns.json."""
+    version = importlib.metadata.version(name)
+    return {"name": name, "version": version, "model": MODELS[name], "tags": list(TAGS)}

@@ -14,8 +14,14 @@ from safetensors.numpy import load_file, save_file
 from skimage import data as photographs
 
 from pixart_jax import cli
-from pixart_jax.captioning import inspect_command
-from pixart_jax.captioning.inspect import FIGURES, InspectOptions, duplicate_groups, survey, write
+from pixart_jax.captioning.inspect import (
+    FIGURES,
+    InspectOptions,
+    duplicate_groups,
+    main,
+    survey,
+    write,
+)
 from pixart_jax.data.sources import Sample
 from pixart_jax.encoding import command as encode_command
 from pixart_jax.errors import UserError
@@ -146,7 +152,7 @@ def test_an_earlier_page_is_replaced_and_anything_else_is_refused(found, tmp_pat
 
 def run(capsys, *argv) -> tuple[int, str, str]:
     """(exit status, output, the line of the error)."""
-    status = cli.run(inspect_command.main, [str(a) for a in argv])
+    status = cli.run(main, [str(a) for a in argv])
     said = capsys.readouterr()
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
     return status, said.out, (errors or [""])[0]
