@@ -9,7 +9,6 @@ import random
 import tarfile
 
 import nltk
-import numpy as np
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
