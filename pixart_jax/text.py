@@ -8,21 +8,19 @@ which they apply; :func:`clean_caption` goes through it twice, as both reference
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import html
-import io
-import json
 import os
 import re
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from pixart_jax import tables
 from pixart_jax.errors import Notice, UserError
 
 _HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
@@ -250,72 +248,54 @@ class PromptRow:
 
 
 def read_prompts(path: str | os.PathLike) -> list[PromptRow]:
-    """The rows of a file in their order, without those of a blank prompt; other columns of a .csv
-    and fields of a .jsonl are ignored. Raises UserError where there is no row, or one cannot be
-    read."""
+    """The rows of a file in their order, without those of a blank prompt: a table that
+    ``tables.rows`` reads, or one prompt a line. Further columns are ignored. Raises UserError where
+    there is no row, or one cannot be read."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no prompt file {path}") from None
-    except IsADirectoryError:
-        raise UserError(
-            f"{path} is a folder: give a file of prompts (.txt, .csv or .jsonl)"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path} is not UTF-8 text: give a file of prompts (.txt, .csv or .jsonl)"
-        ) from None
-    reader = {".csv": _csv, ".jsonl": _jsonl}.get(path.suffix.lower(), _lines)
-    try:
-        rows = [_row(number, fields) for number, fields in reader(text)]
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a file of prompts (.txt, .csv or .jsonl)")
+    if not path.exists():
+        raise UserError(f"no prompt file {path}")
+
+    def refuse(place: str, kind: str, detail: str, repaired: bool) -> NoReturn:
+        hint = "; a prompt with commas needs quotes" if "columns" in detail else ""
+        raise UserError(f"{path.parent / place}: {kind}, {detail}{hint}")
+
+    if path.suffix.lower() in tables.SUFFIXES:
+        found = tables.rows(path, refuse)
+    else:
+        found = ((place, {"prompt": line}) for place, line in tables.lines(path, refuse))
+    rows = [_prompt_row(str(path.parent / place), fields) for place, fields in found]
     rows = [row for row in rows if row.prompt]
     if not rows:
         raise UserError(f"{path} holds no prompt: write one a line")
     return rows
 
 
-def _lines(text: str) -> Iterator[tuple[int, Mapping]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        yield number, {"prompt": line}
+def check_encodable(what: str, text: str) -> str:
+    """The text; a UserError where it holds half a character, which no file and no tokenizer takes:
+    a lone surrogate in JSON, or bytes of a command line that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = ascii(text[error.start])
+        raise UserError(f"{what} holds {shown} at {error.start}: that is no character") from None
+    return text
 
 
-def _csv(text: str) -> Iterator[tuple[int, Mapping]]:
-    rows = csv.DictReader(io.StringIO(text))
-    if rows.fieldnames is not None and "prompt" not in rows.fieldnames:
-        raise UserError(f"no column 'prompt' (columns: {', '.join(rows.fieldnames)})")
-    for fields in rows:
-        yield (
-            rows.line_num,
-            {
-                name: value
-                for name, value in fields.items()
-                if name == "prompt" or (value or "").strip()
-            },
-        )
-
-
-def _jsonl(text: str) -> Iterator[tuple[int, Mapping]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"line {number} is no JSON: {error}") from None
-        yield number, value if isinstance(value, dict) else {"prompt": value}
-
-
-def _row(number: int, fields: Mapping) -> PromptRow:
-    prompt = fields.get("prompt") or ""
-    if not isinstance(prompt, str) or ("prompt" not in fields):
-        raise UserError(f'line {number} has no text "prompt"')
+def _prompt_row(place: str, fields: Mapping[str, Any]) -> PromptRow:
+    fields = {name.strip().lower(): value for name, value in fields.items()}
+    if "prompt" not in fields:
+        raise UserError(f"{place}: no column 'prompt' (columns: {', '.join(fields)})")
+    texts = {name: fields.get(name) for name in ("prompt", "negative_prompt")}
+    for name, text in texts.items():
+        if not isinstance(text, str | None):
+            raise UserError(f"{place}: {name} {text!r} is no text")
+        check_encodable(f"{place}: {name}", text or "")
     own: dict[str, Any] = {}
     for name in ("height", "width", "seed", "guidance"):
         value = fields.get(name)
-        if value is None:
+        if value is None or (isinstance(value, str) and not value.strip()):
             continue
         kind, form = (float, "finite number") if name == "guidance" else (int, "whole number")
         try:
@@ -324,8 +304,6 @@ def _row(number: int, fields: Mapping) -> PromptRow:
             if isinstance(value, bool) or (isinstance(value, float) and own[name] != value):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
-            raise UserError(f"line {number}: {name} {value!r} is no {form}") from None
-    negative = fields.get("negative_prompt")
-    if negative is not None and not isinstance(negative, str):
-        raise UserError(f"line {number}: negative_prompt {negative!r} is no text")
-    return PromptRow(prompt.strip(), negative_prompt=negative, **own)
+            raise UserError(f"{place}: {name} {str(value)[:40]!r} is no {form}") from None
+    negative = texts["negative_prompt"] or None
+    return PromptRow((texts["prompt"] or "").strip(), negative_prompt=negative, **own)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixart_jax"
 
 # Used by every package. images and plots write through files.
-_FOUNDATION = {"errors", "files", "images", "plots", "text"}
+_FOUNDATION = {"errors", "files", "images", "plots", "tables", "text"}
 # The base: these do not import each other, except that models may use parallel's axis names.
 _BASE = _FOUNDATION | {"models", "diffusion", "data", "parallel"}
 _RUNS = _BASE | {"weights", "config", "pipeline", "cli"}
@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "images": {"errors", "files"},
     "plots": {"files"},
-    "text": {"errors"},
+    "tables": {"errors"},
+    "text": {"errors", "tables"},
     "cli": {"errors"},
     "parallel": _FOUNDATION,
     "models": _FOUNDATION | {"parallel.axes"},

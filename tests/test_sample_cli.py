@@ -147,7 +147,10 @@ BAD = {  # name: (flags beside --model and --out, or a function of (folder, mode
     "empty file": (lambda t, m: f"--prompts {bad(t, 'p.txt', chr(10))}", "holds no prompt"),
     "binary file": (lambda t, m: f"--prompts {bad(t, 'p.txt', BINARY)}", "not UTF-8"),
     "folder of prompts": (lambda t, m: f"--prompts {t}", "is a folder"),
-    "no column": (lambda t, m: f"--prompts {bad(t, 'p.csv', 'text')}", "no column 'prompt'"),
+    "no column": (
+        lambda t, m: f"--prompts {bad(t, 'p.csv', 'text' + chr(10) + 'x')}",
+        "no column 'prompt'",
+    ),
     "empty csv": (lambda t, m: f"--prompts {bad(t, 'p.csv')}", "holds no prompt"),
     "broken jsonl": (lambda t, m: f"--prompts {bad(t, 'p.jsonl', '{')}", "line 1"),
     "a row's size": (

@@ -13,7 +13,7 @@ from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.files import bundled
 from pixart_jax.pipeline.sampling_config import SamplingConfig
-from pixart_jax.text import PromptRow, read_prompts
+from pixart_jax.text import PromptRow, check_encodable, read_prompts
 
 # images/s, however slow
 BAR = (
@@ -79,7 +79,10 @@ class Flags:
         if (self.prompt is None) == (self.prompts is None):
             both = ", not both" if self.prompt is not None else ""
             raise UserError(f"give --prompt TEXT or --prompts FILE{both}")
-        return [PromptRow(str(self.prompt))] if self.prompts is None else read_prompts(self.prompts)
+        check_encodable("--negative-prompt", self.negative_prompt)
+        if self.prompts is not None:
+            return read_prompts(self.prompts)
+        return [PromptRow(check_encodable("--prompt", str(self.prompt)))]
 
     def local_mesh(self):
         """The mesh of this process's devices; None where it has but one."""
