@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from pixart_jax.parallel.chips import GIB
 from pixart_jax.planning import estimate
@@ -17,7 +17,6 @@ LEGEND = (
     "compiled: the compiler's figures of the program that a run executes; counted: from shapes and "
     f"shardings; estimate: a roofline ({estimate.ASSUMPTIONS})"
 )
-TITLES = {"memory": "memory a device", "flops": "arithmetic", "cost": "the stage"}
 
 
 def data(size: float) -> str:
@@ -43,93 +42,64 @@ def flop(count: float) -> str:
     return f"{count:,.3g} FLOP"
 
 
-class Figure(NamedTuple):
-    """key: in the JSON. label, text: in the report; a figure without text is in the JSON alone."""
+Format = Callable[[float], str]
+SECTIONS: dict[str, tuple[str, Format]] = {  # name in the JSON: title, how its figures are shown
+    "memory": ("memory a device; temporaries: activations, gradients", data),
+    "flops": ("FLOPs of the model, and of the traced program", flop),
+    "time": ("time", clock),
+    "cost": ("the whole stage", "{:,.2f}".format),
+}
+RATES: dict[str, Format] = {"images_per_second": "{:,.1f}".format, "mfu": "{:.1%}".format}
 
-    section: str
-    key: str
-    value: float | None
-    basis: str
-    label: str
-    text: str
 
+def figures(plan: Plan) -> dict[str, dict[str, dict]]:
+    """Section → name → {"value", "basis"}: bytes on a device, FLOPs, seconds, cost of the stage."""
 
-def figures(plan: Plan) -> Iterator[Figure]:
-    """Every figure of a plan but its collectives."""
+    def of(basis: str, **values: float | None) -> dict[str, dict]:
+        return {n: {"value": v, "basis": basis} for n, v in values.items() if v is not None}
 
-    def row(section, key, value, basis, label="", text="") -> Figure:
-        return Figure(section, key, value, basis, label or key, text)
-
-    stats, t, sampling = plan.stats, plan.time, plan.target.sampling is not None
-    for name, size in stats.counted.items():
-        yield row("memory", name, size, COUNTED, text=data(size) if size else "")
-    used = {"transformer" if plan.target.part == "denoise" else "VAE", "batch"}
-    inputs = sum(n for name, n in stats.counted.items() if not sampling or name in used)
-    gradients = "" if sampling else "gradients, "
-    for key, label, size in (
-        ("padding", "padding of these by layout", stats.arguments - inputs),
-        ("temporaries", f"{gradients}activations, temporaries", stats.temporaries),
-        ("results", "results beside the state", stats.outputs - stats.aliased),
-        ("program", "", stats.code),
-        ("total", "", stats.total),
-        ("host", "in the host's memory", stats.host),
-    ):
-        shown = stats.wanted is None and size >= 0.001 * stats.total
-        yield row("memory", key, size, COMPILED, label, data(size) if shown else "")
-    if (usable := plan.usable) is not None:
-        basis = COMPILED if stats.available else TABLE
-        yield row("memory", "available", usable, basis, "the device has", data(usable))
-
-    if (image := plan.image_flops) is None:
-        yield row("flops", "traced", stats.flops, COUNTED, "products as traced", flop(stats.flops))
-    else:
-        whole, unit = image * plan.target.batch, "batch" if sampling else "step"
-        yield row("flops", "image", image, COUNTED, "model FLOPs an image", flop(image))
-        yield row("flops", "batch", whole, COUNTED, f"model FLOPs a {unit}", flop(whole))
-        share = f"{stats.flops / whole:.3f}"
-        yield row("flops", "traced", stats.flops, COUNTED, "products as traced, of that", share)
-
-    if t is not None and (rate := plan.images_per_second) is not None:
-        wires, unit = sum(t.wires), "batch" if sampling else "step"
-        exposed = f"{clock(t.exposed)} of {clock(wires)}"
-        bound = f"{clock(t.step)}, bound by {t.bound}"
-        yield row("time", "compute", t.compute, ESTIMATE, text=clock(t.compute))
-        yield row("time", "memory", t.memory, ESTIMATE, text=clock(t.memory))
-        yield row("time", "communication", wires, ESTIMATE)
-        yield row("time", "exposed", t.exposed, ESTIMATE, "communication, exposed", exposed)
-        yield row("time", "compiled_step", t.step, ESTIMATE, unit, bound)
-        several = clock(plan.seconds) if plan.mean != 1 else ""
-        yield row("time", "step", plan.seconds, ESTIMATE, "step, mean over the buckets", several)
-        yield row("time", "images_per_second", rate, ESTIMATE, "images/s", f"{rate:,.1f}")
-        if plan.mfu is not None:
-            yield row("time", "mfu", plan.mfu, ESTIMATE, "MFU", f"{plan.mfu:.1%}")
-
-    if (c := plan.cost) is not None:
-        steps = f"{plan.target.stage_config.steps:,} steps"
-        days = f"{c.days:,.2f} days, {c.device_hours:,.0f} device-hours"
-        yield row("cost", "days", c.days, ESTIMATE, steps, days)
-        yield row("cost", "device_hours", c.device_hours, ESTIMATE)
-        yield row("cost", "usd", c.usd, ESTIMATE, "USD", f"{c.usd:,.0f}")
-        yield row("cost", "kwh", c.kwh, ESTIMATE, "energy", f"{c.kwh:,.0f} kWh")
-        yield row("cost", "kg_co2", c.kg_co2, ESTIMATE, "CO2", f"{c.kg_co2:,.1f} kg")
+    stats, t, image, part = plan.stats, plan.time, plan.image_flops, plan.target.part
+    used = {"transformer" if part == "denoise" else "VAE", "batch"}
+    inputs = sum(n for name, n in stats.counted.items() if part == "step" or name in used)
+    compiled = {"total": stats.total}
+    if stats.wanted is None:
+        compiled = {
+            "padding": stats.arguments - inputs,
+            "temporaries": stats.temporaries,
+            "results": stats.outputs - stats.aliased,
+            "program": stats.code,
+            **compiled,
+            "host": stats.host,
+        }
+    found = {"memory": of(COUNTED, **stats.counted) | of(COMPILED, **compiled)}
+    found["memory"] |= of(COMPILED if stats.available else TABLE, available=plan.usable)
+    whole = image and image * plan.target.batch
+    found["flops"] = of(COUNTED, image=image, batch=whole, traced=stats.flops)
+    if t is not None:
+        parts = {"compute": t.compute, "memory": t.memory, "communication": sum(t.wires)}
+        rate = {"images_per_second": plan.images_per_second, "mfu": plan.mfu}
+        found["time"] = of(ESTIMATE, **parts, exposed=t.exposed, step=plan.seconds, **rate)
+    if plan.cost is not None:
+        values = dataclasses.asdict(plan.cost)
+        del values["basis"]
+        found["cost"] = of(ESTIMATE, **values)
+    return found
 
 
 def title(plan: Plan) -> str:
     target, stage = plan.target, plan.target.stage_config
-    mesh = f"{target.topology.label}, {target.topology.size} devices, mesh {target.label}"
-    size = f"{target.size[0]} × {target.size[1]} px"
+    how = [f"{target.size[0]} × {target.size[1]} px", f"batch {target.batch}"]
     if (work := target.sampling) is not None:
-        how = f"{size}, batch {work.batch}, {work.dtype}"
-        if target.part == "denoise":
-            how += f", {work.steps} steps of {work.sampling.solver}"
-            how += f", guidance {work.sampling.guidance:g}"
-        return f"sampling, {target.part}: {how} · {mesh}"
-    buckets, micro = len(stage.data.buckets), stage.optimizer.accumulate
-    size += f", largest of {buckets} buckets, " if buckets > 1 else ", "
-    how = f"{size if stage.task != 'text_to_text' else ''}batch {stage.batch_size}"
-    how += f", {micro} micro-batches" if micro > 1 else ""
-    how += f", remat {plan.stats.remat}, {target.config.compute_dtype}"
-    return f"stage {stage.name} ({stage.task}): {how} · {mesh}"
+        what = f"sampling, {target.part}"
+        how += [work.dtype, f"{work.steps} steps of {work.sampling.solver}"]
+        how.append(f"guidance {work.sampling.guidance:g}")
+    else:
+        what, micro = f"stage {stage.name} ({stage.task})", stage.optimizer.accumulate
+        how += [f"largest of {len(stage.data.buckets)} buckets"] if plan.mean != 1 else []
+        how += [f"{micro} micro-batches"] if micro > 1 else []
+        how += [f"remat {plan.stats.remat}", target.config.compute_dtype]
+    where = f"{target.topology.label}, {target.topology.size} devices, mesh {target.label}"
+    return f"{what}: {', '.join(how)} · {where}"
 
 
 def verdict(plan: Plan) -> str:
@@ -152,20 +122,25 @@ def communication(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 def text(plan: Plan) -> str:
     """The report: aligned lines by section."""
-    stats = plan.stats
-    sections: dict[str, list[tuple[str, str, str]]] = {"memory": [], "flops": []}
-    sections["collectives a device"] = list(communication(plan))
-    for f in figures(plan):
-        if f.text:
-            sections.setdefault(f.section, []).append((f.label, f.text, f.basis))
-    sections["memory"].append(("verdict", verdict(plan), ""))
-    if plan.cost is not None:
-        sections["cost"].append(("at", plan.cost.basis, ""))
+    stats, sections = plan.stats, {}
+    for section, values in figures(plan).items():
+        name, show = SECTIONS[section]
+        sections[name] = [
+            (key.replace("_", " "), RATES.get(key, show)(f["value"]), f["basis"])
+            for key, f in values.items()
+            if f["value"]
+        ]
+        if section == "memory":
+            sections[name].append(("verdict", verdict(plan), ""))
+            sections["collectives a device"] = list(communication(plan))
+        if section == "time" and plan.time:
+            sections[name].append(("bound by", plan.time.bound, ESTIMATE))
+        if section == "cost" and plan.cost:
+            sections[name].append(("at", plan.cost.basis, ""))
     width = max(len(row[0]) for rows in sections.values() for row in rows)
     lines = [title(plan)]
     for name, rows in sections.items():
-        if rows:
-            lines += [f"  {TITLES.get(name, name)}", *_aligned(rows, "    ", width)]
+        lines += [f"  {name}", *_aligned(rows, "    ", width)] if rows else []
     took = f"compiled in {stats.compile_seconds:.0f} s ({stats.compile_cpu_seconds:.0f} s of CPU)"
     took = "compiled earlier" if stats.cached else took
     host = f"with {data(stats.host_peak)} of this machine's memory"
@@ -265,9 +240,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "cached": stats.cached,
         },
         "assumptions": [*stats.assumptions, estimate.ASSUMPTIONS],
+        **figures(plan),
     }
-    for f in figures(plan):
-        found.setdefault(f.section, {})[f.key] = {"value": f.value, "basis": f.basis}
     if plan.cost is not None:
         found["cost"]["at"] = plan.cost.basis
     return found
