@@ -64,14 +64,13 @@ def compiled(target: PlanTarget, limits: CompileLimits) -> CompiledStats:
     """
     topologies.require_compiler(target.topology)
     command = [sys.executable, "-m", __name__, str(limits.gib), str(cache_folder() / "plans")]
-    environment, label = topologies.environment(target.topology), _label(target)
+    environment = topologies.environment(target.topology)
+    label = f"{target.topology.name}, {target.label}"
     paths = (str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    given = pickle.dumps(target)
+    how: dict[str, Any] = {"input": pickle.dumps(target), "capture_output": True}
     try:
-        done = subprocess.run(
-            command, input=given, capture_output=True, env=environment, timeout=limits.seconds
-        )
+        done = subprocess.run(command, env=environment, timeout=limits.seconds, **how)
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{label}: not compiled in {limits.seconds:g} s; --compile-seconds allows more, a "
@@ -92,10 +91,6 @@ def compiled(target: PlanTarget, limits: CompileLimits) -> CompiledStats:
     if isinstance(found, str):
         raise UserError(found)
     return found
-
-
-def _label(target: PlanTarget) -> str:
-    return f"{target.topology.name}, {target.label}"
 
 
 # In the process that compiles.
@@ -131,7 +126,8 @@ def compile_here(target: PlanTarget, cache: Path) -> CompiledStats:
     from pixart_jax.planning.programs import program
 
     made = program(target)
-    lowered, compiler = made.traced.lower(), compiler_version(target)
+    lowered, package = made.traced.lower(), topologies.COMPILERS[target.topology.platform]
+    compiler = f"{package} {importlib.metadata.version(package)}"
     devices = [(d.id, d.device_kind) for d in made.mesh.devices.flat]
     parts = (FORMAT, target.topology, devices, made.counted, made.assumptions, compiler)
     key = hashlib.sha256(f"{parts}{lowered.as_text()}".encode()).hexdigest()[:32]
@@ -205,11 +201,6 @@ def _placed(c: Collective, target: PlanTarget, mesh: Any) -> Collective:
         ring = different == topology.shape[dimension] and topology.wraps(dimension)
         links += 0 if different == 1 else 2 if ring else 1
     return dataclasses.replace(c, links=links, networks=len(set(slices)))
-
-
-def compiler_version(target: PlanTarget) -> str:
-    package = topologies.COMPILERS[target.topology.platform]
-    return f"{package} {importlib.metadata.version(package)}"
 
 
 if __name__ == "__main__":

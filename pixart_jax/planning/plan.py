@@ -151,7 +151,7 @@ class SamplingPlan:
     @property
     def weights(self) -> float:
         """Bytes on a device of all three models."""
-        return sum(self._counted(name) for name in ("transformer", "VAE", "text encoder"))
+        return sum(map(self._counted, ("transformer", "VAE", "text encoder")))
 
     @property
     def peak(self) -> float:

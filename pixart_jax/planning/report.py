@@ -153,28 +153,33 @@ def _aligned(rows: Sequence[tuple[str, str, str]], indent: str, first: int = 0) 
     return [f"{indent}{a:{first}}  {b:62}  {basis}".rstrip() for a, b, basis in rows]
 
 
+def sampling_figures(plan: SamplingPlan) -> dict[str, tuple[float, str]]:
+    """Of a batch as a whole, name → (value, basis): bytes on a device, seconds."""
+    found = {
+        "weights": (plan.weights, COUNTED),
+        "peak": (plan.peak, COMPILED),
+        "peak_without_text_encoder": (plan.without_text_encoder, COMPILED),
+    }
+    if plan.seconds is not None and plan.text is not None:
+        rate = plan.denoise.target.batch / plan.seconds
+        found |= {"seconds": (plan.seconds, ESTIMATE), "text_seconds": (plan.text, ESTIMATE)}
+        found["images_per_second"] = (rate, ESTIMATE)
+    return found
+
+
 def sampling_text(plan: SamplingPlan) -> str:
     """Both programs, and the batch as a whole."""
-    usable, batch = plan.denoise.usable, plan.denoise.target.batch
-    rows = [
-        ("weights of all models", data(plan.weights), COUNTED),
-        ("peak with the text encoder beside", data(plan.peak), COMPILED),
-        ("peak with it offloaded", data(plan.without_text_encoder), COMPILED),
-    ]
+    rows, usable = [], plan.denoise.usable
+    for name, (value, basis) in sampling_figures(plan).items():
+        show = RATES.get(name, clock if "seconds" in name else data)
+        rows.append((name.replace("_", " "), show(value), basis))
     if usable is not None:
-        fits = "fits with the text encoder offloaded"
-        if plan.peak <= usable:
-            fits = "fits"
-        elif plan.without_text_encoder > usable:
-            fits = "does not fit"
-        rows.append(("the device has", f"{data(usable)}: {fits}", TABLE))
-    if plan.seconds is not None:
-        rows += [
-            ("text encoder", clock(plan.text), ESTIMATE),
-            ("a batch", clock(plan.seconds), ESTIMATE),
-            ("images/s", f"{batch / plan.seconds:,.2f}", ESTIMATE),
-        ]
-    parts = f"{text(plan.denoise)}\n\n{text(plan.decode)}\n\na batch of {batch} images, a device"
+        offloaded = plan.without_text_encoder <= usable
+        fits = "fits with the text encoder offloaded" if offloaded else "does not fit"
+        fits = "fits" if plan.peak <= usable else fits
+        rows.append(("available", f"{data(usable)}: {fits}", TABLE))
+    batch = f"a batch of {plan.denoise.target.batch} images, a device"
+    parts = f"{text(plan.denoise)}\n\n{text(plan.decode)}\n\n{batch}"
     return "\n".join([parts, *_aligned(rows, "  ")])
 
 
@@ -183,13 +188,9 @@ def total(plans: Sequence[Plan]) -> str:
     known = [plan.cost for plan in plans if plan.cost]
     if len(known) < len(plans):
         return "total: unknown, as the time of some stages is"
-    days, usd, kwh, co2 = (
-        sum(getattr(c, name) for c in known) for name in ("days", "usd", "kwh", "kg_co2")
-    )
-    return (
-        f"total of {len(plans)} stages: {days:,.2f} days, {usd:,.0f} USD, {kwh:,.0f} kWh, "
-        f"{co2:,.1f} kg CO2  (estimate)"
-    )
+    names = {"days": "days", "usd": "USD", "kwh": "kWh", "kg_co2": "kg CO2"}
+    sums = [f"{sum(getattr(c, key) for c in known):,.2f} {name}" for key, name in names.items()]
+    return f"total of {len(plans)} stages: {', '.join(sums)}  (estimate)"
 
 
 def ranking(target: PlanTarget, outcomes: Sequence[Outcome]) -> str:
@@ -249,12 +250,5 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def sampling_json(plan: SamplingPlan) -> dict[str, Any]:
     """Both programs, and the batch as a whole."""
-    batch: dict[str, Any] = {
-        "weights": plan.weights,
-        "peak": plan.peak,
-        "peak_without_text_encoder": plan.without_text_encoder,
-    }
-    if plan.seconds is not None:
-        rate = plan.denoise.target.batch / plan.seconds
-        batch |= {"seconds": plan.seconds, "text_seconds": plan.text, "images_per_second": rate}
+    batch = {name: value for name, (value, _) in sampling_figures(plan).items()}
     return {"programs": [as_json(plan.denoise), as_json(plan.decode)], "batch": batch}
