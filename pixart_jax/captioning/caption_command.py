@@ -1,8 +1,8 @@
-"""``python -m pixart_jax caption``: pictures → detailed captions by a vision-language model, on
-this machine or a Ray cluster.
+"""``python -m pixart_jax caption``: images → detailed captions by a vision-language model, on this
+machine or a Ray cluster.
 
-It needs PyTorch and Ray Data: pip install torch 'ray[data]'. Killed at any moment, the same command
-goes on.
+It needs PyTorch and Ray Data: pip install torch 'ray[data]'. The same command resumes an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -26,12 +26,12 @@ from pixart_jax.encoding.options import SourceSpec
 from pixart_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     source: tyro.conf.OmitArgPrefixes[tyro.conf.PositionalRequiredArgs[SourceSpec]]
     options: tyro.conf.OmitArgPrefixes[CaptionOptions]
     cluster: tyro.conf.OmitArgPrefixes[Cluster] = Cluster()
-    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None
+    out: Path
     """NAME.jsonl, a line per picture; with --format txt or webdataset a folder, which gets
     captions.jsonl too."""
     format: Literal["jsonl", "txt", "webdataset"] = "jsonl"
@@ -72,40 +72,27 @@ def main(argv: Sequence[str]) -> int:
 def _places(arguments: Arguments) -> tuple[Path, Path | list[Path] | None]:
     """(the caption file, where it is exported to: a folder of .txt, or copies of these tars).
     Checks the flags before anything is opened."""
-    out, form, source = arguments.out, arguments.format, arguments.source.source
+    out, form, text = arguments.out, arguments.format, arguments.source.source
+    in_place = arguments.in_place
     if not re.fullmatch(r"[\w-]+", arguments.kind):
-        raise UserError(
-            f"--kind {arguments.kind!r}: letters, digits, _ and - only, as it becomes part of "
-            "file names"
-        )
-    if out is None:
-        raise UserError("--out is missing: NAME.jsonl, or a folder with --format txt or webdataset")
-    if arguments.in_place and form != "txt":
+        raise UserError(f"--kind {arguments.kind!r}: letters, digits, _ and -, as in a file's name")
+    if in_place and form != "txt":
         raise UserError("--in-place goes with --format txt")
     if form == "jsonl":
         if out.suffix != ".jsonl":
-            raise UserError(
-                f"--out {out}: NAME.jsonl is needed, or --format txt or webdataset for a folder"
-            )
+            raise UserError(f"--out {out}: NAME.jsonl is needed, or a folder and another --format")
         return out, None
     if out.suffix == ".jsonl" or out.is_file():
         raise UserError(f"--out {out}: with --format {form} it is a folder")
-    kinds = [parse_source(text) for _, text in parse_mixture(source)]
+    kinds = [parse_source(part) for _, part in parse_mixture(text)]
     kind, place = kinds[0] if len(kinds) == 1 else ("mixture", "")
-    file = out / "captions.jsonl"
+    wanted = {"webdataset": "webdataset", "txt": "folder" if in_place else kind}[form]
+    if kind != wanted:
+        how = "--format webdataset adds to tars" if form == "webdataset" else "--in-place writes"
+        raise UserError(f"{how} of a source {wanted}:…, and {text} is a {kind}")
     if form == "webdataset":
-        if kind != "webdataset":
-            raise UserError(
-                f"--format webdataset adds to the tars of 'webdataset:TARS', and {source} is a "
-                f"{kind}"
-            )
-        return file, tars_of(place, BadRecords())
-    if arguments.in_place and kind != "folder":
-        raise UserError(
-            f"--in-place --format txt writes beside the pictures of a folder, and {source} is a "
-            f"{kind}"
-        )
-    return file, Path(place.partition("?")[0]) if arguments.in_place else out
+        return out / "captions.jsonl", tars_of(place, BadRecords())
+    return out / "captions.jsonl", Path(place.partition("?")[0]) if in_place else out
 
 
 def _export(arguments: Arguments, file: Path, target: Path | list[Path]) -> None:

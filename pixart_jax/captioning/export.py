@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Callable, Mapping
@@ -21,17 +22,15 @@ def to_texts(file: Path, folder: Path, suffix: str, faults: BadRecords, replace:
     many are there. replace: overwrite a file that exists (an --out of our own); otherwise one with
     another text is named and stays as it is."""
     written = 0
-    root = folder.resolve()
     for row in read_lines(file):
         path, data = folder / f"{row['key']}{suffix}", f"{row['caption']}\n".encode()
-        if "\0" in row["key"] or not path.resolve().is_relative_to(root):
+        if "\0" in row["key"] or not path.resolve().is_relative_to(folder.resolve()):
             faults.add(row["key"], "unusable key", "it leads out of the folder")
             continue
-        same = path.is_file() and path.read_bytes() == data
-        if path.is_file() and not same and not replace:
-            faults.add(str(path), "file in the way", "it says something else")
-            continue
-        if not same:
+        if not path.is_file() or path.read_bytes() != data:
+            if path.is_file() and not replace:
+                faults.add(str(path), "file in the way", "it says something else")
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as out:
                 out.write(data)
@@ -45,8 +44,8 @@ def to_tars(
     """Copy the tars into ``folder`` with a member KEY.kind.txt after each sample's own; return how
     many captions the copies and ``file`` hold.
 
-    The original members are copied byte for byte. A copy that is newer than ``file`` is complete
-    and stays. A tar that is cut keeps what is before the cut, and is named.
+    A copy that is newer than ``file`` is complete and stays. A tar that is cut keeps what is before
+    the cut, and is named.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if len({tar.name for tar in tars}) < len(tars):
@@ -68,7 +67,7 @@ def to_tars(
 
         for tar in tqdm(tars, desc="tars", unit=" tars", disable=len(tars) < 2):
             members = _members(tar, faults)
-            names = [_key(m.name) for m in members if _suffix(m.name) in PICTURES]
+            names = [_sample(m.name) for m in members if _suffix(m.name) in PICTURES]
             # a key that an earlier tar has too is TAR/KEY to the source
             keys = {name: f"{tar.stem}/{name}" if name in seen else name for name in names}
             seen |= set(names)
@@ -89,61 +88,58 @@ def _copy(
     kind: str,
 ) -> None:
     """caption: of a key. keys: a sample's name in the tar → its key in the source."""
-    last = {_key(member.name): number for number, member in enumerate(members)}
+    last = {_sample(member.name): member for member in members}
     there = {member.name: member for member in members}
-    with open(tar, "rb") as old, atomic_write(copy) as new:
-        for number, member in enumerate(members):
-            old.seek(member.offset)
-            new.write(old.read(_end(member) - member.offset))
-            name = _key(member.name)
-            text = caption(keys[name]) if name in keys and last[name] == number else None
+    with (
+        tarfile.open(tar) as old,
+        atomic_write(copy) as out,
+        tarfile.open(fileobj=out, mode="w") as new,
+    ):
+
+        def contents(member: tarfile.TarInfo):
+            return old.extractfile(member) if member.isreg() else None
+
+        for member in members:
+            new.addfile(member, contents(member))
+            name = _sample(member.name)
+            text = caption(keys[name]) if name in keys and last[name] is member else None
             if text is None:
                 continue
             info, data = tarfile.TarInfo(f"{name}.{kind}.txt"), text.encode()
+            info.size = len(data)
             if info.name not in there:
-                info.size, info.mode = len(data), 0o644
-                new.write(info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512))
-                continue
-            old.seek(there[info.name].offset_data)
-            if old.read(there[info.name].size) != data:
+                new.addfile(info, io.BytesIO(data))
+            elif contents(there[info.name]).read() != data:
                 raise UserError(
                     f"{tar} has a member {info.name} that says something else: another --kind"
                 )
-        new.write(bytes(1024))
-        new.write(bytes(-new.tell() % tarfile.RECORDSIZE))
 
 
 def _members(file: Path, faults: BadRecords) -> list[tarfile.TarInfo]:
-    """The complete members of a tar."""
-    cut, members = "", []
+    """The complete members of a tar; a cut is named in ``faults``."""
+    members: list[tarfile.TarInfo] = []
+    end, cut = file.stat().st_size, ""
     try:
         with tarfile.open(file, "r:") as tar:
-            try:
-                while (member := tar.next()) is not None:
-                    members.append(member)
-            except (tarfile.TarError, OSError, EOFError) as error:
-                cut = str(error)
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{file} is no plain tar, so that nothing can be added to it: {error}"
-        ) from None
-    size = file.stat().st_size
-    whole = [member for member in members if _end(member) <= size]
-    if len(whole) < len(members):
-        cut = f"in its member {members[len(whole)].name}"
+            for member in tar:
+                if member.isreg() and member.offset_data + member.size > end:
+                    cut = f"in its member {member.name}"
+                    break
+                members.append(member)
+    except tarfile.ReadError as error:
+        if not members:
+            raise UserError(
+                f"{file} is no plain tar, so that nothing can be added to it: {error}"
+            ) from None
+        cut = str(error)
     if cut:
         faults.add(str(file), "cut file", cut)
-    return whole
+    return members
 
 
-def _end(member: tarfile.TarInfo) -> int:
-    """Where a member's padded data ends, in bytes."""
-    return member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
-
-
-def _key(name: str) -> str:
+def _sample(name: str) -> str:
     """webdataset's rule: up to the first dot of the file's own name."""
-    folder, slash, base = name.rpartition("/")
+    folder, slash, base = name.removeprefix("./").rpartition("/")
     return f"{folder}{slash}{base.partition('.')[0]}"
 
 

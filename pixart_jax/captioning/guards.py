@@ -25,7 +25,7 @@ def failed_checks(text: str, finish: str) -> tuple[str, ...]:
 
     empty: no word. truncated: the limit cut it before a sentence's end. unfinished: prose of 12
     words or more that the model ended in mid-sentence. repeating: see ``repeats``. refusal: it
-    begins as an apology or speaks of a missing image.
+    begins as an apology or mentions a missing image.
     """
     words = [word.lower() for word in _WORD.findall(text)]
     cut = finish == "length" and not _SENTENCE_END.search(text)

@@ -26,67 +26,54 @@ Row = dict[str, Any]
 
 
 @contextlib.contextmanager
-def open_log(
-    file: Path,
-    identity: Mapping[str, str],
-    count: int,
-    fingerprint: str,
-    numbers: Callable[[], Mapping[str, int]],
-) -> Iterator[CaptionLog]:
+def open_log(file: Path, identity: Mapping[str, str], source) -> Iterator[CaptionLog]:
     """Hold the log of a caption file, for one process at a time.
 
-    identity: what every caption is made with; another one raises UserError. count, fingerprint: of
-    the source. numbers: key → number in the source, called only where captions of an earlier state
-    of the source are there; those keep their images by key.
+    identity: what every caption is made with; another one raises UserError. Where the source has
+    changed since the file was begun, captions keep their images by key.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     busy = UserError(f"{file}: another run is writing it")
     with locked(file.with_name(f".{file.name}.lock"), busy=busy):
-        yield CaptionLog(file, identity, count, fingerprint, numbers)
+        yield CaptionLog(file, identity, source)
 
 
 class CaptionLog:
-    """The rows of a run; see :func:`open_log`. done: bool [n], which samples have a row. finished:
-    the caption file holds all of this source."""
+    """The rows of a run; see :func:`open_log`. manifest: the facts of a finished file, which holds
+    all of this source; None before."""
 
-    def __init__(self, file: Path, identity, count: int, fingerprint: str, numbers):
-        self.file, self._identity = file, dict(identity)
-        self._header = {"identity": self._identity, "fingerprint": fingerprint}
+    def __init__(self, file: Path, identity: Mapping[str, str], source):
+        self.file, self._source = file, source
+        self._header = {"identity": dict(identity), "fingerprint": source.fingerprint}
         self.partial = file.with_name(f"{file.name}.partial")
-        self.manifest = file.with_name(f"{file.stem}.manifest.json")
-        self.faults = file.with_name(f"{file.stem}.faults.jsonl")
-        # place of each sample's row in the log
-        self._places = np.full(count, -1, np.int64)
-        self.finished = False
-        earlier: list[Iterable[Row]] = []
-        if self.manifest.exists():
-            made = read_manifest(self.manifest)
-            self._compare(made["identity"], file)
-            same = made.get("fingerprint") == fingerprint
-            if same and file.exists() and not self.partial.exists():
-                self.finished = True
+        self._manifest_file = file.with_name(f"{file.stem}.manifest.json")
+        self._places = np.full(len(source), -1, np.int64)  # in the log, of each sample's row
+        self.manifest: Row | None = None
+        header, earlier = self._read(), self.partial
+        if header is None and file.exists():
+            if not self._manifest_file.exists():
+                raise UserError(
+                    f"{file} is there already and was not written by this command: give another "
+                    "--out"
+                )
+            header, earlier = json.loads(self._manifest_file.read_text(encoding="utf-8")), file
+            self._compare(header["identity"], file)
+            if header["fingerprint"] == source.fingerprint:
+                self.manifest = header
                 return
-            if file.exists() and not same:
-                earlier.append(read_lines(file))
-        elif file.exists() and not self.partial.exists():
-            raise UserError(
-                f"{file} is there already and was not written by this command: give another --out"
-            )
-        header = self._read()
-        if header and header["fingerprint"] != fingerprint:
-            earlier.insert(0, self._rows())
-        if not header or header["fingerprint"] != fingerprint:
-            self._begin(earlier, numbers)
+        if header is None or header["fingerprint"] != source.fingerprint:
+            self._begin(read_lines(earlier) if header else None)
             self._read()
 
     @property
     def done(self) -> np.ndarray:
+        """bool [n]: which samples have a row."""
         return self._places >= 0
 
     def _compare(self, found: Mapping[str, str], where: Path) -> None:
         differences = [
             f"{name} {found.get(name)!r}, now {value!r}"
-            for name, value in self._identity.items()
+            for name, value in self._header["identity"].items()
             if found.get(name) != value
         ]
         if differences:
@@ -96,11 +83,12 @@ class CaptionLog:
             )
 
     def _read(self) -> Row | None:
-        """Read the log's header and the places of its rows; cut off a last line that a kill left
-        incomplete. Returns None where there is no complete header."""
+        """Return the log's header, None where there is none; note the places of its rows, and drop
+        a last line that a kill left incomplete."""
         if not self.partial.exists():
             return None
         header, place = None, 0
+        self._places[:] = -1
         with open(self.partial, "rb+") as log:
             for number, line in enumerate(log, 1):
                 if not line.endswith(b"\n"):
@@ -110,42 +98,38 @@ class CaptionLog:
                     row = json.loads(line)
                     if number == 1:
                         header = {name: row[name] for name in self._header}
-                        self._compare(header["identity"], self.partial)
-                    elif row["index"] < len(self._places) and self._places[row["index"]] < 0:
+                    elif row["index"] < len(self._places):
                         self._places[row["index"]] = place
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
                         f"{self.partial}, line {number}, is damaged: remove the line to have its "
-                        "picture captioned again"
-                        if number > 1
-                        else f"{self.partial} does not begin as a captioning run's log does: give "
-                        "another --out, or remove it"
+                        "picture captioned again (of line 1, remove the file)"
                     ) from None
                 place += len(line)
+        if header is not None:
+            self._compare(header["identity"], self.partial)
         return header
 
-    def _begin(self, earlier: Sequence[Iterable[Row]], numbers) -> None:
+    def _begin(self, earlier: Iterable[Row] | None) -> None:
         """Write a new log, with the captions of an earlier state of the source under their numbers
         in this one."""
-        number_of = numbers() if earlier else {}
-        taken: set[int] = set()
-        lost = 0
+        numbers: dict[str, int] = {}  # of keys; the first where one occurs twice
+        for number in range(len(self._source) if earlier else 0):
+            with contextlib.suppress(UserError):  # a record that cannot be read has no caption
+                numbers.setdefault(self._source.captions_at(number)[0], number)
+        kept = lost = 0
         with atomic_write(self.partial) as out:
             out.write(_line(self._header))
-            for row in (row for rows in earlier for row in rows if "left_out" not in row):
-                number = number_of.get(row["key"])
-                lost += number is None
-                if number is not None and number not in taken:
-                    taken.add(number)
-                    out.write(_line({**row, "index": number}))
-        self._places[:] = -1
+            for row in earlier or ():
+                if "caption" in row and "left_out" not in row:
+                    number = numbers.pop(row["key"], -1)
+                    kept, lost = kept + (number >= 0), lost + (number < 0)
+                    if number >= 0:
+                        out.write(_line({**row, "index": number}))
         if earlier:
             gone = f", {lost} captions belong to pictures that are gone" if lost else ""
-            message = (
-                f"the source has changed since {self.file} was begun: {len(taken)} captions are "
-                f"kept{gone}"
-            )
-            warnings.warn(message, Notice, stacklevel=2)
+            changed = f"the source has changed since {self.file} was begun"
+            warnings.warn(f"{changed}: {kept} captions are kept{gone}", Notice, stacklevel=2)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows; when this returns they are on the disk. A sample that has a row already gets no
@@ -165,38 +149,23 @@ class CaptionLog:
                 log.seek(place)
                 yield json.loads(log.readline())
 
-    def _rows(self) -> Iterator[Row]:
-        rows = read_lines(self.partial)
-        next(rows)  # the header
-        yield from rows
-
-    def finalize(self, public: Callable[[Row], Row], facts: Row) -> None:
-        """Write the caption file and its manifest, then remove the log. Killed in between, the next
-        run does it again."""
+    def finalize(self, public: Callable[[Row], Row], facts: Row) -> Row:
+        """Write the caption file and its manifest, then remove the log; return the manifest. Killed
+        in between, the next run does it again."""
         with atomic_write(self.file) as out:
             out.writelines(_line(public(row)) for row in self.rows() if "left_out" not in row)
-        with atomic_write(self.faults) as out:
+        faults = self.file.with_name(f"{self.file.stem}.faults.jsonl")
+        with atomic_write(faults) as out:
             for row in (row for row in self.rows() if "left_out" in row):
                 kind, detail = row["left_out"]
                 named = {"key": row["key"], "index": row["index"], "kind": kind, "detail": detail}
                 out.write(_line(named))
-        if not self.faults.stat().st_size:
-            self.faults.unlink()
-        write_json(self.manifest, {**self._header, **facts}, indent=1, ensure_ascii=False)
+        if not faults.stat().st_size:
+            faults.unlink()
+        self.manifest = {**self._header, **facts}
+        write_json(self._manifest_file, self.manifest, indent=1, ensure_ascii=False)
         self.partial.unlink()
-        self.finished = True
-
-
-def read_manifest(file: Path) -> Row:
-    """Read a manifest. Raises UserError where it is damaged."""
-    try:
-        made = json.loads(file.read_text(encoding="utf-8"))
-        made["identity"]
-        return made
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{file} is damaged: remove it to have the captions written again"
-        ) from None
+        return self.manifest
 
 
 def read_lines(file: Path) -> Iterator[Row]:

@@ -4,17 +4,16 @@ batch."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.util
+import importlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from pixart_jax.errors import UserError
 from pixart_jax.files import hash64
+from pixart_jax.pipeline.encoder_identity import folder_fingerprint
 
 # px: the sides of an image as the official script shows it to the model
 SHORTEST, LONGEST = 400, 800
@@ -95,7 +94,7 @@ class VisionLanguageModel:
         self._template = any(getattr(holder, "chat_template", None) for holder in holders)
         self.image_mark = str(getattr(self.processor, "image_token", None) or "<image>")
         special = {self.image_mark, "<image>", *self.tokenizer.all_special_tokens}
-        self.special = tuple(sorted(special, key=len, reverse=True))
+        self.special = sorted(special, key=len, reverse=True)
 
     def conversation(self, prompt: str) -> str:
         """The prompt in the model's chat template, or in LLaVA's plain form where it has none."""
@@ -187,20 +186,17 @@ class GumbelNoise:
 
 def check_engines() -> None:
     """Raise UserError, with the command that installs them, where PyTorch or Ray is missing."""
-    engines = {"PyTorch": "torch", "Ray Data": "ray"}
-    missing = [name for name, module in engines.items() if not _installed(module)]
+    missing = []
+    for name, module in {"PyTorch": "torch", "Ray Data": "ray"}.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(name)
     if missing:
         raise UserError(
             f"captioning needs PyTorch and Ray Data, and {' and '.join(missing)} is not "
             "installed: pip install torch 'ray[data]'"
         )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # taken out of sys.modules
-        return False
 
 
 def check(model: str) -> Any:
@@ -225,22 +221,11 @@ def check(model: str) -> Any:
 
 
 def identity(model: str) -> str:
-    """A hash of a model folder's files (large ones by size and both ends), or the hub's commit, so
-    that two models' captions are not mixed."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{getattr(check(model), '_commit_hash', None) or 'unknown'}"
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        if file.name.startswith("."):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with open(file, "rb") as data:
-            digest.update(data.read(1 << 20))
-            data.seek(max(0, size - (1 << 20)))
-            digest.update(data.read())
-    return digest.hexdigest()
+    """A fingerprint of a model folder's files, or the hub's commit, so that two models' captions
+    are not mixed."""
+    if os.path.isdir(model):
+        return folder_fingerprint(model)
+    return f"{model}@{getattr(check(model), '_commit_hash', None) or 'unknown'}"
 
 
 def _brief(error: BaseException) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax.captioning.log import CaptionLog, open_log, read_manifest
+from pixart_jax.captioning.log import CaptionLog, open_log
 from pixart_jax.captioning.model import VisionLanguageModel, check_engines, identity
 from pixart_jax.captioning.worker import CaptionOptions, CaptionWorker
 from pixart_jax.data.faults import BadRecords
@@ -68,17 +67,18 @@ def run(
     """Caption every sample of ``source`` that ``file`` does not hold yet; return the manifest.
 
     spec: how a worker opens the same source. faults: collects what is skipped; where it is strict,
-    the first one stops the run, and what was captioned before it stays. Killed at any moment, the
-    same call goes on.
+    the first one stops the run, and what was captioned before it stays. The same call resumes an
+    interrupted run.
     """
     faults = BadRecords() if faults is None else faults  # an empty one is false
     made = {name: str(value) for name, value in dataclasses.asdict(options).items()}
     made |= {"source": spec.source, "split": spec.split, "where": str(spec.where), "kind": kind}
     made["model files"] = identity(options.model)
-    numbers = functools.partial(_numbers, source)
-    with open_log(file, made, len(source), source.fingerprint, numbers) as log:
-        if not log.finished:
-            began = time.monotonic()
+    with open_log(file, made, source) as log:
+        if log.manifest is not None:
+            return log.manifest
+        began = time.monotonic()
+        if not log.done.all():
             worker = {
                 "spec": spec,
                 "options": options,
@@ -86,31 +86,28 @@ def run(
                 "fingerprint": source.fingerprint,
                 "open_model": VisionLanguageModel,
             }
-            if not log.done.all():
-                _caption(log, worker, cluster, faults)
-            facts = _facts(log, faults)
-            facts["seconds of the last run"] = round(time.monotonic() - began, 1)
-            log.finalize(lambda row: _public(row, options.model, kind), facts)
-        return read_manifest(log.manifest)
+            _caption(log, worker, cluster, faults)
+        facts = _facts(log, faults)
+        facts["seconds of the last run"] = round(time.monotonic() - began, 1)
+        return log.finalize(lambda row: _public(row, options.model, kind), facts)
 
 
 def _caption(log: CaptionLog, worker: dict, cluster: Cluster, faults: BadRecords) -> None:
     """Write the rows of all samples that the log does not have yet."""
-    failed: collections.Counter[str] = collections.Counter()
+    failed = collections.Counter[str]()
     start = int(log.done.sum())
     with tqdm(total=len(log.done), initial=start, unit=" captions", desc="captioning") as bar:
         for batch in ray_batches(np.flatnonzero(~log.done), worker, cluster):
             rows = [json.loads(row) for row in batch["row"]]
-            for row in rows:
-                if "error" in row:
-                    raise UserError(row["error"])
+            if "error" in rows[0]:
+                raise UserError(rows[0]["error"])
             log.append([row for row in rows if not faults.strict or "left_out" not in row])
             for row in rows if faults.strict else ():
-                place = f"{worker['spec'].source}, {row['key'] or 'sample ' + str(row['index'])}"
                 for noticed in row.get("noticed", ()):
                     faults.add(*noticed)
                 if "left_out" in row:
-                    faults.add(place, *row["left_out"])
+                    name = row["key"] or f"sample {row['index']}"
+                    faults.add(f"{worker['spec'].source}, {name}", *row["left_out"])
             failed.update(name for row in rows for name in row.get("guards", ()))
             bar.set_postfix(dict(failed.most_common()), refresh=False)
             bar.update(len(rows))
@@ -154,7 +151,7 @@ def _ray(cluster: Cluster) -> Iterator[tuple[int, float]]:
     check_engines()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # the C++ side warns of what Ray Data does by itself
+    # the C++ side warns of normal operation of Ray Data
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
@@ -162,26 +159,21 @@ def _ray(cluster: Cluster) -> Iterator[tuple[int, float]]:
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.enable_operator_progress_bars = False
+    context.enable_progress_bars = context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     ours, address = not ray.is_initialized(), cluster.ray_address
     if ours:
-        where = f"({address})" if address else "on this machine"
-        print("starting Ray", where, file=sys.stderr, flush=True)
-        start: dict[str, Any] = {"address": address}
+        where = address or "this machine"
+        print("starting Ray on", where, file=sys.stderr, flush=True)
+        start: dict[str, Any] = {"address": address or "local"}
         if address is None:
-            start = {
-                "address": "local",
-                "num_cpus": max(cluster.workers, os.cpu_count() or 1),
-                "include_dashboard": False,
-                "object_store_memory": 128 * 2**20,
-            }
+            start["num_cpus"] = max(cluster.workers, os.cpu_count() or 1)
+            start |= {"include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:
             ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"Ray does not start ({address or 'here'}): {reason}") from None
+            raise UserError(f"Ray does not start on {where}: {reason}") from None
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
         need = cluster.gpus_per_worker
@@ -199,30 +191,18 @@ def _ray(cluster: Cluster) -> Iterator[tuple[int, float]]:
             ray.shutdown()
 
 
-def _numbers(source: Source) -> dict[str, int]:
-    """Key → number, the first where a key occurs twice; reads the whole source."""
-    numbers: dict[str, int] = {}
-    for number in range(len(source)):
-        with contextlib.suppress(UserError):  # a record that cannot be read has no caption
-            numbers.setdefault(source[number].key, number)
-    return numbers
-
-
 def _public(row: dict, model: str, kind: str) -> dict:
     """A row of the caption file."""
     shown = {"key": row["key"], "caption": row["caption"], "kind": kind, "model": model}
     shown |= {name: row[name] for name in ("prompt", "tokens", "finish")}
-    if row.get("attempts", 1) > 1:
+    if row.get("attempts", 1) > 1:  # a row of an earlier file may lack both
         shown["attempts"] = row["attempts"]
-    if row.get("guards"):
-        shown["guards"] = row["guards"]
-    return shown
+    return shown | ({"guards": row["guards"]} if row.get("guards") else {})
 
 
 def _facts(log: CaptionLog, faults: BadRecords) -> dict:
     """The counts of the manifest, over all runs of this file."""
-    failed: collections.Counter[str] = collections.Counter()
-    skipped: collections.Counter[str] = collections.Counter()
+    failed, skipped = collections.Counter[str](), collections.Counter[str]()
     captions = tokens = mended = 0
     for row in log.rows():
         failed.update(row.get("guards", ()))

@@ -58,6 +58,7 @@ class CaptionOptions:
             raise UserError(f"retries {self.retries}: at least 0")
 
 
+@dataclasses.dataclass
 class CaptionWorker:
     """A model and a source. Ray makes one per process and calls it with numbers of samples.
 
@@ -68,18 +69,13 @@ class CaptionWorker:
     construct a failing object again and again, and of an exception it keeps only the traceback.
     """
 
-    def __init__(
-        self,
-        spec: SourceSpec,
-        options: CaptionOptions,
-        folder: str,
-        fingerprint: str,
-        open_model: Callable,
-        threads: int | None = None,
-    ):
-        self._spec, self._options, self._threads = spec, options, threads
-        self._folder, self._fingerprint, self._open_model = folder, fingerprint, open_model
-        self._model: Any = None
+    spec: SourceSpec
+    options: CaptionOptions
+    folder: str
+    fingerprint: str
+    open_model: Callable
+    threads: int | None = None
+    _model: Any = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"data": int64 [n]} → {"row": [n] JSON texts}, see :func:`caption_samples`; or one row,
@@ -93,22 +89,22 @@ class CaptionWorker:
         return {"row": np.array([json.dumps(row) for row in rows], object)}
 
     def _open(self) -> None:
-        if os.path.isdir(self._folder):
-            os.chdir(self._folder)
-        self._source = self._spec.open()
-        if self._source.fingerprint != self._fingerprint:
+        if os.path.isdir(self.folder):
+            os.chdir(self.folder)
+        self._source = self.spec.open()
+        if self._source.fingerprint != self.fingerprint:
             raise UserError(
-                f"{self._spec.source} is another one for this worker than for the program: all "
+                f"{self.spec.source} is another one for this worker than for the program: all "
                 "machines must see the same data"
             )
-        self._model = self._open_model(self._options.model, self._options.dtype, self._threads)
+        self._model = self.open_model(self.options.model, self.options.dtype, self.threads)
         self._readers = ThreadPoolExecutor(8)
         # what was found at opening the program found too
         self._reported = len(list(faults_of(self._source)))
 
     def _caption(self, numbers: list[int]) -> list[dict]:
         samples = list(self._readers.map(self._read, numbers))
-        rows = caption_samples(self._model, numbers, samples, self._options)
+        rows = caption_samples(self._model, numbers, samples, self.options)
         found = list(faults_of(self._source))
         if len(found) > self._reported:
             rows[0]["noticed"] = [list(one) for one in found[self._reported :]]
@@ -118,7 +114,7 @@ class CaptionWorker:
     def _read(self, number: int) -> Sample | UserError:
         try:
             return self._source[number]
-        except UserError as error:  # a record that cannot be read: the others go on
+        except UserError as error:  # an unreadable record does not stop the others
             return error
 
 

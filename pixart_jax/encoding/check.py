@@ -3,6 +3,7 @@ of the source today."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from pixart_jax.data import records
-from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import Source
 from pixart_jax.encoding.encode import plan, skipped_samples
 from pixart_jax.encoding.options import EncodeOptions
@@ -25,79 +25,65 @@ TOLERANCE = 0.02
 def check(folder: Path) -> None:
     """Compare every byte with its checksum and every key with all others; print what is wrong, or a
     summary. Raises UserError where a shard is damaged or missing, or a key occurs twice."""
-    manifest = records.Manifest.read(folder)
-    faults, damaged = BadRecords(), 0
-    seen: set[int] = set()
-    with tqdm(total=manifest.samples, unit=" records", desc="checking", disable=None) as bar:
+    samples, damaged = records.Manifest.read(folder).samples, 0
+    with tqdm(total=samples, unit=" records", desc="checking", disable=None) as bar:
         for shard, trouble in records.check(folder):
             if trouble:
                 damaged += 1
                 bar.write(trouble, file=sys.stderr)
-            else:
-                for place, key in enumerate(_keys(folder / shard.file, shard.count)):
-                    if hash64(key) in seen:
-                        faults.add(f"{shard.file}, record {place}", "key twice", key)
-                    seen.add(hash64(key))
             bar.update(shard.count)
-    for fault in faults:
-        print(fault, file=sys.stderr)
     if damaged:
         raise UserError(
             f"{damaged} of the shards in {folder} are damaged: delete them and encode again, only "
             "they are made anew"
         )
-    if faults:
+    stored, seen, twice = records.Records(folder), set(), 0
+    for index in range(samples):
+        key = records.decode_record(stored.bytes(index), ())[1]["key"]
+        if hash64(key) in seen:
+            number, place = stored.shard_of(index)
+            where = f"{stored.manifest.shards[number].file}, record {place}"
+            print(f"{where}: key twice ({key})", file=sys.stderr)
+            twice += 1
+        seen.add(hash64(key))
+    if twice:
         raise UserError(
-            f"{len(faults)} of the records in {folder} have a key that another one has: two "
-            "pictures go by one name"
+            f"{twice} of the records in {folder} have a key that another one has: two pictures go "
+            "by one name"
         )
     print(f"no damage: {summary(folder)}")
-
-
-def _keys(path: Path, count: int):
-    from array_record.python import array_record_module
-
-    reader = array_record_module.ArrayRecordReader(str(path))
-    for start in range(0, count, 64):
-        for record in reader.read(start, min(start + 64, count)):
-            yield records.decode_record(record, ())[1]["key"]
 
 
 def reencode_and_compare(
     folder: Path, source: Source, options: EncodeOptions, encoder: ShardEncoder, count: int
 ) -> str:
-    """Encode ``count`` records again, spread over the shards, and return a line on how far they are
-    from what is stored. Raises UserError where they are too far.
+    """Encode ``count`` records again, the first ones of shards all over the set, and return a line
+    on how far they are from what is stored. Raises UserError where they are too far.
 
     The folder's identity must be that of the source and the encoders.
     """
-    stored = records.Records(folder)
+    stored, jobs = records.Records(folder), plan(source, options)
     shards = stored.manifest.shards
-    filled = [number for number, shard in enumerate(shards) if shard.count]
-    spread = np.linspace(0, len(filled) - 1, min(count, len(filled))).astype(int)
-    chosen = [filled[at] for at in np.unique(spread)]
-    jobs, starts = plan(source, options), np.cumsum([0, *(shard.count for shard in shards)])
+    starts = np.cumsum([0, *(shard.count for shard in shards)])
+    filled = np.flatnonzero([shard.count for shard in shards])
+    chosen = filled[np.unique(np.linspace(0, len(filled) - 1, min(count, len(filled))).astype(int))]
     largest = {"posterior": 0.0, "text states": 0.0}
     same = compared = 0
     for number in chosen:
-        skipped = {key for key, _ in shards[number].skipped}
-        indices = iter(jobs[number].indices)
-        # the first few records of each chosen shard
-        for place in range(min(-(-count // len(chosen)), shards[number].count, count - compared)):
-            index = next(indices)
-            while skipped and source[int(index)].key in skipped:
-                index = next(indices)
-            ((after, _),) = encoder.records([index], jobs[number].bucket, _refuse)
+        shard, job = shards[number], jobs[number]
+        skipped = {key for key, _ in shard.skipped}
+        kept = (i for i in job.indices if not skipped or source[int(i)].key not in skipped)
+        some = min(-(-count // len(chosen)), shard.count, count - compared)
+        for place, index in enumerate(itertools.islice(kept, some)):
+            ((after, _),) = encoder.records([index], job.bucket, _refuse)
             before = stored.bytes(int(starts[number]) + place)
             compared += 1
             same += after == before
-            _compare(before, after, largest, f"{shards[number].file}, record {place}")
+            _compare(before, after, largest, f"{shard.file}, record {place}")
     line = f"{compared} records encoded again: {same} equal to the byte"
     if same < compared:
-        line += "".join(
-            f"{', ' if n else '; '}{name} differ by {value:.2g} of their largest value at most"
-            for n, (name, value) in enumerate(largest.items())
-        )
+        parts = (f"{name} differ by {value:.2g}" for name, value in largest.items())
+        line += f"; {', '.join(parts)} of their largest value at most"
     if max(largest.values()) > TOLERANCE:
         raise UserError(
             f"{line}: what lies in {folder} is not what these encoders make of {source.name}"

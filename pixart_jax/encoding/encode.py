@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pixart_jax.data import records
-from pixart_jax.data.faults import BadRecord, BadRecords
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.samples import BUCKETS_PNG, assign_all, write_bucket_chart
 from pixart_jax.data.sources import Source
 from pixart_jax.encoding.options import Bucket, EncodeOptions
@@ -109,131 +109,108 @@ def encode_dataset(
     where the folder holds shards of another identity or a damaged one, or where the processes do
     not share it.
     """
-    if process_index is None or process_count is None:
-        process_index, process_count = jax.process_index(), jax.process_count()
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
     made = identity(source, options, vae, text_encoder, tokenizer)
     folder = Path(folder) if folder else default_folder(made)
-    notes = folder / _PROGRESS
+    notes, manifest = folder / _PROGRESS, folder / records.MANIFEST
     finished = _finished(folder, made)
-    manifest = folder / records.MANIFEST
     if manifest.exists() and len(finished) == len(records.Manifest.read(folder).shards):
-        if process_index == 0:  # of a run that was killed between the manifest and its end
+        if index == 0:  # of a run that was killed between the manifest and its end
             shutil.rmtree(notes, ignore_errors=True)
         return folder
 
-    dtypes = {"vae": vae, "text_encoder": text_encoder}
-    dtypes = {part: str(one.dtype) for part, one in dtypes.items() if hasattr(one, "dtype")}
     encoder = ShardEncoder(source, options, vae, text_encoder, tokenizer, mesh)
-    run = _Run(folder, made, made_from(folders or {}, dtypes), source, options, encoder, progress)
     notes.mkdir(parents=True, exist_ok=True)
     on_wait = functools.partial(tqdm.write, f"another run encodes into {folder}; waiting for it")
-    with locked(notes / f"process-{process_index}", on_wait=on_wait):
-        run.encode(process_index, process_count)
+    with locked(notes / f"process-{index}", on_wait=on_wait):
+        notes.mkdir(parents=True, exist_ok=True)  # removed where another run has just finished
+        finished = _finished(folder, made)
+        if not (notes / "identity.json").exists():
+            _write_json(notes / "identity.json", made)
+        wait_for_processes(folder, index, count)
+        jobs = plan(source, options)
+        share = jobs[index::count]
+        with tqdm(
+            total=sum(len(job.indices) for job in share),
+            initial=sum(len(job.indices) for job in share if job.file in finished),
+            unit=" images",
+            desc="encoding" if count == 1 else f"encoding, process 1 of {count}",
+            disable=not progress or index > 0,
+        ) as bar:
+            for job in share:
+                if job.file not in finished:
+                    shard = _encode_shard(folder, job, encoder, options.captions, bar)
+                    _write_json(notes / f"{job.file}.json", dataclasses.asdict(shard))
+        if index == 0:
+            while len(finished := _finished(folder, made)) < len(jobs):
+                time.sleep(1)
+            dtypes = {"vae": vae, "text_encoder": text_encoder}
+            dtypes = {part: str(one.dtype) for part, one in dtypes.items() if hasattr(one, "dtype")}
+            shards = tuple(finished[job.file] for job in jobs)
+            whole = records.Manifest(made, shards, made_from(folders or {}, dtypes))
+            _write_manifest(folder, whole, source, options, progress)
+            shutil.rmtree(notes, ignore_errors=True)
+        while not manifest.exists():
+            time.sleep(1)
     return folder
 
 
-@dataclasses.dataclass
-class _Run:
-    """A run that encodes missing shards into its folder."""
+def _encode_shard(
+    folder: Path, job: ShardJob, encoder: ShardEncoder, kinds: Sequence[str], bar: tqdm
+) -> records.Shard:
+    longest: dict[str, int] = dict.fromkeys(kinds, 0)
+    skipped: list[tuple[str, str]] = []
+    lacking: dict[str, list[int]] = {}
 
-    folder: Path
-    made: Mapping[str, str]
-    made_from: Mapping[str, Mapping[str, str]]
-    source: Source
-    options: EncodeOptions
-    encoder: ShardEncoder
-    progress: bool
+    def on_skip(key: str, reason: str) -> None:
+        skipped.append((key, reason))
+        bar.write(f"left out: {key}: {reason}", file=sys.stderr)
 
-    def encode(self, process_index: int, process_count: int) -> None:
-        """Encode this process's share, and wait for the others'."""
-        notes = self.folder / _PROGRESS
-        notes.mkdir(parents=True, exist_ok=True)  # removed where another run has just finished
-        finished = _finished(self.folder, self.made)
-        if not (notes / "identity.json").exists():
-            _write_json(notes / "identity.json", self.made)
-        wait_for_processes(self.folder, process_index, process_count)
-        jobs = plan(self.source, self.options)
-        mine = [job for job in jobs[process_index::process_count] if job.file not in finished]
-        others = {job.file: len(job.indices) for job in jobs if job.file not in finished}
-        for job in mine:
-            del others[job.file]
-        bar = tqdm(
-            total=len(self.source),
-            initial=sum(len(job.indices) for job in jobs if job.file in finished),
-            unit=" images",
-            desc="encoding",
-            disable=not self.progress or process_index > 0,
+    def encoded() -> Iterator[bytes]:
+        found = encoder.records(job.indices, job.bucket, on_skip, bar.update)
+        for place, (record, tokens) in enumerate(found):
+            for kind in kinds:
+                if kind in tokens:
+                    longest[kind] = max(longest[kind], tokens[kind])
+                else:
+                    lacking.setdefault(kind, []).append(place)
+            yield record
+
+    path = folder / job.file
+    count = records.write_shard(path, encoded())
+    return records.Shard(
+        file=job.file,
+        bucket=job.bucket,
+        count=count,
+        bytes=path.stat().st_size,
+        sha256=records.sha256(path),
+        longest=longest,
+        skipped=tuple(skipped),
+        lacking={kind: tuple(places) for kind, places in lacking.items()},
+    )
+
+
+def _write_manifest(
+    folder: Path, manifest: records.Manifest, source: Source, options: EncodeOptions, progress: bool
+) -> None:
+    """Write the skipped samples, the chart of the buckets and, last, the manifest."""
+    faults = skipped_samples(manifest, source)
+    lines = [
+        json.dumps(
+            {"place": one.place, "kind": one.kind, "detail": one.detail, "mended": one.repaired},
+            ensure_ascii=False,
         )
-
-        def count_others() -> None:
-            for file in [file for file in others if (notes / f"{file}.json").exists()]:
-                bar.update(others.pop(file))
-
-        with bar:
-            for job in mine:
-                finished[job.file] = self._encode_shard(job, bar)
-                _write_json(notes / f"{job.file}.json", dataclasses.asdict(finished[job.file]))
-                count_others()
-            while process_index == 0 and len(finished) < len(jobs):
-                time.sleep(1)
-                finished = _finished(self.folder, self.made)
-                count_others()
-        if process_index == 0:
-            self._write_manifest([finished[job.file] for job in jobs])
-            shutil.rmtree(notes, ignore_errors=True)
-        while not (self.folder / records.MANIFEST).exists():
-            time.sleep(1)
-
-    def _encode_shard(self, job: ShardJob, bar: tqdm) -> records.Shard:
-        longest: dict[str, int] = dict.fromkeys(self.options.captions, 0)
-        skipped: list[tuple[str, str]] = []
-        lacking: dict[str, list[int]] = {}
-
-        def on_skip(key: str, reason: str) -> None:
-            skipped.append((key, reason))
-            bar.write(f"left out: {key}: {reason}", file=sys.stderr)
-
-        def encoded() -> Iterator[bytes]:
-            found = self.encoder.records(job.indices, job.bucket, on_skip, bar.update)
-            for place, (record, tokens) in enumerate(found):
-                for kind in self.options.captions:
-                    if kind in tokens:
-                        longest[kind] = max(longest[kind], tokens[kind])
-                    else:
-                        lacking.setdefault(kind, []).append(place)
-                yield record
-
-        path = self.folder / job.file
-        count = records.write_shard(path, encoded())
-        return records.Shard(
-            file=job.file,
-            bucket=job.bucket,
-            count=count,
-            bytes=path.stat().st_size,
-            sha256=records.sha256(path),
-            longest=longest,
-            skipped=tuple(skipped),
-            lacking={kind: tuple(places) for kind, places in lacking.items()},
-        )
-
-    def _write_manifest(self, shards: Sequence[records.Shard]) -> None:
-        """Write the skipped samples, the chart of the buckets and, last, the manifest."""
-        manifest = records.Manifest(self.made, tuple(shards), self.made_from)
-        faults = skipped_samples(manifest, self.source)
-        if lines := [json.dumps(_named(one), ensure_ascii=False) + "\n" for one in faults]:
-            write_text(self.folder / FAULTS, "".join(lines))
-        else:
-            (self.folder / FAULTS).unlink(missing_ok=True)
-        counts = dict.fromkeys(self.options.buckets, 0) | manifest.by_bucket
-        write_bucket_chart(self.folder / BUCKETS_PNG, counts, "encoded")
-        manifest.write(self.folder)
-        if faults and self.progress:
-            tqdm.write(f"{faults.summary()}; {self.folder / FAULTS} names them", file=sys.stderr)
-
-
-def _named(fault: BadRecord) -> dict[str, Any]:
-    fields = {"place": fault.place, "kind": fault.kind, "detail": fault.detail}
-    return fields | {"mended": fault.repaired}
+        for one in faults
+    ]
+    (folder / FAULTS).unlink(missing_ok=True)
+    if lines:
+        write_text(folder / FAULTS, "\n".join(lines) + "\n")
+    counts = dict.fromkeys(options.buckets, 0) | manifest.by_bucket
+    write_bucket_chart(folder / BUCKETS_PNG, counts, "encoded")
+    manifest.write(folder)
+    if faults and progress:
+        tqdm.write(f"{faults.summary()}; {folder / FAULTS} names them", file=sys.stderr)
 
 
 def skipped_samples(manifest: records.Manifest, source: Source | None = None) -> BadRecords:

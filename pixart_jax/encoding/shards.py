@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import ml_dtypes
@@ -49,12 +50,14 @@ class _Item:
     texts: dict[str, str]
 
 
-# of a batch: items; '' or '_flip' → (mean, std); [((row, name, tokens), …), states [n, l, c]]
-_Batch = tuple[
-    list[_Item],
-    dict[str, tuple[jax.Array, jax.Array]],
-    list[tuple[list[tuple[int, str, int]], jax.Array]],
-]
+class _Batch(NamedTuple):
+    """What the devices compute. posteriors: '' or '_flip' → (mean, std). texts: [(the item, name
+    and tokens of each text, states [n, l, c])]. samples: how many, with those that are skipped."""
+
+    items: list[_Item]
+    posteriors: dict[str, tuple[jax.Array, jax.Array]]
+    texts: list[tuple[list[tuple[_Item, str, int]], jax.Array]]
+    samples: int
 
 
 class ShardEncoder:
@@ -94,9 +97,9 @@ class ShardEncoder:
             batches = (indices[start : start + self._rows] for start in starts)
             decoding = (readers.map(lambda i: self._read(i, bucket), batch) for batch in batches)
             encoding = (self._encode(list(found), bucket, on_skip) for found in one_ahead(decoding))
-            for batch, count in one_ahead(encoding):
-                yield from _pack(*batch)
-                on_progress(count)
+            for batch in one_ahead(encoding):
+                yield from _pack(batch)
+                on_progress(batch.samples)
 
     def _read(self, index: int, bucket: Bucket) -> _Item | tuple[str, str]:
         """Decode a sample; or return (its key, why it is skipped)."""
@@ -106,10 +109,11 @@ class ShardEncoder:
             key = sample.key
             return self._decode(sample, bucket)
         except UserError as error:
-            reason = str(error).removeprefix(f"{key}: ")
-            kind = getattr(error, "kind", "unreadable record")
+            kind, reason = "unreadable record", str(error).removeprefix(f"{key}: ")
             if isinstance(error, images.UnreadableImage):
                 kind = "unreadable image"
+            elif isinstance(error, _Unusable):
+                kind, reason = error.args
             if self._options.strict:
                 raise UserError(f"{key}: {kind}: {reason}") from None
             return key, f"{kind}: {reason}"
@@ -137,31 +141,31 @@ class ShardEncoder:
         return _Item(arrays, metadata, pixels, texts)
 
     def _encode(
-        self, found: list[_Item | tuple[str, str]], bucket: Bucket, on_skip
-    ) -> tuple[_Batch, int]:
-        """Give a batch to the devices without waiting for them; return it and its samples."""
+        self, found: list[_Item | tuple[str, str]], bucket: Bucket, on_skip: Callable
+    ) -> _Batch:
+        """Give a batch to the devices without waiting for them."""
         items = [item for item in found if isinstance(item, _Item)]
         for skipped in found:
             if isinstance(skipped, tuple):
                 on_skip(*skipped)
         if not items:
-            return ([], {}, []), len(found)
-        pixels = np.empty((self._rows, *bucket, 3), np.uint8)
-        for row, item in enumerate(items):
-            pixels[row] = item.pixels
+            return _Batch([], {}, [], len(found))
+        # the last row fills the batch: one shape and executable per bucket
+        rows = [*items, *items[-1:] * (self._rows - len(items))]
+        pixels = np.stack([item.pixels for item in rows])
+        for item in items:
             item.pixels = np.empty(0, np.uint8)
-        pixels[len(items) :] = pixels[len(items) - 1]  # one shape and executable per bucket
         posteriors = {"": self._vae.encode(self._place(to_model(pixels)))}
         if self._options.flip:
             posteriors["_flip"] = self._vae.encode(self._place(to_model(pixels[:, :, ::-1])))
-        return (items, posteriors, list(self._encode_texts(items))), len(found)
+        return _Batch(items, posteriors, list(self._encode_texts(items)), len(found))
 
     def _encode_texts(
         self, items: list[_Item]
-    ) -> Iterator[tuple[list[tuple[int, str, int]], jax.Array]]:
-        """Yield ([(row, name, tokens)], states [text rows, width, c] on the devices), texts of one
+    ) -> Iterator[tuple[list[tuple[_Item, str, int]], jax.Array]]:
+        """Yield ([(item, name, tokens)], states [text rows, width, c] on the devices), texts of one
         width together."""
-        texts = [(row, *named) for row, item in enumerate(items) for named in item.texts.items()]
+        texts = [(item, *named) for item in items for named in item.texts.items()]
         if not texts:
             return
         limit, pad = self._options.max_text_tokens, self._tokenizer.pad_token_id or 0
@@ -177,29 +181,26 @@ class ShardEncoder:
         return jax.device_put(array, row_sharding(self._mesh, len(array)))
 
 
-def _pack(items, posteriors, texts) -> Iterator[tuple[bytes, dict[str, int]]]:
+def _pack(batch: _Batch) -> Iterator[tuple[bytes, dict[str, int]]]:
     """Wait for a batch, and yield the records of its items as ``ShardEncoder.records`` does."""
-    longest: list[dict[str, int]] = [{} for _ in items]
-    for members, states in texts:
-        states = np.asarray(states).astype(ml_dtypes.bfloat16)
-        for (row, name, length), state in zip(members, states):
-            items[row].arrays[name] = state[:length]
-            kind = name.split(".", 1)[1].rsplit(".", 1)[0]
-            longest[row][kind] = max(longest[row].get(kind, 0), length)
-    for side, (mean, std) in posteriors.items():
-        mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        for row, item in enumerate(items):
+    for members, states in batch.texts:
+        stored = np.asarray(states).astype(ml_dtypes.bfloat16)
+        for (item, name, length), state in zip(members, stored):
+            item.arrays[name] = state[:length]
+    for side, posterior in batch.posteriors.items():
+        mean, std = (np.asarray(part, np.float32) for part in posterior)
+        for row, item in enumerate(batch.items):
             item.arrays |= {f"mean{side}": mean[row], f"std{side}": std[row]}
-    for item, tokens in zip(items, longest):
-        yield records.encode_record(item.arrays, item.metadata), tokens
+    for item in batch.items:
+        longest: dict[str, int] = {}
+        for name in item.texts:
+            kind = name.removeprefix("text.").rpartition(".")[0]
+            longest[kind] = max(longest.get(kind, 0), len(item.arrays[name]))
+        yield records.encode_record(item.arrays, item.metadata), longest
 
 
 class _Unusable(UserError):
-    """A sample that cannot be encoded. kind: the few words under which it is counted."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(detail)
-        self.kind = kind
+    """(kind, detail): why a sample cannot be encoded; kind is counted."""
 
 
 def _on_mesh(encoder, mesh: jax.sharding.Mesh | None):

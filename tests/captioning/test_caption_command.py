@@ -172,7 +172,7 @@ def test_a_worker_that_sees_another_source_ends_the_run_in_one_line(written, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model m", "--out is missing"),
+        ("--model m", "--out"),
         ("--model m --out x", "NAME.jsonl is needed"),
         ("--model m --out x.jsonl --in-place", "--in-place goes with"),
         ("--model m --out x --format webdataset", "folder:x is a folder"),

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from pixart_jax.data import images, records
+from pixart_jax.data.buckets import assign
 from pixart_jax.data.encoded import EncodedSamples, is_flipped
-from pixart_jax.data.sources import Sample
 from pixart_jax.encoding import check as encode_check
 from pixart_jax.encoding import encode
 from pixart_jax.encoding.shards import ShardEncoder
@@ -47,28 +47,28 @@ def every_record(folder):
     return [stored.bytes(index) for index in range(len(stored))]
 
 
-@pytest.fixture(scope="module")
-def on_devices(model, tmp_path_factory):
-    """Folder of each of SIMPLE and MESHES, made where there are four devices."""
-    out = tmp_path_factory.mktemp("devices")
+def encode_on_devices(model, out, names) -> dict:
+    """Encode where there are four devices; return name → folder."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     module = "tests.encoding.encode_on_devices"
-    program = [sys.executable, "-m", module, str(model), str(out), *SIMPLE, *MESHES]
+    program = [sys.executable, "-m", module, str(model), str(out), *names]
     done = subprocess.run(
         program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: out / name for name in (*SIMPLE, *MESHES)}
+    return {name: out / name for name in names}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SIMPLE)
-def test_a_record_is_the_same_to_the_byte_on_any_number_of_devices(
-    model, on_devices, name, tmp_path
-):
+@pytest.fixture(scope="module")
+def on_devices(model, tmp_path_factory):
+    return encode_on_devices(model, tmp_path_factory.mktemp("devices"), MESHES)
+
+
+def test_a_record_is_the_same_to_the_byte_on_any_number_of_devices(model, tmp_path):
     alone = made(simple_encoders(model), tmp_path / "set")
-    assert every_record(on_devices[name]) == every_record(alone)
-    assert records.Manifest.read(on_devices[name]).identity == records.Manifest.read(alone).identity
+    for folder in encode_on_devices(model, tmp_path, SIMPLE).values():
+        assert every_record(folder) == every_record(alone)
+        assert records.Manifest.read(folder).identity == records.Manifest.read(alone).identity
 
 
 @pytest.mark.slow
@@ -82,17 +82,13 @@ def test_the_model_s_own_encoders_give_the_same_records_to_rounding(alone, on_de
         (before, said), (after, said_too) = one[index], other[index]
         assert said == said_too and set(before) == set(after)
         for part in before:
+            wanted, found = before[part].astype(np.float64), after[part].astype(np.float64)
             if "fsdp" in name:
-                np.testing.assert_allclose(
-                    before[part].astype(np.float64),
-                    after[part].astype(np.float64),
-                    rtol=1e-2,
-                    atol=1e-5,
-                )
+                np.testing.assert_allclose(wanted, found, rtol=1e-2, atol=1e-5)
             elif part.startswith(("mean", "std")):
-                np.testing.assert_allclose(before[part], after[part], rtol=1e-5, atol=3e-6)
+                np.testing.assert_allclose(wanted, found, rtol=1e-5, atol=3e-6)
             else:
-                np.testing.assert_array_equal(before[part], after[part])
+                np.testing.assert_array_equal(wanted, found)
 
 
 def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(model, alone):
@@ -109,7 +105,11 @@ def test_states_and_posteriors_read_back_equal_a_direct_encoding_to_the_bit(mode
         # in the batch it was encoded in
         place = (index - np.flatnonzero(samples.bucket_of == bucket)[0]) % OPTIONS.batch_size
         pixels, fit = images.to_bucket(sample.pixels(), samples.buckets[bucket])
-        stored, _ = samples._records[index]
+        stored, metadata = samples._records[index]
+        assert stored["label"] == sample.label
+        for kind, texts in sample.captions.items():
+            assert json.loads(metadata[f"captions.{kind}"]) == list(texts)
+        assert samples.buckets[bucket] == assign(*source.shape(number), OPTIONS.buckets)
         height, width, top, left = stored["fit"]
         # the very crop can be made again from what is stored
         assert (height, width, top, left) == dataclasses.astuple(fit)
@@ -192,40 +192,18 @@ def test_bad_samples_are_named_and_counted_and_the_rest_goes_on(model, tmp_path,
         "noise-00005": "missing caption",
         "noise-00006": "caption too long",
     }
-    (place,) = (
-        manifest.shards[n].lacking["dense"]
-        for n in range(len(manifest.shards))
-        if manifest.shards[n].lacking
-    )
+    (place,) = (shard.lacking["dense"] for shard in manifest.shards if shard.lacking)
     assert len(place) == 1  # what lacks a kind stays, and shows its others
     told = capsys.readouterr().err
-    assert (
-        "4 left out: 2 unreadable image, 1 missing caption, 1 caption too long" in told
-        and "faults.jsonl names them" in told
-    )
+    assert "4 left out: 2 unreadable image, 1 missing caption, 1 caption too long" in told
+    assert "faults.jsonl names them" in told
     assert "4 left out" in encode_check.summary(folder)
     assert (folder / "buckets.png").read_bytes()[:4] == b"\x89PNG"
+    strict = dataclasses.replace(options, strict=True)
     for index, kind in ((2, "unreadable image"), (5, "missing caption"), (6, "caption too long")):
-        only = _Only(bad, index)
+        encoder = ShardEncoder(bad, strict, **encoders(model))
         with pytest.raises(UserError, match=f"noise-{index:05d}: {kind}"):
-            encode.encode_dataset(
-                only,
-                dataclasses.replace(options, strict=True),
-                **encoders(model),
-                folder=tmp_path / f"strict{index}",
-                progress=False,
-            )
-
-
-class _Only(tiny.Noise):
-    """One sample of another source."""
-
-    def __init__(self, source, index):
-        super().__init__(1)
-        self._source, self._index = source, index
-
-    def __getitem__(self, index) -> Sample:
-        return self._source[self._index]
+            list(encoder.records([index], (32, 32), pytest.fail))
 
 
 def test_check_names_a_key_that_stands_twice(model, tmp_path, capsys):
