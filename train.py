@@ -7,7 +7,6 @@ import sys
 
 from pixart_jax import cli
 from pixart_jax.commands.train import main
-from pixart_jax.parallel.processes import run_with_peers
 
 if __name__ == "__main__":
-    sys.exit(run_with_peers(lambda: cli.run(main)))
+    sys.exit(cli.run(main))

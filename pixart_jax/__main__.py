@@ -44,7 +44,7 @@ def run(command: str | None = None) -> int:
     """The ``pixart-jax`` program, or one command of it: returns the process's exit status."""
     argv = [*([command] if command else []), *sys.argv[1:]]
     with cli.signals():
-        if argv[:1] in (["encode"], ["train"]):  # their processes work together
+        if argv[:1] == ["encode"]:  # its processes work together
             from pixart_jax.parallel.processes import run_with_peers
 
             return run_with_peers(lambda: cli.run(main, argv))

@@ -29,6 +29,19 @@ def require(config: object, rule: str, **conditions: bool) -> None:
             raise UserError(f"{type(config).__name__}.{name} = {value!r}: {rule}")
 
 
+def require_at_least(config: object, least: int, *names: str) -> None:
+    """:func:`require` of numbers; None passes."""
+    values = {name: getattr(config, name) for name in names}
+    rule = "must not be negative" if least == 0 else f"must be at least {least}"
+    require(config, rule, **{name: v is None or v >= least for name, v in values.items()})
+
+
+def require_positive(config: object, *names: str) -> None:
+    """:func:`require` of numbers; None passes."""
+    values = {name: getattr(config, name) for name in names}
+    require(config, "must be positive", **{name: v is None or v > 0 for name, v in values.items()})
+
+
 def require_one_of(config: object, **choices: tuple[str, ...]) -> None:
     """:func:`require` that each field is one of its choices; the error names the nearest."""
     for name, known in choices.items():
@@ -51,8 +64,8 @@ class MeshConfig:
     def __post_init__(self):
         require_one_of(self, context_attention=CONTEXT_ATTENTIONS)
         sizes = {name: getattr(self, name) for name in _MESH_AXES}
-        valid = {name: size == -1 or size >= 1 for name, size in sizes.items()}
-        require(self, "a mesh axis is at least 1, or -1 for the rest", **valid)
+        rule = "a mesh axis is at least 1, or -1 for the rest"
+        require(self, rule, **{name: size == -1 or size >= 1 for name, size in sizes.items()})
         if list(sizes.values()).count(-1) > 1:
             raise UserError("MeshConfig: only one axis can be -1 (the rest)")
 
@@ -112,21 +125,13 @@ class OptimizerConfig:
         require_one_of(
             self, name=("adamw", "came"), schedule=("constant", "cosine", "linear", "rsqrt")
         )
-        require(self, "must be positive", learning_rate=self.learning_rate > 0)
-        require(
-            self,
-            "must not be negative",
-            warmup_steps=self.warmup_steps >= 0,
-            weight_decay=self.weight_decay >= 0,
-            eps=self.eps >= 0,
-        )
+        require_positive(self, "learning_rate", "sqrt_scale_from")
+        require_at_least(self, 0, "warmup_steps", "weight_decay", "eps")
+        require_at_least(self, 1, "accumulate")
         require(self, "must lie in [0, 1]", final_fraction=0 <= self.final_fraction <= 1)
         require(self, "must lie in [0, 1); 0 keeps no average", ema=0 <= self.ema < 1)
         decays = {name: 0 <= getattr(self, name) < 1 for name in ("b1", "b2", "b3")}
         require(self, "must lie in [0, 1)", **decays)
-        require(self, "must be at least 1", accumulate=self.accumulate >= 1)
-        scale = self.sqrt_scale_from is None or self.sqrt_scale_from > 0
-        require(self, "must be positive, or None", sqrt_scale_from=scale)
         clip = self.clip is None or self.clip > 0
         require(self, "must be positive, or None for no clipping", clip=clip)
 
@@ -152,11 +157,10 @@ class ObjectiveConfig:
     def __post_init__(self):
         require_one_of(self, prediction=("epsilon", "v"), null_condition=("embedding", "empty"))
         require(self, "must lie in [0, 1]", condition_dropout=0 <= self.condition_dropout <= 1)
-        require(self, "must be at least 2", timesteps=self.timesteps >= 2)
+        require_at_least(self, 2, "timesteps")
+        require_positive(self, "min_snr_gamma")
         betas = 0 < self.beta_start <= self.beta_end < 1
         require(self, f"must lie in (0, beta_end = {self.beta_end}], below 1", beta_start=betas)
-        gamma = self.min_snr_gamma is None or self.min_snr_gamma > 0
-        require(self, "must be positive, or None", min_snr_gamma=gamma)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +173,7 @@ class AutoencoderConfig:
     kl_weight: float = 1e-6
 
     def __post_init__(self):
-        weights = {name: value >= 0 for name, value in vars(self).items()}
-        require(self, "must not be negative", **weights)
+        require_at_least(self, 0, *vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +188,7 @@ class TextToTextConfig:
 
     def __post_init__(self):
         require(self, "must lie in [0, 1)", hidden=0 <= self.hidden < 1)
-        require(self, "must be at least 1", decoder_layers=self.decoder_layers >= 1)
+        require_at_least(self, 1, "decoder_layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +223,8 @@ class DataConfig:
         require(self, "name at least one (height, width)", buckets=len(self.buckets) > 0)
         sides = all(h > 0 and w > 0 for h, w in self.buckets)
         require(self, "sides must be positive", buckets=sides)
-        require(self, "must not be negative", workers=self.workers >= 0)
-        limit = self.limit is None or self.limit > 0
-        require(self, "must be positive, or None for all", limit=limit)
-        require(self, "must be positive", max_text_tokens=self.max_text_tokens > 0)
+        require_at_least(self, 0, "workers")
+        require_positive(self, "limit", "max_text_tokens")
         weights = [weight for _, weight in self.captions]
         mix = all(weight >= 0 for weight in weights) and sum(weights) > 0
         require(self, "weights must not be negative, nor all 0", captions=mix)
@@ -258,8 +259,8 @@ class StageConfig:
         require_one_of(
             self, task=("class_conditional", "text_to_image", "autoencoder", "text_to_text")
         )
-        require(self, "must not be negative", steps=self.steps >= 0)
-        require(self, "must be at least 1", batch_size=self.batch_size >= 1)
+        require_at_least(self, 0, "steps")
+        require_at_least(self, 1, "batch_size")
         accumulate = self.optimizer.accumulate
         rule = f"must be a multiple of optimizer.accumulate = {accumulate}"
         require(self, rule, batch_size=self.batch_size % accumulate == 0)
@@ -278,10 +279,8 @@ class PreviewConfig:
     seed: int = 0
 
     def __post_init__(self):
-        rule = "must not be negative; 0 draws at the end of each stage only"
-        require(self, rule, every=self.every >= 0)
-        require(self, "must be at least 1", steps=self.steps is None or self.steps >= 1)
-        require(self, "must not be negative", seed=self.seed >= 0)
+        require_at_least(self, 0, "every", "seed")
+        require_at_least(self, 1, "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +297,7 @@ class GuardConfig:
     def __post_init__(self):
         factor = self.spike_factor is None or self.spike_factor > 1
         require(self, "must be above 1, or None for no limit", spike_factor=factor)
-        require(self, "must be at least 1", bad_steps_in_row=self.bad_steps_in_row >= 1)
+        require_at_least(self, 1, "bad_steps_in_row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,8 +322,7 @@ class HardwareConfig:
     gco2_per_kwh: float = 57.0
 
     def __post_init__(self):
-        amounts = {name: value >= 0 for name, value in vars(self).items()}
-        require(self, "must not be negative", **amounts)
+        require_at_least(self, 0, *vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,12 +364,9 @@ class Config:
         unique = len(set(names)) == len(names)
         require(self, f"stage names must differ, got {names}", stages=unique)
         require_one_of(self, compute_dtype=("bfloat16", "float32"))
-        require(self, "must not be negative", seed=self.seed >= 0)
-        counts = ("log_every", "checkpoint_every", "keep_checkpoints", "num_classes")
-        positive = {name: getattr(self, name) >= 1 for name in counts}
-        require(self, "must be at least 1", **positive)
-        keep = self.keep_every is None or self.keep_every >= 1
-        require(self, "must be at least 1, or None", keep_every=keep)
+        require_at_least(self, 0, "seed")
+        counts = ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "num_classes")
+        require_at_least(self, 1, *counts)
         unit = 8 * self.model.patch_size
         for stage in self.stages:
             for height, width in stage.data.buckets:

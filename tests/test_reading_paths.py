@@ -21,6 +21,7 @@ PATHS: dict[str, tuple[int, int, list[tuple[str, str]]]] = {
         700,
         [
             ("commands/train.py", "main"),
+            ("commands/train.py", "run"),
             ("commands/train.py", "train"),
             ("commands/train.py", "train_stage"),
             ("training/step.py", "compiled_step"),

@@ -4,41 +4,50 @@
 The same command with the same workdir resumes a stopped run. --help after a recipe's name lists
 every option. Several processes (Cloud TPU, GKE, SLURM, or started by hand) run the same command
 each: docs/pods.md.
+
+JAX, Orbax and the data libraries take seconds to import: the functions import them, so that a
+mistyped command is answered at once.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-import jax
+from typing import TYPE_CHECKING
 
 from pixart_jax import cli
-from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import Interrupted
-from pixart_jax.parallel import liveness, processes
-from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training import recipes
-from pixart_jax.training.batches import Encode, open_loader
-from pixart_jax.training.checkpoint import Checkpointer
-from pixart_jax.training.checks import check_run
-from pixart_jax.training.initialization import Trained, initial_state
-from pixart_jax.training.interruption import PreemptionHandler
-from pixart_jax.training.ledger import EnergyMeter
-from pixart_jax.training.loop import MetricWindow, TrainingDiverged
-from pixart_jax.training.loop import train as train_loop
-from pixart_jax.training.metrics import Metrics
-from pixart_jax.training.run import Run, StageHooks
-from pixart_jax.training.stages import build_stage
-from pixart_jax.training.step import compiled_step
-from pixart_jax.training.workdir import Workdir, enable_compilation_cache
+
+if TYPE_CHECKING:
+    from pixart_jax.config import Config
+    from pixart_jax.parallel.processes import DistributedOptions
+    from pixart_jax.training.batches import Encode
+    from pixart_jax.training.initialization import Trained
+    from pixart_jax.training.run import Run
 
 
 def main(argv: list[str]) -> int:
-    """Read the command line, join the other processes and train; returns the exit status."""
-    distributed, argv = processes.pop_distributed_flags(argv)
+    """Read the command line, then run; returns the exit status."""
     recipe, workdir, overrides = recipes.split(argv)
+
+    from pixart_jax.parallel import processes
+
+    distributed, overrides = processes.pop_distributed_flags(overrides)
     config = recipes.parse_config(recipe, overrides)
+
+    def start(_: list[str]) -> int:
+        return run(config, workdir, distributed)
+
+    return processes.run_with_peers(lambda: cli.run(start, argv))
+
+
+def run(config: Config, workdir: Path, distributed: DistributedOptions) -> int:
+    """Join the other processes and train; returns the exit status."""
+    from pixart_jax.parallel import processes
+    from pixart_jax.parallel.mesh import make_mesh
+    from pixart_jax.training.loop import TrainingDiverged
+
     processes.initialize(distributed)
     processes.assert_same_config(repr(config), workdir)
     processes.warm_up_collectives(make_mesh(config.mesh))
@@ -58,6 +67,16 @@ def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> 
     sources need it. Raises UserError for a user's mistake, TrainingDiverged after too many bad
     steps in a row, and Interrupted when a signal stopped the run and its state is saved.
     """
+    from pixart_jax.parallel import liveness
+    from pixart_jax.parallel.mesh import make_mesh
+    from pixart_jax.training.checkpoint import Checkpointer
+    from pixart_jax.training.checks import check_run
+    from pixart_jax.training.interruption import PreemptionHandler
+    from pixart_jax.training.ledger import EnergyMeter
+    from pixart_jax.training.metrics import Metrics
+    from pixart_jax.training.run import Run
+    from pixart_jax.training.workdir import Workdir, enable_compilation_cache
+
     with Workdir(workdir, config) as folder, PreemptionHandler() as interruption:
         enable_compilation_cache(folder.programs)
         mesh = make_mesh(config.mesh)
@@ -83,6 +102,14 @@ def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> 
 def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
     """Train stage ``index``, or the rest of it. previous: the stage before, where this process
     trained it."""
+    from pixart_jax.training import loop
+    from pixart_jax.training.batches import open_loader
+    from pixart_jax.training.initialization import Trained, initial_state
+    from pixart_jax.training.metrics import MetricWindow
+    from pixart_jax.training.run import StageHooks
+    from pixart_jax.training.stages import build_stage
+    from pixart_jax.training.step import compiled_step
+
     config, mesh, position = run.config, run.mesh, run.position
     stage = config.stages[index]
     loader = open_loader(config, index, run.frozen, run.encode, mesh)
@@ -99,20 +126,7 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
 
     step = compiled_step(config, stage, parts, mesh)  # loss, gradient, update and EMA
     hooks = StageHooks(run, index, parts.task, loader)  # metrics, checkpoints, previews
-    state = train_loop(
-        state,
-        step,
-        loader,
-        hooks,
-        config=config,
-        index=index,
-        mesh=mesh,
-        start=start,
-        window=window,
-        timer=hooks.timer,
-        interruption=run.interruption,
-        profile=run.folder.profile,
-    )
+    state = loop.train(run, index, state, step, loader, hooks, start, window)
     # killed between the last checkpoint and its preview
     if start == stage.steps and not hooks.grid(start).exists():
         hooks.preview(start, state)
@@ -122,8 +136,12 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
 def encode(source, *, frozen, **options) -> Path:
     """The encoded shards of a source, made with the run's frozen parts where absent
     (training.batches.Encode)."""
+    import jax
+
+    from pixart_jax.config import MeshConfig
     from pixart_jax.encoding.encode import encode_dataset
     from pixart_jax.encoding.options import EncodeOptions
+    from pixart_jax.parallel.mesh import make_mesh
 
     text = {}
     if options["captions"]:

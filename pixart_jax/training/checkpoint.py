@@ -138,8 +138,8 @@ class Checkpointer:
     def position(self, total: int) -> RunPosition:
         """The position of a checkpoint; UserError where it is damaged."""
         found = self._open(total, place=ocp.args.JsonRestore(), sums=ocp.args.JsonRestore())
-        # an older checkpoint has no sum of its position
-        if found.sums.get(POSITION_SUM, found_sum := _json_sum(found.place)) != found_sum:
+        checksum = _json_sum(found.place)  # which older checkpoints lack
+        if found.sums.get(POSITION_SUM, checksum) != checksum:
             raise self._damaged(total, "its position differs from what was saved")
         return RunPosition(**found.place)
 
@@ -252,10 +252,11 @@ def _arrays(state: TrainState) -> dict:
 
 
 def _guard(numbers: dict, abstract: StepGuard | None) -> StepGuard | None:
-    """The guard as it was saved, laid out as ``abstract``; a fresh one for a checkpoint that has
-    none."""
+    """The guard as it was saved, laid out as ``abstract``; a fresh one where none was."""
     if abstract is None:
         return None
+    renamed = {"in_row": "consecutive", "good": "accepted"}  # names in older checkpoints
+    numbers = {renamed.get(name, name): value for name, value in numbers.items()}
 
     def place(value, like):
         return jax.device_put(np.asarray(value, like.dtype), like.sharding)

@@ -3,24 +3,23 @@ preview."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import sys
 import time
-from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from pixart_jax.config import Config
+from pixart_jax.data.loader import Loader
 from pixart_jax.errors import Interrupted
 from pixart_jax.parallel import liveness
 from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.training.bad_steps import describe
 from pixart_jax.training.batches import put
-from pixart_jax.training.interruption import PreemptionHandler
-from pixart_jax.training.metrics import StepTimer
+from pixart_jax.training.metrics import MetricWindow
+from pixart_jax.training.run import Run, StageHooks
 from pixart_jax.training.state import TrainState
+from pixart_jax.training.step import CompiledStep
 
 
 class TrainingDiverged(Exception):
@@ -28,71 +27,15 @@ class TrainingDiverged(Exception):
     the batch's records."""
 
 
-@dataclasses.dataclass
-class MetricWindow:
-    """Sums of the metrics since the last logged line; part of a checkpoint, so that a resumed run
-    logs the same lines. Of a skipped step only the count enters: its loss may not be finite.
-    """
-
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    count: int = 0
-    skipped: int = 0
-
-    def add(self, values: dict[str, float]) -> None:
-        if values["skipped"]:
-            self.skipped += 1
-            return
-        self.count += 1
-        for name, value in values.items():
-            if not name.startswith("skipped"):
-                self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        """Over the good steps; without a loss where there was none."""
-        means = {name: value / self.count for name, value in self.sums.items()}
-        return means | {"skipped": self.skipped}
-
-
-class LoopHooks:
-    """Callbacks of the loop; those of this class do nothing. Steps are those of the stage, counted
-    from 1."""
-
-    def should_save(self, step: int) -> bool:
-        """Whether a checkpoint is due."""
-        return False
-
-    def save(self, step: int, state: TrainState, window: MetricWindow) -> None:
-        """Write a checkpoint."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Write a line of metrics."""
-
-    def preview(self, step: int, state: TrainState) -> None:
-        """Draw samples."""
-
-    def on_bad_step(self, step: int, values: dict[str, float]) -> list[str]:
-        """Record a skipped step; returns the record keys of its batch."""
-        return []
-
-    def flops(self, batch: dict) -> float:
-        """FLOPs of a step on this batch (its rows in this process); 0 where unknown."""
-        return 0.0
-
-
 def train(
-    state: TrainState,
-    step_function,
-    loader,
-    hooks: LoopHooks,
-    *,
-    config: Config,
+    run: Run,
     index: int,
-    mesh: Mesh,
+    state: TrainState,
+    step: CompiledStep,
+    loader: Loader,
+    hooks: StageHooks,
     start: int,
     window: MetricWindow,
-    timer: StepTimer,
-    interruption: PreemptionHandler,
-    profile: Path,
 ) -> TrainState:
     """Run steps start + 1 … of stage ``index`` to its end; step k's random key is the stage's with
     k − 1 folded in.
@@ -100,17 +43,17 @@ def train(
     A step's metrics are read while the next one runs, so the device never waits for the host. A
     checkpoint that falls due within a row of bad steps waits for the next good one. Raises
     TrainingDiverged after too many bad steps in a row, before anything more is saved, and
-    Interrupted after a signal, the state saved. profile: the folder of a trace (config.profile).
+    Interrupted after a signal, the state saved.
     """
-    stage, preview_every = config.stages[index], config.preview.every
+    config, timer, stage = run.config, hooks.timer, run.config.stages[index]
     if start >= stage.steps:
         return state
     done = sum(before.steps for before in config.stages[:index])  # steps of the run
     key = jax.random.fold_in(jax.random.key(config.seed), 1_000 + index)
-    sharding, batches = batch_sharding(mesh), loader.iterator(start=start)
+    sharding, batches = batch_sharding(run.mesh), loader.iterator(start=start)
     bar = _progress_bar(stage.name, start, stage.steps)
     pending: tuple[int, dict, float] | None = None
-    in_row, due = 0, False
+    in_row, save_due = 0, False
     shapes: set[tuple] = set()  # of the batches so far
 
     def read_pending() -> None:
@@ -133,58 +76,54 @@ def train(
                 )
         window.add(values)
         if number % config.log_every == 0 or number == stage.steps:
-            recompilations = step_function.executables - len(shapes)
             line = {**window.means(), "lr": values["lr"], **timer.rates()}
-            line["recompilations"] = recompilations
+            line["recompilations"] = step.executables - len(shapes)
             shown = {"loss": "loss", "images_s": "images_per_second", "mfu": "mfu"}
             text = {short: f"{line[name]:.4g}" for short, name in shown.items() if name in line}
             bar.set_postfix(text, refresh=False)
             hooks.log(number, line)
             window = MetricWindow()
 
-    def dispatch(state, batch, number):
-        """Begin a step. Compiling is not part of a step's time."""
-        before, begun = step_function.executables, time.perf_counter()
-        state, metrics = step_function(state, batch, jax.random.fold_in(key, number - 1))
-        if step_function.executables > before:
-            timer.exclude(time.perf_counter() - begun)
-        return state, metrics
-
-    trace = StepProfiler(profile, config.profile.steps)
+    profile, trace = config.profile.steps or (0, -1), contextlib.ExitStack()
     try:
-        with interruption.deferred(), trace:
+        with run.interruption.deferred(), trace:
             for number in range(start + 1, stage.steps + 1):
-                if trace.opens(done + number):
+                total = done + number
+                traced = profile[0] <= total <= profile[1]
+                if traced and (total == profile[0] or number == start + 1):
                     read_pending()
-                    trace.start()
+                    _start_trace(trace, run, profile)
                 with timer.waiting():
                     rows = next(batches)
                     batch = put(rows, sharding)
                 shapes.add(tuple(sorted((name, array.shape) for name, array in batch.items())))
-                state, metrics = dispatch(state, batch, number)
+                executables, begun = step.executables, time.perf_counter()
+                state, metrics = step(state, batch, jax.random.fold_in(key, number - 1))
+                if step.executables > executables:  # compiling is not part of a step's time
+                    timer.exclude(time.perf_counter() - begun)
                 read_pending()
                 pending = (number, metrics, hooks.flops(rows))
-                last, stop = number == stage.steps, interruption.should_stop(done + number)
-                look = last or (preview_every and number % preview_every == 0)
-                due = due or hooks.should_save(number)
-                if trace.closes(done + number):
+                last, stop = number == stage.steps, run.interruption.should_stop(total)
+                every = config.preview.every
+                preview = last or (every and number % every == 0)
+                save_due = save_due or hooks.should_save(number)
+                if traced and total == profile[1]:
                     read_pending()
-                    trace.stop()
-                if last or stop or look or due:
+                    trace.close()
+                if last or stop or preview or save_due:
                     read_pending()
                     with timer.paused():
-                        if last or stop or (due and not in_row):
+                        if last or stop or (save_due and not in_row):
                             hooks.save(number, state, window)
-                            due = False
-                        if look and not stop:
+                            save_due = False
+                        if preview and not stop:
                             hooks.preview(number, state)
                 if stop:
                     raise Interrupted(stop)
     finally:
         liveness.report_step(None)
         bar.close()
-        if close := getattr(batches, "close", None):
-            close()
+        batches.close()
     return state
 
 
@@ -200,44 +139,10 @@ def _progress_bar(name: str, start: int, steps: int) -> tqdm:
     )
 
 
-class StepProfiler:
-    """A profiler trace of some steps, for TensorBoard, Perfetto or XProf; leaving the context ends
-    it.
-
-    steps: (first, last) by the run's count, both traced entirely; None: no trace.
-    """
-
-    def __init__(self, folder: Path, steps: tuple[int, int] | None):
-        self._folder, self._steps, self._open = Path(folder), steps, False
-
-    def __enter__(self) -> StepProfiler:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
-
-    def opens(self, total: int) -> bool:
-        """Whether the trace begins with this step; the steps before it must be done then."""
-        if self._steps is None or self._open:
-            return False
-        return self._steps[0] <= total <= self._steps[1]
-
-    def closes(self, total: int) -> bool:
-        """Whether this step is the trace's last; it must be done before ``stop``."""
-        return self._open and self._steps is not None and total >= self._steps[1]
-
-    def start(self) -> None:
-        jax.profiler.start_trace(str(self._folder))
-        self._open = True
-
-    def stop(self) -> None:
-        """End the trace, if one is open, and print where it is."""
-        if not self._open or self._steps is None:
-            return
-        self._open = False
-        jax.profiler.stop_trace()
-        if jax.process_index() == 0:
-            print(
-                f"profile of steps {self._steps[0]} to {self._steps[1]}: {self._folder} "
-                "(tensorboard --logdir, or ui.perfetto.dev)"
-            )
+def _start_trace(trace: contextlib.ExitStack, run: Run, steps: tuple[int, int]) -> None:
+    """Trace for TensorBoard, Perfetto or XProf until ``trace`` closes; then print where it is."""
+    folder = run.folder.profile
+    if jax.process_index() == 0:
+        where = f"{folder} (tensorboard --logdir, or ui.perfetto.dev)"
+        trace.callback(print, f"profile of steps {steps[0]} to {steps[1]}: {where}")
+    trace.enter_context(jax.profiler.trace(str(folder)))

@@ -4,10 +4,10 @@ curve, and the time and memory figures among them."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
-import socket
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,6 +15,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tensorboardX.summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pixart_jax import plots
 from pixart_jax.files import write_text
@@ -38,35 +41,38 @@ class Metrics:
     """Writes metrics under ``folder``; a context. Of several processes the first one writes.
 
     start: total steps already done; lines beyond them, which a killed run logged and its last
-    checkpoint does not hold, are removed: they will be logged again.
+    checkpoint does not hold, are removed: they will be logged again. TensorBoard drops such events
+    of earlier files by itself.
     """
 
     def __init__(self, folder: Path, start: int):
-        self.file = Path(folder) / "metrics.jsonl"
-        self.bad = Path(folder) / "bad_steps.jsonl"
+        self.file, self.bad = Path(folder) / "metrics.jsonl", Path(folder) / "bad_steps.jsonl"
         self._is_writer = jax.process_index() == 0
-        if self._is_writer:
-            for file in (self.file, self.bad):
-                lines = [line for line in read(file) if line["total_step"] <= start]
-                if file.exists():
-                    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-            self._lines = open(self.file, "a")
-            self._events = _Events(folder, purge_step=start + 1 if start else None)
+        if not self._is_writer:
+            return
+        for file in (self.file, self.bad):
+            lines = [line for line in read(file) if line["total_step"] <= start]
+            if file.exists():
+                write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+        self._lines = open(self.file, "a")
+        # not SummaryWriter, whose thread writes: a full disk must be an error of this thread
+        self._events = EventsWriter(str(Path(folder) / "events"), f".{os.getpid()}")
+        if start:
+            self._event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if self._is_writer:
-            for file in (self._lines, self._events):
-                try:
-                    file.close()
-                except OSError:
-                    # an error that already ends the run is the one to report
-                    if kind is None:
-                        raise
+        for file in (self._lines, self._events) if self._is_writer else ():
+            try:
+                file.close()
+            except OSError:
+                # an error that already ends the run is the one to report
+                if kind is None:
+                    raise
 
-    def write(self, *, stage: str, step: int, total: int, values: dict[str, float]) -> None:
+    def write(self, stage: str, step: int, total: int, values: dict[str, float]) -> None:
         """One line, and one event a value. step: within the stage; total: of the whole run."""
         if not self._is_writer:
             return
@@ -74,11 +80,11 @@ class Metrics:
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._events.scalar(f"{stage}/{name}", value, total)
+            self._event(total, summary=tensorboardX.summary.scalar(f"{stage}/{name}", value))
         self._events.flush()
 
     def bad_step(
-        self, *, stage: str, step: int, total: int, values: dict[str, float], keys: list[str]
+        self, stage: str, step: int, total: int, values: dict[str, float], keys: list[str]
     ) -> None:
         """One line for a skipped step. keys: the records of its batch."""
         if self._is_writer:
@@ -90,52 +96,36 @@ class Metrics:
     def image(self, name: str, image: np.ndarray, total: int) -> None:
         """image: uint8 [h, w, 3]."""
         if self._is_writer:
-            self._events.image(name, image, total)
+            self._event(total, summary=tensorboardX.summary.image(name, image, dataformats="HWC"))
             self._events.flush()
 
+    def _event(self, step: int, **fields) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **fields))
 
-class _Events:
-    """A TensorBoard event file, written by the caller's own thread.
 
-    tensorboardX's SummaryWriter writes on a thread of its own, where a full disk ends in a
-    traceback that nothing can catch. Here a failed write is the caller's OSError. purge_step:
-    TensorBoard drops what earlier files of the folder hold from this step on.
+@dataclasses.dataclass
+class MetricWindow:
+    """Sums of the metrics since the last logged line; part of a checkpoint, so that a resumed run
+    logs the same lines. Of a skipped step only the count enters: its loss may not be finite.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None = None):
-        from tensorboardX.proto.event_pb2 import SessionLog
-        from tensorboardX.record_writer import RecordWriter
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    count: int = 0
+    skipped: int = 0
 
-        now = time.time()
-        name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(str(Path(folder) / name))
-        self._write(wall_time=now, file_version="brain.Event:2")
-        if purge_step is not None:
-            log = SessionLog(status=SessionLog.START)
-            self._write(wall_time=now, step=purge_step, session_log=log)
+    def add(self, values: dict[str, float]) -> None:
+        if values["skipped"]:
+            self.skipped += 1
+            return
+        self.count += 1
+        for name, value in values.items():
+            if not name.startswith("skipped"):
+                self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        from tensorboardX import summary
-
-        self._write(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
-
-    def image(self, name: str, image: np.ndarray, step: int) -> None:
-        from tensorboardX import summary
-
-        value = summary.image(name, image, dataformats="HWC")
-        self._write(wall_time=time.time(), step=step, summary=value)
-
-    def flush(self) -> None:
-        """Hand what was written to the operating system."""
-        self._records._writer.flush()  # RecordWriter.flush would sync the disk, every time
-
-    def close(self) -> None:
-        self._records.close()
-
-    def _write(self, **fields) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._records.write(Event(**fields).SerializeToString())
+    def means(self) -> dict[str, float]:
+        """Over the good steps; without a loss where there was none."""
+        means = {name: value / self.count for name, value in self.sums.items()}
+        return means | {"skipped": self.skipped}
 
 
 def read(file: Path) -> list[dict]:
@@ -188,11 +178,7 @@ class StepTimer:
         self.productive = productive
         self._batch, self._peak = batch_size, peak
         self._last, self._excluded = time.perf_counter(), 0.0
-        self._first = True
-        self._reset()
-
-    def _reset(self) -> None:
-        self._steps, self._seconds, self._waited, self._flops = 0, 0.0, 0.0, 0.0
+        self._steps, self._seconds, self._waited, self._flops = -1, 0.0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -205,10 +191,8 @@ class StepTimer:
     def paused(self) -> Iterator[None]:
         """Something that is not a step: a checkpoint, a preview."""
         begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.exclude(time.perf_counter() - begun)
+        yield
+        self.exclude(time.perf_counter() - begun)
 
     def exclude(self, seconds: float) -> None:
         """Seconds that are not stepping: a program was compiled first."""
@@ -223,21 +207,20 @@ class StepTimer:
         seconds = max(now - self._last - self._excluded, 0.0)
         self._last, self._excluded = now, 0.0
         self.productive += seconds
-        if self._first:
-            self._first = False
-            self._reset()
-        else:
-            self._steps += 1
+        self._steps += 1
+        if self._steps:
             self._seconds += seconds
             self._flops += flops
+        else:  # the first step
+            self._waited = 0.0
 
     def rates(self) -> dict[str, float]:
         """Since the last call: steps and images a second, the share of time spent waiting for data,
         and MFU where FLOPs and peak are known; {} where no step was timed."""
         steps, seconds, waited, flops = self._steps, self._seconds, self._waited, self._flops
-        self._reset()
-        if not steps or seconds <= 0:
+        if steps < 1 or seconds <= 0:
             return {}
+        self._steps, self._seconds, self._waited, self._flops = 0, 0.0, 0.0, 0.0
         rates = {
             "steps_per_second": steps / seconds,
             "images_per_second": steps * self._batch / seconds,

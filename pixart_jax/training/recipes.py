@@ -1,4 +1,7 @@
-"""The command line of train.py: a recipe's name or path, a workdir, and overrides of its fields."""
+"""The command line of train.py: a recipe's name or path, a workdir, and overrides of its fields.
+
+JAX is imported only once a recipe is found.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pixart_jax import cli
-from pixart_jax.config import Config, MeshConfig
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import bundled
-from pixart_jax.parallel.processes import usage
+
+if TYPE_CHECKING:
+    from pixart_jax.config import Config
 
 RECIPES = bundled("configs")
 USAGE = "python train.py configs/NAME.py --workdir DIR [--FIELD VALUE …]"
@@ -28,7 +33,7 @@ def split(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
         raise UserError(f"which recipe? {USAGE}; there are {names}")
     if argv[0] in ("-h", "--help"):
         how = "`python train.py NAME --help` lists the options of one."
-        print(f"usage: {USAGE}\n\nrecipes: {names}\n{how}\n\n{usage()}")
+        print(f"usage: {USAGE}\n\nrecipes: {names}\n{how}")
         raise SystemExit(0)
     if argv[0].startswith("-"):
         raise UserError(f"the recipe comes first: {USAGE}")
@@ -78,6 +83,9 @@ def parse_config(recipe: Path, overrides: Sequence[str]) -> Config:
     """The recipe's config with its overrides; every complaint is a UserError of one line."""
     import tyro
 
+    from pixart_jax.config import Config, MeshConfig
+    from pixart_jax.parallel.processes import usage
+
     mesh, overrides = pop_flag(
         "--mesh", overrides, "--mesh needs the sizes of its axes, as --mesh fsdp=8,tensor=2"
     )
@@ -95,6 +103,8 @@ def parse_config(recipe: Path, overrides: Sequence[str]) -> Config:
 
 def load(recipe: Path) -> Config:
     """What the file's get_config() returns."""
+    from pixart_jax.config import Config
+
     # recipes import each other as configs.NAME, also where the folder has another name
     if str(RECIPES) not in getattr(sys.modules.get("configs"), "__path__", ()):
         package = types.ModuleType("configs")

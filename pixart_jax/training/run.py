@@ -20,22 +20,14 @@ from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.flops import PIXELS, train_flops
 from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.parallel.chips import chip_of
+from pixart_jax.training import metrics
 from pixart_jax.training.batches import Encode
 from pixart_jax.training.checkpoint import Checkpointer, RunPosition
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.initialization import Trained
 from pixart_jax.training.interruption import PreemptionHandler
 from pixart_jax.training.ledger import EnergyMeter, ledger
-from pixart_jax.training.loop import LoopHooks, MetricWindow
-from pixart_jax.training.metrics import (
-    Metrics,
-    RestartLog,
-    StepTimer,
-    device_memory,
-    read,
-    summary,
-    write_loss_curve,
-)
+from pixart_jax.training.metrics import Metrics, MetricWindow, RestartLog, StepTimer
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState
 from pixart_jax.training.tasks import Task
@@ -59,14 +51,14 @@ class Run:
     def __post_init__(self):
         self.frozen = Frozen(self.config, self.folder.path)
         self.cost, self.productive = dict(self.position.cost), self.position.productive
-        kind = self.mesh.devices.flat[0].device_kind
-        chip = chip_of(kind)
+        self.device_kind = self.mesh.devices.flat[0].device_kind
+        chip = chip_of(self.device_kind)
         # FLOP/s of all devices
         self.peak_flops = chip.peak_bf16_flops * self.mesh.size if chip else None
         # a finished run trains nothing, and its log stays as it is
         if self.position.total < sum(stage.steps for stage in self.config.stages):
-            total = self.position.total
-            self.restarts = RestartLog(self.folder.path, total, self.mesh.size, kind)
+            total, devices = self.position.total, self.mesh.size
+            self.restarts = RestartLog(self.folder.path, total, devices, self.device_kind)
 
     def describe(self, index: int, loader: Loader, parts: StageParts) -> None:
         """Draw how many samples each bucket holds, and print the remat policy where it was
@@ -93,19 +85,18 @@ class Run:
         self.checkpoints.wait()
         folder, first = self.folder.path, jax.process_index() == 0
         if first:
-            kind = self.mesh.devices.flat[0].device_kind
             hardware, source = self.config.hardware, self.meter.source
-            account = ledger(self.cost, self.mesh.size, kind, hardware, source)
+            account = ledger(self.cost, self.mesh.size, self.device_kind, hardware, source)
             write_json(folder / "ledger.json", account, indent=1)
-            write_loss_curve(folder / "loss.png", read(folder / "metrics.jsonl"))
+            metrics.write_loss_curve(folder / "loss.png", metrics.read(folder / "metrics.jsonl"))
         trained.task.export(trained.params, self.folder.model, trained.loader.global_batch)
         if first:
-            print(summary(folder))
+            print(metrics.summary(folder))
             print(f"done: {self.folder.model}")
 
 
-class StageHooks(LoopHooks):
-    """The loop's callbacks for stage ``index`` of a run."""
+class StageHooks:
+    """What the loop calls in stage ``index`` of a run. Steps are the stage's, counted from 1."""
 
     def __init__(self, run: Run, index: int, task: Task, loader: Loader):
         self.run, self.index, self.task, self.loader = run, index, task, loader
@@ -115,6 +106,7 @@ class StageHooks(LoopHooks):
         self._since, self._joules = time.perf_counter(), run.meter.joules or 0.0
 
     def should_save(self, step: int) -> bool:
+        """Whether a checkpoint is due."""
         # an error of the checkpoint being written is raised here, at the next step
         self.run.checkpoints.check()
         config, total = self.run.config, self.done + step
@@ -122,13 +114,22 @@ class StageHooks(LoopHooks):
         return step % config.checkpoint_every == 0 or always
 
     def save(self, step: int, state: TrainState, window: MetricWindow) -> None:
-        run = self.run
-        self._add_cost(step)
+        """Write a checkpoint, with the cost of the stage until here."""
+        run, total, stage = self.run, self.done + step, self.stage
+        now, joules = time.perf_counter(), run.meter.joules or 0.0
+        old = run.cost.get(stage.name, {"seconds": 0.0, "joules": 0.0})
+        run.cost[stage.name] = {
+            "seconds": old["seconds"] + now - self._since,
+            "joules": old["joules"] + joules - self._joules,
+            "steps": step,
+            "images": step * stage.batch_size,
+        }
+        self._since, self._joules = now, joules
         run.productive = self.timer.productive
         position = RunPosition(
-            stage=self.index,
-            step=step,
-            total=self.done + step,
+            self.index,
+            step,
+            total,
             cost=dict(run.cost),
             window=dataclasses.asdict(window),
             loader=self.loader.state_at(step),
@@ -136,31 +137,18 @@ class StageHooks(LoopHooks):
         )
         run.checkpoints.save(position, state)
 
-    def _add_cost(self, step: int) -> None:
-        """Add seconds and joules since the last checkpoint to the stage's."""
-        now, joules = time.perf_counter(), self.run.meter.joules or 0.0
-        old = self.run.cost.get(self.stage.name, {"seconds": 0.0, "joules": 0.0})
-        self.run.cost[self.stage.name] = {
-            "seconds": old["seconds"] + now - self._since,
-            "joules": old["joules"] + joules - self._joules,
-            "steps": step,
-            "images": step * self.stage.batch_size,
-        }
-        self._since, self._joules = now, joules
-
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Write a line of metrics."""
         run = self.run
         goodput = run.restarts.goodput(self.timer.productive)
         more = {"goodput": goodput, "restarts": run.restarts.restarts}
-        values = {**values, **more, **device_memory(run.mesh.devices.flat)}
-        run.metrics.write(stage=self.stage.name, step=step, total=self.done + step, values=values)
+        values = {**values, **more, **metrics.device_memory(run.mesh.devices.flat)}
+        run.metrics.write(self.stage.name, step, self.done + step, values)
 
     def on_bad_step(self, step: int, values: dict[str, float]) -> list[str]:
+        """Record a skipped step; returns the keys of its batch's records."""
         keys = record_keys(self.loader, step - 1)
-        total = self.done + step
-        self.run.metrics.bad_step(
-            stage=self.stage.name, step=step, total=total, values=values, keys=keys
-        )
+        self.run.metrics.bad_step(self.stage.name, step, self.done + step, values, keys)
         return keys
 
     def grid(self, step: int) -> Path:
@@ -177,6 +165,7 @@ class StageHooks(LoopHooks):
             self.run.metrics.image(f"{name}/samples", sheet, self.done + step)
 
     def flops(self, batch: dict) -> float:
+        """FLOPs of a step, of whose batch this process has the rows ``batch``; 0 where unknown."""
         return step_flops(self.task, self.stage.batch_size, batch)
 
 

@@ -28,7 +28,7 @@ def lines(folder):
 
 def test_one_object_a_line_and_events_beside(tmp_path):
     with Metrics(tmp_path, 0) as log:
-        log.write(stage="a", step=1, total=1, values={"loss": 0.5, "lr": 1e-3})
+        log.write("a", 1, 1, {"loss": 0.5, "lr": 1e-3})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "stage": "a",
         "step": 1,
@@ -58,7 +58,7 @@ def test_the_event_file_holds_every_figure_and_picture_and_takes_back_what_a_kil
     tmp_path,
 ):
     with Metrics(tmp_path, 5) as log:
-        log.write(stage="a", step=6, total=6, values={"loss": 0.5})
+        log.write("a", 6, 6, {"loss": 0.5})
         log.image("drawn", np.full((4, 6, 3), 200, np.uint8), 6)
         (file,) = tmp_path.glob("events.out.tfevents.*")
         version, start, loss, drawn = events(file)  # already there, though the run goes on
@@ -88,11 +88,11 @@ def test_a_full_disk_is_an_error_of_the_step_and_never_hides_why_a_run_ended(tmp
         if full == "_lines":
             log._lines = open("/dev/full", "a")
         else:
-            log._events._records._writer = open("/dev/full", "wb")
+            log._events._py_recordio_writer._writer = open("/dev/full", "wb")
 
     with pytest.raises(OSError) as fault, Metrics(made(tmp_path / "a"), 0) as log:
         fill(log)
-        log.write(stage="a", step=1, total=1, values={"loss": 0.5})
+        log.write("a", 1, 1, {"loss": 0.5})
     assert fault.value.errno == errno.ENOSPC
     with (
         pytest.raises(RuntimeError, match="its own reason"),
@@ -100,18 +100,18 @@ def test_a_full_disk_is_an_error_of_the_step_and_never_hides_why_a_run_ended(tmp
     ):
         fill(log)
         log._lines.write("what is still to be written when the run ends")
-        log._events._records.write(b"likewise")
+        log._events._write_serialized_event(b"likewise")
         raise RuntimeError("its own reason")
 
 
 def test_lines_beyond_the_restored_step_are_taken_back_and_a_cut_line_with_them(tmp_path):
     with Metrics(tmp_path, 0) as log:
         for step in (1, 2, 3):
-            log.write(stage="a", step=step, total=step, values={"loss": float(step)})
+            log.write("a", step, step, {"loss": float(step)})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "a", "st')
     with Metrics(tmp_path, 2) as log:
-        log.write(stage="b", step=1, total=3, values={"loss": 9.0})
+        log.write("b", 1, 3, {"loss": 9.0})
     assert lines(tmp_path) == [("a", 1, 1, 1.0), ("a", 2, 2, 2.0), ("b", 1, 3, 9.0)]
 
 

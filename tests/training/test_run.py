@@ -29,7 +29,7 @@ from pixart_jax import cli
 from pixart_jax.commands import train
 from pixart_jax.config import DataConfig, ProfileConfig
 from pixart_jax.data.sources import Sample
-from pixart_jax.training import batches, loop
+from pixart_jax.training import batches, loop, stages, step
 from pixart_jax.training.metrics import TIMING, read
 
 STEPS = 7 + 8 + 9
@@ -48,12 +48,14 @@ def finished(world, tmp_path_factory):
     run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     compiled, prepared = [], []
-    patch = pytest.MonkeyPatch()
-    step, build = train.compiled_step, train.build_stage
-    patch.setattr(train, "compiled_step", lambda *a: compiled.append(step(*a)) or compiled[-1])
-    patch.setattr(train, "build_stage", lambda *a: prepared.append(build(*a)) or prepared[-1])
-    train.train(tiny_run.curriculum(world), workdir)
-    patch.undo()
+
+    def recorded(function, made):
+        return lambda *arguments: made.append(function(*arguments)) or made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "compiled_step", recorded(step.compiled_step, compiled))
+        patch.setattr(stages, "build_stage", recorded(stages.build_stage, prepared))
+        train.train(tiny_run.curriculum(world), workdir)
     return workdir, compiled, prepared
 
 
