@@ -8,6 +8,7 @@ from pixart_jax.config import (
     AutoencoderConfig,
     Config,
     DataConfig,
+    GuardConfig,
     HardwareConfig,
     MeshConfig,
     ObjectiveConfig,
@@ -17,6 +18,9 @@ from pixart_jax.config import (
     TextToTextConfig,
 )
 from pixart_jax.errors import UserError
+
+STAGE, HALVED = StageConfig("a"), OptimizerConfig(accumulate=2)
+ODD = StageConfig("a", data=DataConfig(buckets=((64, 72),)))
 
 
 @pytest.mark.parametrize(
@@ -35,30 +39,30 @@ from pixart_jax.errors import UserError
         (DataConfig, {"buckets": ((0, 64),)}, "must be positive"),
         (DataConfig, {"captions": (("dense", 0.0),)}, "all 0"),
         (PreviewConfig, {"steps": 0}, "at least 1"),
+        (GuardConfig, {"spike_factor": 1.0}, "GuardConfig.spike_factor = 1.0: must be above 1"),
+        (GuardConfig, {"bad_steps_in_row": 0}, "bad_steps_in_row = 0"),
         (HardwareConfig, {"watts_per_device": -1.0}, "must not be negative"),
         (StageConfig, {"name": "a/b"}, "files bear it"),
         (StageConfig, {"name": "a", "task": "text-to-image"}, "did you mean 'text_to_image'"),
         (StageConfig, {"name": "a", "steps": -1}, "must not be negative"),
         (
             StageConfig,
-            {"name": "a", "batch_size": 9, "optimizer": OptimizerConfig(accumulate=2)},
+            {"name": "a", "batch_size": 9, "optimizer": HALVED},
             "multiple of optimizer.accumulate = 2",
         ),
         (Config, {"name": "c", "stages": ()}, "at least one stage"),
-        (Config, {"name": "c", "stages": (StageConfig("a"), StageConfig("a"))}, "must differ"),
-        (
-            Config,
-            {"name": "c", "stages": (StageConfig("a", data=DataConfig(buckets=((64, 72),))),)},
-            "64×72 is not divisible by 16",
-        ),
-        (Config, {"name": "c", "stages": (StageConfig("a"),), "log_every": 0}, "at least 1"),
+        (Config, {"name": "c", "stages": (STAGE, STAGE)}, "must differ"),
+        (Config, {"name": "c", "stages": (ODD,)}, "64×72 is not divisible by 16"),
+        (Config, {"name": "c", "stages": (STAGE,), "log_every": 0}, "at least 1"),
     ],
 )
 def test_a_bad_value_is_one_clear_line(kind, options, said):
-    with pytest.raises(UserError, match=said) as fault:
+    with pytest.raises(UserError, match=said) as error:
         kind(**options)
-    assert "\n" not in str(fault.value)
+    assert "\n" not in str(error.value)
 
 
-def test_shares_that_add_up_to_one_are_fine():
+def test_limits_that_are_not_set_are_accepted():
     TextToTextConfig(hidden=0.0, decoder_layers=2)
+    OptimizerConfig(clip=None, sqrt_scale_from=None)
+    Config("c", (STAGE,), keep_every=None, guard=GuardConfig(spike_factor=None))

@@ -52,20 +52,10 @@ def main(ema: float) -> None:
         losses.append(float(metrics["loss"]))
         seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    parameters = (
-        sum(x.size for x in jax.tree.leaves(state.params)) - state.params["null_caption"].size
-    )
-    print(
-        json.dumps(
-            {
-                "losses": losses,
-                "seconds": seconds,
-                "peak": peak,
-                "parameters": parameters,
-                "ema": ema,
-            }
-        )
-    )
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    parameters -= state.params["null_caption"].size
+    found = {"losses": losses, "seconds": seconds, "peak": peak, "parameters": parameters}
+    print(json.dumps({**found, "ema": ema}))
 
 
 main(float(sys.argv[1]))

@@ -51,19 +51,10 @@ def curve(config, mesh) -> tuple[list[float], list[str], list[int]]:
 
 def main(folder: Path) -> None:
     config = tiny_run.curriculum(folder)
-    stage = dataclasses.replace(
-        config.stages[1],
-        start="fresh",
-        batch_size=16,
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3,
-            warmup_steps=0,
-            clip=1.0,
-            ema=0.9,
-            eps=1e-8,
-            accumulate=int(sys.argv[2]),
-        ),
-    )
+    rates = {"learning_rate": 1e-3, "warmup_steps": 0, "clip": 1.0, "ema": 0.9, "eps": 1e-8}
+    optimizer = OptimizerConfig(**rates, accumulate=int(sys.argv[2]))
+    changes = {"start": "fresh", "batch_size": 16, "optimizer": optimizer}
+    stage = dataclasses.replace(config.stages[1], **changes)
     model = dataclasses.replace(config.model, width=256, depth=2)
     config = dataclasses.replace(config, stages=(stage,), model=model)
     one = curve(config, make_mesh(MeshConfig(), jax.devices()[:1]))

@@ -35,23 +35,14 @@ def rows() -> None:
         "x": np.arange(SIZE * 3, dtype=np.float32).reshape(SIZE, 3),
         "key": np.array([f"k{n}" for n in range(SIZE)]),
     }
-    for sizes in (
-        f"data={count}",
-        f"fsdp={count}",
-        f"tensor={count}",
-        "data=2,tensor=-1",
-        "tensor=2",
-        "context=2,fsdp=-1",
-        "data=1,context=-1",
-    ):
+    whole_axis = [f"{axis}={count}" for axis in ("data", "fsdp", "tensor")]
+    parts = ["data=2,tensor=-1", "tensor=2", "context=2,fsdp=-1", "data=1,context=-1"]
+    for sizes in whole_axis + parts:
         sharding = rules.batch_sharding(make_mesh(MeshConfig.parse(sizes)))
         mine = rows_of(sharding, SIZE)
         batch = put({name: array[mine] for name, array in whole.items()}, sharding)
-        assert (
-            set(batch) == {"x"}
-            and batch["x"].shape == (SIZE, 3)
-            and batch["x"].sharding == sharding
-        )
+        assert set(batch) == {"x"} and batch["x"].shape == (SIZE, 3)
+        assert batch["x"].sharding == sharding
         for shard in batch["x"].addressable_shards:
             np.testing.assert_array_equal(shard.data, whole["x"][shard.index])
         found[sizes] = mine.tolist()
@@ -60,30 +51,21 @@ def rows() -> None:
 
 def parameters(mesh=None):
     """The same values however they lie."""
-    component = Transformer(MODEL, {})
-    boxed = jax.eval_shape(
-        lambda key: component.module.init(key, *component._example(MODEL))["params"],
-        jax.random.key(0),
-    )
-    shapes = rules.unboxed(boxed)
-
-    def values(index: int, shape) -> np.ndarray:
-        return np.random.default_rng(index).standard_normal(shape.shape, np.float32)
-
-    leaves, tree = jax.tree.flatten(shapes)
+    module, example = Transformer(MODEL, {}).module, Transformer._example(MODEL)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+    leaves, tree = jax.tree.flatten(rules.unboxed(boxed))
+    values = [
+        np.random.default_rng(n).standard_normal(leaf.shape, np.float32)
+        for n, leaf in enumerate(leaves)
+    ]
     if mesh is None:
-        return tree.unflatten([values(n, leaf) for n, leaf in enumerate(leaves)])
-    placed = []
-    for n, (leaf, sharding) in enumerate(
-        zip(leaves, jax.tree.leaves(rules.parameter_shardings(boxed, mesh)), strict=True)
-    ):
-        whole = values(n, leaf)
-        placed.append(
-            jax.make_array_from_callback(
-                leaf.shape, sharding, lambda index, whole=whole: whole[index].copy()
-            )
-        )
-    return tree.unflatten(placed)
+        return tree.unflatten(values)
+
+    def place(whole: np.ndarray, sharding) -> jax.Array:
+        return jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i].copy())
+
+    shardings = rules.parameter_shardings(boxed, mesh)
+    return jax.tree.map(place, tree.unflatten(values), shardings)
 
 
 def export(folder: Path) -> None:
@@ -101,12 +83,8 @@ def export(folder: Path) -> None:
 
 
 def resident(field: str) -> int:
-    (line,) = [
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    ]
-    return int(line.split()[1]) * 1024
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
 
 
 def main(argv: list[str]) -> int:
@@ -114,9 +92,8 @@ def main(argv: list[str]) -> int:
     processes.initialize(start)
     if what == "agree":
         own = Path(rest[0]) / (f"of-{jax.process_index()}" if rest[1] == "folder" else "all")
-        processes.assert_same_config(
-            f"config {jax.process_index() if rest[1] == 'config' else ''}", own, patience=1
-        )
+        config = f"config {jax.process_index() if rest[1] == 'config' else ''}"
+        processes.assert_same_config(config, own, patience=1)
     elif what == "rows":
         rows()
     else:

@@ -13,35 +13,18 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from pixart_jax.models.flops import train_flops
-from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.training import metrics
 from pixart_jax.training.metrics import Metrics, RestartLog, read
 from pixart_jax.training.run import step_flops
-
-
-def lines(folder):
-    return [
-        (line["stage"], line["step"], line["total_step"], line["loss"])
-        for line in read(folder / "metrics.jsonl")
-    ]
+from tests.training import tiny_run
 
 
 def test_one_object_a_line_and_events_beside(tmp_path):
     with Metrics(tmp_path, 0) as log:
         log.write("a", 1, 1, {"loss": 0.5, "lr": 1e-3})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
-        "stage": "a",
-        "step": 1,
-        "total_step": 1,
-        "loss": 0.5,
-        "lr": 1e-3,
-    }
+    line = {"stage": "a", "step": 1, "total_step": 1, "loss": 0.5, "lr": 1e-3}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == line
     assert list(tmp_path.glob("events.out.tfevents.*"))
-
-
-def made(folder):
-    folder.mkdir()
-    return folder
 
 
 def events(file):
@@ -62,22 +45,12 @@ def test_the_event_file_holds_every_figure_and_picture_and_takes_back_what_a_kil
         log.image("drawn", np.full((4, 6, 3), 200, np.uint8), 6)
         (file,) = tmp_path.glob("events.out.tfevents.*")
         version, start, loss, drawn = events(file)  # already there, though the run goes on
-    assert version.file_version == "brain.Event:2" and (start.step, start.session_log.status) == (
-        6,
-        1,
-    )
-    assert (loss.step, loss.summary.value[0].tag, loss.summary.value[0].simple_value) == (
-        6,
-        "a/loss",
-        0.5,
-    )
-    image = drawn.summary.value[0].image
-    assert (drawn.step, image.height, image.width, image.encoded_image_string[:4]) == (
-        6,
-        4,
-        6,
-        b"\x89PNG",
-    )
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 6 and start.session_log.status == 1
+    value, image = loss.summary.value[0], drawn.summary.value[0].image
+    assert (loss.step, value.tag, value.simple_value) == (6, "a/loss", 0.5)
+    assert (drawn.step, image.height, image.width) == (6, 4, 6)
+    assert image.encoded_image_string[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("full", ["_lines", "_events"])
@@ -90,14 +63,13 @@ def test_a_full_disk_is_an_error_of_the_step_and_never_hides_why_a_run_ended(tmp
         else:
             log._events._py_recordio_writer._writer = open("/dev/full", "wb")
 
-    with pytest.raises(OSError) as fault, Metrics(made(tmp_path / "a"), 0) as log:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    with pytest.raises(OSError) as error, Metrics(tmp_path / "a", 0) as log:
         fill(log)
         log.write("a", 1, 1, {"loss": 0.5})
-    assert fault.value.errno == errno.ENOSPC
-    with (
-        pytest.raises(RuntimeError, match="its own reason"),
-        Metrics(made(tmp_path / "b"), 0) as log,
-    ):
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="its own reason"), Metrics(tmp_path / "b", 0) as log:
         fill(log)
         log._lines.write("what is still to be written when the run ends")
         log._events._write_serialized_event(b"likewise")
@@ -112,7 +84,8 @@ def test_lines_beyond_the_restored_step_are_taken_back_and_a_cut_line_with_them(
         file.write('{"stage": "a", "st')
     with Metrics(tmp_path, 2) as log:
         log.write("b", 1, 3, {"loss": 9.0})
-    assert lines(tmp_path) == [("a", 1, 1, 1.0), ("a", 2, 2, 2.0), ("b", 1, 3, 9.0)]
+    lines = [tuple(line.values()) for line in read(tmp_path / "metrics.jsonl")]
+    assert lines == [("a", 1, 1, 1.0), ("a", 2, 2, 2.0), ("b", 1, 3, 9.0)]
 
 
 def test_the_loss_curve_draws_each_stage_in_its_colour(tmp_path):
@@ -180,9 +153,7 @@ def test_goodput_counts_from_the_first_start_whatever_came_between(tmp_path, mon
 
 
 def test_flops_are_those_of_the_whole_batch_at_its_bucket():
-    config = TransformerConfig(
-        depth=2, width=32, heads=4, caption_width=16, text_tokens=16, sample_size=4
-    )
+    config = tiny_run.MODEL
     batch = {"mean": np.zeros((4, 4, 6, 4)), "text_states": np.zeros((4, 8, 16))}
 
     def task(config):
@@ -206,14 +177,8 @@ def test_device_memory_is_of_the_fullest_device_of_this_process():
 def test_the_summary_has_a_line_for_the_run_and_one_for_each_stage(tmp_path):
     assert metrics.summary(tmp_path) == "nothing was logged"
     RestartLog(tmp_path, 0, 1, "cpu"), RestartLog(tmp_path, 3, 1, "cpu")
-    common = {
-        "images_per_second": 10.0,
-        "mfu": 0.5,
-        "data_wait": 0.25,
-        "goodput": 0.75,
-        "device_memory_peak_gib": 3.0,
-        "recompilations": 0,
-    }
+    common = {"images_per_second": 10.0, "mfu": 0.5, "data_wait": 0.25, "goodput": 0.75}
+    common |= {"device_memory_peak_gib": 3.0, "recompilations": 0}
     rows = [
         {"stage": "a", "step": 5, "total_step": 5, "loss": 0.5, "skipped": 2, **common},
         {"stage": "b", "step": 4, "total_step": 9, "skipped": 4, **common},

@@ -20,21 +20,9 @@ PROGRAM = Path(__file__).parent / "over_processes.py"
 
 
 def started(processes: int, devices: int, *argv) -> subprocess.CompletedProcess:
-    command = [
-        "-m",
-        "pixart_jax",
-        "launch",
-        "--processes",
-        processes,
-        "--devices-per-process",
-        devices,
-        "--",
-        PROGRAM,
-        *argv,
-    ]
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=600
-    )
+    launch = f"-m pixart_jax launch --processes {processes} --devices-per-process {devices} --"
+    command = [sys.executable, *launch.split(), PROGRAM, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def launch(processes: int, devices: int, *argv) -> list[dict]:
@@ -47,35 +35,33 @@ def launch(processes: int, devices: int, *argv) -> list[dict]:
 
 @pytest.mark.slow
 def test_each_process_reads_the_rows_of_its_devices_and_all_rows_are_read():
-    found = [told["rows"] for told in launch(4, 2, "rows")]
+    found = [output["rows"] for output in launch(4, 2, "rows")]
     assert len(found) == 4
     every = list(range(over_processes.SIZE))
     for sizes in found[0]:
-        rows = [told[sizes] for told in found]
+        rows = [output[sizes] for output in found]
         assert set().union(*rows) == set(every), sizes
         assert all(row == sorted(set(row)) for row in rows), sizes
     for sizes in ("data=8", "fsdp=8", "tensor=2"):
-        assert [told[sizes] for told in found] == [every[4 * k : 4 * k + 4] for k in range(4)], (
-            sizes
-        )
+        quarters = [every[4 * k : 4 * k + 4] for k in range(4)]
+        assert [output[sizes] for output in found] == quarters, sizes
     # Fewer batch shards than processes: the same rows on several.
-    assert [told["data=2,tensor=-1"] for told in found] == [every[:8]] * 2 + [every[8:]] * 2
+    assert [output["data=2,tensor=-1"] for output in found] == [every[:8]] * 2 + [every[8:]] * 2
     for sizes in ("tensor=8", "data=1,context=-1"):
-        assert all(told[sizes] == every for told in found), sizes
+        assert all(output[sizes] == every for output in found), sizes
 
 
 @pytest.mark.slow
 def test_an_export_from_many_processes_is_the_one_of_one_to_the_bit_and_never_holds_the_whole(
     tmp_path,
 ):
-    told = launch(2, 2, "export", tmp_path)
+    outputs = launch(2, 2, "export", tmp_path)
     Transformer(over_processes.MODEL, over_processes.parameters()).save(tmp_path / "one")
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "null_caption.safetensors"):
-        assert (tmp_path / "sharded" / name).read_bytes() == (
-            tmp_path / "one" / name
-        ).read_bytes(), name
+        sharded, one = (tmp_path / folder / name for folder in ("sharded", "one"))
+        assert sharded.read_bytes() == one.read_bytes(), name
     assert not list(tmp_path.glob("*/.*.part"))
-    for process in told:
+    for process in outputs:
         # A layer's largest tensor is 4 MiB, its gathered copies on two devices and its transposed
         # one a few of that.
         assert process["grown"] < 48 << 20 < process["total"] / 2, process
@@ -89,7 +75,7 @@ def test_an_export_from_many_processes_is_the_one_of_one_to_the_bit_and_never_ho
         ("folder", "is not one folder that all processes see"),
     ],
 )
-def test_processes_that_do_not_mean_the_same_are_told_so(tmp_path, what, line):
+def test_processes_with_different_configs_or_folders_are_refused(tmp_path, what, line):
     done = started(2, 1, "agree", tmp_path, what)
     assert done.returncode == 2, done.stderr
     assert line in done.stderr and "error: process 1 of 2 has ended with status 2" in done.stderr

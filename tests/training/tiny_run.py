@@ -45,12 +45,8 @@ def parts(folder: Path) -> Path:
     """vae/, text_encoder/ and tokenizer/ of random weights."""
     for kind, config, name in ((VAE, VAE_SIZES, "vae"), (TextEncoder, TEXT_SIZES, "text_encoder")):
         component = kind(config, {})
-        params = jax.jit(
-            lambda key, component=component, config=config: unboxed(
-                component.module.init(key, *component._example(config))["params"]
-            )
-        )(jax.random.key(1))
-        component.replace(params=params).save(folder / name)
+        params = jax.jit(component.module.init)(jax.random.key(1), *kind._example(config))
+        component.replace(params=unboxed(params["params"])).save(folder / name)
     word_tokenizer(WORDS).save_pretrained(str(folder / "tokenizer"))
     return folder
 
@@ -71,23 +67,13 @@ def shards(folder: Path, buckets=((32, 32),), count: int = 24) -> Path:
                 "size": np.array([height, width], np.int32),
                 "text.dense.0": rng.normal(size=(length, 16)).astype(ml_dtypes.bfloat16),
             }
-            packed.append(
-                records.encode_record(
-                    arrays, {"key": f"r{number}-{index}", "captions.dense": '["a red circle"]'}
-                )
-            )
+            metadata = {"key": f"r{number}-{index}", "captions.dense": '["a red circle"]'}
+            packed.append(records.encode_record(arrays, metadata))
         path = folder / f"{number:05d}-{height}x{width}.array_record"
         records.write_shard(path, packed)
-        made.append(
-            records.Shard(
-                path.name,
-                (height, width),
-                count,
-                path.stat().st_size,
-                records.sha256(path),
-                {"dense": 8},
-            )
-        )
+        size, digest = path.stat().st_size, records.sha256(path)
+        shard = records.Shard(path.name, (height, width), count, size, digest, {"dense": 8})
+        made.append(shard)
     records.Manifest({"source": "random"}, tuple(made)).write(folder)
     return folder
 
@@ -125,31 +111,16 @@ def curriculum(folder: Path, **changes) -> Config:
     aspects = dataclasses.replace(
         square, source=str(folder / "aspects"), buckets=((32, 32), (32, 48))
     )
-    stages = (
-        StageConfig(
-            "pixels",
-            "class_conditional",
-            steps=7,
-            batch_size=8,
-            data=square,
-            optimizer=optimizer,
-            start="fresh",
-        ),
-        StageConfig("words", "text_to_image", steps=8, batch_size=8, data=square, optimizer=came),
-        StageConfig(
-            "beauty",
-            "text_to_image",
-            steps=9,
-            batch_size=16,
-            data=aspects,
-            optimizer=dataclasses.replace(optimizer, accumulate=2),
-            objective=ObjectiveConfig(null_condition="empty", prediction="v"),
-            position_scale=2.0,
-        ),
+    halves = dataclasses.replace(optimizer, accumulate=2)
+    empty = ObjectiveConfig(null_condition="empty", prediction="v")
+    first = StageConfig("pixels", "class_conditional", 7, 8, square, optimizer, start="fresh")
+    second = StageConfig("words", "text_to_image", 8, 8, square, came)
+    third = StageConfig(
+        "beauty", "text_to_image", 9, 16, aspects, halves, empty, position_scale=2.0
     )
     settings = {
         "name": "tiny",
-        "stages": stages,
+        "stages": (first, second, third),
         "model": MODEL,
         "num_classes": CLASSES,
         "vae": str(folder / "parts"),
