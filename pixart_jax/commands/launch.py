@@ -43,8 +43,6 @@ class Arguments:
     devices_per_process: int | None = None
     """Simulated CPU devices of each process (XLA's host platform device count); by default as the
     environment says."""
-    port: int = 0
-    """Of process 0's coordination service; 0: a free one."""
     logs: Path | None = None
     """A folder for each process's output, process-K.log; process 0's is shown as well. By default
     all is shown, each line after [K]."""
@@ -66,8 +64,6 @@ def main(argv: Sequence[str]) -> int:
     for flag in ("processes", "devices_per_process"):
         if (value := getattr(arguments, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value}: at least 1")
-    if not 0 <= arguments.port < 65536:
-        raise UserError(f"--port {arguments.port}: 1 to 65535, or 0 for a free one")
     if command[0] == "-m" or command[0].endswith(".py"):
         if command[0] != "-m" and not Path(command[0]).is_file():
             raise UserError(f"no program {command[0]}")
@@ -81,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(arguments: Arguments, command: list[str]) -> int:
     """Start the processes, show their output, pass signals on; leave none behind."""
-    port = arguments.port or free_port()
+    port = free_port()
     children: list[subprocess.Popen] = []
     readers: list[threading.Thread] = []
 
@@ -94,21 +90,20 @@ def run(arguments: Arguments, command: list[str]) -> int:
     try:
         for k in range(arguments.processes):
             log = arguments.logs / f"process-{k}.log" if arguments.logs else None
-            children.append(
-                subprocess.Popen(
-                    command,
-                    env=_environment(arguments, k, port),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT if log or k else subprocess.PIPE,
-                    start_new_session=True,  # the terminal's Ctrl-C is passed on once
-                    preexec_fn=_die_with_parent,
-                )
+            child = subprocess.Popen(
+                command,
+                env=_environment(arguments, k, port),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if log or k else subprocess.PIPE,
+                start_new_session=True,  # the terminal's Ctrl-C is passed on once
+                preexec_fn=_die_with_parent,
             )
-            sink = sys.stderr if k else sys.stdout
-            for source, target in ((children[k].stdout, sink), (children[k].stderr, sys.stderr)):
+            children.append(child)
+            sinks = ((child.stdout, sys.stderr if k else sys.stdout), (child.stderr, sys.stderr))
+            for source, sink in sinks:
                 if source is not None:
-                    job = (k, source, None if log and k else target, log)
+                    job = (k, source, None if log and k else sink, log)
                     readers.append(threading.Thread(target=_show, args=job, daemon=True))
                     readers[-1].start()
         return _wait(children, arguments.patience)

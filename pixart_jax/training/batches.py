@@ -73,26 +73,20 @@ _DIFFUSION = ("class_conditional", "text_to_image")
 
 
 def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Samples:
-    """What a stage reads. Skipped records are counted in a printed line and named above it."""
+    """What a stage reads. Skipped records are counted in a printed line; the first are named."""
     bad = BadRecords(stage.data.strict)
-    parts = parse_mixture(stage.data.source)
+    shares, texts = zip(*parse_mixture(stage.data.source))
+    alone = len(texts) == 1
     samples = [
-        _part(text, share if len(parts) > 1 else 1.0, stage, frozen, encode, bad)
-        for share, text in parts
+        _part(text, 1.0 if alone else share, stage, frozen, encode, bad)
+        for share, text in zip(shares, texts)
     ]
     if jax.process_index() == 0:
-        report(stage, bad)
-    if len(parts) == 1:
-        return samples[0]
-    return MixedSamples(samples, [share for share, _ in parts], [text for _, text in parts])
-
-
-def report(stage: StageConfig, bad: BadRecords, limit: int = 20) -> None:
-    """Print which records a stage skips."""
-    for error in list(bad)[:limit]:
-        print(f"stage {stage.name}: {error}")
-    if summary := bad.summary():
-        print(f"stage {stage.name}: {stage.data.source}: {summary}")
+        for error in list(bad)[:20]:
+            print(f"stage {stage.name}: {error}")
+        if summary := bad.summary():
+            print(f"stage {stage.name}: {stage.data.source}: {summary}")
+    return samples[0] if alone else MixedSamples(samples, shares, texts)
 
 
 def _part(
@@ -115,7 +109,14 @@ def _part(
                 )
         if kind == "records":
             return _records(rest, stage, captions, frozen, bad)
-        return _features(rest, stage, captions, bad)
+        if stage.task != "text_to_image":
+            raise UserError(
+                f"stage {stage.name}: {text} has no labels; a class-conditional stage needs them"
+            )
+        # the official files do not name their encoders, so the config is trusted
+        root, _, latents = rest.partition("?latents=")
+        options = {"latents": latents or None, "buckets": data.buckets, "faults": bad}
+        return FeatureSamples(root, captions, data.max_text_tokens, **options)
     limit = None if data.limit is None else math.ceil(share * data.limit)
     source = open_source(text, data.split, where=data.where, limit=limit, faults=bad)
     if stage.task in _DIFFUSION:
@@ -158,25 +159,6 @@ def _records(
     expected = expected_identity(manifest.identity, manifest.made_from, folders)
     return EncodedSamples(
         folder, captions, stage.data.max_text_tokens, expected, stage.data.buckets, bad
-    )
-
-
-def _features(root: str, stage: StageConfig, captions, bad: BadRecords) -> FeatureSamples:
-    """The official features; their files do not name the encoders, so the config is trusted."""
-    if stage.task != "text_to_image":
-        raise UserError(
-            f"stage {stage.name}: pixart-features:{root} has no labels; a class-conditional stage "
-            "needs them"
-        )
-    root, _, latents = root.partition("?latents=")
-    data = stage.data
-    return FeatureSamples(
-        root,
-        captions,
-        data.max_text_tokens,
-        latents=latents or None,
-        buckets=data.buckets,
-        faults=bad,
     )
 
 

@@ -127,12 +127,10 @@ class Checkpointer:
             if "No space left on device" not in str(error):
                 raise
             before = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
-            last = (
-                f"step {max(before)} is the last save" if before else "there is no save before it"
-            )
+            last = f"step {max(before)} is the last" if before else "there is no"
             raise UserError(
                 f"the disk is full: checkpoint {self._saving} of {self.folder} could not be "
-                f"written, {last}; free some space and run the same command again"
+                f"written, {last} save; free some space and run the same command again"
             ) from error
 
     def position(self, total: int) -> RunPosition:
@@ -153,13 +151,12 @@ class Checkpointer:
         self._check_model(total, expected)
         items = {"state": ocp.args.StandardRestore(expected), "sums": ocp.args.JsonRestore()}
         opened = self._open(total, **items)
-        found, saved = _sums(opened.state), opened.sums
-        saved.pop(POSITION_SUM, None)
-        wrong = sorted(name for name in found | saved if found.get(name) != saved.get(name))
-        if wrong:
-            raise self._damaged(
-                total, f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}"
-            )
+        found = _sums(opened.state)
+        saved = {name: value for name, value in opened.sums.items() if name != POSITION_SUM}
+        if wrong := sorted(name for name, _ in found.items() ^ saved.items()):
+            count = len(set(wrong))
+            what = f"{count} arrays differ from what was saved, the first is {wrong[0]}"
+            raise self._damaged(total, what)
         guard = _guard(position.guard, abstract.guard)
         return TrainState(**opened.state, guard=guard)  # type: ignore[arg-type]
 
@@ -170,10 +167,8 @@ class Checkpointer:
         if not position.total:
             return "nothing was trained yet; the same command begins"
         stage = config.stages[position.stage]
-        return (
-            f"stage {stage.name}, step {position.step} of {stage.steps} is saved; the same command "
-            "goes on from there"
-        )
+        where = f"stage {stage.name}, step {position.step} of {stage.steps}"
+        return f"{where} is saved; the same command goes on from there"
 
     def _check_model(self, total: int, expected: dict) -> None:
         """UserError where the checkpoint's arrays are not those of the run's model and
@@ -185,15 +180,16 @@ class Checkpointer:
             raise self._damaged(total, error) from error
         theirs, ours = _shapes(saved), _shapes(expected)
         names = dict.fromkeys([*theirs, *ours])
-        if differing := [name for name in names if theirs.get(name) != ours.get(name)]:
-            parts = [
-                f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"
-                for name in differing[:2]
-            ]
+        differing = [
+            f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"
+            for name in names
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differing:
             more = f" and {len(differing) - 2} more" if len(differing) > 2 else ""
             raise UserError(
                 f"checkpoint {self.folder / str(total)} is of another model: "
-                f"{'; '.join(parts)}{more}; name another workdir"
+                f"{'; '.join(differing[:2])}{more}; name another workdir"
             )
 
     def _open(self, total: int, **items) -> Any:
@@ -214,14 +210,9 @@ class Checkpointer:
 def _report_errors_once() -> None:
     """Drop the tracebacks that threads of Orbax and asyncio print of errors that a save raises
     too, so that a full disk is one line."""
-    logging.getLogger("absl").addFilter(
-        lambda record: not (record.exc_info and "orbax" in record.pathname)
-    )
-    logging.getLogger("asyncio").addFilter(
-        lambda record: (
-            not (record.exc_info and "No space left on device" in str(record.exc_info[1]))
-        )
-    )
+    logging.getLogger("absl").addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname))
+    full = "No space left on device"
+    logging.getLogger("asyncio").addFilter(lambda r: not (r.exc_info and full in str(r.exc_info)))
     show = sys.unraisablehook
     if getattr(show, "func", None) is not _unraisable:
         sys.unraisablehook = functools.partial(_unraisable, show)

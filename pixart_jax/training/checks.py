@@ -3,6 +3,8 @@ compiled."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jax.sharding import Mesh
 
 from pixart_jax.config import Config, StageConfig
@@ -10,8 +12,8 @@ from pixart_jax.data.sources import parse_mixture, parse_source
 from pixart_jax.errors import UserError
 from pixart_jax.models.remat import check_platform
 from pixart_jax.parallel.mesh import batch_shards, check_divides
+from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.initialization import start_folder
-from pixart_jax.weights.hub import model_folder
 
 
 def check_run(config: Config, mesh: Mesh) -> None:
@@ -21,13 +23,10 @@ def check_run(config: Config, mesh: Mesh) -> None:
         _check_batch(stage, mesh)
         _check_model(config, stage, mesh)
         _check_sources(stage)
-    for field in ("vae", "text_encoder"):
-        folder = getattr(config, field)
-        if folder is not None and not model_folder(folder, (field,)).is_dir():
-            raise UserError(
-                f"{field} {folder!r}: no such folder; give a model folder, or one with "
-                "config.json and weights"
-            )
+    frozen = Frozen(config, Path())
+    for part in ("vae", "text_encoder"):
+        if frozen.is_configured(part):
+            frozen.folder(part)
 
 
 def _check_batch(stage: StageConfig, mesh: Mesh) -> None:

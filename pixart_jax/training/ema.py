@@ -39,9 +39,4 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
 
 def averaged(opt_state: optax.OptState) -> optax.Params | None:
     """The average inside an optimizer's state, or None where none is kept."""
-    found = [
-        s
-        for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, EmaState))
-        if isinstance(s, EmaState)
-    ]
-    return found[0].ema if found else None
+    return optax.tree.get(opt_state, "ema")

@@ -142,7 +142,6 @@ def test_no_orphan_is_left_whatever_ends_the_launcher(tmp_path, number):
         (["--processes", "2"], "which program"),
         (["--processes", "0", "--", "train.py"], "--processes 0: at least 1"),
         (["--devices-per-process", "0", "--", "train.py"], "--devices-per-process 0: at least 1"),
-        (["--port", "70000", "--", "train.py"], "--port 70000"),
         (["--", "no_such_program.py"], "no program no_such_program.py"),
         (["--", "no-such-command"], "no program 'no-such-command'"),
         (["--proceses", "2", "--", "train.py"], "did you mean '--processes'"),

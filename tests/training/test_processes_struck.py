@@ -4,6 +4,7 @@ and the same command ends with the same bits."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,25 +38,24 @@ def start(root: Path, recipe: Path, workdir: Path, patience: int = 60) -> subpro
     launcher = "-m pixart_jax launch --processes 2 --devices-per-process 2 --patience".split()
     flags = ["--workdir", workdir, "--mesh.fsdp", "2", "--peer-timeout", PATIENCE]
     command = [sys.executable, *launcher, patience, "--", "train.py", recipe, *flags]
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(list(map(str, command)), cwd=root, **pipes)
+
+
+def wait_for(launcher: subprocess.Popen, condition) -> None:
+    deadline = time.monotonic() + 400
+    while not condition():
+        ended = launcher.poll() is not None or time.monotonic() > deadline
+        assert not ended, launcher.communicate()[0][-4000:]
+        time.sleep(0.01)
 
 
 def processes(launcher: subprocess.Popen) -> dict[int, int]:
     """Index → pid."""
     found = {}
     for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        told = dict(
-            pair.split("=", 1)
-            for pair in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-            if "=" in pair
-        )
-        found[int(told["JAX_PROCESS_ID"])] = int(pid)
+        environment = Path(f"/proc/{pid}/environ").read_text()
+        found[int(re.search(r"JAX_PROCESS_ID=(\d+)", environment)[1])] = int(pid)
     return found
 
 
@@ -69,12 +69,7 @@ def struck(
 ) -> tuple[int, str, float]:
     """(status, output, seconds from the blow to the end) of a run of which one process is struck
     once ``step`` is saved."""
-    deadline = time.monotonic() + 400
-    while saved(workdir) < step:
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[0][
-            -4000:
-        ]
-        time.sleep(0.01)
+    wait_for(launcher, lambda: saved(workdir) >= step)
     os.kill(processes(launcher)[index], number)
     began = time.monotonic()
     output, _ = launcher.communicate(timeout=200)
@@ -82,9 +77,8 @@ def struck(
 
 
 def figures(workdir: Path) -> list[tuple]:
-    return [
-        (line["step"], line["loss"], line["grad_norm"]) for line in read(workdir / "metrics.jsonl")
-    ]
+    lines = read(workdir / "metrics.jsonl")
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
 def state(workdir: Path):
@@ -104,9 +98,8 @@ def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_sam
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output
 
-    status, output, seconds = struck(
-        start(root, recipe, broken, 3), broken, 1, signal.SIGSTOP, EVERY
-    )
+    run = start(root, recipe, broken, 3)
+    status, output, seconds = struck(run, broken, 1, signal.SIGSTOP, EVERY)
     assert status == PEER_LOST, output
     assert "error: process 1 of 2 has not answered for" in output and "the same command" in output
     # the launcher does away with the hung one
@@ -114,9 +107,8 @@ def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_sam
 
     reached = saved(broken)
     assert EVERY <= reached < STEPS
-    status, output, _ = struck(
-        start(root, recipe, broken), broken, 0, signal.SIGKILL, reached + EVERY
-    )
+    run = start(root, recipe, broken)
+    status, output, _ = struck(run, broken, 0, signal.SIGKILL, reached + EVERY)
     assert status == 128 + signal.SIGKILL and "launch: process 0 was killed by SIGKILL" in output
     assert "error: process 0 of 2, the coordinator at localhost" in output and "is gone" in output
 
@@ -130,25 +122,16 @@ def test_one_of_two_processes_hung_and_then_killed_and_the_run_ends_with_the_sam
     assert (whole / "model" / name).read_bytes() == (broken / "model" / name).read_bytes()
 
 
-def test_one_process_is_told_to_stop_and_both_save_the_step_that_none_has_passed(root, tmp_path):
+def test_one_process_is_asked_to_stop_and_both_save_the_step_that_none_has_passed(root, tmp_path):
     tiny_run.curriculum(tmp_path / "world")
     workdir, recipe = tmp_path / "run", tiny_run.recipe(tmp_path / "world", 100_000, 50_000)
     launcher = start(root, recipe, workdir)
-    deadline = time.monotonic() + 400
-    while len(read(workdir / "metrics.jsonl")) < 5:
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[0][
-            -4000:
-        ]
-        time.sleep(0.1)
+    wait_for(launcher, lambda: len(read(workdir / "metrics.jsonl")) >= 5)
     os.kill(processes(launcher)[1], signal.SIGTERM)
     out, _ = launcher.communicate(timeout=400)
     assert launcher.returncode == 75, out[-4000:]
     step = saved(workdir)
     # nothing that was done is lost
     assert step >= 5 and read(workdir / "metrics.jsonl")[-1]["total_step"] == step
-    said = [line for line in out.splitlines() if "stopped by SIGTERM: " in line]
-    assert len(said) == 2 and all(
-        f"stage pixels, step {step} of 100000 is saved; the same command goes on" in line
-        for line in said
-    )
-    assert "Traceback" not in out
+    message = f"stopped by SIGTERM: stage pixels, step {step} of 100000 is saved; the same command"
+    assert out.count(message) == 2 and "Traceback" not in out

@@ -33,26 +33,16 @@ from pixart_jax.training.tasks.class_conditional import ClassConditional
 from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
 
-MODEL = TransformerConfig(
-    depth=2,
-    width=64,
-    heads=4,
-    caption_width=16,
-    text_tokens=8,
-    sample_size=8,
-    kv_compression=2,
-    kv_compression_layers=(1,),
-)
+SIZES = {"depth": 2, "width": 64, "heads": 4, "sample_size": 8}
+COMPRESSED = {"kv_compression": 2, "kv_compression_layers": (1,)}
+MODEL = TransformerConfig(**SIZES, caption_width=16, text_tokens=8, **COMPRESSED)
 
 
 def task(kind: str, dtype):
     denoising = DiffusionObjective(ObjectiveConfig(), 0.18215)
     if kind == "dit":
-        return ClassConditional(
-            DiT(DiTConfig(depth=2, width=64, heads=4, sample_size=8, num_classes=5), dtype=dtype),
-            denoising,
-            None,
-        )
+        module = DiT(DiTConfig(**SIZES, num_classes=5), dtype=dtype)
+        return ClassConditional(module, denoising, None)
     return TextToImage(PixArtTransformer(MODEL, dtype=dtype, remat="full"), denoising, None, 0)
 
 
@@ -72,9 +62,11 @@ def batch(rows: int = 4):
 def drawn(made):
     """Parameters without a zero among them, so that every gradient is felt."""
     params = unboxed(jax.jit(made.init)(jax.random.key(0)))
-    return jax.tree.map(
-        lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), params
-    )
+
+    def add_noise(x):
+        return x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape)
+
+    return jax.tree.map(add_noise, params)
 
 
 @pytest.mark.slow
@@ -86,19 +78,17 @@ def test_casting_ahead_of_the_blocks_changes_neither_losses_nor_gradients(kind):
     plain = dataclasses.replace(made, module=Uncast(made.module))
 
     def run(one):
-        return jax.jit(jax.value_and_grad(lambda p: one.losses(p, given, keys)["loss"].mean()))(
-            params
-        )
+        loss = jax.value_and_grad(lambda p: one.losses(p, given, keys)["loss"].mean())
+        return jax.jit(loss)(params)
+
+    def assert_close(ours, theirs):
+        assert ours.dtype == jnp.float32
+        atol = 2**-8 * float(jnp.abs(theirs).max()) + 1e-12
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
     (loss, gradient), (of_plain, gradient_of_plain) = run(made), run(plain)
     np.testing.assert_array_equal(loss, of_plain)
-    for ours, theirs in zip(
-        jax.tree.leaves(gradient), jax.tree.leaves(gradient_of_plain), strict=True
-    ):
-        assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(
-            ours, theirs, rtol=0, atol=2**-8 * float(jnp.abs(theirs).max()) + 1e-12
-        )
+    jax.tree.map(assert_close, gradient, gradient_of_plain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +113,17 @@ def test_no_kernel_is_cast_within_the_loop_over_blocks(kind):
     from loop to optimizer."""
     made = task(kind, jnp.bfloat16)
     params = jax.eval_shape(lambda: unboxed(made.init(jax.random.key(0))))
-    traced = jax.jit(
-        jax.grad(
-            lambda p: made.losses(p, batch(), jax.random.split(jax.random.key(1), 4))["loss"].mean()
-        )
-    ).trace(params)
-    kernels = {
-        leaf.shape[1:]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"])
-        if path[-1].key == "kernel"
-    }
+    keys = jax.random.split(jax.random.key(1), 4)
+    traced = jax.jit(jax.grad(lambda p: made.losses(p, batch(), keys)["loss"].mean())).trace(params)
+    blocks = jax.tree_util.tree_leaves_with_path(params["blocks"])
+    kernels = {leaf.shape[1:] for path, leaf in blocks if path[-1].key == "kernel"}
 
     def casts(jaxpr, inside):
         for equation in jaxpr.eqns:
-            loop = inside or equation.primitive.name == "scan"
-            if (
-                inside
-                and equation.primitive.name == "convert_element_type"
-                and equation.params["new_dtype"] == jnp.bfloat16
-            ):
+            name = equation.primitive.name
+            loop = inside or name == "scan"
+            to_bfloat16 = equation.params.get("new_dtype") == jnp.bfloat16
+            if inside and name == "convert_element_type" and to_bfloat16:
                 yield from (v.aval.shape for v in equation.invars if v.aval.dtype == jnp.float32)
             for inner in jaxprs.within(equation):
                 yield from casts(inner, loop)
@@ -165,31 +147,21 @@ def test_leaving_a_step_out_is_the_same_on_every_platform(ok):
         moments = 0.9 * moments + 0.1 * grads
         return params - moments, moments
 
-    run = jax.jit(
-        lambda ok, *arrays: [
-            update_where(ok, partial(take, grads=arrays[2]), *arrays[:2], on_cpu=on_cpu)
-            for on_cpu in (True, False)
-        ]
-    )
-    loop, selection = run(ok, params, moments, grads)
-    for wanted, one, other in zip(
-        take(params, moments, grads) if ok else (params, moments), loop, selection, strict=True
-    ):
-        for made in (one, other):
-            np.testing.assert_allclose(made, wanted, rtol=1e-6 if ok else 0.0)
+    wanted = take(params, moments, grads) if ok else (params, moments)
+    for on_cpu in (True, False):
+        run = jax.jit(partial(update_where, update=partial(take, grads=grads), on_cpu=on_cpu))
+        made = run(ok, params=params, opt_state=moments)
+        for ours, value in zip(made, wanted, strict=True):
+            np.testing.assert_allclose(ours, value, rtol=1e-6 if ok else 0.0)
 
 
 def small(remat="full", accumulate=1, dtype="bfloat16") -> Config:
     """Two blocks of some width, so that the state outweighs all else."""
-    stage = StageConfig(
-        name="s",
-        batch_size=4,
-        data=DataConfig(max_text_tokens=8),
-        optimizer=OptimizerConfig(accumulate=accumulate, ema=0.999),
-    )
-    model = TransformerConfig(
-        depth=2, width=512, heads=4, caption_width=64, text_tokens=8, sample_size=8
-    )
+    optimizer = OptimizerConfig(accumulate=accumulate, ema=0.999)
+    data = DataConfig(max_text_tokens=8)
+    stage = StageConfig("s", batch_size=4, data=data, optimizer=optimizer)
+    sizes = {"depth": 2, "width": 512, "heads": 4, "caption_width": 64, "text_tokens": 8}
+    model = TransformerConfig(**sizes, sample_size=8)
     return Config(name="small", stages=(stage,), model=model, compute_dtype=dtype, remat=remat)
 
 
@@ -234,10 +206,8 @@ def test_with_micro_batches_a_bucket_takes_one_executable_and_no_step_asks_the_d
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), made.abstract)
     state = jax.device_put(state, jax.tree.map(lambda s: s.sharding, made.abstract))
     for number, bucket in enumerate([(64, 64), (64, 64), (48, 80), (64, 64), (48, 80)]):
-        rows = {
-            name: np.zeros(s.shape, s.dtype)
-            for name, s in stages.abstract_batch(config, stage, bucket, mesh).items()
-        }
+        shapes = stages.abstract_batch(config, stage, bucket, mesh)
+        rows = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items()}
         with jax.transfer_guard_device_to_host("disallow"):
             state, _ = step(state, jax.device_put(rows), jax.random.key(number))
         assert step.executables == (1 if number < 2 else 2)
