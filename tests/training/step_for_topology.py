@@ -4,7 +4,6 @@ bytes on one device."""
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 
@@ -16,14 +15,8 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.planning import hlo, topology
 from pixart_jax.training import stages
 from pixart_jax.training.frozen import FrozenSpec
+from pixart_jax.training.memory import bytes_per_device
 from pixart_jax.training.step import compiled_step
-
-
-def held(tree) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def main(name: str) -> None:
@@ -32,12 +25,9 @@ def main(name: str) -> None:
     stage = config.stages[0]
     made = stages.build_stage(config, stage, FrozenSpec(config), mesh)
     batch = stages.abstract_batch(config, stage, (64, 64), mesh)
-    program = (
-        compiled_step(config, stage, made, mesh)
-        .trace(made.abstract, batch, stages.abstract_key(mesh))
-        .lower()
-        .compile()
-    )
+    step = compiled_step(config, stage, made, mesh)
+    traced = step.trace(made.abstract, batch, stages.abstract_key(mesh))
+    program = traced.lower().compile()
     memory = program.memory_analysis()
     gathered, copied = {"bf16": 0, "f32": 0}, 0
     for run in hlo.executed(program.as_text()):
@@ -45,14 +35,11 @@ def main(name: str) -> None:
             if instruction.opcode in ("all-gather", "all-gather-start"):
                 kind = re.search(r"bf16|f32", instruction.shape)
                 gathered[kind[0]] += int(run.times) * max(instruction.arrays)
-            if (
-                instruction.opcode == "copy"
-                and instruction.shape.startswith("f32")
-                and len(instruction.arrays) == 1
-            ):
+            one_f32 = instruction.shape.startswith("f32") and len(instruction.arrays) == 1
+            if instruction.opcode == "copy" and one_f32:
                 copied += int(run.times) * instruction.arrays[0]
     found = {
-        "state": held(made.abstract),
+        "state": bytes_per_device(made.abstract),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(made.abstract.params)),
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,

@@ -2,7 +2,6 @@
 one line."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from pixart_jax.data.samples import ImageSamples, TokenSamples
 from pixart_jax.errors import UserError
 from pixart_jax.training import batches
 from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.metrics import read
 from tests.data.tiny_sets import (
     encoded,
     encoded_record,
@@ -38,10 +38,8 @@ def model(tmp_path_factory):
 def world(model, tmp_path, monkeypatch):
     """Pictures in a folder and in a tar, and a config that takes a source."""
     monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
-    files = {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(6)} | {
-        f"{i}.txt": "a red circle" for i in range(6)
-    }
-    write(tmp_path / "photos", files)
+    files = {f"{i}.png": encoded(picture(i, 32, 32)) for i in range(6)}
+    write(tmp_path / "photos", files | {f"{i}.txt": "a red circle" for i in range(6)})
     img2dataset(tmp_path / "web.tar", 0, 6)
 
     def config(source: str, task: str = "text_to_image", **data) -> Config:
@@ -57,6 +55,14 @@ def world(model, tmp_path, monkeypatch):
 
 def opened(config, encode=train.encode):
     return batches.open_loader(config, 0, Frozen(config, None), encode)
+
+
+def with_target(config, target: str, **changes):
+    """The config with text_to_text.target set."""
+    (stage,) = config.stages
+    options = dataclasses.replace(stage.text_to_text, target=target)
+    stage = dataclasses.replace(stage, text_to_text=options, **changes)
+    return dataclasses.replace(config, stages=(stage,))
 
 
 @pytest.mark.parametrize("where", ["photos", "web.tar"])
@@ -87,9 +93,7 @@ def test_official_features_train_a_step(world, tmp_path):
     config = world(f"pixart-features:{root}", captions=(("prompt", 1.0),))
     assert isinstance(opened(config, None).samples, FeatureSamples)
     train.train(config, tmp_path / "run", None)
-    logged = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    logged = read(tmp_path / "run" / "metrics.jsonl")
     assert np.isfinite(logged[-1]["loss"]) and (tmp_path / "run" / "model").is_dir()
     with pytest.raises(UserError, match="stage only: pixart-features:.* has no labels"):
         opened(world(f"pixart-features:{root}", "class_conditional"), None)
@@ -100,12 +104,7 @@ def test_pictures_and_captions_are_read_as_they_are_by_the_frozen_parts_own_task
     images = opened(world(mixture, "autoencoder"))
     assert images.batch(0)["images"].shape == (4, 32, 32, 3)
     assert isinstance(images.samples.parts[0], ImageSamples)
-    config = world(str(world.folder / "photos"), "text_to_text")
-    stage = dataclasses.replace(
-        config.stages[0],
-        text_to_text=dataclasses.replace(config.stages[0].text_to_text, target="caption"),
-    )
-    words = opened(dataclasses.replace(config, stages=(stage,)))
+    words = opened(with_target(world(str(world.folder / "photos"), "text_to_text"), "caption"))
     assert isinstance(words.samples, TokenSamples) and (words.batch(0)["lengths"] > 1).all()
 
 
@@ -137,18 +136,12 @@ def test_a_sample_that_lacks_a_caption_is_left_out_and_one_that_lacks_a_kind_tak
     texts |= {"1.txt": "a square", "2.dense.txt": "a circle"}
     folder = write(world.folder / "mixed", files | texts)
     config = world(str(folder), "text_to_text", captions=(("caption", 1.0), ("dense", 3.0)))
-    stage = dataclasses.replace(config.stages[0], batch_size=2)
-    stage = dataclasses.replace(
-        stage, text_to_text=dataclasses.replace(stage.text_to_text, target="caption")
-    )
-    samples = opened(dataclasses.replace(config, stages=(stage,))).samples
+    samples = opened(with_target(config, "caption", batch_size=2)).samples
     assert samples.bucket_of.tolist() == [0, 0, -1, -1]  # 2 has no target, 3 no text at all
     assert "2 left out: 2 missing caption" in capsys.readouterr().out
-    lengths = {
-        int(samples.read(np.array([1]), 0, np.array([draw]))["lengths"][0])
-        for draw in np.linspace(0, 1, 20, endpoint=False)
-    }
-    assert len(lengths) == 1
+    draws = np.linspace(0, 1, 20, endpoint=False)
+    read_at = [samples.read(np.array([1]), 0, np.array([draw])) for draw in draws]
+    assert len({int(batch["lengths"][0]) for batch in read_at}) == 1
 
 
 def test_records_that_lack_a_kind_take_the_other_and_those_without_any_are_left_out(world, capsys):
@@ -167,9 +160,8 @@ def test_records_that_lack_a_kind_take_the_other_and_those_without_any_are_left_
             lengths.setdefault(str(key), set()).add(int(length))
     short, wordy = min(map(min, lengths.values())), max(map(max, lengths.values()))
     assert short < wordy
-    assert lengths == {"0": {short, wordy}} | {k: {short} for k in "13"} | {
-        k: {wordy} for k in "24"
-    }
+    alone = {key: {short} for key in "13"} | {key: {wordy} for key in "24"}
+    assert lengths == {"0": {short, wordy}} | alone
     capsys.readouterr()
     only = opened(world(str(samples._records.folder), captions=(("dense", 1.0),)), None)
     assert {str(key) for step in range(9) for key in only.batch(step)["key"]} == {"0", "2", "4"}
@@ -193,24 +185,18 @@ def test_records_of_another_encoder_or_size_are_refused_by_name(world, model, tm
         opened(config, None)
 
 
+def kind(name: str) -> dict:
+    return {"captions": ((name, 1.0),)}
+
+
 @pytest.mark.parametrize(
     ("source", "task", "data", "message"),
     [
         ("{0}/photos", "text_to_image", {}, "is not encoded, and this run was given nothing"),
         ("{0}/shards", "autoencoder", {}, "learns from pictures"),
         ("{0}/shards", "text_to_image", {"limit": 3}, "data.limit chooses among pictures"),
-        (
-            "{0}/shards",
-            "text_to_image",
-            {"captions": (("dens", 1.0),)},
-            "no captions of kind 'dens'",
-        ),
-        (
-            "0.5*{0}/shards + 0.5*{0}/others",
-            "text_to_image",
-            {"captions": (("dense", 1.0),)},
-            "cannot be mixed: vae is one",
-        ),
+        ("{0}/shards", "text_to_image", kind("dens"), "no captions of kind 'dens'"),
+        ("0.5*{0}/shards + 0.5*{0}/others", "text_to_image", kind("dense"), "mixed: vae is one"),
         ("0.5*{0}/shards + {0}/others", "text_to_image", {}, "is not WEIGHT"),
     ],
 )

@@ -42,18 +42,16 @@ def needed(config, made, mesh, name):
 
 
 def test_the_order_is_that_of_the_measured_table():
-    rows = re.findall(
-        r"pixart_jax remat (\w+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", BENCHMARKS.read_text()
-    )
+    row = r"pixart_jax remat (\w+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|"
+    rows = re.findall(row, BENCHMARKS.read_text())
     seconds = {name: float(median) for name, median in rows}
     assert sorted(BY_SPEED, key=seconds.get) == list(BY_SPEED)
 
 
 def test_the_fastest_that_fits_is_taken_and_the_smallest_where_none_does(mesh, monkeypatch):
-    config = dataclasses.replace(recipes.load(recipes.find("xl2_256_sam")), remat="auto")
-    config = dataclasses.replace(
-        config, stages=(dataclasses.replace(config.stages[0], batch_size=64),)
-    )
+    config = recipes.load(recipes.find("xl2_256_sam"))
+    stage = dataclasses.replace(config.stages[0], batch_size=64)
+    config = dataclasses.replace(config, remat="auto", stages=(stage,))
     made = parts(config, mesh)
     sizes = [needed(config, made, mesh, name) for name in BY_SPEED]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
@@ -65,10 +63,8 @@ def test_the_fastest_that_fits_is_taken_and_the_smallest_where_none_does(mesh, m
     monkeypatch.setattr(memory, "usable_bytes", lambda device: sizes[-1] - 1.0)
     assert str(parts(config, mesh).remat).startswith("remat full, the smallest, which may not fit")
     monkeypatch.setattr(memory, "usable_bytes", lambda device: None)
-    assert (
-        str(parts(config, mesh).remat)
-        == "remat full: what this stage takes, or what its device has, is not known"
-    )
+    unknown = "remat full: what this stage takes, or what its device has, is not known"
+    assert str(parts(config, mesh).remat) == unknown
     assert parts(dataclasses.replace(config, remat="dots"), mesh).remat is None
 
 
@@ -104,7 +100,7 @@ def test_the_step_of_auto_is_that_of_the_policy_it_names(tmp_path, mesh):
     assert build("dots_attention") == (None, auto) and build("full")[1] != auto
 
 
-def test_auto_is_no_policy_of_a_model_and_a_mistyped_one_is_told():
+def test_auto_is_not_a_policy_of_a_model_and_a_mistyped_one_is_corrected():
     with pytest.raises(UserError, match="name one of none, full"):
         policy("auto")
     with pytest.raises(UserError, match="did you mean 'auto'"):

@@ -23,12 +23,8 @@ NAMES = {
 
 @pytest.mark.parametrize("name", ["adamw", "came"])
 def test_the_null_caption_never_moves(name):
-    optimizer = make_optimizer(
-        OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.5, ema=0.5),
-        10,
-        1,
-        NAMES,
-    )
+    config = OptimizerConfig(name, 0.1, warmup_steps=0, weight_decay=0.5, ema=0.5)
+    optimizer = make_optimizer(config, 10, 1, NAMES)
     params, state = PARAMS, optimizer.init(PARAMS)
     for _ in range(3):
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
@@ -43,15 +39,11 @@ def test_adamw_is_the_official_one():
     steps."""
     import torch
 
-    config = OptimizerConfig(
-        learning_rate=1e-2, warmup_steps=0, weight_decay=0.03, eps=1e-10, clip=0.01, ema=0.0
-    )
+    config = OptimizerConfig("adamw", 1e-2, warmup_steps=0, clip=0.01, ema=0.0)
     optimizer = make_optimizer(config, 100, 1, {"w": (None, None), "b": (None,)})
     rng = np.random.default_rng(0)
-    params = {
-        "w": rng.normal(size=(3, 4)).astype(np.float32),
-        "b": rng.normal(size=4).astype(np.float32),
-    }
+    shapes = {"w": (3, 4), "b": (4,)}
+    params = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
     theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
     adamw = torch.optim.AdamW(theirs.values(), lr=1e-2, weight_decay=0.03, eps=1e-10)
     params = jax.tree.map(jnp.asarray, params)
@@ -79,9 +71,8 @@ def test_schedules_by_name():
     np.testing.assert_allclose(constant[:10], np.arange(10) / 10, rtol=1e-6)
     assert (constant[10:] == 1).all()
     cosine = rates(schedule="cosine", warmup_steps=10, final_fraction=0.1)
-    np.testing.assert_allclose(
-        cosine[10:], 0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(90) / 90)) / 2, rtol=1e-5
-    )
+    expected = 0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(90) / 90)) / 2
+    np.testing.assert_allclose(cosine[10:], expected, rtol=1e-5)
     linear = rates(schedule="linear", warmup_steps=0, final_fraction=0.5)
     np.testing.assert_allclose(linear, 1 - 0.5 * np.arange(100) / 100, rtol=1e-5)
     rsqrt = rates(schedule="rsqrt", warmup_steps=25)

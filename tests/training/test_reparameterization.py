@@ -3,6 +3,8 @@ network can be elsewhere."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,20 +42,15 @@ def draw(b: int = 2):
 
 @pytest.mark.parametrize("conditions", [False, True], ids=["plain", "multi-scale"])
 def test_equals_the_class_free_dit_at_500_for_any_text(dit_params, conditions):
-    config = TransformerConfig(
-        **GEOMETRY, caption_width=20, text_tokens=9, size_conditions=conditions
-    )
+    config = dataclasses.replace(PIXART, size_conditions=conditions)
     params = from_dit(dit_params, DIT, config, jax.random.key(0))
     shapes = transformer_shapes(config)
-    assert {k: v.shape for k, v in flatten(params).items()} == {
-        k: v.shape for k, v in flatten(shapes).items()
-    }
+    assert jax.tree.map(np.shape, flatten(params)) == jax.tree.map(np.shape, flatten(shapes))
     latents, text, lengths = draw()
     t = np.full((2,), 500.0, np.float32)
     size = (np.array([[64.0, 32.0], [1024.0, 512.0]]), np.array([2.0, 2.0])) if conditions else ()
-    ours = jax.jit(PixArtTransformer(config).apply)(
-        {"params": params}, latents, t, text, lengths, *size
-    )
+    transformer = jax.jit(PixArtTransformer(config).apply)
+    ours = transformer({"params": params}, latents, t, text, lengths, *size)
     dit = jax.jit(DiT(DIT).apply)
     theirs = dit({"params": dit_params}, latents, t, np.array([6, 6]))
     assert relative_error(ours, theirs) <= 1e-5
@@ -70,38 +67,26 @@ def test_shared_network_is_the_least_squares_fit_over_all_timesteps(dit_params):
     embed = module.apply({"params": params}, t, None, None, method="_condition")
     phi = np.asarray(jax.nn.silu(embed), np.float64)
     features = phi - phi[500]  # [1000, d]
-    # [depth, 1000, 6d]
-    own = np.stack(
-        [features @ np.asarray(w, np.float64) for w in dit_params["blocks"]["modulation"]["kernel"]]
-    )
-
-    best = np.linalg.lstsq(
-        np.tile(features, (DIT.depth, 1)), own.reshape(-1, own.shape[-1]), rcond=None
-    )[0]
+    kernels = np.asarray(dit_params["blocks"]["modulation"]["kernel"], np.float64)
+    own = features @ kernels  # [depth, 1000, 6d]
+    repeated = np.tile(features, (DIT.depth, 1))
+    best = np.linalg.lstsq(repeated, own.reshape(-1, own.shape[-1]), rcond=None)[0]
     chosen = np.asarray(params["t_block"]["kernel"], np.float64)
 
     def residual(w):
         return np.square(features @ w - own).sum()
 
     assert residual(chosen) == pytest.approx(residual(best), rel=1e-6)
-    assert residual(chosen) < 0.95 * residual(dit_params["blocks"]["modulation"]["kernel"][0]), (
-        "better than one block's own"
-    )
+    assert residual(chosen) < 0.95 * residual(kernels[0]), "better than one block's own"
 
 
 def test_what_a_dit_lacks_is_fresh_and_cross_attention_starts_at_zero(dit_params):
     one, two = (from_dit(dit_params, DIT, PIXART, jax.random.key(seed)) for seed in (0, 1))
     assert not np.any(one["blocks"]["cross_attn"]["out"]["kernel"])
-    same = {
-        path for path, value in flatten(one).items() if np.array_equal(value, flatten(two)[path])
-    }
-    drawn = {path for path in flatten(one) if path not in same}
-    fresh = (
-        "null_caption",
-        *(f"caption_projection/fc{i}/kernel" for i in (1, 2)),
-        *(f"blocks/cross_attn/{x}/kernel" for x in "qkv"),
-    )
-    assert drawn == set(fresh)
+    pairs = {path: (value, flatten(two)[path]) for path, value in flatten(one).items()}
+    drawn = {path for path, pair in pairs.items() if not np.array_equal(*pair)}
+    fresh = {f"caption_projection/fc{i}/kernel" for i in (1, 2)} | {"null_caption"}
+    assert drawn == fresh | {f"blocks/cross_attn/{x}/kernel" for x in "qkv"}
 
 
 def test_error_over_the_other_timesteps_is_reported(dit_params):
@@ -111,11 +96,8 @@ def test_error_over_the_other_timesteps_is_reported(dit_params):
     )
     assert report.blocks.shape == (4, 4) and report.output.shape == report.final.shape == (4,)
     at, elsewhere = 2, [0, 1, 3]
-    assert (
-        report.output[at] <= 1e-5
-        and report.blocks[:, at].max() <= 1e-6
-        and report.final[at] <= 1e-6
-    )
+    assert max(report.blocks[:, at].max(), report.final[at]) <= 1e-6
+    assert report.output[at] <= 1e-5
     assert (report.output[elsewhere] > 1e-3).all(), "random blocks differ, and the report says so"
     assert report.summary()["output_at_500"] == report.output[at]
 

@@ -49,13 +49,8 @@ def test_the_step_from_shapes_alone_is_the_runs_to_the_letter(world, index):
 
 
 def test_what_is_assumed_of_absent_folders_is_said():
-    config = Config(
-        "none",
-        (StageConfig("words"),),
-        model=tiny_run.MODEL,
-        vae="models/none",
-        text_encoder="models/none",
-    )
+    absent = {"vae": "models/none", "text_encoder": "models/none"}
+    config = Config("none", (StageConfig("words"),), model=tiny_run.MODEL, **absent)
     frozen = FrozenSpec(config)
     assert frozen.scaling_factor == 0.18215 and len(frozen.text_states([""], 8)[0]) == 1
     assert len(frozen.assumptions) == 2 and "0.18215" in frozen.assumptions[0]

@@ -14,13 +14,11 @@ from pixart_jax.training.initialization import convert_params
 
 STAGE = StageConfig("words", "text_to_image")
 TASK = types.SimpleNamespace(module=types.SimpleNamespace(config=None))
+LAYER = {"kernel": np.ones((2, 2), np.float32)}
 WANTED = {
     "blocks": {"kernel": np.ones((2, 3), np.float32)},
     "null_caption": np.full((4, 5), 3, np.float32),
-    "size_embedder": {
-        "fc1": {"kernel": np.ones((2, 2), np.float32)},
-        "fc2": {"kernel": np.ones((2, 2), np.float32)},
-    },
+    "size_embedder": {"fc1": LAYER, "fc2": LAYER},
 }
 
 
@@ -29,9 +27,8 @@ def fresh():
 
 
 def begin(params, kind="text_to_image"):
-    return convert_params(
-        STAGE, kind, None, params, TASK, fresh, jax.random.key(0), lambda *_: None
-    )
+    key = jax.random.key(0)
+    return convert_params(STAGE, kind, None, params, TASK, fresh, key, lambda *_: None)
 
 
 def test_the_same_parameters_go_on():
@@ -43,9 +40,8 @@ def test_the_same_parameters_go_on():
 def test_a_plain_model_gains_size_embedders_that_change_nothing_yet_and_a_null_caption():
     out = begin({"blocks": {"kernel": np.full((2, 3), 9, np.float32)}})
     assert (out["blocks"]["kernel"] == 9).all()
-    assert (out["size_embedder"]["fc1"]["kernel"] == 1).all() and (
-        out["size_embedder"]["fc2"]["kernel"] == 0
-    ).all()
+    first, last = (out["size_embedder"][name]["kernel"] for name in ("fc1", "fc2"))
+    assert (first == 1).all() and (last == 0).all()
     assert (out["null_caption"] == 3).all()
 
 

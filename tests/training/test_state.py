@@ -4,7 +4,6 @@ here."""
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.models.vae import AutoencoderKL, VAEConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import AXES
+from pixart_jax.training.memory import bytes_per_device
 from pixart_jax.training.optimizer import make_optimizer
 from pixart_jax.training.state import abstract_state
 from tests.parallel.replicated import large_replicated
@@ -35,19 +35,11 @@ MODELS = {
 }
 
 
-def bytes_a_device(tree) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
 def abstract(name: str, optimizer: str, **sizes):
     module, arguments = MODELS[name]
     boxed = jax.eval_shape(module.init, jax.random.key(0), *arguments)["params"]
-    mesh = jax.sharding.AbstractMesh(
-        tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 4
-    )
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    mesh = jax.sharding.AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)
     config = dataclasses.replace(OptimizerConfig(), name=optimizer)
     return abstract_state(boxed, make_optimizer(config, 10, 8, rules.logical_names(boxed)), mesh)
 
@@ -57,8 +49,8 @@ def abstract(name: str, optimizer: str, **sizes):
 def test_no_array_over_a_megabyte_is_whole_on_every_device(name, optimizer):
     state = abstract(name, optimizer, fsdp=8)
     assert large_replicated(state) == []
-    whole = bytes_a_device(abstract(name, optimizer))
-    assert bytes_a_device(state) < whole / 8 * 1.04  # what small arrays cost beyond an eighth
+    whole = bytes_per_device(abstract(name, optimizer))
+    assert bytes_per_device(state) < whole / 8 * 1.04  # what small arrays cost beyond an eighth
 
 
 def test_the_optimizer_keeps_its_moments_where_the_parameters_lie():

@@ -21,6 +21,9 @@ BOXED = {
 }
 
 
+SIZES = (("x", 6), ("y", 3))
+
+
 def losses(params, batch, keys):
     """Regression on noisy inputs: each sample's noise is its own key's."""
     noise = jax.vmap(lambda key: jax.random.normal(key, (6,)))(keys)
@@ -35,9 +38,8 @@ def run(accumulate: int, steps: int = 5, **options):
     abstract = abstract_state(BOXED, optimizer, mesh)
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(6, 3)), "b": np.zeros(3)}
-    state = state_from(
-        jax.tree.map(lambda p: np.asarray(p, np.float32), params), optimizer, abstract
-    )
+    params = jax.tree.map(np.float32, params)
+    state = state_from(params, optimizer, abstract)
     step = CompiledStep(
         mesh,
         abstract,
@@ -49,10 +51,7 @@ def run(accumulate: int, steps: int = 5, **options):
     history = []
     for number in range(steps):
         rng = np.random.default_rng(number)
-        batch = {
-            "x": jnp.asarray(rng.normal(size=(16, 6)), jnp.float32),
-            "y": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32),
-        }
+        batch = {name: rng.normal(size=(16, n)).astype(np.float32) for name, n in SIZES}
         state, metrics = step(state, batch, jax.random.fold_in(jax.random.key(7), number))
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history, step
@@ -76,22 +75,16 @@ def test_the_step_is_a_function_of_state_batch_and_key():
         np.testing.assert_array_equal(a, b)
 
 
-def test_one_executable_for_one_shape():
-    _, _, step = run(1)
-    assert step.executables == 1
-
-
-def test_step_counts_and_metrics_are_named():
-    state, history, _ = run(1)
-    assert int(state.step) == 5
+def test_one_executable_for_one_shape_counted_steps_and_named_metrics():
+    state, history, step = run(1)
+    assert step.executables == 1 and int(state.step) == 5
     assert set(history[0]) == {"loss", "absolute", "lr", "grad_norm", "skipped", "skipped_in_row"}
 
 
 def test_the_state_starts_with_its_parameters_as_average():
     optimizer = make_optimizer(OptimizerConfig(), 5, 16, jax.tree.map(lambda _: (), BOXED))
     abstract = abstract_state(BOXED, optimizer, make_mesh(MeshConfig()))
-    state = state_from(
-        {"w": np.ones((6, 3), np.float32), "b": np.arange(3, dtype=np.float32)}, optimizer, abstract
-    )
+    params = {"w": np.ones((6, 3), np.float32), "b": np.arange(3, dtype=np.float32)}
+    state = state_from(params, optimizer, abstract)
     np.testing.assert_array_equal(state.average["b"], [0, 1, 2])
     assert jax.tree.structure(state) == jax.tree.structure(abstract)

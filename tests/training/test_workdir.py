@@ -19,13 +19,12 @@ from pixart_jax.config import (
 from pixart_jax.errors import UserError
 from pixart_jax.training.workdir import Workdir, as_json, enable_compilation_cache
 
-CONFIG = Config(
-    name="a",
-    stages=(
-        StageConfig("one", steps=10),
-        StageConfig("two", optimizer=OptimizerConfig(learning_rate=1e-3)),
-    ),
-)
+FAST = OptimizerConfig(learning_rate=1e-3)
+CONFIG = Config("a", (StageConfig("one", steps=10), StageConfig("two", optimizer=FAST)))
+SLOW = OptimizerConfig(learning_rate=1e-4)
+
+
+WIDE = DataConfig(buckets=((64, 64), (64, 96)))
 
 
 def other(**changes) -> Config:
@@ -51,14 +50,8 @@ def test_the_same_config_comes_back(begun):
     ("config", "said"),
     [
         (other(steps=11), "stages.1.steps was 1000, now 11"),
-        (
-            other(optimizer=OptimizerConfig(learning_rate=1e-4)),
-            "stages.1.optimizer.learning_rate was 0.001, now 0.0001",
-        ),
-        (
-            other(data=DataConfig(buckets=((64, 64), (64, 96)))),
-            "stages.1.data.buckets.1.0 was absent, now 64",
-        ),
+        (other(optimizer=SLOW), "stages.1.optimizer.learning_rate was 0.001, now 0.0001"),
+        (other(data=WIDE), "stages.1.data.buckets.1.0 was absent, now 64"),
         (dataclasses.replace(CONFIG, seed=1), "seed was 0, now 1"),
     ],
 )
@@ -85,12 +78,8 @@ def test_what_is_logged_kept_or_watched_may_change(begun, changes):
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
-    with (
-        Workdir(tmp_path, CONFIG),
-        pytest.raises(UserError, match="in use by another run"),
-        Workdir(tmp_path, CONFIG),
-    ):
-        pass
+    with Workdir(tmp_path, CONFIG), pytest.raises(UserError, match="in use by another run"):
+        Workdir(tmp_path, CONFIG).__enter__()
 
 
 def test_a_file_is_no_workdir(tmp_path):

@@ -27,12 +27,8 @@ def task(hidden: float = 0.3) -> TextToText:
 def batch(rows: int = 4, is_target: bool = False) -> dict:
     target = jax.random.randint(jax.random.key(7), (rows, 20), 3, 50)
     lengths = {"lengths": jnp.full((rows,), 12), "target_lengths": jnp.array([20, 13, 5, 1])[:rows]}
-    return {
-        "input_ids": IDS[:rows],
-        "target_ids": target,
-        "is_target": jnp.full((rows,), is_target),
-        **lengths,
-    }
+    ids = {"input_ids": IDS[:rows], "target_ids": target}
+    return {**ids, **lengths, "is_target": jnp.full((rows,), is_target)}
 
 
 def test_words_are_hidden_at_the_asked_rate_and_the_rest_is_left_alone():
@@ -50,20 +46,15 @@ def test_the_loss_is_the_cross_entropy_of_the_target_a_mean_over_each():
     found = t.losses(params, b, jax.random.split(jax.random.key(3), 4))
     states = t.module.apply({"params": params["encoder"]}, b["input_ids"], b["lengths"])
     table = params["encoder"]["embedding"]
-    logits = np.asarray(
-        t.decoder.apply(
-            {"params": params["decoder"]}, table, b["target_ids"], states, b["lengths"]
-        ),
-        np.float64,
-    )
+    inputs = (table, b["target_ids"], states, b["lengths"])
+    logits = np.asarray(t.decoder.apply({"params": params["decoder"]}, *inputs), np.float64)
     log_likelihood = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for row, length in enumerate(b["target_lengths"]):
-        told = [log_likelihood[row, place, b["target_ids"][row, place]] for place in range(length)]
-        right = [
-            logits[row, place].argmax() == b["target_ids"][row, place] for place in range(length)
-        ]
-        assert float(found["loss"][row]) == pytest.approx(-np.mean(told), rel=1e-4)
-        assert float(found["accuracy"][row]) == pytest.approx(np.mean(right))
+        target = np.asarray(b["target_ids"][row, :length])
+        likelihoods = log_likelihood[row, np.arange(length), target]
+        right = logits[row, :length].argmax(-1) == target
+        assert float(found["loss"][row]) == pytest.approx(-likelihoods.mean(), rel=1e-4)
+        assert float(found["accuracy"][row]) == pytest.approx(right.mean())
 
 
 def test_words_are_hidden_only_where_a_caption_is_its_own_target():
@@ -79,11 +70,8 @@ def test_words_are_hidden_only_where_a_caption_is_its_own_target():
 def test_every_parameter_learns():
     t = task()
     params = unboxed(t.init(jax.random.key(0)))
-    gradient = jax.grad(
-        lambda p: t.losses(p, batch(is_target=True), jax.random.split(jax.random.key(3), 4))[
-            "loss"
-        ].mean()
-    )(params)
+    inputs = batch(is_target=True), jax.random.split(jax.random.key(3), 4)
+    gradient = jax.grad(lambda p: t.losses(p, *inputs)["loss"].mean())(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
@@ -96,9 +84,7 @@ def test_a_stage_starts_from_a_saved_encoder_with_a_fresh_decoder(tmp_path):
     def fresh():
         return unboxed(t.init(jax.random.key(2)))
 
-    found = initial_params(
-        Config(name="c", stages=(stage,)), 0, t, None, fresh, jax.random.key(0), lambda *_: None
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal, found, {"encoder": encoder, "decoder": fresh()["decoder"]}
-    )
+    config, key = Config(name="c", stages=(stage,)), jax.random.key(0)
+    found = initial_params(config, 0, t, None, fresh, key, lambda *_: None)
+    expected = {"encoder": encoder, "decoder": fresh()["decoder"]}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
