@@ -39,28 +39,18 @@ def values(seed: int):
 
 def main(folder: Path, fsdp: int) -> None:
     mesh = make_mesh(MeshConfig(data=-1, fsdp=fsdp))
-    specs = {
-        "w": PartitionSpec("fsdp", None),
-        "half": PartitionSpec(("data", "fsdp")),
-        "b": PartitionSpec(),
-    }
-    where = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    whole = NamedSharding(mesh, PartitionSpec())
+    axes = {"w": ("fsdp",), "half": (("data", "fsdp"),), "b": ()}
 
-    def placed(value, sharding):
-        return jax.make_array_from_callback(
-            np.shape(value), sharding, lambda index: np.asarray(value)[index]
-        )
+    def placed(value, *axes):
+        value, sharding = np.asarray(value), NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
-    params = {name: placed(value, where[name]) for name, value in values(0).items()}
-    moments = {name: placed(value, where[name]) for name, value in values(1).items()}
-    guard = StepGuard(
-        *(
-            placed(np.asarray(v), whole)
-            for v in (np.int32(1), np.int32(0), np.int32(5), np.float32(0.1), np.float32(0.2))
-        )
+    params, moments = (
+        {name: placed(value, *axes[name]) for name, value in tree.items()}
+        for tree in (values(0), values(1))
     )
-    state = TrainState(placed(np.asarray(3, np.int32), whole), params, (moments,), guard)
+    numbers = (np.int32(1), np.int32(0), np.int32(5), np.float32(0.1), np.float32(0.2))
+    state = TrainState(placed(np.int32(3)), params, (moments,), StepGuard(*map(placed, numbers)))
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
@@ -81,6 +71,7 @@ def main(folder: Path, fsdp: int) -> None:
         for a, b in zip(
             jax.tree.leaves(saves.restore(total, abstract)), jax.tree.leaves(state), strict=True
         ):
+            whole = NamedSharding(mesh, PartitionSpec())
             same = jax.jit(lambda x, y: (x == y).all(), out_shardings=whole)(a, b)
             assert bool(same)
     print(jax.device_count(), "equal")

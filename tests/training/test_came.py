@@ -17,13 +17,9 @@ class Reference:
     """One tensor of one layer, float64."""
 
     def __init__(self, shape):
-        self.m = np.zeros(shape)
-        self.v = np.zeros(shape)
-        self.r, self.c = (
-            np.zeros(shape[:-1]),
-            np.zeros(shape[:-2] + shape[-1:]) if len(shape) > 1 else None,
-        )
-        self.rr, self.cc = np.zeros_like(self.r), None if self.c is None else np.zeros_like(self.c)
+        self.m, self.v = np.zeros(shape), np.zeros(shape)
+        self.r, self.rr = np.zeros((2, *shape[:-1]))
+        self.c, self.cc = np.zeros((2, *shape[:-2], shape[-1]))
 
     @staticmethod
     def outer(row, col):
@@ -54,11 +50,8 @@ class Reference:
 @pytest.mark.parametrize("shape", [(7,), (5, 8), (3, 3, 4, 6)])
 def test_came_follows_the_formulas(shape):
     came = scale_by_came(B1, B2, B3, (EPS1, EPS2), D)
-    state, reference, rng = (
-        came.init({"w": jnp.zeros(shape)}),
-        Reference(shape),
-        np.random.default_rng(1),
-    )
+    state, reference = came.init({"w": jnp.zeros(shape)}), Reference(shape)
+    rng = np.random.default_rng(1)
     for _ in range(6):
         g = rng.normal(size=shape)
         update, state = came.update({"w": jnp.asarray(g, jnp.float32)}, state)
@@ -71,11 +64,9 @@ def test_stacked_layers_are_updated_as_they_would_be_apart(shape):
     stacked = scale_by_came(stacked={"w": True})
     state = stacked.init({"w": jnp.zeros((3, *shape))})
     alone = [came.init({"w": jnp.zeros(shape)}) for _ in range(3)]
+    scale = np.array([1, 10, 100]).reshape(3, *[1] * len(shape))
     for _ in range(3):
-        g = jnp.asarray(
-            rng.normal(size=(3, *shape)) * np.array([1, 10, 100]).reshape(3, *[1] * len(shape)),
-            jnp.float32,
-        )
+        g = jnp.asarray(rng.normal(size=(3, *shape)) * scale, jnp.float32)
         update, state = stacked.update({"w": g}, state)
         for layer in range(3):
             one, alone[layer] = came.update({"w": g[layer]}, alone[layer])

@@ -136,20 +136,35 @@ def first_stage(world: Path, **changes):
     return dataclasses.replace(config, stages=config.stages[:1])
 
 
+@pytest.fixture(scope="module")
+def traced(world, tmp_path_factory):
+    """(workdir, printed lines) of an uninterrupted run of the first stage, two steps traced."""
+    workdir, printed = tmp_path_factory.mktemp("runs") / "first", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train.train(first_stage(world, profile=ProfileConfig((3, 4))), workdir)
+    return workdir, printed.getvalue()
+
+
+def test_a_trace_of_some_steps_is_in_the_workdir(traced):
+    workdir, printed = traced
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert f"profile of steps 3 to 4: {workdir / 'profile'}" in printed
+
+
 class Killed(BaseException):
     """Ends a run where it stands, as SIGKILL would."""
 
 
-def test_a_run_cut_off_at_three_of_its_steps_resumes_to_the_same_bits(world, tmp_path, monkeypatch):
+def test_a_run_cut_off_at_two_of_its_steps_resumes_to_the_same_bits(
+    traced, world, tmp_path, monkeypatch
+):
     """One stage of seven steps, saved at 3, 6 and 7, in one process. Slow tests kill real ones."""
-    config = first_stage(world)
-    train.train(config, tmp_path / "whole")
     put, count, workdir = loop.put, 0, tmp_path / "run"
 
     def put_or_die(*batch):
         nonlocal count
         count += 1
-        if count in (3, 8, 10):  # before step 3; resumed at 0, step 5; resumed at 3, step 5
+        if count in (3, 8):  # before step 3; resumed at 0, before step 5
             raise Killed
         return put(*batch)
 
@@ -158,12 +173,12 @@ def test_a_run_cut_off_at_three_of_its_steps_resumes_to_the_same_bits(world, tmp
     while not (workdir / "model").exists():
         starts += 1
         with contextlib.suppress(Killed):
-            train.train(config, workdir)
-    assert starts == 4 and figures(workdir) == figures(tmp_path / "whole")
-    whole = final_state(tmp_path / "whole", 7)
+            train.train(first_stage(world), workdir)
+    assert starts == 3 and figures(workdir) == figures(traced[0])
+    whole = final_state(traced[0], 7)
     jax.tree.map(np.testing.assert_array_equal, whole, final_state(workdir, 7))
     file = "model/transformer/diffusion_pytorch_model.safetensors"
-    assert (workdir / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert (workdir / file).read_bytes() == (traced[0] / file).read_bytes()
 
 
 def start(kill_at: int | str, recipe: Path, workdir: Path, *more: str):
@@ -327,12 +342,6 @@ def test_a_record_that_is_nan_costs_its_batches_alone(world, tmp_path):
     assert all("r0-5" in entry["keys"] for entry in bad)
     assert [line["step"] for line in lines if line["skipped"]] == [entry["step"] for entry in bad]
     assert all(np.isfinite(line["loss"]) for line in lines if not line["skipped"])
-
-
-def test_a_trace_of_asked_steps_lies_in_the_workdir(world, tmp_path, capsys):
-    train.train(first_stage(world, profile=ProfileConfig((3, 4))), tmp_path / "run")
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    assert f"profile of steps 3 to 4: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
