@@ -165,19 +165,14 @@ class StageHooks:
             self.run.metrics.image(f"{name}/samples", sheet, self.done + step)
 
     def flops(self, batch: dict) -> float:
-        """FLOPs of a step, of whose batch this process has the rows ``batch``; 0 where unknown."""
-        return step_flops(self.task, self.stage.batch_size, batch)
-
-
-def step_flops(task: Task, batch_size: int, batch: dict) -> float:
-    """FLOPs of a train step on a whole batch, of which this process has the rows ``batch``; 0 for a
-    task whose model is not counted."""
-    model = getattr(task.module, "config", None)
-    if not isinstance(model, TransformerConfig | DiTConfig):
-        return 0.0
-    height, width = (side * PIXELS for side in batch["mean"].shape[1:3])
-    tokens = batch["text_states"].shape[1] if "text_states" in batch else 0
-    return batch_size * train_flops(model, height, width, tokens)
+        """FLOPs of a train step on the whole batch, of which this process has the rows ``batch``; 0
+        for a task whose model is not counted."""
+        model = self.task.module.config
+        if not isinstance(model, TransformerConfig | DiTConfig):
+            return 0.0
+        height, width = (side * PIXELS for side in batch["mean"].shape[1:3])
+        tokens = batch["text_states"].shape[1] if "text_states" in batch else 0
+        return self.stage.batch_size * train_flops(model, height, width, tokens)
 
 
 def record_keys(loader: Loader, step: int, rows: int = 64) -> list[str]:

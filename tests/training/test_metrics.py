@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from pixart_jax.models.flops import train_flops
 from pixart_jax.training import metrics
 from pixart_jax.training.metrics import Metrics, RestartLog, read
-from pixart_jax.training.run import step_flops
+from pixart_jax.training.run import StageHooks
 from tests.training import tiny_run
 
 
@@ -156,11 +156,13 @@ def test_flops_are_those_of_the_whole_batch_at_its_bucket():
     config = tiny_run.MODEL
     batch = {"mean": np.zeros((4, 4, 6, 4)), "text_states": np.zeros((4, 8, 16))}
 
-    def task(config):
-        return types.SimpleNamespace(module=types.SimpleNamespace(config=config))
+    def flops(config):
+        task = types.SimpleNamespace(module=types.SimpleNamespace(config=config))
+        stage = types.SimpleNamespace(batch_size=16)
+        return StageHooks.flops(types.SimpleNamespace(task=task, stage=stage), batch)
 
-    assert step_flops(task(config), 16, batch) == 16 * train_flops(config, 32, 48, 8)
-    assert step_flops(task(None), 16, batch) == 0
+    assert flops(config) == 16 * train_flops(config, 32, 48, 8)
+    assert flops(None) == 0
 
 
 def test_device_memory_is_of_the_fullest_device_of_this_process():
