@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from pixart_jax import cli
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.files import cache_folder
 
 # name: (module, what it does); each module has main(argv) -> exit status, and its own --help.
 COMMANDS = {
@@ -37,6 +39,9 @@ def main(argv: list[str]) -> int:
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
+    if name in ("encode", "evaluate", "sample"):  # train keeps its programs in its workdir
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
 
 

@@ -8,8 +8,10 @@ which they apply; :func:`clean_caption` goes through it twice, as both reference
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
+import json
 import os
 import re
 import urllib.parse
@@ -21,7 +23,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pixart_jax import tables
-from pixart_jax.errors import Notice, UserError
+from pixart_jax.errors import Notice, UserError, one_line
+from pixart_jax.files import write_json
 
 _HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
 _FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -129,20 +132,86 @@ def _without_markup(text: str) -> str:
 # ---- tokens ----
 
 
+class FastTokenizer:
+    """A tokenizer.json that transformers 5 wrote, read by the tokenizers library alone: importing
+    transformers takes seconds. What this package uses of a transformers tokenizer, with the same
+    results."""
+
+    def __init__(self, folder: Path):
+        import tokenizers
+
+        self.backend_tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        self._config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        for name in ("pad", "eos", "unk", "mask"):
+            token = self._config.get(f"{name}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            found = None if token is None else self.backend_tokenizer.token_to_id(token)
+            setattr(self, f"{name}_token_id", found)
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        truncation: bool = False,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        padding: bool = False,
+    ) -> dict[str, Any]:
+        """{"input_ids"}: of one text, or of each; cut texts keep their end mark."""
+        one = isinstance(texts, str)
+        found = self.backend_tokenizer.encode_batch_fast(
+            [texts] if isinstance(texts, str) else list(texts),
+            add_special_tokens=add_special_tokens,
+        )
+        ids = [encoding.ids for encoding in found]
+        if truncation and max_length is not None:
+            marks = self.backend_tokenizer.num_special_tokens_to_add(False) * add_special_tokens
+            ids = [
+                row if len(row) <= max_length else row[: max_length - marks] + row[-marks:]
+                for row in ids
+            ]
+        return {"input_ids": ids[0] if one else ids}
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers and diffusers open."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.backend_tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        write_json(Path(folder) / "tokenizer_config.json", self._config)
+
+
 def load_tokenizer(folder: str | os.PathLike):
     """The tokenizer of a model folder's tokenizer/ (tokenizer.json, or a SentencePiece
     spiece.model)."""
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no tokenizer in {folder}: that folder does not exist")
+    config: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    # what earlier versions wrote, transformers reads with its own rules for each class
+    if config.get("backend") == "tokenizers" and (folder / "tokenizer.json").is_file():
+        return FastTokenizer(folder)
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise UserError(f"no tokenizer in {folder}: neither tokenizer.json nor spiece.model")
+
+    import transformers
+
+    # AutoTokenizer imports torch where it is installed, and does not open a lone spiece.model
+    is_t5 = config.get("tokenizer_class", "T5Tokenizer").startswith("T5Tokenizer")
+    kind = transformers.T5Tokenizer if is_t5 else transformers.AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return kind.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"no tokenizer in {folder}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise UserError(f"no tokenizer in {folder}: {one_line(error)}") from error
 
 
 def word_tokenizer(words: Sequence[str]):

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "images": {"errors", "files"},
     "plots": {"files"},
     "tables": {"errors"},
-    "text": {"errors", "tables"},
+    "text": {"errors", "files", "tables"},
     "cli": {"errors"},
     "parallel": _FOUNDATION,
     "models": _FOUNDATION | {"parallel.axes"},

@@ -4,12 +4,17 @@ are released."""
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from pixart_jax.errors import UserError
+from pixart_jax.pipeline.encoder_identity import tokenizer_identity
 from pixart_jax.text import load_tokenizer, save_tokenizer, tokenize, word_tokenizer
 
 WORDS = ["a", "red", "circle", "left", "of", "the", "star"]
@@ -53,12 +58,39 @@ def test_length_never_exceeds_the_models():
     assert ids.shape == (1, 11) and lengths[0] == 11 and ids[0, -1] == made.eos_token_id
 
 
+def test_a_saved_tokenizer_opens_without_transformers_and_does_the_same(root):
+    folder = root / "assets" / "shapes" / "tokenizer"
+    code = "import sys; from pixart_jax.text import load_tokenizer; load_tokenizer(sys.argv[1])\n"
+    code += "assert not {'transformers', 'torch', 'jax'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code, folder], check=True)
+    opened, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
+    pick = random.Random(0)
+    texts = ["", " ", "a  red\nstar", "</s> x <pad>", "é 画 \u2028", "a large red star, " * 20]
+    texts += ["".join(pick.choices("abz <>/s▁,;Ä画\n\t", k=20)) for _ in range(300)]
+    for limit in (4, 11, 120):
+        cut = {"truncation": True, "max_length": limit}
+        assert opened(texts, **cut)["input_ids"] == reference(texts, **cut)["input_ids"]
+    for text in texts:
+        ids = opened(text)["input_ids"]
+        assert opened.decode(ids, skip_special_tokens=True) == reference.decode(
+            ids, skip_special_tokens=True
+        )
+    for name in ("pad", "eos", "unk", "mask"):
+        name = f"{name}_token_id"
+        assert getattr(opened, name) == getattr(reference, name)
+    assert len(opened) == len(reference)
+    assert tokenizer_identity(opened) == tokenizer_identity(reference)
+
+
 def test_saved_words_open_again(tmp_path):
     made = word_tokenizer(WORDS)
-    made.save_pretrained(str(tmp_path))
-    opened = load_tokenizer(tmp_path)
-    assert type(opened).__name__ == "T5Tokenizer"
-    assert opened("a star, 7").input_ids == made("a star, 7").input_ids
+    save_tokenizer(made, tmp_path / "first")
+    opened = load_tokenizer(tmp_path / "first")
+    save_tokenizer(opened, tmp_path / "second")
+    again = AutoTokenizer.from_pretrained(str(tmp_path / "second"))
+    assert type(again).__name__ == "T5Tokenizer"
+    ids = made("a star, 7")["input_ids"]
+    assert opened("a star, 7")["input_ids"] == again("a star, 7")["input_ids"] == ids
 
 
 def test_a_spiece_model_alone_opens_and_gives_sentencepieces_ids(tmp_path):
