@@ -102,7 +102,7 @@ def test_gives_the_image_of_diffusers(pair, count, height, width, how):
 def test_model_with_size_conditions_is_told_the_images_size(tmp_path):
     theirs = tiny_diffusers.build(tmp_path, size_conditions=True)
     pipe = Pipeline.from_pretrained(tmp_path)
-    assert pipe.default_size == 1024
+    assert pipe.transformer.config.sample_size * pipe.factor == 1024
     assert_draws_the_same(theirs, pipe, PROMPTS[:2], 64, 96, steps=5)
     states, lengths = pipe.encode_text(PROMPTS[:1])
     noise = noise_for(pipe, 1, 64, 96)
@@ -148,7 +148,10 @@ def test_shipped_folder_gives_what_diffusers_gives_from_it(root):
     theirs.set_progress_bar_config(disable=True)
     pipe, prompts = Pipeline.from_pretrained(shipped), ["a large red star left of a small circle"]
     prompts += ["a small green square", "a large yellow circle"]
-    side, unit = pipe.default_size, 8 * pipe.transformer.config.patch_size
+    side, unit = (
+        pipe.transformer.config.sample_size * pipe.factor,
+        8 * pipe.transformer.config.patch_size,
+    )
     assert_draws_the_same(theirs, pipe, prompts, side, side)
     assert_draws_the_same(theirs, pipe, prompts[:2], side, side + unit, negative="a red circle")
 

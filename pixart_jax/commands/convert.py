@@ -114,6 +114,8 @@ def from_folder(flags: Flags) -> tuple[Any, str]:
 
 def from_file(flags: Flags) -> tuple[Any, str]:
     """(an official checkpoint, PixArt's or DiT's by its tensors; its origin in words)."""
+    from flax import linen as nn
+
     from pixart_jax.weights import component, dit, transformer
     from pixart_jax.weights.files import open_tensors
     from pixart_jax.weights.streaming import read
@@ -154,7 +156,7 @@ def from_file(flags: Flags) -> tuple[Any, str]:
             f"{flags.src} is neither a PixArt transformer ({CAPTIONS}) nor a DiT ({LABELS}): it "
             f"holds {', '.join(list(shapes)[:4])} …"
         )
-    wanted = parameter_shapes(kind(config, {}).module)
+    wanted = nn.unbox(kind.param_shapes(config))
     renamed = tensors.renamed(names)
     part = kind(config, read(mapping, wanted, renamed, source=str(flags.src), ignore=ignore))
     branch = getattr(tensors, "branch", None)
@@ -201,22 +203,6 @@ def assumed(part: Any, stated: int | None, flags: Flags) -> str:
         f"; it does not say how long its captions are: {part.config.text_tokens} tokens, as "
         "PixArt-α's (PixArt-Σ: give --tokens 300)"
     )
-
-
-def parameter_shapes(module: Any) -> Any:
-    """The tree of a transformer's or DiT's parameter shapes; nothing is computed."""
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
-    config, zeros = module.config, jnp.zeros
-    inputs = [zeros((1, config.patch_size, config.patch_size, config.in_channels)), zeros((1,))]
-    if hasattr(config, "caption_width"):
-        lengths = jnp.ones((1,), int)
-        inputs += [zeros((1, 1, config.caption_width)), lengths, jnp.ones((1, 2)), jnp.ones((1,))]
-    else:
-        inputs += [zeros((1,), int)]
-    return nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
 
 
 def check_out(flags: Flags) -> None:

@@ -4,6 +4,8 @@ text, and one modulation network for all blocks (adaLN-single)."""
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -128,6 +130,24 @@ class BlockCache(NamedTuple):
     cached: dict[str, jax.Array]
 
 
+def compute(part: Callable, block: nn.Module, x: jax.Array) -> jax.Array:
+    """The output [b, n, d] of one of a block's parts."""
+    return part(block, x)
+
+
+def compute_or_reuse(
+    cache: BlockCache, outputs: dict, part: Callable, block: nn.Module, x: jax.Array
+) -> jax.Array:
+    """As :func:`compute`; a part in this block's ``cache`` is computed only where the cache says
+    so, and its output put into ``outputs``."""
+    name = part.__name__
+    if name not in cache.recompute:
+        return part(block, x)
+    reuse = lambda block, x: cache.cached[name]  # noqa: E731
+    outputs[name] = nn.cond(cache.recompute[name], part, reuse, block, x)
+    return outputs[name]
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention and MLP. Self-attention and MLP are modulated by the block's
     table + t_block(t)."""
@@ -160,9 +180,8 @@ class Block(nn.Module):
         lengths: jax.Array,  # [b]
         compression: Compression | None,  # this layer's; None in a model without
         grid: tuple[int, int],  # (rows, columns) of the n patches
-        cache: BlockCache | None = None,  # this block's, without the leading axis
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x [b, n, d] after the block, and the outputs [b, n, d] of the parts in ``cache``."""
+        run: Callable = compute,  # (part, block, x) → the part's output
+    ) -> jax.Array:  # [b, n, d]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(
             self.table + modulation, 1, 0
         )
@@ -176,23 +195,10 @@ class Block(nn.Module):
         def mlp(block: Block, x: jax.Array) -> jax.Array:
             return block.mlp(modulated_norm(x, shift_m, scale_m))
 
-        outputs: dict[str, jax.Array] = {}
         x = row_major(_stream(x))
-        x = _stream(x + _gate(gate_a, x) * self._part(attention, x, cache, outputs))
-        x = _stream(x + self._part(cross_attention, x, cache, outputs))
-        x = _stream(x + _gate(gate_m, x) * self._part(mlp, x, cache, outputs))
-        return x, outputs
-
-    def _part(self, part, x: jax.Array, cache: BlockCache | None, outputs: dict) -> jax.Array:
-        """part(self, x); where the cache holds the part, by its function's name, only if it is to
-        be recomputed. Its output is then put into ``outputs``."""
-        name = part.__name__
-        if cache is None or name not in cache.recompute:
-            return part(self, x)
-        outputs[name] = nn.cond(
-            cache.recompute[name], part, lambda block, x: cache.cached[name], self, x
-        )
-        return outputs[name]
+        x = _stream(x + _gate(gate_a, x) * run(attention, self, x))
+        x = _stream(x + run(cross_attention, self, x))
+        return _stream(x + _gate(gate_m, x) * run(mlp, self, x))
 
 
 def _stream(x: jax.Array) -> jax.Array:
@@ -279,7 +285,10 @@ class PixArtTransformer(nn.Module):
         def block_step(block, x, per_block, modulation, states, lengths):
             keys_values, compression, cache = per_block
             keys, values = keys_values or block.keys_values(states)
-            return block(x, modulation, keys, values, lengths, compression, grid, cache)
+            outputs: dict[str, jax.Array] = {}
+            run = functools.partial(compute_or_reuse, cache, outputs) if cache else compute
+            x = block(x, modulation, keys, values, lengths, compression, grid, run)
+            return x, outputs
 
         keys_values, states = (
             ((text.keys, text.values), None) if isinstance(text, TextKV) else (None, text.states)

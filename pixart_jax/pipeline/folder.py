@@ -4,7 +4,6 @@ scheduler and their index."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -26,6 +25,14 @@ from pixart_jax.pipeline.encoder_identity import folder_fingerprint
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.text import load_tokenizer, save_tokenizer
+from pixart_jax.weights import component, transformer, vae
+from pixart_jax.weights.files import (
+    TORCH_SUFFIXES,
+    SafetensorsFile,
+    find_weights,
+    open_tensors,
+    read_json,
+)
 from pixart_jax.weights.hub import model_folder
 
 INDEX = "model_index.json"
@@ -63,8 +70,6 @@ class ModelFolder:
     ) -> ModelFolder:
         """folder: a folder or a hub id, of whose weights only those of ``parts`` are downloaded.
         Raises UserError where a part is missing, damaged or of another model."""
-        from pixart_jax.weights import vae
-
         given, folder = Path(folder), model_folder(folder, parts, revision)
         name = folder.resolve().name if given.exists() else str(given)
         if not folder.is_dir():
@@ -75,15 +80,14 @@ class ModelFolder:
             alone = (folder / "config.json").is_file()
             found = "a part of a model" if alone else "not a whole model"
             raise UserError(f"{folder} is {found}: it has no {', '.join(missing)}")
-        transformer = _transformer_config(folder)
-        autoencoder = vae.config_from_json(_json(folder / "vae" / "config.json"))
-        scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+        scheduler_file = folder / "scheduler" / "scheduler_config.json"
+        scheduler = read_json(scheduler_file)
         return cls(
             folder,
             name,
-            transformer,
-            autoencoder,
-            SchedulerConfig.from_json(scheduler, folder / "scheduler" / "scheduler_config.json"),
+            _transformer_config(folder),
+            vae.config_from_json(read_json(folder / "vae" / "config.json")),
+            SchedulerConfig.from_json(scheduler, scheduler_file),
             sampling_config.read(folder, str(scheduler.get("_class_name", ""))),
         )
 
@@ -104,14 +108,11 @@ class ModelFolder:
         cache: str | os.PathLike | None = None,
     ) -> dict[str, Any]:
         """Components by name. quantization: of the text encoder. cache: as ``load_component``."""
-        from pixart_jax.weights.component import load_component
-
         found = {}
         for name in parts:
             held = quantization if name == "text_encoder" else None
-            found[name] = load_component(
-                self.path / name, dtype=dtype, mesh=mesh, quantization=held, cache=cache
-            )
+            options = {"dtype": dtype, "mesh": mesh, "quantization": held, "cache": cache}
+            found[name] = component.load_component(self.path / name, **options)
         if "transformer" in found:
             own = found["transformer"].config
             config = dataclasses.replace(own, text_tokens=self.transformer.text_tokens)
@@ -185,8 +186,6 @@ def weights_cache(name: str) -> Path | None:
 def parameter_count(folder: Path) -> int:
     """Parameters of a component folder, from the headers of its files; of PyTorch files, which have
     none, by their size as fp32."""
-    from pixart_jax.weights.files import TORCH_SUFFIXES
-
     tensors = _tensors(folder)
     if tensors is None:
         files = [file for file in folder.iterdir() if file.suffix in TORCH_SUFFIXES]
@@ -206,8 +205,6 @@ def available_memory() -> float:
 
 def _tensors(folder: Path):
     """The tensors of a component folder, by their headers; None for PyTorch's."""
-    from pixart_jax.weights.files import TORCH_SUFFIXES, find_weights, open_tensors
-
     path = find_weights(folder)
     is_torch = path.name.removesuffix(".index.json").endswith(TORCH_SUFFIXES)
     return None if is_torch else open_tensors(path)
@@ -215,14 +212,7 @@ def _tensors(folder: Path):
 
 def pipeline_class(folder: Path) -> str:
     """The pipeline that the folder's index names. Raises UserError where it names no known one."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        never = "it is not a whole model, or was never completely written"
-        raise UserError(f"{folder} has no {INDEX}: {never}") from None
-    except ValueError as error:
-        raise UserError(f"{folder / INDEX} is no JSON: {error}") from None
-    name = index.get("_class_name") if isinstance(index, dict) else None
+    name = read_json(folder / INDEX).get("_class_name")
     if name not in _TEXT_TOKENS:
         raise UserError(
             f"{folder / INDEX} names {name!r}{nearest(str(name), _TEXT_TOKENS)}: that pipeline is "
@@ -231,29 +221,13 @@ def pipeline_class(folder: Path) -> str:
     return name
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return values
-
-
 def _transformer_config(folder: Path) -> TransformerConfig:
     """With the text length of the folder's pipeline.
 
     Raises UserError for a Σ transformer in an α folder, or the reverse, whose texts would be cut at
     the wrong length, and for another T5.
     """
-    from pixart_jax.weights import transformer
-    from pixart_jax.weights.component import NULL_CAPTION
-    from pixart_jax.weights.files import SafetensorsFile
-
-    values, named = _json(folder / "transformer" / "config.json"), pipeline_class(folder)
+    values, named = read_json(folder / "transformer" / "config.json"), pipeline_class(folder)
     config, tokens = transformer.config_from_json(values), _TEXT_TOKENS[named]
     if "text_tokens" not in values:
         if named == _ALPHA and transformer.looks_like_sigma(config):
@@ -264,10 +238,10 @@ def _transformer_config(folder: Path) -> TransformerConfig:
             )
         config = dataclasses.replace(config, text_tokens=tokens)
     wants = {"its config.json": config.text_tokens}
-    if (path := folder / "transformer" / NULL_CAPTION).is_file():
+    if (path := folder / "transformer" / component.NULL_CAPTION).is_file():
         null = SafetensorsFile(path)
         if "null_caption" in null:
-            wants[f"its {NULL_CAPTION}"] = null.shape("null_caption")[0]
+            wants[f"its {component.NULL_CAPTION}"] = null.shape("null_caption")[0]
     of_pipeline = {count: name for name, count in _TEXT_TOKENS.items()}
     for where, count in wants.items():
         if count != tokens and count in of_pipeline:
@@ -277,7 +251,8 @@ def _transformer_config(folder: Path) -> TransformerConfig:
                 f"{of_pipeline[count]}; name that one in {INDEX}, or put the right transformer "
                 "there"
             )
-    width = _json(folder / "text_encoder" / "config.json").get("d_model", config.caption_width)
+    text_encoder = read_json(folder / "text_encoder" / "config.json")
+    width = text_encoder.get("d_model", config.caption_width)
     if width != config.caption_width:
         raise UserError(
             f"{folder}: text_encoder/ gives states of width {width}, transformer/ wants "

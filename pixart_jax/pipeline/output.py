@@ -8,11 +8,11 @@ processes, generates the rest.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -190,36 +190,27 @@ class AsyncWriter:
     """Calls ``write(*arguments)`` in threads, as a context manager.
 
     :meth:`put` returns at once while fewer than ``limit`` calls wait, so a slow disk delays nothing
-    until then and memory stays bounded. An exception of a call is raised by the next put, or at the
-    end.
+    until then and memory stays bounded. An exception of a call cancels those that have not begun,
+    and is raised by a later put or at the end.
     """
 
     def __init__(self, write: Callable[..., object], limit: int = QUEUE_LIMIT):
-        self._write = write
-        self._slots = threading.BoundedSemaphore(limit)
+        self._write, self._limit = write, limit
         self._pool = concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
-        self._error: BaseException | None = None
+        self._calls: collections.deque[concurrent.futures.Future] = collections.deque()
 
     def put(self, *arguments: Any) -> None:
-        self._slots.acquire()
-        if self._error is not None:
-            self._slots.release()
-            raise self._error
-        self._pool.submit(self._call, arguments)
-
-    def _call(self, arguments: tuple) -> None:
-        try:
-            if self._error is None:  # on a full disk each further file would fail as this one did
-                self._write(*arguments)
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._slots.release()
+        while self._calls and (len(self._calls) >= self._limit or self._calls[0].done()):
+            self._calls.popleft().result()
+        self._calls.append(self._pool.submit(self._write, *arguments))
 
     def __enter__(self) -> AsyncWriter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._pool.shutdown(wait=True)
-        if kind is None and self._error is not None:
-            raise self._error
+        done, _ = concurrent.futures.wait(self._calls, return_when="FIRST_EXCEPTION")
+        failed = kind is not None or any(call.exception() for call in done)
+        # on a full disk each further file would fail as the first did
+        self._pool.shutdown(wait=True, cancel_futures=failed)
+        for call in self._calls if kind is None else ():
+            call.result()

@@ -128,11 +128,6 @@ class Pipeline:
         return dataclasses.replace(self, **parts)
 
     @property
-    def default_size(self) -> int:
-        """The side in pixels that the transformer was trained at."""
-        return self.transformer.config.sample_size * self.factor
-
-    @property
     def factor(self) -> int:
         """Pixels a latent, along a side."""
         return self.vae.config.factor

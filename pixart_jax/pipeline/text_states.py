@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def cleaning_id(clean: Callable[[str], str]) -> str:
     return known.get(clean, getattr(clean, "__qualname__", repr(clean)))
 
 
-class TextStates(Mapping[str, np.ndarray]):
+class TextStates(dict[str, np.ndarray]):
     """{cleaned text: states [l, c] of its real tokens}; replaces the text encoder in sampling.
 
     identity: ModelFolder.text_identity's, with cleaning and stored_in; compared by :meth:`check`;
@@ -52,7 +52,8 @@ class TextStates(Mapping[str, np.ndarray]):
         identity: Mapping[str, str],
         source: str = "the text states",
     ):
-        self._rows, self.identity, self.source = rows, dict(identity), source
+        super().__init__(rows)
+        self.identity, self.source = dict(identity), source
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> TextStates:
@@ -67,19 +68,14 @@ class TextStates(Mapping[str, np.ndarray]):
         identity = tensors.metadata.get(_IDENTITY)
         if identity is None or set(tensors) != {"states", "offsets", "texts"}:
             raise UserError(f"{path} holds no text states: give a file that {command}` wrote")
-        return cls(_FileRows(tensors), json.loads(identity), str(path))
-
-    def __getitem__(self, text: str) -> np.ndarray:
-        return self._rows[text]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __contains__(self, text: object) -> bool:
-        return text in self._rows  # Mapping's own would read the states
+        texts = json.loads(tensors["texts"].tobytes().decode("utf-8"))
+        states, offsets = tensors["states"], tensors["offsets"].tolist()
+        if len(offsets) != len(texts) + 1 or offsets[-1] != len(states):
+            damage = "its texts, offsets and states do not fit"
+            raise UserError(f"{path} is damaged: {damage}; encode the prompts again")
+        pairs = zip(offsets, offsets[1:])  # views of the file's pages
+        rows = {text: states[a:b] for text, (a, b) in zip(texts, pairs, strict=True)}
+        return cls(rows, json.loads(identity), str(path))
 
     def check(self, wanted: Mapping[str, str]) -> None:
         """Raise UserError where the identity differs from ``wanted``; only what both name is
@@ -126,31 +122,6 @@ class TextStates(Mapping[str, np.ndarray]):
         for into, row in zip(states, rows, strict=True):
             into[: len(row)] = row
         return states, np.array([len(row) for row in rows], np.int32)
-
-
-class _FileRows(Mapping[str, np.ndarray]):
-    """The rows of a file: views of its pages."""
-
-    def __init__(self, tensors: SafetensorsFile):
-        texts = json.loads(tensors["texts"].tobytes().decode("utf-8"))
-        self._states, self._offsets = tensors["states"], np.array(tensors["offsets"])
-        self._number = {text: n for n, text in enumerate(texts)}
-        if len(self._offsets) != len(texts) + 1 or self._offsets[-1] != len(self._states):
-            damage = "its texts, offsets and states do not fit"
-            raise UserError(f"{tensors.source} is damaged: {damage}; encode the prompts again")
-
-    def __getitem__(self, text: str) -> np.ndarray:
-        n = self._number[text]
-        return self._states[self._offsets[n] : self._offsets[n + 1]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._number)
-
-    def __len__(self) -> int:
-        return len(self._number)
-
-    def __contains__(self, text: object) -> bool:
-        return text in self._number
 
 
 def write(

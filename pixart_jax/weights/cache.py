@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -26,14 +27,16 @@ _IDENTITY = "pixart_jax"  # key in the file's metadata
 
 
 class ParamCache:
-    """The cached weights of a model folder; how: (dtype, quantization)."""
+    """The cached weights of a model folder. root: the cache's folder; None: no cache. how: (dtype,
+    quantization)."""
 
-    def __init__(self, root: Path, folder: Path, how: tuple):
-        self._root, self._folder, self._how = root, folder.resolve(), how
+    def __init__(self, root: str | os.PathLike | None, folder: Path, how: tuple):
+        self._root = None if root is None else Path(root)
+        self._folder, self._how = folder.resolve(), how
 
     def find(self) -> SafetensorsFile | None:
         """The cached file; None without one of these source files and this code."""
-        if not self._path.is_file():
+        if self._root is None or not self._path.is_file():
             return None
         try:
             cached = SafetensorsFile(self._path)
@@ -45,6 +48,8 @@ class ParamCache:
     def store(self, params: Mapping) -> None:
         """Write the parameters, unless they are small or on several hosts, or, with a message, the
         disk is too full."""
+        if self._root is None:
+            return
         flat = leaves(params)
         size = sum(array.nbytes for array in flat.values())
         if size < SMALLEST or not all(array.is_fully_addressable for array in flat.values()):

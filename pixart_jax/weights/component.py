@@ -6,7 +6,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from pixart_jax.weights.files import (
     Tensors,
     find_weights,
     open_tensors,
+    read_json,
     write_order,
     write_safetensors,
 )
@@ -76,6 +76,7 @@ class Component(abc.ABC):
     dtype: jnp.dtype = jnp.float32
     mesh: jax.sharding.Mesh | None = None
 
+    module_class: ClassVar[type[nn.Module]]
     weights_file: ClassVar[str] = "diffusion_pytorch_model.safetensors"
     _wide: ClassVar[tuple[str, ...]] = ()  # modules that always compute in fp32
 
@@ -87,7 +88,7 @@ class Component(abc.ABC):
     def module(self) -> nn.Module:
         """The Flax module: equal for equal config and dtype, and hashable, as a static argument of
         jit must be."""
-        return self._module(self.config, self.dtype)
+        return self.module_class(self.config, dtype=self.dtype)
 
     def replace(self, **changes) -> Self:
         """The same component with other params (or config, dtype, mesh)."""
@@ -109,11 +110,6 @@ class Component(abc.ABC):
             write_json(folder / CONFIG, self._config_to_json(params), ensure_ascii=False)
 
     # ---- what each kind of component defines ----
-
-    @classmethod
-    @abc.abstractmethod
-    def _module(cls, config, dtype) -> nn.Module:
-        """The module of a config, computing in dtype."""
 
     @classmethod
     @abc.abstractmethod
@@ -164,7 +160,7 @@ class Component(abc.ABC):
     @classmethod
     def abstract(cls, config, dtype, mesh: jax.sharding.Mesh) -> Self:
         """The component as loaded on ``mesh``, with shapes, dtypes and shardings for parameters."""
-        boxed = cls._boxed(config, dtype := jnp.dtype(dtype))
+        boxed = cls.param_shapes(config, dtype := jnp.dtype(dtype))
         shapes, shardings = flatten(nn.unbox(boxed)), flatten(parameter_shardings(boxed, mesh))
         params = {
             path: jax.ShapeDtypeStruct(
@@ -175,27 +171,19 @@ class Component(abc.ABC):
         return cls(config, unflatten(params), dtype, mesh)
 
     @classmethod
-    def _boxed(cls, config, dtype, **options) -> Mapping:
-        """The shapes of the module's init, boxed with axis names; nothing is computed."""
-        init = cls._module(config, dtype, **options).init
+    def param_shapes(cls, config, dtype=jnp.float32, **options) -> Mapping:
+        """The shapes of the module's parameters, boxed with axis names; nothing is computed."""
+        init = cls.module_class(config, dtype=dtype, **options).init
         return jax.eval_shape(init, jax.random.key(0), *cls._example(config))["params"]
 
     @classmethod
-    def _load(
-        cls,
-        config,
-        values: Mapping,
-        tensors: Tensors,
-        dtype,
-        mesh,
-        cache: ParamCache | None,
-        **options,
-    ) -> Self:
-        """options: of the module, quantization."""
-        cached = None if cache is None else cache.find()
+    def _load(cls, config, values, tensors, dtype, mesh, cache: ParamCache, **options) -> Self:
+        """values: of config.json. tensors: of the weights file. options: of the module,
+        quantization."""
+        cached = cache.find()
         if cached is not None and mesh is None:
-            return cls(config, map_params(cached), dtype, mesh)
-        boxed = cls._boxed(config, dtype, **options)
+            return cls(config, map_params(cached), dtype)
+        boxed = cls.param_shapes(config, dtype, **options)
         shardings = None if mesh is None else parameter_shardings(boxed, mesh)
         if cached is not None:
             return cls(config, map_params(cached, shardings), dtype, mesh)
@@ -209,8 +197,7 @@ class Component(abc.ABC):
             shardings=shardings,
             **options,
         )
-        if cache is not None:
-            cache.store(params)
+        cache.store(params)
         return cls(config, params, dtype, mesh)
 
     def _call(self, method: str, *arguments):
@@ -228,13 +215,9 @@ class Transformer(Component):
     """The PixArt transformer. ``params`` lacks null_caption where the file does (as released
     diffusers files do)."""
 
-    _wide = (
-        "timestep_embedder/",
-        "size_embedder/",
-        "ratio_embedder/",
-        "t_block/",
-        "kv_compression/",
-    )
+    module_class = PixArtTransformer
+    _wide = ("timestep_embedder/", "size_embedder/", "ratio_embedder/", "t_block/")
+    _wide += ("kv_compression/",)
 
     def apply(
         self, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None
@@ -246,20 +229,12 @@ class Transformer(Component):
         )
 
     @classmethod
-    def _module(cls, config, dtype):
-        return PixArtTransformer(config, dtype=dtype)
-
-    @classmethod
     def _example(cls, config):
         side = config.patch_size
-        return (
-            np.zeros((1, side, side, config.in_channels), np.float32),
-            np.zeros((1,), np.float32),
-            np.zeros((1, 1, config.caption_width), np.float32),
-            np.ones((1,), np.int32),
-            np.ones((1, 2), np.float32),
-            np.ones((1,), np.float32),
-        )
+        latents = np.zeros((1, side, side, config.in_channels), np.float32)
+        text = np.zeros((1, 1, config.caption_width), np.float32), np.ones((1,), np.int32)
+        one = np.ones((1,), np.float32)
+        return latents, one, *text, np.ones((1, 2), np.float32), one
 
     @classmethod
     def _names(cls, config, values):
@@ -282,15 +257,12 @@ class Transformer(Component):
 class DiT(Component):
     """The class-conditional DiT of stage 1, saved under the official names."""
 
+    module_class = DiTModule
     _wide = ("timestep_embedder/", "blocks/modulation/", "final_modulation/")
 
     def apply(self, latents, timesteps, labels) -> jax.Array:
         """[b, h, w, 4], [b] fp32, [b] int (num_classes: no class) → [b, h, w, 8] fp32."""
         return self._call("__call__", latents, timesteps, labels)
-
-    @classmethod
-    def _module(cls, config, dtype):
-        return DiTModule(config, dtype=dtype)
 
     @classmethod
     def _example(cls, config):
@@ -312,6 +284,7 @@ class TextEncoder(Component):
     """The T5 encoder. T5-XXL takes 9.5 GB in bfloat16, and 4.9 GB loaded with quantization="int8":
     int8 kernels with an fp32 scale per output channel."""
 
+    module_class = T5Encoder
     weights_file = "model.safetensors"
 
     def apply(self, input_ids, lengths) -> jax.Array:
@@ -326,7 +299,7 @@ class TextEncoder(Component):
 
     @functools.cached_property
     def module(self) -> nn.Module:
-        return self._module(self.config, self.dtype, self.quantization)
+        return T5Encoder(self.config, dtype=self.dtype, quantization=self.quantization)
 
     def save(self, folder: str | os.PathLike) -> None:
         if self.quantization:
@@ -335,10 +308,6 @@ class TextEncoder(Component):
                 "without quantization to save it"
             )
         super().save(folder)
-
-    @classmethod
-    def _module(cls, config, dtype, quantization=None):
-        return T5Encoder(config, dtype=dtype, quantization=quantization)
 
     @classmethod
     def _example(cls, config):
@@ -365,6 +334,8 @@ class TextEncoder(Component):
 class VAE(Component):
     """The autoencoder; images in [-1, 1], latents unscaled."""
 
+    module_class = AutoencoderKL
+
     def encode(self, images) -> tuple[jax.Array, jax.Array]:
         """[b, H, W, 3] in [-1, 1] → (mean, std), each [b, H/f, W/f, 4] fp32."""
         return self._call("encode", images)
@@ -376,10 +347,6 @@ class VAE(Component):
             return self._call("decode", latents)
         decode = functools.partial(self._call, "decode")
         return tiled_decode(decode, jnp.asarray(latents), tile, overlap)
-
-    @classmethod
-    def _module(cls, config, dtype):
-        return AutoencoderKL(config, dtype=dtype)
 
     @classmethod
     def _example(cls, config):
@@ -458,7 +425,7 @@ def load_component(
         entries = {**tensors.entries, _NULL_KEY: beside.entries["null_caption"]}
         tensors = Tensors(tensors.source, entries)
     dtype = jnp.dtype(dtype or jnp.float32)
-    stored = None if cache is None else ParamCache(Path(cache), folder, (dtype.name, quantization))
+    stored = ParamCache(cache, folder, (dtype.name, quantization))
     options = {"quantization": quantization} if quantization else {}
     return component._load(config, values, tensors, dtype, mesh, stored, **options)
 
@@ -475,15 +442,7 @@ def _read_config(folder: Path) -> dict:
             f"{folder} is a whole model: give one of its parts ({', '.join(parts)}), or open it "
             "with Pipeline.from_pretrained"
         )
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no {CONFIG}: it is no part of a model") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{folder / CONFIG} holds no JSON object")
-    return values
+    return read_json(folder / CONFIG)
 
 
 def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:

@@ -15,7 +15,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -193,6 +193,20 @@ def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Ten
         f"{path}: weights are read from .safetensors, .safetensors.index.json, "
         f"{', '.join(TORCH_SUFFIXES)}"
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. UserError, naming it, where it is missing or
+    damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}: it is not complete") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return values
 
 
 def find_weights(folder: str | os.PathLike) -> Path:

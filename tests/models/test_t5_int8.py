@@ -71,7 +71,8 @@ def test_the_shipped_model_draws_nearly_the_same_from_int8_states(root):
             module.apply({"params": params}, *text)
             for text in ((ids, lengths), (empty, empty_lengths))
         )
-        noise, _ = pipe.noise(seed, range(len(prompts)), pipe.default_size, pipe.default_size)
+        side = pipe.transformer.config.sample_size * pipe.factor
+        noise, _ = pipe.noise(seed, range(len(prompts)), side, side)
         latents = pipe.denoise(
             states,
             lengths,

@@ -316,7 +316,7 @@ def test_narrow_parameters_are_widened_a_layer_at_a_time(folders):
     CPU."""
     part = load_component(folders["text_encoder"], dtype=jnp.bfloat16)
     config = dataclasses.replace(part.config, d_model=256, d_ff=512, num_layers=8)
-    module = part._module(config, jnp.bfloat16)
+    module = part.module_class(config, jnp.bfloat16)
     example = (jax.ShapeDtypeStruct((1, 8), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32))
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *example)["params"])
     shapes["blocks"] = jax.tree.map(
