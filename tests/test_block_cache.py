@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -17,18 +18,16 @@ from pixart_jax.images import png_settings
 from pixart_jax.models.transformer import PARTS, BlockCache, Conditioning
 from pixart_jax.pipeline import SamplingConfig, sampler
 from pixart_jax.pipeline.block_cache import make_plan
-from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square"]
 T = diffusion.timesteps("dpm++", 6)
 DEPTH = 2
+EVERY_THIRD = dict.fromkeys(PARTS, [1, 0, 0, 1, 0, 0])
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory) -> Pipeline:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_diffusers.build(folder)
-    return Pipeline.from_pretrained(folder)
+def pipe(tiny_model) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_model)
 
 
 def plan(guided: bool = True, **options):
@@ -56,19 +55,15 @@ def test_an_interval_guides_the_steps_within_it():
 @pytest.mark.parametrize(
     "options, guided_steps, tables",
     [
-        ({"blocks_every": 3}, 6, dict.fromkeys(PARTS, [1, 0, 0, 1, 0, 0])),
+        ({"blocks_every": 3}, 6, EVERY_THIRD),
         ({"cross_attention_steps": 2}, 2, {"cross_attention": [1, 1, 0, 0, 0, 0]}),
         # where guidance ends all is computed but what the gate keeps
         (
             {"cross_attention_steps": 3, "blocks_every": 6},
             3,
-            dict.fromkeys(PARTS, [1, 0, 0, 1, 0, 0]) | {"cross_attention": [1, 0, 0, 0, 0, 0]},
+            {**EVERY_THIRD, "cross_attention": [1, 0, 0, 0, 0, 0]},
         ),
-        (
-            {"guidance_interval": (500, 999), "blocks_every": 6},
-            3,
-            dict.fromkeys(PARTS, [1, 0, 0, 1, 0, 0]),
-        ),
+        ({"guidance_interval": (500, 999), "blocks_every": 6}, 3, EVERY_THIRD),
     ],
 )
 def test_which_steps_compute_which_part(options, guided_steps, tables):
@@ -121,9 +116,8 @@ def evaluated(pipe, noise, t, kept=None, states=None):
     states = states or pipe.encode_text(PROMPTS)
     apply = jax.jit(pipe.transformer.module.apply, static_argnames="method")
     params = {"params": pipe.transformer.params}
-    conditioning = Conditioning(
-        *(a[0] for a in apply(params, np.float32([t]), method="encode_times"))
-    )
+    times = apply(params, np.float32([t]), method="encode_times")
+    conditioning = Conditioning(*(a[0] for a in times))
     text = apply(params, *states, method="encode_text")
     return apply(params, noise, conditioning, text, kept, method="denoise")
 
@@ -133,22 +127,19 @@ def test_a_part_is_taken_over_block_by_block(pipe):
     whole, nothing = evaluated(pipe, noise, 500.0)
     assert nothing == {}
     zeros = dict.fromkeys(PARTS, jnp.zeros((DEPTH, 2, 16, pipe.transformer.config.width)))
-    fresh, made = evaluated(
-        pipe, noise, 500.0, BlockCache(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros)
-    )
+
+    def cached(t, blocks, outputs):
+        recompute = dict.fromkeys(PARTS, np.array(blocks))
+        return evaluated(pipe, noise, t, BlockCache(recompute, outputs))
+
+    fresh, made = cached(500.0, [True, True], zeros)
     np.testing.assert_allclose(fresh, whole, rtol=1e-5, atol=1e-6)
-    again, kept = evaluated(
-        pipe, noise, 500.0, BlockCache(dict.fromkeys(PARTS, np.zeros(DEPTH, bool)), made)
-    )
+    again, kept = cached(500.0, [False, False], made)
     np.testing.assert_allclose(again, whole, rtol=1e-5, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, kept, made)
     # The second block alone is taken over, from what another time's evaluation gave.
-    _, other = evaluated(
-        pipe, noise, 100.0, BlockCache(dict.fromkeys(PARTS, np.ones(DEPTH, bool)), zeros)
-    )
-    mixed, kept = evaluated(
-        pipe, noise, 500.0, BlockCache(dict.fromkeys(PARTS, np.array([True, False])), other)
-    )
+    _, other = cached(100.0, [True, True], zeros)
+    mixed, kept = cached(500.0, [True, False], other)
     assert not np.allclose(mixed, whole, rtol=1e-3)
     for part in PARTS:
         np.testing.assert_array_equal(kept[part][1], other[part][1])
@@ -157,20 +148,11 @@ def test_a_part_is_taken_over_block_by_block(pipe):
 
 def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.5):
     """T-GATE and FORA written out, step by step on the host."""
-    module, params, depth = (
-        pipe.transformer.module,
-        {"params": pipe.transformer.params},
-        pipe.transformer.config.depth,
-    )
-    states, lengths = pipe.encode_text(PROMPTS)
-    empty, empty_lengths = pipe.encode_text([""] * 2, states.shape[1])
-    halves = module.apply(
-        params,
-        jnp.concatenate([empty, states]),
-        jnp.concatenate([empty_lengths, lengths]),
-        method="encode_text",
-    )
-    alone = module.apply(params, states, lengths, method="encode_text")
+    apply = functools.partial(pipe.transformer.module.apply, {"params": pipe.transformer.params})
+    text = pipe.encode_text(PROMPTS)
+    empty = pipe.encode_text([""] * 2, text[0].shape[1])
+    halves = apply(*(jnp.concatenate(pair) for pair in zip(empty, text)), method="encode_text")
+    alone = apply(*text, method="encode_text")
     memory, calls = {}, []
 
     def denoiser(x, t):
@@ -178,45 +160,30 @@ def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.
         calls.append(step)
         guided = step < gate
         x = jnp.concatenate([x, x]) if guided else x
-        conditioning = Conditioning(
-            *(a[0] for a in module.apply(params, t[:1], method="encode_times"))
-        )
+        conditioning = Conditioning(*(a[0] for a in apply(t[:1], method="encode_times")))
         if step == gate:
-            memory.update(
-                {
-                    part: kept.reshape(depth, 2, 2, *kept.shape[2:]).mean(1)
-                    for part, kept in memory.items()
-                }
-            )
+            for part, kept in memory.items():
+                memory[part] = kept.reshape(DEPTH, 2, 2, *kept.shape[2:]).mean(1)
         computed = {part: step % every == 0 or step == gate for part in PARTS}
         computed["cross_attention"] = step < gate and step % every == 0
-        shape = (depth, len(x), 16, pipe.transformer.config.width)
-        kept = BlockCache(
-            {part: np.full(depth, flag) for part, flag in computed.items()},
-            {p: memory.get(p, jnp.zeros(shape)) for p in PARTS},
-        )
-        output, made = module.apply(
-            params, x, conditioning, halves if guided else alone, kept, method="denoise"
-        )
+        zeros = jnp.zeros((DEPTH, len(x), 16, pipe.transformer.config.width))
+        recompute = {part: np.full(DEPTH, flag) for part, flag in computed.items()}
+        kept = BlockCache(recompute, {part: memory.get(part, zeros) for part in PARTS})
+        both = halves if guided else alone
+        output, made = apply(x, conditioning, both, kept, method="denoise")
         memory.update(made)
         return combine_guidance(output, scale, 4) if guided else output
 
     solver = diffusion.solvers.by_name("dpm++")
-    plan = solver.plan(
-        diffusion.schedule.linear(), steps, times="fractional", start=0, stochastic=False
-    )
+    how = {"times": "fractional", "start": 0, "stochastic": False}
+    plan = solver.plan(diffusion.schedule.linear(), steps, **how)
     state = solver.init(noise)
     for n in range(steps):
         x = state[0]
         output = denoiser(x, jnp.full((len(x),), plan.t[n], jnp.float32))[..., :4]
         x0 = (x - plan.sigma[n] * output) / plan.alpha[n]
-        state = solver.update(
-            state,
-            x0,
-            None,
-            {name: jnp.asarray(c[n], jnp.float32) for name, c in plan.coefficients.items()},
-            None,
-        )
+        row = {name: jnp.asarray(c[n], jnp.float32) for name, c in plan.coefficients.items()}
+        state = solver.update(state, x0, None, row, None)
     return state[0]
 
 
@@ -229,9 +196,8 @@ def test_the_image_is_what_the_plan_written_out_step_by_step_draws(pipe, gate, e
     want = definition(pipe, noise, 6, gate, every)
     assert np.abs(found - want).max() <= 2e-5 * np.abs(want).max()
     whole = pipe.denoise(states, lengths, noise, steps=6)
-    assert np.abs(found - whole).max() > 2e-4 * np.abs(whole).max(), (
-        "ten times what the definition is held to"
-    )
+    # ten times what the definition is held to
+    assert np.abs(found - whole).max() > 2e-4 * np.abs(whole).max()
 
 
 def test_a_schedule_of_all_parts_is_the_named_one(pipe, tmp_path):
@@ -271,15 +237,11 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
 
 def test_sample_py_takes_them_and_records_them_in_the_image(tiny_model, tmp_path, capsys):
     argv = f"--model {tiny_model} --prompt circle --out {tmp_path} --steps 4".split()
-    fast = [
-        *argv,
-        *"--guidance-interval 200 900 --cross-attention-steps 2 --blocks-every 2".split(),
-    ]
+    options = "--guidance-interval 200 900 --cross-attention-steps 2 --blocks-every 2"
+    fast = [*argv, *options.split()]
     assert cli.run(sample.main, argv) == 0 and cli.run(sample.main, fast) == 0
-    plain, short = (
-        png_settings(path)
-        for path in sorted(tmp_path.glob("*.png"), key=lambda path: path.stat().st_mtime)
-    )
+    paths = sorted(tmp_path.glob("*.png"), key=lambda path: path.stat().st_mtime)
+    plain, short = map(png_settings, paths)
     said = {"guidance_interval": [200.0, 900.0], "cross_attention_steps": 2, "blocks_every": 2}
     assert {**plain, **said} == short
     capsys.readouterr()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pixart_jax import Pipeline, diffusion
-from pixart_jax.pipeline import SamplingConfig, sampler
+from pixart_jax.pipeline import PromptEncoder, SamplingConfig, sampler
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square", "circle"]
@@ -32,17 +32,12 @@ def plain_path(pipe: Pipeline, prompts, noise, steps: int, guidance: float):
     height, width = (side * pipe.factor for side in noise.shape[1:3])
     told = {}
     if pipe.transformer.config.size_conditions:
-        told = {
-            "size": np.tile([float(height), float(width)], (len(prompts), 1)),
-            "aspect_ratio": np.full(len(prompts), height / width),
-        }
+        told["size"] = np.tile([float(height), float(width)], (len(prompts), 1))
+        told["aspect_ratio"] = np.full(len(prompts), height / width)
 
     def denoiser(x, t):
-        apply = pipe.transformer.apply
-        toward, away = (
-            apply(x, t, states, lengths, **told),
-            apply(x, t, empty, empty_lengths, **told),
-        )
+        toward = pipe.transformer.apply(x, t, states, lengths, **told)
+        away = pipe.transformer.apply(x, t, empty, empty_lengths, **told)
         return away[..., :4] + guidance * (toward - away)[..., :4]
 
     latents = diffusion.sample(denoiser, noise, steps=steps)
@@ -78,11 +73,8 @@ def lowered(pipe: Pipeline, monkeypatch, **how):
 def test_one_program_draws_from_noise_to_pixels_in_the_memory_of_the_noise(pipe, monkeypatch):
     made = lowered(pipe, monkeypatch, steps=3)
     latents, images = made.out_info
-    assert (
-        images.shape == (2, 64, 64, 3)
-        and images.dtype == jnp.float32  # rounded after the fit to the size that was asked for
-        and latents.shape == (2, 8, 8, 4)
-    )
+    assert images.shape == (2, 64, 64, 3) and latents.shape == (2, 8, 8, 4)
+    assert images.dtype == jnp.float32  # rounded after the fit to the size that was asked for
     assert made.as_text().count("tf.aliasing_output") == 1  # latents, noise
     memory = made.compile().memory_analysis()
     assert memory.alias_size_in_bytes == 2 * 8 * 8 * 4 * 4
@@ -100,53 +92,41 @@ def test_a_step_of_the_scan_computes_no_text_and_no_time(pipe):
     (loop,) = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] == 3]
 
     apply = functools.partial(pipe.transformer.module.apply, {"params": pipe.transformer.params})
-    times = apply(
-        np.float32([500.0]),
-        *(np.ones((4, 2)), np.ones(4)) if sizes[0] is not None else (),
-        method="encode_times",
-    )
+    given = () if sizes[0] is None else (np.ones((4, 2)), np.ones(4))
+    times = apply(np.float32([500.0]), *given, method="encode_times")
     text = apply(*(jnp.concatenate([a, a]) for a in (states, lengths)), method="encode_text")
     denoise = functools.partial(apply, method="denoise")
-    bare = jax.make_jaxpr(denoise)(
-        jnp.concatenate([noise, noise]), jax.tree.map(lambda a: a[0], times), text
-    )
+    first = jax.tree.map(lambda a: a[0], times)
+    bare = jax.make_jaxpr(denoise)(jnp.concatenate([noise, noise]), first, text)
     whole, inside, alone = str(made), str(loop.params["jaxpr"]), str(bare)
     assert " cos " in whole and " cos " not in inside and " cos " not in alone
     assert inside.count("dot_general[") == alone.count("dot_general[") < whole.count("dot_general[")
 
 
-def test_an_empty_negative_prompt_is_read_once_by_a_process(tmp_path, monkeypatch):
-    tiny_diffusers.build(tmp_path)
-    pipe = Pipeline.from_pretrained(tmp_path)
-    texts = []
-    batch = type(pipe.prompt_encoder).batch
-    monkeypatch.setattr(
-        type(pipe.prompt_encoder),
-        "batch",
-        lambda self, given, *rest: (texts.extend(given), batch(self, given, *rest))[1],
-    )
+def test_an_empty_negative_prompt_is_read_once_by_a_process(tiny_model, monkeypatch):
+    pipe = Pipeline.from_pretrained(tiny_model)
+    texts, batch = [], PromptEncoder.batch
+
+    def watched(self, given, *rest):
+        texts.extend(given)
+        return batch(self, given, *rest)
+
+    monkeypatch.setattr(PromptEncoder, "batch", watched)
     first = pipe(PROMPTS, steps=2, batch_size=1)
     np.testing.assert_array_equal(pipe(PROMPTS, steps=2, batch_size=1), first)
     assert texts.count("") == 1 and len(texts) == 1 + 2 * len(PROMPTS)
-    other = pipe.replace(
-        transformer=pipe.transformer.replace(
-            params=jax.tree.map(lambda a: a * 1.1, pipe.transformer.params)
-        )
-    )
+    scaled = jax.tree.map(lambda a: a * 1.1, pipe.transformer.params)
+    other = pipe.replace(transformer=pipe.transformer.replace(params=scaled))
     assert not np.array_equal(other(PROMPTS, steps=2, batch_size=1), first)
     assert texts.count("") == 2, "another transformer has other keys and values"
 
 
 @pytest.mark.parametrize("null", ["text", "embedding"])
-def test_a_negative_prompt_that_all_share_is_what_each_image_with_its_own_gets(tmp_path, null):
-    tiny_diffusers.build(tmp_path)
-    pipe = Pipeline.from_pretrained(tmp_path)
+def test_a_negative_prompt_that_all_share_is_what_each_image_with_its_own_gets(tiny_model, null):
+    pipe = Pipeline.from_pretrained(tiny_model)
     caption = np.random.default_rng(0).normal(size=(120, 16)).astype(np.float32)
-    pipe = pipe.replace(
-        transformer=pipe.transformer.replace(
-            params={**pipe.transformer.params, "null_caption": caption}
-        )
-    )
+    params = {**pipe.transformer.params, "null_caption": caption}
+    pipe = pipe.replace(transformer=pipe.transformer.replace(params=params))
     how = {"steps": 3, "null": null, "height": 64, "width": 64}
     alone = np.concatenate([pipe([prompt], indices=[n], **how) for n, prompt in enumerate(PROMPTS)])
     mixed = pipe([*PROMPTS, "zebra"], negative_prompt=["", "", "", "a star"], **how)[:3]

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,13 +27,8 @@ from pixart_jax.pipeline.folder import ModelFolder
 from pixart_jax.pipeline.output import AsyncWriter, OutputFolder, PromptShard
 from tests import tiny_diffusers
 
-PROMPTS = [
-    "a large red circle",
-    "a small blue star",
-    "a green square",
-    "the yellow star above",
-    "a red and a blue circle",
-]
+PROMPTS = ["a large red circle", "a small blue star", "a green square"]
+PROMPTS += ["the yellow star above", "a red and a blue circle"]
 
 
 @pytest.fixture
@@ -41,9 +37,9 @@ def prompt_file(tmp_path) -> Path:
     return tmp_path / "p.txt"
 
 
-def pictures(folder: Path) -> dict[str, np.ndarray]:
+def pictures(folder: Path, names: str = "0*.png") -> dict[str, np.ndarray]:
     found = {}
-    for path in sorted(folder.glob("0*.png")):
+    for path in sorted(folder.glob(names)):
         with Image.open(path) as image:
             found[path.name] = np.asarray(image).astype(int)
     return found
@@ -79,18 +75,16 @@ def test_text_states_give_the_same_images_and_the_text_encoder_is_never_opened(
 
     how = ("--steps 2 --batch-size 2",)
     generate(tiny_model, tmp_path / "plain", *how, prompts=prompt_file)
-    states = {
-        stored: encode(
-            tiny_model, prompt_file, tmp_path / f"{stored}.safetensors", "--stored", stored
-        )
-        for stored in ("float32", "bfloat16")
-    }
+    states = {stored: tmp_path / f"{stored}.safetensors" for stored in ("float32", "bfloat16")}
+    for stored, path in states.items():
+        encode(tiny_model, prompt_file, path, "--stored", stored)
     opened, real = [], component.load_component
-    monkeypatch.setattr(
-        component,
-        "load_component",
-        lambda folder, **how: opened.append(Path(folder).name) or real(folder, **how),
-    )
+
+    def watched(folder, **how):
+        opened.append(Path(folder).name)
+        return real(folder, **how)
+
+    monkeypatch.setattr(component, "load_component", watched)
     for stored, path in states.items():
         generate(tiny_model, tmp_path / stored, *how, prompts=prompt_file, text_states=path)
     assert sorted(set(opened)) == ["transformer", "vae"]
@@ -204,12 +198,8 @@ def test_the_text_encoder_is_gone_while_denoising_and_the_images_are_the_same_to
     paths = (root / "assets" / "shapes", prompt_file, tmp_path)
     command = [sys.executable, "-c", MEASURED, *map(str, paths)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured = [
-        json.loads(line.removeprefix("MEASURED "))
-        for line in run.stdout.splitlines()
-        if line.startswith("MEASURED ")
-    ]
-    always, never = measured
+    lines = [line for line in run.stdout.splitlines() if line.startswith("MEASURED ")]
+    always, never = (json.loads(line.removeprefix("MEASURED ")) for line in lines)
     small = 300_000  # bytes: latents, states, images
     assert always["encode"] < always["t5"] + small  # nothing else is open yet
     assert always["denoise"] < always["rest"] + small  # and then the text encoder is not
@@ -221,19 +211,13 @@ def test_auto_looks_at_the_sizes_on_disk_and_at_the_memory(tiny_model, monkeypat
     from pixart_jax.weights.component import load_component
 
     parts = [load_component(tiny_model / part) for part in ("transformer", "text_encoder", "vae")]
-    needed = sum(
-        leaf.nbytes for part in parts for leaf in __import__("jax").tree.leaves(part.params)
-    )
+    needed = sum(leaf.nbytes for part in parts for leaf in jax.tree.leaves(part.params))
     for share, offloads in ((0.5, True), (1.2, True), (2.0, False)):
         monkeypatch.setattr(folders, "available_memory", lambda share=share: share * needed)
         assert ModelFolder.open(tiny_model).should_offload() == offloads
     monkeypatch.undo()
-    assert not ModelFolder.open(
-        tiny_model
-    ).should_offload()  # this machine has room for a few kilobytes
-
-
-# Shares.
+    # this machine has room for a few kilobytes
+    assert not ModelFolder.open(tiny_model).should_offload()
 
 
 @pytest.mark.slow
@@ -302,19 +286,12 @@ def test_two_processes_draw_together_what_one_draws(root, tiny_model, sized, tmp
     both = [start(root, tiny_model, sized, tmp_path / "two", "--share", f"{k}/2") for k in (0, 1)]
     first, second = (finished(run) for run in both)
     finished(start(root, tiny_model, sized, tmp_path / "one"))
-    assert (
-        "3 images in" in first
-        and "(share 0/2 of 5)" in first
-        and "waiting for the other shares" in first
-        and "grid.png" in first
-    )
+    for said in ("3 images in", "(share 0/2 of 5)", "waiting for the other shares", "grid.png"):
+        assert said in first
     assert "2 images in" in second and "images/s" not in second and "grid.png" not in second
     assert_within(tmp_path / "two", tmp_path / "one", 1)
-    with (
-        Image.open(tmp_path / "two" / "grid.png") as grid,
-        Image.open(tmp_path / "one" / "grid.png") as other,
-    ):
-        assert np.abs(np.asarray(grid, int) - np.asarray(other, int)).max() <= 1
+    grid, other = (pictures(tmp_path / name, "grid.png")["grid.png"] for name in ("two", "one"))
+    assert np.abs(grid - other).max() <= 1
 
 
 @pytest.mark.slow
@@ -328,11 +305,9 @@ def test_two_processes_of_a_detected_cluster_draw_together(root, tiny_model, siz
     share = (root, tiny_model, sized, tmp_path / "two", "--share", "cluster")
     runs = [start(*share, SLURM_PROCID=str(k), SLURM_LOCALID=str(k), **job) for k in (0, 1)]
     said = [finished(run) for run in runs]
-    assert ["share 0/2" in said[0], "share 1/2" in said[1]] == [True, True]
-    assert (
-        len(pictures(tmp_path / "two")) == len(PROMPTS)
-        and (tmp_path / "two" / "grid.png").is_file()
-    )
+    assert "share 0/2" in said[0] and "share 1/2" in said[1]
+    assert len(pictures(tmp_path / "two")) == len(PROMPTS)
+    assert (tmp_path / "two" / "grid.png").is_file()
 
 
 def test_shares_are_disjoint_whole_and_even_in_every_size():
@@ -345,18 +320,15 @@ def test_shares_are_disjoint_whole_and_even_in_every_size():
 
 
 def test_the_sheet_is_not_waited_for_without_end(tmp_path):
-    wanted = [
-        {"prompt": prompt, "index": n, "seed": 0, "height": 8, "width": 8, "guidance": 1}
-        for n, prompt in enumerate(PROMPTS)
-    ]
+    common = {"seed": 0, "height": 8, "width": 8, "guidance": 1}
+    wanted = [{"prompt": prompt, "index": n, **common} for n, prompt in enumerate(PROMPTS)]
     mine = OutputFolder(tmp_path, wanted, PromptShard(0, 2))
     for n in mine.mine:
         mine.write(n, np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(
-        UserError,
-        match="2 images of the other processes are not in .* this share is done; start the others "
-        "again",
-    ):
+    says = (
+        "2 images of the other processes are not in .* this share is done; start the others again"
+    )
+    with pytest.raises(UserError, match=says):
         mine.wait(patience=0.05, every=0.02)
 
 

@@ -53,14 +53,12 @@ def test_each_row_is_equal_to_the_bit_to_the_same_request_alone_at_its_place(pip
 
 def test_rows_with_guidance_one_form_batches_of_their_own(pipe, monkeypatch):
     guided, images = [], Pipeline._images
-    monkeypatch.setattr(
-        Pipeline,
-        "_images",
-        lambda self, rows, *rest: (
-            guided.append([row.guidance for row in rows]),
-            images(self, rows, *rest),
-        )[1],
-    )
+
+    def watched(self, rows, *rest):
+        guided.append([row.guidance for row in rows])
+        return images(self, rows, *rest)
+
+    monkeypatch.setattr(Pipeline, "_images", watched)
     found = pipe(PROMPTS, guidance=[1.0, 3.0, 1.0], steps=2, batch_size=2)
     assert sorted(guided) == [[1.0, 1.0], [3.0, 3.0]]
     plain = pipe(PROMPTS, guidance=1.0, steps=2).astype(int)
@@ -75,10 +73,9 @@ def test_a_fixed_text_length_runs_prompts_of_any_length_in_one_program(pipe):
     pipe([PROMPTS[1] * 3, "zebra"], **how)
     assert sampler.generate_jit._cache_size() == before
     assert np.abs(first.astype(int) - pipe(PROMPTS[:1], steps=2, batch_size=2)).max() <= 1
-    with pytest.raises(UserError, match="text length 8: a prompt has"):
-        pipe(PROMPTS[1], steps=2, text_length=8)
-    with pytest.raises(UserError, match="text length 121: this model reads at most 120"):
-        pipe(PROMPTS[1], steps=2, text_length=121)
+    for length, says in ((8, "a prompt has"), (121, "this model reads at most 120")):
+        with pytest.raises(UserError, match=f"text length {length}: {says}"):
+            pipe(PROMPTS[1], steps=2, text_length=length)
 
 
 def test_sizes_within_a_generation_size_share_the_large_program(tmp_path):
@@ -95,12 +92,8 @@ def test_rows_of_a_prompt_file_carry_guidance_and_64_bit_seeds(tiny_model, tmp_p
     rows = [{"seed": LARGE}, {"guidance": 1}, {"guidance": 2.5, "seed": str(LARGE + 1)}, {}]
     lines = [json.dumps({"prompt": "zebra", **row}) for row in rows]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    assert [row.seed for row in read_prompts(tmp_path / "p.jsonl")] == [
-        LARGE,
-        None,
-        LARGE + 1,
-        None,
-    ]
+    seeds = [row.seed for row in read_prompts(tmp_path / "p.jsonl")]
+    assert seeds == [LARGE, None, LARGE + 1, None]
     argv = f"--model {tiny_model} --prompts {tmp_path}/p.jsonl --out {tmp_path}/out --steps 2"
     for _ in range(2):
         assert cli.run(sample.main, argv.split()) == 0

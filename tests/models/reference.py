@@ -3,16 +3,18 @@ values, and measures of error."""
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from pixart_jax.models.quantization import applies, quantize
-from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.weights import t5
+from pixart_jax.weights.component import TextEncoder, Transformer
 from pixart_jax.weights.streaming import read
 from pixart_jax.weights.table import ParamMapping, flatten, unflatten
 from pixart_jax.weights.transformer import DIFFUSERS, config_from_json
@@ -44,8 +46,16 @@ def randomise(model: torch.nn.Module, seed: int = 0, spread=0.5, centre=0.0) -> 
     return model.eval()
 
 
-def abstract_params(module: nn.Module, *args) -> dict:
-    return nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args))["params"]
+def param_shapes(component, config, **options) -> dict:
+    """The tree of a component's parameters, as shapes."""
+    return nn.unbox(component.param_shapes(config, **options))
+
+
+def random_params(component, config, scale: float = 0.2, seed: int = 0) -> dict:
+    """Parameters of a component, normal of this width: none is zero or at its init."""
+    rng = np.random.default_rng(seed)
+    shapes = param_shapes(component, config)
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * scale).astype(np.float32), shapes)
 
 
 def read_state_dict(table: tuple[ParamMapping, ...], shapes: dict, state: dict, **options) -> dict:
@@ -56,17 +66,7 @@ def read_state_dict(table: tuple[ParamMapping, ...], shapes: dict, state: dict, 
 # ---- PixArt ----
 
 
-def transformer_shapes(config: TransformerConfig) -> dict:
-    p = config.patch_size
-    return abstract_params(
-        PixArtTransformer(config),
-        jnp.zeros((1, p, p, config.in_channels)),
-        jnp.zeros((1,)),
-        jnp.zeros((1, 1, config.caption_width)),
-        jnp.ones((1,), jnp.int32),
-        jnp.ones((1, 2)),
-        jnp.ones((1,)),
-    )
+transformer_shapes = functools.partial(param_shapes, Transformer)
 
 
 def diffusers_pair(seed: int = 0, **fields) -> tuple[torch.nn.Module, TransformerConfig, dict]:
@@ -121,9 +121,7 @@ def inputs(
 # ---- T5 ----
 
 
-def t5_shapes(config: T5Config, **options) -> dict:
-    module = T5Encoder(config, **options)
-    return abstract_params(module, jnp.zeros((1, 2), int), jnp.ones((1,), int))
+t5_shapes = functools.partial(param_shapes, TextEncoder)
 
 
 def t5_params(config: T5Config, state: dict, **options) -> dict:

@@ -3,6 +3,7 @@ published formulas written out, also for grids that are not square."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -16,52 +17,33 @@ from diffusers import DiTTransformer2DModel
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.weights import component
 from pixart_jax.weights import dit as names
 from pixart_jax.weights.table import flatten, write
-from tests.models.reference import abstract_params, randomise, read_state_dict, relative_error
+from tests.models import reference
+from tests.models.reference import param_shapes, randomise, read_state_dict, relative_error
 
-DIFFUSERS = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "num_layers": 3,
-    "sample_size": 8,
-    "out_channels": 8,
-    "num_embeds_ada_norm": 5,
-}
+DIFFUSERS = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3}
+DIFFUSERS |= {"sample_size": 8, "out_channels": 8, "num_embeds_ada_norm": 5}
+TINY = {"depth": 3, "width": 24, "heads": 2, "num_classes": 5, "sample_size": 8}
 
 
 def tiny(**overrides) -> DiTConfig:
-    return DiTConfig(
-        **{"depth": 3, "width": 24, "heads": 2, "num_classes": 5, "sample_size": 8, **overrides}
-    )
+    return DiTConfig(**{**TINY, **overrides})
 
 
-def dit_shapes(config: DiTConfig) -> dict:
-    p = config.patch_size
-    return abstract_params(
-        DiT(config),
-        jnp.zeros((1, p, p, config.in_channels)),
-        jnp.zeros((1,)),
-        jnp.zeros((1,), jnp.int32),
-    )
+dit_shapes = functools.partial(param_shapes, component.DiT)
 
 
-def random_params(config: DiTConfig, seed: int = 0) -> dict:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: (rng.normal(size=s.shape) * 0.8 / config.width**0.5).astype(np.float32),
-        dit_shapes(config),
-    )
+def random_params(config: DiTConfig) -> dict:
+    return reference.random_params(component.DiT, config, 0.8 / config.width**0.5)
 
 
 def inputs(config: DiTConfig, height: int, width: int, labels: list[int], seed: int = 0):
     rng = np.random.default_rng(seed)
     latents = rng.normal(size=(len(labels), height, width, config.in_channels)).astype(np.float32)
-    return (
-        latents,
-        rng.uniform(0, 999, size=len(labels)).astype(np.float32),
-        np.array(labels, np.int32),
-    )
+    times = rng.uniform(0, 999, size=len(labels)).astype(np.float32)
+    return latents, times, np.array(labels, np.int32)
 
 
 def published_dit(state: dict, config: DiTConfig, latents, timesteps, labels) -> np.ndarray:
@@ -171,12 +153,8 @@ def test_official_names_round_trip_and_tell_the_config():
     state = write(names.OFFICIAL, params)
     assert state["blocks.1.attn.qkv.weight"].shape == (3 * 384, 384)
     state["pos_embed"] = np.zeros((1, 16, 384), np.float32)
-    assert (
-        names.config_from_official(
-            {k: v.shape for k, v in state.items()}, pos_embed=state["pos_embed"]
-        )
-        == config
-    )
+    shapes = {key: value.shape for key, value in state.items()}
+    assert names.config_from_official(shapes, pos_embed=state["pos_embed"]) == config
     back = read_state_dict(names.OFFICIAL, dit_shapes(config), state, ignore=names.OFFICIAL_IGNORE)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
@@ -190,23 +168,17 @@ def test_config_survives_its_json():
 
 def test_parameter_count_is_that_of_the_published_xl_2():
     """675,129,632 with the fixed position table, 256 · 1152, that the official file counts."""
-    assert (
-        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dit_shapes(DiTConfig.preset("XL/2"))))
-        == 675_129_632 - 256 * 1152
-    )
+    leaves = jax.tree.leaves(dit_shapes(DiTConfig.preset("XL/2")))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == 675_129_632 - 256 * 1152
 
 
 def test_blocks_start_as_the_identity_and_the_output_as_zero():
     config = tiny()
-    params = nn.unbox(jax.jit(DiT(config).init)(jax.random.key(0), *inputs(config, 8, 8, [1])))[
-        "params"
-    ]
+    boxed = jax.jit(DiT(config).init)(jax.random.key(0), *inputs(config, 8, 8, [1]))
+    params = nn.unbox(boxed)["params"]
+    starts_at_zero = {f"{name}/kernel" for name in ("blocks/modulation", "final_modulation")}
     for path, value in flatten(params).items():
-        zero = path.endswith("bias") or path in (
-            "blocks/modulation/kernel",
-            "final_modulation/kernel",
-            "final/kernel",
-        )
+        zero = path.endswith("bias") or path in {*starts_at_zero, "final/kernel"}
         assert np.any(value) != zero, path
     assert np.std(params["label_embedder"]["table"]) == pytest.approx(0.02, rel=0.25)
     assert not np.any(jax.jit(DiT(config).apply)({"params": params}, *inputs(config, 8, 8, [1])))

@@ -20,7 +20,9 @@ from pixart_jax.errors import UserError
 from pixart_jax.models import remat
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.weights import transformer as names
+from pixart_jax.weights.component import Transformer
 from pixart_jax.weights.table import flatten, write
+from tests.models import reference
 from tests.models.reference import (
     diffusers_pair,
     inputs,
@@ -31,38 +33,19 @@ from tests.models.reference import (
     transformer_shapes,
 )
 
-TINY = dict(
-    num_attention_heads=2, attention_head_dim=12, num_layers=3, caption_channels=20, sample_size=8
-)
-ODD = {
-    "num_attention_heads": 3,
-    "attention_head_dim": 28,
-    "num_layers": 2,
-    "caption_channels": 17,
-    "sample_size": 20,
-    "interpolation_scale": 2,
-}
+TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3}
+TINY |= {"caption_channels": 20, "sample_size": 8}
+ODD = {"num_attention_heads": 3, "attention_head_dim": 28, "num_layers": 2}
+ODD |= {"caption_channels": 17, "sample_size": 20, "interpolation_scale": 2}
+OURS = {"depth": 3, "width": 24, "heads": 2, "caption_width": 20, "text_tokens": 9}
 
 
 def tiny(**overrides) -> TransformerConfig:
-    return TransformerConfig(
-        **{
-            "depth": 3,
-            "width": 24,
-            "heads": 2,
-            "caption_width": 20,
-            "text_tokens": 9,
-            "sample_size": 8,
-            **overrides,
-        }
-    )
+    return TransformerConfig(**{**OURS, "sample_size": 8, **overrides})
 
 
-def random_params(config: TransformerConfig, seed: int = 0) -> dict:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: (rng.normal(size=s.shape) * 0.2).astype(np.float32), transformer_shapes(config)
-    )
+def random_params(config: TransformerConfig) -> dict:
+    return reference.random_params(Transformer, config)
 
 
 def forward(config: TransformerConfig, params: dict, args: dict, **options):
@@ -73,16 +56,13 @@ def count(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+PATCH_4 = {"patch_size": 4, "in_channels": 3, "out_channels": 5}
 OPTIONS = ({}, {"kv_compression": 2, "kv_compression_layers": (1, 2)})
 CASES = {
     "square": (TINY, (8, 8), [7, 7]),
     "non-square latents, ragged texts": (TINY, (6, 10), [1, 7, 4]),
     "odd grid, odd widths, scaled positions": (ODD, (10, 6), [5, 2]),
-    "patch 4, own channels": (
-        {**TINY, "patch_size": 4, "in_channels": 3, "out_channels": 5},
-        (8, 12),
-        [3, 6],
-    ),
+    "patch 4, own channels": ({**TINY, **PATCH_4}, (8, 12), [3, 6]),
     "multi-scale": ({**TINY, "use_additional_conditions": True}, (4, 14), [6, 3]),
     "multi-scale, odd": ({**ODD, "use_additional_conditions": True}, (14, 10), [1, 12, 5]),
 }
@@ -102,11 +82,9 @@ def test_padding_after_a_text_changes_nothing():
     params, args = random_params(config), inputs(config, 8, 8, [3, 5])
     apply = jax.jit(PixArtTransformer(config).apply)
     short = apply({"params": params}, **args)
-    padded = {
-        **args,
-        "text_states": np.pad(args["text_states"], ((0, 0), (0, 4), (0, 0)), constant_values=50.0),
-    }
-    assert relative_error(apply({"params": params}, **padded), short) <= 1e-6
+    states = np.pad(args["text_states"], ((0, 0), (0, 4), (0, 0)), constant_values=50.0)
+    padded = apply({"params": params}, **{**args, "text_states": states})
+    assert relative_error(padded, short) <= 1e-6
 
 
 def loss(params: dict, config: TransformerConfig, policy: str, args: dict) -> jax.Array:
@@ -134,9 +112,8 @@ def test_text_encoded_once_gives_the_same_as_the_whole_model(options):
     text = module.apply(params, args["text_states"], args["text_lengths"], method="encode_text")
     assert text.keys.shape == (3, 2, 5, 2, 12)
     times = np.array([999.0, 420.5, 3.0], np.float32)
-    conditioning = module.apply(
-        params, times, args["size"], args["aspect_ratio"], method="encode_times"
-    )
+    sizes = args["size"], args["aspect_ratio"]
+    conditioning = module.apply(params, times, *sizes, method="encode_times")
     assert conditioning.vector.shape == (3, 2, 24)
     assert conditioning.modulation.shape == (3, 2, 6, 24)
     denoise = jax.jit(lambda *args: module.apply(params, *args, method="denoise"))
@@ -197,21 +174,17 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_init_follows_the_published_distributions():
-    config = tiny(
-        width=96, heads=4, depth=2, caption_width=64, size_conditions=True, text_tokens=120
-    )
+    sizes = {"width": 96, "heads": 4, "depth": 2, "caption_width": 64, "text_tokens": 120}
+    config = tiny(**sizes, size_conditions=True)
     args = inputs(config, 4, 4, [2])
-    params = flatten(
-        nn.unbox(jax.jit(PixArtTransformer(config).init)(jax.random.key(0), **args))["params"]
-    )
+    boxed = jax.jit(PixArtTransformer(config).init)(jax.random.key(0), **args)
+    params = flatten(nn.unbox(boxed)["params"])
     d = config.width
     for path, value in params.items():
         if path.endswith("bias") or path in ("final/kernel", "blocks/cross_attn/out/kernel"):
             assert not np.any(value), path
     uniform = {  # published matrix's (fan in, fan out): q, k, v are drawn as one
-        "blocks/attn/q": (d, 3 * d),
-        "blocks/attn/k": (d, 3 * d),
-        "blocks/attn/v": (d, 3 * d),
+        **dict.fromkeys([f"blocks/attn/{name}" for name in "qkv"], (d, 3 * d)),
         "blocks/attn/out": (d, d),
         "blocks/cross_attn/q": (d, d),
         "blocks/cross_attn/k": (d, 2 * d),
@@ -222,28 +195,23 @@ def test_init_follows_the_published_distributions():
     }
     for path, fans in uniform.items():
         bound, value = math.sqrt(6 / sum(fans)), params[f"{path}/kernel"]
-        assert np.abs(value).max() <= bound and np.std(value) == pytest.approx(
-            bound / math.sqrt(3), rel=0.05
-        ), path
+        assert np.abs(value).max() <= bound, path
+        assert np.std(value) == pytest.approx(bound / math.sqrt(3), rel=0.05), path
+    normal = {"t_block/kernel": (0.02, 0.05), "blocks/table": (d**-0.5, 0.1)}
+    normal |= {"final_table": (d**-0.5, 0.2), "null_caption": (config.caption_width**-0.5, 0.05)}
     for path in ("timestep_embedder", "size_embedder", "ratio_embedder", "caption_projection"):
-        for layer in ("fc1", "fc2"):
-            assert np.std(params[f"{path}/{layer}/kernel"]) == pytest.approx(0.02, rel=0.06), path
-    assert np.std(params["t_block/kernel"]) == pytest.approx(0.02, rel=0.05)
-    assert np.std(params["blocks/table"]) == pytest.approx(d**-0.5, rel=0.1)
-    assert np.std(params["final_table"]) == pytest.approx(d**-0.5, rel=0.2)
-    assert np.std(params["null_caption"]) == pytest.approx(config.caption_width**-0.5, rel=0.05)
-    assert not np.array_equal(
-        params["blocks/attn/q/kernel"][0], params["blocks/attn/q/kernel"][1]
-    ), "each block is drawn anew"
+        normal |= {f"{path}/{layer}/kernel": (0.02, 0.06) for layer in ("fc1", "fc2")}
+    for path, (std, rel) in normal.items():
+        assert np.std(params[path]) == pytest.approx(std, rel=rel), path
+    first, second = params["blocks/attn/q/kernel"]
+    assert not np.array_equal(first, second), "each block is drawn anew"
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_bf16_compute_keeps_fp32_parameters_and_stays_near_fp32(options):
     config = tiny(width=48, **options)
     params, args = random_params(config), inputs(config, 8, 8, [3, 5])
-    fresh = nn.unbox(
-        jax.eval_shape(PixArtTransformer(config, jnp.bfloat16).init, jax.random.key(0), **args)
-    )["params"]
+    fresh = transformer_shapes(config, dtype=jnp.bfloat16)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fresh))
     exact = forward(config, params, args)
     rounded = forward(config, params, args, dtype=jnp.bfloat16)
@@ -255,18 +223,12 @@ def test_timesteps_and_sizes_are_not_rounded_to_bf16():
     config = tiny(size_conditions=True)
     params, module = random_params(config), PixArtTransformer(config, jnp.bfloat16)
 
-    def condition(timesteps, size):
-        return module.apply(
-            {"params": params}, timesteps, size, jnp.ones(1), method="encode_times"
-        )[0]
+    def condition(time, width):
+        given = jnp.array([time]), jnp.array([[1024.0, width]]), jnp.ones(1)
+        return module.apply({"params": params}, *given, method="encode_times")[0]
 
-    size = jnp.array([[1024.0, 1024.0]])
-    assert not np.array_equal(
-        condition(jnp.array([900.0]), size), condition(jnp.array([901.0]), size)
-    ), "bf16 knows no 901"
-    assert not np.array_equal(
-        condition(jnp.array([900.0]), size), condition(jnp.array([900.0]), size.at[0, 1].add(1))
-    )
+    for time, width in ((901.0, 1024.0), (900.0, 1025.0)):  # bfloat16 has neither number
+        assert not np.array_equal(condition(900.0, 1024.0), condition(time, width))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -276,12 +238,8 @@ def test_a_result_does_not_depend_on_the_batch_it_ran_in(options):
     apply = jax.jit(PixArtTransformer(config).apply)
     whole = apply({"params": params}, **args)
     for i in range(3):
-        assert (
-            relative_error(
-                apply({"params": params}, **{k: v[i : i + 1] for k, v in args.items()})[0], whole[i]
-            )
-            <= 1e-5
-        )
+        alone = apply({"params": params}, **{k: v[i : i + 1] for k, v in args.items()})
+        assert relative_error(alone[0], whole[i]) <= 1e-5
 
 
 @pytest.mark.parametrize("conditions", [False, True], ids=["plain", "multi-scale"])
@@ -311,27 +269,17 @@ def test_official_and_diffusers_files_read_to_equal_parameters_and_write_back(co
 
 def test_position_scale_is_read_from_an_official_table():
     for scale in (0.5, 1.0, 2.0):
-        model = PixArtTransformer2DModel(
-            **{**TINY, "cross_attention_dim": 24, "interpolation_scale": scale}
-        )
+        fields = {**TINY, "cross_attention_dim": 24, "interpolation_scale": scale}
+        model = PixArtTransformer2DModel(**fields)
         assert names.position_scale_of(model.pos_embed.pos_embed.numpy()) == scale
 
 
 @pytest.mark.parametrize("sample_size", [32, 64, 128])
 def test_fields_that_a_released_config_leaves_out_mean_what_diffusers_takes_them_for(sample_size):
-    fields = {
-        "sample_size": sample_size,
-        "num_layers": 1,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "cross_attention_dim": 24,
-    }
-    theirs = PixArtTransformer2DModel(**fields, caption_channels=8)
-    ours = names.config_from_json({**fields, "caption_channels": 8})
-    assert (
-        ours.position_scale == theirs.pos_embed.interpolation_scale
-        and ours.base == theirs.pos_embed.base_size
-    )
+    fields = {**TINY, "cross_attention_dim": 24, "sample_size": sample_size}
+    theirs, ours = PixArtTransformer2DModel(**fields), names.config_from_json(fields)
+    assert ours.position_scale == theirs.pos_embed.interpolation_scale
+    assert ours.base == theirs.pos_embed.base_size
     assert ours.size_conditions == theirs.use_additional_conditions
     assert (ours.patch_size, ours.in_channels, ours.out_channels) == (2, 4, 8)
 
@@ -358,12 +306,7 @@ def test_config_survives_diffusers_json_and_opens_there():
         (lambda: tiny(attention_backend="xla2"), "did you mean 'xla'"),
         (lambda: TransformerConfig.preset("XL/3"), "did you mean 'XL/"),
         (lambda: remat.policy("ful"), "did you mean 'full'"),
-        (
-            lambda: names.config_from_json(
-                {**names.config_to_json(tiny()), "norm_type": "ada_norm_zero"}
-            ),
-            "norm_type",
-        ),
+        (lambda: names.config_from_json({"norm_type": "ada_norm_zero"}), "norm_type"),
         (lambda: names.config_from_official({}), "not an official PixArt"),
     ],
 )

@@ -14,8 +14,9 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
+from pixart_jax.weights import component
 from pixart_jax.weights.table import flatten
-from tests.models.reference import abstract_params, relative_error, transformer_shapes
+from tests.models.reference import random_params, relative_error, transformer_shapes
 
 GEOMETRY = {"depth": 4, "width": 48, "heads": 4, "sample_size": 8}
 DIT = DiTConfig(**GEOMETRY, num_classes=6)
@@ -25,13 +26,7 @@ PIXART = TransformerConfig(**GEOMETRY, caption_width=20, text_tokens=9)
 @pytest.fixture(scope="module")
 def dit_params() -> dict:
     """Every weight random, none zero."""
-    rng = np.random.default_rng(0)
-    shapes = abstract_params(
-        DiT(DIT), jnp.zeros((1, 2, 2, 4)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
-    )
-    return jax.tree.map(
-        lambda s: (rng.normal(size=s.shape) * 0.8 / DIT.width**0.5).astype(np.float32), shapes
-    )
+    return random_params(component.DiT, DIT, 0.8 / DIT.width**0.5)
 
 
 def draw(b: int = 2):
