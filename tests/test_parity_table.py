@@ -22,11 +22,9 @@ BY_NAME = {row.name: row for row in ROWS}
 
 
 # tests/models, tests/weights and test_pipeline.py compare the same models with the same references
+SLOW = [row.name for row in QUICK if row.name != "dit tiny"]
 QUICK_ROWS = [
-    pytest.param(
-        row, id=row.name.replace(" ", "_"), marks=() if row.name == "dit tiny" else pytest.mark.slow
-    )
-    for row in QUICK
+    pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name in SLOW)) for row in QUICK
 ]
 
 
@@ -88,11 +86,12 @@ def test_check_fails_on_a_row_over_its_bound_or_without_a_result_and_passes_with
 def test_a_reference_of_nothing_or_outputs_that_do_not_fit_are_no_parity():
     one = np.ones((2, 3))
     assert errors(one, one, "x") == {"max": 0.0, "l2": 0.0}
-    for ours, theirs, says in (
+    cases = (
         (one * 0, one * 0, "nothing"),
         (one[:1], one, "beside"),
         (one * np.nan, one, "not finite"),
-    ):
+    )
+    for ours, theirs, says in cases:
         with pytest.raises(ValueError, match=says):
             errors(ours, theirs, "x")
     row = BY_NAME["vae tiny"]

@@ -24,15 +24,11 @@ def test_a_bar_is_as_long_as_its_number(tmp_path):
 
 
 def test_the_same_numbers_give_the_same_bytes_and_nothing_half_written_stays(tmp_path):
-    one = plots.histograms(
-        tmp_path / "1.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5
-    ).read_bytes()
-    two = plots.histograms(
-        tmp_path / "2.png", [0, 1, 2], {"x": [3, 4]}, title="t", axis="tokens", mark=1.5
-    ).read_bytes()
-    other = plots.histograms(
-        tmp_path / "3.png", [0, 1, 2], {"x": [3, 5]}, title="t", axis="tokens", mark=1.5
-    ).read_bytes()
+    how = {"title": "t", "axis": "tokens", "mark": 1.5}
+    one, two, other = (
+        plots.histograms(tmp_path / f"{n}.png", [0, 1, 2], {"x": [3, last]}, **how).read_bytes()
+        for n, last in ((1, 4), (2, 4), (3, 5))
+    )
     assert one == two != other
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png", "3.png"]
 

@@ -31,12 +31,8 @@ def test_a_saved_tokenizer_does_not_remember_how_its_last_call_cut(tmp_path):
 
 def test_words_are_one_token_and_others_are_spelled():
     made = word_tokenizer(WORDS)
-    assert made.convert_ids_to_tokens(made("a red circle").input_ids) == [
-        "▁a",
-        "▁red",
-        "▁circle",
-        "</s>",
-    ]
+    pieces = made.convert_ids_to_tokens(made("a red circle").input_ids)
+    assert pieces == ["▁a", "▁red", "▁circle", "</s>"]
     assert made.unk_token_id not in made("zebra, 9").input_ids
 
 
@@ -51,9 +47,8 @@ def test_length_never_exceeds_the_models():
     made = word_tokenizer(WORDS)
     ids, lengths = tokenize(made, ["a " * 9], 11)
     assert ids.shape == (1, 11) and lengths[0] == 10
-    with pytest.warns(
-        UserWarning, match="21 tokens and was cut to 11, .*lost are its last 10 tokens, 10 words"
-    ):
+    says = "21 tokens and was cut to 11, .*lost are its last 10 tokens, 10 words"
+    with pytest.warns(UserWarning, match=says):
         ids, lengths = tokenize(made, ["a " * 20], 11)
     assert ids.shape == (1, 11) and lengths[0] == 11 and ids[0, -1] == made.eos_token_id
 
@@ -95,37 +90,18 @@ def test_saved_words_open_again(tmp_path):
 
 def test_a_spiece_model_alone_opens_and_gives_sentencepieces_ids(tmp_path):
     """The form of T5's released tokenizers: no tokenizer.json."""
-    lines = [
-        "a large red circle left of a small blue star",
-        "two green squares above the yellow ring",
-    ] * 30
-    (tmp_path / "text").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"),
-        model_prefix=str(tmp_path / "spiece"),
-        vocab_size=36,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        model_type="unigram",
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
+    text = "a large red circle left of a small blue star\ntwo green squares above the yellow ring\n"
+    (tmp_path / "text").write_text(text * 30)
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    (tmp_path / "spiece.model").rename(folder / "spiece.model")
-    extra = [f"<extra_id_{i}>" for i in range(100)]
-    config = {
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "extra_ids": 100,
-        "additional_special_tokens": extra,
-    }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({**config, "tokenizer_class": "T5Tokenizer", "model_max_length": 512})
-    )
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    how = {"vocab_size": 36, "model_type": "unigram", "minloglevel": 2, "hard_vocab_limit": False}
+    files = {"input": str(tmp_path / "text"), "model_prefix": str(folder / "spiece")}
+    sentencepiece.SentencePieceTrainer.train(**files, **ids, **how)
+    config = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
+    config["additional_special_tokens"] = [f"<extra_id_{i}>" for i in range(100)]
+    config |= {"tokenizer_class": "T5Tokenizer", "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     reference = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))
     texts = ["a red circle", "two yellow rings", "star"]
     ids, lengths = tokenize(load_tokenizer(folder), texts, 120)
@@ -134,7 +110,6 @@ def test_a_spiece_model_alone_opens_and_gives_sentencepieces_ids(tmp_path):
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        load_tokenizer(tmp_path / "absent")
-    with pytest.raises(UserError, match="no tokenizer in"):
-        load_tokenizer(tmp_path)
+    for folder, says in ((tmp_path / "absent", "does not exist"), (tmp_path, "no tokenizer in")):
+        with pytest.raises(UserError, match=says):
+            load_tokenizer(folder)

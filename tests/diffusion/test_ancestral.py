@@ -41,11 +41,8 @@ def test_impossible_respacings_are_one_clear_line(steps):
 
 def test_respaced_process_has_the_same_alpha_bar_at_the_kept_times():
     times = space_timesteps(1000, "25")
-    np.testing.assert_allclose(
-        respace_schedule(diffusion.schedule.linear(), times).alphas_cumprod,
-        CUMPROD[times],
-        rtol=1e-12,
-    )
+    respaced = respace_schedule(diffusion.schedule.linear(), times)
+    np.testing.assert_allclose(respaced.alphas_cumprod, CUMPROD[times], rtol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1000, 100, "10,10,5"])
@@ -61,11 +58,9 @@ def test_posterior_matches_float64_formulas(steps, prediction):
     small = beta * (1 - before) / (1 - kept)
     small[0] = small[1]
     a, b, cum, prior = (values[t].reshape(-1, 1, 1, 1) for values in (beta, small, kept, before))
-    x0 = (
-        (x_t - np.sqrt(1 - cum) * output) / np.sqrt(cum)
-        if prediction == "epsilon"
-        else np.sqrt(cum) * x_t - np.sqrt(1 - cum) * output
-    )
+    alpha, sigma = np.sqrt(cum), np.sqrt(1 - cum)
+    of_v = alpha * x_t - sigma * output
+    x0 = (x_t - sigma * output) / alpha if prediction == "epsilon" else of_v
     mean = np.sqrt(prior) * a / (1 - cum) * x0 + np.sqrt(1 - a) * (1 - prior) / (1 - cum) * x_t
     log_variance = (logits + 1) / 2 * np.log(a) + (1 - logits) / 2 * np.log(b)
 

@@ -25,9 +25,8 @@ class Counting:
     def both(self, x, t):
         jax.debug.callback(lambda n: self.rows.append(int(n)), jnp.asarray(x.shape[0]))
         half = x.shape[0] // 2
-        return self._logits(
-            jnp.concatenate([x[:half], 2 * x[half:]]), jnp.repeat(jnp.array([-1.0, 1.0]), half)
-        )
+        said = jnp.concatenate([x[:half], 2 * x[half:]])
+        return self._logits(said, jnp.repeat(jnp.array([-1.0, 1.0]), half))
 
     def conditional(self, x, t):
         jax.debug.callback(lambda n: self.rows.append(int(n)), jnp.asarray(x.shape[0]))
@@ -36,9 +35,8 @@ class Counting:
     def _logits(self, prediction, value):
         if self.channels == 4:
             return prediction
-        return jnp.concatenate(
-            [prediction, jnp.broadcast_to(value[:, None, None, None], prediction.shape)], -1
-        )
+        logits = jnp.broadcast_to(value[:, None, None, None], prediction.shape)
+        return jnp.concatenate([prediction, logits], -1)
 
 
 def test_all_channels_are_guided_in_one_batch_of_both_halves():
@@ -96,38 +94,26 @@ def test_outside_the_interval_only_half_the_rows_run():
 def test_an_interval_is_what_a_branch_at_each_step_would_compute():
     model, times = Counting(), diffusion.timesteps("dpm++", 10)
     guided = diffusion.classifier_free_guidance(model.both, 2.0)
-    branching = diffusion.sample(
-        lambda x, t: jax.lax.cond((t[0] >= 300) & (t[0] <= 700), guided, model.conditional, x, t),
-        X,
-        steps=len(times),
-    )
-    np.testing.assert_allclose(
-        diffusion.sample(segments(model, (300.0, 700.0)), X, steps=10),
-        branching,
-        rtol=1e-5,
-        atol=1e-6,
-    )
+
+    def branch(x, t):
+        within = (t[0] >= 300) & (t[0] <= 700)
+        return jax.lax.cond(within, guided, model.conditional, x, t)
+
+    branching = diffusion.sample(branch, X, steps=len(times))
+    found = diffusion.sample(segments(model, (300.0, 700.0)), X, steps=10)
+    np.testing.assert_allclose(found, branching, rtol=1e-5, atol=1e-6)
 
 
 def test_interval_over_all_times_is_plain_guidance():
     model = Counting()
-    whole = segments(model, (0.0, 1000.0), steps=20)
-    np.testing.assert_allclose(
-        diffusion.sample(whole, X),
-        diffusion.sample(diffusion.classifier_free_guidance(model.both, 2.0), X),
-        rtol=1e-6,
-    )
+    plain = diffusion.sample(diffusion.classifier_free_guidance(model.both, 2.0), X)
+    whole = diffusion.sample(segments(model, (0.0, 1000.0), steps=20), X)
+    np.testing.assert_allclose(whole, plain, rtol=1e-6)
 
 
 def test_runs_and_intervals_of_times():
     t = np.array([999.0, 600.0, 300.0, 0.0])
-    assert guidance.within(t, None).all() and guidance.within(t, (300, 600)).tolist() == [
-        False,
-        True,
-        True,
-        False,
-    ]
-    assert guidance.run_lengths(np.array([True, True, False])) == [
-        (True, 2),
-        (False, 1),
-    ] and guidance.run_lengths(np.ones(3, bool)) == [(True, 3)]
+    assert guidance.within(t, None).all()
+    assert guidance.within(t, (300, 600)).tolist() == [False, True, True, False]
+    assert guidance.run_lengths(np.array([True, True, False])) == [(True, 2), (False, 1)]
+    assert guidance.run_lengths(np.ones(3, bool)) == [(True, 3)]

@@ -20,25 +20,21 @@ def test_linear_schedule_has_pixarts_end_values():
     assert table[999] == pytest.approx(4.036e-5, rel=1e-3)
 
 
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
         (schedules.linear(), {"beta_schedule": "linear"}),
-        (
-            schedules.linear(1000, 2e-4, 0.015),
-            {"beta_schedule": "linear", "beta_start": 2e-4, "beta_end": 0.015},
-        ),
-        (
-            schedules.scaled_linear(),
-            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-        ),
+        (schedules.linear(1000, 2e-4, 0.015), {"beta_start": 2e-4, "beta_end": 0.015}),
+        (schedules.scaled_linear(), {"beta_schedule": "scaled_linear", **STABLE_DIFFUSION}),
         (schedules.cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
     ],
 )
 def test_schedules_are_diffusers(ours, theirs):
-    np.testing.assert_allclose(
-        ours.betas, DDIMScheduler(**theirs).betas.numpy(), rtol=2e-5, atol=1e-8
-    )
+    betas = DDIMScheduler(**theirs).betas.numpy()
+    np.testing.assert_allclose(ours.betas, betas, rtol=2e-5, atol=1e-8)
 
 
 def test_fractional_time_interpolates_log_alpha_linearly():
@@ -51,14 +47,10 @@ def test_fractional_time_interpolates_log_alpha_linearly():
     np.testing.assert_allclose(schedule.alpha(t), np.exp(expected), rtol=1e-12)
     np.testing.assert_allclose(schedule.sigma(t), np.sqrt(1 - np.exp(2 * expected)), rtol=1e-12)
     # the device's fp32 agrees with the host's float64, for both kinds of time
-    for name in ("alpha", "sigma"):
-        on_device = jax.jit(getattr(schedule, name))
-        np.testing.assert_allclose(
-            on_device(jnp.asarray(t, jnp.float32)), getattr(schedule, name)(t), rtol=1e-5
-        )
-        np.testing.assert_allclose(
-            on_device(jnp.arange(1000)), getattr(schedule, name)(np.arange(1000)), rtol=2e-6
-        )
+    for on_host in (schedule.alpha, schedule.sigma):
+        on_device = jax.jit(on_host)
+        for times, rtol in ((np.float32(t), 1e-5), (np.arange(1000), 2e-6)):
+            np.testing.assert_allclose(on_device(times), on_host(times), rtol=rtol)
 
 
 def test_epsilon_and_v_imply_each_other_and_x0():
@@ -69,12 +61,9 @@ def test_epsilon_and_v_imply_each_other_and_x0():
     v = diffusion.velocity(x0, noise, t)
     alpha = np.sqrt(schedules.linear().alphas_cumprod[np.asarray(t)])[:, None, None, None]
     sigma = np.sqrt(1 - alpha**2)
-    np.testing.assert_allclose(
-        x_t, alpha * np.asarray(x0, np.float64) + sigma * np.asarray(noise, np.float64), atol=1e-6
-    )
-    np.testing.assert_allclose(
-        v, alpha * np.asarray(noise, np.float64) - sigma * np.asarray(x0, np.float64), atol=1e-6
-    )
+    wide_x0, wide_noise = (np.asarray(a, np.float64) for a in (x0, noise))
+    np.testing.assert_allclose(x_t, alpha * wide_x0 + sigma * wide_noise, atol=1e-6)
+    np.testing.assert_allclose(v, alpha * wide_noise - sigma * wide_x0, atol=1e-6)
     np.testing.assert_allclose(diffusion.to_epsilon(v, x_t, t, "v"), noise, atol=2e-6)
     np.testing.assert_allclose(diffusion.to_x0(v, x_t, t, "v"), x0, atol=2e-6)
     np.testing.assert_allclose(diffusion.to_x0(noise, x_t, t), x0, atol=2e-5)

@@ -40,10 +40,10 @@ def _expected(x0, noise, output, logits, prediction):
     before = np.append(1.0, CUMPROD[:-1])
     alpha, sigma = _at(np.sqrt(CUMPROD)), _at(np.sqrt(1 - CUMPROD))
     x_t = alpha * x0 + sigma * noise
-    implied = (
-        (x_t - sigma * output) / alpha if prediction == "epsilon" else alpha * x_t - sigma * output
-    )
-    target = noise if prediction == "epsilon" else alpha * noise - sigma * x0
+    if prediction == "epsilon":
+        implied, target = (x_t - sigma * output) / alpha, noise
+    else:
+        implied, target = alpha * x_t - sigma * output, alpha * noise - sigma * x0
     of_x0 = _at(np.sqrt(before) * BETAS / (1 - CUMPROD))
     of_xt = _at(np.sqrt(1 - BETAS) * (1 - before) / (1 - CUMPROD))
     variance = BETAS * (1 - before) / (1 - CUMPROD)
@@ -51,9 +51,7 @@ def _expected(x0, noise, output, logits, prediction):
     true_mean, mean = of_x0 * x0 + of_xt * x_t, of_x0 * implied + of_xt * x_t
     true_log, fraction = _at(np.log(variance)), (logits + 1) / 2
     log = fraction * _at(np.log(BETAS)) + (1 - fraction) * true_log
-    kl = 0.5 * (
-        log - true_log - 1 + np.exp(true_log - log) + (true_mean - mean) ** 2 * np.exp(-log)
-    )
+    kl = log - true_log - 1 + np.exp(true_log - log) + (true_mean - mean) ** 2 * np.exp(-log)
 
     def cdf(z):
         return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
@@ -62,7 +60,7 @@ def _expected(x0, noise, output, logits, prediction):
     upper, lower = cdf((x0 - mean + 1 / 255) / scale), cdf((x0 - mean - 1 / 255) / scale)
     cell = np.where(x0 < -0.999, upper, np.where(x0 > 0.999, 1 - lower, upper - lower))
     nll = -np.log(np.maximum(cell, 1e-12))
-    vb = np.where(TIMES == 0, nll.mean(axis=(1, 2, 3)), kl.mean(axis=(1, 2, 3))) / np.log(2)
+    vb = np.where(TIMES == 0, nll.mean((1, 2, 3)), 0.5 * kl.mean((1, 2, 3))) / np.log(2)
     return ((output - target) ** 2).mean(axis=(1, 2, 3)), vb
 
 
@@ -98,9 +96,8 @@ def test_vb_trains_the_variance_and_not_the_mean():
     x0, noise, output, logits = (jnp.asarray(a, jnp.float32) for a in _problem("epsilon"))
 
     def vb(output, logits):
-        return diffusion.training_loss(
-            jnp.concatenate([output, logits], -1), x0, noise, jnp.asarray(TIMES)
-        )["vb"].sum()
+        both = jnp.concatenate([output, logits], -1)
+        return diffusion.training_loss(both, x0, noise, jnp.asarray(TIMES))["vb"].sum()
 
     of_output, of_logits = jax.jit(jax.grad(vb, argnums=(0, 1)))(output, logits)
     np.testing.assert_array_equal(of_output, np.zeros_like(of_output))
@@ -111,17 +108,13 @@ def test_vb_trains_the_variance_and_not_the_mean():
 def test_min_snr_weights_match_float64(prediction, gamma):
     snr = CUMPROD / (1 - CUMPROD)
     expected = np.minimum(snr, gamma) / (snr if prediction == "epsilon" else snr + 1)
-    np.testing.assert_allclose(
-        min_snr_weight(jnp.arange(1000), gamma, prediction), expected, rtol=1e-6
-    )
+    found = min_snr_weight(jnp.arange(1000), gamma, prediction)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     problem = _problem(prediction)
     plain, weighted = (
-        _loss(*problem, prediction=prediction),
-        _loss(*problem, prediction=prediction, min_snr_gamma=gamma),
+        _loss(*problem, prediction=prediction, min_snr_gamma=value) for value in (None, gamma)
     )
-    np.testing.assert_allclose(
-        weighted["mse"], np.asarray(plain["mse"]) * expected[TIMES], rtol=1e-6
-    )
+    np.testing.assert_allclose(weighted["mse"], plain["mse"] * expected[TIMES], rtol=1e-6)
     np.testing.assert_array_equal(weighted["vb"], plain["vb"])
 
 
@@ -129,24 +122,18 @@ def test_without_learned_range_vb_is_zero_and_half_the_channels_do():
     x0, noise, output, logits = _problem("epsilon")
     full = _loss(x0, noise, output, logits, learned_range=False)
     np.testing.assert_array_equal(full["vb"], np.zeros(len(TIMES)))
-    half = diffusion.training_loss(
-        *(jnp.asarray(a, jnp.float32) for a in (output, x0, noise)),
-        jnp.asarray(TIMES),
-        learned_range=False,
-    )
+    given = *(jnp.asarray(a, jnp.float32) for a in (output, x0, noise)), jnp.asarray(TIMES)
+    half = diffusion.training_loss(*given, learned_range=False)
     np.testing.assert_allclose(half["mse"], full["mse"], rtol=1e-6)
     with pytest.raises(UserError, match="8 channels"):
-        diffusion.training_loss(
-            *(jnp.asarray(a, jnp.float32) for a in (output, x0, noise)), jnp.asarray(TIMES)
-        )
+        diffusion.training_loss(*given)
 
 
 def test_bf16_model_output_is_taken_in_fp32():
     x0, noise, output, logits = _problem("epsilon")
     low = jnp.asarray(np.concatenate([output, logits], -1), jnp.bfloat16)
-    loss = diffusion.training_loss(
-        low, jnp.asarray(x0, jnp.float32), jnp.asarray(noise, jnp.float32), jnp.asarray(TIMES)
-    )
+    images = (jnp.asarray(a, jnp.float32) for a in (x0, noise))
+    loss = diffusion.training_loss(low, *images, jnp.asarray(TIMES))
     mse, vb = _expected(x0, noise, *np.split(np.asarray(low, np.float64), 2, axis=-1), "epsilon")
     assert loss["mse"].dtype == loss["vb"].dtype == jnp.float32
     np.testing.assert_allclose(loss["mse"], mse, rtol=5e-6)

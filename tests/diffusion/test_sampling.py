@@ -27,19 +27,15 @@ def test_an_image_does_not_depend_on_its_batch(solver):
     one = diffusion.sample(EPSILON, NOISE, solver, 10, key=jax.random.key(6))
     folded = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(6), jnp.arange(4))
     np.testing.assert_array_equal(one, diffusion.sample(EPSILON, NOISE, solver, 10, key=folded))
-    np.testing.assert_array_equal(
-        one,
-        diffusion.sample(EPSILON, NOISE, solver, 10, key=jax.random.key_data(jax.random.key(6))),
-    )
+    raw = jax.random.key_data(jax.random.key(6))
+    np.testing.assert_array_equal(one, diffusion.sample(EPSILON, NOISE, solver, 10, key=raw))
     assert not np.allclose(one, whole)
 
 
 def test_a_later_batch_size_draws_the_same_images_for_one_key():
     key = jax.random.key(8)
-    np.testing.assert_array_equal(
-        diffusion.sample(EPSILON, NOISE, "ddpm", 10, key=key)[:2],
-        diffusion.sample(EPSILON, NOISE[:2], "ddpm", 10, key=key),
-    )
+    four, two = (diffusion.sample(EPSILON, x, "ddpm", 10, key=key) for x in (NOISE, NOISE[:2]))
+    np.testing.assert_array_equal(four[:2], two)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -53,10 +49,9 @@ def test_no_key_adds_no_noise(solver):
 
 def test_deterministic_solvers_ignore_the_key():
     for solver in ("ddim", "dpm++"):
-        plain = diffusion.sample(EPSILON, NOISE, solver, 10)
-        np.testing.assert_array_equal(
-            diffusion.sample(EPSILON, NOISE, solver, 10, key=jax.random.key(0)), plain
-        )
+        keys = (None, jax.random.key(0))
+        plain, keyed = (diffusion.sample(EPSILON, NOISE, solver, 10, key=key) for key in keys)
+        np.testing.assert_array_equal(plain, keyed)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -125,11 +120,9 @@ def test_preview_gets_every_steps_x0_estimate(under_jit):
     jax.effects_barrier()
     assert sorted(step for step, _ in frames) == list(range(6))
     assert all(isinstance(x0, np.ndarray) and x0.shape == NOISE.shape for _, x0 in frames)
-    first = dict(frames)[0]
     alpha, sigma = SCHEDULE.alpha(999.0), SCHEDULE.sigma(999.0)
-    np.testing.assert_allclose(
-        first, (NOISE - sigma * EPSILON(NOISE, np.float64(999.0))) / alpha, atol=1e-3
-    )
+    first = (NOISE - sigma * EPSILON(NOISE, np.float64(999.0))) / alpha
+    np.testing.assert_allclose(dict(frames)[0], first, atol=1e-3)
     np.testing.assert_allclose(out, diffusion.sample(EPSILON, NOISE, steps=6), atol=1e-6)
 
 
@@ -138,10 +131,8 @@ def test_starting_later_visits_the_rest_of_the_times(solver):
     times = diffusion.timesteps(solver, 20)
     assert len(times) == 20
     np.testing.assert_array_equal(diffusion.timesteps(solver, 20, start=12), times[12:])
-    x0 = jnp.full((2, 4, 4, 4), 0.5)
-    noisy = diffusion.add_noise(
-        x0, jax.random.normal(jax.random.key(0), x0.shape), jnp.full((2,), times[15], jnp.float32)
-    )
+    x0, noise = jnp.full((2, 4, 4, 4), 0.5), jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+    noisy = diffusion.add_noise(x0, noise, jnp.full((2,), times[15], jnp.float32))
     visited = []
 
     def preview(step, _):
@@ -169,20 +160,20 @@ def test_ddpm_started_later_continues_with_the_same_noise():
     whole = jax.block_until_ready(diffusion.sample(denoiser, NOISE, "ddpm", 10, key=keys))
     jax.effects_barrier()
     middle = states[int(diffusion.timesteps("ddpm", 10)[6])]
-    np.testing.assert_allclose(
-        diffusion.sample(EPSILON, middle, "ddpm", 10, key=keys, start=6), whole, atol=1e-6
-    )
+    rest = diffusion.sample(EPSILON, middle, "ddpm", 10, key=keys, start=6)
+    np.testing.assert_allclose(rest, whole, atol=1e-6)
 
 
 def test_bad_noise_keys_and_denoisers_are_named():
-    with pytest.raises(UserError, match="noise"):
-        diffusion.sample(EPSILON, jnp.zeros((2, 2), jnp.int32))
-    with pytest.raises(UserError, match="batch of 4"):
-        diffusion.sample(EPSILON, NOISE, "ddpm", 5, key=jax.random.split(jax.random.key(0), 3))
-    with pytest.raises(UserError, match="random key"):
-        diffusion.sample(EPSILON, NOISE, "ddpm", 5, key=7)
-    with pytest.raises(UserError, match="3 channels"):
-        diffusion.sample(lambda x, t: x[..., :3], NOISE)
+    three = jax.random.split(jax.random.key(0), 3)
+    for denoiser, noise, key, says in (
+        (EPSILON, jnp.zeros((2, 2), jnp.int32), None, "noise"),
+        (EPSILON, NOISE, three, "batch of 4"),
+        (EPSILON, NOISE, 7, "random key"),
+        (lambda x, t: x[..., :3], NOISE, None, "3 channels"),
+    ):
+        with pytest.raises(UserError, match=says):
+            diffusion.sample(denoiser, noise, "ddpm", 5, key=key)
 
 
 def test_segments_pass_on_the_solvers_state_and_their_own_carry_and_get_their_rows():
@@ -193,22 +184,25 @@ def test_segments_pass_on_the_solvers_state_and_their_own_carry_and_get_their_ro
         return lambda x, t, row, memory: (0.1 * factor * x + row, memory + row)
 
     entered = []
-    whole = diffusion.Segment(6, denoise(1.0), lambda memory: jnp.zeros(()))
-    parts = [
-        diffusion.Segment(4, denoise(1.0), lambda memory: jnp.zeros(())),
-        diffusion.Segment(
-            2, denoise(1.0), lambda memory: (jax.debug.callback(entered.append, memory), memory)[1]
-        ),
-    ]
-    one, two = (diffusion.sample(made, x, steps=6, per_step=given) for made in ([whole], parts))
+
+    def zero(memory):
+        return jnp.zeros(())
+
+    def passed_on(memory):
+        jax.debug.callback(entered.append, memory)
+        return memory
+
+    def segment(steps, factor, init):
+        return diffusion.Segment(steps, denoise(factor), init)
+
+    parts = [segment(4, 1.0, zero), segment(2, 1.0, passed_on)]
+    one, two, other = (
+        diffusion.sample(made, x, steps=6, per_step=given)
+        for made in ([segment(6, 1.0, zero)], parts, [segment(6, 0.5, zero)])
+    )
     np.testing.assert_allclose(one, two, rtol=1e-6)
     jax.effects_barrier()
     assert entered == [0 + 1 + 2 + 3]
-    assert not np.allclose(
-        one,
-        diffusion.sample(
-            [diffusion.Segment(6, denoise(0.5), whole.init_carry)], x, steps=6, per_step=given
-        ),
-    )
+    assert not np.allclose(one, other)
     with pytest.raises(UserError, match="do not make the run's 6"):
         diffusion.sample(parts[:1], x, steps=6, per_step=given)

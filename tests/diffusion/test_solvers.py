@@ -3,6 +3,8 @@ solution."""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from tests.diffusion.analytic import as_velocity, gaussian_epsilon, gaussian_flo
 SCHEDULE = diffusion.schedule.linear()
 EPSILON = two_mode_epsilon(SCHEDULE)
 START = np.array([[-1.8, -0.7], [0.4, 1.3]])  # [b 2, c 2]
+X = jnp.asarray(START, jnp.float32)
 
 # The official PixArt-α samplers (commit cac2fd3) in float64 on two_mode_epsilon from START:
 # dpm_solver.py, algorithm dpmsolver++, time_uniform, multistep, lower_order_final; key: (steps,
@@ -59,19 +62,13 @@ def _run_with(solver, steps, denoiser, noises, times="fractional") -> np.ndarray
     def step(state, t, alpha, sigma, coefficients, noise):
         output = denoiser(state[0], t)
         epsilon, logits = output if isinstance(output, tuple) else (output, None)
-        return solver.update(
-            state, (state[0] - sigma * epsilon) / alpha, logits, coefficients, noise
-        )
+        x0 = (state[0] - sigma * epsilon) / alpha
+        return solver.update(state, x0, logits, coefficients, noise)
 
-    state = solver.init(jnp.asarray(START, jnp.float32))
+    state = solver.init(X)
+    table = (plan.t, plan.alpha, plan.sigma, plan.coefficients)
     for i in range(len(plan.t)):
-        row = (
-            plan.t[i],
-            plan.alpha[i],
-            plan.sigma[i],
-            {name: table[i] for name, table in plan.coefficients.items()},
-            noises(i),
-        )
+        row = (*jax.tree.map(lambda values, i=i: values[i], table), noises(i))
         state = step(state, *jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), row))
     return np.asarray(state[0])
 
@@ -79,12 +76,12 @@ def _run_with(solver, steps, denoiser, noises, times="fractional") -> np.ndarray
 @pytest.mark.parametrize("settings", OFFICIAL_DPM)
 def test_dpm_at_fractional_times_is_the_official_solver(settings):
     steps, order = settings
-    got = diffusion.sample(EPSILON, jnp.asarray(START, jnp.float32), steps=steps, order=order)
+    got = diffusion.sample(EPSILON, X, steps=steps, order=order)
     np.testing.assert_allclose(got, OFFICIAL_DPM[settings], atol=1e-5)
 
 
 def test_sa_at_published_settings_is_the_official_solver():
-    got = diffusion.sample(EPSILON, jnp.asarray(START, jnp.float32), solver="sa", steps=25)
+    got = diffusion.sample(EPSILON, X, solver="sa", steps=25)
     np.testing.assert_allclose(got, OFFICIAL_SA[0], atol=1e-5)
     noisy = _run_with(SASolver(), 25, EPSILON, _noise)
     np.testing.assert_allclose(noisy, OFFICIAL_SA[1], atol=1e-5)
@@ -102,13 +99,22 @@ def test_published_times():
     assert list(diffusion.timesteps("ddim", "ddim50")) == list(range(980, -1, -20))
 
 
-def _diffusers(scheduler, steps, predict, **step_options) -> np.ndarray:
+def _diffusers(scheduler, steps, predict=EPSILON, noises=None, **options) -> np.ndarray:
     scheduler.set_timesteps(steps)
     x = torch.tensor(START, dtype=torch.float32)
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
         output = torch.tensor(predict(x.numpy().astype(np.float64), float(t)), dtype=torch.float32)
-        x = scheduler.step(output, t, x, **step_options).prev_sample
+        if noises is not None:
+            options["variance_noise"] = torch.tensor(noises(i), dtype=torch.float32)
+        x = scheduler.step(output, t, x, **options).prev_sample
     return x.numpy()
+
+
+def _parametrised(prediction: str):
+    """(denoiser, diffusers' name) of a prediction."""
+    if prediction == "epsilon":
+        return EPSILON, "epsilon"
+    return as_velocity(SCHEDULE, EPSILON), "v_prediction"
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -116,19 +122,11 @@ def _diffusers(scheduler, steps, predict, **step_options) -> np.ndarray:
     ("steps", "order"), [(20, 2), (14, 2), (15, 2), (4, 2), (1, 2), (20, 3), (10, 3), (20, 1)]
 )
 def test_dpm_at_integer_times_is_diffusers(steps, order, prediction):
-    predict = EPSILON if prediction == "epsilon" else as_velocity(SCHEDULE, EPSILON)
-    theirs = DPMSolverMultistepScheduler(
-        solver_order=order, prediction_type="epsilon" if prediction == "epsilon" else "v_prediction"
-    )
+    predict, name = _parametrised(prediction)
+    theirs = DPMSolverMultistepScheduler(solver_order=order, prediction_type=name)
     expected = _diffusers(theirs, steps, predict)
-    got = diffusion.sample(
-        predict,
-        jnp.asarray(START, jnp.float32),
-        steps=steps,
-        order=order,
-        times="integer",
-        prediction=prediction,
-    )
+    how = {"order": order, "times": "integer", "prediction": prediction}
+    got = diffusion.sample(predict, X, steps=steps, **how)
     # A single step is x_0 at t = 999 itself, where ε → x_0 magnifies fp32's rounding by σ/α = 157
     # in both.
     np.testing.assert_allclose(got, expected, atol=1e-5 if steps > 1 else 1e-4)
@@ -137,119 +135,79 @@ def test_dpm_at_integer_times_is_diffusers(steps, order, prediction):
 @pytest.mark.parametrize("steps", [4, 7, 20, 30])
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0)])
 def test_dpm_at_other_integer_times_is_diffusers(steps, spacing, offset):
-    expected = _diffusers(
-        DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=offset), steps, EPSILON
-    )
-    got = diffusion.sample(
-        EPSILON,
-        jnp.asarray(START, jnp.float32),
-        DPMSolver(2, spacing, offset),
-        steps,
-        times="integer",
-    )
+    theirs = DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=offset)
+    expected = _diffusers(theirs, steps)
+    got = diffusion.sample(EPSILON, X, DPMSolver(2, spacing, offset), steps, times="integer")
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize(("steps", "to_one"), [(50, True), (50, False), (30, True), (1, True)])
 def test_ddim_is_diffusers_with_leading_spacing(steps, to_one, prediction):
-    predict = EPSILON if prediction == "epsilon" else as_velocity(SCHEDULE, EPSILON)
-    theirs = DDIMScheduler(
-        clip_sample=False,
-        set_alpha_to_one=to_one,
-        prediction_type="epsilon" if prediction == "epsilon" else "v_prediction",
-    )
+    predict, name = _parametrised(prediction)
+    theirs = DDIMScheduler(clip_sample=False, set_alpha_to_one=to_one, prediction_type=name)
     expected = _diffusers(theirs, steps, predict)
-    got = diffusion.sample(
-        predict,
-        jnp.asarray(START, jnp.float32),
-        DDIM(set_alpha_to_one=to_one),
-        steps,
-        prediction=prediction,
-    )
+    ours = DDIM(set_alpha_to_one=to_one)
+    got = diffusion.sample(predict, X, ours, steps, prediction=prediction)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_ddim_with_eta_is_diffusers():
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(20)
-    x = torch.tensor(START, dtype=torch.float32)
-    for i, t in enumerate(scheduler.timesteps):
-        output = torch.tensor(EPSILON(x.numpy().astype(np.float64), float(t)), dtype=torch.float32)
-        x = scheduler.step(
-            output, t, x, eta=0.7, variance_noise=torch.tensor(_noise(i), dtype=torch.float32)
-        ).prev_sample
-    np.testing.assert_allclose(_run_with(DDIM(eta=0.7), 20, EPSILON, _noise), x.numpy(), atol=1e-5)
+    expected = _diffusers(DDIMScheduler(clip_sample=False), 20, noises=_noise, eta=0.7)
+    np.testing.assert_allclose(_run_with(DDIM(eta=0.7), 20, EPSILON, _noise), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", OFFICIAL_LCM)
 def test_lcm_is_the_official_scheduler(steps):
-    np.testing.assert_allclose(
-        _run_with(LCM(), steps, EPSILON, _noise), OFFICIAL_LCM[steps], atol=1e-5
-    )
+    found = _run_with(LCM(), steps, EPSILON, _noise)
+    np.testing.assert_allclose(found, OFFICIAL_LCM[steps], atol=1e-5)
     assert list(diffusion.timesteps("lcm", 4)) == [999, 759, 519, 279]
     assert list(diffusion.timesteps("lcm", 8)) == list(range(999, 158, -120))
 
 
 @pytest.mark.parametrize("steps", [2, 4, 7, 8, 50])
 def test_lcm_at_integer_times_is_diffusers(steps, monkeypatch):
-    count = iter(range(steps))
-    monkeypatch.setattr(
-        scheduling_lcm,
-        "randn_tensor",
-        lambda *_, **__: torch.tensor(_noise(next(count)), dtype=torch.float32),
-    )
-    expected = _diffusers(
-        LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"), steps, EPSILON
-    )
-    np.testing.assert_allclose(
-        _run_with(LCM(), steps, EPSILON, _noise, times="integer"), expected, atol=1e-5
-    )
+    noises = (torch.tensor(_noise(i), dtype=torch.float32) for i in range(steps))
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **__: next(noises))
+    theirs = LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    expected = _diffusers(theirs, steps)
+    found = _run_with(LCM(), steps, EPSILON, _noise, times="integer")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_one_step_of_lcm_and_of_dmd_is_the_clean_image_that_the_model_names():
-    start = jnp.asarray(START, jnp.float32)
     for solver, t in ((LCM(), 999), (DMD(), 400)):
         x0 = (START - SCHEDULE.sigma(t) * EPSILON(START, t)) / SCHEDULE.alpha(t)
-        got = diffusion.sample(EPSILON, start, solver, 1, key=jax.random.key(0))
+        got = diffusion.sample(EPSILON, X, solver, 1, key=jax.random.key(0))
         np.testing.assert_allclose(got, x0, atol=2e-4 if t == 999 else 1e-5)
 
 
 def test_ddim_spacing_of_a_number_and_of_its_official_name_agree_where_it_divides():
     for count in (10, 50, 250):
-        assert list(diffusion.timesteps("ddim", count)) == list(
-            diffusion.timesteps("ddim", f"ddim{count}")
-        )
+        one, other = (diffusion.timesteps("ddim", steps) for steps in (count, f"ddim{count}"))
+        assert list(one) == list(other)
+
+
+def _errors(counts, solver="dpm++", **options):
+    """Largest error at each number of steps on Gaussian data, in float64."""
+    x = np.array([[-1.2, 0.1, 0.9]])
+    exact = gaussian_flow(SCHEDULE, x, 999, 0)
+    with jax.enable_x64(True):
+        run = functools.partial(diffusion.sample, gaussian_epsilon(SCHEDULE), jnp.asarray(x))
+        return [np.abs(run(solver, steps=n, **options) - exact).max() for n in counts]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_dpm_converges_at_its_order(order):
-    """Half the step, 2^order times less error; in float64, at step counts where the lower-order
-    start does not show yet."""
-    x = np.array([[-1.2, 0.1, 0.9]])
-    exact = gaussian_flow(SCHEDULE, x, 999, 0)
-    with jax.enable_x64(True):
-        coarse, fine = (
-            np.abs(
-                diffusion.sample(gaussian_epsilon(SCHEDULE), jnp.asarray(x), steps=n, order=order)
-                - exact
-            ).max()
-            for n in (100, 200)
-        )
+    """Half the step, 2^order times less error, at step counts where the lower-order start does not
+    show yet."""
+    coarse, fine = _errors((100, 200), order=order)
     assert fine < 0.01
     assert np.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
 def test_sa_without_noise_converges_at_second_order():
-    x = np.array([[-1.2, 0.1, 0.9]])
-    exact = gaussian_flow(SCHEDULE, x, 999, 0)
-    with jax.enable_x64(True):
-        coarse, fine = (
-            np.abs(
-                diffusion.sample(gaussian_epsilon(SCHEDULE), jnp.asarray(x), "sa", n) - exact
-            ).max()
-            for n in (200, 400)
-        )
+    coarse, fine = _errors((200, 400), "sa")
     assert coarse / fine > 3.5
 
 
@@ -268,9 +226,9 @@ def test_all_deterministic_solvers_reach_the_exact_solution():
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++", "sa"])
 def test_epsilon_and_v_parametrisations_agree(solver):
-    noise, key = jnp.asarray(START, jnp.float32), jax.random.key(0)
-    epsilon = diffusion.sample(EPSILON, noise, solver, 50, key=key)
-    v = diffusion.sample(as_velocity(SCHEDULE, EPSILON), noise, solver, 50, key=key, prediction="v")
+    key = jax.random.key(0)
+    epsilon = diffusion.sample(EPSILON, X, solver, 50, key=key)
+    v = diffusion.sample(as_velocity(SCHEDULE, EPSILON), X, solver, 50, key=key, prediction="v")
     np.testing.assert_allclose(v, epsilon, atol=2e-5)
 
 
@@ -278,10 +236,8 @@ def test_epsilon_and_v_parametrisations_agree(solver):
 def test_stochastic_solvers_draw_the_datas_distribution(solver, steps):
     """20,000 values of Gaussian data: mean and deviation within four standard errors and the
     solver's own bias."""
-    noise = jax.random.normal(jax.random.key(1), (50, 20, 20))
-    got = np.asarray(
-        diffusion.sample(gaussian_epsilon(SCHEDULE), noise, solver, steps, key=jax.random.key(2))
-    )
+    noise, denoiser = jax.random.normal(jax.random.key(1), (50, 20, 20)), gaussian_epsilon(SCHEDULE)
+    got = np.asarray(diffusion.sample(denoiser, noise, solver, steps, key=jax.random.key(2)))
     assert got.mean() == pytest.approx(0.3, abs=0.02)
     assert got.std() == pytest.approx(0.7, abs=0.035)
 
@@ -306,14 +262,13 @@ def test_stochastic_solvers_draw_the_datas_distribution(solver, steps):
 )
 def test_bad_options_are_one_clear_line(options, message):
     with pytest.raises(UserError, match=message):
-        diffusion.sample(EPSILON, jnp.asarray(START, jnp.float32), **options)
+        diffusion.sample(EPSILON, X, **options)
 
 
-def test_solver_dataclasses_check_themselves():
-    for build in (
-        lambda: DPMSolver(order=0),
-        lambda: SASolver(corrector_order=5),
-        lambda: SASolver(tau=-1.0),
-    ):
+@pytest.mark.parametrize(
+    "solver, wrong", [(DPMSolver, {"order": 0}), (SASolver, {"corrector_order": 5, "tau": -1.0})]
+)
+def test_solver_dataclasses_check_themselves(solver, wrong):
+    for name, value in wrong.items():
         with pytest.raises(UserError):
-            build()
+            solver(**{name: value})

@@ -3,6 +3,8 @@ against dense attention."""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,15 +38,10 @@ def definition(q, k, v, lengths=None, bias=None, scale=None):
     for b in range(q.shape[0]):
         count = k.shape[1] if lengths is None else lengths[b]
         for head in range(q.shape[2]) if count else ():
-            logits = (
-                q[b, :, head].astype(np.float64)
-                @ k[b, :count, head].T
-                * (q.shape[-1] ** -0.5 if scale is None else scale)
-            )
+            logits = q[b, :, head].astype(np.float64) @ k[b, :count, head].T
+            logits *= q.shape[-1] ** -0.5 if scale is None else scale
             if bias is not None:
-                logits += np.broadcast_to(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))[
-                    b, head, :, :count
-                ]
+                logits += bias[0, head, :, :count]
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             out[b, :, head] = weights / weights.sum(-1, keepdims=True) @ v[b, :count, head]
     return out
@@ -63,12 +60,10 @@ def test_attention_is_its_definition(lengths, biased, scale):
 
 def test_length_zero_gives_zeros_and_finite_gradients():
     q, k, v = draw()
-    lengths = jnp.array([0, 7, 0])
-    out, gradient = jax.value_and_grad(lambda k: attention(q, k, v, lengths=lengths).sum())(
-        jnp.asarray(k)
-    )
+    attend = functools.partial(attention, lengths=jnp.array([0, 7, 0]))
+    out, gradient = jax.value_and_grad(lambda k: attend(q, k, v).sum())(jnp.asarray(k))
     assert np.isfinite(out) and np.isfinite(gradient).all()
-    assert not np.any(gradient[0]) and not np.any(attention(q, k, v, lengths=lengths)[0])
+    assert not np.any(gradient[0]) and not np.any(attend(q, k, v)[0])
 
 
 def test_softmax_is_fp32_under_bf16_inputs():
@@ -83,10 +78,8 @@ def test_softmax_is_fp32_under_bf16_inputs():
 @pytest.mark.parametrize("how", ["all_gather", "ring", "replicated"])
 def test_on_one_device_every_way_of_context_attention_is_plain_attention(how):
     q, k, v = draw(n=7)
-    np.testing.assert_array_equal(
-        context_parallel_attention(q, k, v, context_attention=how),
-        attention(q, k, v).reshape(3, 7, -1),
-    )
+    found = context_parallel_attention(q, k, v, context_attention=how)
+    np.testing.assert_array_equal(found, attention(q, k, v).reshape(3, 7, -1))
 
 
 def test_unknown_context_attention_is_named():
@@ -133,16 +126,8 @@ def test_auto_chooses_by_platform_and_shape(chosen, of):
 @pytest.mark.parametrize(
     "name, of, says",
     [
-        (
-            "cudnn",
-            call("cpu"),
-            "runs on a CUDA GPU, and this program is for a CPU; 'auto' would take 'xla'",
-        ),
-        (
-            "splash",
-            call("gpu"),
-            "runs on a TPU, and this program is for a GPU; 'auto' would take 'cudnn'",
-        ),
+        ("cudnn", call("cpu"), "CUDA GPU, and this program is for a CPU; 'auto' would take 'xla'"),
+        ("splash", call("gpu"), "TPU, and this program is for a GPU; 'auto' would take 'cudnn'"),
         ("cudnn", call(dtype="float32"), "not in float32"),
         ("cudnn", call(head_dim=12), "not of 12"),
         ("cudnn", call(bias=True), "bias"),
@@ -157,11 +142,8 @@ def test_a_backend_that_cannot_run_here_says_why(name, of, says):
 
 
 def test_the_models_config_names_a_backend_and_its_parameters_are_made_anywhere():
-    model = PixArtTransformer(
-        TransformerConfig(
-            depth=1, width=32, heads=2, caption_width=8, text_tokens=4, attention_backend="splash"
-        )
-    )
+    sizes = {"depth": 1, "width": 32, "heads": 2, "caption_width": 8, "text_tokens": 4}
+    model = PixArtTransformer(TransformerConfig(**sizes, attention_backend="splash"))
     inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros((1, 4, 8)), jnp.ones(1, jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     with pytest.raises(UserError, match="'splash' runs on a TPU"):
@@ -171,9 +153,8 @@ def test_the_models_config_names_a_backend_and_its_parameters_are_made_anywhere(
 def test_the_platform_is_that_of_the_mesh_and_else_of_this_process():
     assert platform() == "cpu"
     device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh(
-        (4,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device
-    )
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), auto, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert platform() == "tpu"
 
@@ -200,18 +181,14 @@ def test_splash_equals_xla_forward_and_in_gradients(b, n, m, k, lengths):
     lengths = None if lengths is None else jnp.array(lengths)
 
     def run(attend, *given, **how):
-        def both(q, keys, values, d_out):
-            out, back = jax.vjp(
-                lambda *qkv: attend(*qkv, lengths, *given, 72**-0.5, **how), q, keys, values
-            )
+        def both(d_out, *qkv):
+            out, back = jax.vjp(lambda *qkv: attend(*qkv, lengths, *given, 72**-0.5, **how), *qkv)
             return out, back(d_out)
 
-        return jax.jit(both)(q, keys, values, d_out)
+        return jax.jit(both)(d_out, q, keys, values)
 
-    (ours, our_gradients), (theirs, their_gradients) = (
-        run(splash_attention, interpret=True),
-        run(dense_attention, None),
-    )
+    ours, our_gradients = run(splash_attention, interpret=True)
+    theirs, their_gradients = run(dense_attention, None)
     np.testing.assert_allclose(ours, theirs, atol=3e-6)
     for one, other in zip(our_gradients, their_gradients, strict=True):
         assert np.isfinite(one).all()

@@ -20,25 +20,8 @@ from tests.models.reference import randomise, relative_error, t5_params, t5_shap
 
 SIZES = {
     "tiny": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
-    "inner wider than d_model": T5Config(
-        vocab_size=97,
-        d_model=24,
-        d_kv=16,
-        d_ff=40,
-        num_layers=3,
-        num_heads=4,
-        layer_norm_epsilon=1e-5,
-    ),
-    "other buckets": T5Config(
-        vocab_size=64,
-        d_model=32,
-        d_kv=4,
-        d_ff=64,
-        num_layers=1,
-        num_heads=5,
-        relative_attention_num_buckets=12,
-        relative_attention_max_distance=50,
-    ),
+    "inner wider than d_model": T5Config(97, 24, 16, 40, 3, 4, layer_norm_epsilon=1e-5),
+    "other buckets": T5Config(64, 32, 4, 64, 1, 5, 12, 50),
 }
 
 
@@ -59,24 +42,18 @@ def test_equals_transformers_over_130_tokens_with_ragged_lengths(size):
     lengths = np.array([139, 131, 7, 1])
     mask = np.arange(139) < lengths[:, None]
     with torch.no_grad():
-        theirs = model(
-            torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int))
-        ).last_hidden_state.numpy()
-    ours = np.asarray(
-        T5Encoder(config).apply(
-            {"params": params_of(config, model)}, jnp.asarray(ids), jnp.asarray(lengths)
-        )
-    )
+        out = model(torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int)))
+        theirs = out.last_hidden_state.numpy()
+    params = {"params": params_of(config, model)}
+    ours = np.asarray(T5Encoder(config).apply(params, jnp.asarray(ids), jnp.asarray(lengths)))
     assert relative_error(ours[mask], theirs[mask]) <= 1e-4
 
 
 def test_buckets_equal_transformers_for_every_distance():
-    for buckets, most in ((32, 128), (12, 50), (8, 20), (64, 300)):
-        distance = torch.arange(400)[None, :] - torch.arange(400)[:, None]
-        theirs = T5Attention._relative_position_bucket(
-            distance, bidirectional=True, num_buckets=buckets, max_distance=most
-        )
-        np.testing.assert_array_equal(relative_buckets(400, buckets, most), theirs.numpy())
+    distance = torch.arange(400)[None, :] - torch.arange(400)[:, None]
+    for buckets, limit in ((32, 128), (12, 50), (8, 20), (64, 300)):
+        theirs = T5Attention._relative_position_bucket(distance, True, buckets, limit)
+        np.testing.assert_array_equal(relative_buckets(400, buckets, limit), theirs.numpy())
 
 
 def test_a_text_does_not_depend_on_its_padding_or_its_batch():
@@ -143,7 +120,6 @@ def test_impossible_sizes_are_named(options, message):
 
 
 def test_shapes_that_do_not_fit_are_named():
+    ids, lengths = jnp.zeros((2, 3), int), jnp.ones((1,), int)
     with pytest.raises(UserError, match=r"\(2, 3\) and lengths \(1,\)"):
-        T5Encoder(SIZES["tiny"]).init(
-            jax.random.key(0), jnp.zeros((2, 3), int), jnp.ones((1,), int)
-        )
+        T5Encoder(SIZES["tiny"]).init(jax.random.key(0), ids, lengths)

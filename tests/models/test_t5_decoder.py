@@ -22,13 +22,8 @@ CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_
 
 def reference(layers: int) -> T5ForConditionalGeneration:
     """transformers' whole T5 with random weights."""
-    fields = {
-        **tables.config_to_json(CONFIG),
-        "is_encoder_decoder": True,
-        "num_decoder_layers": layers,
-        "tie_word_embeddings": True,
-    }
-    fields |= {"decoder_start_token_id": 0, "pad_token_id": 0}
+    fields = {**tables.config_to_json(CONFIG), "is_encoder_decoder": True}
+    fields |= {"num_decoder_layers": layers, "tie_word_embeddings": True}
     model = T5ForConditionalGeneration(TorchConfig(**fields))
     return randomise(model, spread=0.3, centre=1.0)
 
@@ -36,17 +31,12 @@ def reference(layers: int) -> T5ForConditionalGeneration:
 def decoder_params(state: dict, layers: int) -> dict:
     def attention(of: str, norm: str) -> dict:
         kernels = {name: {"kernel": state[f"{of}.{name}.weight"].T} for name in "qkv"}
-        return kernels | {
-            "out": {"kernel": state[f"{of}.o.weight"].T},
-            "norm": {"scale": state[f"{norm}.weight"]},
-        }
+        out = {"kernel": state[f"{of}.o.weight"].T}
+        return kernels | {"out": out, "norm": {"scale": state[f"{norm}.weight"]}}
 
-    params = {
-        "relative_bias": state[
-            "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        ],
-        "final_norm": {"scale": state["decoder.final_layer_norm.weight"]},
-    }
+    bias = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    params = {"relative_bias": state[bias]}
+    params["final_norm"] = {"scale": state["decoder.final_layer_norm.weight"]}
     for i in range(layers):
         at = f"decoder.block.{i}.layer"
         params[f"self_attention_{i}"] = attention(f"{at}.0.SelfAttention", f"{at}.0.layer_norm")
@@ -65,30 +55,22 @@ def test_logits_are_transformers(layers):
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     params = t5_params(CONFIG, state)
     rng = np.random.default_rng(0)
-    ids, lengths, target = (
-        rng.integers(1, 50, (3, 23)),
-        np.array([23, 1, 9]),
-        rng.integers(1, 50, (3, 41)),
-    )
+    ids, target = rng.integers(1, 50, (3, 23)), rng.integers(1, 50, (3, 41))
+    lengths = np.array([23, 1, 9])
     mask = torch.from_numpy((np.arange(23) < lengths[:, None]).astype(np.int64))
     with torch.no_grad():
-        expected = model(
-            input_ids=torch.from_numpy(ids), attention_mask=mask, labels=torch.from_numpy(target)
-        ).logits.numpy()
+        given = (torch.from_numpy(ids), mask)
+        expected = model(*given, labels=torch.from_numpy(target)).logits.numpy()
     states = T5Encoder(CONFIG).apply({"params": params}, ids, lengths)
-    found = T5Decoder(CONFIG, layers).apply(
-        {"params": decoder_params(state, layers)}, params["embedding"], target, states, lengths
-    )
+    given = params["embedding"], target, states, lengths
+    found = T5Decoder(CONFIG, layers).apply({"params": decoder_params(state, layers)}, *given)
     assert relative_error(found, expected) < 1e-4
 
 
 def test_no_token_sees_itself_or_what_comes_after():
     decoder, table = T5Decoder(CONFIG), jax.random.normal(jax.random.key(0), (50, 16))
-    states, lengths, target = (
-        jax.random.normal(jax.random.key(1), (1, 5, 16)),
-        jnp.array([5]),
-        jnp.arange(10)[None] + 1,
-    )
+    states, lengths = jax.random.normal(jax.random.key(1), (1, 5, 16)), jnp.array([5])
+    target = jnp.arange(10)[None] + 1
     params = nn.unbox(decoder.init(jax.random.key(2), table, target, states, lengths))
     before = decoder.apply(params, table, target, states, lengths)
     after = decoder.apply(params, table, target.at[0, 6].set(30), states, lengths)
@@ -98,8 +80,5 @@ def test_no_token_sees_itself_or_what_comes_after():
 
 def test_a_causal_bucket_counts_how_far_behind_a_key_lies():
     table = relative_buckets(200, causal=True)
-    assert (
-        (table[np.triu_indices(200)] == 0).all()
-        and (table[100, 85:101] == np.arange(15, -1, -1)).all()
-        and table.max() == 31
-    )
+    assert (table[np.triu_indices(200)] == 0).all() and table.max() == 31
+    assert (table[100, 85:101] == np.arange(15, -1, -1)).all()

@@ -45,29 +45,22 @@ def encoder(whole_memory):
         wo = model.encoder.block[0].layer[1].DenseReluDense.wo.weight  # [out, in]
         for name, growth in GROWTH.items():
             wo.mul_(torch.tensor(growth)[:, None])
-            out = model(
-                torch.tensor(IDS),
-                attention_mask=torch.tensor(COUNTED.astype(int)),
-                output_hidden_states=True,
-            )
+            mask = torch.tensor(COUNTED.astype(int))
+            out = model(torch.tensor(IDS), attention_mask=mask, output_hidden_states=True)
             wo.div_(torch.tensor(growth)[:, None])
-            reference[name] = (
-                out.last_hidden_state.numpy()[COUNTED],
-                float(out.hidden_states[1].abs().max()),
-            )
+            largest = float(out.hidden_states[1].abs().max())
+            reference[name] = out.last_hidden_state.numpy()[COUNTED], largest
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     del model, out, wo
 
     def kept(path: str) -> np.dtype:
-        return np.dtype(
-            jnp.bfloat16 if path.endswith("kernel") or path == "embedding" else np.float32
-        )
+        narrow = path.endswith("kernel") or path == "embedding"
+        return np.dtype(jnp.bfloat16 if narrow else np.float32)
 
     floats = t5_params(CONFIG, state, dtype=kept)
     shapes = t5_shapes(CONFIG, quantization="int8")
-    int8 = read(
-        tables.TRANSFORMERS, shapes, state, ignore=tables.IGNORED, dtype=kept, quantization="int8"
-    )
+    how = {"ignore": tables.IGNORED, "dtype": kept, "quantization": "int8"}
+    int8 = read(tables.TRANSFORMERS, shapes, state, **how)
     state.clear()
     gc.collect()
     return reference, floats, int8
@@ -77,11 +70,10 @@ def states(params: dict, growth: str, dtype, quantization: str | None = None) ->
     """States of the tokens that count, with wo of the first layer scaled."""
     scale = np.stack([GROWTH[growth], np.ones_like(GROWTH[growth])])[:, None]
     kernel = params["blocks"]["wo"]["kernel"]
-    kernel = (
-        kernel.replace(scale=kernel.scale * scale)
-        if quantization
-        else kernel * scale.astype(kernel.dtype)
-    )
+    if quantization:
+        kernel = kernel.replace(scale=kernel.scale * scale)
+    else:
+        kernel = kernel * scale.astype(kernel.dtype)
     params = {**params, "blocks": {**params["blocks"], "wo": {"kernel": kernel}}}
     module = T5Encoder(CONFIG, dtype=dtype, quantization=quantization)
     return np.asarray(jax.jit(module.apply)({"params": params}, IDS, LENGTHS))[COUNTED]

@@ -48,9 +48,8 @@ def test_t5_xxl_takes_half_the_memory_and_no_second_copy_in_floats():
     ids, lengths = jax.ShapeDtypeStruct((1, 120), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), ids, lengths))["params"]
     params["embedding"] = jax.ShapeDtypeStruct(params["embedding"].shape, jnp.bfloat16)
-    memory = (
-        jax.jit(module.apply).lower({"params": params}, ids, lengths).compile().memory_analysis()
-    )
+    lowered = jax.jit(module.apply).lower({"params": params}, ids, lengths)
+    memory = lowered.compile().memory_analysis()
     assert memory.argument_size_in_bytes < 4.91e9  # 9.53e9 with bfloat16 kernels
     assert memory.temp_size_in_bytes < 1e9
 
@@ -59,12 +58,10 @@ def test_the_shipped_model_draws_nearly_the_same_from_int8_states(root):
     pipe = Pipeline.from_pretrained(root / "assets" / "shapes")
     config, params = pipe.text_encoder.config, pipe.text_encoder.params
     prompts = (root / "configs" / "shapes_prompts.txt").read_text(encoding="utf-8").splitlines()[:8]
-    ids, lengths = tokenize(pipe.tokenizer, prompts, pipe.transformer.config.text_tokens)
-    empty, empty_lengths = tokenize(
-        pipe.tokenizer, [""] * len(prompts), pipe.transformer.config.text_tokens, ids.shape[1]
-    )
-    own = pipe.sampling
-    steps, guidance, solver = own.steps, own.guidance, own.solver
+    tokens = pipe.transformer.config.text_tokens
+    ids, lengths = tokenize(pipe.tokenizer, prompts, tokens)
+    empty, empty_lengths = tokenize(pipe.tokenizer, [""] * len(prompts), tokens, ids.shape[1])
+    own = {name: getattr(pipe.sampling, name) for name in ("steps", "guidance", "solver")}
 
     def draw(module, params, seed):
         states, negative = (
@@ -73,16 +70,7 @@ def test_the_shipped_model_draws_nearly_the_same_from_int8_states(root):
         )
         side = pipe.transformer.config.sample_size * pipe.factor
         noise, _ = pipe.noise(seed, range(len(prompts)), side, side)
-        latents = pipe.denoise(
-            states,
-            lengths,
-            noise,
-            negative,
-            empty_lengths,
-            steps=steps,
-            guidance=guidance,
-            solver=solver,
-        )
+        latents = pipe.denoise(states, lengths, noise, negative, empty_lengths, **own)
         return states, np.asarray(pipe.decode(latents), np.float64)
 
     def likeness(images):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +9,9 @@ import pytest
 import qwix
 
 from pixart_jax.models.quantization import applies, leaf, quantize, quantize_matrix
-from pixart_jax.models.t5 import T5Config, T5Encoder
-from tests.models.reference import quantized
+from pixart_jax.models.t5 import T5Config
+from pixart_jax.weights.component import TextEncoder
+from tests.models.reference import quantized, random_params, t5_shapes
 
 CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=4)
 
@@ -29,11 +29,8 @@ def stack(dtype=np.float32) -> np.ndarray:
 def test_no_value_is_further_than_half_a_step_from_what_it_stands_for(dtype):
     kernels = stack(dtype)
     held = jax.tree.map(np.asarray, quantize(kernels))
-    assert (held.qvalue.dtype, held.scale.dtype, held.scale.shape) == (
-        np.int8,
-        np.float32,
-        (3, 1, 40),
-    )
+    assert held.qvalue.dtype == np.int8
+    assert held.scale.dtype == np.float32 and held.scale.shape == (3, 1, 40)
     error = np.abs(held.qvalue * held.scale.astype(np.float64) - kernels.astype(np.float64))
     assert (error <= held.scale * 0.50001).all()
     largest = np.abs(kernels.astype(np.float64)).max(-2, keepdims=True)
@@ -46,10 +43,8 @@ def test_parts_of_a_stack_give_the_parts_of_its_leaf():
     kernels = stack()
     whole = quantize(kernels)
     for layer in range(3):
-        for part in (
-            quantize(kernels[layer]),
-            jax.tree.map(lambda a: a[0], quantize(kernels[layer : layer + 1])),
-        ):
+        sliced = jax.tree.map(lambda a: a[0], quantize(kernels[layer : layer + 1]))
+        for part in (quantize(kernels[layer]), sliced):
             np.testing.assert_array_equal(part.qvalue, whole.qvalue[layer])
             np.testing.assert_array_equal(part.scale, whole.scale[layer])
 
@@ -71,15 +66,10 @@ def test_what_is_no_kernel_stays_as_it_is(path):
 
 
 def test_what_is_loaded_has_the_make_of_what_the_module_asks_for():
-    example = (jnp.zeros((1, 2), int), jnp.ones((1,), int))
-    params = nn.unbox(T5Encoder(CONFIG).init(jax.random.key(0), *example))["params"]
-    asked = nn.unbox(
-        jax.eval_shape(T5Encoder(CONFIG, quantization="int8").init, jax.random.key(0), *example)
-    )["params"]
-    loaded = quantized(params)
+    asked = t5_shapes(CONFIG, quantization="int8")
+    loaded = quantized(random_params(TextEncoder, CONFIG))
     # so a tree of shardings fits it too
     assert jax.tree.structure(loaded) == jax.tree.structure(asked)
-    assert jax.tree.map(lambda a: (a.shape, str(a.dtype)), loaded) == jax.tree.map(
-        lambda a: (a.shape, str(a.dtype)), asked
-    )
+    one, other = (jax.tree.map(lambda a: (a.shape, str(a.dtype)), t) for t in (loaded, asked))
+    assert one == other
     assert isinstance(loaded["blocks"]["wo"]["kernel"], qwix.QArray)
