@@ -372,7 +372,7 @@ def test_a_model_names_its_own_guidance(ours, tmp_path):
 
 
 def test_a_sigma_folder_reads_300_tokens_and_draws_what_diffusers_draws(tmp_path):
-    parts = tiny_diffusers.build(tmp_path, save=False).components
+    parts = tiny_diffusers.build().components
     theirs = PixArtSigmaPipeline(**parts)
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path / "sigma")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,44 +23,29 @@ WORDS = (
 
 
 def build(
-    folder: Path,
+    folder: Path | None = None,
     prediction: str = "epsilon",
     size_conditions: bool = False,
-    save: bool = True,
     seed: int = 0,
     sample_size: int = 8,
 ) -> PixArtAlphaPipeline:
-    """diffusers' pipeline with every weight non-zero, saved to ``folder``.
+    """diffusers' pipeline with every weight non-zero, saved to ``folder`` if given.
 
     The transformer's weights are 0.15 wide: at 0.25, 20 guided steps already amplify a change of
     1e-6 in the noise to 3e-3, and two programs that round differently draw two images.
     """
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(WORDS)
+    sizes = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 2}
+    sizes |= {"cross_attention_dim": 24, "caption_channels": 16, "norm_num_groups": 4}
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=3,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=24,
+        **sizes,
         sample_size=128 if size_conditions else sample_size,
-        caption_channels=16,
-        norm_num_groups=4,
         use_additional_conditions=size_conditions,
         interpolation_scale=1.0,
     )
-    text = T5Config(
-        vocab_size=96,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    encoder = T5EncoderModel(text)
+    text = {"vocab_size": 96, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    encoder = T5EncoderModel(T5Config(**text, feed_forward_proj="gated-gelu", dropout_rate=0.0))
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -71,17 +57,15 @@ def build(
     with torch.no_grad():
         for module, scale in ((transformer, 0.15), (encoder, 0.3), (vae, 0.2)):
             for name, parameter in module.named_parameters():
-                parameter.copy_(
-                    torch.randn_like(parameter) * scale
-                    + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-                )
+                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(torch.randn_like(parameter) * scale + centre)
     their = "v_prediction" if prediction == "v" else prediction
     scheduler = DPMSolverMultistepScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type=their
     )
     pipe = PixArtAlphaPipeline(tokenizer, encoder.eval(), vae.eval(), transformer.eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
-    if save:
+    if folder is not None:
         pipe.save_pretrained(folder)
     return pipe
 
@@ -89,14 +73,11 @@ def build(
 def draw(pipe: PixArtAlphaPipeline, prompts, noise, **options):
     """What diffusers draws from noise [n, h, w, 4]: (latents [n, h, w, 4], images uint8 [n, H, W,
     3]) as numpy."""
-    import numpy as np
-
     height, width = noise.shape[1] * pipe.vae_scale_factor, noise.shape[2] * pipe.vae_scale_factor
     given = torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2).contiguous()
     plain = {"output_type": "latent", "use_resolution_binning": False, "clean_caption": False}
-    latents = pipe(
-        list(prompts), latents=given, height=height, width=width, **plain, **options
-    ).images
+    size = {"height": height, "width": width}
+    latents = pipe(list(prompts), latents=given, **size, **plain, **options).images
     with torch.no_grad():
         images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
     images = ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte()

@@ -59,7 +59,7 @@ def theirs(steps: int, folder: Path) -> Outputs:
     were frozen."""
     from tests import tiny_diffusers
 
-    pipe = tiny_diffusers.build(folder, save=False)
+    pipe = tiny_diffusers.build()
     frozen = np.load(FROZEN)
     if weights(pipe.transformer) != str(frozen["weights"]):
         raise ValueError("the frozen latents were made with other weights: freeze them again")
@@ -89,7 +89,7 @@ def freeze(checkout: Path) -> None:
     official = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(official)
     with tempfile.TemporaryDirectory() as folder:
-        model = tiny_diffusers.build(Path(folder), save=False).transformer
+        model = tiny_diffusers.build().transformer
     found = {"weights": weights(model)}
     noise, text, null = (torch.from_numpy(values) for values in inputs())
     mask = (torch.arange(TOKENS)[None] < torch.tensor(NULL_LENGTHS + LENGTHS)[:, None]).float()

@@ -147,7 +147,7 @@ def test_pth_to_folder_to_official_file_is_exact_to_the_bit_and_loads_strictly(
 def test_an_official_pth_of_diffusers_weights_evaluates_as_diffusers_and_opens_there(
     size_conditions, tmp_path, convert
 ):
-    pipe = tiny_diffusers.build(tmp_path, size_conditions=size_conditions, save=False)
+    pipe = tiny_diffusers.build(size_conditions=size_conditions)
     theirs, null = pipe.transformer, torch.randn(120, 16)
     state = official.transformer(dict(theirs.state_dict()), 2)
     state["y_embedder.y_embedding"] = null

@@ -58,6 +58,10 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig, compressed: bool):
         super().__init__()
@@ -75,12 +79,8 @@ class SelfAttention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if hasattr(self, "sr"):
-            k, v = (
-                self.norm(
-                    self.sr(a.transpose(1, 2).reshape(b, d, *grid)).flatten(2).transpose(1, 2)
-                )
-                for a in (k, v)
-            )
+            images = (a.transpose(1, 2).reshape(b, d, *grid) for a in (k, v))
+            k, v = (self.norm(self.sr(a).flatten(2).transpose(1, 2)) for a in images)
         q, k, v = (a.reshape(b, a.shape[1], self.heads, -1).transpose(1, 2) for a in (q, k, v))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
 
@@ -89,11 +89,8 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         d, self.heads = config.width, config.heads
-        self.q_linear, self.kv_linear, self.proj = (
-            nn.Linear(d, d),
-            nn.Linear(d, 2 * d),
-            nn.Linear(d, d),
-        )
+        self.q_linear, self.kv_linear = nn.Linear(d, d), nn.Linear(d, 2 * d)
+        self.proj = nn.Linear(d, d)
 
     def forward(self, x, text, mask):
         q, k, v = (
@@ -113,16 +110,11 @@ class Block(nn.Module):
         self.mlp = Mlp(d, config.mlp_width, d)
 
     def forward(self, x, text, mask, modulation, grid):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            self.scale_shift_table + modulation
-        ).chunk(6, 1)
-        x = x + gate_a * self.attn(
-            F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a) + shift_a, grid
-        )
+        modulation = (self.scale_shift_table + modulation).chunk(6, 1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        x = x + gate_a * self.attn(modulated(x, shift_a, scale_a), grid)
         x = x + self.cross_attn(x, text, mask)
-        return x + gate_m * self.mlp(
-            F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_m) + shift_m
-        )
+        return x + gate_m * self.mlp(modulated(x, shift_m, scale_m))
 
 
 class OfficialPixArt(nn.Module):
@@ -132,27 +124,19 @@ class OfficialPixArt(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config, d, side = config, config.width, config.sample_size // config.patch_size
-        self.register_buffer(
-            "pos_embed", positions(side, side, d, config.base, config.position_scale)[None]
-        )
+        table = positions(side, side, d, config.base, config.position_scale)
+        self.register_buffer("pos_embed", table[None])
         self.x_embedder, self.y_embedder, self.final_layer = nn.Module(), nn.Module(), nn.Module()
-        self.x_embedder.proj = nn.Conv2d(
-            config.in_channels, d, config.patch_size, config.patch_size
-        )
-        self.t_embedder, self.t_block = (
-            ScalarEmbedder(d),
-            nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d)),
-        )
+        self.x_embedder.proj = nn.Conv2d(config.in_channels, d, *[config.patch_size] * 2)
+        self.t_embedder = ScalarEmbedder(d)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         if config.size_conditions:
             self.csize_embedder, self.ar_embedder = ScalarEmbedder(d // 3), ScalarEmbedder(d // 3)
         self.y_embedder.y_proj = Mlp(config.caption_width, d, d)
-        self.y_embedder.register_buffer(
-            "y_embedding",
-            torch.randn(config.text_tokens, config.caption_width) / config.caption_width**0.5,
-        )
-        self.blocks = nn.ModuleList(
-            Block(config, i in config.kv_compression_layers) for i in range(config.depth)
-        )
+        null = torch.randn(config.text_tokens, config.caption_width) / config.caption_width**0.5
+        self.y_embedder.register_buffer("y_embedding", null)
+        compressed = (i in config.kv_compression_layers for i in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, here) for here in compressed)
         self.final_layer.linear = nn.Linear(d, config.patch_size**2 * config.out_channels)
         self.final_layer.scale_shift_table = nn.Parameter(torch.randn(2, d) / d**0.5)
 
@@ -169,11 +153,9 @@ class OfficialPixArt(nn.Module):
         for block in self.blocks:
             x = block(x, text, mask, modulation, (rows, columns))
         shift, scale = (self.final_layer.scale_shift_table + t[:, None]).chunk(2, 1)
-        x = self.final_layer.linear(F.layer_norm(x, (d,), eps=1e-6) * (1 + scale) + shift)
-        x = x.reshape(b, rows, columns, c.patch_size, c.patch_size, c.out_channels).permute(
-            0, 5, 1, 3, 2, 4
-        )
-        return x.reshape(b, c.out_channels, rows * c.patch_size, columns * c.patch_size)
+        x, p = self.final_layer.linear(modulated(x, shift, scale)), c.patch_size
+        x = x.reshape(b, rows, columns, p, p, c.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(b, c.out_channels, rows * p, columns * p)
 
 
 def run_official(
@@ -182,12 +164,7 @@ def run_official(
     """The same arguments as ours, channels last; [b, h, w, out]."""
     mask = torch.arange(text_states.shape[1]) < torch.tensor(text_lengths)[:, None]
     told = () if size is None else (torch.tensor(size), torch.tensor(aspect_ratio))
+    x, text = torch.tensor(latents).permute(0, 3, 1, 2), torch.tensor(text_states)
     with torch.no_grad():
-        out = model(
-            torch.tensor(latents).permute(0, 3, 1, 2),
-            torch.tensor(timesteps),
-            torch.tensor(text_states),
-            mask,
-            *told,
-        )
+        out = model(x, torch.tensor(timesteps), text, mask, *told)
     return out.permute(0, 2, 3, 1).numpy()

@@ -18,9 +18,9 @@ from pixart_jax.weights.table import flatten
 
 
 @pytest.fixture
-def folder(saved_transformer, tmp_path, monkeypatch):
+def folder(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SMALLEST", 0)
-    return shutil.copytree(saved_transformer, tmp_path / "model" / "transformer")
+    return shutil.copytree(tiny_model / "transformer", tmp_path / "model" / "transformer")
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_a_damaged_file_is_named_and_made_anew(folder, tmp_path, conversions, ca
     assert not conversions
 
 
-def test_a_small_model_is_not_kept(saved_transformer, tmp_path):
-    load_component(saved_transformer, cache=tmp_path / "kept")
+def test_a_small_model_is_not_kept(tiny_model, tmp_path):
+    load_component(tiny_model / "transformer", cache=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 

@@ -4,6 +4,7 @@ on the way."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -26,48 +27,35 @@ from pixart_jax.models.vae import VAEConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.weights.component import NULL_CAPTION, VAE, DiT, TextEncoder, Transformer
 from pixart_jax.weights.streaming import leaves
+from tests import tiny_diffusers
 from tests.models.reference import quantized, randomise, relative_error, run_diffusers
 
-T5 = dict(vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2)
-T5["feed_forward_proj"] = "gated-gelu"
-VAE_FIELDS = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
-VAE_FIELDS["down_block_types"] = ["DownEncoderBlock2D"] * 2
-VAE_FIELDS["up_block_types"] = ["UpDecoderBlock2D"] * 2
-GEOMETRY = dict(num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=8)
 
-
-def randomised(model):
-    return randomise(model, spread=0.2, centre=0.5)
-
-
+@functools.cache
 def reference(kind: str):
-    if kind == "transformer":
-        fields = {**GEOMETRY, "cross_attention_dim": 24, "caption_channels": 10}
-        return randomised(PixArtTransformer2DModel(**fields, interpolation_scale=1.0))
-    if kind == "dit":
-        model = DiTTransformer2DModel(**GEOMETRY, num_embeds_ada_norm=6, out_channels=8)
-        first, second = (block.norm1.emb for block in randomised(model).transformer_blocks)
-        # as in every converted file: one embedder, copied into each block
-        second.load_state_dict(first.state_dict())
-        for embedder in (first, second):
-            # the official frequencies, which the weights are trained for; diffusers has 1 here
-            embedder.time_proj.downscale_freq_shift = 0
-        return model
-    if kind == "text_encoder":
-        return randomised(T5EncoderModel(TorchT5Config(**T5)))
-    return randomised(AutoencoderKL(**VAE_FIELDS, scaling_factor=0.3))
+    """A small model of diffusers or transformers, every weight random; not to be written to."""
+    if kind != "dit":
+        return tiny_diffusers.build().components[kind]
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "sample_size": 8}
+    model = DiTTransformer2DModel(**sizes, num_embeds_ada_norm=6, out_channels=8)
+    randomise(model, spread=0.2, centre=0.5)
+    first, second = (block.norm1.emb for block in model.transformer_blocks)
+    # as in every converted file: one embedder, copied into each block
+    second.load_state_dict(first.state_dict())
+    for embedder in (first, second):
+        # the official frequencies, which the weights are trained for; diffusers has 1 here
+        embedder.time_proj.downscale_freq_shift = 0
+    return model
 
 
 KINDS = {"transformer": Transformer, "dit": DiT, "text_encoder": TextEncoder, "vae": VAE}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders(tiny_model, tmp_path_factory) -> dict[str, Path]:
     """{kind: a folder as the references write it}; tests copy what they change."""
-    root = tmp_path_factory.mktemp("parts")
-    for kind in KINDS:
-        reference(kind).save_pretrained(root / kind)
-    return {kind: root / kind for kind in KINDS}
+    reference("dit").save_pretrained(dit := tmp_path_factory.mktemp("parts") / "dit")
+    return {kind: tiny_model / kind for kind in KINDS} | {"dit": dit}
 
 
 def evaluate(part):
@@ -79,11 +67,11 @@ def evaluate(part):
         arguments = (latents[:1, :4, :6],)
         return arguments, part.decode(*arguments)
     if isinstance(part, TextEncoder):
-        arguments = (rng.integers(0, 32, (2, 9)), np.array([9, 4]))
+        arguments = (rng.integers(0, 96, (2, 9)), np.array([9, 4]))
     elif isinstance(part, DiT):
         arguments = (latents, times, np.array([2, 6]))
     else:
-        states = rng.normal(size=(2, 5, 10)).astype(np.float32)
+        states = rng.normal(size=(2, 5, 16)).astype(np.float32)
         arguments = (latents, times, states, np.array([5, 2]))
     return arguments, part.apply(*arguments)
 
@@ -138,7 +126,7 @@ def test_what_we_save_opens_in_the_reference_without_a_stray_key_and_computes_th
 ):
     part = load_component(folders[kind])
     if kind == "transformer":  # as one that was trained here
-        part = part.replace(params={**part.params, "null_caption": jnp.ones((120, 10))})
+        part = part.replace(params={**part.params, "null_caption": jnp.ones((120, 16))})
     part.save(tmp_path)
     model, info = type(reference(kind)).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -150,7 +138,7 @@ def test_what_we_save_opens_in_the_reference_without_a_stray_key_and_computes_th
 def test_save_and_load_is_bit_exact(folders, tmp_path, kind):
     part = load_component(folders[kind])
     if kind == "transformer":
-        null = np.random.default_rng(0).normal(size=(120, 10)).astype(np.float32)
+        null = np.random.default_rng(0).normal(size=(120, 16)).astype(np.float32)
         part = part.replace(params={**part.params, "null_caption": null})
     part.save(tmp_path)
     part.save(tmp_path)  # over what is there
@@ -199,7 +187,8 @@ def test_t5_under_either_name_of_its_embedding_or_both(folders, tmp_path, own, o
 
 
 def test_the_encoder_of_a_whole_t5_is_read_from_it(tmp_path):
-    whole = randomised(T5ForConditionalGeneration(TorchT5Config(**T5, tie_word_embeddings=False)))
+    fields = {**reference("text_encoder").config.to_dict(), "is_encoder_decoder": True}
+    whole = T5ForConditionalGeneration(TorchT5Config(**{**fields, "tie_word_embeddings": False}))
     whole.save_pretrained(tmp_path)
     params = load_component(tmp_path).params
     np.testing.assert_array_equal(params["embedding"], whole.shared.weight.detach().numpy())
@@ -226,17 +215,17 @@ def test_old_attention_names_of_a_vae_are_read(folders, tmp_path):
 def test_old_transformer_files_name_another_class_and_hold_the_null_caption(folders, tmp_path):
     def change(tensors, config):
         config["_class_name"] = "Transformer2DModel"
-        tensors["caption_projection.y_embedding"] = torch.full((120, 10), 0.5)
+        tensors["caption_projection.y_embedding"] = torch.full((120, 16), 0.5)
 
     part = load_component(rewrite(folders["transformer"], tmp_path, change))
     assert isinstance(part, Transformer)
-    np.testing.assert_array_equal(part.params["null_caption"], np.full((120, 10), 0.5, np.float32))
+    np.testing.assert_array_equal(part.params["null_caption"], np.full((120, 16), 0.5, np.float32))
 
 
 def test_the_null_caption_lies_beside_the_weights_and_is_absent_where_it_was(folders, tmp_path):
     part = load_component(folders["transformer"])
     assert "null_caption" not in part.params
-    part.replace(params={**part.params, "null_caption": jnp.ones((120, 10))}).save(tmp_path)
+    part.replace(params={**part.params, "null_caption": jnp.ones((120, 16))}).save(tmp_path)
     assert (tmp_path / NULL_CAPTION).is_file()
     part.save(tmp_path)
     assert "null_caption" not in load_component(tmp_path).params
@@ -336,7 +325,7 @@ def test_other_parameters_do_not_recompile(folders):
 def test_tiled_decoding_is_a_flag_of_decode(folders):
     part = load_component(folders["vae"])
     whole, tiled = (part.decode(jnp.ones((1, 12, 20, 4)), tile, 2) for tile in (None, 8))
-    assert whole.shape == tiled.shape == (1, 24, 40, 3)
+    assert whole.shape == tiled.shape == (1, 96, 160, 3)
 
 
 # ---- bad input: one line that names the folder ----
@@ -386,7 +375,7 @@ def replace(lost: str | None = None, **added):
     "kind, change, match",
     [
         ("vae", configure(act_fn="mish"), "act_fn = 'mish'"),
-        ("vae", configure(down_block_types=["Attn"] * 2), "down_block_types"),
+        ("vae", configure(down_block_types=["Attn"] * 4), "down_block_types"),
         ("vae", configure(norm_num_groups=5), "not divisible by norm_num_groups = 5"),
         ("vae", configure(layers_per_block="two"), "wrong type"),
         ("text_encoder", configure(feed_forward_proj="relu"), "feed_forward_proj is 'relu'"),
