@@ -18,8 +18,7 @@ import numpy as np
 from pixart_jax.files import atomic_write
 
 JSON_KEY = "pixart_jax"
-
-
+_COLORS = {True: (20, 150, 50), False: (210, 30, 30)}  # frames of a grid, by its marks
 _TITLES = {  # settings' key: the name it goes by in "parameters"
     "steps": "Steps",
     "solver": "Sampler",
@@ -56,17 +55,9 @@ def png_parameters(settings: Mapping) -> str:
         facts["size"] = f"{facts.pop('width')}x{facts.pop('height')}"
     known = [(title, facts[key]) for key, title in _TITLES.items() if key in facts]
     named = {*_TITLES, "prompt", "negative_prompt"}
-    rest = [
-        (key.replace("_", " ").capitalize(), value)
-        for key, value in facts.items()
-        if key not in named
-    ]
-    lines.append(
-        ", ".join(
-            f"{title}: {_field(value)}" for title, value in known + rest if value not in (None, "")
-        )
-    )
-    return "\n".join(lines)
+    rest = [(k.replace("_", " ").capitalize(), v) for k, v in facts.items() if k not in named]
+    pairs = [f"{title}: {_field(v)}" for title, v in known + rest if v not in (None, "")]
+    return "\n".join([*lines, ", ".join(pairs)])
 
 
 def _field(value) -> str:
@@ -129,27 +120,18 @@ def image_grid(
     if not len(images):
         raise ValueError("a grid needs at least one image")
     tallest, widest = max(i.shape[0] for i in images), max(i.shape[1] for i in images)
-    scale = (
-        max(1, math.ceil((cell or 128) / max(tallest, widest)))
-        if cell is None
-        else cell / max(tallest, widest)
-    )
+    longest = max(tallest, widest)
+    scale = max(1, math.ceil(128 / longest)) if cell is None else cell / longest
     height, width = round(tallest * scale), round(widest * scale)
-    columns = columns or min(
-        len(images), max(1, math.ceil(math.sqrt(len(images) * height / width)))
-    )
+    across = max(1, math.ceil(math.sqrt(len(images) * height / width)))
+    columns = columns or min(len(images), across)
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(size=12)
-    wrapped = (
-        [_wrap(caption, font, width) for caption in captions]
-        if captions is not None
-        else [[] for _ in images]
-    )
+    wrapped = [_wrap(caption, font, width) for caption in captions or [""] * len(images)]
     line, gap = 15, 6
     text = line * max(len(w) for w in wrapped)
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), (255, 255, 255)
-    )
+    size = columns * (width + gap) + gap, rows * (height + text + gap) + gap
+    sheet = Image.new("RGB", size, (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for n, image in enumerate(images):
         x, y = gap + (n % columns) * (width + gap), gap + (n // columns) * (height + text + gap)
@@ -157,11 +139,8 @@ def image_grid(
         resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
         sheet.paste(Image.fromarray(np.asarray(image)).resize(size, resample), (x, y))
         if marks is not None and marks[n] is not None:
-            draw.rectangle(
-                (x - 3, y - 3, x + size[0] + 2, y + size[1] + 2),
-                outline=(20, 150, 50) if marks[n] else (210, 30, 30),
-                width=3,
-            )
+            frame, color = (x - 3, y - 3, x + size[0] + 2, y + size[1] + 2), _COLORS[marks[n]]
+            draw.rectangle(frame, outline=color, width=3)
         for k, words in enumerate(wrapped[n]):
             draw.text((x, y + height + 2 + k * line), words, fill=(40, 40, 40), font=font)
     return np.asarray(sheet)

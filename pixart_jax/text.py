@@ -227,9 +227,8 @@ def word_tokenizer(words: Sequence[str]):
     pieces += [(f"▁{word}", -2.0) for word in dict.fromkeys(words)]
     known = {piece for piece, _ in pieces}
     # A character costs more than any word, so a word is spelled only where it is not in the list.
-    pieces += [
-        (c, -20.0) for c in "▁abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&" if c not in known
-    ]
+    characters = "▁abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/&"
+    pieces += [(c, -20.0) for c in characters if c not in known]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
@@ -286,7 +285,7 @@ def _warn_of_cut(tokenizer, text: str, limit: int) -> None:
     shown = " ".join(lost) if len(lost) <= 30 else f"{' '.join(lost[:20])} … {' '.join(lost[-5:])}"
     warnings.warn(
         f"the prompt {text[:40]!r}… has {len(whole)} tokens and was cut to {limit}, the model's "
-        f"most: lost are its last {len(whole) - limit} tokens, {len(lost)} words: {shown!r}",
+        f"limit: lost are its last {len(whole) - limit} tokens, {len(lost)} words: {shown!r}",
         Notice,
         stacklevel=3,
     )
@@ -309,11 +308,8 @@ class PromptRow:
 
     def overrides(self) -> dict:
         """What the row sets beside its prompt."""
-        return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name != "prompt" and value is not None
-        }
+        values = dataclasses.asdict(self).items()
+        return {name: v for name, v in values if name != "prompt" and v is not None}
 
 
 def read_prompts(path: str | os.PathLike) -> list[PromptRow]:

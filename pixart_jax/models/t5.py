@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -143,8 +144,29 @@ class Projection(nn.Module):
         return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
+def attend(project: Callable, config: T5Config, x, states, *, bias=None, lengths=None):
+    """Attention of x [b, n, d] over states [b, m, d], both normed → [b, n, d]. project(features,
+    std, axes, name): a projection of the calling block."""
+    c, d = config, x.shape[-1]
+    inner = c.num_heads * c.d_kv
+    q = project(inner, (d * c.d_kv) ** -0.5, (EMBED, HEADS), "q")(x)
+    k = project(inner, d**-0.5, (EMBED, HEADS), "k")(states)
+    v = project(inner, d**-0.5, (EMBED, HEADS), "v")(states)
+    q, k, v = (a.reshape(*a.shape[:2], c.num_heads, c.d_kv) for a in (q, k, v))
+    y = attention(q, k, v, lengths=lengths, bias=bias, scale=1.0).reshape(*x.shape[:2], inner)
+    return project(d, inner**-0.5, (HEADS, EMBED), "out")(y)
+
+
+def feed_forward(project: Callable, config: T5Config, x):
+    """wo(gelu(wi_0(x)) · wi_1(x)); x [b, n, d], normed. project: as for :func:`attend`."""
+    d, hidden = x.shape[-1], config.d_ff
+    gate = nn.gelu(project(hidden, d**-0.5, (EMBED, MLP), "wi_0")(x), approximate=True)
+    y = gate * project(hidden, d**-0.5, (EMBED, MLP), "wi_1")(x)
+    return project(d, hidden**-0.5, (MLP, EMBED), "wo")(y)
+
+
 class T5Block(nn.Module):
-    """x += attention(norm(x)); x += wo(gelu(wi_0(norm(x))) · wi_1(norm(x)))."""
+    """x += attention(norm(x)); x += feed_forward(norm(x))."""
 
     config: T5Config
     dtype: jnp.dtype = jnp.float32
@@ -154,25 +176,15 @@ class T5Block(nn.Module):
     def __call__(self, x: jax.Array, bias: jax.Array, lengths: jax.Array) -> jax.Array:
         """x [b, l, d] fp32, bias [1, k, l, l] fp32, lengths [b] → [b, l, d] fp32."""
         c = self.config
-        b, n, d = x.shape
-        inner = c.num_heads * c.d_kv
 
         def project(features, std, axes, name):
             return Projection(features, std, axes, self.dtype, self.quantization, name=name)
 
         x = nn.with_logical_constraint(x, TEXT_ACTIVATION)
         y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="attention_norm")(x)
-        q = project(inner, (d * c.d_kv) ** -0.5, (EMBED, HEADS), "q")(y)
-        k = project(inner, d**-0.5, (EMBED, HEADS), "k")(y)
-        v = project(inner, d**-0.5, (EMBED, HEADS), "v")(y)
-        q, k, v = (a.reshape(b, n, c.num_heads, c.d_kv) for a in (q, k, v))
-        y = attention(q, k, v, lengths=lengths, bias=bias, scale=1.0).reshape(b, n, inner)
-        x = x + project(d, inner**-0.5, (HEADS, EMBED), "out")(y)
-
+        x = x + attend(project, c, y, y, bias=bias, lengths=lengths)
         y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="mlp_norm")(x)
-        gate = nn.gelu(project(c.d_ff, d**-0.5, (EMBED, MLP), "wi_0")(y), approximate=True)
-        y = gate * project(c.d_ff, d**-0.5, (EMBED, MLP), "wi_1")(y)
-        x = x + project(d, c.d_ff**-0.5, (MLP, EMBED), "wo")(y)
+        x = x + feed_forward(project, c, y)
         return nn.with_logical_constraint(x, TEXT_ACTIVATION)
 
 

@@ -6,14 +6,23 @@ words: one layer completes "the star is …" only if the state of "star" describ
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.models.attention import attention
-from pixart_jax.models.t5 import Projection, RMSNorm, T5Config, attention_bias, relative_bias
-from pixart_jax.parallel.axes import EMBED, HEADS, MLP, TEXT_ACTIVATION
+from pixart_jax.models.t5 import (
+    Projection,
+    RMSNorm,
+    T5Config,
+    attend,
+    attention_bias,
+    feed_forward,
+    relative_bias,
+)
+from pixart_jax.parallel.axes import TEXT_ACTIVATION
 
 _LATER = -1e9  # added to the logits of later tokens
 
@@ -26,40 +35,26 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, states=None, *, bias=None, lengths=None):
-        c = self.config
-        b, n, d = x.shape
-        inner = c.num_heads * c.d_kv
-
-        def project(std, axes, name, features=inner):
-            return Projection(features, std, axes, self.dtype, name=name)
-
-        y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="norm")(x)
+        y = RMSNorm(self.config.layer_norm_epsilon, self.dtype, name="norm")(x)
+        project = functools.partial(_project, self.dtype)
         seen = y if states is None else states
-        q = project((d * c.d_kv) ** -0.5, (EMBED, HEADS), "q")(y)
-        k = project(d**-0.5, (EMBED, HEADS), "k")(seen)
-        v = project(d**-0.5, (EMBED, HEADS), "v")(seen)
-        q, k, v = (a.reshape(b, -1, c.num_heads, c.d_kv) for a in (q, k, v))
-        y = attention(q, k, v, lengths=lengths, bias=bias, scale=1.0).reshape(b, n, inner)
-        return x + project(inner**-0.5, (HEADS, EMBED), "out", d)(y)
+        return x + attend(project, self.config, y, seen, bias=bias, lengths=lengths)
 
 
-class _Mlp(nn.Module):
-    """x + wo(gelu(wi_0(norm(x))) · wi_1(norm(x)))."""
+class _FeedForward(nn.Module):
+    """x + feed_forward(norm(x))."""
 
     config: T5Config
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
-        c = self.config
-        y = RMSNorm(c.layer_norm_epsilon, self.dtype, name="norm")(x)
-        gate, value = (
-            Projection(c.d_ff, c.d_model**-0.5, (EMBED, MLP), self.dtype, name=name)(y)
-            for name in ("wi_0", "wi_1")
-        )
-        return x + Projection(c.d_model, c.d_ff**-0.5, (MLP, EMBED), self.dtype, name="wo")(
-            nn.gelu(gate, approximate=True) * value
-        )
+        y = RMSNorm(self.config.layer_norm_epsilon, self.dtype, name="norm")(x)
+        return x + feed_forward(functools.partial(_project, self.dtype), self.config, y)
+
+
+def _project(dtype, features: int, std: float, axes, name: str) -> Projection:
+    return Projection(features, std, axes, dtype, name=name)
 
 
 class T5Decoder(nn.Module):
@@ -93,7 +88,7 @@ class T5Decoder(nn.Module):
             x = _Attention(c, self.dtype, name=f"cross_attention_{layer}")(
                 x, states.astype(self.dtype), lengths=lengths
             )
-            x = _Mlp(c, self.dtype, name=f"mlp_{layer}")(x)
+            x = _FeedForward(c, self.dtype, name=f"mlp_{layer}")(x)
         x = RMSNorm(c.layer_norm_epsilon, name="final_norm")(x) * c.d_model**-0.5
         return jnp.dot(
             x.astype(self.dtype), embedding.T.astype(self.dtype), preferred_element_type=jnp.float32

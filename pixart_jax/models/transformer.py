@@ -141,9 +141,12 @@ def compute_or_reuse(
     """As :func:`compute`; a part in this block's ``cache`` is computed only where the cache says
     so, and its output put into ``outputs``."""
     name = part.__name__
+
+    def reuse(block, x):
+        return cache.cached[name]
+
     if name not in cache.recompute:
         return part(block, x)
-    reuse = lambda block, x: cache.cached[name]  # noqa: E731
     outputs[name] = nn.cond(cache.recompute[name], part, reuse, block, x)
     return outputs[name]
 

@@ -1,16 +1,14 @@
-"""Latents → images: the VAE part by part, so that its activations fit; the fit to the size that was
-asked for; rough previews without the VAE."""
+"""Latents → images: the VAE part by part, so that its activations fit, and the fit to the size that
+was asked for."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pixart_jax.parallel.rules import row_sharding
 
@@ -71,25 +69,3 @@ def resize_and_crop(images: jax.Array, height: int, width: int) -> jax.Array:
     images = jax.image.resize(images, (batch, rows, columns, channels), "bilinear", antialias=False)
     top, left = (rows - height) // 2, (columns - width) // 2
     return images[:, top : top + height, left : left + width]
-
-
-def make_previewer(
-    decode: Callable[[np.ndarray], np.ndarray], channels: int
-) -> Callable[[np.ndarray], np.ndarray]:
-    """A function: latents [b, h, w, c] → small rough images uint8 [b, h, w, 3], without JAX, which
-    is busy while a callback runs.
-
-    One matrix, fitted by least squares to what ``decode`` (latents → uint8 images) makes of flat
-    latents of normal random colors: wrong in detail, right in place and mostly in color.
-    """
-    probes, side = 64, 4
-    flat = np.random.default_rng(0).standard_normal((probes, 1, 1, channels)).astype(np.float32)
-    images = decode(np.broadcast_to(flat, (probes, side, side, channels)))
-    colors = np.asarray(images, np.float32).mean((1, 2))  # [probes, 3]
-    inputs = np.pad(flat[:, 0, 0], ((0, 0), (0, 1)), constant_values=1)  # [probes, c + 1]
-    matrix, *_ = np.linalg.lstsq(inputs, colors, rcond=None)
-
-    def preview(latents: np.ndarray) -> np.ndarray:
-        return np.clip(np.round(latents @ matrix[:-1] + matrix[-1]), 0, 255).astype(np.uint8)
-
-    return preview

@@ -206,7 +206,7 @@ class Pipeline:
             ``TextStates.open``), instead of encoding them. The image is equal to the bit from
             states in fp32, or in the dtype that the transformer computes in.
         callback(step, latents [b, h, w, c]): called during the scan with the denoised latents of
-            each step. It must not call JAX, which is busy; :meth:`previewer` makes small images.
+            each step. It must not call JAX, which is busy.
         Raises UserError, before anything is computed, for options that cannot be used.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -367,12 +367,6 @@ class Pipeline:
         """
         with on_mesh(self.mesh):
             return decoder.fit(self._decoded(latents, tile), size)
-
-    def previewer(self) -> Callable[[np.ndarray], np.ndarray]:
-        """A function for callbacks: latents [b, h, w, c] → rough images uint8 [b, h, w, 3], a pixel
-        a latent."""
-        channels = self.transformer.config.in_channels
-        return decoder.make_previewer(lambda x: np.asarray(self.decode(jnp.asarray(x))), channels)
 
     def _spec(self, config: SamplingConfig, guided: bool) -> sampler.SamplerSpec:
         """All static arguments of the compiled program."""

@@ -33,8 +33,8 @@ _SHORTEST = 16  # tokens
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptEncoder:
-    """text_encoder: a component. tokenizer: of transformers. tokens: the most that the model reads
-    of a text. mesh: of the parameters, or None. identity: ModelFolder.text_identity's."""
+    """text_encoder: a component. tokenizer: of transformers. tokens: the model's limit for a text.
+    mesh: of the parameters, or None. identity: ModelFolder.text_identity's."""
 
     text_encoder: Any
     tokenizer: Any
@@ -153,7 +153,7 @@ def text_batches(
     """Yield (numbers, ids int32 [rows, width], lengths int32 [rows]): texts of one width together,
     the last batch of a width filled up with texts of one token.
 
-    ids: token ids of each text. limit: the most tokens that the model reads; a text's width is 16,
+    ids: token ids of each text. limit: the model's, in tokens; a text's width is 16,
     32, 64 … or the limit. pad: the id to pad with.
     """
     widths = [min(limit, max(_SHORTEST, 1 << (int(n) - 1).bit_length())) for n in lengths]
