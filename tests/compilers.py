@@ -47,16 +47,9 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 def compiled(name: str, script: Path, *arguments: str):
     """What a script prints as its last line, JSON, in a process that compiles for the topology."""
-    environment = topology.environment(topology.parse(name)) | {
-        "PYTHONPATH": path(),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), name, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    own = {"PYTHONPATH": path(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    how = {"env": topology.environment(topology.parse(name)) | own, "timeout": 900}
+    command = [sys.executable, str(script), name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
