@@ -139,7 +139,7 @@ def image_grid(
         resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
         sheet.paste(Image.fromarray(np.asarray(image)).resize(size, resample), (x, y))
         if marks is not None and marks[n] is not None:
-            frame, color = (x - 3, y - 3, x + size[0] + 2, y + size[1] + 2), _COLORS[marks[n]]
+            frame, color = (x - 3, y - 3, x + size[0] + 2, y + size[1] + 2), _COLORS[bool(marks[n])]
             draw.rectangle(frame, outline=color, width=3)
         for k, words in enumerate(wrapped[n]):
             draw.text((x, y + height + 2 + k * line), words, fill=(40, 40, 40), font=font)

@@ -31,12 +31,14 @@ class ParamCache:
     quantization)."""
 
     def __init__(self, root: str | os.PathLike | None, folder: Path, how: tuple):
-        self._root = None if root is None else Path(root)
         self._folder, self._how = folder.resolve(), how
+        key = hashlib.sha256(f"{self._folder} {how}".encode()).hexdigest()[:16]
+        name = f"{self._folder.parent.name}-{self._folder.name}-{key}.safetensors"
+        self._path = None if root is None else Path(root) / name
 
     def find(self) -> SafetensorsFile | None:
         """The cached file; None without one of these source files and this code."""
-        if self._root is None or not self._path.is_file():
+        if self._path is None or not self._path.is_file():
             return None
         try:
             cached = SafetensorsFile(self._path)
@@ -48,25 +50,19 @@ class ParamCache:
     def store(self, params: Mapping) -> None:
         """Write the parameters, unless they are small or on several hosts, or, with a message, the
         disk is too full."""
-        if self._root is None:
+        if self._path is None:
             return
         flat = leaves(params)
         size = sum(array.nbytes for array in flat.values())
         if size < SMALLEST or not all(array.is_fully_addressable for array in flat.values()):
             return
-        self._root.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(self._root).free) < 1.1 * size:
-            _say(
-                f"the weights of {self._folder} are not kept in {self._root}: {size / 1e9:.1f} "
-                f"GB, and {free / 1e9:.1f} GB are free there"
-            )
+        root = self._path.parent
+        root.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(root).free) < 1.1 * size:
+            room = f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
+            _say(f"the weights of {self._folder} are not kept in {root}: {room}")
             return
         write_safetensors(self._path, flat, {_IDENTITY: self._identity()})
-
-    @property
-    def _path(self) -> Path:
-        key = hashlib.sha256(f"{self._folder} {self._how}".encode()).hexdigest()[:16]
-        return self._root / f"{self._folder.parent.name}-{self._folder.name}-{key}.safetensors"
 
     def _identity(self) -> str:
         files = {

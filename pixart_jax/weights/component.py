@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -38,7 +39,7 @@ from pixart_jax.weights.files import (
 )
 from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.streaming import map_params, read
-from pixart_jax.weights.table import ParamMapping, flatten, unflatten, write
+from pixart_jax.weights.table import flatten, unflatten, write
 
 CONFIG = "config.json"
 # beside the transformer's weights: diffusers does not store it and would warn of its key
@@ -77,6 +78,8 @@ class Component(abc.ABC):
     mesh: jax.sharding.Mesh | None = None
 
     module_class: ClassVar[type[nn.Module]]
+    # weights/transformer.py, dit.py, t5.py or vae.py: table, config_from_json, config_to_json
+    names: ClassVar[ModuleType]
     weights_file: ClassVar[str] = "diffusion_pytorch_model.safetensors"
     _wide: ClassVar[tuple[str, ...]] = ()  # modules that always compute in fp32
 
@@ -116,22 +119,12 @@ class Component(abc.ABC):
     def _example(cls, config) -> tuple:
         """Arguments of the module's init."""
 
-    @classmethod
-    @abc.abstractmethod
-    def _names(cls, config, values: Mapping) -> tuple[tuple[ParamMapping, ...], tuple[str, ...]]:
-        """(table, keys to ignore) of a file whose config.json holds ``values``."""
-
-    @abc.abstractmethod
     def _config_to_json(self, params: Mapping) -> dict:
         """The config.json to save."""
-
-    @classmethod
-    def _canonical(cls, tensors: Tensors, config) -> Tensors:
-        """The file's tensors under current names, without those of other models."""
-        return tensors
+        return self.names.config_to_json(self.config)
 
     def _write_weights(self, folder: Path, params: Mapping) -> None:
-        table, _ = self._names(self.config, self._config_to_json(params))
+        table, _ = self.names.table(self.config, self._config_to_json(params))
         _write(folder / self.weights_file, write(table, params))
 
     @classmethod
@@ -187,7 +180,7 @@ class Component(abc.ABC):
         shardings = None if mesh is None else parameter_shardings(boxed, mesh)
         if cached is not None:
             return cls(config, map_params(cached, shardings), dtype, mesh)
-        table, ignore = cls._names(config, values)
+        table, ignore = cls.names.table(config, values)
         params = read(
             table,
             nn.unbox(boxed),
@@ -215,9 +208,11 @@ class Transformer(Component):
     """The PixArt transformer. ``params`` lacks null_caption where the file does (as released
     diffusers files do)."""
 
-    module_class = PixArtTransformer
-    _wide = ("timestep_embedder/", "size_embedder/", "ratio_embedder/", "t_block/")
-    _wide += ("kv_compression/",)
+    module_class: ClassVar = PixArtTransformer
+    names = transformer
+    _wide = tuple(
+        "timestep_embedder/ size_embedder/ ratio_embedder/ t_block/ kv_compression/".split()
+    )
 
     def apply(
         self, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None
@@ -236,13 +231,6 @@ class Transformer(Component):
         one = np.ones((1,), np.float32)
         return latents, one, *text, np.ones((1, 2), np.float32), one
 
-    @classmethod
-    def _names(cls, config, values):
-        return transformer.diffusers(config), transformer.DIFFUSERS_IGNORE
-
-    def _config_to_json(self, params):
-        return transformer.config_to_json(self.config)
-
     def _write_weights(self, folder, params):
         params = dict(params)
         null = params.pop("null_caption", None)
@@ -257,7 +245,8 @@ class Transformer(Component):
 class DiT(Component):
     """The class-conditional DiT of stage 1, saved under the official names."""
 
-    module_class = DiTModule
+    module_class: ClassVar = DiTModule
+    names = dit
     _wide = ("timestep_embedder/", "blocks/modulation/", "final_modulation/")
 
     def apply(self, latents, timesteps, labels) -> jax.Array:
@@ -270,21 +259,13 @@ class DiT(Component):
         latents = np.zeros((1, side, side, config.in_channels), np.float32)
         return latents, np.zeros((1,), np.float32), np.zeros((1,), np.int32)
 
-    @classmethod
-    def _names(cls, config, values):
-        if values.get("_class_name") == dit.DIFFUSERS_CLASS_NAME:
-            return dit.DIFFUSERS, dit.diffusers_ignore(config.depth)
-        return dit.OFFICIAL, dit.OFFICIAL_IGNORE
-
-    def _config_to_json(self, params):
-        return dit.config_to_json(self.config)
-
 
 class TextEncoder(Component):
     """The T5 encoder. T5-XXL takes 9.5 GB in bfloat16, and 4.9 GB loaded with quantization="int8":
     int8 kernels with an fp32 scale per output channel."""
 
-    module_class = T5Encoder
+    module_class: ClassVar = T5Encoder
+    names = t5
     weights_file = "model.safetensors"
 
     def apply(self, input_ids, lengths) -> jax.Array:
@@ -314,16 +295,6 @@ class TextEncoder(Component):
         return np.zeros((1, 1), np.int32), np.ones((1,), np.int32)
 
     @classmethod
-    def _names(cls, config, values):
-        return t5.TRANSFORMERS, t5.IGNORED
-
-    @classmethod
-    def _canonical(cls, tensors, config):
-        keys = [key for key in tensors if not key.startswith(t5.IGNORED_PREFIXES)]
-        own = {key: key for key in keys if key not in t5.ALIASES}
-        return tensors.renamed({t5.ALIASES[k]: k for k in keys if k in t5.ALIASES} | own)
-
-    @classmethod
     def _stored_dtype(cls, path, dtype):
         return np.dtype(dtype) if path == "embedding" else super()._stored_dtype(path, dtype)
 
@@ -334,7 +305,8 @@ class TextEncoder(Component):
 class VAE(Component):
     """The autoencoder; images in [-1, 1], latents unscaled."""
 
-    module_class = AutoencoderKL
+    module_class: ClassVar = AutoencoderKL
+    names = vae
 
     def encode(self, images) -> tuple[jax.Array, jax.Array]:
         """[b, H, W, 3] in [-1, 1] → (mean, std), each [b, H/f, W/f, 4] fp32."""
@@ -352,26 +324,14 @@ class VAE(Component):
     def _example(cls, config):
         return (np.zeros((1, config.factor, config.factor, config.in_channels), np.float32),)
 
-    @classmethod
-    def _names(cls, config, values):
-        return vae.diffusers(config), ()
 
-    @classmethod
-    def _canonical(cls, tensors, config):
-        return tensors.renamed({vae.ALIASES.get(key, key): key for key in tensors})
-
-    def _config_to_json(self, params):
-        return vae.config_to_json(self.config)
-
-
-# config.json's _class_name (diffusers) or model_type (transformers): the component, and the reader
-# of its config.json
-_KINDS = {
-    transformer.CLASS_NAME: (Transformer, transformer.config_from_json),
-    dit.CLASS_NAME: (DiT, dit.config_from_json),
-    dit.DIFFUSERS_CLASS_NAME: (DiT, dit.config_from_json),
-    vae.CLASS_NAME: (VAE, vae.config_from_json),
-    "t5": (TextEncoder, t5.config_from_json),
+# by config.json's _class_name (diffusers) or model_type (transformers)
+_KINDS: dict[str, type[Component]] = {
+    transformer.CLASS_NAME: Transformer,
+    dit.CLASS_NAME: DiT,
+    dit.DIFFUSERS_CLASS_NAME: DiT,
+    vae.CLASS_NAME: VAE,
+    "t5": TextEncoder,
 }
 # Early diffusers files have one class name for every transformer; the norm tells them apart.
 _OLD_CLASS_NAME = "Transformer2DModel"
@@ -407,17 +367,17 @@ def load_component(
             f"{folder / CONFIG} describes a {kind!r}{nearest(str(kind), _KINDS)}: such a part is "
             "not known"
         )
-    component, config_from_json = _KINDS[kind]
+    component = _KINDS[kind]
     check_quantization(quantization)
     if quantization and component is not TextEncoder:
         raise UserError(
             f"{folder} is a {component.__name__}: quantization {quantization!r} is for a T5 encoder"
         )
     try:
-        config = config_from_json(values)
+        config = component.names.config_from_json(values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    tensors = component._canonical(open_tensors(find_weights(folder)), config)
+    tensors = _under_current_names(open_tensors(find_weights(folder)), component.names)
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
         beside = SafetensorsFile(folder / NULL_CAPTION)
         if "null_caption" not in beside:
@@ -428,6 +388,15 @@ def load_component(
     stored = ParamCache(cache, folder, (dtype.name, quantization))
     options = {"quantization": quantization} if quantization else {}
     return component._load(config, values, tensors, dtype, mesh, stored, **options)
+
+
+def _under_current_names(tensors: Tensors, names: ModuleType) -> Tensors:
+    """Without tensors of other models, and with a current name for an old one that is there
+    alone."""
+    aliases, others = getattr(names, "ALIASES", {}), getattr(names, "IGNORED_PREFIXES", ())
+    keys = [key for key in tensors if not key.startswith(others)]
+    old = {aliases[key]: key for key in keys if key in aliases}
+    return tensors.renamed(old | {key: key for key in keys if key not in aliases})
 
 
 def _read_config(folder: Path) -> dict:

@@ -75,6 +75,13 @@ def diffusers_ignore(depth: int) -> tuple[str, ...]:
     )
 
 
+def table(config: DiTConfig, values: Mapping) -> tuple:
+    """(the entries, keys to ignore) of the weights beside a config.json of these values."""
+    if values.get("_class_name") == DIFFUSERS_CLASS_NAME:
+        return DIFFUSERS, diffusers_ignore(config.depth)
+    return OFFICIAL, OFFICIAL_IGNORE
+
+
 def to_official(config: DiTConfig, params: Mapping) -> dict[str, np.ndarray]:
     """Our tree → {the official code's key: array}, complete for its strict loading."""
     return {"pos_embed": position_table(config), **write(OFFICIAL, params)}

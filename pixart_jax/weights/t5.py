@@ -48,6 +48,11 @@ _SIZES = (
 )
 
 
+def table(config: T5Config, values: Mapping) -> tuple:
+    """(the entries, keys to ignore) of the weights beside a config.json of these values."""
+    return TRANSFORMERS, IGNORED
+
+
 def config_from_json(values: Mapping) -> T5Config:
     """transformers' config.json → T5Config. Raises UserError for a T5 that is not v1.1 (gated
     GELU)."""

@@ -105,6 +105,11 @@ def diffusers(config: TransformerConfig) -> tuple[ParamMapping, ...]:
     return DIFFUSERS + _compression(config, f"{_D}.attn1.sr", f"{_D}.attn1.sr_norm")
 
 
+def table(config: TransformerConfig, values: Mapping) -> tuple:
+    """(the entries, keys to ignore) of the weights beside a config.json of these values."""
+    return diffusers(config), DIFFUSERS_IGNORE
+
+
 def official(config: TransformerConfig) -> tuple[ParamMapping, ...]:
     """The table of the official code's files."""
     return OFFICIAL + _compression(config, f"{_O}.attn.sr", f"{_O}.attn.norm")

@@ -75,6 +75,11 @@ def _residual(ours: str, theirs: str) -> list[ParamMapping]:
     ]
 
 
+def table(config: VAEConfig, values: Mapping) -> tuple:
+    """(the entries, keys to ignore) of the weights beside a config.json of these values."""
+    return diffusers(config), ()
+
+
 def config_from_json(values: Mapping) -> VAEConfig:
     """diffusers' config.json → VAEConfig. UserError for another architecture."""
     widths = tuple(values.get("block_out_channels", (64,)))
