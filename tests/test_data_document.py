@@ -20,25 +20,16 @@ SEEN_FROM_THERE = ("assets", "configs", "docs", "pixart_jax", "tests", "train.py
 
 @pytest.mark.slow
 def test_the_script_in_the_document_takes_photographs_to_pictures(tmp_path):
-    (script,) = re.findall(
-        r"^```sh\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.M | re.S
-    )
+    text = (ROOT / "docs" / "data.md").read_text()
+    (script,) = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
     for name in SEEN_FROM_THERE:
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    home = {
-        "PIXART_JAX_CACHE": str(tmp_path / "cache"),
-        "PATH": path,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=2400,
-        env={**os.environ, **home},
-    )
+    home = {"PIXART_JAX_CACHE": str(tmp_path / "cache"), "PATH": path}
+    home["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    how = {"cwd": tmp_path, "env": {**os.environ, **home}, "timeout": 2400}
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     data, runs = tmp_path / "data" / "photographs", tmp_path / "runs"
 

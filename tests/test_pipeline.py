@@ -148,10 +148,8 @@ def test_shipped_folder_gives_what_diffusers_gives_from_it(root):
     theirs = opened(PixArtAlphaPipeline, shipped)
     pipe, prompts = Pipeline.from_pretrained(shipped), ["a large red star left of a small circle"]
     prompts += ["a small green square", "a large yellow circle"]
-    side, unit = (
-        pipe.transformer.config.sample_size * pipe.factor,
-        8 * pipe.transformer.config.patch_size,
-    )
+    config = pipe.transformer.config
+    side, unit = config.sample_size * pipe.factor, 8 * config.patch_size
     assert_draws_the_same(theirs, pipe, prompts, side, side)
     assert_draws_the_same(theirs, pipe, prompts[:2], side, side + unit, negative="a red circle")
 
@@ -329,14 +327,10 @@ def test_a_size_between_the_buckets_is_drawn_at_the_nearest_and_fitted_as_diffus
 @pytest.mark.parametrize("size", [(64, 64), (100, 37), (33, 200), (16, 16)])
 def test_images_are_fitted_as_diffusers_fits_them(size):
     images = np.random.default_rng(0).standard_normal((2, 48, 80, 3)).astype(np.float32)
-    want = PixArtImageProcessor.resize_and_crop_tensor(
-        torch.from_numpy(images).permute(0, 3, 1, 2), size[1], size[0]
-    )
-    np.testing.assert_allclose(
-        decoder.resize_and_crop(jnp.asarray(images), *size),
-        want.permute(0, 2, 3, 1).numpy(),
-        atol=1e-5,
-    )
+    given = torch.from_numpy(images).permute(0, 3, 1, 2)
+    want = PixArtImageProcessor.resize_and_crop_tensor(given, size[1], size[0])
+    found = decoder.resize_and_crop(jnp.asarray(images), *size)
+    np.testing.assert_allclose(found, want.permute(0, 2, 3, 1).numpy(), atol=1e-5)
 
 
 def test_a_model_names_its_own_guidance(ours, tmp_path):

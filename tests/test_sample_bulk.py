@@ -258,13 +258,9 @@ def test_int8_is_recorded_in_the_png_and_changes_little(tiny_model, prompt_file,
 def start(root: Path, model: Path, prompts: Path, out: Path, *more: str, **env: str):
     """sample.py in a process of its own."""
     argv = f"--model {model} --prompts {prompts} --out {out} --steps 2".split()
-    return subprocess.Popen(
-        [sys.executable, str(root / "sample.py"), *argv, *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **env},
-    )
+    command = [sys.executable, str(root / "sample.py"), *argv, *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env={**os.environ, **env}, **pipes)
 
 
 def finished(run: subprocess.Popen) -> str:

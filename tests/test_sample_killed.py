@@ -21,24 +21,15 @@ COUNT = 1000
 
 @pytest.mark.slow
 def test_a_thousand_prompts_killed_often_are_those_of_an_undisturbed_run(root, tmp_path):
-    prompts = [
-        shapes.captions(shapes.scene_at("plain", "test", index))["short"] for index in range(COUNT)
-    ]
+    scenes = (shapes.scene_at("plain", "test", index) for index in range(COUNT))
+    prompts = [shapes.captions(scene)["short"] for scene in scenes]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
 
     def start(out):
-        command = [
-            sys.executable,
-            str(root / "sample.py"),
-            "--prompts",
-            str(tmp_path / "prompts.txt"),
-            "--out",
-            str(tmp_path / out),
-        ]
-        command += ["--steps", "4", "--batch-size", "32", "--no-grid"]
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        argv = f"--prompts {tmp_path}/prompts.txt --out {tmp_path}/{out} --steps 4 --batch-size 32"
+        command = [sys.executable, str(root / "sample.py"), *argv.split(), "--no-grid"]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, text=True, **pipes)
 
     def drawn(out) -> int:
         return len(list((tmp_path / out).glob("*.png")))

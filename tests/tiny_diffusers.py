@@ -38,22 +38,15 @@ def build(
     tokenizer = word_tokenizer(WORDS)
     sizes = {"num_attention_heads": 3, "attention_head_dim": 8, "num_layers": 2}
     sizes |= {"cross_attention_dim": 24, "caption_channels": 16, "norm_num_groups": 4}
+    sizes["sample_size"] = 128 if size_conditions else sample_size
     transformer = PixArtTransformer2DModel(
-        **sizes,
-        sample_size=128 if size_conditions else sample_size,
-        use_additional_conditions=size_conditions,
-        interpolation_scale=1.0,
+        **sizes, use_additional_conditions=size_conditions, interpolation_scale=1.0
     )
     text = {"vocab_size": 96, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     encoder = T5EncoderModel(T5Config(**text, feed_forward_proj="gated-gelu", dropout_rate=0.0))
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "norm_num_groups": 4}
+    levels |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": (8, 8, 16, 16)}
+    vae = AutoencoderKL(**levels, layers_per_block=1, latent_channels=4)
     with torch.no_grad():
         for module, scale in ((transformer, 0.15), (encoder, 0.3), (vae, 0.2)):
             for name, parameter in module.named_parameters():

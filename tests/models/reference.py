@@ -89,14 +89,10 @@ def run_diffusers(
     if size is not None:
         ratio = torch.tensor(aspect_ratio)[:, None]
         extra = {"resolution": torch.tensor(size), "aspect_ratio": ratio}
+    x, text = torch.tensor(latents).permute(0, 3, 1, 2), torch.tensor(text_states)
+    given = {"timestep": torch.tensor(timesteps), "encoder_attention_mask": mask.float()}
     with torch.no_grad():
-        out = model(
-            torch.tensor(latents).permute(0, 3, 1, 2),
-            torch.tensor(text_states),
-            timestep=torch.tensor(timesteps),
-            added_cond_kwargs=extra,
-            encoder_attention_mask=mask.float(),
-        ).sample
+        out = model(x, text, added_cond_kwargs=extra, **given).sample
     return out.permute(0, 2, 3, 1).numpy()
 
 
@@ -132,9 +128,5 @@ def t5_params(config: T5Config, state: dict, **options) -> dict:
 
 def quantized(params: dict) -> dict:
     """An encoder's float parameters → those with quantization="int8"."""
-    return unflatten(
-        {
-            path: quantize(leaf) if applies(path) else np.asarray(leaf)
-            for path, leaf in flatten(params).items()
-        }
-    )
+    flat = flatten(params).items()
+    return unflatten({path: quantize(a) if applies(path) else np.asarray(a) for path, a in flat})

@@ -75,14 +75,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(folder: Path, file: Path) -> dict:
-    data = file.read_bytes()
+    data, path = file.read_bytes(), file.relative_to(folder).as_posix()
     oid = hashlib.sha1(data).hexdigest()
-    return {
-        "type": "file",
-        "path": file.relative_to(folder).as_posix(),
-        "size": len(data),
-        "oid": oid,
-    }
+    return {"type": "file", "path": path, "size": len(data), "oid": oid}
 
 
 class HubServer(ThreadingHTTPServer):

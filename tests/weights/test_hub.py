@@ -37,13 +37,8 @@ def program(environment, name=NAME, **more) -> subprocess.Popen:
         "[None])[0]))))"
     )
     command = [sys.executable, "-c", code, name, *more.pop("argv", ())]
-    return subprocess.Popen(
-        command,
-        env={**environment, **more},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env={**environment, **more}, text=True, **pipes)
 
 
 def test_the_first_call_downloads_with_progress_and_the_second_needs_no_network(model, environment):

@@ -23,25 +23,12 @@ TABLE = (
     ParamMapping("variant/kernel", "variant.weight", "linear"),
 )
 RNG = np.random.default_rng(0)
-FILE = {
-    "b.0.qkv.weight": RNG.normal(size=(12, 5)).astype(np.float32),
-    "b.1.qkv.weight": RNG.normal(size=(12, 5)).astype(np.float32),
-    "conv.weight": RNG.normal(size=(6, 2, 3, 4)).astype(np.float32),
-    "point.weight": RNG.normal(size=(7, 3, 1, 1)).astype(np.float32),
-    "norm.weight": RNG.normal(size=9).astype(np.float32),
-    "null": RNG.normal(size=(2, 2)).astype(np.float32),
-}
-SHAPES = unflatten(
-    {
-        "blocks/q/kernel": np.empty((2, 5, 4)),
-        "blocks/k/kernel": np.empty((2, 5, 4)),
-        "blocks/v/kernel": np.empty((2, 5, 4)),
-        "conv/kernel": np.empty((3, 4, 2, 6)),
-        "point/kernel": np.empty((3, 7)),
-        "scale": np.empty(9),
-        "null": np.empty((2, 2)),
-    }
-)
+THEIRS = {"b.0.qkv.weight": (12, 5), "b.1.qkv.weight": (12, 5), "conv.weight": (6, 2, 3, 4)}
+THEIRS |= {"point.weight": (7, 3, 1, 1), "norm.weight": (9,), "null": (2, 2)}
+FILE = {key: RNG.normal(size=size).astype(np.float32) for key, size in THEIRS.items()}
+OURS = {f"blocks/{name}/kernel": (2, 5, 4) for name in "qkv"}
+OURS |= {"conv/kernel": (3, 4, 2, 6), "point/kernel": (3, 7), "scale": (9,), "null": (2, 2)}
+SHAPES = unflatten({path: np.empty(size) for path, size in OURS.items()})
 
 
 def open_file(tensors=FILE, **options):
