@@ -30,7 +30,6 @@ from pixart_jax.weights.streaming import leaves
 from tests import tiny_diffusers
 from tests.models.reference import quantized, randomise, relative_error, run_diffusers
 
-
 T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 T5["feed_forward_proj"] = "gated-gelu"
 
