@@ -209,7 +209,7 @@ class Transformer(Component):
     diffusers files do)."""
 
     module_class: ClassVar = PixArtTransformer
-    names = transformer
+    names: ClassVar = transformer
     _wide = tuple(
         "timestep_embedder/ size_embedder/ ratio_embedder/ t_block/ kv_compression/".split()
     )
@@ -246,7 +246,7 @@ class DiT(Component):
     """The class-conditional DiT of stage 1, saved under the official names."""
 
     module_class: ClassVar = DiTModule
-    names = dit
+    names: ClassVar = dit
     _wide = ("timestep_embedder/", "blocks/modulation/", "final_modulation/")
 
     def apply(self, latents, timesteps, labels) -> jax.Array:
@@ -265,7 +265,7 @@ class TextEncoder(Component):
     int8 kernels with an fp32 scale per output channel."""
 
     module_class: ClassVar = T5Encoder
-    names = t5
+    names: ClassVar = t5
     weights_file = "model.safetensors"
 
     def apply(self, input_ids, lengths) -> jax.Array:
@@ -306,7 +306,7 @@ class VAE(Component):
     """The autoencoder; images in [-1, 1], latents unscaled."""
 
     module_class: ClassVar = AutoencoderKL
-    names = vae
+    names: ClassVar = vae
 
     def encode(self, images) -> tuple[jax.Array, jax.Array]:
         """[b, H, W, 3] in [-1, 1] → (mean, std), each [b, H/f, W/f, 4] fp32."""
