@@ -30,25 +30,20 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Read the command line, then run; returns the exit status."""
     recipe, workdir, overrides = recipes.split(argv)
-
     from pixart_jax.parallel import processes
 
-    distributed, overrides = processes.pop_distributed_flags(overrides)
+    options, overrides = processes.pop_distributed_flags(overrides)
     config = recipes.parse_config(recipe, overrides)
-
-    def start(_: list[str]) -> int:
-        return run(config, workdir, distributed)
-
-    return processes.run_with_peers(lambda: cli.run(start, argv))
+    return processes.run_with_peers(lambda: cli.run(lambda _: run(config, workdir, options), argv))
 
 
-def run(config: Config, workdir: Path, distributed: DistributedOptions) -> int:
+def run(config: Config, workdir: Path, options: DistributedOptions) -> int:
     """Join the other processes and train; returns the exit status."""
     from pixart_jax.parallel import processes
     from pixart_jax.parallel.mesh import make_mesh
     from pixart_jax.training.loop import TrainingDiverged
 
-    processes.initialize(distributed)
+    processes.initialize(options)
     processes.assert_same_config(repr(config), workdir)
     processes.warm_up_collectives(make_mesh(config.mesh))
     try:
@@ -110,8 +105,7 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
     from pixart_jax.training.stages import build_stage
     from pixart_jax.training.step import compiled_step
 
-    config, mesh, position = run.config, run.mesh, run.position
-    stage = config.stages[index]
+    config, mesh, position, stage = run.config, run.mesh, run.position, run.config.stages[index]
     loader = open_loader(config, index, run.frozen, run.encode, mesh)
     parts = build_stage(config, stage, run.frozen, mesh)  # task, optimizer, shapes of the state
     run.describe(index, loader, parts)
@@ -127,8 +121,7 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
     step = compiled_step(config, stage, parts, mesh)  # loss, gradient, update and EMA
     hooks = StageHooks(run, index, parts.task, loader)  # metrics, checkpoints, previews
     state = loop.train(run, index, state, step, loader, hooks, start, window)
-    # killed between the last checkpoint and its preview
-    if start == stage.steps and not hooks.grid(start).exists():
+    if start == stage.steps and not hooks.grid(start).exists():  # killed before its preview
         hooks.preview(start, state)
     return Trained(parts.task, state.average, loader)
 

@@ -115,8 +115,10 @@ def _part(
             )
         # the official files do not name their encoders, so the config is trusted
         root, _, latents = rest.partition("?latents=")
-        options = {"latents": latents or None, "buckets": data.buckets, "faults": bad}
-        return FeatureSamples(root, captions, data.max_text_tokens, **options)
+        tokens, folder = data.max_text_tokens, latents or None
+        return FeatureSamples(
+            root, captions, tokens, latents=folder, buckets=data.buckets, faults=bad
+        )
     limit = None if data.limit is None else math.ceil(share * data.limit)
     source = open_source(text, data.split, where=data.where, limit=limit, faults=bad)
     if stage.task in _DIFFUSION:
