@@ -196,16 +196,15 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
     damaged; here that is named once, with the place. Name and size that do not fit into a header
     are in a member before it, of type L (GNU) or x (pax).
     """
-    end, at = path.stat().st_size, 0
+    end, at, place = path.stat().st_size, 0, path.name
     name: str | None = None
     size: int | None = None
     with open(path, "rb", buffering=0) as file:
         while True:
             block = os.pread(file.fileno(), BLOCKSIZE, at)
             if len(block) < BLOCKSIZE:
-                detail = f"ends at byte {end:,} without an end mark: samples may be lost"
-                faults.add(path.name, "cut file", detail)
-                return
+                cut = f"ends at byte {end:,} without an end mark: samples may be lost"
+                break
             if not block.strip(b"\0"):
                 return
             try:
@@ -214,9 +213,8 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
             except HeaderError:
                 intact = False
             if not intact or length < 0:
-                detail = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
-                faults.add(path.name, "cut file", detail)
-                return
+                cut = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
+                break
             if name is None:
                 name = _text(block[:100])
                 if block[257:263] == b"ustar\0" and block[345]:
@@ -224,9 +222,11 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
             kind, start = block[156:157], at + BLOCKSIZE
             at = start + -(-length // BLOCKSIZE) * BLOCKSIZE
             if start + length > end:
-                detail = f"the tar ends {start + length - end:,} bytes early"
-                faults.add(f"{path.name}, {name}", "cut file", detail)
-                return
+                cut, place = (
+                    f"the tar ends {start + length - end:,} bytes early",
+                    f"{place}, {name}",
+                )
+                break
             if kind in b"Lx":
                 data = os.pread(file.fileno(), length, start)
                 pax = dict(re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", data))
@@ -236,6 +236,7 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
                 if kind in b"0\0" + b"7" and not name.endswith("/"):
                     yield name.removeprefix("./"), start, length
                 name = size = None
+    faults.add(place, "cut file", cut)
 
 
 def _text(field: bytes) -> str:
