@@ -29,10 +29,8 @@ def test_inference_tables_equal_the_released_ones(base):
 @pytest.mark.parametrize("base", buckets.BASES)
 def test_training_tables_are_the_2048_table_scaled(base):
     # The 2048 table is the one of the four that was released with all 40 entries.
-    scaled = {
-        key: (h * base // 2048, w * base // 2048)
-        for key, (h, w) in as_sizes(sigma.ASPECT_RATIO_2048_BIN).items()
-    }
+    whole = as_sizes(sigma.ASPECT_RATIO_2048_BIN)
+    scaled = {key: (h * base // 2048, w * base // 2048) for key, (h, w) in whole.items()}
     assert buckets.TABLES[base] == scaled and len(scaled) == 40
     assert set(buckets.INFERENCE_TABLES[base].items()) <= set(scaled.items())
 
@@ -47,15 +45,13 @@ def test_no_training_bucket_has_two_keys():
 def test_nearest_equals_the_released_choice_for_10000_random_sizes(base):
     rng = np.random.default_rng(base)
     sizes = np.exp(rng.uniform(np.log(32), np.log(8192), (10_000, 2))).astype(int)
+    keys = np.array(list(buckets.TABLES[base]))
+    released = PixArtImageProcessor.classify_height_width_bin
     for height, width in sizes.tolist():
-        assert buckets.nearest(
-            height, width, base, inference=True
-        ) == PixArtImageProcessor.classify_height_width_bin(height, width, RELEASED[base])
-        keys = np.array(list(buckets.TABLES[base]))
-        assert (
-            buckets.nearest(height, width, base)
-            == buckets.TABLES[base][keys[np.abs(keys - height / width).argmin()]]
-        )
+        found = buckets.nearest(height, width, base, inference=True)
+        assert found == released(height, width, RELEASED[base])
+        nearest = keys[np.abs(keys - height / width).argmin()]
+        assert buckets.nearest(height, width, base) == buckets.TABLES[base][nearest]
 
 
 # The official rule, as diffusion/data/datasets writes it: get_closest_ratio over the 40 keys as
@@ -122,20 +118,20 @@ def test_fit_covers_the_bucket_and_keeps_the_ratio():
 
 def test_assign_takes_the_nearest_ratio_and_the_largest_size_that_is_filled():
     own = ((64, 64), (96, 96), (64, 96), (96, 64))
-    assert buckets.assign(64, 64, own) == (64, 64)
-    assert buckets.assign(95, 95, own) == (64, 64)
-    assert buckets.assign(500, 500, own) == (96, 96)
-    assert buckets.assign(10, 10, own) == (64, 64)
-    assert buckets.assign(64, 96, own) == (64, 96)
-    assert buckets.assign(300, 100, own) == (96, 64)
+    for size, expected in (
+        ((64, 64), (64, 64)),
+        ((95, 95), (64, 64)),
+        ((500, 500), (96, 96)),
+        ((10, 10), (64, 64)),
+        ((64, 96), (64, 96)),
+        ((300, 100), (96, 64)),
+    ):
+        assert buckets.assign(*size, own) == expected
 
 
 @pytest.mark.parametrize("size", [(0, 64), (64, -1), (float("nan"), 64)])
-def test_a_size_without_a_ratio_is_refused(size):
+def test_a_size_without_a_ratio_and_an_unknown_base_are_refused(size):
     with pytest.raises(UserError, match="both sides must be positive"):
         buckets.nearest(*size)
-
-
-def test_an_unknown_base_is_refused():
     with pytest.raises(UserError, match="no bucket table for base 768"):
         buckets.nearest(64, 64, 768)

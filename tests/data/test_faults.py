@@ -10,18 +10,14 @@ def test_what_is_mended_is_counted_apart_from_what_is_left_out():
     for _ in range(2):
         faults.add("b.jpg", "unreadable image", "cut")
     faults.add("c.jpg", "unreadable image")
-    assert (
-        len(faults) == 2
-        and faults.summary() == "2 left out: 2 unreadable image; 1 mended: 1 control characters"
-    )
+    assert len(faults) == 2
+    assert faults.summary() == "2 left out: 2 unreadable image; 1 mended: 1 control characters"
     assert list(faults)[0] == BadRecord("a.txt", "control characters", "", True)
     other = BadRecords()
     other.extend(faults)
     assert other.summary() == faults.summary()
-    with pytest.raises(
-        UserError,
-        match="a.txt: control characters; without --strict it would be counted and put right",
-    ):
+    message = "a.txt: control characters; without --strict it would be counted and put right"
+    with pytest.raises(UserError, match=message):
         BadRecords(strict=True).extend(faults)
 
 

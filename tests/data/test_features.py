@@ -83,13 +83,11 @@ def test_the_names_are_those_of_the_official_expressions(path):
 
 def test_sam_s_features_bear_the_pictures_names(tmp_path):
     root = sam(tmp_path / "SA1B")
-    features(
-        root, {f"sa_{i:06d}": (32, 32) for i in range(3)}, "img_vae_feature/train_vae_256/noflip"
-    )
+    names = {f"sa_{i:06d}": (32, 32) for i in range(3)}
+    features(root, names, "img_vae_feature/train_vae_256/noflip")
     samples = FeatureSamples(str(root), (("caption", 1.0),), 16)
-    assert samples.read(np.array([1]), 0, np.zeros(1))["key"].tolist() == ["sa_000001"] and not len(
-        samples.faults
-    )
+    assert samples.read(np.array([1]), 0, np.zeros(1))["key"].tolist() == ["sa_000001"]
+    assert not len(samples.faults)
 
 
 def test_what_is_missing_or_damaged_is_named_and_never_replaced(root):
@@ -100,11 +98,8 @@ def test_what_is_missing_or_damaged_is_named_and_never_replaced(root):
     samples = FeatureSamples(str(root), MIX, 16)
     assert samples.bucket_of.tolist() == [-1, -1, 0]
     assert dict(samples.faults.counts) == {"missing features": 1, "unreadable features": 1}
-    named = [str(fault) for fault in samples.faults]
-    assert any(
-        "data_info.json, item 1, 000/000000.png: missing features (no 000_000000.npz" in line
-        for line in named
-    )
+    missing = "data_info.json, item 1, 000/000000.png: missing features (no 000_000000.npz"
+    assert any(missing in str(fault) for fault in samples.faults)
     loader = Loader(samples, batch_size=1, seed=0)
     assert {str(loader.batch(step)["key"][0]) for step in range(5)} == {"002/000002"}
     with pytest.raises(UserError, match="missing features"):
@@ -112,10 +107,8 @@ def test_what_is_missing_or_damaged_is_named_and_never_replaced(root):
     (latents / "001_000001.npy").unlink()
     data = (texts / "002_000002.npz").read_bytes()
     (texts / "002_000002.npz").write_bytes(data[:-30])  # a zip without its end
-    with pytest.raises(
-        UserError,
-        match="no picture has all its features .3 left out: 2 missing features, 1 unreadable",
-    ):
+    message = "no picture has all its features .3 left out: 2 missing features, 1 unreadable"
+    with pytest.raises(UserError, match=message):
         FeatureSamples(str(root), MIX, 16)
 
 
@@ -127,10 +120,8 @@ def test_a_mask_with_holes_and_a_file_that_is_no_posterior_are_unreadable(root):
     )
     np.save(root / LATENTS / "001_000001.npy", np.zeros((8, 16), np.float32))
     samples = FeatureSamples(str(root), MIX, 16)
-    assert (
-        samples.bucket_of.tolist() == [-1, -1, 0]
-        and samples.faults.counts["unreadable features"] == 2
-    )
+    assert samples.bucket_of.tolist() == [-1, -1, 0]
+    assert samples.faults.counts["unreadable features"] == 2
 
 
 def test_a_file_belongs_to_one_picture(tmp_path):
@@ -175,8 +166,8 @@ def test_what_a_large_set_holds_is_kept_for_the_next_start(root, monkeypatch):
     first = FeatureSamples(str(root), MIX, 16)
     monkeypatch.setattr(reading, "_features_of", None)
     again = FeatureSamples(str(root), MIX, 16)
-    assert again.bucket_of.tolist() == first.bucket_of.tolist() == [-1, 0, 0] and dict(
-        again.faults.counts
-    ) == dict(first.faults.counts)
-    for name, rows in first.read(np.array([1, 2]), 0, np.zeros(2)).items():
-        np.testing.assert_array_equal(rows, again.read(np.array([1, 2]), 0, np.zeros(2))[name])
+    assert again.bucket_of.tolist() == first.bucket_of.tolist() == [-1, 0, 0]
+    assert again.faults.counts == first.faults.counts
+    rows = np.array([1, 2]), 0, np.zeros(2)
+    for name, values in first.read(*rows).items():
+        np.testing.assert_array_equal(values, again.read(*rows)[name])

@@ -12,10 +12,8 @@ from pixart_jax.errors import UserError
 class Numbers:
     """Samples that are their own numbers; a third of them in the first bucket."""
 
-    def __init__(
-        self, name, count, buckets=((32, 32), (32, 64)), left_out=(), length=4, identity=None
-    ):
-        self.name, self.buckets, self.length, self.identity = name, buckets, length, identity
+    def __init__(self, name, count, buckets=((32, 32), (32, 64)), left_out=(), length=4, made=None):
+        self.name, self.buckets, self.length, self.identity = name, buckets, length, made
         self.bucket_of = (np.arange(count) % 3 == 0).astype(np.int16) % len(buckets)
         self.bucket_of[list(left_out)] = -1
 
@@ -116,9 +114,7 @@ def test_sets_of_different_encoders_are_not_mixed():
     made = {"vae": "one", "source": "x", "samples": "1", "max_text_tokens": "120"}
 
     def mix(other):
-        MixedSamples(
-            [Numbers("a", 9, identity=made), Numbers("b", 9, identity=other)], (0.5, 0.5), "ab"
-        )
+        MixedSamples([Numbers("a", 9, made=made), Numbers("b", 9, made=other)], (0.5, 0.5), "ab")
 
     alike = made | {"source": "y", "samples": "2"}
     mix(alike)

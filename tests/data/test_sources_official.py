@@ -7,17 +7,8 @@ import pytest
 
 from pixart_jax.data.sources import Mixture, open_source, parse_mixture
 from pixart_jax.errors import UserError
-from tests.data.tiny_sets import (
-    captions,
-    encoded,
-    encoded_record,
-    img2dataset,
-    intern,
-    picture,
-    sam,
-    shards,
-    write,
-)
+from tests.data import tiny_sets
+from tests.data.tiny_sets import captions, encoded, img2dataset, intern, picture, sam, write
 
 
 @pytest.fixture(autouse=True)
@@ -84,11 +75,14 @@ def test_bad_items_are_named_and_none_is_replaced_by_another(tmp_path):
 
 
 def records_of(folder):
+    sizes = [np.array([30 + i, 40], np.int32) for i in range(4)]
     made = [
-        encoded_record(f"k{i}", label=np.int64(i), size=np.array([30 + i, 40], np.int32))
-        for i in range(4)
+        tiny_sets.encoded_record(f"k{i}", label=np.int64(i), size=size)
+        for i, size in enumerate(sizes)
     ]
-    return shards(folder, {(32, 32): made}, {"captions": "dense", "vae": "v"}, {"dense": 3})
+    return tiny_sets.shards(
+        folder, {(32, 32): made}, {"captions": "dense", "vae": "v"}, {"dense": 3}
+    )
 
 
 def test_encoded_shards_tell_keys_captions_and_sizes_and_have_no_pictures(tmp_path):
@@ -125,10 +119,7 @@ def test_a_record_with_a_flipped_bit_is_named_by_shard_and_place(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (
-            "0.7*folder:A + 0.3*webdataset:B/{0..9}.tar",
-            [(0.7, "folder:A"), (0.3, "webdataset:B/{0..9}.tar")],
-        ),
+        ("0.7*folder:A + 0.3*B/{0..9}.tar", [(0.7, "folder:A"), (0.3, "B/{0..9}.tar")]),
         ("3*a + 1*b", [(0.75, "a"), (0.25, "b")]),
         ("1e-1 * data/a+b + 0.9* tfds:x", [(0.1, "data/a+b"), (0.9, "tfds:x")]),
         ("folder:A", [(1.0, "folder:A")]),
@@ -168,12 +159,8 @@ def test_captions_are_read_without_the_pictures(tmp_path):
     files = {"a.png": encoded(picture()), "a.dense.txt": "at length", "b.png": encoded(picture())}
     write(tmp_path / "photos", files)
     img2dataset(tmp_path / "web.tar", 0, 2)
-    parts = [
-        f"folder:{tmp_path / 'photos'}",
-        str(tmp_path / "web.tar"),
-        str(intern(tmp_path / "official")),
-        str(sam(tmp_path / "SA1B")),
-    ]
+    parts = [f"folder:{tmp_path / 'photos'}", str(tmp_path / "web.tar")]
+    parts += [str(intern(tmp_path / "official")), str(sam(tmp_path / "SA1B"))]
     parts.append(str(records_of(tmp_path / "set")))
     for text in [*parts, " + ".join(f"1*{part}" for part in parts)]:
         source = open_source(text)

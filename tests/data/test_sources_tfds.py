@@ -42,10 +42,8 @@ def test_imagenet_builds_from_its_archives_with_labels_for_stage_1(imagenet):
     source = open_source("tfds:imagenet2012", data_dir=imagenet)
     assert (len(source), source.num_classes, source.caption_kinds) == (6, 1000, ("class",))
     assert {sample.captions["class"][0] for sample in source} == {"n02123045", "n04266014"}
-    # tabby, as everywhere
-    assert {sample.label for sample in source if sample.captions["class"] == ("n02123045",)} == {
-        281
-    }
+    cats = [sample.label for sample in source if sample.captions["class"] == ("n02123045",)]
+    assert set(cats) == {281}  # tabby, as everywhere
     assert source[0].pixels().shape == (30, 40, 3)
     assert "tensorflow" not in sys.modules
 
@@ -76,9 +74,8 @@ def test_coco_captions_has_every_caption_of_a_picture(tmp_path):
 
 
 def test_a_set_whose_files_a_person_must_fetch_says_where_they_go(tmp_path):
-    with pytest.raises(
-        UserError, match="downloads/manual does not exist or is empty.*ILSVRC2012_img_train.tar"
-    ):
+    message = "downloads/manual does not exist or is empty.*ILSVRC2012_img_train.tar"
+    with pytest.raises(UserError, match=message):
         open_source("tfds:imagenet2012", data_dir=tmp_path)
 
 

@@ -19,10 +19,8 @@ from pixart_jax.data import records
 def picture(seed: int = 0, height: int = 24, width: int = 40) -> np.ndarray:
     """uint8 [height, width, 3]: a gradient of a colour of its own, which codecs keep well."""
     y, x = np.mgrid[:height, :width]
-    tint = np.random.default_rng(seed).integers(40, 200)
-    return np.stack([x * 255 // width, y * 255 // height, np.full_like(x, tint)], -1).astype(
-        np.uint8
-    )
+    tint = np.full_like(x, np.random.default_rng(seed).integers(40, 200))
+    return np.stack([x * 255 // width, y * 255 // height, tint], -1).astype(np.uint8)
 
 
 def encoded(pixels: np.ndarray | Image.Image, kind: str = "PNG", **more) -> bytes:
@@ -60,26 +58,12 @@ def img2dataset(path: Path, first: int, count: int) -> Path:
     members: dict[str, bytes | str] = {}
     for i in range(first, first + count):
         data = encoded(picture(i), "JPEG", quality=95)
-        said = {
-            "caption": f"a photo number {i}",
-            "url": f"https://example.org/{i}.jpg",
-            "key": f"{i:09d}",
-            "status": "success",
-            "error_message": None,
-            "width": 40,
-            "height": 24,
-            "original_width": 400,
-            "original_height": 240,
-            "exif": "{}",
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "similarity": 0.3,
-            "pwatermark": i / 10,
-        }
-        members |= {
-            f"{i:09d}.jpg": data,
-            f"{i:09d}.json": json.dumps(said),
-            f"{i:09d}.txt": f"a photo number {i}",
-        }
+        text, name = f"a photo number {i}", f"{i:09d}"
+        said = {"caption": text, "url": f"https://example.org/{i}.jpg", "key": name, "exif": "{}"}
+        said |= {"status": "success", "error_message": None, "pwatermark": i / 10}
+        said |= {"width": 40, "height": 24, "original_width": 400, "original_height": 240}
+        said |= {"sha256": hashlib.sha256(data).hexdigest(), "similarity": 0.3}
+        members |= {f"{name}.jpg": data, f"{name}.json": json.dumps(said), f"{name}.txt": text}
     return tar(path, members)
 
 
@@ -101,15 +85,8 @@ def intern(root: Path, sizes=((24, 40), (40, 24), (32, 32))) -> Path:
     items, files = [], {}
     for i, (height, width) in enumerate(sizes):
         path = f"{i:03d}/{i:06d}.png"
-        items.append(
-            {
-                "path": path,
-                "height": height,
-                "width": width,
-                "ratio": height / width,
-                "prompt": f"prompt of {i}",
-            }
-        )
+        size = {"height": height, "width": width, "ratio": height / width}
+        items.append({"path": path, **size, "prompt": f"prompt of {i}"})
         files[f"InternImgs/{path}"] = encoded(picture(i, height, width))
     write(root, files | {"InternData/partition/data_info.json": json.dumps(items)})
     return root / "InternData"
@@ -142,26 +119,15 @@ def encoded_record(key: str, side: int = 4, **arrays) -> tuple[dict, dict]:
     return plain | text | arrays, {"key": key, "captions.dense": captions}
 
 
-def features(
-    root: Path,
-    names: dict[str, tuple[int, int]],
-    latents: str,
-    channels: int = 4,
-    width: int = 16,
-    tokens: int = 8,
-) -> None:
+def features(root: Path, names: dict[str, tuple[int, int]], latents: str, tokens: int = 8) -> None:
     """{name}.npz in caption_feature_wmask and {name}.npy in ``latents``, of (height, width) px."""
     texts, folder = root / "caption_feature_wmask", root / latents
     texts.mkdir(exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (name, (high, wide)) in enumerate(names.items()):
         rng = np.random.default_rng(i)
+        states = rng.normal(size=(1, tokens, 16)).astype(np.float32)
         mask = (np.arange(tokens) < 1 + i % tokens).astype(np.int64)[None]
-        np.savez_compressed(
-            texts / f"{name}.npz",
-            caption_feature=rng.normal(size=(1, tokens, width)).astype(np.float32),
-            attention_mask=mask,
-        )
-        posterior = rng.normal(size=(2 * channels, high // 8, wide // 8)).astype(np.float32)
-        posterior[channels:] = abs(posterior[channels:])
-        np.save(folder / f"{name}.npy", posterior)
+        np.savez_compressed(texts / f"{name}.npz", caption_feature=states, attention_mask=mask)
+        mean, std = rng.normal(size=(2, 4, high // 8, wide // 8)).astype(np.float32)
+        np.save(folder / f"{name}.npy", np.concatenate([mean, abs(std)]))
