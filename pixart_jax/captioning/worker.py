@@ -107,7 +107,7 @@ class CaptionWorker:
         rows = caption_samples(self._model, numbers, samples, self.options)
         found = list(faults_of(self._source))
         if len(found) > self._reported:
-            rows[0]["noticed"] = [list(one) for one in found[self._reported :]]
+            rows[0]["noticed"] = [tuple(one) for one in found[self._reported :]]
             self._reported = len(found)
         return rows
 

@@ -65,17 +65,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             scene = shapes.scene_at(level.name, split, index)
             png = io.BytesIO()
             Image.fromarray(shapes.render(scene)).save(png, "PNG", compress_level=1)
-            yield (
-                index,
-                {
-                    "image": png.getvalue(),
-                    **shapes.captions(scene),
-                    "label": shapes.label(scene),
-                    "count": len(scene.objects),
-                    "height": scene.height,
-                    "width": scene.width,
-                    "task": scene.task,
-                    "scene": scene.to_json(),
-                    "key": f"{level.name}-{split}-{index:06d}",
-                },
-            )
+            facts = {
+                "label": shapes.label(scene),
+                "count": len(scene.objects),
+                "height": scene.height,
+                "width": scene.width,
+                "task": scene.task,
+                "scene": scene.to_json(),
+                "key": f"{level.name}-{split}-{index:06d}",
+            }
+            yield index, {"image": png.getvalue(), **shapes.captions(scene), **facts}

@@ -174,9 +174,8 @@ class IndexedSource(abc.ABC):
         """int32 [n, 2]: (height, width) of every sample, (0, 0) for an unreadable image. Reads the
         headers once; for a large set the result is cached on disk."""
         if self._found_sizes is None:
-            self._found_sizes = cached_array(
-                "sizes", self._sizes_identity(), len(self), self._read_sizes
-            )
+            identity, count = self._sizes_identity(), len(self)
+            self._found_sizes = cached_array("sizes", identity, count, self._read_sizes)
         return self._found_sizes
 
     def _sizes_identity(self) -> str:

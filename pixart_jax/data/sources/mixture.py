@@ -15,7 +15,7 @@ from pixart_jax.data.sources.sample import Captions, Sample
 from pixart_jax.errors import UserError
 
 _WEIGHT = re.compile(r"\s*[0-9.]+(?:[eE][-+]?\d+)?\s*\*")
-_TERM = re.compile(r"\s*([0-9.eE+-]+)\s*\*\s*(\S.*?)\s*")
+_TERM = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(\S.*?)\s*")
 
 
 def parse_mixture(text: str) -> list[tuple[float, str]]:
@@ -26,10 +26,7 @@ def parse_mixture(text: str) -> list[tuple[float, str]]:
     found = []
     for term in re.split(r"\s+\+\s+(?=\S)", text):
         match = _TERM.fullmatch(term)
-        try:
-            weight = float(match[1]) if match else 0.0
-        except ValueError:
-            weight = 0.0
+        weight = float(match[1]) if match else 0.0
         if match is None or not 0 < weight < float("inf"):
             raise UserError(
                 f"mixture {text!r}: {term.strip()!r} is not WEIGHT*SOURCE, as in '0.7*folder:a + "
