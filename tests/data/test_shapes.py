@@ -264,13 +264,6 @@ def test_shapes_are_what_their_distance_says():
         assert ink(scene, scene.objects[0]).sum() / 80**2 == pytest.approx(area, rel=0.01), shape
 
 
-def test_an_object_off_centre_of_a_wide_picture_is_drawn_where_it_stands():
-    circle = Object("circle", "yellow", "small", 100.5, 20.5, 9)
-    scene = Scene(64, 128, "black", (circle,), "single")
-    ys, xs = np.nonzero(shapes.render(scene)[..., 0] > 150)
-    assert (xs.mean(), ys.mean()) == pytest.approx((100, 20), abs=0.1)
-
-
 # ---- the data set ----
 
 
