@@ -115,9 +115,9 @@ def _part(
             )
         # the official files do not name their encoders, so the config is trusted
         root, _, latents = rest.partition("?latents=")
-        tokens, folder = data.max_text_tokens, latents or None
+        tokens, chosen = data.max_text_tokens, latents or None
         return FeatureSamples(
-            root, captions, tokens, latents=folder, buckets=data.buckets, faults=bad
+            root, captions, tokens, latents=chosen, buckets=data.buckets, faults=bad
         )
     limit = None if data.limit is None else math.ceil(share * data.limit)
     source = open_source(text, data.split, where=data.where, limit=limit, faults=bad)
