@@ -97,8 +97,8 @@ def _objects(texts: Iterable[tuple[str, str]], report: Report) -> Rows:
         except (ValueError, RecursionError) as error:
             report(place, BAD_ROW, f"no JSON: {one_line(error)}", False)
             continue
-        if isinstance(row, dict):
-            yield place, row
+        if isinstance(row, dict | str):
+            yield place, row if isinstance(row, dict) else {"prompt": row}
         else:
             report(place, BAD_ROW, f"a JSON object is wanted, not {type(row).__name__}", False)
 
@@ -188,7 +188,7 @@ def _json(path: Path, report: Report) -> Rows:
 
 def _parquet(path: Path, report: Report) -> Rows:
     """Columns of bytes, such as embedded images, are left out; an image's path stays."""
-    import pyarrow.parquet as parquet
+    import pyarrow
 
     with open_parquet(path) as table:
         columns = [
@@ -204,7 +204,7 @@ def _parquet(path: Path, report: Report) -> Rows:
                     for row in batch.to_pylist():
                         number += 1
                         yield f"{path.name}, row {number}", row
-            except (parquet.lib.ArrowException, OSError, UnicodeDecodeError) as error:
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 detail = f"{end - number} rows of a damaged group: {one_line(error)}"
                 report(f"{path.name}, rows {number + 1} to {end}", BAD_ROW, detail, False)
 
