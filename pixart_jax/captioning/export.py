@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pixart_jax.captioning.log import read_lines
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.sources.webdataset import PICTURES
+from pixart_jax.data.images import PICTURES
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write
 

@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pixart_jax import tables
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.sources import Mixture, open_source, parse_source, rows, texts
-from pixart_jax.data.sources.folder import PICTURES
+from pixart_jax.data.images import PICTURES
+from pixart_jax.data.sources import Mixture, open_source, parse_source, texts
 from pixart_jax.data.sources.indexed import IndexedSource
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import hash64
@@ -29,17 +30,17 @@ def open_captions(
     .parquet, a folder of .txt, or a source as open_source takes it. faults: collects what is
     skipped."""
     path = Path(what)
-    if path.suffix.lower() in rows.SUFFIXES and not path.is_dir():
+    if path.suffix.lower() in tables.SUFFIXES and not path.is_dir():
         if not path.is_file():
             raise UserError(f"{what}: no such file")
         return path.stem, None, itertools.islice(_of_file(path, faults), limit)
     if path.is_file() and path.suffix != ".tar":
-        raise UserError(f"{what}: a caption file is one of {', '.join(rows.SUFFIXES)}")
+        raise UserError(f"{what}: a caption file is one of {', '.join(tables.SUFFIXES)}")
     if path.is_dir() and parse_source(what)[0] == "folder":
-        suffixes = {file.suffix.lower() for file in path.rglob("*")}
-        if not suffixes & {".txt", *PICTURES}:
+        suffixes = {file.suffix.lower().removeprefix(".") for file in path.rglob("*")}
+        if not suffixes & {*texts.TEXTS, *PICTURES}:
             raise UserError(f"{what} holds no .txt, no picture and no tar")
-        if not suffixes & set(PICTURES):
+        if not suffixes & PICTURES:
             return path.resolve().name, None, itertools.islice(_of_texts(path, faults), limit)
     source = open_source(what, split, limit=limit, faults=faults)
     name = re.sub(r"(^|\*)[a-z-]+:", r"\1", source.name)
@@ -47,9 +48,8 @@ def open_captions(
 
 
 def _of_file(file: Path, faults: BadRecords) -> Iterator[Record]:
-    for number, row in rows.rows(file, faults):
-        place = f"{file.name}, row {number}"
-        key = next((str(row[name]) for name in texts.FILE_FIELDS if row.get(name)), "")
+    for place, row in tables.rows(file, faults.add):
+        key = texts.image_named(row) or ""
         yield key, f"{place} ({key})" if key else place, _cleaned(row, place, faults)
 
 
@@ -65,7 +65,7 @@ def _of_texts(root: Path, faults: BadRecords) -> Iterator[Record]:
     stems = {}
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
-        if path.suffix.lower() == ".txt" and not any(p.startswith(".") for p in inside.parts):
+        if texts.kind_of(path.suffix[1:]) and not any(p.startswith(".") for p in inside.parts):
             stems[inside.with_suffix("").as_posix()] = path
     kinds: dict[str, dict[str, Path]] = {}
     for stem, path in stems.items():
@@ -82,7 +82,11 @@ def _of_texts(root: Path, faults: BadRecords) -> Iterator[Record]:
                 continue
             if text:
                 captions[kind] = (text,)
-        yield key, str(root / f"{key}.txt"), captions if captions or len(faults) == before else None
+        yield (
+            key,
+            str(next(iter(paths.values()))),
+            captions if captions or len(faults) == before else None,
+        )
 
 
 def _of_source(source: IndexedSource | Mixture, faults: BadRecords) -> Iterator[Record]:

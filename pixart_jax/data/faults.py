@@ -4,6 +4,7 @@ in strict mode the first one raises."""
 from __future__ import annotations
 
 import collections
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class BadRecords:
         self._named: dict[BadRecord, None] = {}
         self.counts: collections.Counter[str] = collections.Counter()  # skipped, by kind
         self.repaired: collections.Counter[str] = collections.Counter()
+        self.unread: collections.Counter[str] = collections.Counter()  # other files, by suffix
         self._lock = threading.Lock()
 
     def add(self, place: str, kind: str, detail: str = "", repaired: bool = False) -> None:
@@ -52,6 +54,11 @@ class BadRecords:
             if len(self._named) < self._limit:
                 self._named[record] = None
 
+    def add_unread(self, name: str, count: int = 1) -> None:
+        """Count a file that is neither an image nor belongs to one; its suffix is kept."""
+        with self._lock:
+            self.unread[os.path.splitext(name)[1].lower() or "no suffix"] += count
+
     def extend(self, records: Iterable[BadRecord]) -> None:
         """Report several."""
         for record in records:
@@ -65,12 +72,16 @@ class BadRecords:
         return iter(list(self._named))
 
     def summary(self) -> str:
-        """'3 left out: 2 unreadable image, 1 key twice; 1 mended: 1 control characters', or ''."""
+        """'3 left out: 2 unreadable image, 1 key twice; 1 mended: 1 control characters; 66 other
+        files not read: 66 .foo', or ''."""
         parts = []
         for what, counts in (("left out", self.counts), ("mended", self.repaired)):
             if counts:
                 kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
                 parts.append(f"{counts.total()} {what}: {kinds}")
+        if self.unread:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.unread.most_common())
+            parts.append(f"{self.unread.total()} other files not read: {kinds}")
         return "; ".join(parts)
 
 

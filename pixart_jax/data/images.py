@@ -3,7 +3,7 @@
 Every image that Pillow reads becomes 8-bit RGB: EXIF rotation applied, transparency on white, gray,
 palettes and CMYK as RGB, 16 bits scaled to 8, the first frame of an animation. Colour profiles are
 not applied. UnreadableImage is raised for an image of more than PIXELS pixels (Pillow's own limit
-against decompression bombs), one of floating-point numbers, and one that is cut or damaged.
+against decompression bombs), one of 32-bit numbers, and one that is cut or damaged.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 from pixart_jax.data.buckets import Fit, fit
 from pixart_jax.errors import UserError, one_line
 
+# fmt: off
+PICTURES = frozenset({
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif",
+    "avifs", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm", "tga",
+})
+# fmt: on
+"""Suffixes of images, lower case, without the dot."""
 PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """178,956,970: an image of more pixels is refused (13,377 px square)."""
 # Pillow warns from half of that on.
@@ -139,13 +146,15 @@ def _rgb(image: Image.Image, codec: str | None) -> Image.Image:
     transparent = "transparency" in image.info
     if image.mode == "RGB" and not transparent:
         return image
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
-        pixels = np.rint(np.asarray(image).astype(np.float32) / 257)
-        return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise UnreadableImage(
-            "the image holds floating-point numbers, of which nothing says what is white"
-        )
+    if image.mode.startswith("I;16"):  # which Pillow would clip to 8 bits
+        values = np.asarray(image)
+        pixels = np.rint(values.astype(np.float32) / 257)
+        if isinstance(transparent_value := image.info.get("transparency"), int):
+            pixels[values == transparent_value] = 255
+        return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        held = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise UnreadableImage(f"the image holds {held}, of which nothing says what is white")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or transparent:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -226,3 +226,20 @@ def test_any_damage_is_a_readable_picture_or_one_line(kind):
                 read(cut)
             except images.UnreadableImage as error:
                 assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_of_32_bits_are_refused(mode):
+    data = io.BytesIO()
+    Image.new(mode, (4, 4), 200).save(data, "TIFF")
+    with pytest.raises(
+        images.UnreadableImage, match="32-bit integers" if mode == "I" else "floating-point"
+    ):
+        images.decode(data.getvalue())
+
+
+def test_16_bit_gray_with_a_transparent_value_is_laid_on_white():
+    data = io.BytesIO()
+    values = np.array([[0, 30000], [65535, 30000]], np.uint16)
+    Image.fromarray(values).save(data, "PNG", transparency=30000)
+    assert images.decode(data.getvalue())[..., 0].tolist() == [[0, 255], [255, 255]]

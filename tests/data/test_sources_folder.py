@@ -116,16 +116,18 @@ def test_bad_input_is_named_and_counted_and_the_rest_goes_on(tmp_path):
     write(tmp_path, files | {"captions.jsonl": "\n".join(table)})
     source = open_source(str(tmp_path))
     said = captions(source)
-    twice = ("key twice", "caption without picture", "caption too long")
-    assert dict(source.faults.counts) == dict.fromkeys(twice, 2) | {"unreadable row": 4}
+    twice = ("caption without picture", "caption too long")
+    counts = dict.fromkeys(twice, 2) | {"key twice": 1, "unreadable row": 4}
+    assert dict(source.faults.counts) == counts
     assert dict(source.faults.repaired) == {"control characters": 1, "not UTF-8": 1}
     assert len(said) == len(source) == 7 and said["huge"] == said["long"] == {}
-    for key, text in (("a", "good"), ("odd", "bell and nul"), ("bytes", "caf\ufffd noir")):
+    assert said["a"] == {"caption": ("good", "again")}
+    for key, text in (("odd", "bell and nul"), ("bytes", "caf\ufffd noir")):
         assert said[key] == {"caption": (text,)}
     summary = source.faults.summary()
-    assert summary.startswith("10 left out: 4 unreadable row") and "2 mended" in summary
+    assert summary.startswith("9 left out: 4 unreadable row") and "2 mended" in summary
     places = {fault.place for fault in source.faults}
-    assert {"captions.jsonl, row 4", "captions.jsonl, row 9", "a.png", "lonely.txt"} <= places
+    assert {"captions.jsonl, line 4", "captions.jsonl, line 9", "a.png", "lonely.txt"} <= places
     sizes = dict(zip(said, source.sizes().tolist()))
     assert sizes["empty"] == [0, 0] and sizes["cut"] == [24, 40]  # its header is whole
     for key, message in (("empty", "the image is empty"), ("cut", "the image cannot be decoded")):
@@ -134,13 +136,71 @@ def test_bad_input_is_named_and_counted_and_the_rest_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("files", "captions_of_a", "left_out"),
+    [
+        ({"a.TXT": "x"}, {"caption": ("x",)}, {}),
+        ({"a.Dense.Txt": "x", "a.JSON": '{"short": "y"}'}, {"dense": ("x",), "short": ("y",)}, {}),
+        ({"a.caption": "x", "a.foo": "y", "b.FOO": "z"}, {"caption": ("x",)}, {".foo": 2}),
+        ({"Metadata.CSV": "File_Name;Text\na.jpg;x\n"}, {"Text": ("x",)}, {}),
+        (
+            {"captions.csv": "key,caption\na,x\na,y\na,x\n"},
+            {"caption": ("x", "y")},
+            {"key twice": 1},
+        ),
+        ({"metadata.json": '[{"file_name": "a.jpg", "text": ["x", null]}]'}, {"text": ("x",)}, {}),
+        (
+            {
+                "captions_val2017.json": '{"images": [{"id": 1, "file_name": "a.jpg"}], '
+                '"annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": "y"}]}'
+            },
+            {"caption": ("x", "y")},
+            {},
+        ),
+        ({"meta_cap.json": '{"a.jpg": {"caption": "x"}}'}, {"caption": ("x",)}, {}),
+        ({"captions.csv": "name,caption\na,x\nb,y\n"}, {}, {"unreadable table": 1}),
+        ({"a.txt": "x".encode("utf-16")}, {"caption": ("x",)}, {}),
+        ({"lonely.json": "{}", "README": "x"}, {}, {".json": 1, "no suffix": 1}),
+    ],
+)
+def test_every_file_is_used_or_named(tmp_path, files, captions_of_a, left_out):
+    write(tmp_path, {"a.jpg": PHOTO} | files)
+    source = open_source(str(tmp_path))
+    assert captions(source) == {"a": captions_of_a}
+    assert dict(source.faults.counts + source.faults.unread) == left_out
+
+
+def test_images_embedded_in_parquet(tmp_path):
+    rows = [
+        {"image": {"bytes": encoded(picture(n)), "path": None}, "text": f"t{n}"} for n in range(5)
+    ]
+    rows[3]["image"]["bytes"] = None
+    for name, some in (("train-0", rows[:2]), ("train-1", rows[2:])):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        file = tmp_path / "data" / f"{name}.parquet"
+        image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        table = pa.Table.from_pylist(some, pa.schema({"image": image, "text": pa.string()}))
+        pyarrow.parquet.write_table(table, file, row_group_size=2)
+    for text in (str(tmp_path), f"parquet:{tmp_path / 'data' / 'train-*.parquet'}"):
+        source = open_source(text)
+        keys = ["train-0-000000", "train-0-000001"] + [f"train-1-{n:06d}" for n in range(3)]
+        assert captions(source) == {key: {"text": (f"t{n}",)} for n, key in enumerate(keys)}
+        assert source.sizes().tolist() == [[24, 40]] * 3 + [[0, 0], [24, 40]]
+        np.testing.assert_array_equal(source[4].pixels(), picture(4))
+    with pytest.raises(UserError, match="train-1-000001: the image is empty"):
+        source[3].pixels()
+    beside = {"a.jpg": PHOTO, "metadata.parquet": (tmp_path / "data/train-0.parquet").read_bytes()}
+    write(tmp_path / "mixed", beside)
+    assert open_source(str(tmp_path / "mixed")).faults.counts == {"embedded picture": 2}
+
+
+@pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"a.png": PHOTO}, "a.png: key twice"),
         ({"b.txt": "x"}, "b.txt: caption without picture"),
         ({"a.txt": "x" * 200_000}, "a.txt: caption too long"),
-        ({"captions.jsonl": "{"}, "captions.jsonl, row 1: unreadable row"),
-        ({"captions.csv": "key,caption\na\n"}, "captions.csv, row 1: unreadable row"),
+        ({"captions.jsonl": "{"}, "captions.jsonl, line 1: unreadable row"),
+        ({"captions.csv": "key,caption\na\n"}, "captions.csv, line 2: unreadable row"),
         ({"a.txt": "bell\x07"}, "a.txt: control characters"),
     ],
 )

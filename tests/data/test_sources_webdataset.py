@@ -94,7 +94,10 @@ def test_headers_say_what_tarfile_reads_and_no_cut_is_a_traceback(tmp_path, form
                 link.type, link.linkname = kind, name
                 out.addfile(link)
     with tarfile.open(path) as held:
-        expected = [(m.name, m.offset_data, m.size) for m in held if m.isreg()]
+        places = {m.name: (m.offset_data, m.size) for m in held if m.isreg()}
+        expected = [
+            (m.name, *places[m.linkname if m.issym() else m.name]) for m in held if not m.isdir()
+        ]
 
     def members():
         faults = BadRecords()
@@ -216,3 +219,51 @@ def test_a_tar_missing_from_a_range_is_named(tmp_path):
     img2dataset(tmp_path / "0.tar", 0, 2)
     source = open_source(f"webdataset:{tmp_path}/{{0..1}}.tar")
     assert len(source) == 2 and dict(source.faults.counts) == {"missing file": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "keys", "left_out"),
+    [
+        (("a.v1.jpg", "a.v1.txt", "a.v2.jpg"), {"a.v1": 1, "a.v2": 0}, {}),
+        (("a.left.jpg", "a.right.jpg", "a.txt"), {"a.left": 1, "a.right": 1}, {}),
+        (("a.jpg", "a.mask.png", "a.dense.txt", "a.npy"), {"a": 1}, {".png": 1, ".npy": 1}),
+        (("A.JPG", "A.Dense.TXT", "A.Caption"), {"A": 2}, {}),
+        (("a.avif", "a.txt", "README"), {"a": 1}, {"no suffix": 1}),
+        (("a.jpg", "b.txt", "b.json"), {"a": 0}, {"caption without picture": 1}),
+        (
+            ("a.jpg", "a.txt", "b.jpg -> a.jpg", "c.jpg -> x.jpg"),
+            {"a": 1, "b": 0},
+            {"unreadable link": 1},
+        ),
+        (("d.v1/x.jpg", "d.v1/x.txt", "./e.jpg"), {"d.v1/x": 1, "e": 0}, {}),
+    ],
+)
+def test_every_member_is_used_or_named(tmp_path, members, keys, left_out):
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        for member in members:
+            name, _, target = member.partition(" -> ")
+            info = tarfile.TarInfo(name)
+            data = encoded(picture()) if name.lower().endswith(("jpg", "png", "avif")) else b"words"
+            if target:
+                info.type, info.linkname = tarfile.SYMTYPE, target
+            else:
+                info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    for _ in range(2):  # from the tar, then from the cached index
+        source = open_source(str(tmp_path))
+        kinds = {sample.key: len(sample.captions) for sample in source}
+        assert kinds == {key: count for key, count in keys.items()}
+        assert dict(source.faults.counts + source.faults.unread) == left_out
+
+
+def test_compressed_tars_beside_plain_ones_are_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        data = encoded(picture())
+        info = tarfile.TarInfo("a.jpg")
+        info.size = len(data)
+        out.addfile(info, io.BytesIO(data))
+    for name in ("b.tar.gz", "c.TGZ", "notes.md", ".hidden"):
+        (tmp_path / name).write_bytes(b"x")
+    source = open_source(str(tmp_path))
+    assert source.faults.counts == {"compressed tar": 2} and source.faults.unread == {".md": 1}
+    assert "1 other files not read: 1 .md" in source.faults.summary()

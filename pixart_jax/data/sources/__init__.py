@@ -9,11 +9,13 @@ import re
 
 from pixart_jax.data import records
 from pixart_jax.data.faults import BadRecords
+from pixart_jax.data.images import PICTURES
 from pixart_jax.data.sources.encoded import RecordsSource
 from pixart_jax.data.sources.folder import FolderSource
 from pixart_jax.data.sources.indexed import Choice, IndexedSource
 from pixart_jax.data.sources.mixture import Mixture, parse_mixture
 from pixart_jax.data.sources.official import OfficialSource
+from pixart_jax.data.sources.parquet import ParquetSource, files_with_images
 from pixart_jax.data.sources.sample import Sample, Source
 from pixart_jax.data.sources.tfds import TfdsSource
 from pixart_jax.data.sources.webdataset import WebdatasetSource
@@ -21,10 +23,11 @@ from pixart_jax.errors import UserError, nearest
 
 __all__ = ["Mixture", "Sample", "Source", "open_source", "parse_mixture", "parse_source"]
 
-_KINDS = ("tfds", "folder", "webdataset", "pixart", "pixart-features", "records")
+_KINDS = ("tfds", "folder", "webdataset", "parquet", "pixart", "pixart-features", "records")
 _FORMS = (
-    "tfds:NAME[/CONFIG], folder:DIR[?captions=FILE], webdataset:TARS, pixart:ROOT, records:DIR, a "
-    "folder or a .tar by its path, or a mixture as '0.7*folder:a + 0.3*folder:b'"
+    "tfds:NAME[/CONFIG], folder:DIR[?captions=FILE], webdataset:TARS, parquet:FILES, pixart:ROOT, "
+    "records:DIR, a folder, a .tar or a .parquet by its path, or a mixture as "
+    "'0.7*folder:a + 0.3*folder:b'"
 )
 
 
@@ -32,7 +35,8 @@ def parse_source(source: str) -> tuple[str, str]:
     """(kind, the rest) of a text that names one set.
 
     The kind of a bare path follows from its contents: a manifest (records), tars (webdataset),
-    partition lists (pixart), else a folder of images. Raises UserError for anything else.
+    partition lists (pixart), Parquet files with embedded images and no other image (parquet), else
+    a folder of images. Raises UserError for anything else.
     """
     kind, colon, rest = source.partition(":")
     if colon and kind in _KINDS and rest:
@@ -49,7 +53,12 @@ def parse_source(source: str) -> tuple[str, str]:
             return "webdataset", source
         if holds("partition*/*", "data_info.json", "InternData/"):
             return "pixart", source
+        with_images = holds("*.parquet", "*/*.parquet") and files_with_images(path)
+        if with_images and not any(f.suffix.lower()[1:] in PICTURES for f in path.rglob("*")):
+            return "parquet", source
         return "folder", source
+    if source.endswith(".parquet") and path.is_file():
+        return "parquet", source
     if source.endswith(".tar") and (path.is_file() or re.search(r"[{*?\[]", source)):
         return "webdataset", source
     reason = "no such folder or tar"
@@ -108,6 +117,8 @@ def _open(
         return FolderSource(folder, choice, tables)
     if kind == "webdataset":
         return WebdatasetSource(rest, choice)
+    if kind == "parquet":
+        return ParquetSource(rest, choice)
     if kind == "pixart":
         return OfficialSource(rest, choice)
     if kind == "records":

@@ -8,18 +8,20 @@ import json
 import os
 import pathlib
 import posixpath
+import re
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import pyarrow as pa
 
+from pixart_jax import tables
+from pixart_jax.data import images
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.sources import rows, texts
+from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource
 from pixart_jax.errors import UserError
 
-PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_TABLES = ("captions", "metadata")  # .jsonl, .csv, .tsv or .parquet
+_TABLES = re.compile(r"captions|metadata|captions_\w+|meta_\w+")  # COCO's, kohya's
 _LOOKED_AT = 500  # .json files that are read to find the kinds of captions
 _SCHEMA = pa.schema(
     {
@@ -35,17 +37,18 @@ class FolderSource(IndexedSource):
     """Images in a folder and all below it, hidden ones excluded.
 
     An image's key is its path without the suffix. Its captions come from
-      NAME.txt (kind 'caption'), NAME.KIND.txt, each text in NAME.json (img2dataset's files);
-      captions.jsonl, .csv, .tsv, .parquet, or metadata.* (Hugging Face's imagefolder), in the
-        folder or below, or from the files given as ``tables`` instead. Every column of texts is a
-        kind, a list is several captions; 'key', 'file', 'file_name' or 'path' names the image, from
-        the table's folder or from the root; an integer 'label' is the class. Rows of one image with
-        different kinds are merged.
-    Skipped and named: a second image of one key, captions without an image, a second row of one
-    image and kind, captions over 100 KB, unreadable rows.
+      NAME.txt or .caption (kind 'caption'), NAME.KIND.txt, each text in NAME.json (img2dataset's);
+      captions.jsonl, .json, .csv, .tsv, .parquet, or metadata.* (Hugging Face's imagefolder),
+        captions_*.json (COCO's), meta_*.json (kohya's), in the folder or below, or from the files
+        given instead. Every column of texts is a kind, a list is several captions;
+        'key', 'file', 'file_name' or 'path' names the image, from the table's folder or from the
+        root; an integer 'label' is the class. The captions of all rows of an image are kept.
+    Suffixes and names of tables are taken in any case. Skipped and named: a second image of one
+    key, captions without an image, captions over 100 KB, unreadable rows; other files are counted
+    by suffix.
     """
 
-    def __init__(self, root: str, choice: Choice, tables: Sequence[str] = ()):
+    def __init__(self, root: str, choice: Choice, given: Sequence[str] = ()):
         self._root = pathlib.Path(root)
         if not self._root.is_dir():
             raise UserError(f"folder {str(root)!r}: no such folder")
@@ -54,10 +57,11 @@ class FolderSource(IndexedSource):
         seal = hashlib.sha256()
         pictures, side_files, found = self._scan(seal)
         if not pictures:
-            raise UserError(f"{self.name} holds no picture ({', '.join(PICTURES)}): {root}")
+            unread = f" ({self.faults.summary()})" if self.faults.unread else ""
+            raise UserError(f"{self.name} holds no picture{unread}: {root}")
         beside = self._attach(side_files, pictures)
         merged: dict[str, tuple[dict, dict]] = {}  # key → (captions, other fields) of its rows
-        for table in [self._given(table) for table in tables] or found:
+        for table in [self._given(table) for table in given] or found:
             status, path = table.stat(), os.path.relpath(table, self._root)
             seal.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
             self._add_rows(table, pictures, merged)
@@ -80,11 +84,15 @@ class FolderSource(IndexedSource):
         """(key → suffix of the images, paths of side files, tables); paths are relative to the
         root, with '/'."""
         pictures: dict[str, str] = {}
-        beside, tables = list[str](), list[pathlib.Path]()
+        beside, found = list[str](), list[pathlib.Path]()
         for path in _files_below(str(self._root)):
             stem, suffix = posixpath.splitext(path)
-            kind, is_table = suffix.lower(), _is_table(path)
-            if kind not in (*PICTURES, ".txt", ".json") and not is_table:
+            kind = suffix.lower().removeprefix(".")
+            is_table = f".{kind}" in tables.SUFFIXES and _TABLES.fullmatch(
+                posixpath.basename(stem).lower()
+            )
+            if kind not in (*images.PICTURES, *texts.TEXTS, "json") and not is_table:
+                self.faults.add_unread(path)
                 continue
             try:
                 status = os.stat(self._root / path)
@@ -97,39 +105,43 @@ class FolderSource(IndexedSource):
                 self.faults.add(shown, "unusable file name", "not UTF-8")
                 continue
             if is_table:
-                tables.append(self._root / path)
+                found.append(self._root / path)
                 continue
-            if kind == ".txt" and status.st_size > texts.LONGEST:
+            if kind in texts.TEXTS and status.st_size > texts.LONGEST:
                 detail = f"{status.st_size:,} bytes, at most {texts.LONGEST:,} are taken"
                 self.faults.add(path, "caption too long", detail)
                 continue
-            if kind not in PICTURES:
+            if kind not in images.PICTURES:
                 beside.append(path)
             elif pictures.setdefault(stem, suffix) != suffix:
                 detail = f"another picture is called {stem!r} too"
                 self.faults.add(path, "key twice", detail)
             seal.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        return pictures, beside, tables
+        return pictures, beside, found
 
     def _attach(self, beside: list[str], pictures: dict[str, str]) -> dict[str, list[str]]:
         """Key → suffixes of its side files, without the first dot."""
         out: dict[str, list[str]] = {}
         for path in beside:
             stem, suffix = posixpath.splitext(path)
-            if stem not in pictures and suffix == ".txt" and "." in posixpath.basename(stem):
+            is_text = suffix.lower() != ".json"
+            if stem not in pictures and is_text and "." in posixpath.basename(stem):
                 stem = posixpath.splitext(stem)[0]  # NAME.dense.txt
             if stem in pictures:
                 out.setdefault(stem, []).append(path[len(stem) + 1 :])
-            elif suffix == ".txt":  # a .json may belong to something else
+            elif is_text:
                 self.faults.add(path, "caption without picture")
+            else:
+                self.faults.add_unread(path)
         return out
 
     def _kinds_beside(self, beside: dict[str, list[str]]) -> list[str]:
         suffixes = sorted({suffix for found in beside.values() for suffix in found})
         kinds = [kind for kind in map(texts.kind_of, suffixes) if kind]
         quiet = BadRecords()  # the reader of the sample reports them
-        for key in [key for key, found in beside.items() if "json" in found][:_LOOKED_AT]:
-            side, _ = texts.side_files(self._readers(key, ["json"]), "", quiet)
+        of_json = {k: [s for s in found if s.lower() == "json"] for k, found in beside.items()}
+        for key in [key for key, found in of_json.items() if found][:_LOOKED_AT]:
+            side, _ = texts.side_files(self._readers(key, of_json[key]), "", quiet)
             kinds += texts.captions_of(side, "", quiet)
         return kinds
 
@@ -143,29 +155,42 @@ class FolderSource(IndexedSource):
         self, table: pathlib.Path, pictures: dict[str, str], merged: dict[str, tuple[dict, dict]]
     ) -> None:
         here = posixpath.normpath(os.path.relpath(table.parent, self._root).replace(os.sep, "/"))
-        for number, row in rows.rows(table, self.faults):
-            place = f"{table.name}, row {number}"
-            name = next((row[f] for f in texts.FILE_FIELDS if row.get(f) not in (None, "")), None)
-            if name is None:
-                wanted = ", ".join(texts.FILE_FIELDS[:4])
-                detail = f"names no picture (a field of {wanted} …)"
-                self.faults.add(place, "unreadable row", detail)
+        nameless: list[str] = []
+        columns: dict[str, None] = {}
+        named = False
+        for place, row in tables.rows(table, self.faults.add):
+            columns |= dict.fromkeys(row)
+            name = texts.image_named(row)
+            if name is None and any(isinstance(v, dict) and "path" in v for v in row.values()):
+                named = True
+                self.faults.add(place, "embedded picture", f"parquet:{table.name} reads it")
                 continue
-            key = self._find(str(name), here, pictures)
+            if name is None:
+                nameless.append(place)
+                continue
+            named, key = True, self._find(name, here, pictures)
             if key is None:
-                self.faults.add(place, "caption without picture", str(name))
+                self.faults.add(place, "caption without picture", name)
                 continue
             captions = texts.captions_of(row, f"{place}, {name}", self.faults)
             before, known = merged.get(key, ({}, {}))
-            if key in merged and (not captions or captions.keys() & before.keys()):
-                self.faults.add(place, "key twice", str(name))
+            if key in merged and all(set(captions[k]) <= set(before.get(k, ())) for k in captions):
+                self.faults.add(place, "key twice", name)
                 continue
             others = {
                 field: value
                 for field, value in row.items()
                 if field not in captions and not texts.is_caption(field, value) and _plain(value)
             }
-            merged[key] = {**before, **captions}, {**others, **known}
+            merged[key] = texts.merged(before, captions), {**others, **known}
+        wanted = f"a field of {', '.join(texts.FILE_FIELDS[:4])} …"
+        if named:
+            for place in nameless:
+                self.faults.add(place, tables.BAD_ROW, f"names no picture ({wanted})")
+        elif nameless:
+            has = ", ".join(columns)
+            detail = f"no column names a picture (columns: {has}; wanted: {wanted})"
+            self.faults.add(table.name, "unreadable table", detail)
 
     def _find(self, given: str, here: str, pictures: dict[str, str]) -> str | None:
         """The key of the image that a row names."""
@@ -174,7 +199,8 @@ class FolderSource(IndexedSource):
         given = posixpath.normpath(given.replace("\\", "/"))
         stem, suffix = posixpath.splitext(given)
         for base in (here, "."):
-            for name in (stem, given) if suffix.lower() in PICTURES else (given,):
+            is_picture = suffix.lower().removeprefix(".") in images.PICTURES
+            for name in (stem, given) if is_picture else (given,):
                 key = posixpath.normpath(posixpath.join(base, name))
                 if key in pictures:
                     return key
@@ -218,11 +244,6 @@ def _files_below(root: str) -> list[str]:
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         found += [posixpath.normpath(f"{inside}/{name}") for name in files if name[0] != "."]
     return sorted(found, key=lambda path: path.split("/"))
-
-
-def _is_table(path: str) -> bool:
-    stem, suffix = posixpath.splitext(posixpath.basename(path))
-    return stem in _TABLES and suffix.lower() in rows.SUFFIXES
 
 
 def _plain(value: object) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from pixart_jax import tables
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource
@@ -81,9 +82,12 @@ class Layout:
 
 def _items(file: pathlib.Path, faults: BadRecords) -> Iterator[Entry]:
     try:
-        items = json.loads(file.read_bytes().decode("utf-8-sig", "replace"))
+        text, replaced = tables.decode(file.read_bytes())
+        items = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    if replaced:
+        faults.add(file.name, tables.NOT_UTF8, repaired=True)
     if not isinstance(items, list):
         raise UserError(f"{file} holds no list of pictures, but a {type(items).__name__}")
     for number, item in enumerate(items, 1):
@@ -100,10 +104,9 @@ def _utf8(text: str) -> str:
 
 
 def _names(file: pathlib.Path, faults: BadRecords) -> Iterator[Entry]:
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if name := line.strip():
-                yield Entry(name, f"{file.name}, line {number}", {})
+    for place, line in tables.lines(file, faults.add):
+        if name := line.strip():
+            yield Entry(name, place, {})
 
 
 class OfficialSource(IndexedSource):

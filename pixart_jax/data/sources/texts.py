@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_jax import tables
 from pixart_jax.data.faults import BadRecords
 
 LONGEST = 100_000
@@ -27,6 +28,7 @@ _NOT_CAPTIONS = {
     "dataset", "source", "model", "date", "finish", "prompt_id", "kind",
 }
 # fmt: on
+TEXTS = ("txt", "caption")  # suffixes of caption files; kohya's scripts write the second
 _NUMBER = re.compile(r"\s*[-+]?[\d.]+(?:[eE][-+]?\d+)?\s*")
 # What no text holds: C0 without tab, line feed, vertical tab, form feed and carriage return; DEL;
 # surrogates; non-characters.
@@ -35,10 +37,10 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 def is_caption(name: str, value: object) -> bool:
     """Whether a field of a row is a caption or a list of captions."""
-    if not isinstance(name, str) or name in _NOT_CAPTIONS:
+    if not isinstance(name, str) or name.lower() in _NOT_CAPTIONS:
         return False
-    if isinstance(value, list | tuple):
-        return bool(value) and all(isinstance(text, str) for text in value)
+    if isinstance(value, list | tuple):  # a null among captions is none
+        return any(value) and all(isinstance(text, str | None) for text in value)
     return isinstance(value, str) and not _NUMBER.fullmatch(value)
 
 
@@ -56,7 +58,7 @@ def captions_of(
     found: dict[str, tuple[str, ...]] = {}
     for name, value in fields.items():
         if is_caption(name, value):
-            some = [value] if isinstance(value, str) else value
+            some = [value] if isinstance(value, str) else [text for text in value if text]
             cleaned = (clean_text(text, place, name, faults) for text in some)
             if texts := tuple(text for text in cleaned if text):
                 found[name] = texts
@@ -65,23 +67,26 @@ def captions_of(
 
 def json_object(data: bytes, place: str, faults: BadRecords) -> dict[str, Any]:
     """The JSON object in the bytes of a side file, {} for any other value or bad JSON."""
+    text, replaced = tables.decode(data)
+    if replaced:
+        faults.add(place, tables.NOT_UTF8, repaired=True)
     try:
-        found = json.loads(data.decode("utf-8-sig", "replace"))
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        faults.add(place, "unreadable row", str(error))
+        faults.add(place, tables.BAD_ROW, str(error))
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def decoded(data: bytes, place: str, kind: str, faults: BadRecords) -> str:
-    """The text in a caption file's bytes, cleaned; '' if it is too long. A byte order mark is
-    removed, invalid UTF-8 becomes U+FFFD."""
+    """The text in a caption file's bytes, cleaned; '' if it is too long. A byte order mark names
+    the encoding; invalid bytes become U+FFFD."""
     if len(data) > LONGEST:
         faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes")
         return ""
-    text = data.decode("utf-8-sig", "replace")
-    if "\ufffd" in text and b"\xef\xbf\xbd" not in data:
-        faults.add(place, "not UTF-8", f"caption of kind {kind!r}", repaired=True)
+    text, replaced = tables.decode(data)
+    if replaced:
+        faults.add(place, tables.NOT_UTF8, f"caption of kind {kind!r}", repaired=True)
     return clean_text(text, place, kind, faults)
 
 
@@ -98,9 +103,18 @@ def clean_text(text: str, place: str, kind: str, faults: BadRecords) -> str:
 
 
 def kind_of(suffix: str) -> str | None:
-    """'txt' → 'caption', 'dense.txt' → 'dense', other suffixes → None."""
-    kind = suffix.removesuffix("txt")
-    return None if kind == suffix or (kind and kind[-1] != ".") else kind[:-1] or "caption"
+    """'txt' and 'caption' → 'caption', 'dense.TXT' → 'dense', other suffixes → None."""
+    kind, _, last = suffix.lower().rpartition(".")
+    return (kind or "caption") if last in TEXTS else None
+
+
+def image_named(row: Mapping[str, Any]) -> str | None:
+    """The path of the image that a row names: a field of FILE_FIELDS, in any case, or the path of
+    an embedded image."""
+    folded = {name.lower(): value for name, value in row.items() if value not in (None, "")}
+    value = next((folded[name] for name in FILE_FIELDS if name in folded), None)
+    value = value.get("path") if isinstance(value, dict) else value
+    return None if value in (None, "") else str(value)
 
 
 def side_files(
@@ -120,8 +134,9 @@ def side_files(
             return None
 
     side: dict[str, Any] = {}
-    if "json" in files and (data := read("json", -1)) is not None:
-        side = json_object(data, f"{place}json", faults)
+    for suffix in files:
+        if suffix.lower() == "json" and (data := read(suffix, -1)) is not None:
+            side |= json_object(data, place + suffix, faults)
 
     def captions() -> dict[str, tuple[str, ...]]:
         found = []

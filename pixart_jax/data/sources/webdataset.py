@@ -13,22 +13,23 @@ import io
 import json
 import os
 import pathlib
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from tarfile import BLOCKSIZE, HeaderError, nti  # type: ignore[attr-defined]
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.feather
 
 from pixart_jax.data.faults import BadRecord, BadRecords
+from pixart_jax.data.images import PICTURES
 from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource, in_threads
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write, cache_folder
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_FORMAT = 3  # of the cached index
+_FORMAT = 4  # of the cached index
 _LOOKED_AT = 200  # .json members of a tar that are read to find the kinds of captions
 _SCHEMA = pa.schema(
     {  # a row a sample, whose members are three lists of one length
@@ -47,7 +48,9 @@ class WebdatasetSource(IndexedSource):
     A sample is an image (jpg, png, webp …) and the members that share its name up to the first dot:
     .txt is the kind 'caption', .KIND.txt that kind, each text in .json a kind, its other fields
     what filters see, .cls the class. Its key is that name; after the tar's name if an earlier tar
-    of the set has it too. Tars are uncompressed and stay where they are.
+    of the set has it too. A name with further dots (a.v1.jpg) is an image of its own, whose members
+    are a.v1.*, and a.* where a has no other image. Links count as what they lead to. Tars are
+    uncompressed and stay where they are; members that belong to no image are counted by suffix.
     """
 
     def __init__(self, pattern: str, choice: Choice):
@@ -81,8 +84,10 @@ class WebdatasetSource(IndexedSource):
             if isinstance(found, OSError):
                 self.faults.add(tar.name, "unreadable file", str(found))
                 continue
-            table, some, faults = found
+            table, some, faults, unread = found
             self.faults.extend(faults)
+            for suffix, count in unread.items():
+                self.faults.add_unread(f"x{suffix}", count)
             number = pa.array([len(readable)] * len(table), pa.int32())
             tables.append(table.append_column("tar", number))
             kinds.update(dict.fromkeys(some))
@@ -170,35 +175,40 @@ def _read_member(member: Callable[[], _Member], limit: int = -1) -> bytes:
 # ---- the index ----
 
 
-def index(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
-    """(table of samples, caption kinds, bad records) of a tar; from the cache if path, size and
-    time of the file are the same. Raises OSError if it cannot be read."""
+Index = tuple[pa.Table, list[str], list[BadRecord], dict[str, int]]
+"""(table of samples, caption kinds, bad records, unread members by suffix) of a tar."""
+
+
+def index(path: pathlib.Path) -> Index:
+    """The index of a tar; from the cache if path, size and time of the file are the same. Raises
+    OSError if it cannot be read."""
     status = path.stat()
     identity = repr((_FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns))
     name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
     file = cache_folder() / "tars" / f"{name}.arrow"
     if file.exists():
         table = pyarrow.feather.read_table(file, memory_map=False)
-        kinds, faults = json.loads(table.schema.metadata[b"pixart"])
-        return table, kinds, [BadRecord(*fault) for fault in faults]
-    table, kinds, faults = _read(path)
+        kinds, faults, unread = json.loads(table.schema.metadata[b"pixart"])
+        return table, kinds, [BadRecord(*fault) for fault in faults], unread
+    table, kinds, faults, unread = _read(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as out:
-        described = table.replace_schema_metadata({"pixart": json.dumps([kinds, faults])})
+        described = table.replace_schema_metadata({"pixart": json.dumps([kinds, faults, unread])})
         pyarrow.feather.write_feather(described, out, compression="uncompressed")
-    return table, kinds, faults
+    return table, kinds, faults, unread
 
 
 def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each whole regular file of a POSIX or GNU tar, from its headers.
+    """(name, offset, size) of each whole regular file of a POSIX or GNU tar, from its headers, and
+    of each link to one before it.
 
     The tarfile module takes four times as long, and ends without a word where a tar is cut or
-    damaged; here that is named once, with the place. Name and size that do not fit into a header
-    are in a member before it, of type L (GNU) or x (pax).
+    damaged; here that is named once, with the place. Name, size and link that do not fit into a
+    header are in a member before it, of type L and K (GNU) or x (pax).
     """
     end, at, place = path.stat().st_size, 0, path.name
-    name: str | None = None
-    size: int | None = None
+    files: dict[str, tuple[int, int]] = {}
+    given: dict[str, Any] = {}  # name, link and size from members before a header
     with open(path, "rb", buffering=0) as file:
         while True:
             block = os.pread(file.fileno(), BLOCKSIZE, at)
@@ -208,17 +218,16 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
             if not block.strip(b"\0"):
                 return
             try:
-                length = nti(block[124:136]) if size is None else size
+                length = given.get("size", nti(block[124:136]))
                 intact = nti(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * 32
             except HeaderError:
                 intact = False
             if not intact or length < 0:
                 cut = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
                 break
-            if name is None:
-                name = _text(block[:100])
-                if block[257:263] == b"ustar\0" and block[345]:
-                    name = f"{_text(block[345:500])}/{name}"
+            name = given.get("name", _text(block[:100]))
+            if "name" not in given and block[257:263] == b"ustar\0" and block[345]:
+                name = f"{_text(block[345:500])}/{name}"
             kind, start = block[156:157], at + BLOCKSIZE
             at = start + -(-length // BLOCKSIZE) * BLOCKSIZE
             if start + length > end:
@@ -227,15 +236,33 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
                     f"{place}, {name}",
                 )
                 break
-            if kind in b"Lx":
+            if kind in b"LKx":
                 data = os.pread(file.fileno(), length, start)
-                pax = dict(re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", data))
-                name = _text(data if kind == b"L" else pax.get(b"path", b"")) or None
-                size = int(pax[b"size"]) if pax.get(b"size", b"").isdigit() else None
-            elif kind not in b"Kg":  # these stand between a name and its member
-                if kind in b"0\0" + b"7" and not name.endswith("/"):
-                    yield name.removeprefix("./"), start, length
-                name = size = None
+                if kind != b"x":
+                    given["name" if kind == b"L" else "link"] = _text(data)
+                for field, value in re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", data) * (kind == b"x"):
+                    if field in (b"path", b"linkpath"):
+                        given["name" if field == b"path" else "link"] = _text(value)
+                    elif field == b"size" and value.isdigit():
+                        given["size"] = int(value)
+                continue
+            if kind == b"g":  # stands between a name and its member
+                continue
+            name = posixpath.normpath(name) if not name.endswith("/") else ""
+            found: tuple[int, int] | None = (start, length)
+            if kind in b"12":
+                target = given.get("link", _text(block[157:257]))
+                # a symbolic link leads from its own folder
+                inside = posixpath.dirname(name) if kind == b"2" else ""
+                if (found := files.get(posixpath.normpath(posixpath.join(inside, target)))) is None:
+                    detail = f"to {target}, which is no file before it"
+                    faults.add(f"{path.name}, {name}", "unreadable link", detail)
+            elif kind not in b"0\0" + b"7":
+                found = None
+            if name and found is not None:
+                files[name] = found
+                yield name, *found
+            given = {}
     faults.add(place, "cut file", cut)
 
 
@@ -243,58 +270,99 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "replace")
 
 
-def _read(path: pathlib.Path) -> tuple[pa.Table, list[str], list[BadRecord]]:
+def _read(path: pathlib.Path) -> Index:
     """One pass over the headers; of the data only labels and the first JSON texts are read."""
     faults = BadRecords()
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    labels: dict[str, int] = {}
-    kinds: dict[str, None] = {}
-    looked = 0
+    groups: dict[str, dict[str, tuple[int, int]]] = {}  # name up to the first dot → suffix → place
     for name, offset, size in _members(path, faults):
         folder, slash, base = name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if not dot or not stem:
-            continue
-        key, place, suffix = f"{folder}{slash}{stem}", f"{path.name}, {name}", suffix.lower()
-        if suffix.endswith("txt") and size > texts.LONGEST:
+        stem, _, suffix = base.partition(".")
+        if texts.kind_of(suffix) and size > texts.LONGEST:
             detail = f"{size:,} bytes, at most {texts.LONGEST:,} are taken"
-            faults.add(place, "caption too long", detail)
-            continue
-        members, image = samples.setdefault(key, {}), suffix in PICTURES
-        if suffix in members or (image and any(other in PICTURES for other in members)):
-            what = "picture" if image else f".{suffix}"
-            faults.add(place, "key twice", f"the tar holds another {what} of {key!r}")
-            continue
-        members[suffix] = (offset, size)
-        if kind := texts.kind_of(suffix):
-            kinds[kind] = None
-        elif suffix == "cls":
-            text = _read_member(functools.partial(_Member, path, offset, min(size, 32))).strip()
-            if text.isdigit():
-                labels[key] = int(text)
-            else:
-                faults.add(place, "unreadable label", text.decode("utf-8", "replace"))
-        elif suffix == "json" and looked < _LOOKED_AT:
-            looked += 1
-            quiet = BadRecords()  # the reader of the sample reports them
-            data = _read_member(functools.partial(_Member, path, offset, size))
-            fields = texts.json_object(data, "", quiet)
-            kinds.update(dict.fromkeys(texts.captions_of(fields, "", quiet)))
-    whole = {}
-    for key, members in samples.items():
-        if any(suffix in PICTURES for suffix in members):
-            whole[key] = members
-        elif any(suffix.endswith("txt") or suffix == "json" for suffix in members):
-            detail = ", ".join(f".{suffix}" for suffix in members)
-            faults.add(f"{path.name}, {key}", "caption without picture", detail)
+            faults.add(f"{path.name}, {name}", "caption too long", detail)
+        elif not stem or not suffix:
+            faults.add_unread(base)
+        elif suffix.lower() in (members := groups.setdefault(f"{folder}{slash}{stem}", {})):
+            detail = f"the tar holds another .{suffix.lower()} of {stem!r}"
+            faults.add(f"{path.name}, {name}", "key twice", detail)
+        else:
+            members[suffix.lower()] = (offset, size)
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for key, members in groups.items():
+        samples |= _samples(key, members, path.name, faults)
+    labels, kinds = _labels_and_kinds(path, samples, faults)
     columns = [
-        list(whole),
-        [labels.get(key, -1) for key in whole],
-        [list(members) for members in whole.values()],
-        [[offset for offset, _ in members.values()] for members in whole.values()],
-        [[size for _, size in members.values()] for members in whole.values()],
+        list(samples),
+        [labels.get(key, -1) for key in samples],
+        [list(members) for members in samples.values()],
+        [[offset for offset, _ in members.values()] for members in samples.values()],
+        [[size for _, size in members.values()] for members in samples.values()],
     ]
-    return pa.table(columns, _SCHEMA), list(kinds), list(faults)
+    return pa.table(columns, _SCHEMA), kinds, list(faults), dict(faults.unread)
+
+
+def _samples(
+    key: str, members: dict[str, tuple[int, int]], tar: str, faults: BadRecords
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key → suffix → place of the images that share a name up to the first dot: one, or those of
+    names with further dots."""
+    images: dict[str, str] = {}  # the name's further parts ('' or 'v1') → suffix of the image
+    for suffix in members:
+        more, _, last = suffix.rpartition(".")
+        if last not in PICTURES:
+            continue
+        if more in images:
+            detail = f"the tar holds another picture of {key!r}"
+            faults.add(f"{tar}, {key}.{suffix}", "key twice", detail)
+        else:
+            images[more] = suffix
+    if "" in images:  # others are masks, depths … of it
+        images = {"": images[""]}
+    found: dict[str, dict[str, tuple[int, int]]] = {more: {} for more in images}
+    unused = []
+    for suffix, place in members.items():
+        own = [more for more in images if more and suffix.startswith(f"{more}.")]
+        last, is_image = suffix.rpartition(".")[2], suffix in images.values()
+        if not images and (last == "json" or last in texts.TEXTS):
+            unused.append(suffix)
+        elif not is_image and last not in (*texts.TEXTS, "json", "cls"):
+            faults.add_unread(f"{key}.{suffix}")
+        elif own:
+            longest = max(own, key=len)
+            found[longest][suffix[len(longest) + 1 :]] = place
+        else:
+            for these in found.values():
+                these.setdefault(suffix, place)
+    if unused:
+        detail = ", ".join(f".{suffix}" for suffix in unused)
+        faults.add(f"{tar}, {key}", "caption without picture", detail)
+    return {f"{key}.{more}".removesuffix("."): these for more, these in found.items()}
+
+
+def _labels_and_kinds(
+    path: pathlib.Path, samples: dict[str, dict[str, tuple[int, int]]], faults: BadRecords
+) -> tuple[dict[str, int], list[str]]:
+    labels: dict[str, int] = {}
+    kinds: dict[str, None] = {}
+    looked, quiet = 0, BadRecords()  # the reader of the sample reports its JSON
+    for key, members in samples.items():
+        for suffix, (offset, size) in members.items():
+            if kind := texts.kind_of(suffix):
+                kinds[kind] = None
+            elif suffix == "cls":
+                data = _read_member(functools.partial(_Member, path, offset, min(size, 32))).strip()
+                if data.isdigit():
+                    labels[key] = int(data)
+                else:
+                    shown = data.decode("utf-8", "replace")
+                    faults.add(f"{path.name}, {key}.cls", "unreadable label", shown)
+            elif suffix == "json" and looked < _LOOKED_AT:
+                looked += 1
+                data = _read_member(functools.partial(_Member, path, offset, size))
+                kinds |= dict.fromkeys(
+                    texts.captions_of(texts.json_object(data, "", quiet), "", quiet)
+                )
+    return labels, list(kinds)
 
 
 # ---- names of tars ----
@@ -307,9 +375,15 @@ def tars_of(pattern: str, faults: BadRecords) -> list[pathlib.Path]:
             f"webdataset:{pattern}: tars are read at random, from a disk; copy them to one first"
         )
     if pathlib.Path(pattern).is_dir():
-        found = sorted(pathlib.Path(pattern).glob("*.tar"))
+        files = sorted(path for path in pathlib.Path(pattern).iterdir() if path.is_file())
+        found = [path for path in files if path.suffix.lower() == ".tar"]
         if not found:
             raise UserError(f"webdataset:{pattern}: the folder holds no .tar")
+        for path in files:
+            if re.search(r"\.(tgz|tar\.\w+)$", path.name.lower()):
+                faults.add(path.name, "compressed tar", "it cannot be read at random: unpack it")
+            elif path not in found and path.name[0] != ".":
+                faults.add_unread(path.name)
         return found
     found = []
     for name in _braces(pattern):
