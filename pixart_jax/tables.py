@@ -110,7 +110,8 @@ def _csv(path: Path, report: Report) -> Rows:
     separator = "\t" if path.suffix.lower() == ".tsv" else ""
     for place, text in source:
         separator = separator or max(_SEPARATORS, key=text.count)
-        fields, wrong, more = _fields(text, separator), "", []
+        fields, wrong = _fields(text, separator), ""
+        more: list[tuple[str, str]] = []
         while fields is None and len(more) < _MAX_LINES and (line := next(source, None)):
             more.append(line)  # of a quoted field
             text += f"\n{line[1]}"

@@ -161,7 +161,7 @@ def test_bad_records_are_named_and_counted_and_the_rest_goes_on(tmp_path):
     assert faults.counts == kinds and faults.repaired == {"control characters": 1}
     named = "\n".join(map(str, faults))
     for place in ("2", "3 (silent)", "4 (null)", "5 (a): key twice", "6", "8", "9", "10"):
-        assert f"bad.jsonl, row {place}" in named, named
+        assert f"bad.jsonl, line {place}" in named, named
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_bad_records_are_named_and_counted_and_the_rest_goes_on(tmp_path):
 def test_strict_stops_at_the_first(tmp_path, row, kind):
     rows = [{"key": "a", "caption": "A dog."}, row, {"key": "c", "caption": "A car."}]
     file = jsonl(tmp_path / "bad.jsonl", rows)
-    with pytest.raises(UserError, match=f"bad.jsonl, row 2.*{kind}.*without --strict"):
+    with pytest.raises(UserError, match=f"bad.jsonl, line 2.*{kind}.*without --strict"):
         counted(file, BadRecords(strict=True))
 
 
@@ -241,7 +241,7 @@ def test_two_sets_side_by_side_as_table_json_and_charts(by_hand, tmp_path, capsy
     table = [line.split() for line in printed.splitlines()]
     assert "hand 5 5 2 9 22.2% 12 2.4 8.4".split() in table
     assert "LAION-LLaVA (paper) 85K 646K 13.3% 233.9M 20.9".split() in table
-    assert "1 key twice" in printed and "row 2 (a): key twice" in printed and str(out) in printed
+    assert "1 key twice" in printed and "line 2 (a): key twice" in printed and str(out) in printed
     figures = json.loads((out / "nouns.json").read_text())
     tagger = figures["tagger"]
     assert tagger["name"] == "textblob" and tagger["version"]
