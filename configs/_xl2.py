@@ -12,7 +12,7 @@ from pixart_jax.config import (
     PreviewConfig,
     StageConfig,
 )
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
 
 PROMPTS = (
     "a small cactus with a happy face in the desert",

@@ -15,7 +15,7 @@ import dataclasses
 
 from configs import xl2_256_imagenet, xl2_256_sam, xl2_1024_ms
 from pixart_jax.config import Config, DataConfig, PreviewConfig, StageConfig
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
 
 DATA = "data/photographs"
 PROMPTS = (

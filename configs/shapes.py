@@ -23,7 +23,7 @@ from pixart_jax.config import (
     StageConfig,
 )
 from pixart_jax.data.shapes import NUM_CLASSES
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
 
 OBJECTIVE = ObjectiveConfig(prediction="v", null_condition="empty")
 CAPTIONS = (("dense", 0.5), ("short", 0.35), ("brief", 0.15))

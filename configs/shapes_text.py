@@ -7,7 +7,7 @@ place. Six minutes on two CPU cores.
 """
 
 from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig, TextToTextConfig
-from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.configs import T5Config
 
 CAPTIONS = (("brief", 0.2), ("short", 0.5), ("dense", 0.3))
 

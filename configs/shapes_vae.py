@@ -13,8 +13,7 @@ from pixart_jax.config import (
     PreviewConfig,
     StageConfig,
 )
-from pixart_jax.models.transformer import TransformerConfig
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import TransformerConfig, VAEConfig
 
 
 def stage(name: str, start: str, steps: int, learning_rate: float, kl_weight: float) -> StageConfig:

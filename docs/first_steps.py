@@ -16,7 +16,8 @@ import optax
 import pixart_jax
 from pixart_jax import diffusion, images
 from pixart_jax.data import shapes
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.text import load_tokenizer, tokenize
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -13,10 +13,7 @@ from dataclasses import field
 from typing import Literal
 
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.models.ring import CONTEXT_ATTENTIONS
-from pixart_jax.models.t5 import T5Config
-from pixart_jax.models.transformer import TransformerConfig
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import CONTEXT_ATTENTIONS, T5Config, TransformerConfig, VAEConfig
 
 _MESH_AXES = ("data", "fsdp", "context", "tensor")
 

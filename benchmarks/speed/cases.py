@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.models import flops
-from pixart_jax.models.geometry import PRESETS
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import PRESETS, TransformerConfig
 
 Arrays = dict[str, np.ndarray]
 TINY = "tiny"  # the model of a rehearsal

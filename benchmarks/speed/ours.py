@@ -20,8 +20,7 @@ from benchmarks.speed.cases import WORDS, Arrays, Case, Work
 from pixart_jax import load_component
 from pixart_jax.config import Config, DataConfig, MeshConfig, StageConfig
 from pixart_jax.images import write_png
-from pixart_jax.models.t5 import T5Config
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import T5Config, VAEConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import Pipeline, SchedulerConfig

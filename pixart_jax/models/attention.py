@@ -35,11 +35,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from pixart_jax.errors import UserError, nearest
+from pixart_jax.errors import UserError
+from pixart_jax.models.configs import check_backend
 from pixart_jax.models.remat import ATTENTION_OUT
 from pixart_jax.parallel.axes import ACT_HEADS, BATCH
 
-BACKENDS = ("auto", "xla", "cudnn", "splash")
 # the fewest keys from which "auto" uses the kernel
 CUDNN_KEYS, SPLASH_KEYS, SPLASH_KEYS_WITH_LENGTHS = 64, 256, 512
 # Finite, so that a row without keys stays a number; far below any logit in fp32.
@@ -125,12 +125,6 @@ def resolve_backend(name: str, shape: AttentionShape) -> str:
     if reason := unsupported_reason(name, shape):
         raise UserError(f"attention_backend {name!r} {reason}; 'auto' would take {choose(shape)!r}")
     return name
-
-
-def check_backend(name: str) -> None:
-    """Raise UserError for an unknown backend."""
-    if name not in BACKENDS:
-        raise UserError(f"attention backend {name!r} is unknown{nearest(name, BACKENDS)}")
 
 
 def platform() -> str:

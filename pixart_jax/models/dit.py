@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pixart_jax.models.configs import DiTConfig
 from pixart_jax.models.embedders import LabelEmbedder, PatchEmbedder, ScalarEmbedder, unpatchify
-from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.layers import (
     Dense,
     Mlp,
@@ -22,18 +20,6 @@ from pixart_jax.models.layers import (
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.models.ring import check_context_attention
 from pixart_jax.parallel.axes import ACTIVATION, CONDITION, EMBED, MODULATION
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTConfig(BackboneConfig):
-    """Sizes of a DiT. num_classes: labels are 0 … num_classes − 1, and num_classes itself is "no
-    class"."""
-
-    num_classes: int = 1000
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("num_classes")
 
 
 class DiTBlock(nn.Module):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.models.geometry import BackboneConfig
+from pixart_jax.models.configs import BackboneConfig
 from pixart_jax.models.layers import Dense, param, xavier, zeros
 from pixart_jax.parallel.axes import ACT_EMBED, BATCH, CONV_IN, EMBED, MLP, NORM, VOCAB
 

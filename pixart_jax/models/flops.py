@@ -7,10 +7,8 @@ matrix units, are not counted.
 
 from __future__ import annotations
 
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import BackboneConfig, DiTConfig, TransformerConfig
 from pixart_jax.models.embedders import SINUSOID_CHANNELS
-from pixart_jax.models.geometry import BackboneConfig
-from pixart_jax.models.transformer import TransformerConfig
 
 PIXELS = 8  # image pixels a side of a latent pixel
 

@@ -26,10 +26,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.attention import attention, checkpoint_output
+from pixart_jax.models.configs import CONTEXT_ATTENTIONS
 from pixart_jax.models.remat import ATTENTION_OUT
 from pixart_jax.parallel.axes import ACT_HEADS, BATCH, TOKENS
 
-CONTEXT_ATTENTIONS = ("all_gather", "ring")
 _SPLIT, _WHOLE = (BATCH, TOKENS, ACT_HEADS, None), (BATCH, None, ACT_HEADS, None)  # [b, n, k, h]
 
 

@@ -7,7 +7,6 @@ initialisation does that.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -18,38 +17,12 @@ import numpy as np
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.attention import attention
-from pixart_jax.models.geometry import CheckedConfig
+from pixart_jax.models.configs import T5Config
 from pixart_jax.models.layers import ones, param, scan_blocks
 from pixart_jax.models.remat import policy, remat
 from pixart_jax.parallel.axes import EMBED, HEADS, MLP, NORM, TEXT_ACTIVATION, VOCAB
 
 QUANTIZATIONS = ("int8",)
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config(CheckedConfig):
-    """Sizes of a T5 v1.1 encoder; the defaults are T5-XXL's (4.76G parameters). Names as in
-    transformers' config.json."""
-
-    vocab_size: int = 32128
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-
-    def __post_init__(self):
-        self.require_positive("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-        buckets = self.relative_attention_num_buckets
-        fits = buckets >= 4 and buckets % 4 == 0
-        self.require(fits, "relative_attention_num_buckets", "must be a multiple of 4")
-        fits = self.relative_attention_max_distance > buckets // 4
-        least = f"must be more than relative_attention_num_buckets / 4 = {buckets // 4}"
-        self.require(fits, "relative_attention_max_distance", least)
-        self.require(self.layer_norm_epsilon > 0, "layer_norm_epsilon", "must be positive")
 
 
 def relative_buckets(

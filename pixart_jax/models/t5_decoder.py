@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixart_jax.models.configs import T5Config
 from pixart_jax.models.t5 import (
     Projection,
     RMSNorm,
-    T5Config,
     attend,
     attention_bias,
     feed_forward,

@@ -3,7 +3,6 @@ text, and one modulation network for all blocks (adaLN-single)."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
-from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.layers import (
     Compression,
     CrossAttention,
@@ -43,48 +42,6 @@ from pixart_jax.parallel.axes import (
     TEXT_ACTIVATION,
     TEXT_TOKENS,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig(BackboneConfig):
-    """Sizes of a PixArt transformer.
-
-    size_conditions: the multi-scale model, conditioned on the image's size and aspect ratio.
-    text_tokens: the longest caption, and the length of the null caption. qk_norm: LayerNorm on the
-    queries and keys of self-attention (an option of PixArt-Σ). kv_compression: R; the
-    self-attention of kv_compression_layers (counted from 0) reads one key and value for every R × R
-    patches (PixArt-Σ: 2, in the last 14 of 28 layers). 1: no compression.
-    """
-
-    caption_width: int = 4096
-    text_tokens: int = 120
-    size_conditions: bool = False
-    qk_norm: bool = False
-    kv_compression: int = 1
-    kv_compression_layers: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        super().__post_init__()
-        # a list, as JSON gives it, is not hashable, and a config is a static argument of jit
-        object.__setattr__(self, "kv_compression_layers", tuple(self.kv_compression_layers))
-        self.require_positive("caption_width", "text_tokens", "kv_compression")
-        self.require(
-            not self.size_conditions or self.width % 3 == 0,
-            "width",
-            "must be a multiple of 3 with size_conditions (height, width, ratio)",
-        )
-        layers, compressed = self.kv_compression_layers, self.kv_compression > 1
-        self.require(
-            bool(layers) == compressed,
-            "kv_compression_layers",
-            f"must name {'at least one layer' if compressed else 'no layer'} with "
-            f"kv_compression = {self.kv_compression}",
-        )
-        self.require(
-            set(layers) <= set(range(self.depth)) and list(layers) == sorted(set(layers)),
-            "kv_compression_layers",
-            f"must be layers of 0 … {self.depth - 1}, each once and in ascending order",
-        )
 
 
 class TextKV(NamedTuple):

@@ -8,7 +8,6 @@ a CPU.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import attention
-from pixart_jax.models.geometry import CheckedConfig
+from pixart_jax.models.configs import VAEConfig
 from pixart_jax.models.layers import ones, param, zeros
 from pixart_jax.parallel.axes import BATCH, CONV_IN, CONV_OUT, NORM
 
@@ -29,44 +28,6 @@ lecun = nn.initializers.lecun_normal()
 _IMAGES = (BATCH, None, None, None)  # logical names of [b, h, w, c]
 _GROUP_NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class VAEConfig(CheckedConfig):
-    """Sizes of an autoencoder; the defaults are Stable Diffusion's (83.7M parameters).
-
-    block_out_channels: the width of each level; resolution halves between levels. use_quant_conv: a
-    1×1 convolution after the encoder and one before the decoder. mid_block_attention: single-head
-    attention at the lowest resolution of each half. sample_size: side in pixels of the training
-    images, informative only.
-    """
-
-    in_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
-    use_quant_conv: bool = True
-    mid_block_attention: bool = True
-    sample_size: int = 256
-
-    def __post_init__(self):
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
-        self.require_positive("in_channels", "latent_channels", "layers_per_block")
-        self.require_positive("norm_num_groups", "sample_size")
-        widths, groups = self.block_out_channels, self.norm_num_groups
-        self.require(bool(widths), "block_out_channels", "is empty: name one width a level")
-        for width in widths:
-            fits = width >= 1 and width % groups == 0
-            what = f"{width} is not divisible by norm_num_groups = {groups}"
-            self.require(fits, "block_out_channels", what)
-        self.require(self.scaling_factor > 0, "scaling_factor", "must be positive")
-
-    @property
-    def factor(self) -> int:
-        """Pixels a latent cell spans in each direction."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class Convolution(nn.Module):

@@ -18,8 +18,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import cache_folder, write_json
-from pixart_jax.models.transformer import TransformerConfig
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import TransformerConfig, VAEConfig
 from pixart_jax.pipeline import sampling_config, text_states
 from pixart_jax.pipeline.encoder_identity import folder_fingerprint
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from pixart_jax import diffusion
 from pixart_jax.data import buckets
 from pixart_jax.errors import UserError
-from pixart_jax.models.transformer import TransformerConfig
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import TransformerConfig, VAEConfig
 from pixart_jax.pipeline import block_cache
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig

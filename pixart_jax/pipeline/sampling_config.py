@@ -70,12 +70,12 @@ class SamplingConfig:
     default as many as the longest prompt needs."""
 
     def __post_init__(self):
-        from pixart_jax.diffusion import solvers  # imports jax: not for a --help
-
         _integer("steps", self.steps, 1)
         if self.guidance is not None:
             check_guidance(self.guidance)
         if self.solver is not None:
+            from pixart_jax.diffusion import solvers  # imports jax: not for a --help
+
             check_choice("solver", self.solver, solvers.NAMES)
         check_choice("times", self.times, ("fractional", "integer"))
         check_choice("null", self.null, ("auto", *NULLS))

@@ -19,7 +19,7 @@ from pixart_jax import cli
 from pixart_jax.config import Config
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import write_json
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import VAEConfig
 from pixart_jax.parallel.mesh import resolve_sizes
 from pixart_jax.pipeline.image_size import check_options
 from pixart_jax.pipeline.sampling_config import SamplingConfig

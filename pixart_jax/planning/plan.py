@@ -9,12 +9,9 @@ import jax
 
 from pixart_jax.config import StageConfig
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import BackboneConfig, DiTConfig, T5Config, TransformerConfig
 from pixart_jax.models.flops import forward_flops, train_flops
-from pixart_jax.models.geometry import BackboneConfig
 from pixart_jax.models.remat import check_platform
-from pixart_jax.models.t5 import T5Config
-from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.parallel.mesh import AXES, check_divides, check_slices
 from pixart_jax.planning import estimate
 from pixart_jax.planning.compilation import CompileLimits, compiled

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pixart_jax.config import Config, MeshConfig
-from pixart_jax.models.t5 import T5Config
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import T5Config, VAEConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import Pipeline

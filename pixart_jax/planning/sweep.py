@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import DiTConfig, TransformerConfig
 from pixart_jax.models.flops import forward_flops
-from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.planning import plan as plans
 from pixart_jax.planning.compilation import CompileLimits
 from pixart_jax.planning.estimate import OVERLAP, PRODUCT_EFFICIENCY, WIRE_EFFICIENCY

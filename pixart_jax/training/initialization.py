@@ -12,9 +12,7 @@ import numpy as np
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.data.loader import Loader
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.t5 import T5Config
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import DiTConfig, T5Config, TransformerConfig
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
 from pixart_jax.training.stages import StageParts

@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiT, DiTConfig
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.configs import DiTConfig, TransformerConfig
+from pixart_jax.models.dit import DiT
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.weights.table import flatten, unflatten
 
 TIMESTEP = 500.0  # where the two models agree

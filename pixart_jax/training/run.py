@@ -16,9 +16,8 @@ from pixart_jax.data.loader import Loader
 from pixart_jax.data.samples import write_bucket_chart
 from pixart_jax.files import write_json
 from pixart_jax.images import image_grid, write_png
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import DiTConfig, TransformerConfig
 from pixart_jax.models.flops import PIXELS, train_flops
-from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.parallel.chips import chip_of
 from pixart_jax.training import metrics
 from pixart_jax.training.batches import Encode

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import DiTConfig
 from pixart_jax.weights.table import ParamMapping, write
 from pixart_jax.weights.transformer import (
     BOOKKEEPING,

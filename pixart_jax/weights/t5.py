@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.t5 import T5Config
+from pixart_jax.models.configs import T5Config
 from pixart_jax.weights.table import ParamMapping
 
 _ATTENTION = "encoder.block.{i}.layer.0"

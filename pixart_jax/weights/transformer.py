@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import SIZES, BackboneConfig, TransformerConfig
 from pixart_jax.models.embedders import sincos_2d
-from pixart_jax.models.geometry import SIZES, BackboneConfig
-from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.weights.table import ParamMapping, write
 
 CLASS_NAME = "PixArtTransformer2DModel"  # config.json's _class_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import VAEConfig
 from pixart_jax.weights.table import ParamMapping
 
 CLASS_NAME = "AutoencoderKL"  # config.json's _class_name

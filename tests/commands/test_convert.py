@@ -18,9 +18,8 @@ from diffusers import PixArtTransformer2DModel
 from benchmarks.parity_rows import official
 from pixart_jax import __main__ as front
 from pixart_jax import cli, load_component
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import DiTConfig, TransformerConfig
 from pixart_jax.models.embedders import sincos_2d
-from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.weights import dit
 from pixart_jax.weights import transformer as names
 from pixart_jax.weights.component import DiT

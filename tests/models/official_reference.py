@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
 
 
 def linear_stack(*widths: int) -> nn.Sequential:

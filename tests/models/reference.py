@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import torch
 
+from pixart_jax.models.configs import T5Config, TransformerConfig
 from pixart_jax.models.quantization import applies, quantize
-from pixart_jax.models.t5 import T5Config
-from pixart_jax.models.transformer import TransformerConfig
 from pixart_jax.weights import t5
 from pixart_jax.weights.component import TextEncoder, Transformer
 from pixart_jax.weights.streaming import read

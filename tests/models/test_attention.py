@@ -23,8 +23,9 @@ from pixart_jax.models.attention import (
     splash_attention,
     splash_block,
 )
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.ring import check_context_attention, context_parallel_attention
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
 
 
 def draw(b=3, n=5, m=7, k=2, h=6, seed=0):

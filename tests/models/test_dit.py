@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.configs import DiTConfig
+from pixart_jax.models.dit import DiT
 from pixart_jax.weights import component
 from pixart_jax.weights import dit as names
 from pixart_jax.weights.table import flatten, write

@@ -20,8 +20,9 @@ import pytest
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.models.attention import dense_attention, shard_kernel, splash_attention
-from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.models.vae import AutoencoderKL, VAEConfig
+from pixart_jax.models.configs import T5Config, VAEConfig
+from pixart_jax.models.t5 import T5Encoder
+from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 from tests.models.reference import quantized

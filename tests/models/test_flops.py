@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import jaxprs
 import pytest
 
-from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.configs import DiTConfig, TransformerConfig
+from pixart_jax.models.dit import DiT
 from pixart_jax.models.flops import forward_flops, train_flops
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.rules import unboxed
 
 SIZES = {"depth": 3, "width": 48, "heads": 4, "sample_size": 8}

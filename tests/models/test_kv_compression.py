@@ -13,8 +13,9 @@ import torch
 
 from pixart_jax.errors import UserError
 from pixart_jax.models import remat
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.layers import Compression, compress
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.weights import transformer as names
 from pixart_jax.weights.table import flatten
 from tests.models.official_reference import OfficialPixArt, run_official

@@ -8,8 +8,9 @@ import jaxprs
 import pytest
 
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.remat import HOST, NAMES, check_platform
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.planning.matmul_cost import matmul_cost
 from tests.models.reference import transformer_shapes
 

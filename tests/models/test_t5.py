@@ -13,7 +13,8 @@ from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
+from pixart_jax.models.configs import T5Config
+from pixart_jax.models.t5 import T5Encoder, relative_buckets
 from pixart_jax.weights import t5 as tables
 from pixart_jax.weights.table import write
 from tests.models.reference import randomise, relative_error, t5_params, t5_shapes

@@ -12,7 +12,8 @@ import torch
 from transformers import T5Config as TorchConfig
 from transformers import T5ForConditionalGeneration
 
-from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
+from pixart_jax.models.configs import T5Config
+from pixart_jax.models.t5 import T5Encoder, relative_buckets
 from pixart_jax.models.t5_decoder import T5Decoder
 from pixart_jax.weights import t5 as tables
 from tests.models.reference import randomise, relative_error, t5_params

@@ -17,7 +17,8 @@ import torch
 from transformers import T5Config as TorchConfig
 from transformers import T5EncoderModel
 
-from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.models.configs import T5Config
+from pixart_jax.models.t5 import T5Encoder
 from pixart_jax.weights import t5 as tables
 from pixart_jax.weights.streaming import read
 from tests.models.reference import relative_error, rms_error, t5_params, t5_shapes

@@ -11,7 +11,8 @@ import pytest
 
 from pixart_jax import Pipeline
 from pixart_jax.errors import UserError
-from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.models.configs import T5Config
+from pixart_jax.models.t5 import T5Encoder
 from pixart_jax.text import tokenize
 from tests.models.reference import quantized, relative_error, rms_error
 

@@ -18,7 +18,8 @@ from diffusers import PixArtTransformer2DModel
 from benchmarks.parity_rows import official as official_names
 from pixart_jax.errors import UserError
 from pixart_jax.models import remat
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.weights import transformer as names
 from pixart_jax.weights.component import Transformer
 from pixart_jax.weights.table import flatten, write

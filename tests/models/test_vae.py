@@ -14,7 +14,8 @@ import torch
 from diffusers import AutoencoderKL as TorchVAE
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.vae import AutoencoderKL, VAEConfig, tile_starts, tiled_decode
+from pixart_jax.models.configs import VAEConfig
+from pixart_jax.models.vae import AutoencoderKL, tile_starts, tiled_decode
 from pixart_jax.weights import vae as tables
 from pixart_jax.weights.component import VAE
 from pixart_jax.weights.table import flatten, write

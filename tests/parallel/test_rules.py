@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import AXES
 

@@ -4,7 +4,7 @@ small enough for a test machine."""
 from __future__ import annotations
 
 from pixart_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, StageConfig
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
 
 DEVICES = 8
 BUCKET = (128, 128)

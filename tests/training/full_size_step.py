@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training.batches import put

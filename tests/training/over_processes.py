@@ -12,7 +12,7 @@ import numpy as np
 
 from pixart_jax import cli
 from pixart_jax.config import MeshConfig
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.parallel import processes, rules
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training.batches import put, rows_of

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiT, DiTConfig
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.configs import DiTConfig, TransformerConfig
+from pixart_jax.models.dit import DiT
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
 from pixart_jax.weights import component
 from pixart_jax.weights.table import flatten

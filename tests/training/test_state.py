@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import AxisType
 
 from pixart_jax.config import OptimizerConfig
-from pixart_jax.models.dit import DiT, DiTConfig
-from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
-from pixart_jax.models.vae import AutoencoderKL, VAEConfig
+from pixart_jax.models.configs import DiTConfig, T5Config, TransformerConfig, VAEConfig
+from pixart_jax.models.dit import DiT
+from pixart_jax.models.t5 import T5Encoder
+from pixart_jax.models.transformer import PixArtTransformer
+from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import AXES
 from pixart_jax.training.memory import bytes_per_device

@@ -22,8 +22,9 @@ from pixart_jax.config import (
     OptimizerConfig,
     StageConfig,
 )
-from pixart_jax.models.dit import DiT, DiTConfig
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.configs import DiTConfig, TransformerConfig
+from pixart_jax.models.dit import DiT
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training import stages

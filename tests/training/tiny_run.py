@@ -19,9 +19,7 @@ from pixart_jax.config import (
     StageConfig,
 )
 from pixart_jax.data import records
-from pixart_jax.models.t5 import T5Config
-from pixart_jax.models.transformer import TransformerConfig
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import T5Config, TransformerConfig, VAEConfig
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.text import word_tokenizer
 from pixart_jax.weights.component import VAE, TextEncoder

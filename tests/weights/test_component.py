@@ -23,7 +23,7 @@ from transformers import T5EncoderModel, T5ForConditionalGeneration
 from pixart_jax import load_component
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
-from pixart_jax.models.vae import VAEConfig
+from pixart_jax.models.configs import VAEConfig
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.weights.component import NULL_CAPTION, VAE, DiT, TextEncoder, Transformer
 from pixart_jax.weights.streaming import leaves

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import qwix
 
+from pixart_jax.models.configs import T5Config
 from pixart_jax.models.quantization import applies, leaf, quantize, quantize_matrix
-from pixart_jax.models.t5 import T5Config
 from pixart_jax.weights.component import TextEncoder
 from tests.models.reference import quantized, random_params, t5_shapes
 

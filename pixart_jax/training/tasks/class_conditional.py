@@ -14,8 +14,8 @@ import numpy as np
 from pixart_jax import diffusion
 from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.images import to_uint8
-from pixart_jax.models.dit import DiT, DiTConfig
-from pixart_jax.models.geometry import BackboneConfig
+from pixart_jax.models.configs import BackboneConfig, DiTConfig
+from pixart_jax.models.dit import DiT
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.training.frozen import Frozen

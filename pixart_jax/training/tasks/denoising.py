@@ -13,7 +13,7 @@ from pixart_jax.diffusion import schedule
 from pixart_jax.diffusion.gaussian import add_noise
 from pixart_jax.diffusion.objective import training_loss
 from pixart_jax.errors import UserError
-from pixart_jax.models.transformer import TransformerConfig
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.config import AutoencoderConfig
-from pixart_jax.models.vae import AutoencoderKL, VAEConfig
+from pixart_jax.models.configs import VAEConfig
+from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training.tasks.autoencoder import Autoencoder
 

@@ -9,8 +9,9 @@ import pytest
 
 from pixart_jax import diffusion
 from pixart_jax.config import ObjectiveConfig
-from pixart_jax.models.dit import DiT, DiTConfig
-from pixart_jax.models.transformer import PixArtTransformer, TransformerConfig
+from pixart_jax.models.configs import DiTConfig, TransformerConfig
+from pixart_jax.models.dit import DiT
+from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training.tasks.class_conditional import ClassConditional
 from pixart_jax.training.tasks.denoising import DiffusionObjective

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pixart_jax.config import Config, StageConfig
-from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.models.configs import T5Config
+from pixart_jax.models.t5 import T5Encoder
 from pixart_jax.models.t5_decoder import T5Decoder
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training.initialization import initial_params
