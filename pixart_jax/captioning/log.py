@@ -56,7 +56,14 @@ class CaptionLog:
                     f"{file} is there already and was not written by this command: give another "
                     "--out"
                 )
-            header, earlier = json.loads(self._manifest_file.read_text(encoding="utf-8")), file
+            try:
+                header = json.loads(self._manifest_file.read_text(encoding="utf-8"))
+                header["identity"], header["fingerprint"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self._manifest_file} is damaged: remove it and {file}, or give another --out"
+                ) from None
+            earlier = file
             self._compare(header["identity"], file)
             if header["fingerprint"] == source.fingerprint:
                 self.manifest = header

@@ -57,6 +57,10 @@ def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(t
     assert not (tmp_path / "c.jsonl.partial").exists()
     with log(tmp_path) as again:
         assert again.manifest["captions"] == 4
+    for damaged in ("", "{", "[]", "{}"):
+        (tmp_path / "c.manifest.json").write_text(damaged)
+        with pytest.raises(UserError, match="c.manifest.json is damaged"):
+            log(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30, 80, 10_000])
