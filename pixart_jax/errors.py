@@ -27,8 +27,11 @@ class Notice(UserWarning):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean 'x'?)' with the known name closest to ``name``, or ' (one of: …)'."""
+    """' (did you mean 'x'?)' with the known name closest to ``name``, or ' (one of: …)'; '' where
+    none is known."""
     known = list(known)
+    if not known:
+        return ""
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if close:
         return f" (did you mean {close[0]!r}?)"

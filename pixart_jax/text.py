@@ -16,7 +16,7 @@ import os
 import re
 import urllib.parse
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,6 +101,45 @@ def lower_caption(text: str) -> str:
 def caption_cleaner(clean: bool) -> Callable[[str], str]:
     """:func:`clean_caption`, or :func:`lower_caption` where captions are not to be cleaned."""
     return clean_caption if clean else lower_caption
+
+
+EMPTIED, HALVED = "empty after cleaning", "at least half lost in cleaning"
+
+
+def cleaning_loss(text: str, cleaned: str) -> str | None:
+    """EMPTIED where cleaning left nothing of a text that is not blank, HALVED where it removed at
+    least half of its letters and digits, else None."""
+    if not cleaned:
+        return EMPTIED if text.strip() else None
+    before, after = (sum(map(str.isalnum, one)) for one in (text, cleaned))
+    return HALVED if before and 2 * after <= before else None
+
+
+def notice_loss(what: str, texts: Iterable[str], clean: Callable[[str], str]) -> None:
+    """Warn of the texts that cleaning empties or halves, with what is left. what: 'prompt'."""
+    cleaned = {text: clean(text) for text in texts}
+    for kind in (EMPTIED, HALVED):
+        lost = [text for text, left in cleaned.items() if cleaning_loss(text, left) == kind]
+        if not lost:
+            continue
+        shown = "; ".join(f"{text[:40]!r} → {cleaned[text][:40]!r}" for text in lost[:3])
+        many = f"{len(lost)} {what}s are" if lost[1:] else f"a {what} is"
+        warnings.warn(
+            f"{many} {kind}: {shown}{'; …' if lost[3:] else ''} (--no-clean-caption, "
+            "clean_caption=False in Python, keeps the words)",
+            Notice,
+            stacklevel=3,
+        )
+
+
+def clean_captions(
+    texts: Iterable[str], clean: Callable[[str], str]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """([(caption, cleaned)] without those of which nothing is left, [(EMPTIED or HALVED, caption)])
+    of a sample's captions."""
+    both = [(text, clean(text)) for text in texts]
+    found = [(cleaning_loss(*one) if one[1] else EMPTIED, one[0]) for one in both]
+    return [one for one in both if one[1]], [(kind, text) for kind, text in found if kind]
 
 
 def _once(text: str) -> str:

@@ -23,13 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixart_jax"
 
 # Used by every package. images and plots write through files.
-_FOUNDATION = {"errors", "files", "images", "plots", "tables", "text"}
+_FOUNDATION = {"errors", "files", "finite", "images", "plots", "tables", "text"}
 # The base: these do not import each other, except that models may use parallel's axis names.
 _BASE = _FOUNDATION | {"models", "diffusion", "data", "parallel"}
 _RUNS = _BASE | {"weights", "config", "pipeline", "cli"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "finite": {"errors"},
     "images": {"errors", "files"},
     "plots": {"files"},
     "tables": {"errors"},

@@ -72,8 +72,9 @@ def lowered(pipe: Pipeline, monkeypatch, **how):
 @pytest.mark.usefixtures("optimized")
 def test_one_program_draws_from_noise_to_pixels_in_the_memory_of_the_noise(pipe, monkeypatch):
     made = lowered(pipe, monkeypatch, steps=3)
-    latents, images = made.out_info
+    latents, images, good = made.out_info
     assert images.shape == (2, 64, 64, 3) and latents.shape == (2, 8, 8, 4)
+    assert good.shape == (2,) and good.dtype == bool
     assert images.dtype == jnp.float32  # rounded after the fit to the size that was asked for
     assert made.as_text().count("tf.aliasing_output") == 1  # latents, noise
     memory = made.compile().memory_analysis()

@@ -36,10 +36,12 @@ from pixart_jax.data.sources.encoded import RecordsSource
 from pixart_jax.encoding.options import Bucket, BucketsFlag, SourceSpec
 from pixart_jax.errors import UserError
 from pixart_jax.files import hash64
+from pixart_jax.finite import WHAT, whole
 from pixart_jax.images import to_uint8
-from pixart_jax.text import clean_caption, load_tokenizer
+from pixart_jax.text import EMPTIED, HALVED, clean_caption, cleaning_loss, load_tokenizer
 
 FIGURES = "inspect.json"
+_COUNTED = ("samples", "texts", "empty", "repeated", "emptied", "halved")
 _CHUNK = 256  # samples read ahead of the count
 _LONGEST = 4096  # tokens; longer texts are counted as this long
 _THUMBNAIL = 192  # px of the longer side
@@ -129,7 +131,12 @@ def main(argv: Sequence[str]) -> int:
     )
     for kind, one in figures["captions"].items():
         cut = f", {one['cut']} longer than {options.max_text_tokens} tokens" if tokenizer else ""
-        print(f"  captions {kind}: {one['texts']} of {one['samples']} samples{cut}")
+        lost = "".join(
+            f", {one[name]} {how}"
+            for name, how in (("emptied", EMPTIED), ("halved", HALVED))
+            if one[name]
+        )
+        print(f"  captions {kind}: {one['texts']} of {one['samples']} samples{cut}{lost}")
     if len(faults):
         print(f"  {faults.summary()}")
     print(f"the page: {path}")
@@ -161,6 +168,8 @@ class DecodedSource:
         sample = self._encoded[index]
         with self._one_at_a_time:  # so that each bucket compiles once
             pixels = np.asarray(self._vae.decode(self._encoded.latents(index)[None]))[0]
+        if not whole(pixels):
+            raise UserError(f"{sample.key}: the VAE decodes it to numbers that are {WHAT}")
         png = io.BytesIO()
         Image.fromarray(to_uint8(pixels)).save(png, "PNG")
         return dataclasses.replace(sample, image=png.getvalue())
@@ -291,9 +300,10 @@ def _count_captions(
     captions: dict[str, dict[str, Any]], look: Look, limit: int, tokenizer, seen: set[int]
 ) -> None:
     """Add a sample's captions to the counts of their kinds. words, tokens: length → texts; cut:
-    texts of more than ``limit`` tokens; repeated: texts that occurred before."""
+    texts of more than ``limit`` tokens; repeated: texts that occurred before; emptied, halved: by
+    cleaning."""
     for kind, texts in look.captions.items():
-        one = captions.setdefault(kind, dict.fromkeys(("samples", "texts", "empty", "repeated"), 0))
+        one = captions.setdefault(kind, dict.fromkeys(_COUNTED, 0))
         one["samples"] += bool(texts)
         one["texts"] += len(texts)
         for text in texts:
@@ -301,8 +311,12 @@ def _count_captions(
             one["empty"] += not text.strip()
             one["repeated"] += (mark := hash64(f"{kind} {text}")) in seen
             seen.add(mark)
+        cleaned = [clean_caption(text) for text in texts]
+        losses = [cleaning_loss(*both) for both in zip(texts, cleaned)]
+        one["emptied"] += losses.count(EMPTIED)
+        one["halved"] += losses.count(HALVED)
         if tokenizer is not None and texts:
-            for ids in tokenize(tokenizer, [clean_caption(text) for text in texts], _LONGEST):
+            for ids in tokenize(tokenizer, cleaned, _LONGEST):
                 one.setdefault("tokens", Counter())[len(ids)] += 1
                 one["cut"] = one.get("cut", 0) + (len(ids) > limit)
 

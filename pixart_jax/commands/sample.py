@@ -108,11 +108,14 @@ def image_settings(
 
 
 def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
-    """Generate what is missing, images of one size together; threads write the files."""
+    """Generate what is missing, images of one size together; threads write the files. Raises
+    UserError, after writing the others, for images that are not finite."""
     from pixart_jax.commands.sample_texts import encode_first
+    from pixart_jax.finite import NotFinite, not_written
     from pixart_jax.pipeline.output import AsyncWriter
     from pixart_jax.pipeline.pipeline import Pipeline
 
+    bad: list[int] = []
     states = encode_first(flags, model, [folder.wanted[n] for n in folder.missing], opening)
     pipe = Pipeline.from_pretrained(model, text_encoder=states is None, **opening)
     pipe = pipe.replace(context_attention=MeshConfig.parse(flags.mesh).context_attention)
@@ -124,7 +127,7 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
         writer = stack.enter_context(AsyncWriter(folder.write))
         for members in folder.groups():
             images = [folder.wanted[n] for n in members]
-            for positions, batch in pipe.generate(
+            batches = pipe.generate(
                 [image["prompt"] for image in images],
                 flags.sampling,
                 negative_prompt=[image["negative_prompt"] for image in images],
@@ -135,8 +138,14 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
                 batch_size=flags.batch_size,
                 indices=members,
                 text_states=states,
-            ):
-                for position, image in zip(positions, batch, strict=True):
-                    writer.put(members[position], image)
-                bar.update(len(positions))
-                bar.set_description("sampling")
+            )
+            try:
+                for positions, batch in batches:
+                    for position, image in zip(positions, batch, strict=True):
+                        writer.put(members[position], image)
+                    bar.update(len(positions))
+                    bar.set_description("sampling")
+            except NotFinite as error:
+                bad += [members[position] for position in error.indices]
+    if bad:
+        raise not_written({n: folder.wanted[n]["prompt"] for n in bad}, many)

@@ -68,7 +68,8 @@ def decode_record(
 class Shard:
     """A shard's entry in the manifest. bucket: (height, width) in px. longest: caption kind →
     tokens of its longest text. skipped: (key, reason) of samples that could not be encoded.
-    lacking: caption kind → places of the records without a text of it."""
+    lacking: caption kind → places of the records without a text of it. noted: (key, note) of
+    captions that cleaning emptied or halved."""
 
     file: str
     bucket: tuple[int, int]
@@ -78,13 +79,15 @@ class Shard:
     longest: Mapping[str, int] = dataclasses.field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
     lacking: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    noted: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Shard:
         height, width = fields["bucket"]
         skipped = tuple(map(tuple, fields["skipped"]))
+        noted = tuple(map(tuple, fields.get("noted", ())))
         lacking = {kind: tuple(places) for kind, places in fields.get("lacking", {}).items()}
-        parsed = {"bucket": (height, width), "skipped": skipped, "lacking": lacking}
+        parsed = {"bucket": (height, width), "skipped": skipped, "lacking": lacking, "noted": noted}
         return cls(**{**fields, **parsed})
 
 

@@ -17,6 +17,7 @@ from pixart_jax.data.sources.indexed import cached_json, in_threads
 from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.images import to_model
+from pixart_jax.text import clean_captions
 
 BUCKETS_PNG = "buckets.png"
 _DECODERS = 8  # threads; Pillow releases the interpreter lock while it decodes
@@ -106,7 +107,7 @@ class CaptionMix:
         self.kinds = tuple(weights)
         for kind in self.kinds:
             if kind not in known:
-                hint = nearest(kind, known) if known else " (it has none at all)"
+                hint = nearest(kind, known) or " (it has none at all)"
                 raise UserError(f"{source} has no captions of kind {kind!r}{hint}")
         self._weights = np.array([*weights.values()], float)
 
@@ -271,9 +272,19 @@ class TokenSamples:
                 self.faults.add(sample.key, "missing caption", str(error).partition(": ")[2])
                 self.bucket_of[index] = -1
                 continue
-            for kind, some in found.items():
+            both = {kind: clean_captions(some, clean) for kind, some in found.items()}
+            lost = [(how, text) for _, some in both.values() for how, text in some]
+            cleaned = {k: [text for _, text in kept] for k, (kept, _) in both.items() if kept}
+            if target and target not in cleaned or not set(self._mix.kinds) & set(cleaned):
+                how, text = lost[0]
+                self.faults.add(sample.key, "missing caption", f"{how}: {text[:40]!r}")
+                self.bucket_of[index] = -1
+                continue
+            for how, text in [] if self.faults.strict else lost:
+                self.faults.add(sample.key, f"caption {how}", repr(text[:40]), repaired=True)
+            for kind, some in cleaned.items():
                 self._ranges[index][kind] = range(len(texts), len(texts) + len(some))
-                texts.extend(map(clean, some))
+                texts.extend(some)
         self._ids = tokenize(tokenizer, texts, max_text_tokens)
         self.length = pad_length(max([1, *map(len, self._ids)]), max_text_tokens)
 

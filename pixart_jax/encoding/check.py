@@ -119,7 +119,8 @@ def summary(folder: Path) -> str:
     size = sum(shard.bytes for shard in manifest.shards) / 2**20
     buckets = ", ".join(f"{h}×{w}: {n}" for (h, w), n in manifest.by_bucket.items())
     mirrored = ", each mirrored too" if manifest.identity.get("flip") == "yes" else ""
-    left_out = f", {skipped_samples(manifest).summary()}," if manifest.skipped else ""
+    faults = skipped_samples(manifest).summary()
+    left_out = f", {faults}," if faults else ""
     return (
         f"{manifest.samples} records ({buckets}){mirrored}{left_out} in {len(manifest.shards)} "
         f"shards, {size:.1f} MiB: {folder}"

@@ -118,7 +118,7 @@ def encode_dataset(
     if manifest.exists() and len(finished) == len(records.Manifest.read(folder).shards):
         if index == 0:  # of a run that was killed between the manifest and its end
             shutil.rmtree(notes, ignore_errors=True)
-        return folder
+        return _not_empty(folder)
 
     encoder = ShardEncoder(source, options, vae, text_encoder, tokenizer, mesh)
     notes.mkdir(parents=True, exist_ok=True)
@@ -153,6 +153,14 @@ def encode_dataset(
             shutil.rmtree(notes, ignore_errors=True)
         while not manifest.exists():
             time.sleep(1)
+    return _not_empty(folder)
+
+
+def _not_empty(folder: Path) -> Path:
+    manifest = records.Manifest.read(folder)
+    if not manifest.samples:
+        why = skipped_samples(manifest).summary() or "the source has no sample"
+        raise UserError(f"{folder} holds no record: {why}; {FAULTS} there names them")
     return folder
 
 
@@ -161,6 +169,7 @@ def _encode_shard(
 ) -> records.Shard:
     longest: dict[str, int] = dict.fromkeys(kinds, 0)
     skipped: list[tuple[str, str]] = []
+    noted: list[tuple[str, str]] = []
     lacking: dict[str, list[int]] = {}
 
     def on_skip(key: str, reason: str) -> None:
@@ -168,7 +177,8 @@ def _encode_shard(
         bar.write(f"left out: {key}: {reason}", file=sys.stderr)
 
     def encoded() -> Iterator[bytes]:
-        found = encoder.records(job.indices, job.bucket, on_skip, bar.update)
+        on_note = lambda key, note: noted.append((key, note))  # noqa: E731
+        found = encoder.records(job.indices, job.bucket, on_skip, bar.update, on_note)
         for place, (record, tokens) in enumerate(found):
             for kind in kinds:
                 if kind in tokens:
@@ -188,6 +198,7 @@ def _encode_shard(
         longest=longest,
         skipped=tuple(skipped),
         lacking={kind: tuple(places) for kind, places in lacking.items()},
+        noted=tuple(noted),
     )
 
 
@@ -209,17 +220,20 @@ def _write_manifest(
     counts = dict.fromkeys(options.buckets, 0) | manifest.by_bucket
     write_bucket_chart(folder / BUCKETS_PNG, counts, "encoded")
     manifest.write(folder)
-    if faults and progress:
+    if (faults.counts or faults.repaired) and progress:
         tqdm.write(f"{faults.summary()}; {folder / FAULTS} names them", file=sys.stderr)
 
 
 def skipped_samples(manifest: records.Manifest, source: Source | None = None) -> BadRecords:
-    """The samples that the source skipped when it was opened, and those that the encoder did."""
+    """The samples that the source skipped when it was opened, those that the encoder did, and the
+    captions that cleaning emptied or halved."""
     faults = BadRecords()
     faults.extend(getattr(source, "faults", ()))
-    for key, reason in manifest.skipped:
-        kind, _, detail = reason.partition(": ")
-        faults.add(key, kind, detail)
+    for repaired in (False, True):
+        for shard in manifest.shards:
+            for key, reason in shard.noted if repaired else shard.skipped:
+                kind, _, detail = reason.partition(": ")
+                faults.add(key, kind, detail, repaired)
     return faults
 
 

@@ -26,7 +26,7 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import PromptEncoder, TextStates
 from pixart_jax.pipeline.folder import ModelFolder, compute_dtype, weights_cache
 from pixart_jax.pipeline.text_states import write
-from pixart_jax.text import caption_cleaner, clean_caption, read_prompts
+from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, read_prompts
 
 PART = 512  # texts, which is also the most that a kill can cost
 
@@ -82,6 +82,7 @@ def main(arguments: PromptArguments) -> int:
 
     texts = [row.prompt for row in rows] + [row.negative_prompt or "" for row in rows]
     texts += [arguments.negative_prompt, ""]
+    notice_loss("prompt", texts, clean)
     count = encode_prompt_file(texts, out, identity, encoder, clean=clean)
     new = f"{count} of them new" if count else "all of them already there"
     size = out.stat().st_size / 2**20

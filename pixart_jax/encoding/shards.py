@@ -27,11 +27,12 @@ from pixart_jax.data.samples import tokenize
 from pixart_jax.data.sources import Sample, Source
 from pixart_jax.encoding.options import Bucket, EncodeOptions
 from pixart_jax.errors import UserError
+from pixart_jax.finite import WHAT, whole
 from pixart_jax.images import to_model
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import replicated, row_sharding
 from pixart_jax.pipeline.prompt_encoder import BATCH, one_ahead, text_batches
-from pixart_jax.text import clean_caption
+from pixart_jax.text import clean_caption, clean_captions
 from pixart_jax.weights.component import Component
 
 CLEANING = "deepfloyd"  # of captions; another would make other states of the same words
@@ -41,13 +42,14 @@ LONGEST_CAPTION = 100_000
 
 @dataclasses.dataclass
 class _Item:
-    """A decoded sample: the arrays and metadata of its record, its pixels (uint8 [h, w, 3]), and
-    its texts by the names of their states."""
+    """A decoded sample: the arrays and metadata of its record, its pixels (uint8 [h, w, 3]), its
+    cleaned texts by the names of their states, and the captions that cleaning emptied or halved."""
 
     arrays: dict[str, np.ndarray]
     metadata: dict[str, str]
     pixels: np.ndarray
     texts: dict[str, str]
+    lost: list[str]
 
 
 class _Batch(NamedTuple):
@@ -85,12 +87,14 @@ class ShardEncoder:
         bucket: Bucket,
         on_skip: Callable[[str, str], object],
         on_progress: Callable[[int], object] = lambda count: None,
+        on_note: Callable[[str, str], object] = lambda key, note: None,
     ) -> Iterator[tuple[bytes, dict[str, int]]]:
         """Yield (record, tokens of the longest text of each kind that it has) of each sample that
         can be encoded, in order.
 
         on_skip(key, reason): called for every other. on_progress(count): called when so many more
-        samples are done. Decoding, encoding and packing of successive batches overlap.
+        samples are done. on_note(key, note): of a caption that cleaning emptied or halved.
+        Decoding, encoding and packing of successive batches overlap.
         """
         with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as readers:
             starts = range(0, len(indices), self._rows)
@@ -98,7 +102,19 @@ class ShardEncoder:
             decoding = (readers.map(lambda i: self._read(i, bucket), batch) for batch in batches)
             encoding = (self._encode(list(found), bucket, on_skip) for found in one_ahead(decoding))
             for batch in one_ahead(encoding):
-                yield from _pack(batch)
+                for item, longest in _pack(batch):
+                    key = item.metadata["key"]
+                    # fp32 states of 1e39 are infinite only as they are stored
+                    bad = [name for name, array in item.arrays.items() if not whole(array)]
+                    if bad:
+                        reason = f"{WHAT}: {', '.join(bad)}"
+                        if self._options.strict:
+                            raise UserError(f"{key}: {reason}")
+                        on_skip(key, reason)
+                        continue
+                    for note in item.lost:
+                        on_note(key, note)
+                    yield records.encode_record(item.arrays, item.metadata), longest
                 on_progress(batch.samples)
 
     def _read(self, index: int, bucket: Bucket) -> _Item | tuple[str, str]:
@@ -121,6 +137,7 @@ class ShardEncoder:
     def _decode(self, sample: Sample, bucket: Bucket) -> _Item:
         metadata: dict[str, str] = {"key": sample.key}
         texts: dict[str, str] = {}
+        lost: list[str] = []
         kinds = [kind for kind in self._options.captions if sample.captions.get(kind)]
         if self._options.captions and not kinds:
             wanted = " or ".join(map(repr, self._options.captions))
@@ -129,8 +146,15 @@ class ShardEncoder:
             found = tuple(sample.captions[kind])
             if (longest := max(map(len, found))) > LONGEST_CAPTION:
                 raise _Unusable("caption too long", f"{longest:,} characters of kind {kind!r}")
-            metadata[f"captions.{kind}"] = json.dumps(found, ensure_ascii=False)
-            texts |= {f"text.{kind}.{number}": text for number, text in enumerate(found)}
+            kept, some = clean_captions(found, clean_caption)
+            lost += [f"caption {how}: {text[:40]!r}" for how, text in some]
+            if not kept:
+                continue
+            captions = [text for text, _ in kept]
+            metadata[f"captions.{kind}"] = json.dumps(captions, ensure_ascii=False)
+            texts |= {f"text.{kind}.{number}": text for number, (_, text) in enumerate(kept)}
+        if kinds and not texts:
+            raise _Unusable("missing caption", lost[0].removeprefix("caption "))
         image = sample.pixels()
         pixels, crop = images.to_bucket(image, bucket)
         arrays = {
@@ -138,7 +162,7 @@ class ShardEncoder:
             "size": np.array(image.shape[:2], np.int32),
             "fit": np.array(dataclasses.astuple(crop), np.int32),
         }
-        return _Item(arrays, metadata, pixels, texts)
+        return _Item(arrays, metadata, pixels, texts, lost)
 
     def _encode(
         self, found: list[_Item | tuple[str, str]], bucket: Bucket, on_skip: Callable
@@ -169,7 +193,7 @@ class ShardEncoder:
         if not texts:
             return
         limit, pad = self._options.max_text_tokens, self._tokenizer.pad_token_id or 0
-        ids = tokenize(self._tokenizer, [clean_caption(text) for _, _, text in texts], limit)
+        ids = tokenize(self._tokenizer, [text for _, _, text in texts], limit)
         lengths = [max(len(row), 1) for row in ids]  # "" has no token where there is no end token
         for part, padded, counts in text_batches(ids, lengths, limit, self._text_rows, pad):
             states = self._text_encoder.apply(self._place(padded), self._place(counts))
@@ -181,8 +205,9 @@ class ShardEncoder:
         return jax.device_put(array, row_sharding(self._mesh, len(array)))
 
 
-def _pack(batch: _Batch) -> Iterator[tuple[bytes, dict[str, int]]]:
-    """Wait for a batch, and yield the records of its items as ``ShardEncoder.records`` does."""
+def _pack(batch: _Batch) -> Iterator[tuple[_Item, dict[str, int]]]:
+    """Wait for a batch; yield its items with all arrays, and the tokens as ``ShardEncoder.records``
+    does."""
     for members, states in batch.texts:
         stored = np.asarray(states).astype(ml_dtypes.bfloat16)
         for (item, name, length), state in zip(members, stored):
@@ -196,7 +221,7 @@ def _pack(batch: _Batch) -> Iterator[tuple[bytes, dict[str, int]]]:
         for name in item.texts:
             kind = name.removeprefix("text.").rpartition(".")[0]
             longest[kind] = max(longest.get(kind, 0), len(item.arrays[name]))
-        yield records.encode_record(item.arrays, item.metadata), longest
+        yield item, longest
 
 
 class _Unusable(UserError):

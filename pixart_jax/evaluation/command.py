@@ -19,6 +19,7 @@ from pixart_jax.evaluation import report
 from pixart_jax.evaluation.shapes_score import Score, score
 from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
 from pixart_jax.files import bundled
+from pixart_jax.finite import check_images
 from pixart_jax.images import to_model, to_uint8
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 
@@ -149,7 +150,8 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
             # the last batch is filled up, so that nothing compiles twice
             full = some + [some[-1]] * (size - len(some))
             mean, _ = vae.encode(to_model(np.stack([renders[rows[i]] for i in full])))
-            yield some, to_uint8(np.asarray(vae.decode(mean), np.float32)[: len(some)])
+            decoded = np.asarray(vae.decode(mean), np.float32)[: len(some)]
+            yield some, to_uint8(check_images(decoded))
 
     images = _by_size(prompts, reconstruct, "reconstructing")
     errors = np.array([np.mean((a.astype(np.float32) - b) ** 2) for a, b in zip(images, renders)])

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pixart_jax import finite
 from pixart_jax.parallel.rules import row_sharding
 
 # decoded at once on a device: the decoder's activations are far larger than its image
@@ -47,7 +48,11 @@ def decode_latents(spec: DecodeSpec, params, latents: jax.Array) -> jax.Array:
     return images.reshape(batch, *images.shape[2:])
 
 
-decode_jit = jax.jit(decode_latents, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def decode_jit(spec: DecodeSpec, params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(images, bool [b]: whether an image is finite)."""
+    images = decode_latents(spec, params, latents)
+    return images, finite.rows(images)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixart_jax import finite
 from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import TextKV
-from pixart_jax.parallel.gather import put_global
+from pixart_jax.parallel.gather import gather_to_host, put_global
 from pixart_jax.parallel.mesh import batch_shards, check_divides
 from pixart_jax.parallel.rules import on_mesh, row_sharding
 from pixart_jax.pipeline import decoder, sampler
@@ -27,7 +28,7 @@ from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_guidance, check_seed
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.pipeline.text_states import TextStates, texts_to_encode
-from pixart_jax.text import caption_cleaner, clean_caption, padded_length
+from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, padded_length
 
 DEFAULT_BATCH = 16
 _CACHED_NEGATIVES = 4  # keys and values of negative prompts: 31 MB each for XL/2 in bfloat16
@@ -146,7 +147,9 @@ class Pipeline:
         """States of texts (prompts, negative prompts and "" alike) on the host, in the dtype of the
         computation, for :meth:`generate`."""
         dtype = self.text_encoder.dtype.name if self.text_encoder is not None else "float32"
-        return self.prompt_encoder.states(texts, dtype, caption_cleaner(clean_caption))
+        clean = caption_cleaner(clean_caption)
+        notice_loss("prompt", texts, clean)
+        return self.prompt_encoder.states(texts, dtype, clean)
 
     def encode_text(
         self,
@@ -156,6 +159,7 @@ class Pipeline:
     ) -> tuple[jax.Array, jax.Array]:
         """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of 8
         over the longest text."""
+        notice_loss("prompt", texts, clean)
         return self.prompt_encoder.batch(texts, length, clean)
 
     def without_text_encoder(self) -> Pipeline:
@@ -207,7 +211,9 @@ class Pipeline:
             states in fp32, or in the dtype that the transformer computes in.
         callback(step, latents [b, h, w, c]): called during the scan with the denoised latents of
             each step. It must not call JAX, which is busy.
-        Raises UserError, before anything is computed, for options that cannot be used.
+        Raises UserError, before anything is computed, for options that cannot be used. Images that
+        are not finite are left out, and after the last batch ``finite.NotFinite`` (a UserError)
+        names their positions.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -241,6 +247,8 @@ class Pipeline:
             identity = {"width": str(parts.caption_width), **self.text_identity}
             text_states.check({k: v for k, v in identity.items() if k != "computed_in"})
         negatives = [rows[n].negative for n in guided]
+        notice_loss("prompt", prompts, clean)
+        notice_loss("negative prompt", negatives, clean)
         texts = texts_to_encode(prompts, negatives, str(config.null), clean)
         longest = int(encoder.lengths(texts, clean).max())
         if config.text_length is not None and longest > config.text_length:
@@ -248,14 +256,22 @@ class Pipeline:
         # one for all batches, so that they share one executable
         length = config.text_length or padded_length(longest, parts.text_tokens)
 
-        def batches() -> Iterator[tuple[list[int], jax.Array]]:
+        def batches() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
             for positions, batch in self._batches(rows, batch_size):
                 tell = callback and _without_fillers(callback, len(positions))
                 yield positions, self._images(batch, config, size, length, encoder, tell)
 
+        bad: list[int] = []
         # the device works on a batch while the host takes the one before
-        for positions, images in one_ahead(batches()):
-            yield positions, np.asarray(images)[: len(positions)]
+        for positions, made in one_ahead(batches()):
+            images, good = (np.asarray(array)[: len(positions)] for array in made)
+            if not good.all():
+                bad += [n for n, one in zip(positions, good) if not one]
+                positions, images = [n for n, one in zip(positions, good) if one], images[good]
+            if positions:
+                yield positions, images
+        if bad:
+            raise finite.NotFinite(bad)
 
     def _batches(
         self, rows: list[Row], batch_size: int | None
@@ -278,8 +294,9 @@ class Pipeline:
         length: int,
         encoder: PromptEncoder | TextStates,
         callback: Callback | None,
-    ) -> jax.Array:
-        """One batch: uint8 [b, height, width, 3] on the devices. Either all or none are guided."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """One batch: (uint8 [b, height, width, 3], bool [b]: whether it is finite) on the devices.
+        Either all or none are guided."""
         clean, guided = caption_cleaner(config.clean_caption), rows[0].guidance != 1
         seeds, indices = [row.seed for row in rows], [row.index for row in rows]
         noise, keys = self.noise(seeds, indices, *size.generated)
@@ -294,11 +311,12 @@ class Pipeline:
         with on_mesh(self.mesh):
             if config.vae_tile is None and callback is None:
                 decode, vae = self._decode_spec(len(rows)), self.vae.params
-                _, images = sampler.generate_jit(spec, decode, vae, params, *arguments)
+                _, images, good = sampler.generate_jit(spec, decode, vae, params, *arguments)
             else:
-                latents = self._sample(spec, arguments, callback)
-                images = self._decoded(latents, config.vae_tile)
-            return decoder.fit(images, size.asked)
+                latents, good = self._sample(spec, arguments, callback)
+                images, pixels_good = self._decoded(latents, config.vae_tile)
+                good = good & pixels_good
+            return decoder.fit(images, size.asked), good
 
     def noise(
         self, seed: Seed | Sequence[Seed], indices: Sequence[int], height: int, width: int
@@ -337,7 +355,9 @@ class Pipeline:
         [b] without a 1. keys: [b], or one to fold with each row's number, for solvers that add
         noise; None adds none. size [b, 2] (height, width in pixels), aspect_ratio [b]: for models
         with size conditions; by default the image's own. options: steps, solver, times and the
-        other fields of SamplingConfig; by default PixArt's values, not the model's own.
+        other fields of SamplingConfig; by default PixArt's values, not the model's own. Raises
+        ``finite.NotFinite``, a UserError, which names the rows that are not finite; a call that is
+        traced into another program does not ask.
         """
         config = SamplingConfig(**options).with_defaults()
         noise = jnp.asarray(noise, jnp.float32)
@@ -355,7 +375,7 @@ class Pipeline:
         sizes = self._size_conditions(noise, size, aspect_ratio)
         with on_mesh(self.mesh):
             arguments = (noise, keys, text, negative, *sizes, scale)
-            return self._sample(self._spec(config, guided), arguments, callback)
+            return _checked(*self._sample(self._spec(config, guided), arguments, callback))
 
     def decode(
         self, latents: jax.Array, tile: int | None = None, size: tuple[int, int] | None = None
@@ -363,10 +383,11 @@ class Pipeline:
         """The transformer's latents [b, h, w, c] → images uint8 [b, height, width, 3], on devices.
 
         tile: side in latents of blended tiles, for images too large to decode at once. size:
-        (height, width) in pixels that images are resized and cropped to.
+        (height, width) in pixels that images are resized and cropped to. Raises
+        ``finite.NotFinite`` as :meth:`denoise`.
         """
         with on_mesh(self.mesh):
-            return decoder.fit(self._decoded(latents, tile), size)
+            return decoder.fit(_checked(*self._decoded(latents, tile)), size)
 
     def _spec(self, config: SamplingConfig, guided: bool) -> sampler.SamplerSpec:
         """All static arguments of the compiled program."""
@@ -383,18 +404,19 @@ class Pipeline:
 
     def _sample(
         self, spec: sampler.SamplerSpec, arguments: tuple, callback: Callback | None
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         params = self.transformer.params
         if callback is None:
             return sampler.sample_latents_jit(spec, params, *arguments)
         spec = dataclasses.replace(spec, preview=_tell)
         with _watched_by(callback):
-            return sampler.sample_latents_jit(spec, params, *arguments).block_until_ready()
+            return jax.block_until_ready(sampler.sample_latents_jit(spec, params, *arguments))
 
-    def _decoded(self, latents: jax.Array, tile: int | None) -> jax.Array:
+    def _decoded(self, latents: jax.Array, tile: int | None) -> tuple[jax.Array, jax.Array]:
         if tile is None:
             return decoder.decode_jit(self._decode_spec(len(latents)), self.vae.params, latents)
-        return self.vae.decode(latents / self.vae.config.scaling_factor, tile)
+        images = self.vae.decode(latents / self.vae.config.scaling_factor, tile)
+        return images, finite.rows_jit(images)
 
     def _decode_spec(self, batch: int) -> decoder.DecodeSpec:
         config = self.vae.config
@@ -486,6 +508,12 @@ def _noise(seeds, indices, shape):
         return jax.random.normal(key, shape), jax.random.fold_in(key, 1)
 
     return jax.vmap(row)(seeds, indices)
+
+
+def _checked(array: jax.Array, good: jax.Array) -> jax.Array:
+    if not isinstance(good, jax.core.Tracer):
+        finite.check_rows(gather_to_host(good))
+    return array
 
 
 def _one_each(what: str, value, count: int) -> list:

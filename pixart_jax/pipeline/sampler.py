@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax import diffusion
+from pixart_jax import diffusion, finite
 from pixart_jax.diffusion.guidance import combine_guidance
 from pixart_jax.diffusion.sampling import Preview, sample, timesteps
 from pixart_jax.models.transformer import Conditioning, TextKV
@@ -91,15 +91,21 @@ def sample_latents(
     )
 
 
-sample_latents_jit = jax.jit(sample_latents, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
+def sample_latents_jit(spec: SamplerSpec, params, *arguments) -> tuple[jax.Array, jax.Array]:
+    """(latents, bool [b]: whether an image's are finite)."""
+    latents = sample_latents(spec, params, *arguments)
+    return latents, finite.rows(latents)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "decode"), donate_argnames="noise")
 def generate_jit(spec: SamplerSpec, decode: DecodeSpec, vae_params, params, noise, *arguments):
     """Arguments as :func:`sample_latents` → (latents [b, h, w, c] fp32, in the memory of the noise,
-    images [b, height, width, 3] of about [−1, 1]): one program from noise to pixels."""
+    images [b, height, width, 3] of about [−1, 1], bool [b]: whether both are finite): one program
+    from noise to pixels."""
     latents = sample_latents(spec, params, noise, *arguments)
-    return latents, decode_latents(decode, vae_params, latents)
+    images = decode_latents(decode, vae_params, latents)
+    return latents, images, finite.rows(latents, images)
 
 
 @functools.partial(jax.jit, static_argnames="module")

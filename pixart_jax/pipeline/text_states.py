@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from pixart_jax.errors import UserError
+from pixart_jax.finite import check_tensor
 from pixart_jax.text import clean_caption, lower_caption
 from pixart_jax.weights.files import LazyTensor, SafetensorsFile, write_safetensors
 
@@ -133,18 +134,21 @@ def write(
     """Write the states of ``texts``, in their order, to one file, atomically, with one text in
     memory at a time.
 
-    rows: states [l, c] of each, all of one dtype (fp32 or bf16) and width.
+    rows: states [l, c] of each, all of one dtype (fp32 or bf16) and width. Raises UserError, and
+    writes nothing, for states that are not finite.
     """
     texts = list(texts)
     if not texts:
         raise UserError(f"no texts to write to {path}: give at least one")
+
+    def finite_states(text: str) -> np.ndarray:
+        return check_tensor(f"the text encoder's state of {_shortened(text)}", rows[text])
+
     dtype, width = rows[texts[0]].dtype, rows[texts[0]].shape[-1]
     offsets = np.cumsum([0, *(len(rows[text]) for text in texts)], dtype=np.int64)
     names = json.dumps(texts, ensure_ascii=False).encode("utf-8")
     tensors = {
-        "states": LazyTensor(
-            (int(offsets[-1]), width), dtype, lambda: map(rows.__getitem__, texts)
-        ),
+        "states": LazyTensor((int(offsets[-1]), width), dtype, lambda: map(finite_states, texts)),
         "offsets": offsets,
         "texts": np.frombuffer(names, np.uint8),
     }

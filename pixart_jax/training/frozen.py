@@ -19,8 +19,16 @@ from pixart_jax.config import Config
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
 from pixart_jax.files import find
+from pixart_jax.finite import check_tensor
 from pixart_jax.parallel.liveness import run_on_first_process
-from pixart_jax.text import clean_caption, load_tokenizer, save_tokenizer, tokenize, word_tokenizer
+from pixart_jax.text import (
+    clean_caption,
+    load_tokenizer,
+    notice_loss,
+    save_tokenizer,
+    tokenize,
+    word_tokenizer,
+)
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.vae import config_from_json
@@ -127,10 +135,11 @@ class Frozen:
         text. limit: of tokens."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._states]
         if missing:
+            notice_loss("prompt", missing, clean_caption)
             ids, lengths = tokenize(self.tokenizer, missing, limit)
             states = np.asarray(jax.device_get(self.text_encoder().apply(ids, lengths)), np.float32)
             self._states |= {
-                text: row[:length]
+                text: check_tensor(f"the text encoder's state of {text[:60]!r}", row[:length])
                 for text, row, length in zip(missing, states, lengths, strict=True)
             }
         return [self._states[text] for text in texts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -14,7 +15,9 @@ from jax.sharding import Mesh
 from pixart_jax.config import Config
 from pixart_jax.data.loader import Loader
 from pixart_jax.data.samples import write_bucket_chart
+from pixart_jax.errors import Notice
 from pixart_jax.files import write_json
+from pixart_jax.finite import NotFinite
 from pixart_jax.images import image_grid, write_png
 from pixart_jax.models.configs import DiTConfig, TransformerConfig
 from pixart_jax.models.flops import PIXELS, train_flops
@@ -157,7 +160,11 @@ class StageHooks:
     def preview(self, step: int, state: TrainState) -> None:
         """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
         batch, name = self.loader.global_batch(0, rows=8), self.stage.name
-        images, captions = self.task.preview(state.average, batch, self.run.config.preview)
+        try:
+            images, captions = self.task.preview(state.average, batch, self.run.config.preview)
+        except NotFinite as error:
+            warnings.warn(f"no preview of step {step}: {error}", Notice, stacklevel=1)
+            return
         if len(images) and jax.process_index() == 0:
             sheet = image_grid(images, captions)
             write_png(self.grid(step), sheet, {"stage": name, "step": step})

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixart_jax import finite
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import write_json
 from pixart_jax.models.dit import DiT as DiTModule
@@ -236,7 +237,11 @@ class Transformer(Component):
         null = params.pop("null_caption", None)
         super()._write_weights(folder, params)
         if null is not None:
-            tensor = LazyTensor(null.shape, np.dtype(null.dtype), lambda: [gather_to_host(null)])
+
+            def values() -> list[np.ndarray]:
+                return [finite.check_tensor("null_caption", gather_to_host(null))]
+
+            tensor = LazyTensor(null.shape, np.dtype(null.dtype), values)
             _write(folder / NULL_CAPTION, {"null_caption": tensor})
         elif jax.process_index() == 0:
             (folder / NULL_CAPTION).unlink(missing_ok=True)

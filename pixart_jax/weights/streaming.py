@@ -19,12 +19,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pixart_jax import finite
+from pixart_jax.errors import UserError
 from pixart_jax.weights.files import Tensors
 from pixart_jax.weights.table import ParamMapping, flatten, match, unflatten
 
 _THREADS = min(8, os.cpu_count() or 1)
 _SLAB = 1 << 23  # elements that one thread copies at a time
 _ROWS = 32  # of a transposed matrix, copied at a time: a cache line of bfloat16
+_TILE = 1 << 16  # elements of any other array, copied and checked at a time, in the core's cache
 _SHOW_PROGRESS = 3 << 30  # bytes, from which a progress bar is shown
 
 Index = tuple[tuple[int, int], ...]  # (start, stop) along each axis
@@ -45,7 +48,8 @@ def read(
 
     shapes: our tree of anything with .shape. tensors: a file of files.py, or {key: array}; source:
     its name in messages. ignore: as for table.match, whose UserError names all that does not fit
-    before anything is read. dtype: of every parameter, or a function of a parameter's path.
+    before anything is read; another names a tensor that is not finite, or is not in ``dtype``.
+    dtype: of every parameter, or a function of a parameter's path.
     shardings: our tree of NamedSharding; None: the default device. quantization "int8": kernels
     become int8 values and scales (models/quantization.py); shapes and shardings then hold such
     pairs.
@@ -81,8 +85,11 @@ def read(
                 running = [pool.submit(_copy, *copy) for copy in copies]
                 if file and (following := next(upcoming, None)):
                     file.prefetch(following)
-                for copy in running:
-                    copy.result()
+                if not all([copy.result() for copy in running]):
+                    raise UserError(
+                        f"{source}: {name} holds numbers that are {finite.WHAT}: the file is "
+                        "damaged, or of a training that diverged"
+                    )
                 if file:
                     file.release(name)
             jax.block_until_ready(latest)  # a transfer to an accelerator holds its buffer
@@ -191,17 +198,27 @@ def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.n
         yield out[part], view[part]
 
 
-def _copy(out: np.ndarray, view: np.ndarray) -> None:
-    """out[...] = view, cast. A transposed matrix is cast and turned a few rows at a time, in the
-    core's cache: numpy's own copy misses the cache at every element."""
-    with np.errstate(invalid="ignore"):  # NaNs stay NaNs
+def _copy(out: np.ndarray, view: np.ndarray) -> bool:
+    """out[...] = view, cast; return whether all of it is finite.
+
+    Goes a few rows at a time, which are checked while they are in the core's cache. A transposed
+    matrix is cast and turned there: numpy's own copy misses the cache at every element.
+    """
+    good, out, view = True, np.atleast_1d(out), np.atleast_1d(view)
+    with np.errstate(invalid="ignore", over="ignore"):  # is checked
         if view.ndim != 2 or abs(view.strides[0]) >= abs(view.strides[1]):
-            np.copyto(out, view, casting="unsafe")
-            return
+            step = max(1, _TILE * len(view) // max(1, view.size))
+            for start in range(0, len(view), step):
+                part = out[start : start + step]
+                np.copyto(part, view[start : start + step], casting="unsafe")
+                good &= finite.whole(part)
+            return good
         rows, bits = view.T, np.dtype(f"u{out.itemsize}")  # numpy copies integers fastest
         for start in range(0, len(rows), _ROWS):
             tile = rows[start : start + _ROWS].astype(out.dtype)
+            good &= finite.whole(tile)
             out.view(bits)[:, start : start + _ROWS] = tile.view(bits).T
+    return good
 
 
 def _put(buffers: Mapping[Index, np.ndarray], shape: tuple[int, ...], sharding) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pixart_jax import finite
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.weights.files import LazyTensor
@@ -178,7 +179,8 @@ def write(table: Iterable[ParamMapping], params: Mapping) -> dict[str, LazyTenso
     """Our tree → {key in the file: tensor}, the inverse of reading, to the bit.
 
     Values are gathered to the host (parallel.gather) when a tensor is written, of a stack one layer
-    at a time, so no host holds a second copy of the parameters.
+    at a time, so no host holds a second copy of the parameters. Writing a tensor that is not finite
+    raises a UserError.
     """
     flat = flatten(params)
     parts_of: dict[str, list[tuple[ParamMapping, int | None]]] = {}
@@ -189,7 +191,8 @@ def write(table: Iterable[ParamMapping], params: Mapping) -> dict[str, LazyTenso
 
     def values(key: str) -> Iterator[np.ndarray]:
         for entry, row in parts_of[key]:
-            yield _LAYOUTS[entry.layout][1](gather_to_host(flat[entry.path], row))
+            value = finite.check_tensor(key, gather_to_host(flat[entry.path], row))
+            yield _LAYOUTS[entry.layout][1](value)
 
     def shape(key: str) -> tuple[int, ...]:
         shapes = []

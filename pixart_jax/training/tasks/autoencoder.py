@@ -12,6 +12,7 @@ import numpy as np
 
 from pixart_jax.config import AutoencoderConfig, Config, StageConfig
 from pixart_jax.errors import UserError
+from pixart_jax.finite import check_images
 from pixart_jax.images import to_uint8
 from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.parallel.gather import gather_to_host
@@ -67,7 +68,7 @@ class Autoencoder:
         """Up to 8 pairs of image and reconstruction."""
         images = np.asarray(batch["images"][:8], np.float32)
         vae = VAE(self.module.config, params, self.module.dtype)
-        decoded = gather_to_host(vae.decode(vae.encode(images)[0]))
+        decoded = check_images(gather_to_host(vae.decode(vae.encode(images)[0])))
         pairs = [to_uint8(image) for pair in zip(images, decoded, strict=True) for image in pair]
         return pairs, ["image", "reconstruction"] * len(images)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from pixart_jax import diffusion
 from pixart_jax.config import Config, PreviewConfig, StageConfig
+from pixart_jax.finite import check_images
 from pixart_jax.images import to_uint8
 from pixart_jax.models.configs import BackboneConfig, DiTConfig
 from pixart_jax.models.dit import DiT
@@ -77,7 +78,7 @@ class ClassConditional:
         sampling = SamplingConfig(settings.steps, settings.guidance).with_defaults()
         latents = _sample(self, sampling.steps, sampling.guidance, shape, params, labels, key)
         images = gather_to_host(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
-        return list(to_uint8(images)), [f"class {n}" for n in labels]
+        return list(to_uint8(check_images(images))), [f"class {n}" for n in labels]
 
     def component(self, params):
         """The DiT bound to parameters, as load_component gives one."""
