@@ -191,6 +191,7 @@ def test_bad_samples_are_named_and_counted_and_the_rest_goes_on(model, tmp_path,
         "noise-00003": "unreadable image",
         "noise-00005": "missing caption",
         "noise-00006": "caption too long",
+        "noise-00007": "caption empty after cleaning",
     }
     (place,) = (shard.lacking["dense"] for shard in manifest.shards if shard.lacking)
     assert len(place) == 1  # what lacks a kind stays, and shows its others
