@@ -59,8 +59,8 @@ def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(t
         assert again.manifest["captions"] == 4
     for damaged in ("", "{", "[]", "{}"):
         (tmp_path / "c.manifest.json").write_text(damaged)
-        with pytest.raises(UserError, match="c.manifest.json is damaged"):
-            log(tmp_path)
+        with pytest.raises(UserError, match="c.manifest.json is damaged"), log(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30, 80, 10_000])
