@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     file, target = _places(arguments)
     spec, options, faults = arguments.source, arguments.options, BadRecords(arguments.strict)
     model.check_engines()
-    model.check(options.model)
+    model.check(model.local(options.model, options.variant))
     source = spec.open(faults)
     raw = options.raw_caption
     if raw is not None and raw not in source.caption_kinds:

@@ -14,6 +14,8 @@ from PIL import Image
 from pixart_jax.errors import UserError
 from pixart_jax.files import hash64
 from pixart_jax.pipeline.encoder_identity import folder_fingerprint
+from pixart_jax.weights.files import choose_set, weight_sets
+from pixart_jax.weights.hub import model_folder
 
 # px: the sides of an image as the official script shows it to the model
 SHORTEST, LONGEST = 400, 800
@@ -47,15 +49,25 @@ def seed_of(seed: int, key: str, attempt: int = 0) -> int:
 class VisionLanguageModel:
     """Whatever AutoModelForImageTextToText opens, with its AutoProcessor.
 
-    model: a folder, or a name on the hub. dtype: of the computation; 'auto' is the file's own on a
-    GPU and float32 on a CPU. threads: of a CPU; if given, no GPU is used. Raises UserError for a
-    folder that does not exist, a model without image input, a processor that lacks a package.
+    model: a folder, or a hub id. dtype: of the computation; 'auto' is the file's own on a GPU and
+    float32 on a CPU. threads: of a CPU; if given, no GPU is used. variant: of the weights' files.
+    Raises UserError for a folder that does not exist, a model without image input, a processor that
+    lacks a package.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", threads: int | None = None):
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "auto",
+        threads: int | None = None,
+        variant: str | None = None,
+    ):
         import torch
 
-        check(model)
+        folder = local(model, variant)
+        check(folder)
+        if os.path.isdir(folder) and (sets := weight_sets(os.listdir(folder))):
+            variant = choose_set(sets, variant, model)[1] or None
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
 
@@ -67,9 +79,9 @@ class VisionLanguageModel:
         self.device = torch.device("cuda" if gpu else "cpu")
         kind = "float32" if dtype == "auto" and not gpu else dtype
         try:
-            self.processor = AutoProcessor.from_pretrained(model)
+            self.processor = AutoProcessor.from_pretrained(folder)
             self.model = AutoModelForImageTextToText.from_pretrained(
-                model, dtype=kind if kind == "auto" else getattr(torch, kind)
+                folder, dtype=kind if kind == "auto" else getattr(torch, kind), variant=variant
             )
         except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{model} cannot be opened: {_brief(error)}") from error
@@ -199,6 +211,11 @@ def check_engines() -> None:
         )
 
 
+def local(model: str, variant: str | None = None) -> str:
+    """The model's folder; of a hub id it is downloaded first, with one set of weights."""
+    return str(model_folder(model, (), variant=variant))
+
+
 def check(model: str) -> Any:
     """Return the model's config. Raises UserError where there is none, or where the model takes no
     images. Opens no weights."""
@@ -220,12 +237,12 @@ def check(model: str) -> Any:
     return config
 
 
-def identity(model: str) -> str:
+def identity(model: str, variant: str | None = None) -> str:
     """A fingerprint of a model folder's files, or the hub's commit, so that two models' captions
     are not mixed."""
     if os.path.isdir(model):
         return folder_fingerprint(model)
-    return f"{model}@{getattr(check(model), '_commit_hash', None) or 'unknown'}"
+    return f"{model}@{os.path.basename(local(model, variant))}"
 
 
 def _brief(error: BaseException) -> str:

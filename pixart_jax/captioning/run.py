@@ -71,9 +71,12 @@ def run(
     interrupted run.
     """
     faults = BadRecords() if faults is None else faults  # an empty one is false
-    made = {name: str(value) for name, value in dataclasses.asdict(options).items()}
+    given = dataclasses.asdict(options)
+    if options.variant is None:
+        del given["variant"]  # files without this option go on
+    made = {name: str(value) for name, value in given.items()}
     made |= {"source": spec.source, "split": spec.split, "where": str(spec.where), "kind": kind}
-    made["model files"] = identity(options.model)
+    made["model files"] = identity(options.model, options.variant)
     with open_log(file, made, source) as log:
         if log.manifest is not None:
             return log.manifest

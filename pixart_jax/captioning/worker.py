@@ -26,7 +26,7 @@ class CaptionOptions:
     """How captions are generated; part of the identity of a caption file, which holds one kind."""
 
     model: str
-    """A folder, or a name on the hub, of a model that AutoModelForImageTextToText opens: LLaVA,
+    """A folder, or a hub id, of a model that AutoModelForImageTextToText opens: LLaVA,
     SmolVLM, Qwen-VL, …"""
     prompt: str = "paper"
     """'paper', 'script' (of the official captioning script), or a text of your own; {caption} in it
@@ -47,6 +47,8 @@ class CaptionOptions:
     """How often such a caption is generated again."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the computation; auto is the model file's own on a GPU, float32 on a CPU."""
+    variant: str | None = None
+    """Of the model's weight files, such as fp16; by default the ones without, or the only ones."""
 
     def __post_init__(self):
         prompts.template(self.prompt, self.raw_caption is not None)
@@ -63,7 +65,7 @@ class CaptionWorker:
     """A model and a source. Ray makes one per process and calls it with numbers of samples.
 
     folder: what relative paths are relative to. fingerprint: of the source that the run was begun
-    with. open_model: (model, dtype, threads) → a VisionLanguageModel.
+    with. open_model: (model, dtype, threads, variant=) → a VisionLanguageModel.
 
     Model and source are opened at the first call, and a UserError goes back as a row: Ray would
     construct a failing object again and again, and of an exception it keeps only the traceback.
@@ -97,7 +99,9 @@ class CaptionWorker:
                 f"{self.spec.source} is another one for this worker than for the program: all "
                 "machines must see the same data"
             )
-        self._model = self.open_model(self.options.model, self.options.dtype, self.threads)
+        options = self.options
+        more = {} if options.variant is None else {"variant": options.variant}
+        self._model = self.open_model(options.model, options.dtype, self.threads, **more)
         self._readers = ThreadPoolExecutor(8)
         # what was found at opening the program found too
         self._reported = len(list(faults_of(self._source)))

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,12 +19,11 @@ from pixart_jax.files import write_json
 if TYPE_CHECKING:
     from pixart_jax.models.transformer import TransformerConfig
 
-PATCHES = "x_embedder.proj.weight"  # any official model has it
 LABELS = "y_embedder.embedding_table.weight"  # only a DiT has it
 CAPTIONS = "y_embedder.y_proj.fc1.weight"  # only a PixArt transformer has it
 NULL_CAPTION = "y_embedder.y_embedding"
+SIZES = "csize_embedder.mlp.0.weight"  # only the multi-scale PixArt-α has it
 DIFFUSERS = "adaln_single.linear.weight"  # a PixArt transformer under diffusers' names
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # what PyTorch's wrappers put before every name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +37,8 @@ class Flags:
     """
 
     src: tyro.conf.Positional[Path]
-    """An official .pth, .pt or .safetensors file, a diffusers transformer folder, or a whole model
-    (its transformer is taken)."""
+    """A .pth, .pt or .safetensors file with the official or diffusers' names, behind any prefix, a
+    diffusers transformer folder, or a whole model or its hub id (its transformer is taken)."""
     out: tyro.conf.Positional[Path]
     """The new folder; with --format official the new file, its name ending in .safetensors."""
     format: Literal["folder", "official"] = "folder"
@@ -61,10 +59,19 @@ class Flags:
         bool, tyro.conf.arg(help_behavior_hint="(default: the average, where the file has one)")
     ] = True
     """Take the averaged weights; --no-ema takes the raw ones."""
+    branch: str | None = None
+    """The part of a checkpoint to take, as 'state_dict' or 'ema_model'; by default the only one, or
+    the only average."""
+    variant: str | None = None
+    """Of a folder's weight files, such as fp16; by default the ones without, or the only ones."""
 
 
 def main(argv: list[str]) -> int:
+    from pixart_jax.weights.hub import model_folder
+
     flags = cli.parse(Flags, argv, prog="python -m pixart_jax convert")
+    source = model_folder(flags.src, ("transformer",), variant=flags.variant)
+    flags = dataclasses.replace(flags, src=source)
     if not flags.src.exists():
         raise UserError(
             f"{flags.src} does not exist: give a .pth, a .pt, a .safetensors or a diffusers folder"
@@ -93,7 +100,9 @@ def from_folder(flags: Flags) -> tuple[Any, str]:
             "--heads and --sample-size are for .pth, .pt and .safetensors files: "
             f"{source / 'config.json'} says both"
         )
-    part: Any = component.load_component(source)
+    part: Any = component.load_component(
+        source, variant=flags.variant, branch=flags.branch, average=flags.ema
+    )
     changes: dict[str, Any] = {} if flags.scale is None else {"position_scale": flags.scale}
     config: Any = part.config
     stated = None
@@ -117,12 +126,18 @@ def from_file(flags: Flags) -> tuple[Any, str]:
     from flax import linen as nn
 
     from pixart_jax.weights import component, dit, transformer
+    from pixart_jax.weights.checkpoints import select
     from pixart_jax.weights.files import open_tensors
     from pixart_jax.weights.streaming import read
 
-    branches = ("state_dict_ema", "ema", "state_dict", "model")
-    tensors = open_tensors(flags.src, branches if flags.ema else ("state_dict", "model"))
-    names = official_names(tensors)
+    found = select(
+        open_tensors(flags.src), transformer.ANCHORS, branch=flags.branch, average=flags.ema
+    )
+    tensors = found.tensors
+    names = {name: name for name in tensors}
+    theirs = DIFFUSERS in names  # else the official names
+    if theirs:
+        names = transformer.official_names(tensors)
     shapes = {name: tensors.shape(key) for name, key in names.items()}
     table = tensors[names["pos_embed"]] if "pos_embed" in shapes else None
     given = {"heads": flags.heads, "sample_size": flags.sample_size, "pos_embed": table}
@@ -131,12 +146,17 @@ def from_file(flags: Flags) -> tuple[Any, str]:
     kind: Any
     if CAPTIONS in shapes:
         tokens = flags.tokens if stated is None else None
+        if theirs and table is None and flags.sample_size is None and SIZES not in shapes:
+            raise UserError(
+                f"{flags.src} has diffusers' names: give the folder it is in, with its "
+                "config.json, or --sample-size, the pixels / 8 it was trained at"
+            )
         config = transformer.config_from_official(
             shapes, position_scale=flags.scale, text_tokens=tokens, **given
         )
         caption_tokens(config, stated, flags)
-        kind, mapping = component.Transformer, transformer.official(config)
-        ignore = transformer.OFFICIAL_IGNORE
+        kind = component.Transformer
+        mapping, ignore = transformer.table(config, {}, tensors)
     elif LABELS in shapes:
         if flags.tokens is not None:
             raise UserError(
@@ -147,30 +167,16 @@ def from_file(flags: Flags) -> tuple[Any, str]:
         if flags.scale is not None:
             config = dataclasses.replace(config, position_scale=flags.scale)
         kind, mapping, ignore = component.DiT, dit.OFFICIAL, dit.OFFICIAL_IGNORE
-    elif DIFFUSERS in shapes:
-        raise UserError(
-            f"{flags.src} has diffusers' names: give the folder it is in, with its config.json"
-        )
     else:
         raise UserError(
-            f"{flags.src} is neither a PixArt transformer ({CAPTIONS}) nor a DiT ({LABELS}): it "
-            f"holds {', '.join(list(shapes)[:4])} …"
+            f"{tensors.source} is neither a PixArt transformer ({CAPTIONS}) nor a DiT ({LABELS}): "
+            f"it holds {', '.join(list(shapes)[:4])} …"
         )
     wanted = nn.unbox(kind.param_shapes(config))
-    renamed = tensors.renamed(names)
-    part = kind(config, read(mapping, wanted, renamed, source=str(flags.src), ignore=ignore))
-    branch = getattr(tensors, "branch", None)
-    return part, f"{flags.src}{f' ({branch})' if branch else ''}{assumed(part, stated, flags)}"
-
-
-def official_names(keys: Iterable[str]) -> dict[str, str]:
-    """{official name: key in the file}, without what wrappers (data parallel, compiled, averaged)
-    put before each."""
-    prefix = next((key.removesuffix(PATCHES) for key in keys if key.endswith(PATCHES)), "")
-    rest = prefix
-    while rest.startswith(WRAPPERS):
-        rest = rest[rest.index(".") + 1 :]
-    return {key: key for key in keys} if rest else {key.removeprefix(prefix): key for key in keys}
+    part = kind(config, read(mapping, wanted, tensors, ignore=ignore))
+    place = f" ({found.place})" if found.place else ""
+    notes = "".join(f"; {note}" for note in found.notes)
+    return part, f"{flags.src}{place}{notes}{assumed(part, stated, flags)}"
 
 
 def caption_tokens(config: TransformerConfig, stated: int | None, flags: Flags) -> int:

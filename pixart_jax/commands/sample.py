@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     share, opening = output.parse_share(flags.share), flags.opening()
     check_choice("offload-text-encoder", flags.offload_text_encoder, OFFLOADS)
     parts = ("transformer", "vae") if flags.text_states else PARTS
-    model = ModelFolder.open(flags.model, parts)
+    model = ModelFolder.open(flags.model, parts, variant=flags.variant)
     sampling = flags.sampling.with_defaults(model.sampling)
     flags = dataclasses.replace(flags, sampling=sampling)
     wanted = image_settings(flags, model, rows, opening)
@@ -64,7 +64,6 @@ def image_settings(
     """Each image's settings, as its PNG records them. Raises UserError for options, text states or
     weights that this model cannot be sampled with."""
     from pixart_jax.commands.sample_texts import open_states
-    from pixart_jax.pipeline.encoder_identity import folder_fingerprint
     from pixart_jax.pipeline.image_size import check_options
     from pixart_jax.pipeline.sampling_config import check_seed
 
@@ -79,7 +78,7 @@ def image_settings(
         "dtype": dtype,
         **({"text_encoder": "int8"} if flags.text_encoder_int8 and not flags.text_states else {}),
         "model": model.name,
-        "model_hash": folder_fingerprint(model.path / "transformer"),
+        "model_hash": model.fingerprint("transformer"),
     }
 
     @functools.cache

@@ -34,6 +34,8 @@ class Flags:
     seed, guidance, negative_prompt if wanted."""
     model: Path = dataclasses.field(default_factory=lambda: bundled("assets") / "shapes")
     """A diffusers folder; by default the small model that is shipped."""
+    variant: str | None = None
+    """Of the model's weight files, such as fp16; by default the ones without, or the only ones."""
     out: Path = Path("out")
     """The folder for the images."""
     negative_prompt: str = ""

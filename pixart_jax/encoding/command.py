@@ -27,6 +27,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.parallel import processes
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.text import load_tokenizer
+from pixart_jax.weights.files import part_variants
 from pixart_jax.weights.hub import model_folder
 
 PROG = "python -m pixart_jax encode"
@@ -38,6 +39,8 @@ class Arguments:
     source: tyro.conf.OmitArgPrefixes[SourceSpec] = SourceSpec("tfds:shapes/plain")
     model: Path = Path("assets/shapes")
     """A model folder with vae/, text_encoder/ and tokenizer/."""
+    variant: str | None = None
+    """Of the model's weight files, such as fp16; by default the ones without, or the only ones."""
     out: Annotated[Path | None, CacheDefault] = None
     """Where the shards go; interrupted work there is finished."""
     options: tyro.conf.OmitArgPrefixes[EncodeOptions] = EncodeOptions(((64, 64),), ("dense",))
@@ -80,7 +83,7 @@ def encode(arguments: Arguments, joined) -> int:
     distributed processes."""
     options, sizes = arguments.options, MeshConfig.parse(arguments.mesh)
     parts = ("vae", "text_encoder", "tokenizer") if options.captions else ("vae",)
-    model = model_folder(arguments.model, parts[:2])
+    model = model_folder(arguments.model, parts[:2], variant=arguments.variant)
     for part in parts:
         if not (model / part).is_dir():
             wanted = "give --model a folder with vae/, text_encoder/ and tokenizer/"
@@ -91,9 +94,13 @@ def encode(arguments: Arguments, joined) -> int:
     devices = make_mesh(sizes, jax.local_devices())
     mesh = devices if devices.size > 1 else None
     source = arguments.source.open(BadRecords(options.strict))
-    encoders: dict[str, Any] = {"vae": load_component(model / "vae", mesh=mesh)}
+    variants = part_variants(model, parts[:2], arguments.variant)
+    vae = load_component(model / "vae", mesh=mesh, variant=variants["vae"])
+    encoders: dict[str, Any] = {"vae": vae}
     if options.captions:
-        encoders["text_encoder"] = load_component(model / "text_encoder", arguments.dtype, mesh)
+        encoders["text_encoder"] = load_component(
+            model / "text_encoder", arguments.dtype, mesh, variant=variants["text_encoder"]
+        )
         encoders["tokenizer"] = load_tokenizer(model / "tokenizer")
     folder = arguments.out
     if arguments.check and folder is not None:

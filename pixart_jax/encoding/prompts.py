@@ -44,6 +44,8 @@ class PromptArguments:
     a stop of any kind."""
     model: Path = Path("assets/shapes")
     """A model folder, as sample.py takes it."""
+    variant: str | None = None
+    """As sample.py's: of the model's weight files, such as fp16."""
     negative_prompt: str = ""
     """The one that sample.py will be given, if any."""
     stored: Literal["bfloat16", "float32"] = "bfloat16"
@@ -68,7 +70,7 @@ def main(arguments: PromptArguments) -> int:
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: a file NAME.safetensors is needed")
     rows = read_prompts(arguments.prompts)
-    model = ModelFolder.open(arguments.model, ("text_encoder",))
+    model = ModelFolder.open(arguments.model, ("text_encoder",), variant=arguments.variant)
     model.check_weights(("text_encoder",))
     clean = caption_cleaner(arguments.clean_caption)
     int8 = "int8" if arguments.text_encoder_int8 else None

@@ -46,6 +46,8 @@ class _Options:
 class _ModelOptions(_Options):
     model: Path = SHIPPED
     """a model folder, as sample.py takes it; of vae also the folder of its VAE"""
+    variant: str | None = None
+    """of the model's weight files, such as fp16; by default the ones without, or the only ones"""
     batch_size: int = 32
     """images a batch"""
 
@@ -102,7 +104,7 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
 
     prompts = eval_prompts(options.level, options.per_task, options.captions)
     _check(options)
-    pipeline = pipeline or Pipeline.from_pretrained(options.model)
+    pipeline = pipeline or Pipeline.from_pretrained(options.model, variant=options.variant)
     sampling = options.sampling.with_defaults(pipeline.sampling)
     options = dataclasses.replace(options, sampling=sampling)
 
@@ -137,8 +139,9 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
         from pixart_jax.weights.component import load_component
         from pixart_jax.weights.hub import model_folder
 
-        folder = model_folder(options.model, ("vae",))
-        vae = load_component(folder / "vae" if (folder / "vae").is_dir() else folder)
+        folder = model_folder(options.model, ("vae",), variant=options.variant)
+        part = folder / "vae" if (folder / "vae").is_dir() else folder
+        vae = load_component(part, variant=options.variant)
         if not hasattr(vae, "decode"):
             raise UserError(f"{folder} is no autoencoder: give a model folder or its vae/")
     renders = [shapes.render(prompt.scene) for prompt in prompts]

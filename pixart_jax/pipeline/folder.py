@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from pixart_jax.weights.files import (
     SafetensorsFile,
     find_weights,
     open_tensors,
+    part_variants,
     read_json,
+    weight_sets,
 )
 from pixart_jax.weights.hub import model_folder
 
@@ -62,14 +64,20 @@ class ModelFolder:
     vae: VAEConfig
     scheduler: SchedulerConfig
     sampling: SamplingConfig  # the model's own, with defaults filled in
+    variants: Mapping[str, str | None] = dataclasses.field(default_factory=dict)  # by part
 
     @classmethod
     def open(
-        cls, folder: str | os.PathLike, parts: Sequence[str] = PARTS, revision: str | None = None
+        cls,
+        folder: str | os.PathLike,
+        parts: Sequence[str] = PARTS,
+        revision: str | None = None,
+        variant: str | None = None,
     ) -> ModelFolder:
         """folder: a folder or a hub id, of whose weights only those of ``parts`` are downloaded.
-        Raises UserError where a part is missing, damaged or of another model."""
-        given, folder = Path(folder), model_folder(folder, parts, revision)
+        variant: of the weights' files, where a part has it. Raises UserError where a part is
+        missing, damaged or of another model."""
+        given, folder = Path(folder), model_folder(folder, parts, revision, variant)
         name = folder.resolve().name if given.exists() else str(given)
         if not folder.is_dir():
             form = "model_index.json, transformer/, text_encoder/, vae/ …"
@@ -88,13 +96,14 @@ class ModelFolder:
             vae.config_from_json(read_json(folder / "vae" / "config.json")),
             SchedulerConfig.from_json(scheduler, scheduler_file),
             sampling_config.read(folder, str(scheduler.get("_class_name", ""))),
+            part_variants(folder, parts, variant),
         )
 
     def check_weights(self, parts: Sequence[str] = PARTS) -> None:
         """Raise UserError where weights are missing, cut short or damaged, as far as headers and
         sizes show. PyTorch files have no such header: they are checked when they are opened."""
         for part in parts:
-            if (tensors := _tensors(self.path / part)) is not None:
+            if (tensors := _tensors(self.path / part, self.variants.get(part))) is not None:
                 for key in tensors:
                     tensors.shape(key)  # opens each shard
 
@@ -111,12 +120,19 @@ class ModelFolder:
         for name in parts:
             held = quantization if name == "text_encoder" else None
             options = {"dtype": dtype, "mesh": mesh, "quantization": held, "cache": cache}
+            options["variant"] = self.variants.get(name)
             found[name] = component.load_component(self.path / name, **options)
         if "transformer" in found:
             own = found["transformer"].config
             config = dataclasses.replace(own, text_tokens=self.transformer.text_tokens)
             found["transformer"] = found["transformer"].replace(config=config)
         return found
+
+    def fingerprint(self, part: str) -> str:
+        """Of the part's files; of several variants also which one was named."""
+        found, variant = folder_fingerprint(self.path / part), self.variants.get(part)
+        several = variant and len(weight_sets(os.listdir(self.path / part))) > 1
+        return f"{found}-{variant}" if several else found
 
     def tokenizer(self):
         return load_tokenizer(self.path / "tokenizer")
@@ -139,7 +155,7 @@ class ModelFolder:
         }
         encoder = self.path / "text_encoder"
         if any(encoder.glob("*.safetensors")) or any(encoder.glob("*.bin")):
-            found["text_encoder"] = folder_fingerprint(encoder)
+            found["text_encoder"] = self.fingerprint("text_encoder")
         return found if clean is None else {**found, "cleaning": text_states.cleaning_id(clean)}
 
     def should_offload(
@@ -154,7 +170,7 @@ class ModelFolder:
         """
         held = jnp.dtype(dtype or jnp.float32).itemsize
         needed = sum(
-            parameter_count(self.path / part)
+            parameter_count(self.path / part, self.variants.get(part))
             * (1 if quantization and part == "text_encoder" else held)
             for part in PARTS
         )
@@ -182,10 +198,10 @@ def weights_cache(name: str) -> Path | None:
     return cache_folder() / "weights" if name == "auto" else Path(name)
 
 
-def parameter_count(folder: Path) -> int:
+def parameter_count(folder: Path, variant: str | None = None) -> int:
     """Parameters of a component folder, from the headers of its files; of PyTorch files, which have
     none, by their size as fp32."""
-    tensors = _tensors(folder)
+    tensors = _tensors(folder, variant)
     if tensors is None:
         files = [file for file in folder.iterdir() if file.suffix in TORCH_SUFFIXES]
         return sum(file.stat().st_size for file in files) // 4
@@ -202,9 +218,9 @@ def available_memory() -> float:
     return found[0] if found else math.inf
 
 
-def _tensors(folder: Path):
+def _tensors(folder: Path, variant: str | None = None):
     """The tensors of a component folder, by their headers; None for PyTorch's."""
-    path = find_weights(folder)
+    path = find_weights(folder, variant)
     is_torch = path.name.removesuffix(".index.json").endswith(TORCH_SUFFIXES)
     return None if is_torch else open_tensors(path)
 

@@ -86,6 +86,7 @@ class Pipeline:
         quantization: str | None = None,
         cache: str | os.PathLike | None = None,
         revision: str | None = None,
+        variant: str | None = None,
     ) -> Pipeline:
         """Open a diffusers folder, one that ``save_pretrained`` or a training run wrote, or a hub
         id such as "PixArt-alpha/PixArt-XL-2-1024-MS", at ``revision`` (weights/hub.py).
@@ -93,13 +94,14 @@ class Pipeline:
         dtype: of the computation (jnp.bfloat16 on accelerators), fp32 by default. text_encoder:
         False leaves out the largest part, for sampling from text states. quantization: 'int8' holds
         the text encoder's matrices as int8. cache: a folder of converted weights, by which the next
-        start is quick. Raises UserError where a part is missing, damaged or of another model.
+        start is quick. variant: such as "fp16", of the weights' files; by default the plain or only
+        ones. Raises UserError where a part is missing, damaged or of another model.
         """
         names = [name for name in PARTS if text_encoder or name != "text_encoder"]
         if isinstance(folder, ModelFolder):
             model = folder
         else:
-            model = ModelFolder.open(folder, names, revision)
+            model = ModelFolder.open(folder, names, revision, variant)
         if mesh is not None:
             _check_mesh(mesh, model.transformer)
         parts = model.load(dtype, mesh, names, quantization, cache)

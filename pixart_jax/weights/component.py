@@ -7,6 +7,7 @@ import abc
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax import finite
-from pixart_jax.errors import UserError, nearest
+from pixart_jax.errors import Notice, UserError, nearest
 from pixart_jax.files import write_json
 from pixart_jax.models.dit import DiT as DiTModule
 from pixart_jax.models.t5 import T5Encoder, check_quantization
@@ -28,6 +29,7 @@ from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.parallel.rules import on_mesh, parameter_shardings
 from pixart_jax.weights import dit, t5, transformer, vae
 from pixart_jax.weights.cache import ParamCache
+from pixart_jax.weights.checkpoints import select
 from pixart_jax.weights.files import (
     LazyTensor,
     SafetensorsFile,
@@ -181,7 +183,7 @@ class Component(abc.ABC):
         shardings = None if mesh is None else parameter_shardings(boxed, mesh)
         if cached is not None:
             return cls(config, map_params(cached, shardings), dtype, mesh)
-        table, ignore = cls.names.table(config, values)
+        table, ignore = cls.names.table(config, values, tensors)
         params = read(
             table,
             nn.unbox(boxed),
@@ -351,6 +353,9 @@ def load_component(
     cache: str | os.PathLike | None = None,
     quantization: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
+    branch: str | None = None,
+    average: bool = True,
 ) -> Component:
     """Load one part of a model: a folder or hub id of a transformer, DiT, T5 encoder or VAE, as
     written by diffusers, transformers or this package.
@@ -358,10 +363,13 @@ def load_component(
     dtype: of the computation, fp32 by default; kernels are stored in it. mesh: where parallel.rules
     places the parameters, each device reading its own part. cache: a folder for converted weights
     of large models, so that the next load converts nothing (cache.py). quantization: 'int8', for a
-    T5 encoder. Raises UserError for a folder that is missing, a whole model, of an unknown kind, or
-    without weights, and for weights that are damaged or do not fit the config.
+    T5 encoder. variant: such as "fp16", of the weights' files; by default the plain or only ones.
+    Prefixes of other tools before the names are removed; branch and average choose among the
+    branches of a checkpoint (checkpoints.py). Raises UserError for a folder that is missing, a
+    whole model, of an unknown kind, or without weights, and for weights that are damaged or do not
+    fit the config.
     """
-    folder = model_folder(folder, revision=revision)
+    folder = model_folder(folder, revision=revision, variant=variant)
     values = _read_config(folder)
     kind: Any = values.get("_class_name") or values.get("model_type")
     if kind == _OLD_CLASS_NAME:
@@ -382,7 +390,11 @@ def load_component(
         config = component.names.config_from_json(values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    tensors = _under_current_names(open_tensors(find_weights(folder)), component.names)
+    found = open_tensors(find_weights(folder, variant))
+    selected = select(found, component.names.ANCHORS, branch=branch, average=average)
+    tensors = _under_current_names(selected.tensors, component.names)
+    if selected.notes:
+        warnings.warn(f"{tensors.source}: {'; '.join(selected.notes)}", Notice, stacklevel=2)
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
         beside = SafetensorsFile(folder / NULL_CAPTION)
         if "null_caption" not in beside:
@@ -390,7 +402,7 @@ def load_component(
         entries = {**tensors.entries, _NULL_KEY: beside.entries["null_caption"]}
         tensors = Tensors(tensors.source, entries)
     dtype = jnp.dtype(dtype or jnp.float32)
-    stored = ParamCache(cache, folder, (dtype.name, quantization))
+    stored = ParamCache(cache, folder, (dtype.name, quantization, *([variant] if variant else [])))
     options = {"quantization": quantization} if quantization else {}
     return component._load(config, values, tensors, dtype, mesh, stored, **options)
 

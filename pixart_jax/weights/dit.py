@@ -4,7 +4,7 @@ use too, and of diffusers' safetensors; and their configs."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from pixart_jax.models.configs import DiTConfig
 from pixart_jax.weights.table import ParamMapping, write
 from pixart_jax.weights.transformer import (
     BOOKKEEPING,
+    OFFICIAL_ANCHORS,
     backbone_from_diffusers,
     dense,
     official_geometry,
@@ -21,6 +22,7 @@ from pixart_jax.weights.transformer import (
 
 CLASS_NAME = "DiT"  # config.json's _class_name in a folder that this project saved
 DIFFUSERS_CLASS_NAME = "DiTTransformer2DModel"
+ANCHORS = (*OFFICIAL_ANCHORS, "pos_embed.proj.weight", "proj_out_2.weight")
 
 _EMB, _D = "transformer_blocks.0.norm1.emb", "transformer_blocks.{i}"
 # Linears: our path, the official name and the part of its tensor, diffusers' name
@@ -71,13 +73,15 @@ def diffusers_ignore(depth: int) -> tuple[str, ...]:
     copies.append("class_embedder.embedding_table.weight")
     return (
         "pos_embed.pos_embed",
+        *BOOKKEEPING,
         *(f"transformer_blocks.{i}.norm1.emb.{copy}" for i in range(1, depth) for copy in copies),
     )
 
 
-def table(config: DiTConfig, values: Mapping) -> tuple:
-    """(the entries, keys to ignore) of the weights beside a config.json of these values."""
-    if values.get("_class_name") == DIFFUSERS_CLASS_NAME:
+def table(config: DiTConfig, values: Mapping, keys: Container[str] = ()) -> tuple:
+    """(the entries, keys to ignore) of the weights beside a config.json of these values. keys: of
+    the file, which may have the official names in any case."""
+    if values.get("_class_name") == DIFFUSERS_CLASS_NAME and OFFICIAL_ANCHORS[0] not in keys:
         return DIFFUSERS, diffusers_ignore(config.depth)
     return OFFICIAL, OFFICIAL_IGNORE
 

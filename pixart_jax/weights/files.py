@@ -13,6 +13,8 @@ import json
 import math
 import mmap
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +23,16 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import Notice, UserError
 from pixart_jax.files import SAFETENSORS_DTYPES, atomic_write, safetensors_header
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # weights files of a component folder, in order of preference
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_WEIGHTS = re.compile(
+    rf"(?:{'|'.join(STEMS)})(\.[a-z]\w*)?(?:-\d{{5}}-of-\d{{5}})?(\.[a-z]\w*)?"
+    r"\.(?P<kind>safetensors|bin)(?:\.index(\.[a-z]\w*)?\.json)?"
+)
 
 
 class Entry(NamedTuple):
@@ -108,21 +114,32 @@ class SafetensorsFile(Tensors):
 
 
 class TorchFile(Tensors):
-    """One PyTorch file of tensors, memory mapped where its format allows. branch: the key of the
-    state dict in it, if it holds several."""
+    """One PyTorch file of tensors, memory mapped where its format allows. A tensor in a mapping in
+    it has the key 'state_dict/name'. empty: the keys of what holds no tensors there."""
 
-    def __init__(self, path: Path, branches: tuple[str, ...] = ()):
+    def __init__(self, path: Path):
         content = _torch_load(path)
-        self.branch = next((b for b in branches if isinstance(content.get(b), Mapping)), None)
-        content = content[self.branch] if self.branch else content
-        tensors = {str(key): value for key, value in content.items() if hasattr(value, "numpy")}
+        tensors = dict(_nested(content))
         if not tensors:
             raise UserError(
                 f"{path} holds no tensors by name (it holds: "
                 f"{', '.join(map(str, list(content)[:8])) or 'nothing'})"
             )
+        self.empty = [
+            str(key)
+            for key, value in content.items()
+            if value is None or (isinstance(value, Mapping) and not value)
+        ]
         mapped = _mapped(path)
         super().__init__(str(path), {key: _torch_entry(t, mapped) for key, t in tensors.items()})
+
+
+def _nested(content: Mapping, above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _nested(value, f"{above}{key}/")
+        elif hasattr(value, "numpy"):
+            yield f"{above}{key}", value
 
 
 def _torch_entry(tensor, mapped: list[tuple[int, int]]) -> Entry:
@@ -172,13 +189,10 @@ def _open_shards(index: Path) -> Tensors:
     return Tensors(str(index), {key: shards[name].entries[key] for key, name in names.items()})
 
 
-def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Tensors:
+def open_tensors(path: str | os.PathLike) -> Tensors:
     """Open a .safetensors file, an …index.json of shards, or a PyTorch file.
 
-    branches: keys under which a PyTorch file may hold the state dict, in order of preference
-    (('state_dict_ema', 'state_dict') for an official checkpoint's average); without any of them the
-    file is the state dict. UserError, naming the file, when it is missing, damaged, of an unknown
-    kind, or holds code.
+    UserError, naming the file, when it is missing, damaged, of an unknown kind, or holds code.
     """
     path = Path(path)
     if not path.is_file():
@@ -188,7 +202,7 @@ def open_tensors(path: str | os.PathLike, branches: tuple[str, ...] = ()) -> Ten
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in TORCH_SUFFIXES:
-        return TorchFile(path, branches)
+        return TorchFile(path)
     raise UserError(
         f"{path}: weights are read from .safetensors, .safetensors.index.json, "
         f"{', '.join(TORCH_SUFFIXES)}"
@@ -209,18 +223,75 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def find_weights(folder: str | os.PathLike) -> Path:
-    """The weights file or index of a component folder, safetensors first; UserError where there is
-    none."""
-    folder = Path(folder)
-    for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"):
-        for stem in STEMS:
-            if (path := folder / f"{stem}{suffix}").is_file():
-                return path
+WeightSets = dict[tuple[str, str], list[str]]  # (safetensors or bin, variant) → files
+
+
+def weight_sets(names: Iterable[str]) -> WeightSets:
+    """The sets of weights among the files of a component folder; '' is the variant of the plain
+    one. Each is one file, or shards and their index."""
+    sets: WeightSets = {}
+    for name in names:
+        if match := _WEIGHTS.fullmatch(name):
+            variant = next((match[n][1:] for n in (1, 2, 4) if match[n]), "")
+            sets.setdefault((match["kind"], variant), []).append(name)
+    return sets
+
+
+def choose_set(sets: WeightSets, variant: str | None, where: str) -> tuple[str, str]:
+    """The key of the set to read: of ``variant``; by default the plain one, or the only one.
+    Safetensors before .bin. UserError where there is none, or several and none is named."""
+    kinds = [kind for kind in ("safetensors", "bin") if any(kind == of for of, _ in sets)]
+    if variant is not None:
+        found = [(kind, variant) for kind in kinds if (kind, variant) in sets]
+    else:
+        found = [key for key in sets if key[0] == kinds[0]]
+        found = [key for key in found if not key[1]] or found
+    if len(found) == 1 or (found and variant is not None):
+        return found[0]
+    known = ", ".join(sorted({of or "none" for kind, of in sets if variant or kind == kinds[0]}))
     raise UserError(
-        f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors (or shards "
-        "with their index.json) would do"
+        f"{where} has no weights of variant {variant or 'none'!r}: there are {known}; choose one "
+        "with --variant"
     )
+
+
+def part_variants(model: Path, parts: Iterable[str], variant: str | None) -> dict[str, str | None]:
+    """The variant to load of each part of a model: ``variant``, or, with a Notice, the default
+    where only other parts have it. UserError where no part has it."""
+    sets = {
+        part: weight_sets(os.listdir(model / part)) for part in parts if (model / part).is_dir()
+    }
+    have = [part for part, found in sets.items() if any(variant == of for _, of in found)]
+    if variant is None or not any(sets.values()):
+        return dict.fromkeys(parts)
+    if not have:
+        known = sorted({of or "none" for found in sets.values() for _, of in found})
+        raise UserError(
+            f"{model} has no weights of variant {variant!r}: there are {', '.join(known)}"
+        )
+    if lacking := [part for part, found in sets.items() if found and part not in have]:
+        message = f"{model}: {', '.join(lacking)} without weights of variant {variant!r}"
+        warnings.warn(f"{message}: the others are taken", Notice, stacklevel=2)
+    return {part: variant if part in have else None for part in parts}
+
+
+def find_weights(folder: str | os.PathLike, variant: str | None = None) -> Path:
+    """The weights file or index of a component folder, as ``choose_set`` chooses; UserError where
+    there is none."""
+    folder = Path(folder)
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    sets = weight_sets(names)
+    if not sets:
+        raise UserError(
+            f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors (or "
+            "shards with their index.json) would do"
+        )
+    found = sets[choose_set(sets, variant, str(folder))]
+    heads = [name for name in found if not re.search(r"-\d{5}-of-\d{5}", name)]
+    if not heads:
+        raise UserError(f"{folder} holds no weights: of {found[0]} the index.json is missing")
+    stems = {stem: n for n, stem in enumerate(STEMS)}
+    return folder / min(heads, key=lambda name: (".index." in name, stems[name.split(".")[0]]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,8 +358,8 @@ def _torch_load(path: Path) -> Mapping:
         import torch
     except ImportError:
         raise UserError(
-            f"{path} is a PyTorch file, which needs PyTorch to be read: pip install torch, or "
-            "give a .safetensors file"
+            f"{path} is a PyTorch file, which needs PyTorch to be read: "
+            'pip install "pixart-jax[torch]", or give a .safetensors file'
         ) from None
     import argparse
     import pickle

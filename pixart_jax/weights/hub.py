@@ -17,14 +17,11 @@ from pathlib import Path
 
 from pixart_jax.errors import UserError
 from pixart_jax.files import find
+from pixart_jax.weights.files import WeightSets, choose_set, weight_sets
 
 PARTS = ("transformer", "text_encoder", "vae")
 _ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(transformer|text_encoder|vae|tokenizer))?")
-_WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(\.[a-z]\w*)?(?:-\d{5}-of-\d{5})?(\.[a-z]\w*)?"
-    r"\.(?P<kind>safetensors|bin)(?:\.index(\.[a-z]\w*)?\.json)?"
-)
-_SMALL = (".json", ".model", ".txt", "null_caption.safetensors")
+_SMALL = (".json", ".model", ".txt", ".jinja", "null_caption.safetensors")
 
 
 def model_folder(
@@ -71,32 +68,26 @@ def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = Non
 
     Raises UserError where the variant does not exist, or where several do and none is named.
     """
-    chosen: list[str] = []
-    weights: dict[str, dict[tuple[str, str], list[str]]] = {}
+    files_of: dict[str, list[str]] = {}
     for file in files:
         folder, _, name = file.rpartition("/")
-        match = _WEIGHTS.fullmatch(name)
-        if match is None:
-            if name.endswith(_SMALL) and (folder in parts or folder not in PARTS):
-                chosen.append(file)
-        elif folder in parts or not folder:
-            kind, *variants = match["kind"], match[1], match[2], match[4]
-            of = next((v[1:] for v in variants if v), "")
-            weights.setdefault(folder, {}).setdefault((kind, of), []).append(file)
+        files_of.setdefault(folder, []).append(name)
+    chosen: list[tuple[str, str]] = []
+    weights: dict[str, WeightSets] = {}
+    for folder, names in files_of.items():
+        if folder in parts or not folder:
+            weights[folder] = weight_sets(names)
+        if folder in parts or folder not in PARTS:
+            of_weights = {name for found in weight_sets(names).values() for name in found}
+            small = (n for n in names if n.endswith(_SMALL) and n not in of_weights)
+            chosen += [(folder, name) for name in small]
+    mixed = any(variant == of for sets in weights.values() for _, of in sets)
     for folder, sets in weights.items():
-        kind = "safetensors" if any(kind == "safetensors" for kind, _ in sets) else "bin"
-        by_variant = {of: names for (of_kind, of), names in sets.items() if of_kind == kind}
-        if variant is None and "" not in by_variant and len(by_variant) == 1:
-            chosen += next(iter(by_variant.values()))
-        elif (variant or "") in by_variant:
-            chosen += by_variant[variant or ""]
-        else:
-            known = ", ".join(sorted(of or "none" for of in by_variant))
-            raise UserError(
-                f"{folder or 'the model'} has no weights of variant {variant or 'none'!r}: there "
-                f"are {known}; choose one with --variant"
-            )
-    return chosen
+        if sets:  # a part that lacks the variant that others have: its default, as in diffusers
+            own = variant if any(variant == of for _, of in sets) or not mixed else None
+            found = sets[choose_set(sets, own, folder or "the model")]
+            chosen += [(folder, name) for name in found]
+    return [f"{folder}/{name}" if folder else name for folder, name in chosen]
 
 
 def _unreachable() -> tuple[type[Exception], ...]:

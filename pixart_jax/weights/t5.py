@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import T5Config
@@ -28,6 +28,7 @@ TRANSFORMERS = (
     ParamMapping("final_norm/scale", "encoder.final_layer_norm.weight"),
 )
 
+ANCHORS = ("encoder.final_layer_norm.weight", "shared.weight")
 # The embedding table has two names in transformers; a file holds one of them, or both with the same
 # values.
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
@@ -48,7 +49,7 @@ _SIZES = (
 )
 
 
-def table(config: T5Config, values: Mapping) -> tuple:
+def table(config: T5Config, values: Mapping, keys: Container[str] = ()) -> tuple:
     """(the entries, keys to ignore) of the weights beside a config.json of these values."""
     return TRANSFORMERS, IGNORED
 

@@ -3,7 +3,8 @@ official .pth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from pixart_jax.models.embedders import sincos_2d
 from pixart_jax.weights.table import ParamMapping, write
 
 CLASS_NAME = "PixArtTransformer2DModel"  # config.json's _class_name
+# keys that every such file has, by which select() finds the names' prefix
+OFFICIAL_ANCHORS = ("x_embedder.proj.weight", "final_layer.linear.weight")
+DIFFUSERS_ANCHORS = ("pos_embed.proj.weight", "adaln_single.linear.weight")
+ANCHORS = OFFICIAL_ANCHORS + DIFFUSERS_ANCHORS
 SIGMA_TOKENS = 300  # of a PixArt-Σ caption; a PixArt-α caption has 120
 
 
@@ -71,13 +76,13 @@ DIFFUSERS: tuple[ParamMapping, ...] = (
     *(entry for path, name, *_ in _LINEARS for entry in dense(path, name)),
     *(_tensor(path, name) for path, name, _ in _TENSORS),
 )
-DIFFUSERS_IGNORE = ("pos_embed.pos_embed",)  # the position table: computed, not read
+# counters that averaging wrappers store beside the weights
+BOOKKEEPING = ("n_averaged", "num_updates", "decay")
+DIFFUSERS_IGNORE = ("pos_embed.pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 OFFICIAL: tuple[ParamMapping, ...] = (
     *(entry for path, _, name, *part in _LINEARS for entry in dense(path, name, *part)),
     *(_tensor(path, name) for path, _, name in _TENSORS),
 )
-# counters that averaging wrappers store beside the weights
-BOOKKEEPING = ("n_averaged", "num_updates", "decay")
 OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 
 
@@ -104,8 +109,11 @@ def diffusers(config: TransformerConfig) -> tuple[ParamMapping, ...]:
     return DIFFUSERS + _compression(config, f"{_D}.attn1.sr", f"{_D}.attn1.sr_norm")
 
 
-def table(config: TransformerConfig, values: Mapping) -> tuple:
-    """(the entries, keys to ignore) of the weights beside a config.json of these values."""
+def table(config: TransformerConfig, values: Mapping, keys: Container[str] = ()) -> tuple:
+    """(the entries, keys to ignore) of the weights beside a config.json of these values. keys: of
+    the file, which may have the official names."""
+    if OFFICIAL_ANCHORS[0] in keys:
+        return official(config), OFFICIAL_IGNORE
     return diffusers(config), DIFFUSERS_IGNORE
 
 
@@ -223,6 +231,22 @@ def config_to_json(config: TransformerConfig) -> dict:
         data["kv_compression"] = config.kv_compression
         data["kv_compression_layers"] = list(config.kv_compression_layers)
     return data
+
+
+def official_names(keys: Iterable[str]) -> dict[str, str]:
+    """{official name: key} of keys under diffusers' names, for their shapes: each part of a fused
+    tensor stands for the whole."""
+    of = {their: official for _, their, official, *_ in _LINEARS}
+    of |= {their: official for _, their, official in _TENSORS} | {
+        "pos_embed.pos_embed": "pos_embed"
+    }
+    names = {}
+    for key in keys:
+        general = re.sub(r"^transformer_blocks\.(\d+)", "transformer_blocks.{i}", key)
+        stem, _, last = general.rpartition(".")
+        name = of.get(general) or (f"{of[stem]}.{last}" if stem in of else key)
+        names[name.format(i=key.split(".")[1]) if "{i}" in name else name] = key
+    return names
 
 
 def position_scale_of(pos_embed: np.ndarray) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import VAEConfig
@@ -10,6 +10,7 @@ from pixart_jax.weights.table import ParamMapping
 
 CLASS_NAME = "AutoencoderKL"  # config.json's _class_name
 
+ANCHORS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 _ATTENTION = "mid_block.attentions.0"
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 # the keys before diffusers 0.17: the current ones
@@ -75,7 +76,7 @@ def _residual(ours: str, theirs: str) -> list[ParamMapping]:
     ]
 
 
-def table(config: VAEConfig, values: Mapping) -> tuple:
+def table(config: VAEConfig, values: Mapping, keys: Container[str] = ()) -> tuple:
     """(the entries, keys to ignore) of the weights beside a config.json of these values."""
     return diffusers(config), ()
 

@@ -250,6 +250,88 @@ def test_the_average_is_taken_where_there_is_one_unless_a_flag_says_otherwise(tm
     np.testing.assert_allclose(ema, raw + 1, rtol=1e-6)
 
 
+def test_an_empty_average_does_not_hide_the_weights_and_a_flag_chooses(tmp_path, convert, refused):
+    state = checkpoint(MODELS["alpha"], tmp_path / "p.pth").state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": {}}, tmp_path / "p.pth")
+    said = convert(tmp_path / "p.pth", tmp_path / "a")
+    assert "(state_dict); the average state_dict_ema is empty" in said
+    other = {f"module.{key}": value + 1 for key, value in state.items() if key != "pos_embed"}
+    other["module.pos_embed"] = state["pos_embed"]
+    torch.save({"model": state, "params_ema": other, "teacher": other}, tmp_path / "p.pth")
+    said = convert(tmp_path / "p.pth", tmp_path / "b")
+    assert "(params_ema, prefix 'module.'); passed over: model, teacher/module" in said
+    said = convert(tmp_path / "p.pth", tmp_path / "c", "--branch", "model")
+    assert "(model); passed over: the average params_ema/module; passed over: teacher" in said
+    assert same_files(tmp_path / "a", tmp_path / "c", WEIGHTS)
+    assert not same_files(tmp_path / "a", tmp_path / "b", WEIGHTS)
+    assert "several models (model, teacher/module)" in refused(tmp_path / "p.pth", "--no-ema")
+    line = refused(tmp_path / "p.pth", "--branch", "params")
+    assert "holds no model in 'params' (did you mean 'params_ema/module'?)" in line
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", "module.module.", "transformer.", "net._orig_mod."]
+)
+def test_single_files_with_and_without_other_models_and_of_many_blocks(prefix, tmp_path, convert):
+    config = TransformerConfig(**{**SIGMA, "depth": 42 if prefix else 3})  # 42: PixArt-Σ 900M
+    state = randomise(OfficialPixArt(config)).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
+    convert(tmp_path / "plain.safetensors", tmp_path / "plain")
+    state = {f"{prefix}{key}": value for key, value in state.items()}
+    safetensors.torch.save_file(state, tmp_path / "alone.safetensors")
+    t5 = {f"text_encoders.t5xxl.transformer.{n}.weight": torch.ones(2, 2) for n in "abc"}
+    others = {**t5, "first_stage_model.encoder.conv_in.weight": torch.ones(2)}
+    safetensors.torch.save_file(state | others, tmp_path / "whole.safetensors")
+    for name in ("alone", "whole"):
+        said = convert(tmp_path / f"{name}.safetensors", tmp_path / name)
+        assert not prefix or f"(prefix {prefix!r})" in said
+        assert same_files(tmp_path / name, tmp_path / "plain", "config.json", WEIGHTS)
+    assert load_component(tmp_path / "whole").config == config
+    assert "left out: first_stage_model (1 tensor), text_encoders (3 tensors)" in said
+
+
+def test_a_misfit_names_the_prefix_it_saw(tmp_path, refused):
+    state = randomise(OfficialPixArt(BOTH)).state_dict()
+    state = {f"net.{key}": value for key, value in state.items() if "t_block" not in key}
+    torch.save(state, tmp_path / "p.pth")
+    assert "p.pth (prefix 'net.') does not fit the model: 2 missing" in refused(tmp_path / "p.pth")
+    torch.save({"net.a.weight": torch.ones(2), "net.b": torch.ones(2)}, tmp_path / "q.pth")
+    assert "q.pth (prefix 'net.') is neither a PixArt" in refused(tmp_path / "q.pth")
+
+
+@pytest.mark.parametrize("size_conditions", [False, True], ids=["plain", "multi-scale"])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_a_single_file_with_diffusers_names_becomes_the_folder_it_came_from(
+    prefix, size_conditions, tmp_path, convert, refused
+):
+    model = tiny_diffusers.build(tmp_path / "model", size_conditions=size_conditions).transformer
+    state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    assert f"{prefix}pos_embed.pos_embed" not in state
+    torch.save(state, tmp_path / "p.pth")
+    flags = ("--scale", 1)
+    if not size_conditions:
+        assert "or --sample-size" in refused(tmp_path / "p.pth")
+        flags = (*flags, "--sample-size", 8)
+    convert(tmp_path / "p.pth", tmp_path / "out", *flags)
+    want = load_component(tmp_path / "model" / "transformer")
+    found = load_component(tmp_path / "out")
+    assert found.config == want.config
+    for path, value in flatten(want.params).items():
+        np.testing.assert_array_equal(flatten(found.params)[path], value, err_msg=path)
+
+
+def test_a_variant_of_a_folders_weights_is_chosen_by_a_flag(tmp_path, convert, refused):
+    tiny_diffusers.build(tmp_path / "model")
+    part = tmp_path / "model" / "transformer"
+    convert(part, tmp_path / "plain")
+    state = safetensors.torch.load_file(part / WEIGHTS)
+    half = {key: value.half() for key, value in state.items()}
+    safetensors.torch.save_file(half, part / WEIGHTS.replace(".safe", ".fp16.safe"))
+    convert(tmp_path / "model", tmp_path / "half", "--variant", "fp16")
+    assert not same_files(tmp_path / "plain", tmp_path / "half", WEIGHTS)
+    assert "no weights of variant 'fp8'" in refused(part, "--variant", "fp8")
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_position_table_gives_size_and_scale(scale, tmp_path, convert):
     table = torch.from_numpy(sincos_2d(16, 16, 24, 16, scale))[None]

@@ -149,6 +149,46 @@ def test_a_sole_variant_is_taken_and_of_several_one_must_be_named():
         hub.wanted(vae, hub.PARTS, "fp8")
 
 
+def test_a_part_without_the_wanted_variant_is_taken_plain_and_a_variant_only_as_bin_too():
+    files = ["vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"]
+    files += ["text_encoder/model.safetensors", "text_encoder/pytorch_model.fp16.bin"]
+    assert hub.wanted(files, hub.PARTS, "fp16") == [files[0], files[3]]
+    sharded = ["model-00001-of-00002.fp16.safetensors", "model.fp16.safetensors.index.json"]
+    sharded += ["model.safetensors.index.fp16.json", "model.fp16-00002-of-00002.safetensors"]
+    plain = ["model.safetensors.index.json", "model-00001-of-00001.safetensors"]
+    assert hub.wanted([*sharded, *plain], (), "fp16") == sharded
+    assert sorted(hub.wanted([*sharded, *plain], ())) == sorted(plain)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_caption_takes_an_id_and_downloads_one_set_of_weights(variant, environment, tmp_path):
+    folder, name = tmp_path / "vlm", "some/vlm"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llava"}')
+    names = [
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "pytorch_model.bin",
+        "flax_model.msgpack",
+    ]
+    for file in (*names, "chat_template.jinja", "preprocessor_config.json", "README.md"):
+        (folder / file).write_text(file)
+    code = (
+        "from pixart_jax.captioning import model\n"
+        f"folder = model.local({name!r}, {variant!r})\n"
+        f"print(model.check(folder).model_type, model.identity({name!r}, {variant!r}))\n"
+    )
+    command = [sys.executable, "-c", code]
+    with hub_server.serve({name: folder}) as server:
+        done = subprocess.run(
+            command, env={**environment, "HF_ENDPOINT": server.url}, text=True, capture_output=True
+        )
+    assert done.stdout.split() == ["llava", f"{name}@{hub_server.SHA}"], done.stderr
+    weights = "model.fp16.safetensors" if variant else "model.safetensors"
+    wanted = {"config.json", "chat_template.jinja", "preprocessor_config.json", weights}
+    assert {path.rpartition("/")[2] for path in server.downloads} == wanted
+
+
 def test_a_pipeline_and_a_component_open_by_id(model, tmp_path):
     code = (
         "import numpy as np, pixart_jax\n"
