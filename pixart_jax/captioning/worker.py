@@ -65,7 +65,7 @@ class CaptionWorker:
     """A model and a source. Ray makes one per process and calls it with numbers of samples.
 
     folder: what relative paths are relative to. fingerprint: of the source that the run was begun
-    with. open_model: (model, dtype, threads, variant=) → a VisionLanguageModel.
+    with. open_model: (model, dtype, threads, variant) → a VisionLanguageModel.
 
     Model and source are opened at the first call, and a UserError goes back as a row: Ray would
     construct a failing object again and again, and of an exception it keeps only the traceback.
@@ -100,8 +100,7 @@ class CaptionWorker:
                 "machines must see the same data"
             )
         options = self.options
-        more = {} if options.variant is None else {"variant": options.variant}
-        self._model = self.open_model(options.model, options.dtype, self.threads, **more)
+        self._model = self.open_model(options.model, options.dtype, self.threads, options.variant)
         self._readers = ThreadPoolExecutor(8)
         # what was found at opening the program found too
         self._reported = len(list(faults_of(self._source)))

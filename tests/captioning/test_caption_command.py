@@ -178,7 +178,7 @@ def test_a_worker_that_sees_another_source_ends_the_run_in_one_line(written, tmp
         ("--model m --out x --format webdataset", "folder:x is a folder"),
         ("--model m --out x --format webdataset --in-place", "--in-place goes with"),
         ("--model m --out x.jsonl --format txt", "it is a folder"),
-        ("--model nowhere/at-all --out x.jsonl", "no model folder nowhere/at-all here"),
+        ("--model nowhere/at-all --out x.jsonl", "nowhere/at-all: no such folder"),
         ("--model m --out x.jsonl --batch-size 0", "batch size 0"),
         ("--model m --out x.jsonl --temprature 0", "--temperature"),
         ("--model m --out x.jsonl --kind a/b", "--kind 'a/b'"),

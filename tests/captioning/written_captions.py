@@ -37,7 +37,7 @@ class Written:
 
     special = ("<image>",)
 
-    def __init__(self, model: str = "written", dtype: str = "auto", threads: int | None = None):
+    def __init__(self, *model):  # a name, dtype, threads and variant
         self.calls: list[tuple[list[int], float]] = []
 
     def generate(self, images, prompts, seeds, *, temperature, max_new_tokens):
@@ -68,7 +68,7 @@ def expected(key: str) -> str:
 def use(patch, captioner=Written, ray: bool = False) -> None:
     """Let runs use this captioner, in this process unless ``ray``. patch: a MonkeyPatch."""
     patch.setattr(run, "VisionLanguageModel", captioner)
-    patch.setattr(run, "identity", lambda model: model)
+    patch.setattr(run, "identity", lambda model, variant: model)
     if not ray:
         patch.setattr(run, "ray_batches", in_process)
 
