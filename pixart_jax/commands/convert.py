@@ -67,9 +67,9 @@ class Flags:
 
 
 def main(argv: list[str]) -> int:
-    from pixart_jax.weights.hub import model_folder
-
     flags = cli.parse(Flags, argv, prog="python -m pixart_jax convert")
+    from pixart_jax.weights.hub import model_folder  # imports JAX, which --help does not wait for
+
     source = model_folder(flags.src, ("transformer",), variant=flags.variant)
     flags = dataclasses.replace(flags, src=source)
     if not flags.src.exists():

@@ -41,7 +41,7 @@ class TruePipeline:
 
 
 def evaluate(monkeypatch, pipe, *flags) -> int:
-    monkeypatch.setattr(Pipeline, "from_pretrained", lambda folder: pipe)
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda folder, variant: pipe)
     return cli.run(command.main, ["shapes", *flags])
 
 
