@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,15 @@ class NotFinite(UserError):
         super().__init__(f"not finite (index from 0): image {shown}; {CURE}")
 
 
-def not_written(prompts: Mapping[int, str], total: int) -> UserError:
-    """The error for images that are not finite, of ``total``. prompts: by the images' indices."""
-    named = [f"prompt {n + 1}, {prompts[n][:40]!r} (index {n})" for n in sorted(prompts)]
-    shown = "; ".join(named[:10]) + ("; …" if named[10:] else "")
-    return UserError(f"{len(named)} of {total} images are {WHAT}, not written: {shown}; {CURE}")
+def not_written(images: Sequence[Mapping[str, Any]], total: int) -> UserError:
+    """The error for these images (their settings), of ``total``, which are not finite."""
+    named = [
+        f"prompt {image['index'] + 1}, {image['prompt'][:40]!r} (index {image['index']}, seed "
+        f"{image['seed']})"
+        for image in images[:10]
+    ]
+    shown = "; ".join(named) + ("; …" if images[10:] else "")
+    return UserError(f"{len(images)} of {total} images are {WHAT}, not written: {shown}; {CURE}")
 
 
 def rows(*arrays: jax.Array) -> jax.Array:

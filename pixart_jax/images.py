@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -91,8 +92,10 @@ def png_settings(path: str | os.PathLike) -> dict | None:
 
 
 def slug(text: str, length: int = 48) -> str:
-    """A prompt as part of a file name: lower-case words joined by '-', cut at a word."""
-    words = re.findall(r"\w+", text.lower())
+    """A prompt as part of a file name on any system: lower-case ASCII words without accents, joined
+    by '-', cut at a word."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    words = re.findall(r"\w+", plain.lower())
     name = ""
     for word in words:
         if name and len(name) + 1 + len(word) > length:

@@ -183,6 +183,7 @@ class FastTokenizer:
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
         self._config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        self.tokenizer_class = self._config.get("tokenizer_class", "T5Tokenizer")
         for name in ("pad", "eos", "unk", "mask"):
             token = self._config.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token

@@ -71,7 +71,9 @@ def test_slug_is_short_words():
     assert slug("A large, red star!") == "a-large-red-star"
     assert len(slug("word " * 100)) <= 48
     assert slug("x" * 100) == "x" * 48
-    assert slug("…") == "empty"
+    assert slug("…") == slug("一只猫") == slug("🐈") == "empty"
+    assert slug("Crème BRÛLÉE ﬁg: a/b\\c?*|<x>") == "creme-brulee-fig-a-b-c-x"
+    assert slug("é" * 300) == "e" * 48
     assert "/" not in slug("../../etc/passwd")
 
 

@@ -241,3 +241,27 @@ def test_the_shipped_model_is_the_default(root):
     index = json.loads((model / "model_index.json").read_text())
     assert index["_class_name"] == "PixArtAlphaPipeline"
     assert sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) <= 25 * 2**20
+
+
+def test_several_images_of_a_prompt_are_those_of_the_next_seeds(tiny_model, tmp_path):
+    pipe = Pipeline.from_pretrained(tiny_model)
+    how = {"steps": 1, "batch_size": 2}
+    found = pipe(PROMPTS[:2], num_images_per_prompt=2, seed=[5, 2**64 - 1], **how)
+    for k, seeds in enumerate(([5, 2**64 - 1], [6, 0])):
+        want = pipe(PROMPTS[:2], seed=seeds, **how).astype(int)
+        assert np.abs(found[k::2].astype(int) - want).max() <= 1
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:2]))
+    flags = f"--prompts {tmp_path}/p.txt --steps 1 --batch-size 2 --seed 5 --no-grid"
+    assert run(tiny_model, tmp_path / "o", f"{flags} --num-images-per-prompt 2") == 0
+    names = [f"0000_a-large-red-circle_{seed}.png" for seed in (5, 6)]
+    names += [f"0001_a-small-blue-star_{seed}.png" for seed in (5, 6)]
+    assert images_in(tmp_path / "o") == names
+    np.testing.assert_array_equal(pixels(tmp_path / "o" / names[0]), found[0])
+    assert png_settings(tmp_path / "o" / names[3])["index"] == 1
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "1.5"])
+def test_a_bad_number_of_images_a_prompt_is_one_line(tiny_model, tmp_path, capsys, count):
+    flags = f"--num-images-per-prompt {count}"
+    assert run(tiny_model, tmp_path / "o", flags, "--prompt", PROMPTS[0]) == 2
+    assert "num-images-per-prompt" in capsys.readouterr().err and not (tmp_path / "o").exists()

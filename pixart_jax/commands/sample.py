@@ -8,7 +8,6 @@ A second call with the same settings generates only what is missing.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -44,13 +43,13 @@ def main(argv: Sequence[str]) -> int:
         generate(flags, model, folder, opening)
 
     mine, done = len(folder.mine), len(folder.mine) - len(folder.missing)
-    whose = f" (share {share.index}/{share.count} of {len(rows)})" if share.count > 1 else ""
+    whose = f" (share {share.index}/{share.count} of {len(wanted)})" if share.count > 1 else ""
     there = f", {done} of them already there" if done else ""
     print(f"{mine} image{'s' * (mine != 1)} in {flags.out}/{whose}{there}")
-    if len(rows) == 1 and folder.paths:
+    if len(wanted) == 1 and folder.paths:
         print(folder.paths[0])
-    elif len(rows) > 1 and flags.grid and share.index == 0:
-        others = len(rows) - mine
+    elif len(wanted) > 1 and flags.grid and share.index == 0:
+        others = len(wanted) - mine
         waiting = "waiting for the other shares (ctrl-C leaves)"
         with tqdm(total=others, unit=" images", desc=waiting, disable=not others) as bar:
             folder.wait(bar.update)
@@ -92,12 +91,13 @@ def image_settings(
         own = row.overrides()
         image = {"prompt": row.prompt, "index": n, **common, **own}
         try:
-            check_seed(image["seed"])
+            seed = check_seed(image["seed"])
             image |= size(image["height"], image["width"], image["guidance"])
         except UserError as error:
             where = f"prompt {n + 1}, {row.prompt[:40]!r}: " if own else ""
             raise UserError(f"{where}{error}") from None
-        wanted.append(image)
+        seeds = ((seed + k) % 2**64 for k in range(flags.num_images_per_prompt))
+        wanted += [{**image, "seed": own} for own in seeds]
     if flags.text_states is None:
         model.check_weights()
         return wanted
@@ -118,12 +118,9 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
     states = encode_first(flags, model, [folder.wanted[n] for n in folder.missing], opening)
     pipe = Pipeline.from_pretrained(model, text_encoder=states is None, **opening)
     pipe = pipe.replace(context_attention=MeshConfig.parse(flags.mesh).context_attention)
-    with contextlib.ExitStack() as stack:
-        quiet, many = folder.share.index > 0, len(folder.missing)
-        desc = "sampling (compiles first)"
-        bar = tqdm(total=many, unit=" images", bar_format=BAR, desc=desc, disable=quiet)
-        stack.enter_context(bar)
-        writer = stack.enter_context(AsyncWriter(folder.write))
+    quiet, many, desc = folder.share.index > 0, len(folder.missing), "sampling (compiles first)"
+    bar = tqdm(total=many, unit=" images", bar_format=BAR, desc=desc, disable=quiet)
+    with bar, AsyncWriter(folder.write) as writer:
         for members in folder.groups():
             images = [folder.wanted[n] for n in members]
             batches = pipe.generate(
@@ -135,7 +132,7 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
                 seed=[image["seed"] for image in images],
                 guidance=[image["guidance"] for image in images],
                 batch_size=flags.batch_size,
-                indices=members,
+                indices=[image["index"] for image in images],
                 text_states=states,
             )
             try:
@@ -147,4 +144,4 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
             except NotFinite as error:
                 bad += [members[position] for position in error.indices]
     if bad:
-        raise not_written({n: folder.wanted[n]["prompt"] for n in bad}, many)
+        raise not_written([folder.wanted[n] for n in sorted(bad)], many)

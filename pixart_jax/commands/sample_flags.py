@@ -12,7 +12,7 @@ import tyro
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.files import bundled
-from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.pipeline.sampling_config import SamplingConfig, check_count
 from pixart_jax.text import PromptRow, check_encodable, read_prompts
 
 # images/s, however slow
@@ -46,6 +46,8 @@ class Flags:
     """Pixels; by default the side the model was trained at."""
     seed: int = 0
     """The same seed, up to 64 bits, gives the same images, whatever the batch."""
+    num_images_per_prompt: int = 1
+    """Images of each prompt, from its seed, seed + 1, …"""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     batch_size: int | None = None
     """Images at once; by default up to 16 a device."""
@@ -81,6 +83,7 @@ class Flags:
         if (self.prompt is None) == (self.prompts is None):
             both = ", not both" if self.prompt is not None else ""
             raise UserError(f"give --prompt TEXT or --prompts FILE{both}")
+        check_count("num-images-per-prompt", self.num_images_per_prompt)
         check_encodable("--negative-prompt", self.negative_prompt)
         if self.prompts is not None:
             return read_prompts(self.prompts)

@@ -23,7 +23,7 @@ from pixart_jax.pipeline import sampling_config, text_states
 from pixart_jax.pipeline.encoder_identity import folder_fingerprint
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
 from pixart_jax.pipeline.scheduler import SchedulerConfig
-from pixart_jax.text import load_tokenizer, save_tokenizer
+from pixart_jax.text import FastTokenizer, load_tokenizer, save_tokenizer
 from pixart_jax.weights import component, transformer, vae
 from pixart_jax.weights.files import (
     TORCH_SUFFIXES,
@@ -306,11 +306,13 @@ def write_model(
         scheduler.write(staging / "scheduler")
         sampling_config.write(sampling, staging)
         is_sigma = transformer.config.text_tokens == _TEXT_TOKENS[_SIGMA]
+        fast = isinstance(tokenizer, FastTokenizer)
+        tokenizer_class = tokenizer.tokenizer_class if fast else type(tokenizer).__name__
         index = {
             "_class_name": _SIGMA if is_sigma else _ALPHA,
             "_diffusers_version": _DIFFUSERS,
             **_CLASSES,
-            "tokenizer": ["transformers", type(tokenizer).__name__],
+            "tokenizer": ["transformers", tokenizer_class],
         }
         write_json(staging / INDEX, dict(sorted(index.items())))
         for path in sorted(staging.iterdir(), key=lambda path: path.name == INDEX):

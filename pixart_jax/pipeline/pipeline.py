@@ -25,7 +25,12 @@ from pixart_jax.pipeline import decoder, sampler
 from pixart_jax.pipeline.folder import PARTS, ModelFolder, write_model
 from pixart_jax.pipeline.image_size import ImageSize, cache_plan, check_options
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
-from pixart_jax.pipeline.sampling_config import SamplingConfig, check_guidance, check_seed
+from pixart_jax.pipeline.sampling_config import (
+    SamplingConfig,
+    check_count,
+    check_guidance,
+    check_seed,
+)
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.pipeline.text_states import TextStates, texts_to_encode
 from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, padded_length
@@ -194,6 +199,7 @@ class Pipeline:
         seed: Seed | Sequence[Seed] = 0,
         guidance: float | Sequence[float] | None = None,
         batch_size: int | None = None,
+        num_images_per_prompt: int = 1,
         indices: Sequence[int] | None = None,
         text_states: TextStates | None = None,
         callback: Callback | None = None,
@@ -205,6 +211,8 @@ class Pipeline:
         negative_prompt, seed, guidance: one for all or one a prompt; guidance None: the config's.
             Prompts with guidance 1 form batches of their own.
         height, width: pixels, by default the side the model was trained at.
+        num_images_per_prompt: consecutive images of each prompt, from its seed, seed + 1, …; the
+            positions count images. The k-th equals the image of a call with seed + k.
         indices: the noise of image i comes from fold_in(key(seed), indices[i]), by default i. So an
             image does not depend on its batch: at one batch size, text_length and place it is equal
             to the bit whatever is beside it, in another batch to 1 of 255.
@@ -220,6 +228,7 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompts: give at least one")
+        check_count("num_images_per_prompt", num_images_per_prompt)
         count, parts = len(prompts), self.transformer.config
         config = (config or SamplingConfig()).with_defaults(self.sampling)
         columns: tuple[list[Any], ...] = (
@@ -229,7 +238,11 @@ class Pipeline:
             list(range(count) if indices is None else indices),
             _one_each("guidance", config.guidance if guidance is None else guidance, count),
         )
-        rows = [Row(*row) for row in zip(*columns, strict=True)]
+        rows = [
+            dataclasses.replace(row, seed=(row.seed + k) % 2**64)
+            for row in (Row(*values) for values in zip(*columns, strict=True))
+            for k in range(num_images_per_prompt)
+        ]
         for row in rows:
             check_guidance(row.guidance)
         size = check_options(

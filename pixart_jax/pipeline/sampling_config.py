@@ -172,6 +172,11 @@ def check_guidance(value: float) -> None:
         raise UserError(f"guidance {value!r}: a finite number is needed; 1 does no second pass")
 
 
+def check_count(what: str, value: int) -> None:
+    """Raise UserError for what is not a whole number from 1."""
+    _integer(what, value, 1)
+
+
 def check_seed(value: int | str) -> int:
     """The seed as an int of 64 bits, from an int or its decimal digits."""
     try:
