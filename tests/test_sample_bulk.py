@@ -175,7 +175,7 @@ def bytes_of(part):
 
 seen, real, call, found = {}, Pipeline._images, component.TextEncoder.apply, {}
 def images(self, *args, **how):
-    made = real(self, *args, **how).block_until_ready()
+    made = jax.block_until_ready(real(self, *args, **how))
     seen["denoise"] = max(seen["denoise"], live())
     found["rest"] = bytes_of(self.transformer) + bytes_of(self.vae)
     return made
