@@ -228,6 +228,28 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Metrics of the averaged parameters on held-out records during a stage, under ``evaluate/`` in
+    metrics.jsonl and TensorBoard. Every evaluation sees the same records, noise and times."""
+
+    # steps; 0: never. The stage's last step is evaluated too
+    every: int = 0
+    metrics: tuple[str, ...] = ("loss",)
+    # records, in whole batches of the stage's size
+    count: int = 256
+    # of the records: None: the stage's own source
+    source: str | None = None
+    # None: 'test' of the stage's own source, 'train' of another
+    split: str | None = None
+
+    def __post_init__(self):
+        require_at_least(self, 0, "every")
+        require_at_least(self, 1, "count")
+        known = set(self.metrics) <= {"loss"}
+        require(self, "the one metric is 'loss'", metrics=known)
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of a curriculum.
 
@@ -245,6 +267,7 @@ class StageConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_to_text: TextToTextConfig = field(default_factory=TextToTextConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     start: str = "previous"
     # base size of the position table in this stage, latent/patch units; None: the model's
     position_base: int | None = None

@@ -2,11 +2,8 @@
 [--stages.1.optimizer.learning-rate 1e-4 …].
 
 The same command with the same workdir resumes a stopped run. --help after a recipe's name lists
-every option. Several processes (Cloud TPU, GKE, SLURM, or started by hand) run the same command
-each: docs/pods.md.
-
-JAX, Orbax and the data libraries take seconds to import: the functions import them, so that a
-mistyped command is answered at once.
+every option. Of several processes each runs the same command: docs/pods.md. The functions import
+JAX, Orbax and the data libraries, so that a mistyped command is answered at once.
 """
 
 from __future__ import annotations
@@ -99,6 +96,7 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
     trained it."""
     from pixart_jax.training import loop
     from pixart_jax.training.batches import open_loader
+    from pixart_jax.training.evaluation import open_evaluators
     from pixart_jax.training.initialization import Trained, initial_state
     from pixart_jax.training.metrics import MetricWindow
     from pixart_jax.training.run import StageHooks
@@ -119,7 +117,8 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
         start, window = 0, MetricWindow()
 
     step = compiled_step(config, stage, parts, mesh)  # loss, gradient, update and EMA
-    hooks = StageHooks(run, index, parts.task, loader)  # metrics, checkpoints, previews
+    evaluators = open_evaluators(config, index, parts.task, run.frozen, run.encode, mesh)
+    hooks = StageHooks(run, index, parts.task, loader, evaluators)  # metrics, checkpoints, previews
     state = loop.train(run, index, state, step, loader, hooks, start, window)
     if start == stage.steps and not hooks.grid(start).exists():  # killed before its preview
         hooks.preview(start, state)

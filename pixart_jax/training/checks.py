@@ -57,7 +57,10 @@ def _check_sources(stage: StageConfig) -> None:
         raise UserError(
             f"stage {stage.name}: start {stage.start!r}: no such folder (or fresh, or previous)"
         )
-    for _, source in parse_mixture(stage.data.source):
+    held_out = [stage.evaluate.source] if stage.evaluate.source else []
+    for _, source in (
+        pair for text in [stage.data.source, *held_out] for pair in parse_mixture(text)
+    ):
         try:
             parse_source(source)
         except UserError as error:

@@ -1,5 +1,5 @@
-"""The loop of one stage: batches, steps, and at intervals a log line, a checkpoint and a
-preview."""
+"""The loop of one stage: batches, steps, and at intervals a log line, an evaluation, a checkpoint
+and a preview."""
 
 from __future__ import annotations
 
@@ -107,12 +107,15 @@ def train(
                 every = config.preview.every
                 preview = last or (every and number % every == 0)
                 save_due = save_due or hooks.should_save(number)
+                evaluate = hooks.should_evaluate(number)
                 if traced and total == profile[1]:
                     read_pending()
                     trace.close()
-                if last or stop or preview or save_due:
+                if last or stop or preview or save_due or evaluate:
                     read_pending()
                     with timer.paused():
+                        if evaluate:  # before the checkpoint, whose log then holds it
+                            hooks.evaluate(number, state)
                         if last or stop or (save_due and not in_row):
                             hooks.save(number, state, window)
                             save_due = False

@@ -261,9 +261,9 @@ def summary(folder: Path) -> str:
         return "nothing was logged"
     last = lines[-1]
     run = [f"{last['total_step']} steps"]
-    if "goodput" in last:
+    if goodput := [line["goodput"] for line in lines if "goodput" in line]:
         run.append(
-            f"goodput {last['goodput']:.0%} of the time since the first start, "
+            f"goodput {goodput[-1]:.0%} of the time since the first start, "
             f"{max(len(starts) - 1, 0)} restarts"
         )
     if memory := max((line.get("device_memory_peak_gib", 0.0) for line in lines), default=0.0):
@@ -277,6 +277,8 @@ def summary(folder: Path) -> str:
 def _of_stage(lines: list[dict]) -> str:
     losses = [line["loss"] for line in lines if "loss" in line]
     parts = [f"{lines[-1]['step']} steps"] + ([f"loss {losses[-1]:.4g}"] if losses else [])
+    if held_out := [line["evaluate/loss"] for line in lines if "evaluate/loss" in line]:
+        parts.append(f"held-out loss {held_out[-1]:.4g}")
     for name, form in (
         ("images_per_second", "{:.3g} images/s"),
         ("mfu", "MFU {:.1%}"),

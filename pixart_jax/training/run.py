@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from pixart_jax.parallel.chips import chip_of
 from pixart_jax.training import metrics
 from pixart_jax.training.batches import Encode
 from pixart_jax.training.checkpoint import Checkpointer, RunPosition
+from pixart_jax.training.evaluation import Evaluator
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.initialization import Trained
 from pixart_jax.training.interruption import PreemptionHandler
@@ -100,8 +102,16 @@ class Run:
 class StageHooks:
     """What the loop calls in stage ``index`` of a run. Steps are the stage's, counted from 1."""
 
-    def __init__(self, run: Run, index: int, task: Task, loader: Loader):
+    def __init__(
+        self,
+        run: Run,
+        index: int,
+        task: Task,
+        loader: Loader,
+        evaluators: Mapping[str, Evaluator] | None = None,
+    ):
         self.run, self.index, self.task, self.loader = run, index, task, loader
+        self.evaluators = evaluators or {}
         self.stage = run.config.stages[index]
         self.done = sum(stage.steps for stage in run.config.stages[:index])
         self.timer = StepTimer(self.stage.batch_size, run.productive, run.peak_flops)
@@ -146,6 +156,18 @@ class StageHooks:
         more = {"goodput": goodput, "restarts": run.restarts.restarts}
         values = {**values, **more, **metrics.device_memory(run.mesh.devices.flat)}
         run.metrics.write(self.stage.name, step, self.done + step, values)
+
+    def should_evaluate(self, step: int) -> bool:
+        """Whether an evaluation is due: at the config's interval and at the stage's end."""
+        every = self.stage.evaluate.every
+        return bool(every) and (step % every == 0 or step == self.stage.steps)
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Write a line of the evaluators' metrics."""
+        values: dict[str, float] = {}
+        for name in self.stage.evaluate.metrics:
+            values |= {f"evaluate/{k}": v for k, v in self.evaluators[name](state).items()}
+        self.run.metrics.write(self.stage.name, step, self.done + step, values)
 
     def on_bad_step(self, step: int, values: dict[str, float]) -> list[str]:
         """Record a skipped step; returns the keys of its batch's records."""

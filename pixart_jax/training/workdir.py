@@ -29,6 +29,7 @@ MUTABLE_FIELDS = (
     "remat",
     "workers",
     "strict",
+    "evaluate",
 )
 
 

@@ -57,6 +57,9 @@ class Hooks:
     def should_save(self, step):
         return step % self.save_every == 0
 
+    def should_evaluate(self, step):
+        return False
+
     def log(self, step, values):
         self.logged.append((step, values.get("loss"), values["skipped"]))
 

@@ -1,0 +1,112 @@
+"""The loss on held-out records: when, on what, and the same after a crash."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from pixart_jax.commands import train
+from pixart_jax.config import EvaluateConfig
+from pixart_jax.errors import UserError
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.training import batches, evaluation, run
+from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.metrics import TIMING, read
+from pixart_jax.training.stages import build_stage
+from tests.training import tiny_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_run.curriculum(folder)
+    tiny_run.shards(folder / "held_out", count=16)
+    return folder
+
+
+def config(world, **options):
+    """The first stage of the small curriculum, with evaluation."""
+    whole = tiny_run.curriculum(world, checkpoint_every=3)
+    stage = dataclasses.replace(
+        whole.stages[0],
+        steps=5,
+        evaluate=EvaluateConfig(every=2, count=16, source=str(world / "held_out"), **options),
+    )
+    return dataclasses.replace(whole, stages=(stage,))
+
+
+def lines(workdir):
+    found = read(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in found]
+
+
+def test_the_held_out_loss_is_logged_and_a_crash_changes_no_line(
+    world, tmp_path, monkeypatch, capsys
+):
+    train.train(config(world), tmp_path / "whole")
+    held_out = [line for line in lines(tmp_path / "whole") if "evaluate/loss" in line]
+    assert [line["step"] for line in held_out] == [2, 4, 5]
+    assert all({"evaluate/mse", "evaluate/vb"} <= line.keys() for line in held_out)
+    assert len({line["evaluate/loss"] for line in held_out}) == 3
+    assert "held-out loss" in capsys.readouterr().out
+
+    log = run.StageHooks.log
+
+    def crash(hooks, step, values):
+        log(hooks, step, values)
+        if step == 5:
+            raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        patch.setattr(run.StageHooks, "log", crash)
+        train.train(config(world), tmp_path / "crashed")
+    train.train(config(world), tmp_path / "crashed")
+    assert lines(tmp_path / "crashed") == lines(tmp_path / "whole")
+
+
+def test_the_loss_is_the_tasks_on_the_records_with_the_same_noise_each_time(world, tmp_path):
+    options, mesh = config(world), make_mesh(config(world).mesh)
+    stage, frozen = options.stages[0], Frozen(options, tmp_path)
+    parts = build_stage(options, stage, frozen, mesh)
+    evaluator = evaluation.open_evaluators(options, 0, parts.task, frozen, None, mesh)["loss"]
+    params = parts.task.on_stage_start(
+        jax.tree.map(
+            lambda x: x.value,
+            parts.task.init(jax.random.key(3)),
+            is_leaf=lambda x: hasattr(x, "value"),
+        )
+    )
+    state = type("State", (), {"average": params})
+    first = evaluator(state)
+    assert evaluator(state) == first
+    data = dataclasses.replace(stage.data, source=str(world / "held_out"))
+    held_out = dataclasses.replace(options, stages=(dataclasses.replace(stage, data=data),))
+    loader, expected = batches.open_loader(held_out, 0, frozen, None), []
+    for number in range(16 // stage.batch_size):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), stage.batch_size)
+        batch = {k: v for k, v in loader.batch(number).items() if v.dtype.kind != "U"}
+        expected.append(np.mean(parts.task.losses(params, batch, keys)["loss"]))
+    assert first["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": -1}, "EvaluateConfig.every = -1: must not be negative"),
+        ({"count": 0}, "EvaluateConfig.count = 0: must be at least 1"),
+        ({"metrics": ("fdi",)}, "the one metric is 'loss'"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        EvaluateConfig(**options)
+
+
+def test_a_source_without_a_test_split_is_named_before_the_first_step(world, tmp_path):
+    whole = config(world)
+    stage = dataclasses.replace(whole.stages[0], evaluate=EvaluateConfig(every=1, source="no/such"))
+    with pytest.raises(UserError, match="stage pixels: unknown source 'no/such'"):
+        train.train(dataclasses.replace(whole, stages=(stage,)), tmp_path)
