@@ -155,6 +155,12 @@ def test_absurd_guidance(pipe, guidance):
     assert raised.value.indices == ([0] if isinstance(guidance, list) else [0, 1, 2])
 
 
+@pytest.mark.parametrize("guidance", [1e39, -INF, NAN, [1.0, 3.0, 4e38]])
+def test_guidance_that_is_no_fp32_number_is_refused_before_anything_is_computed(pipe, guidance):
+    with pytest.raises(UserError, match="a finite number is needed"):
+        next(pipe.generate(PROMPTS, guidance=guidance))
+
+
 def test_denoise_and_decode_name_the_rows(pipe, states):
     lengths = np.full(3, 4, np.int32)
     text = np.stack([np.resize(states[prompt], (4, 16)) for prompt in PROMPTS])

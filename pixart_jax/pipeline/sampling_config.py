@@ -166,9 +166,9 @@ def check_choice(what: str, value: str, known: tuple[str, ...]) -> str:
 
 
 def check_guidance(value: float) -> None:
-    """Raise UserError for a guidance scale that is not a finite number."""
+    """Raise UserError for a guidance scale that is not a finite number in fp32."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    if not number or not abs(value) < 3e38:
         raise UserError(f"guidance {value!r}: a finite number is needed; 1 does no second pass")
 
 
