@@ -77,21 +77,23 @@ def signals() -> Iterator[None]:
 
     The first signal raises KeyboardInterrupt, so that files are closed and removed (during an
     import it ends the process at once); a thread ends the process ``GRACE`` seconds later, or at a
-    second signal. Signals that have a handler of their
-    own (training's) or are ignored (nohup) are left alone.
+    second signal. Signals that have a handler of their own (training's) or are ignored (nohup) are
+    left alone.
     """
     numbers = [
         number
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     ]
-    before = {number: signal.signal(number, _on_signal) for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    os.register_at_fork(after_in_child=_default_signals)  # of a worker that a library forks
-    threading.Thread(target=_end_in_time, args=(reader,), daemon=True).start()
     try:
+        signal.set_wakeup_fd(writer)
+        os.register_at_fork(after_in_child=_default_signals)  # of a worker that a library forks
+        threading.Thread(target=_end_in_time, args=(reader,), daemon=True).start()
+        for number in numbers:
+            signal.signal(number, _on_signal)
         yield
     except (KeyboardInterrupt, Exception):
         if not _received:
