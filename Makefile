@@ -114,8 +114,8 @@ check: $(VENV)/.dev  ## lint, format, types and the conventions: what pre-commit
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_conventions.py
 
 docs: $(VENV)/.dev $(VENV)/.docs  ## the documentation's site, into site/
-	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build -q
-	@echo "open site/index.html, or: $(BIN)/mkdocs serve"
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m mkdocs build -q
+	@echo "open site/index.html, or: $(BIN)/python -m mkdocs serve"
 
 clean-demo:  ## forget the demo's run, so that the next `make demo` trains again
 	rm -rf $(DEMO)

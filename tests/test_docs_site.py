@@ -16,7 +16,7 @@ def test_the_site_builds_without_a_warning_and_links_the_paper_to_the_code(root,
     scripts = Path(sys.executable).parent
     path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(
-        [scripts / "mkdocs", "build", "--strict", "-d", tmp_path],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path],
         cwd=root,
         env={**os.environ, "PATH": path, "NO_MKDOCS_2_WARNING": "1"},
         check=True,
