@@ -117,7 +117,9 @@ class Checkpointer:
     def check(self) -> None:
         """Raise the error of the write under way, if it has failed; never waits."""
         with self._full_disk_as_user_error():
-            self._manager.check_for_errors()
+            # during a write Orbax's own check may wait for the thread that waits for it
+            if not self._manager.is_saving_in_progress():
+                self._manager.check_for_errors()
 
     @contextlib.contextmanager
     def _full_disk_as_user_error(self) -> Iterator[None]:
