@@ -221,7 +221,7 @@ def parse(shape, argv: Sequence[str], *, prog: str, description: str | None = No
 
 
 def parse_known(shape, argv: Sequence[str], *, prog: str, **tyro_options) -> tuple[Any, list[str]]:
-    """As :func:`parse`, but (the value, the arguments that are no flags of the shape)."""
+    """Like :func:`parse`, but return (value, arguments that it did not recognise)."""
     import tyro
 
     stderr = io.StringIO()

@@ -95,7 +95,7 @@ def _objects(texts: Iterable[tuple[str, str]], report: Report) -> Rows:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            report(place, BAD_ROW, f"no JSON: {one_line(error)}", False)
+            report(place, BAD_ROW, f"not valid JSON: {one_line(error)}", False)
             continue
         if isinstance(row, dict | str):
             yield place, row if isinstance(row, dict) else {"prompt": row}
@@ -165,7 +165,7 @@ def _json(path: Path, report: Report) -> Rows:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {one_line(error)}") from None
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
     if isinstance(value, dict) and isinstance(value.get("annotations"), list):
         images = {i.get("id"): i for i in value.get("images", ()) if isinstance(i, dict)}
         value = [
@@ -218,4 +218,4 @@ def open_parquet(path: Path):
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is no whole Parquet file: {one_line(error)}") from None
+        raise UserError(f"{path} is not a complete Parquet file: {one_line(error)}") from None

@@ -354,8 +354,8 @@ class PromptRow:
 
 def read_prompts(path: str | os.PathLike) -> list[PromptRow]:
     """The rows of a file in their order, without those of a blank prompt: a table that
-    ``tables.rows`` reads, or one prompt a line. Further columns are ignored. Raises UserError where
-    there is no row, or one cannot be read."""
+    ``tables.rows`` reads, or one prompt a line. Other columns are ignored. Raises UserError for an
+    empty file and for a row that cannot be read."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: give a file of prompts (.txt, .csv or .jsonl)")
@@ -384,7 +384,7 @@ def check_encodable(what: str, text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         shown = ascii(text[error.start])
-        raise UserError(f"{what} holds {shown} at {error.start}: that is no character") from None
+        raise UserError(f"{what} has an invalid character, {shown}, at {error.start}") from None
     return text
 
 
@@ -395,7 +395,7 @@ def _prompt_row(place: str, fields: Mapping[str, Any]) -> PromptRow:
     texts = {name: fields.get(name) for name in ("prompt", "negative_prompt")}
     for name, text in texts.items():
         if not isinstance(text, str | None):
-            raise UserError(f"{place}: {name} {text!r} is no text")
+            raise UserError(f"{place}: {name} {text!r} is not text")
         check_encodable(f"{place}: {name}", text or "")
     own: dict[str, Any] = {}
     for name in ("height", "width", "seed", "guidance"):
@@ -409,6 +409,6 @@ def _prompt_row(place: str, fields: Mapping[str, Any]) -> PromptRow:
             if isinstance(value, bool) or (isinstance(value, float) and own[name] != value):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
-            raise UserError(f"{place}: {name} {str(value)[:40]!r} is no {form}") from None
+            raise UserError(f"{place}: {name} {str(value)[:40]!r} is not a {form}") from None
     negative = texts["negative_prompt"] or None
     return PromptRow((texts["prompt"] or "").strip(), negative_prompt=negative, **own)

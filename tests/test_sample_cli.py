@@ -160,7 +160,7 @@ BAD = {  # name: (flags beside --model and --out, or a function of (folder, mode
     "a row's width": (lambda t, m: f"--prompts {bad(t, 'p.jsonl', WIDE)}", "line 1: width 'wide'"),
     "a row's guidance": (
         lambda t, m: f"--prompts {bad(t, 'p.jsonl', WIDE.replace('width', 'guidance'))}",
-        "line 1: guidance 'wide' is no finite number",
+        "line 1: guidance 'wide' is not a finite number",
     ),
     "no prompt in a row": (lambda t, m: f"--prompts {bad(t, 'p.jsonl', NO_PROMPT)}", "line 1"),
     "height": ("--prompt x --height 72", "multiple of 16"),

@@ -59,7 +59,7 @@ def refused(capsys, *argv) -> str:
         (["{recipe}"], "--workdir is missing"),
         (["{recipe}", "--workdir"], "--workdir needs a folder"),
         (["{recipe}", "--workdir", "gs://bucket/run"], "an address is none"),
-        (["{bad}", "--workdir", "{run}"], "is no recipe"),
+        (["{bad}", "--workdir", "{run}"], "is not a recipe"),
         (["{other}", "--workdir", "{run}"], "returned int"),
     ],
 )

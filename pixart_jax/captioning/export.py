@@ -129,7 +129,7 @@ def _members(file: Path, faults: BadRecords) -> list[tarfile.TarInfo]:
     except tarfile.ReadError as error:
         if not members:
             raise UserError(
-                f"{file} is no plain tar, so that nothing can be added to it: {error}"
+                f"{file} is not an uncompressed tar: nothing can be added to it: {error}"
             ) from None
         cut = str(error)
     if cut:

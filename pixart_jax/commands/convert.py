@@ -220,7 +220,7 @@ def check_out(flags: Flags) -> None:
         raise UserError(f"{out} is there already: name a new {'folder' if folder else 'file'}")
     above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
-        raise UserError(f"cannot write {out}: {above} is no folder")
+        raise UserError(f"cannot write {out}: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {out}: {above} may not be written to")
 

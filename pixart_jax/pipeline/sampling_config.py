@@ -147,7 +147,7 @@ def _read(path: Path) -> SamplingConfig | None:
         return SamplingConfig(**values)
     except (ValueError, TypeError) as error:
         known = ", ".join(DEFAULTS)
-        raise UserError(f"{path} is no JSON object with any of {known}: {error}") from None
+        raise UserError(f"{path} is not a JSON object with any of {known}: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

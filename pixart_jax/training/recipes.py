@@ -117,7 +117,7 @@ def load(recipe: Path) -> Config:
         spec.loader.exec_module(module)
         config = module.get_config()
     except (SyntaxError, ImportError, AttributeError, NameError) as error:
-        raise UserError(f"{recipe} is no recipe: {error}") from error
+        raise UserError(f"{recipe} is not a recipe: {error}") from error
     if not isinstance(config, Config):
         raise UserError(f"{recipe}: get_config() returned {type(config).__name__}, want Config")
     return config

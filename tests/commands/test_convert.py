@@ -544,7 +544,7 @@ def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(
 ):
     (tmp_path / "file").write_text("")
     deep = tmp_path / "file" / "deep" / name
-    assert f"{tmp_path / 'file'} is no folder" in refused(sigma_pth, *flags, out=deep)
+    assert f"{tmp_path / 'file'} is not a folder" in refused(sigma_pth, *flags, out=deep)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # the system refuses to make a file grow beyond this, as a disk that fills
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))

@@ -217,7 +217,7 @@ def test_a_cut_parquet_file_is_one_line(tmp_path):
     file = tmp_path / "captions.parquet"
     pyarrow.parquet.write_table(pa.Table.from_pylist([{"key": "a", "caption": "x"}] * 50), file)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match="captions.parquet is no whole Parquet file"):
+    with pytest.raises(UserError, match="captions.parquet is not a complete Parquet file"):
         open_source(str(tmp_path))
 
 

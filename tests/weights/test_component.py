@@ -344,7 +344,7 @@ def refusal(folder, match: str):
 
 
 CONFIGS = {  # of a folder without weights
-    "{": "is no JSON",
+    "{": "is not valid JSON",
     "[]": "no JSON object",
     '{"_class_name": "AutoencoderKLL"}': "did you mean 'AutoencoderKL'",
     '{"_class_name": "UNet2DConditionModel"}': "UNet2DConditionModel.*not known",

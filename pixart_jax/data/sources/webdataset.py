@@ -255,7 +255,7 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
                 # a symbolic link leads from its own folder
                 inside = posixpath.dirname(name) if kind == b"2" else ""
                 if (found := files.get(posixpath.normpath(posixpath.join(inside, target)))) is None:
-                    detail = f"to {target}, which is no file before it"
+                    detail = f"to {target}, which is not an earlier file of the tar"
                     faults.add(f"{path.name}, {name}", "unreadable link", detail)
             elif kind not in b"0\0" + b"7":
                 found = None
