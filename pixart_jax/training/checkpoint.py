@@ -115,9 +115,10 @@ class Checkpointer:
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raise the error of the write under way, if it has failed; never waits."""
+        """Raise the error of the last write, if it has ended and failed; never waits."""
         with self._full_disk_as_user_error():
-            # during a write Orbax's own check may wait for the thread that waits for it
+            # During a write Orbax's check can deadlock: it waits for the metadata writer, which
+            # waits for the lock that the check holds.
             if not self._manager.is_saving_in_progress():
                 self._manager.check_for_errors()
 

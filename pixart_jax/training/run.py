@@ -119,7 +119,7 @@ class StageHooks:
 
     def should_save(self, step: int) -> bool:
         """Whether a checkpoint is due."""
-        # an error of the checkpoint being written is raised here, at the next step
+        # an error of the last checkpoint is raised here, at the first step after its write
         self.run.checkpoints.check()
         config, total = self.run.config, self.done + step
         always = config.keep_every is not None and total % config.keep_every == 0

@@ -146,6 +146,22 @@ def guarded(total: int, guard: StepGuard = GUARD) -> TrainState:
     return dataclasses.replace(make(total), guard=guard)
 
 
+def test_errors_are_asked_for_only_while_nothing_is_written(tmp_path, monkeypatch):
+    """Orbax's check_for_errors can deadlock during a write."""
+
+    def fail():
+        raise RuntimeError("No space left on device")
+
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "check_for_errors", fail)
+        monkeypatch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: True)
+        checkpoints.check()
+        monkeypatch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: False)
+        with pytest.raises(UserError, match="the disk is full"):
+            checkpoints.check()
+        monkeypatch.undo()
+
+
 def test_the_guard_is_restored_and_begins_afresh_where_none_was_saved(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpoints:
         checkpoints.save(RunPosition(0, 1, 1), guarded(1))
