@@ -235,7 +235,7 @@ def test_a_compressed_tar_and_the_originals_folder_are_refused(tmp_path):
         to_tars(tmp_path, {"000": "A dog."}, [old], "in")
     with tarfile.open(tmp_path / "in" / "z.tar", "w:gz") as out:
         out.addfile(tarfile.TarInfo("x.jpg"))
-    with pytest.raises(UserError, match="no plain tar"):
+    with pytest.raises(UserError, match="not an uncompressed tar"):
         to_tars(tmp_path, {"000": "A dog."}, [tmp_path / "in" / "z.tar"])
 
 

@@ -194,7 +194,7 @@ def test_strict_stops_at_the_first(tmp_path, row, kind):
         ("x.jsonl --threshhold 3", "--threshold"),
         ("none.jsonl", "holds no caption .1 left out: 1 missing caption"),
         ("picture.png", "a caption file is one of"),
-        ("cut.parquet", "no whole Parquet file"),
+        ("cut.parquet", "not a complete Parquet file"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
