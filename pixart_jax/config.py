@@ -367,6 +367,8 @@ class Config:
     remat: str = "none"
     seed: int = 0
     log_every: int = 50
+    # Weights & Biases project that gets the logged metrics and previews too (extra ``wandb``)
+    wandb: str | None = None
     # steps of a stage; its last step is always saved
     checkpoint_every: int = 1000
     # so many of the newest are kept …

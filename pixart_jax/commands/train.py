@@ -67,7 +67,7 @@ def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> 
     from pixart_jax.training.ledger import EnergyMeter
     from pixart_jax.training.metrics import Metrics
     from pixart_jax.training.run import Run
-    from pixart_jax.training.workdir import Workdir, enable_compilation_cache
+    from pixart_jax.training.workdir import Workdir, as_json, enable_compilation_cache
 
     with Workdir(workdir, config) as folder, PreemptionHandler() as interruption:
         enable_compilation_cache(folder.programs)
@@ -78,7 +78,8 @@ def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> 
         with Checkpointer(folder.checkpoints, keep, every) as checkpoints, EnergyMeter() as meter:
             position = checkpoints.latest_position()
             try:
-                with Metrics(folder.path, position.total) as metrics, liveness.report_failures():
+                log = Metrics(folder.path, position.total, config.wandb, as_json(config))
+                with log as metrics, liveness.report_failures():
                     outputs = (checkpoints, metrics, meter)
                     run = Run(config, folder, mesh, *outputs, interruption, position, encode)
                     trained: Trained | None = None

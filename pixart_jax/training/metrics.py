@@ -1,5 +1,5 @@
-"""Metrics of a run: metrics.jsonl, bad_steps.jsonl, attempts.jsonl, TensorBoard events, the loss
-curve, and the time and memory figures among them."""
+"""Metrics of a run: metrics.jsonl, bad_steps.jsonl, attempts.jsonl, TensorBoard events, Weights &
+Biases, the loss curve, and the time and memory figures among them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import math
 import os
 import statistics
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pixart_jax import plots
+from pixart_jax.errors import UserError, one_line
 from pixart_jax.files import write_text
 
 # Metrics that depend on the machine and its clock. All others are equal to the bit in a run that
@@ -42,14 +44,18 @@ class Metrics:
 
     start: total steps already done; lines beyond them, which a killed run logged and its last
     checkpoint does not hold, are removed: they will be logged again. TensorBoard drops such events
-    of earlier files by itself.
+    of earlier files by itself. project: the Weights & Biases project that gets the same values
+    (extra ``wandb``); config: the hyperparameters it shows. Raises UserError without the extra.
     """
 
-    def __init__(self, folder: Path, start: int):
+    def __init__(
+        self, folder: Path, start: int, project: str | None = None, config: dict | None = None
+    ):
         self.file, self.bad = Path(folder) / "metrics.jsonl", Path(folder) / "bad_steps.jsonl"
         self._is_writer = jax.process_index() == 0
         if not self._is_writer:
             return
+        self._wandb = _open_wandb(Path(folder), project, config) if project else None
         for file in (self.file, self.bad):
             lines = [line for line in read(file) if line["total_step"] <= start]
             if file.exists():
@@ -71,6 +77,8 @@ class Metrics:
                 # an error that already ends the run is the one to report
                 if kind is None:
                     raise
+        if self._is_writer and self._wandb:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def write(self, stage: str, step: int, total: int, values: dict[str, float]) -> None:
         """One line, and one event a value. step: within the stage; total: of the whole run."""
@@ -82,6 +90,9 @@ class Metrics:
         for name, value in values.items():
             self._event(total, summary=tensorboardX.summary.scalar(f"{stage}/{name}", value))
         self._events.flush()
+        if self._wandb:
+            named = {f"{stage}/{name}": value for name, value in values.items()}
+            self._wandb.log({"total_step": total, **named})
 
     def bad_step(
         self, stage: str, step: int, total: int, values: dict[str, float], keys: list[str]
@@ -98,9 +109,39 @@ class Metrics:
         if self._is_writer:
             self._event(total, summary=tensorboardX.summary.image(name, image, dataformats="HWC"))
             self._events.flush()
+            if self._wandb:
+                import wandb
+
+                self._wandb.log({"total_step": total, name: wandb.Image(image)})
 
     def _event(self, step: int, **fields) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **fields))
+
+
+def _open_wandb(folder: Path, project: str, config: dict | None):
+    """The run of this folder: the same one at each start. Values lie over total_step, not over
+    W&B's own step, which never goes back: a resumed run logs some steps again."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb needs an extra: pip install "pixart-jax[wandb]"') from None
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        write_text(id_file, uuid.uuid4().hex[:12])
+    try:
+        run = wandb.init(
+            project=project,
+            name=folder.name,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=folder,
+            config=config,
+        )
+    except wandb.Error as error:  # no login, no network, no such entity
+        advice = "`wandb login`, WANDB_MODE=offline, or --wandb None"
+        raise UserError(f"Weights & Biases: {one_line(error)}; {advice}") from None
+    run.define_metric("*", step_metric="total_step")
+    return run
 
 
 @dataclasses.dataclass
@@ -164,7 +205,8 @@ class RestartLog:
     def goodput(self, productive: float) -> float:
         """Share of the wall time since the first start spent in steps that count. productive:
         seconds."""
-        return productive / max(time.time() - self.first, 1e-9)
+        wall = max(time.time() - self.first, productive)  # a clock may be set back
+        return productive / max(wall, 1e-9)
 
 
 class StepTimer:

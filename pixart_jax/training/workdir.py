@@ -18,6 +18,7 @@ from pixart_jax.files import locked, write_json
 # what is learned.
 MUTABLE_FIELDS = (
     "log_every",
+    "wandb",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",

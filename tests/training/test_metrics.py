@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import struct
+import sys
 import types
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from pixart_jax.errors import UserError
 from pixart_jax.models.flops import train_flops
 from pixart_jax.training import metrics
 from pixart_jax.training.metrics import Metrics, RestartLog, read
@@ -51,6 +53,62 @@ def test_the_event_file_holds_every_figure_and_picture_and_takes_back_what_a_kil
     assert (loss.step, value.tag, value.simple_value) == (6, "a/loss", 0.5)
     assert (drawn.step, image.height, image.width) == (6, 4, 6)
     assert image.encoded_image_string[:4] == b"\x89PNG"
+
+
+def wandb_history(folder):
+    """The values of each offline run under ``folder``, oldest first: one dict a logged line. A
+    .wandb file is a LevelDB log: 7 bytes, then blocks of 32 KiB with checksum, length, kind, data.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, at, lines, record = file.read_bytes(), 7, [], b""
+        while at + 7 <= len(data):
+            _, length, kind = struct.unpack_from("<IHB", data, at)
+            if kind == 0:  # the rest of a block is padding
+                at += 32768 - at % 32768
+                continue
+            record += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # whole, or last part
+                items, record = Record.FromString(record).history.item, b""
+                values = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+                lines += [values] if values else []
+        yield lines
+
+
+def test_weights_and_biases_gets_the_same_values_and_one_run_over_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for start in (0, 2):  # the first process was killed after step 3; its checkpoint has 2
+        with Metrics(tmp_path, start, "project", {"seed": 3}) as log:
+            for step in range(start + 1, start + 4):
+                log.write("a", step, step, {"loss": 1 / step})
+            log.image("drawn", np.zeros((4, 6, 3), np.uint8), step)
+    first, second = wandb_history(tmp_path)
+    losses = [(line["total_step"], line["a/loss"]) for line in second if "a/loss" in line]
+    assert losses == [(3, 1 / 3), (4, 1 / 4), (5, 1 / 5)]
+    assert [line["total_step"] for line in first] == [1, 2, 3, 3]
+    assert second[-1]["drawn/width"] == 6
+    (name,) = {f.name for f in tmp_path.glob("wandb/offline-run-*/*.wandb")}  # the id is in it
+    assert (tmp_path / "wandb_id").read_text() in name
+
+
+def test_weights_and_biases_without_a_login_is_one_line(tmp_path, monkeypatch):
+    import wandb
+
+    wandb.teardown()  # it reads its settings once a process
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(UserError, match=r"Weights & Biases: .*; `wandb login`, WANDB_MODE=offline"):
+        Metrics(tmp_path, 0, "project")
+
+
+def test_weights_and_biases_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r'pip install "pixart-jax\[wandb\]"'):
+        Metrics(tmp_path, 0, "project")
 
 
 @pytest.mark.parametrize("full", ["_lines", "_events"])
@@ -150,6 +208,8 @@ def test_goodput_counts_from_the_first_start_whatever_came_between(tmp_path, mon
     time.passes(50.0)
     assert second.goodput(40.0 + 50.0) == pytest.approx(0.36)
     assert [(line["total_step"], line["devices"]) for line in read(file)] == [(0, 8), (40, 4)]
+    time.passes(-400.0)  # the clock was set back
+    assert second.goodput(90.0) == 1.0
 
 
 def test_flops_are_those_of_the_whole_batch_at_its_bucket():
