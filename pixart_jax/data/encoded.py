@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ class EncodedSamples:
         self._records = records.Records(folder, expected)
         manifest = self._records.manifest
         self.identity: Mapping[str, str] | None = manifest.identity
+        contents = repr([(shard.file, shard.sha256) for shard in manifest.shards])
+        self.fingerprint = hashlib.sha256(contents.encode()).hexdigest()
         self.buckets = tuple(manifest.by_bucket)
         check_buckets(str(folder), self.buckets, buckets)
         numbers = [self.buckets.index(shard.bucket) for shard in manifest.shards]

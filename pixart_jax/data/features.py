@@ -108,7 +108,7 @@ class FeatureSamples:
         """The files of each entry; for a large set the result is cached on disk."""
         files = [*layout.lists, folder, *texts]
         stamps = [(str(file.resolve()), file.stat().st_mtime_ns, self._kinds) for file in files]
-        identity = hashlib.sha256(repr(stamps).encode()).hexdigest()
+        self.fingerprint = identity = hashlib.sha256(repr(stamps).encode()).hexdigest()
         read = functools.partial(self._read, folder, texts)
         found, bad = cached_json("features", identity, len(self._entries), read)
         self.faults.extend(BadRecord(*record) for record in bad)

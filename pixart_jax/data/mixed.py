@@ -32,6 +32,7 @@ class MixedSamples:
     def __init__(self, parts: Sequence[Samples], shares: Sequence[float], names: Sequence[str]):
         _check_identities(parts, names)
         self.parts = tuple(parts)
+        self.fingerprint = " ".join(part.fingerprint for part in parts)
         self.length = max(part.length for part in parts)
         for part in parts:
             part.length = self.length

@@ -28,13 +28,15 @@ class Samples(Protocol):
 
     buckets: (height, width) in px by number. bucket_of: int [n], the number of each sample's
     bucket, −1 if it cannot be used. length: tokens that texts are padded to, 0 without texts.
-    identity: what encoded records were made with (records.Manifest), None for others.
+    identity: what encoded records were made with (records.Manifest), None for others. fingerprint
+    changes whenever the samples or their order may have changed.
     """
 
     buckets: tuple[tuple[int, int], ...]
     bucket_of: np.ndarray
     length: int
     identity: Mapping[str, str] | None
+    fingerprint: str
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one bucket. draws: float64 in [0, 1), one a row, for all random choices."""
@@ -174,6 +176,7 @@ class ImageSamples:
         self, source: Source, buckets: Sequence[tuple[int, int]], *, cache_bytes: int = 2**30
     ):
         self.source, self.faults = source, faults_of(source)
+        self.fingerprint = source.fingerprint
         self.buckets = tuple((height, width) for height, width in buckets)
         self.bucket_of = assign_all(source.sizes(), self.buckets)
         used = np.bincount(self.bucket_of[self.bucket_of >= 0], minlength=len(self.buckets))
@@ -254,7 +257,7 @@ class TokenSamples:
         self._target = target
         if target:  # that there is such a kind
             CaptionMix([(target, 1.0)], source.caption_kinds, source.name)
-        self.faults = faults_of(source)
+        self.faults, self.fingerprint = faults_of(source), source.fingerprint
         self._pad = tokenizer.pad_token_id or 0
         self._keys: list[str] = []
         self._ranges: list[dict[str, range]] = []  # sample → kind → numbers of its texts

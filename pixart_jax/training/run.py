@@ -4,6 +4,7 @@ sample grids, the ledger."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 import warnings
 from collections.abc import Mapping
@@ -65,11 +66,21 @@ class Run:
             self.restarts = RestartLog(self.folder.path, total, devices, self.device_kind)
 
     def describe(self, index: int, loader: Loader, parts: StageParts) -> None:
-        """Draw how many samples each bucket holds, and print the remat policy where it was
-        chosen."""
+        """Draw how many samples each bucket holds, and print the remat policy where it was chosen.
+        Warn where the data is not that of the stage's first start."""
         name, samples = self.config.stages[index].name, loader.samples
         if jax.process_index():
             return
+        file = self.folder.path / "data.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        if before.get(name, samples.fingerprint) != samples.fingerprint:
+            warnings.warn(
+                f"stage {name}: the files of its data have changed since it began: the remaining "
+                "steps use them as they are now",
+                Notice,
+                stacklevel=2,
+            )
+        write_json(file, before | {name: samples.fingerprint}, indent=1)
         if len(samples.buckets) > 1:
             held = samples.bucket_of[samples.bucket_of >= 0]
             counts = np.bincount(held, minlength=len(samples.buckets)).tolist()

@@ -14,6 +14,7 @@ class Numbers:
 
     def __init__(self, name, count, buckets=((32, 32), (32, 64)), left_out=(), length=4, made=None):
         self.name, self.buckets, self.length, self.identity = name, buckets, length, made
+        self.fingerprint = name
         self.bucket_of = (np.arange(count) % 3 == 0).astype(np.int16) % len(buckets)
         self.bucket_of[list(left_out)] = -1
 

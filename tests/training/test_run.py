@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from pixart_jax import cli
 from pixart_jax.commands import train
 from pixart_jax.config import DataConfig, ProfileConfig
 from pixart_jax.data.sources import Sample
+from pixart_jax.errors import Notice
 from pixart_jax.training import batches, loop, stages, step
 from pixart_jax.training.metrics import TIMING, read
 
@@ -179,6 +181,28 @@ def test_a_run_cut_off_at_two_of_its_steps_resumes_to_the_same_bits(
     jax.tree.map(np.testing.assert_array_equal, whole, final_state(workdir, 7))
     file = "model/transformer/diffusion_pytorch_model.safetensors"
     assert (workdir / file).read_bytes() == (traced[0] / file).read_bytes()
+
+
+def test_data_that_changed_between_two_starts_is_named(world, tmp_path, monkeypatch):
+    data, workdir, put = tmp_path / "data", tmp_path / "run", loop.put
+    config = first_stage(world)
+    data_of = dataclasses.replace(config.stages[0].data, source=str(tiny_run.shards(data)))
+    stage = dataclasses.replace(config.stages[0], data=data_of, steps=4)
+    config = dataclasses.replace(config, stages=(stage,))
+    count = itertools.count(1)
+
+    def put_or_die(*batch):
+        if next(count) == 4:  # the checkpoint of step 3 is written
+            raise Killed
+        return put(*batch)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(loop, "put", put_or_die)
+        train.train(config, workdir)
+    shutil.rmtree(data)
+    tiny_run.shards(data, count=16)
+    with pytest.warns(Notice, match="stage pixels: the files of its data have changed since"):
+        train.train(config, workdir)
 
 
 def start(kill_at: int | str, recipe: Path, workdir: Path, *more: str):
