@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -9,13 +10,17 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+
+from pixart_jax.errors import Notice
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -37,10 +42,28 @@ _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 def cache_folder() -> Path:
     """Where prepared data sets, encoded shards and converted weights are cached: $PIXART_JAX_CACHE,
-    else ~/.cache/pixart_jax."""
-    given = os.environ.get("PIXART_JAX_CACHE")
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixart_jax"
-    return Path(given) if given else default
+    else ~/.cache/pixart_jax. Where that cannot be written, a temporary folder of this process, with
+    a warning."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pixart_jax")
+    return _writable(os.path.expanduser(os.environ.get("PIXART_JAX_CACHE") or default))
+
+
+@functools.lru_cache
+def _writable(folder: str) -> Path:
+    try:
+        if folder.startswith("~"):
+            raise OSError("no home folder is known")
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    except OSError as error:
+        made = tempfile.mkdtemp(prefix="pixart_jax-")
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        reason = (error.strerror or str(error)).lower()
+        message = f"the cache folder {folder} cannot be written ({reason}): nothing is cached for "
+        message += "the next start; PIXART_JAX_CACHE names another folder"
+        warnings.warn(message, Notice, stacklevel=3)
+        return Path(made)
 
 
 def bundled(name: str) -> Path:
@@ -141,6 +164,21 @@ def hash64(text: str) -> int:
     """64 bits of a hash of a text, the same on every machine."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def folder_fingerprint(folder: str | os.PathLike) -> str:
+    """Ten hex digits that change when a folder's files do: of their names, sizes and some of their
+    bytes, all of a small file's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for start in range(0, size, max(1 << 16, size // 16)):
+                    file.seek(start)
+                    digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:10]
 
 
 def safetensors_header(

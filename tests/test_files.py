@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from pixart_jax import files
+from pixart_jax.errors import Notice
 
 
 def test_a_file_is_replaced_whole_with_the_permissions_of_a_new_one(tmp_path):
@@ -80,3 +81,37 @@ def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch, root):
 def test_hashes_are_the_same_on_every_machine():
     assert files.hash64("a red circle") == 0x8CBF502735C9B035
     assert files.hash64("\ud800") != files.hash64("")  # a lone surrogate
+
+
+@pytest.mark.parametrize("folder", ["/proc/no/such", "~nobody-of-that-name/cache", "FILE/below"])
+def test_a_cache_that_cannot_be_written_is_named_and_a_temporary_one_takes_its_place(
+    tmp_path, monkeypatch, folder
+):
+    (tmp_path / "FILE").touch()
+    monkeypatch.setenv("PIXART_JAX_CACHE", folder.replace("FILE", f"{tmp_path}/FILE"))
+    with pytest.warns(Notice, match="cannot be written .*: nothing is cached for the next start"):
+        made = files.cache_folder()
+    assert made.is_dir() and files.cache_folder() == made
+
+
+NO_HOME = """
+import os, pwd, sys
+def unknown(*_): raise KeyError("no such user")
+pwd.getpwuid = unknown
+from pixart_jax.__main__ import run
+sys.exit(run("sample"))
+"""
+
+
+def test_without_a_home_folder_a_program_still_samples(root, tmp_path):
+    """A user whom the system does not know, as in containers, and no $HOME."""
+    flags = ["--prompt", "a red star", "--steps", "2", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", NO_HOME, *flags],
+        cwd=root,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and list(tmp_path.glob("*.png")), done.stderr
+    assert done.stderr.count("no home folder is known") == 1

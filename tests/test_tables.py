@@ -7,8 +7,6 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pixart_jax import tables
 from pixart_jax.errors import UserError
@@ -132,58 +130,3 @@ def test_a_bad_prompt_file_is_one_line(tmp_path, name, data, says):
 def test_prompts_are_read_as_they_are_meant(tmp_path, name, data, prompts):
     (tmp_path / name).write_bytes(data.encode())
     assert len(read_prompts(tmp_path / name)) == prompts
-
-
-# ---- random files ----
-
-NAMES = ("prompt", "seed", "height", "guidance", "negative_prompt", "file_name", "caption")
-CELL = st.text(max_size=12) | st.sampled_from(['"', '""', ",", ";", "\n", "1e999", "9" * 30, "NaN"])
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-CSV_FILE = st.builds(
-    lambda header, rows, mark: "\n".join(mark.join(row) for row in [header, *rows]),
-    st.lists(st.sampled_from(NAMES), min_size=1, max_size=4),
-    st.lists(st.lists(CELL, max_size=5), max_size=6),
-    st.sampled_from([",", ";", "\t"]),
-)
-JSON_FILE = st.lists(
-    st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4) | JSON, max_size=5
-).flatmap(lambda rows: st.sampled_from(["\n".join(map(json.dumps, rows)), json.dumps(rows)]))
-ENCODED = st.tuples(
-    st.one_of(st.text(max_size=60), CSV_FILE, JSON_FILE),
-    st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1", "cp1252", "utf-32"]),
-).map(lambda pair: pair[0].encode(pair[1], "replace"))
-SUFFIX = st.sampled_from([".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet", ".prompts"])
-
-
-def check_random_prompt_file(folder, data: bytes, suffix: str) -> None:
-    """Every line is a prompt or blank, or the file is refused in one line."""
-    path = folder / f"p{suffix}"
-    path.write_bytes(data)
-    try:
-        rows = read_prompts(path)
-    except UserError as error:
-        assert "\n" not in str(error)
-        return
-    assert rows
-    for row in rows:
-        row.prompt.encode()
-        assert row.prompt.strip()
-
-
-@settings(max_examples=300, deadline=None)
-@given(data=st.binary(max_size=60) | ENCODED, suffix=SUFFIX)
-def test_random_prompt_files(tmp_path_factory, data, suffix):
-    check_random_prompt_file(tmp_path_factory.getbasetemp(), data, suffix)
-
-
-@pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
-@given(data=st.binary(max_size=60) | ENCODED, suffix=SUFFIX)
-def test_ten_thousand_random_prompt_files(tmp_path_factory, data, suffix):
-    check_random_prompt_file(tmp_path_factory.getbasetemp(), data, suffix)

@@ -12,8 +12,7 @@ from typing import Any
 from PIL import Image
 
 from pixart_jax.errors import UserError
-from pixart_jax.files import hash64
-from pixart_jax.pipeline.encoder_identity import folder_fingerprint
+from pixart_jax.files import folder_fingerprint, hash64
 from pixart_jax.weights.files import choose_set, weight_sets
 from pixart_jax.weights.hub import model_folder
 

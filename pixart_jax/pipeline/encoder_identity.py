@@ -10,34 +10,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from pixart_jax.files import folder_fingerprint
 from pixart_jax.text import load_tokenizer
 from pixart_jax.weights.component import load_component
 
 ENCODERS = ("vae", "text_encoder")
 _DEFAULT_DTYPE = "float32"
-_SAMPLE, _SAMPLES = 1 << 16, 16  # bytes, and how often in a file
-
-
-def folder_fingerprint(folder: str | os.PathLike) -> str:
-    """Ten hex digits that change when a folder's files do: of their names, sizes and some of their
-    bytes, all of a small file's."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
-                    file.seek(start)
-                    digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:10]
 
 
 def component_identity(component) -> str:

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.files import cache_folder, write_json
+from pixart_jax.files import cache_folder, folder_fingerprint, write_json
 from pixart_jax.models.configs import TransformerConfig, VAEConfig
 from pixart_jax.pipeline import sampling_config, text_states
-from pixart_jax.pipeline.encoder_identity import folder_fingerprint
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.text import FastTokenizer, load_tokenizer, save_tokenizer
@@ -29,6 +28,7 @@ from pixart_jax.weights.files import (
     TORCH_SUFFIXES,
     SafetensorsFile,
     find_weights,
+    naming,
     open_tensors,
     part_variants,
     read_json,
@@ -89,12 +89,17 @@ class ModelFolder:
             raise UserError(f"{folder} is {found}: it has no {', '.join(missing)}")
         scheduler_file = folder / "scheduler" / "scheduler_config.json"
         scheduler = read_json(scheduler_file)
+        vae_file = folder / "vae" / "config.json"
+        with naming(scheduler_file):
+            parsed = SchedulerConfig.from_json(scheduler, scheduler_file)
+        with naming(vae_file):
+            vae_config = vae.config_from_json(read_json(vae_file))
         return cls(
             folder,
             name,
             _transformer_config(folder),
-            vae.config_from_json(read_json(folder / "vae" / "config.json")),
-            SchedulerConfig.from_json(scheduler, scheduler_file),
+            vae_config,
+            parsed,
             sampling_config.read(folder, str(scheduler.get("_class_name", ""))),
             part_variants(folder, parts, variant),
         )
@@ -227,7 +232,7 @@ def _tensors(folder: Path, variant: str | None = None):
 
 def pipeline_class(folder: Path) -> str:
     """The pipeline that the folder's index names. Raises UserError where it names no known one."""
-    name = read_json(folder / INDEX).get("_class_name")
+    name = str(read_json(folder / INDEX).get("_class_name"))
     if name not in _TEXT_TOKENS:
         raise UserError(
             f"{folder / INDEX} names {name!r}{nearest(str(name), _TEXT_TOKENS)}: that pipeline is "
@@ -242,8 +247,10 @@ def _transformer_config(folder: Path) -> TransformerConfig:
     Raises UserError for a Σ transformer in an α folder, or the reverse, whose texts would be cut at
     the wrong length, and for another T5.
     """
-    values, named = read_json(folder / "transformer" / "config.json"), pipeline_class(folder)
-    config, tokens = transformer.config_from_json(values), _TEXT_TOKENS[named]
+    file, named = folder / "transformer" / "config.json", pipeline_class(folder)
+    with naming(file):
+        config = transformer.config_from_json(values := read_json(file))
+    tokens = _TEXT_TOKENS[named]
     if "text_tokens" not in values:
         if named == _ALPHA and transformer.looks_like_sigma(config):
             raise UserError(

@@ -35,6 +35,7 @@ from pixart_jax.weights.files import (
     SafetensorsFile,
     Tensors,
     find_weights,
+    naming,
     open_tensors,
     read_json,
     write_order,
@@ -371,7 +372,7 @@ def load_component(
     """
     folder = model_folder(folder, revision=revision, variant=variant)
     values = _read_config(folder)
-    kind: Any = values.get("_class_name") or values.get("model_type")
+    kind: Any = str(values.get("_class_name") or values.get("model_type"))
     if kind == _OLD_CLASS_NAME:
         kind = _OF_NORM.get(str(values.get("norm_type")), kind)
         values = {**values, "_class_name": kind}
@@ -387,7 +388,8 @@ def load_component(
             f"{folder} is a {component.__name__}: quantization {quantization!r} is for a T5 encoder"
         )
     try:
-        config = component.names.config_from_json(values)
+        with naming(folder / CONFIG):
+            config = component.names.config_from_json(values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     found = open_tensors(find_weights(folder, variant))

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from pixart_jax.errors import Notice, UserError
+from pixart_jax.errors import Notice, UserError, one_line
 from pixart_jax.files import SAFETENSORS_DTYPES, atomic_write, safetensors_header
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -216,11 +216,21 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}: it is not complete") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object")
     return values
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What a value of a wrong type in a config causes becomes a UserError that names the file."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{path}: a value is none that a model has ({reason})") from None
 
 
 WeightSets = dict[tuple[str, str], list[str]]  # (safetensors or bin, variant) → files
