@@ -17,7 +17,7 @@ import tyro
 
 from pixart_jax import cli
 from pixart_jax.captioning import export, model
-from pixart_jax.captioning.run import Cluster, run
+from pixart_jax.captioning.run import Cluster, faults_file, run
 from pixart_jax.captioning.worker import CaptionOptions
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import parse_mixture, parse_source
@@ -60,9 +60,9 @@ def main(argv: Sequence[str]) -> int:
         known = ", ".join(source.caption_kinds) or "none"
         raise UserError(f"--raw-caption {raw!r}: {source.name} has the kinds of caption: {known}")
     facts = run(source, spec, file, options, arguments.cluster, kind=arguments.kind, faults=faults)
-    print(summary(facts, faults))
-    if facts["left out"]:
-        print(f"left out, by name: {file.with_name(f'{file.stem}.faults.jsonl')}")
+    print(summary(facts, BadRecords.read(faults_file(file))))
+    if faults_file(file).exists():
+        print(f"left out or mended, by name: {faults_file(file)}")
     print(f"captions: {file}")
     if target is not None:
         _export(arguments, file, target)
@@ -114,17 +114,11 @@ def _export(arguments: Arguments, file: Path, target: Path | list[Path]) -> None
 
 
 def summary(facts: dict, faults: BadRecords) -> str:
-    """'97 captions of 100 pictures, 41.3 tokens each; guards: 3 repeating (1 mended by another
-    draw); 3 left out: …'."""
+    """'97 captions, 41.3 tokens each; guards: 3 repeating (1 mended by another draw); 100 read: 97
+    used, 3 left out: …'. faults: of all runs of this file."""
     each = facts["tokens"] / max(1, facts["captions"])
-    captions, pictures = facts["captions"], facts["pictures"]
-    parts = [f"{captions:,} captions of {pictures:,} pictures, {each:.1f} tokens each"]
+    parts = [f"{facts['captions']:,} captions, {each:.1f} tokens each"]
     if facts["guards"]:
         failed = ", ".join(f"{n} {name}" for name, n in facts["guards"].items())
         parts.append(f"guards: {failed} ({facts['mended by another draw']} mended by another draw)")
-    if faults.summary():
-        parts.append(faults.summary())
-    elif facts["left out"]:
-        counts = ", ".join(f"{n} {name}" for name, n in facts["left out"].items())
-        parts.append(f"left out: {counts}")
-    return "; ".join(parts)
+    return "; ".join([*parts, faults.report(facts["captions"])])

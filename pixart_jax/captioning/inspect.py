@@ -137,8 +137,7 @@ def main(argv: Sequence[str]) -> int:
             if one[name]
         )
         print(f"  captions {kind}: {one['texts']} of {one['samples']} samples{cut}{lost}")
-    if len(faults):
-        print(f"  {faults.summary()}")
+    print(f"  {faults.report(figures['readable'])}; {arguments.out / FIGURES} names all")
     print(f"the page: {path}")
     return 0
 

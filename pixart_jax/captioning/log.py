@@ -4,7 +4,6 @@ order when it ends.
     NAME.jsonl            the captions, one JSON object per line; written at the end, atomically
     NAME.manifest.json    what they were made with and how many: marks the file as finished
     NAME.jsonl.partial    the log of an unfinished run: its identity, then one row per sample
-    NAME.faults.jsonl     what was skipped, by name
 """
 
 from __future__ import annotations
@@ -161,14 +160,6 @@ class CaptionLog:
         in between, the next run does it again."""
         with atomic_write(self.file) as out:
             out.writelines(_line(public(row)) for row in self.rows() if "left_out" not in row)
-        faults = self.file.with_name(f"{self.file.stem}.faults.jsonl")
-        with atomic_write(faults) as out:
-            for row in (row for row in self.rows() if "left_out" in row):
-                kind, detail = row["left_out"]
-                named = {"key": row["key"], "index": row["index"], "kind": kind, "detail": detail}
-                out.write(_line(named))
-        if not faults.stat().st_size:
-            faults.unlink()
         self.manifest = {**self._header, **facts}
         write_json(self._manifest_file, self.manifest, indent=1, ensure_ascii=False)
         self.partial.unlink()

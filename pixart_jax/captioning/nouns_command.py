@@ -4,7 +4,6 @@ with charts; sets side by side."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -78,10 +77,9 @@ def main(argv: Sequence[str]) -> int:
     threshold = f"valid: more than {options.threshold} times"
     print(f"nouns by {options.tagger}; {threshold}; dropped: {'; '.join(dropped)}")
     for one in sets:
-        if one.faults.summary():
-            print(f"{one.name}: {one.faults.summary()}")
-            for fault in list(one.faults)[:5]:
-                print(f"  {fault}")
+        print(f"{one.name}: {one.faults.report(one.images)}")
+        for fault in list(one.faults)[:5]:
+            print(f"  {fault}")
     files = write(sets, options, out, arguments.paper)
     print(f"{', '.join(file.name for file in files)}: {out}")
     return 0
@@ -121,14 +119,11 @@ def write(
             title = f"{_shown(one.name)}: the most frequent nouns"
             chart, top = folder / f"{prefix}top_nouns.png", dict(one.top()[:40])
             files.append(plots.bars(chart, top, title=title, axis="occurrences", across=True))
-        lists = {"dropped_nouns.txt": [f"{noun}\t{times}" for noun, times in one.dropped()]}
-        faults = [{"place": f.place, "kind": f.kind, "detail": f.detail} for f in one.faults]
-        if faults:
-            lists["faults.jsonl"] = [json.dumps(fault, ensure_ascii=False) for fault in faults]
-        for name, lines in lists.items():
-            files.append(folder / f"{prefix}{name}")
-            with atomic_write(files[-1], "w", encoding="utf-8", errors="backslashreplace") as out:
-                out.writelines(f"{line}\n" for line in lines)
+        files.append(folder / f"{prefix}dropped_nouns.txt")
+        with atomic_write(files[-1], "w", encoding="utf-8", errors="backslashreplace") as out:
+            out.writelines(f"{noun}\t{times}\n" for noun, times in one.dropped())
+        if one.faults.write(file := folder / f"{prefix}faults.jsonl"):
+            files.append(file)
     words = {one.name: one.words for one in sets}
     files.append(_lengths(folder / "caption_words.png", words, "words"))
     if options.tokenizer:

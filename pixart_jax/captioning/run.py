@@ -91,8 +91,14 @@ def run(
             }
             _caption(log, worker, cluster, faults)
         facts = _facts(log, faults)
+        faults.write(faults_file(file))
         facts["seconds of the last run"] = round(time.monotonic() - began, 1)
         return log.finalize(lambda row: _public(row, options.model, kind), facts)
+
+
+def faults_file(captions: Path) -> Path:
+    """NAME.faults.jsonl beside NAME.jsonl: what was left out or mended, by name."""
+    return captions.with_name(f"{captions.stem}.faults.jsonl")
 
 
 def _caption(log: CaptionLog, worker: dict, cluster: Cluster, faults: BadRecords) -> None:

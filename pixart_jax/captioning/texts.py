@@ -50,13 +50,8 @@ def open_captions(
 def _of_file(file: Path, faults: BadRecords) -> Iterator[Record]:
     for place, row in tables.rows(file, faults.add):
         key = texts.image_named(row) or ""
-        yield key, f"{place} ({key})" if key else place, _cleaned(row, place, faults)
-
-
-def _cleaned(row: Mapping[str, object], place: str, faults: BadRecords) -> Captions | None:
-    before = faults.counts["caption too long"]
-    found = texts.captions_of(row, place, faults)
-    return found if found or faults.counts["caption too long"] == before else None
+        found = texts.captions_of(row, place, faults)
+        yield key, f"{place} ({key})" if key else place, found
 
 
 def _of_texts(root: Path, faults: BadRecords) -> Iterator[Record]:
@@ -97,7 +92,7 @@ def _of_source(source: IndexedSource | Mixture, faults: BadRecords) -> Iterator[
             faults.add(f"{source.name}, sample {number}", "unreadable record", str(error))
             continue
         place = f"{source.name}, {key}"
-        yield key, place, _cleaned(captions, place, faults)
+        yield key, place, texts.captions_of(captions, place, faults)
 
 
 def texts_of_kinds(

@@ -4,12 +4,15 @@ in strict mode the first one raises."""
 from __future__ import annotations
 
 import collections
+import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import atomic_write
 
 
 class BadRecord(NamedTuple):
@@ -33,7 +36,7 @@ class BadRecords:
     counted, so that a set of bad records alone does not fill the memory.
     """
 
-    def __init__(self, strict: bool = False, limit: int = 10_000):
+    def __init__(self, strict: bool = False, limit: int = 1_000_000):
         self.strict, self._limit = strict, limit
         self._named: dict[BadRecord, None] = {}
         self.counts: collections.Counter[str] = collections.Counter()  # skipped, by kind
@@ -83,6 +86,40 @@ class BadRecords:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.unread.most_common())
             parts.append(f"{self.unread.total()} other files not read: {kinds}")
         return "; ".join(parts)
+
+    def report(self, used: int) -> str:
+        """'100 read: 97 used, 3 left out: 2 unreadable image, 1 key twice; …': what was read is
+        used or left out for a reason, and the numbers add up."""
+        summary = self.summary()
+        joined = f"{', ' if self.counts else '; '}{summary}" if summary else ""
+        return f"{used + len(self):,} read: {used:,} used{joined}"
+
+    def write(self, file: Path) -> bool:
+        """Write every record, one JSON object a line: place, kind, detail, mended; last the counts
+        of other files. Without any, remove a file of an earlier run. True where there is a file."""
+        file.unlink(missing_ok=True)
+        if not (self._named or self.unread):
+            return False
+        with atomic_write(file, "w", encoding="utf-8", errors="backslashreplace") as out:
+            for place, kind, detail, mended in self._named:
+                line = {"place": place, "kind": kind, "detail": detail, "mended": mended}
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if self.unread:
+                out.write(json.dumps({"other files not read": self.unread}) + "\n")
+            if more := self.counts.total() + self.repaired.total() - len(self._named):
+                out.write(json.dumps({"not named": more}) + "\n")
+        return True
+
+    @classmethod
+    def read(cls, file: Path) -> BadRecords:
+        """What :meth:`write` wrote; nothing where there is no file."""
+        found = cls()
+        for line in file.read_text("utf-8").splitlines() if file.exists() else ():
+            row = json.loads(line)
+            if "place" in row:
+                found.add(row["place"], row["kind"], row["detail"], row["mended"])
+            found.unread.update(row.get("other files not read", {}))
+        return found
 
 
 def _line(text: str, limit: int = 300) -> str:

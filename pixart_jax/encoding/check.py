@@ -11,8 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pixart_jax.data import records
+from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import Source
-from pixart_jax.encoding.encode import plan, skipped_samples
+from pixart_jax.encoding.encode import FAULTS, plan
 from pixart_jax.encoding.options import EncodeOptions
 from pixart_jax.encoding.shards import ShardEncoder
 from pixart_jax.errors import UserError
@@ -114,14 +115,13 @@ def _compare(before: bytes, after: bytes, largest: dict[str, float], where: str)
 
 
 def summary(folder: Path) -> str:
-    """One line on what a folder holds."""
+    """Two lines: what a folder holds, and what of the source is in it."""
     manifest = records.Manifest.read(folder)
     size = sum(shard.bytes for shard in manifest.shards) / 2**20
     buckets = ", ".join(f"{h}×{w}: {n}" for (h, w), n in manifest.by_bucket.items())
     mirrored = ", each mirrored too" if manifest.identity.get("flip") == "yes" else ""
-    faults = skipped_samples(manifest).summary()
-    left_out = f", {faults}," if faults else ""
+    report = BadRecords.read(folder / FAULTS).report(manifest.samples)
     return (
-        f"{manifest.samples} records ({buckets}){mirrored}{left_out} in {len(manifest.shards)} "
-        f"shards, {size:.1f} MiB: {folder}"
+        f"{manifest.samples} records ({buckets}){mirrored} in {len(manifest.shards)} "
+        f"shards, {size:.1f} MiB: {folder}\n{report}"
     )

@@ -31,7 +31,7 @@ from pixart_jax.data.sources import Source
 from pixart_jax.encoding.options import Bucket, EncodeOptions
 from pixart_jax.encoding.shards import CLEANING, ShardEncoder
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.files import cache_folder, locked, write_json, write_text
+from pixart_jax.files import cache_folder, locked, write_json
 from pixart_jax.pipeline.encoder_identity import component_identity, made_from, tokenizer_identity
 
 FAULTS = "faults.jsonl"  # every skipped sample, beside the manifest
@@ -207,28 +207,20 @@ def _write_manifest(
 ) -> None:
     """Write the skipped samples, the chart of the buckets and, last, the manifest."""
     faults = skipped_samples(manifest, source)
-    lines = [
-        json.dumps(
-            {"place": one.place, "kind": one.kind, "detail": one.detail, "mended": one.repaired},
-            ensure_ascii=False,
-        )
-        for one in faults
-    ]
-    (folder / FAULTS).unlink(missing_ok=True)
-    if lines:
-        write_text(folder / FAULTS, "\n".join(lines) + "\n")
+    named = faults.write(folder / FAULTS)
     counts = dict.fromkeys(options.buckets, 0) | manifest.by_bucket
     write_bucket_chart(folder / BUCKETS_PNG, counts, "encoded")
     manifest.write(folder)
-    if (faults.counts or faults.repaired) and progress:
+    if named and progress:
         tqdm.write(f"{faults.summary()}; {folder / FAULTS} names them", file=sys.stderr)
 
 
 def skipped_samples(manifest: records.Manifest, source: Source | None = None) -> BadRecords:
     """The samples that the source skipped when it was opened, those that the encoder did, and the
     captions that cleaning emptied or halved."""
-    faults = BadRecords()
-    faults.extend(getattr(source, "faults", ()))
+    faults, opened = BadRecords(), getattr(source, "faults", BadRecords())
+    faults.extend(opened)
+    faults.unread.update(opened.unread)
     for repaired in (False, True):
         for shard in manifest.shards:
             for key, reason in shard.noted if repaired else shard.skipped:

@@ -41,7 +41,7 @@ def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(tmp_path):
+def test_captions_come_in_the_sources_order_each_once(tmp_path):
     with log(tmp_path) as made:
         made.append(
             [row(3), row(1), {"index": 2, "key": "k2", "left_out": ["unreadable image", "cut"]}]
@@ -51,8 +51,6 @@ def test_captions_come_in_the_sources_order_each_once_and_the_left_out_by_name(t
         made.finalize(lambda r: {"key": r["key"], "caption": r["caption"]}, {"captions": 4})
     rows = [{"key": f"k{i}", "caption": f"caption {i}"} for i in (0, 1, 3, 4)]
     assert lines(tmp_path / "c.jsonl") == rows
-    skipped = {"key": "k2", "index": 2, "kind": "unreadable image", "detail": "cut"}
-    assert lines(tmp_path / "c.faults.jsonl") == [skipped]
     assert json.loads((tmp_path / "c.manifest.json").read_text())["captions"] == 4
     assert not (tmp_path / "c.jsonl.partial").exists()
     with log(tmp_path) as again:
@@ -124,7 +122,7 @@ def test_a_source_that_changed_keeps_its_captions_by_key(tmp_path, finished):
     assert found == ["new", "caption 1", "caption 0", "caption 4"]
 
 
-@pytest.mark.parametrize("step", ["c.jsonl", "c.faults.jsonl", "c.manifest.json", "end"])
+@pytest.mark.parametrize("step", ["c.jsonl", "c.manifest.json", "end"])
 def test_a_crash_while_the_files_are_written_loses_nothing(tmp_path, monkeypatch, step):
     replace = os.replace
 
@@ -146,7 +144,6 @@ def test_a_crash_while_the_files_are_written_loses_nothing(tmp_path, monkeypatch
         assert again.manifest is None and again.done.all()
         again.finalize(lambda r: r, {"captions": 1})
     assert [r["key"] for r in lines(tmp_path / "c.jsonl")] == ["k0"]
-    assert [r["key"] for r in lines(tmp_path / "c.faults.jsonl")] == ["k1"]
 
 
 # ---- export ----

@@ -157,8 +157,9 @@ def test_bad_records_are_named_and_counted_and_the_rest_goes_on(tmp_path):
     found = counted(file, faults)
     assert dict(found.nouns) == {"dog": 1, "cat": 1, "car": 1}
     assert found.images == 3 and found.too_long == 1
-    kinds = {"caption too long": 1, "missing caption": 2, "key twice": 1, "unreadable row": 3}
-    assert faults.counts == kinds and faults.repaired == {"control characters": 1}
+    assert faults.counts == {"missing caption": 3, "key twice": 1, "unreadable row": 3}
+    assert faults.repaired == {"control characters": 1, "caption too long": 1}
+    assert faults.report(found.images).startswith("10 read: 3 used, 7 left out: 3 unreadable row")
     named = "\n".join(map(str, faults))
     for place in ("2", "3 (silent)", "4 (null)", "5 (a): key twice", "6", "8", "9", "10"):
         assert f"bad.jsonl, line {place}" in named, named

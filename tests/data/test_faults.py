@@ -4,7 +4,7 @@ from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.errors import UserError
 
 
-def test_what_is_mended_is_counted_apart_from_what_is_left_out():
+def test_what_is_mended_is_counted_apart_from_what_is_left_out(tmp_path):
     faults = BadRecords()
     faults.add("a.txt", "control characters", repaired=True)
     for _ in range(2):
@@ -12,6 +12,9 @@ def test_what_is_mended_is_counted_apart_from_what_is_left_out():
     faults.add("c.jpg", "unreadable image")
     assert len(faults) == 2
     assert faults.summary() == "2 left out: 2 unreadable image; 1 mended: 1 control characters"
+    assert faults.report(3).startswith("5 read: 3 used, 2 left out: 2 unreadable image; 1 mended")
+    assert faults.write(tmp_path / "faults.jsonl")
+    assert list(BadRecords.read(tmp_path / "faults.jsonl")) == list(faults)
     assert list(faults)[0] == BadRecord("a.txt", "control characters", "", True)
     other = BadRecords()
     other.extend(faults)

@@ -170,8 +170,8 @@ def test_bad_members_are_named_and_the_rest_goes_on(tmp_path):
         source = open_source(str(path))
         assert captions(source) == {"a": {"caption": ("bell",)}} | {key: {} for key in "cdgef"}
         once = ("caption without picture", "unreadable row", "unreadable label", "key twice")
-        assert dict(source.faults.counts) == dict.fromkeys(once, 1) | {"caption too long": 2}
-        assert dict(source.faults.repaired) == {"control characters": 1}
+        assert dict(source.faults.counts) == dict.fromkeys(once, 1)
+        assert dict(source.faults.repaired) == {"control characters": 1, "caption too long": 2}
         assert source.sizes().tolist() == [[24, 40]] * 4 + [[0, 0], [24, 40]]
         assert {"a.tar, c.txt", "a.tar, d.json"} <= {fault.place for fault in source.faults}
         with pytest.raises(UserError, match="f: the image cannot be decoded"):

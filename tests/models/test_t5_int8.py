@@ -55,6 +55,7 @@ def test_t5_xxl_takes_half_the_memory_and_no_second_copy_in_floats():
     assert memory.temp_size_in_bytes < 1e9
 
 
+@pytest.mark.slow
 def test_the_shipped_model_draws_nearly_the_same_from_int8_states(root):
     pipe = Pipeline.from_pretrained(root / "assets" / "shapes")
     config, params = pipe.text_encoder.config, pipe.text_encoder.params

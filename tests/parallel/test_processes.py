@@ -228,6 +228,7 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_ends_the_other(pair):
     assert children[1].wait(timeout=30) == PEER_LOST and "process 0 of 2" in last_line(children[1])
 
 
+@pytest.mark.slow
 def test_a_step_that_never_ends_though_all_processes_live_is_named(pair):
     children = pair("hang-1", "--stall-timeout", "2")
     for child in children:

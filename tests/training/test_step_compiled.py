@@ -195,6 +195,7 @@ def test_on_a_tpu_slice_bfloat16_is_gathered_and_not_the_masters():
     assert gathered["f32"] < 0.25 * gathered["bf16"], found
 
 
+@pytest.mark.slow
 def test_with_micro_batches_a_bucket_takes_one_executable_and_no_step_asks_the_device():
     """From the first state, made outside the step, to the last; a step that read a value would fail
     under the guard."""

@@ -61,6 +61,36 @@ def _finished(blobs) -> set[str]:
     return {file.name for file in blobs.glob("*") if re.fullmatch("[0-9a-f]{40}", file.name)}
 
 
+@pytest.mark.slow
+def test_sample_py_with_an_id_killed_while_it_downloads(model, environment, tmp_path, root):
+    blobs = tmp_path / "hf" / "hub" / f"models--{NAME.replace('/', '--')}" / "blobs"
+    command = [sys.executable, "sample.py", "--model", NAME, "--prompt", "a large red star"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": root}
+
+    def sample(out: str, **more) -> subprocess.Popen:
+        made = [*command, "--out", str(tmp_path / out)]
+        return subprocess.Popen(made, env={**environment, **more}, **pipes)
+
+    with hub_server.serve({NAME: model}, delay=0.02) as server:
+        child = sample("first", HF_ENDPOINT=server.url)
+        deadline = time.monotonic() + 60
+        while not list(blobs.glob("*.incomplete")) or len(_finished(blobs)) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        assert not list(tmp_path.glob("first/*.png"))
+        finished = len(_finished(blobs))
+        server.requests.clear()
+        server.delay = 0.0
+        _, err = sample("first", HF_ENDPOINT=server.url).communicate(timeout=120)
+        count = len([f for f in model.rglob("*") if f.is_file()])
+        assert len(server.downloads) == count - finished, err
+    assert sample("second", HF_HUB_OFFLINE="1").wait(timeout=120) == 0
+    (first,), (second,) = (list(tmp_path.glob(f"{out}/*.png")) for out in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_a_killed_download_is_finished_by_the_next_call(model, environment, tmp_path):
     with hub_server.serve({NAME: model}, delay=0.02) as server:
         child = program(environment, HF_ENDPOINT=server.url)

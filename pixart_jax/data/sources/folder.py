@@ -109,7 +109,7 @@ class FolderSource(IndexedSource):
                 continue
             if kind in texts.TEXTS and status.st_size > texts.LONGEST:
                 detail = f"{status.st_size:,} bytes, at most {texts.LONGEST:,} are taken"
-                self.faults.add(path, "caption too long", detail)
+                self.faults.add(path, "caption too long", detail, True)
                 continue
             if kind not in images.PICTURES:
                 beside.append(path)

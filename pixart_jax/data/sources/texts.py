@@ -82,7 +82,7 @@ def decoded(data: bytes, place: str, kind: str, faults: BadRecords) -> str:
     """The text in a caption file's bytes, cleaned; '' if it is too long. A byte order mark names
     the encoding; invalid bytes become U+FFFD."""
     if len(data) > LONGEST:
-        faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes")
+        faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes", True)
         return ""
     text, replaced = tables.decode(data)
     if replaced:
@@ -94,7 +94,7 @@ def clean_text(text: str, place: str, kind: str, faults: BadRecords) -> str:
     """Strip a caption and remove its control characters; '' for one beyond LONGEST bytes. Both are
     named in ``faults``: the first as repaired, the second as skipped."""
     if len(text) * 4 > LONGEST and len(text.encode("utf-8", "replace")) > LONGEST:
-        faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes")
+        faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes", True)
         return ""
     if _CONTROL.search(text):
         faults.add(place, "control characters", f"caption of kind {kind!r}", repaired=True)

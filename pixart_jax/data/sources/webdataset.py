@@ -279,7 +279,7 @@ def _read(path: pathlib.Path) -> Index:
         stem, _, suffix = base.partition(".")
         if texts.kind_of(suffix) and size > texts.LONGEST:
             detail = f"{size:,} bytes, at most {texts.LONGEST:,} are taken"
-            faults.add(f"{path.name}, {name}", "caption too long", detail)
+            faults.add(f"{path.name}, {name}", "caption too long", detail, True)
         elif not stem or not suffix:
             faults.add_unread(base)
         elif suffix.lower() in (members := groups.setdefault(f"{folder}{slash}{stem}", {})):
