@@ -179,7 +179,11 @@ class FastTokenizer:
     def __init__(self, folder: Path):
         import tokenizers
 
-        self.backend_tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        file = folder / "tokenizer.json"
+        try:
+            self.backend_tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no narrower one
+            raise UserError(f"{file} is damaged ({one_line(error)}): copy it again") from None
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
         self._config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -234,8 +238,8 @@ def load_tokenizer(folder: str | os.PathLike):
     if not folder.is_dir():
         raise UserError(f"no tokenizer in {folder}: that folder does not exist")
     config: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        config = dict(json.loads((folder / "tokenizer_config.json").read_text("utf-8")))
     # what earlier versions wrote, transformers reads with its own rules for each class
     if config.get("backend") == "tokenizers" and (folder / "tokenizer.json").is_file():
         return FastTokenizer(folder)
@@ -246,11 +250,11 @@ def load_tokenizer(folder: str | os.PathLike):
     import transformers
 
     # AutoTokenizer imports torch where it is installed, and does not open a lone spiece.model
-    is_t5 = config.get("tokenizer_class", "T5Tokenizer").startswith("T5Tokenizer")
+    is_t5 = str(config.get("tokenizer_class", "T5Tokenizer")).startswith("T5Tokenizer")
     kind = transformers.T5Tokenizer if is_t5 else transformers.AutoTokenizer
     try:
         return kind.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises what a damaged file happens to cause
         raise UserError(f"no tokenizer in {folder}: {one_line(error)}") from error
 
 

@@ -113,3 +113,14 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
     for folder, says in ((tmp_path / "absent", "does not exist"), (tmp_path, "no tokenizer in")):
         with pytest.raises(UserError, match=says):
             load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff\xfe{", b'{"model": 1}', b"cut"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named_or_opens(tmp_path, data, name):
+    save_tokenizer(word_tokenizer(WORDS), tmp_path)
+    (tmp_path / name).write_bytes(data)
+    try:
+        assert load_tokenizer(tmp_path)("a red circle")["input_ids"]
+    except UserError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)

@@ -81,6 +81,7 @@ def test_sample_py_with_an_id_killed_while_it_downloads(model, environment, tmp_
         child.communicate()
         assert not list(tmp_path.glob("first/*.png"))
         finished = len(_finished(blobs))
+        time.sleep(1)  # the killed program's last requests
         server.requests.clear()
         server.delay = 0.0
         _, err = sample("first", HF_ENDPOINT=server.url).communicate(timeout=120)
@@ -104,6 +105,7 @@ def test_a_killed_download_is_finished_by_the_next_call(model, environment, tmp_
         child.communicate()
         finished = _finished(blobs)
         assert list(blobs.glob("*.incomplete"))
+        time.sleep(1)  # the killed program's last requests
         server.requests.clear()
         server.delay = 0.0
         out, err = program(environment, HF_ENDPOINT=server.url).communicate(timeout=120)
