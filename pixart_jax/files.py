@@ -20,7 +20,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from pixart_jax.errors import Notice
+from pixart_jax.errors import Notice, UserError
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -40,16 +40,19 @@ SAFETENSORS_DTYPES = {
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
-def cache_folder() -> Path:
+def cache_folder(keep: bool = False) -> Path:
     """Where prepared data sets, encoded shards and converted weights are cached: $PIXART_JAX_CACHE,
-    else ~/.cache/pixart_jax. Where that cannot be written, a temporary folder of this process, with
-    a warning."""
+    else ~/.cache/pixart_jax.
+
+    If it cannot be written: a temporary folder of this process, with a warning; with ``keep``, for
+    results that must outlast the process, a UserError.
+    """
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pixart_jax")
-    return _writable(os.path.expanduser(os.environ.get("PIXART_JAX_CACHE") or default))
+    return _writable(os.path.expanduser(os.environ.get("PIXART_JAX_CACHE") or default), keep)
 
 
 @functools.lru_cache
-def _writable(folder: str) -> Path:
+def _writable(folder: str, keep: bool) -> Path:
     try:
         if folder.startswith("~"):
             raise OSError("no home folder is known")
@@ -57,11 +60,13 @@ def _writable(folder: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return Path(folder)
     except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        what = f"the cache folder {folder} cannot be written ({reason})"
+        if keep:
+            raise UserError(f"{what}: name another one in PIXART_JAX_CACHE") from None
         made = tempfile.mkdtemp(prefix="pixart_jax-")
         atexit.register(shutil.rmtree, made, ignore_errors=True)
-        reason = (error.strerror or str(error)).lower()
-        message = f"the cache folder {folder} cannot be written ({reason}): nothing is cached for "
-        message += "the next start; PIXART_JAX_CACHE names another folder"
+        message = f"{what}: nothing is cached for the next start; PIXART_JAX_CACHE names another"
         warnings.warn(message, Notice, stacklevel=3)
         return Path(made)
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from pixart_jax import files
-from pixart_jax.errors import Notice
+from pixart_jax.errors import Notice, UserError
 
 
 def test_a_file_is_replaced_whole_with_the_permissions_of_a_new_one(tmp_path):
@@ -92,6 +92,8 @@ def test_a_cache_that_cannot_be_written_is_named_and_a_temporary_one_takes_its_p
     with pytest.warns(Notice, match="cannot be written .*: nothing is cached for the next start"):
         made = files.cache_folder()
     assert made.is_dir() and files.cache_folder() == made
+    with pytest.raises(UserError, match="cannot be written .*: name another one"):
+        files.cache_folder(keep=True)  # encoded shards must outlast the process
 
 
 NO_HOME = """

@@ -74,14 +74,14 @@ def check_random_prompt_file(folder, data: bytes, suffix: str) -> None:
         assert row.prompt.strip()
 
 
-@settings(max_examples=300, deadline=None)
+@FEW
 @given(data=st.binary(max_size=60) | ENCODED, suffix=SUFFIX)
 def test_random_prompt_files(tmp_path_factory, data, suffix):
     check_random_prompt_file(tmp_path_factory.getbasetemp(), data, suffix)
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
+@MANY
 @given(data=st.binary(max_size=60) | ENCODED, suffix=SUFFIX)
 def test_ten_thousand_random_prompt_files(tmp_path_factory, data, suffix):
     check_random_prompt_file(tmp_path_factory.getbasetemp(), data, suffix)

@@ -97,8 +97,8 @@ class BadRecords:
     def write(self, file: Path) -> bool:
         """Write every record, one JSON object a line: place, kind, detail, mended; last the counts
         of other files. Without any, remove a file of an earlier run. True where there is a file."""
-        file.unlink(missing_ok=True)
         if not (self._named or self.unread):
+            file.unlink(missing_ok=True)
             return False
         with atomic_write(file, "w", encoding="utf-8", errors="backslashreplace") as out:
             for place, kind, detail, mended in self._named:
@@ -112,7 +112,7 @@ class BadRecords:
 
     @classmethod
     def read(cls, file: Path) -> BadRecords:
-        """What :meth:`write` wrote; nothing where there is no file."""
+        """Read a file of :meth:`write`; an empty list if there is none."""
         found = cls()
         for line in file.read_text("utf-8").splitlines() if file.exists() else ():
             row = json.loads(line)

@@ -82,7 +82,7 @@ def default_folder(made: Mapping[str, str]) -> Path:
     fields = {name: value for name, value in made.items() if name != "shard_size"}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     name = made["source"].replace(":", "-").replace("/", "-")
-    return cache_folder() / "encoded" / f"{name}-{digest[:16]}"
+    return cache_folder(keep=True) / "encoded" / f"{name}-{digest[:16]}"
 
 
 def encode_dataset(

@@ -225,12 +225,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What a value of a wrong type in a config causes becomes a UserError that names the file."""
+    """Raise a UserError that names the file when parsing it fails on a value of a wrong type."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{path}: a value is none that a model has ({reason})") from None
+        raise UserError(f"{path}: a value is not valid ({reason})") from None
 
 
 WeightSets = dict[tuple[str, str], list[str]]  # (safetensors or bin, variant) → files

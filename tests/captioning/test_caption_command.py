@@ -128,6 +128,26 @@ def test_captions_made_before_a_crash_are_kept_and_not_made_again(tmp_path, monk
     assert [row["key"] for row in lines(file)] == [f"p{n:03d}" for n in range(12)]
 
 
+def test_a_crash_while_the_left_out_are_written_loses_nothing(tmp_path, monkeypatch):
+    folder, file = written_captions.folder(tmp_path / "photos", [0] * 3), tmp_path / "c.jsonl"
+    (folder / "p001.png").write_bytes(b"")
+    replace = os.replace
+
+    def crash(a, b):
+        if Path(b).name == "c.faults.jsonl":
+            raise MemoryError
+        return replace(a, b)
+
+    written_captions.use(monkeypatch, written_captions.Written)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(os, "replace", crash)
+        written_captions.caption(f"folder:{folder}", file)
+    assert not file.exists() and not (tmp_path / "c.faults.jsonl").exists()
+    assert written_captions.caption(f"folder:{folder}", file)["captions"] == 2
+    (fault,) = lines(tmp_path / "c.faults.jsonl")
+    assert (fault["place"], fault["kind"]) == ("p001", "unreadable image")
+
+
 def test_tars_as_img2dataset_writes_them_get_the_captions_inside(here, model, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in" / "00000.tar", "w") as out:

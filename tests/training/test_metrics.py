@@ -84,12 +84,12 @@ def test_weights_and_biases_gets_the_same_values_and_one_run_over_resumes(tmp_pa
         with Metrics(tmp_path, start, "project", {"seed": 3}) as log:
             for step in range(start + 1, start + 4):
                 log.write("a", step, step, {"loss": 1 / step})
-            log.image("drawn", np.zeros((4, 6, 3), np.uint8), step)
+            log.image("preview", np.zeros((4, 6, 3), np.uint8), step)
     first, second = wandb_history(tmp_path)
     losses = [(line["total_step"], line["a/loss"]) for line in second if "a/loss" in line]
     assert losses == [(3, 1 / 3), (4, 1 / 4), (5, 1 / 5)]
     assert [line["total_step"] for line in first] == [1, 2, 3, 3]
-    assert second[-1]["drawn/width"] == 6
+    assert second[-1]["preview/width"] == 6
     (name,) = {f.name for f in tmp_path.glob("wandb/offline-run-*/*.wandb")}  # the id is in it
     assert (tmp_path / "wandb_id").read_text() in name
 

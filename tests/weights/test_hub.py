@@ -61,6 +61,21 @@ def _finished(blobs) -> set[str]:
     return {file.name for file in blobs.glob("*") if re.fullmatch("[0-9a-f]{40}", file.name)}
 
 
+def _kill_while_it_downloads(child, blobs, server) -> set[str]:
+    """Kill the program when five files are there and another is half written; the five."""
+    deadline = time.monotonic() + 60
+    while not list(blobs.glob("*.incomplete")) or len(_finished(blobs)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert list(blobs.glob("*.incomplete"))
+    time.sleep(1)  # the killed program's last requests
+    server.requests.clear()
+    server.delay = 0.0
+    return _finished(blobs)
+
+
 @pytest.mark.slow
 def test_sample_py_with_an_id_killed_while_it_downloads(model, environment, tmp_path, root):
     blobs = tmp_path / "hf" / "hub" / f"models--{NAME.replace('/', '--')}" / "blobs"
@@ -73,20 +88,11 @@ def test_sample_py_with_an_id_killed_while_it_downloads(model, environment, tmp_
 
     with hub_server.serve({NAME: model}, delay=0.02) as server:
         child = sample("first", HF_ENDPOINT=server.url)
-        deadline = time.monotonic() + 60
-        while not list(blobs.glob("*.incomplete")) or len(_finished(blobs)) < 5:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
+        finished = _kill_while_it_downloads(child, blobs, server)
         assert not list(tmp_path.glob("first/*.png"))
-        finished = len(_finished(blobs))
-        time.sleep(1)  # the killed program's last requests
-        server.requests.clear()
-        server.delay = 0.0
         _, err = sample("first", HF_ENDPOINT=server.url).communicate(timeout=120)
         count = len([f for f in model.rglob("*") if f.is_file()])
-        assert len(server.downloads) == count - finished, err
+        assert len(server.downloads) == count - len(finished), err
     assert sample("second", HF_HUB_OFFLINE="1").wait(timeout=120) == 0
     (first,), (second,) = (list(tmp_path.glob(f"{out}/*.png")) for out in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
@@ -96,18 +102,7 @@ def test_a_killed_download_is_finished_by_the_next_call(model, environment, tmp_
     with hub_server.serve({NAME: model}, delay=0.02) as server:
         child = program(environment, HF_ENDPOINT=server.url)
         blobs = tmp_path / "hf" / "hub" / f"models--{NAME.replace('/', '--')}" / "blobs"
-        deadline = time.monotonic() + 60
-        while not list(blobs.glob("*.incomplete")) or len(_finished(blobs)) < 5:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.communicate()
-        finished = _finished(blobs)
-        assert list(blobs.glob("*.incomplete"))
-        time.sleep(1)  # the killed program's last requests
-        server.requests.clear()
-        server.delay = 0.0
+        finished = _kill_while_it_downloads(child, blobs, server)
         out, err = program(environment, HF_ENDPOINT=server.url).communicate(timeout=120)
         assert out, err
         files = [f for f in model.rglob("*") if f.is_file()]
