@@ -26,7 +26,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 import pytest  # noqa: E402
 
-TORCH = {"torch", "diffusers"}
+TORCH = {"torch", "diffusers", "peft"}
 
 
 class _ParityOff:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -22,12 +22,13 @@ from pixart_jax import finite
 from pixart_jax.errors import Notice, UserError, nearest
 from pixart_jax.files import write_json
 from pixart_jax.models.dit import DiT as DiTModule
+from pixart_jax.models.lora import combine, merge
 from pixart_jax.models.t5 import T5Encoder, check_quantization
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.models.vae import AutoencoderKL, tiled_decode
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.parallel.rules import on_mesh, parameter_shardings
-from pixart_jax.weights import dit, t5, transformer, vae
+from pixart_jax.weights import dit, lora, t5, transformer, vae
 from pixart_jax.weights.cache import ParamCache
 from pixart_jax.weights.checkpoints import select
 from pixart_jax.weights.files import (
@@ -226,6 +227,32 @@ class Transformer(Component):
         return self._call(
             "__call__", latents, timesteps, text_states, text_lengths, size, aspect_ratio
         )
+
+    def with_lora(
+        self,
+        paths: str | os.PathLike | Sequence[str | os.PathLike],
+        weights: float | Sequence[float] | None = None,
+        alpha: float | None = None,
+    ) -> Self:
+        """A transformer with these adapters merged into its kernels, each times its weight (1); it
+        shares the other parameters, and this one stays as it is.
+
+        paths: one or several files, folders or hub ids of any layout that weights/lora.py reads.
+        alpha: of those that do not say theirs. Raises UserError for an adapter that cannot be read
+        or is of another model, and for DoRA among several.
+        """
+        paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        factors = [1.0] * len(paths) if weights is None else np.ravel(weights).tolist()
+        if len(factors) != len(paths):
+            raise UserError(f"{len(factors)} weights for {len(paths)} adapters: give one each")
+        trees = [lora.read(path, self.params, alpha=alpha).tree for path in paths]
+        return self.with_adapters(trees, factors)
+
+    def with_adapters(self, trees: Sequence[Mapping], weights: Sequence[float]) -> Self:
+        """As :meth:`with_lora`, of adapter trees (models/lora.py)."""
+        if not trees:
+            return self
+        return self.replace(params=merge(self.params, combine(trees, weights)))
 
     @classmethod
     def _example(cls, config):

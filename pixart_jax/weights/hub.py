@@ -12,7 +12,7 @@ import glob
 import importlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pixart_jax.errors import UserError
@@ -29,6 +29,7 @@ def model_folder(
     parts: Sequence[str] = PARTS,
     revision: str | None = None,
     variant: str | None = None,
+    choose: Callable[[Iterable[str]], list[str]] | None = None,
 ) -> Path:
     """A model's local folder: ``model`` itself where it exists, else the shipped model of that name
     (assets/…), else the hub's model of that id.
@@ -36,8 +37,9 @@ def model_folder(
     An id may be followed by a part, as "PixArt-alpha/PixArt-XL-2-1024-MS/vae". Downloads only
     missing files, of the named parts, with progress bars; without network, files that an earlier
     call downloaded are used. variant: such as "fp16"; by default the weights without one, or the
-    only ones there are. Raises UserError for an unknown id or revision, a gated model, and where
-    there is neither network nor a cached copy.
+    only ones there are. choose: of the repository's files those to download, instead of a model's.
+    Raises UserError for an unknown id or revision, a gated model, and where there is neither
+    network nor a cached copy.
     """
     path = find(model)
     match = _ID.fullmatch(str(model))
@@ -50,7 +52,8 @@ def model_folder(
     with _as_user_errors(name, revision):
         try:
             info = HfApi().model_info(name, revision=revision)
-            files = wanted((file.rfilename for file in info.siblings or ()), parts, variant)
+            names = [file.rfilename for file in info.siblings or ()]
+            files = wanted(names, parts, variant) if choose is None else choose(names)
         except _unreachable():
             folder = snapshot_download(
                 name, revision=revision, local_files_only=True, allow_patterns=["*config*.json"]

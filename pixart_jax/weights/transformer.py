@@ -31,7 +31,7 @@ def dense(path: str, name: str, part: tuple[int, int] = (0, 1)) -> tuple[ParamMa
 
 _EMB, _D, _O = "adaln_single.emb", "transformer_blocks.{i}", "blocks.{i}"
 # Linears: our path, diffusers' name, the official name, and the part of the official tensor
-_LINEARS: tuple[tuple, ...] = (
+LINEARS: tuple[tuple, ...] = (
     ("timestep_embedder/fc1", f"{_EMB}.timestep_embedder.linear_1", "t_embedder.mlp.0"),
     ("timestep_embedder/fc2", f"{_EMB}.timestep_embedder.linear_2", "t_embedder.mlp.2"),
     ("size_embedder/fc1", f"{_EMB}.resolution_embedder.linear_1", "csize_embedder.mlp.0"),
@@ -73,14 +73,14 @@ def _tensor(path: str, name: str) -> ParamMapping:
 
 
 DIFFUSERS: tuple[ParamMapping, ...] = (
-    *(entry for path, name, *_ in _LINEARS for entry in dense(path, name)),
+    *(entry for path, name, *_ in LINEARS for entry in dense(path, name)),
     *(_tensor(path, name) for path, name, _ in _TENSORS),
 )
 # counters that averaging wrappers store beside the weights
 BOOKKEEPING = ("n_averaged", "num_updates", "decay")
 DIFFUSERS_IGNORE = ("pos_embed.pos_embed", *BOOKKEEPING)  # the position table: computed, not read
 OFFICIAL: tuple[ParamMapping, ...] = (
-    *(entry for path, _, name, *part in _LINEARS for entry in dense(path, name, *part)),
+    *(entry for path, _, name, *part in LINEARS for entry in dense(path, name, *part)),
     *(_tensor(path, name) for path, _, name in _TENSORS),
 )
 OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
@@ -236,7 +236,7 @@ def config_to_json(config: TransformerConfig) -> dict:
 def official_names(keys: Iterable[str]) -> dict[str, str]:
     """{official name: key} of keys under diffusers' names, for their shapes: each part of a fused
     tensor stands for the whole."""
-    of = {their: official for _, their, official, *_ in _LINEARS}
+    of = {their: official for _, their, official, *_ in LINEARS}
     of |= {their: official for _, their, official in _TENSORS} | {
         "pos_embed.pos_embed": "pos_embed"
     }
