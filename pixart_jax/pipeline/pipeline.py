@@ -22,6 +22,7 @@ from pixart_jax.parallel.gather import gather_to_host, put_global
 from pixart_jax.parallel.mesh import batch_shards, check_divides
 from pixart_jax.parallel.rules import on_mesh, row_sharding
 from pixart_jax.pipeline import decoder, sampler
+from pixart_jax.pipeline.adapters import Adapters, LoraMethods
 from pixart_jax.pipeline.folder import PARTS, ModelFolder, write_model
 from pixart_jax.pipeline.image_size import ImageSize, cache_plan, check_options
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
@@ -54,14 +55,15 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pipeline:
+class Pipeline(LoraMethods):
     """The parts of a text-to-image model, bound together.
 
     transformer, text_encoder, vae: as ``load_component`` returns them; without a text encoder
     (None) it samples from text states only. scheduler: what the transformer predicts, and its
     betas. sampling: the model's own options. mesh: of the parameters and batches; None: one device.
     text_identity: ModelFolder.text_identity's; empty where the files are not known.
-    context_attention: 'all_gather' or 'ring', where the mesh splits image tokens.
+    context_attention: 'all_gather' or 'ring', where the mesh splits image tokens. adapters: the
+    LoRAs in the transformer, changed by the methods of LoraMethods alone.
     """
 
     transformer: Any
@@ -73,6 +75,7 @@ class Pipeline:
     mesh: jax.sharding.Mesh | None = None
     text_identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     context_attention: str = "all_gather"
+    adapters: Adapters = Adapters()
     # keys and values of negative prompts, of these parts: replace() begins an empty one
     _negatives: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -121,7 +124,8 @@ class Pipeline:
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write a folder that diffusers' PixArtAlphaPipeline opens; parts that it holds already are
-        replaced."""
+        replaced. Active LoRAs are in the transformer that is written, as after diffusers'
+        fuse_lora and unload_lora_weights; without them: unload_lora_weights first."""
         if self.text_encoder is None:
             missing = "this pipeline has no text encoder, so it is not a whole model to save"
             raise UserError(f"{missing}: open the folder again with it")
@@ -133,6 +137,8 @@ class Pipeline:
         recompiles for equal shapes."""
         if {"text_encoder", "tokenizer"} & set(parts):
             parts.setdefault("text_identity", {})
+        if "transformer" in parts:
+            parts.setdefault("adapters", Adapters())
         return dataclasses.replace(self, **parts)
 
     @property
@@ -462,7 +468,8 @@ class Pipeline:
         cached: an image does not depend on the negative prompts beside it, and "" is encoded once,
         not once a batch."""
         source = encoder if isinstance(encoder, TextStates) else self.text_encoder
-        names = [(clean(text), null, length, id(source)) for text in texts]
+        lora = self.adapters.identity
+        names = [(clean(text), null, length, lora, id(source)) for text in texts]
         is_null = np.array([null == "embedding" and not name[0] for name in names])
         found = {name: self._negatives[name] for name in names if name in self._negatives}
         missing = {name: text for name, text in zip(names, texts) if name not in found}
