@@ -12,9 +12,13 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 
-from pixart_jax import Pipeline
+from pixart_jax import Pipeline, cli
+from pixart_jax.commands import sample
+from pixart_jax.commands.sample_lora import _path_and_weight
 from pixart_jax.errors import UserError
+from pixart_jax.images import png_settings
 from pixart_jax.pipeline import sampler
 from tests import tiny_diffusers
 
@@ -197,3 +201,55 @@ def test_what_cannot_be_combined_is_one_line(pipe, folders):
         with pytest.raises(UserError, match=match):
             call()
         assert pipe.transformer is before and pipe.adapters.weights == {"dora": 1.0}
+
+
+# ---- sample.py ----
+
+
+def run(model: Path, out: Path, *flags) -> int:
+    common = ["--model", model, "--out", out, "--prompt", PROMPTS[0], "--steps", 2]
+    return cli.run(sample.main, [str(flag) for flag in (*common, *flags)])
+
+
+def test_sample_draws_with_adapters_and_records_them(pipe, folders, tiny_model, tmp_path, capsys):
+    adapters = ("--lora", f"{folders['first']}:0.5", "--lora", folders["second"])
+    assert run(tiny_model, tmp_path, *adapters) == 0
+    (file,) = tmp_path.iterdir()
+    for name in ("first", "second"):
+        pipe.load_lora_weights(folders[name], name)
+    pipe.set_adapters(["first", "second"], [0.5, 1.0])
+    with Image.open(file) as image:
+        np.testing.assert_array_equal(image, pipe(PROMPTS[0], steps=2)[0])
+    recorded = [(a["name"], a["hash"], a["weight"]) for a in png_settings(file)["lora"]]
+    hashes = [digest for digest, _ in pipe.adapters.identity]
+    assert recorded == [("first", hashes[0], 0.5), ("second", hashes[1], 1.0)]
+
+    capsys.readouterr()
+    assert run(tiny_model, tmp_path, *adapters) == 0
+    assert "already there" in capsys.readouterr().out
+    assert run(tiny_model, tmp_path, "--lora", folders["first"]) == 0
+    assert run(tiny_model, tmp_path) == 0
+    written = [png_settings(path) for path in tmp_path.iterdir()]
+    assert [len(settings.get("lora", ())) for settings in written].count(0) == 1
+    assert len(written) == 3
+
+
+def test_adapters_that_sample_cannot_use_are_one_line(folders, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    for flags, line in (
+        (["--lora", tmp_path / "missing"], "no such adapter"),
+        (["--lora", f"{folders['first']}:nan"], "the weight a finite number"),
+        (["--lora", folders["first"], "--lora", folders["dora"]], "cannot be added to others"),
+    ):
+        assert run(tiny_model, out, *flags) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and line in error and "\n" not in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "text, path, weight",
+    [("a/b", "a/b", 1.0), ("a:b:-.5", "a:b", -0.5), ("gs://a/b", "gs://a/b", 1.0)],
+)
+def test_a_weight_is_what_follows_the_last_colon(text, path, weight):
+    assert _path_and_weight(text) == (path, weight)

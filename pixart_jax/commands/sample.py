@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pixart_jax import cli
+from pixart_jax.commands import sample_lora
 from pixart_jax.commands.sample_flags import BAR, Flags
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
@@ -37,10 +38,12 @@ def main(argv: Sequence[str]) -> int:
     model = ModelFolder.open(flags.model, parts, variant=flags.variant)
     sampling = flags.sampling.with_defaults(model.sampling)
     flags = dataclasses.replace(flags, sampling=sampling)
-    wanted = image_settings(flags, model, rows, opening)
+    adapters = flags.loras.read(model.transformer)
+    recorded = sample_lora.settings(adapters)
+    wanted = [image | recorded for image in image_settings(flags, model, rows, opening)]
     folder = output.OutputFolder(flags.out, wanted, share)
     if folder.missing:
-        generate(flags, model, folder, opening)
+        generate(flags, model, folder, opening, adapters)
 
     mine, done = len(folder.mine), len(folder.mine) - len(folder.missing)
     whose = f" (share {share.index}/{share.count} of {len(wanted)})" if share.count > 1 else ""
@@ -106,7 +109,7 @@ def image_settings(
     return [image | ({"text_states": precision} if precision else {}) for image in wanted]
 
 
-def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
+def generate(flags: Flags, model, folder, opening: dict[str, Any], adapters: list) -> None:
     """Generate what is missing, images of one size together; threads write the files. Raises
     UserError, after writing the others, for images that are not finite."""
     from pixart_jax.commands.sample_texts import encode_first
@@ -118,6 +121,7 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any]) -> None:
     states = encode_first(flags, model, [folder.wanted[n] for n in folder.missing], opening)
     pipe = Pipeline.from_pretrained(model, text_encoder=states is None, **opening)
     pipe = pipe.replace(context_attention=MeshConfig.parse(flags.mesh).context_attention)
+    sample_lora.load(pipe, adapters)
     quiet, many, desc = folder.share.index > 0, len(folder.missing), "sampling (compiles first)"
     bar = tqdm(total=many, unit=" images", bar_format=BAR, desc=desc, disable=quiet)
     with bar, AsyncWriter(folder.write) as writer:

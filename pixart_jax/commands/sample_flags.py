@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from pixart_jax.commands.sample_lora import LoraFlags
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.files import bundled
@@ -49,6 +50,7 @@ class Flags:
     num_images_per_prompt: int = 1
     """Images of each prompt, from its seed, seed + 1, …"""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+    loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
     batch_size: int | None = None
     """Images at once; by default up to 16 a device."""
     dtype: str = "auto"
