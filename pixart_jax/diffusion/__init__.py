@@ -6,10 +6,11 @@ from pixart_jax.diffusion.gaussian import add_noise, to_epsilon, to_x0, velocity
 from pixart_jax.diffusion.guidance import classifier_free_guidance
 from pixart_jax.diffusion.objective import training_loss
 from pixart_jax.diffusion.posterior import ddpm_posterior
-from pixart_jax.diffusion.sampling import Segment, sample, timesteps
+from pixart_jax.diffusion.sampling import Known, Segment, sample, timesteps
 from pixart_jax.diffusion.schedule import Schedule
 
 __all__ = [
+    "Known",
     "Schedule",
     "Segment",
     "add_noise",

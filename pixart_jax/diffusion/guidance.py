@@ -40,18 +40,40 @@ def classifier_free_guidance(
     )
 
 
-def combine_guidance(output: jax.Array, scale: float | jax.Array, channels: int) -> jax.Array:
-    """Both halves' output [2b, …, c or 2c], the unconditional one first → the guided prediction [b,
-    …, c or 2c]; c: channels.
+def combine_guidance(
+    output: jax.Array,
+    scale: float | jax.Array,
+    channels: int,
+    *,
+    guided: bool = True,
+    perturbed: float | jax.Array | None = None,
+) -> jax.Array:
+    """The parts' output [2b or 3b, …, c or 2c] → the guided prediction [b, …, c or 2c]; c:
+    channels.
 
-    The variance logits of a 2c-channel model are those of the conditional half, unguided. ε and v
-    may both be guided: they differ by a multiple of x_t, the same in both halves.
+    The parts are the unconditional half (where guided), the conditional one and, where
+    ``perturbed`` is a scale, the conditional one with perturbed attention (PAG, arXiv 2403.17377):
+    uncond + scale · (cond − uncond) + perturbed · (cond − perturbed cond); without the first,
+    cond + perturbed · (cond − perturbed cond). The variance logits of a 2c-channel model are those
+    of the conditional part, unguided. ε and v may both be guided: they differ by a multiple of
+    x_t, the same in all parts.
     """
-    unconditional, conditioned = jnp.split(output, 2)
-    base, _ = split_output(unconditional, channels)
-    towards, logits = split_output(conditioned, channels)
-    prediction = base + expand_to(jnp.asarray(scale), base) * (towards - base)
+    parts = jnp.split(output, guided + 1 + (perturbed is not None))
+    towards, logits = split_output(parts[int(guided)], channels)
+    prediction = towards
+    if guided:
+        base, _ = split_output(parts[0], channels)
+        prediction = base + expand_to(jnp.asarray(scale), base) * (towards - base)
+    if perturbed is not None:
+        away, _ = split_output(parts[-1], channels)
+        prediction = prediction + perturbed * (towards - away)
     return prediction if logits is None else jnp.concatenate([prediction, logits], axis=-1)
+
+
+def pag_scales(t: np.ndarray, scale: float, adaptive: float = 0.0) -> np.ndarray:
+    """The scale of perturbed-attention guidance at times t [n]: max(scale − adaptive · (1000 − t),
+    0), as diffusers'; float32 [n]."""
+    return np.maximum(scale - adaptive * (1000 - np.asarray(t)), 0).astype(np.float32)
 
 
 def within(t: np.ndarray, interval: tuple[float, float] | None) -> np.ndarray:

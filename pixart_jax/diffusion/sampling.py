@@ -22,6 +22,15 @@ Preview = Callable[[int, np.ndarray], None]
 TIMES = ("fractional", "integer")
 
 
+class Known(NamedTuple):
+    """What inpainting keeps: after each step x is replaced by latents with the noise of that time
+    wherever mask is False, and after the last step by latents themselves."""
+
+    latents: jax.Array  # [b, …, c], clean
+    noise: jax.Array  # [b, …, c], standard normal
+    mask: jax.Array  # bool [b, …, 1], True: generated
+
+
 class Segment(NamedTuple):
     """Consecutive evaluations that are computed alike, in a scan of their own: two segments where
     the second half of a run costs less.
@@ -52,6 +61,7 @@ def sample(
     start: int | None = None,
     preview: Preview | None = None,
     per_step: Any = None,
+    known: Known | None = None,
 ) -> jax.Array:
     """Integrate from noise to data. Returns x [b, …, c], in fp32 or wider.
 
@@ -74,6 +84,7 @@ def sample(
         add_noise up to that time).
     per_step: a tree of arrays [n, …], a row for each evaluation, passed to the segments: what
         depends on the time alone is computed for all steps at once, before the scan.
+    known: the part of x that is not generated.
     preview: called on the host after each evaluation with (step, x_0 estimate [b, …, c] as numpy);
         step counts from 0 and includes the skipped ones.
 
@@ -88,30 +99,47 @@ def sample(
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     solver = by_name(solver, order=order, eta=eta) if isinstance(solver, str) else solver
     keys = None if key is None else image_keys(key, x.shape[0])
-    plan = _plan(solver, steps, schedule, times, start, stochastic=key is not None)
-    first = start or 0
-    # Host float64 becomes the dtype of x here, once; nothing of it is recomputed on the device.
-    table = {
-        "step": np.arange(first, first + len(plan.t), dtype=np.int32),
-        "t": plan.t.astype(np.float32),
-        "alpha": plan.alpha.astype(x.dtype),
-        "sigma": plan.sigma.astype(x.dtype),
-        "solver": {name: values.astype(x.dtype) for name, values in plan.coefficients.items()},
-        "per_step": per_step,
-    }
+    table, noisy = step_table(
+        solver, steps, schedule, times, start=start, stochastic=key is not None, dtype=x.dtype
+    )
     if not callable(denoiser):
         denoiser = tuple(denoiser)
-        counts = [segment.steps for segment in denoiser]
-        if sum(counts) != len(plan.t):
-            raise UserError(f"segments of {counts} steps do not make the run's {len(plan.t)}")
-    keys = keys if plan.noisy else None
+        counts, n = [segment.steps for segment in denoiser], len(table["t"])
+        if sum(counts) != n:
+            raise UserError(f"segments of {counts} steps do not make the run's {n}")
+    arguments = x, keys if noisy else None, table, per_step, known
     if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside someone's jit: part of that program
-        return _run(denoiser, solver, prediction, preview, x, keys, table)
+        return integrate(denoiser, solver, prediction, preview, *arguments)
     try:
         program = _program(denoiser, solver, prediction, preview)
     except TypeError:  # an unhashable denoiser cannot be cached
         program = _program.__wrapped__(denoiser, solver, prediction, preview)
-    return program(x, keys, table)
+    return program(*arguments)
+
+
+def step_table(
+    solver: Solver,
+    steps: int | str,
+    schedule: Schedule | None = None,
+    times: str = "fractional",
+    *,
+    start: int | None = None,
+    stochastic: bool = True,
+    dtype: Any = np.float32,
+) -> tuple[dict[str, Any], bool]:
+    """(the arrays [n, …] that a run's scan reads, whether its steps add noise). Runs of n steps
+    share one program, whatever their times, if the arrays are its arguments."""
+    plan = _plan(solver, steps, schedule, times, start, stochastic=stochastic)
+    first, dtype = start or 0, np.dtype(dtype)
+    # Host float64 becomes the dtype of x here, once; nothing of it is recomputed on the device.
+    table = {
+        "step": np.arange(first, first + len(plan.t), dtype=np.int32),
+        "t": plan.t.astype(np.float32),
+        "alpha": plan.alpha.astype(dtype),
+        "sigma": plan.sigma.astype(dtype),
+        "solver": {name: values.astype(dtype) for name, values in plan.coefficients.items()},
+    }
+    return table, plan.noisy
 
 
 def timesteps(
@@ -163,35 +191,63 @@ def _normal(keys, step, like):
 
 @functools.lru_cache(maxsize=8)
 def _program(denoiser, solver, prediction, preview):
-    return jax.jit(functools.partial(_run, denoiser, solver, prediction, preview))
+    return jax.jit(functools.partial(integrate, denoiser, solver, prediction, preview))
 
 
-def _run(denoiser, solver, prediction, preview, x, keys, table):
+def integrate(
+    denoiser: Denoiser | Sequence[Segment],
+    solver: Solver,
+    prediction: str,
+    preview: Preview | None,
+    x: jax.Array,
+    keys: jax.Array | None,  # [b], or None where no step adds noise
+    table: dict[str, Any],  # step_table's
+    per_step: Any = None,
+    known: Known | None = None,
+    both: bool = False,
+) -> jax.Array:
+    """The scan of :func:`sample`, to be traced in a jit. both: the denoiser is called with [2b, …,
+    c], x before ``known`` replaced its part and x after it."""
+    table = {**table, "per_step": per_step}
+    if known is not None:
+        table["next"] = [
+            jnp.append(table[name][1:], jnp.asarray(last, x.dtype))
+            for name, last in (("alpha", 1), ("sigma", 0))
+        ]
     if callable(denoiser):
         plain = denoiser
         denoiser = (Segment(len(table["step"]), lambda x, t, _, carry: (plain(x, t), carry)),)
     state, carry, start = solver.init(x), None, 0
+    before = x if both else None
     for segment in denoiser:
         rows = jax.tree.map(operator.itemgetter(slice(start, start + segment.steps)), table)
-        step = _step(segment.denoise, solver, prediction, preview, keys)
-        (state, carry), _ = jax.lax.scan(step, (state, segment.init_carry(carry)), rows)
+        step = _step(segment.denoise, solver, prediction, preview, keys, known, both)
+        first = state, before, segment.init_carry(carry)
+        (state, before, carry), _ = jax.lax.scan(step, first, rows)
         start += segment.steps
     return state[0]
 
 
-def _step(denoise, solver, prediction, preview, keys):
+def _step(denoise, solver, prediction, preview, keys, known, both):
     """The body of a segment's scan: evaluate the denoiser, then update the solver's state."""
 
     def step(carry, now):
-        state, memory = carry
+        state, before, memory = carry
         x = state[0]
         t = jnp.full((x.shape[0],), now["t"], jnp.float32)
-        output, memory = denoise(x, t, now["per_step"], memory)
+        seen = jnp.concatenate([before, x]) if both else x
+        output, memory = denoise(seen, t, now["per_step"], memory)
         output, logits = split_output(output.astype(x.dtype), x.shape[-1])
         x0 = predict_x0(output, x, now["alpha"], now["sigma"], prediction)
         if preview is not None:
             io_callback(lambda i, image: preview(int(i), np.asarray(image)), None, now["step"], x0)
         z = None if keys is None else _normal(keys, now["step"], x)
-        return (solver.update(state, x0, logits, now["solver"], z), memory), None
+        state = solver.update(state, x0, logits, now["solver"], z)
+        before = state[0] if both else None
+        if known is not None:
+            alpha, sigma = now["next"]
+            kept = alpha * known.latents + sigma * known.noise
+            state = (jnp.where(known.mask, state[0], kept), *state[1:])
+        return (state, before, memory), None
 
     return step

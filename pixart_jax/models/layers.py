@@ -197,10 +197,11 @@ class SelfAttention(nn.Module):
     keys and values of a coarser grid.
 
     compression: this layer's; None: no layer compresses. grid: (rows, columns) of the n tokens, for
-    compression. Where the tokens are split over devices, context_attention says how keys and values
-    meet all queries (models/ring.py); compressed ones, R² times fewer, are gathered in any case. q,
-    k and v are three products: one fused product was not faster in any measurement
-    (docs/benchmarks.md), and XLA fuses small ones on GPUs.
+    compression. identity: bool [b], the rows in which each token attends to itself alone
+    (perturbed-attention guidance); None: none. Where the tokens are split over devices,
+    context_attention says how keys and values meet all queries (models/ring.py); compressed ones,
+    R² times fewer, are gathered in any case. q, k and v are three products: one fused product was
+    not faster in any measurement (docs/benchmarks.md), and XLA fuses small ones on GPUs.
     """
 
     heads: int
@@ -211,7 +212,11 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, compression: Compression | None = None, grid: tuple[int, int] = (0, 0)
+        self,
+        x: jax.Array,
+        compression: Compression | None = None,
+        grid: tuple[int, int] = (0, 0),
+        identity: jax.Array | None = None,
     ) -> jax.Array:
         b, n, d = x.shape
 
@@ -248,6 +253,8 @@ class SelfAttention(nn.Module):
                 k,
                 v,
             )
+        if identity is not None:
+            x = jnp.where(identity[:, None, None], v, x)
         return Dense(d, (HEADS, EMBED), dtype=self.dtype, name="out")(x)
 
 

@@ -141,13 +141,14 @@ class Block(nn.Module):
         compression: Compression | None,  # this layer's; None in a model without
         grid: tuple[int, int],  # (rows, columns) of the n patches
         run: Callable = compute,  # (part, block, x) → the part's output
+        identity: jax.Array | None = None,  # bool [b], of SelfAttention
     ) -> jax.Array:  # [b, n, d]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(
             self.table + modulation, 1, 0
         )
 
         def attention(block: Block, x: jax.Array) -> jax.Array:
-            return block.attn(modulated_norm(x, shift_a, scale_a), compression, grid)
+            return block.attn(modulated_norm(x, shift_a, scale_a), compression, grid, identity)
 
         def cross_attention(block: Block, x: jax.Array) -> jax.Array:
             return block.cross_attn(x, keys, values, lengths)
@@ -236,25 +237,27 @@ class PixArtTransformer(nn.Module):
         conditioning: Conditioning,
         text: TextKV | ProjectedText,
         cache: BlockCache | None = None,
+        identity: jax.Array | None = None,  # bool [depth, b]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """One evaluation, with time and text already encoded: [b, h, w, out_channels] fp32, and of
-        the parts in ``cache`` the outputs [depth, b, n, d], for the next evaluation's cache."""
+        the parts in ``cache`` the outputs [depth, b, n, d], for the next evaluation's cache.
+        identity: where self-attention is perturbed, as PAG does (layers.SelfAttention)."""
         c = self.config
         rows, columns = grid = c.grid(latents.shape)
 
         def block_step(block, x, per_block, modulation, states, lengths):
-            keys_values, compression, cache = per_block
+            keys_values, compression, cache, identity = per_block
             keys, values = keys_values or block.keys_values(states)
             outputs: dict[str, jax.Array] = {}
             run = functools.partial(compute_or_reuse, cache, outputs) if cache else compute
-            x = block(x, modulation, keys, values, lengths, compression, grid, run)
+            x = block(x, modulation, keys, values, lengths, compression, grid, run, identity)
             return x, outputs
 
         keys_values, states = (
             ((text.keys, text.values), None) if isinstance(text, TextKV) else (None, text.states)
         )
         x = _stream(self.patch_embedder(latents))
-        per_block = keys_values, self._compression(rows, columns), cache
+        per_block = keys_values, self._compression(rows, columns), cache, identity
         scan = scan_blocks(remat(block_step, self.remat), c.depth, (0, *[nn.broadcast] * 3))
         x, outputs = scan(self.blocks, x, per_block, conditioning.modulation, states, text.lengths)
         shift, scale = jnp.moveaxis(self.final_table + conditioning.vector[:, None], 1, 0)

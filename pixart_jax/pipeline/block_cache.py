@@ -22,7 +22,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from pixart_jax.models.transformer import PARTS, BlockCache
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 CROSS = "cross_attention"
-# (guided, x, conditioning, cache) → (prediction, the outputs of the cache's parts)
-CachedDenoiser = Callable[[bool, jax.Array, Any, BlockCache | None], tuple[jax.Array, dict]]
+# (guided, x, conditioning, cache, scale of PAG) → (prediction, the outputs of the cache's parts)
+CachedDenoiser = Callable[[bool, jax.Array, Any, BlockCache | None, Any], tuple[jax.Array, dict]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +95,22 @@ def segments(
     denoise: CachedDenoiser,
     shape: tuple[int, int, int, int],  # [depth, b, n, d] of a part's outputs, without guidance
     dtype: jnp.dtype,
+    rows: Mapping[bool, int],  # rows of the batch an image, guided and unguided
 ) -> list[Segment]:
     """The run's segments of guided and unguided steps, with the outputs of the plan's parts as
-    their carry. ``per_step`` holds the conditioning and the plan's rows of each step."""
+    their carry. ``per_step`` holds the conditioning, the plan's rows and the scale of PAG of each
+    step."""
     names = tuple(name for name, _ in plan.parts)
 
     def step(guided, x, t, per_step, outputs):
-        conditioning, recompute = per_step
+        conditioning, recompute, pag = per_step
         cache = BlockCache(recompute, outputs) if names else None
-        return denoise(guided, x, conditioning, cache)
+        return denoise(guided, x, conditioning, cache, pag)
 
     found = []
     for guided, count in guidance.run_lengths(np.array(plan.guides)):
-        rows = (shape[0], shape[1] * (1 + guided), *shape[2:])
-        enter = functools.partial(_initial_outputs, names, rows, dtype)
+        own = (shape[0], shape[1] * rows[guided], *shape[2:])
+        enter = functools.partial(_initial_outputs, names, own, dtype)
         found.append(Segment(count, functools.partial(step, guided), enter))
     return found
 

@@ -1,4 +1,4 @@
-"""Latents → images: the VAE part by part, so that its activations fit, and the fit to the size that
+"""Latents ↔ images: the VAE part by part, so that its activations fit, and the fit to the size that
 was asked for."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pixart_jax import finite
+from pixart_jax.images import to_model
 from pixart_jax.parallel.rules import row_sharding
 
 # decoded at once on a device: the decoder's activations are far larger than its image
@@ -20,7 +21,7 @@ _PIXELS = 2 * 1024 * 1024
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
     """module: the VAE's. scaling_factor: of its latents. factor: pixels a latent, along a side.
-    mesh: where each device decodes its own images, at least ``rows`` in all; None: one device."""
+    mesh: where each device takes its own images, at least ``rows`` in all; None: one device."""
 
     module: nn.Module
     scaling_factor: float
@@ -32,20 +33,37 @@ class DecodeSpec:
 def decode_latents(spec: DecodeSpec, params, latents: jax.Array) -> jax.Array:
     """The transformer's latents [b, h, w, c] → images [b, height, width, 3] of about [−1, 1], to be
     traced in a jit."""
-    batch, rows, columns, _ = latents.shape
     decode = functools.partial(spec.module.apply, {"params": params}, method="decode")
-    latents = latents / spec.scaling_factor
+    pixels = latents.shape[1] * latents.shape[2] * spec.factor**2
+    return _by_parts(spec, decode, latents / spec.scaling_factor, pixels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_jit(spec: DecodeSpec, params, images: jax.Array) -> jax.Array:
+    """Images uint8 [b, height, width, 3] → the transformer's latents [b, h, w, c] fp32: the mean of
+    the VAE's posterior, so that they depend on no random number."""
+
+    def encode(images):
+        mean, _ = spec.module.apply({"params": params}, to_model(images), method="encode")
+        return mean.astype(jnp.float32) * spec.scaling_factor
+
+    return _by_parts(spec, encode, images, images.shape[1] * images.shape[2])
+
+
+def _by_parts(spec: DecodeSpec, function, array: jax.Array, pixels: int) -> jax.Array:
+    """function(array [b, …]) of so many images at once as fit; pixels: of an image."""
+    batch = len(array)
     if spec.mesh is not None:
         fill = spec.rows - batch  # guidance may have had fewer rows whole on all devices
-        latents = jnp.concatenate([latents, *[latents[-1:]] * fill]) if fill > 0 else latents
-        latents = jax.lax.with_sharding_constraint(latents, row_sharding(spec.mesh, len(latents)))
-        return decode(latents)[:batch]
-    limit = max(1, _PIXELS // (rows * columns * spec.factor**2))
+        array = jnp.concatenate([array, *[array[-1:]] * fill]) if fill > 0 else array
+        array = jax.lax.with_sharding_constraint(array, row_sharding(spec.mesh, len(array)))
+        return function(array)[:batch]
+    limit = max(1, _PIXELS // pixels)
     part = max(n for n in range(1, batch + 1) if batch % n == 0 and (n <= limit or n == 1))
     if part == batch:
-        return decode(latents)
-    images = jax.lax.map(decode, latents.reshape(batch // part, part, *latents.shape[1:]))
-    return images.reshape(batch, *images.shape[2:])
+        return function(array)
+    parts = jax.lax.map(function, array.reshape(batch // part, part, *array.shape[1:]))
+    return parts.reshape(batch, *parts.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,6 +79,14 @@ def fit(images: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
     ``size``. A small program of its own: another size recompiles nothing else."""
     images = images if size is None else resize_and_crop(images, *size)
     return jnp.round((images / 2 + 0.5).clip(0, 1) * 255).astype(jnp.uint8)
+
+
+@jax.jit
+def paste(images: jax.Array, known: jax.Array, weight: jax.Array) -> jax.Array:
+    """Images [b, h, w, 3] of about [−1, 1] where weight [b, h, w] is 1, known uint8 [b, h, w, 3]
+    where it is 0, to the bit; a blend between."""
+    weight, known = weight[..., None], to_model(known)
+    return jnp.where(weight > 0, weight * images + (1 - weight) * known, known)
 
 
 def resize_and_crop(images: jax.Array, height: int, width: int) -> jax.Array:

@@ -30,9 +30,10 @@ def check_options(
     width: int | None = None,
     *,
     batch_size: int | None = None,
+    start: int = 0,
 ) -> ImageSize:
     """The size of the images, by default the side that the model was trained at. config: with its
-    defaults filled in.
+    defaults filled in. start: the step that an edit starts at.
 
     Raises UserError, naming a value that would do, for options that this model cannot be sampled
     with; the configs suffice, so it comes before any weight is read.
@@ -53,17 +54,24 @@ def check_options(
     if (config.text_length or 0) > transformer.text_tokens:
         limit = transformer.text_tokens
         raise UserError(f"text length {config.text_length}: this model reads at most {limit}")
-    cache_plan(config, transformer, scheduler, guided=config.guidance != 1)
+    config.perturbed_layers(transformer.depth)
+    cache_plan(config, transformer, scheduler, guided=config.guidance != 1, start=start)
     if not binned:
         return ImageSize(asked, asked)
     return ImageSize(asked, buckets.nearest(*asked, side, inference=True))
 
 
 def cache_plan(
-    config: SamplingConfig, transformer: TransformerConfig, scheduler: SchedulerConfig, guided: bool
+    config: SamplingConfig,
+    transformer: TransformerConfig,
+    scheduler: SchedulerConfig,
+    guided: bool,
+    start: int = 0,
 ) -> block_cache.CachePlan:
-    """What the run skips and reuses. Raises UserError for steps that the solver cannot take, or a
-    block schedule that does not fit."""
+    """What the run skips and reuses, from its step ``start`` on. Raises UserError for steps that
+    the solver cannot take, or a block schedule that does not fit."""
     solver = scheduler.solver(str(config.solver), config.order)
-    t = diffusion.timesteps(solver, config.steps or 0, scheduler.schedule(), config.times)
+    t = diffusion.timesteps(
+        solver, config.steps or 0, scheduler.schedule(), config.times, start=start
+    )
     return block_cache.make_plan(config, t, transformer.depth, guided)

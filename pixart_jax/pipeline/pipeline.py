@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,15 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax import finite
+from pixart_jax.diffusion.guidance import pag_scales
+from pixart_jax.diffusion.sampling import step_table
 from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import TextKV
 from pixart_jax.parallel.gather import gather_to_host, put_global
 from pixart_jax.parallel.mesh import batch_shards, check_divides
 from pixart_jax.parallel.rules import on_mesh, row_sharding
-from pixart_jax.pipeline import decoder, sampler
+from pixart_jax.pipeline import decoder, editing, sampler
 from pixart_jax.pipeline.adapters import Adapters, LoraMethods
 from pixart_jax.pipeline.folder import PARTS, ModelFolder, write_model
 from pixart_jax.pipeline.image_size import ImageSize, cache_plan, check_options
+from pixart_jax.pipeline.noise import slerp, starting_noise
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
 from pixart_jax.pipeline.sampling_config import (
     SamplingConfig,
@@ -45,13 +46,24 @@ Seed = int | str  # of 64 bits; its decimal digits where JSON would round it
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One image of a call. index: folded into the seed."""
+    """One image of a call. index: folded into the seed. canvas: what it is edited from."""
 
     prompt: str
     negative: str
     seed: int
     index: int
     guidance: float
+    canvas: editing.Canvas | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the batches of a call have in common. start: the first step."""
+
+    config: SamplingConfig
+    start: int = 0
+    reference: bool = False
+    variation: tuple[Seed, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -209,6 +221,12 @@ class Pipeline(LoraMethods):
         indices: Sequence[int] | None = None,
         text_states: TextStates | None = None,
         callback: Callback | None = None,
+        image: Any = None,
+        mask: Any = None,
+        strength: float = 0.6,
+        mask_padding: int | None = None,
+        reference: Any = None,
+        variation: tuple[Seed, float] | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Sample prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b,
         height, width, 3]) as batches are done.
@@ -227,6 +245,17 @@ class Pipeline(LoraMethods):
             states in fp32, or in the dtype that the transformer computes in.
         callback(step, latents [b, h, w, c]): called during the scan with the denoised latents of
             each step. It must not call JAX, which is busy.
+        image: edit these instead of starting from noise, uint8 [h, w, 3] for all or one a prompt;
+            min(int(steps · strength), steps) steps are left. The size is by default the image's own
+            bucket, to which it is resized and cropped.
+        mask: generate anew only where it is at least a half (uint8 of 255), [h, w] as the image.
+            Other pixels stay as they are, and blend over SEAM pixels inside the mask. At strength 1
+            the mask's inside starts from pure noise. mask_padding: generate the mask's box and so
+            many pixels around it at full resolution, and put it back; the result has the image's
+            size.
+        reference: generate in the style of these images, each beside its reference on a canvas
+            twice as wide.
+        variation: (seed, share): noise that far on the way (slerp) to that of another seed.
         Raises UserError, before anything is computed, for options that cannot be used. Images that
         are not finite are left out, and after the last batch ``finite.NotFinite`` (a UserError)
         names their positions.
@@ -237,12 +266,28 @@ class Pipeline(LoraMethods):
         check_count("num_images_per_prompt", num_images_per_prompt)
         count, parts = len(prompts), self.transformer.config
         config = (config or SamplingConfig()).with_defaults(self.sampling)
+        if variation is not None and not 0 <= variation[1] <= 1:
+            raise UserError(f"variation {variation[1]}: a share from 0 to 1 is needed")
+        edits = editing.Edits.read(count, image, mask, strength, mask_padding, reference)
+        height, width = edits.asked(height, width, parts, self.factor, config.binning)
+        start = edits.start(int(config.steps or 0))
+        size = check_options(
+            config,
+            parts,
+            self.vae.config,
+            self.scheduler,
+            height,
+            width,
+            batch_size=batch_size,
+            start=start,
+        )
         columns: tuple[list[Any], ...] = (
             prompts,
             _one_each("negative prompt", negative_prompt, count),
             [check_seed(value) for value in _one_each("seed", seed, count)],
             list(range(count) if indices is None else indices),
             _one_each("guidance", config.guidance if guidance is None else guidance, count),
+            (edits.canvases(size.generated) * count)[:count],
         )
         rows = [
             dataclasses.replace(row, seed=(row.seed + k) % 2**64)
@@ -251,9 +296,6 @@ class Pipeline(LoraMethods):
         ]
         for row in rows:
             check_guidance(row.guidance)
-        size = check_options(
-            config, parts, self.vae.config, self.scheduler, height, width, batch_size=batch_size
-        )
         if self.mesh is not None:
             sides = [side // self.factor // parts.patch_size for side in size.generated]
             tokens = {"{}×{}".format(*size.generated): sides[0] * sides[1]}
@@ -279,8 +321,9 @@ class Pipeline(LoraMethods):
 
         def batches() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
             for positions, batch in self._batches(rows, batch_size):
-                tell = callback and _without_fillers(callback, len(positions))
-                yield positions, self._images(batch, config, size, length, encoder, tell)
+                tell = callback and functools.partial(_without_fillers, callback, len(positions))
+                run = _Run(config, start, edits.is_reference, variation)
+                yield positions, self._images(batch, run, size, length, encoder, tell)
 
         bad: list[int] = []
         # the device works on a batch while the host takes the one before
@@ -290,7 +333,8 @@ class Pipeline(LoraMethods):
                 bad += [n for n, one in zip(positions, good) if not one]
                 positions, images = [n for n, one in zip(positions, good) if one], images[good]
             if positions:
-                yield positions, images
+                canvases = [rows[n].canvas for n in positions]
+                yield positions, edits.finish(images, canvases)
         if bad:
             raise finite.NotFinite(bad)
 
@@ -310,7 +354,7 @@ class Pipeline(LoraMethods):
     def _images(
         self,
         rows: list[Row],
-        config: SamplingConfig,
+        run: _Run,
         size: ImageSize,
         length: int,
         encoder: PromptEncoder | TextStates,
@@ -318,18 +362,27 @@ class Pipeline(LoraMethods):
     ) -> tuple[jax.Array, jax.Array]:
         """One batch: (uint8 [b, height, width, 3], bool [b]: whether it is finite) on the devices.
         Either all or none are guided."""
-        clean, guided = caption_cleaner(config.clean_caption), rows[0].guidance != 1
-        seeds, indices = [row.seed for row in rows], [row.index for row in rows]
-        noise, keys = self.noise(seeds, indices, *size.generated)
+        config, guided = run.config, rows[0].guidance != 1
+        clean = caption_cleaner(config.clean_caption)
+        indices = [row.index for row in rows]
+        noise, keys = self.noise([row.seed for row in rows], indices, *size.generated)
+        if run.variation is not None:
+            other, share = run.variation
+            noise = slerp(noise, self.noise(other, indices, *size.generated)[0], share)
         text = self._on_devices(encoder.batch([row.prompt for row in rows], length, clean))
         negative = None
         if guided:
             texts = [row.negative for row in rows]
             negative = self._negative(texts, length, text[1], str(config.null), clean, encoder)
         scale = self._place(np.array([row.guidance for row in rows], np.float32))
-        arguments = (noise, keys, text, negative, *self._size_conditions(noise, None, None), scale)
-        spec, params = self._spec(config, guided), self.transformer.params
+        canvases = [row.canvas for row in rows if row.canvas is not None]
         with on_mesh(self.mesh):
+            edit = self._edit(canvases) if canvases else None
+            spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
+            sizes = self._size_conditions(noise, None, None)
+            keys = keys if noisy else None
+            arguments = (table, noise, keys, text, negative, *sizes, scale, edit)
+            params = self.transformer.params
             if config.vae_tile is None and callback is None:
                 decode, vae = self._decode_spec(len(rows)), self.vae.params
                 _, images, good = sampler.generate_jit(spec, decode, vae, params, *arguments)
@@ -337,7 +390,21 @@ class Pipeline(LoraMethods):
                 latents, good = self._sample(spec, arguments, callback)
                 images, pixels_good = self._decoded(latents, config.vae_tile)
                 good = good & pixels_good
-            return decoder.fit(images, size.asked), good
+            if canvases and canvases[0].mask is not None:
+                known = self._place(np.stack([canvas.image for canvas in canvases]))
+                weight = np.stack([editing.blend_weight(canvas.mask) for canvas in canvases])
+                images = decoder.paste(images, known, self._place(weight))
+            whole = canvases and canvases[0].box is not None
+            return decoder.fit(images, None if whole else size.asked), good
+
+    def _edit(self, canvases: list[editing.Canvas]) -> sampler.Edit:
+        """What the canvases of a batch are to the sampler."""
+        images = self._place(np.stack([canvas.image for canvas in canvases]))
+        latents = decoder.encode_jit(self._decode_spec(len(images)), self.vae.params, images)
+        if canvases[0].mask is None:
+            return sampler.Edit(latents)
+        masks = np.stack([canvas.latent_mask(self.factor) for canvas in canvases])
+        return sampler.Edit(latents, self._place(masks))
 
     def noise(
         self, seed: Seed | Sequence[Seed], indices: Sequence[int], height: int, width: int
@@ -346,9 +413,8 @@ class Pipeline(LoraMethods):
         fold_in(key(seed), indices[i]) alone. seed: one, or one an image; the high word of one
         beyond 32 bits is folded in first."""
         seeds = [check_seed(value) for value in _one_each("seed", seed, len(indices))]
-        words = np.array([(value % 2**32, value >> 32) for value in seeds], np.uint32)
         shape = (height // self.factor, width // self.factor, self.transformer.config.in_channels)
-        noise, keys = _noise(words, np.asarray(indices, np.uint32), shape)
+        noise, keys = starting_noise(seeds, indices, shape)
         return self._place(noise), self._place(keys)
 
     # ---- text states → latents → pixels ----
@@ -366,6 +432,10 @@ class Pipeline(LoraMethods):
         size: jax.Array | None = None,
         aspect_ratio: jax.Array | None = None,
         callback: Callback | None = None,
+        latents: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        strength: float = 1.0,
+        reference: bool = False,
         **options,
     ) -> jax.Array:
         """The deterministic core, one compiled scan: text states [b, l, c], lengths [b], noise [b,
@@ -375,10 +445,14 @@ class Pipeline(LoraMethods):
         states of "". Not read with guidance 1, which does no second pass. guidance: one number, or
         [b] without a 1. keys: [b], or one to fold with each row's number, for solvers that add
         noise; None adds none. size [b, 2] (height, width in pixels), aspect_ratio [b]: for models
-        with size conditions; by default the image's own. options: steps, solver, times and the
-        other fields of SamplingConfig; by default PixArt's values, not the model's own. Raises
-        ``finite.NotFinite``, a UserError, which names the rows that are not finite; a call that is
-        traced into another program does not ask.
+        with size conditions; by default the image's own. latents: start from these [b, h, w, 4],
+        scaled, min(int(steps · strength), steps) steps before the end (img2img). mask [b, h, w, 1]:
+        generate anew where it is at least a half, from pure noise at strength 1; elsewhere the
+        result is ``latents``, to the bit. reference: the unconditional half sees x before the known
+        part is put into it, as the official reference pipeline does. options: steps, solver, times
+        and the other fields of SamplingConfig; by default PixArt's values, not the model's own.
+        Raises ``finite.NotFinite``, a UserError, which names the rows that are not finite; a call
+        that is traced into another program does not ask.
         """
         config = SamplingConfig(**options).with_defaults()
         noise = jnp.asarray(noise, jnp.float32)
@@ -394,9 +468,20 @@ class Pipeline(LoraMethods):
             negative = (jnp.asarray(negative_states), jnp.asarray(lengths))
         scale = jnp.broadcast_to(scale, (len(noise),))
         sizes = self._size_conditions(noise, size, aspect_ratio)
+        start, edit = 0, None
+        if latents is not None:
+            start = editing.first_step(int(config.steps or 0), strength)
+            edit = sampler.Edit(latents, None if mask is None else jnp.asarray(mask) >= 0.5)
+            edit = jax.tree.map(
+                lambda a: jnp.broadcast_to(a, (*noise.shape[:3], a.shape[-1])), edit
+            )
+        elif mask is not None:
+            raise UserError("a mask needs the latents that stay outside it: give latents")
         with on_mesh(self.mesh):
-            arguments = (noise, keys, text, negative, *sizes, scale)
-            return _checked(*self._sample(self._spec(config, guided), arguments, callback))
+            run = _Run(config, start, reference)
+            spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
+            arguments = (table, noise, keys if noisy else None, text, negative, *sizes, scale, edit)
+            return _checked(*self._sample(spec, arguments, callback))
 
     def decode(
         self, latents: jax.Array, tile: int | None = None, size: tuple[int, int] | None = None
@@ -410,18 +495,34 @@ class Pipeline(LoraMethods):
         with on_mesh(self.mesh):
             return decoder.fit(_checked(*self._decoded(latents, tile)), size)
 
-    def _spec(self, config: SamplingConfig, guided: bool) -> sampler.SamplerSpec:
-        """All static arguments of the compiled program."""
-        return sampler.SamplerSpec(
-            self.transformer.module.clone(context_attention=self.context_attention),
-            self.scheduler.schedule(),
-            self.scheduler.prediction,
-            self.scheduler.solver(str(config.solver), config.order),
-            int(config.steps or 0),
-            config.times,
-            guided,
-            cache_plan(config, self.transformer.config, self.scheduler, guided),
+    def _spec(
+        self,
+        config: SamplingConfig,
+        guided: bool,
+        stochastic: bool,
+        run: _Run,
+        edit: sampler.Edit | None,
+    ) -> tuple[sampler.SamplerSpec, dict[str, Any], bool]:
+        """(the static arguments of the compiled program, its table, whether its steps add
+        noise)."""
+        solver = self.scheduler.solver(str(config.solver), config.order)
+        steps, schedule = int(config.steps or 0), self.scheduler.schedule()
+        table, noisy = step_table(
+            solver, steps, schedule, config.times, start=run.start, stochastic=stochastic
         )
+        table["pag"] = pag_scales(table["t"], config.pag_scale, config.pag_adaptive_scale)
+        pure = edit is not None and edit.mask is not None and run.start == 0
+        table["start"] = np.float32((0, 1) if pure else (table["alpha"][0], table["sigma"][0]))
+        spec = sampler.SamplerSpec(
+            self.transformer.module.clone(context_attention=self.context_attention),
+            self.scheduler.prediction,
+            solver,
+            guided,
+            cache_plan(config, self.transformer.config, self.scheduler, guided, run.start),
+            config.perturbed_layers(self.transformer.config.depth),
+            run.reference,
+        )
+        return spec, table, noisy
 
     def _sample(
         self, spec: sampler.SamplerSpec, arguments: tuple, callback: Callback | None
@@ -429,8 +530,8 @@ class Pipeline(LoraMethods):
         params = self.transformer.params
         if callback is None:
             return sampler.sample_latents_jit(spec, params, *arguments)
-        spec = dataclasses.replace(spec, preview=_tell)
-        with _watched_by(callback):
+        spec = dataclasses.replace(spec, preview=sampler.tell)
+        with sampler.watched_by(callback):
             return jax.block_until_ready(sampler.sample_latents_jit(spec, params, *arguments))
 
     def _decoded(self, latents: jax.Array, tile: int | None) -> tuple[jax.Array, jax.Array]:
@@ -521,17 +622,6 @@ class Pipeline(LoraMethods):
         return put_global(array, row_sharding(self.mesh, len(array)))
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _noise(seeds, indices, shape):
-    def row(seed, index):  # seed: uint32 [2], low and high word
-        key = jax.random.key(seed[0])
-        key = jnp.where(seed[1] > 0, jax.random.fold_in(key, seed[1]), key)
-        key = jax.random.fold_in(key, index)
-        return jax.random.normal(key, shape), jax.random.fold_in(key, 1)
-
-    return jax.vmap(row)(seeds, indices)
-
-
 def _checked(array: jax.Array, good: jax.Array) -> jax.Array:
     if not isinstance(good, jax.core.Tracer):
         finite.check_rows(gather_to_host(good))
@@ -554,28 +644,5 @@ def _check_mesh(mesh: jax.sharding.Mesh, transformer) -> None:
     )
 
 
-def _without_fillers(callback: Callback, count: int) -> Callback:
-    return lambda step, latents: callback(step, latents[:count])
-
-
-# A compiled scan outlives the callback of its first call, so _tell is compiled in, which looks up
-# here whom to call.
-_watchers: list[Callback] = []
-_watching = threading.Lock()
-
-
-def _tell(step: int, latents: np.ndarray) -> None:
-    for callback in _watchers:
-        callback(step, latents)
-
-
-@contextlib.contextmanager
-def _watched_by(callback: Callback) -> Iterator[None]:
-    """The scan of the block calls ``callback`` after each step. One at a time in a process."""
-    with _watching:
-        _watchers.append(callback)
-        try:
-            yield
-            jax.effects_barrier()
-        finally:
-            _watchers.clear()
+def _without_fillers(callback: Callback, count: int, step: int, latents: np.ndarray) -> None:
+    callback(step, latents[:count])

@@ -14,7 +14,9 @@ import math
 import numbers
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import write_json
@@ -65,6 +67,12 @@ class SamplingConfig:
     asked for."""
     order: int | None = None
     """Order of dpm++, 1 to 3. By default the model's own, 2 where it names none."""
+    pag_scale: Annotated[float, tyro.conf.arg(aliases=["--pag"])] = 0.0
+    """Strength of perturbed-attention guidance, 0 for none; 3 is usual. It costs a further pass."""
+    pag_layers: tuple[int, ...] | None = None
+    """Blocks whose self-attention it perturbs, counted from 0; by default the middle one."""
+    pag_adaptive_scale: float = 0.0
+    """Lower the scale by so much for each of the 1000 times that a step is after the first."""
     text_length: int | None = None
     """Pad all prompts to so many tokens, so that every batch runs the same compiled program. By
     default as many as the longest prompt needs."""
@@ -94,6 +102,14 @@ class SamplingConfig:
         if self.block_schedule is not None and self.blocks_every > 1:
             raise UserError("blocks every and block schedule exclude each other: give one of them")
         _integer("text length", self.text_length, 1)
+        for name in ("pag_scale", "pag_adaptive_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or not 0 <= value < 3e38:
+                raise UserError(f"{name} {value!r}: a finite number of at least 0 is needed")
+        if self.pag_layers is not None:
+            object.__setattr__(self, "pag_layers", tuple(self.pag_layers))
+        if self.pag_scale and self.cross_attention_steps is not None:
+            raise UserError("pag and cross-attention steps exclude each other: give one of them")
 
     def with_defaults(self, own: SamplingConfig | None = None) -> SamplingConfig:
         """The config with ``own`` (a model's), else PixArt's values where it has none. A solver
@@ -103,6 +119,17 @@ class SamplingConfig:
         if found["solver"] != base["solver"] and self.steps is None:
             found["steps"] = _STEPS.get(found["solver"], DEFAULTS["steps"])
         return dataclasses.replace(self, **found)
+
+    def perturbed_layers(self, depth: int) -> tuple[int, ...]:
+        """The blocks that PAG perturbs in a model of ``depth``; () without it. Raises UserError for
+        one that the model lacks."""
+        if not self.pag_scale:
+            return ()
+        layers = (depth // 2,) if self.pag_layers is None else self.pag_layers
+        if not layers or any(not 0 <= layer < depth for layer in layers):
+            wanted = f"numbers from 0 to {depth - 1} are needed"
+            raise UserError(f"pag layers {' '.join(map(str, layers))}: {wanted}")
+        return tuple(sorted(set(layers)))
 
     def given(self) -> dict[str, Any]:
         """Those of DEFAULTS' fields that this config sets."""

@@ -1,0 +1,273 @@
+"""Image editing on the host: what an image becomes before it is encoded (canvas and mask), and how
+the pixels that were to stay come back.
+
+img2img starts from the image with noise (SDEdit, arXiv 2108.01073); inpainting keeps the latents
+outside a mask at every step (diffusion.sampling.Known); outpainting is inpainting on a larger
+canvas; a style reference is inpainting of the right half of a canvas whose left half is the
+reference. All end in the same program (pipeline/sampler.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+from scipy import ndimage
+
+from pixart_jax.data import buckets
+from pixart_jax.data.images import to_bucket
+from pixart_jax.errors import UserError
+from pixart_jax.models.configs import TransformerConfig
+
+SEAM = 6  # px inside the mask, over which generated pixels blend into known ones
+OVERLAP = 16  # px of an outpainted image's border that are generated too
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Canvas:
+    """An image as the model edits it.
+
+    image: uint8 [h, w, 3], of the size that is generated. mask: bool [h, w], True where it is
+    generated anew; None: everywhere. source, source_mask, box (top, left, bottom, right): the whole
+    image where the canvas is a part of it, resized.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None = None
+    source: np.ndarray | None = None
+    source_mask: np.ndarray | None = None
+    box: tuple[int, int, int, int] | None = None
+
+    def latent_mask(self, factor: int) -> np.ndarray:
+        """bool [h / factor, w / factor, 1]: the latents with any pixel of the mask."""
+        assert self.mask is not None
+        h, w = (side // factor for side in self.mask.shape)
+        return self.mask.reshape(h, factor, w, factor).any((1, 3))[..., None]
+
+    def finish(self, generated: np.ndarray) -> np.ndarray:
+        """The result, uint8 [h, w, 3]: the canvas as generated, or put back into its source."""
+        if self.source is None or self.source_mask is None or self.box is None:
+            return generated
+        top, left, bottom, right = self.box
+        patch = Image.fromarray(generated).resize((right - left, bottom - top), _LANCZOS)
+        inside = slice(top, bottom), slice(left, right)
+        weight = blend_weight(self.source_mask)[inside][..., None]
+        result = self.source.copy()
+        mixed = weight * np.asarray(patch, np.float32) + (1 - weight) * self.source[inside]
+        result[inside] = np.rint(mixed).astype(np.uint8)
+        return result
+
+
+_LANCZOS = Image.Resampling.LANCZOS
+
+
+def blend_weight(mask: np.ndarray) -> np.ndarray:
+    """float32 [h, w]: the weight of generated pixels, 0 outside the mask and rising to 1 over SEAM
+    pixels inside it."""
+    if mask.all():
+        return np.ones(mask.shape, np.float32)
+    return np.minimum(ndimage.distance_transform_edt(mask) / SEAM, 1).astype(np.float32)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The step that an edit starts at: min(int(steps · strength), steps) are left, truncated as in
+    diffusers. Raises UserError where none is."""
+    valid = isinstance(strength, float | int) and not isinstance(strength, bool)
+    if not valid or not 0 < strength <= 1:
+        raise UserError(f"strength {strength!r}: a number above 0 and up to 1 is needed")
+    left = min(int(steps * strength), steps)
+    if left < 1:
+        raise UserError(
+            f"strength {strength:g} leaves no step of {steps}: at least {1 / steps:g} is needed"
+        )
+    return steps - left
+
+
+def check_image(value: Any, what: str = "image") -> np.ndarray:
+    """uint8 [h, w, 3]; UserError for anything else."""
+    array = np.asarray(value)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise UserError(f"{what}: want uint8 [h, w, 3], got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def check_mask(value: Any, image: np.ndarray) -> np.ndarray:
+    """bool [h, w] from uint8 (divided by 255), bool or float, True from a half on. Raises UserError
+    for another size than the image's, and for a mask that selects nothing."""
+    array = np.asarray(value)
+    if array.shape != image.shape[:2] or array.dtype.kind not in "buif":
+        height, width = image.shape[:2]
+        raise UserError(
+            f"mask {array.dtype} {list(array.shape)} for an image of {height} × {width}: they must "
+            "be of one size"
+        )
+    mask = (array / 255 if array.dtype == np.uint8 else array) >= 0.5
+    if not mask.any():
+        raise UserError("the mask selects nothing: white is what is generated anew")
+    return mask
+
+
+def images_of(value: Any, count: int, what: str = "image") -> list[np.ndarray]:
+    """One array for each of ``count`` prompts, from one for all or a sequence of one each."""
+    single = isinstance(value, np.ndarray) and value.ndim == (3 if what != "mask" else 2)
+    if single or not isinstance(value, Sequence | np.ndarray):
+        return [np.asarray(value)] * count
+    if len(value) != count:
+        raise UserError(f"{len(value)} {what}s for {count} prompts: give one for all, or one each")
+    return [np.asarray(one) for one in value]
+
+
+def default_size(
+    shape: tuple[int, ...], transformer: TransformerConfig, factor: int, binning: bool
+) -> tuple[int, int]:
+    """(height, width) that an image is edited at: its bucket; where the model has no buckets its
+    own size in whole patches, at most 1.5 times the side that the model was trained at."""
+    side = transformer.sample_size * factor
+    if binning and side in buckets.INFERENCE_TABLES:
+        return buckets.nearest(shape[0], shape[1], side, inference=True)
+    unit = factor * transformer.patch_size
+    ratio = min(1.0, 1.5 * side / max(shape[:2]))
+    height, width = (max(unit, round(s * ratio / unit) * unit) for s in shape[:2])
+    return height, width
+
+
+def canvas(
+    image: np.ndarray, mask: np.ndarray | None, size: tuple[int, int], padding: int | None = None
+) -> Canvas:
+    """An image [h, w, 3] and its mask [h, w], resized and cropped to ``size``. padding: take only
+    the box of the mask and so many pixels around it, grown to the aspect ratio of ``size``, so that
+    it is generated at full resolution and put back into the image."""
+    if mask is None or padding is None:
+        fitted, _ = to_bucket(image, size)
+        return Canvas(fitted, None if mask is None else _resized_mask(mask, size))
+    box = _box_around(mask, size, padding)
+    part = slice(box[0], box[2]), slice(box[1], box[3])
+    fitted = np.asarray(Image.fromarray(image[part]).resize(size[::-1], _LANCZOS))
+    inner = Image.fromarray(mask[part]).convert("L").resize(size[::-1], Image.Resampling.BOX)
+    return Canvas(fitted, np.asarray(inner) >= 128, image, mask, box)
+
+
+def _resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return to_bucket(mask.astype(np.uint8) * 255, size)[0] >= 128
+
+
+def _box_around(mask: np.ndarray, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right), inside the image."""
+    spans = []
+    for axis, limit in enumerate(mask.shape):
+        inside = np.flatnonzero(mask.any(1 - axis))
+        spans.append((max(0, inside[0] - padding), min(limit, inside[-1] + 1 + padding)))
+    sides = [end - start for start, end in spans]
+    ratio = size[0] / size[1]
+    wanted = max(sides[0], round(sides[1] * ratio)), max(sides[1], round(sides[0] / ratio))
+    box = []
+    for (start, end), side, limit in zip(spans, wanted, mask.shape):
+        side = min(side, limit)
+        start = min(max(0, (start + end - side) // 2), limit - side)
+        box.append((int(start), int(start + side)))
+    (top, bottom), (left, right) = box
+    return top, left, bottom, right
+
+
+def outpaint(
+    image: np.ndarray, left: int, top: int, right: int, bottom: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(canvas uint8 [top + h + bottom, left + w + right, 3], mask bool of its size): the image with
+    so many pixels more on each side. They repeat its border, blurred, as a start for strengths
+    under 1; the mask covers them and OVERLAP pixels of the image."""
+    if min(left, top, right, bottom) < 0 or not any((left, top, right, bottom)):
+        raise UserError("outpaint: pixels for left, top, right and bottom are needed, not all 0")
+    around = (top, bottom), (left, right)
+    wide = np.pad(image, (*around, (0, 0)), mode="edge")
+    radius = max(left, top, right, bottom) / 8
+    blurred = np.array(Image.fromarray(wide).filter(ImageFilter.GaussianBlur(radius)))
+    mask = np.pad(np.zeros(image.shape[:2], bool), around, constant_values=True)
+    blurred[~mask] = image.reshape(-1, 3)
+    for axis, (before, after) in enumerate(around):
+        rows = np.moveaxis(mask, axis, 0)
+        rows[: (before + OVERLAP) * (before > 0)] = True
+        rows[len(rows) - (after + OVERLAP) * (after > 0) :] = True
+    return blurred, mask
+
+
+def reference_canvas(image: np.ndarray, height: int, width: int) -> Canvas:
+    """A canvas [height, 2 · width, 3]: the reference on the left, resized and cropped, and on the
+    right what is generated in its style."""
+    left, _ = to_bucket(image, (height, width))
+    mask = np.repeat([False, True], width)[None].repeat(height, 0)
+    return Canvas(np.concatenate([left, np.full_like(left, 255)], axis=1), mask)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edits:
+    """What a call edits: an image and perhaps a mask for each prompt; empty for text to image."""
+
+    images: list[np.ndarray]
+    masks: list[np.ndarray] = dataclasses.field(default_factory=list)
+    strength: float = 1.0
+    padding: int | None = None
+    is_reference: bool = False
+
+    @classmethod
+    def read(
+        cls, count: int, image: Any, mask: Any, strength: float, padding: int | None, reference: Any
+    ) -> Edits:
+        """Of the options of ``Pipeline.generate``. Raises UserError for those that do not go
+        together."""
+        if reference is not None:
+            if image is not None or mask is not None:
+                raise UserError("reference and image exclude each other: give one of them")
+            found = images_of(reference, count, "reference")
+            return cls([check_image(one, "reference") for one in found], is_reference=True)
+        if image is None:
+            if mask is not None:
+                raise UserError("a mask needs the image that stays outside it: give image")
+            return cls([])
+        images = [check_image(one) for one in images_of(image, count)]
+        if mask is None:
+            if padding is not None:
+                raise UserError("mask padding needs a mask")
+            return cls(images, strength=strength)
+        masks = images_of(mask, count, "mask")
+        masks = [check_mask(one, own) for one, own in zip(masks, images)]
+        if padding is not None and len({own.shape for own in images}) > 1:
+            raise UserError("mask padding: images of one size are needed, which the results have")
+        return cls(images, masks, strength, padding)
+
+    def start(self, steps: int) -> int:
+        """The first step of ``steps``."""
+        return first_step(steps, self.strength) if self.images else 0
+
+    def asked(
+        self,
+        height: int | None,
+        width: int | None,
+        transformer: TransformerConfig,
+        factor: int,
+        binning: bool,
+    ) -> tuple[int | None, int | None]:
+        """The size to ask for: by default that of the first image, and twice the width where a
+        reference stands beside."""
+        side = transformer.sample_size * factor
+        if self.is_reference:
+            return height or side, 2 * (width or side)
+        if self.images and height is None and width is None:
+            return default_size(self.images[0].shape, transformer, factor, binning)
+        return height, width
+
+    def canvases(self, size: tuple[int, int]) -> list[Canvas] | list[None]:
+        """One for each prompt, of the size that is generated; [None] without images."""
+        if self.is_reference:
+            return [reference_canvas(image, size[0], size[1] // 2) for image in self.images]
+        masks = self.masks or [None] * len(self.images)
+        return [canvas(*pair, size, self.padding) for pair in zip(self.images, masks)] or [None]
+
+    def finish(self, images: np.ndarray, canvases: Sequence[Canvas | None]) -> np.ndarray:
+        """The results, from what was generated on the canvases; uint8 [b, h, w, 3]."""
+        if self.is_reference:
+            return images[:, :, images.shape[2] // 2 :]
+        pairs = zip(images, canvases)
+        return np.stack([one if own is None else own.finish(one) for one, own in pairs])
