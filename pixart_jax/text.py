@@ -340,8 +340,8 @@ def _warn_of_cut(tokenizer, text: str, limit: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
-    """A prompt, and its row's height and width (pixels), seed, guidance and negative_prompt; None
-    where the row leaves them out."""
+    """A prompt, and its row's height and width (pixels), seed, guidance, negative_prompt and
+    strength, and the image and mask that it edits; None where the row leaves them out."""
 
     prompt: str
     height: int | None = None
@@ -349,6 +349,9 @@ class PromptRow:
     seed: int | None = None
     negative_prompt: str | None = None
     guidance: float | None = None
+    strength: float | None = None
+    image: str | None = None
+    mask: str | None = None
 
     def overrides(self) -> dict:
         """What the row sets beside its prompt."""
@@ -374,7 +377,7 @@ def read_prompts(path: str | os.PathLike) -> list[PromptRow]:
         found = tables.rows(path, refuse)
     else:
         found = ((place, {"prompt": line}) for place, line in tables.lines(path, refuse))
-    rows = [_prompt_row(str(path.parent / place), fields) for place, fields in found]
+    rows = [_prompt_row(path.parent, place, fields) for place, fields in found]
     rows = [row for row in rows if row.prompt]
     if not rows:
         raise UserError(f"{path} holds no prompt: write one a line")
@@ -392,21 +395,23 @@ def check_encodable(what: str, text: str) -> str:
     return text
 
 
-def _prompt_row(place: str, fields: Mapping[str, Any]) -> PromptRow:
+def _prompt_row(folder: Path, place: str, fields: Mapping[str, Any]) -> PromptRow:
+    place = str(folder / place)
     fields = {name.strip().lower(): value for name, value in fields.items()}
     if "prompt" not in fields:
         raise UserError(f"{place}: no column 'prompt' (columns: {', '.join(fields)})")
-    texts = {name: fields.get(name) for name in ("prompt", "negative_prompt")}
+    texts = {name: fields.get(name) for name in ("prompt", "negative_prompt", "image", "mask")}
     for name, text in texts.items():
         if not isinstance(text, str | None):
             raise UserError(f"{place}: {name} {text!r} is not text")
         check_encodable(f"{place}: {name}", text or "")
     own: dict[str, Any] = {}
-    for name in ("height", "width", "seed", "guidance"):
+    for name in ("height", "width", "seed", "guidance", "strength"):
         value = fields.get(name)
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
-        kind, form = (float, "finite number") if name == "guidance" else (int, "whole number")
+        real = name in ("guidance", "strength")
+        kind, form = (float, "finite number") if real else (int, "whole number")
         try:
             own[name] = kind(value)
             # an int of 64 bits is not compared as a float
@@ -414,5 +419,7 @@ def _prompt_row(place: str, fields: Mapping[str, Any]) -> PromptRow:
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
             raise UserError(f"{place}: {name} {str(value)[:40]!r} is not a {form}") from None
+    files = {name: texts[name] for name in ("image", "mask")}
+    own |= {name: str(folder / file) for name, file in files.items() if file}
     negative = texts["negative_prompt"] or None
     return PromptRow((texts["prompt"] or "").strip(), negative_prompt=negative, **own)

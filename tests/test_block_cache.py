@@ -18,6 +18,7 @@ from pixart_jax.images import png_settings
 from pixart_jax.models.transformer import PARTS, BlockCache, Conditioning
 from pixart_jax.pipeline import SamplingConfig, sampler
 from pixart_jax.pipeline.block_cache import make_plan
+from pixart_jax.pipeline.pipeline import Run
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square"]
 T = diffusion.timesteps("dpm++", 6)
@@ -220,8 +221,8 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
     states, lengths = pipe.encode_text(PROMPTS)
     config = SamplingConfig(steps=6, guidance_interval=(400, 999)).with_defaults()
     text, scale = (states, lengths), np.full(2, 4.5, "f")
-    arguments = (pipe.transformer.params, noise, None, text, text, None, None, scale)
-    spec = pipe._spec(config, True)
+    spec, table, _ = pipe._spec(config, True, False, Run(config), None)
+    arguments = (pipe.transformer.params, table, noise, None, text, text, None, None, scale)
     made = jax.make_jaxpr(sampler.sample_latents, static_argnums=0)(spec, *arguments)
     loops = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] in (3, 4, 2)]
     rows = sorted(

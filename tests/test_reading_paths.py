@@ -43,9 +43,9 @@ PATHS: dict[str, tuple[int, int, list[tuple[str, str]]]] = {
             ("pipeline/pipeline.py", "Pipeline._images"),
             ("pipeline/sampler.py", "generate_jit"),
             ("pipeline/sampler.py", "sample_latents"),
-            ("diffusion/sampling.py", "sample"),
-            ("diffusion/solvers/__init__.py", "by_name"),
-            ("diffusion/solvers/dpm.py", "DPMSolver"),
+            ("diffusion/sampling.py", "integrate"),
+            ("diffusion/sampling.py", "_step"),
+            ("diffusion/solvers/base.py", "Solver"),
         ],
     ),
 }

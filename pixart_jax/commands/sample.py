@@ -9,7 +9,6 @@ A second call with the same settings generates only what is missing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,8 @@ from tqdm import tqdm
 from pixart_jax import cli
 from pixart_jax.commands import sample_lora
 from pixart_jax.commands.sample_flags import BAR, Flags
+from pixart_jax.commands.sample_settings import image_settings
 from pixart_jax.config import MeshConfig
-from pixart_jax.errors import UserError
-from pixart_jax.text import PromptRow
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,58 +58,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def image_settings(
-    flags: Flags, model, rows: Sequence[PromptRow], opening: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Each image's settings, as its PNG records them. Raises UserError for options, text states or
-    weights that this model cannot be sampled with."""
-    from pixart_jax.commands.sample_texts import open_states
-    from pixart_jax.pipeline.image_size import check_options
-    from pixart_jax.pipeline.sampling_config import check_seed
-
-    parts = model.transformer, model.vae, model.scheduler
-    dtype = opening["dtype"].__name__
-    common = {
-        "negative_prompt": flags.negative_prompt,
-        "height": flags.height,
-        "width": flags.width,
-        "seed": flags.seed,
-        **flags.sampling.settings(),
-        "dtype": dtype,
-        **({"text_encoder": "int8"} if flags.text_encoder_int8 and not flags.text_states else {}),
-        "model": model.name,
-        "model_hash": model.fingerprint("transformer"),
-    }
-
-    @functools.cache
-    def size(height: int | None, width: int | None, guidance: float) -> dict[str, int]:
-        config, sides = dataclasses.replace(flags.sampling, guidance=guidance), (height, width)
-        found = check_options(config, *parts, *sides, batch_size=flags.batch_size)
-        return dict(zip(("height", "width"), found.asked))
-
-    wanted = []
-    for n, row in enumerate(rows):
-        own = row.overrides()
-        image = {"prompt": row.prompt, "index": n, **common, **own}
-        try:
-            seed = check_seed(image["seed"])
-            image |= size(image["height"], image["width"], image["guidance"])
-        except UserError as error:
-            where = f"prompt {n + 1}, {row.prompt[:40]!r}: " if own else ""
-            raise UserError(f"{where}{error}") from None
-        seeds = ((seed + k) % 2**64 for k in range(flags.num_images_per_prompt))
-        wanted += [{**image, "seed": own} for own in seeds]
-    if flags.text_states is None:
-        model.check_weights()
-        return wanted
-    model.check_weights(("transformer", "vae"))
-    precision = open_states(flags, model, wanted, opening["dtype"]).precision(dtype)
-    return [image | ({"text_states": precision} if precision else {}) for image in wanted]
-
-
 def generate(flags: Flags, model, folder, opening: dict[str, Any], adapters: list) -> None:
     """Generate what is missing, images of one size together; threads write the files. Raises
     UserError, after writing the others, for images that are not finite."""
+    from pixart_jax.commands.sample_edits import edit_options
     from pixart_jax.commands.sample_texts import encode_first
     from pixart_jax.finite import NotFinite, not_written
     from pixart_jax.pipeline.output import AsyncWriter
@@ -138,6 +88,7 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any], adapters: lis
                 batch_size=flags.batch_size,
                 indices=[image["index"] for image in images],
                 text_states=states,
+                **edit_options(images),
             )
             try:
                 for positions, batch in batches:

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from pixart_jax.commands.sample_edits import EditFlags
 from pixart_jax.commands.sample_lora import LoraFlags
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
@@ -32,7 +33,7 @@ class Flags:
     """The text to generate an image of."""
     prompts: Path | None = None
     """A file of prompts instead: one a line, or .csv or .jsonl with 'prompt', and height, width,
-    seed, guidance, negative_prompt if wanted."""
+    seed, guidance, negative_prompt, image, mask, strength if wanted."""
     model: Path = dataclasses.field(default_factory=lambda: bundled("assets") / "shapes")
     """A diffusers folder; by default the small model that is shipped."""
     variant: str | None = None
@@ -50,6 +51,7 @@ class Flags:
     num_images_per_prompt: int = 1
     """Images of each prompt, from its seed, seed + 1, …"""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+    edits: tyro.conf.OmitArgPrefixes[EditFlags] = EditFlags()
     loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
     batch_size: int | None = None
     """Images at once; by default up to 16 a device."""

@@ -15,7 +15,8 @@ from jax.experimental import io_callback
 from pixart_jax.diffusion.gaussian import check_prediction, predict_x0, split_output
 from pixart_jax.diffusion.guidance import Denoiser
 from pixart_jax.diffusion.schedule import Schedule, linear
-from pixart_jax.diffusion.solvers import Solver, by_name
+from pixart_jax.diffusion.solvers import by_name
+from pixart_jax.diffusion.solvers.base import Solver
 from pixart_jax.errors import UserError, nearest
 
 Preview = Callable[[int, np.ndarray], None]
@@ -228,7 +229,7 @@ def integrate(
     return state[0]
 
 
-def _step(denoise, solver, prediction, preview, keys, known, both):
+def _step(denoise, solver: Solver, prediction, preview, keys, known, both):
     """The body of a segment's scan: evaluate the denoiser, then update the solver's state."""
 
     def step(carry, now):

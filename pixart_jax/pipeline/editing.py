@@ -210,32 +210,43 @@ class Edits:
     strength: float = 1.0
     padding: int | None = None
     is_reference: bool = False
+    variation: tuple[int | str, float] | None = None  # of the noise: (seed, share)
 
     @classmethod
     def read(
-        cls, count: int, image: Any, mask: Any, strength: float, padding: int | None, reference: Any
+        cls,
+        count: int,
+        image: Any = None,
+        mask: Any = None,
+        strength: float = 0.6,
+        mask_padding: int | None = None,
+        reference: Any = None,
+        variation: tuple[int | str, float] | None = None,
     ) -> Edits:
         """Of the options of ``Pipeline.generate``. Raises UserError for those that do not go
         together."""
+        if variation is not None and not 0 <= variation[1] <= 1:
+            raise UserError(f"variation {variation[1]}: a share from 0 to 1 is needed")
         if reference is not None:
             if image is not None or mask is not None:
                 raise UserError("reference and image exclude each other: give one of them")
             found = images_of(reference, count, "reference")
-            return cls([check_image(one, "reference") for one in found], is_reference=True)
+            found = [check_image(one, "reference") for one in found]
+            return cls(found, is_reference=True, variation=variation)
         if image is None:
             if mask is not None:
                 raise UserError("a mask needs the image that stays outside it: give image")
-            return cls([])
+            return cls([], variation=variation)
         images = [check_image(one) for one in images_of(image, count)]
         if mask is None:
-            if padding is not None:
+            if mask_padding is not None:
                 raise UserError("mask padding needs a mask")
-            return cls(images, strength=strength)
+            return cls(images, strength=strength, variation=variation)
         masks = images_of(mask, count, "mask")
         masks = [check_mask(one, own) for one, own in zip(masks, images)]
-        if padding is not None and len({own.shape for own in images}) > 1:
+        if mask_padding is not None and len({own.shape for own in images}) > 1:
             raise UserError("mask padding: images of one size are needed, which the results have")
-        return cls(images, masks, strength, padding)
+        return cls(images, masks, strength, mask_padding, variation=variation)
 
     def start(self, steps: int) -> int:
         """The first step of ``steps``."""
@@ -257,6 +268,10 @@ class Edits:
         if self.images and height is None and width is None:
             return default_size(self.images[0].shape, transformer, factor, binning)
         return height, width
+
+    def result_size(self, height: int, width: int) -> dict[str, int]:
+        """{"height", "width"} of what ``generate`` is asked for, from the canvas's."""
+        return {"height": height, "width": width // 2 if self.is_reference else width}
 
     def canvases(self, size: tuple[int, int]) -> list[Canvas] | list[None]:
         """One for each prompt, of the size that is generated; [None] without images."""

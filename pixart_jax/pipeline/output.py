@@ -118,8 +118,13 @@ class OutputFolder:
     @staticmethod
     def group(settings: Mapping) -> tuple:
         """What the images of one call of ``Pipeline.generate`` have in common; their batches are
-        alike where all are guided or none is."""
-        return settings["height"], settings["width"], settings["guidance"] == 1
+        alike where all are guided or none is, and edited alike or not at all."""
+        edit = {"image", "mask", "reference"} & settings.keys()
+        how = [settings.get(n) for n in ("strength", "mask_padding", "outpaint", "variation")]
+        if settings.get("mask_padding") is not None:
+            how.append(settings["image_hash"])  # the result has the image's size
+        sides = settings["height"], settings["width"]
+        return *sides, settings["guidance"] == 1, *sorted(edit), str(how)
 
     def groups(self) -> list[list[int]]:
         """Numbers of the missing images, by group."""

@@ -57,7 +57,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class Run:
     """What the batches of a call have in common. start: the first step."""
 
     config: SamplingConfig
@@ -266,9 +266,7 @@ class Pipeline(LoraMethods):
         check_count("num_images_per_prompt", num_images_per_prompt)
         count, parts = len(prompts), self.transformer.config
         config = (config or SamplingConfig()).with_defaults(self.sampling)
-        if variation is not None and not 0 <= variation[1] <= 1:
-            raise UserError(f"variation {variation[1]}: a share from 0 to 1 is needed")
-        edits = editing.Edits.read(count, image, mask, strength, mask_padding, reference)
+        edits = editing.Edits.read(count, image, mask, strength, mask_padding, reference, variation)
         height, width = edits.asked(height, width, parts, self.factor, config.binning)
         start = edits.start(int(config.steps or 0))
         size = check_options(
@@ -322,7 +320,7 @@ class Pipeline(LoraMethods):
         def batches() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
             for positions, batch in self._batches(rows, batch_size):
                 tell = callback and functools.partial(_without_fillers, callback, len(positions))
-                run = _Run(config, start, edits.is_reference, variation)
+                run = Run(config, start, edits.is_reference, edits.variation)
                 yield positions, self._images(batch, run, size, length, encoder, tell)
 
         bad: list[int] = []
@@ -354,7 +352,7 @@ class Pipeline(LoraMethods):
     def _images(
         self,
         rows: list[Row],
-        run: _Run,
+        run: Run,
         size: ImageSize,
         length: int,
         encoder: PromptEncoder | TextStates,
@@ -478,7 +476,7 @@ class Pipeline(LoraMethods):
         elif mask is not None:
             raise UserError("a mask needs the latents that stay outside it: give latents")
         with on_mesh(self.mesh):
-            run = _Run(config, start, reference)
+            run = Run(config, start, reference)
             spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
             arguments = (table, noise, keys if noisy else None, text, negative, *sizes, scale, edit)
             return _checked(*self._sample(spec, arguments, callback))
@@ -500,7 +498,7 @@ class Pipeline(LoraMethods):
         config: SamplingConfig,
         guided: bool,
         stochastic: bool,
-        run: _Run,
+        run: Run,
         edit: sampler.Edit | None,
     ) -> tuple[sampler.SamplerSpec, dict[str, Any], bool]:
         """(the static arguments of the compiled program, its table, whether its steps add

@@ -1,0 +1,109 @@
+"""The flags of sample.py that edit an image, and the images that they name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixart_jax.errors import UserError
+
+ROW_FIELDS = ("image", "mask", "strength")  # what a prompt's row may set for itself
+_SHARED = ("strength", "mask_padding", "outpaint", "variation")  # settings of a whole batch
+
+
+@dataclasses.dataclass(frozen=True)
+class EditFlags:
+    """What to start from instead of noise."""
+
+    image: Path | None = None
+    """An image to edit, for all prompts; its size is the default size."""
+    strength: float = 0.6
+    """How much of the sampling an edit does, up to 1: so large a share of the steps."""
+    mask: Path | None = None
+    """An image of the same size: white is generated anew, black stays as it is."""
+    mask_padding: int | None = None
+    """Generate only the mask's box and so many pixels around it, at full resolution."""
+    outpaint: tuple[int, int, int, int] | None = None
+    """Extend the image by so many pixels on the left, top, right and bottom (with --strength 1)."""
+    reference: Path | None = None
+    """Generate in the style of this image."""
+    variation: tuple[int, float] | None = None
+    """SEED SHARE: take noise that far, from 0 to 1, on the way to that of another seed."""
+
+    def __post_init__(self):
+        if self.outpaint is not None and self.mask is not None:
+            raise UserError("outpaint makes a mask itself: give no mask")
+        for name in ("mask", "outpaint"):
+            if getattr(self, name) is not None and self.image is None:
+                raise UserError(f"--{name} needs --image, what is to be edited")
+
+    def settings(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What an image records of how it was edited; row: its ROW_FIELDS, None where it has none.
+        Files go by their names and the hashes of their bytes."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        given |= {name: value for name, value in row.items() if value is not None}
+        if given["image"] is None:
+            given["strength"] = None
+            if given["mask"] is not None:
+                raise UserError(f"mask {given['mask']} without the image that it belongs to")
+        found: dict[str, Any] = {}
+        for name in ("image", "mask", "reference"):
+            if given[name] is not None:
+                found |= {name: str(given[name]), f"{name}_hash": _read(str(given[name]))[1]}
+        shared = {name: given[name] for name in _SHARED if given[name] is not None}
+        pairs = shared.items()
+        return found | {n: " ".join(map(str, v)) if isinstance(v, tuple) else v for n, v in pairs}
+
+
+def edits_of(settings: Mapping[str, Any]):
+    """The ``Edits`` of one image's settings. Raises UserError for options and images that do not go
+    together."""
+    from pixart_jax.pipeline.editing import Edits
+
+    return Edits.read(1, **edit_options([settings]))
+
+
+def edit_options(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Arguments of ``Pipeline.generate`` for images of one batch shape."""
+    first = images[0]
+    found = {name: first[name] for name in ("strength", "mask_padding") if name in first}
+    if "variation" in first:
+        seed, share = first["variation"].split()
+        found["variation"] = int(seed), float(share)
+    for name in ("image", "mask", "reference"):
+        if name in first:
+            found[name] = [_read(image[name])[0] for image in images]
+    if "mask" in found:
+        found["mask"] = [pixels[..., 0] for pixels in found["mask"]]
+    if "outpaint" in first:
+        from pixart_jax.pipeline.editing import outpaint
+
+        sides = [int(side) for side in first["outpaint"].split()]
+        pairs = [outpaint(image, *sides) for image in found["image"]]
+        found["image"], found["mask"] = (list(column) for column in zip(*pairs))
+    return found
+
+
+def _read(path: str) -> tuple[np.ndarray, str]:
+    """(uint8 [h, w, 3] of an image file, ten hex digits of a hash of its bytes)."""
+    try:
+        return _decoded(path, Path(path).stat().st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _decoded(path: str, changed: int) -> tuple[np.ndarray, str]:
+    from pixart_jax.data.images import UnreadableImage, decode
+
+    data = Path(path).read_bytes()
+    try:
+        return decode(data), hashlib.sha256(data).hexdigest()[:10]
+    except UnreadableImage as error:
+        raise UserError(f"{path}: {error}") from None
