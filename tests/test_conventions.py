@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": _FOUNDATION,
     "config": {"errors", "models"},
     "weights": _FOUNDATION | {"models", "parallel"},
-    "pipeline": _FOUNDATION | {"models", "diffusion", "weights", "parallel", "data.buckets"},
+    "pipeline": _FOUNDATION
+    | {"models", "diffusion", "weights", "parallel", "data.buckets", "data.images"},
     "training": _RUNS,
     "encoding": _RUNS,
     "captioning": _RUNS | {"encoding"},
