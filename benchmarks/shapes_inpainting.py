@@ -1,7 +1,7 @@
 """Inpainting on the embedded world: one of two objects is replaced, and the exact checker says
 whether the new one is right, the old one gone and the other one whole.
 
-    python benchmarks/shapes_inpainting.py --count 1000 --strengths 0.8 0.9 1.0 --out runs/inpainting
+    python benchmarks/shapes_inpainting.py --count 1000 --out runs/inpainting
 
 The mask is a square around the first object; the prompt is the scene's caption with the new one
 in its place. The other object is judged in the decoded latents, before known pixels are put back.
@@ -73,7 +73,7 @@ def main() -> None:
     parser = flag_parser(__doc__)
     parser.add_argument("--model", default=str(ROOT / "assets" / "shapes"))
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.7, 0.8, 0.9, 1.0])
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
