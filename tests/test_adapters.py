@@ -14,12 +14,14 @@ from diffusers import PixArtAlphaPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
-from pixart_jax import Pipeline, cli
+from pixart_jax import Pipeline, cli, load_component
+from pixart_jax import __main__ as front
 from pixart_jax.commands import sample
 from pixart_jax.commands.sample_lora import _path_and_weight
 from pixart_jax.errors import UserError
 from pixart_jax.images import png_settings
 from pixart_jax.pipeline import sampler
+from pixart_jax.weights import lora
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square"]
@@ -203,7 +205,7 @@ def test_what_cannot_be_combined_is_one_line(pipe, folders):
         assert pipe.transformer is before and pipe.adapters.weights == {"dora": 1.0}
 
 
-# ---- sample.py ----
+# ---- programs ----
 
 
 def run(model: Path, out: Path, *flags) -> int:
@@ -253,3 +255,41 @@ def test_adapters_that_sample_cannot_use_are_one_line(folders, tiny_model, tmp_p
 )
 def test_a_weight_is_what_follows_the_last_colon(text, path, weight):
     assert _path_and_weight(text) == (path, weight)
+
+
+def convert(*argv) -> int:
+    return cli.run(front.main, ["convert", *map(str, argv)])
+
+
+@pytest.mark.parametrize("name", ["first", "dora"])
+def test_convert_writes_peft_and_diffusers_layouts(folders, pipe, tiny_model, tmp_path, name):
+    """From peft's folder, and back from diffusers' file alone."""
+    assert convert(folders[name], tmp_path / "a", "--base", tiny_model) == 0
+    written = tmp_path / "a" / lora.DIFFUSERS
+    assert convert(written, tmp_path / "b", "--base", tiny_model / "transformer") == 0
+    digests = {
+        lora.read(path, pipe.transformer.params).digest
+        for path in (folders[name], tmp_path / "a", written, tmp_path / "b")
+    }
+    assert len(digests) == 1
+
+
+def test_convert_merges_adapters_into_a_model(folders, pipe, tiny_model, tmp_path):
+    adapters = ("--lora", folders["first"], "--lora", f"{folders['second']}:-0.5")
+    assert convert(tiny_model, tmp_path / "merged", *adapters) == 0
+    part, both = load_component(tmp_path / "merged"), [folders["first"], folders["second"]]
+    wanted = pipe.transformer.with_lora(both, [1.0, -0.5])
+    jax.tree.map(np.testing.assert_array_equal, part.params, wanted.params)
+
+
+def test_convert_refuses_adapters_in_one_line(folders, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    for argv, line in (
+        ((folders["first"], out), "is an adapter of another model"),
+        ((folders["first"], out.with_suffix(".safetensors"), "--format", "official"), "is a LoRA"),
+        ((tiny_model / "vae", out, "--lora", folders["first"]), "--lora is for a transformer"),
+    ):
+        assert convert(*argv) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and line in error and "\n" not in error
+    assert not any(tmp_path.iterdir())

@@ -1,23 +1,26 @@
-"""``python -m pixart_jax convert SRC OUT``: a released checkpoint → a folder that this project and
-diffusers open, and the reverse."""
+"""``python -m pixart_jax convert SRC OUT``: a released checkpoint or adapter → a folder that this
+project and diffusers open, and the reverse."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from pixart_jax import cli
+from pixart_jax.commands.sample_lora import LoraFlags
 from pixart_jax.errors import UserError
 from pixart_jax.files import write_json
 
 if TYPE_CHECKING:
-    from pixart_jax.models.transformer import TransformerConfig
+    from pixart_jax.models.configs import TransformerConfig
 
 LABELS = "y_embedder.embedding_table.weight"  # only a DiT has it
 CAPTIONS = "y_embedder.y_proj.fc1.weight"  # only a PixArt transformer has it
@@ -30,7 +33,7 @@ DIFFUSERS = "adaln_single.linear.weight"  # a PixArt transformer under diffusers
 class Flags:
     """Convert a PixArt .pth, a DiT .pt, a .safetensors file of either or a diffusers folder into a
     component folder (config.json and safetensors), or into one .safetensors file under the official
-    code's names.
+    code's names. A LoRA of any known layout becomes a folder that peft and diffusers open.
 
     A .pth does not say how many heads its model has, nor always how its positions are scaled; for
     the released widths (384, 768, 1024, 1152) the heads are known.
@@ -38,7 +41,8 @@ class Flags:
 
     src: tyro.conf.Positional[Path]
     """A .pth, .pt or .safetensors file with the official or diffusers' names, behind any prefix, a
-    diffusers transformer folder, or a whole model or its hub id (its transformer is taken)."""
+    diffusers transformer folder, a whole model or its hub id (its transformer is taken), or a
+    LoRA's file, folder or hub id."""
     out: tyro.conf.Positional[Path]
     """The new folder; with --format official the new file, its name ending in .safetensors."""
     format: Literal["folder", "official"] = "folder"
@@ -64,11 +68,16 @@ class Flags:
     the only average."""
     variant: str | None = None
     """Of a folder's weight files, such as fp16; by default the ones without, or the only ones."""
+    base: Path | None = None
+    """Of a LoRA: a folder or hub id of the model that it adapts, for its layers' names and sizes;
+    by default PixArt's XL/2."""
+    loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
 
 
 def main(argv: list[str]) -> int:
     flags = cli.parse(Flags, argv, prog="python -m pixart_jax convert")
     from pixart_jax.weights.hub import model_folder  # imports JAX, which --help does not wait for
+    from pixart_jax.weights.lora import is_adapter
 
     source = model_folder(flags.src, ("transformer",), variant=flags.variant)
     flags = dataclasses.replace(flags, src=source)
@@ -77,7 +86,10 @@ def main(argv: list[str]) -> int:
             f"{flags.src} does not exist: give a .pth, a .pt, a .safetensors or a diffusers folder"
         )
     check_out(flags)
+    if is_adapter(source):
+        return convert_adapter(source, flags)
     part, origin = from_folder(flags) if flags.src.is_dir() else from_file(flags)
+    part = with_adapters(part, flags)
     note = ""
     if flags.format == "official":
         note = save_official(part, flags.out)
@@ -226,25 +238,72 @@ def check_out(flags: Flags) -> None:
 
 
 def save(part: Any, flags: Flags) -> None:
-    """Write the component's folder completely or not at all: it is renamed into place.
-
-    The official code samples with the null caption of its file; the folder says so.
-    """
+    """Write the component's folder. The official code samples with the null caption of its file;
+    the folder says so."""
     from pixart_jax.pipeline import sampling_config
 
-    out = flags.out.absolute()
+    with staged_folder(flags.out) as folder:
+        part.save(folder)
+        if flags.src.is_file() and "null_caption" in part.params:
+            write_json(folder / sampling_config.FILE, {"null": "embedding"})
+
+
+def convert_adapter(src: Path, flags: Flags) -> int:
+    """Write the LoRA at ``src`` as peft's folder, with diffusers' file in it."""
+    from flax import linen as nn
+
+    from pixart_jax.models.configs import TransformerConfig
+    from pixart_jax.models.lora import modules
+    from pixart_jax.pipeline.folder import INDEX
+    from pixart_jax.weights import component, lora, transformer
+    from pixart_jax.weights.files import read_json
+    from pixart_jax.weights.hub import model_folder
+
+    if flags.format != "folder" or flags.loras.lora:
+        raise UserError(f"{src} is a LoRA: --format official and --lora are for a model")
+    config = TransformerConfig(size_conditions=True)
+    if flags.base is not None:
+        base = model_folder(flags.base, ("transformer",))
+        base = base / "transformer" if (base / INDEX).is_file() else base
+        config = transformer.config_from_json(read_json(base / component.CONFIG))
+    shapes = nn.unbox(component.Transformer.param_shapes(config))
+    adapter = lora.read(src, shapes, alpha=flags.loras.lora_alpha)
+    with staged_folder(flags.out) as folder:
+        lora.save(folder, adapter.tree, lora.Plain.of(adapter.tree))
+    found = [module for _, module in modules(adapter.tree)]
+    ranks = sorted({module["a"].shape[-1] for module in found})
+    kind = "DoRA" if any("magnitude" in module for module in found) else "LoRA"
+    print(f"{flags.out}: {kind} of rank {', '.join(map(str, ranks))}\nfrom {src}")
+    return 0
+
+
+def with_adapters(part: Any, flags: Flags) -> Any:
+    """The transformer with the LoRAs of the flags merged into it."""
+    from pixart_jax.weights import component
+
+    if flags.loras.lora and not isinstance(part, component.Transformer):
+        raise UserError(f"--lora is for a transformer: {flags.src} is a {type(part).__name__}")
+    found = flags.loras.read(part.config)
+    if not found:
+        return part
+    return part.with_adapters([adapter.tree for adapter, _ in found], [w for _, w in found])
+
+
+@contextlib.contextmanager
+def staged_folder(name: Path) -> Iterator[Path]:
+    """A folder that is renamed to ``name`` when the block ends: it is written completely or not at
+    all."""
+    out = name.absolute()
     staged = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staged.mkdir()
-        part.save(staged)
-        if flags.src.is_file() and "null_caption" in part.params:
-            write_json(staged / sampling_config.FILE, {"null": "embedding"})
+        yield staged
         os.replace(staged, out)
     except OSError as error:
-        raise UserError(f"cannot write {flags.out}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {name}: {error.strerror or error}") from None
     except UserError as error:  # of a file in it
-        raise UserError(str(error).replace(str(staged), str(flags.out))) from None
+        raise UserError(str(error).replace(str(staged), str(name))) from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -12,7 +12,7 @@ import glob
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pixart_jax.errors import UserError
@@ -20,7 +20,17 @@ from pixart_jax.files import find
 from pixart_jax.weights.files import WeightSets, choose_set, weight_sets
 
 PARTS = ("transformer", "text_encoder", "vae")
-_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(transformer|text_encoder|vae|tokenizer))?")
+_ID = re.compile(
+    r"([\w][\w.-]*/[\w][\w.-]*)"
+    r"(?:/(transformer|text_encoder|vae|tokenizer|[^/]+\.safetensors))?"
+)
+# of an adapter: peft's files and diffusers', and the folder of the official training scripts
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (
+    *("adapter_model.safetensors", "adapter_model.bin"),
+    *("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
+)
+ADAPTER_FOLDER = "transformer_lora"
 _SMALL = (".json", ".model", ".txt", ".jinja", "null_caption.safetensors")
 
 
@@ -29,17 +39,16 @@ def model_folder(
     parts: Sequence[str] = PARTS,
     revision: str | None = None,
     variant: str | None = None,
-    choose: Callable[[Iterable[str]], list[str]] | None = None,
 ) -> Path:
     """A model's local folder: ``model`` itself where it exists, else the shipped model of that name
     (assets/…), else the hub's model of that id.
 
-    An id may be followed by a part, as "PixArt-alpha/PixArt-XL-2-1024-MS/vae". Downloads only
+    An id may be followed by a part, as "PixArt-alpha/PixArt-XL-2-1024-MS/vae", or a file. Of an
+    adapter's repository (weights/lora.py) its weights are taken. Downloads only
     missing files, of the named parts, with progress bars; without network, files that an earlier
     call downloaded are used. variant: such as "fp16"; by default the weights without one, or the
-    only ones there are. choose: of the repository's files those to download, instead of a model's.
-    Raises UserError for an unknown id or revision, a gated model, and where there is neither
-    network nor a cached copy.
+    only ones there are. Raises UserError for an unknown id or revision, a gated model, and where
+    there is neither network nor a cached copy.
     """
     path = find(model)
     match = _ID.fullmatch(str(model))
@@ -53,7 +62,7 @@ def model_folder(
         try:
             info = HfApi().model_info(name, revision=revision)
             names = [file.rfilename for file in info.siblings or ()]
-            files = wanted(names, parts, variant) if choose is None else choose(names)
+            files = wanted(names, parts, variant)
         except _unreachable():
             folder = snapshot_download(
                 name, revision=revision, local_files_only=True, allow_patterns=["*config*.json"]
@@ -67,11 +76,18 @@ def model_folder(
 
 def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = None) -> list[str]:
     """The files to download: all configurations and tokenizers, and one set of weights for each of
-    ``parts`` and for the top level (a repository of one component).
+    ``parts`` and for the top level (a repository of one component); of an adapter its one file,
+    or the one that ``parts`` names.
 
     Raises UserError where the variant does not exist, or where several do and none is named.
     """
     files_of: dict[str, list[str]] = {}
+    files = list(files)
+    named = [part for part in parts if part.endswith(".safetensors")]
+    if named or not weight_sets(file.rpartition("/")[2] for file in files):
+        adapter = named or [adapter_file(files, "the repository")]
+        configs = [file for file in files if file.endswith(ADAPTER_CONFIG)]
+        return [file for file in [*configs, *adapter] if file in files]
     for file in files:
         folder, _, name = file.rpartition("/")
         files_of.setdefault(folder, []).append(name)
@@ -91,6 +107,23 @@ def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = Non
             found = sets[choose_set(sets, own, folder or "the model")]
             chosen += [(folder, name) for name in found]
     return [f"{folder}/{name}" if folder else name for folder, name in chosen]
+
+
+def adapter_file(names: Iterable[str], where: str) -> str:
+    """The weights among the files of an adapter's folder. Raises UserError where there are none,
+    or several of other names."""
+    names = set(names)
+    for folder in ("", f"{ADAPTER_FOLDER}/"):
+        for name in ADAPTER_FILES:
+            if f"{folder}{name}" in names:
+                return f"{folder}{name}"
+    others = sorted(name for name in names if re.fullmatch(r"[^/]+\.safetensors", name))
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise UserError(f"{where} holds several files ({', '.join(others)}): name one of them")
+    would = f"{ADAPTER_FILES[0]} with {ADAPTER_CONFIG}, or {ADAPTER_FILES[2]} would do"
+    raise UserError(f"{where} holds no adapter: {would}")
 
 
 def _unreachable() -> tuple[type[Exception], ...]:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,14 +28,12 @@ from pixart_jax.files import write_json
 from pixart_jax.models import lora
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.weights.files import Tensors, naming, open_tensors, read_json, write_safetensors
-from pixart_jax.weights.hub import model_folder
+from pixart_jax.weights.hub import ADAPTER_CONFIG as CONFIG
+from pixart_jax.weights.hub import ADAPTER_FILES, ADAPTER_FOLDER, adapter_file, model_folder
 from pixart_jax.weights.table import ParamMapping, flatten, grouped, unflatten, write
 from pixart_jax.weights.transformer import LINEARS
 
-CONFIG = "adapter_config.json"
-PEFT, DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
-_FILES = (PEFT, "adapter_model.bin", DIFFUSERS, "pytorch_lora_weights.bin")
-_OFFICIAL_FOLDER = "transformer_lora"  # of the official scripts' output
+PEFT, _, DIFFUSERS, _ = ADAPTER_FILES
 _METADATA = "lora_adapter_metadata"  # diffusers' key in a safetensors header: a peft config
 # every layer that an adapter can be of: our path, diffusers' name, the official name, and the part
 # of the official tensor
@@ -147,7 +145,7 @@ def read(
     for at, of_layers in found.items():
         depth = None if None in of_layers else flat[f"{at}/kernel"].shape[0]
         tree |= {f"{at}/{part}": value for part, value in _stacked(of_layers, depth).items()}
-    name = file.parent.name if file.name in _FILES else file.name
+    name = file.parent.name if file.name in ADAPTER_FILES else file.name
     return Adapter(unflatten(tree), name, _digest(tree))
 
 
@@ -155,41 +153,26 @@ def find(path: str | os.PathLike, revision: str | None = None) -> Path:
     """The local weights file of an adapter: the file itself, or the one in a folder or a hub
     repository ("owner/name", or "owner/name/file.safetensors"). Raises UserError where there is
     none, or where there are several."""
-    path, wanted = Path(path).expanduser(), None
-    if not path.exists() and len(path.parts) == 3 and path.suffix and not path.is_absolute():
-        path, wanted = path.parent, path.name
-
-    def choose(files: Iterable[str]) -> list[str]:
-        files = [*files]
-        name = wanted or _choose(files, str(path))
-        return [file for file in files if file == name or file.rpartition("/")[2] == CONFIG]
-
-    folder = model_folder(path, revision=revision, choose=choose)
-    if wanted:
-        return folder / wanted
-    if not folder.is_dir():
-        if not folder.exists():
-            raise UserError(f"{folder}: no such adapter: give a file, a folder or a hub id")
-        return folder
-    names = [
-        file.relative_to(folder).as_posix() for file in [*folder.glob("*"), *folder.glob("*/*")]
-    ]
-    return folder / _choose(names, str(folder))
+    path = model_folder(path, (), revision)
+    if not path.exists():
+        raise UserError(f"{path}: no such adapter: give a file, a folder or a hub id")
+    if path.is_file():
+        return path
+    files = [file for pattern in ("*", "*/*") for file in path.glob(pattern)]
+    return path / adapter_file((file.relative_to(path).as_posix() for file in files), str(path))
 
 
-def _choose(names: Iterable[str], where: str) -> str:
-    """The weights file among a folder's."""
-    names = set(names)
-    for folder in ("", f"{_OFFICIAL_FOLDER}/"):
-        for name in _FILES:
-            if f"{folder}{name}" in names:
-                return f"{folder}{name}"
-    others = sorted(name for name in names if re.fullmatch(r"[^/]+\.safetensors", name))
-    if len(others) == 1:
-        return others[0]
-    if others:
-        raise UserError(f"{where} holds several files ({', '.join(others)}): name one of them")
-    raise UserError(f"{where} holds no adapter: {PEFT} with {CONFIG}, or {DIFFUSERS} would do")
+def is_adapter(path: Path) -> bool:
+    """Whether a file or folder holds an adapter, of whatever method."""
+    if path.is_dir():
+        names = {file.name for file in path.iterdir()}
+        if {"config.json", "model_index.json"} & names:
+            return False
+        named = bool({CONFIG, *ADAPTER_FILES, ADAPTER_FOLDER} & names)
+        return named or any(is_adapter(file) for file in path.glob("*.safetensors"))
+    if path.suffix != ".safetensors":
+        return False
+    return any(re.search(r"lora[._]|lokr_|hada_", key) for key in open_tensors(path))
 
 
 # ---- names ----
@@ -294,7 +277,7 @@ def _stated_config(file: Path, tensors: Tensors) -> dict[str, Any]:
     values: dict[str, Any] = {}
     where = str(file)
     header = getattr(tensors, "metadata", {}).get(_METADATA)
-    official = file.parent.name == _OFFICIAL_FOLDER
+    official = file.parent.name == ADAPTER_FOLDER
     official |= any(key.startswith(_OFFICIAL_PREFIX) for key in tensors)
     if header:
         with naming(file):

@@ -233,3 +233,26 @@ def test_a_pipeline_and_a_component_open_by_id(model, tmp_path):
         )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0
+
+
+def test_an_adapter_is_downloaded_by_id_and_a_file_of_several_by_name(tmp_path):
+    code = "import sys; from pixart_jax.weights import lora; print(lora.find(sys.argv[1]))"
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("README.md", "adapter_config.json", "adapter_model.safetensors", "b.safetensors"):
+        (repository / name).write_text(name)
+    with hub_server.serve({"some/style": repository}) as server:
+        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+        environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": server.url}
+        found = [
+            subprocess.run(
+                [sys.executable, "-c", code, name], env=environment, text=True, capture_output=True
+            ).stdout.strip()
+            for name in ("some/style", "some/style/b.safetensors")
+        ]
+    assert [os.path.basename(file) for file in found] == [
+        "adapter_model.safetensors",
+        "b.safetensors",
+    ]
+    assert all(open(file).read() == os.path.basename(file) for file in found)
+    assert not any("README" in path for path in server.downloads)
