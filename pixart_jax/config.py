@@ -189,6 +189,74 @@ class TextToTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter (arXiv 2106.09685) trained over a frozen text-to-image model."""
+
+    rank: int = 4
+    # the adapter's product is scaled by alpha / rank; None: alpha = rank
+    alpha: float | None = None
+    # the last parts of diffusers' names of the layers, as peft takes them; the default is every
+    # layer but the modulation tables, the official scripts' choice
+    targets: tuple[str, ...] = (
+        *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+        *("proj", "proj_out", "linear", "linear_1", "linear_2"),
+    )
+    # of the adapter's input, in training
+    dropout: float = 0.0
+    # scale alpha / √rank (arXiv 2312.03732)
+    rslora: bool = False
+    # learned lengths of the weights' columns (arXiv 2402.09353)
+    dora: bool = False
+    # of a; b starts at zero. gaussian: standard deviation 1 / rank; kaiming: peft's own default
+    init: str = "gaussian"
+    # of the frozen kernels: None: the compute dtype; int8: values with a scale a channel
+    quantization: str | None = None
+    # also export the model with the adapter merged
+    merged: bool = False
+
+    def __post_init__(self):
+        require_at_least(self, 1, "rank")
+        require_positive(self, "alpha")
+        require(self, "name at least one layer, as to_q", targets=len(self.targets) > 0)
+        require(self, "must lie in [0, 1)", dropout=0 <= self.dropout < 1)
+        require_one_of(self, init=("gaussian", "kaiming"))
+        if self.quantization is not None:
+            require_one_of(self, quantization=("int8",))
+
+    @property
+    def scale(self) -> float:
+        """What the product of b and a is multiplied by."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamBoothConfig:
+    """A subject from a few pictures (arXiv 2208.12242): the stage's data are its pictures, and all
+    have one prompt."""
+
+    # with the identifier in it, as "a photo of sks dog"
+    prompt: str
+    # the word that stands for the subject
+    identifier: str
+    # as "a photo of a dog": the model's own pictures of it are trained on too, one beside each of
+    # the subject's (prior preservation); None: no others
+    class_prompt: str | None = None
+    class_images: int = 100
+    # None: WORKDIR/class_images; in another folder, pictures that are there already are used
+    class_folder: str | None = None
+    # of the class images' loss beside the subject's
+    prior_weight: float = 1.0
+
+    def __post_init__(self):
+        named = self.identifier.strip() != "" and self.identifier in self.prompt
+        require(self, f"must be a word of the prompt {self.prompt!r}", identifier=named)
+        require(self, "must differ from prompt", class_prompt=self.class_prompt != self.prompt)
+        require_at_least(self, 1, "class_images")
+        require_at_least(self, 0, "prior_weight")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where a stage's samples come from, and their shapes.
 
@@ -267,6 +335,10 @@ class StageConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_to_text: TextToTextConfig = field(default_factory=TextToTextConfig)
+    # text_to_image: an adapter of start's model is trained, and the model stays as it is
+    lora: LoraConfig | None = None
+    # text_to_image: learns a subject; batch_size counts its pictures, not the class images
+    dreambooth: DreamBoothConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     start: str = "previous"
     # base size of the position table in this stage, latent/patch units; None: the model's
@@ -284,6 +356,21 @@ class StageConfig:
         accumulate = self.optimizer.accumulate
         rule = f"must be a multiple of optimizer.accumulate = {accumulate}"
         require(self, rule, batch_size=self.batch_size % accumulate == 0)
+        if self.lora is not None:
+            require(self, "lora adapts a text_to_image model", task=self.task == "text_to_image")
+            rule = "lora needs the folder or hub id of the model that it adapts"
+            require(self, rule, start=self.start not in ("fresh", "previous"))
+        if (subject := self.dreambooth) is not None:
+            rule = "dreambooth trains a text_to_image model"
+            require(self, rule, task=self.task == "text_to_image")
+            if subject.class_prompt is not None:
+                rule = "class images are drawn by a model: give its folder or hub id"
+                require(self, rule, start=self.start not in ("fresh", "previous"))
+                if len(self.data.buckets) > 1:
+                    raise UserError(
+                        f"stage {self.name}: data.buckets {self.data.buckets}: class images are "
+                        "of one size, so give one bucket"
+                    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,6 +476,12 @@ class Config:
         require_at_least(self, 0, "seed")
         counts = ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "num_classes")
         require_at_least(self, 1, *counts)
+        for before, stage in zip(self.stages, self.stages[1:]):
+            if before.lora is not None and stage.start == "previous":
+                raise UserError(
+                    f"stage {stage.name}: start 'previous' is an adapter (stage {before.name}): "
+                    "name the folder of a model"
+                )
         unit = 8 * self.model.patch_size
         for stage in self.stages:
             for height, width in stage.data.buckets:

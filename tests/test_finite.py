@@ -208,6 +208,7 @@ def test_a_preview_that_is_not_finite_is_a_notice(pipe):
 
     part = SimpleNamespace(
         task=SimpleNamespace(preview=preview),
+        base=None,
         loader=SimpleNamespace(global_batch=lambda *_, rows: {}),
         stage=SimpleNamespace(name="stage"),
         run=SimpleNamespace(config=SimpleNamespace(preview=None)),

@@ -188,3 +188,26 @@ def mesh_of(**sizes):
     """One device over and over: enough to say what divides."""
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     return jax.sharding.Mesh(np.array(jax.devices()[:1] * math.prod(shape)).reshape(shape), AXES)
+
+
+def test_lora_flags_name_every_text_to_image_stage(root):
+    recipe = root / "configs" / "xl2_512_aesthetic.py"
+    argv = "--stages.0.start m --lora.targets to_q to_k --seed 3 --lora.rank 8".split()
+    config = recipes.parse_config(recipe, argv)
+    assert config.seed == 3 and config.stages[0].start == "m"
+    assert (config.stages[0].lora.rank, config.stages[0].lora.targets) == (8, ("to_q", "to_k"))
+    with pytest.raises(UserError, match="--lora.rank: shapes_vae has no text_to_image stage"):
+        recipes.parse_config(root / "configs" / "shapes_vae.py", ["--lora.rank", "8"])
+
+
+def test_a_base_gives_the_sizes_the_prediction_and_the_frozen_parts(root):
+    argv = "--base assets/shapes --dreambooth.class-prompt shape --seed 3".split()
+    config = recipes.parse_config(root / "configs" / "dreambooth.py", argv)
+    (stage,) = config.stages
+    assert (stage.start, config.vae, config.text_encoder) == ("assets/shapes",) * 3
+    assert stage.objective.prediction == "v" and stage.dreambooth.class_prompt == "shape"
+    assert stage.data.buckets == ((64, 64),) and config.seed == 3
+    lora = recipes.parse_config(root / "configs" / "xl2_512_lora.py", argv[:2])
+    assert lora.model == config.model and lora.stages[0].objective.prediction == "v"
+    with pytest.raises(UserError, match="--base no/model/here: no model"):
+        recipes.parse_config(root / "configs" / "dreambooth.py", ["--base", "no/model/here"])

@@ -53,7 +53,7 @@ def run(config: Config, workdir: Path, options: DistributedOptions) -> int:
 
 
 def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> None:
-    """Train what is not trained yet and export WORKDIR/model; the same call resumes a stopped run.
+    """Train what is not trained yet and export WORKDIR/model, or adapter; the same call resumes.
 
     encode: turns images into encoded shards (training.batches.Encode); only diffusion tasks on such
     sources need it. Raises UserError for a user's mistake, TrainingDiverged after too many bad
@@ -106,9 +106,9 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
 
     config, mesh, position, stage = run.config, run.mesh, run.position, run.config.stages[index]
     loader = open_loader(config, index, run.frozen, run.encode, mesh)
-    parts = build_stage(config, stage, run.frozen, mesh)  # task, optimizer, shapes of the state
+    # task, optimizer, shapes of the state, and the model below an adapter
+    parts = build_stage(config, stage, run.frozen, mesh).load_base(mesh)
     run.describe(index, loader, parts)
-
     if index == position.stage and position.total:
         state = run.checkpoints.restore(position.total, parts.abstract)
         start, window = position.step, MetricWindow(**position.window)
@@ -118,8 +118,8 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
         start, window = 0, MetricWindow()
 
     step = compiled_step(config, stage, parts, mesh)  # loss, gradient, update and EMA
-    evaluators = open_evaluators(config, index, parts.task, run.frozen, run.encode, mesh)
-    hooks = StageHooks(run, index, parts.task, loader, evaluators)  # metrics, checkpoints, previews
+    evaluators = open_evaluators(config, index, parts, run.frozen, run.encode, mesh)
+    hooks = StageHooks(run, index, parts, loader, evaluators)  # metrics, checkpoints, previews
     state = loop.train(run, index, state, step, loader, hooks, start, window)
     if start == stage.steps and not hooks.grid(start).exists():  # killed before its preview
         hooks.preview(start, state)

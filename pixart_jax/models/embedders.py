@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.models.configs import BackboneConfig
-from pixart_jax.models.layers import Dense, param, xavier, zeros
+from pixart_jax.models.layers import Dense, adapted, param, xavier, zeros
 from pixart_jax.parallel.axes import ACT_EMBED, BATCH, CONV_IN, EMBED, MLP, NORM, VOCAB
 
 SINUSOID_CHANNELS = 256
@@ -91,10 +91,9 @@ class PatchEmbedder(nn.Module):
         patches = latents.reshape(-1, rows, p, columns, p, c.in_channels).transpose(
             0, 1, 3, 2, 4, 5
         )
-        tokens = jnp.dot(
-            patches.reshape(-1, rows, columns, fan_in).astype(self.dtype),
-            kernel.reshape(fan_in, d).astype(self.dtype),
-        )
+        patches = patches.reshape(-1, rows, columns, fan_in).astype(self.dtype)
+        kernel = kernel.reshape(fan_in, d).astype(self.dtype)
+        tokens = adapted(self, patches, kernel, jnp.dot(patches, kernel))
         # Two one-dimensional tables, broadcast: the full one would be megabytes of constants in the
         # program.
         x = jnp.asarray(sincos_1d(columns, d // 2, c.base, c.position_scale))[None, None, :, :]

@@ -39,11 +39,16 @@ def forward_flops(
 
 
 def train_flops(
-    config: TransformerConfig | DiTConfig, height: int, width: int, text_tokens: int = 0
+    config: TransformerConfig | DiTConfig,
+    height: int,
+    width: int,
+    text_tokens: int = 0,
+    *,
+    frozen: bool = False,
 ) -> float:
-    """One image of a train step: the backward pass costs two forward passes. Recomputation is not
-    counted."""
-    return 3.0 * forward_flops(config, height, width, text_tokens)
+    """One image of a train step: the backward pass costs two forward passes, one where the weights
+    are frozen and an adapter is trained. Recomputation is not counted."""
+    return (2.0 if frozen else 3.0) * forward_flops(config, height, width, text_tokens)
 
 
 def _self_attention(config: BackboneConfig, rows: int, columns: int) -> int:

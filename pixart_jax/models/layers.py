@@ -29,6 +29,8 @@ from pixart_jax.parallel.axes import (
 )
 
 zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+LORA = "lora"  # the variable collection of a low-rank adapter (models/lora.py)
+DROPOUT = "dropout"  # the random numbers of its dropout
 
 
 def param(
@@ -47,8 +49,8 @@ def scan_blocks(step: Callable, depth: int, in_axes=nn.broadcast) -> Callable:
     carry, *inputs) → (carry, output). in_axes: 0 for inputs with that axis, else nn.broadcast."""
     return nn.scan(
         step,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
+        variable_axes={"params": 0, LORA: 0},
+        split_rngs={"params": True, DROPOUT: True},
         in_axes=in_axes,
         length=depth,
         metadata_params={nn.PARTITION_NAME: LAYERS},
@@ -66,9 +68,39 @@ def xavier(fan_in: int, fan_out: int) -> Callable:
     return init
 
 
+def adapted(
+    module: nn.Module, x: jax.Array, kernel: jax.Array, product: jax.Array, precision=None
+) -> jax.Array:
+    """``product`` = x · kernel [.., out], with what the module's adapter adds to it; unchanged
+    where the collection "lora" has none.
+
+    x [.., in] and kernel [in, out] in the dtype of the computation. The collection has a […, r] and
+    b [r, out], fp32 with the scale in b; DoRA's magnitude [out]; and, for dropout of the adapter's
+    input, the share keep, which acts where random numbers are given. The gradient does not pass
+    through DoRA's norm (arXiv 2402.09353, section 4.3).
+    """
+    if not module.has_variable(LORA, "a"):
+        return product
+    a, b = (module.get_variable(LORA, name) for name in ("a", "b"))
+    a = a.reshape(-1, a.shape[-1])
+    dropped = module.has_variable(LORA, "keep") and module.has_rng(DROPOUT)
+    if dropped:
+        keep = module.get_variable(LORA, "keep")
+        kept = jax.random.bernoulli(module.make_rng(DROPOUT), keep, x.shape)
+        x = jnp.where(kept, x / keep.astype(x.dtype), 0)
+    dot = functools.partial(jnp.dot, precision=precision)
+    added = dot(dot(x, a.astype(x.dtype)), b.astype(x.dtype))
+    if not module.has_variable(LORA, "magnitude"):
+        return product + added
+    whole = kernel.astype(jnp.float32) + jax.lax.stop_gradient(a @ b)
+    factor = module.get_variable(LORA, "magnitude") / jnp.linalg.norm(whole, axis=0)
+    base = dot(x, kernel) if dropped else product
+    return product + (factor - 1).astype(x.dtype) * base + factor.astype(x.dtype) * added
+
+
 class Dense(nn.Module):
     """x · kernel + bias on the last axis, with logical axis names; parameters fp32, computation in
-    dtype."""
+    dtype. The kernel may be int8 values with scales (quantization.py)."""
 
     features: int
     axes: tuple[str | None, str | None]  # (in, out)
@@ -83,8 +115,13 @@ class Dense(nn.Module):
         out = NORM if self.axes[1] == EMBED else self.axes[1]
         kernel = param(self, "kernel", init, (x.shape[-1], self.features), self.axes)
         bias = param(self, "bias", zeros, (self.features,), (out,))
+        if hasattr(kernel, "qvalue"):
+            from pixart_jax.models import quantization  # imports Qwix, 0.4 s
+
+            kernel = quantization.dequantize(kernel, self.axes, self.dtype)
         x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
-        return jnp.dot(x, kernel, precision=self.precision) + bias
+        product = jnp.dot(x, kernel, precision=self.precision)
+        return adapted(self, x, kernel, product, self.precision) + bias
 
 
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

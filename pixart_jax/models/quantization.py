@@ -33,7 +33,7 @@ def quantize(kernel: jax.Array) -> qwix.QArray:
     return qwix.quantize(kernel.astype(jnp.float32), VALUES, channelwise_axes=channels)
 
 
-def dequantize(kernel: qwix.QArray, axes: tuple[str, str], dtype) -> jax.Array:
+def dequantize(kernel: qwix.QArray, axes: tuple[str | None, str | None], dtype) -> jax.Array:
     """[in, out] in dtype; the product with the fp32 scale is rounded once.
 
     axes: the kernel's logical names. On a mesh the int8 values, not the floats, are gathered along

@@ -94,8 +94,10 @@ def model_flops(target: PlanTarget) -> tuple[float | None, float]:
         text = target.config.model.text_tokens
         return work.steps * work.passes * forward_flops(model, *target.size, text), 1.0
     text = data.max_text_tokens if target.stage_config.task == "text_to_image" else 0
-    one = train_flops(model, *target.bucket, text)
-    return one, statistics.fmean(train_flops(model, *b, text) for b in data.buckets) / one
+    frozen = target.stage_config.lora is not None
+    one = train_flops(model, *target.bucket, text, frozen=frozen)
+    each = (train_flops(model, *b, text, frozen=frozen) for b in data.buckets)
+    return one, statistics.fmean(each) / one
 
 
 def largest(stage: StageConfig) -> tuple[int, int]:

@@ -65,6 +65,8 @@ def train_step(target: PlanTarget, mesh: jax.sharding.Mesh) -> Program:
     }
     # the step's counters and guard count with the optimizer
     counted["optimizer"] = bytes_per_device(state) - sum(counted.values())
+    if parts.base is not None:
+        counted["frozen base"] = bytes_per_device(parts.base)
     counted["batch"] = bytes_per_device(batch)
     chosen = [f"auto: {parts.remat}"] if parts.remat else []
     remat = parts.remat.name if parts.remat else config.remat

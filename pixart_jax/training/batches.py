@@ -30,10 +30,12 @@ from pixart_jax.data.loader import Loader
 from pixart_jax.data.mixed import MixedSamples
 from pixart_jax.data.samples import ImageSamples, Samples, TokenSamples
 from pixart_jax.data.sources import open_source, parse_mixture, parse_source
+from pixart_jax.data.sources.sample import Source
 from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.pipeline.encoder_identity import expected_identity
+from pixart_jax.training import dreambooth
 from pixart_jax.training.frozen import Frozen
 
 Encode = Callable[..., Path]
@@ -56,7 +58,7 @@ def open_loader(
     """
     stage = config.stages[index]
     return Loader(
-        _samples(stage, frozen, encode),
+        _samples(config, stage, frozen, encode),
         batch_size=stage.batch_size,
         seed=stage_seed(config, index),
         rows=None if mesh is None else rows_of(batch_sharding(mesh), stage.batch_size),
@@ -72,13 +74,13 @@ def stage_seed(config: Config, index: int) -> int:
 _DIFFUSION = ("class_conditional", "text_to_image")
 
 
-def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Samples:
+def _samples(config: Config, stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Samples:
     """What a stage reads. Skipped records are counted in a printed line; the first are named."""
     bad = BadRecords(stage.data.strict)
     shares, texts = zip(*parse_mixture(stage.data.source))
     alone = len(texts) == 1
     samples = [
-        _part(text, 1.0 if alone else share, stage, frozen, encode, bad)
+        _part(text, 1.0 if alone else share, config, stage, frozen, encode, bad)
         for share, text in zip(shares, texts)
     ]
     if jax.process_index() == 0:
@@ -92,6 +94,7 @@ def _samples(stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Sampl
 def _part(
     text: str,
     share: float,
+    config: Config,
     stage: StageConfig,
     frozen: Frozen,
     encode: Encode | None,
@@ -100,7 +103,14 @@ def _part(
     """One source of a stage; share: its part of a mixture, 1 alone."""
     data, (kind, rest) = stage.data, parse_source(text)
     captions = data.captions if stage.task == "text_to_image" else ()
+    if stage.dreambooth is not None:
+        captions = ((dreambooth.KIND, 1.0),)
     if stage.task in _DIFFUSION and kind in ("records", "pixart-features"):
+        if stage.dreambooth is not None:
+            raise UserError(
+                f"stage {stage.name}: {text} is encoded under its own captions: dreambooth needs "
+                "pictures, as folder:DIR"
+            )
         for field in ("where", "limit"):
             if getattr(data, field) is not None:
                 raise UserError(
@@ -133,8 +143,18 @@ def _part(
             "max_text_tokens": data.max_text_tokens,
             "frozen": frozen,
         }
-        folder = encode(source, **options, **({"strict": True} if data.strict else {}))
-        return EncodedSamples(folder, captions, data.max_text_tokens, faults=bad)
+        if data.strict:
+            options["strict"] = True
+
+        def encoded(source: Source) -> Samples:
+            folder = encode(source, **options)
+            return EncodedSamples(folder, captions, data.max_text_tokens, faults=bad)
+
+        if stage.dreambooth is None:
+            return encoded(source)
+        if jax.process_index() == 0:
+            print(dreambooth.describe_identifier(stage, frozen.tokenizer))
+        return dreambooth.open_samples(config, stage, source, frozen.workdir, encoded)
     if stage.task == "autoencoder":
         if kind == "records":
             raise UserError(

@@ -12,8 +12,10 @@ from pixart_jax.data.sources import parse_mixture, parse_source
 from pixart_jax.errors import UserError
 from pixart_jax.models.remat import check_platform
 from pixart_jax.parallel.mesh import batch_shards, check_divides
+from pixart_jax.training.dreambooth import check_identifier
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.initialization import start_folder
+from pixart_jax.training.tasks.lora import adapted_layers
 
 
 def check_run(config: Config, mesh: Mesh) -> None:
@@ -45,6 +47,9 @@ def _check_model(config: Config, stage: StageConfig, mesh: Mesh) -> None:
     name = f"stage {stage.name}"
     if stage.task in ("class_conditional", "text_to_image"):
         model, side = config.model, 8 * config.model.patch_size
+        check_identifier(stage)
+        if stage.lora is not None:
+            adapted_layers(model, stage.lora, stage.name)
         tokens = {f"bucket {h}×{w}": (h // side) * (w // side) for h, w in stage.data.buckets}
         check_divides(mesh, name, heads=model.heads, mlp_width=model.mlp_width, tokens=tokens)
     elif stage.task == "text_to_text" and config.text_model is not None:

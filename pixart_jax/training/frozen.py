@@ -50,7 +50,7 @@ class Frozen:
     """The frozen parts of a config. workdir: where a tokenizer that the run makes is stored."""
 
     def __init__(self, config: Config, workdir: Path):
-        self._config, self._workdir = config, workdir
+        self._config, self.workdir = config, workdir
         self._states: dict[str, np.ndarray] = {}
 
     def folder(self, part: str) -> Path:
@@ -111,7 +111,7 @@ class Frozen:
         words, made once and stored in the workdir."""
         if self._config.text_encoder is not None:
             return load_tokenizer(self.folder("tokenizer"))
-        folder = self._workdir / "tokenizer"
+        folder = self.workdir / "tokenizer"
         if not (folder / "tokenizer_config.json").is_file():
             run_on_first_process(
                 "tokenizer", lambda: save_tokenizer(word_tokenizer(self._words()), folder)

@@ -17,7 +17,7 @@ from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState, fresh_params, state_from
-from pixart_jax.training.tasks import Task
+from pixart_jax.training.tasks import Task, given
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.table import flatten, unflatten
@@ -47,8 +47,12 @@ def initial_state(
     def fresh():
         return fresh_params(parts.task.init, key, parts.abstract)
 
-    params = initial_params(config, index, parts.task, previous, fresh, key, report)
-    return state_from(parts.task.on_stage_start(params), parts.optimizer, parts.abstract)
+    if parts.base is not None:  # an adapter: what the stage starts from is its base
+        params = fresh()
+    else:
+        params = initial_params(config, index, parts.task, previous, fresh, key, report)
+    params = parts.task.on_stage_start(params, *given(parts.base))
+    return state_from(params, parts.optimizer, parts.abstract)
 
 
 def initial_params(

@@ -11,7 +11,7 @@ dtype. Bytes a device besides the state:
                 128/72 of a.
     gradients   fp32, of each parameter as it is sharded.
     cast        the parameters in the compute dtype: XLA casts them once, before the loop over the
-                blocks.
+                blocks. A frozen base is stored in it.
     block       of one block while its backward pass runs: 12·a of the MLP (inner values, GELU,
                 their gradient), 8·a of self-attention (queries, keys, values, output and their
                 gradients, in lanes of 128 with splash), 4·a of cross-attention, 8·a of streams,
@@ -74,13 +74,14 @@ class Choice:
         )
 
 
-def choose_remat(config: Config, stage: StageConfig, state, mesh: Mesh) -> Choice:
-    """The policy for a stage on a mesh. state: its abstract TrainState there."""
+def choose_remat(config: Config, stage: StageConfig, state, mesh: Mesh, base=None) -> Choice:
+    """The policy for a stage on a mesh. state: its abstract TrainState there. base: the parameters
+    below an adapter."""
     device, axes = mesh.devices.flat[0], dict(mesh.shape)
     usable = usable_bytes(device)
     if usable is None or stage.task not in COUNTED:
         return Choice("full")
-    held, parameters = bytes_per_device(state), bytes_per_device(state.params)
+    held, parameters = bytes_per_device((state, base)), bytes_per_device(state.params)
     bucket = max(stage.data.buckets, key=lambda bucket: bucket[0] * bucket[1])
     for name in BY_SPEED:
         counted = activation_bytes(config, stage, name, axes, bucket, device.platform, parameters)

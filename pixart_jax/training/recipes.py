@@ -89,7 +89,9 @@ def parse_config(recipe: Path, overrides: Sequence[str]) -> Config:
     mesh, overrides = pop_flag(
         "--mesh", overrides, "--mesh needs the sizes of its axes, as --mesh fsdp=8,tensor=2"
     )
-    config = load(recipe)
+    base, overrides = pop_flag("--base", overrides, "--base needs a model's folder or hub id")
+    config = load(recipe) if base is None else with_base(load(recipe), base)
+    config, overrides = with_stage_flags(config, overrides)
     if mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig.parse(mesh))
     return cli.parse(
@@ -99,6 +101,76 @@ def parse_config(recipe: Path, overrides: Sequence[str]) -> Config:
         default=config,
         description=f"Options of {recipe.name}.\n\n{usage()}",
     )
+
+
+def with_base(config: Config, base: str) -> Config:
+    """The config with the model in a folder or of a hub id as its start: the sizes, pixels and
+    prediction are that model's, and so are its VAE and text encoder."""
+    from pixart_jax.pipeline.scheduler import SchedulerConfig
+    from pixart_jax.weights.files import read_json
+    from pixart_jax.weights.hub import model_folder
+    from pixart_jax.weights.transformer import config_from_json
+
+    folder = model_folder(base)
+    transformer, scheduler = (
+        folder / part for part in ("transformer/config.json", "scheduler/scheduler_config.json")
+    )
+    if not (transformer.is_file() and scheduler.is_file()):
+        raise UserError(
+            f"--base {base}: no model: a folder with transformer/ and scheduler/ in it is needed"
+        )
+    model = config_from_json(read_json(transformer))
+    process = SchedulerConfig.from_json(read_json(scheduler), scheduler)
+    side = 8 * model.sample_size
+    first = config.stages[0]
+    stage = dataclasses.replace(
+        first,
+        start=base,
+        data=dataclasses.replace(
+            first.data, buckets=((side, side),), max_text_tokens=model.text_tokens
+        ),
+        objective=dataclasses.replace(
+            first.objective,
+            prediction=process.prediction,
+            timesteps=process.timesteps,
+            beta_start=process.beta_start,
+            beta_end=process.beta_end,
+            learned_range=model.out_channels == 2 * model.in_channels,
+        ),
+    )
+    stages = (stage, *config.stages[1:])
+    return dataclasses.replace(config, stages=stages, model=model, vae=base, text_encoder=base)
+
+
+def with_stage_flags(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """The config and overrides with --lora.FIELD VALUE and --dreambooth.FIELD VALUE rewritten as
+    --stages.N.lora.FIELD VALUE of every text-to-image stage; it gets a LoraConfig where it has
+    none."""
+    from pixart_jax.config import LoraConfig
+
+    short = ("--lora.", "--dreambooth.")
+    flags = [token for token in overrides if token.startswith(short)]
+    if not flags:
+        return config, list(overrides)
+    adapts = any(flag.startswith("--lora.") for flag in flags)
+    stages, numbers = list(config.stages), list[int]()
+    for number, stage in enumerate(stages):
+        if stage.task == "text_to_image":
+            lora = (stage.lora or LoraConfig()) if adapts else stage.lora
+            stages[number] = dataclasses.replace(stage, lora=lora)
+            numbers.append(number)
+    if not numbers:
+        raise UserError(f"{flags[0]}: {config.name} has no text_to_image stage")
+    rest, group = list[str](), list[str]()
+    for token in [*overrides, "--"]:  # group: a flag and its values
+        if token.startswith("--"):
+            chosen = bool(group) and group[0].startswith(short)
+            for number in numbers if chosen else ():
+                rest += [f"--stages.{number}.{group[0][2:]}", *group[1:]]
+            rest += [] if chosen else group
+            group = []
+        group.append(token)
+    return dataclasses.replace(config, stages=tuple(stages)), rest
 
 
 def load(recipe: Path) -> Config:

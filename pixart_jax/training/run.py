@@ -35,7 +35,7 @@ from pixart_jax.training.ledger import EnergyMeter, ledger
 from pixart_jax.training.metrics import Metrics, MetricWindow, RestartLog, StepTimer
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState
-from pixart_jax.training.tasks import Task
+from pixart_jax.training.tasks import given
 from pixart_jax.training.workdir import Workdir
 
 
@@ -104,10 +104,11 @@ class Run:
             account = ledger(self.cost, self.mesh.size, self.device_kind, hardware, source)
             write_json(folder / "ledger.json", account, indent=1)
             metrics.write_loss_curve(folder / "loss.png", metrics.read(folder / "metrics.jsonl"))
-        trained.task.export(trained.params, self.folder.model, trained.loader.global_batch)
+        made = self.folder.adapter if self.config.stages[-1].lora else self.folder.model
+        trained.task.export(trained.params, made, trained.loader.global_batch)
         if first:
             print(metrics.summary(folder))
-            print(f"done: {self.folder.model}")
+            print(f"done: {made}")
 
 
 class StageHooks:
@@ -117,11 +118,12 @@ class StageHooks:
         self,
         run: Run,
         index: int,
-        task: Task,
+        parts: StageParts,
         loader: Loader,
         evaluators: Mapping[str, Evaluator] | None = None,
     ):
-        self.run, self.index, self.task, self.loader = run, index, task, loader
+        self.run, self.index, self.loader = run, index, loader
+        self.task, self.base = parts.task, parts.base
         self.evaluators = evaluators or {}
         self.stage = run.config.stages[index]
         self.done = sum(stage.steps for stage in run.config.stages[:index])
@@ -194,7 +196,8 @@ class StageHooks:
         """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
         batch, name = self.loader.global_batch(0, rows=8), self.stage.name
         try:
-            images, captions = self.task.preview(state.average, batch, self.run.config.preview)
+            settings, base = self.run.config.preview, given(self.base)
+            images, captions = self.task.preview(state.average, batch, settings, *base)
         except NotFinite as error:
             warnings.warn(f"no preview of step {step}: {error}", Notice, stacklevel=1)
             return
@@ -211,7 +214,9 @@ class StageHooks:
             return 0.0
         height, width = (side * PIXELS for side in batch["mean"].shape[1:3])
         tokens = batch["text_states"].shape[1] if "text_states" in batch else 0
-        return self.stage.batch_size * train_flops(model, height, width, tokens)
+        frozen, pairs = self.stage.lora is not None, "class_mean" in batch
+        images = self.stage.batch_size * (2 if pairs else 1)
+        return images * train_flops(model, height, width, tokens, frozen=frozen)
 
 
 def record_keys(loader: Loader, step: int, rows: int = 64) -> list[str]:

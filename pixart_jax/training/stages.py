@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.models.remat import AUTO
 from pixart_jax.parallel import rules
+from pixart_jax.training.dreambooth import CLASS
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.memory import Choice, choose_remat
 from pixart_jax.training.optimizer import make_optimizer
 from pixart_jax.training.state import TrainState, abstract_state
-from pixart_jax.training.tasks import Task, make_task
+from pixart_jax.training.tasks import Task, TextToImageLora, make_task
 
 LATENT = 8  # pixels a side of a latent pixel
 
@@ -34,6 +35,14 @@ class StageParts:
     optimizer: optax.GradientTransformationExtraArgs
     abstract: TrainState
     remat: Choice | None = None  # the policy chosen, where the config says "auto"
+    # parameters below an adapter: shapes with shardings, or arrays; None: all are trained
+    base: Any = None
+
+    def load_base(self, mesh: Mesh) -> StageParts:
+        """With the arrays of the base, read from the folder that the stage names."""
+        if not isinstance(self.task, TextToImageLora):
+            return self
+        return dataclasses.replace(self, base=self.task.load_base(mesh))
 
 
 def build_stage(config: Config, stage: StageConfig, frozen: Frozen, mesh: Mesh) -> StageParts:
@@ -46,15 +55,20 @@ def build_stage(config: Config, stage: StageConfig, frozen: Frozen, mesh: Mesh) 
     # the state does not depend on the policy
     task = make_task(dataclasses.replace(config, remat="none") if auto else config, stage, frozen)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
-    rules.check_sharded(boxed, mesh)
+    base = None
+    if isinstance(task, TextToImageLora):
+        rules.check_sharded(task.base_boxed, mesh)
+        base = task.base_shapes(mesh)
+    else:
+        rules.check_sharded(boxed, mesh)
     names = rules.logical_names(boxed)
     optimizer = make_optimizer(stage.optimizer, stage.steps, stage.batch_size, names)
     state = abstract_state(boxed, optimizer, mesh)
     if not auto:
-        return StageParts(task, optimizer, state)
-    remat = choose_remat(config, stage, state, mesh)
+        return StageParts(task, optimizer, state, base=base)
+    remat = choose_remat(config, stage, state, mesh, base)
     task = make_task(dataclasses.replace(config, remat=remat.name), stage, frozen)
-    return StageParts(task, optimizer, state, remat)
+    return StageParts(task, optimizer, state, remat, base)
 
 
 def abstract_batch(
@@ -90,6 +104,8 @@ def abstract_batch(
         if stage.task == "text_to_image":
             states = (b, text, config.model.caption_width)
             shapes |= {"text_states": (states, jnp.bfloat16), "text_lengths": ((b,), i32)}
+        if stage.dreambooth is not None and stage.dreambooth.class_prompt is not None:
+            shapes |= {f"{CLASS}{name}": value for name, value in shapes.items()}
     sharding = rules.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

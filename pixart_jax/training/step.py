@@ -16,7 +16,7 @@ from pixart_jax.parallel import rules
 from pixart_jax.training.optimizer import schedule
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState, shardings_of
-from pixart_jax.training.tasks import Task
+from pixart_jax.training.tasks import Task, given
 
 Batch = dict[str, jax.Array]  # each [b, …]
 
@@ -25,6 +25,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     key: jax.Array,
+    base: Any = None,
     *,
     task: Task,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -33,7 +34,8 @@ def train_step(
     mesh: Mesh | None = None,
     spike_factor: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one step: (state, batch, key) → (state, metrics).
+    """Take one step: (state, batch, key, base) → (state, metrics). base: parameters that the task
+    reads and does not train, as those below an adapter; None: all are trained.
 
     A step whose loss or gradient is not finite, or a spike (bad_steps.py), changes the counters
     alone. ``accumulate``: micro-batches; their mean gradient is the whole batch's. Metrics are fp32
@@ -44,7 +46,7 @@ def train_step(
     keys = jax.random.split(key, len(jax.tree.leaves(batch)[0]))
 
     def loss_fn(params, batch, keys):
-        losses = task.losses(params, batch, keys)  # {"loss": [b], …}
+        losses = task.losses(params, batch, keys, *given(base))  # {"loss": [b], …}
         means = jax.tree.map(lambda x: jnp.mean(x, dtype=jnp.float32), losses)
         return means["loss"], means
 
@@ -122,20 +124,21 @@ def update_where(ok: jax.Array, update: Callable, params, opt_state, *, on_cpu: 
 
 
 class CompiledStep:
-    """``train_step`` jitted, compiled at its first call with a batch shape; the state is donated.
+    """``train_step`` jitted, compiled at its first call with a batch shape; the state is donated,
+    the base never.
 
     Mesh and activation rules are set inside the call alone, so that they place nothing else.
     """
 
-    def __init__(self, mesh: Mesh, abstract: TrainState, **options: Any):
-        def step(state, batch, key):
-            return train_step(state, batch, key, mesh=mesh, **options)
+    def __init__(self, mesh: Mesh, abstract: TrainState, base: Any = None, **options: Any):
+        def step(state, batch, key, base):
+            return train_step(state, batch, key, base, mesh=mesh, **options)
 
         replicated, state = rules.replicated(mesh), shardings_of(abstract)
-        self._mesh = mesh
+        self._mesh, self._base = mesh, base
         self.jitted = jax.jit(
             step,
-            in_shardings=(state, rules.batch_sharding(mesh), replicated),
+            in_shardings=(state, rules.batch_sharding(mesh), replicated, shardings_of(base)),
             out_shardings=(state, replicated),
             donate_argnums=0,
         )
@@ -144,13 +147,13 @@ class CompiledStep:
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         with rules.on_mesh(self._mesh, rules.ACTIVATION_RULES):
-            return self.jitted(state, batch, key)
+            return self.jitted(state, batch, key, self._base)
 
     def trace(self, state: TrainState, batch: Batch, key) -> jax.stages.Traced:
         """The step traced for arrays of these shapes, as a call would trace it;
         ``.lower().compile()`` makes the executable."""
         with rules.on_mesh(self._mesh, rules.ACTIVATION_RULES):
-            return self.jitted.trace(state, batch, key)
+            return self.jitted.trace(state, batch, key, self._base)
 
     @property
     def executables(self) -> int:
@@ -165,6 +168,7 @@ def compiled_step(
     return CompiledStep(
         mesh,
         parts.abstract,
+        parts.base,
         task=parts.task,
         optimizer=parts.optimizer,
         rate=schedule(stage.optimizer, stage.steps, stage.batch_size),

@@ -45,7 +45,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike, config: Config):
         self.path, self.config = Path(path).absolute(), config
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
-        self.model = self.path / "model"
+        self.model, self.adapter = self.path / "model", self.path / "adapter"
         self.programs, self.profile = self.path / "compilation_cache", self.path / "profile"
         self._open = contextlib.ExitStack()
 

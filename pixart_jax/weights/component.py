@@ -150,7 +150,8 @@ class Component(abc.ABC):
         """
 
         def cast(path, leaf):
-            stored = cls._stored_dtype("/".join(key.key for key in path), dtype)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            stored = cls._stored_dtype(name, dtype)
             return leaf.astype(stored) if leaf.dtype == jnp.float32 else leaf
 
         return jax.tree_util.tree_map_with_path(cast, params)

@@ -71,7 +71,7 @@ def test_the_loss_is_the_tasks_on_the_records_with_the_same_noise_each_time(worl
     options, mesh = config(world), make_mesh(config(world).mesh)
     stage, frozen = options.stages[0], Frozen(options, tmp_path)
     parts = build_stage(options, stage, frozen, mesh)
-    evaluator = evaluation.open_evaluators(options, 0, parts.task, frozen, None, mesh)["loss"]
+    evaluator = evaluation.open_evaluators(options, 0, parts, frozen, None, mesh)["loss"]
     params = parts.task.on_stage_start(
         jax.tree.map(
             lambda x: x.value,

@@ -6,9 +6,14 @@ jax.eval_shape; ``on_stage_start(params)`` → the plain parameters a stage begi
 ``preview(params, batch, settings)`` → images (uint8 [h, w, 3]) and their captions;
 ``export(params, folder, batches)``, which writes the model as a part of a diffusers folder, with
 batches: step → batch for what has to be measured.
+
+A task that trains an adapter has ``base_shapes(mesh)`` and ``load_base(mesh)``, parameters that it
+reads and does not train; its on_stage_start, losses and preview take them as their last argument.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -16,10 +21,11 @@ from pixart_jax.config import Config, StageConfig
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.autoencoder import Autoencoder
 from pixart_jax.training.tasks.class_conditional import ClassConditional
+from pixart_jax.training.tasks.lora import TextToImageLora
 from pixart_jax.training.tasks.text_to_image import TextToImage
 from pixart_jax.training.tasks.text_to_text import TextToText
 
-Task = ClassConditional | TextToImage | Autoencoder | TextToText
+Task = ClassConditional | TextToImage | TextToImageLora | Autoencoder | TextToText
 
 TASKS: dict[str, type[Task]] = {
     "class_conditional": ClassConditional,
@@ -31,4 +37,10 @@ TASKS: dict[str, type[Task]] = {
 
 def make_task(config: Config, stage: StageConfig, frozen: Frozen) -> Task:
     """The task of a stage, its model built. Raises UserError where config and task do not fit."""
-    return TASKS[stage.task].from_config(config, stage, jnp.dtype(config.compute_dtype), frozen)
+    kind = TextToImageLora if stage.lora else TASKS[stage.task]
+    return kind.from_config(config, stage, jnp.dtype(config.compute_dtype), frozen)
+
+
+def given(base: Any) -> tuple:
+    """The last argument of an adapter's task; none where all parameters are trained."""
+    return () if base is None else (base,)

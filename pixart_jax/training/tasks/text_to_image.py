@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.config import Config, PreviewConfig, StageConfig
+from pixart_jax.config import Config, DreamBoothConfig, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.gather import gather_to_host
@@ -18,6 +18,7 @@ from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.folder import write_model
 from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.training.dreambooth import CLASS, prompts
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
 from pixart_jax.weights.component import Transformer
@@ -27,7 +28,8 @@ _PREVIEWS = 8  # images of a sheet where the config names no prompts
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
-    """Batches as data.encoded makes them: mean, std, text_states, text_lengths, size, aspect_ratio.
+    """Batches as data.encoded makes them: mean, std, text_states, text_lengths, size, aspect_ratio;
+    with DreamBooth's prior preservation those of class images beside them (training/dreambooth.py).
 
     null_length: 0 where a dropped caption keeps its own length under the null caption (official);
     else the length of the states of "", which are then the null caption. sampling: the defaults of
@@ -39,6 +41,7 @@ class TextToImage:
     frozen: Frozen
     null_length: int
     sampling: SamplingConfig = SamplingConfig()
+    subject: DreamBoothConfig | None = None
 
     @classmethod
     def from_config(
@@ -61,7 +64,7 @@ class TextToImage:
         null_length = len(frozen.text_states([""], tokens)[0]) if empty else 0
         denoising = DiffusionObjective(stage.objective, frozen.scaling_factor)
         sampling = SamplingConfig(guidance=config.preview.guidance)
-        return cls(module, denoising, frozen, null_length, sampling)
+        return cls(module, denoising, frozen, null_length, sampling, stage.dreambooth)
 
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""
@@ -77,13 +80,33 @@ class TextToImage:
         says so."""
         if not self.null_length:
             return params
-        null = np.zeros(params["null_caption"].shape, np.float32)
-        (states,) = self.frozen.text_states([""], self.module.config.text_tokens)
+        tokens = self.module.config.text_tokens
+        (states,) = self.frozen.text_states([""], tokens)
+        null = np.zeros((tokens, states.shape[-1]), np.float32)
         null[: len(states)] = states
         return {**params, "null_caption": jnp.asarray(null)}
 
     def losses(self, params, batch, keys) -> dict[str, jax.Array]:
-        """loss = mse + vb, one value a sample."""
+        """loss = mse + vb, one value a sample; of pairs that of the subject's picture, and the loss
+        of the class image, "prior", added with its weight."""
+        return self.losses_of({"params": params}, batch, keys)
+
+    def losses_of(self, variables, batch, keys, rngs=None) -> dict[str, jax.Array]:
+        """:meth:`losses` of the module's variable collections, with random numbers for it."""
+        others = {name.removeprefix(CLASS): x for name, x in batch.items() if CLASS in name}
+        if not others or self.subject is None:
+            return self._losses(variables, batch, keys, rngs)
+        # neighbours in one batch; prepare() splits a key in four
+        own = {name: batch[name] for name in others}
+        second = jax.vmap(lambda key: jax.random.fold_in(key, 5))(keys)
+        both, keys = jax.tree.map(_interleaved, (own, keys), (others, second))
+        terms = self._losses(variables, both, keys, rngs)
+        own, others = ({name: x[i::2] for name, x in terms.items()} for i in (0, 1))
+        loss = own["loss"] + self.subject.prior_weight * others["loss"]
+        return {**own, "loss": loss, "prior": others["loss"]}
+
+    def _losses(self, variables, batch, keys, rngs) -> dict[str, jax.Array]:
+        params = variables["params"]
         noised = self.denoising.prepare(batch, keys)
         states, lengths = batch["text_states"].astype(jnp.float32), batch["text_lengths"]
         null = jax.lax.stop_gradient(params["null_caption"])[: states.shape[1]]
@@ -92,13 +115,14 @@ class TextToImage:
             lengths = jnp.where(noised.dropped, self.null_length, lengths)
         params = Transformer.cast_for_compute(params, self.module.dtype)
         output = self.module.apply(
-            {"params": params},
+            {**variables, "params": params},
             noised.x_t,
             noised.t.astype(jnp.float32),
             states,
             lengths,
             batch["size"],
             batch["aspect_ratio"],
+            rngs=rngs,
         )
         return self.denoising.losses(output, noised)
 
@@ -106,8 +130,8 @@ class TextToImage:
         """An image a prompt of the settings, at the batch's size; without prompts, of the batch's
         own captions."""
         tokens = self.module.config.text_tokens
-        if settings.prompts:
-            captions = list(settings.prompts)
+        if settings.prompts or self.subject is not None:
+            captions = [*prompts(self.subject), *settings.prompts]
             texts = self.frozen.text_states(captions, tokens)
         else:
             captions = [str(key) for key in batch["key"][:_PREVIEWS]]
@@ -150,6 +174,11 @@ class TextToImage:
             scheduler=self.denoising.scheduler,
             sampling=self.sampling,
         )
+
+
+def _interleaved(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Two arrays [n, …] → [2n, …], their rows in turn."""
+    return jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
 
 
 def _padded(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,179 @@
+"""DreamBooth (arXiv 2208.12242): a model learns a subject from a few pictures under one prompt.
+
+With prior preservation each picture is trained on beside one of the subject's class, which the
+model drew before it was trained: the rows of a batch are such pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from pixart_jax.config import Config, DreamBoothConfig, StageConfig
+from pixart_jax.data.samples import Samples, second_draw
+from pixart_jax.data.sources import open_source
+from pixart_jax.data.sources.sample import Sample, Source
+from pixart_jax.errors import UserError
+from pixart_jax.images import png_settings, write_png
+from pixart_jax.parallel.liveness import run_on_first_process
+from pixart_jax.pipeline import Pipeline
+from pixart_jax.text import clean_caption
+
+KIND = "prompt"  # of the caption that all pictures have
+CLASS = "class_"  # begins the names of a batch's arrays of class images
+_CHUNK = 4  # class images that are drawn together
+
+
+def check_identifier(stage: StageConfig) -> None:
+    """Raise UserError where cleaning, as sampling will do it, takes the identifier away."""
+    c = stage.dreambooth
+    if c is None:
+        return
+    cleaned = clean_caption(c.prompt)
+    if not re.search(rf"(?<!\w){re.escape(c.identifier.lower())}(?!\w)", cleaned):
+        raise UserError(
+            f"stage {stage.name}: identifier {c.identifier!r} does not survive the cleaning of "
+            f"prompts: {c.prompt!r} becomes {cleaned!r}; letters alone would do, as 'sks'"
+        )
+
+
+def describe_identifier(stage: StageConfig, tokenizer) -> str:
+    """The pieces of the identifier, in words. Raises UserError where the tokenizer does not know
+    it."""
+    assert stage.dreambooth is not None
+    identifier = stage.dreambooth.identifier.lower()
+    (ids,) = tokenizer([identifier], add_special_tokens=False)["input_ids"]
+    if not ids or tokenizer.unk_token_id in ids:
+        raise UserError(
+            f"stage {stage.name}: identifier {identifier!r} is not known to the text encoder's "
+            "tokenizer: take a word that it knows and that names nothing else"
+        )
+    pieces = [tokenizer.backend_tokenizer.id_to_token(token) for token in ids]
+    return f"the tokenizer reads identifier {identifier!r} as {len(ids)}: {' '.join(pieces)}"
+
+
+class Captioned:
+    """A source's pictures, all under one prompt."""
+
+    caption_kinds: tuple[str, ...] = (KIND,)
+    num_classes: int | None = None
+
+    def __init__(self, source: Source, prompt: str):
+        self._source, self._prompt, self.name = source, prompt, source.name
+        seal = f"{source.fingerprint} {prompt}"
+        self.fingerprint = hashlib.sha256(seal.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def sizes(self) -> np.ndarray:
+        return self._source.sizes()
+
+    def __getitem__(self, index: int) -> Sample:
+        return dataclasses.replace(self._source[index], captions={KIND: (self._prompt,)}, label=-1)
+
+
+class PairedSamples:
+    """Each sample of a set with one of a second set, drawn at random; the arrays of the second have
+    names that begin with ``CLASS``."""
+
+    def __init__(self, samples: Samples, others: Samples):
+        self._samples, self._others = samples, others
+        self.identity, self.buckets = samples.identity, samples.buckets
+        self.bucket_of = samples.bucket_of
+        self.fingerprint = f"{samples.fingerprint} {others.fingerprint}"
+        self.length = max(samples.length, others.length)
+        samples.length = others.length = self.length
+        self._members = np.flatnonzero(others.bucket_of >= 0)
+
+    def __len__(self) -> int:
+        return len(self.bucket_of)
+
+    def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
+        rows = self._samples.read(indices, bucket, draws)
+        rest = np.array([second_draw(draw) for draw in draws])
+        chosen = self._members[(rest * len(self._members)).astype(int)]
+        again = np.array([second_draw(draw) for draw in rest])
+        others = self._others.read(chosen, 0, again)
+        return rows | {f"{CLASS}{name}": array for name, array in others.items()}
+
+
+def open_samples(
+    config: Config,
+    stage: StageConfig,
+    source: Source,
+    workdir: Path,
+    encoded: Callable[[Source], Samples],
+) -> Samples:
+    """The pictures under the prompt, with prior preservation beside class images, which are drawn
+    where they are missing. encoded: encodes a source."""
+    c = stage.dreambooth
+    assert c is not None
+    samples = encoded(Captioned(source, c.prompt))
+    if c.class_prompt is None:
+        return samples
+    folder = Path(c.class_folder) if c.class_folder else workdir / "class_images"
+    run_on_first_process(
+        f"class images of {stage.name}", lambda: draw_class_images(config, stage, folder)
+    )
+    drawn = open_source(f"folder:{folder}", "train")
+    return PairedSamples(samples, encoded(Captioned(drawn, c.class_prompt)))
+
+
+def draw_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
+    """Draw those of the folder's 00000.png … that are missing; each depends on seed and number
+    alone.
+
+    Other pictures in the folder count. Raises UserError where one was drawn from another prompt or
+    model.
+    """
+    c = stage.dreambooth
+    assert c is not None and c.class_prompt is not None
+    height, width = stage.data.buckets[0]
+    settings = {"prompt": c.class_prompt, "model": stage.start, "height": height, "width": width}
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{number:05d}.png" for number in range(c.class_images)]
+    own = [path for path in _pictures(folder) if path.name not in names]
+    names = names[: max(0, c.class_images - len(own))]
+    missing = []
+    for number, name in enumerate(names):
+        if not (folder / name).exists():
+            missing.append(number)
+            continue
+        found = png_settings(folder / name) or {}
+        for field, value in settings.items():
+            if found.get(field, value) != value:
+                raise UserError(
+                    f"{folder / name} was drawn with {field} {found[field]!r}, not {value!r}: "
+                    "name another class_folder, or delete this one"
+                )
+    print(f"class images: {c.class_images - len(missing)} are there, {len(missing)} are drawn")
+    if not missing:
+        return
+    pipe = Pipeline.from_pretrained(stage.start, dtype=config.compute_dtype)
+    chunks = sorted({number // _CHUNK for number in missing})
+    for chunk in tqdm(chunks, desc="class images", unit="batch", disable=jax.process_index() > 0):
+        seed = (config.seed * 1_000_003 + chunk) % 2**32
+        images = pipe([c.class_prompt] * _CHUNK, height=height, width=width, seed=seed)
+        for number, image in enumerate(images, _CHUNK * chunk):
+            if number in missing:
+                write_png(folder / f"{number:05d}.png", image, {**settings, "seed": seed})
+
+
+def _pictures(folder: Path) -> list[Path]:
+    kinds = (".png", ".jpg", ".jpeg", ".webp")
+    return [path for path in folder.iterdir() if path.suffix.lower() in kinds]
+
+
+def prompts(config: DreamBoothConfig | None) -> list[str]:
+    """Of a preview: four times the identifier's and, with prior preservation, the class's."""
+    if config is None:
+        return []
+    return [config.prompt] * 4 + [config.class_prompt or ""] * (4 if config.class_prompt else 0)

@@ -1,0 +1,39 @@
+"""The plan of a LoRA stage: the base counts once, in its own dtype, and has no gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from planning import small_run
+
+from pixart_jax.config import LoraConfig, MeshConfig
+from pixart_jax.models.flops import forward_flops
+from pixart_jax.parallel.rules import unboxed
+from pixart_jax.planning import plan, programs, topology
+from pixart_jax.planning.matmul_cost import matmul_cost
+from pixart_jax.planning.target import PlanTarget
+from pixart_jax.weights.component import Transformer
+from pixart_jax.weights.table import flatten
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_frozen_base_counts_once_and_takes_no_gradient(quantization):
+    config = small_run.get_config(4, compute_dtype="bfloat16", mesh=MeshConfig())
+    lora = LoraConfig(rank=4, quantization=quantization)
+    stage = dataclasses.replace(config.stages[0], lora=lora, start="models/none")
+    config = dataclasses.replace(config, stages=(stage,), remat="none")
+    target = PlanTarget(topology.parse("cpu:1"), config, 0, (1, 1, 1, 1), small_run.BUCKET)
+    made = programs.program(target)
+    shapes = flatten(unboxed(Transformer.param_shapes(config.model)))
+    kernels = sum(leaf.size for path, leaf in shapes.items() if path.endswith("kernel"))
+    base, adapter = made.counted["frozen base"], made.counted["parameters"]
+    narrow = 1 if quantization else 2
+    assert narrow * kernels < base < 1.15 * narrow * kernels + 4 * 2e6
+    assert adapter < 0.1 * base and made.counted["EMA"] == adapter
+    assert 2 * adapter <= made.counted["optimizer"] < 2 * adapter + 1000
+    image, _ = plan.model_flops(target)
+    assert image == 2 * forward_flops(config.model, *small_run.BUCKET, 32)
+    traced = matmul_cost(made.traced.jaxpr.jaxpr).flops
+    # forward, backward without the weights' gradients, and the adapter's few products
+    assert 0.9 < traced / (4 * image) < 1.2

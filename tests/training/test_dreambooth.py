@@ -1,0 +1,216 @@
+"""DreamBooth: both terms of its loss, the identifier's check, and class images that go on where
+they were cut off."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_jax.commands import train
+from pixart_jax.config import Config, DreamBoothConfig, LoraConfig, ObjectiveConfig, StageConfig
+from pixart_jax.errors import UserError
+from pixart_jax.files import find
+from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.models.transformer import PixArtTransformer
+from pixart_jax.pipeline import Pipeline
+from pixart_jax.text import load_tokenizer
+from pixart_jax.training import dreambooth, recipes
+from pixart_jax.training.metrics import read
+from pixart_jax.training.tasks.denoising import DiffusionObjective
+from pixart_jax.training.tasks.text_to_image import TextToImage
+
+SHAPES = find("assets/shapes")
+SUBJECT = DreamBoothConfig("a star", "star", class_prompt="a circle", class_images=6)
+
+
+def stage_of(**changes) -> StageConfig:
+    config = {"start": "assets/shapes", "dreambooth": SUBJECT, **changes}
+    return StageConfig("subject", **config)
+
+
+# ---- the loss ----
+
+
+def rows(seed: int, count: int = 3) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "mean": jnp.asarray(rng.normal(size=(count, 4, 4, 4)), jnp.float32),
+        "std": jnp.asarray(rng.uniform(0.1, 1, (count, 4, 4, 4)), jnp.float32),
+        "text_states": jnp.asarray(rng.normal(size=(count, 8, 16)), jnp.bfloat16),
+        "text_lengths": jnp.asarray(rng.integers(2, 9, count), jnp.int32),
+        "size": jnp.full((count, 2), 32.0),
+        "aspect_ratio": jnp.ones((count,)),
+    }
+
+
+def test_both_terms_of_the_loss_are_those_of_the_rows_by_themselves():
+    module = PixArtTransformer(
+        TransformerConfig(depth=1, width=24, heads=2, sample_size=4, caption_width=16)
+    )
+    denoising = DiffusionObjective(ObjectiveConfig(condition_dropout=0.5), 0.5)
+    subject = dataclasses.replace(SUBJECT, prior_weight=0.25)
+    task = TextToImage(module, denoising, None, 0, subject=subject)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
+        jax.tree.map(
+            lambda leaf: leaf.value,
+            task.init(jax.random.key(0)),
+            is_leaf=lambda leaf: hasattr(leaf, "value"),
+        ),
+    )
+    own, others = rows(0), rows(1)
+    keys = jax.random.split(jax.random.key(5), 3)
+    batch = own | {f"class_{name}": value for name, value in others.items()}
+    batch |= {"label": jnp.zeros(3), "class_label": jnp.zeros(3)}
+    losses = jax.jit(task.losses)
+    found = losses(params, batch, keys)
+    plain = dataclasses.replace(task, subject=None)
+    first = plain.losses(params, own, keys)
+    second_keys = jax.vmap(lambda key: jax.random.fold_in(key, 5))(keys)
+    second = plain.losses(params, others, second_keys)
+    np.testing.assert_allclose(found["mse"], first["mse"], rtol=1e-5)
+    np.testing.assert_allclose(found["prior"], second["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found["loss"], first["loss"] + 0.25 * second["loss"], rtol=1e-5)
+    # the mean over the batch: mean‖ε̂ − ε‖² of the subject + weight · that of the class
+    by_hand = np.mean(first["loss"]) + 0.25 * np.mean(second["loss"])
+    assert float(found["loss"].mean()) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+# ---- the identifier ----
+
+
+@pytest.mark.parametrize(
+    ("prompt", "identifier", "left"),
+    [
+        ("a photo of <sks> dog", "<sks>", "'a photo of dog'"),
+        ("a photo of C0rn dog", "C0rn", "'a photo of dog'"),
+        ("a photo of abc123 dog", "abc123", "'a photo of dog'"),
+        ("[V] dog", "[V]", "'v dog'"),
+    ],
+)
+def test_an_identifier_that_cleaning_deletes_is_named(prompt, identifier, left):
+    stage = stage_of(dreambooth=DreamBoothConfig(prompt, identifier))
+    with pytest.raises(UserError) as error:
+        dreambooth.check_identifier(stage)
+    message = str(error.value)
+    assert f"identifier {identifier!r} does not survive" in message and left in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("word", ["sks", "ohwx01", "sks_dog", "SKS"])
+def test_an_identifier_that_survives_is_taken(word):
+    dreambooth.check_identifier(stage_of(dreambooth=DreamBoothConfig(f"a {word} dog", word)))
+
+
+def test_the_identifiers_pieces_are_told_and_an_unknown_one_refused():
+    tokenizer = load_tokenizer(SHAPES / "tokenizer")
+    said = dreambooth.describe_identifier(stage_of(), tokenizer)
+    assert said == "the tokenizer reads identifier 'star' as 1: ▁star"
+    unknown = stage_of(dreambooth=DreamBoothConfig("a 狗", "狗"))
+    with pytest.raises(UserError, match="identifier '狗' is not known to the text encoder's"):
+        dreambooth.describe_identifier(unknown, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DreamBoothConfig("a dog", "sks"), "must be a word of the prompt 'a dog'"),
+        (lambda: DreamBoothConfig("a b", "b", class_prompt="a b"), "must differ from prompt"),
+        (lambda: stage_of(start="fresh"), "class images are drawn by a model"),
+        (lambda: stage_of(task="autoencoder"), "dreambooth trains a text_to_image model"),
+    ],
+)
+def test_a_wrong_config_is_named(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+# ---- class images, and whole runs ----
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Pictures of two steps."""
+    real = Pipeline.__call__
+    monkeypatch.setattr(
+        Pipeline, "__call__", lambda self, *a, **how: real(self, *a, **{**how, "steps": 2})
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.png")
+    }
+
+
+def test_class_images_go_on_where_they_were_cut_off(tmp_path, few_steps, monkeypatch, capsys):
+    config = dreambooth_config(tmp_path)
+    stage = config.stages[0]
+    dreambooth.draw_class_images(config, stage, tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    assert sorted(whole) == [f"{n:05d}.png" for n in range(6)] and len(set(whole.values())) == 6
+
+    write, count = dreambooth.write_png, 0
+
+    def cut_off(*how):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        write(*how)
+
+    monkeypatch.setattr(dreambooth, "write_png", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        dreambooth.draw_class_images(config, stage, tmp_path / "cut")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").iterdir()}
+    capsys.readouterr()
+    dreambooth.draw_class_images(config, stage, tmp_path / "cut")
+    assert "class images: 2 are there, 4 are drawn" in capsys.readouterr().out
+    assert contents(tmp_path / "cut") == whole
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    other = dataclasses.replace(SUBJECT, class_prompt="a cross")
+    other = dataclasses.replace(stage, dreambooth=other)
+    with pytest.raises(UserError, match="was drawn with prompt 'a circle', not 'a cross'"):
+        dreambooth.draw_class_images(config, other, tmp_path / "cut")
+
+
+def dreambooth_config(folder: Path, *flags: str) -> Config:
+    """The recipe on four pictures of noise, six steps."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+        file = folder / "pictures" / f"{number}.png"
+        if not file.exists():
+            Image.fromarray(pixels).save(file)
+    argv = f"--stages.0.data.source folder:{folder / 'pictures'} --stages.0.steps 6 --log-every 1"
+    argv += " --preview.steps 2 --dreambooth.class-images 6"
+    words = ["--dreambooth.prompt", "a star", "--dreambooth.identifier", "star"]
+    words += ["--dreambooth.class-prompt", "a circle"]
+    recipe = Path(__file__).parents[2] / "configs" / "dreambooth.py"
+    return recipes.parse_config(recipe, [*argv.split(), *words, *flags])
+
+
+def test_a_run_with_prior_preservation_trains_an_adapter(tmp_path, few_steps, monkeypatch, capsys):
+    monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
+    config = dreambooth_config(tmp_path, "--lora.rank", "2")
+    assert config.stages[0].lora == LoraConfig(rank=2)
+    train.train(config, tmp_path / "run", train.encode)
+    printed = capsys.readouterr().out
+    assert "identifier 'star' as 1: ▁star" in printed and "0 are there, 6 are drawn" in printed
+    lines = read(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 6
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["mse"] + line["vb"] + line["prior"], rel=1e-5)
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    sheet = Image.open(next((tmp_path / "run" / "samples").iterdir()))
+    assert min(sheet.size) > 64  # four pictures of the identifier, four of the class
+    # the same command finds its class images and trains nothing
+    train.train(config, tmp_path / "run", train.encode)
+    assert "6 are there, 0 are drawn" in capsys.readouterr().out
