@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.models.lora import combine
 from pixart_jax.weights import lora
 
 
@@ -144,7 +145,11 @@ class LoraMethods:
         transformer = self.transformer
         if adapters.identity != self.adapters.identity:
             trees = [adapters.loaded[name].tree for name in adapters.weights]
-            transformer = adapters.base.with_adapters(trees, list(adapters.weights.values()))
+            tree = combine(trees, list(adapters.weights.values()))  # raises before any change
+            transformer = adapters.base
+            # the former merged parameters are freed first: base and one copy are the most held
+            self._put(transformer, dataclasses.replace(adapters, active={}, fused=None))
+            transformer = transformer.with_adapters([tree], [1.0]) if tree else transformer
         self._put(transformer, adapters)
 
     def _put(self, transformer: Any, adapters: Adapters) -> None:
