@@ -12,6 +12,7 @@ import pytest
 
 from pixart_jax import Pipeline, diffusion
 from pixart_jax.pipeline import PromptEncoder, SamplingConfig, sampler
+from pixart_jax.pipeline.pipeline import Run
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square", "circle"]
@@ -87,8 +88,9 @@ def test_a_step_of_the_scan_computes_no_text_and_no_time(pipe):
     states, lengths = pipe.encode_text(PROMPTS[:2])
     noise, _ = pipe.noise(0, range(2), 64, 64)
     sizes, text = pipe._size_conditions(noise, None, None), (states, lengths)
-    arguments = (pipe.transformer.params, noise, None, text, text, *sizes, np.full(2, 4.5, "f"))
-    spec = pipe._spec(SamplingConfig(steps=3).with_defaults(), True)
+    config, params = SamplingConfig(steps=3).with_defaults(), pipe.transformer.params
+    spec, table, _ = pipe._spec(config, True, False, Run(config), None)
+    arguments = (params, table, noise, None, text, text, *sizes, np.full(2, 4.5, "f"))
     made = jax.make_jaxpr(sampler.sample_latents, static_argnums=0)(spec, *arguments)
     (loop,) = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] == 3]
 
