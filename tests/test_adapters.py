@@ -73,7 +73,7 @@ def same_parameters(a: Pipeline, b: Pipeline) -> bool:
 
 def test_adapters_are_loaded_combined_and_unloaded(pipe, folders):
     base, before = pipe.replace(), images(pipe)
-    pipe.load_lora_weights(folders["first"])
+    pipe.load_lora_weights(folders["first"].parent, weight_name=f"first/{lora.PEFT}")
     first = images(pipe)
     assert pipe.adapters.weights == {"default_0": 1.0}
     np.testing.assert_array_equal(first, merged(base, folders["first"]))

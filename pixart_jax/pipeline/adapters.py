@@ -53,16 +53,18 @@ class LoraMethods:
         path: str | os.PathLike | lora.Adapter,
         adapter_name: str | None = None,
         *,
+        weight_name: str | None = None,
         alpha: float | None = None,
         revision: str | None = None,
     ) -> None:
         """Load an adapter and make it the only active one, at weight 1.
 
         path: a file, folder or hub id of any layout that weights/lora.py reads, or what its
-        ``read`` returned. adapter_name: "default_0", "default_1" … by default. alpha: of a file
-        that does not say its own. Raises UserError for a file that cannot be read or is of another
-        model, and for a name that is taken. Only the transformer is adapted: tensors of a text
-        encoder are left out with a Notice.
+        ``read`` returned. weight_name: the file of a folder or hub id that holds several.
+        adapter_name: "default_0", "default_1" … by default. alpha: of a file that does not say its
+        own. Raises UserError for a file that cannot be read or is of another model, and for a name
+        that is taken. Only the transformer is adapted: tensors of a text encoder are left out with
+        a Notice.
         """
         before = self.adapters
         name = f"default_{len(before.loaded)}" if adapter_name is None else adapter_name
@@ -70,6 +72,7 @@ class LoraMethods:
             raise UserError(f"an adapter {name!r} is loaded already: choose another adapter_name")
         base = before.base or self.transformer
         if not isinstance(path, lora.Adapter):
+            path = path if weight_name is None else os.path.join(path, weight_name)
             path = lora.read(path, base.params, alpha=alpha, revision=revision)
         loaded = {**before.loaded, name: path}
         self._set(dataclasses.replace(before, base=base, loaded=loaded), {name: 1.0})

@@ -243,7 +243,8 @@ class Transformer(Component):
         or is of another model, and for DoRA among several.
         """
         paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        factors = [1.0] * len(paths) if weights is None else np.ravel(weights).tolist()
+        weights = 1.0 if weights is None else weights
+        factors = [weights] * len(paths) if isinstance(weights, int | float) else list(weights)
         if len(factors) != len(paths):
             raise UserError(f"{len(factors)} weights for {len(paths)} adapters: give one each")
         trees = [lora.read(path, self.params, alpha=alpha).tree for path in paths]

@@ -288,6 +288,7 @@ def _stated_config(file: Path, tensors: Tensors) -> dict[str, Any]:
                 }:
                     values = own
                     break
+            values = values if {"r", "lora_alpha"} & values.keys() else {}  # of the text encoder
     else:
         for folder in (file.parent, file.parent.parent)[: 2 if official else 1]:
             if (folder / CONFIG).is_file():
@@ -322,6 +323,31 @@ def _pattern(values: Mapping, field: str, name: str) -> float | None:
     return None
 
 
+def _scale(
+    tensors: Tensors,
+    name: str,
+    keys: Mapping[str, str],
+    rank: int,
+    stated: Mapping,
+    alpha: float | None,
+) -> float:
+    """alpha / rank, or alpha / √rank, of a layer."""
+    dotted = _dotted(name)
+    if "alpha" in keys:
+        value = float(np.asarray(tensors[keys["alpha"]], np.float32).reshape(-1)[0])
+    elif "lora_alpha" in stated or "r" in stated:
+        said = _pattern(stated, "rank_pattern", dotted) or stated.get("r", rank)
+        if said != rank:
+            raise UserError(
+                f"{tensors.source}: {keys['a']} is of rank {rank}, its config says {said}"
+            )
+        of_layer = _pattern(stated, "alpha_pattern", dotted)
+        value = stated.get("lora_alpha", 8) if of_layer is None else of_layer
+    else:
+        value = rank if alpha is None else alpha
+    return value / (rank**0.5 if stated.get("use_rslora") else rank)
+
+
 def _module(
     tensors: Tensors, name: str, keys: Mapping[str, str], stated: Mapping, alpha: float | None
 ) -> dict[str, np.ndarray]:
@@ -337,25 +363,15 @@ def _module(
     if (
         a.ndim not in (2, 4)
         or b.ndim not in (2, 4)
-        or b.shape[1] != rank
+        or not rank == b.shape[1] > 0
         or math.prod(b.shape[2:]) > 1
     ):
         raise UserError(
             f"{source}: {keys['a']} {a.shape} and {keys['b']} {b.shape} are not of one rank: want "
             "[rank, in] and [out, rank]"
         )
-    dotted = _dotted(name)
-    if "alpha" in keys:
-        value = float(np.asarray(tensors[keys["alpha"]], np.float32).reshape(-1)[0])
-    elif "lora_alpha" in stated or "r" in stated:
-        said = _pattern(stated, "rank_pattern", dotted) or stated.get("r", rank)
-        if said != rank:
-            raise UserError(f"{source}: {keys['a']} is of rank {rank}, its config says {said}")
-        of_layer = _pattern(stated, "alpha_pattern", dotted)
-        value = stated.get("lora_alpha", 8) if of_layer is None else of_layer
-    else:
-        value = rank if alpha is None else alpha
-    scale = value / (rank**0.5 if stated.get("use_rslora") else rank)
+    with naming(Path(source)):
+        scale = _scale(tensors, name, keys, rank, stated, alpha)
     module = {
         "a": a.transpose(2, 3, 1, 0) if a.ndim == 4 else a.T,
         "b": np.float32(scale) * b.reshape(b.shape[:2]).T,

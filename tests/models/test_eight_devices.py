@@ -20,12 +20,14 @@ import pytest
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.models.attention import dense_attention, shard_kernel, splash_attention
-from pixart_jax.models.configs import T5Config, VAEConfig
+from pixart_jax.models.configs import T5Config, TransformerConfig, VAEConfig
+from pixart_jax.models.lora import merge
 from pixart_jax.models.t5 import T5Encoder
 from pixart_jax.models.vae import AutoencoderKL
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
-from tests.models.reference import quantized
+from pixart_jax.weights.component import Transformer
+from tests.models.reference import quantized, random_params
 from tests.parallel.replicated import large_replicated
 
 T5 = T5Config(vocab_size=1024, d_model=512, d_kv=64, d_ff=1280, num_layers=2, num_heads=8)
@@ -119,3 +121,23 @@ else:
         # The embedding is split over fsdp only, a quarter a device; biases and norms are small.
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         assert max(held.values()) < total / 8 * 1.3
+
+    def test_an_adapter_is_merged_into_the_parts_that_each_device_holds():
+        config = TransformerConfig(depth=3, width=32, heads=2, caption_width=16, sample_size=8)
+        boxed = Transformer.param_shapes(config)
+        params = random_params(Transformer, config)
+        rng, tree = np.random.default_rng(0), {"blocks": {"attn": {}, "mlp": {}}}
+        for part, name, sizes in (("attn", "q", (32, 32)), ("mlp", "fc1", (32, 128))):
+            module = {
+                "a": rng.normal(size=(3, sizes[0], 2)),
+                "b": rng.normal(size=(3, 2, sizes[1])),
+            }
+            tree["blocks"][part][name] = {k: v.astype(np.float32) for k, v in module.items()}
+        mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+        spread = jax.tree.map(jax.device_put, params, rules.parameter_shardings(boxed, mesh))
+        eight, one = merge(spread, tree, 0.5), merge(params, tree, 0.5)
+        for part, name in (("attn", "q"), ("mlp", "fc1")):
+            kernel = eight["blocks"][part][name]["kernel"]
+            assert kernel.sharding == spread["blocks"][part][name]["kernel"].sharding
+            assert not kernel.sharding.is_fully_replicated
+            np.testing.assert_allclose(kernel, one["blocks"][part][name]["kernel"], atol=1e-6)

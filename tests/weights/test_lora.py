@@ -212,23 +212,24 @@ def test_dora_of_onetrainer(tmp_path):
     assert difference(base()[1].with_lora(tmp_path), theirs) < 1e-4
 
 
-def test_the_official_scripts_folder(tmp_path):
+@pytest.mark.parametrize("size_conditions", [False, True])
+def test_the_official_scripts_folder(tmp_path, size_conditions):
     """Its file does not say its alpha: peft's config one folder up does, or --lora-alpha."""
-    theirs = adapted(lora_alpha=8)
+    theirs = adapted(size_conditions, lora_alpha=8)
     folder = tmp_path / "transformer_lora"
     folder.mkdir()
     file = folder / "pytorch_lora_weights.safetensors"
     save_file(with_prefix("unet.base_model.model.", theirs), file)
-    ours = base()[1]
+    ours = base(size_conditions)[1]
     for path in (tmp_path, folder, file):
         with pytest.warns(Notice, match="does not say its alpha.*train with 8.*--lora-alpha"):
             silent = ours.with_lora(path)
-        assert difference(silent, theirs) > 0.05  # half as strong
-    assert difference(ours.with_lora(folder, alpha=8), theirs) < 1e-4
+        assert difference(silent, theirs, size_conditions) > 0.05  # half as strong
+    assert difference(ours.with_lora(folder, alpha=8), theirs, size_conditions) < 1e-4
     with pytest.warns(Notice, match="does not say its alpha"):
-        assert difference(ours.with_lora(folder, 2.0), theirs) < 1e-4
+        assert difference(ours.with_lora(folder, 2.0), theirs, size_conditions) < 1e-4
     theirs.peft_config["default"].save_pretrained(tmp_path)
-    assert difference(ours.with_lora(folder), theirs) < 1e-4
+    assert difference(ours.with_lora(folder), theirs, size_conditions) < 1e-4
 
 
 @pytest.mark.parametrize("size_conditions", [False, True])
@@ -264,6 +265,18 @@ def test_files_of_diffusers(tmp_path, size_conditions):
                 parameter.normal_()
     model.save_lora_adapter(tmp_path / "adapter")
     assert difference(ours.with_lora(tmp_path / "adapter"), model.eval(), size_conditions) < 1e-4
+
+
+def test_pefts_old_file_and_a_header_that_speaks_of_another_part(tmp_path):
+    theirs = adapted(lora_alpha=4)
+    theirs.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").is_file()
+    assert difference(base()[1].with_lora(tmp_path), theirs) < 1e-4
+    header = {"lora_adapter_metadata": json.dumps({"text_encoder.r": 4})}
+    save_file(with_prefix("transformer.", theirs), tmp_path / "x.safetensors", header)
+    (tmp_path / lora.CONFIG).unlink()
+    with pytest.warns(Notice, match="does not say its alpha"):
+        assert difference(base()[1].with_lora(tmp_path / "x.safetensors"), theirs) < 1e-4
 
 
 def test_several_adapters_with_weights(tmp_path):
@@ -360,6 +373,7 @@ BAD_CONFIGS = {
     "layers": ({"layer_replication": [[0, 2]]}, "layer_replication is not supported"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the base"),
     "rank": ({"r": 8}, "is of rank 4, its config says 8"),
+    "types": ({"lora_alpha": None}, "a value is not valid"),
     "dora": ({"use_dora": True}, "has no partner lora_magnitude_vector"),
 }
 
