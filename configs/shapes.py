@@ -26,7 +26,7 @@ from pixart_jax.data.shapes import NUM_CLASSES
 from pixart_jax.models.configs import TransformerConfig
 
 OBJECTIVE = ObjectiveConfig(prediction="v", null_condition="empty")
-CAPTIONS = (("dense", 0.5), ("short", 0.35), ("brief", 0.15))
+CAPTIONS = (("dense", 0.45), ("short", 0.32), ("brief", 0.13), ("shapeless", 0.1))
 AESTHETIC = DataConfig(
     source="tfds:shapes/aesthetic",
     buckets=((64, 64), (96, 96), (64, 96), (96, 64)),

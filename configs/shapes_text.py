@@ -9,7 +9,8 @@ place. Six minutes on two CPU cores.
 from pixart_jax.config import Config, DataConfig, OptimizerConfig, StageConfig, TextToTextConfig
 from pixart_jax.models.configs import T5Config
 
-CAPTIONS = (("brief", 0.2), ("short", 0.5), ("dense", 0.3))
+CAPTIONS = (("brief", 0.2), ("short", 0.45), ("shapeless", 0.05), ("dense", 0.3))
+IDENTIFIERS = ("sks", "zwx", "ohx", "vqp")  # for what an adapter will learn
 
 
 def get_config() -> Config:
@@ -31,7 +32,7 @@ def get_config() -> Config:
                 data=DataConfig(
                     source="tfds:shapes/gallery", captions=CAPTIONS, max_text_tokens=80
                 ),
-                text_to_text=TextToTextConfig(target="dense", hidden=0.2),
+                text_to_text=TextToTextConfig(target="dense", hidden=0.2, spare_words=IDENTIFIERS),
                 optimizer=OptimizerConfig(
                     learning_rate=2e-3,
                     schedule="cosine",

@@ -182,6 +182,9 @@ class TextToTextConfig:
     # share of the words masked where the target is predicted from itself
     hidden: float = 0.15
     decoder_layers: int = 1
+    # words of the tokenizer that the run makes beside those of the captions: names for what an
+    # adapter will learn
+    spare_words: tuple[str, ...] = ()
 
     def __post_init__(self):
         require(self, "must lie in [0, 1)", hidden=0 <= self.hidden < 1)

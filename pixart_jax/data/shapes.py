@@ -13,6 +13,7 @@ A :class:`Level` is the difficulty; every score names it:
 - ``rich``: 128 px, eight shapes, three kinds of object, textures on objects and grounds;
 - ``lit``: plain's content, lit and shaded on graded grounds (the demo's stage 3);
 - ``aesthetic``: the same at several sizes and aspect ratios (stage 3);
+- ``edges``: edge maps of free's scenes, which a ControlNet's condition is;
 - ``gallery``: all of these together, for the autoencoder and the text encoder.
 
 Everything here is drawn with signed distances in numpy; a scene depends on (level, split, index)
@@ -29,6 +30,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from pixart_jax.images import canny
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (218, 36, 36),
@@ -97,7 +101,7 @@ class Scene:
     objects: tuple[Object, ...]
     task: str
     relation: str | None = None
-    style: str = "flat"  # flat | lit
+    style: str = "flat"  # flat | lit | edges
     ground_texture: str = "solid"  # solid | checked | speckled
     seed: int = 0  # of the ground's jitter and texture
 
@@ -153,10 +157,14 @@ LEVELS = {
             style="lit",
         ),
         Level(
+            "edges", shapes=SHAPES, placement="free", max_turn=0.35, size_jitter=0.08, style="edges"
+        ),
+        Level(
             "gallery",
             members=(
-                *(("plain", 64, 64, 0.4), ("free", 64, 64, 0.2), ("aesthetic", 64, 64, 0.15)),
+                *(("plain", 64, 64, 0.35), ("free", 64, 64, 0.15), ("aesthetic", 64, 64, 0.15)),
                 *(("aesthetic", 96, 96, 0.15), ("rich", 64, 64, 0.1)),
+                *(("edges", 64, 64, 0.05), ("edges", 96, 96, 0.05)),
             ),
         ),
     )
@@ -248,7 +256,15 @@ def _fill(obj: Object, p: np.ndarray, unit: float, style: str) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """uint8 [height, width, 3]; borders are anti-aliased over one pixel."""
+    """uint8 [height, width, 3]; borders are anti-aliased over one pixel. Style edges: thin white
+    lines, or soft ones as a network's, on black."""
+    if scene.style == "edges":
+        lines = canny(render(dataclasses.replace(scene, style="flat")))
+        if scene.seed % 2:
+            lines = np.minimum(gaussian_filter(lines.astype(float), 0.8) * 1.6, 255).astype(
+                np.uint8
+            )
+        return np.repeat(lines[..., None], 3, -1)
     rng = np.random.default_rng(scene.seed)
     grid = np.stack(np.meshgrid(np.arange(scene.width), np.arange(scene.height)), -1) + 0.5
     unit = min(scene.height, scene.width) / 64
@@ -409,21 +425,26 @@ def _where(obj: Object, scene: Scene) -> str:
 
 
 def captions(scene: Scene) -> dict[str, str]:
-    """{"brief", "short", "dense"}: the subject in few words (no sizes, of every other scene no
-    articles), the subject, and each object with all that is true of it."""
+    """{"brief", "short", "shapeless", "dense"}: the subject in few words (no sizes, of every other
+    scene no articles), the subject, the subject with "object" for the shape, and each object with
+    all that is true of it."""
     first, count = scene.objects[0], len(scene.objects)
     plural = PLURALS.get(first.shape, first.shape + "s")
     places = [_where(o, scene) for o in scene.objects]
     several = scene.task == "count" and count > 1
     said = {}
-    for kind in ("brief", "short"):
+    for kind in ("brief", "short", "shapeless"):
         names = [o.brief_name if kind == "brief" else o.name for o in scene.objects]
+        many = plural
+        if kind == "shapeless":
+            names = [n.removesuffix(o.shape) + "object" for n, o in zip(names, scene.objects)]
+            many = "objects"
         if several:
-            said[kind] = f"{NUMBERS[count]} {names[0].removesuffix(first.shape)}{plural}"
+            said[kind] = f"{NUMBERS[count]} {names[0].rpartition(' ')[0]} {many}"
             continue
         if scene.task == "count":
             names = [f"one {name}" for name in names]
-        elif kind == "short" or scene.seed % 2 == 0:
+        elif kind != "brief" or scene.seed % 2 == 0:
             names = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
         said[kind] = ", and ".join([f" {scene.relation} ".join(names[:2]), *names[2:]])
     if several:

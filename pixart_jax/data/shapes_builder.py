@@ -15,7 +15,7 @@ from PIL import Image
 
 from pixart_jax.data import shapes
 
-_TEXTS = ("brief", "short", "dense", "task", "scene", "key")
+_TEXTS = ("brief", "short", "shapeless", "dense", "task", "scene", "key")
 _NUMBERS = ("label", "count", "height", "width")
 
 
@@ -33,10 +33,11 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Features: image (PNG bytes), brief, short and dense (captions), label (stage-1 class, −1 for
-    several kinds), count, height, width, task, scene (the ground truth as JSON), key."""
+    """Features: image (PNG bytes), brief, short, shapeless and dense (captions), label (stage-1
+    class, −1 for several kinds), count, height, width, task, scene (the ground truth as JSON),
+    key."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     BUILDER_CONFIGS = [ShapesConfig(level) for level in shapes.LEVELS.values()]
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -119,7 +119,7 @@ class Frozen:
         return load_tokenizer(folder)
 
     def _words(self) -> list[str]:
-        words: set[str] = set()
+        words = {word for stage in self._config.stages for word in stage.text_to_text.spare_words}
         for data in {stage.data for stage in self._config.stages}:
             source = open_source(data.source, data.split, where=data.where, limit=data.limit)
             for index in range(len(source)):
