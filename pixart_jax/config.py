@@ -189,6 +189,8 @@ class TextToTextConfig:
     def __post_init__(self):
         require(self, "must lie in [0, 1)", hidden=0 <= self.hidden < 1)
         require_at_least(self, 1, "decoder_layers")
+        plain = all(re.fullmatch("[a-z]+", word) for word in self.spare_words)
+        require(self, "words of letters a to z: prompts are lower-cased", spare_words=plain)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,7 +171,7 @@ def _wrap(caption: str, font, width: int, limit: int = 5) -> list[str]:
 
 
 def canny(image: np.ndarray, sigma: float = 1.0, low: float = 0.1, high: float = 0.2) -> np.ndarray:
-    """Edge map by Canny (1986), as skimage.feature.canny finds it on the image's luma.
+    """Edge map by Canny (1986), equal to skimage.feature.canny on the image's luma.
 
     image: uint8 [h, w, 3]. sigma: of the Gaussian filter, px. low, high: thresholds of the
     gradient's magnitude (Sobel filters, luma in [0, 1]); an edge above ``low`` counts where it
@@ -179,19 +179,23 @@ def canny(image: np.ndarray, sigma: float = 1.0, low: float = 0.1, high: float =
     """
     from scipy import ndimage
 
-    luma = image @ np.array([0.2125, 0.7154, 0.0721]) / 255
+    luma = image * (1 / 255) @ np.array([0.2125, 0.7154, 0.0721])
     smooth, inside = (
         ndimage.gaussian_filter(x, sigma, mode="constant") for x in (luma, np.ones_like(luma))
     )
     smooth /= inside + np.finfo(np.float64).eps
     gradient = np.stack([ndimage.sobel(smooth, axis) for axis in (0, 1)])
-    magnitude = np.hypot(*gradient)
-    # a maximum along the gradient, one pixel to either side
-    step = gradient / np.maximum(np.abs(gradient).max(0), 1e-30)
-    place = np.indices(luma.shape)
+    magnitude = np.sqrt((gradient**2).sum(0))
+    # maxima along the gradient, against the magnitude between two neighbours on either side
+    less, more = np.sort(np.abs(gradient), axis=0)
+    share = less / np.maximum(more, 1e-300)
+    oblique = np.sign(gradient).astype(int)
+    straight = oblique * (np.abs(gradient) == more)
+    place, padded = np.indices(luma.shape) + 1, np.pad(magnitude, 1)
     thin = magnitude >= low
-    for side in (place + step, place - step):
-        thin &= ndimage.map_coordinates(magnitude, side, order=1) <= magnitude
+    for side in (1, -1):
+        far, near = (padded[tuple(place + side * step)] for step in (oblique, straight))
+        thin &= far * share + near * (1 - share) <= magnitude
     thin[[0, -1]] = thin[:, [0, -1]] = False
     parts, _ = ndimage.label(thin, np.ones((3, 3)))
     strong = np.unique(parts[thin & (magnitude >= high)])

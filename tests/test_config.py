@@ -35,6 +35,7 @@ ODD = StageConfig("a", data=DataConfig(buckets=((64, 72),)))
         (ObjectiveConfig, {"beta_start": 0.5}, "beta_end = 0.02"),
         (AutoencoderConfig, {"kl_weight": -1.0}, "must not be negative"),
         (TextToTextConfig, {"hidden": 1.0}, "hidden = 1.0"),
+        (TextToTextConfig, {"spare_words": ("sks", "Zwx")}, "letters a to z"),
         (DataConfig, {"buckets": ()}, "at least one"),
         (DataConfig, {"buckets": ((0, 64),)}, "must be positive"),
         (DataConfig, {"captions": (("dense", 0.0),)}, "all 0"),

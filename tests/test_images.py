@@ -7,8 +7,10 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
+from skimage import color, data, feature
 
-from pixart_jax.images import image_grid, png_settings, slug, write_png
+from pixart_jax.images import canny, image_grid, png_settings, slug, write_png
 
 SETTINGS = {"prompt": "a star, red; naïve 日本", "negative_prompt": "blur", "steps": 20}
 SETTINGS |= {"solver": "dpm++", "guidance": 4.5, "seed": 3, "height": 48, "width": 64}
@@ -65,6 +67,36 @@ def test_file_is_readable_as_any_other_new_file(tmp_path):
     write_png(tmp_path / "a.png", picture())
     (tmp_path / "b").write_text("")
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (37, 53), (128, 97), (9, 5), (3, 3), (1, 7)])
+def test_canny_equals_scikit_image(height, width):
+    """On smooth, noisy and checked images; the last have gradients that are equal on either side of
+    an edge."""
+    rng = np.random.default_rng(height)
+    smooth = ndimage.gaussian_filter(rng.uniform(0, 255, (height, width, 3)), (2, 2, 0))
+    smooth = 255 * (smooth - smooth.min()) / np.ptp(smooth)
+    checked = np.kron(rng.integers(0, 256, (33, 33, 1)), np.ones((4, 4, 3)))[:height, :width]
+    marked = 0
+    for image in (smooth.astype(np.uint8), picture(height, width), checked.astype(np.uint8)):
+        for sigma in (0.6, 1.0, 2.0):
+            thresholds = {"low_threshold": 0.1, "high_threshold": 0.2}
+            reference = feature.canny(color.rgb2gray(image), sigma=sigma, **thresholds)
+            edges = canny(image, sigma)
+            assert edges.dtype == np.uint8
+            np.testing.assert_array_equal(edges, np.where(reference, 255, 0))
+            marked += reference.sum()
+    assert marked > 0 or min(height, width) < 5
+
+
+def test_canny_takes_thresholds():
+    image, count = data.astronaut()[100:301, 100:357], set()
+    for low, high in ((0.05, 0.1), (0.1, 0.4), (0.3, 0.3)):
+        edges = canny(image, low=low, high=high) > 0
+        reference = feature.canny(color.rgb2gray(image), 1.0, low, high)
+        np.testing.assert_array_equal(edges, reference)
+        count.add(edges.sum())
+    assert len(count) == 3 and not canny(np.full((8, 9, 3), 77, np.uint8)).any()
 
 
 def test_slug_is_short_words():

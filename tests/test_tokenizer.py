@@ -13,9 +13,11 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from configs.shapes_text import IDENTIFIERS
+from pixart_jax.data.shapes import LEVELS, captions, scene_at
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.encoder_identity import tokenizer_identity
-from pixart_jax.text import load_tokenizer, save_tokenizer, tokenize, word_tokenizer
+from pixart_jax.text import clean_caption, load_tokenizer, save_tokenizer, tokenize, word_tokenizer
 
 WORDS = ["a", "red", "circle", "left", "of", "the", "star"]
 
@@ -75,6 +77,20 @@ def test_a_saved_tokenizer_opens_without_transformers_and_does_the_same(root):
         assert getattr(opened, name) == getattr(reference, name)
     assert len(opened) == len(reference)
     assert tokenizer_identity(opened) == tokenizer_identity(reference)
+
+
+@pytest.mark.parametrize("word", IDENTIFIERS)
+def test_a_spare_word_of_the_shipped_tokenizer_is_one_piece_that_no_caption_holds(root, word):
+    """A name for what an adapter will learn: it survives the cleaning of prompts."""
+    tokenizer = load_tokenizer(root / "assets" / "shapes" / "tokenizer")
+    plain, named = (
+        tokenizer(clean_caption(text))["input_ids"]
+        for text in ("a large red circle", f"a large red {word} circle")
+    )
+    assert len(named) == len(plain) + 1 and tokenizer.decode(named[3:4]) == word
+    for level in LEVELS:
+        for index in range(40):
+            assert word not in " ".join(captions(scene_at(level, "train", index)).values())
 
 
 def test_saved_words_open_again(tmp_path):

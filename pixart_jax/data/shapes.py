@@ -13,7 +13,7 @@ A :class:`Level` is the difficulty; every score names it:
 - ``rich``: 128 px, eight shapes, three kinds of object, textures on objects and grounds;
 - ``lit``: plain's content, lit and shaded on graded grounds (the demo's stage 3);
 - ``aesthetic``: the same at several sizes and aspect ratios (stage 3);
-- ``edges``: edge maps of free's scenes, which a ControlNet's condition is;
+- ``edges``: edge maps of free's scenes, of all eight shapes, as a ControlNet's condition;
 - ``gallery``: all of these together, for the autoencoder and the text encoder.
 
 Everything here is drawn with signed distances in numpy; a scene depends on (level, split, index)
@@ -169,6 +169,8 @@ LEVELS = {
         ),
     )
 }
+# what a score can judge; of the gallery without its edge maps
+COLOURED = tuple(name for name, level in LEVELS.items() if level.style != "edges")
 
 
 # ---- drawing ----

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Level = str
     AnyLevel = str
 else:  # the choices that --help lists
-    Level, AnyLevel = Literal[*shapes.LEVELS], Literal["all", *shapes.LEVELS]
+    Level, AnyLevel = Literal[*shapes.COLOURED], Literal["all", *shapes.COLOURED]
 _PROG = "python -m pixart_jax evaluate"
 
 
@@ -167,7 +167,7 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
 
 def evaluate_checker(options: CheckerOptions) -> dict[str, Score]:
     """Level → the score of its true renders."""
-    levels = list(shapes.LEVELS) if options.level == "all" else [options.level]
+    levels = list(shapes.COLOURED) if options.level == "all" else [options.level]
     _check(options)
     results = {}
     for level in levels:

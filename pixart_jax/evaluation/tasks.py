@@ -48,8 +48,8 @@ def eval_prompts(
     Scene i of a set does not depend on per_task. Raises UserError for an unknown level or kind of
     caption.
     """
-    if level not in shapes.LEVELS:
-        raise UserError(f"level {level!r} is unknown{nearest(level, shapes.LEVELS)}")
+    if level not in shapes.COLOURED:
+        raise UserError(f"level {level!r} is unknown{nearest(level, shapes.COLOURED)}")
     if captions not in CAPTIONS:
         raise UserError(f"captions {captions!r}: 'short' or 'dense'")
     if per_task < 1:
@@ -62,6 +62,8 @@ def eval_prompts(
         for index in range(per_task):
             rng = np.random.default_rng([zlib.crc32(f"{level}/evaluate/{name}".encode()), index])
             scene = shapes.draw_scene(rng, level, task=task, withheld=withheld)
+            while scene.style == "edges":  # some of the gallery: no colours to judge
+                scene = shapes.draw_scene(rng, level, task=task, withheld=withheld)
             found.append(EvalPrompt(name, scene, shapes.captions(scene)[captions]))
     return found
 

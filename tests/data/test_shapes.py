@@ -4,6 +4,7 @@ stand whole and apart."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -13,11 +14,22 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from scipy import ndimage
 
 from pixart_jax.data import shapes
-from pixart_jax.data.shapes import COLOURS, LEVELS, NUMBERS, RELATIONS, SHAPES, SIZES, WITHHELD
-
-from pixart_jax.data.shapes import Object, Scene  # isort: skip
+from pixart_jax.data.shapes import (
+    COLOURED,
+    COLOURS,
+    GROUNDS,
+    LEVELS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    WITHHELD,
+    Object,
+    Scene,
+)
 
 SPLITS = ("train", "test")
 SAMPLE = 150
@@ -27,6 +39,8 @@ FIRST = {
     "rich": "a small cyan triangle below a small dotted orange ring",
     "lit": "a small red circle above a large pink square",
     "aesthetic": "a large yellow square above a large red circle",
+    "edges": "three small blue crosses",
+    "gallery": "a large orange triangle",
 }
 
 
@@ -100,10 +114,14 @@ def test_objects_stand_inside_the_picture_and_apart(level):
 
 def ink(scene: Scene, obj: Object) -> np.ndarray:
     """The share of each pixel that an object covers, from its distance alone."""
+    return np.clip(0.5 - signed_distance(scene, obj), 0, 1)
+
+
+def signed_distance(scene: Scene, obj: Object) -> np.ndarray:
     y, x = np.mgrid[: scene.height, : scene.width] + 0.5
     cos, sin = math.cos(obj.turn), math.sin(obj.turn)
     p = np.stack([x - obj.x, y - obj.y], -1) @ np.array([[cos, -sin], [sin, cos]])
-    return np.clip(0.5 - shapes.distance(obj.shape, p, obj.radius), 0, 1)
+    return shapes.distance(obj.shape, p, obj.radius)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -214,6 +232,15 @@ def test_brief_captions_are_the_short_ones_without_sizes_and_half_of_them_withou
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_shapeless_captions_are_the_short_ones_with_object_for_the_shape(level):
+    shape = rf"\b(?:{'|'.join(SHAPES)})"
+    for scene in scenes(level):
+        shapeless, short = (shapes.captions(scene)[kind] for kind in ("shapeless", "short"))
+        assert not re.search(shape, shapeless)
+        assert shapeless == re.sub(rf"{shape}((?:e?s)?)\b", lambda m: "object" + m[1][-1:], short)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_dense_captions_say_all_that_is_true(level):
     for scene in scenes(level):
         short, dense = shapes.captions(scene)["short"], shapes.captions(scene)["dense"]
@@ -235,17 +262,69 @@ def place(o: Object, scene: Scene) -> str:
 # ---- drawing ----
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", COLOURED)
 def test_renders_are_uint8_and_show_the_colours_they_say(level):
     for scene in scenes(level, count=40):
         image = shapes.render(scene)
         assert image.dtype == np.uint8 and image.shape == (scene.height, scene.width, 3)
+        if scene.style == "edges":  # a test below
+            continue
         for o in scene.objects:
             inside = image[ink(scene, o) == 1].astype(float)
             chroma = inside - inside.mean(-1, keepdims=True)
             nominal = np.array(COLOURS[o.colour]) - np.mean(COLOURS[o.colour])
             along = chroma @ nominal / (np.linalg.norm(chroma, axis=-1) * np.linalg.norm(nominal))
             assert np.median(along) > 0.97, (scene.style, o)
+
+
+def test_edge_maps_are_white_lines_on_black_along_the_borders_of_objects():
+    """Of every other scene soft ones. A line lies by a border; a border by a line, unless the
+    lumas of object and ground are close."""
+    drawn, soft = set(), []
+    for scene in scenes("edges"):
+        image = shapes.render(scene)
+        assert image.dtype == np.uint8 and image.shape == (scene.height, scene.width, 3)
+        assert np.ptp(image, axis=-1).max() == 0
+        if not image.any():  # lumas are equal
+            continue
+        assert image.max() > 200
+        soft.append(len(np.unique(image)) > 2)
+        lines = image[..., 0] > 127
+        apart = [np.abs(signed_distance(scene, o)) for o in scene.objects]
+        assert np.min(apart, 0)[lines].max() < 2.2, scene
+        to_line, ground = ndimage.distance_transform_edt(~lines), luma(GROUNDS[scene.ground])
+        for o, from_border in zip(scene.objects, apart):
+            if abs(luma(COLOURS[o.colour]) - ground) > 30:
+                assert (to_line[from_border < 0.5] < 2.5).mean() > 0.9, (scene, o)
+                drawn.add(o.shape)
+    assert drawn == set(SHAPES) and len(soft) > 0.9 * SAMPLE and 0.3 < np.mean(soft) < 0.7
+
+
+def luma(rgb: tuple[int, int, int]) -> float:
+    return np.dot(rgb, (0.2125, 0.7154, 0.0721))
+
+
+def test_a_tenth_of_the_gallery_are_edge_maps():
+    styles = [scene.style for scene in scenes("gallery", count=2000)]
+    assert styles.count("edges") / len(styles) == pytest.approx(0.1, abs=0.02)
+    sizes = {(s.height, s.width) for s in scenes("gallery", count=500) if s.style == "edges"}
+    assert sizes == {(64, 64), (96, 96)}
+
+
+@pytest.mark.parametrize("recipe", ["shapes", "shapes_demo"])
+def test_a_transformer_never_sees_ring_diamond_and_heart(recipe):
+    """They are for adapters: its levels draw five shapes; the autoencoder and the text encoder see
+    all eight."""
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    sources = {stage.data.source for stage in config.stages}
+    levels = [LEVELS[source.removeprefix("tfds:shapes/")] for source in sources]
+    assert len(levels) == 2 and not any(level.members for level in levels)
+    unseen = {"ring", "diamond", "heart"}
+    for level in levels:
+        drawn = {o.shape for s in scenes(level.name, count=1000) for o in s.objects}
+        assert drawn == set(level.shapes) == set(SHAPES) - unseen
+    drawn = {o.shape for s in scenes("gallery", count=1000) for o in s.objects}
+    assert drawn == set(SHAPES)
 
 
 def test_shapes_are_what_their_distance_says():

@@ -57,13 +57,13 @@ def check_renders(level: str, per_task: int) -> None:
             assert min(apart) < 1.5 and abs(nearest.radius / o.radius - 1) < 0.12
 
 
-@pytest.mark.parametrize("level", shapes.LEVELS)
+@pytest.mark.parametrize("level", shapes.COLOURED)
 def test_true_renders_score_99_percent_in_every_task(level):
     check_renders(level, 25 if level == "rich" else 50)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", shapes.LEVELS)
+@pytest.mark.parametrize("level", shapes.COLOURED)
 def test_hundreds_of_true_renders_score_99_percent_in_every_task(level):
     check_renders(level, 300)
 

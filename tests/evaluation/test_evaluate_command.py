@@ -106,7 +106,7 @@ def test_help_names_what_can_be_evaluated(capsys):
 def test_the_checker_scores_each_level(tmp_path, capsys):
     assert cli.run(command.main, ["checker", "--per-task", "3", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for level in shapes.LEVELS:
+    for level in shapes.COLOURED:
         assert f"level {level}" in printed
         assert json.loads((tmp_path / level / "score.json").read_text())["mean"]["score"] == 1.0
 

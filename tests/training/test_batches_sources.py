@@ -99,6 +99,18 @@ def test_official_features_train_a_step(world, tmp_path):
         opened(world(f"pixart-features:{root}", "class_conditional"), None)
 
 
+def test_a_run_s_own_tokenizer_holds_its_spare_words_beside_those_of_the_captions(world):
+    config = with_target(world(str(world.folder / "photos"), "text_to_text"), "caption")
+    config = dataclasses.replace(config, text_encoder=None)
+    (stage,) = config.stages
+    options = dataclasses.replace(stage.text_to_text, spare_words=("sks", "vqp"))
+    stages = (dataclasses.replace(stage, text_to_text=options),)
+    made = Frozen(dataclasses.replace(config, stages=stages), world.folder / "run").tokenizer
+    words = "a red sks circle vqp".split()
+    assert [made.decode([i]) for i in made(" ".join(words))["input_ids"][:-1]] == words
+    assert len(made("zwx")["input_ids"]) > 2
+
+
 def test_pictures_and_captions_are_read_as_they_are_by_the_frozen_parts_own_tasks(world):
     mixture = f"1*{world.folder / 'photos'} + 1*{world.folder / 'web.tar'}"
     images = opened(world(mixture, "autoencoder"))
