@@ -65,8 +65,8 @@ class ShapesOptions(_ModelOptions):
 
 
 class VAEOptions(_ModelOptions):
-    """Score the true scenes after a pass through a model's autoencoder: no model that decodes with
-    it scores more."""
+    """Score the true scenes after a pass through a model's autoencoder: about the most that a model
+    that decodes with it can score."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
     images = _by_size(prompts, reconstruct, "reconstructing")
     errors = np.array([np.mean((a.astype(np.float32) - b) ** 2) for a, b in zip(images, renders)])
     psnr = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-3))))
-    title = f"autoencoder's reconstructions · level {options.level} · the cap of any model's score"
+    title = f"autoencoder's reconstructions · level {options.level} · about the most of a model"
     result = _report(options, prompts, images, title, psnr=psnr)
     print(f"PSNR {psnr:.2f} dB (mean over images)")
     return result
