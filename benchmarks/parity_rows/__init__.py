@@ -6,6 +6,7 @@ from __future__ import annotations
 from benchmarks.parity_rows import (
     dit,
     kv_compression,
+    lora,
     official_solver,
     pipeline,
     text_encoder,
@@ -17,6 +18,7 @@ from benchmarks.parity_rows.row import Row
 ROWS: tuple[Row, ...] = (
     *transformer.ROWS,
     *kv_compression.ROWS,
+    *lora.ROWS,
     *dit.ROWS,
     *text_encoder.ROWS,
     *vae.ROWS,
