@@ -6,7 +6,8 @@ dtype. Bytes a device besides the state:
 
     kept        depth × what the remat policy keeps of a block (models/remat.py): full a;
                 attention_out 3·a; dots 12·a and the text's keys and values; dots_attention 2·a
-                more; offload none; and with a flash kernel that is not run again, the softmax's
+                more, and of an adapter the 12·a again, its products beside the kernels'; offload
+                none; and with a flash kernel that is not run again, the softmax's
                 logarithm, 4 bytes a token and head. Splash keeps its output as wide as its lanes:
                 128/72 of a.
     gradients   fp32, of each parameter as it is sharded.
@@ -155,6 +156,7 @@ def activation_bytes(
     logarithm = sum(4 * s * n * heads for name in (ours, cross) if name != "xla")
     attentions = a * (wide[ours] + wide[cross]) + logarithm
     projections = 12 * a + 2 * s * text * model.width * width
+    projections *= 1 if stage.lora is None else 2
     kept_of_block = {
         "full": a,
         "attention_out": a + attentions,
