@@ -237,11 +237,11 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DreamBoothConfig:
-    """A subject from a few pictures (arXiv 2208.12242): the stage's data are its pictures, and all
-    have one prompt."""
+    """A subject from a few pictures (arXiv 2208.12242), which are the stage's data."""
 
-    # with the identifier in it, as "a photo of sks dog"
-    prompt: str
+    # of every picture, with the identifier in it, as "a photo of sks dog"; None: each picture's own
+    # captions (data.captions), in which it must be
+    prompt: str | None
     # the word that stands for the subject
     identifier: str
     # as "a photo of a dog": the model's own pictures of it are trained on too, one beside each of
@@ -254,9 +254,11 @@ class DreamBoothConfig:
     prior_weight: float = 1.0
 
     def __post_init__(self):
-        named = self.identifier.strip() != "" and self.identifier in self.prompt
+        named = self.identifier.strip() != ""
+        named = named and (self.prompt is None or self.identifier in self.prompt)
         require(self, f"must be a word of the prompt {self.prompt!r}", identifier=named)
-        require(self, "must differ from prompt", class_prompt=self.class_prompt != self.prompt)
+        differs = self.class_prompt is None or self.class_prompt != self.prompt
+        require(self, "must differ from prompt", class_prompt=differs)
         require_at_least(self, 1, "class_images")
         require_at_least(self, 0, "prior_weight")
 

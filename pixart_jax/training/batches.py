@@ -103,8 +103,6 @@ def _part(
     """One source of a stage; share: its part of a mixture, 1 alone."""
     data, (kind, rest) = stage.data, parse_source(text)
     captions = data.captions if stage.task == "text_to_image" else ()
-    if stage.dreambooth is not None:
-        captions = ((dreambooth.KIND, 1.0),)
     if stage.task in _DIFFUSION and kind in ("records", "pixart-features"):
         if stage.dreambooth is not None:
             raise UserError(
@@ -139,19 +137,19 @@ def _part(
             )
         options = {
             "buckets": data.buckets,
-            "captions": tuple(kind for kind, weight in captions if weight > 0),
             "max_text_tokens": data.max_text_tokens,
             "frozen": frozen,
         }
         if data.strict:
             options["strict"] = True
 
-        def encoded(source: Source) -> Samples:
-            folder = encode(source, **options)
+        def encoded(source: Source, captions: dreambooth.Kinds) -> Samples:
+            kinds = tuple(kind for kind, weight in captions if weight > 0)
+            folder = encode(source, captions=kinds, **options)
             return EncodedSamples(folder, captions, data.max_text_tokens, faults=bad)
 
         if stage.dreambooth is None:
-            return encoded(source)
+            return encoded(source, captions)
         if jax.process_index() == 0:
             print(dreambooth.describe_identifier(stage, frozen.tokenizer))
         return dreambooth.open_samples(config, stage, source, frozen.workdir, encoded)

@@ -1,4 +1,4 @@
-"""DreamBooth (arXiv 2208.12242): a model learns a subject from a few pictures under one prompt.
+"""DreamBooth (arXiv 2208.12242): a model learns a subject from a few pictures.
 
 With prior preservation each picture is trained on beside one of the subject's class, which the
 model drew before it was trained: the rows of a batch are such pairs.
@@ -28,20 +28,26 @@ from pixart_jax.text import clean_caption
 
 KIND = "prompt"  # of the caption that all pictures have
 CLASS = "class_"  # begins the names of a batch's arrays of class images
+Kinds = tuple[tuple[str, float], ...]  # of captions, with weights, as DataConfig.captions
 _CHUNK = 4  # class images that are drawn together
 
 
 def check_identifier(stage: StageConfig) -> None:
     """Raise UserError where cleaning, as sampling will do it, takes the identifier away."""
-    c = stage.dreambooth
-    if c is None:
+    if (c := stage.dreambooth) is not None:
+        _check_text(stage, c.identifier, c.prompt or c.identifier)
+
+
+def _check_text(stage: StageConfig, identifier: str, text: str, where: str = "") -> None:
+    cleaned = clean_caption(text)
+    if re.search(rf"(?<!\w){re.escape(identifier.lower())}(?!\w)", cleaned):
         return
-    cleaned = clean_caption(c.prompt)
-    if not re.search(rf"(?<!\w){re.escape(c.identifier.lower())}(?!\w)", cleaned):
-        raise UserError(
-            f"stage {stage.name}: identifier {c.identifier!r} does not survive the cleaning of "
-            f"prompts: {c.prompt!r} becomes {cleaned!r}; letters alone would do, as 'sks'"
-        )
+    if identifier not in text:
+        raise UserError(f"stage {stage.name}: {where}{text!r} lacks the identifier {identifier!r}")
+    raise UserError(
+        f"stage {stage.name}: {where}identifier {identifier!r} does not survive the cleaning of "
+        f"prompts: {text!r} becomes {cleaned!r}; letters alone would do, as 'sks'"
+    )
 
 
 def describe_identifier(stage: StageConfig, tokenizer) -> str:
@@ -110,13 +116,20 @@ def open_samples(
     stage: StageConfig,
     source: Source,
     workdir: Path,
-    encoded: Callable[[Source], Samples],
+    encoded: Callable[[Source, Kinds], Samples],
 ) -> Samples:
-    """The pictures under the prompt, with prior preservation beside class images, which are drawn
-    where they are missing. encoded: encodes a source."""
+    """The pictures, with prior preservation beside class images, which are drawn where they are
+    missing. encoded: encodes a source with these kinds of captions."""
     c = stage.dreambooth
     assert c is not None
-    samples = encoded(Captioned(source, c.prompt))
+    if c.prompt is not None:
+        samples = encoded(Captioned(source, c.prompt), ((KIND, 1.0),))
+    else:
+        for sample in (source[index] for index in range(len(source))):
+            found = sample.captions_of_kinds(kind for kind, _ in stage.data.captions)
+            for text in (text for texts in found.values() for text in texts):
+                _check_text(stage, c.identifier, text, f"{sample.key}: ")
+        samples = encoded(source, stage.data.captions)
     if c.class_prompt is None:
         return samples
     folder = Path(c.class_folder) if c.class_folder else workdir / "class_images"
@@ -124,7 +137,7 @@ def open_samples(
         f"class images of {stage.name}", lambda: draw_class_images(config, stage, folder)
     )
     drawn = open_source(f"folder:{folder}", "train")
-    return PairedSamples(samples, encoded(Captioned(drawn, c.class_prompt)))
+    return PairedSamples(samples, encoded(Captioned(drawn, c.class_prompt), ((KIND, 1.0),)))
 
 
 def draw_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
@@ -173,7 +186,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def prompts(config: DreamBoothConfig | None) -> list[str]:
-    """Of a preview: four times the identifier's and, with prior preservation, the class's."""
+    """Of a preview: four times the pictures' one prompt and the class's, where there are such."""
     if config is None:
         return []
-    return [config.prompt] * 4 + [config.class_prompt or ""] * (4 if config.class_prompt else 0)
+    return [text for text in (config.prompt, config.class_prompt) if text for _ in range(4)]

@@ -14,7 +14,15 @@ import pytest
 from PIL import Image
 
 from pixart_jax.commands import train
-from pixart_jax.config import Config, DreamBoothConfig, LoraConfig, ObjectiveConfig, StageConfig
+from pixart_jax.config import (
+    Config,
+    DataConfig,
+    DreamBoothConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    StageConfig,
+)
+from pixart_jax.data.sources.sample import Sample
 from pixart_jax.errors import UserError
 from pixart_jax.files import find
 from pixart_jax.models.configs import TransformerConfig
@@ -130,6 +138,36 @@ def test_the_identifiers_pieces_are_told_and_an_unknown_one_refused():
 def test_a_wrong_config_is_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+class Pictures:
+    """Of a source: two pictures with captions of their own."""
+
+    def __init__(self, *texts: str):
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(f"p{index}", b"", {"caption": (self._texts[index],)})
+
+
+def test_pictures_may_have_captions_of_their_own_with_the_identifier_in_each():
+    subject = DreamBoothConfig(None, "sks")
+    stage = stage_of(dreambooth=subject, data=DataConfig(captions=(("caption", 1.0),)))
+    dreambooth.check_identifier(stage)
+
+    def opened(*texts):
+        return dreambooth.open_samples(None, stage, Pictures(*texts), Path(), lambda *how: how)
+
+    source, kinds = opened("a red sks", "a blue SKS")
+    assert len(source) == 2 and kinds == (("caption", 1.0),)
+    with pytest.raises(UserError, match="stage subject: p1: 'a blue dog' lacks the identifier"):
+        opened("a red sks", "a blue dog")
+    lost = stage_of(dreambooth=DreamBoothConfig(None, "<sks>"))
+    with pytest.raises(UserError, match="'<sks>' does not survive"):
+        dreambooth.check_identifier(lost)
 
 
 # ---- class images, and whole runs ----
