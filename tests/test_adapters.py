@@ -4,6 +4,7 @@ recompilation."""
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import jax
@@ -285,11 +286,11 @@ def test_convert_merges_adapters_into_a_model(folders, pipe, tiny_model, tmp_pat
 def test_convert_refuses_adapters_in_one_line(folders, tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     for argv, line in (
-        ((folders["first"], out), "is an adapter of another model"),
+        ((folders["first"], out), "another model.*--base names"),
         ((folders["first"], out.with_suffix(".safetensors"), "--format", "official"), "is a LoRA"),
         ((tiny_model / "vae", out, "--lora", folders["first"]), "--lora is for a transformer"),
     ):
         assert convert(*argv) == 2
         error = capsys.readouterr().err.strip()
-        assert error.startswith("error: ") and line in error and "\n" not in error
+        assert re.match(rf"error: .*{line}[^\n]*$", error)
     assert not any(tmp_path.iterdir())

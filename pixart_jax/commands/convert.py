@@ -267,7 +267,12 @@ def convert_adapter(src: Path, flags: Flags) -> int:
         base = base / "transformer" if (base / INDEX).is_file() else base
         config = transformer.config_from_json(read_json(base / component.CONFIG))
     shapes = nn.unbox(component.Transformer.param_shapes(config))
-    adapter = lora.read(src, shapes, alpha=flags.loras.lora_alpha)
+    try:
+        adapter = lora.read(src, shapes, alpha=flags.loras.lora_alpha)
+    except UserError as error:
+        if flags.base or "of another model" not in str(error):
+            raise
+        raise UserError(f"{error}; --base names the model that it is of, if not XL/2") from None
     with staged_folder(flags.out) as folder:
         lora.save(folder, adapter.tree, lora.Plain.of(adapter.tree))
     found = [module for _, module in modules(adapter.tree)]
