@@ -245,7 +245,7 @@ class DreamBoothConfig:
     # the word that stands for the subject
     identifier: str
     # as "a photo of a dog": the model's own pictures of it are trained on too, one beside each of
-    # the subject's (prior preservation); None: no others
+    # the subject's (prior preservation); file:PATH of several prompts; None: no others
     class_prompt: str | None = None
     class_images: int = 100
     # None: WORKDIR/class_images; in another folder, pictures that are there already are used

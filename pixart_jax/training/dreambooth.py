@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,16 @@ from pixart_jax.data.samples import Samples, second_draw
 from pixart_jax.data.sources import open_source
 from pixart_jax.data.sources.sample import Sample, Source
 from pixart_jax.errors import UserError
+from pixart_jax.files import write_text
 from pixart_jax.images import png_settings, write_png
 from pixart_jax.parallel.liveness import run_on_first_process
 from pixart_jax.pipeline import Pipeline
-from pixart_jax.text import clean_caption
+from pixart_jax.text import clean_caption, read_prompts
 
 KIND = "prompt"  # of the caption that all pictures have
 CLASS = "class_"  # begins the names of a batch's arrays of class images
 Kinds = tuple[tuple[str, float], ...]  # of captions, with weights, as DataConfig.captions
+_FILE = "file:"  # begins a class prompt that is a file of prompts
 _CHUNK = 4  # class images that are drawn together
 
 
@@ -66,12 +69,12 @@ def describe_identifier(stage: StageConfig, tokenizer) -> str:
 
 
 class Captioned:
-    """A source's pictures, all under one prompt."""
+    """A source's pictures, all under one prompt; None: each under its own captions."""
 
     caption_kinds: tuple[str, ...] = (KIND,)
     num_classes: int | None = None
 
-    def __init__(self, source: Source, prompt: str):
+    def __init__(self, source: Source, prompt: str | None):
         self._source, self._prompt, self.name = source, prompt, source.name
         seal = f"{source.fingerprint} {prompt}"
         self.fingerprint = hashlib.sha256(seal.encode()).hexdigest()
@@ -83,7 +86,10 @@ class Captioned:
         return self._source.sizes()
 
     def __getitem__(self, index: int) -> Sample:
-        return dataclasses.replace(self._source[index], captions={KIND: (self._prompt,)}, label=-1)
+        sample = self._source[index]
+        own = tuple(text for texts in sample.captions.values() for text in texts)
+        captions = own if self._prompt is None else (self._prompt,)
+        return dataclasses.replace(sample, captions={KIND: captions}, label=-1)
 
 
 class PairedSamples:
@@ -137,7 +143,8 @@ def open_samples(
         f"class images of {stage.name}", lambda: draw_class_images(config, stage, folder)
     )
     drawn = open_source(f"folder:{folder}", "train")
-    return PairedSamples(samples, encoded(Captioned(drawn, c.class_prompt), ((KIND, 1.0),)))
+    prompt = None if c.class_prompt.startswith(_FILE) else c.class_prompt
+    return PairedSamples(samples, encoded(Captioned(drawn, prompt), ((KIND, 1.0),)))
 
 
 def draw_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
@@ -150,7 +157,8 @@ def draw_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
     c = stage.dreambooth
     assert c is not None and c.class_prompt is not None
     height, width = stage.data.buckets[0]
-    settings = {"prompt": c.class_prompt, "model": stage.start, "height": height, "width": width}
+    settings = {"model": stage.start, "height": height, "width": width}
+    texts = _class_prompts(c.class_prompt, c.class_images)
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{number:05d}.png" for number in range(c.class_images)]
     own = [path for path in _pictures(folder) if path.name not in names]
@@ -161,7 +169,7 @@ def draw_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
             missing.append(number)
             continue
         found = png_settings(folder / name) or {}
-        for field, value in settings.items():
+        for field, value in {"prompt": texts[number], **settings}.items():
             if found.get(field, value) != value:
                 raise UserError(
                     f"{folder / name} was drawn with {field} {found[field]!r}, not {value!r}: "
@@ -174,10 +182,14 @@ def draw_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
     chunks = sorted({number // _CHUNK for number in missing})
     for chunk in tqdm(chunks, desc="class images", unit="batch", disable=jax.process_index() > 0):
         seed = (config.seed * 1_000_003 + chunk) % 2**32
-        images = pipe([c.class_prompt] * _CHUNK, height=height, width=width, seed=seed)
+        given = [texts[n % len(texts)] for n in range(_CHUNK * chunk, _CHUNK * (chunk + 1))]
+        images = pipe(given, height=height, width=width, seed=seed)
         for number, image in enumerate(images, _CHUNK * chunk):
             if number in missing:
-                write_png(folder / f"{number:05d}.png", image, {**settings, "seed": seed})
+                if c.class_prompt.startswith(_FILE):
+                    write_text(folder / f"{number:05d}.txt", texts[number])
+                how = {"prompt": texts[number], **settings, "seed": seed}
+                write_png(folder / f"{number:05d}.png", image, how)
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -185,8 +197,17 @@ def _pictures(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix.lower() in kinds]
 
 
+def _class_prompts(text: str, count: int) -> list[str]:
+    """``count`` prompts: one for all, or those of a file in turn."""
+    given = [text]
+    if text.startswith(_FILE):
+        given = [row.prompt for row in read_prompts(text.removeprefix(_FILE))]
+    return list(itertools.islice(itertools.cycle(given), count))
+
+
 def prompts(config: DreamBoothConfig | None) -> list[str]:
     """Of a preview: four times the pictures' one prompt and the class's, where there are such."""
     if config is None:
         return []
-    return [text for text in (config.prompt, config.class_prompt) if text for _ in range(4)]
+    found = [] if config.prompt is None else [config.prompt] * 4
+    return found + ([] if config.class_prompt is None else _class_prompts(config.class_prompt, 4))

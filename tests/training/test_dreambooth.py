@@ -22,6 +22,7 @@ from pixart_jax.config import (
     ObjectiveConfig,
     StageConfig,
 )
+from pixart_jax.data.sources import open_source
 from pixart_jax.data.sources.sample import Sample
 from pixart_jax.errors import UserError
 from pixart_jax.files import find
@@ -217,6 +218,19 @@ def test_class_images_go_on_where_they_were_cut_off(tmp_path, few_steps, monkeyp
     other = dataclasses.replace(stage, dreambooth=other)
     with pytest.raises(UserError, match="was drawn with prompt 'a circle', not 'a cross'"):
         dreambooth.draw_class_images(config, other, tmp_path / "cut")
+
+
+def test_class_images_of_a_file_of_prompts_take_turns_and_keep_their_captions(tmp_path, few_steps):
+    (tmp_path / "p.txt").write_text("a large red star\na small blue circle\n")
+    config = dreambooth_config(tmp_path)
+    subject = dataclasses.replace(SUBJECT, class_prompt=f"file:{tmp_path}/p.txt", class_images=5)
+    stage = dataclasses.replace(config.stages[0], dreambooth=subject)
+    dreambooth.draw_class_images(config, stage, folder := tmp_path / "images")
+    source = open_source(f"folder:{folder}", "train")
+    texts = [dreambooth.Captioned(source, None)[n].captions[dreambooth.KIND] for n in range(5)]
+    lines = ["a large red star", "a small blue circle"] * 3
+    assert texts == [(line,) for line in lines[:5]]
+    assert dreambooth.prompts(subject) == [subject.prompt] * 4 + lines[:4]
 
 
 def dreambooth_config(folder: Path, *flags: str) -> Config:
