@@ -22,7 +22,7 @@ from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.memory import Choice, choose_remat
 from pixart_jax.training.optimizer import make_optimizer
 from pixart_jax.training.state import TrainState, abstract_state
-from pixart_jax.training.tasks import Task, TextToImageLora, make_task
+from pixart_jax.training.tasks import OverBase, Task, make_task
 
 LATENT = 8  # pixels a side of a latent pixel
 
@@ -40,7 +40,7 @@ class StageParts:
 
     def load_base(self, mesh: Mesh) -> StageParts:
         """With the arrays of the base, read from the folder that the stage names."""
-        if not isinstance(self.task, TextToImageLora):
+        if not isinstance(self.task, OverBase):
             return self
         return dataclasses.replace(self, base=self.task.load_base(mesh))
 
@@ -56,8 +56,8 @@ def build_stage(config: Config, stage: StageConfig, frozen: Frozen, mesh: Mesh) 
     task = make_task(dataclasses.replace(config, remat="none") if auto else config, stage, frozen)
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     base = None
-    if isinstance(task, TextToImageLora):
-        rules.check_sharded(task.base_boxed, mesh)
+    if isinstance(task, OverBase):
+        rules.check_sharded(task.base_boxed(), mesh)
         base = task.base_shapes(mesh)
     else:
         rules.check_sharded(boxed, mesh)

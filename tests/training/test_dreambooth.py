@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixart_jax import load_component
 from pixart_jax.commands import train
 from pixart_jax.config import (
     Config,
@@ -34,6 +35,7 @@ from pixart_jax.training import dreambooth, recipes
 from pixart_jax.training.metrics import read
 from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
+from pixart_jax.weights.table import flatten
 
 SHAPES = find("assets/shapes")
 SUBJECT = DreamBoothConfig("a star", "star", class_prompt="a circle", class_images=6)
@@ -263,6 +265,21 @@ def test_a_run_with_prior_preservation_trains_an_adapter(tmp_path, few_steps, mo
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
     sheet = Image.open(next((tmp_path / "run" / "samples").iterdir()))
     assert min(sheet.size) > 64  # four pictures of the identifier, four of the class
+    assert not (tmp_path / "run" / "model").exists()
     # the same command finds its class images and trains nothing
     train.train(config, tmp_path / "run", train.encode)
     assert "6 are there, 0 are drawn" in capsys.readouterr().out
+
+
+def test_a_run_without_class_images_trains_all_weights(tmp_path, few_steps, monkeypatch):
+    monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
+    flags = ["--dreambooth.class-prompt", "None", "--stages.0.steps", "2"]
+    train.train(dreambooth_config(tmp_path, *flags), tmp_path / "run", train.encode)
+    assert not (tmp_path / "run" / "class_images").exists()
+    assert all("prior" not in line for line in read(tmp_path / "run" / "metrics.jsonl"))
+    ours, base = (
+        flatten(load_component(folder / "transformer").params)
+        for folder in (tmp_path / "run" / "model", SHAPES)
+    )
+    moved = {path for path, value in ours.items() if np.abs(value - base[path]).max() > 0}
+    assert moved | {"null_caption"} == set(ours)

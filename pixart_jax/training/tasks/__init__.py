@@ -6,16 +6,14 @@ jax.eval_shape; ``on_stage_start(params)`` → the plain parameters a stage begi
 ``preview(params, batch, settings)`` → images (uint8 [h, w, 3]) and their captions;
 ``export(params, folder, batches)``, which writes the model as a part of a diffusers folder, with
 batches: step → batch for what has to be measured.
-
-A task that trains an adapter has ``base_shapes(mesh)`` and ``load_base(mesh)``, parameters that it
-reads and does not train; its on_stage_start, losses and preview take them as their last argument.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.training.frozen import Frozen
@@ -33,6 +31,24 @@ TASKS: dict[str, type[Task]] = {
     "autoencoder": Autoencoder,
     "text_to_text": TextToText,
 }
+
+
+@runtime_checkable
+class OverBase(Protocol):
+    """A task that also reads parameters that it does not train, as those below an adapter.
+
+    Its on_stage_start, losses and preview take them as their last argument, as the compiled step
+    does, which never donates them.
+    """
+
+    def base_boxed(self) -> Any:
+        """Their shapes, boxed with axis names."""
+
+    def base_shapes(self, mesh: Mesh) -> Any:
+        """Their shapes with shardings, in the dtypes that they are held in."""
+
+    def load_base(self, mesh: Mesh) -> Any:
+        """Their arrays on the mesh."""
 
 
 def make_task(config: Config, stage: StageConfig, frozen: Frozen) -> Task:

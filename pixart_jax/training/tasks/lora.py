@@ -89,7 +89,6 @@ class TextToImageLora(TextToImage):
 
     # ---- the base ----
 
-    @property
     def base_boxed(self) -> Mapping:
         """The model's parameters as shapes, boxed with axis names."""
         return Transformer.param_shapes(self.module.config, self.module.dtype)
@@ -142,7 +141,7 @@ class TextToImageLora(TextToImage):
     def init(self, key: jax.Array):
         """Fresh boxed factors; also for jax.eval_shape. DoRA's magnitudes are set by
         :meth:`on_stage_start`."""
-        boxed, flat, rank = flatten(self.base_boxed), {}, self.lora.rank
+        boxed, flat, rank = flatten(self.base_boxed()), {}, self.lora.rank
         for number, path in enumerate(self.targets):
             kernel = boxed[f"{path}/kernel"]
             shape, names = kernel.value.shape, kernel.names

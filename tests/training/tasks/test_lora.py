@@ -419,6 +419,16 @@ def test_mistakes_are_one_line(world, tmp_path):
             ),
             "StageConfig.task = 'autoencoder': lora adapts a text_to_image model",
         ),
+        (
+            lambda: Config(
+                "c",
+                (
+                    dataclasses.replace(tiny_run_stage(), start="x", lora=LoraConfig()),
+                    dataclasses.replace(tiny_run_stage(), name="next"),
+                ),
+            ),
+            r"stage next: start 'previous' is an adapter \(stage words\): name the folder",
+        ),
     ],
 )
 def test_a_wrong_config_is_named(make, message):
