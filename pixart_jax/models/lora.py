@@ -50,7 +50,7 @@ def combine(loras: Sequence[Mapping], weights: Sequence[float]) -> dict:
     return combined
 
 
-def merge(params: Mapping, lora: Mapping, weight: float | jax.Array = 1.0) -> dict:
+def merge(params: Mapping, lora: Mapping, weight: float = 1.0) -> dict:
     """Parameters with the adapter in their kernels: kernel + weight · a @ b in fp32, then in the
     kernel's dtype and sharding; of DoRA its columns at the length ``magnitude``.
 
@@ -61,9 +61,11 @@ def merge(params: Mapping, lora: Mapping, weight: float | jax.Array = 1.0) -> di
         kernel = params["kernel"]
         if hasattr(kernel, "qvalue"):
             raise UserError("an adapter cannot be merged into int8 kernels: open the model in fp32")
-        known = isinstance(kernel, jax.Array) and not isinstance(kernel, jax.core.Tracer)
-        merged = _merging(kernel.sharding if known else None)
-        return {**params, "kernel": merged(kernel, dict(lora), jnp.float32(weight))}
+        traced = isinstance(kernel, jax.core.Tracer)
+        where = None if traced else getattr(kernel, "sharding", None)
+        # of an array that is not on a mesh a stated sharding would be another type to jit
+        merged = _merging(where if isinstance(where, jax.sharding.NamedSharding) else None)
+        return {**params, "kernel": merged(kernel, dict(lora), np.float32(weight))}
     changed = {name: merge(params[name], inner, weight) for name, inner in lora.items()}
     return {**params, **changed}
 
