@@ -31,7 +31,9 @@ def get_config() -> Config:
         steps=STEPS,
         batch_size=4,
         start="assets/shapes",
-        data=DataConfig(source="folder:data/subject", max_text_tokens=64),
+        data=DataConfig(
+            source="folder:data/subject", captions=(("caption", 1.0),), max_text_tokens=64
+        ),
         dreambooth=DreamBoothConfig(prompt="a heart", identifier="heart"),
         objective=ObjectiveConfig(prediction="v", null_condition="empty", condition_dropout=0.0),
         optimizer=OptimizerConfig(
