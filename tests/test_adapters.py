@@ -18,10 +18,10 @@ from PIL import Image
 from pixart_jax import Pipeline, cli, load_component
 from pixart_jax import __main__ as front
 from pixart_jax.commands import sample
-from pixart_jax.commands.sample_lora import _path_and_weight
 from pixart_jax.errors import UserError
 from pixart_jax.images import png_settings
 from pixart_jax.pipeline import sampler
+from pixart_jax.pipeline.lora_flags import _path_and_weight
 from pixart_jax.weights import lora
 from tests import tiny_diffusers
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pixart_jax import cli
-from pixart_jax.commands.sample_lora import LoraFlags
 from pixart_jax.errors import UserError
 from pixart_jax.files import write_json
+from pixart_jax.pipeline.lora_flags import LoraFlags
 
 if TYPE_CHECKING:
     from pixart_jax.models.configs import TransformerConfig

@@ -15,10 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from pixart_jax import cli
-from pixart_jax.commands import sample_lora
 from pixart_jax.commands.sample_flags import BAR, Flags
 from pixart_jax.commands.sample_settings import image_settings
 from pixart_jax.config import MeshConfig
+from pixart_jax.pipeline import lora_flags
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     sampling = flags.sampling.with_defaults(model.sampling)
     flags = dataclasses.replace(flags, sampling=sampling)
     adapters = flags.loras.read(model.transformer)
-    recorded = sample_lora.settings(adapters)
+    recorded = lora_flags.settings(adapters)
     wanted = [image | recorded for image in image_settings(flags, model, rows, opening)]
     folder = output.OutputFolder(flags.out, wanted, share)
     if folder.missing:
@@ -71,7 +71,7 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any], adapters: lis
     states = encode_first(flags, model, [folder.wanted[n] for n in folder.missing], opening)
     pipe = Pipeline.from_pretrained(model, text_encoder=states is None, **opening)
     pipe = pipe.replace(context_attention=MeshConfig.parse(flags.mesh).context_attention)
-    sample_lora.load(pipe, adapters)
+    lora_flags.load(pipe, adapters)
     quiet, many, desc = folder.share.index > 0, len(folder.missing), "sampling (compiles first)"
     bar = tqdm(total=many, unit=" images", bar_format=BAR, desc=desc, disable=quiet)
     with bar, AsyncWriter(folder.write) as writer:

@@ -10,10 +10,10 @@ from typing import Any
 import tyro
 
 from pixart_jax.commands.sample_edits import EditFlags
-from pixart_jax.commands.sample_lora import LoraFlags
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.files import bundled
+from pixart_jax.pipeline.lora_flags import LoraFlags
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_count
 from pixart_jax.text import PromptRow, check_encodable, read_prompts
 

@@ -21,6 +21,8 @@ from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
 from pixart_jax.files import bundled
 from pixart_jax.finite import check_images
 from pixart_jax.images import to_model, to_uint8
+from pixart_jax.pipeline import lora_flags
+from pixart_jax.pipeline.lora_flags import LoraFlags
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 SHIPPED = bundled("assets") / "shapes"
@@ -60,6 +62,7 @@ class ShapesOptions(_ModelOptions):
     captions: Literal["short", "dense"] = "short"
     """kind of prompts"""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+    loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
     seed: int = 0
     """of the noise; the scenes are always the same"""
 
@@ -105,6 +108,10 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
     prompts = eval_prompts(options.level, options.per_task, options.captions)
     _check(options)
     pipeline = pipeline or Pipeline.from_pretrained(options.model, variant=options.variant)
+    adapters = []
+    if options.loras.lora:
+        adapters = options.loras.read(pipeline.transformer.config)
+        lora_flags.load(pipeline, adapters)
     sampling = options.sampling.with_defaults(pipeline.sampling)
     options = dataclasses.replace(options, sampling=sampling)
 
@@ -121,13 +128,15 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
 
     images = _by_size(prompts, generate, "generating")
     shown = sampling.settings()
+    if adapters:
+        shown["lora"] = " + ".join(f"{adapter.name}:{weight:g}" for adapter, weight in adapters)
     main = {name: shown.pop(name) for name in ("solver", "steps", "guidance", "times", "null")}
     title = f"shapes · level {options.level} · {options.captions} captions · "
     title += "{solver} {steps} steps, guidance {guidance:g}".format(**main)
     title += f", seed {options.seed}"
     for name, value in shown.items():
         title += f", {name.replace('_', ' ')} {value}"
-    return _report(options, prompts, images, title)
+    return _report(options, prompts, images, title, **lora_flags.settings(adapters))
 
 
 def evaluate_vae(options: VAEOptions, vae=None) -> Score:
@@ -220,6 +229,7 @@ def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) 
         options.out.mkdir(parents=True, exist_ok=True)
         fields = dataclasses.asdict(options)
         del fields["out"]
+        fields.pop("loras", None)
         fields |= fields.pop("sampling", {})
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
         paths = report.write(options.out, result, images, {**settings, **more})

@@ -1,7 +1,7 @@
 """DreamBooth (arXiv 2208.12242): a model learns a subject from a few pictures.
 
 With prior preservation each picture is trained on beside one of the subject's class, which the
-model drew before it was trained: the rows of a batch are such pairs.
+model generated before it was trained: the rows of a batch are such pairs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KIND = "prompt"  # of the caption that all pictures have
 CLASS = "class_"  # begins the names of a batch's arrays of class images
 Kinds = tuple[tuple[str, float], ...]  # of captions, with weights, as DataConfig.captions
 _FILE = "file:"  # begins a class prompt that is a file of prompts
-_CHUNK = 4  # class images that are drawn together
+_CHUNK = 4  # class images that are generated together
 
 
 def check_identifier(stage: StageConfig) -> None:
@@ -124,7 +124,7 @@ def open_samples(
     workdir: Path,
     encoded: Callable[[Source, Kinds], Samples],
 ) -> Samples:
-    """The pictures, with prior preservation beside class images, which are drawn where they are
+    """The pictures, with prior preservation beside class images, which are generated where they are
     missing. encoded: encodes a source with these kinds of captions."""
     c = stage.dreambooth
     assert c is not None
@@ -140,18 +140,18 @@ def open_samples(
         return samples
     folder = Path(c.class_folder) if c.class_folder else workdir / "class_images"
     run_on_first_process(
-        f"class images of {stage.name}", lambda: draw_class_images(config, stage, folder)
+        f"class images of {stage.name}", lambda: generate_class_images(config, stage, folder)
     )
     drawn = open_source(f"folder:{folder}", "train")
     prompt = None if c.class_prompt.startswith(_FILE) else c.class_prompt
     return PairedSamples(samples, encoded(Captioned(drawn, prompt), ((KIND, 1.0),)))
 
 
-def draw_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
-    """Draw those of the folder's 00000.png … that are missing; each depends on seed and number
+def generate_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
+    """Generate those of the folder's 00000.png … that are missing; each depends on seed and number
     alone.
 
-    Other pictures in the folder count. Raises UserError where one was drawn from another prompt or
+    Other pictures in the folder count. Raises UserError where one is of another prompt or
     model.
     """
     c = stage.dreambooth
@@ -172,10 +172,10 @@ def draw_class_images(config: Config, stage: StageConfig, folder: Path) -> None:
         for field, value in {"prompt": texts[number], **settings}.items():
             if found.get(field, value) != value:
                 raise UserError(
-                    f"{folder / name} was drawn with {field} {found[field]!r}, not {value!r}: "
+                    f"{folder / name} was generated with {field} {found[field]!r}, not {value!r}: "
                     "name another class_folder, or delete this one"
                 )
-    print(f"class images: {c.class_images - len(missing)} are there, {len(missing)} are drawn")
+    print(f"class images: {c.class_images - len(missing)} are there, {len(missing)} to generate")
     if not missing:
         return
     pipe = Pipeline.from_pretrained(stage.start, dtype=config.compute_dtype)

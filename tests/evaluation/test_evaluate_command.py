@@ -16,6 +16,7 @@ from pixart_jax.evaluation.command import SHIPPED, ShapesOptions, VAEOptions
 from pixart_jax.evaluation.tasks import eval_prompts
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.weights import lora
 
 
 class TruePipeline:
@@ -144,3 +145,26 @@ def test_the_shipped_model_scores_far_above_its_floor(tmp_path):
     result = command.evaluate_shapes(ShapesOptions(per_task=25, out=tmp_path))
     assert result.mean.score > 0.8 > 0.3 > result.mean.floor
     assert result.tasks["colour"].score >= 0.9 and result.tasks["position"].score >= 0.85
+
+
+def test_shapes_with_a_lora_is_the_merged_model(tmp_path, capsys):
+    pipe = Pipeline.from_pretrained(SHIPPED)
+    rng, kernel = np.random.default_rng(0), pipe.transformer.params["blocks"]["attn"]["q"]["kernel"]
+    depth, inputs, outputs = kernel.shape
+    a, b = rng.normal(size=(depth, inputs, 2)), rng.normal(size=(depth, 2, outputs)) / 10
+    tree = {"blocks": {"attn": {"q": {"a": np.float32(a), "b": np.float32(b)}}}}
+    lora.save(tmp_path / "style", tree, lora.Plain.of(tree))
+    common = ["--per-task", "2", "--steps", "2", "--lora", f"{tmp_path}/style:0.5"]
+    assert cli.run(command.main, ["shapes", *common, "--out", str(tmp_path / "out")]) == 0
+    assert "lora style:0.5" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "score.json").read_text())
+    (recorded,) = record["lora"]
+    assert recorded["name"] == "style" and recorded["weight"] == 0.5
+    pipe = pipe.replace(transformer=pipe.transformer.with_lora(tmp_path / "style", 0.5))
+    (path,) = (tmp_path / "out").glob("sheet.png")
+    assert path.stat().st_size > 0
+    score = command.evaluate_shapes(
+        ShapesOptions(per_task=2, sampling=SamplingConfig(steps=2)), pipe
+    )
+    tasks = {name: task["score"] for name, task in record["tasks"].items()}
+    assert {name: round(task.score, 4) for name, task in score.tasks.items()} == tasks

@@ -194,7 +194,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_class_images_go_on_where_they_were_cut_off(tmp_path, few_steps, monkeypatch, capsys):
     config = dreambooth_config(tmp_path)
     stage = config.stages[0]
-    dreambooth.draw_class_images(config, stage, tmp_path / "whole")
+    dreambooth.generate_class_images(config, stage, tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     assert sorted(whole) == [f"{n:05d}.png" for n in range(6)] and len(set(whole.values())) == 6
 
@@ -209,17 +209,17 @@ def test_class_images_go_on_where_they_were_cut_off(tmp_path, few_steps, monkeyp
 
     monkeypatch.setattr(dreambooth, "write_png", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        dreambooth.draw_class_images(config, stage, tmp_path / "cut")
+        dreambooth.generate_class_images(config, stage, tmp_path / "cut")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").iterdir()}
     capsys.readouterr()
-    dreambooth.draw_class_images(config, stage, tmp_path / "cut")
-    assert "class images: 2 are there, 4 are drawn" in capsys.readouterr().out
+    dreambooth.generate_class_images(config, stage, tmp_path / "cut")
+    assert "class images: 2 are there, 4 to generate" in capsys.readouterr().out
     assert contents(tmp_path / "cut") == whole
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     other = dataclasses.replace(SUBJECT, class_prompt="a cross")
     other = dataclasses.replace(stage, dreambooth=other)
-    with pytest.raises(UserError, match="was drawn with prompt 'a circle', not 'a cross'"):
-        dreambooth.draw_class_images(config, other, tmp_path / "cut")
+    with pytest.raises(UserError, match="was generated with prompt 'a circle', not 'a cross'"):
+        dreambooth.generate_class_images(config, other, tmp_path / "cut")
 
 
 def test_class_images_of_a_file_of_prompts_take_turns_and_keep_their_captions(tmp_path, few_steps):
@@ -227,7 +227,7 @@ def test_class_images_of_a_file_of_prompts_take_turns_and_keep_their_captions(tm
     config = dreambooth_config(tmp_path)
     subject = dataclasses.replace(SUBJECT, class_prompt=f"file:{tmp_path}/p.txt", class_images=5)
     stage = dataclasses.replace(config.stages[0], dreambooth=subject)
-    dreambooth.draw_class_images(config, stage, folder := tmp_path / "images")
+    dreambooth.generate_class_images(config, stage, folder := tmp_path / "images")
     source = open_source(f"folder:{folder}", "train")
     texts = [dreambooth.Captioned(source, None)[n].captions[dreambooth.KIND] for n in range(5)]
     lines = ["a large red star", "a small blue circle"] * 3
@@ -257,7 +257,7 @@ def test_a_run_with_prior_preservation_trains_an_adapter(tmp_path, few_steps, mo
     assert config.stages[0].lora == LoraConfig(rank=2)
     train.train(config, tmp_path / "run", train.encode)
     printed = capsys.readouterr().out
-    assert "identifier 'star' as 1: ▁star" in printed and "0 are there, 6 are drawn" in printed
+    assert "identifier 'star' as 1: ▁star" in printed and "0 are there, 6 to generate" in printed
     lines = read(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 6
     for line in lines:
@@ -268,7 +268,7 @@ def test_a_run_with_prior_preservation_trains_an_adapter(tmp_path, few_steps, mo
     assert not (tmp_path / "run" / "model").exists()
     # the same command finds its class images and trains nothing
     train.train(config, tmp_path / "run", train.encode)
-    assert "6 are there, 0 are drawn" in capsys.readouterr().out
+    assert "6 are there, 0 to generate" in capsys.readouterr().out
 
 
 def test_a_run_without_class_images_trains_all_weights(tmp_path, few_steps, monkeypatch):

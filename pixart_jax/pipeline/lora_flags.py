@@ -1,4 +1,4 @@
-"""The LoRAs of a call of sample.py: which, how strong, and what the images record of them."""
+"""The LoRAs that a command is given: which, how strong, and what is recorded of them."""
 
 from __future__ import annotations
 
