@@ -277,6 +277,20 @@ def test_convert_writes_peft_and_diffusers_layouts(folders, pipe, tiny_model, tm
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_convert_writes_adapters_in_half_the_bytes(folders, pipe, tiny_model, tmp_path, dtype):
+    half = ("--base", tiny_model, "--dtype", dtype)
+    assert convert(folders["first"], tmp_path / "half", *half) == 0
+    size = {n: (tmp_path / "half" / n).stat().st_size for n in (lora.PEFT, lora.DIFFUSERS)}
+    assert size[lora.PEFT] < 0.7 * (folders["first"] / lora.PEFT).stat().st_size
+    trees = (
+        lora.read(path, pipe.transformer.params).tree
+        for path in (folders["first"], tmp_path / "half")
+    )
+    for whole, rounded in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_allclose(rounded, whole, rtol=2**-8)
+
+
 def test_convert_merges_adapters_into_a_model(folders, pipe, tiny_model, tmp_path):
     adapters = ("--lora", folders["first"], "--lora", f"{folders['second']}:-0.5")
     assert convert(tiny_model, tmp_path / "merged", *adapters) == 0

@@ -71,6 +71,8 @@ class Flags:
     base: Path | None = None
     """Of a LoRA: a folder or hub id of the model that it adapts, for its layers' names and sizes;
     by default PixArt's XL/2."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of a LoRA's new files."""
     loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
 
 
@@ -250,6 +252,7 @@ def save(part: Any, flags: Flags) -> None:
 
 def convert_adapter(src: Path, flags: Flags) -> int:
     """Write the LoRA at ``src`` as peft's folder, with diffusers' file in it."""
+    import jax.numpy as jnp
     from flax import linen as nn
 
     from pixart_jax.models.configs import TransformerConfig
@@ -274,7 +277,8 @@ def convert_adapter(src: Path, flags: Flags) -> int:
             raise
         raise UserError(f"{error}; --base names the model that it is of, if not XL/2") from None
     with staged_folder(flags.out) as folder:
-        lora.save(folder, adapter.tree, lora.Plain.of(adapter.tree))
+        plain = lora.Plain.of(adapter.tree)
+        lora.save(folder, adapter.tree, plain, jnp.dtype(flags.dtype))
     found = [module for _, module in modules(adapter.tree)]
     ranks = sorted({module["a"].shape[-1] for module in found})
     kind = "DoRA" if any("magnitude" in module for module in found) else "LoRA"

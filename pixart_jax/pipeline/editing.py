@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
@@ -21,6 +22,7 @@ from pixart_jax.data import buckets
 from pixart_jax.data.images import to_bucket
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.pipeline.sampler import Edit
 
 SEAM = 6  # px inside the mask, over which generated pixels blend into known ones
 OVERLAP = 16  # px of an outpainted image's border that are generated too
@@ -112,12 +114,24 @@ def check_mask(value: Any, image: np.ndarray) -> np.ndarray:
 
 def images_of(value: Any, count: int, what: str = "image") -> list[np.ndarray]:
     """One array for each of ``count`` prompts, from one for all or a sequence of one each."""
-    single = isinstance(value, np.ndarray) and value.ndim == (3 if what != "mask" else 2)
-    if single or not isinstance(value, Sequence | np.ndarray):
+    if hasattr(value, "ndim") and value.ndim <= (2 if what == "mask" else 3):
         return [np.asarray(value)] * count
     if len(value) != count:
         raise UserError(f"{len(value)} {what}s for {count} prompts: give one for all, or one each")
     return [np.asarray(one) for one in value]
+
+
+def latent_edit(latents: Any, mask: Any, shape: tuple[int, ...]) -> Edit:
+    """The sampler's edit of latents [b, h, w, c] under a mask [b, h, w, 1], of half or more where
+    it is generated. Raises UserError where they do not fit noise of ``shape``."""
+    latents, wanted = jnp.asarray(latents, jnp.float32), (*shape[:3], 1)
+    if latents.shape != shape:
+        raise UserError(f"latents {list(latents.shape)} do not fit noise {list(shape)}")
+    if mask is None:
+        return Edit(latents)
+    if jnp.shape(mask) != wanted:
+        raise UserError(f"mask {list(jnp.shape(mask))} does not fit: want {list(wanted)}")
+    return Edit(latents, jnp.asarray(mask) >= 0.5)
 
 
 def default_size(

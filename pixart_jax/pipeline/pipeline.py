@@ -469,10 +469,7 @@ class Pipeline(LoraMethods):
         start, edit = 0, None
         if latents is not None:
             start = editing.first_step(int(config.steps or 0), strength)
-            edit = sampler.Edit(latents, None if mask is None else jnp.asarray(mask) >= 0.5)
-            edit = jax.tree.map(
-                lambda a: jnp.broadcast_to(a, (*noise.shape[:3], a.shape[-1])), edit
-            )
+            edit = editing.latent_edit(latents, mask, noise.shape)
         elif mask is not None:
             raise UserError("a mask needs the latents that stay outside it: give latents")
         with on_mesh(self.mesh):

@@ -456,14 +456,14 @@ class Plain:
         return cls(ranks.most_common(1)[0][0])
 
 
-def save(folder: str | os.PathLike, tree: Mapping, config: Config) -> None:
+def save(folder: str | os.PathLike, tree: Mapping, config: Config, dtype: Any = np.float32) -> None:
     """Write an adapter: adapter_config.json and adapter_model.safetensors, a folder that peft
     opens, and pytorch_lora_weights.safetensors, which diffusers' loaders open.
 
     tree: of models/lora.py, with a and b as they were trained: their product is scaled by what the
-    config states, alpha / rank (rslora: alpha / √rank). Layers that are zero are left out. Where
-    several processes share the tree all must call it; the first writes. Raises UserError where the
-    folder cannot be written or a value is not finite.
+    config states, alpha / rank (rslora: alpha / √rank). dtype: of the files. Layers that are zero
+    are left out. Where several processes share the tree all must call it; the first writes. Raises
+    UserError where the folder cannot be written or a value is not finite.
     """
     folder = Path(folder)
     tree = jax.tree.map(lambda leaf: np.asarray(gather_to_host(leaf), np.float32), dict(tree))
@@ -523,7 +523,7 @@ def save(folder: str | os.PathLike, tree: Mapping, config: Config) -> None:
         "modules_to_save": None,
         "inference_mode": True,
     }
-    tensors = write(table, unflatten(flat))
+    tensors = write(table, unflatten({path: array.astype(dtype) for path, array in flat.items()}))
     header = {f"transformer.{name}": value for name, value in values.items()}
     metadata = {_METADATA: json.dumps(header, indent=2, sort_keys=True)}
     for file, prefix, extra in (
