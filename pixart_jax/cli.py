@@ -110,7 +110,7 @@ def signals() -> Iterator[None]:
 def end_by_signal() -> int:
     """Print that the program was stopped; return its exit status."""
     number = _received[0] if _received else signal.SIGINT
-    print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
+    print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr, flush=True)
     return 128 + number
 
 
