@@ -131,29 +131,27 @@ class CompiledStep:
     """
 
     def __init__(self, mesh: Mesh, abstract: TrainState, base: Any = None, **options: Any):
-        def step(state, batch, key, base):
-            return train_step(state, batch, key, base, mesh=mesh, **options)
+        def step(state, batch, key, *base):
+            return train_step(state, batch, key, *base, mesh=mesh, **options)
 
         replicated, state = rules.replicated(mesh), shardings_of(abstract)
-        self._mesh, self._base = mesh, base
+        self._mesh, self._base = mesh, () if base is None else (base,)
+        placed = state, rules.batch_sharding(mesh), replicated, *map(shardings_of, self._base)
         self.jitted = jax.jit(
-            step,
-            in_shardings=(state, rules.batch_sharding(mesh), replicated, shardings_of(base)),
-            out_shardings=(state, replicated),
-            donate_argnums=0,
+            step, in_shardings=placed, out_shardings=(state, replicated), donate_argnums=0
         )
 
     def __call__(
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         with rules.on_mesh(self._mesh, rules.ACTIVATION_RULES):
-            return self.jitted(state, batch, key, self._base)
+            return self.jitted(state, batch, key, *self._base)
 
     def trace(self, state: TrainState, batch: Batch, key) -> jax.stages.Traced:
         """The step traced for arrays of these shapes, as a call would trace it;
         ``.lower().compile()`` makes the executable."""
         with rules.on_mesh(self._mesh, rules.ACTIVATION_RULES):
-            return self.jitted.trace(state, batch, key, self._base)
+            return self.jitted.trace(state, batch, key, *self._base)
 
     @property
     def executables(self) -> int:

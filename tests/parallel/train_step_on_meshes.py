@@ -103,8 +103,8 @@ def step(config, mesh, params=None):
     compiled = CompiledStep(mesh, abstract, **how)
     batch = put(loader.batch(0), rules.batch_sharding(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.ACTIVATION_RULES):
-        program = compiled.jitted.lower(state, batch, jax.random.key(7), None).compile()
-    state, metrics = program(state, batch, jax.random.key(7), None)
+        program = compiled.jitted.lower(state, batch, jax.random.key(7)).compile()
+    state, metrics = program(state, batch, jax.random.key(7))
     gradients = jax.device_get(state.opt_state[0])
     return float(metrics["loss"]), gradients, program, rules.unboxed(boxed), params
 
