@@ -93,7 +93,7 @@ class Captioned:
 
 
 class PairedSamples:
-    """Each sample of a set with one of a second set, drawn at random; the arrays of the second have
+    """Each sample of a set with a random one of a second set; the arrays of the second have
     names that begin with ``CLASS``."""
 
     def __init__(self, samples: Samples, others: Samples):
@@ -142,9 +142,9 @@ def open_samples(
     run_on_first_process(
         f"class images of {stage.name}", lambda: generate_class_images(config, stage, folder)
     )
-    drawn = open_source(f"folder:{folder}", "train")
+    generated = open_source(f"folder:{folder}", "train")
     prompt = None if c.class_prompt.startswith(_FILE) else c.class_prompt
-    return PairedSamples(samples, encoded(Captioned(drawn, prompt), ((KIND, 1.0),)))
+    return PairedSamples(samples, encoded(Captioned(generated, prompt), ((KIND, 1.0),)))
 
 
 def generate_class_images(config: Config, stage: StageConfig, folder: Path) -> None:

@@ -83,8 +83,8 @@ class Adapter:
 
 
 class _Place(NamedTuple):
-    """Where a layer of a file lies in our tree. part: (k, n) is the k-th of n parts of its
-    outputs."""
+    """The parameter that a file's layer adapts: its path and, if stacked, its layer. part: (k, n),
+    the k-th of n equal parts of the file's outputs (a fused qkv)."""
 
     path: str
     layer: int | None

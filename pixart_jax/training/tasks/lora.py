@@ -179,8 +179,8 @@ class TextToImageLora(TextToImage):
         return {**tree, "b": b * self.lora.scale, **more}
 
     def losses(self, params, batch, keys, base=None) -> dict[str, jax.Array]:
-        """loss = mse + vb, one value a sample, of the base with the adapter. The masks of dropout
-        are drawn for a micro-batch as a whole."""
+        """loss = mse + vb, one value a sample, of the base with the adapter. One
+        random key makes the dropout masks of a whole micro-batch."""
         keep, rngs = 1 - self.lora.dropout, None
         if keep < 1:
             # DiffusionObjective.prepare splits a key in four
