@@ -135,7 +135,7 @@ class CompiledStep:
             return train_step(state, batch, key, *base, mesh=mesh, **options)
 
         replicated, state = rules.replicated(mesh), shardings_of(abstract)
-        self._mesh, self._base = mesh, () if base is None else (base,)
+        self._mesh, self._base = mesh, given(base)
         placed = state, rules.batch_sharding(mesh), replicated, *map(shardings_of, self._base)
         self.jitted = jax.jit(
             step, in_shardings=placed, out_shardings=(state, replicated), donate_argnums=0
