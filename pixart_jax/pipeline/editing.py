@@ -287,12 +287,15 @@ class Edits:
         """{"height", "width"} of what ``generate`` is asked for, from the canvas's."""
         return {"height": height, "width": width // 2 if self.is_reference else width}
 
-    def canvases(self, size: tuple[int, int]) -> list[Canvas] | list[None]:
-        """One for each prompt, of the size that is generated; [None] without images."""
+    def canvases(self, count: int, size: tuple[int, int]) -> list:
+        """A Canvas for each of ``count`` prompts, of the size that is generated; None without
+        images."""
+        if not self.images:
+            return [None] * count
         if self.is_reference:
             return [reference_canvas(image, size[0], size[1] // 2) for image in self.images]
         masks = self.masks or [None] * len(self.images)
-        return [canvas(*pair, size, self.padding) for pair in zip(self.images, masks)] or [None]
+        return [canvas(*pair, size, self.padding) for pair in zip(self.images, masks)]
 
     def finish(self, images: np.ndarray, canvases: Sequence[Canvas | None]) -> np.ndarray:
         """The results, from what was generated on the canvases; uint8 [b, h, w, 3]."""

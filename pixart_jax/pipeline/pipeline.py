@@ -285,7 +285,7 @@ class Pipeline(LoraMethods):
             [check_seed(value) for value in _one_each("seed", seed, count)],
             list(range(count) if indices is None else indices),
             _one_each("guidance", config.guidance if guidance is None else guidance, count),
-            (edits.canvases(size.generated) * count)[:count],
+            edits.canvases(count, size.generated),
         )
         rows = [
             dataclasses.replace(row, seed=(row.seed + k) % 2**64)
@@ -317,10 +317,11 @@ class Pipeline(LoraMethods):
         # one for all batches, so that they share one executable
         length = config.text_length or padded_length(longest, parts.text_tokens)
 
+        run = Run(config, start, edits.is_reference, edits.variation)
+
         def batches() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
             for positions, batch in self._batches(rows, batch_size):
                 tell = callback and functools.partial(_without_fillers, callback, len(positions))
-                run = Run(config, start, edits.is_reference, edits.variation)
                 yield positions, self._images(batch, run, size, length, encoder, tell)
 
         bad: list[int] = []

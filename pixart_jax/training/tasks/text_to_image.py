@@ -93,7 +93,9 @@ class TextToImage:
 
     def losses_of(self, variables, batch, keys, rngs=None) -> dict[str, jax.Array]:
         """:meth:`losses` of the module's variable collections, with random numbers for it."""
-        others = {name.removeprefix(CLASS): x for name, x in batch.items() if CLASS in name}
+        others = {
+            name.removeprefix(CLASS): x for name, x in batch.items() if name.startswith(CLASS)
+        }
         if not others or self.subject is None:
             return self._losses(variables, batch, keys, rngs)
         # neighbours in one batch; prepare() splits a key in four
