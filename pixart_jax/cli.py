@@ -9,6 +9,7 @@ program's first line, ends it after Ctrl-C or SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import io
 import os
@@ -76,16 +77,16 @@ def signals() -> Iterator[None]:
     garbage-collection callback, in a library's import, or while C++ compiles.
 
     The first signal raises KeyboardInterrupt, so that files are closed and removed (during an
-    import it ends the process at once); a thread ends the process ``GRACE`` seconds later, or at a
-    second signal. Signals that have a handler of their own (training's) or are ignored (nohup) are
-    left alone.
+    import it ends the process at once; where Python ignores the exception it is raised again); a
+    thread ends the process ``GRACE`` seconds later, or at a second signal. Signals that have a
+    handler of their own (training's) or are ignored (nohup) are left alone. Afterwards a signal
+    ends the process silently: its work is done.
     """
     numbers = [
         number
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     ]
-    before = {number: signal.getsignal(number) for number in numbers}
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     try:
@@ -94,6 +95,7 @@ def signals() -> Iterator[None]:
         threading.Thread(target=_end_in_time, args=(reader,), daemon=True).start()
         for number in numbers:
             signal.signal(number, _on_signal)
+        sys.unraisablehook = _raise_again
         yield
     except (KeyboardInterrupt, Exception):
         if not _received:
@@ -102,15 +104,19 @@ def signals() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(-1)
         os.close(writer)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        sys.unraisablehook = sys.__unraisablehook__
         _received.clear()
 
 
 def end_by_signal() -> int:
     """Print that the program was stopped; return its exit status."""
     number = _received[0] if _received else signal.SIGINT
-    print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr, flush=True)
+    line = b"terminated\n" if number == signal.SIGTERM else b"interrupted\n"
+    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", None)
+    # not to sys.stderr: parse_known redirects it while tyro is imported
+    os.write(2, (b"\n" if bars else b"") + line)
     return 128 + number
 
 
@@ -122,6 +128,15 @@ def _on_signal(number: int, frame: types.FrameType | None) -> None:
             os._exit(end_by_signal())
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _raise_again(lost: Any) -> None:
+    """Raise KeyboardInterrupt again where a callback or a destructor had it ignored."""
+    if not _received or lost.exc_type is not KeyboardInterrupt:
+        return sys.__unraisablehook__(lost)
+    main = ctypes.c_ulong(threading.main_thread().ident)
+    again = (main, ctypes.py_object(KeyboardInterrupt))
+    threading.Timer(0.05, ctypes.pythonapi.PyThreadState_SetAsyncExc, again).start()
 
 
 def _end_in_time(reader: int) -> None:

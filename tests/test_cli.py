@@ -102,9 +102,9 @@ def test_a_bug_keeps_its_traceback():
         cli.run(lambda argv: 1 // 0, [])
 
 
-def test_interrupted(capsys):
+def test_interrupted(capfd):
     def main(argv):
         raise KeyboardInterrupt
 
     assert cli.run(main, []) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capfd.readouterr().err == "interrupted\n"

@@ -35,7 +35,7 @@ def end(command: list[str], number: int, after: float, times: int = 1) -> tuple[
     return program.returncode, err, time.monotonic() - sent
 
 
-SAMPLE = ["sample.py", "--prompt", "x"]
+SAMPLE = ["sample.py", "--prompt", "x", "--num-images-per-prompt", "500"]
 ENCODE = ["-m", "pixart_jax", "encode", "configs/photographs.py"]  # ends by itself within 2 s
 
 
@@ -106,6 +106,48 @@ with cli.signals():
 def test_an_import_error_that_a_signal_caused_is_not_reported():
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+REDIRECTS = """
+import contextlib, io, sys
+from pixart_jax import cli
+sys.path.insert(0, sys.argv[1])
+with cli.signals(), contextlib.redirect_stderr(io.StringIO()):
+    import slow
+"""
+
+
+def test_the_line_is_printed_while_stderr_is_redirected(tmp_path):
+    """cli.parse_known redirects it while tyro is imported."""
+    (tmp_path / "slow.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(9)\n")
+    command = [sys.executable, "-c", REDIRECTS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+IGNORES = """
+import os, sys, time
+from pixart_jax import cli
+class Ends:
+    def __del__(self):
+        os.kill(os.getpid(), 2)
+        for _ in range(10000):
+            pass
+with cli.signals():
+    Ends()
+    try:
+        while True:
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        print("raised again")
+        raise
+"""
+
+
+def test_an_interrupt_that_python_ignores_is_raised_again():
+    """As in a destructor, or in JAX's garbage-collection callback."""
+    done = subprocess.run([sys.executable, "-c", IGNORES], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "raised again\n")
 
 
 def test_an_ignored_signal_stays_ignored():
