@@ -25,6 +25,7 @@ from pixart_jax.pipeline import decoder, editing, sampler
 from pixart_jax.pipeline.adapters import Adapters, LoraMethods
 from pixart_jax.pipeline.folder import PARTS, ModelFolder, write_model
 from pixart_jax.pipeline.image_size import ImageSize, cache_plan, check_options
+from pixart_jax.pipeline.negative_prompts import NegativePrompts
 from pixart_jax.pipeline.noise import slerp, starting_noise
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
 from pixart_jax.pipeline.sampling_config import (
@@ -38,7 +39,6 @@ from pixart_jax.pipeline.text_states import TextStates, texts_to_encode
 from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, padded_length
 
 DEFAULT_BATCH = 16
-_CACHED_NEGATIVES = 4  # keys and values of negative prompts: 31 MB each for XL/2 in bfloat16
 
 Callback = Callable[[int, np.ndarray], None]
 Seed = int | str  # of 64 bits; its decimal digits where JSON would round it
@@ -88,8 +88,10 @@ class Pipeline(LoraMethods):
     text_identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     context_attention: str = "all_gather"
     adapters: Adapters = Adapters()
-    # keys and values of negative prompts, of these parts: replace() begins an empty one
-    _negatives: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+    # of these parts: replace() begins an empty one
+    _negatives: NegativePrompts = dataclasses.field(
+        default_factory=NegativePrompts, init=False, repr=False
+    )
 
     def __post_init__(self):
         if self.mesh is not None:
@@ -561,33 +563,22 @@ class Pipeline(LoraMethods):
         clean: Callable[[str], str],
         encoder: PromptEncoder | TextStates,
     ) -> TextKV:
-        """Keys and values of the rows' negative prompts. A text's row is computed by itself and
-        cached: an image does not depend on the negative prompts beside it, and "" is encoded once,
-        not once a batch."""
-        source = encoder if isinstance(encoder, TextStates) else self.text_encoder
-        lora = self.adapters.identity
-        names = [(clean(text), null, length, lora, id(source)) for text in texts]
-        is_null = np.array([null == "embedding" and not name[0] for name in names])
-        found = {name: self._negatives[name] for name in names if name in self._negatives}
-        missing = {name: text for name, text in zip(names, texts) if name not in found}
-        states: dict[tuple, tuple] = {}
-        if any(is_null):
+        """Keys and values of the rows' negative prompts."""
+        null_caption = None
+        if null == "embedding":
             caption = jnp.asarray(self._null_caption(), jnp.float32)[None, :length]
-            states[names[is_null.argmax()]] = caption, jnp.int32([length])
-        if read := {name: text for name, text in missing.items() if name not in states}:
-            both = self._on_devices(encoder.batch(list(read.values()), length, clean))
-            states |= {name: tuple(a[n : n + 1] for a in both) for n, name in enumerate(read)}
-        for name in missing:
-            with on_mesh(self.mesh):
-                module, params = self.transformer.module, self.transformer.params
-                row = sampler.encode_text_jit(module, params, *states[name])
-            # the source is held, so that no other object takes its id
-            found[name] = self._negatives[name] = row, source
-        while len(self._negatives) > _CACHED_NEGATIVES:
-            self._negatives.pop(next(iter(self._negatives)))
-        columns = zip(*(found[name][0] for name in names))
-        keys, values, own = (jnp.concatenate(a, n) for a, n in zip(columns, (1, 1, 0)))
-        return TextKV(keys, values, jnp.where(is_null, lengths, own))
+            null_caption = caption, jnp.int32([length])
+        module, params = self.transformer.module, self.transformer.params
+        with on_mesh(self.mesh):
+            return self._negatives.text_kv(
+                [clean(text) for text in texts],
+                (null, length, self.adapters.identity),
+                encoder if isinstance(encoder, TextStates) else self.text_encoder,
+                lambda cleaned: self._on_devices(encoder.batch(cleaned, length, str)),
+                functools.partial(sampler.encode_text_jit, module, params),
+                null_caption,
+                lengths,
+            )
 
     def _null_caption(self) -> jax.Array:
         if "null_caption" not in self.transformer.params:
