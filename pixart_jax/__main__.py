@@ -14,6 +14,7 @@ from pixart_jax.files import cache_folder
 COMMANDS = {
     "caption": ("pixart_jax.captioning.caption_command", "images → captions by a VLM, on Ray Data"),
     "convert": ("pixart_jax.commands.convert", "official .pth, DiT .pt or diffusers → a component"),
+    "edges": ("pixart_jax.commands.edges", "images → HED or Canny edge maps, for a ControlNet"),
     "encode": ("pixart_jax.encoding.command", "images, captions or prompts → latents, text states"),
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
     "inspect": ("pixart_jax.captioning.inspect", "a data set's report, before training"),
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
-    if name in ("encode", "evaluate", "sample"):  # train keeps its programs in its workdir
+    if name in ("edges", "encode", "evaluate", "sample"):  # train keeps its programs in its workdir
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     return importlib.import_module(COMMANDS[name][0]).main(rest) or 0

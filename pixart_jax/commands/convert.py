@@ -139,7 +139,7 @@ def from_file(flags: Flags) -> tuple[Any, str]:
     """(an official checkpoint, PixArt's or DiT's by its tensors; its origin in words)."""
     from flax import linen as nn
 
-    from pixart_jax.weights import component, dit, transformer
+    from pixart_jax.weights import component, dit, hed, transformer
     from pixart_jax.weights.checkpoints import select
     from pixart_jax.weights.files import open_tensors
     from pixart_jax.weights.streaming import read
@@ -181,6 +181,9 @@ def from_file(flags: Flags) -> tuple[Any, str]:
         if flags.scale is not None:
             config = dataclasses.replace(config, position_scale=flags.scale)
         kind, mapping, ignore = component.DiT, dit.OFFICIAL, dit.OFFICIAL_IGNORE
+    elif hed.ANCHORS[0] in shapes:
+        config = hed.config_from_json(hed.config_of_tensors(tensors))
+        kind, (mapping, ignore) = component.HED, hed.table(config, {})
     else:
         raise UserError(
             f"{tensors.source} is neither a PixArt transformer ({CAPTIONS}) nor a DiT ({LABELS}): "

@@ -228,3 +228,16 @@ class VAEConfig(CheckedConfig):
     def factor(self) -> int:
         """Pixels a latent cell spans in each direction."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class HEDConfig(CheckedConfig):
+    """Sizes of the HED edge network: the width and the number of convolutions of each block; the
+    defaults are those of ControlNetHED (14.7M parameters)."""
+
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+    layers: tuple[int, ...] = (2, 2, 3, 3, 3)
+
+    def __post_init__(self):
+        fits = len(self.widths) == len(self.layers) > 0 and min(*self.widths, *self.layers) >= 1
+        self.require(fits, "widths", f"must be positive, one for each of layers {self.layers}")

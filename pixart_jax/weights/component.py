@@ -22,13 +22,14 @@ from pixart_jax import finite
 from pixart_jax.errors import Notice, UserError, nearest
 from pixart_jax.files import write_json
 from pixart_jax.models.dit import DiT as DiTModule
+from pixart_jax.models.hed import HED as HEDModule
 from pixart_jax.models.lora import combine, merge
 from pixart_jax.models.t5 import T5Encoder, check_quantization
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.models.vae import AutoencoderKL, tiled_decode
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.parallel.rules import on_mesh, parameter_shardings
-from pixart_jax.weights import dit, lora, t5, transformer, vae
+from pixart_jax.weights import dit, hed, lora, t5, transformer, vae
 from pixart_jax.weights.cache import ParamCache
 from pixart_jax.weights.checkpoints import select
 from pixart_jax.weights.files import (
@@ -362,12 +363,29 @@ class VAE(Component):
         return (np.zeros((1, config.factor, config.factor, config.in_channels), np.float32),)
 
 
+class HED(Component):
+    """The edge network of the ControlNet's conditions."""
+
+    module_class: ClassVar = HEDModule
+    names: ClassVar = hed
+
+    def apply(self, images) -> jax.Array:
+        """uint8 [b, H, W, 3] → edges [b, H, W] fp32 in 0 … 1."""
+        return self._call("__call__", images)
+
+    @classmethod
+    def _example(cls, config):
+        side = 2 ** len(config.widths)
+        return (np.zeros((1, side, side, 3), np.uint8),)
+
+
 # by config.json's _class_name (diffusers) or model_type (transformers)
 _KINDS: dict[str, type[Component]] = {
     transformer.CLASS_NAME: Transformer,
     dit.CLASS_NAME: DiT,
     dit.DIFFUSERS_CLASS_NAME: DiT,
     vae.CLASS_NAME: VAE,
+    hed.CLASS_NAME: HED,
     "t5": TextEncoder,
 }
 # Early diffusers files have one class name for every transformer; the norm tells them apart.
@@ -387,8 +405,8 @@ def load_component(
     branch: str | None = None,
     average: bool = True,
 ) -> Component:
-    """Load one part of a model: a folder or hub id of a transformer, DiT, T5 encoder or VAE, as
-    written by diffusers, transformers or this package.
+    """Load one part of a model: a folder or hub id of a transformer, DiT, T5 encoder, VAE or HED
+    network, as written by diffusers, transformers or this package; or ControlNetHED's file.
 
     dtype: of the computation, fp32 by default; kernels are stored in it. mesh: where parallel.rules
     places the parameters, each device reading its own part. cache: a folder for converted weights
@@ -400,7 +418,7 @@ def load_component(
     fit the config.
     """
     folder = model_folder(folder, revision=revision, variant=variant)
-    values = _read_config(folder)
+    values = _config_of_file(folder) if folder.is_file() else _read_config(folder)
     kind: Any = str(values.get("_class_name") or values.get("model_type"))
     if kind == _OLD_CLASS_NAME:
         kind = _OF_NORM.get(str(values.get("norm_type")), kind)
@@ -421,7 +439,7 @@ def load_component(
             config = component.names.config_from_json(values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    found = open_tensors(find_weights(folder, variant))
+    found = open_tensors(folder if folder.is_file() else find_weights(folder, variant))
     selected = select(found, component.names.ANCHORS, branch=branch, average=average)
     tensors = _under_current_names(selected.tensors, component.names)
     if selected.notes:
@@ -433,6 +451,7 @@ def load_component(
         entries = {**tensors.entries, _NULL_KEY: beside.entries["null_caption"]}
         tensors = Tensors(tensors.source, entries)
     dtype = jnp.dtype(dtype or jnp.float32)
+    cache = None if folder.is_file() else cache
     stored = ParamCache(cache, folder, (dtype.name, quantization, *([variant] if variant else [])))
     options = {"quantization": quantization} if quantization else {}
     return component._load(config, values, tensors, dtype, mesh, stored, **options)
@@ -445,6 +464,14 @@ def _under_current_names(tensors: Tensors, names: ModuleType) -> Tensors:
     keys = [key for key in tensors if not key.startswith(others)]
     old = {aliases[key]: key for key in keys if key in aliases}
     return tensors.renamed(old | {key: key for key in keys if key not in aliases})
+
+
+def _config_of_file(path: Path) -> dict:
+    """The config.json of a file whose tensors say which model it is."""
+    tensors = select(open_tensors(path), hed.ANCHORS).tensors
+    if hed.ANCHORS[0] in tensors:
+        return hed.config_of_tensors(tensors)
+    raise UserError(f"{path} is not of a HED network: make a folder of it first (convert FILE OUT)")
 
 
 def _read_config(folder: Path) -> dict:
