@@ -273,7 +273,8 @@ class DataConfig:
     .npy), or a mixture of these, '0.7*folder:a + 0.3*folder:b' (docs/data_sources.md).
     captions: kinds and their weights in the mix; for a sample that lacks one, its others in
     proportion. buckets: (height, width) in pixels; each sample goes to the nearest aspect ratio; a
-    batch is of one bucket.
+    batch is of one bucket. condition: of a ControlNet, as encode's: 'hed', 'canny' or 'folder:DIR';
+    encoded shards must hold conditions of this kind.
     """
 
     source: str = "tfds:shapes/plain"
@@ -289,8 +290,14 @@ class DataConfig:
     workers: int = 2
     # stop at the first unusable sample; otherwise it is named, counted and skipped
     strict: bool = False
+    condition: str | None = None
+    # of hed
+    condition_weights: str | None = None
 
     def __post_init__(self):
+        kind, _, folder = (self.condition or "hed").partition(":")
+        known = kind in ("hed", "canny") and not folder or (kind == "folder" and bool(folder))
+        require(self, "hed, canny or folder:DIR", condition=known)
         require(self, "name a set", source=self.source.strip() != "")
         require(self, "name at least one (height, width)", buckets=len(self.buckets) > 0)
         sides = all(h > 0 and w > 0 for h, w in self.buckets)

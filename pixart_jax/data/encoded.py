@@ -24,8 +24,10 @@ class EncodedSamples:
     captions: kinds with their weights in the mix; empty for no text. expected: entries that the
     records' identity must have (pipeline.encoder_identity). buckets: the (height, width) of the
     stage; records of others are refused. faults: names the records without a text of any kind of
-    the mix, which are left out. Batches hold
+    the mix, which are left out. condition: the kind that the records must have, 'hed', 'canny' or
+    'folder:DIR'. Batches hold
       mean, std     float32 [b, height/f, width/f, c] of the VAE's posterior, unscaled
+      control_mean, control_std     the same of the condition, where ``condition`` asks for it
       text_states   bfloat16 [b, l, c], text_lengths int32 [b] (with captions); l is the same in the
                     whole stage
       label         int32 [b], −1 for none
@@ -42,6 +44,7 @@ class EncodedSamples:
         expected: Mapping[str, str] | None = None,
         buckets: Sequence[tuple[int, int]] | None = None,
         faults: BadRecords | None = None,
+        condition: str | None = None,
     ):
         self._records = records.Records(folder, expected)
         manifest = self._records.manifest
@@ -55,6 +58,10 @@ class EncodedSamples:
         self.bucket_of = np.repeat(np.array(numbers, np.int16), counts)
         self._ratios = [key_of(bucket) for bucket in self.buckets]
         self._flipped = manifest.identity.get("flip") == "yes"
+        self._posteriors = ["{}"]
+        if condition is not None:
+            _check_condition(folder, manifest.identity.get("condition"), condition)
+            self._posteriors.append("control_{}")
         self._mix, self.length = None, 0
         if captions:
             longest = manifest.longest
@@ -84,13 +91,23 @@ class EncodedSamples:
             for index, draw in zip(indices, draws):
                 arrays, metadata = self._records[int(index)]
                 side = "_flip" if self._flipped and is_flipped(draw) else ""
-                values = {"mean": arrays[f"mean{side}"], "std": arrays[f"std{side}"]}
+                names = [n.format(part) for n in self._posteriors for part in ("mean", "std")]
+                values = {name: arrays[f"{name}{side}"] for name in names}
                 values |= {"label": arrays["label"], "size": arrays["size"]}
                 values["aspect_ratio"] = self._ratios[bucket]
                 text = arrays[_chosen_text(self._mix, metadata, draw)] if self._mix else None
                 yield metadata["key"], values, text
 
         return collate(rows(), len(indices), self.length)
+
+
+def _check_condition(folder: str | os.PathLike, found: str | None, wanted: str) -> None:
+    """Raise UserError unless records of a manifest's entry ``found`` have conditions of this
+    kind."""
+    kind = found and found.partition(":")[0]
+    if kind != wanted.partition(":")[0]:
+        have = f"{kind} conditions" if kind else "no conditions"
+        raise UserError(f"{folder} holds {have}: encode it with --condition {wanted}")
 
 
 _INTEGERS = ("label", "text_lengths")

@@ -104,7 +104,7 @@ def _compare(before: bytes, after: bytes, largest: dict[str, float], where: str)
         names, now = ", ".join(sorted(old)), ", ".join(sorted(new))
         raise UserError(f"{where} holds {names}, but encoding it again gives {now}")
     for name, value in old.items():
-        computed = name.startswith(("text.", "mean", "std"))
+        computed = name.startswith(("text.", "mean", "std", "control_"))
         if value.shape != new[name].shape or not (computed or np.array_equal(value, new[name])):
             raise UserError(f"{where}: {name} is not what encoding it again gives")
         if computed:

@@ -104,10 +104,11 @@ def encode(arguments: Arguments, joined) -> int:
         encoders["tokenizer"] = load_tokenizer(model / "tokenizer")
     folder = arguments.out
     if arguments.check and folder is not None:
-        made = identity(source, options, **encoders)
+        condition = options.open_condition(mesh)
+        made = identity(source, options, **encoders, condition=condition)
         records.check_identity(folder, records.Manifest.read(folder).identity, made)
         strict = dataclasses.replace(options, strict=True)
-        encoder = ShardEncoder(source, strict, **encoders, mesh=mesh)
+        encoder = ShardEncoder(source, strict, **encoders, mesh=mesh, condition=condition)
         print(reencode_and_compare(folder, source, options, encoder, arguments.again))
         return 0
     folders = {part: model / part for part in parts}

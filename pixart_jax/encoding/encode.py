@@ -32,6 +32,7 @@ from pixart_jax.encoding.options import Bucket, EncodeOptions
 from pixart_jax.encoding.shards import CLEANING, ShardEncoder
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import cache_folder, locked, write_json
+from pixart_jax.pipeline.conditions import Condition
 from pixart_jax.pipeline.encoder_identity import component_identity, made_from, tokenizer_identity
 
 FAULTS = "faults.jsonl"  # every skipped sample, beside the manifest
@@ -48,7 +49,12 @@ class ShardJob:
 
 
 def identity(
-    source: Source, options: EncodeOptions, vae, text_encoder=None, tokenizer=None
+    source: Source,
+    options: EncodeOptions,
+    vae,
+    text_encoder=None,
+    tokenizer=None,
+    condition: Condition | None = None,
 ) -> dict[str, str]:
     """What a folder of shards is made with: two folders of one identity hold the same records."""
     if options.captions and (text_encoder is None or tokenizer is None):
@@ -67,6 +73,8 @@ def identity(
     }
     if options.flip:
         made["flip"] = "yes"
+    if condition is not None:
+        made["condition"] = condition.identity
     if options.captions:
         made |= {
             "text_encoder": component_identity(text_encoder),
@@ -111,7 +119,8 @@ def encode_dataset(
     """
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
-    made = identity(source, options, vae, text_encoder, tokenizer)
+    condition = options.open_condition(mesh)
+    made = identity(source, options, vae, text_encoder, tokenizer, condition)
     folder = Path(folder) if folder else default_folder(made)
     notes, manifest = folder / _PROGRESS, folder / records.MANIFEST
     finished = _finished(folder, made)
@@ -120,7 +129,7 @@ def encode_dataset(
             shutil.rmtree(notes, ignore_errors=True)
         return _not_empty(folder)
 
-    encoder = ShardEncoder(source, options, vae, text_encoder, tokenizer, mesh)
+    encoder = ShardEncoder(source, options, vae, text_encoder, tokenizer, mesh, condition)
     notes.mkdir(parents=True, exist_ok=True)
     on_wait = functools.partial(tqdm.write, f"another run encodes into {folder}; waiting for it")
     with locked(notes / f"process-{index}", on_wait=on_wait):

@@ -104,9 +104,21 @@ class EncodeOptions:
     strict: bool = False
     """Stop at the first sample that cannot be encoded; otherwise it is named, counted and
     skipped."""
+    condition: str | None = None
+    """Also encode what a ControlNet is conditioned on, as a posterior of the record: hed or canny,
+    the edges of the cropped image; folder:DIR, maps under the images' keys."""
+    condition_weights: str | None = None
+    """Of hed: ControlNetHED.pth, or a folder that convert made of it."""
 
     def __post_init__(self):
         for field in ("max_text_tokens", "batch_size", "shard_size"):
             if getattr(self, field) < 1:
                 name = field.replace("_", " ")
                 raise UserError(f"{name} {getattr(self, field)}: must be at least 1")
+
+    def open_condition(self, mesh=None):
+        """What makes the conditions (pipeline.conditions.Condition); None without them."""
+        from pixart_jax.pipeline.conditions import open_condition  # not for a --help
+
+        weights = self.condition_weights
+        return None if self.condition is None else open_condition(self.condition, weights, mesh)

@@ -31,6 +31,7 @@ from pixart_jax.finite import WHAT, whole
 from pixart_jax.images import to_model
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import replicated, row_sharding
+from pixart_jax.pipeline.conditions import Condition, EdgeDetector, FolderCondition
 from pixart_jax.pipeline.prompt_encoder import BATCH, one_ahead, text_batches
 from pixart_jax.text import clean_caption, clean_captions
 from pixart_jax.weights.component import Component
@@ -43,17 +44,20 @@ LONGEST_CAPTION = 100_000
 @dataclasses.dataclass
 class _Item:
     """A decoded sample: the arrays and metadata of its record, its pixels (uint8 [h, w, 3]), its
-    cleaned texts by the names of their states, and the captions that cleaning emptied or halved."""
+    cleaned texts by the names of their states, the captions that cleaning emptied or halved, and
+    its condition from a folder (uint8 [h, w, 3])."""
 
     arrays: dict[str, np.ndarray]
     metadata: dict[str, str]
     pixels: np.ndarray
     texts: dict[str, str]
     lost: list[str]
+    control: np.ndarray | None = None
 
 
 class _Batch(NamedTuple):
-    """What the devices compute. posteriors: '' or '_flip' → (mean, std). texts: [(the item, name
+    """What the devices compute. posteriors: the names of its arrays, with {} for mean and std →
+    (mean, std). texts: [(the item, name
     and tokens of each text, states [n, l, c])]. samples: how many, with those that are skipped."""
 
     items: list[_Item]
@@ -64,7 +68,7 @@ class _Batch(NamedTuple):
 
 class ShardEncoder:
     """vae, text_encoder, tokenizer: as ``encode_dataset`` takes them. mesh: of this process's own
-    devices, None for the first of them."""
+    devices, None for the first of them. condition: of what the records hold a posterior too."""
 
     def __init__(
         self,
@@ -74,11 +78,13 @@ class ShardEncoder:
         text_encoder=None,
         tokenizer=None,
         mesh: jax.sharding.Mesh | None = None,
+        condition: Condition | None = None,
     ):
         self._source, self._options, self._mesh, self._tokenizer = source, options, mesh, tokenizer
         shards = 1 if mesh is None else batch_shards(mesh)
         self._rows = options.batch_size * shards
         self._text_rows = min(BATCH, options.batch_size) * shards
+        self._condition = condition
         self._vae, self._text_encoder = _on_mesh(vae, mesh), _on_mesh(text_encoder, mesh)
 
     def records(
@@ -162,7 +168,13 @@ class ShardEncoder:
             "size": np.array(image.shape[:2], np.int32),
             "fit": np.array(dataclasses.astuple(crop), np.int32),
         }
-        return _Item(arrays, metadata, pixels, texts, lost)
+        control = None
+        if isinstance(self._condition, FolderCondition):
+            try:
+                control = self._condition.read(sample.key, image.shape, bucket)
+            except UserError as error:
+                raise _Unusable("unusable condition", str(error)) from None
+        return _Item(arrays, metadata, pixels, texts, lost, control)
 
     def _encode(
         self, found: list[_Item | tuple[str, str]], bucket: Bucket, on_skip: Callable
@@ -176,12 +188,18 @@ class ShardEncoder:
             return _Batch([], {}, [], len(found))
         # the last row fills the batch: one shape and executable per bucket
         rows = [*items, *items[-1:] * (self._rows - len(items))]
-        pixels = np.stack([item.pixels for item in rows])
+        pixels = {"{}": np.stack([item.pixels for item in rows])}
+        if isinstance(self._condition, EdgeDetector):
+            pixels["control_{}"] = self._condition.of(self._place(pixels["{}"]))
+        elif self._condition is not None:
+            pixels["control_{}"] = np.stack([item.control for item in rows])
         for item in items:
-            item.pixels = np.empty(0, np.uint8)
-        posteriors = {"": self._vae.encode(self._place(to_model(pixels)))}
+            item.pixels, item.control = np.empty(0, np.uint8), None
         if self._options.flip:
-            posteriors["_flip"] = self._vae.encode(self._place(to_model(pixels[:, :, ::-1])))
+            pixels |= {f"{name}_flip": images[:, :, ::-1] for name, images in pixels.items()}
+        posteriors = {
+            name: self._vae.encode(self._place(to_model(images))) for name, images in pixels.items()
+        }
         return _Batch(items, posteriors, list(self._encode_texts(items)), len(found))
 
     def _encode_texts(
@@ -212,10 +230,10 @@ def _pack(batch: _Batch) -> Iterator[tuple[_Item, dict[str, int]]]:
         stored = np.asarray(states).astype(ml_dtypes.bfloat16)
         for (item, name, length), state in zip(members, stored):
             item.arrays[name] = state[:length]
-    for side, posterior in batch.posteriors.items():
+    for name, posterior in batch.posteriors.items():
         mean, std = (np.asarray(part, np.float32) for part in posterior)
         for row, item in enumerate(batch.items):
-            item.arrays |= {f"mean{side}": mean[row], f"std{side}": std[row]}
+            item.arrays |= {name.format("mean"): mean[row], name.format("std"): std[row]}
     for item in batch.items:
         longest: dict[str, int] = {}
         for name in item.texts:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +102,3 @@ def open_condition(text: str, weights: str | os.PathLike | None = None, mesh=Non
     if text not in METHODS:
         raise UserError(f"condition {text!r}: hed, canny or folder:DIR is needed")
     return EdgeDetector.open(text, weights, mesh)
-
-
-def check_condition(folder: str | os.PathLike, identity: Mapping[str, str], wanted: str) -> None:
-    """Raise UserError unless encoded records of this identity hold conditions of the kind
-    ``wanted``, 'hed', 'canny' or 'folder:DIR'."""
-    kind, found = wanted.partition(":")[0], identity.get("condition", "")
-    if found.partition(":")[0] != kind:
-        have = f"of kind {found.partition(':')[0]!r}" if found else "none"
-        raise UserError(f"{folder} was encoded with conditions {have}: encode --condition {wanted}")

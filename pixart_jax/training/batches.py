@@ -122,6 +122,8 @@ def _part(
                 f"stage {stage.name}: {text} has no labels; a class-conditional stage needs them"
             )
         # the official files do not name their encoders, so the config is trusted
+        if data.condition is not None:
+            raise UserError(f"stage {stage.name}: {text} has no conditions: encode its pictures")
         root, _, latents = rest.partition("?latents=")
         tokens, chosen = data.max_text_tokens, latents or None
         return FeatureSamples(
@@ -142,11 +144,15 @@ def _part(
         }
         if data.strict:
             options["strict"] = True
+        if data.condition is not None:
+            weights = {"condition_weights": data.condition_weights}
+            options |= {"condition": data.condition, **weights}
 
         def encoded(source: Source, captions: dreambooth.Kinds) -> Samples:
             kinds = tuple(kind for kind, weight in captions if weight > 0)
             folder = encode(source, captions=kinds, **options)
-            return EncodedSamples(folder, captions, data.max_text_tokens, faults=bad)
+            tokens, condition = data.max_text_tokens, data.condition
+            return EncodedSamples(folder, captions, tokens, faults=bad, condition=condition)
 
         if stage.dreambooth is None:
             return encoded(source, captions)
@@ -177,9 +183,9 @@ def _records(
         if part in manifest.identity and frozen.is_configured(part)
     }
     expected = expected_identity(manifest.identity, manifest.made_from, folders)
-    return EncodedSamples(
-        folder, captions, stage.data.max_text_tokens, expected, stage.data.buckets, bad
-    )
+    data = stage.data
+    checked = expected, data.buckets, bad, data.condition
+    return EncodedSamples(folder, captions, data.max_text_tokens, *checked)
 
 
 def rows_of(sharding: jax.sharding.NamedSharding, size: int) -> np.ndarray:

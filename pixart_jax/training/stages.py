@@ -101,6 +101,8 @@ def abstract_batch(
             "size": ((b, 2), f32),
             "aspect_ratio": ((b,), f32),
         }
+        if stage.data.condition is not None:
+            shapes |= {"control_mean": (latents, f32), "control_std": (latents, f32)}
         if stage.task == "text_to_image":
             states = (b, text, config.model.caption_width)
             shapes |= {"text_states": (states, jnp.bfloat16), "text_lengths": ((b,), i32)}

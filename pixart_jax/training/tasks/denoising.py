@@ -24,7 +24,8 @@ class NoisedBatch(NamedTuple):
     t: jax.Array  # [b] int32
     x0: jax.Array  # [b, h, w, c] scaled latents
     noise: jax.Array  # [b, h, w, c]
-    dropped: jax.Array  # [b] bool: trained without its condition
+    dropped: jax.Array  # [b] bool: trained without its text or class
+    condition: jax.Array | None = None  # [b, h, w, c] scaled latents of a ControlNet's condition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +50,28 @@ class DiffusionObjective:
         """Sample latents, timesteps and noise: the posterior anew at every visit, t uniform, and a
         share condition_dropout marked as dropped.
 
-        batch: mean, std fp32 [b, h, w, c] of the unscaled posterior. keys: [b]; a sample's random
+        batch: mean, std fp32 [b, h, w, c] of the unscaled posterior; control_mean, control_std of
+        the condition, where there is one, sampled in the same way. keys: [b]; a sample's random
         numbers come from its own key alone.
         """
 
+        def latents(mean, std, key):
+            return (mean + std * jax.random.normal(key, mean.shape)) * self.scaling_factor
+
         def draw(mean, std, key):
             posterior, time, noise, drop = jax.random.split(key, 4)
-            x0 = (mean + std * jax.random.normal(posterior, mean.shape)) * self.scaling_factor
+            x0 = latents(mean, std, posterior)
             t = jax.random.randint(time, (), 0, self.objective.timesteps)
             eps = jax.random.normal(noise, mean.shape)
             return x0, t, eps, jax.random.bernoulli(drop, self.objective.condition_dropout)
 
         x0, t, noise, dropped = jax.vmap(draw)(batch["mean"], batch["std"], keys)
-        return NoisedBatch(add_noise(x0, noise, t, self.schedule), t, x0, noise, dropped)
+        condition = None
+        if "control_mean" in batch:
+            own = jax.vmap(lambda key: jax.random.fold_in(key, 6))(keys)  # 5: class images
+            condition = jax.vmap(latents)(batch["control_mean"], batch["control_std"], own)
+        x_t = add_noise(x0, noise, t, self.schedule)
+        return NoisedBatch(x_t, t, x0, noise, dropped, condition)
 
     def losses(self, output: jax.Array, noised: NoisedBatch) -> dict[str, jax.Array]:
         """{"loss", "mse", "vb"}, [b] each. output: the denoiser's, [b, h, w, 2c]."""
