@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parts = ("transformer", "vae") if flags.text_states else PARTS
     model = ModelFolder.open(flags.model, parts, variant=flags.variant)
     sampling = flags.sampling.with_defaults(model.sampling)
+    sampling = flags.edits.sampling(sampling, model.transformer)
     flags = dataclasses.replace(flags, sampling=sampling)
     adapters = flags.loras.read(model.transformer)
     recorded = lora_flags.settings(adapters)

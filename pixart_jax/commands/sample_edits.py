@@ -14,7 +14,13 @@ import numpy as np
 from pixart_jax.errors import UserError
 
 ROW_FIELDS = ("image", "mask", "strength")  # what a prompt's row may set for itself
-_SHARED = ("strength", "mask_padding", "outpaint", "variation")  # settings of a whole batch
+_SHARED = (
+    "strength",
+    "mask_padding",
+    "outpaint",
+    "upscale",
+    "variation",
+)  # settings of a whole batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +29,17 @@ class EditFlags:
 
     image: Path | None = None
     """An image to edit, for all prompts; its size is the default size."""
-    strength: float = 0.6
-    """How much of the sampling an edit does, up to 1: so large a share of the steps."""
+    strength: float | None = None
+    """How much of the sampling an edit does, up to 1: so large a share of the steps. By default
+    0.6, with --upscale 0.3."""
     mask: Path | None = None
     """An image of the same size: white is generated anew, black stays as it is."""
     mask_padding: int | None = None
     """Generate only the mask's box and so many pixels around it, at full resolution."""
     outpaint: tuple[int, int, int, int] | None = None
     """Extend the image by so many pixels on the left, top, right and bottom (with --strength 1)."""
+    upscale: float | None = None
+    """Enlarge the image by this factor and refine it in windows (docs/canvas.md)."""
     reference: Path | None = None
     """Generate in the style of this image."""
     variation: tuple[int, float] | None = None
@@ -39,15 +48,31 @@ class EditFlags:
     def __post_init__(self):
         if self.outpaint is not None and self.mask is not None:
             raise UserError("outpaint makes a mask itself: give no mask")
-        for name in ("mask", "outpaint"):
+        if self.upscale is not None:
+            if not 1 < self.upscale <= 16:
+                raise UserError(f"upscale {self.upscale:g}: a factor above 1, up to 16, is needed")
+            if self.mask is not None or self.outpaint is not None:
+                raise UserError("upscale refines the whole image: give no mask")
+        for name in ("mask", "outpaint", "upscale"):
             if getattr(self, name) is not None and self.image is None:
                 raise UserError(f"--{name} needs --image, what is to be edited")
+
+    def sampling(self, config, transformer):
+        """The SamplingConfig under these flags: --upscale samples in windows and decodes in tiles
+        of the model's own size, where the config names no others."""
+        if self.upscale is None:
+            return config
+        side = transformer.sample_size
+        window, tile = config.tile_window or side, config.vae_tile or max(32, side)
+        return dataclasses.replace(config, tile_window=window, vae_tile=tile)
 
     def settings(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What an image records of how it was edited; row: its ROW_FIELDS, None where it has none.
         Files go by their names and the hashes of their bytes."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         given |= {name: value for name, value in row.items() if value is not None}
+        if given["strength"] is None:
+            given["strength"] = 0.6 if self.upscale is None else 0.3
         if given["image"] is None:
             given["strength"] = None
             if given["mask"] is not None:
@@ -81,6 +106,8 @@ def edit_options(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             found[name] = [_read(image[name])[0] for image in images]
     if "mask" in found:
         found["mask"] = [pixels[..., 0] for pixels in found["mask"]]
+    if "upscale" in first:
+        found["image"] = [_enlarged(image, first["upscale"]) for image in found["image"]]
     if "outpaint" in first:
         from pixart_jax.pipeline.editing import outpaint
 
@@ -88,6 +115,13 @@ def edit_options(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = [outpaint(image, *sides) for image in found["image"]]
         found["image"], found["mask"] = (list(column) for column in zip(*pairs))
     return found
+
+
+def _enlarged(image: np.ndarray, factor: float) -> np.ndarray:
+    from PIL import Image
+
+    height, width = (round(side * factor) for side in image.shape[:2])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def _read(path: str) -> tuple[np.ndarray, str]:

@@ -39,7 +39,7 @@ def image_settings(
     @functools.cache
     def size(guidance: float, height: int | None, width: int | None, *edit) -> dict[str, int]:
         config, edits = dataclasses.replace(flags.sampling, guidance=guidance), edits_of(dict(edit))
-        asked = edits.asked(height, width, model.transformer, model.vae.factor, config.binning)
+        asked = edits.asked(height, width, model.transformer, model.vae.factor, config)
         how = {"batch_size": flags.batch_size, "start": edits.start(int(config.steps or 0))}
         return edits.result_size(*check_options(config, *parts, *asked, **how).asked)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -16,26 +17,45 @@ from pixart_jax.parallel.rules import row_sharding
 
 # decoded at once on a device: the decoder's activations are far larger than its image
 _PIXELS = 2 * 1024 * 1024
+WRAP = 16  # latents around a seamless texture: as far as the decoder sees
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
     """module: the VAE's. scaling_factor: of its latents. factor: pixels a latent, along a side.
-    mesh: where each device takes its own images, at least ``rows`` in all; None: one device."""
+    mesh: where each device takes its own images, at least ``rows`` in all; None: one device.
+    wrap: of a seamless texture, the latents on each side that repeat the opposite one while the VAE
+    runs."""
 
     module: nn.Module
     scaling_factor: float
     factor: int
     mesh: jax.sharding.Mesh | None = None
     rows: int = 1
+    wrap: int = 0
 
 
 def decode_latents(spec: DecodeSpec, params, latents: jax.Array) -> jax.Array:
     """The transformer's latents [b, h, w, c] → images [b, height, width, 3] of about [−1, 1], to be
     traced in a jit."""
     decode = functools.partial(spec.module.apply, {"params": params}, method="decode")
-    pixels = latents.shape[1] * latents.shape[2] * spec.factor**2
-    return _by_parts(spec, decode, latents / spec.scaling_factor, pixels)
+    decode = wrapped(decode, spec.wrap, spec.wrap * spec.factor)
+    sides = (side + 2 * spec.wrap for side in latents.shape[1:3])
+    return _by_parts(spec, decode, latents / spec.scaling_factor, math.prod(sides) * spec.factor**2)
+
+
+def wrapped(function, before: int, after: int):
+    """function of arrays [b, h, w, c] with ``before`` cells of the opposite side around them, whose
+    result is cut by ``after`` cells on each side."""
+    if not before:
+        return function
+
+    def padded(array):
+        sides = ((0, 0), (before, before), (before, before), (0, 0))
+        found = function(jnp.pad(array, sides, mode="wrap"))
+        return jax.tree.map(lambda a: a[:, after:-after, after:-after], found)
+
+    return padded
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -47,6 +67,7 @@ def encode_jit(spec: DecodeSpec, params, images: jax.Array) -> jax.Array:
         mean, _ = spec.module.apply({"params": params}, to_model(images), method="encode")
         return mean.astype(jnp.float32) * spec.scaling_factor
 
+    encode = wrapped(encode, spec.wrap * spec.factor, spec.wrap)
     return _by_parts(spec, encode, images, images.shape[1] * images.shape[2])
 
 

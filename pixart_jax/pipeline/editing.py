@@ -23,6 +23,7 @@ from pixart_jax.data.images import to_bucket
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.pipeline.sampler import Edit
+from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 SEAM = 6  # px inside the mask, over which generated pixels blend into known ones
 OVERLAP = 16  # px of an outpainted image's border that are generated too
@@ -135,15 +136,20 @@ def latent_edit(latents: Any, mask: Any, shape: tuple[int, ...]) -> Edit:
 
 
 def default_size(
-    shape: tuple[int, ...], transformer: TransformerConfig, factor: int, binning: bool
+    shape: tuple[int, ...],
+    transformer: TransformerConfig,
+    factor: int,
+    binning: bool,
+    windowed: bool = False,
 ) -> tuple[int, int]:
     """(height, width) that an image is edited at: its bucket; where the model has no buckets its
-    own size in whole patches, at most 1.5 times the side that the model was trained at."""
+    own size in whole patches, at most 1.5 times the side that the model was trained at; in windows
+    its own size."""
     side = transformer.sample_size * factor
-    if binning and side in buckets.INFERENCE_TABLES:
+    if binning and not windowed and side in buckets.INFERENCE_TABLES:
         return buckets.nearest(shape[0], shape[1], side, inference=True)
     unit = factor * transformer.patch_size
-    ratio = min(1.0, 1.5 * side / max(shape[:2]))
+    ratio = 1.0 if windowed else min(1.0, 1.5 * side / max(shape[:2]))
     height, width = (max(unit, round(s * ratio / unit) * unit) for s in shape[:2])
     return height, width
 
@@ -272,7 +278,7 @@ class Edits:
         width: int | None,
         transformer: TransformerConfig,
         factor: int,
-        binning: bool,
+        config: SamplingConfig,
     ) -> tuple[int | None, int | None]:
         """The size to ask for: by default that of the first image, and twice the width where a
         reference stands beside."""
@@ -280,7 +286,8 @@ class Edits:
         if self.is_reference:
             return height or side, 2 * (width or side)
         if self.images and height is None and width is None:
-            return default_size(self.images[0].shape, transformer, factor, binning)
+            shape, how = self.images[0].shape, (config.binning, config.windowed)
+            return default_size(shape, transformer, factor, *how)
         return height, width
 
     def result_size(self, height: int, width: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pixart_jax.models.configs import TransformerConfig, VAEConfig
 from pixart_jax.pipeline import block_cache
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
+from pixart_jax.pipeline.windows import plan_windows
 
 
 class ImageSize(NamedTuple):
@@ -40,7 +41,7 @@ def check_options(
     """
     side = transformer.sample_size * vae.factor
     asked = side if height is None else height, side if width is None else width
-    binned = config.binning and side in buckets.INFERENCE_TABLES
+    binned = config.binning and not config.windowed and side in buckets.INFERENCE_TABLES
     unit = vae.factor * (1 if binned else transformer.patch_size)
     for name, value in zip(("height", "width"), asked):
         if value < unit or value % unit:
@@ -57,6 +58,7 @@ def check_options(
     config.perturbed_layers(transformer.depth)
     cache_plan(config, transformer, scheduler, guided=config.guidance != 1, start=start)
     if not binned:
+        plan_windows(config, transformer, tuple(side // vae.factor for side in asked))
         return ImageSize(asked, asked)
     return ImageSize(asked, buckets.nearest(*asked, side, inference=True))
 

@@ -120,7 +120,10 @@ class OutputFolder:
         """What the images of one call of ``Pipeline.generate`` have in common; their batches are
         alike where all are guided or none is, and edited alike or not at all."""
         edit = {"image", "mask", "reference"} & settings.keys()
-        how = [settings.get(n) for n in ("strength", "mask_padding", "outpaint", "variation")]
+        how = [
+            settings.get(n)
+            for n in ("strength", "mask_padding", "outpaint", "upscale", "variation")
+        ]
         if settings.get("mask_padding") is not None:
             how.append(settings["image_hash"])  # the result has the image's size
         sides = settings["height"], settings["width"]

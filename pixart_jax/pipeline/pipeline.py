@@ -36,6 +36,7 @@ from pixart_jax.pipeline.sampling_config import (
 )
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.pipeline.text_states import TextStates, texts_to_encode
+from pixart_jax.pipeline.windows import Windows, plan_windows
 from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, padded_length
 
 DEFAULT_BATCH = 16
@@ -64,6 +65,7 @@ class Run:
     start: int = 0
     reference: bool = False
     variation: tuple[Seed, float] | None = None
+    windows: Windows | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -269,7 +271,7 @@ class Pipeline(LoraMethods):
         count, parts = len(prompts), self.transformer.config
         config = (config or SamplingConfig()).with_defaults(self.sampling)
         edits = editing.Edits.read(count, image, mask, strength, mask_padding, reference, variation)
-        height, width = edits.asked(height, width, parts, self.factor, config.binning)
+        height, width = edits.asked(height, width, parts, self.factor, config)
         start = edits.start(int(config.steps or 0))
         size = check_options(
             config,
@@ -281,6 +283,8 @@ class Pipeline(LoraMethods):
             batch_size=batch_size,
             start=start,
         )
+        canvas = tuple(side // self.factor for side in size.generated)
+        windows = plan_windows(config, parts, canvas, edits.is_reference)
         columns: tuple[list[Any], ...] = (
             prompts,
             _one_each("negative prompt", negative_prompt, count),
@@ -298,6 +302,7 @@ class Pipeline(LoraMethods):
             check_guidance(row.guidance)
         if self.mesh is not None:
             sides = [side // self.factor // parts.patch_size for side in size.generated]
+            sides = sides if windows is None else [windows.side // parts.patch_size] * 2
             tokens = {"{}×{}".format(*size.generated): sides[0] * sides[1]}
             check_divides(self.mesh, "this size", tokens=tokens)
         guided = [n for n, row in enumerate(rows) if row.guidance != 1]
@@ -319,7 +324,7 @@ class Pipeline(LoraMethods):
         # one for all batches, so that they share one executable
         length = config.text_length or padded_length(longest, parts.text_tokens)
 
-        run = Run(config, start, edits.is_reference, edits.variation)
+        run = Run(config, start, edits.is_reference, edits.variation, windows)
 
         def batches() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
             for positions, batch in self._batches(rows, batch_size):
@@ -378,18 +383,18 @@ class Pipeline(LoraMethods):
         scale = self._place(np.array([row.guidance for row in rows], np.float32))
         canvases = [row.canvas for row in rows if row.canvas is not None]
         with on_mesh(self.mesh):
-            edit = self._edit(canvases) if canvases else None
+            edit = self._edit(canvases, config.seamless) if canvases else None
             spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
-            sizes = self._size_conditions(noise, None, None)
+            sizes = self._size_conditions(noise, None, None, run.windows)
             keys = keys if noisy else None
             arguments = (table, noise, keys, text, negative, *sizes, scale, edit)
             params = self.transformer.params
             if config.vae_tile is None and callback is None:
-                decode, vae = self._decode_spec(len(rows)), self.vae.params
+                decode, vae = self._decode_spec(len(rows), config.seamless), self.vae.params
                 _, images, good = sampler.generate_jit(spec, decode, vae, params, *arguments)
             else:
                 latents, good = self._sample(spec, arguments, callback)
-                images, pixels_good = self._decoded(latents, config.vae_tile)
+                images, pixels_good = self._decoded(latents, config.vae_tile, config.seamless)
                 good = good & pixels_good
             if canvases and canvases[0].mask is not None:
                 known = self._place(np.stack([canvas.image for canvas in canvases]))
@@ -398,10 +403,11 @@ class Pipeline(LoraMethods):
             whole = canvases and canvases[0].box is not None
             return decoder.fit(images, None if whole else size.asked), good
 
-    def _edit(self, canvases: list[editing.Canvas]) -> sampler.Edit:
+    def _edit(self, canvases: list[editing.Canvas], seamless: bool = False) -> sampler.Edit:
         """What the canvases of a batch are to the sampler."""
         images = self._place(np.stack([canvas.image for canvas in canvases]))
-        latents = decoder.encode_jit(self._decode_spec(len(images)), self.vae.params, images)
+        spec = self._decode_spec(len(images), seamless)
+        latents = decoder.encode_jit(spec, self.vae.params, images)
         if canvases[0].mask is None:
             return sampler.Edit(latents)
         masks = np.stack([canvas.latent_mask(self.factor) for canvas in canvases])
@@ -468,7 +474,8 @@ class Pipeline(LoraMethods):
             lengths = text[1] if negative_lengths is None else negative_lengths
             negative = (jnp.asarray(negative_states), jnp.asarray(lengths))
         scale = jnp.broadcast_to(scale, (len(noise),))
-        sizes = self._size_conditions(noise, size, aspect_ratio)
+        windows = plan_windows(config, self.transformer.config, noise.shape[1:3])
+        sizes = self._size_conditions(noise, size, aspect_ratio, windows)
         start, edit = 0, None
         if latents is not None:
             start = editing.first_step(int(config.steps or 0), strength)
@@ -476,7 +483,7 @@ class Pipeline(LoraMethods):
         elif mask is not None:
             raise UserError("a mask needs the latents that stay outside it: give latents")
         with on_mesh(self.mesh):
-            run = Run(config, start, reference)
+            run = Run(config, start, reference, windows=windows)
             spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
             arguments = (table, noise, keys if noisy else None, text, negative, *sizes, scale, edit)
             return _checked(*self._sample(spec, arguments, callback))
@@ -519,6 +526,7 @@ class Pipeline(LoraMethods):
             cache_plan(config, self.transformer.config, self.scheduler, guided, run.start),
             config.perturbed_layers(self.transformer.config.depth),
             run.reference,
+            run.windows,
         )
         return spec, table, noisy
 
@@ -532,25 +540,32 @@ class Pipeline(LoraMethods):
         with sampler.watched_by(callback):
             return jax.block_until_ready(sampler.sample_latents_jit(spec, params, *arguments))
 
-    def _decoded(self, latents: jax.Array, tile: int | None) -> tuple[jax.Array, jax.Array]:
+    def _decoded(
+        self, latents: jax.Array, tile: int | None, seamless: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        spec = self._decode_spec(len(latents), seamless)
         if tile is None:
-            return decoder.decode_jit(self._decode_spec(len(latents)), self.vae.params, latents)
-        images = self.vae.decode(latents / self.vae.config.scaling_factor, tile)
+            return decoder.decode_jit(spec, self.vae.params, latents)
+        decode = functools.partial(self.vae.decode, tile=tile)
+        decode = decoder.wrapped(decode, spec.wrap, spec.wrap * self.factor)
+        images = decode(latents / self.vae.config.scaling_factor)
         return images, finite.rows_jit(images)
 
-    def _decode_spec(self, batch: int) -> decoder.DecodeSpec:
-        config = self.vae.config
-        return decoder.DecodeSpec(
-            self.vae.module, config.scaling_factor, config.factor, self.mesh, self._padded(batch)
-        )
+    def _decode_spec(self, batch: int, seamless: bool = False) -> decoder.DecodeSpec:
+        config, rows = self.vae.config, self._padded(batch)
+        factors = config.scaling_factor, config.factor
+        wrap = decoder.WRAP if seamless else 0
+        return decoder.DecodeSpec(self.vae.module, *factors, self.mesh, rows, wrap)
 
-    def _size_conditions(self, noise, size, aspect_ratio) -> tuple:
-        """(size [b, 2], aspect_ratio [b]), by default the image's own; None in a model without."""
+    def _size_conditions(self, noise, size, ratio, windows: Windows | None = None) -> tuple:
+        """(size [b, 2], aspect ratio [b]), by default the image's own, or a window's; None in a
+        model without."""
         if not self.transformer.config.size_conditions:
             return None, None
-        height, width = (float(side * self.factor) for side in noise.shape[1:3])
+        sides = noise.shape[1:3] if windows is None else [windows.side] * 2
+        height, width = (float(side * self.factor) for side in sides)
         size = (height, width) if size is None else size
-        ratio = height / width if aspect_ratio is None else aspect_ratio
+        ratio = height / width if ratio is None else ratio
         size, ratio = jnp.asarray(size, jnp.float32), jnp.asarray(ratio, jnp.float32)
         return jnp.broadcast_to(size, (len(noise), 2)), jnp.broadcast_to(ratio, (len(noise),))
 

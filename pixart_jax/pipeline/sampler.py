@@ -26,6 +26,7 @@ from pixart_jax.diffusion.sampling import Known, Preview, integrate
 from pixart_jax.models.transformer import Conditioning, TextKV
 from pixart_jax.pipeline import block_cache
 from pixart_jax.pipeline.decoder import DecodeSpec, decode_latents
+from pixart_jax.pipeline.windows import Windows, over_windows
 
 States = tuple[jax.Array, jax.Array]  # (text states [b, l, c], lengths [b])
 
@@ -42,8 +43,8 @@ class Edit(NamedTuple):
 class SamplerSpec:
     """All that the compiled program depends on beside the shapes of its arrays. pag_layers: blocks
     of perturbed-attention guidance; () without it. reference: the unconditional half sees the
-    latents before the known part replaces its own. preview: as diffusion.sample's; None without
-    one."""
+    latents before the known part replaces its own. windows: of a canvas that is not denoised whole.
+    preview: as diffusion.sample's; None without one."""
 
     module: nn.Module
     prediction: str
@@ -52,6 +53,7 @@ class SamplerSpec:
     plan: block_cache.CachePlan
     pag_layers: tuple[int, ...] = ()
     reference: bool = False
+    windows: Windows | None = None
     preview: Preview | None = None
 
 
@@ -101,6 +103,12 @@ def sample_latents(
         )
         return output, outputs
 
+    def denoise_windows(windows: Windows, guided, x, conditioning, cache, pag):
+        def one(window, _):
+            return denoise(guided, window, conditioning, None, pag)[0]
+
+        return over_windows(one, x, windows), {}
+
     x, known = noise, None
     if edit is not None:
         alpha, sigma = table["start"]
@@ -109,9 +117,12 @@ def sample_latents(
             known = Known(edit.latents, noise, edit.mask)
     tokens = int(np.prod(config.grid(noise.shape)))
     shape = (config.depth, batch, tokens, config.width)
+    step: Any = denoise
+    if spec.windows is not None:
+        step = functools.partial(denoise_windows, spec.windows)
     rows = {guided: guided + 1 + len(perturbed) for guided in (False, True)}
     return integrate(
-        block_cache.segments(spec.plan, denoise, shape, spec.module.dtype, rows),
+        block_cache.segments(spec.plan, step, shape, spec.module.dtype, rows),
         spec.solver,
         spec.prediction,
         spec.preview,

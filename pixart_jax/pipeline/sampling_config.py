@@ -49,6 +49,13 @@ class SamplingConfig:
     nothing."""
     vae_tile: int | None = None
     """Decode large images in blended tiles of so many latents a side (64 is 512 pixels)."""
+    tile_window: int | None = None
+    """Denoise a large canvas in overlapping windows of so many latents a side
+    (docs/canvas.md)."""
+    tile_overlap: int | None = None
+    """Latents that neighbouring windows share at least; by default half a window."""
+    seamless: bool = False
+    """Generate a texture that tiles: windows and the VAE wrap around the edges."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these two times (0 … 999); a step outside costs half. This and the next
     three change the image: docs/speed.md."""
@@ -89,6 +96,8 @@ class SamplingConfig:
         check_choice("null", self.null, ("auto", *NULLS))
         blends = "so that tiles blend over 16 latents"
         _integer("vae tile", self.vae_tile, 32, blends)
+        _integer("tile window", self.tile_window, 1)
+        _integer("tile overlap", self.tile_overlap, 0)
         if self.guidance_interval is not None:
             low, high = (float(t) for t in self.guidance_interval)
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
@@ -110,6 +119,12 @@ class SamplingConfig:
             object.__setattr__(self, "pag_layers", tuple(self.pag_layers))
         if self.pag_scale and self.cross_attention_steps is not None:
             raise UserError("pag and cross-attention steps exclude each other: give one of them")
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a canvas is denoised in windows: of any size, beyond what the model was trained
+        at."""
+        return self.tile_window is not None or self.seamless
 
     def with_defaults(self, own: SamplingConfig | None = None) -> SamplingConfig:
         """The config with ``own`` (a model's), else PixArt's values where it has none. A solver
