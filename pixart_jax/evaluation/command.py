@@ -1,9 +1,10 @@
-"""``python -m pixart_jax evaluate shapes | vae | checker``: one score of a model, of its
-autoencoder, and of the checker itself."""
+"""``python -m pixart_jax evaluate shapes | vae | checker | fid``: one score of a model, of its
+autoencoder, of the checker itself, and of images against others (fid_command.py)."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +17,7 @@ from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.evaluation import report
+from pixart_jax.evaluation.fid_command import FidOptions, evaluate_fid, split_drawing
 from pixart_jax.evaluation.shapes_score import Score, score
 from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
 from pixart_jax.files import bundled
@@ -81,11 +83,12 @@ class CheckerOptions(_Options):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of the three; argv as after ``evaluate``. Returns the exit status."""
+    """Run one of them; argv as after ``evaluate``. Returns the exit status."""
     commands: dict[str, tuple[type, Callable]] = {
         "shapes": (ShapesOptions, evaluate_shapes),
         "vae": (VAEOptions, evaluate_vae),
         "checker": (CheckerOptions, evaluate_checker),
+        "fid": (FidOptions, evaluate_fid),
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {_PROG} WHAT [flags]\n")
@@ -97,6 +100,9 @@ def main(argv: Sequence[str]) -> int:
     if what not in commands:
         raise UserError(f"evaluate {what!r} is unknown{nearest(what, commands)}")
     options, run = commands[what]
+    if what == "fid":
+        rest, drawing = split_drawing(rest)
+        run = functools.partial(run, drawing=drawing)
     run(cli.parse(options, rest, prog=f"{_PROG} {what}", description=options.__doc__))
     return 0
 

@@ -1,8 +1,12 @@
-"""A score for people: a table, and a sheet of images with right and wrong marked."""
+"""A score for programs, score.json, in one form for all metrics; and for people: a table, and a
+sheet of images with right and wrong marked."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,26 @@ from pixart_jax.files import write_json
 from pixart_jax.images import image_grid, write_png
 
 SHEET_COLUMNS = 8
+
+
+SCORE = "score.json"
+_VERSIONS = ("pixart-jax", "jax", "flax", "numpy", "scipy", "pillow")
+
+
+def write_score(
+    folder: Path, metric: str, score: Mapping, n: Mapping[str, int | None], facts: Mapping
+) -> Path:
+    """Write score.json: metric, the score's value and 95% interval (None: not known), n images of
+    each side, then ``facts``, by which the figure can be made again (mode, hashes of weights,
+    images and prompts, steps, solver, guidance, seeds …), and the versions of the libraries."""
+    versions = {}
+    for name in _VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a clone is not installed
+            versions[name] = metadata.version(name)
+    head = {name: score.get(name) for name in ("value", "interval")}
+    record = {"metric": metric, **head, "n": dict(n), **facts, "versions": versions}
+    write_json(folder / SCORE, record, indent=1, ensure_ascii=False)
+    return folder / SCORE
 
 
 def table(score: Score, title: str) -> str:
@@ -51,9 +75,13 @@ def sheet(
 def write(
     folder: Path, score: Score, images: Sequence[np.ndarray], settings: Mapping
 ) -> list[Path]:
-    """Write score.json (settings, tasks, single objects by attribute, every verdict) and sheet.png;
-    return their paths."""
-    record, picture = folder / "score.json", folder / "sheet.png"
-    write_json(record, {**settings, **score.to_dict()}, indent=1, ensure_ascii=False)
+    """Write score.json (settings, tasks, single objects by attribute, every verdict; its value is
+    the mean of the main tasks) and sheet.png; return their paths."""
+    picture, mean = folder / "sheet.png", score.mean or score.all_correct
+    main = mean.rounded() if mean else {}
+    head = {"value": main.get("score"), "interval": mean and [main["low"], main["high"]]}
+    prompts = "\n".join(verdict.prompt.caption for verdict in score.verdicts)
+    facts = {**settings, "prompts": sha256(prompts.encode()).hexdigest(), **score.to_dict()}
+    record = write_score(folder, "shapes", head, {"generated": len(images)}, facts)
     write_png(picture, sheet(score, images))
     return [record, picture]

@@ -1,0 +1,269 @@
+"""Sets of images and their Inception features, in blocks that are kept and shared by processes.
+
+The sorted list of a set is cut into blocks of one compiled batch; a device computes a block at a
+time, and process K of N takes the blocks k ≡ K (mod N). So what surrounds an image never depends
+on the number of devices or processes, and its features are equal to the bit for any of them. A
+finished block is a file in the cache: an interrupted run, and any later one on the same images,
+reads it.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from pixart_jax.data import images
+from pixart_jax.errors import UserError, one_line
+from pixart_jax.evaluation import inception
+from pixart_jax.files import atomic_write, cache_folder
+from pixart_jax.images import JSON_KEY
+from pixart_jax.pipeline.output import GRID, PromptShard
+
+_READERS = min(32, 2 * (os.cpu_count() or 1))  # threads that decode and resize
+_PATIENCE = 600.0  # seconds that process 0 waits for another block of the others
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSet:
+    """names: of the images, sorted. identity: of names, sizes and times of the files. sides: of an
+    image after size, which all have. settings: of each image that :func:`images.write_png` wrote.
+    size: images are cut to their centre square and resized to so many px (LANCZOS)."""
+
+    source: Path
+    names: Sequence[str]
+    identity: str
+    sides: tuple[int, int]
+    settings: Sequence[Mapping[str, Any]] = ()
+    size: int | None = None
+    array: np.ndarray | None = None  # uint8 [n, h, w, 3], of an .npz
+
+    @classmethod
+    def open(cls, source: Path, size: int | None = None) -> ImageSet:
+        """The images in a folder and below, hidden ones and sample.py's grid.png left out, or arr_0
+        of an .npz. Raises UserError for fewer than 2, and for several sizes without ``size``."""
+        if source.suffix == ".npz" and source.is_file():
+            return cls._of_array(source, size)
+        if not source.is_dir():
+            raise UserError(f"no folder of images {source}")
+        names = sorted(_images_below(source))
+        if len(names) < 2:
+            held = f"holds {'one image' if names else 'no images'}"
+            raise UserError(f"{source} {held}: at least 2 are needed, and thousands for a figure")
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            headers = list(pool.map(functools.partial(_header, source), names))
+        sizes = collections.Counter(sides for sides, *_ in headers)
+        if size is None and len(sizes) > 1:
+            shown = ", ".join(f"{n} of {h}×{w}" for (h, w), n in sizes.most_common(3))
+            raise UserError(
+                f"the images in {source} differ in size ({shown}): --size 256 cuts all to their "
+                "centre square and resizes them"
+            )
+        settings = [found for _, found, _ in headers if found]
+        numbers = collections.Counter((s.get("index"), s.get("seed")) for s in settings)
+        if settings and (twice := numbers.most_common(1)[0])[1] > 1:
+            (index, seed), _ = twice
+            raise UserError(
+                f"{source} holds the image of index {index} and seed {seed} twice: give each run a "
+                "folder of its own"
+            )
+        seal = json.dumps([str(source.resolve()), names, [stat for *_, stat in headers]])
+        sides = (size, size) if size else headers[0][0]
+        return cls(source, names, _sha(seal.encode()), sides, settings, size)
+
+    @classmethod
+    def _of_array(cls, source: Path, size: int | None) -> ImageSet:
+        try:
+            with np.load(source, allow_pickle=False) as file:
+                array = file["arr_0"]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            why = one_line(error)
+            raise UserError(f"{source} holds no images (arr_0) that can be read: {why}") from None
+        if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or len(array) < 2:
+            form = f"{array.dtype} {list(array.shape)}"
+            raise UserError(f"{source}: arr_0 is {form}: uint8 [n, h, w, 3], n ≥ 2, is needed")
+        status = source.stat()
+        seal = _sha(
+            json.dumps([str(source.resolve()), status.st_size, status.st_mtime_ns]).encode()
+        )
+        sides = (size, size) if size else array.shape[1:3]
+        return cls(source, [str(n) for n in range(len(array))], seal, sides, (), size, array)
+
+    def pixels(self, number: int) -> tuple[np.ndarray, str]:
+        """(uint8 [h, w, 3], SHA-256 of the file or pixels) of an image."""
+        if self.array is not None:
+            found, digest = self.array[number], _sha(self.array[number].tobytes())
+        else:
+            path = self.source / self.names[number]
+            data = path.read_bytes()
+            try:
+                found, digest = images.decode(data), _sha(data)
+            except images.UnreadableImage as error:
+                raise UserError(f"{path}: {error}") from None
+        if self.size is not None:
+            from PIL import Image
+
+            side = min(found.shape[:2])
+            top, left = ((length - side) // 2 for length in found.shape[:2])
+            square = Image.fromarray(found[top : top + side, left : left + side])
+            found = np.asarray(square.resize((self.size,) * 2, Image.Resampling.LANCZOS))
+        return found, digest
+
+
+def _images_below(root: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            is_image = Path(name).suffix.lower().removeprefix(".") in images.PICTURES
+            if is_image and not name.startswith(".") and name != GRID:
+                yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _header(root: Path, name: str) -> tuple[tuple[int, int], dict | None, list[int]]:
+    """((height, width), the settings that a PNG records, [bytes, time])."""
+    from PIL import Image
+
+    path, settings = root / name, None
+    try:
+        with open(path, "rb") as file:
+            sides, status = images.size(file), os.fstat(file.fileno())
+            if path.suffix.lower() == ".png":
+                file.seek(0)
+                settings = json.loads(Image.open(file).info.get(JSON_KEY, "null"))
+    except images.UnreadableImage as error:
+        raise UserError(f"{path}: {error}") from None
+    except ValueError:  # settings that are no JSON
+        pass
+    found = settings if isinstance(settings, dict) else None
+    return sides, found, [status.st_size, status.st_mtime_ns]
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Extractor:
+    """wanted: names of inception.WIDTHS. batch: images of a block, which a device computes at
+    once. share: of the blocks."""
+
+    net: inception.Inception
+    mode: inception.Mode
+    wanted: tuple[str, ...] = ("pool",)
+    batch: int = 32
+    share: PromptShard = PromptShard()
+
+    def folder(self, of: ImageSet) -> Path:
+        """Where the blocks of a set are kept."""
+        made = [self.net.digest, self.mode, of.size, self.batch, self.wanted, of.identity]
+        key = _sha(json.dumps([1, *made]).encode())[:24]
+        return cache_folder(keep=True) / "features" / key
+
+    def __call__(self, of: ImageSet, what: str) -> tuple[dict[str, np.ndarray], str] | None:
+        """({name: float32 [n, width]}, SHA-256 of the images' names and contents); None in
+        processes other than the first, which waits for their blocks."""
+        folder, count = self.folder(of), len(of.names)
+        folder.mkdir(parents=True, exist_ok=True)
+        blocks = [range(n, min(n + self.batch, count)) for n in range(0, count, self.batch)]
+        paths = [folder / f"{k:06d}.npz" for k in range(len(blocks))]
+        mine = range(self.share.index, len(blocks), self.share.count)
+        todo = [k for k in mine if not paths[k].exists()]
+        total = sum(len(blocks[k]) for k in mine)
+        rest = sum(len(blocks[k]) for k in todo)
+        how = {"unit": " images", "desc": f"features of {what}", "disable": self.share.index > 0}
+        with tqdm(total=total, initial=total - rest, **how) as bar:
+            for k, arrays in self._compute(of, {k: blocks[k] for k in todo}):
+                with atomic_write(paths[k]) as file:
+                    np.savez(file, **arrays)
+                bar.update(len(blocks[k]))
+        if self.share.index:
+            return None
+        self._wait(paths)
+        return self._merge(of, paths)
+
+    def _compute(
+        self, of: ImageSet, blocks: Mapping[int, range]
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(number, arrays) of the blocks, one a device at a time; threads read two steps ahead."""
+        if not blocks:
+            return
+        devices = jax.local_devices()
+        mesh = jax.make_mesh((len(devices),), ("data",), devices=devices)
+        spec = jax.sharding.PartitionSpec
+        rows = jax.sharding.NamedSharding(mesh, spec("data"))
+        params = jax.device_put(self.net.params, jax.sharding.NamedSharding(mesh, spec()))
+
+        def read(number: int) -> tuple[np.ndarray, str]:
+            image, digest = of.pixels(number)
+            return inception.preprocess(image, self.mode), digest
+
+        numbers = list(blocks)
+        steps = [numbers[n : n + len(devices)] for n in range(0, len(numbers), len(devices))]
+        ahead: collections.deque = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            try:
+                for n in range(len(steps) + 2):
+                    if n < len(steps):
+                        jobs = [[pool.submit(read, i) for i in blocks[k]] for k in steps[n]]
+                        ahead.append((steps[n], jobs))
+                    if n < 2 or not ahead:
+                        continue
+                    step, jobs = ahead.popleft()
+                    read_in = [[job.result() for job in block] for block in jobs]
+                    pixels = np.zeros((len(devices), self.batch, *(inception.SIDE,) * 2, 3), "f4")
+                    for place, block in enumerate(read_in):
+                        pixels[place, : len(block)] = [image for image, _ in block]
+                    flat = jax.device_put(pixels.reshape(-1, *pixels.shape[2:]), rows)
+                    found = jax.device_get(inception.apply(params, flat))
+                    for place, (k, block) in enumerate(zip(step, read_in)):
+                        at = slice(place * self.batch, place * self.batch + len(block))
+                        digests = np.array([digest for _, digest in block])
+                        yield (
+                            k,
+                            {name: found[name][at] for name in self.wanted} | {"sha256": digests},
+                        )
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _wait(self, paths: Sequence[Path]) -> None:
+        missing, last = [path for path in paths if not path.exists()], time.monotonic()
+        while missing:
+            time.sleep(0.5)
+            left = [path for path in missing if not path.exists()]
+            if len(left) < len(missing):
+                missing, last = left, time.monotonic()
+            elif time.monotonic() - last > _PATIENCE:
+                raise UserError(
+                    f"{len(missing)} blocks of the other processes are not in {missing[0].parent}, "
+                    f"and none has come for {_PATIENCE:.0f} s: start them again, with one "
+                    "$PIXART_JAX_CACHE on a shared disk"
+                )
+
+    def _merge(self, of: ImageSet, paths: Sequence[Path]) -> tuple[dict[str, np.ndarray], str]:
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in (*self.wanted, "sha256")}
+        for path in paths:
+            try:
+                with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+                    for name, found in parts.items():
+                        found.append(file[name])
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                why = one_line(error)
+                raise UserError(f"{path} is damaged ({why}): delete it and run again") from None
+        merged = {name: np.concatenate(found) for name, found in parts.items()}
+        digests = merged.pop("sha256")
+        listed = "".join(f"{digest}  {name}\n" for name, digest in zip(of.names, digests))
+        return merged, _sha(listed.encode())

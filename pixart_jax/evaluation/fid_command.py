@@ -1,0 +1,312 @@
+"""``python -m pixart_jax evaluate fid``: how far a set of images lies from another."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from pixart_jax import plots
+from pixart_jax.errors import Notice, UserError
+from pixart_jax.evaluation import frechet, inception, report, set_scores
+from pixart_jax.evaluation.features import Extractor, ImageSet
+from pixart_jax.evaluation.inception import Inception, Mode
+from pixart_jax.files import hash64
+from pixart_jax.pipeline.output import PromptShard, parse_share
+
+Metric = Literal["fid", "kid", "sfid", "is", "prdc", "fid_infinity"]
+_PAIRED = ("kid", "prdc")  # which need the reference's features, not its statistics alone
+_ENDS = {"": "pool", "_s": "spatial"}  # of the names in an .npz: the features
+_ENOUGH = 2048  # images, under which a covariance of pool features is singular
+_MOST = 10_000  # images of a side for precision and recall: as many as ADM's references hold
+_PER_IMAGE = {"prompt", "index", "seed", "height", "width"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FidOptions:
+    """Compare generated images with reference images by Inception features: FID, KID, sFID,
+    precision and recall; Inception score. `-- FLAGS` draws them first, with these flags of
+    sample.py."""
+
+    generated: Annotated[Path | None, tyro.conf.arg(aliases=["--images"])] = None
+    """folder of images (all below it), or an .npz with arr_0, as ADM's samples; may come first
+    without the flag"""
+    reference: Path | None = None
+    """what to compare with: a folder, or an .npz of statistics (ours, pytorch-fid's, clean-fid's,
+    ADM's) or images"""
+    inception: Annotated[str | None, tyro.conf.arg(aliases=["--weights"])] = None
+    """weights of Inception-v3 of 2015-12-05: .safetensors, .pth (needs the extra torch), or
+    OWNER/NAME/FILE.safetensors of a hub"""
+    random_inception: int | None = None
+    """instead: random weights of this seed. For tests: the numbers compare with no others"""
+    mode: Mode = "clean"
+    """how images become 299×299: as clean-fid, pytorch-fid, or torch-fidelity and ADM"""
+    size: int | None = None
+    """first cut all images of both sides to their centre square and resize it to so many px
+    (LANCZOS); 256 is the COCO protocol's"""
+    metrics: tuple[Metric, ...] = ("fid",)
+    """fid, kid, sfid, is (Inception score), prdc (precision, recall, density, coverage),
+    fid_infinity (extrapolated to infinitely many images); the first is the score's value"""
+    batch_size: int = 32
+    """images a device computes at once"""
+    out: Path | None = None
+    """folder for score.json, and fid_infinity.png"""
+    save_statistics: Path | None = None
+    """write the reference's statistics as .npz; without a reference, the generated images'"""
+    share: str | None = None
+    """K/N: compute share K (from 0) of N, into one cache; process 0 prints the score. By default
+    all, or what `python -m pixart_jax launch` says"""
+
+    def __post_init__(self):
+        if self.generated is None:
+            raise UserError("which images? give --generated FOLDER")
+        if self.inception is None and self.random_inception is None:
+            raise UserError(f"no Inception weights: {inception.WHERE}")
+        if self.inception is not None and self.random_inception is not None:
+            raise UserError("give --inception or --random-inception, not both")
+        if not self.metrics or self.batch_size < 1 or (self.size is not None and self.size < 1):
+            raise UserError("metrics, batch-size and size: at least 1")
+        if self.reference is None and self.save_statistics is None and set(self.metrics) != {"is"}:
+            raise UserError(
+                "nothing to compare with: give --reference FOLDER or FILE.npz, or --save-statistics"
+            )
+
+    def network(self) -> Inception:
+        if self.random_inception is not None:
+            return inception.random(self.random_inception)
+        return inception.load(str(self.inception))
+
+
+def split_drawing(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """(flags of the command, flags of sample.py after '--' or None). A first word that is no flag
+    is the folder of the images."""
+    argv, drawing = list(argv), None
+    if "--" in argv:
+        place = argv.index("--")
+        argv, drawing = argv[:place], argv[place + 1 :]
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--generated")
+    return argv, drawing
+
+
+@dataclasses.dataclass
+class Side:
+    """One of the two sets. parts: statistics by _ENDS, computed from the features or read from a
+    file, with that file's ``facts``. images: None where statistics are enough."""
+
+    path: Path
+    images: ImageSet | None
+    parts: dict[str, frechet.Statistics] = dataclasses.field(default_factory=dict)
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    sha256: str | None = None
+
+    @classmethod
+    def of_reference(cls, path: Path, options: FidOptions, net: Inception) -> Side:
+        """Raises UserError for statistics that do not serve the metrics, or of another mode,
+        network or size; a Notice where the file does not say."""
+        if path.suffix != ".npz":
+            return cls(path, ImageSet.open(path, options.size))
+        if not path.is_file():
+            raise UserError(f"no file {path}")
+        parts, facts, holds_images = frechet.read(path)
+        ours = {"mode": options.mode, "weights": net.digest, "size": options.size or 0}
+        for name, value in ours.items() if parts else ():
+            if (theirs := facts.get(name, value)) != value:
+                differ = f"was made with {name} {str(theirs)[:16]}, not {str(value)[:16]}"
+                raise UserError(f"{path} {differ}: these do not compare")
+        for end, statistics in parts.items():
+            if (width := len(statistics.mean)) != (own := inception.WIDTHS[_ENDS[end]]):
+                raise UserError(f"{path} holds features of {width} numbers, not {own}")
+        if parts and (unsaid := [name for name in ("mode", "weights") if name not in facts]):
+            message = f"{path} does not say its {' and '.join(unsaid)}: taken as ours"
+            warnings.warn(message, Notice, stacklevel=2)
+        lacking = [name for name in _PAIRED if name in options.metrics]
+        lacking += ["sfid"] * ("sfid" in options.metrics and "_s" not in parts)
+        if lacking and not holds_images:
+            raise UserError(
+                f"{path} holds statistics alone: for {' and '.join(lacking)} give a folder of "
+                "images as the reference"
+            )
+        needed = lacking or not parts
+        return cls(path, ImageSet.open(path, options.size) if needed else None, parts, facts)
+
+    def extract(self, extract: Extractor, what: str) -> bool:
+        """Compute the features and the statistics that are not there; whether all are there, as
+        they are in process 0 alone."""
+        if self.images is not None:
+            found = extract(self.images, what)
+            if found is None:
+                return False
+            self.features, self.sha256 = found
+            for end, name in _ENDS.items():
+                if name in self.features and end not in self.parts:
+                    self.parts[end] = frechet.statistics(self.features[name])
+        return True
+
+    @property
+    def count(self) -> int | None:
+        """None where a file does not say it."""
+        return len(self.images.names) if self.images else self.parts[""].count or None
+
+    def to_dict(self) -> dict[str, Any]:
+        sides = list(self.images.sides) if self.images else None
+        return {"path": str(self.path), "sha256": self.sha256, "sides": sides}
+
+
+def evaluate_fid(
+    options: FidOptions, drawing: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]] | None:
+    """Draw if asked, compute the features, print the scores and write them. Returns the scores;
+    None in processes other than the first, and where only statistics were to be written."""
+    path, share, net = Path(str(options.generated)), parse_share(options.share), options.network()
+    given = options.reference
+    reference = Side.of_reference(given, options, net) if given else None
+    if drawing is not None:
+        draw(path, drawing, share)
+    images = ImageSet.open(path, options.size)
+    generated = Side(path, images)
+    if reference and reference.images and reference.images.sides != images.sides:
+        ours, theirs = ("{}×{}".format(*of.sides) for of in (images, reference.images))
+        raise UserError(
+            f"{path} has images of {ours}, {reference.path} of {theirs}: --size makes both alike"
+        )
+    wanted = ("pool",) + ("spatial",) * ("sfid" in options.metrics)
+    extract = Extractor(net, options.mode, wanted, options.batch_size, share)
+    logits = ("logits",) * ("is" in options.metrics)
+    own = dataclasses.replace(extract, wanted=wanted + logits)
+    done = generated.extract(own, "the generated images")
+    if reference:
+        done &= reference.extract(extract, "the reference")
+    if not done:
+        print(f"share {share.index}/{share.count} of the features is done")
+        return None
+    if options.save_statistics:
+        of = reference if reference and reference.images else generated
+        facts = {"mode": options.mode, "weights": net.digest, "size": options.size or 0}
+        facts |= {"n": of.count, "images": of.sha256}
+        frechet.write(options.save_statistics, of.parts, facts)
+        print(f"written: {options.save_statistics}")
+    if reference is None and set(options.metrics) != {"is"}:
+        return None
+    scores = _scores(options.metrics, generated, reference or generated)
+    _report(options, scores, generated, reference, net)
+    return scores
+
+
+def draw(folder: Path, flags: Sequence[str], share: PromptShard) -> None:
+    """Run sample.py's command into the folder, in a process of its own, which gives all memory of
+    the devices back; wait for the other shares. Exits with its status where that is not 0."""
+    command = [sys.executable, "-m", "pixart_jax", "sample", "--out", str(folder), *flags]
+    if share.count > 1:
+        command += ["--share", f"{share.index}/{share.count}"]
+    if status := subprocess.run(command).returncode:
+        raise SystemExit(status)
+    key = f"{hash64(repr([*flags, share.count])):016x}"
+    notes = [folder / f".drawn-{key}-{k}" for k in range(share.count)]
+    if share.count > 1:
+        notes[share.index].touch()
+        while not all(note.exists() for note in notes):
+            time.sleep(0.5)
+
+
+def _scores(metrics: Sequence[Metric], ours: Side, theirs: Side) -> dict[str, dict[str, Any]]:
+    """{score: {value, interval, …}}; means over subsets or splits with their standard deviation."""
+    pools = [side.features.get("pool", np.zeros((0, 0))) for side in (ours, theirs)]
+    spread = ("value", "deviation")
+
+    def compare(end: str) -> dict[str, Any]:
+        features = ours.features[_ENDS[end]]
+        return frechet.compare(features, ours.parts[end], theirs.parts[end])._asdict()
+
+    def extrapolate() -> dict[str, Any]:
+        return dict(zip(("value", "points"), frechet.extrapolate(pools[0], theirs.parts[""])))
+
+    def prdc() -> dict[str, Any]:
+        rows = (np.linspace(0, len(x) - 1, min(len(x), _MOST)).astype(int) for x in pools)
+        found = set_scores.precision_recall(*(x[some] for x, some in zip(pools, rows)))
+        return {name: {"value": value} for name, value in found.items()}
+
+    compute: dict[str, Callable[[], dict[str, Any]]] = {
+        "fid": lambda: {"fid": compare("")},
+        "sfid": lambda: {"sfid": compare("_s")},
+        "fid_infinity": lambda: {"fid_infinity": extrapolate()},
+        "kid": lambda: {"kid": dict(zip(spread, set_scores.kid(*pools)))},
+        "is": lambda: {
+            "is": dict(zip(spread, set_scores.inception_score(ours.features["logits"])))
+        },
+        "prdc": prdc,
+    }
+    return {name: score for metric in metrics for name, score in compute[metric]().items()}
+
+
+def _report(
+    options: FidOptions,
+    scores: Mapping[str, dict[str, Any]],
+    generated: Side,
+    reference: Side | None,
+    net: Inception,
+) -> None:
+    """Print the table, write score.json."""
+    sides = {"generated": generated} | ({"reference": reference} if reference else {})
+    n, notes = {name: side.count for name, side in sides.items()}, []
+    if {"fid", "sfid"} & scores.keys() and (least := min(v for v in n.values() if v)) < _ENOUGH:
+        notes.append(f"{least} images are fewer than {_ENOUGH}: compare with the same number only")
+        warnings.warn(notes[0], Notice, stacklevel=2)
+    counts = ", ".join(f"{count or 'unknown'} {name}" for name, count in n.items())
+    print(f"mode {options.mode} · {net.name} · images: {counts}\n")
+    suffix = "" if options.random_inception is None else f" ({net.name})"
+    for name, score in scores.items():
+        more = f"   ± {score['deviation']:.4f}" if "deviation" in score else ""
+        if "interval" in score:
+            low, high = score["interval"]
+            more = f"   95% {low:.4f} – {high:.4f}, of equal distributions {score['bias']:.4f}"
+        print(f"{name + suffix:12} {score['value']:10.4f}{more}")
+    if options.out is None:
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    first, main = next(iter(scores.items()))
+    facts = {
+        "mode": options.mode,
+        "size": options.size,
+        "weights": {"name": net.name, "sha256": net.digest},
+        "images": {name: side.to_dict() for name, side in sides.items()},
+        **drawn_with(generated.images),
+        "scores": scores,
+        "warnings": notes,
+    }
+    written = [report.write_score(options.out, first + suffix, main, n, facts)]
+    if line := scores.get("fid_infinity"):
+        x, y = [1 / count for count, _ in line["points"]], [value for _, value in line["points"]]
+        ends = line["value"], line["value"] + np.polyfit(x, y, 1)[0] * max(x)
+        series = {"random subsets": (x, y), f"line, {ends[0]:.2f} at 0": ([0, max(x)], ends)}
+        path = options.out / "fid_infinity.png"
+        written.append(plots.curves(path, series, title="FID", axis="1 / images"))
+    print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+def drawn_with(images: ImageSet | None) -> dict[str, Any]:
+    """Of images that sample.py drew, by what their files record: the options (a list of values
+    where they differ), the range of seeds, the SHA-256 of the prompts."""
+    if images is None or len(images.settings) != len(images.names):
+        return {}
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for image in images.settings for name in image):
+        if name not in _PER_IMAGE:
+            values = list({repr(v): v for v in (i.get(name) for i in images.settings)}.values())
+            found[name] = values[0] if len(values) == 1 else values
+    seeds = [image["seed"] for image in images.settings]
+    prompts = "\n".join(image["prompt"] for image in images.settings)
+    return found | {
+        "seeds": [min(seeds), max(seeds)],
+        "prompts": sha256(prompts.encode()).hexdigest(),
+    }

@@ -1,0 +1,299 @@
+"""``evaluate fid`` from flags to files. A small stand-in for the network, but in the slow tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_jax import cli
+from pixart_jax.errors import Notice, UserError
+from pixart_jax.evaluation import command, features, fid_command, inception
+from pixart_jax.evaluation.features import Extractor, ImageSet
+from pixart_jax.evaluation.set_scores import kid
+from pixart_jax.images import write_png
+from pixart_jax.pipeline.output import PromptShard
+
+NET = inception.Inception({"w": np.ones(1, np.float32)}, "stand-in", "d1935c")
+
+
+@jax.jit
+def small_net(params, pixels):
+    """Means of 3 × 3 fields; the whole batch has a hand in it to the last bits, as in any library
+    that sums in an order of its own."""
+    cells = jax.image.resize(pixels, (len(pixels), 3, 3, 3), "linear").reshape(len(pixels), -1)
+    cells = params["w"] * cells + 1e-6 * cells.mean()
+    return {"pool": cells, "spatial": cells**2, "logits": jnp.exp(3 * cells)}
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    monkeypatch.setattr(inception, "apply", small_net)
+    monkeypatch.setattr(inception, "random", lambda seed: NET)
+    for name in ("pool", "spatial"):
+        monkeypatch.setitem(inception.WIDTHS, name, 27)
+    monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / "cache")
+    return tmp_path
+
+
+def pictures(folder, count, seed, side=16, **settings):
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for i in range(count):
+        image = np.clip(rng.normal(90 + 3 * seed, 60, (side, side, 3)), 0, 255).astype(np.uint8)
+        own = {"prompt": f"picture {i}", "index": i, "seed": i, **settings}
+        write_png(folder / f"{i:03d}.png", image, own if settings else None)
+    return folder
+
+
+def fid(*argv) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        return cli.run(command.main, ["fid", *map(str, argv)])
+
+
+def test_from_folders_to_the_score_and_its_files(stand_in, capsys):
+    a = pictures(stand_in / "a", 23, 1, steps=20, guidance=4.5, solver="dpm++")
+    b = pictures(stand_in / "b", 20, 5)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(a / "grid.png")  # sample.py's sheet
+    out, saved = stand_in / "deep" / "out", stand_in / "b.npz"
+    common = ["--random-inception", 0, "--batch-size", 8]
+    metrics = ["--metrics", "fid", "kid", "sfid", "is", "prdc", "fid_infinity"]
+    files = ["--out", out, "--save-statistics", saved]
+    assert fid(a, "--reference", b, *common, *metrics, *files) == 0
+    record = json.loads((out / "score.json").read_text())
+    printed = capsys.readouterr().out
+    assert "mode clean" in printed and "precision" in printed and "fid_infinity" in printed
+    assert record["metric"] == "fid (stand-in)" and record["n"] == {
+        "generated": 23,
+        "reference": 20,
+    }
+    assert record["interval"][0] < record["value"] < record["interval"][1]
+    assert (record["mode"], record["steps"], record["guidance"]) == ("clean", 20, 4.5)
+    assert record["seeds"] == [0, 22] and len(record["prompts"]) == 64
+    assert record["weights"]["sha256"] == NET.digest and record["versions"]["jax"]
+    assert len({record["images"][side]["sha256"] for side in ("generated", "reference")}) == 2
+    assert "2048" in record["warnings"][0] and record["scores"]["fid"]["bias"] > 0
+    assert Image.open(out / "fid_infinity.png").size[0] > 500
+    arrays = [
+        np.stack([inception.preprocess(ImageSet.open(s).pixels(i)[0], "clean") for i in range(n)])
+        for s, n in ((a, 23), (b, 20))
+    ]
+    plain = [np.asarray(small_net(NET.params, x)["pool"]) for x in arrays]
+    assert record["scores"]["kid"]["value"] == pytest.approx(kid(*plain)[0], abs=1e-4)
+
+    # the statistics stand for the folder, and are those of one mode, network and size
+    assert fid("--generated", a, "--reference", saved, *common, "--out", out) == 0
+    again = json.loads((out / "score.json").read_text())
+    assert again["value"] == pytest.approx(record["value"], rel=1e-6)
+    assert again["n"]["reference"] == 20
+    capsys.readouterr()
+    for flags, says in (
+        (["--mode", "pytorch"], "mode clean, not pytorch"),
+        (["--size", 8], "size 0, not 8"),
+        (["--metrics", "kid"], "give a folder"),
+        (["--metrics", "sfid", "prdc"], "give a folder"),
+    ):
+        assert fid(a, "--reference", saved, *common, *flags) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and says in err, err
+    object.__setattr__(NET, "digest", "another")
+    try:
+        assert fid(a, "--reference", saved, *common) == 2
+        assert "weights d1935c, not another" in capsys.readouterr().err
+    finally:
+        object.__setattr__(NET, "digest", "d1935c")
+
+
+def test_statistics_alone_and_adms_files(stand_in, capsys):
+    a = pictures(stand_in / "a", 20, 1)
+    flags = [a, "--random-inception", 0, "--mode", "tensorflow"]
+    assert fid(*flags, "--save-statistics", stand_in / "a.npz", "--out", stand_in / "out") == 0
+    assert not (stand_in / "out").exists()  # no score without a reference
+    held = dict(np.load(stand_in / "a.npz"))
+    stack = np.stack([np.asarray(Image.open(path)) for path in sorted(a.glob("*.png"))])
+    statistics = {name: held[name] for name in ("mu", "sigma")}
+    spatial = {f"{name}_s": held[name] for name in ("mu", "sigma")}
+    np.savez(stand_in / "adm.npz", arr_0=stack, **statistics, **spatial)
+    flags += ["--reference", stand_in / "adm.npz"]
+    assert fid(*flags, "--metrics", "fid", "prdc", "--out", stand_in / "out") == 0
+    scores = json.loads((stand_in / "out" / "score.json").read_text())["scores"]
+    assert scores["fid"]["value"] == pytest.approx(0, abs=1e-6)
+    assert scores["precision"]["value"] == 1.0 and scores["coverage"]["value"] == 1.0
+    capsys.readouterr()
+    assert fid(*flags, "--mode", "clean") == 2
+    assert "mode tensorflow, not clean" in capsys.readouterr().err
+
+
+def test_any_number_of_processes_and_a_restart_give_the_same_bits(stand_in, monkeypatch):
+    images = ImageSet.open(pictures(stand_in / "a", 45, 1))
+
+    def run(place, index=0, count=1):
+        monkeypatch.setattr(features, "cache_folder", lambda keep: stand_in / place)
+        share = PromptShard(index, count)
+        return Extractor(NET, "clean", ("pool", "spatial"), 8, share)(images, "these")
+
+    whole, listed = run("one")
+    assert whole["pool"].shape == (45, 27) and whole["pool"].std() > 0
+    assert [run("four", k, 4) for k in (3, 1, 2)] == [None] * 3
+    shared, also = run("four", 0, 4)
+    assert also == listed and all(np.array_equal(shared[n], whole[n]) for n in whole)
+
+    read = ImageSet.pixels
+
+    def killed(self, number):
+        if number == 30:
+            raise KeyboardInterrupt
+        return read(self, number)
+
+    monkeypatch.setattr(ImageSet, "pixels", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    done = sorted((stand_in / "cut" / "features").glob("*/*.npz"))
+    assert 0 < len(done) < 6
+    seen = []
+    monkeypatch.setattr(ImageSet, "pixels", lambda s, n: seen.append(n) or read(s, n))
+    resumed, _ = run("cut")
+    assert len(seen) == 45 - 8 * len(done)
+    assert np.array_equal(resumed["pool"], whole["pool"])
+    done[0].write_bytes(b"damaged")
+    with pytest.raises(UserError, match="is damaged"):
+        run("cut")
+
+
+def test_sizes_are_made_alike_by_a_square_cut(stand_in, capsys):
+    a = pictures(stand_in / "a", 6, 1)
+    (stand_in / "c").mkdir()
+    for i in range(6):  # upright, with a margin that the cut takes away
+        wide = np.zeros((20, 16, 3), np.uint8)
+        wide[2:18] = np.asarray(Image.open(a / f"{i:03d}.png"))
+        Image.fromarray(wide).save(stand_in / "c" / f"{i}.png")
+    flags = [a, "--reference", stand_in / "c", "--random-inception", 0, "--out", stand_in]
+    assert fid(*flags) == 2
+    assert "16×16" in (err := capsys.readouterr().err) and "20×16" in err and "--size" in err
+    assert fid(*flags, "--size", 16) == 0
+    assert json.loads((stand_in / "score.json").read_text())["value"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("", "give --generated"),
+        ("ok --reference ok", "pt_inception-2015-12-05-6726825d.pth"),
+        ("ok --reference ok --inception x --random-inception 0", "not both"),
+        ("ok --reference ok --inception x.safetensors", "pytorch-fid"),
+        ("ok --random-inception 0", "nothing to compare with"),
+        ("none --reference ok --random-inception 0", "no folder of images"),
+        ("ok --reference none --random-inception 0", "no folder of images"),
+        ("ok --reference none.npz --random-inception 0", "no file"),
+        ("ok --reference bad.npz --random-inception 0", "is no .npz of statistics"),
+        ("ok --reference other.npz --random-inception 0", "holds no mu and sigma"),
+        ("ok --reference narrow.npz --random-inception 0", "of 5 numbers, not 27"),
+        ("ok --reference nan.npz --random-inception 0", "NaN"),
+        ("empty --reference ok --random-inception 0", "holds no images"),
+        ("ok --reference single --random-inception 0", "holds one image"),
+        ("mixed --reference ok --random-inception 0", "differ in size"),
+        ("broken --reference ok --random-inception 0", "003.png"),
+        ("twice --reference ok --random-inception 0", "a folder of its own"),
+        ("ok --reference ok --random-inception 0 --mode cleen", "clean"),
+        ("ok --reference ok --random-inception 0 --metrics fdi", "fid"),
+        ("ok --reference ok --random-inception 0 --batch-size 0", "at least 1"),
+        ("ok --reference ok --random-inception 0 --share 2/2", "K/N"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(flags, says, stand_in, capsys, monkeypatch):
+    monkeypatch.chdir(stand_in)
+    for name, count in (("ok", 4), ("empty", 0), ("single", 1), ("mixed", 4), ("broken", 4)):
+        pictures(stand_in / name, count, 1)
+    Image.new("RGB", (9, 9)).save(stand_in / "mixed" / "odd.png")
+    whole = (stand_in / "broken" / "003.png").read_bytes()
+    (stand_in / "broken" / "003.png").write_bytes(whole[: len(whole) // 2])
+    pictures(stand_in / "twice", 2, 1, steps=20)
+    again = (stand_in / "twice" / "001.png").read_bytes()
+    (stand_in / "twice" / "001_2.png").write_bytes(again)
+    (stand_in / "bad.npz").write_bytes(b"PK no archive")
+    np.savez(stand_in / "other.npz", x=np.zeros(3))
+    np.savez(stand_in / "narrow.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(stand_in / "nan.npz", mu=np.full(27, np.nan), sigma=np.eye(27))
+    assert fid(*flags.split(), "--out", stand_in / "out") == 2
+    err = capsys.readouterr().err.split("\r")[-1].lstrip("\n")
+    line = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(line) == 1 and says in line[0], err
+    assert not (stand_in / "out" / "score.json").exists()
+
+
+def test_images_are_drawn_first_by_sample_pys_command(stand_in, monkeypatch):
+    ran = []
+
+    def run(line):
+        ran.append(line)
+        pictures(stand_in / "a", 5, 1, steps=3)
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(fid_command.subprocess, "run", run)
+    b = pictures(stand_in / "b", 5, 2)
+    flags = ["--reference", b, "--random-inception", 0, "--out", stand_in]
+    assert fid(stand_in / "a", *flags, "--", "--prompts", "list.txt", "--guidance", 2) == 0
+    (line,) = ran
+    assert line[1:4] == ["-m", "pixart_jax", "sample"]
+    assert line[4:] == ["--out", str(stand_in / "a"), *"--prompts list.txt --guidance 2".split()]
+    assert json.loads((stand_in / "score.json").read_text())["steps"] == 3
+    monkeypatch.setattr(fid_command.subprocess, "run", lambda c: subprocess.CompletedProcess(c, 2))
+    assert fid(stand_in / "a", *flags, "--", "--prompt") == 2
+
+
+@pytest.mark.slow
+def test_inception_over_processes_after_kill_9_and_on_drawn_images(tmp_path, root):
+    """64 images: four processes, and one that is killed and starts again, equal one to the bit;
+    renders are nearer to renders than noise is; images are drawn by the command itself."""
+    from pixart_jax.data import shapes
+    from pixart_jax.evaluation.tasks import eval_prompts
+
+    prompts = eval_prompts("plain", 40)[:64]
+    for name, some in (("a", prompts[:32]), ("b", prompts[32:])):
+        (tmp_path / name).mkdir()
+        for i, prompt in enumerate(some):
+            Image.fromarray(shapes.render(prompt.scene)).save(tmp_path / name / f"{i}.png")
+    rng = np.random.default_rng(0)
+    (tmp_path / "noise").mkdir()
+    for i in range(32):
+        noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "noise" / f"{i}.png")
+
+    def evaluate(cache, generated="a", reference="b", before=(), after=()):
+        out = tmp_path / f"{cache}-{generated}"
+        words = [*before, "-m", "pixart_jax", "evaluate", "fid", str(tmp_path / generated)]
+        words += ["--reference", str(tmp_path / reference), "--random-inception", "0"]
+        words += ["--batch-size", "8", "--out", str(out), *after]
+        environment = {**os.environ, "PIXART_JAX_CACHE": str(tmp_path / cache)}
+        return out, subprocess.Popen([sys.executable, *words], cwd=root, env=environment)
+
+    def score(*args, **options):
+        out, process = evaluate(*args, **options)
+        assert process.wait() == 0
+        return json.loads((out / "score.json").read_text())
+
+    one = score("one")
+    launch = ["-m", "pixart_jax", "launch", "--processes", "4", "--"]
+    assert score("four", before=launch) == one | {"images": one["images"]}
+    _, process = evaluate("killed")
+    while not list((tmp_path / "killed").glob("features/*/*.npz")):
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert score("killed") == one
+    assert score("one", "noise")["value"] > 3 * one["value"]
+    (tmp_path / "list.txt").write_text("".join(f"{p.caption}\n" for p in prompts[:4]))
+    draw = ["--", "--prompts", str(tmp_path / "list.txt"), "--steps", "2", "--no-grid"]
+    drawn = score("one", "drawn", after=draw)
+    assert (drawn["steps"], drawn["n"]["generated"]) == (2, 4)
