@@ -5,9 +5,9 @@
     python benchmarks/fid.py --images 8 --repeat 1        a rehearsal
 
 Both read the same images, resized to 299 px, in the same batches, by turns; compilation and one
-batch to warm up are not counted. The peer is the same layers in PyTorch's functions
-(tests/evaluation/torch_inception.py), as torch-fidelity's module runs them. Figures are medians. Exit status 1 where
-the features differ by more than 1e-4 of their largest, or where the peer is faster.
+batch to warm up are not counted. The peer is the same layers in PyTorch's functions, as
+torch-fidelity's module runs them (tests/evaluation/torch_inception.py). Figures are medians. Exit
+status 1 where the features differ by more than 1e-4 of their largest, or where the peer is faster.
 """
 
 from __future__ import annotations
