@@ -7,15 +7,18 @@ written atomically.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write
 
 JSON_KEY = "pixart_jax"
@@ -165,6 +168,49 @@ def _wrap(caption: str, font, width: int, limit: int = 5) -> list[str]:
             text = text[:-2].rstrip() + "…"
         lines[n] = text
     return lines
+
+
+# ---- animations ----
+
+_ANIMATIONS = (".webp", ".gif", ".mp4")
+
+
+def check_animation(path: str | os.PathLike) -> None:
+    """Raise UserError for a name of another kind than :func:`write_animation` writes, and where the
+    package for it is missing."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in _ANIMATIONS:
+        raise UserError(f"{path}: an animation's name ends in {', '.join(_ANIMATIONS)}")
+    if suffix == ".mp4" and importlib.util.find_spec("av") is None:
+        raise UserError(f'{path} needs an extra: pip install "pixart-jax[video]"')
+
+
+def write_animation(
+    path: str | os.PathLike, frames: Sequence[str | os.PathLike], fps: int = 12
+) -> None:
+    """Write image files of one size as an endless .webp or .gif, or an .mp4 (H.264), atomically.
+    Raises UserError as :func:`check_animation`."""
+    from PIL import Image
+
+    check_animation(path)
+    pictures = (Image.open(frame).convert("RGB") for frame in frames)
+    kind = os.path.splitext(path)[1].lower()[1:]
+    with atomic_write(path) as file:
+        if kind != "mp4":
+            how = {"quality": 90, "method": 4} if kind == "webp" else {}
+            timing = {"save_all": True, "duration": round(1000 / fps), "loop": 0}
+            next(pictures).save(file, kind, append_images=pictures, **timing, **how)
+            return
+        import av
+
+        with av.open(file, "w", format="mp4") as container:
+            stream: Any = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+            with Image.open(frames[0]) as first:  # the codec wants even sides
+                stream.width, stream.height = (side // 2 * 2 for side in first.size)
+            for picture in pictures:
+                picture = picture.crop((0, 0, stream.width, stream.height))
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode())
 
 
 # ---- edge maps ----

@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     adapters = flags.loras.read(model.transformer)
     recorded = lora_flags.settings(adapters)
     wanted = [image | recorded for image in image_settings(flags, model, rows, opening)]
+    wanted = flags.walks.frames(wanted)
     folder = output.OutputFolder(flags.out, wanted, share)
     if folder.missing:
         generate(flags, model, folder, opening, adapters)
@@ -50,12 +51,12 @@ def main(argv: Sequence[str]) -> int:
     print(f"{mine} image{'s' * (mine != 1)} in {flags.out}/{whose}{there}")
     if len(wanted) == 1 and folder.paths:
         print(folder.paths[0])
-    elif len(wanted) > 1 and flags.grid and share.index == 0:
+    elif len(wanted) > 1 and (flags.grid or flags.walks.walk) and share.index == 0:
         others = len(wanted) - mine
         waiting = "waiting for the other shares (ctrl-C leaves)"
         with tqdm(total=others, unit=" images", desc=waiting, disable=not others) as bar:
             folder.wait(bar.update)
-        print(folder.write_grid())
+        print(folder.write_grid() if flags.walks.walk is None else flags.walks.write(folder))
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_jax.commands.sample_walk import toward_of
 from pixart_jax.errors import UserError
 
 ROW_FIELDS = ("image", "mask", "strength")  # what a prompt's row may set for itself
@@ -101,6 +102,8 @@ def edit_options(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if "variation" in first:
         seed, share = first["variation"].split()
         found["variation"] = int(seed), float(share)
+    if "toward" in first:
+        found["toward"] = toward_of(images)
     for name in ("image", "mask", "reference"):
         if name in first:
             found[name] = [_read(image[name])[0] for image in images]

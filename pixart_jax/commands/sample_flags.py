@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from pixart_jax.commands.sample_edits import EditFlags
+from pixart_jax.commands.sample_walk import WalkFlags
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.files import bundled
@@ -52,6 +53,7 @@ class Flags:
     """Images of each prompt, from its seed, seed + 1, …"""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     edits: tyro.conf.OmitArgPrefixes[EditFlags] = EditFlags()
+    walks: tyro.conf.OmitArgPrefixes[WalkFlags] = WalkFlags()
     loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
     batch_size: int | None = None
     """Images at once; by default up to 16 a device."""

@@ -16,6 +16,7 @@ from pixart_jax.text import caption_cleaner
 def texts(flags: Flags, images: Sequence[Mapping[str, Any]]) -> list[str]:
     """The distinct texts that these images are sampled from."""
     prompts = [image["prompt"] for image in images]
+    prompts += [image["toward"] for image in images if "toward" in image]
     negatives = [image["negative_prompt"] for image in images if image["guidance"] != 1]
     clean = caption_cleaner(flags.sampling.clean_caption)
     return texts_to_encode(prompts, negatives, flags.sampling.null, clean)

@@ -1,4 +1,5 @@
-"""The noise that images are sampled from: each image's own, from its seed and index alone."""
+"""The noise that images are sampled from: each image's own, from its seed and index alone; and the
+way from one image's noise and text to another's."""
 
 from __future__ import annotations
 
@@ -44,3 +45,17 @@ def slerp(a: jax.Array, b: jax.Array, share: float) -> jax.Array:
         for plain in (1 - share, share)
     )
     return sum(weight * noise for weight, noise in zip(weights, (a, b)))
+
+
+@jax.jit
+def between(a, b, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(states [n, l, c], lengths [n]) a share [n] of the way from the texts a to the texts b; a
+    itself, to the bit, at 0. The shorter text repeats its last token, which ends every text."""
+
+    def filled(states, lengths):
+        places = jnp.minimum(jnp.arange(states.shape[1]), lengths[:, None] - 1)
+        return jnp.take_along_axis(states, places[..., None], axis=1)
+
+    part = share[:, None, None]
+    states = jnp.where(part > 0, (1 - part) * filled(*a) + part * filled(*b), a[0])
+    return states, jnp.where(share > 0, jnp.maximum(a[1], b[1]), a[1])

@@ -119,7 +119,7 @@ class OutputFolder:
     def group(settings: Mapping) -> tuple:
         """What the images of one call of ``Pipeline.generate`` have in common; their batches are
         alike where all are guided or none is, and edited alike or not at all."""
-        edit = {"image", "mask", "reference"} & settings.keys()
+        edit = {"image", "mask", "reference", "toward"} & settings.keys()
         how = [
             settings.get(n)
             for n in ("strength", "mask_padding", "outpaint", "upscale", "variation")
@@ -166,6 +166,8 @@ class OutputFolder:
     def _find(self, settings: Mapping) -> tuple[Path, bool]:
         """(where the image is or will be, whether it is there)."""
         name = f"{settings['index']:04d}_{slug(settings['prompt'])}_{settings['seed']}"
+        if "frame" in settings:  # between two prompts of a walk
+            name += f"_frame{settings['frame']:04d}"
         number = 1
         while True:
             path = self.folder / (f"{name}.png" if number == 1 else f"{name}_{number}.png")

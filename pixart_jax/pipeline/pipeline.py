@@ -26,8 +26,9 @@ from pixart_jax.pipeline.adapters import Adapters, LoraMethods
 from pixart_jax.pipeline.folder import PARTS, ModelFolder, write_model
 from pixart_jax.pipeline.image_size import ImageSize, cache_plan, check_options
 from pixart_jax.pipeline.negative_prompts import NegativePrompts
-from pixart_jax.pipeline.noise import slerp, starting_noise
+from pixart_jax.pipeline.noise import between, slerp, starting_noise
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
+from pixart_jax.pipeline.rows import Row, Run, Seed, Toward, one_each
 from pixart_jax.pipeline.sampling_config import (
     SamplingConfig,
     check_count,
@@ -42,30 +43,6 @@ from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, padded_
 DEFAULT_BATCH = 16
 
 Callback = Callable[[int, np.ndarray], None]
-Seed = int | str  # of 64 bits; its decimal digits where JSON would round it
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One image of a call. index: folded into the seed. canvas: what it is edited from."""
-
-    prompt: str
-    negative: str
-    seed: int
-    index: int
-    guidance: float
-    canvas: editing.Canvas | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the batches of a call have in common. start: the first step."""
-
-    config: SamplingConfig
-    start: int = 0
-    reference: bool = False
-    variation: tuple[Seed, float] | None = None
-    windows: Windows | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -231,6 +208,7 @@ class Pipeline(LoraMethods):
         mask_padding: int | None = None,
         reference: Any = None,
         variation: tuple[Seed, float] | None = None,
+        toward: Sequence[Toward] | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Sample prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b,
         height, width, 3]) as batches are done.
@@ -260,6 +238,8 @@ class Pipeline(LoraMethods):
         reference: generate in the style of these images, each beside its reference on a canvas
             twice as wide.
         variation: (seed, share): noise that far on the way (slerp) to that of another seed.
+        toward: (prompt, seed, index, share) a prompt: text states and noise that far on the way to
+            another image's. Share 0 is the prompt's own image, to the bit.
         Raises UserError, before anything is computed, for options that cannot be used. Images that
         are not finite are left out, and after the last batch ``finite.NotFinite`` (a UserError)
         names their positions.
@@ -287,11 +267,12 @@ class Pipeline(LoraMethods):
         windows = plan_windows(config, parts, canvas, edits.is_reference)
         columns: tuple[list[Any], ...] = (
             prompts,
-            _one_each("negative prompt", negative_prompt, count),
-            [check_seed(value) for value in _one_each("seed", seed, count)],
+            one_each("negative prompt", negative_prompt, count),
+            [check_seed(value) for value in one_each("seed", seed, count)],
             list(range(count) if indices is None else indices),
-            _one_each("guidance", config.guidance if guidance is None else guidance, count),
+            one_each("guidance", config.guidance if guidance is None else guidance, count),
             edits.canvases(count, size.generated),
+            list(toward) if toward else [None] * count,
         )
         rows = [
             dataclasses.replace(row, seed=(row.seed + k) % 2**64)
@@ -300,6 +281,8 @@ class Pipeline(LoraMethods):
         ]
         for row in rows:
             check_guidance(row.guidance)
+        if (to := edits.variation) is not None:
+            rows = [row.with_noise_toward(*to) for row in rows]
         if self.mesh is not None:
             sides = [side // self.factor // parts.patch_size for side in size.generated]
             sides = sides if windows is None else [windows.side // parts.patch_size] * 2
@@ -317,14 +300,15 @@ class Pipeline(LoraMethods):
         negatives = [rows[n].negative for n in guided]
         notice_loss("prompt", prompts, clean)
         notice_loss("negative prompt", negatives, clean)
-        texts = texts_to_encode(prompts, negatives, str(config.null), clean)
+        others = [other for other, *_ in toward or ()]
+        texts = texts_to_encode([*prompts, *others], negatives, str(config.null), clean)
         longest = int(encoder.lengths(texts, clean).max())
         if config.text_length is not None and longest > config.text_length:
             raise UserError(f"text length {config.text_length}: a prompt has {longest} tokens")
         # one for all batches, so that they share one executable
         length = config.text_length or padded_length(longest, parts.text_tokens)
 
-        run = Run(config, start, edits.is_reference, edits.variation, windows)
+        run = Run(config, start, edits.is_reference, windows)
 
         def batches() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
             for positions, batch in self._batches(rows, batch_size):
@@ -372,10 +356,15 @@ class Pipeline(LoraMethods):
         clean = caption_cleaner(config.clean_caption)
         indices = [row.index for row in rows]
         noise, keys = self.noise([row.seed for row in rows], indices, *size.generated)
-        if run.variation is not None:
-            other, share = run.variation
-            noise = slerp(noise, self.noise(other, indices, *size.generated)[0], share)
-        text = self._on_devices(encoder.batch([row.prompt for row in rows], length, clean))
+        prompts = [row.prompt for row in rows]
+        text = self._on_devices(encoder.batch(prompts, length, clean))
+        if rows[0].toward is not None:
+            others, seeds, places, shares = zip(*(row.toward for row in rows if row.toward))
+            share = self._place(np.array(shares, np.float32))
+            other = self.noise(seeds, places, *size.generated)[0]
+            noise = slerp(noise, other, share[:, None, None, None])
+            if list(others) != prompts:
+                text = between(text, self._on_devices(encoder.batch(others, length, clean)), share)
         negative = None
         if guided:
             texts = [row.negative for row in rows]
@@ -419,7 +408,7 @@ class Pipeline(LoraMethods):
         """(noise [n, h, w, c] fp32, keys [n] for solvers that add noise): image i's come from
         fold_in(key(seed), indices[i]) alone. seed: one, or one an image; the high word of one
         beyond 32 bits is folded in first."""
-        seeds = [check_seed(value) for value in _one_each("seed", seed, len(indices))]
+        seeds = [check_seed(value) for value in one_each("seed", seed, len(indices))]
         shape = (height // self.factor, width // self.factor, self.transformer.config.in_channels)
         noise, keys = starting_noise(seeds, indices, shape)
         return self._place(noise), self._place(keys)
@@ -628,16 +617,6 @@ def _checked(array: jax.Array, good: jax.Array) -> jax.Array:
     if not isinstance(good, jax.core.Tracer):
         finite.check_rows(gather_to_host(good))
     return array
-
-
-def _one_each(what: str, value, count: int) -> list:
-    """One value for all, or a sequence of one a prompt, as a list."""
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray | jax.Array):
-        return [value] * count
-    if len(value) != count:
-        number = f"{len(value)} {what}s for {count} prompts"
-        raise UserError(f"{number}: give one for all, or one each")
-    return list(value) if isinstance(value, Sequence) else value.tolist()
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, transformer) -> None:
