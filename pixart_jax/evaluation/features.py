@@ -19,7 +19,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pixart_jax.config import MeshConfig
 from pixart_jax.data import images
 from pixart_jax.errors import UserError, one_line
 from pixart_jax.evaluation import inception
 from pixart_jax.files import atomic_write, cache_folder
 from pixart_jax.images import JSON_KEY
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.parallel.rules import batch_sharding, replicated
 from pixart_jax.pipeline.output import GRID, PromptShard
+from pixart_jax.pipeline.prompt_encoder import one_ahead
 
 _READERS = min(32, 2 * (os.cpu_count() or 1))  # threads that decode and resize
 _PATIENCE = 600.0  # seconds that process 0 waits for another block of the others
@@ -74,9 +78,9 @@ class ImageSet:
                 "centre square and resizes them"
             )
         settings = [found for _, found, _ in headers if found]
-        numbers = collections.Counter((s.get("index"), s.get("seed")) for s in settings)
-        if settings and (twice := numbers.most_common(1)[0])[1] > 1:
-            (index, seed), _ = twice
+        numbers = collections.Counter((s["index"], s["seed"]) for s in settings)
+        if max(numbers.values(), default=1) > 1:
+            (index, seed), _ = numbers.most_common(1)[0]
             raise UserError(
                 f"{source} holds the image of index {index} and seed {seed} twice: give each run a "
                 "folder of its own"
@@ -97,11 +101,10 @@ class ImageSet:
             form = f"{array.dtype} {list(array.shape)}"
             raise UserError(f"{source}: arr_0 is {form}: uint8 [n, h, w, 3], n ≥ 2, is needed")
         status = source.stat()
-        seal = _sha(
-            json.dumps([str(source.resolve()), status.st_size, status.st_mtime_ns]).encode()
-        )
+        seal = json.dumps([str(source.resolve()), status.st_size, status.st_mtime_ns])
+        names = [str(n) for n in range(len(array))]
         sides = (size, size) if size else array.shape[1:3]
-        return cls(source, [str(n) for n in range(len(array))], seal, sides, (), size, array)
+        return cls(source, names, _sha(seal.encode()), sides, (), size, array)
 
     def pixels(self, number: int) -> tuple[np.ndarray, str]:
         """(uint8 [h, w, 3], SHA-256 of the file or pixels) of an image."""
@@ -148,7 +151,8 @@ def _header(root: Path, name: str) -> tuple[tuple[int, int], dict | None, list[i
         raise UserError(f"{path}: {error}") from None
     except ValueError:  # settings that are no JSON
         pass
-    found = settings if isinstance(settings, dict) else None
+    ours = isinstance(settings, dict) and {"prompt", "index", "seed"} <= settings.keys()
+    found = settings if ours else None
     return sides, found, [status.st_size, status.st_mtime_ns]
 
 
@@ -186,7 +190,7 @@ class Extractor:
         rest = sum(len(blocks[k]) for k in todo)
         how = {"unit": " images", "desc": f"features of {what}", "disable": self.share.index > 0}
         with tqdm(total=total, initial=total - rest, **how) as bar:
-            for k, arrays in self._compute(of, {k: blocks[k] for k in todo}):
+            for k, arrays in self._compute(of, {k: blocks[k] for k in todo}) if todo else ():
                 with atomic_write(paths[k]) as file:
                     np.savez(file, **arrays)
                 bar.update(len(blocks[k]))
@@ -198,46 +202,33 @@ class Extractor:
     def _compute(
         self, of: ImageSet, blocks: Mapping[int, range]
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(number, arrays) of the blocks, one a device at a time; threads read two steps ahead."""
-        if not blocks:
-            return
-        devices = jax.local_devices()
-        mesh = jax.make_mesh((len(devices),), ("data",), devices=devices)
-        spec = jax.sharding.PartitionSpec
-        rows = jax.sharding.NamedSharding(mesh, spec("data"))
-        params = jax.device_put(self.net.params, jax.sharding.NamedSharding(mesh, spec()))
+        """(number, arrays) of the blocks, one a device at a time, while threads read the next."""
+        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        params = jax.device_put(self.net.params, replicated(mesh))
+        numbers = list(blocks)
+        steps = [numbers[n : n + mesh.size] for n in range(0, len(numbers), mesh.size)]
 
         def read(number: int) -> tuple[np.ndarray, str]:
             image, digest = of.pixels(number)
             return inception.preprocess(image, self.mode), digest
 
-        numbers = list(blocks)
-        steps = [numbers[n : n + len(devices)] for n in range(0, len(numbers), len(devices))]
-        ahead: collections.deque = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            try:
-                for n in range(len(steps) + 2):
-                    if n < len(steps):
-                        jobs = [[pool.submit(read, i) for i in blocks[k]] for k in steps[n]]
-                        ahead.append((steps[n], jobs))
-                    if n < 2 or not ahead:
-                        continue
-                    step, jobs = ahead.popleft()
-                    read_in = [[job.result() for job in block] for block in jobs]
-                    pixels = np.zeros((len(devices), self.batch, *(inception.SIDE,) * 2, 3), "f4")
-                    for place, block in enumerate(read_in):
-                        pixels[place, : len(block)] = [image for image, _ in block]
-                    flat = jax.device_put(pixels.reshape(-1, *pixels.shape[2:]), rows)
-                    found = jax.device_get(inception.apply(params, flat))
-                    for place, (k, block) in enumerate(zip(step, read_in)):
-                        at = slice(place * self.batch, place * self.batch + len(block))
-                        digests = np.array([digest for _, digest in block])
-                        yield (
-                            k,
-                            {name: found[name][at] for name in self.wanted} | {"sha256": digests},
-                        )
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        def start(step: list[int], found: list[Iterable]) -> tuple:
+            pixels = np.zeros((mesh.size * self.batch, inception.SIDE, inception.SIDE, 3), "f4")
+            digests = {}
+            for place, (k, block) in enumerate(zip(step, found)):
+                values, digests[k] = zip(*block)
+                pixels[place * self.batch :][: len(values)] = values
+            return digests, inception.apply(params, jax.device_put(pixels, batch_sharding(mesh)))
+
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+            decoding = ((step, [readers.map(read, blocks[k]) for k in step]) for step in steps)
+            running = (start(*batch) for batch in one_ahead(decoding))
+            for digests, found in one_ahead(running):
+                arrays = {name: np.asarray(found[name]) for name in self.wanted}
+                for place, (k, listed) in enumerate(digests.items()):
+                    rows = slice(place * self.batch, place * self.batch + len(listed))
+                    block = {name: array[rows] for name, array in arrays.items()}
+                    yield k, block | {"sha256": np.array(listed)}
 
     def _wait(self, paths: Sequence[Path]) -> None:
         missing, last = [path for path in paths if not path.exists()], time.monotonic()
@@ -266,4 +257,4 @@ class Extractor:
         merged = {name: np.concatenate(found) for name, found in parts.items()}
         digests = merged.pop("sha256")
         listed = "".join(f"{digest}  {name}\n" for name, digest in zip(of.names, digests))
-        return merged, _sha(listed.encode())
+        return merged, _sha(listed.encode("utf-8", "surrogateescape"))

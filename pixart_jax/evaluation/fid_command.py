@@ -180,6 +180,10 @@ def evaluate_fid(
         raise UserError(
             f"{path} has images of {ours}, {reference.path} of {theirs}: --size makes both alike"
         )
+    scored = reference is not None or set(options.metrics) == {"is"}
+    for folder in (scored and options.out, (options.save_statistics or path).parent):
+        if folder:  # one that cannot be made is an error before the work
+            folder.mkdir(parents=True, exist_ok=True)
     wanted = ("pool",) + ("spatial",) * ("sfid" in options.metrics)
     extract = Extractor(net, options.mode, wanted, options.batch_size, share)
     logits = ("logits",) * ("is" in options.metrics)
@@ -196,7 +200,7 @@ def evaluate_fid(
         facts |= {"n": of.count, "images": of.sha256}
         frechet.write(options.save_statistics, of.parts, facts)
         print(f"written: {options.save_statistics}")
-    if reference is None and set(options.metrics) != {"is"}:
+    if not scored:
         return None
     scores = _scores(options.metrics, generated, reference or generated)
     _report(options, scores, generated, reference, net)
@@ -269,11 +273,11 @@ def _report(
         more = f"   ± {score['deviation']:.4f}" if "deviation" in score else ""
         if "interval" in score:
             low, high = score["interval"]
-            more = f"   95% {low:.4f} – {high:.4f}, of equal distributions {score['bias']:.4f}"
+            more = f"   95% {low:.4f} – {high:.4f}"
+            more += "" if notes else f", of equal distributions {score['bias']:.4f}"
         print(f"{name + suffix:12} {score['value']:10.4f}{more}")
     if options.out is None:
         return
-    options.out.mkdir(parents=True, exist_ok=True)
     first, main = next(iter(scores.items()))
     facts = {
         "mode": options.mode,

@@ -99,7 +99,8 @@ def _sum(a: Statistics, b: Statistics, roots: np.ndarray) -> float:
 
 class Comparison(NamedTuple):
     """value: equation 1. interval: 95%, of the sampling of the first set at its n, the second as it
-    is. bias: equation 2 for both n, what two sets of one distribution would be apart."""
+    is. bias: equation 2 for both n, what two sets of one distribution would be apart, where n is
+    above d."""
 
     value: float
     interval: tuple[float, float]
@@ -160,7 +161,6 @@ def write(path: Path, parts: Mapping[str, Statistics], facts: Mapping[str, objec
     them, "_s" (sFID) under mu_s and sigma_s, as ADM's. facts: n, mode, weights … beside them."""
     arrays = {f"mu{end}": of.mean for end, of in parts.items()}
     arrays |= {f"sigma{end}": of.covariance for end, of in parts.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         np.savez(file, **arrays, **{name: np.asarray(value) for name, value in facts.items()})
 

@@ -31,7 +31,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.finite import check_tensor
 from pixart_jax.weights.files import open_tensors
 from pixart_jax.weights.hub import model_folder
-from pixart_jax.weights.table import ParamMapping, match, unflatten
+from pixart_jax.weights.table import ParamMapping, match, unflatten, write
 
 Mode = Literal["clean", "pytorch", "tensorflow"]
 SIDE = 299
@@ -110,7 +110,8 @@ _POOLS: dict[str, Callable] = {
 
 
 def _run(plan: Plan, x: jax.Array, unit: Callable, block: str = "") -> jax.Array:
-    """x [b, h, w, c] through a plan. unit(name, x, width, kernel, rest) → [b, h', w', width]."""
+    """x [b, h, w, c] through a plan. unit(name, x, width, kernel's size, stride) → [b, h', w',
+    width]."""
     if isinstance(plan, tuple):
         return jnp.concatenate([_run(branch, x, unit, block) for branch in plan], axis=-1)
     if isinstance(plan, list | dict):
@@ -177,14 +178,11 @@ def _table() -> tuple[list[ParamMapping], dict[str, Any]]:
     """(names in the file, shapes in our tree) of the tensors as they are stored."""
     entries, flat = [], {}
     for name, shape in shapes().items():
+        parts = {part: (f"{name}.bn.{of}", "same", shape[-1:]) for part, of in _PARTS.items()}
+        parts["kernel"] = (f"{name}.conv.weight", "conv", shape)
         if name == "fc":
-            parts = {
-                "kernel": ("fc.weight", "linear", shape),
-                "bias": ("fc.bias", "same", shape[-1:]),
-            }
-        else:
-            parts = {part: (f"{name}.bn.{of}", "same", shape[-1:]) for part, of in _PARTS.items()}
-            parts["kernel"] = (f"{name}.conv.weight", "conv", shape)
+            parts = {"kernel": ("fc.weight", "linear", shape)}
+            parts["bias"] = ("fc.bias", "same", shape[-1:])
         for part, (key, layout, size) in parts.items():
             entries.append(ParamMapping(f"{name}/{part}", key, layout))
             flat[f"{name}/{part}"] = jax.ShapeDtypeStruct(size, np.float32)
@@ -194,18 +192,15 @@ def _table() -> tuple[list[ParamMapping], dict[str, Any]]:
 def random_tensors(seed: int) -> dict[str, np.ndarray]:
     """A file's tensors with He-normal kernels, for tests: features of no meaning, which tell noise
     from pictures and hardly more."""
-    rng = np.random.default_rng(seed)
-    entries, flat = _table()
-    tensors = {}
-    for entry in entries:
-        shape, part = flat[entry.path].shape, entry.path.rpartition("/")[2]
-        if part == "kernel":
-            value = rng.standard_normal(shape, np.float32) * math.sqrt(2 / math.prod(shape[:-1]))
-            value = value.T if len(shape) == 2 else value.transpose(3, 2, 0, 1)
-        else:
-            value = np.full(shape, part in ("scale", "variance"), np.float32)
-        tensors[entry.key] = np.ascontiguousarray(value)
-    return tensors
+    rng, (entries, flat) = np.random.default_rng(seed), _table()
+
+    def value(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith("/kernel"):
+            return rng.standard_normal(shape, "f4") * math.sqrt(2 / math.prod(shape[:-1]))
+        return np.full(shape, path.endswith(("/scale", "/variance")), "f4")
+
+    tree = unflatten({path: value(path, of.shape) for path, of in flat.items()})
+    return {key: np.asarray(tensor) for key, tensor in write(entries, tree).items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,10 +244,9 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str) -> Inception:
     """A file's tensors → the network, with batch norm folded in."""
     entries, flat = _table()
     source = getattr(tensors, "source", name)
-    shape_of = getattr(tensors, "shape", lambda key: tensors[key].shape)
     counters = [key for key in tensors if key.endswith(".num_batches_tracked")]
-    found_shapes = {key: tuple(shape_of(key)) for key in tensors}
-    match(entries, unflatten(flat), found_shapes, source=source, ignore=counters)
+    held = {key: tensors[key].shape for key in tensors}
+    match(entries, unflatten(flat), held, source=source, ignore=counters)
     digest, values = hashlib.sha256(), {}
     for entry in sorted(entries, key=lambda entry: entry.key):
         tensor = np.ascontiguousarray(check_tensor(entry.key, np.asarray(tensors[entry.key], "f4")))

@@ -185,10 +185,31 @@ def test_sizes_are_made_alike_by_a_square_cut(stand_in, capsys):
     assert json.loads((stand_in / "score.json").read_text())["value"] == pytest.approx(0, abs=1e-6)
 
 
+def test_no_images_are_named(capsys):
+    assert fid("--random-inception", 0) == 2 and "give --generated" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    for name, count in (("ok", 4), ("empty", 0), ("single", 1), ("mixed", 4), ("broken", 4)):
+        pictures(root / name, count, 1)
+    Image.new("RGB", (9, 9)).save(root / "mixed" / "odd.png")
+    whole = (root / "broken" / "003.png").read_bytes()
+    (root / "broken" / "003.png").write_bytes(whole[: len(whole) // 2])
+    pictures(root / "twice", 2, 1, steps=20)
+    again = (root / "twice" / "001.png").read_bytes()
+    (root / "twice" / "001_2.png").write_bytes(again)
+    (root / "bad.npz").write_bytes(b"PK no archive")
+    np.savez(root / "other.npz", x=np.zeros(3))
+    np.savez(root / "narrow.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(root / "nan.npz", mu=np.full(27, np.nan), sigma=np.eye(27))
+    return root
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("", "give --generated"),
         ("ok --reference ok", "pt_inception-2015-12-05-6726825d.pth"),
         ("ok --reference ok --inception x --random-inception 0", "not both"),
         ("ok --reference ok --inception x.safetensors", "pytorch-fid"),
@@ -209,23 +230,15 @@ def test_sizes_are_made_alike_by_a_square_cut(stand_in, capsys):
         ("ok --reference ok --random-inception 0 --metrics fdi", "fid"),
         ("ok --reference ok --random-inception 0 --batch-size 0", "at least 1"),
         ("ok --reference ok --random-inception 0 --share 2/2", "K/N"),
+        ("ok --reference ok --random-inception 0 --out bad.npz/out", "bad.npz"),
+        ("ok --random-inception 0 --save-statistics bad.npz/a.npz", "bad.npz"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(flags, says, stand_in, capsys, monkeypatch):
-    monkeypatch.chdir(stand_in)
-    for name, count in (("ok", 4), ("empty", 0), ("single", 1), ("mixed", 4), ("broken", 4)):
-        pictures(stand_in / name, count, 1)
-    Image.new("RGB", (9, 9)).save(stand_in / "mixed" / "odd.png")
-    whole = (stand_in / "broken" / "003.png").read_bytes()
-    (stand_in / "broken" / "003.png").write_bytes(whole[: len(whole) // 2])
-    pictures(stand_in / "twice", 2, 1, steps=20)
-    again = (stand_in / "twice" / "001.png").read_bytes()
-    (stand_in / "twice" / "001_2.png").write_bytes(again)
-    (stand_in / "bad.npz").write_bytes(b"PK no archive")
-    np.savez(stand_in / "other.npz", x=np.zeros(3))
-    np.savez(stand_in / "narrow.npz", mu=np.zeros(5), sigma=np.eye(5))
-    np.savez(stand_in / "nan.npz", mu=np.full(27, np.nan), sigma=np.eye(27))
-    assert fid(*flags.split(), "--out", stand_in / "out") == 2
+def test_mistakes_are_one_line_and_leave_nothing(
+    flags, says, bad_inputs, stand_in, capsys, monkeypatch
+):
+    monkeypatch.chdir(bad_inputs)
+    assert fid("--out", stand_in / "out", "--generated", *flags.split()) == 2
     err = capsys.readouterr().err.split("\r")[-1].lstrip("\n")
     line = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(line) == 1 and says in line[0], err
