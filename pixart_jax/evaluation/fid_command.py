@@ -61,7 +61,7 @@ class FidOptions:
     out: Path | None = None
     """folder for score.json, and fid_infinity.png"""
     save_statistics: Path | None = None
-    """write the reference's statistics as .npz; without a reference, the generated images'"""
+    """write the statistics of the reference's images as .npz; without such, the generated ones'"""
     share: str | None = None
     """K/N: compute share K (from 0) of N, into one cache; process 0 prints the score. By default
     all, or what `python -m pixart_jax launch` says"""
@@ -156,11 +156,12 @@ class Side:
     @property
     def count(self) -> int | None:
         """None where a file does not say it."""
-        return len(self.images.names) if self.images else self.parts[""].count or None
+        return self.parts[""].count or None
 
     def to_dict(self) -> dict[str, Any]:
         sides = list(self.images.sides) if self.images else None
-        return {"path": str(self.path), "sha256": self.sha256, "sides": sides}
+        digest = self.sha256 or self.facts.get("images")
+        return {"path": str(self.path), "sha256": digest, "sides": sides}
 
 
 def evaluate_fid(
@@ -197,7 +198,7 @@ def evaluate_fid(
     if options.save_statistics:
         of = reference if reference and reference.images else generated
         facts = {"mode": options.mode, "weights": net.digest, "size": options.size or 0}
-        facts |= {"n": of.count, "images": of.sha256}
+        facts |= {"n": of.count or 0, "images": of.sha256}
         frechet.write(options.save_statistics, of.parts, facts)
         print(f"written: {options.save_statistics}")
     if not scored:

@@ -97,6 +97,8 @@ def test_from_folders_to_the_score_and_its_files(stand_in, capsys):
     again = json.loads((out / "score.json").read_text())
     assert again["value"] == pytest.approx(record["value"], rel=1e-6)
     assert again["n"]["reference"] == 20
+    hashes = [of["images"]["reference"]["sha256"] for of in (record, again)]
+    assert hashes[0] == hashes[1]
     capsys.readouterr()
     for flags, says in (
         (["--mode", "pytorch"], "mode clean, not pytorch"),
@@ -127,7 +129,9 @@ def test_statistics_alone_and_adms_files(stand_in, capsys):
     np.savez(stand_in / "adm.npz", arr_0=stack, **statistics, **spatial)
     flags += ["--reference", stand_in / "adm.npz"]
     assert fid(*flags, "--metrics", "fid", "prdc", "--out", stand_in / "out") == 0
-    scores = json.loads((stand_in / "out" / "score.json").read_text())["scores"]
+    record = json.loads((stand_in / "out" / "score.json").read_text())
+    scores = record["scores"]
+    assert record["n"] == {"generated": 20, "reference": None}  # the file does not say it
     assert scores["fid"]["value"] == pytest.approx(0, abs=1e-6)
     assert scores["precision"]["value"] == 1.0 and scores["coverage"]["value"] == 1.0
     capsys.readouterr()
