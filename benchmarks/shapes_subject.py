@@ -6,7 +6,7 @@ pictures in five colours (DreamBooth, full or as a LoRA), scored by the exact ch
 For each run: the heart alone in the three colours that no picture shows, the heart as one of two
 objects, and the tasks of `evaluate shapes` beside those of the untouched model. --word heart is
 known to the text encoder, zwx is a spare word of the tokenizer. Finished runs are not repeated.
-Writes table.md and a sheet of images to --out.
+Further flags go to train.py. Writes table.md and a sheet of images to --out.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def train(out: Path, data: Path, prompts: Path, options, rank: int | None) -> tu
     argv += ["--stages.0.data.source", f"folder:{data}", "--dreambooth.prompt", "None"]
     argv += ["--dreambooth.identifier", options.word, "--preview.every", "0"]
     argv += ["--stages.0.steps", options.steps, "--stages.0.batch-size", options.batch]
-    argv += ["--stages.0.optimizer.schedule", "cosine"]
+    argv += ["--stages.0.optimizer.ema", "0.995"]
     if not options.no_prior:
         argv += ["--dreambooth.class-prompt", f"file:{prompts}", "--dreambooth.class-folder"]
         argv += [out.parent / "class_images", "--dreambooth.class-images", options.class_images]
@@ -109,6 +109,7 @@ def train(out: Path, data: Path, prompts: Path, options, rank: int | None) -> tu
         argv += ["--stages.0.optimizer.learning-rate", options.full_rate]
     else:
         argv += ["--lora.rank", rank, "--stages.0.optimizer.learning-rate", options.lora_rate]
+    argv += options.more
     # two devices use two CPU cores better than one (Makefile)
     speed = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     speed["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
@@ -124,14 +125,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[4])
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--no-prior", action="store_true")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--class-images", type=int, default=200)
-    parser.add_argument("--lora-rate", type=float, default=3e-3)
-    parser.add_argument("--full-rate", type=float, default=3e-4)
+    parser.add_argument("--class-images", type=int, default=1000)
+    parser.add_argument("--lora-rate", type=float, default=5e-3)
+    parser.add_argument("--full-rate", type=float, default=1e-3)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options, options.more = parser.parse_known_args()
     out = (options.out / (options.word + "-alone" * options.no_prior)).resolve()
     write_subject(data := out / "subject", options.word)
     write_class_prompts(prompts := out.parent / "class_prompts.txt", options.class_images)
