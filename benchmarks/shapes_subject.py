@@ -90,7 +90,8 @@ def score(pipe: Pipeline, word: str, count: int, out: Path) -> dict[str, float]:
     shown = [*zip(images[:8], prompts, right), *zip(pairs[:8], texts, bound)]
     pictures, captions, marks = (list(column) for column in zip(*shown))
     write_png(out, image_grid(pictures, captions, marks=marks))
-    return {"alone, unseen colours": np.mean(right), "one of a pair": np.mean(bound)}
+    shares = {"alone, unseen colours": right, "one of a pair": bound}
+    return {name: float(np.mean(values)) for name, values in shares.items()}
 
 
 def train(out: Path, data: Path, prompts: Path, options, rank: int | None) -> tuple[Path, float]:
@@ -140,15 +141,16 @@ def main() -> None:
     runs: dict[str, dict[str, float]] = {"untouched": old_tasks(base, out / "untouched", options)}
     for rank in [*options.ranks, *([None] if options.full else [])]:
         workdir, seconds = train(out, data, prompts, options, rank)
-        pipe = Pipeline.from_pretrained(options.model)
-        if rank is None:
-            pipe = Pipeline.from_pretrained(workdir / "model")
-        else:
-            pipe.load_lora_weights(workdir / "adapter")
-        tell(f"{workdir.name}: scoring")
-        found = score(pipe, options.word, options.count, out / f"{workdir.name}.png")
-        found |= old_tasks(pipe, workdir, options) | {"seconds": seconds}
-        runs["all weights" if rank is None else f"rank {rank}"] = found
+        if not (path := workdir / "scores.json").exists():
+            pipe = Pipeline.from_pretrained(workdir / "model" if rank is None else options.model)
+            if rank is not None:
+                pipe.load_lora_weights(workdir / "adapter")
+            tell(f"{workdir.name}: scoring")
+            found = score(pipe, options.word, options.count, out / f"{workdir.name}.png")
+            found |= old_tasks(pipe, workdir, options) | {"seconds": seconds}
+            path.write_text(json.dumps(found))
+        name = "all weights" if rank is None else f"rank {rank}"
+        runs[name] = json.loads(path.read_text())
         write_table(runs, out / "table.md")
     print((out / "table.md").read_text())
 
