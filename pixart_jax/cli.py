@@ -134,7 +134,7 @@ def _raise_again(lost: Any) -> None:
     """Raise KeyboardInterrupt again where a callback or a destructor had it ignored."""
     if not _received or lost.exc_type is not KeyboardInterrupt:
         return sys.__unraisablehook__(lost)
-    main = ctypes.c_ulong(threading.main_thread().ident)
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
     again = (main, ctypes.py_object(KeyboardInterrupt))
     threading.Timer(0.05, ctypes.pythonapi.PyThreadState_SetAsyncExc, again).start()
 
