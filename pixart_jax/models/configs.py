@@ -155,6 +155,27 @@ class TransformerConfig(BackboneConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class ControlNetConfig(CheckedConfig):
+    """Sizes of a ControlNet: ``depth`` copies of blocks of a transformer of these widths."""
+
+    depth: int = 13
+    width: int = 1152
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    attention_backend: str = "auto"
+
+    def __post_init__(self):
+        self.require_positive("depth", "width", "heads")
+        rule = f"must be a multiple of heads = {self.heads}"
+        self.require(self.width % self.heads == 0, "width", rule)
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
 class DiTConfig(BackboneConfig):
     """Sizes of a DiT. num_classes: labels are 0 … num_classes − 1, and num_classes itself is "no
     class"."""

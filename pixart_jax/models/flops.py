@@ -14,10 +14,14 @@ PIXELS = 8  # image pixels a side of a latent pixel
 
 
 def forward_flops(
-    config: TransformerConfig | DiTConfig, height: int, width: int, text_tokens: int = 0
+    config: TransformerConfig | DiTConfig,
+    height: int,
+    width: int,
+    text_tokens: int = 0,
+    copies: int = 0,
 ) -> float:
     """One evaluation for one image of height × width px and text_tokens tokens, with padding (a DiT
-    reads none).
+    reads none). copies: blocks of a ControlNet.
 
     XL/2 with 120 tokens: 0.298e12 at 256 px, 1.236e12 at 512 px, 6.51e12 at 1024 px.
     """
@@ -33,6 +37,9 @@ def forward_flops(
         vectors += 2 * d * 6 * d * config.depth + 2 * d * 2 * d
     else:
         blocks += config.depth * (4 * n * d * d + 4 * text_tokens * d * d + 4 * n * text_tokens * d)
+        if copies:  # and the projections before and after them; the condition is embedded too
+            blocks += blocks * copies // config.depth + 2 * n * d * d * (copies + 1)
+            ends += 2 * n * p * p * d * config.in_channels
         ends += 2 * text_tokens * (config.caption_width * d + d * d)
         vectors += 2 * d * 6 * d + (3 * _scalar(d // 3) if config.size_conditions else 0)
     return float(blocks + ends + vectors)
@@ -45,10 +52,13 @@ def train_flops(
     text_tokens: int = 0,
     *,
     frozen: bool = False,
+    copies: int = 0,
 ) -> float:
     """One image of a train step: the backward pass costs two forward passes, one where the weights
-    are frozen and an adapter is trained. Recomputation is not counted."""
-    return (2.0 if frozen else 3.0) * forward_flops(config, height, width, text_tokens)
+    are frozen, as below a LoRA or a ControlNet's ``copies``. Recomputation is not counted."""
+    base = forward_flops(config, height, width, text_tokens)
+    control = forward_flops(config, height, width, text_tokens, copies) - base
+    return (2.0 if frozen else 3.0) * base + 3.0 * control
 
 
 def _self_attention(config: BackboneConfig, rows: int, columns: int) -> int:

@@ -105,8 +105,9 @@ def check_platform(name: str, platform: str) -> None:
         )
 
 
-def remat(step: Callable, name: str) -> Callable:
+def remat(step: Callable, name: str, transform: Callable = nn.remat) -> Callable:
     """Wrap the body of a scan over blocks, ``step(module, carry, …)``, in the named policy.
+    transform: jax.checkpoint where the first argument is no module.
 
     prevent_cse is off: inside a scan the loop keeps forward and backward apart, and the barriers
     would cost speed.
@@ -118,4 +119,4 @@ def remat(step: Callable, name: str) -> Callable:
     def named(module, carry, *rest):
         return step(module, checkpoint_name(carry, BLOCK_INPUT), *rest)
 
-    return nn.remat(named, policy=chosen, prevent_cse=False)
+    return transform(named, policy=chosen, prevent_cse=False)

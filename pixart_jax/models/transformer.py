@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.models.configs import ControlNetConfig, TransformerConfig
 from pixart_jax.models.embedders import PatchEmbedder, ScalarEmbedder, normal, unpatchify
 from pixart_jax.models.layers import (
     Compression,
@@ -112,7 +112,7 @@ class Block(nn.Module):
     """Self-attention, cross-attention and MLP. Self-attention and MLP are modulated by the block's
     table + t_block(t)."""
 
-    config: TransformerConfig
+    config: TransformerConfig | ControlNetConfig
     dtype: jnp.dtype = jnp.float32
     context_attention: str = "all_gather"
 
@@ -223,13 +223,20 @@ class PixArtTransformer(nn.Module):
         aspect_ratio: jax.Array | None = None,  # [b] height / width, with size_conditions
     ) -> jax.Array:  # [b, h, w, out_channels] fp32
         """One evaluation."""
+        arguments = latents, timesteps, text_states, text_lengths, size, aspect_ratio
+        return self.denoise(latents, *self.conditioned(*arguments))[0]
+
+    def conditioned(
+        self, latents, timesteps, text_states, text_lengths, size, aspect_ratio
+    ) -> tuple[Conditioning, ProjectedText]:
+        """What :meth:`denoise` takes, of the arguments of a call."""
         text = ProjectedText(self._project(text_states), text_lengths)
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), latents.shape[:1])
         vector = nn.with_logical_constraint(
             self._condition(timesteps, size, aspect_ratio), CONDITION
         )
         modulation = nn.with_logical_constraint(self._modulation(vector), (BATCH, None, ACT_EMBED))
-        return self.denoise(latents, Conditioning(vector, modulation), text)[0]
+        return Conditioning(vector, modulation), text
 
     def denoise(
         self,
@@ -238,10 +245,12 @@ class PixArtTransformer(nn.Module):
         text: TextKV | ProjectedText,
         cache: BlockCache | None = None,
         identity: jax.Array | None = None,  # bool [depth, b]
+        control: NamedTuple | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """One evaluation, with time and text already encoded: [b, h, w, out_channels] fp32, and of
         the parts in ``cache`` the outputs [depth, b, n, d], for the next evaluation's cache.
-        identity: where self-attention is perturbed, as PAG does (layers.SelfAttention)."""
+        identity: where self-attention is perturbed, as PAG does (layers.SelfAttention). control:
+        what a ControlledTransformer reads (models/controlnet.py)."""
         c = self.config
         rows, columns = grid = c.grid(latents.shape)
 
@@ -258,21 +267,32 @@ class PixArtTransformer(nn.Module):
         )
         x = _stream(self.patch_embedder(latents))
         per_block = keys_values, self._compression(rows, columns), cache, identity
-        scan = scan_blocks(remat(block_step, self.remat), c.depth, (0, *[nn.broadcast] * 3))
-        x, outputs = scan(self.blocks, x, per_block, conditioning.modulation, states, text.lengths)
+        shared = conditioning.modulation, states, text.lengths
+        x, outputs = self._run_blocks(block_step, x, per_block, shared, control)
         shift, scale = jnp.moveaxis(self.final_table + conditioning.vector[:, None], 1, 0)
         x = self.final(modulated_norm(x, shift, scale))
         return unpatchify(x.astype(jnp.float32), rows, columns, c.patch_size), outputs
 
+    def _run_blocks(
+        self, step: Callable, x: jax.Array, per_block: tuple, shared: tuple, control: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """All blocks of x [b, n, d], by step(block, x, its row of per_block, *shared) → (x, its
+        outputs)."""
+        in_axes = (0, *[nn.broadcast] * 3)
+        scan = scan_blocks(remat(step, self.remat), self.config.depth, in_axes)
+        return scan(self.blocks, x, per_block, *shared)
+
     def encode_text(self, text_states: jax.Array, text_lengths: jax.Array) -> TextKV:
         """Text states [b, l, caption_width], lengths [b] → every block's keys and values."""
+        return TextKV(*self._keys_values(self._project(text_states)), text_lengths)
+
+    def _keys_values(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Projected text [b, l, d] → keys and values [depth, b, l, k, h]."""
 
         def step(block, carry, text):
             return carry, block.keys_values(text)
 
-        text = self._project(text_states)
-        _, (keys, values) = scan_blocks(step, self.config.depth)(self.blocks, (), text)
-        return TextKV(keys, values, text_lengths)
+        return scan_blocks(step, self.config.depth)(self.blocks, (), text)[1]
 
     def encode_times(
         self,

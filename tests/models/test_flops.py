@@ -11,10 +11,12 @@ import jaxprs
 import pytest
 
 from pixart_jax.models.configs import DiTConfig, TransformerConfig
+from pixart_jax.models.controlnet import ControlledTransformer, config_of
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.flops import forward_flops, train_flops
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.rules import unboxed
+from pixart_jax.weights import component
 
 SIZES = {"depth": 3, "width": 48, "heads": 4, "sample_size": 8}
 PIXART = TransformerConfig(**SIZES, caption_width=40, text_tokens=12)
@@ -59,6 +61,25 @@ def test_counted_flops_are_those_of_every_matrix_product_of_the_program(name):
     function, params = call(MODELS[name])
     counted = products(jax.make_jaxpr(function)(params).jaxpr)
     assert forward_flops(MODELS[name], 64, 96, 12) == counted
+
+
+def test_a_controlnets_copies_are_counted():
+    config, latents = PIXART, jnp.zeros((1, 8, 12, 4))
+    parts = component.Transformer(config, {}), component.ControlNet(config_of(config), {})
+    base, control = (unboxed(part.param_shapes(part.config)) for part in parts)
+    module = ControlledTransformer(config, units=2)
+    text = jnp.zeros((1, 12, config.caption_width)), jnp.full((1,), 12)
+    given = latents, 1.0, latents, jnp.ones((1,)), *text, None, None
+
+    def run(params):
+        return module.apply({"params": params}, *given, method="controlled")
+
+    counted = products(jax.make_jaxpr(run)({**base, "control": control}).jaxpr)
+    assert forward_flops(config, 64, 96, 12, copies=2) == counted
+    # the base's backward pass gives no gradient of its weights
+    assert train_flops(config, 64, 96, 12, frozen=True, copies=2) == 3 * counted - forward_flops(
+        config, 64, 96, 12
+    )
 
 
 @pytest.mark.parametrize("name", ["pixart", "dit"])
