@@ -41,8 +41,8 @@ class Flags:
 
     src: tyro.conf.Positional[Path]
     """A .pth, .pt or .safetensors file with the official or diffusers' names, behind any prefix, a
-    diffusers transformer folder, a whole model or its hub id (its transformer is taken), or a
-    LoRA's file, folder or hub id."""
+    diffusers transformer folder, a whole model or its hub id (its transformer is taken), or the
+    file, folder or hub id of a ControlNet or a LoRA."""
     out: tyro.conf.Positional[Path]
     """The new folder; with --format official the new file, its name ending in .safetensors."""
     format: Literal["folder", "official"] = "folder"
@@ -70,7 +70,8 @@ class Flags:
     """Of a folder's weight files, such as fp16; by default the ones without, or the only ones."""
     base: Path | None = None
     """Of a LoRA: a folder or hub id of the model that it adapts, for its layers' names and sizes;
-    by default PixArt's XL/2."""
+    by default PixArt's XL/2. Of a ControlNet: its model, which --format official writes beside
+    it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of a LoRA's new files."""
     loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
     part = with_adapters(part, flags)
     note = ""
     if flags.format == "official":
-        note = save_official(part, flags.out)
+        note = save_official(part, flags)
     else:
         save(part, flags)
     print(f"{flags.out}: {describe(part)}\nfrom {origin}{note}")
@@ -139,14 +140,17 @@ def from_file(flags: Flags) -> tuple[Any, str]:
     """(an official checkpoint, PixArt's or DiT's by its tensors; its origin in words)."""
     from flax import linen as nn
 
-    from pixart_jax.weights import component, dit, hed, transformer
+    from pixart_jax.weights import component, controlnet, dit, hed, transformer
     from pixart_jax.weights.checkpoints import select
     from pixart_jax.weights.files import open_tensors
     from pixart_jax.weights.streaming import read
 
-    found = select(
-        open_tensors(flags.src), transformer.ANCHORS, branch=flags.branch, average=flags.ema
-    )
+    opened = open_tensors(flags.src)
+    found = select(opened, controlnet.ANCHORS) if flags.branch is None else None
+    # an official ControlNet's file holds its base too, which --branch base_model names
+    controls = found is not None and any(key in found.tensors for key in controlnet.ANCHORS)
+    if found is None or not controls:
+        found = select(opened, transformer.ANCHORS, branch=flags.branch, average=flags.ema)
     tensors = found.tensors
     names = {name: name for name in tensors}
     theirs = DIFFUSERS in names  # else the official names
@@ -158,7 +162,11 @@ def from_file(flags: Flags) -> tuple[Any, str]:
     stated = shapes[NULL_CAPTION][0] if NULL_CAPTION in shapes else None
     config: Any
     kind: Any
-    if CAPTIONS in shapes:
+    if controls:
+        tensors = component.under_current_names(tensors, controlnet)
+        config = controlnet.config_from_json(controlnet.config_of_tensors(tensors, flags.heads))
+        kind, (mapping, ignore) = component.ControlNet, controlnet.table(config, {}, tensors)
+    elif CAPTIONS in shapes:
         tokens = flags.tokens if stated is None else None
         if theirs and table is None and flags.sample_size is None and SIZES not in shapes:
             raise UserError(
@@ -320,7 +328,7 @@ def staged_folder(name: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def save_official(part: Any, out: Path) -> str:
+def save_official(part: Any, flags: Flags) -> str:
     """Write one file under the official code's names; return a line about what it lacks."""
     from pixart_jax.weights import component, dit, transformer
     from pixart_jax.weights.files import write_safetensors
@@ -330,16 +338,35 @@ def save_official(part: Any, out: Path) -> str:
         tensors = transformer.to_official(config, part.params)
     elif isinstance(part, component.DiT):
         tensors = dit.to_official(config, part.params)
+    elif isinstance(part, component.ControlNet):
+        return save_control(part, flags)
     else:
         kind = type(part).__name__
-        raise UserError(f"--format official is for a transformer or a DiT: the source is a {kind}")
-    write_safetensors(out, tensors)
+        what = "--format official is for a transformer, a DiT or a ControlNet"
+        raise UserError(f"{what}: the source is a {kind}")
+    write_safetensors(flags.out, tensors)
     if isinstance(part, component.DiT) or NULL_CAPTION in tensors:
         return ""
     return (
         f"\nwithout {NULL_CAPTION}, which the source does not hold: the official code loads it "
         "with strict=False"
     )
+
+
+def save_control(part: Any, flags: Flags) -> str:
+    """:func:`save_official` of a ControlNet, with the model of --base in the file."""
+    from pixart_jax.weights import component, controlnet
+    from pixart_jax.weights.hub import model_folder
+
+    base: Any = None
+    if flags.base is not None:
+        folder = model_folder(flags.base, ("transformer",))
+        whole = folder / "transformer"
+        base = component.load_component(whole if whole.is_dir() else folder)
+        base.with_controlnet(part)  # raises where they do not fit
+    part.save_official(flags.out, base)
+    missing = f"{controlnet.BASE}…, which the official code loads with it: --base names the model"
+    return f"\nwithout {missing}" if base is None else ""
 
 
 def describe(part: Any) -> str:

@@ -21,6 +21,8 @@ import numpy as np
 from pixart_jax import finite
 from pixart_jax.errors import Notice, UserError, nearest
 from pixart_jax.files import write_json
+from pixart_jax.models import controlnet as control_models
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.dit import DiT as DiTModule
 from pixart_jax.models.hed import HED as HEDModule
 from pixart_jax.models.lora import combine, merge
@@ -29,7 +31,7 @@ from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.models.vae import AutoencoderKL, tiled_decode
 from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.parallel.rules import on_mesh, parameter_shardings
-from pixart_jax.weights import dit, hed, lora, t5, transformer, vae
+from pixart_jax.weights import controlnet, dit, hed, lora, t5, transformer, vae
 from pixart_jax.weights.cache import ParamCache
 from pixart_jax.weights.checkpoints import select
 from pixart_jax.weights.files import (
@@ -222,13 +224,33 @@ class Transformer(Component):
     )
 
     def apply(
-        self, latents, timesteps, text_states, text_lengths, size=None, aspect_ratio=None
+        self,
+        latents,
+        timesteps,
+        text_states,
+        text_lengths,
+        size=None,
+        aspect_ratio=None,
+        controlnet: ControlNet | None = None,
+        control=None,
+        control_scale: float = 1.0,
     ) -> jax.Array:
         """[b, h, w, 4], [b] fp32, [b, l, c], [b] int, [b, 2] (height, width in px), [b] → [b, h, w,
-        8] fp32."""
-        return self._call(
-            "__call__", latents, timesteps, text_states, text_lengths, size, aspect_ratio
-        )
+        8] fp32. control: the condition's scaled latents [b, h, w, 4], with a ControlNet."""
+        arguments = latents, timesteps, text_states, text_lengths, size, aspect_ratio
+        if controlnet is None and control is None:
+            return self._call("__call__", *arguments)
+        if controlnet is None or control is None:
+            raise UserError("a ControlNet needs the condition's latents, control, and they it")
+        joined = self.with_controlnet(controlnet)
+        return joined._call("controlled", control, jnp.float32(control_scale), *arguments)
+
+    def with_controlnet(self, controlnet: ControlNet) -> ControlledTransformer:
+        """Both as one component, whose module is models/controlnet.py's. The parameters are shared.
+        Raises UserError for a ControlNet of another model."""
+        control_models.check_fits(controlnet.config, self.config)
+        params = {**self.params, "control": controlnet.params}
+        return ControlledTransformer(self.config, params, self.dtype, self.mesh)
 
     def with_lora(
         self,
@@ -278,6 +300,38 @@ class Transformer(Component):
             _write(folder / NULL_CAPTION, {"null_caption": tensor})
         elif jax.process_index() == 0:
             (folder / NULL_CAPTION).unlink(missing_ok=True)
+
+
+class ControlledTransformer(Transformer):
+    """A transformer with a ControlNet, in params["control"]; never loaded or saved as such."""
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        units = len(self.params["control"]["units"]["block"]["table"])
+        return control_models.ControlledTransformer(self.config, dtype=self.dtype, units=units)
+
+
+class ControlNet(Component):
+    """The trained part of a ControlNet-Transformer."""
+
+    module_class: ClassVar = control_models.ControlNet
+    names: ClassVar = controlnet
+
+    def save_official(self, path: str | os.PathLike, base: Transformer | None = None) -> None:
+        """Write one .safetensors file under the official code's names, with ``base`` in it, which
+        its models load together; processes as of :meth:`save`."""
+        params = nn.unbox(dict(self.params))
+        tensors: dict[str, Any] = dict(write(controlnet.OFFICIAL, params))
+        if base is not None:
+            theirs = transformer.to_official(base.config, base.params)
+            tensors |= {f"{controlnet.BASE}{key}": tensor for key, tensor in theirs.items()}
+        _write(Path(path), tensors)
+
+    @classmethod
+    def _example(cls, config):
+        tokens = np.zeros((1, 1, config.width), np.float32)
+        modulation = np.zeros((1, 6, config.width), np.float32)
+        return tokens, modulation, tokens, np.ones((1,), np.int32)
 
 
 class DiT(Component):
@@ -386,6 +440,8 @@ _KINDS: dict[str, type[Component]] = {
     dit.DIFFUSERS_CLASS_NAME: DiT,
     vae.CLASS_NAME: VAE,
     hed.CLASS_NAME: HED,
+    controlnet.CLASS_NAME: ControlNet,
+    controlnet.SIZED_CLASS_NAME: ControlNet,
     "t5": TextEncoder,
 }
 # Early diffusers files have one class name for every transformer; the norm tells them apart.
@@ -405,8 +461,9 @@ def load_component(
     branch: str | None = None,
     average: bool = True,
 ) -> Component:
-    """Load one part of a model: a folder or hub id of a transformer, DiT, T5 encoder, VAE or HED
-    network, as written by diffusers, transformers or this package; or ControlNetHED's file.
+    """Load one part of a model: a folder or hub id of a transformer, DiT, T5 encoder, VAE,
+    ControlNet or HED network, as written by diffusers, transformers or this package; or the file of
+    a ControlNet or of ControlNetHED.
 
     dtype: of the computation, fp32 by default; kernels are stored in it. mesh: where parallel.rules
     places the parameters, each device reading its own part. cache: a folder for converted weights
@@ -441,7 +498,7 @@ def load_component(
         raise UserError(f"{folder}: {error}") from None
     found = open_tensors(folder if folder.is_file() else find_weights(folder, variant))
     selected = select(found, component.names.ANCHORS, branch=branch, average=average)
-    tensors = _under_current_names(selected.tensors, component.names)
+    tensors = under_current_names(selected.tensors, component.names)
     if selected.notes:
         warnings.warn(f"{tensors.source}: {'; '.join(selected.notes)}", Notice, stacklevel=2)
     if (folder / NULL_CAPTION).is_file() and component is Transformer:
@@ -457,7 +514,21 @@ def load_component(
     return component._load(config, values, tensors, dtype, mesh, stored, **options)
 
 
-def _under_current_names(tensors: Tensors, names: ModuleType) -> Tensors:
+def controlnet_of(path: str | os.PathLike, model: TransformerConfig) -> Path:
+    """The ControlNet at a folder, hub id or file, for load_component; its weights are not read.
+    Raises UserError where it is something else, or of another model than ``model``."""
+    path = model_folder(path)
+    values = _config_of_file(path) if path.is_file() else _read_config(path)
+    if _KINDS.get(str(values.get("_class_name"))) is not ControlNet:
+        raise UserError(f"{path} is a {values.get('_class_name')}: a ControlNet is needed")
+    try:
+        control_models.check_fits(controlnet.config_from_json(values), model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return path
+
+
+def under_current_names(tensors: Tensors, names: ModuleType) -> Tensors:
     """Without tensors of other models, and with a current name for an old one that is there
     alone."""
     aliases, others = getattr(names, "ALIASES", {}), getattr(names, "IGNORED_PREFIXES", ())
@@ -468,10 +539,15 @@ def _under_current_names(tensors: Tensors, names: ModuleType) -> Tensors:
 
 def _config_of_file(path: Path) -> dict:
     """The config.json of a file whose tensors say which model it is."""
-    tensors = select(open_tensors(path), hed.ANCHORS).tensors
-    if hed.ANCHORS[0] in tensors:
-        return hed.config_of_tensors(tensors)
-    raise UserError(f"{path} is not of a HED network: make a folder of it first (convert FILE OUT)")
+    tensors = open_tensors(path)
+    for names in (hed, controlnet):
+        found = select(tensors, names.ANCHORS).tensors
+        if any(anchor in found for anchor in names.ANCHORS):
+            return names.config_of_tensors(found)
+    raise UserError(
+        f"{path} is not of a ControlNet or HED network: make a folder of it first (convert FILE "
+        "OUT)"
+    )
 
 
 def _read_config(folder: Path) -> dict:

@@ -512,7 +512,7 @@ def test_files_of_other_kinds_are_named(tmp_path, refused):
     ):
         assert says in refused(tmp_path / source, *flags)
     line = refused(model / "vae", *OFFICIAL, out=tmp_path / "o.safetensors")
-    assert "for a transformer or a DiT: the source is a VAE" in line
+    assert "for a transformer, a DiT or a ControlNet: the source is a VAE" in line
 
 
 def test_an_out_that_is_there_is_named_and_stays(sigma_pth, tmp_path, refused):
