@@ -172,10 +172,10 @@ def hash64(text: str) -> int:
 
 
 def folder_fingerprint(folder: str | os.PathLike) -> str:
-    """Ten hex digits that change when a folder's files do: of their names, sizes and some of their
-    bytes, all of a small file's."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
+    """Ten hex digits that change when a folder's files do, or a file does: of their names, sizes
+    and some of their bytes, all of a small file's."""
+    digest, folder = hashlib.sha256(), Path(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
         if path.is_file():
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())

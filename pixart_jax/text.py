@@ -341,7 +341,8 @@ def _warn_of_cut(tokenizer, text: str, limit: int) -> None:
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
     """A prompt, and its row's height and width (pixels), seed, guidance, negative_prompt and
-    strength, and the image and mask that it edits; None where the row leaves them out."""
+    strength, the image and mask that it edits, and what a ControlNet follows (control); None where
+    the row leaves them out."""
 
     prompt: str
     height: int | None = None
@@ -352,6 +353,7 @@ class PromptRow:
     strength: float | None = None
     image: str | None = None
     mask: str | None = None
+    control: str | None = None
 
     def overrides(self) -> dict:
         """What the row sets beside its prompt."""
@@ -400,7 +402,8 @@ def _prompt_row(folder: Path, place: str, fields: Mapping[str, Any]) -> PromptRo
     fields = {name.strip().lower(): value for name, value in fields.items()}
     if "prompt" not in fields:
         raise UserError(f"{place}: no column 'prompt' (columns: {', '.join(fields)})")
-    texts = {name: fields.get(name) for name in ("prompt", "negative_prompt", "image", "mask")}
+    named = ("image", "mask", "control")
+    texts = {name: fields.get(name) for name in ("prompt", "negative_prompt", *named)}
     for name, text in texts.items():
         if not isinstance(text, str | None):
             raise UserError(f"{place}: {name} {text!r} is not text")
@@ -419,7 +422,7 @@ def _prompt_row(folder: Path, place: str, fields: Mapping[str, Any]) -> PromptRo
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
             raise UserError(f"{place}: {name} {str(value)[:40]!r} is not a {form}") from None
-    files = {name: texts[name] for name in ("image", "mask")}
+    files = {name: texts[name] for name in named}
     own |= {name: str(folder / file) for name, file in files.items() if file}
     negative = texts["negative_prompt"] or None
     return PromptRow((texts["prompt"] or "").strip(), negative_prompt=negative, **own)

@@ -71,6 +71,7 @@ def generate(flags: Flags, model, folder, opening: dict[str, Any], adapters: lis
 
     bad: list[int] = []
     states = encode_first(flags, model, [folder.wanted[n] for n in folder.missing], opening)
+    opening = {**opening, "controlnet": flags.edits.controlnet}
     pipe = Pipeline.from_pretrained(model, text_encoder=states is None, **opening)
     pipe = pipe.replace(context_attention=MeshConfig.parse(flags.mesh).context_attention)
     lora_flags.load(pipe, adapters)

@@ -14,7 +14,8 @@ import numpy as np
 from pixart_jax.commands.sample_walk import toward_of
 from pixart_jax.errors import UserError
 
-ROW_FIELDS = ("image", "mask", "strength")  # what a prompt's row may set for itself
+ROW_FIELDS = ("image", "mask", "strength", "control")  # what a prompt's row may set for itself
+_FILES = ("image", "mask", "reference", "control")
 _SHARED = (
     "strength",
     "mask_padding",
@@ -45,6 +46,10 @@ class EditFlags:
     """Generate in the style of this image."""
     variation: tuple[int, float] | None = None
     """SEED SHARE: take noise that far, from 0 to 1, on the way to that of another seed."""
+    controlnet: Path | None = None
+    """A ControlNet's folder, hub id or file, of this model."""
+    control: Path | None = None
+    """What it follows, for all prompts: an edge map, of the picture's aspect ratio."""
 
     def __post_init__(self):
         if self.outpaint is not None and self.mask is not None:
@@ -79,12 +84,24 @@ class EditFlags:
             if given["mask"] is not None:
                 raise UserError(f"mask {given['mask']} without the image that it belongs to")
         found: dict[str, Any] = {}
-        for name in ("image", "mask", "reference"):
+        if given["control"] is not None:
+            if self.controlnet is None:
+                raise UserError(f"control {given['control']} needs --controlnet, which follows it")
+            found |= _controlnet(self.controlnet)
+        for name in _FILES:
             if given[name] is not None:
                 found |= {name: str(given[name]), f"{name}_hash": _read(str(given[name]))[1]}
         shared = {name: given[name] for name in _SHARED if given[name] is not None}
         pairs = shared.items()
         return found | {n: " ".join(map(str, v)) if isinstance(v, tuple) else v for n, v in pairs}
+
+
+@functools.cache
+def _controlnet(path: Path) -> dict[str, str]:
+    from pixart_jax.files import folder_fingerprint
+    from pixart_jax.weights.hub import model_folder
+
+    return {"controlnet": str(path), "controlnet_hash": folder_fingerprint(model_folder(path))}
 
 
 def edits_of(settings: Mapping[str, Any]):
@@ -104,7 +121,7 @@ def edit_options(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found["variation"] = int(seed), float(share)
     if "toward" in first:
         found["toward"] = toward_of(images)
-    for name in ("image", "mask", "reference"):
+    for name in _FILES:
         if name in first:
             found[name] = [_read(image[name])[0] for image in images]
     if "mask" in found:

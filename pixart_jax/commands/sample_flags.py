@@ -34,7 +34,7 @@ class Flags:
     """The text to generate an image of."""
     prompts: Path | None = None
     """A file of prompts instead: one a line, or .csv or .jsonl with 'prompt', and height, width,
-    seed, guidance, negative_prompt, image, mask, strength if wanted."""
+    seed, guidance, negative_prompt, image, mask, strength, control if wanted."""
     model: Path = dataclasses.field(default_factory=lambda: bundled("assets") / "shapes")
     """A diffusers folder; by default the small model that is shipped."""
     variant: str | None = None

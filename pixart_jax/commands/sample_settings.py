@@ -57,6 +57,14 @@ def image_settings(
             raise UserError(f"{where}{error}") from None
         seeds = ((seed + k) % 2**64 for k in range(flags.num_images_per_prompt))
         wanted += [{**image, "seed": own} for own in seeds]
+    if (path := flags.edits.controlnet) is not None:
+        from pixart_jax.weights.component import controlnet_of
+
+        if not all("control" in image for image in wanted):
+            raise UserError(
+                f"--controlnet {path} needs --control for every prompt, what it follows"
+            )
+        controlnet_of(path, model.transformer)
     if flags.text_states is None:
         model.check_weights()
         return wanted

@@ -76,6 +76,14 @@ def pag_scales(t: np.ndarray, scale: float, adaptive: float = 0.0) -> np.ndarray
     return np.maximum(scale - adaptive * (1000 - np.asarray(t)), 0).astype(np.float32)
 
 
+def control_scales(steps: np.ndarray, scale: float, start: float, end: float) -> np.ndarray:
+    """The scale of a ControlNet at steps [n] of a run that ends with the last of them, which they
+    count from 0; 0 outside of two shares of the run. float32 [n]."""
+    count = steps[-1] + 1
+    acts = (steps / count >= start) & ((steps + 1) / count <= end)
+    return np.where(acts, scale, 0).astype(np.float32)
+
+
 def within(t: np.ndarray, interval: tuple[float, float] | None) -> np.ndarray:
     """Which of the times [n] lie in the interval (low, high), both ends counted; bool [n]. None:
     all. (arXiv 2404.07724)"""

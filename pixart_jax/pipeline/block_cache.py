@@ -24,7 +24,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +35,9 @@ from pixart_jax.models.transformer import PARTS, BlockCache
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 CROSS = "cross_attention"
-# (guided, x, conditioning, cache, scale of PAG) → (prediction, the outputs of the cache's parts)
-CachedDenoiser = Callable[[bool, jax.Array, Any, BlockCache | None, Any], tuple[jax.Array, dict]]
+# (guided, x, conditioning, cache, scales of PAG and control) → (prediction, the outputs of the
+# cache's parts)
+CachedDenoiser = Callable[..., tuple[jax.Array, dict]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +98,14 @@ def segments(
     rows: Mapping[bool, int],  # rows of the batch an image, guided and unguided
 ) -> list[Segment]:
     """The run's segments of guided and unguided steps, with the outputs of the plan's parts as
-    their carry. ``per_step`` holds the conditioning, the plan's rows and the scale of PAG of each
-    step."""
+    their carry. ``per_step`` holds the conditioning, the plan's rows and the scales of PAG and
+    control of each step. The copies of a ControlNet are never cached."""
     names = tuple(name for name, _ in plan.parts)
 
     def step(guided, x, t, per_step, outputs):
-        conditioning, recompute, pag = per_step
+        conditioning, recompute, *scales = per_step
         cache = BlockCache(recompute, outputs) if names else None
-        return denoise(guided, x, conditioning, cache, pag)
+        return denoise(guided, x, conditioning, cache, *scales)
 
     found = []
     for guided, count in guidance.run_lengths(np.array(plan.guides)):

@@ -25,6 +25,7 @@ from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.pipeline.sampler import Edit
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 
+ASPECT = 1.03  # a condition may be off its image's aspect ratio by this factor
 SEAM = 6  # px inside the mask, over which generated pixels blend into known ones
 OVERLAP = 16  # px of an outpainted image's border that are generated too
 
@@ -115,24 +116,31 @@ def check_mask(value: Any, image: np.ndarray) -> np.ndarray:
 
 def images_of(value: Any, count: int, what: str = "image") -> list[np.ndarray]:
     """One array for each of ``count`` prompts, from one for all or a sequence of one each."""
-    if hasattr(value, "ndim") and value.ndim <= (2 if what == "mask" else 3):
+    if hasattr(value, "ndim") and (value.ndim == 2 or value.ndim == 3 and value.shape[2] == 3):
         return [np.asarray(value)] * count
     if len(value) != count:
         raise UserError(f"{len(value)} {what}s for {count} prompts: give one for all, or one each")
     return [np.asarray(one) for one in value]
 
 
-def latent_edit(latents: Any, mask: Any, shape: tuple[int, ...]) -> Edit:
+def latent_edit(latents: Any, mask: Any, control: Any, shape: tuple[int, ...]) -> Edit | None:
     """The sampler's edit of latents [b, h, w, c] under a mask [b, h, w, 1], of half or more where
-    it is generated. Raises UserError where they do not fit noise of ``shape``."""
-    latents, wanted = jnp.asarray(latents, jnp.float32), (*shape[:3], 1)
-    if latents.shape != shape:
-        raise UserError(f"latents {list(latents.shape)} do not fit noise {list(shape)}")
-    if mask is None:
-        return Edit(latents)
-    if jnp.shape(mask) != wanted:
-        raise UserError(f"mask {list(jnp.shape(mask))} does not fit: want {list(wanted)}")
-    return Edit(latents, jnp.asarray(mask) >= 0.5)
+    it is generated, and of a condition's latents [b, h, w, c]; None without any. Raises UserError
+    where they do not fit noise of ``shape``."""
+    if mask is not None and latents is None:
+        raise UserError("a mask needs the latents that stay outside it: give latents")
+    for what, value in (("latents", latents), ("control's latents", control)):
+        if value is not None and jnp.shape(value) != shape:
+            raise UserError(f"{what} {list(jnp.shape(value))} do not fit noise {list(shape)}")
+    if mask is not None and jnp.shape(mask) != (*shape[:3], 1):
+        wanted = [*shape[:3], 1]
+        raise UserError(f"mask {list(jnp.shape(mask))} does not fit: want {wanted}")
+    if latents is None and control is None:
+        return None
+    latents, control = (
+        None if a is None else jnp.asarray(a, jnp.float32) for a in (latents, control)
+    )
+    return Edit(latents, None if mask is None else jnp.asarray(mask) >= 0.5, control)
 
 
 def default_size(
@@ -221,9 +229,16 @@ def reference_canvas(image: np.ndarray, height: int, width: int) -> Canvas:
     return Canvas(np.concatenate([left, np.full_like(left, 255)], axis=1), mask)
 
 
+def check_control(value: Any) -> np.ndarray:
+    """uint8 [h, w, 3] of a condition, RGB or grey [h, w]; UserError for anything else."""
+    array = np.asarray(value)
+    return check_image(np.stack([array] * 3, -1) if array.ndim == 2 else array, "control")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edits:
-    """What a call edits: an image and perhaps a mask for each prompt; empty for text to image."""
+    """What a call edits: an image and perhaps a mask for each prompt; empty for text to image.
+    controls: the condition of each prompt; empty without a ControlNet."""
 
     images: list[np.ndarray]
     masks: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -231,6 +246,7 @@ class Edits:
     padding: int | None = None
     is_reference: bool = False
     variation: tuple[int | str, float] | None = None  # of the noise: (seed, share)
+    controls: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     @classmethod
     def read(
@@ -242,9 +258,16 @@ class Edits:
         mask_padding: int | None = None,
         reference: Any = None,
         variation: tuple[int | str, float] | None = None,
+        control: Any = None,
     ) -> Edits:
         """Of the options of ``Pipeline.generate``. Raises UserError for those that do not go
         together."""
+        if control is not None:
+            if reference is not None or mask_padding is not None:
+                raise UserError("control excludes reference and mask padding: give one of them")
+            plain = cls.read(count, image, mask, strength, variation=variation)
+            controls = [check_control(one) for one in images_of(control, count, "control")]
+            return dataclasses.replace(plain, controls=controls)
         if variation is not None and not 0 <= variation[1] <= 1:
             raise UserError(f"variation {variation[1]}: a share from 0 to 1 is needed")
         if reference is not None:
@@ -285,8 +308,13 @@ class Edits:
         side = transformer.sample_size * factor
         if self.is_reference:
             return height or side, 2 * (width or side)
-        if self.images and height is None and width is None:
-            shape, how = self.images[0].shape, (config.binning, config.windowed)
+        if self.controls:
+            whole = (height or side, width or side) if height or width else self.controls[0].shape
+            for n, one in enumerate(self.controls):
+                _check_aspect(one, self.images[n].shape if self.images else whole)
+        given = [*self.images, *self.controls]
+        if given and height is None and width is None:
+            shape, how = given[0].shape, (config.binning, config.windowed)
             return default_size(shape, transformer, factor, *how)
         return height, width
 
@@ -304,9 +332,22 @@ class Edits:
         masks = self.masks or [None] * len(self.images)
         return [canvas(*pair, size, self.padding) for pair in zip(self.images, masks)]
 
+    def conditions(self, count: int, size: tuple[int, int]) -> list:
+        """The controls, resized and cropped as images are; None without."""
+        return [to_bucket(one, size)[0] for one in self.controls] or [None] * count
+
     def finish(self, images: np.ndarray, canvases: Sequence[Canvas | None]) -> np.ndarray:
         """The results, from what was generated on the canvases; uint8 [b, h, w, 3]."""
         if self.is_reference:
             return images[:, :, images.shape[2] // 2 :]
         pairs = zip(images, canvases)
         return np.stack([one if own is None else own.finish(one) for one, own in pairs])
+
+
+def _check_aspect(control: np.ndarray, shape: tuple[int, ...]) -> None:
+    off = control.shape[0] / control.shape[1] * shape[1] / shape[0]
+    if not 1 / ASPECT <= off <= ASPECT:
+        sizes = "{} × {} for a picture of {} × {}".format(*control.shape[:2], *shape[:2])
+        raise UserError(
+            f"control {sizes} pixels: another aspect ratio; crop it, or leave out the size"
+        )

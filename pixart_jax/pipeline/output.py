@@ -119,7 +119,7 @@ class OutputFolder:
     def group(settings: Mapping) -> tuple:
         """What the images of one call of ``Pipeline.generate`` have in common; their batches are
         alike where all are guided or none is, and edited alike or not at all."""
-        edit = {"image", "mask", "reference", "toward"} & settings.keys()
+        edit = {"image", "mask", "reference", "control", "toward"} & settings.keys()
         how = [
             settings.get(n)
             for n in ("strength", "mask_padding", "outpaint", "upscale", "variation")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax import finite
-from pixart_jax.diffusion.guidance import pag_scales
+from pixart_jax.diffusion.guidance import control_scales, pag_scales
 from pixart_jax.diffusion.sampling import step_table
 from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import TextKV
@@ -28,7 +28,7 @@ from pixart_jax.pipeline.image_size import ImageSize, cache_plan, check_options
 from pixart_jax.pipeline.negative_prompts import NegativePrompts
 from pixart_jax.pipeline.noise import between, slerp, starting_noise
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
-from pixart_jax.pipeline.rows import Row, Run, Seed, Toward, one_each
+from pixart_jax.pipeline.rows import Row, Run, Seed, Toward, in_batches, one_each
 from pixart_jax.pipeline.sampling_config import (
     SamplingConfig,
     check_count,
@@ -39,8 +39,7 @@ from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.pipeline.text_states import TextStates, texts_to_encode
 from pixart_jax.pipeline.windows import Windows, plan_windows
 from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, padded_length
-
-DEFAULT_BATCH = 16
+from pixart_jax.weights.component import controlnet_of, load_component
 
 Callback = Callable[[int, np.ndarray], None]
 
@@ -54,7 +53,8 @@ class Pipeline(LoraMethods):
     betas. sampling: the model's own options. mesh: of the parameters and batches; None: one device.
     text_identity: ModelFolder.text_identity's; empty where the files are not known.
     context_attention: 'all_gather' or 'ring', where the mesh splits image tokens. adapters: the
-    LoRAs in the transformer, changed by the methods of LoraMethods alone.
+    LoRAs in the transformer, changed by the methods of LoraMethods alone. controlnet: as
+    ``load_component`` returns it; read where a call gives control.
     """
 
     transformer: Any
@@ -67,6 +67,7 @@ class Pipeline(LoraMethods):
     text_identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     context_attention: str = "all_gather"
     adapters: Adapters = Adapters()
+    controlnet: Any = None
     # of these parts: replace() begins an empty one
     _negatives: NegativePrompts = dataclasses.field(
         default_factory=NegativePrompts, init=False, repr=False
@@ -88,6 +89,7 @@ class Pipeline(LoraMethods):
         cache: str | os.PathLike | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        controlnet: str | os.PathLike | None = None,
     ) -> Pipeline:
         """Open a diffusers folder, one that ``save_pretrained`` or a training run wrote, or a hub
         id such as "PixArt-alpha/PixArt-XL-2-1024-MS", at ``revision`` (weights/hub.py).
@@ -96,7 +98,8 @@ class Pipeline(LoraMethods):
         False leaves out the largest part, for sampling from text states. quantization: 'int8' holds
         the text encoder's matrices as int8. cache: a folder of converted weights, by which the next
         start is quick. variant: such as "fp16", of the weights' files; by default the plain or only
-        ones. Raises UserError where a part is missing, damaged or of another model.
+        ones. controlnet: the folder, hub id or file of one. Raises UserError where a part is
+        missing, damaged or of another model.
         """
         names = [name for name in PARTS if text_encoder or name != "text_encoder"]
         if isinstance(folder, ModelFolder):
@@ -105,6 +108,7 @@ class Pipeline(LoraMethods):
             model = ModelFolder.open(folder, names, revision, variant)
         if mesh is not None:
             _check_mesh(mesh, model.transformer)
+        control = controlnet and controlnet_of(controlnet, model.transformer)
         parts = model.load(dtype, mesh, names, quantization, cache)
         return cls(
             **{"text_encoder": None, **parts},
@@ -113,6 +117,7 @@ class Pipeline(LoraMethods):
             sampling=model.sampling,
             mesh=mesh,
             text_identity=model.text_identity(dtype, quantization=quantization),
+            controlnet=control and load_component(control, dtype, mesh),
         )
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
@@ -209,6 +214,7 @@ class Pipeline(LoraMethods):
         reference: Any = None,
         variation: tuple[Seed, float] | None = None,
         toward: Sequence[Toward] | None = None,
+        control: Any = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Sample prompts in batches of one compiled shape; yields (positions in prompts, uint8 [b,
         height, width, 3]) as batches are done.
@@ -240,6 +246,8 @@ class Pipeline(LoraMethods):
         variation: (seed, share): noise that far on the way (slerp) to that of another seed.
         toward: (prompt, seed, index, share) a prompt: text states and noise that far on the way to
             another image's. Share 0 is the prompt's own image, to the bit.
+        control: what the ControlNet follows, as an edge map: uint8 [h, w, 3] or [h, w], for all or
+            one a prompt, of the picture's aspect ratio. The size is by default its own bucket.
         Raises UserError, before anything is computed, for options that cannot be used. Images that
         are not finite are left out, and after the last batch ``finite.NotFinite`` (a UserError)
         names their positions.
@@ -250,7 +258,9 @@ class Pipeline(LoraMethods):
         check_count("num_images_per_prompt", num_images_per_prompt)
         count, parts = len(prompts), self.transformer.config
         config = (config or SamplingConfig()).with_defaults(self.sampling)
-        edits = editing.Edits.read(count, image, mask, strength, mask_padding, reference, variation)
+        given = image, mask, strength, mask_padding, reference, variation, control
+        edits = editing.Edits.read(count, *given)
+        self._denoiser(bool(edits.controls))  # raises without a ControlNet
         height, width = edits.asked(height, width, parts, self.factor, config)
         start = edits.start(int(config.steps or 0))
         size = check_options(
@@ -273,6 +283,7 @@ class Pipeline(LoraMethods):
             one_each("guidance", config.guidance if guidance is None else guidance, count),
             edits.canvases(count, size.generated),
             list(toward) if toward else [None] * count,
+            edits.conditions(count, size.generated),
         )
         rows = [
             dataclasses.replace(row, seed=(row.seed + k) % 2**64)
@@ -311,7 +322,7 @@ class Pipeline(LoraMethods):
         run = Run(config, start, edits.is_reference, windows)
 
         def batches() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
-            for positions, batch in self._batches(rows, batch_size):
+            for positions, batch in in_batches(rows, batch_size, self._padded):
                 tell = callback and functools.partial(_without_fillers, callback, len(positions))
                 yield positions, self._images(batch, run, size, length, encoder, tell)
 
@@ -327,19 +338,6 @@ class Pipeline(LoraMethods):
                 yield positions, edits.finish(images, canvases)
         if bad:
             raise finite.NotFinite(bad)
-
-    def _batches(
-        self, rows: list[Row], batch_size: int | None
-    ) -> Iterator[tuple[list[int], list[Row]]]:
-        """(positions, their rows) of batches of one size, the last one filled up by its last row;
-        all rows of a batch are guided, or none is."""
-        for guided in (True, False):
-            group = [n for n, row in enumerate(rows) if (row.guidance != 1) == guided]
-            size = self._padded(batch_size or min(len(group), DEFAULT_BATCH), guided)
-            for start in range(0, len(group), size or 1):
-                positions = group[start : start + size]
-                filled = positions + [positions[-1]] * (size - len(positions))
-                yield positions, [rows[n] for n in filled]
 
     def _images(
         self,
@@ -365,24 +363,25 @@ class Pipeline(LoraMethods):
             noise = slerp(noise, other, share[:, None, None, None])
             if list(others) != prompts:
                 text = between(text, self._on_devices(encoder.batch(others, length, clean)), share)
-        negative = None
+        negative, model = None, self._denoiser(rows[0].control is not None)
         if guided:
-            texts = [row.negative for row in rows]
-            negative = self._negative(texts, length, text[1], str(config.null), clean, encoder)
+            given = [row.negative for row in rows], length, text[1], str(config.null), clean
+            negative = self._negative(*given, encoder, model)
         scale = self._place(np.array([row.guidance for row in rows], np.float32))
         canvases = [row.canvas for row in rows if row.canvas is not None]
         with on_mesh(self.mesh):
-            edit = self._edit(canvases, config.seamless) if canvases else None
+            controls = [row.control for row in rows if row.control is not None]
+            edit = self._edit(canvases, controls, config.seamless)
             spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
             sizes = self._size_conditions(noise, None, None, run.windows)
             keys = keys if noisy else None
             arguments = (table, noise, keys, text, negative, *sizes, scale, edit)
-            params = self.transformer.params
+            params = model.params
             if config.vae_tile is None and callback is None:
                 decode, vae = self._decode_spec(len(rows), config.seamless), self.vae.params
                 _, images, good = sampler.generate_jit(spec, decode, vae, params, *arguments)
             else:
-                latents, good = self._sample(spec, arguments, callback)
+                latents, good = self._sample(spec, params, arguments, callback)
                 images, pixels_good = self._decoded(latents, config.vae_tile, config.seamless)
                 good = good & pixels_good
             if canvases and canvases[0].mask is not None:
@@ -392,15 +391,33 @@ class Pipeline(LoraMethods):
             whole = canvases and canvases[0].box is not None
             return decoder.fit(images, None if whole else size.asked), good
 
-    def _edit(self, canvases: list[editing.Canvas], seamless: bool = False) -> sampler.Edit:
-        """What the canvases of a batch are to the sampler."""
-        images = self._place(np.stack([canvas.image for canvas in canvases]))
-        spec = self._decode_spec(len(images), seamless)
-        latents = decoder.encode_jit(spec, self.vae.params, images)
-        if canvases[0].mask is None:
-            return sampler.Edit(latents)
-        masks = np.stack([canvas.latent_mask(self.factor) for canvas in canvases])
-        return sampler.Edit(latents, self._place(masks))
+    def _edit(
+        self,
+        canvases: list[editing.Canvas],
+        controls: Sequence[np.ndarray] = (),
+        seamless: bool = False,
+    ) -> sampler.Edit | None:
+        """What the canvases and conditions of a batch are to the sampler."""
+
+        def encoded(images: Sequence[np.ndarray]) -> jax.Array | None:
+            if not images:
+                return None
+            spec = self._decode_spec(len(images), seamless)
+            return decoder.encode_jit(spec, self.vae.params, self._place(np.stack(images)))
+
+        if not canvases and not controls:
+            return None
+        masks = [canvas.latent_mask(self.factor) for canvas in canvases if canvas.mask is not None]
+        mask = self._place(np.stack(masks)) if masks else None
+        return sampler.Edit(encoded([one.image for one in canvases]), mask, encoded(controls))
+
+    def _denoiser(self, control: bool) -> Any:
+        """The transformer; under control the one that is joined with the ControlNet."""
+        if not control:
+            return self.transformer
+        if self.controlnet is None:
+            raise UserError("control needs a ControlNet: open the model with controlnet=PATH")
+        return self.transformer.with_controlnet(self.controlnet)
 
     def noise(
         self, seed: Seed | Sequence[Seed], indices: Sequence[int], height: int, width: int
@@ -432,6 +449,7 @@ class Pipeline(LoraMethods):
         mask: jax.Array | None = None,
         strength: float = 1.0,
         reference: bool = False,
+        control: jax.Array | None = None,
         **options,
     ) -> jax.Array:
         """The deterministic core, one compiled scan: text states [b, l, c], lengths [b], noise [b,
@@ -445,7 +463,8 @@ class Pipeline(LoraMethods):
         scaled, min(int(steps · strength), steps) steps before the end (img2img). mask [b, h, w, 1]:
         generate anew where it is at least a half, from pure noise at strength 1; elsewhere the
         result is ``latents``, to the bit. reference: the unconditional half sees x before the known
-        part is put into it, as the official reference pipeline does. options: steps, solver, times
+        part is put into it, as the official reference pipeline does. control: the condition's
+        latents [b, h, w, 4], scaled, for the ControlNet. options: steps, solver, times
         and the other fields of SamplingConfig; by default PixArt's values, not the model's own.
         Raises ``finite.NotFinite``, a UserError, which names the rows that are not finite; a call
         that is traced into another program does not ask.
@@ -456,8 +475,9 @@ class Pipeline(LoraMethods):
         scale = np.float32(config.guidance if guidance is None else guidance)
         guided = bool((scale != 1).any())
         negative: Any = None
+        model = self._denoiser(control is not None)
         if guided and negative_states is None:
-            arguments = text[0].shape[1], text[1], "text", clean_caption, self.prompt_encoder
+            arguments = text[0].shape[1], text[1], "text", clean_caption, self.prompt_encoder, model
             negative = self._negative([""] * len(noise), *arguments)
         elif guided:
             lengths = text[1] if negative_lengths is None else negative_lengths
@@ -465,17 +485,14 @@ class Pipeline(LoraMethods):
         scale = jnp.broadcast_to(scale, (len(noise),))
         windows = plan_windows(config, self.transformer.config, noise.shape[1:3])
         sizes = self._size_conditions(noise, size, aspect_ratio, windows)
-        start, edit = 0, None
+        start, edit = 0, editing.latent_edit(latents, mask, control, noise.shape)
         if latents is not None:
             start = editing.first_step(int(config.steps or 0), strength)
-            edit = editing.latent_edit(latents, mask, noise.shape)
-        elif mask is not None:
-            raise UserError("a mask needs the latents that stay outside it: give latents")
         with on_mesh(self.mesh):
             run = Run(config, start, reference, windows=windows)
             spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
             arguments = (table, noise, keys if noisy else None, text, negative, *sizes, scale, edit)
-            return _checked(*self._sample(spec, arguments, callback))
+            return _checked(*self._sample(spec, model.params, arguments, callback))
 
     def decode(
         self, latents: jax.Array, tile: int | None = None, size: tuple[int, int] | None = None
@@ -483,8 +500,7 @@ class Pipeline(LoraMethods):
         """The transformer's latents [b, h, w, c] → images uint8 [b, height, width, 3], on devices.
 
         tile: side in latents of blended tiles, for images too large to decode at once. size:
-        (height, width) in pixels that images are resized and cropped to. Raises
-        ``finite.NotFinite`` as :meth:`denoise`.
+        (height, width) that images are resized and cropped to. Raises as :meth:`denoise`.
         """
         with on_mesh(self.mesh):
             return decoder.fit(_checked(*self._decoded(latents, tile)), size)
@@ -505,10 +521,13 @@ class Pipeline(LoraMethods):
             solver, steps, schedule, config.times, start=run.start, stochastic=stochastic
         )
         table["pag"] = pag_scales(table["t"], config.pag_scale, config.pag_adaptive_scale)
+        if under_control := edit is not None and edit.control is not None:
+            how = config.control_scale, config.control_start, config.control_end
+            table["control"] = control_scales(table["step"], *how)
         pure = edit is not None and edit.mask is not None and run.start == 0
         table["start"] = np.float32((0, 1) if pure else (table["alpha"][0], table["sigma"][0]))
         spec = sampler.SamplerSpec(
-            self.transformer.module.clone(context_attention=self.context_attention),
+            self._denoiser(under_control).module.clone(context_attention=self.context_attention),
             self.scheduler.prediction,
             solver,
             guided,
@@ -520,9 +539,8 @@ class Pipeline(LoraMethods):
         return spec, table, noisy
 
     def _sample(
-        self, spec: sampler.SamplerSpec, arguments: tuple, callback: Callback | None
+        self, spec: sampler.SamplerSpec, params, arguments: tuple, callback: Callback | None
     ) -> tuple[jax.Array, jax.Array]:
-        params = self.transformer.params
         if callback is None:
             return sampler.sample_latents_jit(spec, params, *arguments)
         spec = dataclasses.replace(spec, preview=sampler.tell)
@@ -566,20 +584,20 @@ class Pipeline(LoraMethods):
         null: str,
         clean: Callable[[str], str],
         encoder: PromptEncoder | TextStates,
+        model: Any,
     ) -> TextKV:
-        """Keys and values of the rows' negative prompts."""
+        """Keys and values of the rows' negative prompts in the blocks of ``model``."""
         null_caption = None
         if null == "embedding":
             caption = jnp.asarray(self._null_caption(), jnp.float32)[None, :length]
             null_caption = caption, jnp.int32([length])
-        module, params = self.transformer.module, self.transformer.params
         with on_mesh(self.mesh):
             return self._negatives.text_kv(
                 [clean(text) for text in texts],
-                (null, length, self.adapters.identity),
+                (null, length, self.adapters.identity, model is self.transformer),
                 encoder if isinstance(encoder, TextStates) else self.text_encoder,
                 lambda cleaned: self._on_devices(encoder.batch(cleaned, length, str)),
-                functools.partial(sampler.encode_text_jit, module, params),
+                functools.partial(sampler.encode_text_jit, model.module, model.params),
                 null_caption,
                 lengths,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from pixart_jax.pipeline import editing
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.pipeline.windows import Windows
 
+DEFAULT_BATCH = 16
 Seed = int | str  # of 64 bits; its decimal digits where JSON would round it
 Toward = tuple[str, Seed, int, float]  # prompt, seed, index, share of the way
 
@@ -20,7 +21,8 @@ Toward = tuple[str, Seed, int, float]  # prompt, seed, index, share of the way
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One image of a call. index: folded into the seed. canvas: what it is edited from. toward:
-    what its text and noise move to; all rows of a call have one, or none has."""
+    what its text and noise move to, and control: the condition, uint8 [h, w, 3]; all rows of a call
+    have one, or none has."""
 
     prompt: str
     negative: str
@@ -29,6 +31,7 @@ class Row:
     guidance: float
     canvas: editing.Canvas | None
     toward: Toward | None = None
+    control: np.ndarray | None = None
 
     def with_noise_toward(self, seed: Seed, share: float) -> Row:
         return dataclasses.replace(self, toward=(self.prompt, seed, self.index, share))
@@ -52,3 +55,18 @@ def one_each(what: str, value, count: int) -> list:
         number = f"{len(value)} {what}s for {count} prompts"
         raise UserError(f"{number}: give one for all, or one each")
     return list(value) if isinstance(value, Sequence) else value.tolist()
+
+
+def in_batches(
+    rows: list[Row], batch_size: int | None, padded: Callable[[int, bool], int]
+) -> Iterator[tuple[list[int], list[Row]]]:
+    """(positions, their rows) of batches of one size, the last one filled up by its last row;
+    all rows of a batch are guided, or none is. padded(size, guided): the size that devices
+    divide."""
+    for guided in (True, False):
+        group = [n for n, row in enumerate(rows) if (row.guidance != 1) == guided]
+        size = padded(batch_size or min(len(group), DEFAULT_BATCH), guided)
+        for start in range(0, len(group), size or 1):
+            positions = group[start : start + size]
+            filled = positions + [positions[-1]] * (size - len(positions))
+            yield positions, [rows[n] for n in filled]

@@ -23,20 +23,23 @@ import numpy as np
 from pixart_jax import diffusion, finite
 from pixart_jax.diffusion.guidance import combine_guidance
 from pixart_jax.diffusion.sampling import Known, Preview, integrate
+from pixart_jax.models.controlnet import Control
 from pixart_jax.models.transformer import Conditioning, TextKV
 from pixart_jax.pipeline import block_cache
 from pixart_jax.pipeline.decoder import DecodeSpec, decode_latents
-from pixart_jax.pipeline.windows import Windows, over_windows
+from pixart_jax.pipeline.windows import Windows, cut, over_windows
 
 States = tuple[jax.Array, jax.Array]  # (text states [b, l, c], lengths [b])
 
 
 class Edit(NamedTuple):
-    """The image that a run starts from. latents: [b, h, w, c], scaled. mask: bool [b, h, w, 1],
-    True where it is generated anew; None: everywhere (img2img)."""
+    """The images that a run starts from. latents: [b, h, w, c], scaled; None: noise alone. mask:
+    bool [b, h, w, 1], True where it is generated anew; None: everywhere (img2img). control: scaled
+    latents [b, h, w, c] of the condition that a ControlNet reads."""
 
-    latents: jax.Array
+    latents: jax.Array | None
     mask: jax.Array | None = None
+    control: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class SamplerSpec:
 def sample_latents(
     spec: SamplerSpec,
     params: Mapping,
-    table: dict[str, Any],  # diffusion.sampling.step_table's, "start" [2] and "pag" [n]
+    table: dict[str, Any],  # diffusion.sampling.step_table's, "start" [2], "pag" and "control" [n]
     noise: jax.Array,  # [b, h, w, c]
     keys: jax.Array | None,  # [b], or one key; None where no step adds noise
     text: States,
@@ -71,7 +74,7 @@ def sample_latents(
     edit: Edit | None = None,
 ) -> jax.Array:  # [b, h, w, c] fp32
     """From noise to latents, to be traced in a jit. table["start"]: what an edit's latents and the
-    noise are weighted with at first."""
+    noise are weighted with at first. Both halves of guidance are under the same control."""
     apply = functools.partial(spec.module.apply, {"params": params})
     config, batch = spec.module.config, noise.shape[0]
     conditionings = apply(table["t"], size, aspect_ratio, method="encode_times")
@@ -84,8 +87,15 @@ def sample_latents(
         lists[True] = [negative, positive]
     perturbed = [positive] * bool(spec.pag_layers)
     texts = {guided: _joined(parts + perturbed, batch) for guided, parts in lists.items()}
+    condition = None  # [b, n, d], or of each window
+    if edit is not None and edit.control is not None:
+        encode = functools.partial(apply, method="encode_control")
+        latents, windows = edit.control, spec.windows
+        condition = (
+            encode(latents) if windows is None else jax.lax.map(encode, cut(latents, windows))
+        )
 
-    def denoise(guided, x, conditioning, cache, pag):
+    def denoise(guided, x, conditioning, cache, pag, control_scale, condition=condition):
         parts = guided + 1 + len(perturbed)
         x = jnp.concatenate([x[:batch]] * guided + [x[-batch:]] * (parts - guided))
         conditioning = Conditioning(
@@ -97,20 +107,24 @@ def sample_latents(
             identity = jnp.asarray(
                 np.outer(layers, np.arange(parts * batch) >= batch * (parts - 1))
             )
-        output, outputs = apply(x, conditioning, texts[guided], cache, identity, method="denoise")
+        control = None
+        if condition is not None:
+            control = Control(jnp.concatenate([condition] * parts), control_scale)
+        given = x, conditioning, texts[guided], cache, identity, control
+        output, outputs = apply(*given, method="denoise")
         output = combine_guidance(
             output, scale, config.in_channels, guided=guided, perturbed=pag if perturbed else None
         )
         return output, outputs
 
-    def denoise_windows(windows: Windows, guided, x, conditioning, cache, pag):
-        def one(window, _):
-            return denoise(guided, window, conditioning, None, pag)[0]
+    def denoise_windows(windows: Windows, guided, x, conditioning, cache, pag, control_scale):
+        def one(window, own):
+            return denoise(guided, window, conditioning, None, pag, control_scale, own)[0]
 
-        return over_windows(one, x, windows), {}
+        return over_windows(one, x, windows, condition), {}
 
     x, known = noise, None
-    if edit is not None:
+    if edit is not None and edit.latents is not None:
         alpha, sigma = table["start"]
         x = alpha * edit.latents + sigma * noise
         if edit.mask is not None:
@@ -129,7 +143,7 @@ def sample_latents(
         x,
         keys,
         {name: table[name] for name in ("step", "t", "alpha", "sigma", "solver")},
-        (conditionings, spec.plan.recompute, table["pag"]),
+        (conditionings, spec.plan.recompute, table["pag"], table.get("control")),
         known,
         both=spec.reference and spec.guided,
     )

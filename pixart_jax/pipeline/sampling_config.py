@@ -80,6 +80,12 @@ class SamplingConfig:
     """Blocks whose self-attention it perturbs, counted from 0; by default the middle one."""
     pag_adaptive_scale: float = 0.0
     """Lower the scale by so much for each of the 1000 times that a step is after the first."""
+    control_scale: float = 1.0
+    """How strongly a ControlNet acts."""
+    control_start: float = 0.0
+    """Its first step, as a share of all steps."""
+    control_end: float = 1.0
+    """Its last step, as a share of all steps; without it a step costs two thirds."""
     text_length: int | None = None
     """Pad all prompts to so many tokens, so that every batch runs the same compiled program. By
     default as many as the longest prompt needs."""
@@ -115,6 +121,14 @@ class SamplingConfig:
             value = getattr(self, name)
             if not isinstance(value, float | int) or not 0 <= value < 3e38:
                 raise UserError(f"{name} {value!r}: a finite number of at least 0 is needed")
+        scale, start, end = self.control_scale, self.control_start, self.control_end
+        if not abs(scale) < 3e38:
+            raise UserError(f"control scale {scale}: a finite number is needed")
+        if not 0 <= start < end <= 1:
+            raise UserError(
+                f"control start {start:g}, end {end:g}: shares of the steps from 0 to 1 are "
+                "needed, the first one below the second"
+            )
         if self.pag_layers is not None:
             object.__setattr__(self, "pag_layers", tuple(self.pag_layers))
         if self.pag_scale and self.cross_attention_steps is not None:
