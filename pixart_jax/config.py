@@ -15,6 +15,7 @@ from typing import Literal
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.configs import CONTEXT_ATTENTIONS, T5Config, TransformerConfig, VAEConfig
 
+TASKS = ("class_conditional", "text_to_image", "controlnet", "autoencoder", "text_to_text")
 _MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
@@ -335,8 +336,9 @@ class EvaluateConfig:
 class StageConfig:
     """One stage of a curriculum.
 
-    task: class_conditional (the DiT of stage 1), text_to_image (stages 2 and 3), autoencoder and
-    text_to_text (the frozen parts of a curriculum). start: 'fresh', 'previous' (the stage before,
+    task: class_conditional (the DiT of stage 1), text_to_image (stages 2 and 3), controlnet (over
+    start's model, which stays as it is), autoencoder and text_to_text (the frozen parts of a
+    curriculum). start: 'fresh', 'previous' (the stage before,
     converted where the task differs), or a folder of weights.
     """
 
@@ -362,14 +364,17 @@ class StageConfig:
     def __post_init__(self):
         named = re.fullmatch(r"[\w.-]+", self.name) is not None
         require(self, "letters, digits, '.', '_' and '-' only: files bear it", name=named)
-        require_one_of(
-            self, task=("class_conditional", "text_to_image", "autoencoder", "text_to_text")
-        )
+        require_one_of(self, task=TASKS)
         require_at_least(self, 0, "steps")
         require_at_least(self, 1, "batch_size")
         accumulate = self.optimizer.accumulate
         rule = f"must be a multiple of optimizer.accumulate = {accumulate}"
         require(self, rule, batch_size=self.batch_size % accumulate == 0)
+        if self.task == "controlnet":
+            rule = "a ControlNet needs the folder or hub id of its model"
+            require(self, rule, start=self.start not in ("fresh", "previous"))
+            rule = "a ControlNet needs conditions: hed, canny or folder:DIR"
+            require(self.data, rule, condition=self.data.condition is not None)
         if self.lora is not None:
             require(self, "lora adapts a text_to_image model", task=self.task == "text_to_image")
             rule = "lora needs the folder or hub id of the model that it adapts"
@@ -385,6 +390,16 @@ class StageConfig:
                         f"stage {self.name}: data.buckets {self.data.buckets}: class images are "
                         "of one size, so give one bucket"
                     )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it trains a text-to-image model, or something over one."""
+        return self.task in ("text_to_image", "controlnet")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether what it trains lies over a model that stays as it is."""
+        return self.lora is not None or self.task == "controlnet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,7 +506,7 @@ class Config:
         counts = ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "num_classes")
         require_at_least(self, 1, *counts)
         for before, stage in zip(self.stages, self.stages[1:]):
-            if before.lora is not None and stage.start == "previous":
+            if before.is_adapter and stage.start == "previous":
                 raise UserError(
                     f"stage {stage.name}: start 'previous' is an adapter (stage {before.name}): "
                     "name the folder of a model"

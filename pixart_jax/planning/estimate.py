@@ -67,7 +67,7 @@ def time_of(target: PlanTarget, stats: CompiledStats, chip: Chip) -> StepTime:
         narrow = 0.5 if target.config.compute_dtype == "bfloat16" else 1.0
         state = sum(counted[name] for name in ("parameters", "optimizer", "EMA"))
         moved = 2 * state + 2 * counted["parameters"] + 3 * gathered * narrow
-        # below an adapter, kernels in the compute dtype, read forward and backward
+        # below an adapter or a ControlNet, kernels in the compute dtype, read forward and backward
         moved += 2 * counted.get("frozen base", 0.0) * axes["fsdp"]
     elif target.part == "denoise":
         moved = target.sampling.steps * gathered

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from typing import Any
 
 import jax
 
 from pixart_jax.config import StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import BackboneConfig, DiTConfig, T5Config, TransformerConfig
+from pixart_jax.models.controlnet import config_of
 from pixart_jax.models.flops import forward_flops, train_flops
 from pixart_jax.models.remat import check_platform
 from pixart_jax.parallel.mesh import AXES, check_divides, check_slices
@@ -82,7 +84,7 @@ def denoiser(target: PlanTarget) -> TransformerConfig | DiTConfig | None:
     if target.stage_config.task == "class_conditional":
         fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(BackboneConfig)}
         return DiTConfig(**fields, num_classes=target.config.num_classes)
-    return model if target.stage_config.task == "text_to_image" else None
+    return model if target.stage_config.reads_text else None
 
 
 def model_flops(target: PlanTarget) -> tuple[float | None, float]:
@@ -93,10 +95,12 @@ def model_flops(target: PlanTarget) -> tuple[float | None, float]:
     if (work := target.sampling) is not None:
         text = target.config.model.text_tokens
         return work.steps * work.passes * forward_flops(model, *target.size, text), 1.0
-    text = data.max_text_tokens if target.stage_config.task == "text_to_image" else 0
-    frozen = target.stage_config.lora is not None
-    one = train_flops(model, *target.bucket, text, frozen=frozen)
-    each = (train_flops(model, *b, text, frozen=frozen) for b in data.buckets)
+    stage = target.stage_config
+    text = data.max_text_tokens if stage.reads_text else 0
+    copies = config_of(target.config.model).depth if stage.task == "controlnet" else 0
+    how: dict[str, Any] = {"frozen": stage.is_adapter, "copies": copies}
+    one = train_flops(model, *target.bucket, text, **how)
+    each = (train_flops(model, *b, text, **how) for b in data.buckets)
     return one, statistics.fmean(each) / one
 
 

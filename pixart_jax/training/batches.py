@@ -71,7 +71,7 @@ def stage_seed(config: Config, index: int) -> int:
     return config.seed * 1_000_003 + index
 
 
-_DIFFUSION = ("class_conditional", "text_to_image")
+_DIFFUSION = ("class_conditional", "text_to_image", "controlnet")
 
 
 def _samples(config: Config, stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Samples:
@@ -102,7 +102,7 @@ def _part(
 ) -> Samples:
     """One source of a stage; share: its part of a mixture, 1 alone."""
     data, (kind, rest) = stage.data, parse_source(text)
-    captions = data.captions if stage.task == "text_to_image" else ()
+    captions = data.captions if stage.reads_text else ()
     if stage.task in _DIFFUSION and kind in ("records", "pixart-features"):
         if stage.dreambooth is not None:
             raise UserError(
@@ -117,7 +117,7 @@ def _part(
                 )
         if kind == "records":
             return _records(rest, stage, captions, frozen, bad)
-        if stage.task != "text_to_image":
+        if not stage.reads_text:
             raise UserError(
                 f"stage {stage.name}: {text} has no labels; a class-conditional stage needs them"
             )

@@ -45,7 +45,7 @@ def _check_batch(stage: StageConfig, mesh: Mesh) -> None:
 def _check_model(config: Config, stage: StageConfig, mesh: Mesh) -> None:
     """tensor must divide a stage's heads and MLP width, context its image tokens."""
     name = f"stage {stage.name}"
-    if stage.task in ("class_conditional", "text_to_image"):
+    if stage.task == "class_conditional" or stage.reads_text:
         model, side = config.model, 8 * config.model.patch_size
         check_identifier(stage)
         if stage.lora is not None:

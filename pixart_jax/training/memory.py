@@ -4,12 +4,12 @@
 A device has s samples of n image tokens and l text tokens; a stream a = s·n·d values of the compute
 dtype. Bytes a device besides the state:
 
-    kept        depth × what the remat policy keeps of a block (models/remat.py): full a;
-                attention_out 3·a; dots 12·a and the text's keys and values; dots_attention 2·a
-                more, and of an adapter the 12·a again, its products beside the kernels'; offload
-                none; and with a flash kernel that is not run again, the softmax's
-                logarithm, 4 bytes a token and head. Splash keeps its output as wide as its lanes:
-                128/72 of a.
+    kept        depth, with a ControlNet's copies, × what the remat policy keeps of a block
+                (models/remat.py): full a; attention_out 3·a; dots 12·a and the text's keys and
+                values; dots_attention 2·a more, and of a LoRA the 12·a again, its products beside
+                the kernels'; offload none; and with a flash kernel that is not run again, the
+                softmax's logarithm, 4 bytes a token and head. Splash keeps its output as wide as
+                its lanes: 128/72 of a.
     gradients   fp32, of each parameter as it is sharded.
     cast        the parameters in the compute dtype: XLA casts them once, before the loop over the
                 blocks. A frozen base is stored in it.
@@ -42,13 +42,14 @@ from jax.sharding import Mesh
 from pixart_jax.config import Config, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import AttentionShape, choose
+from pixart_jax.models.controlnet import config_of
 from pixart_jax.models.remat import BY_SPEED
 from pixart_jax.parallel.chips import GIB, chip_of
 
 # compiled temporaries over the count; tests/planning/test_programs_for_hardware.py checks it
 MARGIN = 1.2
 LANES = 128  # the last axis of an array in a TPU's memory is a multiple of this
-COUNTED = ("text_to_image", "class_conditional")  # the tasks whose steps are counted
+COUNTED = ("text_to_image", "controlnet", "class_conditional")  # the tasks whose steps are counted
 # the terms that depend neither on the policy nor on a block's work
 ANY_POLICY = ("gradients", "cast", "gathered", "batch")
 _OF_A_GPU = 0.75  # of its memory JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -168,9 +169,10 @@ def activation_bytes(
         raise UserError(f"remat {remat!r}: activations are counted for {', '.join(kept_of_block)}")
     keys = [m for name, m in ((ours, n * context), (cross, text)) if name == "xla"]
     logits = sum(10 * s * heads * n * (lanes(m) if platform == "tpu" else m) for m in keys)
+    copies = config_of(model).depth if stage.task == "controlnet" else 0
     block = 8 * model.width**2 + 2 * model.width * model.mlp_width
     return {
-        "kept": model.depth * kept_of_block[remat],
+        "kept": (model.depth + copies) * kept_of_block[remat] + copies * a,
         "gradients": parameters,
         "cast": parameters * width / 4 if width < 4 else 0.0,
         "block": a * (24 + 8 * wide[ours]) + logits,

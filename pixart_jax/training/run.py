@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -104,7 +105,8 @@ class Run:
             account = ledger(self.cost, self.mesh.size, self.device_kind, hardware, source)
             write_json(folder / "ledger.json", account, indent=1)
             metrics.write_loss_curve(folder / "loss.png", metrics.read(folder / "metrics.jsonl"))
-        made = self.folder.adapter if self.config.stages[-1].lora else self.folder.model
+        adapter = self.config.stages[-1].is_adapter
+        made = self.folder.adapter if adapter else self.folder.model
         trained.task.export(trained.params, made, trained.loader.global_batch)
         if first:
             print(metrics.summary(folder))
@@ -214,9 +216,12 @@ class StageHooks:
             return 0.0
         height, width = (side * PIXELS for side in batch["mean"].shape[1:3])
         tokens = batch["text_states"].shape[1] if "text_states" in batch else 0
-        frozen, pairs = self.stage.lora is not None, "class_mean" in batch
-        images = self.stage.batch_size * (2 if pairs else 1)
-        return images * train_flops(model, height, width, tokens, frozen=frozen)
+        images = self.stage.batch_size * (2 if "class_mean" in batch else 1)
+        how: dict[str, Any] = {
+            "frozen": self.stage.is_adapter,
+            "copies": getattr(self.task.module, "units", 0),
+        }
+        return images * train_flops(model, height, width, tokens, **how)
 
 
 def record_keys(loader: Loader, step: int, rows: int = 64) -> list[str]:

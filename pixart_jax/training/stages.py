@@ -103,7 +103,7 @@ def abstract_batch(
         }
         if stage.data.condition is not None:
             shapes |= {"control_mean": (latents, f32), "control_std": (latents, f32)}
-        if stage.task == "text_to_image":
+        if stage.reads_text:
             states = (b, text, config.model.caption_width)
             shapes |= {"text_states": (states, jnp.bfloat16), "text_lengths": ((b,), i32)}
         if stage.dreambooth is not None and stage.dreambooth.class_prompt is not None:

@@ -1,19 +1,22 @@
-"""The plan of a LoRA stage: the base counts once, in its own dtype, and has no gradient."""
+"""The plan of a LoRA or ControlNet stage: the base counts once, in its own dtype, and has no
+gradient."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 import pytest
 from planning import small_run
 
 from pixart_jax.config import LoraConfig, MeshConfig
+from pixart_jax.models.controlnet import config_of
 from pixart_jax.models.flops import forward_flops
 from pixart_jax.parallel.rules import unboxed
 from pixart_jax.planning import plan, programs, topology
 from pixart_jax.planning.matmul_cost import matmul_cost
 from pixart_jax.planning.target import PlanTarget
-from pixart_jax.weights.component import Transformer
+from pixart_jax.weights.component import ControlNet, Transformer
 from pixart_jax.weights.table import flatten
 
 
@@ -37,3 +40,22 @@ def test_a_frozen_base_counts_once_and_takes_no_gradient(quantization):
     traced = matmul_cost(made.traced.jaxpr.jaxpr).flops
     # forward, backward without the weights' gradients, and the adapter's few products
     assert 0.9 < traced / (4 * image) < 1.2
+
+
+def test_of_a_controlnet_the_copies_alone_have_an_optimizer():
+    config = small_run.get_config(4, compute_dtype="bfloat16", mesh=MeshConfig())
+    stage = config.stages[0]
+    data = dataclasses.replace(stage.data, condition="canny")
+    stage = dataclasses.replace(stage, task="controlnet", start="models/none", data=data)
+    config = dataclasses.replace(config, stages=(stage,), remat="none")
+    target = PlanTarget(topology.parse("cpu:1"), config, 0, (1, 1, 1, 1), small_run.BUCKET)
+    made = programs.program(target)
+    copies = config_of(config.model)
+    shapes = unboxed(ControlNet.param_shapes(copies))
+    control = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert made.counted["parameters"] == made.counted["EMA"] == control
+    assert 2 * control <= made.counted["optimizer"] < 2 * control + 1000
+    assert made.counted["frozen base"] > 0
+    image, _ = plan.model_flops(target)
+    traced = matmul_cost(made.traced.jaxpr.jaxpr).flops
+    assert 0.9 < traced / (4 * image) < 1.1

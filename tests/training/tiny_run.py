@@ -49,8 +49,11 @@ def parts(folder: Path) -> Path:
     return folder
 
 
-def shards(folder: Path, buckets=((32, 32),), count: int = 24) -> Path:
-    """Encoded shards of random latents and states, ``count`` records a bucket."""
+def shards(
+    folder: Path, buckets=((32, 32),), count: int = 24, condition: str | None = None
+) -> Path:
+    """Encoded shards of random latents and states, ``count`` records a bucket. condition: the kind
+    of those that they hold, random too."""
     folder.mkdir(parents=True)
     made = []
     for number, (height, width) in enumerate(buckets):
@@ -65,6 +68,10 @@ def shards(folder: Path, buckets=((32, 32),), count: int = 24) -> Path:
                 "size": np.array([height, width], np.int32),
                 "text.dense.0": rng.normal(size=(length, 16)).astype(ml_dtypes.bfloat16),
             }
+            if condition is not None:
+                shape = arrays["mean"].shape
+                arrays["control_mean"] = rng.normal(size=shape).astype(np.float32)
+                arrays["control_std"] = rng.uniform(0.1, 0.5, shape).astype(np.float32)
             metadata = {"key": f"r{number}-{index}", "captions.dense": '["a red circle"]'}
             packed.append(records.encode_record(arrays, metadata))
         path = folder / f"{number:05d}-{height}x{width}.array_record"
@@ -72,7 +79,8 @@ def shards(folder: Path, buckets=((32, 32),), count: int = 24) -> Path:
         size, digest = path.stat().st_size, records.sha256(path)
         shard = records.Shard(path.name, (height, width), count, size, digest, {"dense": 8})
         made.append(shard)
-    records.Manifest({"source": "random"}, tuple(made)).write(folder)
+    made_with = {"source": "random"} | ({"condition": condition} if condition else {})
+    records.Manifest(made_with, tuple(made)).write(folder)
     return folder
 
 

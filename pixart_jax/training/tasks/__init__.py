@@ -19,15 +19,19 @@ from pixart_jax.config import Config, StageConfig
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.autoencoder import Autoencoder
 from pixart_jax.training.tasks.class_conditional import ClassConditional
+from pixart_jax.training.tasks.controlnet import TextToImageControl
 from pixart_jax.training.tasks.lora import TextToImageLora
 from pixart_jax.training.tasks.text_to_image import TextToImage
 from pixart_jax.training.tasks.text_to_text import TextToText
 
-Task = ClassConditional | TextToImage | TextToImageLora | Autoencoder | TextToText
+Task = (
+    ClassConditional | TextToImage | TextToImageLora | TextToImageControl | Autoencoder | TextToText
+)
 
 TASKS: dict[str, type[Task]] = {
     "class_conditional": ClassConditional,
     "text_to_image": TextToImage,
+    "controlnet": TextToImageControl,
     "autoencoder": Autoencoder,
     "text_to_text": TextToText,
 }

@@ -12,7 +12,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,15 +26,11 @@ from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.layers import DROPOUT, LORA
 from pixart_jax.parallel.axes import LAYERS, NORM
 from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.tasks.text_to_image import TextToImage
+from pixart_jax.training.tasks.over_base import TextToImageOverBase
 from pixart_jax.weights import lora as lora_files
-from pixart_jax.weights.component import Transformer, load_component
-from pixart_jax.weights.hub import model_folder
+from pixart_jax.weights.component import Transformer
 from pixart_jax.weights.table import flatten, unflatten
 from pixart_jax.weights.transformer import DIFFUSERS
-
-# fields of a model's config that its parameters do not depend on, and which a stage may change
-_FREE = ("sample_size", "position_base", "position_scale", "attention_backend")
 
 
 def adapted_layers(model: TransformerConfig, config: LoraConfig, stage: str) -> dict[str, str]:
@@ -62,12 +57,10 @@ def adapted_layers(model: TransformerConfig, config: LoraConfig, stage: str) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class TextToImageLora(TextToImage):
-    """start: the folder or hub id of the adapted model. name: the stage's."""
+class TextToImageLora(TextToImageOverBase):
+    """An adapter, over the model that the stage starts from."""
 
     lora: LoraConfig = LoraConfig()
-    start: str = ""
-    name: str = ""
 
     @classmethod
     def from_config(
@@ -76,7 +69,7 @@ class TextToImageLora(TextToImage):
         """As of the plain task."""
         plain = super().from_config(config, stage, dtype, frozen)
         assert stage.lora is not None and isinstance(plain, TextToImageLora)
-        return dataclasses.replace(plain, lora=stage.lora, start=stage.start, name=stage.name)
+        return dataclasses.replace(plain, lora=stage.lora)
 
     @property
     def targets(self) -> dict[str, str]:
@@ -89,52 +82,13 @@ class TextToImageLora(TextToImage):
 
     # ---- the base ----
 
-    def base_boxed(self) -> Mapping:
-        """The model's parameters as shapes, boxed with axis names."""
-        return Transformer.param_shapes(self.module.config, self.module.dtype)
-
     def base_shapes(self, mesh: Mesh) -> dict:
-        """The base as shapes with shardings."""
-        shapes = dict(Transformer.abstract(self.module.config, self.module.dtype, mesh).params)
+        shapes = super().base_shapes(mesh)
         return shapes if self.lora.quantization is None else _quantized(shapes, _int8_shapes)
 
     def load_base(self, mesh: Mesh) -> dict:
-        """The base on the mesh. UserError where the folder holds another model than the config's,
-        or lacks the null caption that the stage drops captions for."""
-        folder = model_folder(self.start, ("transformer",))
-        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        component = load_component(folder, self.module.dtype, mesh)
-        self._check(component.config, folder)
-        params: dict = dict(component.params)
-        if not self.null_length and "null_caption" not in params:
-            if self.denoising.objective.condition_dropout > 0:
-                raise UserError(
-                    f"stage {self.name}: {folder} holds no null caption to train dropped captions "
-                    "with: objective.null_condition = 'empty' takes the text encoder's states of "
-                    "an empty text"
-                )
-            shape = self.module.config.text_tokens, self.module.config.caption_width
-            params["null_caption"] = np.zeros(shape, np.float32)
-        params = super().on_stage_start(params)
-        shapes = Transformer.abstract(self.module.config, self.module.dtype, mesh).params
-        place = shapes["null_caption"].sharding
-        params["null_caption"] = jax.device_put(np.asarray(params["null_caption"]), place)
+        params = super().load_base(mesh)
         return params if self.lora.quantization is None else _quantized(params, _int8_values)
-
-    def _check(self, found: Any, folder: Path) -> None:
-        ours = self.module.config
-        if not isinstance(found, TransformerConfig):
-            raise UserError(f"stage {self.name}: {folder} holds no text-to-image transformer")
-        differing = [
-            f"{field.name} is {getattr(found, field.name)} there and {getattr(ours, field.name)} "
-            "in the config"
-            for field in dataclasses.fields(ours)
-            if field.name not in _FREE and getattr(found, field.name) != getattr(ours, field.name)
-        ]
-        if differing:
-            raise UserError(
-                f"stage {self.name}: {folder} is another model: {'; '.join(differing[:3])}"
-            )
 
     # ---- the adapter ----
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pixart_jax.config import Config, DreamBoothConfig, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
@@ -116,17 +117,14 @@ class TextToImage:
         if self.null_length:
             lengths = jnp.where(noised.dropped, self.null_length, lengths)
         params = Transformer.cast_for_compute(params, self.module.dtype)
-        output = self.module.apply(
-            {**variables, "params": params},
-            noised.x_t,
-            noised.t.astype(jnp.float32),
-            states,
-            lengths,
-            batch["size"],
-            batch["aspect_ratio"],
-            rngs=rngs,
-        )
+        text, size = (states, lengths), (batch["size"], batch["aspect_ratio"])
+        arguments = noised.x_t, noised.t.astype(jnp.float32), *text, *size
+        output = self.evaluate({**variables, "params": params}, rngs, noised.condition, *arguments)
         return self.denoising.losses(output, noised)
+
+    def evaluate(self, variables, rngs, condition: jax.Array | None, *arguments) -> jax.Array:
+        """The module's output; arguments: of its call."""
+        return self.module.apply(variables, *arguments, rngs=rngs)
 
     def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
         """An image a prompt of the settings, at the batch's size; without prompts, of the batch's
@@ -145,9 +143,7 @@ class TextToImage:
         mesh, parts = (None, 1) if mesh.size == 1 else (mesh, batch_shards(mesh))
         count = -(-len(texts) // parts) * parts
         texts += [texts[-1]] * (count - len(texts))
-        pipeline = Pipeline(
-            self.component(params), None, self.frozen.vae, None, self.denoising.scheduler, mesh=mesh
-        )
+        pipeline = self.pipeline(params, mesh)
         height, width = (n * pipeline.factor for n in np.shape(batch["mean"])[1:3])
         noise, keys = pipeline.noise(settings.seed, range(count), height, width)
         latents = pipeline.denoise(
@@ -157,8 +153,18 @@ class TextToImage:
             steps=settings.steps,
             guidance=settings.guidance,
             keys=keys,
+            control=self.condition(batch, count),
         )
         return list(gather_to_host(pipeline.decode(latents)))[: len(captions)], captions
+
+    def pipeline(self, params, mesh: Mesh | None) -> Pipeline:
+        """From text states to images, for previews."""
+        parts = self.component(params), None, self.frozen.vae, None
+        return Pipeline(*parts, self.denoising.scheduler, mesh=mesh)
+
+    def condition(self, batch, count: int) -> jax.Array | None:
+        """What previews are controlled by."""
+        return None
 
     def component(self, params):
         """The transformer bound to parameters, as load_component gives one."""

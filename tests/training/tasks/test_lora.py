@@ -358,9 +358,9 @@ def test_all_options_at_once_over_int8_kernels(world, tmp_path):
 
 
 def test_two_devices_compute_what_one_does(world):
-    program = Path(__file__).parents[1] / "lora_on_two_devices.py"
+    program = Path(__file__).parents[1] / "adapter_on_two_devices.py"
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, str(program), str(world)]
+    command = [sys.executable, str(program), "test_lora", str(world)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])

@@ -1,8 +1,10 @@
 """Train an adapter on one device and on an fsdp mesh of two and print what came of it as JSON:
-python lora_on_two_devices.py WORLD. Needs XLA's two host devices."""
+python adapter_on_two_devices.py MODULE WORLD. MODULE: of tasks/, with a_run(WORLD). Needs XLA's two
+host devices."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,8 +13,6 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tasks.test_lora import a_run
-
 from pixart_jax.config import MeshConfig
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
@@ -39,8 +39,8 @@ def curve(config, mesh):
     return losses, jax.device_get(state.params), bytes_per_device(parts.base["blocks"]["attn"])
 
 
-def main(world: Path) -> None:
-    config = a_run(world)
+def main(module: str, world: str) -> None:
+    config = importlib.import_module(f"tasks.{module}").a_run(Path(world))
     one = curve(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     two = curve(config, make_mesh(MeshConfig(data=1, fsdp=2)))
     pairs = zip(jax.tree.leaves(one[1]), jax.tree.leaves(two[1]), strict=True)
@@ -49,4 +49,4 @@ def main(world: Path) -> None:
     print(json.dumps({"losses": losses, "difference": difference, "base": base}))
 
 
-main(Path(sys.argv[1]))
+main(*sys.argv[1:])

@@ -1,0 +1,95 @@
+"""What the tasks share that train something over a text-to-image model which stays as it is.
+
+The model is the base, a separate argument of the step: kernels in the compute dtype, the rest fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pixart_jax.config import Config, StageConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.tasks.text_to_image import TextToImage
+from pixart_jax.weights.component import Transformer, load_component
+from pixart_jax.weights.hub import model_folder
+
+# fields of a model's config that its parameters do not depend on, and which a stage may change
+_FREE = ("sample_size", "position_base", "position_scale", "attention_backend")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImageOverBase(TextToImage):
+    """start: the folder or hub id of the base. name: the stage's."""
+
+    start: str = ""
+    name: str = ""
+
+    @classmethod
+    def from_config(
+        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
+    ) -> TextToImageOverBase:
+        """As of the plain task."""
+        plain = super().from_config(config, stage, dtype, frozen)
+        assert isinstance(plain, TextToImageOverBase)
+        return dataclasses.replace(plain, start=stage.start, name=stage.name)
+
+    @property
+    def base_folder(self) -> Path:
+        """Of the transformer that the stage starts from."""
+        folder = model_folder(self.start, ("transformer",))
+        return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+    def base_boxed(self) -> Mapping:
+        """The model's parameters as shapes, boxed with axis names."""
+        return Transformer.param_shapes(self.module.config, self.module.dtype)
+
+    def base_shapes(self, mesh: Mesh) -> dict:
+        """The base as shapes with shardings."""
+        return dict(Transformer.abstract(self.module.config, self.module.dtype, mesh).params)
+
+    def load_base(self, mesh: Mesh) -> dict:
+        """The base on the mesh. UserError where the folder holds another model than the config's,
+        or lacks the null caption that the stage drops captions for."""
+        folder = self.base_folder
+        component = load_component(folder, self.module.dtype, mesh)
+        self._check(component.config, folder)
+        params: dict = dict(component.params)
+        if not self.null_length and "null_caption" not in params:
+            if self.denoising.objective.condition_dropout > 0:
+                raise UserError(
+                    f"stage {self.name}: {folder} holds no null caption to train dropped captions "
+                    "with: objective.null_condition = 'empty' takes the text encoder's states of "
+                    "an empty text"
+                )
+            shape = self.module.config.text_tokens, self.module.config.caption_width
+            params["null_caption"] = np.zeros(shape, np.float32)
+        params = TextToImage.on_stage_start(self, params)
+        shapes = Transformer.abstract(self.module.config, self.module.dtype, mesh).params
+        place = shapes["null_caption"].sharding
+        params["null_caption"] = jax.device_put(np.asarray(params["null_caption"]), place)
+        return params
+
+    def _check(self, found: Any, folder: Path) -> None:
+        ours = self.module.config
+        if not isinstance(found, TransformerConfig):
+            raise UserError(f"stage {self.name}: {folder} holds no text-to-image transformer")
+        differing = [
+            f"{field.name} is {getattr(found, field.name)} there and {getattr(ours, field.name)} "
+            "in the config"
+            for field in dataclasses.fields(ours)
+            if field.name not in _FREE and getattr(found, field.name) != getattr(ours, field.name)
+        ]
+        if differing:
+            raise UserError(
+                f"stage {self.name}: {folder} is another model: {'; '.join(differing[:3])}"
+            )
