@@ -4,6 +4,7 @@ JAX only when the row runs."""
 from __future__ import annotations
 
 from benchmarks.parity_rows import (
+    controlnet,
     dit,
     kv_compression,
     lora,
@@ -19,6 +20,7 @@ ROWS: tuple[Row, ...] = (
     *transformer.ROWS,
     *kv_compression.ROWS,
     *lora.ROWS,
+    *controlnet.ROWS,
     *dit.ROWS,
     *text_encoder.ROWS,
     *vae.ROWS,

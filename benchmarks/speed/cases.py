@@ -11,6 +11,7 @@ import numpy as np
 
 from pixart_jax.models import flops
 from pixart_jax.models.configs import PRESETS, TransformerConfig
+from pixart_jax.models.controlnet import config_of
 
 Arrays = dict[str, np.ndarray]
 TINY = "tiny"  # the model of a rehearsal
@@ -26,7 +27,9 @@ _T5_TINY = dict(vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_he
 class Case:
     """One measurement. Images are square; training holds fp32 parameters in either dtype."""
 
-    kind: str  # 'forward', 'sample' (text states → latents), 'draw' (prompts → PNG) or 'train'
+    # 'forward', 'control' (the same under a ControlNet), 'sample' (text states → latents), 'draw'
+    # (prompts → PNG) or 'train'
+    kind: str
     model: str
     px: int
     batch: int
@@ -81,6 +84,8 @@ class Case:
             return self.batch * flops.train_flops(*shape)
         if self.kind == "forward":
             return self.batch * flops.forward_flops(*shape)
+        if self.kind == "control":
+            return self.batch * flops.forward_flops(*shape, config_of(self.config).depth)
         text = flops.forward_flops(self.config, 0, 0, self.text_tokens)
         text -= flops.forward_flops(self.config, 0, 0, 0)
         step = flops.forward_flops(*shape) - text

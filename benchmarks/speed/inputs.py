@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.speed.cases import LATENT, Case
 from pixart_jax.config import ObjectiveConfig
+from pixart_jax.models.controlnet import config_of
 from pixart_jax.training.tasks.denoising import DiffusionObjective
 
 SCALING_FACTOR = 0.18215  # of Stable Diffusion's VAE
@@ -30,7 +31,12 @@ def make(case: Case) -> dict[str, np.ndarray]:
         null = 0.02 * rng.standard_normal((case.config.text_tokens, width), np.float32)
         return found | {"mean": mean, "std": std, "null_caption": null} | _first_draws(mean, std)
     found["noise"] = rng.standard_normal(latents, np.float32)
-    if case.kind == "forward":
+    if case.kind == "control":
+        found["control"] = rng.standard_normal(latents, np.float32)
+        d, units = case.config.width, config_of(case.config).depth
+        # [in, out] of the copies' projections, the last one the condition's
+        found["projections"] = 0.01 * rng.standard_normal((units + 1, d, d), np.float32)
+    if case.kind in ("forward", "control"):
         found["timesteps"] = np.linspace(949.0, 3.0, b).astype(np.float32)
     else:
         found["negative_states"] = np.repeat(rng.standard_normal((1, l, width), np.float32), b, 0)

@@ -21,6 +21,7 @@ from pixart_jax import load_component
 from pixart_jax.config import Config, DataConfig, MeshConfig, StageConfig
 from pixart_jax.images import write_png
 from pixart_jax.models.configs import T5Config, VAEConfig
+from pixart_jax.models.controlnet import config_of
 from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import Pipeline, SchedulerConfig
@@ -30,7 +31,7 @@ from pixart_jax.training.batches import put
 from pixart_jax.training.frozen import FrozenSpec
 from pixart_jax.training.state import state_from
 from pixart_jax.training.step import compiled_step
-from pixart_jax.weights.component import VAE, TextEncoder, Transformer
+from pixart_jax.weights.component import VAE, ControlNet, TextEncoder, Transformer
 
 limits = machine.jax_limits
 forget = jax.clear_caches
@@ -44,6 +45,25 @@ def forward(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
     names += ["size", "aspect_ratio"] if case.multi_scale else []
     given = [jax.device_put(arrays[name]) for name in names]
     return Work(lambda: part.apply(*given), lambda output: {"output": np.asarray(output)})
+
+
+def control(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
+    """:func:`forward` under a ControlNet, of copies of the first blocks."""
+    part: Any = load_component(folder, dtype=case.dtype)
+    config, kernels = config_of(case.config), jnp.asarray(arrays["projections"], case.dtype)
+    bias = jnp.zeros(kernels.shape[:2])
+    copies = jax.tree.map(lambda stack: stack[: config.depth], part.params["blocks"])
+    after = {"kernel": kernels[:-1], "bias": bias[:-1]}
+    tree = {
+        "units": {"block": copies, "after": after},
+        "before": {"kernel": kernels[-1], "bias": bias[-1]},
+    }
+    names = ["noise", "timesteps", "text_states", "text_lengths"]
+    names += ["size", "aspect_ratio"] if case.multi_scale else []
+    given = [jax.device_put(arrays[name]) for name in names]
+    more = {"controlnet": ControlNet(config, tree, case.dtype)}
+    more["control"] = jax.device_put(arrays["control"])
+    return Work(lambda: part.apply(*given, **more), lambda output: {"output": np.asarray(output)})
 
 
 def sample(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
@@ -198,7 +218,7 @@ def compile_seconds(case: Case, options: dict) -> tuple[float, float]:
     return done - compiling, done - begun
 
 
-KINDS = {"forward": forward, "sample": sample, "draw": draw, "train": train}
+KINDS = {"forward": forward, "control": control, "sample": sample, "draw": draw, "train": train}
 
 
 def described() -> dict[str, str]:

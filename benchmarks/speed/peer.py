@@ -22,6 +22,7 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 
+from benchmarks.parity_rows.controlnet import research_code
 from benchmarks.speed import machine
 from benchmarks.speed.cases import WORDS, Arrays, Case, Work
 from benchmarks.speed.inputs import SCALING_FACTOR
@@ -90,6 +91,37 @@ def forward(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
     dtype = getattr(torch, case.dtype)
     model, more = frozen(folder, dtype, options), conditions(case, arrays, dtype)
     latents, states = (tensor(arrays, name, dtype) for name in ("noise", "text_states"))
+    timestep = tensor(arrays, "timesteps")
+
+    def run():
+        with torch.no_grad():
+            return model(latents, states, timestep=timestep, **more)[0]
+
+    return Work(run, lambda output: {"output": latents_of(output)})
+
+
+def control(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
+    """:func:`forward` under a ControlNet, by diffusers' research code in options["checkout"]."""
+    research, dtype = research_code(Path(options["checkout"])), getattr(torch, case.dtype)
+    base, kernels = opened(folder, dtype).eval(), torch.from_numpy(arrays["projections"])
+    adapter = research.PixArtControlNetAdapterModel(num_layers=0)
+    sizes = ("num_attention_heads", "attention_head_dim", "cross_attention_dim")
+    fields = {name: getattr(base.config, name) for name in sizes}
+    for n, kernel in enumerate(kernels[:-1]):
+        unit = research.PixArtControlNetAdapterBlock(n, **fields)
+        unit.transformer_block.load_state_dict(base.transformer_blocks[n].state_dict())
+        unit.after_proj.weight.data = kernel.T
+        adapter.controlnet_blocks.append(unit)
+    adapter.controlnet_blocks[0].before_proj.weight.data = kernels[-1].T
+    adapter = adapter.to(DEVICE, dtype)
+    units = len(adapter.controlnet_blocks)
+    both = research.PixArtControlNetTransformerModel(base, adapter, blocks_num=units)
+    model = both.requires_grad_(False)
+    if options["compile"] != "none":
+        model = torch.compile(model, **how_compiled(options))
+    names = ("noise", "text_states", "control")
+    latents, states, condition = (tensor(arrays, name, dtype) for name in names)
+    more = conditions(case, arrays, dtype) | {"controlnet_cond": condition}
     timestep = tensor(arrays, "timesteps")
 
     def run():
@@ -227,7 +259,7 @@ def train(case: Case, options: dict, folder: str, arrays: Arrays) -> Work:
     return Work(run, dict)
 
 
-KINDS = {"forward": forward, "sample": sample, "draw": draw, "train": train}
+KINDS = {"forward": forward, "control": control, "sample": sample, "draw": draw, "train": train}
 
 
 def described() -> dict[str, str]:
