@@ -117,6 +117,12 @@ def test_no_effect_gives_the_plain_image_and_the_mask_keeps_what_is_known(tiny_m
     found = pipe.denoise(*pipe.encode_text(PROMPTS), noise, control=LATENTS, **edit)
     keeps = MASK[..., 0] == 0
     np.testing.assert_array_equal(np.asarray(found)[keeps], KNOWN[keeps])
+
+
+@pytest.mark.slow
+def test_windows_and_what_saves_work_go_with_control(tiny_model, folder, pipe):
+    zero = Pipeline.from_pretrained(tiny_model, controlnet=folder / "zero")
+    noise, _ = pipe.noise(0, range(2), 64, 64)
     # in windows, each with its part of the condition
     tiles = {"tile_window": 6, "tile_overlap": 2, "steps": 2}
     whole = pipe.denoise(*pipe.encode_text(PROMPTS), noise, control=LATENTS, **tiles)

@@ -83,7 +83,7 @@ def condition_of(args) -> np.ndarray:
     return np.random.default_rng(5).normal(size=args["latents"].shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("size_conditions", [False, True])
+@pytest.mark.parametrize("size_conditions", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_forward_is_the_rule_in_pytorch_off_the_square_too(size_conditions):
     theirs, base, reference, control = world(use_additional_conditions=size_conditions)
     args = inputs(base.config, 8, 12, LENGTHS)
