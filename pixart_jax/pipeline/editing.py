@@ -116,7 +116,8 @@ def check_mask(value: Any, image: np.ndarray) -> np.ndarray:
 
 def images_of(value: Any, count: int, what: str = "image") -> list[np.ndarray]:
     """One array for each of ``count`` prompts, from one for all or a sequence of one each."""
-    if hasattr(value, "ndim") and (value.ndim == 2 or value.ndim == 3 and value.shape[2] == 3):
+    grey = what == "mask" or (what == "control" and np.shape(value)[-1:] != (3,))
+    if hasattr(value, "ndim") and value.ndim <= (2 if grey else 3):
         return [np.asarray(value)] * count
     if len(value) != count:
         raise UserError(f"{len(value)} {what}s for {count} prompts: give one for all, or one each")
