@@ -16,7 +16,7 @@ from pixart_jax.commands import sample
 from pixart_jax.diffusion import solvers
 from pixart_jax.diffusion.guidance import control_scales
 from pixart_jax.errors import UserError
-from pixart_jax.images import png_settings
+from pixart_jax.images import canny, png_settings
 from pixart_jax.models.configs import ControlNetConfig
 from pixart_jax.models.controlnet import config_of
 from pixart_jax.weights.component import ControlNet
@@ -169,6 +169,19 @@ def test_the_command_line_controls_and_records_it(tiny_model, folder, tmp_path, 
     assert path.stat().st_mtime_ns == stamp
 
 
+def test_control_from_draws_the_edges_of_a_picture(tiny_model, folder, tmp_path):
+    """As a call with the map that `edges` writes of the same picture."""
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    Image.fromarray(canny(IMAGE)).save(tmp_path / "map.png")
+    flags = ["--controlnet", folder / "control", "--control"]
+    photo, edges = [*flags, tmp_path / "photo.png"], [*flags, tmp_path / "map.png"]
+    assert run(tiny_model, tmp_path / "a", *photo, "--control-from", "canny") == 0
+    assert run(tiny_model, tmp_path / "b", *edges) == 0
+    (a,), (b,) = ((tmp_path / name).glob("0*.png") for name in "ab")
+    np.testing.assert_array_equal(Image.open(a), Image.open(b))
+    assert png_settings(a)["control_from"] == "canny"
+
+
 def test_what_does_not_fit_is_one_line(tiny_model, folder, tmp_path, pipe, capsys):
     config = ControlNetConfig(1, 48, 6)
     ControlNet(config, random_params(ControlNet, config)).save(tmp_path / "wide")
@@ -180,6 +193,7 @@ def test_what_does_not_fit_is_one_line(tiny_model, folder, tmp_path, pipe, capsy
         (["--controlnet", net], "needs --control for every prompt"),
         (["--control", edges, "--controlnet", tmp_path / "no"], "no folder"),
         (["--control", tmp_path / "no.png", "--controlnet", net], "No such file"),
+        (["--control", edges, "--controlnet", net, "--control-from", "hed"], "hed needs weights"),
         (["--control", edges, "--controlnet", tiny_model / "vae"], "a ControlNet is needed"),
         (["--control", edges, "--controlnet", tmp_path / "wide"], "does not fit a transformer"),
         (["--control", edges, "--controlnet", tmp_path / "deep"], "2 blocks does not fit"),

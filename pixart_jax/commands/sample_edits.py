@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +50,11 @@ class EditFlags:
     """A ControlNet's folder, hub id or file, of this model."""
     control: Path | None = None
     """What it follows, for all prompts: an edge map, of the picture's aspect ratio."""
+    control_from: Literal["hed", "canny"] | None = None
+    """Of --control, which is then a picture: draw its edge map first."""
+    control_weights: Path | None = None
+    """Of hed: ControlNetHED.pth, its folder, or lllyasviel/Annotators/ControlNetHED.pth on the
+    hub."""
 
     def __post_init__(self):
         if self.outpaint is not None and self.mask is not None:
@@ -88,6 +93,10 @@ class EditFlags:
             if self.controlnet is None:
                 raise UserError(f"control {given['control']} needs --controlnet, which follows it")
             found |= _controlnet(self.controlnet)
+            if self.control_from is not None:
+                found["control_from"] = self.control_from
+                if self.control_weights is not None:
+                    found["control_weights"] = str(self.control_weights)
         for name in _FILES:
             if given[name] is not None:
                 found |= {name: str(given[name]), f"{name}_hash": _read(str(given[name]))[1]}
@@ -102,6 +111,13 @@ def _controlnet(path: Path) -> dict[str, str]:
     from pixart_jax.weights.hub import model_folder
 
     return {"controlnet": str(path), "controlnet_hash": folder_fingerprint(model_folder(path))}
+
+
+@functools.cache
+def _detector(method: str, weights: str | None):
+    from pixart_jax.pipeline.conditions import EdgeDetector
+
+    return EdgeDetector.open(method, weights)
 
 
 def edits_of(settings: Mapping[str, Any]):
@@ -124,6 +140,9 @@ def edit_options(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in _FILES:
         if name in first:
             found[name] = [_read(image[name])[0] for image in images]
+    if "control_from" in first:
+        draw = _detector(first["control_from"], first.get("control_weights")).of
+        found["control"] = [draw(picture[None])[0] for picture in found["control"]]
     if "mask" in found:
         found["mask"] = [pixels[..., 0] for pixels in found["mask"]]
     if "upscale" in first:
