@@ -149,7 +149,8 @@ def test_a_part_is_taken_over_block_by_block(pipe):
 
 def definition(pipe, noise, steps: int, gate: int, every: int, scale: float = 4.5):
     """T-GATE and FORA written out, step by step on the host."""
-    apply = functools.partial(pipe.transformer.module.apply, {"params": pipe.transformer.params})
+    run = jax.jit(pipe.transformer.module.apply, static_argnames="method")
+    apply = functools.partial(run, {"params": pipe.transformer.params})
     text = pipe.encode_text(PROMPTS)
     empty = pipe.encode_text([""] * 2, text[0].shape[1])
     halves = apply(*(jnp.concatenate(pair) for pair in zip(empty, text)), method="encode_text")

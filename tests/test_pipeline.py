@@ -110,12 +110,12 @@ def test_model_with_size_conditions_is_told_the_images_size(tmp_path):
     pipe = Pipeline.from_pretrained(tmp_path)
     assert pipe.transformer.config.sample_size * pipe.factor == 1024
     assert_draws_the_same(theirs, pipe, PROMPTS[:2], 64, 96, steps=5)
-    states, lengths = pipe.encode_text(PROMPTS[:1])
-    noise = noise_for(pipe, 1, 64, 96)
-    own = {"size": [[64.0, 96.0]], "aspect_ratio": [64 / 96]}
+    states, lengths = pipe.encode_text(PROMPTS[:2])
+    noise = noise_for(pipe, 2, 64, 96)
+    own = {"size": [[64.0, 96.0]] * 2, "aspect_ratio": [64 / 96] * 2}
     drawn, again, other = (
-        np.asarray(pipe.denoise(states, lengths, noise, steps=2, **told))
-        for told in ({}, own, {"aspect_ratio": [1.0]})
+        np.asarray(pipe.denoise(states, lengths, noise, steps=5, **told))
+        for told in ({}, own, {"aspect_ratio": [1.0] * 2})
     )
     np.testing.assert_array_equal(drawn, again)
     assert np.abs(drawn - other).max() > 1e-3
@@ -127,7 +127,7 @@ def test_saved_folder_opens_in_diffusers_and_draws_the_same(tmp_path, prediction
     Pipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     theirs = opened(PixArtAlphaPipeline, tmp_path / "second")
     ours = Pipeline.from_pretrained(tmp_path / "second")
-    assert_draws_the_same(theirs, ours, PROMPTS[:2], steps=6)
+    assert_draws_the_same(theirs, ours, PROMPTS)
 
 
 def test_saving_over_a_saved_folder_replaces_its_parts_and_keeps_other_files(ours, tmp_path):
@@ -148,13 +148,11 @@ def test_shipped_folder_gives_what_diffusers_gives_from_it(root):
     theirs = opened(PixArtAlphaPipeline, shipped)
     pipe, prompts = Pipeline.from_pretrained(shipped), ["a large red star left of a small circle"]
     prompts += ["a small green square", "a large yellow circle"]
-    config = pipe.transformer.config
-    side, unit = config.sample_size * pipe.factor, 8 * config.patch_size
-    assert_draws_the_same(theirs, pipe, prompts, side, side)
-    assert_draws_the_same(theirs, pipe, prompts[:2], side, side + unit, negative="a red circle")
+    side = pipe.transformer.config.sample_size * pipe.factor
+    assert_draws_the_same(theirs, pipe, prompts, side, side, negative="a red circle")
 
 
-@pytest.mark.parametrize("solver", ["dpm++", "sa", "ddpm"])
+@pytest.mark.parametrize("solver", ["dpm++", "sa"])
 def test_an_image_does_not_depend_on_its_batch(ours, solver):
     """Alone, in one batch, in batches with a padded last one: the same image to one level of 255
     (fp32 sums in another order)."""
@@ -169,8 +167,8 @@ def test_an_image_does_not_depend_on_its_batch(ours, solver):
 
 
 def test_the_same_batch_shape_gives_the_same_image_to_the_bit(ours):
-    first = ours(PROMPTS[:2], steps=3, seed=1, batch_size=2)
-    swapped = ours(PROMPTS[1::-1], indices=[1, 0], steps=3, seed=1, batch_size=2)
+    first = ours(PROMPTS[:2], steps=5, seed=1, batch_size=2)
+    swapped = ours(PROMPTS[1::-1], indices=[1, 0], steps=5, seed=1, batch_size=2)
     np.testing.assert_array_equal(first, swapped[::-1])
 
 
@@ -198,8 +196,8 @@ def test_text_padding_changes_nothing(ours):
 def test_negative_states_of_another_length_are_padded(ours):
     states, lengths = ours.encode_text(PROMPTS[:2])
     noise = noise_for(ours, 2, 64, 64)
-    default = ours.denoise(states, lengths, noise, steps=3)
-    given = ours.denoise(states, lengths, noise, *ours.encode_text(["", ""], 8), steps=3)
+    default = ours.denoise(states, lengths, noise, steps=4)
+    given = ours.denoise(states, lengths, noise, *ours.encode_text(["", ""], 8), steps=4)
     np.testing.assert_allclose(default, given, rtol=1e-3, atol=1e-4)
 
 
@@ -249,9 +247,9 @@ def test_callback_sees_every_step_and_only_real_images(ours):
     # The last x_0 that dpm++ sees is close to what it ends with, so a preview converges to the
     # image.
     last: dict[int, np.ndarray] = {}
-    text, noise = ours.encode_text(PROMPTS[:1]), noise_for(ours, 1, 64, 64)
-    latents = ours.denoise(*text, noise, callback=last.__setitem__)
-    assert np.linalg.norm(last[19] - latents) < np.linalg.norm(last[0] - latents)
+    text, noise = ours.encode_text(PROMPTS[:2]), noise_for(ours, 2, 64, 64)
+    latents = ours.denoise(*text, noise, steps=4, callback=last.__setitem__)
+    assert np.linalg.norm(last[3] - latents) < np.linalg.norm(last[0] - latents)
 
 
 ON_A_MESH = """
@@ -264,8 +262,8 @@ from pixart_jax.parallel.mesh import make_mesh
 folder, out, *prompts = sys.argv[1:]
 pipe = Pipeline.from_pretrained(folder, mesh=make_mesh(MeshConfig(data=2, fsdp=2)))
 seen = []
-images = pipe(prompts, steps=3, seed=4, solver="sa", callback=lambda step, latents: seen.append((step, latents.shape)))
-assert sorted(seen) == [(n, (3, 8, 8, 4)) for n in range(3)], seen
+images = pipe(prompts, steps=5, seed=4, solver="sa", callback=lambda step, latents: seen.append((step, latents.shape)))
+assert sorted(seen) == [(n, (5, 8, 8, 4)) for n in range(5)], seen
 np.save(out, images)
 """  # noqa: E501
 
@@ -273,20 +271,21 @@ np.save(out, images)
 def test_the_same_images_on_a_mesh_of_four_devices(ours, tmp_path):
     ours.save_pretrained(tmp_path)
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    argv = [str(tmp_path), str(tmp_path / "images.npy"), *PROMPTS]
+    prompts = PROMPTS + PROMPTS[:2]
+    argv = [str(tmp_path), str(tmp_path / "images.npy"), *prompts]
     subprocess.run([sys.executable, "-c", ON_A_MESH, *argv], env=env, check=True)
-    one = ours(PROMPTS, steps=3, seed=4, solver="sa").astype(int)
+    one = ours(prompts, steps=5, seed=4, solver="sa").astype(int)
     assert np.abs(one - np.load(tmp_path / "images.npy")).max() <= 1
 
 
 def test_one_executable_for_all_batches_and_for_other_parameters(ours):
     from pixart_jax.pipeline.sampler import generate_jit
 
-    ours(PROMPTS, steps=6, batch_size=2, seed=0)
+    ours(PROMPTS, steps=5, batch_size=2, seed=0)
     before = generate_jit._cache_size()
-    ours(PROMPTS * 2, steps=6, batch_size=2, seed=9, guidance=2.0, negative_prompt="a star")
+    ours(PROMPTS * 2, steps=5, batch_size=2, seed=9, guidance=2.0, negative_prompt="a star")
     changed = jax.tree.map(lambda x: x * 1.01, ours.transformer.params)
-    with_params(ours, **changed)(PROMPTS, steps=6, batch_size=2)
+    with_params(ours, **changed)(PROMPTS, steps=5, batch_size=2)
     assert generate_jit._cache_size() == before
 
 
@@ -368,7 +367,7 @@ def test_a_sigma_folder_reads_300_tokens_and_draws_what_diffusers_draws(tmp_path
     pipe.save_pretrained(saved := tmp_path / "saved")
     assert read(saved / "model_index.json")["_class_name"] == "PixArtSigmaPipeline"
     again = opened(PixArtSigmaPipeline, saved)
-    assert_draws_the_same(again, Pipeline.from_pretrained(saved), [long], steps=3)
+    assert_draws_the_same(again, Pipeline.from_pretrained(saved), [long, PROMPTS[0]], steps=5)
 
 
 @pytest.mark.parametrize(
@@ -492,4 +491,4 @@ def test_what_the_scheduler_config_says_is_honoured_and_kept(tmp_path, settings)
     pipe = Pipeline.from_pretrained(tmp_path)
     pipe.save_pretrained(tmp_path / "saved")
     assert read(tmp_path / "saved" / file).items() >= settings.items()
-    assert_draws_the_same(opened(PixArtAlphaPipeline, tmp_path), pipe, PROMPTS[:1], steps=5)
+    assert_draws_the_same(opened(PixArtAlphaPipeline, tmp_path), pipe, PROMPTS)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 
 import flax.linen as nn
-import jax
 import numpy as np
 import torch
 
@@ -17,6 +16,7 @@ from pixart_jax.weights.component import TextEncoder, Transformer
 from pixart_jax.weights.streaming import read
 from pixart_jax.weights.table import ParamMapping, flatten, unflatten
 from pixart_jax.weights.transformer import DIFFUSERS, config_from_json
+from tests.parameters import normal_like
 
 
 def relative_error(ours, theirs) -> float:
@@ -52,9 +52,7 @@ def param_shapes(component, config, **options) -> dict:
 
 def random_params(component, config, scale: float = 0.2, seed: int = 0) -> dict:
     """Parameters of a component, normal of this width: none is zero or at its init."""
-    rng = np.random.default_rng(seed)
-    shapes = param_shapes(component, config)
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * scale).astype(np.float32), shapes)
+    return normal_like(param_shapes(component, config), scale, seed)
 
 
 def read_state_dict(table: tuple[ParamMapping, ...], shapes: dict, state: dict, **options) -> dict:

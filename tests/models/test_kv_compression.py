@@ -165,7 +165,8 @@ def test_a_bad_option_is_named(fields, message):
 
 def test_a_grid_smaller_than_the_ratio_is_named():
     config = sigma(kv_compression=4)
-    _, params = pair(config)
+    params = transformer_shapes(config)
     says = "3 × 5 patches is too small for kv_compression = 4: latents of at least 8 × 8 would do"
     with pytest.raises(UserError, match=says):
-        PixArtTransformer(config).apply({"params": params}, **inputs(config, 6, 10, [3]))
+        apply = PixArtTransformer(config).apply
+        jax.eval_shape(apply, {"params": params}, **inputs(config, 6, 10, [3]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,9 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.configs import T5Config
 from pixart_jax.models.t5 import T5Encoder, relative_buckets
 from pixart_jax.weights import t5 as tables
+from pixart_jax.weights.component import TextEncoder
 from pixart_jax.weights.table import write
-from tests.models.reference import randomise, relative_error, t5_params, t5_shapes
+from tests.models.reference import random_params, randomise, relative_error, t5_params, t5_shapes
 
 SIZES = {
     "tiny": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
@@ -29,6 +31,11 @@ SIZES = {
 def reference(config: T5Config) -> T5EncoderModel:
     model = T5EncoderModel(TorchConfig(**tables.config_to_json(config)))
     return randomise(model, spread=0.3, centre=1.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(module: T5Encoder, params: dict, ids, lengths):
+    return module.apply({"params": params}, ids, lengths)
 
 
 def params_of(config: T5Config, model: T5EncoderModel) -> dict:
@@ -45,8 +52,7 @@ def test_equals_transformers_over_130_tokens_with_ragged_lengths(size):
     with torch.no_grad():
         out = model(torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int)))
         theirs = out.last_hidden_state.numpy()
-    params = {"params": params_of(config, model)}
-    ours = np.asarray(T5Encoder(config).apply(params, jnp.asarray(ids), jnp.asarray(lengths)))
+    ours = np.asarray(run(T5Encoder(config), params_of(config, model), ids, lengths))
     assert relative_error(ours[mask], theirs[mask]) <= 1e-4
 
 
@@ -61,8 +67,8 @@ def test_a_text_does_not_depend_on_its_padding_or_its_batch():
     config = SIZES["tiny"]
     module, params = T5Encoder(config), params_of(config, reference(config))
     ids = np.random.default_rng(2).integers(0, config.vocab_size, (3, 20))
-    long = module.apply({"params": params}, jnp.asarray(ids), jnp.array([5, 20, 9]))
-    short = module.apply({"params": params}, jnp.asarray(ids[:1, :5]), jnp.array([5]))
+    long = run(module, params, ids, np.array([5, 20, 9]))
+    short = run(module, params, ids[:1, :5], np.array([5]))
     np.testing.assert_allclose(long[:1, :5], short, atol=2e-6 * np.abs(short).max())
 
 
@@ -78,27 +84,28 @@ def test_names_are_written_back_as_they_were_read():
 
 def test_every_parameter_learns_and_remat_changes_nothing():
     config = SIZES["tiny"]
-    ids, lengths = jnp.arange(24).reshape(2, 12) % config.vocab_size, jnp.array([12, 8])
-    params = nn.unbox(T5Encoder(config).init(jax.random.key(0), ids, lengths))["params"]
+    ids, lengths = np.arange(24).reshape(2, 12) % config.vocab_size, np.array([12, 8])
+    params = random_params(TextEncoder, config)
 
-    def loss(params, remat):
-        module = T5Encoder(config, remat=remat)
-        states = module.apply({"params": params}, ids, lengths)
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(params, remat):
+        states = run(T5Encoder(config, remat=remat), params, ids, lengths)
         return -jax.nn.log_softmax(states)[..., 3].mean()
 
-    plain = jax.grad(loss)(params, "none")
+    plain = gradient(params, "none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
     for name in ("full", "dots"):
-        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(jax.grad(loss)(params, name))):
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(gradient(params, name))):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_stays_near_fp32():
     config = SIZES["tiny"]
     params = params_of(config, reference(config))
-    ids, lengths = jnp.arange(40).reshape(2, 20), jnp.array([20, 13])
-    exact = T5Encoder(config).apply({"params": params}, ids, lengths)
-    rounded = T5Encoder(config, dtype=jnp.bfloat16).apply({"params": params}, ids, lengths)
+    ids, lengths = np.arange(40).reshape(2, 20), np.array([20, 13])
+    exact = run(T5Encoder(config), params, ids, lengths)
+    rounded = run(T5Encoder(config, dtype=jnp.bfloat16), params, ids, lengths)
     assert rounded.dtype == jnp.float32
     assert relative_error(rounded, exact) < 0.05
 

@@ -3,9 +3,7 @@ weights."""
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from pixart_jax.models.t5 import T5Encoder, relative_buckets
 from pixart_jax.models.t5_decoder import T5Decoder
 from pixart_jax.weights import t5 as tables
 from tests.models.reference import randomise, relative_error, t5_params
+from tests.parameters import normal_params
 
 CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
 
@@ -62,19 +61,25 @@ def test_logits_are_transformers(layers):
     with torch.no_grad():
         given = (torch.from_numpy(ids), mask)
         expected = model(*given, labels=torch.from_numpy(target)).logits.numpy()
-    states = T5Encoder(CONFIG).apply({"params": params}, ids, lengths)
-    given = params["embedding"], target, states, lengths
-    found = T5Decoder(CONFIG, layers).apply({"params": decoder_params(state, layers)}, *given)
+
+    @jax.jit
+    def run(params, decoder):
+        states = T5Encoder(CONFIG).apply({"params": params}, ids, lengths)
+        given = params["embedding"], target, states, lengths
+        return T5Decoder(CONFIG, layers).apply({"params": decoder}, *given)
+
+    found = run(params, decoder_params(state, layers))
     assert relative_error(found, expected) < 1e-4
 
 
 def test_no_token_sees_itself_or_what_comes_after():
-    decoder, table = T5Decoder(CONFIG), jax.random.normal(jax.random.key(0), (50, 16))
-    states, lengths = jax.random.normal(jax.random.key(1), (1, 5, 16)), jnp.array([5])
-    target = jnp.arange(10)[None] + 1
-    params = nn.unbox(decoder.init(jax.random.key(2), table, target, states, lengths))
-    before = decoder.apply(params, table, target, states, lengths)
-    after = decoder.apply(params, table, target.at[0, 6].set(30), states, lengths)
+    decoder, rng, lengths = T5Decoder(CONFIG), np.random.default_rng(0), np.array([5])
+    table, states = rng.normal(size=(50, 16)), rng.normal(size=(1, 5, 16))
+    target = np.arange(10)[None] + 1
+    other = np.where(np.arange(10) == 6, 30, target)
+    params = normal_params(decoder.init, table, target, states, lengths)
+    run = jax.jit(decoder.apply)
+    before, after = (run(params, table, ids, states, lengths) for ids in (target, other))
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert (before[:, 7] != after[:, 7]).any()
 

@@ -36,6 +36,7 @@ from pixart_jax.training.metrics import read
 from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
 from pixart_jax.weights.table import flatten
+from tests.parameters import normal_params
 
 SHAPES = find("assets/shapes")
 SUBJECT = DreamBoothConfig("a star", "star", class_prompt="a circle", class_images=6)
@@ -68,24 +69,15 @@ def test_both_terms_of_the_loss_are_those_of_the_rows_by_themselves():
     denoising = DiffusionObjective(ObjectiveConfig(condition_dropout=0.5), 0.5)
     subject = dataclasses.replace(SUBJECT, prior_weight=0.25)
     task = TextToImage(module, denoising, None, 0, subject=subject)
-    params = jax.tree.map(
-        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
-        jax.tree.map(
-            lambda leaf: leaf.value,
-            task.init(jax.random.key(0)),
-            is_leaf=lambda leaf: hasattr(leaf, "value"),
-        ),
-    )
+    params = normal_params(task.init)
     own, others = rows(0), rows(1)
     keys = jax.random.split(jax.random.key(5), 3)
     batch = own | {f"class_{name}": value for name, value in others.items()}
     batch |= {"label": jnp.zeros(3), "class_label": jnp.zeros(3)}
-    losses = jax.jit(task.losses)
-    found = losses(params, batch, keys)
-    plain = dataclasses.replace(task, subject=None)
-    first = plain.losses(params, own, keys)
-    second_keys = jax.vmap(lambda key: jax.random.fold_in(key, 5))(keys)
-    second = plain.losses(params, others, second_keys)
+    found = jax.jit(task.losses)(params, batch, keys)
+    plain = jax.jit(dataclasses.replace(task, subject=None).losses)
+    first = plain(params, own, keys)
+    second = plain(params, others, jax.vmap(lambda key: jax.random.fold_in(key, 5))(keys))
     np.testing.assert_allclose(found["mse"], first["mse"], rtol=1e-5)
     np.testing.assert_allclose(found["prior"], second["loss"], rtol=1e-5)
     np.testing.assert_allclose(found["loss"], first["loss"] + 0.25 * second["loss"], rtol=1e-5)

@@ -16,6 +16,7 @@ from pixart_jax.training import batches, evaluation, run
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.metrics import TIMING, read
 from pixart_jax.training.stages import build_stage
+from tests.parameters import normal_params
 from tests.training import tiny_run
 
 
@@ -72,23 +73,18 @@ def test_the_loss_is_the_tasks_on_the_records_with_the_same_noise_each_time(worl
     stage, frozen = options.stages[0], Frozen(options, tmp_path)
     parts = build_stage(options, stage, frozen, mesh)
     evaluator = evaluation.open_evaluators(options, 0, parts, frozen, None, mesh)["loss"]
-    params = parts.task.on_stage_start(
-        jax.tree.map(
-            lambda x: x.value,
-            parts.task.init(jax.random.key(3)),
-            is_leaf=lambda x: hasattr(x, "value"),
-        )
-    )
+    params = parts.task.on_stage_start(normal_params(parts.task.init))
     state = type("State", (), {"average": params})
     first = evaluator(state)
     assert evaluator(state) == first
     data = dataclasses.replace(stage.data, source=str(world / "held_out"))
     held_out = dataclasses.replace(options, stages=(dataclasses.replace(stage, data=data),))
     loader, expected = batches.open_loader(held_out, 0, frozen, None), []
+    losses = jax.jit(parts.task.losses)
     for number in range(16 // stage.batch_size):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), stage.batch_size)
         batch = {k: v for k, v in loader.batch(number).items() if v.dtype.kind != "U"}
-        expected.append(np.mean(parts.task.losses(params, batch, keys)["loss"]))
+        expected.append(np.mean(losses(params, batch, keys)["loss"]))
     assert first["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 
@@ -20,9 +19,9 @@ from pixart_jax.config import (
 )
 from pixart_jax.data import records
 from pixart_jax.models.configs import T5Config, TransformerConfig, VAEConfig
-from pixart_jax.parallel.rules import unboxed
 from pixart_jax.text import word_tokenizer
 from pixart_jax.weights.component import VAE, TextEncoder
+from tests.parameters import normal_like
 
 WORDS = "a red green blue circle square left of right".split()
 CLASSES = 5
@@ -43,8 +42,8 @@ def parts(folder: Path) -> Path:
     """vae/, text_encoder/ and tokenizer/ of random weights."""
     for kind, config, name in ((VAE, VAE_SIZES, "vae"), (TextEncoder, TEXT_SIZES, "text_encoder")):
         component = kind(config, {})
-        params = jax.jit(component.module.init)(jax.random.key(1), *kind._example(config))
-        component.replace(params=unboxed(params["params"])).save(folder / name)
+        params = normal_like(kind.param_shapes(config))
+        component.replace(params=params).save(folder / name)
     word_tokenizer(WORDS).save_pretrained(str(folder / "tokenizer"))
     return folder
 

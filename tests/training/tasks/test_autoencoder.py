@@ -9,8 +9,8 @@ import numpy as np
 from pixart_jax.config import AutoencoderConfig
 from pixart_jax.models.configs import VAEConfig
 from pixart_jax.models.vae import AutoencoderKL
-from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training.tasks.autoencoder import Autoencoder
+from tests.parameters import normal_params
 
 VAE = AutoencoderKL(
     VAEConfig(
@@ -21,15 +21,19 @@ VAE = AutoencoderKL(
 
 def test_the_loss_is_l1_and_l2_and_kl_by_their_weights():
     task = Autoencoder(VAE, AutoencoderConfig(l1_weight=2.0, l2_weight=3.0, kl_weight=0.5), (8, 8))
-    params = unboxed(task.init(jax.random.key(0)))
+    params = normal_params(task.init)
     images = jax.random.uniform(jax.random.key(1), (3, 8, 8, 3), minval=-1, maxval=1)
     keys = jax.random.split(jax.random.key(2), 3)
     found = jax.jit(task.losses)(params, {"images": images}, keys)
-    mean, log_variance = VAE.apply({"params": params}, images, method="moments")
-    noise = jnp.stack([jax.random.normal(key, mean.shape[1:]) for key in keys])
-    decoded = VAE.apply(
-        {"params": params}, mean + jnp.exp(log_variance / 2) * noise, method="decode"
-    )
+
+    @jax.jit
+    def reference(params):
+        mean, log_variance = VAE.apply({"params": params}, images, method="moments")
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        latents = mean + jnp.exp(log_variance / 2) * noise
+        return mean, log_variance, VAE.apply({"params": params}, latents, method="decode")
+
+    mean, log_variance, decoded = reference(params)
     error = np.asarray(decoded, np.float64) - np.asarray(images)
     m, v = np.asarray(mean, np.float64), np.exp(np.asarray(log_variance, np.float64))
     expected = (

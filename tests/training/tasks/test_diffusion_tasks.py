@@ -12,10 +12,10 @@ from pixart_jax.config import ObjectiveConfig
 from pixart_jax.models.configs import DiTConfig, TransformerConfig
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.transformer import PixArtTransformer
-from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training.tasks.class_conditional import ClassConditional
 from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.text_to_image import TextToImage
+from tests.parameters import normal_params
 
 SIZES = {"depth": 1, "width": 24, "heads": 2, "sample_size": 4}
 TEXT = PixArtTransformer(TransformerConfig(**SIZES, caption_width=16, text_tokens=10))
@@ -33,15 +33,6 @@ def batch(rows: int = 6) -> dict:
         "aspect_ratio": jnp.ones((rows,)),
         "label": jnp.asarray([0, 1, 2, -1, 1, 0], jnp.int32)[:rows],
     }
-
-
-def filled(module_params):
-    """Weights that are all non-zero, so that every condition matters."""
-
-    def add_noise(p):
-        return p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape)
-
-    return jax.tree.map(add_noise, unboxed(module_params))
 
 
 def objective(dropout: float = 0.1, **options) -> DiffusionObjective:
@@ -78,13 +69,14 @@ def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty
     dropout, null_length
 ):
     task = TextToImage(TEXT, objective(dropout), None, null_length)
-    params, b = filled(task.init(jax.random.key(0))), batch()
-    made = task.denoising.prepare(b, KEYS)
+    params, b = normal_params(task.init), batch()
+    made = jax.jit(task.denoising.prepare)(b, KEYS)
     states, lengths = b["text_states"].astype(jnp.float32), b["text_lengths"]
     if dropout:
         states = jnp.broadcast_to(params["null_caption"][:8], states.shape)
         lengths = jnp.full_like(lengths, null_length) if null_length else lengths
-    output = TEXT.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), states, lengths)
+    t = made.t.astype(jnp.float32)
+    output = jax.jit(TEXT.apply)({"params": params}, made.x_t, t, states, lengths)
     expected = diffusion.training_loss(output, made.x0, made.noise, made.t)
     found = jax.jit(task.losses)(params, b, KEYS)
     np.testing.assert_allclose(found["loss"], expected["mse"] + expected["vb"], rtol=1e-4)
@@ -92,7 +84,7 @@ def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty
 
 def test_no_gradient_reaches_the_null_caption():
     task = TextToImage(TEXT, objective(1.0), None, 0)
-    params = filled(task.init(jax.random.key(0)))
+    params = normal_params(task.init)
     grads = jax.jit(jax.grad(lambda p: task.losses(p, batch(), KEYS)["loss"].mean()))(params)
     assert (grads.pop("null_caption") == 0).all()
     assert all((g != 0).any() for g in jax.tree.leaves(grads))
@@ -101,10 +93,11 @@ def test_no_gradient_reaches_the_null_caption():
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_a_dropped_or_missing_label_is_no_class(dropout):
     task = ClassConditional(CLASS, objective(dropout, prediction="v"), None)
-    params, b = filled(task.init(jax.random.key(0))), batch()
-    made = task.denoising.prepare(b, KEYS)
+    params, b = normal_params(task.init), batch()
+    made = jax.jit(task.denoising.prepare)(b, KEYS)
     labels = jnp.full((6,), 3) if dropout else jnp.array([0, 1, 2, 3, 1, 0])
-    output = CLASS.apply({"params": params}, made.x_t, made.t.astype(jnp.float32), labels)
+    t = made.t.astype(jnp.float32)
+    output = jax.jit(CLASS.apply)({"params": params}, made.x_t, t, labels)
     expected = diffusion.training_loss(output, made.x0, made.noise, made.t, prediction="v")
     found = jax.jit(task.losses)(params, b, KEYS)
     np.testing.assert_allclose(found["loss"], expected["mse"] + expected["vb"], rtol=1e-4)

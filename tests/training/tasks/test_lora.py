@@ -261,7 +261,7 @@ def outputs(finished: Path, world: Path):
     tree = final_state(finished)["opt_state"][1]["ema"][LORA]
     args = inputs(component.config, 8, 8, [3, 6])
     variables = {"params": component.params, LORA: task.applied(tree)}
-    return args, task.module.apply(variables, **args)
+    return args, jax.jit(task.module.apply)(variables, **args)
 
 
 def test_the_adapter_opens_in_peft(finished, world):

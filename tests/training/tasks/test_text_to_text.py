@@ -11,10 +11,10 @@ from pixart_jax.config import Config, StageConfig
 from pixart_jax.models.configs import T5Config
 from pixart_jax.models.t5 import T5Encoder
 from pixart_jax.models.t5_decoder import T5Decoder
-from pixart_jax.parallel.rules import unboxed
 from pixart_jax.training.initialization import initial_params
 from pixart_jax.training.tasks.text_to_text import TextToText
 from pixart_jax.weights.component import TextEncoder
+from tests.parameters import normal_params
 
 CONFIG = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 # 11 words, the end mark, padding
@@ -43,12 +43,17 @@ def test_words_are_hidden_at_the_asked_rate_and_the_rest_is_left_alone():
 
 def test_the_loss_is_the_cross_entropy_of_the_target_a_mean_over_each():
     t, b = task(), batch()
-    params = unboxed(t.init(jax.random.key(0)))
-    found = t.losses(params, b, jax.random.split(jax.random.key(3), 4))
-    states = t.module.apply({"params": params["encoder"]}, b["input_ids"], b["lengths"])
-    table = params["encoder"]["embedding"]
-    inputs = (table, b["target_ids"], states, b["lengths"])
-    logits = np.asarray(t.decoder.apply({"params": params["decoder"]}, *inputs), np.float64)
+    params = normal_params(t.init)
+
+    @jax.jit
+    def run(params):
+        states = t.module.apply({"params": params["encoder"]}, b["input_ids"], b["lengths"])
+        inputs = params["encoder"]["embedding"], b["target_ids"], states, b["lengths"]
+        found = t.losses(params, b, jax.random.split(jax.random.key(3), 4))
+        return found, t.decoder.apply({"params": params["decoder"]}, *inputs)
+
+    found, logits = run(params)
+    logits = np.asarray(logits, np.float64)
     log_likelihood = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for row, length in enumerate(b["target_lengths"]):
         target = np.asarray(b["target_ids"][row, :length])
@@ -60,30 +65,31 @@ def test_the_loss_is_the_cross_entropy_of_the_target_a_mean_over_each():
 
 def test_words_are_hidden_only_where_a_caption_is_its_own_target():
     t = task(hidden=0.9)
-    params = unboxed(t.init(jax.random.key(0)))
+    params, losses = normal_params(t.init), jax.jit(t.losses)
     keys = [jax.random.split(jax.random.key(seed), 4) for seed in (3, 4)]
-    clean, again = (t.losses(params, batch(), k)["loss"] for k in keys)
+    clean, again = (losses(params, batch(), k)["loss"] for k in keys)
     np.testing.assert_array_equal(clean, again)
-    one, other = (t.losses(params, batch(is_target=True), k)["loss"] for k in keys)
+    one, other = (losses(params, batch(is_target=True), k)["loss"] for k in keys)
     assert (one != other).any() and (one != clean).any()
 
 
 def test_every_parameter_learns():
     t = task()
-    params = unboxed(t.init(jax.random.key(0)))
     inputs = batch(is_target=True), jax.random.split(jax.random.key(3), 4)
-    gradient = jax.grad(lambda p: t.losses(p, *inputs)["loss"].mean())(params)
+    gradient = jax.jit(jax.grad(lambda p: t.losses(p, *inputs)["loss"].mean()))(
+        normal_params(t.init)
+    )
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
 def test_a_stage_starts_from_a_saved_encoder_with_a_fresh_decoder(tmp_path):
     t = task()
-    encoder = unboxed(t.init(jax.random.key(1)))["encoder"]
+    encoder = normal_params(t.init)["encoder"]
     TextEncoder(CONFIG, encoder).save(tmp_path / "text_encoder")
     stage = StageConfig(name="more", task="text_to_text", start=str(tmp_path))
 
     def fresh():
-        return unboxed(t.init(jax.random.key(2)))
+        return normal_params(t.init, seed=1)
 
     config, key = Config(name="c", stages=(stage,)), jax.random.key(0)
     found = initial_params(config, 0, t, None, fresh, key, lambda *_: None)
