@@ -3,6 +3,8 @@ the same numbers as diffusers, and known pixels that stay as they are."""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +107,11 @@ def denoised(pipe: Pipeline, noise, **options):
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["img2img", "inpaint"])
-@pytest.mark.parametrize("steps, strength", [(20, 1.0), (20, 0.75), (50, 0.58), (20, 0.3)])
+@pytest.mark.parametrize(
+    "pair, steps, strength",
+    [(False, 20, 1.0), (False, 20, 0.75), (False, 50, 0.58), (True, 20, 0.75)],
+    indirect=["pair"],
+)
 def test_gives_the_latents_of_diffusers(pair, mask, steps, strength):
     theirs, pipe = pair
     noise = noise_for(pipe)
@@ -132,15 +138,17 @@ def test_a_reference_gives_the_latents_of_the_official_pipeline(pair):
 
 @pytest.mark.parametrize("solver", diffusion.solvers.NAMES)
 def test_known_latents_come_out_exactly_with_every_solver(ours, solver):
+    """And a mask of all there is draws what no mask does: shown with one of each kind."""
     steps = {"lcm": 4, "dmd": 1}.get(solver, 6)
     text = ours.encode_text(PROMPTS)
     keys = ours.noise(3, range(2), 64, 64)[1]
     how = {"steps": steps, "solver": solver, "guidance": 1.0, "latents": LATENTS, "keys": keys}
     got = np.asarray(ours.denoise(*text, noise_for(ours), mask=MASK, **how))
     np.testing.assert_array_equal(got[MASK[..., 0] == 0], LATENTS[MASK[..., 0] == 0])
-    everything = ours.denoise(*text, noise_for(ours), mask=np.ones_like(MASK), **how)
-    plain = {name: value for name, value in how.items() if name != "latents"}
-    np.testing.assert_array_equal(everything, ours.denoise(*text, noise_for(ours), **plain))
+    if solver in ("dpm++", "sa"):
+        everything = ours.denoise(*text, noise_for(ours), mask=np.ones_like(MASK), **how)
+        plain = {name: value for name, value in how.items() if name != "latents"}
+        np.testing.assert_array_equal(everything, ours.denoise(*text, noise_for(ours), **plain))
 
 
 def test_runs_of_as_many_steps_left_share_one_program(ours):
@@ -173,10 +181,10 @@ def test_pixels_outside_the_mask_stay_and_the_seam_lies_inside(ours):
 def test_the_smaller_the_strength_the_nearer_to_the_image(ours):
     decoded = np.asarray(ours.decode(sampled := ours._edit([editing.Canvas(IMAGE)]).latents))[0]
     assert sampled.shape == (1, 8, 8, 4)
-    how = {"steps": 20, "guidance": 1.0, "image": IMAGE}
+    how, three_steps = {"guidance": 1.0, "image": IMAGE}, ((60, 0.05), (10, 0.3), (3, 1.0))
     far = [
-        np.abs(ours(PROMPTS[:1], strength=s, **how)[0].astype(float) - decoded).mean()
-        for s in (0.05, 0.3, 1.0)
+        np.abs(ours(PROMPTS[:1], steps=n, strength=s, **how)[0].astype(float) - decoded).mean()
+        for n, s in three_steps
     ]
     assert far[0] < far[1] < far[2]
 
@@ -275,11 +283,12 @@ def test_pag_gives_the_latents_of_diffusers(tmp_path, layers, ours_layers, how):
 def test_pag_perturbs_rows_of_a_model_with_size_conditions(pair):
     theirs, pipe = pair
     text = pipe.encode_text(PROMPTS)
-    noise, module, params = noise_for(pipe), pipe.transformer.module, pipe.transformer.params
+    noise, params = noise_for(pipe), pipe.transformer.params
+    program = jax.jit(pipe.transformer.module.apply, static_argnames="method")
     sizes = pipe._size_conditions(noise, None, None)
 
     def run(identity):
-        apply = lambda *a, method: module.apply({"params": params}, *a, method=method)  # noqa: E731
+        apply = functools.partial(program, {"params": params})
         conditioning = apply(np.float32([500]), *sizes, method="encode_times")
         conditioning = jax.tree.map(lambda a: a[0], conditioning)
         kv = apply(*text, method="encode_text")

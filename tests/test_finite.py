@@ -121,8 +121,9 @@ def states(pipe) -> TextStates:
     return found
 
 
-@pytest.mark.parametrize("how", [{}, {"batch_size": 2}, {"callback": lambda *_: None}])
-@pytest.mark.parametrize("vae_tile", [None, 32])
+@pytest.mark.parametrize(
+    ("how", "vae_tile"), [({}, None), ({"batch_size": 2}, 32), ({"callback": lambda *_: 0}, None)]
+)
 def test_a_call_yields_the_good_images_and_then_names_the_bad(pipe, states, how, vae_tile):
     found, config = {}, SamplingConfig(steps=2, vae_tile=vae_tile)
     with pytest.raises(finite.NotFinite, match="image 1;") as raised:
@@ -151,7 +152,7 @@ def test_parameters_given_from_python(pipe, change, indices):
 @pytest.mark.parametrize("guidance", [1e30, -1e30, [1e30, 4.5, 4.5]])
 def test_absurd_guidance(pipe, guidance):
     with pytest.raises(finite.NotFinite) as raised:
-        pipe(PROMPTS, steps=4, guidance=guidance)
+        pipe(PROMPTS, steps=2, guidance=guidance)
     assert raised.value.indices == ([0] if isinstance(guidance, list) else [0, 1, 2])
 
 
