@@ -32,7 +32,7 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_stays(tmp_p
     code = (
         "import os, sys, time; from pixart_jax import files\n"
         "with files.atomic_write(sys.argv[1]) as f:\n"
-        "    print(flush=True); time.sleep(60)"
+        "    print(flush=True); time.sleep(600)"
     )
     writing = [
         subprocess.Popen([sys.executable, "-c", code, tmp_path / name], stdout=subprocess.PIPE)
@@ -52,7 +52,7 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_stays(tmp_p
 def _hold(path, held, leave):
     with files.locked(path):
         held.set()
-        leave.wait(30)
+        leave.wait(300)
 
 
 def test_a_lock_is_refused_or_waited_for(tmp_path):
@@ -60,13 +60,13 @@ def test_a_lock_is_refused_or_waited_for(tmp_path):
     held, leave = fork.Event(), fork.Event()
     other = fork.Process(target=_hold, args=(tmp_path / "lock", held, leave))
     other.start()
-    assert held.wait(30)
+    assert held.wait(300)
     busy = RuntimeError("in use")
     with pytest.raises(RuntimeError, match="in use"), files.locked(tmp_path / "lock", busy=busy):
         pass
     with files.locked(tmp_path / "lock", on_wait=leave.set):
         pass
-    other.join(30)
+    other.join(300)
     assert leave.is_set() and other.exitcode == 0
 
 

@@ -63,7 +63,7 @@ def test_each_process_is_told_its_place_and_its_lines_carry_its_number(tmp_path)
     text = "print(*(os.environ[n].split(':')[0] for n in {!r}.split()), sys.argv[1:])"
     file = program(tmp_path, f"import os, sys\n{text.format(names)}\n")
     child = launcher("--processes", 3, "--devices-per-process", 4, "--", file, "--flag", "a b")
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert child.returncode == 0
     lines = sorted((out + err).splitlines())
     flags = "--xla_force_host_platform_device_count=4 ['--flag', 'a b']"
@@ -75,7 +75,7 @@ def test_logs_keep_every_process_s_output_and_the_first_one_s_is_shown_as_it_is(
     text = "print('I am', os.environ['JAX_PROCESS_ID']); print('oops', file=sys.stderr)"
     file = program(tmp_path, f"import os, sys\n{text}\n")
     child = launcher("--processes", 2, "--logs", tmp_path / "logs", "--", file)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert (child.returncode, sorted(out.splitlines()), err) == (0, ["I am 0", "oops"], "")
     for k in range(2):
         lines = (tmp_path / "logs" / f"process-{k}.log").read_text().splitlines()
@@ -87,8 +87,8 @@ def test_the_first_bad_status_is_the_launcher_s_and_the_others_are_ended_in_time
     file = program(tmp_path, f"import os, sys, time\n{text}\n")
     began = time.monotonic()
     child = launcher("--processes", 3, "--patience", 1, "--", file)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 7 and time.monotonic() - began < 20
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 7 and time.monotonic() - began < 120
     assert "process 0, 2 still at work 1 s after another's end: killed" in err
 
 
@@ -96,7 +96,7 @@ def test_a_process_killed_by_the_kernel_is_named(tmp_path):
     text = "os.environ['JAX_PROCESS_ID'] == '0' and os.kill(os.getpid(), signal.SIGKILL)"
     file = program(tmp_path, f"import os, signal\n{text}\n")
     child = launcher("--", file)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=300)
     assert child.returncode == 128 + signal.SIGKILL and "process 0 was killed by SIGKILL" in err
 
 
@@ -113,7 +113,7 @@ def test_a_signal_is_passed_on_to_every_process(tmp_path, number):
     child = launcher("--", file)
     assert "ready" in child.stdout.readline() and "ready" in child.stderr.readline()
     child.send_signal(number)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert child.returncode == 75
     assert f"[0] got {number.value}" in out and f"[1] got {number.value}" in err
 
@@ -123,10 +123,10 @@ def test_no_orphan_is_left_whatever_ends_the_launcher(tmp_path, number):
     child = launcher("--", program(tmp_path, WAITS))
     children = pids(child, 2)
     child.send_signal(number)
-    child.wait(timeout=60)
+    child.wait(timeout=300)
     # a killed launcher takes its own children with it
     left = children if number != signal.SIGKILL else children[::2]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(alive(pid) for pid in left) and time.monotonic() < deadline:
         time.sleep(0.05)
     still = [pid for pid in left if alive(pid)]

@@ -110,10 +110,10 @@ def test_sample_py_with_an_id_killed_while_it_downloads(model, environment, tmp_
         child = sample("first", HF_ENDPOINT=server.url)
         finished = _kill_while_it_downloads(child, blobs, server)
         assert not list(tmp_path.glob("first/*.png"))
-        _, err = sample("first", HF_ENDPOINT=server.url).communicate(timeout=120)
+        _, err = sample("first", HF_ENDPOINT=server.url).communicate(timeout=300)
         count = len([f for f in model.rglob("*") if f.is_file()])
         assert len(server.downloads) == count - len(finished), err
-    assert sample("second", HF_HUB_OFFLINE="1").wait(timeout=120) == 0
+    assert sample("second", HF_HUB_OFFLINE="1").wait(timeout=300) == 0
     (first,), (second,) = (list(tmp_path.glob(f"{out}/*.png")) for out in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
 
