@@ -1,6 +1,6 @@
 """Random input through every reader: it is used, or named in one line; nothing else happens.
 
-`make test` tries some hundred of each kind, `make test-all` ten thousand, and thirty by command.
+`make test` tries a hundred of each kind, `make test-all` ten thousand, and thirty by command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pixart_jax.text import read_prompts
 from pixart_jax.weights.files import open_tensors
 from tests.data.tiny_sets import encoded, picture, write
 
-FEW = settings(max_examples=200, deadline=None)
+FEW = settings(max_examples=100, deadline=None)
 MANY = settings(max_examples=10_000, deadline=None)
 
 # ---- prompt files ----

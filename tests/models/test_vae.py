@@ -19,7 +19,13 @@ from pixart_jax.models.vae import AutoencoderKL, tile_starts, tiled_decode
 from pixart_jax.weights import vae as tables
 from pixart_jax.weights.component import VAE
 from pixart_jax.weights.table import flatten, write
-from tests.models.reference import param_shapes, randomise, read_state_dict, relative_error
+from tests.models.reference import (
+    param_shapes,
+    random_params,
+    randomise,
+    read_state_dict,
+    relative_error,
+)
 
 SIZES = {
     "tiny": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4),
@@ -57,8 +63,9 @@ def channels_last(tensor: torch.Tensor) -> np.ndarray:
     return tensor.permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize("height, width", [(16, 24), (33, 19)])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size, height, width", [("f8", 33, 19), *((size, 16, 24) for size in SIZES)]
+)
 def test_encode_and_decode_equal_diffusers(size, height, width):
     config, rng = SIZES[size], np.random.default_rng(0)
     model = reference(config)
@@ -78,7 +85,7 @@ def test_encode_and_decode_equal_diffusers(size, height, width):
 
 def test_log_variance_is_clamped():
     config, images = SIZES["tiny"], jnp.zeros((1, 8, 8, 3))
-    params = fresh(config, jax.random.key(0))
+    params = random_params(VAE, config)
     for shift, bound in ((100.0, 20.0), (-100.0, -30.0)):
         params["quant"]["bias"] = jnp.full_like(params["quant"]["bias"], shift)
         _, log_variance = run(config, "moments", params, images)

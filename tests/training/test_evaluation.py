@@ -14,7 +14,6 @@ from pixart_jax.errors import UserError
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training import batches, evaluation, run
 from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.metrics import TIMING, read
 from pixart_jax.training.stages import build_stage
 from tests.parameters import normal_params
 from tests.training import tiny_run
@@ -39,16 +38,11 @@ def config(world, **options):
     return dataclasses.replace(whole, stages=(stage,))
 
 
-def lines(workdir):
-    found = read(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in found]
-
-
 def test_the_held_out_loss_is_logged_and_a_crash_changes_no_line(
     world, tmp_path, monkeypatch, capsys
 ):
     train.train(config(world), tmp_path / "whole")
-    held_out = [line for line in lines(tmp_path / "whole") if "evaluate/loss" in line]
+    held_out = [line for line in tiny_run.figures(tmp_path / "whole") if "evaluate/loss" in line]
     assert [line["step"] for line in held_out] == [2, 4, 5]
     assert all({"evaluate/mse", "evaluate/vb"} <= line.keys() for line in held_out)
     assert len({line["evaluate/loss"] for line in held_out}) == 3
@@ -65,7 +59,7 @@ def test_the_held_out_loss_is_logged_and_a_crash_changes_no_line(
         patch.setattr(run.StageHooks, "log", crash)
         train.train(config(world), tmp_path / "crashed")
     train.train(config(world), tmp_path / "crashed")
-    assert lines(tmp_path / "crashed") == lines(tmp_path / "whole")
+    assert tiny_run.figures(tmp_path / "crashed") == tiny_run.figures(tmp_path / "whole")
 
 
 def test_the_loss_is_the_tasks_on_the_records_with_the_same_noise_each_time(world, tmp_path):

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -19,20 +18,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_run
 from PIL import Image
+from tiny_run import Killed, figures, final_state, kill_before
 
 from pixart_jax import cli
 from pixart_jax.commands import train
 from pixart_jax.config import DataConfig, ProfileConfig
 from pixart_jax.data.sources import Sample
 from pixart_jax.errors import Notice
-from pixart_jax.training import batches, loop, stages, step
-from pixart_jax.training.metrics import TIMING, read
+from pixart_jax.training import batches, stages, step
+from pixart_jax.training.metrics import read
 
 STEPS = 7 + 8 + 9
 
@@ -61,20 +60,9 @@ def finished(world, tmp_path_factory):
     return workdir, compiled, prepared
 
 
-def final_state(workdir: Path, total: int = STEPS):
-    """The last checkpoint, read by Orbax alone."""
-    return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(total) / "state")
-
-
 def checkpoints(workdir: Path) -> set[int]:
     """The total steps of the checkpoints."""
     return {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
-
-
-def figures(workdir: Path):
-    """metrics.jsonl without what depends on the clock."""
-    lines = read(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def test_one_executable_a_stage_and_bucket(finished):
@@ -112,7 +100,7 @@ def test_the_exported_transformer_is_the_average_of_the_last_state(finished):
     from pixart_jax import load_component
     from pixart_jax.weights.table import flatten
 
-    ema = flatten(final_state(finished[0])["opt_state"][1]["ema"])
+    ema = flatten(final_state(finished[0], STEPS)["opt_state"][1]["ema"])
     exported = flatten(load_component(finished[0] / "model" / "transformer").params)
     assert set(ema) == set(exported)
     for path, value in exported.items():
@@ -122,7 +110,7 @@ def test_the_exported_transformer_is_the_average_of_the_last_state(finished):
 def test_the_null_caption_is_the_empty_text_where_the_stage_says_so_and_never_trained(
     finished, world
 ):
-    state = final_state(finished[0])
+    state = final_state(finished[0], STEPS)
     null = np.asarray(state["params"]["null_caption"])
     np.testing.assert_array_equal(null, state["opt_state"][1]["ema"]["null_caption"])
     task = finished[2][2].task
@@ -153,25 +141,12 @@ def test_a_trace_of_some_steps_is_in_the_workdir(traced):
     assert f"profile of steps 3 to 4: {workdir / 'profile'}" in printed
 
 
-class Killed(BaseException):
-    """Ends a run where it stands, as SIGKILL would."""
-
-
 def test_a_run_cut_off_at_two_of_its_steps_resumes_to_the_same_bits(
     traced, world, tmp_path, monkeypatch
 ):
     """One stage of seven steps, saved at 3, 6 and 7, in one process. Slow tests kill real ones."""
-    put, count, workdir = loop.put, 0, tmp_path / "run"
-
-    def put_or_die(*batch):
-        nonlocal count
-        count += 1
-        if count in (3, 8):  # before step 3; resumed at 0, before step 5
-            raise Killed
-        return put(*batch)
-
-    monkeypatch.setattr(loop, "put", put_or_die)
-    starts = 0
+    workdir, starts = tmp_path / "run", 0
+    kill_before(monkeypatch, 3, 8)  # before step 3; resumed at 0, before step 5
     while not (workdir / "model").exists():
         starts += 1
         with contextlib.suppress(Killed):
@@ -184,20 +159,13 @@ def test_a_run_cut_off_at_two_of_its_steps_resumes_to_the_same_bits(
 
 
 def test_data_that_changed_between_two_starts_is_named(world, tmp_path, monkeypatch):
-    data, workdir, put = tmp_path / "data", tmp_path / "run", loop.put
+    data, workdir = tmp_path / "data", tmp_path / "run"
     config = first_stage(world)
     data_of = dataclasses.replace(config.stages[0].data, source=str(tiny_run.shards(data)))
     stage = dataclasses.replace(config.stages[0], data=data_of, steps=4)
     config = dataclasses.replace(config, stages=(stage,))
-    count = itertools.count(1)
-
-    def put_or_die(*batch):
-        if next(count) == 4:  # the checkpoint of step 3 is written
-            raise Killed
-        return put(*batch)
-
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        patch.setattr(loop, "put", put_or_die)
+        kill_before(patch, 4)  # the checkpoint of step 3 is written
         train.train(config, workdir)
     shutil.rmtree(data)
     tiny_run.shards(data, count=16)
@@ -214,7 +182,7 @@ def start(kill_at: int | str, recipe: Path, workdir: Path, *more: str):
 
 def assert_ended_the_same(workdir: Path, whole: Path, how) -> None:
     equal = functools.partial(np.testing.assert_array_equal, err_msg=how)
-    jax.tree.map(equal, final_state(whole), final_state(workdir))
+    jax.tree.map(equal, final_state(whole, STEPS), final_state(workdir, STEPS))
     assert figures(workdir) == figures(whole)
     for name in ("diffusion_pytorch_model", "null_caption"):
         file = f"model/transformer/{name}.safetensors"
@@ -316,7 +284,8 @@ def test_a_checkpoint_cut_short_is_named_and_nothing_is_touched(finished, world,
     assert f"{last} is damaged" in line and "goes on from step 21" in line
     shutil.rmtree(last)  # what the line advises
     train.train(tiny_run.curriculum(world), workdir)
-    jax.tree.map(np.testing.assert_array_equal, final_state(finished[0]), final_state(workdir))
+    states = (final_state(folder, STEPS) for folder in (finished[0], workdir))
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_a_loss_that_is_nan_stops_the_run_with_status_1_and_keeps_the_last_save(

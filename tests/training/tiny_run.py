@@ -4,10 +4,12 @@ three stages, two buckets."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 
 from pixart_jax.config import (
     Config,
@@ -20,6 +22,7 @@ from pixart_jax.config import (
 from pixart_jax.data import records
 from pixart_jax.models.configs import T5Config, TransformerConfig, VAEConfig
 from pixart_jax.text import word_tokenizer
+from pixart_jax.training import loop, metrics
 from pixart_jax.weights.component import VAE, TextEncoder
 from tests.parameters import normal_like
 
@@ -101,6 +104,34 @@ def recipe(folder: Path, steps: int | None = None, every: int = 3) -> Path:
         "    return dataclasses.replace(config, stages=(stage,))\n"
     )
     return file
+
+
+def final_state(workdir: Path, total: int):
+    """The checkpoint after ``total`` steps, read by Orbax alone."""
+    return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(total) / "state")
+
+
+def figures(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = metrics.read(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in metrics.TIMING} for line in lines]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as SIGKILL would."""
+
+
+def kill_before(patch, *numbers: int) -> None:
+    """Runs are Killed before these of their steps, counted over all of them from here on.
+    patch: pytest's."""
+    put, count = loop.put, itertools.count(1)
+
+    def put_or_die(*batch):
+        if next(count) in numbers:
+            raise Killed
+        return put(*batch)
+
+    patch.setattr(loop, "put", put_or_die)
 
 
 def curriculum(folder: Path, **changes) -> Config:

@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import peft
 import pytest
 import torch
@@ -25,6 +24,7 @@ from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
+from tiny_run import Killed, figures, kill_before
 
 from pixart_jax import cli, load_component
 from pixart_jax.commands import train
@@ -33,8 +33,6 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.layers import DROPOUT, LORA, Dense
 from pixart_jax.models.transformer import PixArtTransformer
-from pixart_jax.training import loop
-from pixart_jax.training.metrics import TIMING, read
 from pixart_jax.training.tasks.denoising import DiffusionObjective
 from pixart_jax.training.tasks.lora import TextToImageLora
 from pixart_jax.weights.table import flatten, unflatten
@@ -226,12 +224,7 @@ def digests(folder: Path) -> dict[Path, str]:
 
 
 def final_state(workdir: Path):
-    return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / "7" / "state")
-
-
-def figures(workdir: Path):
-    lines = read(workdir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+    return tiny_run.final_state(workdir, 7)
 
 
 @pytest.fixture(scope="module")
@@ -282,23 +275,11 @@ def test_the_merged_model_opens_in_diffusers(finished, world):
     assert relative_error(ours, run_diffusers(base, **args)) > 1e-3
 
 
-class Killed(BaseException):
-    """Ends a run where it stands, as SIGKILL would."""
-
-
 def test_a_run_cut_off_at_two_of_its_steps_resumes_to_the_same_bits(
     finished, world, tmp_path, monkeypatch
 ):
-    put, count, workdir, starts = loop.put, 0, tmp_path / "run", 0
-
-    def put_or_die(*batch):
-        nonlocal count
-        count += 1
-        if count in (3, 8):
-            raise Killed
-        return put(*batch)
-
-    monkeypatch.setattr(loop, "put", put_or_die)
+    workdir, starts = tmp_path / "run", 0
+    kill_before(monkeypatch, 3, 8)
     while not (workdir / "adapter" / "adapter_config.json").exists():
         starts += 1
         with contextlib.suppress(Killed):
