@@ -63,6 +63,7 @@ def with_peft(theirs: torch.nn.Module, task: TextToImageLora):
         target_modules=list(c.targets),
         init_lora_weights="gaussian",
     )
+    torch.manual_seed(0)
     model = peft.get_peft_model(theirs, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
