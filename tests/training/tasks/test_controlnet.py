@@ -18,7 +18,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
-from tasks.test_lora import digests, error_of, figures, final_state
+from tasks.test_lora import digests, error_of, final_state
+from tiny_run import figures
 
 from pixart_jax import load_component
 from pixart_jax.commands import train
