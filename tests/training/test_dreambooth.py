@@ -264,9 +264,14 @@ def test_a_run_with_prior_preservation_trains_an_adapter(tmp_path, few_steps, mo
 
 
 def test_a_run_without_class_images_trains_all_weights(tmp_path, few_steps, monkeypatch):
+    """Here under the pictures' own captions, which the preview then takes."""
     monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
     flags = ["--dreambooth.class-prompt", "None", "--stages.0.steps", "2"]
-    train.train(dreambooth_config(tmp_path, *flags), tmp_path / "run", train.encode)
+    config = dreambooth_config(tmp_path, *flags, "--dreambooth.prompt", "None")
+    for number in range(4):
+        (tmp_path / "pictures" / f"{number}.txt").write_text("a red star")
+    train.train(config, tmp_path / "run", train.encode)
+    assert list((tmp_path / "run" / "samples").iterdir())
     assert not (tmp_path / "run" / "class_images").exists()
     assert all("prior" not in line for line in read(tmp_path / "run" / "metrics.jsonl"))
     ours, base = (

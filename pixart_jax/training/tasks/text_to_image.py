@@ -130,8 +130,7 @@ class TextToImage:
         """An image a prompt of the settings, at the batch's size; without prompts, of the batch's
         own captions."""
         tokens = self.module.config.text_tokens
-        if settings.prompts or self.subject is not None:
-            captions = [*prompts(self.subject), *settings.prompts]
+        if captions := [*prompts(self.subject), *settings.prompts]:
             texts = self.frozen.text_states(captions, tokens)
         else:
             captions = [str(key) for key in batch["key"][:_PREVIEWS]]
