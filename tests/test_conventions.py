@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
 ENTRY_POINTS = {"__init__", "__main__"}
 
 MAX_LINES = 650  # of a source file
-MAX_WORDS = {"README.md": 1200, "docs": 18_000}  # as `wc -w` counts them
+MAX_WORDS = {"README.md": 1200, "docs": 20_000}  # as `wc -w` counts them
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "stuff", "tools", "manager", "lib"}
 VAGUE_CLASS = re.compile(r"(Manager|Helper|Helpers|Utils|Util|Misc)$")
 MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:home|root|Users|work|farm|opt|mnt|tmp|scratch)/[\w.-]")
