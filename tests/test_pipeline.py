@@ -208,7 +208,8 @@ def test_null_embedding_is_the_stored_caption_under_the_prompts_length(ours):
     states, lengths = pipe.encode_text(PROMPTS[:1])
     core = pipe.denoise(states, lengths, noise, null[None, : states.shape[1]], lengths, steps=3)
     embedding = pipe(PROMPTS[0], steps=3, null="embedding")
-    np.testing.assert_array_equal(np.asarray(pipe.decode(core)), embedding)
+    # two programs, which round apart
+    assert np.abs(np.asarray(pipe.decode(core)).astype(int) - embedding).max() <= 1
     assert np.abs(embedding.astype(int) - pipe(PROMPTS[0], steps=3)).max() > 1
     # A negative prompt with words counts as it is, whichever null is chosen.
     how = {"negative_prompt": "a red star", "steps": 3}
