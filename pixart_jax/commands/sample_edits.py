@@ -51,7 +51,7 @@ class EditFlags:
     control: Path | None = None
     """What it follows, for all prompts: an edge map, of the picture's aspect ratio."""
     control_from: Literal["hed", "canny"] | None = None
-    """Of --control, which is then a picture: draw its edge map first."""
+    """Of --control, which is then a picture: compute its edge map first."""
     control_weights: Path | None = None
     """Of hed: ControlNetHED.pth, its folder, or lllyasviel/Annotators/ControlNetHED.pth on the
     hub."""
@@ -141,8 +141,8 @@ def edit_options(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if name in first:
             found[name] = [_read(image[name])[0] for image in images]
     if "control_from" in first:
-        draw = _detector(first["control_from"], first.get("control_weights")).of
-        found["control"] = [draw(picture[None])[0] for picture in found["control"]]
+        edges = _detector(first["control_from"], first.get("control_weights")).of
+        found["control"] = [edges(picture[None])[0] for picture in found["control"]]
     if "mask" in found:
         found["mask"] = [pixels[..., 0] for pixels in found["mask"]]
     if "upscale" in first:

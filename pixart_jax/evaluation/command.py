@@ -17,7 +17,7 @@ from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.evaluation import report
-from pixart_jax.evaluation.fid_command import FidOptions, evaluate_fid, split_drawing
+from pixart_jax.evaluation.fid_command import FidOptions, evaluate_fid, split_sampling
 from pixart_jax.evaluation.shapes_score import Score, score
 from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
 from pixart_jax.files import bundled
@@ -101,8 +101,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"evaluate {what!r} is unknown{nearest(what, commands)}")
     options, run = commands[what]
     if what == "fid":
-        rest, drawing = split_drawing(rest)
-        run = functools.partial(run, drawing=drawing)
+        rest, flags = split_sampling(rest)
+        run = functools.partial(run, flags=flags)
     run(cli.parse(options, rest, prog=f"{_PROG} {what}", description=options.__doc__))
     return 0
 

@@ -34,7 +34,7 @@ _PER_IMAGE = {"prompt", "index", "seed", "height", "width"}
 @dataclasses.dataclass(frozen=True)
 class FidOptions:
     """Compare generated images with reference images by Inception features: FID, KID, sFID,
-    precision and recall; Inception score. `-- FLAGS` draws them first, with these flags of
+    precision and recall; Inception score. `-- FLAGS` generates them first, with these flags of
     sample.py."""
 
     generated: Annotated[Path | None, tyro.conf.arg(aliases=["--images"])] = None
@@ -86,16 +86,16 @@ class FidOptions:
         return inception.load(str(self.inception))
 
 
-def split_drawing(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
+def split_sampling(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
     """(flags of the command, flags of sample.py after '--' or None). A first word that is no flag
     is the folder of the images."""
-    argv, drawing = list(argv), None
+    argv, flags = list(argv), None
     if "--" in argv:
         place = argv.index("--")
-        argv, drawing = argv[:place], argv[place + 1 :]
+        argv, flags = argv[:place], argv[place + 1 :]
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--generated")
-    return argv, drawing
+    return argv, flags
 
 
 @dataclasses.dataclass
@@ -165,15 +165,15 @@ class Side:
 
 
 def evaluate_fid(
-    options: FidOptions, drawing: Sequence[str] | None = None
+    options: FidOptions, flags: Sequence[str] | None = None
 ) -> dict[str, dict[str, Any]] | None:
-    """Draw if asked, compute the features, print the scores and write them. Returns the scores;
+    """Generate if asked, compute the features, print the scores and write them. Returns the scores;
     None in processes other than the first, and where only statistics were to be written."""
     path, share, net = Path(str(options.generated)), parse_share(options.share), options.network()
     given = options.reference
     reference = Side.of_reference(given, options, net) if given else None
-    if drawing is not None:
-        draw(path, drawing, share)
+    if flags is not None:
+        generate(path, flags, share)
     images = ImageSet.open(path, options.size)
     generated = Side(path, images)
     if reference and reference.images and reference.images.sides != images.sides:
@@ -208,7 +208,7 @@ def evaluate_fid(
     return scores
 
 
-def draw(folder: Path, flags: Sequence[str], share: PromptShard) -> None:
+def generate(folder: Path, flags: Sequence[str], share: PromptShard) -> None:
     """Run sample.py's command into the folder, in a process of its own, which gives all memory of
     the devices back; wait for the other shares. Exits with its status where that is not 0."""
     command = [sys.executable, "-m", "pixart_jax", "sample", "--out", str(folder), *flags]
@@ -217,7 +217,7 @@ def draw(folder: Path, flags: Sequence[str], share: PromptShard) -> None:
     if status := subprocess.run(command).returncode:
         raise SystemExit(status)
     key = f"{hash64(repr([*flags, share.count])):016x}"
-    notes = [folder / f".drawn-{key}-{k}" for k in range(share.count)]
+    notes = [folder / f".sampled-{key}-{k}" for k in range(share.count)]
     if share.count > 1:
         notes[share.index].touch()
         while not all(note.exists() for note in notes):
@@ -285,7 +285,7 @@ def _report(
         "size": options.size,
         "weights": {"name": net.name, "sha256": net.digest},
         "images": {name: side.to_dict() for name, side in sides.items()},
-        **drawn_with(generated.images),
+        **sampled_with(generated.images),
         "scores": scores,
         "warnings": notes,
     }
@@ -299,8 +299,8 @@ def _report(
     print(f"\nwritten: {', '.join(map(str, written))}")
 
 
-def drawn_with(images: ImageSet | None) -> dict[str, Any]:
-    """Of images that sample.py drew, by what their files record: the options (a list of values
+def sampled_with(images: ImageSet | None) -> dict[str, Any]:
+    """Of images that sample.py generated, by what their files record: the options (a list of values
     where they differ), the range of seeds, the SHA-256 of the prompts."""
     if images is None or len(images.settings) != len(images.names):
         return {}
