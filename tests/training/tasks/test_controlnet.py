@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
-from tasks.test_lora import digests, error_of, final_state
+from tasks.test_lora import check_kills, digests, error_of, final_state
 from tiny_run import figures
 
 from pixart_jax import load_component
@@ -137,36 +137,14 @@ def test_a_run_stores_the_control_alone_and_exports_both_layouts(finished, world
     assert "loss" in {key for line in figures(finished) for key in line}
 
 
-KILLED = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from tasks import test_controlnet
-def get_config():
-    return test_controlnet.a_run(Path({world!r}), "bfloat16")
-"""
+KILLED_RUN = "bfloat16"
 
 
 @pytest.mark.slow
 def test_killed_by_the_system_it_ends_the_same_to_the_bit(finished, world, tmp_path):
-    recipe, here = tmp_path / "recipe.py", Path(__file__).resolve()
-    paths = [str(here.parents[3]), str(here.parents[1])]
-    recipe.write_text(KILLED.format(paths=paths, world=str(world)))
-    for kill in (5, 2, 0):
-        command = [sys.executable, here.parents[1] / "train_until_killed.py", str(kill), recipe]
-        done = subprocess.run(
-            [*command, "--workdir", tmp_path / "run"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "XLA_FLAGS": ""},
-        )
-        assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
-    jax.tree.map(
-        np.testing.assert_array_equal, final_state(finished), final_state(tmp_path / "run")
-    )
-    assert figures(tmp_path / "run") == figures(finished)
+    workdir = check_kills("test_controlnet", finished, world, tmp_path)
     for file in (finished / "adapter").iterdir():
-        made = tmp_path / "run" / "adapter" / file.name
+        made = workdir / "adapter" / file.name
         assert made.read_bytes() == file.read_bytes(), file.name
 
 

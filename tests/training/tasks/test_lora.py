@@ -295,30 +295,36 @@ KILLED = """
 import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from tasks import test_lora
+from tasks import {module}
 def get_config():
-    return test_lora.a_run(Path({world!r}), test_lora.MERGED)
+    return {module}.a_run(Path({world!r}), {module}.KILLED_RUN)
 """
+KILLED_RUN = MERGED
 
 
-@pytest.mark.slow
-def test_killed_by_the_system_it_ends_the_same_to_the_bit(finished, world, tmp_path):
-    recipe, here = tmp_path / "recipe.py", Path(__file__).resolve()
+def check_kills(module: str, finished: Path, world: Path, folder: Path) -> Path:
+    """Run a test module's a_run(world, KILLED_RUN), killed twice, and compare the last state and
+    the metrics with those of the uninterrupted run; its workdir."""
+    recipe, here, workdir = folder / "recipe.py", Path(__file__).resolve(), folder / "run"
     paths = [str(here.parents[3]), str(here.parents[1])]
-    recipe.write_text(KILLED.format(paths=paths, world=str(world)))
+    recipe.write_text(KILLED.format(paths=paths, module=module, world=str(world)))
     for kill in (5, 2, 0):
         command = [sys.executable, here.parents[1] / "train_until_killed.py", str(kill), recipe]
         done = subprocess.run(
-            [*command, "--workdir", tmp_path / "run"],
+            [*command, "--workdir", workdir],
             capture_output=True,
             text=True,
             env={**os.environ, "XLA_FLAGS": ""},
         )
         assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
-    jax.tree.map(
-        np.testing.assert_array_equal, final_state(finished), final_state(tmp_path / "run")
-    )
-    assert figures(tmp_path / "run") == figures(finished)
+    jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(workdir))
+    assert figures(workdir) == figures(finished)
+    return workdir
+
+
+@pytest.mark.slow
+def test_killed_by_the_system_it_ends_the_same_to_the_bit(finished, world, tmp_path):
+    check_kills("test_lora", finished, world, tmp_path)
 
 
 def test_all_options_at_once_over_int8_kernels(world, tmp_path):
