@@ -1,7 +1,7 @@
 """A ControlNet of the shipped model on the edges of scenes in which objects lie anywhere, turned
 and of any size; prompts name colours alone ("a red object and a blue object").
 
-The edges say which shape lies where, which the captions leave out.
+The edge maps give the shapes and their places; the captions name colours only.
     python train.py configs/shapes_control.py --workdir runs/shapes_control
 """
 

@@ -22,7 +22,7 @@ PROG = "python -m pixart_jax edges"
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Draw the edge maps of images, as PNGs of the same names. A second call does only what is
+    """Compute the edge maps of images, as PNGs of the same names. A second call does only what is
     missing; an image that cannot be read is named, counted and left out."""
 
     images: tyro.conf.Positional[Path]

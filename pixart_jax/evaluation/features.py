@@ -149,7 +149,7 @@ def _header(root: Path, name: str) -> tuple[tuple[int, int], dict | None, list[i
                 settings = json.loads(Image.open(file).info.get(JSON_KEY, "null"))
     except images.UnreadableImage as error:
         raise UserError(f"{path}: {error}") from None
-    except ValueError:  # settings that are no JSON
+    except ValueError:  # settings that are not JSON
         pass
     ours = isinstance(settings, dict) and {"prompt", "index", "seed"} <= settings.keys()
     found = settings if ours else None

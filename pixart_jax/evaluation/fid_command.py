@@ -61,7 +61,8 @@ class FidOptions:
     out: Path | None = None
     """folder for score.json, and fid_infinity.png"""
     save_statistics: Path | None = None
-    """write the statistics of the reference's images as .npz; without such, the generated ones'"""
+    """write the statistics of the reference's images as .npz; without reference images, those of
+    the generated ones"""
     share: str | None = None
     """K/N: compute share K (from 0) of N, into one cache; process 0 prints the score. By default
     all, or what `python -m pixart_jax launch` says"""
@@ -87,8 +88,8 @@ class FidOptions:
 
 
 def split_sampling(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """(flags of the command, flags of sample.py after '--' or None). A first word that is no flag
-    is the folder of the images."""
+    """(flags of the command, flags of sample.py after '--' or None). A first
+    argument without dashes is the folder of images."""
     argv, flags = list(argv), None
     if "--" in argv:
         place = argv.index("--")

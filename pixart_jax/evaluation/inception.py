@@ -190,8 +190,8 @@ def _table() -> tuple[list[ParamMapping], dict[str, Any]]:
 
 
 def random_tensors(seed: int) -> dict[str, np.ndarray]:
-    """A file's tensors with He-normal kernels, for tests: features of no meaning, which tell noise
-    from pictures and hardly more."""
+    """A file's tensors with He-normal kernels, for tests: the features separate noise
+    from pictures, and hardly more."""
     rng, (entries, flat) = np.random.default_rng(seed), _table()
 
     def value(path: str, shape: tuple[int, ...]) -> np.ndarray:

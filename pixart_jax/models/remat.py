@@ -107,7 +107,7 @@ def check_platform(name: str, platform: str) -> None:
 
 def remat(step: Callable, name: str, transform: Callable = nn.remat) -> Callable:
     """Wrap the body of a scan over blocks, ``step(module, carry, …)``, in the named policy.
-    transform: jax.checkpoint where the first argument is no module.
+    transform: nn.remat for a Flax module, jax.checkpoint for a function of arrays.
 
     prevent_cse is off: inside a scan the loop keeps forward and backward apart, and the barriers
     would cost speed.

@@ -241,7 +241,9 @@ class Transformer(Component):
         if controlnet is None and control is None:
             return self._call("__call__", *arguments)
         if controlnet is None or control is None:
-            raise UserError("a ControlNet needs the condition's latents, control, and they it")
+            raise UserError(
+                "controlnet and control (the condition's latents) are given together, or neither is"
+            )
         joined = self.with_controlnet(controlnet)
         return joined._call("controlled", control, jnp.float32(control_scale), *arguments)
 
@@ -303,7 +305,8 @@ class Transformer(Component):
 
 
 class ControlledTransformer(Transformer):
-    """A transformer with a ControlNet, in params["control"]; never loaded or saved as such."""
+    """A transformer with a ControlNet, whose parameters are params["control"], for sampling; the
+    two are loaded and saved apart."""
 
     @functools.cached_property
     def module(self) -> nn.Module:

@@ -125,7 +125,7 @@ def test_a_stage_that_asks_reads_the_condition_and_samples_it_as_the_latents(tmp
     control = {f"control_{name}": np.repeat(batch[f"control_{name}"][:1], 3000, 0) for name in many}
     noised = objective.prepare(many | control, keys)
     assert alone.condition is None
-    for name in ("x_t", "t", "x0", "noise", "dropped"):  # nothing else is drawn anew
+    for name in ("x_t", "t", "x0", "noise", "dropped"):  # random numbers as without a condition
         assert np.array_equal(getattr(noised, name), getattr(alone, name))
     sampled = np.asarray(noised.condition)
     near = 5 * 0.5 * batch["control_std"][0].max() / np.sqrt(3000)

@@ -62,8 +62,8 @@ def test_distance_equals_the_square_root_of_the_product(n, m):
 def test_the_interval_holds_the_spread_of_repeated_samples(d, n, m):
     scale = np.sqrt(1 / np.arange(1, d + 1))
     b = statistics(rng.normal(size=(m, d)) * scale * 1.1 + 0.05)
-    drawn = [rng.normal(size=(n, d)) * scale for _ in range(120)]
-    found = [compare(x, statistics(x), b) for x in drawn]
+    samples = [rng.normal(size=(n, d)) * scale for _ in range(120)]
+    found = [compare(x, statistics(x), b) for x in samples]
     spread = np.std([f.value for f in found])
     predicted = np.mean([(f.interval[1] - f.value) / 1.96 for f in found])
     assert 0.8 < predicted / spread < 1.4
@@ -72,13 +72,13 @@ def test_the_interval_holds_the_spread_of_repeated_samples(d, n, m):
 def test_bias_in_n_is_as_predicted_and_extrapolation_removes_it():
     scale = np.sqrt(1 / np.arange(1, 65))
     exact = gaussian(np.diag(scale**2))
-    drawn = [rng.normal(size=(1500, 64)) * scale for _ in range(4)]
-    mean = np.mean([distance(statistics(x), exact) for x in drawn])
+    samples = [rng.normal(size=(1500, 64)) * scale for _ in range(4)]
+    mean = np.mean([distance(statistics(x), exact) for x in samples])
     predicted = frechet.bias_times_n(scale**2) / 1500
     assert mean == pytest.approx(predicted, rel=0.05)
     equal = frechet.bias_times_n(np.full(10, 3.0))
     assert equal == pytest.approx(3.0 * 10 * 15 / 4)
-    x = drawn[0]
+    x = samples[0]
     assert compare(x, statistics(x), exact).bias == pytest.approx(predicted * 2.5, rel=0.1)
     intercept, points = frechet.extrapolate(x, exact)
     assert len(points) == 15 and (points[0][0], points[-1][0]) == (750, 1500)

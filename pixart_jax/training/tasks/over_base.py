@@ -1,4 +1,4 @@
-"""What the tasks share that train something over a text-to-image model which stays as it is.
+"""Training on top of a frozen text-to-image model: what the LoRA and ControlNet tasks share.
 
 The model is the base, a separate argument of the step: kernels in the compute dtype, the rest fp32.
 """
