@@ -1,0 +1,81 @@
+"""Models of transformers on PyTorch, by which images are scored (the extra evaluate)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pixart_jax.errors import UserError, one_line
+from pixart_jax.weights.hub import model_folder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TorchModel:
+    """model: in evaluation mode, fp32, on a GPU where there is one. processor: of its images and
+    texts. digest: SHA-256 of the weights' names and values, whatever the files' format."""
+
+    model: Any
+    processor: Any
+    name: str
+    digest: str
+
+    def inputs(self, images: Sequence[np.ndarray] | None = None, **given: Any) -> dict[str, Any]:
+        """The processor's tensors on the model's device. images: uint8 [h, w, 3] each; given: text,
+        padding and other options of the processor."""
+        if images is not None:
+            from PIL import Image
+
+            given["images"] = [Image.fromarray(image) for image in images]
+        return dict(self.processor(**given, return_tensors="pt").to(self.model.device))
+
+
+def load(path: str, kind: str = "AutoModel", processor: str = "AutoProcessor") -> TorchModel:
+    """A local folder or hub id, opened by two classes of transformers. Raises UserError without
+    PyTorch, and for a folder that they cannot open."""
+    require()
+    import transformers
+
+    folder = model_folder(path, ())
+    try:
+        model = getattr(transformers, kind).from_pretrained(folder, dtype="float32")
+        return placed(model, getattr(transformers, processor).from_pretrained(folder), path)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be opened by {kind}: {one_line(error)}") from None
+
+
+def placed(model: Any, processor: Any, name: str) -> TorchModel:
+    """A model of transformers made ready to score."""
+    torch, digest = require(), hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(key.encode() + data.tobytes())
+    model = model.eval().requires_grad_(False)
+    return TorchModel(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        processor,
+        name,
+        digest.hexdigest(),
+    )
+
+
+def require() -> Any:
+    """The module torch; transformers is made silent. Raises UserError where PyTorch is missing."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError('this score needs PyTorch: pip install "pixart-jax[evaluate]"') from None
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return torch
+
+
+def projected(output: Any) -> Any:
+    """The embedding [n, d] of get_image_features or get_text_features: a tensor in transformers 4,
+    pooler_output in 5."""
+    return getattr(output, "pooler_output", output)
