@@ -217,27 +217,32 @@ def write_animation(
 
 
 def canny(image: np.ndarray, sigma: float = 1.0, low: float = 0.1, high: float = 0.2) -> np.ndarray:
-    """Edge map by Canny (1986), equal to skimage.feature.canny on the image's luma.
+    """Edge map by Canny (1986); of a grey image equal to skimage.feature.canny.
+
+    Each pixel takes the gradient of the channel where it is steepest, as OpenCV does, so that
+    neighbours of one luma but two colours have an edge.
 
     image: uint8 [h, w, 3]. sigma: of the Gaussian filter, px. low, high: thresholds of the
-    gradient's magnitude (Sobel filters, luma in [0, 1]); an edge above ``low`` counts where it
+    gradient's magnitude (Sobel filters, channels in [0, 1]); an edge above ``low`` counts where it
     touches one above ``high``. Returns uint8 [h, w]: 255 on edges, else 0.
     """
     from scipy import ndimage
 
-    luma = image * (1 / 255) @ np.array([0.2125, 0.7154, 0.0721])
-    smooth, inside = (
-        ndimage.gaussian_filter(x, sigma, mode="constant") for x in (luma, np.ones_like(luma))
-    )
-    smooth /= inside + np.finfo(np.float64).eps
-    gradient = np.stack([ndimage.sobel(smooth, axis) for axis in (0, 1)])
+    inside = ndimage.gaussian_filter(np.ones(image.shape[:2]), sigma, mode="constant")
+    gradients = []
+    for channel in np.moveaxis(image, -1, 0) * (1 / 255):
+        smooth = ndimage.gaussian_filter(channel, sigma, mode="constant")
+        smooth /= inside + np.finfo(np.float64).eps
+        gradients.append([ndimage.sobel(smooth, axis) for axis in (0, 1)])
+    steepest = (np.square(gradients).sum(1)).argmax(0)  # [h, w]
+    gradient = np.take_along_axis(np.array(gradients), steepest[None, None], axis=0)[0]  # [2, h, w]
     magnitude = np.sqrt((gradient**2).sum(0))
     # maxima along the gradient, against the magnitude between two neighbours on either side
     less, more = np.sort(np.abs(gradient), axis=0)
     share = less / np.maximum(more, 1e-300)
     oblique = np.sign(gradient).astype(int)
     straight = oblique * (np.abs(gradient) == more)
-    place, padded = np.indices(luma.shape) + 1, np.pad(magnitude, 1)
+    place, padded = np.indices(magnitude.shape) + 1, np.pad(magnitude, 1)
     thin = magnitude >= low
     for side in (1, -1):
         far, near = (padded[tuple(place + side * step)] for step in (oblique, straight))

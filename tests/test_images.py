@@ -74,14 +74,15 @@ def test_canny_equals_scikit_image(height, width):
     """On smooth, noisy and checked images; the last have gradients that are equal on either side of
     an edge."""
     rng = np.random.default_rng(height)
-    smooth = ndimage.gaussian_filter(rng.uniform(0, 255, (height, width, 3)), (2, 2, 0))
+    smooth = ndimage.gaussian_filter(rng.uniform(0, 255, (height, width, 1)), (2, 2, 0))
     smooth = 255 * (smooth - smooth.min()) / np.ptp(smooth)
-    checked = np.kron(rng.integers(0, 256, (33, 33, 1)), np.ones((4, 4, 3)))[:height, :width]
+    checked = np.kron(rng.integers(0, 256, (33, 33, 1)), np.ones((4, 4, 1)))[:height, :width]
     marked = 0
-    for image in (smooth.astype(np.uint8), picture(height, width), checked.astype(np.uint8)):
+    for grey in (smooth, picture(height, width)[..., :1], checked[..., :1]):
+        image = np.repeat(grey.astype(np.uint8), 3, axis=-1)
         for sigma in (0.6, 1.0, 2.0):
             thresholds = {"low_threshold": 0.1, "high_threshold": 0.2}
-            reference = feature.canny(color.rgb2gray(image), sigma=sigma, **thresholds)
+            reference = feature.canny(image[..., 0] * (1 / 255), sigma=sigma, **thresholds)
             edges = canny(image, sigma)
             assert edges.dtype == np.uint8
             np.testing.assert_array_equal(edges, np.where(reference, 255, 0))
@@ -90,13 +91,21 @@ def test_canny_equals_scikit_image(height, width):
 
 
 def test_canny_takes_thresholds():
-    image, count = data.astronaut()[100:301, 100:357], set()
+    image, count = data.camera()[100:301, 100:357], set()
     for low, high in ((0.05, 0.1), (0.1, 0.4), (0.3, 0.3)):
-        edges = canny(image, low=low, high=high) > 0
-        reference = feature.canny(color.rgb2gray(image), 1.0, low, high)
+        edges = canny(np.stack([image] * 3, -1), low=low, high=high) > 0
+        reference = feature.canny(image * (1 / 255), 1.0, low, high)
         np.testing.assert_array_equal(edges, reference)
         count.add(edges.sum())
     assert len(count) == 3 and not canny(np.full((8, 9, 3), 77, np.uint8)).any()
+
+
+def test_canny_sees_colours_of_one_luma():
+    """A square of another hue has its outline; luma alone has none."""
+    image = np.full((32, 32, 3), (60, 110, 140), np.uint8)
+    image[8:24, 8:24] = (140, 90, 102)
+    assert not feature.canny(color.rgb2gray(image)).any()
+    assert 50 < (canny(image) > 0).sum() < 80
 
 
 def test_slug_is_short_words():

@@ -46,8 +46,8 @@ class EdgeDetector:
 
     @functools.cached_property
     def identity(self) -> str:
-        """The method, with the hash of its weights."""
-        return self.method if self.network is None else f"hed:{component_identity(self.network)}"
+        """The method, with the hash of its weights. Change it when :func:`canny` changes."""
+        return "canny:rgb" if self.network is None else f"hed:{component_identity(self.network)}"
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [b, h, w, 3] → edge maps uint8 [b, h, w]."""
