@@ -222,15 +222,15 @@ def canny(image: np.ndarray, sigma: float = 1.0, low: float = 0.1, high: float =
     Each pixel takes the gradient of the channel where it is steepest, as OpenCV does, so that
     neighbours of one luma but two colours have an edge.
 
-    image: uint8 [h, w, 3]. sigma: of the Gaussian filter, px. low, high: thresholds of the
-    gradient's magnitude (Sobel filters, channels in [0, 1]); an edge above ``low`` counts where it
+    image: [h, w, channels], 0 … 255. sigma: of the Gaussian filter, px. low, high: thresholds of the
+    gradient's magnitude (Sobel filters, channels as 0 … 1); an edge above ``low`` counts where it
     touches one above ``high``. Returns uint8 [h, w]: 255 on edges, else 0.
     """
     from scipy import ndimage
 
     inside = ndimage.gaussian_filter(np.ones(image.shape[:2]), sigma, mode="constant")
     gradients = []
-    for channel in np.moveaxis(image, -1, 0) * (1 / 255):
+    for channel in np.moveaxis(np.asarray(image, np.float64), -1, 0) * (1 / 255):
         smooth = ndimage.gaussian_filter(channel, sigma, mode="constant")
         smooth /= inside + np.finfo(np.float64).eps
         gradients.append([ndimage.sobel(smooth, axis) for axis in (0, 1)])

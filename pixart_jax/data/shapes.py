@@ -261,7 +261,8 @@ def render(scene: Scene) -> np.ndarray:
     """uint8 [height, width, 3]; borders are anti-aliased over one pixel. Style edges: thin white
     lines, or soft ones as a network's, on black."""
     if scene.style == "edges":
-        lines = canny(render(dataclasses.replace(scene, style="flat")))
+        flat = render(dataclasses.replace(scene, style="flat"))
+        lines = canny((flat @ np.array([0.2125, 0.7154, 0.0721]))[..., None])  # of the luma
         if scene.seed % 2:
             lines = np.minimum(gaussian_filter(lines.astype(float), 0.8) * 1.6, 255).astype(
                 np.uint8

@@ -73,7 +73,7 @@ def test_records_hold_the_posterior_of_the_edges_of_the_cropped_image(network, t
         assert_posterior_of(EdgeDetector("hed", hed).of(image[None])[0], by_hed[key], "", 1e-2)
     manifest = records.Manifest.read(tmp_path / "hed")
     assert manifest.identity["condition"] == EdgeDetector("hed", hed).identity
-    with pytest.raises(UserError, match="condition is canny, expected hed"):
+    with pytest.raises(UserError, match="condition is canny:rgb, expected hed"):
         run(tmp_path / "canny", "hed", str(folder), flip=True)
 
     options = EncodeOptions(BUCKETS, batch_size=4, condition="canny", flip=True, strict=True)
