@@ -222,9 +222,9 @@ def canny(image: np.ndarray, sigma: float = 1.0, low: float = 0.1, high: float =
     Each pixel takes the gradient of the channel where it is steepest, as OpenCV does, so that
     neighbours of one luma but two colours have an edge.
 
-    image: [h, w, channels], 0 … 255. sigma: of the Gaussian filter, px. low, high: thresholds of the
-    gradient's magnitude (Sobel filters, channels as 0 … 1); an edge above ``low`` counts where it
-    touches one above ``high``. Returns uint8 [h, w]: 255 on edges, else 0.
+    image: [h, w, channels], 0 … 255. sigma: of the Gaussian filter, px. low, high: thresholds of
+    the gradient's magnitude (Sobel filters, channels as 0 … 1); an edge above ``low`` counts where
+    it touches one above ``high``. Returns uint8 [h, w]: 255 on edges, else 0.
     """
     from scipy import ndimage
 
