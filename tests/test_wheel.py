@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -24,6 +25,10 @@ def wheel(root, tmp_path_factory):
     return file
 
 
+def _links(page: str) -> set[str]:
+    return {"dom.js"}.union(re.findall(r'(?:src|href)="([\w./]+)"', page))
+
+
 def _works(command, folder, environment):
     """Sample with the shipped model, list the recipes: in a folder that holds neither."""
     run = {"cwd": folder, "env": environment, "text": True, "capture_output": True}
@@ -38,7 +43,10 @@ def _works(command, folder, environment):
 def test_the_wheel_samples_with_its_own_model(wheel, tmp_path):
     """Its files alone, with this environment's packages."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    assert (tmp_path / "site" / "pixart_jax" / "py.typed").is_file()
+    package = tmp_path / "site" / "pixart_jax"
+    assert (package / "py.typed").is_file()
+    page = (package / "serving" / "static" / "index.html").read_text()
+    assert all((package / "serving" / "static" / name).is_file() for name in _links(page))
     (tmp_path / "work").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     _works([sys.executable, "-P", "-m", "pixart_jax"], tmp_path / "work", environment)
