@@ -19,9 +19,11 @@ COMMANDS = {
     "evaluate": ("pixart_jax.evaluation.command", "score a model"),
     "inspect": ("pixart_jax.captioning.inspect", "a data set's report, before training"),
     "launch": ("pixart_jax.commands.launch", "run several processes on this machine"),
+    "mcp": ("pixart_jax.serving.mcp_server", "tools for agents over stdio (MCP)"),
     "nouns": ("pixart_jax.captioning.nouns_command", "noun statistics of captions, as the paper's"),
     "plan": ("pixart_jax.planning.command", "memory, time and cost of a run on other hardware"),
     "sample": ("pixart_jax.commands.sample", "prompts → PNGs, as sample.py"),
+    "serve": ("pixart_jax.serving.command", "a page, an OpenAI-compatible API and MCP over HTTP"),
     "train": ("pixart_jax.commands.train", "train the stages of a recipe, as train.py"),
 }
 
@@ -40,7 +42,8 @@ def main(argv: list[str]) -> int:
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
-    if name in ("edges", "encode", "evaluate", "sample"):  # train keeps its programs in its workdir
+    if name in ("edges", "encode", "evaluate", "mcp", "sample", "serve"):
+        # train keeps its programs in its workdir
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     return importlib.import_module(COMMANDS[name][0]).main(rest) or 0

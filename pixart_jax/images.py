@@ -8,6 +8,7 @@ written atomically.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -71,15 +72,32 @@ def _field(value) -> str:
 
 def write_png(path: str | os.PathLike, image: np.ndarray, settings: Mapping | None = None) -> None:
     """Write image (uint8 [h, w, 3]) with its settings, atomically."""
+    with atomic_write(path) as file:
+        file.write(image_bytes(image, settings))
+
+
+def image_bytes(
+    image: np.ndarray, settings: Mapping | None = None, kind: str = "png", quality: int = 100
+) -> bytes:
+    """An image (uint8 [h, w, 3]) as a file with its settings. kind: png; of jpeg and webp, in the
+    ``quality`` 0 to 100, the settings are "parameters" in EXIF's UserComment."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
+    file, picture = io.BytesIO(), Image.fromarray(np.asarray(image))
+    if kind == "png":
+        info = PngInfo()
+        if settings is not None:
+            info.add_text("parameters", png_parameters(settings))
+            info.add_text(JSON_KEY, json.dumps(dict(settings), sort_keys=True))
+        picture.save(file, format="PNG", pnginfo=info)
+        return file.getvalue()
+    exif = Image.Exif()
     if settings is not None:
-        info.add_text("parameters", png_parameters(settings))
-        info.add_text(JSON_KEY, json.dumps(dict(settings), sort_keys=True))
-    with atomic_write(path) as file:
-        Image.fromarray(np.asarray(image)).save(file, format="PNG", pnginfo=info)
+        comment = b"UNICODE\0" + png_parameters(settings).encode("utf-16-be")
+        exif.get_ifd(0x8769)[0x9286] = comment
+    picture.save(file, format=kind, quality=quality, exif=exif)
+    return file.getvalue()
 
 
 def png_settings(path: str | os.PathLike) -> dict | None:

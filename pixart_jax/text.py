@@ -318,18 +318,25 @@ def tokenize(
     return out, np.maximum([min(len(row), length) for row in ids], 1).astype(np.int32)
 
 
-def _warn_of_cut(tokenizer, text: str, limit: int) -> None:
-    """Warn of a text with more tokens than ``limit``, naming the words beyond them."""
+def count_tokens(tokenizer, text: str, limit: int) -> tuple[int, list[str]]:
+    """(tokens of a cleaned text, its words beyond ``limit`` tokens)."""
     whole = tokenizer(text, add_special_tokens=True)["input_ids"]
     if len(whole) <= limit:
-        return
+        return len(whole), []
     marked = int(tokenizer.eos_token_id is not None and whole[-1] == tokenizer.eos_token_id)
     beyond = whole[limit - marked : len(whole) - marked]
-    lost = tokenizer.decode(beyond, skip_special_tokens=True).split()
+    return len(whole), tokenizer.decode(beyond, skip_special_tokens=True).split()
+
+
+def _warn_of_cut(tokenizer, text: str, limit: int) -> None:
+    """Warn of a text with more tokens than ``limit``, naming the words beyond them."""
+    count, lost = count_tokens(tokenizer, text, limit)
+    if count <= limit:
+        return
     shown = " ".join(lost) if len(lost) <= 30 else f"{' '.join(lost[:20])} … {' '.join(lost[-5:])}"
     warnings.warn(
-        f"the prompt {text[:40]!r}… has {len(whole)} tokens and was cut to {limit}, the model's "
-        f"limit: lost are its last {len(whole) - limit} tokens, {len(lost)} words: {shown!r}",
+        f"the prompt {text[:40]!r}… has {count} tokens and was cut to {limit}, the model's "
+        f"limit: lost are its last {count - limit} tokens, {len(lost)} words: {shown!r}",
         Notice,
         stacklevel=3,
     )

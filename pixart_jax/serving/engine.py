@@ -1,0 +1,380 @@
+"""The engine of a server: a bounded queue, and one thread that makes batches of it.
+
+Images that may share a compiled program are gathered into one batch of a fixed size, each with its
+own prompt, seed and guidance, so an image is equal to the bit whatever shares its batch. The thread
+owns every call of JAX, which a ``Renderer`` makes; nothing here knows the web.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from pixart_jax.errors import UserError
+from pixart_jax.finite import CURE, WHAT
+from pixart_jax.serving.offer import Drawing, Refused
+
+LOG = logging.getLogger("pixart_jax.serving")
+GATHER = 0.02  # seconds that a batch which is not full waits for more
+RETRY_LIMIT = 120  # seconds: OpenAI's clients give up at once beyond it
+
+
+class QueueFull(Exception):
+    """Too many images wait. retry_after: seconds until there may be room."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(f"the queue is full: try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Unavailable(Exception):
+    """The engine takes no request now. state: of Engine."""
+
+    def __init__(self, state: str):
+        super().__init__(f"the server is {state}: try again later")
+        self.state = state
+
+
+class Expired(Exception):
+    """A request waited longer than the limit."""
+
+
+class BatchFailed(Exception):
+    """A bug or a device's error ended the batch; the log has it."""
+
+
+class _Abandoned(Exception):
+    """Nobody waits for any image of the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """state: queued, compiling or running. position: images before it. step: of steps."""
+
+    state: str
+    position: int
+    step: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """number: which preview of the image, from 0. pixels: rough, uint8 [h, w, 3]."""
+
+    index: int
+    number: int
+    pixels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """An image, uint8 [h, w, 3]."""
+
+    index: int
+    pixels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """The request's end, where not all images could be made."""
+
+    error: Exception
+
+
+Event = Progress | Preview | Done | Failed
+OnStep = Callable[[int, np.ndarray], None]
+
+
+class Renderer(Protocol):
+    """What makes images."""
+
+    def __call__(
+        self, images: Sequence[tuple[Drawing, int]], on_step: OnStep
+    ) -> Sequence[np.ndarray | None]:
+        """(drawing, index) of one key each → uint8 [h, w, 3] each, None where it is not finite.
+        on_step(step from 1, latents [b, h, w, c]) is called during the work, and may raise to end
+        it."""
+
+    def preview(self, latents: np.ndarray) -> np.ndarray:
+        """Latents [h, w, c] → rough uint8 [h, w, 3], without the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchReport:
+    """Of one batch: the images in it, its size, seconds, and whether it compiled a program."""
+
+    drawing: Drawing
+    images: int
+    size: int
+    seconds: float
+    compiled: bool
+
+
+class Job:
+    """A request in the engine. listener: called with each Event, in the engine's thread."""
+
+    def __init__(
+        self, drawing: Drawing, listener: Callable[[Event], None], previews: int, progress: bool
+    ):
+        self.drawing, self.listener = drawing, listener
+        self.previews, self.progress = previews, progress
+        self.arrived = time.monotonic()
+        self.started: float | None = None  # of its first batch
+        self.cancelled = False
+        self.left = drawing.count
+        self.fill = 0.0  # of its last batch
+
+    @property
+    def queue_seconds(self) -> float:
+        return (self.started or time.monotonic()) - self.arrived
+
+    def tell(self, event: Event) -> None:
+        if not self.cancelled:
+            self.listener(event)
+
+
+_Item = tuple[Job, int]
+
+
+class Engine:
+    """open_renderer: opens the model, in the engine's thread. warm_up: drawn before the state is
+    ready. batch_size: of every batch. max_queue: images that may wait. timeout: seconds that a
+    request may wait. max_programs: compiled programs at most. stuck_after: seconds of a batch after
+    which the engine counts as stuck.
+
+    ``state``: loading (the model is being opened; requests are refused), compiling (requests wait),
+    ready, draining (requests are refused, those accepted are finished), failed.
+    """
+
+    def __init__(
+        self,
+        open_renderer: Callable[[], Renderer],
+        warm_up: Sequence[Drawing] = (),
+        *,
+        batch_size: int = 8,
+        max_queue: int = 64,
+        timeout: float = 300,
+        max_programs: int = 64,
+        stuck_after: float = 600,
+        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_failure: Callable[[Exception], None] = lambda error: None,
+    ):
+        self._open, self._warm_up = open_renderer, list(warm_up)
+        self.batch_size, self.max_queue, self.timeout = batch_size, max_queue, timeout
+        self.max_programs, self.stuck_after = max_programs, stuck_after
+        self.on_batch, self.on_failure = on_batch, on_failure
+        self.state = "loading"
+        self._queue: collections.deque[_Item] = collections.deque()
+        self._changed = threading.Condition()
+        self._programs: set[Hashable] = {one.program for one in warm_up}  # compiled or promised
+        self._compiled: set[Hashable] = set()
+        self._running: list[_Item] = []
+        self._began: float | None = None  # the batch that runs
+        self._seconds_an_image = 1.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- any thread ----
+
+    def start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch that runs."""
+        return len({id(job) for job, _ in self._running})
+
+    @property
+    def programs(self) -> int:
+        """Compiled programs."""
+        return len(self._compiled)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread lives and its batch is not stuck."""
+        began = self._began
+        stuck = began is not None and time.monotonic() - began > self.stuck_after
+        return self._thread.is_alive() and not stuck
+
+    def submit(
+        self,
+        drawing: Drawing,
+        listener: Callable[[Event], None],
+        previews: int = 0,
+        progress: bool = False,
+    ) -> Job:
+        """Queue a request; its events go to ``listener``: Done for each image, or one Failed.
+        Raises Unavailable, QueueFull, and Refused for one program more than may be compiled."""
+        job = Job(drawing, listener, previews, progress)
+        with self._changed:
+            if self.state not in ("compiling", "ready"):
+                raise Unavailable(self.state)
+            if len(self._queue) + drawing.count > self.max_queue:
+                wait = math.ceil((len(self._queue) or drawing.count) * self._seconds_an_image)
+                raise QueueFull(min(max(wait, 1), RETRY_LIMIT))
+            if drawing.program not in self._programs:
+                if len(self._programs) >= self.max_programs:
+                    raise Refused(
+                        f"this combination of size, steps and other options would be program "
+                        f"{self.max_programs + 1} of at most {self.max_programs}: use an earlier "
+                        "one"
+                    )
+                self._programs.add(drawing.program)
+            position = len(self._queue)
+            self._queue.extend((job, index) for index in range(drawing.count))
+            self._changed.notify_all()
+        if progress:
+            job.tell(Progress("queued", position, 0, drawing.run_steps))
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for the job. A batch without any other ends at its next step."""
+        with self._changed:
+            job.cancelled = True
+            self._queue = collections.deque(one for one in self._queue if one[0] is not job)
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Refuse new requests; the thread ends when those accepted are finished."""
+        with self._changed:
+            if self.state != "failed":
+                self.state = "draining"
+            self._changed.notify_all()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Drain, and wait for the thread; whether it ended in time."""
+        self.drain()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # ---- the engine's thread ----
+
+    def _run(self) -> None:
+        try:
+            self._renderer = self._open()
+            self._set_state("loading", "compiling")
+            for drawing in self._warm_up:
+                if self.state != "draining":
+                    nobody = Job(drawing, lambda event: None, 0, False)
+                    self._draw([(nobody, index) for index in range(drawing.count)])
+                    if nobody.left:
+                        raise UserError("the model's first image failed: the log says why")
+            self._set_state("compiling", "ready")
+        except Exception as error:
+            if not isinstance(error, UserError):
+                LOG.exception("the model could not be opened")
+            with self._changed:
+                self.state, lost = "failed", {job for job, _ in self._queue}
+                self._queue.clear()
+            for job in lost:
+                job.tell(Failed(Unavailable("failed")))
+            self.on_failure(error)
+            return
+        while (batch := self._next_batch()) is not None:
+            self._draw(batch)
+
+    def _set_state(self, before: str, after: str) -> None:
+        with self._changed:
+            if self.state == before:
+                self.state = after
+                LOG.info("%s", after)
+
+    def _next_batch(self) -> list[_Item] | None:
+        """The oldest image and those behind it that may share its batch; None at the end."""
+        with self._changed:
+            while True:
+                self._expire()
+                if not self._queue:
+                    if self.state == "draining":
+                        return None
+                    self._changed.wait(timeout=1)
+                    continue
+                oldest = self._queue[0][0]
+                batch = [one for one in self._queue if one[0].drawing.key == oldest.drawing.key]
+                wait = oldest.arrived + GATHER - time.monotonic()
+                if len(batch) >= self.batch_size or wait <= 0 or self.state == "draining":
+                    break
+                self._changed.wait(timeout=wait)
+            batch = batch[: self.batch_size]
+            taken = set(map(id, batch))
+            self._queue = collections.deque(one for one in self._queue if id(one) not in taken)
+            waiting = list(self._queue)
+        for position, (job, index) in enumerate(waiting):
+            if job.progress and index == 0:
+                job.tell(Progress("queued", position, 0, job.drawing.run_steps))
+        return batch
+
+    def _expire(self) -> None:
+        limit = time.monotonic() - self.timeout
+        late = {job for job, _ in self._queue if job.arrived < limit}
+        if late:
+            self._queue = collections.deque(one for one in self._queue if one[0] not in late)
+        for job in late:
+            job.tell(Failed(Expired(f"waited longer than {self.timeout:g} s")))
+            job.cancelled = True
+
+    def _draw(self, batch: list[_Item]) -> None:
+        first = batch[0][0].drawing
+        new = first.program not in self._compiled
+        jobs = list(dict.fromkeys(job for job, _ in batch))
+        began = self._began = time.monotonic()
+        self._running = batch
+        for job in jobs:
+            job.started, job.fill = job.started or began, len(batch) / self.batch_size
+            if job.progress:
+                job.tell(Progress("compiling" if new else "running", 0, 0, first.run_steps))
+
+        def on_step(step: int, latents: np.ndarray) -> None:
+            if all(job.cancelled for job in jobs):
+                raise _Abandoned
+            for job in jobs:
+                if job.progress:
+                    job.tell(Progress("running", 0, step, first.run_steps))
+            for (job, index), one in zip(batch, latents):
+                if (number := _preview_at(step, first.run_steps, job.previews)) is not None:
+                    job.tell(Preview(index, number, self._renderer.preview(one)))
+
+        images: Sequence[np.ndarray | None] = []
+        failure: Exception = UserError(f"the image is {WHAT}: {CURE}")
+        try:
+            images = self._renderer([(job.drawing, index) for job, index in batch], on_step)
+        except UserError as error:
+            failure = error
+        except Exception:
+            failure = BatchFailed("the batch failed")
+            if not all(job.cancelled for job in jobs):
+                LOG.exception("a batch failed")
+        seconds = time.monotonic() - began
+        self._running, self._began = [], None
+        if images:
+            self._compiled.add(first.program)
+            self.on_batch(BatchReport(first, len(batch), self.batch_size, seconds, new))
+            if not new:
+                self._seconds_an_image += 0.2 * (seconds / len(batch) - self._seconds_an_image)
+        for (job, index), pixels in zip(batch, images or [None] * len(batch)):
+            if pixels is not None:
+                job.left -= 1
+                job.tell(Done(index, pixels))
+            elif not job.cancelled:
+                job.tell(Failed(failure))
+                self.cancel(job)
+
+
+def _preview_at(step: int, steps: int, previews: int) -> int | None:
+    """Which of ``previews`` previews, evenly spaced, is due after a step; None where none is."""
+    due = [round(steps * (n + 1) / (previews + 1)) for n in range(previews)]
+    return due.index(step) if step in due and step < steps else None

@@ -1,0 +1,149 @@
+"""From flags to an engine: what the commands serve and mcp and the Ray Serve app open."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pixart_jax.config import MeshConfig
+from pixart_jax.errors import UserError
+from pixart_jax.files import bundled
+from pixart_jax.pipeline.lora_flags import LoraFlags
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineFlags:
+    """The model, and what may be asked of it."""
+
+    model: Path = dataclasses.field(default_factory=lambda: bundled("assets") / "shapes")
+    """A diffusers folder or hub id; by default the small model that is shipped."""
+    variant: str | None = None
+    """Of the weights' files, such as fp16."""
+    loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
+    controlnet: Path | None = None
+    """A ControlNet's folder, hub id or file, of this model."""
+    dtype: str = "auto"
+    """Of the computation: float32 or bfloat16; auto: bfloat16 on accelerators."""
+    text_encoder_int8: bool = False
+    """Hold the text encoder's matrices as int8."""
+    weights_cache: str = "auto"
+    """A folder of converted large weights; auto: one in $PIXART_JAX_CACHE; none."""
+    mesh: str = "data=-1"
+    """How the devices split the work, as sample.py's."""
+    batch_size: int = 8
+    """Images of every batch. An image does not depend on what shares its batch."""
+    sizes: tuple[str, ...] = ()
+    """WIDTHxHEIGHT that may be asked for, the default first; by default the model's buckets."""
+    steps_allowed: tuple[int, ...] = ()
+    """Numbers of steps that may be asked for."""
+    solvers: tuple[str, ...] = ()
+    """Solvers that may be asked for, the default first."""
+    max_queue: int = 64
+    """Images that may wait; requests beyond it are told to come back (429)."""
+    max_prompt_chars: int = 4000
+    """Characters of a prompt at most."""
+    max_programs: int = 64
+    """Compiled programs at most; each combination of size, steps, solver and edit is one."""
+    timeout: float = 300
+    """Seconds that a request may wait."""
+    stuck_after: float = 600
+    """Seconds of one batch after which /healthz fails."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_queue", "max_prompt_chars", "max_programs", "timeout"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"{name} {getattr(self, name)}: at least 1 is needed")
+        if self.max_queue < self.batch_size:
+            raise UserError(
+                f"max queue {self.max_queue}: at least a batch of {self.batch_size} is needed"
+            )
+
+    def build(self, on_failure: Callable[[Exception], None] = lambda error: None):
+        """(Engine, Offer), not started; no weight is read. Raises UserError for a model, adapter or
+        option that cannot be used."""
+        from pixart_jax.pipeline import folder
+        from pixart_jax.serving.engine import Engine
+        from pixart_jax.serving.offer import Offer
+        from pixart_jax.weights.component import controlnet_of
+
+        model = folder.ModelFolder.open(self.model, variant=self.variant)
+        model.check_weights()
+        adapters = self.loras.read(model.transformer)
+        names = [adapter.name for adapter, _ in adapters]
+        if len(set(names)) < len(names):
+            raise UserError(f"two adapters of one name ({', '.join(names)}): rename a file")
+        if self.controlnet is not None:
+            controlnet_of(self.controlnet, model.transformer)
+        dtype = folder.compute_dtype(self.dtype)
+        mesh, config = self._mesh()
+        offer = Offer.of(
+            model,
+            sizes=[_parse_size(text) for text in self.sizes],
+            steps=self.steps_allowed,
+            solvers=self.solvers,
+            batch_size=self.batch_size,
+            max_prompt_chars=self.max_prompt_chars,
+            adapters=names,
+            controlnets=() if self.controlnet is None else (self.controlnet.name,),
+            recorded={
+                "dtype": dtype,
+                "model": model.name,
+                "model_hash": model.fingerprint("transformer"),
+                **({"text_encoder": "int8"} if self.text_encoder_int8 else {}),
+            },
+        )
+
+        def open_renderer():
+            import jax.numpy as jnp
+
+            from pixart_jax.pipeline import Pipeline
+            from pixart_jax.serving.renderer import PipelineRenderer
+
+            how: dict[str, Any] = {"dtype": jnp.dtype(dtype).type, "mesh": mesh}
+            how["quantization"] = "int8" if self.text_encoder_int8 else None
+            how |= {"cache": folder.weights_cache(self.weights_cache)}
+            pipe = Pipeline.from_pretrained(model, controlnet=self.controlnet, **how)
+            pipe = pipe.replace(context_attention=config.context_attention)
+            for adapter, _ in adapters:
+                pipe.load_lora_weights(adapter, adapter.name)
+            return PipelineRenderer(pipe, offer, self.batch_size)
+
+        engine = Engine(
+            open_renderer,
+            [offer.drawing("a picture", seed=0)],
+            batch_size=self.batch_size,
+            max_queue=self.max_queue,
+            timeout=self.timeout,
+            max_programs=self.max_programs,
+            stuck_after=self.stuck_after,
+            on_failure=on_failure,
+        )
+        return engine, offer
+
+    def _mesh(self):
+        import jax
+
+        from pixart_jax.parallel.mesh import make_mesh
+
+        config = MeshConfig.parse(self.mesh)
+        mesh = make_mesh(config, jax.local_devices())
+        return (mesh if mesh.size > 1 else None), config
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if found is None:
+        raise UserError(f"size {text!r}: WIDTHxHEIGHT is needed, such as 1024x768")
+    return int(found[2]), int(found[1])
+
+
+def missing_extra(error: ModuleNotFoundError, extra: str = "serve") -> Exception:
+    """The error for a package that an extra installs; any other as it is."""
+    if (error.name or "").startswith("pixart_jax"):
+        return error
+    return UserError(f'{error.name} is missing: pip install "pixart-jax[{extra}]"')

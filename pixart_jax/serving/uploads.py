@@ -1,0 +1,124 @@
+"""Uploaded pictures and the multipart form that they come in."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+from PIL import Image
+from starlette.datastructures import UploadFile
+
+from pixart_jax.data.images import UnreadableImage, decode
+from pixart_jax.images import canny
+from pixart_jax.serving.errors import ApiError
+
+PIXELS = 4096**2
+FORMATS = ("PNG", "JPEG", "WEBP")
+_FILES = {"image": "image", "image[]": "image", "mask": "mask", "control": "control"}
+_NUMBERS = (
+    *("n", "output_compression", "partial_images", "num_inference_steps", "guidance_scale"),
+    *("strength", "control_scale"),
+)
+_file = {"type": "string", "format": "binary"}
+BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["prompt"],
+                "properties": {
+                    "prompt": {"type": "string", "minLength": 1},
+                    **{name: _file for name in ("image", "mask", "control")},
+                    "strength": {"type": "number"},
+                },
+            }
+        }
+    },
+}
+
+
+async def read_form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
+    """({field: text}, {image, mask, control: bytes}). Raises ApiError for parts that are neither,
+    or twice."""
+    texts: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    async with request.form(max_files=4, max_fields=40, max_part_size=2**20) as form:
+        for name, value in form.multi_items():
+            field = _FILES.get(name)
+            if isinstance(value, UploadFile) != (field is not None):
+                kind = "a file" if field else "text"
+                raise ApiError(400, f"{name[:60]}: {kind} is needed", "invalid_value", name[:60])
+            if (field or name) in (*texts, *files):
+                raise ApiError(400, f"{name[:60]}: one is taken", "invalid_value", name[:60])
+            if isinstance(value, UploadFile):
+                files[str(field)] = await value.read()
+            else:
+                texts[name] = value
+    return texts, files
+
+
+def parsed(texts: dict[str, str]) -> dict[str, Any]:
+    """The fields of a form, which are all text, as JSON would have them; what cannot be read is
+    left to the check of the request."""
+    found: dict[str, Any] = dict(texts)
+    for name in {*_NUMBERS, "stream", "progress", "lora"} & found.keys():
+        text = found[name].lower() if name in ("stream", "progress") else found[name]
+        try:
+            found[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            pass
+    return found
+
+
+def pictures(files: dict[str, bytes], control_from: str | None = None) -> dict[str, np.ndarray]:
+    """{image, control: uint8 [h, w, 3], mask: bool [h, w]}. Raises ApiError where one is no picture
+    of FORMATS, or too large."""
+    found = {}
+    for name, data in files.items():
+        found[name] = _mask(data) if name == "mask" else _checked(name, data)
+    if "image" not in found and "control" not in found:
+        raise ApiError(400, "an image to edit is needed, or a control", "invalid_image", "image")
+    if control_from == "canny" and "control" in found:
+        found["control"] = np.repeat(canny(found["control"])[..., None], 3, axis=-1)
+    return found
+
+
+def _checked(name: str, data: bytes) -> np.ndarray:
+    _open(name, data)
+    try:
+        return decode(data)
+    except UnreadableImage as error:
+        raise ApiError(400, f"{name}: {error}", "invalid_image", name) from None
+
+
+def _open(name: str, data: bytes) -> Image.Image:
+    """The picture with its header read, of a size that may be decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        readable = f"not a readable picture ({', '.join(FORMATS)})"
+        raise ApiError(400, f"{name}: {readable}", "invalid_image", name) from None
+    if image.size[0] * image.size[1] > PIXELS:
+        size = "{} x {}".format(*image.size)
+        limit = f"more than {PIXELS} pixels"
+        raise ApiError(400, f"{name}: {size} pixels, {limit}", "invalid_image", name)
+    return image
+
+
+def _mask(data: bytes) -> np.ndarray:
+    """bool [h, w], True where alpha is 0: what is made anew."""
+    image = _open("mask", data)
+    try:
+        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+            alpha = "the mask has no alpha channel: alpha 0 marks what is made anew"
+            raise ApiError(400, alpha, "invalid_image", "mask")
+        return np.asarray(image.convert("RGBA"))[..., 3] < 128
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ApiError(400, f"mask: {error}", "invalid_image", "mask") from None
