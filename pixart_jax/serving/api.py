@@ -160,6 +160,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_FIELDS = (
+    *("negative_prompt", "size", "n", "num_inference_steps", "guidance_scale", "solver", "seed"),
+    *("strength", "control_scale"),
+)
+
+
 class ClientGone(Exception):
     """Nobody reads the answer."""
 
@@ -318,9 +324,7 @@ async def _answer(
         raise ApiError(
             404, f"no model {body.model[:80]!r}: {known!r} is served", "model_not_found", "model"
         )
-    names = ("negative_prompt", "size", "n", "num_inference_steps", "guidance_scale", "solver")
-    names += ("seed", "strength", "control_scale")
-    given = {name: getattr(body, name, None) for name in names}
+    given = {name: getattr(body, name, None) for name in _FIELDS}
     fields: dict[str, Any] = {name: v for name, v in given.items() if v is not None} | pictures
     lora = [(one.name, one.weight) for one in body.lora or ()]
     drawing = service.offer.drawing(body.prompt, lora=lora, **fields)

@@ -10,15 +10,19 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
+import uvicorn
 
 from pixart_jax import cli
 from pixart_jax.errors import Notice, UserError
-from pixart_jax.serving.opening import EngineFlags, missing_extra
+from pixart_jax.serving import api, mcp_server
+from pixart_jax.serving.engine import Engine
+from pixart_jax.serving.guard import Access
+from pixart_jax.serving.opening import EngineFlags
 
 KEY = "PIXART_API_KEY"
 
@@ -73,29 +77,13 @@ class Flags:
 def main(argv: Sequence[str]) -> int:
     """All that the user can get wrong is found before weights are read."""
     flags = cli.parse(Flags, argv, prog="python -m pixart_jax serve")
-    try:
-        import uvicorn
-
-        from pixart_jax.serving import api, mcp_server
-        from pixart_jax.serving.guard import Access
-    except ModuleNotFoundError as error:
-        raise missing_extra(error) from None
-
-    keys = flags.keys()
-    _log_to_stderr()
-    warnings.simplefilter("ignore", Notice)  # their texts name prompts
     failures: list[Exception] = []
 
     def fail(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
 
-    engine, offer = flags.engine.build(fail)
-    service = api.Service(engine, offer)
-    names = () if flags.host in ("0.0.0.0", "::") else (flags.host.lower(),)
-    access = Access(keys, (*flags.public_host, *names), flags.rate, flags.log_prompts)
-    tools = mcp_server.make_server(service)
-    app = api.create_app(service, access, page=flags.page, tools=tools)
+    app, engine = make_app(flags, fail)
     listening = _listen(flags.host, flags.port)
 
     class Server(uvicorn.Server):
@@ -120,11 +108,30 @@ def main(argv: Sequence[str]) -> int:
     server = Server(config)
     shown = "localhost" if flags.host in ("0.0.0.0", "::") else flags.host
     where = f"http://{shown}:{listening.getsockname()[1]}"
-    print(f"{offer.name} at {where} (API: {where}/v1, MCP: {where}/mcp); Ctrl-C ends", flush=True)
+    print(
+        f"{flags.engine.model} at {where} (API: {where}/v1, MCP: {where}/mcp); Ctrl-C ends",
+        flush=True,
+    )
     server.run(sockets=[listening])
     if failures:
         raise failures[0]
     return 0
+
+
+def make_app(
+    flags: Flags, on_failure: Callable[[Exception], None] = lambda error: None, public: bool = False
+) -> tuple[Any, Engine]:
+    """(the app, its engine). public: callers may use any name of this server, and Ray has bound
+    the address."""
+    keys = flags.keys()
+    _log_to_stderr()
+    warnings.simplefilter("ignore", Notice)  # their texts name prompts
+    engine, offer = flags.engine.build(on_failure)
+    names = [*flags.public_host, "*" if public else flags.host.lower()]
+    service = api.Service(engine, offer)
+    access = Access(keys, tuple(names), flags.rate, flags.log_prompts)
+    tools = mcp_server.make_server(service)
+    return api.create_app(service, access, page=flags.page, tools=tools), engine
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -91,8 +91,8 @@ def make_server(service: Service, folder: Path | None = None) -> MCPServer:
         except Exception as error:
             raise ToolError(str(as_api_error(error))) from None
         content: list[Any] = []
-        found = Generated(names=[], seeds=[], parameters=[])
-        found.prompt_truncated = " ".join(service.offer.tokens(prompt)[1])[:500] or None
+        lost = " ".join(service.offer.tokens(prompt)[1])[:500] or None
+        found = Generated(names=[], seeds=[], parameters=[], paths=[], prompt_truncated=lost)
         for event in sorted(done, key=lambda one: one.index):
             settings = service.offer.settings(drawing, event.index)
             data = await service.aside(encoded, event.pixels, settings, "png", 100)

@@ -241,7 +241,7 @@ class Offer:
         config = self.solvers[solver]
         steps = num_inference_steps or _nearest_steps(self.steps, int(config.steps or 0))
         _one_of("num_inference_steps", steps, list(self.steps))
-        guidance = float(config.guidance if guidance_scale is None else guidance_scale)
+        guidance = float(guidance_scale if guidance_scale is not None else config.guidance or 1)
         if not 0 <= guidance <= 100:  # false for NaN too
             raise Refused(f"guidance_scale {guidance}: 0 to 100 is possible", "guidance_scale")
         picture = image if image is not None else control

@@ -8,12 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import tyro
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.files import bundled
+from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.pipeline import Pipeline, folder
 from pixart_jax.pipeline.lora_flags import LoraFlags
+from pixart_jax.serving.engine import Engine
+from pixart_jax.serving.offer import Offer
+from pixart_jax.serving.renderer import PipelineRenderer
+from pixart_jax.weights.component import controlnet_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +74,6 @@ class EngineFlags:
     def build(self, on_failure: Callable[[Exception], None] = lambda error: None):
         """(Engine, Offer), not started; no weight is read. Raises UserError for a model, adapter or
         option that cannot be used."""
-        from pixart_jax.pipeline import folder
-        from pixart_jax.serving.engine import Engine
-        from pixart_jax.serving.offer import Offer
-        from pixart_jax.weights.component import controlnet_of
-
         model = folder.ModelFolder.open(self.model, variant=self.variant)
         model.check_weights()
         adapters = self.loras.read(model.transformer)
@@ -99,11 +102,6 @@ class EngineFlags:
         )
 
         def open_renderer():
-            import jax.numpy as jnp
-
-            from pixart_jax.pipeline import Pipeline
-            from pixart_jax.serving.renderer import PipelineRenderer
-
             how: dict[str, Any] = {"dtype": jnp.dtype(dtype).type, "mesh": mesh}
             how["quantization"] = "int8" if self.text_encoder_int8 else None
             how |= {"cache": folder.weights_cache(self.weights_cache)}
@@ -126,10 +124,6 @@ class EngineFlags:
         return engine, offer
 
     def _mesh(self):
-        import jax
-
-        from pixart_jax.parallel.mesh import make_mesh
-
         config = MeshConfig.parse(self.mesh)
         mesh = make_mesh(config, jax.local_devices())
         return (mesh if mesh.size > 1 else None), config
@@ -140,10 +134,3 @@ def _parse_size(text: str) -> tuple[int, int]:
     if found is None:
         raise UserError(f"size {text!r}: WIDTHxHEIGHT is needed, such as 1024x768")
     return int(found[2]), int(found[1])
-
-
-def missing_extra(error: ModuleNotFoundError, extra: str = "serve") -> Exception:
-    """The error for a package that an extra installs; any other as it is."""
-    if (error.name or "").startswith("pixart_jax"):
-        return error
-    return UserError(f'{error.name} is missing: pip install "pixart-jax[{extra}]"')
