@@ -39,7 +39,6 @@ from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 from starlette.exceptions import HTTPException
 
-import pixart_jax
 from pixart_jax.serving import uploads
 from pixart_jax.serving.engine import Done, Engine, Event, Failed, Job, Preview, Progress
 from pixart_jax.serving.errors import ApiError, as_api_error
@@ -368,12 +367,7 @@ def create_app(
         await asyncio.to_thread(service.engine.close)
 
     app = FastAPI(
-        title="pixart_jax",
-        version=pixart_jax.__version__,
-        docs_url=None,
-        redoc_url=None,
-        lifespan=life,
-        responses=_ERRORS,
+        title="pixart_jax", docs_url=None, redoc_url=None, lifespan=life, responses=_ERRORS
     )
     app.add_middleware(Guard, access=access or Access(), metrics=service.metrics)
 

@@ -7,6 +7,7 @@ settings that make it again. stdout belongs to the protocol.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -31,7 +32,6 @@ from mcp.types import CallToolResult, ImageContent, ResourceLink, TextContent, T
 from PIL import Image
 from pydantic import BaseModel, Field
 
-import pixart_jax
 from pixart_jax import cli
 from pixart_jax.errors import Notice, UserError
 from pixart_jax.serving import uploads
@@ -218,15 +218,13 @@ class Flags:
 
 def main(argv: Sequence[str]) -> int:
     """Answers at once; the model is opened meanwhile."""
-    import anyio
-
     flags = cli.parse(Flags, argv, prog="python -m pixart_jax mcp")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     warnings.simplefilter("ignore", Notice)
     if flags.connect is not None:
         if not flags.connect.startswith(("http://", "https://")):
             raise UserError(f"--connect {flags.connect}: an http address is needed")
-        anyio.run(_forward, flags.connect.rstrip("/"))
+        asyncio.run(_forward(flags.connect.rstrip("/")))
         return 0
     if flags.out is not None:
         flags.out.mkdir(parents=True, exist_ok=True)
@@ -267,7 +265,6 @@ async def _forward(address: str) -> None:
 
         here: Any = Server(
             "pixart-jax",
-            version=pixart_jax.__version__,
             instructions=INSTRUCTIONS,
             on_list_tools=list_tools,
             on_call_tool=call_tool,
