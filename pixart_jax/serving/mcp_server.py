@@ -70,9 +70,7 @@ _Seed = Annotated[str | int | None, Field(description="the same seed gives the s
 
 def make_server(service: Service, folder: Path | None = None) -> MCPServer:
     """The tools. folder: whole images are also written to it."""
-    server = MCPServer(
-        "pixart-jax", version=pixart_jax.__version__, instructions=INSTRUCTIONS, log_level="WARNING"
-    )
+    server = MCPServer("pixart-jax", instructions=INSTRUCTIONS, log_level="WARNING")
 
     async def make(ctx: Context, prompt: str, **fields: Any) -> CallToolResult:
         given = {name: value for name, value in fields.items() if value is not None}
