@@ -47,7 +47,8 @@ class Access:
     rate: float = 0
     log_prompts: bool = False
 
-    def check_host(self, headers: Headers) -> None:
+    def check_host(self, headers: Headers, linked: bool = False) -> None:
+        """linked: for what a link on another site may open, the page."""
         host = headers.get("host", "")
         name = re.sub(r":\d+$", "", host).lower()
         if name not in (*LOOPBACK, *self.hosts) and "*" not in self.hosts:
@@ -56,7 +57,7 @@ class Access:
             )
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         same = origin is None or origin in (f"http://{host}", f"https://{host}")
-        if not same or site not in ("same-origin", "none"):
+        if not same or site not in ("same-origin", "none") and not linked:
             raise ApiError(403, "requests of other sites are refused", "origin_not_allowed")
 
     def check_key(self, headers: Headers) -> str:
@@ -124,7 +125,7 @@ class Guard:
         path, post = scope["path"], scope["method"] == "POST"
         if path in _OPEN:
             return
-        self._access.check_host(headers)
+        self._access.check_host(headers, linked=not path.startswith(_CLOSED) and not post)
         if path.startswith(_CLOSED):
             facts["key"] = self._access.check_key(headers)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()

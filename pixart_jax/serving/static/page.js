@@ -44,7 +44,7 @@ const notice = (text, ...more) => {
 // ---- what the server offers ----
 
 async function start() {
-  for (const [name, [added]] of Object.entries(STYLES)) $("style").append(option(name, added ? name : "None"));
+  $("style").append(...Object.keys(STYLES).map((name) => option(name)));
   $("shortcut").textContent = /Mac|iP/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
   dice();
   await openGallery({ reuse, vary: async (run, image) => { await reuse(run, image); dice(); submit(); },
