@@ -15,7 +15,12 @@ from typing import Literal
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.configs import CONTEXT_ATTENTIONS, T5Config, TransformerConfig, VAEConfig
 
-TASKS = ("class_conditional", "text_to_image", "controlnet", "autoencoder", "text_to_text")
+TASKS = (
+    *("class_conditional", "text_to_image", "controlnet", "lcm", "tdm"),
+    *("autoencoder", "text_to_text"),
+)
+DISTILLATIONS = ("lcm", "tdm")
+TEXT_TO_IMAGE = ("text_to_image", *DISTILLATIONS)  # whose parameters may be a LoRA's
 _MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
@@ -195,6 +200,64 @@ class TextToTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LcmConfig:
+    """Latent consistency distillation (arXiv 2310.04378, 2401.05252) of the model that the stage
+    starts from. The target is the average of the student's parameters (optimizer.ema)."""
+
+    # of the teacher's prediction p_c + w (p_c − p_u): guidance 1 + w becomes part of the student
+    w: float = 4.5
+    # times, in equal steps over the whole schedule, that the teacher's DDIM moves between
+    solver_steps: int = 50
+    # pseudo_huber | l2
+    distance: str = "pseudo_huber"
+    huber_c: float = 1e-3
+    # of the exported model
+    steps: int = 4
+
+    def __post_init__(self):
+        require_one_of(self, distance=("pseudo_huber", "l2"))
+        require_positive(self, "huber_c")
+        require_at_least(self, 0, "w")
+        require_at_least(self, 1, "solver_steps")
+        rule = f"must lie in 1 … solver_steps = {self.solver_steps}"
+        require(self, rule, steps=1 <= self.steps <= self.solver_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class TdmConfig:
+    """Trajectory distribution matching (arXiv 2503.06674) of the model that the stage starts from,
+    with a second trained copy of it, the fake score; with one step it is distribution matching
+    (DMD, arXiv 2311.18828)."""
+
+    # of the student; 1: at t = 400, as solver dmd
+    steps: int = 4
+    # of the teacher, which becomes part of the student
+    guidance: float = 4.5
+    # pseudo_huber | l2
+    distance: str = "pseudo_huber"
+    huber_c: float = 1e-3
+    # what the student made is diffused to a time from the first to before the last one; None: to
+    # 10 before the student's own
+    first_time: int = 20
+    last_time: int | None = None
+    # x_0 itself is diffused, not the point of the student's path that it leads to
+    from_x0: bool = False
+    # of the fake score's loss; None: no limit
+    fake_snr_gamma: float | None = 5.0
+    # the fake score's learning rate over the student's
+    fake_rate: float = 5.0
+
+    def __post_init__(self):
+        require_one_of(self, distance=("pseudo_huber", "l2"))
+        require_positive(self, "huber_c", "fake_snr_gamma", "fake_rate")
+        rule = "must be 1 or divide 900, and be at most 25"
+        require(self, rule, steps=self.steps in range(1, 26) and 900 % self.steps == 0)
+        require_at_least(self, 0, "first_time")
+        late = self.last_time is None or self.last_time > self.first_time
+        require(self, f"must be above first_time = {self.first_time}", last_time=late)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """A low-rank adapter (arXiv 2106.09685) trained over a frozen text-to-image model."""
 
@@ -337,9 +400,10 @@ class StageConfig:
     """One stage of a curriculum.
 
     task: class_conditional (the DiT of stage 1), text_to_image (stages 2 and 3), controlnet (over
-    start's model, which stays as it is), autoencoder and text_to_text (the frozen parts of a
-    curriculum). start: 'fresh', 'previous' (the stage before,
-    converted where the task differs), or a folder of weights.
+    start's model, which stays as it is), lcm and tdm (a student of few steps of start's model, all
+    of its parameters or a LoRA), autoencoder and text_to_text (the frozen parts of a curriculum).
+    start: 'fresh', 'previous' (the stage before, converted where the task differs), or a folder of
+    weights.
     """
 
     name: str
@@ -351,7 +415,9 @@ class StageConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_to_text: TextToTextConfig = field(default_factory=TextToTextConfig)
-    # text_to_image: an adapter of start's model is trained, and the model stays as it is
+    lcm: LcmConfig = field(default_factory=LcmConfig)
+    tdm: TdmConfig = field(default_factory=TdmConfig)
+    # text_to_image, lcm, tdm: an adapter of start's model is trained, and the model stays as it is
     lora: LoraConfig | None = None
     # text_to_image: learns a subject; batch_size counts its pictures, not the class images
     dreambooth: DreamBoothConfig | None = None
@@ -376,9 +442,23 @@ class StageConfig:
             rule = "a ControlNet needs conditions: hed, canny or folder:DIR"
             require(self.data, rule, condition=self.data.condition is not None)
         if self.lora is not None:
-            require(self, "lora adapts a text_to_image model", task=self.task == "text_to_image")
+            require(self, "lora adapts a text_to_image model", task=self.task in TEXT_TO_IMAGE)
             rule = "lora needs the folder or hub id of the model that it adapts"
             require(self, rule, start=self.start not in ("fresh", "previous"))
+        if self.task in DISTILLATIONS:
+            rule = f"task {self.task} needs the folder or hub id of its teacher"
+            require(self, rule, start=self.start not in ("fresh", "previous"))
+            if self.lora is not None:
+                rule = f"task {self.task} has no dropout"
+                require(self.lora, rule, dropout=self.lora.dropout == 0)
+        if self.task == "lcm":
+            rule = f"must divide objective.timesteps = {self.objective.timesteps}"
+            fits = self.objective.timesteps % self.lcm.solver_steps == 0
+            require(self.lcm, rule, solver_steps=fits)
+        if self.task == "tdm":
+            rule = "task tdm has no loss on held-out records"
+            scored = self.evaluate.every == 0 or "loss" not in self.evaluate.metrics
+            require(self.evaluate, rule, metrics=scored)
         if (subject := self.dreambooth) is not None:
             rule = "dreambooth trains a text_to_image model"
             require(self, rule, task=self.task == "text_to_image")
@@ -394,7 +474,13 @@ class StageConfig:
     @property
     def reads_text(self) -> bool:
         """Whether it trains a text-to-image model, or something over one."""
-        return self.task in ("text_to_image", "controlnet")
+        return self.task in (*TEXT_TO_IMAGE, "controlnet")
+
+    @property
+    def unlearned_evaluations(self) -> int:
+        """Evaluations of the model in a step beside the forward and backward passes of what is
+        trained: of a distillation's teacher and target, or roll-out and fake score."""
+        return {"lcm": 3, "tdm": self.tdm.steps + 4}.get(self.task, 0)
 
     @property
     def is_adapter(self) -> bool:

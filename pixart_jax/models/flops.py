@@ -53,12 +53,14 @@ def train_flops(
     *,
     frozen: bool = False,
     copies: int = 0,
+    others: int = 0,
 ) -> float:
     """One image of a train step: the backward pass costs two forward passes, one where the weights
-    are frozen, as below a LoRA or a ControlNet's ``copies``. Recomputation is not counted."""
+    are frozen, as below a LoRA or a ControlNet's ``copies``. others: evaluations beside those of
+    what is trained. Recomputation is not counted."""
     base = forward_flops(config, height, width, text_tokens)
     control = forward_flops(config, height, width, text_tokens, copies) - base
-    return (2.0 if frozen else 3.0) * base + 3.0 * control
+    return ((2.0 if frozen else 3.0) + others) * base + 3.0 * control
 
 
 def _self_attention(config: BackboneConfig, rows: int, columns: int) -> int:

@@ -21,7 +21,7 @@ from pixart_jax.files import cache_folder, folder_fingerprint, write_json
 from pixart_jax.models.configs import TransformerConfig, VAEConfig
 from pixart_jax.pipeline import sampling_config, text_states
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
-from pixart_jax.pipeline.scheduler import SchedulerConfig
+from pixart_jax.pipeline.scheduler import DPM_SCHEDULER, LCM_SCHEDULER, SchedulerConfig
 from pixart_jax.text import FastTokenizer, load_tokenizer, save_tokenizer
 from pixart_jax.weights import component, transformer, vae
 from pixart_jax.weights.files import (
@@ -39,7 +39,6 @@ from pixart_jax.weights.hub import model_folder
 INDEX = "model_index.json"
 PARTS = ("text_encoder", "transformer", "vae")  # with weights, in the order of their use
 _CLASSES = {
-    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
     "text_encoder": ["transformers", "T5EncoderModel"],
     "transformer": ["diffusers", "PixArtTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -310,7 +309,7 @@ def write_model(
         for name, part in parts.items():
             part.save(staging / name)
         save_tokenizer(tokenizer, staging / "tokenizer")
-        scheduler.write(staging / "scheduler")
+        scheduler.write(staging / "scheduler", sampling.solver)
         sampling_config.write(sampling, staging)
         is_sigma = transformer.config.text_tokens == _TEXT_TOKENS[_SIGMA]
         fast = isinstance(tokenizer, FastTokenizer)
@@ -319,6 +318,10 @@ def write_model(
             "_class_name": _SIGMA if is_sigma else _ALPHA,
             "_diffusers_version": _DIFFUSERS,
             **_CLASSES,
+            "scheduler": [
+                "diffusers",
+                LCM_SCHEDULER if sampling.solver == "lcm" else DPM_SCHEDULER,
+            ],
             "tokenizer": ["transformers", tokenizer_class],
         }
         write_json(staging / INDEX, dict(sorted(index.items())))

@@ -25,7 +25,7 @@ FILE = "sampling_config.json"
 NULLS = ("text", "embedding")
 # PixArt's values of the options for which a model may name its own
 DEFAULTS: dict[str, Any] = {"guidance": 4.5, "steps": 20, "solver": "dpm++", "null": "text"}
-_STEPS = {"lcm": 4, "dmd": 1}  # of solvers of distilled models
+STEPS = {"lcm": 4, "tdm": 4, "dmd": 1}  # of solvers of distilled models
 _LCM: dict[str, Any] = {"guidance": 1.0, "steps": 4, "solver": "lcm"}
 
 
@@ -39,7 +39,7 @@ class SamplingConfig:
     """Strength of the prompt; 1 does no second pass. By default the model's own, 4.5 where it names
     none."""
     solver: str | None = None
-    """dpm++, ddim, ddpm, sa, lcm (distilled models, 4 steps) or dmd (1 step). By default the
+    """dpm++, ddim, ddpm, sa, lcm or tdm (distilled models, 4 steps) or dmd (1 step). By default the
     model's own."""
     times: Literal["fractional", "integer"] = "fractional"
     """The time grid of dpm++: the official code's, or diffusers'."""
@@ -146,7 +146,7 @@ class SamplingConfig:
         base = DEFAULTS if own is None else {**DEFAULTS, **own.given()}
         found = {**base, **self.given()}
         if found["solver"] != base["solver"] and self.steps is None:
-            found["steps"] = _STEPS.get(found["solver"], DEFAULTS["steps"])
+            found["steps"] = STEPS.get(found["solver"], DEFAULTS["steps"])
         return dataclasses.replace(self, **found)
 
     def perturbed_layers(self, depth: int) -> tuple[int, ...]:

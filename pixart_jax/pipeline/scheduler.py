@@ -16,6 +16,7 @@ from pixart_jax.pipeline.sampling_config import check_choice
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' name: ours
 _BETAS = {"linear": schedule.linear, "scaled_linear": schedule.scaled_linear}
+DPM_SCHEDULER, LCM_SCHEDULER = "DPMSolverMultistepScheduler", "LCMScheduler"
 _COSINE = "squaredcos_cap_v2"
 
 
@@ -67,26 +68,37 @@ class SchedulerConfig:
         found |= {ours: values[name] for ours, name in theirs.items() if name in values}
         return cls(_PREDICTIONS[prediction], **found)
 
-    def write(self, folder: str | os.PathLike) -> None:
-        """A scheduler_config.json that makes diffusers sample by DPM-Solver++ of order 2, with
-        these betas and this prediction."""
+    def write(self, folder: str | os.PathLike, solver: str | None = None) -> None:
+        """A scheduler_config.json that makes diffusers sample with these betas and this prediction
+        by DPM-Solver++, of order 2, or of a model of solver 'lcm' by LCMScheduler. Of order 1, and
+        with the pipeline's ``timesteps``, the former samples as solver 'tdm'."""
         theirs = {ours: name for name, ours in _PREDICTIONS.items()}
-        content = {
-            "_class_name": "DPMSolverMultistepScheduler",
-            "algorithm_type": "dpmsolver++",
+        content: dict[str, Any] = {
             "beta_end": self.beta_end,
             "beta_schedule": self.beta_schedule,
             "beta_start": self.beta_start,
-            "lower_order_final": True,
             "num_train_timesteps": self.timesteps,
             "prediction_type": theirs[self.prediction],
-            "solver_order": self.order,
+        }
+        of_lcm = {
+            "_class_name": LCM_SCHEDULER,
+            "clip_sample": False,
+            "original_inference_steps": 50,
+            "set_alpha_to_one": True,
+            "timestep_scaling": 10.0,
+        }
+        of_dpm = {
+            "_class_name": DPM_SCHEDULER,
+            "algorithm_type": "dpmsolver++",
+            "lower_order_final": True,
+            "solver_order": 1 if solver == "tdm" else self.order,
             "solver_type": "midpoint",
             "steps_offset": self.offset,
             "timestep_spacing": self.spacing,
         }
+        content |= of_lcm if solver == "lcm" else of_dpm
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(Path(folder) / "scheduler_config.json", content)
+        write_json(Path(folder) / "scheduler_config.json", dict(sorted(content.items())))
 
     def solver(self, name: str, order: int | None = None) -> solvers.Solver:
         """The solver of that name, dpm++ with this folder's options; order: another one."""

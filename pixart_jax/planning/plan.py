@@ -99,6 +99,7 @@ def model_flops(target: PlanTarget) -> tuple[float | None, float]:
     text = data.max_text_tokens if stage.reads_text else 0
     copies = config_of(target.config.model).depth if stage.task == "controlnet" else 0
     how: dict[str, Any] = {"frozen": stage.is_adapter, "copies": copies}
+    how["others"] = stage.unlearned_evaluations
     one = train_flops(model, *target.bucket, text, **how)
     each = (train_flops(model, *b, text, **how) for b in data.buckets)
     return one, statistics.fmean(each) / one

@@ -9,31 +9,38 @@ How a task reads a source:
                                text encoder, tokenizer or size are                   once
                                refused
     pixart-features            as they are (text_to_image only)       refused        refused
+    states (encode --prompts)  task tdm alone                         refused        refused
     a mixture of these         each part as above, drawn with its share (data/mixed.py)
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 
-from pixart_jax.config import Config, StageConfig
+from pixart_jax.config import TEXT_TO_IMAGE, Config, StageConfig
 from pixart_jax.data import records
+from pixart_jax.data.buckets import key_of
 from pixart_jax.data.encoded import EncodedSamples
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.features import FeatureSamples
 from pixart_jax.data.loader import Loader
 from pixart_jax.data.mixed import MixedSamples
-from pixart_jax.data.samples import ImageSamples, Samples, TokenSamples
+from pixart_jax.data.samples import ImageSamples, Samples, TokenSamples, encoded_length
 from pixart_jax.data.sources import open_source, parse_mixture, parse_source
 from pixart_jax.data.sources.sample import Source
 from pixart_jax.errors import UserError
+from pixart_jax.files import folder_fingerprint
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import batch_sharding
+from pixart_jax.pipeline import TextStates
 from pixart_jax.pipeline.encoder_identity import expected_identity
 from pixart_jax.training import dreambooth
 from pixart_jax.training.frozen import Frozen
@@ -71,7 +78,7 @@ def stage_seed(config: Config, index: int) -> int:
     return config.seed * 1_000_003 + index
 
 
-_DIFFUSION = ("class_conditional", "text_to_image", "controlnet")
+_DIFFUSION = ("class_conditional", "controlnet", *TEXT_TO_IMAGE)
 
 
 def _samples(config: Config, stage: StageConfig, frozen: Frozen, encode: Encode | None) -> Samples:
@@ -103,6 +110,13 @@ def _part(
     """One source of a stage; share: its part of a mixture, 1 alone."""
     data, (kind, rest) = stage.data, parse_source(text)
     captions = data.captions if stage.reads_text else ()
+    if kind == "states":
+        if stage.task != "tdm":
+            raise UserError(
+                f"stage {stage.name}: {text} holds texts alone: task tdm trains on them, and task "
+                f"{stage.task} needs pictures"
+            )
+        return PromptSamples(rest, stage, config.model, frozen)
     if stage.task in _DIFFUSION and kind in ("records", "pixart-features"):
         if stage.dreambooth is not None:
             raise UserError(
@@ -168,6 +182,55 @@ def _part(
         return ImageSamples(source, data.buckets)
     tokens, target = data.max_text_tokens, stage.text_to_text.target
     return TokenSamples(source, frozen.tokenizer, data.captions, tokens, target=target)
+
+
+class PromptSamples:
+    """The texts of a file of ``encode --prompts``, each at one of the stage's buckets, in turn.
+
+    Batches are those of data.encoded without a condition; mean and std are zero, and give the
+    latents' size. Raises UserError for a file without states or of another text encoder.
+    """
+
+    identity: Mapping[str, str] | None = None
+
+    def __init__(self, file: str, stage: StageConfig, model: TransformerConfig, frozen: Frozen):
+        states = TextStates.open(file)
+        if frozen.is_configured("text_encoder"):
+            parts = ("text_encoder", "tokenizer")
+            states.check({part: folder_fingerprint(frozen.folder(part)) for part in parts})
+        self._texts = [text for text in states if text]
+        if not self._texts:
+            raise UserError(f"stage {stage.name}: {file} holds no prompt but the empty one")
+        self._states, self._channels = states, model.in_channels
+        if (width := states[self._texts[0]].shape[-1]) != model.caption_width:
+            raise UserError(
+                f"stage {stage.name}: {file} holds states of width {width}, and the model reads "
+                f"{model.caption_width}: encode the prompts with its text encoder"
+            )
+        longest = max(len(states[text]) for text in self._texts)
+        self.length = encoded_length(file, longest, stage.data.max_text_tokens)
+        self.buckets = stage.data.buckets
+        self.bucket_of = (np.arange(len(self._texts)) % len(self.buckets)).astype(np.int16)
+        seal = repr((self._texts, states.identity, self.buckets))
+        self.fingerprint = hashlib.sha256(seal.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
+        texts, size = [self._texts[index] for index in indices], self.buckets[bucket]
+        states, lengths = self._states.batch(texts, self.length, str)
+        latents = len(texts), size[0] // 8, size[1] // 8, self._channels
+        return {
+            "mean": np.zeros(latents, np.float32),
+            "std": np.zeros(latents, np.float32),
+            "label": np.full(len(texts), -1, np.int32),
+            "size": np.full((len(texts), 2), size, np.float32),
+            "aspect_ratio": np.full(len(texts), key_of(size), np.float32),
+            "text_states": states.astype(ml_dtypes.bfloat16),
+            "text_lengths": lengths,
+            "key": np.array(texts),
+        }
 
 
 def _records(

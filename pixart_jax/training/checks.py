@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from pixart_jax.config import Config, StageConfig
+from pixart_jax.config import DISTILLATIONS, Config, StageConfig
 from pixart_jax.data.sources import parse_mixture, parse_source
 from pixart_jax.errors import UserError
 from pixart_jax.models.remat import check_platform
@@ -15,6 +15,7 @@ from pixart_jax.parallel.mesh import batch_shards, check_divides
 from pixart_jax.training.dreambooth import check_identifier
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.initialization import start_folder
+from pixart_jax.training.tasks.distillation import check_teacher
 from pixart_jax.training.tasks.lora import adapted_layers
 
 
@@ -25,6 +26,8 @@ def check_run(config: Config, mesh: Mesh) -> None:
         _check_batch(stage, mesh)
         _check_model(config, stage, mesh)
         _check_sources(stage)
+        if stage.task in DISTILLATIONS:
+            check_teacher(stage)
     frozen = Frozen(config, Path())
     for part in ("vae", "text_encoder"):
         if frozen.is_configured(part):

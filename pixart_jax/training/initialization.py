@@ -47,7 +47,7 @@ def initial_state(
     def fresh():
         return fresh_params(parts.task.init, key, parts.abstract)
 
-    if parts.base is not None:  # an adapter: what the stage starts from is its base
+    if parts.base is not None:  # an adapter or a student: what the stage starts from is its base
         params = fresh()
     else:
         params = initial_params(config, index, parts.task, previous, fresh, key, report)

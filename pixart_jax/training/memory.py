@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pixart_jax.config import Config, StageConfig
+from pixart_jax.config import TEXT_TO_IMAGE, Config, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import AttentionShape, choose
 from pixart_jax.models.controlnet import config_of
@@ -49,7 +49,7 @@ from pixart_jax.parallel.chips import GIB, chip_of
 # compiled temporaries over the count; tests/planning/test_programs_for_hardware.py checks it
 MARGIN = 1.2
 LANES = 128  # the last axis of an array in a TPU's memory is a multiple of this
-COUNTED = ("text_to_image", "controlnet", "class_conditional")  # the tasks whose steps are counted
+COUNTED = (*TEXT_TO_IMAGE, "controlnet", "class_conditional")  # the tasks whose steps are counted
 # the terms that depend neither on the policy nor on a block's work
 ANY_POLICY = ("gradients", "cast", "gathered", "batch")
 _OF_A_GPU = 0.75  # of its memory JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -171,10 +171,12 @@ def activation_bytes(
     logits = sum(10 * s * heads * n * (lanes(m) if platform == "tpu" else m) for m in keys)
     copies = config_of(model).depth if stage.task == "controlnet" else 0
     block = 8 * model.width**2 + 2 * model.width * model.mlp_width
+    # of tdm the fake score's backward pass may run beside the student's; lcm's target is cast too
+    passes, casts = 1 + (stage.task == "tdm"), 1 + (stage.task == "lcm")
     return {
-        "kept": (model.depth + copies) * kept_of_block[remat] + copies * a,
+        "kept": passes * (model.depth + copies) * kept_of_block[remat] + copies * a,
         "gradients": parameters,
-        "cast": parameters * width / 4 if width < 4 else 0.0,
+        "cast": casts * parameters * width / 4 if width < 4 else 0.0,
         "block": a * (24 + 8 * wide[ours]) + logits,
         "gathered": 3 * block * width / tensor if axes["fsdp"] > 1 else 0.0,
         "batch": 4.0 * s * text * model.caption_width,

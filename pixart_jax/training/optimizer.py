@@ -3,6 +3,7 @@ trained."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -45,47 +46,58 @@ def schedule(
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, batch_size: int, names
+    config: OptimizerConfig, steps: int, batch_size: int, names, fake_rate: float | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The chain. names: tree like the parameters of tuples of logical axis names
-    (parallel.rules.logical_names)."""
-    rate = schedule(config, steps, batch_size)
+    (parallel.rules.logical_names). fake_rate: those of "fake" have a chain of their own with so
+    many times the learning rate, and no average, beside those of "student"."""
+    rates = {"trained": config.learning_rate}
+    if fake_rate is not None:
+        rates["fake"] = config.learning_rate * fake_rate
 
     def is_names(leaf):
         return isinstance(leaf, tuple)
 
     def label(path, _):
-        return "frozen" if path and path[-1].key in FROZEN else "trained"
+        group = "fake" if path and path[0].key in rates else "trained"
+        return "frozen" if path and path[-1].key in FROZEN else group
 
     labels = jax.tree_util.tree_map_with_path(label, names, is_leaf=is_names)
-    chain = [] if config.clip is None else [clip_by_global_norm(config.clip)]
-    if config.name == "came":
-        stacked = jax.tree.map(
-            lambda name, tag: optax.MaskedNode() if tag == "frozen" else axes.LAYERS in name,
-            names,
-            labels,
-            is_leaf=is_names,
-        )
-        chain += [
-            scale_by_came(config.b1, config.b2, config.b3, config.came_eps, stacked=stacked),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(rate),
-        ]
-    else:
-        chain.append(
-            optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
-        )
-    optimizer = optax.partition(
-        {"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels
-    )
-    return optax.with_extra_args_support(
-        optax.chain(optimizer, parameter_ema(config.ema)) if config.ema else optimizer
-    )
+
+    def chain(group: str) -> optax.GradientTransformationExtraArgs:
+        own = dataclasses.replace(config, learning_rate=rates[group])
+        rate = schedule(own, steps, batch_size)
+        parts = [] if config.clip is None else [clip_by_global_norm(config.clip, len(rates) > 1)]
+        if config.name == "came":
+            stacked = jax.tree.map(
+                lambda name, tag: axes.LAYERS in name if tag == group else optax.MaskedNode(),
+                names,
+                labels,
+                is_leaf=is_names,
+            )
+            parts += [
+                scale_by_came(config.b1, config.b2, config.b3, config.came_eps, stacked=stacked),
+                optax.add_decayed_weights(config.weight_decay),
+                optax.scale_by_learning_rate(rate),
+            ]
+        else:
+            decay = config.weight_decay
+            parts.append(optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=decay))
+        return optax.chain(*parts)
+
+    groups = {group: chain(group) for group in rates}
+    optimizer = optax.partition({**groups, "frozen": optax.set_to_zero()}, labels)
+    if not config.ema:
+        return optax.with_extra_args_support(optimizer)
+    average = parameter_ema(config.ema)
+    if fake_rate is not None:
+        average = optax.masked(average, {"student": True, "fake": False})
+    return optax.with_extra_args_support(optax.chain(optimizer, average))
 
 
-def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+def clip_by_global_norm(limit: float, own: bool = False) -> optax.GradientTransformationExtraArgs:
     """g · min(1, limit / ‖g‖), the norm over all parameters: the update's grad_norm where the
-    caller has it already.
+    caller has it already, or with ``own`` that of the gradient given here, of a part of them.
 
     optax's version selects between g and its clipped form, for which XLA keeps both: a second copy
     of all gradients (2.4 GB for XL/2). A factor is fused into whatever reads the gradient.
@@ -93,7 +105,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, *, grad_norm=None, **_):
         del params
-        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        norm = optax.tree.norm(updates) if own or grad_norm is None else grad_norm
         factor = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         return jax.tree.map(lambda g: g * factor, updates), state
 

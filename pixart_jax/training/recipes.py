@@ -146,7 +146,7 @@ def with_stage_flags(config: Config, overrides: Sequence[str]) -> tuple[Config, 
     """The config and overrides with --lora.FIELD VALUE and --dreambooth.FIELD VALUE rewritten as
     --stages.N.lora.FIELD VALUE of every text-to-image stage; it gets a LoraConfig where it has
     none."""
-    from pixart_jax.config import LoraConfig
+    from pixart_jax.config import TEXT_TO_IMAGE, LoraConfig
 
     short = ("--lora.", "--dreambooth.")
     flags = [token for token in overrides if token.startswith(short)]
@@ -155,7 +155,7 @@ def with_stage_flags(config: Config, overrides: Sequence[str]) -> tuple[Config, 
     adapts = any(flag.startswith("--lora.") for flag in flags)
     stages, numbers = list(config.stages), list[int]()
     for number, stage in enumerate(stages):
-        if stage.task == "text_to_image":
+        if stage.task in TEXT_TO_IMAGE:
             lora = (stage.lora or LoraConfig()) if adapts else stage.lora
             stages[number] = dataclasses.replace(stage, lora=lora)
             numbers.append(number)

@@ -219,6 +219,7 @@ class StageHooks:
         images = self.stage.batch_size * (2 if "class_mean" in batch else 1)
         how: dict[str, Any] = {
             "frozen": self.stage.is_adapter,
+            "others": self.stage.unlearned_evaluations,
             "copies": getattr(self.task.module, "units", 0),
         }
         return images * train_flops(model, height, width, tokens, **how)

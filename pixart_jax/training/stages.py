@@ -35,7 +35,7 @@ class StageParts:
     optimizer: optax.GradientTransformationExtraArgs
     abstract: TrainState
     remat: Choice | None = None  # the policy chosen, where the config says "auto"
-    # parameters below an adapter: shapes with shardings, or arrays; None: all are trained
+    # parameters that are read and not trained (tasks.OverBase): shapes with shardings, or arrays
     base: Any = None
 
     def load_base(self, mesh: Mesh) -> StageParts:
@@ -62,7 +62,8 @@ def build_stage(config: Config, stage: StageConfig, frozen: Frozen, mesh: Mesh) 
     else:
         rules.check_sharded(boxed, mesh)
     names = rules.logical_names(boxed)
-    optimizer = make_optimizer(stage.optimizer, stage.steps, stage.batch_size, names)
+    fake_rate = stage.tdm.fake_rate if stage.task == "tdm" else None
+    optimizer = make_optimizer(stage.optimizer, stage.steps, stage.batch_size, names, fake_rate)
     state = abstract_state(boxed, optimizer, mesh)
     if not auto:
         return StageParts(task, optimizer, state, base=base)

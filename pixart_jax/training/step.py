@@ -16,7 +16,7 @@ from pixart_jax.parallel import rules
 from pixart_jax.training.optimizer import schedule
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState, shardings_of
-from pixart_jax.training.tasks import Task, given
+from pixart_jax.training.tasks import ConsistencyDistillation, Task, given
 
 Batch = dict[str, jax.Array]  # each [b, …]
 
@@ -45,8 +45,11 @@ def train_step(
     # each sample's key follows from its place in the whole batch, whatever the micro-batches
     keys = jax.random.split(key, len(jax.tree.leaves(batch)[0]))
 
+    # what a student is to agree with: its own average, without gradient
+    target = {"target": state.average} if isinstance(task, ConsistencyDistillation) else {}
+
     def loss_fn(params, batch, keys):
-        losses = task.losses(params, batch, keys, *given(base))  # {"loss": [b], …}
+        losses = task.losses(params, batch, keys, *given(base), **target)  # {"loss": [b], …}
         means = jax.tree.map(lambda x: jnp.mean(x, dtype=jnp.float32), losses)
         return means["loss"], means
 

@@ -1,6 +1,6 @@
 """Train an adapter on one device and on an fsdp mesh of two and print what came of it as JSON:
-python adapter_on_two_devices.py MODULE WORLD. MODULE: of tasks/, with a_run(WORLD). Needs XLA's two
-host devices."""
+python adapter_on_two_devices.py MODULE WORLD […]. MODULE: of tasks/, with a_run(WORLD, …). Needs
+XLA's two host devices."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def curve(config, mesh):
     return losses, jax.device_get(state.params), bytes_per_device(parts.base["blocks"]["attn"])
 
 
-def main(module: str, world: str) -> None:
-    config = importlib.import_module(f"tasks.{module}").a_run(Path(world))
+def main(module: str, world: str, *more: str) -> None:
+    config = importlib.import_module(f"tasks.{module}").a_run(Path(world), *more)
     one = curve(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     two = curve(config, make_mesh(MeshConfig(data=1, fsdp=2)))
     pairs = zip(jax.tree.leaves(one[1]), jax.tree.leaves(two[1]), strict=True)

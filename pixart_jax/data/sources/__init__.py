@@ -23,10 +23,19 @@ from pixart_jax.errors import UserError, nearest
 
 __all__ = ["Mixture", "Sample", "Source", "open_source", "parse_mixture", "parse_source"]
 
-_KINDS = ("tfds", "folder", "webdataset", "parquet", "pixart", "pixart-features", "records")
+_KINDS = (
+    "tfds",
+    "folder",
+    "webdataset",
+    "parquet",
+    "pixart",
+    "pixart-features",
+    "records",
+    "states",
+)
 _FORMS = (
     "tfds:NAME[/CONFIG], folder:DIR[?captions=FILE], webdataset:TARS, parquet:FILES, pixart:ROOT, "
-    "records:DIR, a folder, a .tar or a .parquet by its path, or a mixture as "
+    "records:DIR, states:FILE, a folder, a .tar or a .parquet by its path, or a mixture as "
     "'0.7*folder:a + 0.3*folder:b'"
 )
 
@@ -123,6 +132,8 @@ def _open(
         return OfficialSource(rest, choice)
     if kind == "records":
         return RecordsSource(rest, choice)
+    if kind == "states":
+        raise UserError(f"{source} holds texts alone: task tdm trains on them (data.source)")
     pictures = f"pixart:{rest.partition('?')[0]}"
     raise UserError(
         f"{source} holds features, no pictures: only training reads them (data.source); its "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pixart_jax.diffusion.solvers.ancestral import DDIM, DDPM
 from pixart_jax.diffusion.solvers.base import Solver, StepTable
-from pixart_jax.diffusion.solvers.dmd import DMD
+from pixart_jax.diffusion.solvers.dmd import DMD, TDM
 from pixart_jax.diffusion.solvers.dpm import DPMSolver
 from pixart_jax.diffusion.solvers.lcm import LCM
 from pixart_jax.diffusion.solvers.sa import SASolver
 from pixart_jax.errors import UserError, nearest
 
-NAMES = ("ddpm", "ddim", "dpm++", "sa", "lcm", "dmd")
+NAMES = ("ddpm", "ddim", "dpm++", "sa", "lcm", "dmd", "tdm")
 
 __all__ = [
     "DDIM",
@@ -22,6 +22,7 @@ __all__ = [
     "SASolver",
     "Solver",
     "StepTable",
+    "TDM",
     "by_name",
 ]
 
@@ -32,6 +33,7 @@ def by_name(name: str, *, order: int = 2, eta: float = 0.0) -> Solver:
         return DDIM(eta=eta)
     if name == "dpm++":
         return DPMSolver(order=order)
-    if name in (others := {"ddpm": DDPM, "sa": SASolver, "lcm": LCM, "dmd": DMD}):
+    others = {"ddpm": DDPM, "sa": SASolver, "lcm": LCM, "dmd": DMD, "tdm": TDM}
+    if name in others:
         return others[name]()
     raise UserError(f"unknown solver {name!r}{nearest(name, NAMES)}")

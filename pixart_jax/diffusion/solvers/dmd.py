@@ -1,5 +1,5 @@
-"""Distribution matching distillation (arXiv 2311.18828), for PixArt-Σ's one-step
-checkpoints."""
+"""Distribution matching distillation: DMD (arXiv 2311.18828), for PixArt's one-step checkpoints,
+and its form for a few steps, TDM (arXiv 2503.06674)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import dataclasses
 import numpy as np
 
 from pixart_jax.diffusion.schedule import Schedule
+from pixart_jax.diffusion.solvers.ancestral import DDIM
 from pixart_jax.diffusion.solvers.base import OneStep, StepTable, check_start, step_count
 from pixart_jax.errors import UserError
+
+_HORIZON = 900  # times; above them x_t is taken to be pure noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +39,16 @@ class DMD(OneStep):
             sigma=np.sqrt(1 - cumprod),
             coefficients={"x": np.zeros(1), "x0": np.ones(1)},
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TDM(DDIM):
+    """DDIM without noise at the K times 900 k / K − 1 (899, 674, 449, 224 for 4), from pure noise
+    at the first; for use without guidance. ``steps``: K, as the model was distilled to."""
+
+    @staticmethod
+    def _times(timesteps: int, steps: int | str) -> np.ndarray:
+        count = step_count(steps)
+        if _HORIZON % count or timesteps < _HORIZON:
+            raise UserError(f"steps = {steps!r}: tdm takes a number that divides {_HORIZON}, as 4")
+        return np.arange(1, count + 1) * (_HORIZON // count) - 1

@@ -15,6 +15,12 @@ _SIGMA_DATA = 0.5
 _TIME_SCALE = 10.0  # of whole times, so that the boundary condition is nearly a delta at 0
 
 
+def scalings(t):
+    """(c_skip, c_out) at times t, NumPy or JAX."""
+    squares = (_TIME_SCALE * t) ** 2 + _SIGMA_DATA**2
+    return _SIGMA_DATA**2 / squares, _TIME_SCALE * t / squares**0.5
+
+
 @dataclasses.dataclass(frozen=True)
 class LCM(OneStep):
     """f = c_skip x + c_out x_0, then x at the next time is α' f + σ' z with fresh noise z; the last
@@ -56,15 +62,14 @@ class LCM(OneStep):
         t = known[chosen.astype(int)][start:]
         cumprod = schedule.alphas_cumprod[t]
         target = np.append(cumprod[1:], 1.0)
-        scaled = _TIME_SCALE * t
-        norm = scaled**2 + _SIGMA_DATA**2
+        skip, out = scalings(t)
         return StepTable(
             t=t.astype(np.float64),
             alpha=np.sqrt(cumprod),
             sigma=np.sqrt(1 - cumprod),
             coefficients={
-                "x": np.sqrt(target) * _SIGMA_DATA**2 / norm,
-                "x0": np.sqrt(target) * scaled / np.sqrt(norm),
+                "x": np.sqrt(target) * skip,
+                "x0": np.sqrt(target) * out,
                 "noise": np.sqrt(1 - target),
             },
             noisy=stochastic and len(t) > 1,

@@ -20,18 +20,31 @@ from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.autoencoder import Autoencoder
 from pixart_jax.training.tasks.class_conditional import ClassConditional
 from pixart_jax.training.tasks.controlnet import TextToImageControl
+from pixart_jax.training.tasks.distillation import (
+    ConsistencyDistillation,
+    Distillation,
+    TrajectoryDistillation,
+)
 from pixart_jax.training.tasks.lora import TextToImageLora
 from pixart_jax.training.tasks.text_to_image import TextToImage
 from pixart_jax.training.tasks.text_to_text import TextToText
 
 Task = (
-    ClassConditional | TextToImage | TextToImageLora | TextToImageControl | Autoencoder | TextToText
+    ClassConditional
+    | TextToImage
+    | TextToImageLora
+    | TextToImageControl
+    | Distillation
+    | Autoencoder
+    | TextToText
 )
 
 TASKS: dict[str, type[Task]] = {
     "class_conditional": ClassConditional,
     "text_to_image": TextToImage,
     "controlnet": TextToImageControl,
+    "lcm": ConsistencyDistillation,
+    "tdm": TrajectoryDistillation,
     "autoencoder": Autoencoder,
     "text_to_text": TextToText,
 }
@@ -39,7 +52,7 @@ TASKS: dict[str, type[Task]] = {
 
 @runtime_checkable
 class OverBase(Protocol):
-    """A task that also reads parameters that it does not train, as those below an adapter.
+    """A task that also reads parameters that it does not train: an adapter's base, a teacher.
 
     Its on_stage_start, losses and preview take them as their last argument, as the compiled step
     does, which never donates them.
@@ -57,7 +70,7 @@ class OverBase(Protocol):
 
 def make_task(config: Config, stage: StageConfig, frozen: Frozen) -> Task:
     """The task of a stage, its model built. Raises UserError where config and task do not fit."""
-    kind = TextToImageLora if stage.lora else TASKS[stage.task]
+    kind = TextToImageLora if stage.lora and stage.task == "text_to_image" else TASKS[stage.task]
     return kind.from_config(config, stage, jnp.dtype(config.compute_dtype), frozen)
 
 

@@ -49,6 +49,11 @@ class TextToImageOverBase(TextToImage):
         folder = model_folder(self.start, ("transformer",))
         return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
+    @property
+    def reads_null(self) -> bool:
+        """Whether a step reads the null caption."""
+        return self.denoising.objective.condition_dropout > 0
+
     def base_boxed(self) -> Mapping:
         """The model's parameters as shapes, boxed with axis names."""
         return Transformer.param_shapes(self.module.config, self.module.dtype)
@@ -65,11 +70,11 @@ class TextToImageOverBase(TextToImage):
         self._check(component.config, folder)
         params: dict = dict(component.params)
         if not self.null_length and "null_caption" not in params:
-            if self.denoising.objective.condition_dropout > 0:
+            if self.reads_null:
                 raise UserError(
-                    f"stage {self.name}: {folder} holds no null caption to train dropped captions "
-                    "with: objective.null_condition = 'empty' takes the text encoder's states of "
-                    "an empty text"
+                    f"stage {self.name}: {folder} holds no null caption for dropped captions and "
+                    "guidance: objective.null_condition = 'empty' takes the text encoder's states "
+                    "of an empty text"
                 )
             shape = self.module.config.text_tokens, self.module.config.caption_width
             params["null_caption"] = np.zeros(shape, np.float32)

@@ -151,6 +151,7 @@ class TextToImage:
             *_padded([empty] * count, length),
             steps=settings.steps,
             guidance=settings.guidance,
+            solver=self.sampling.solver,
             keys=keys,
             control=self.condition(batch, count),
         )
