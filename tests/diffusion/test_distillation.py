@@ -90,10 +90,15 @@ def test_the_consistency_loss_is_its_formula(prediction, kind):
         )
 
     parts = [jnp.asarray(p) for p in (STUDENT, TARGET, TEACHER)]
-    error = relative_error(jax.jit(loss)(*parts), wanted)
+
+    def both(*parts):
+        found = loss(*parts)
+        return found.mean(), found
+
+    gradient, found = jax.jit(jax.grad(both, (0, 1, 2), has_aux=True))(*parts)
+    error = relative_error(found, wanted)
     print(f"{prediction}: {error:.1e}")
     assert error <= 1e-4
-    gradient = jax.jit(jax.grad(lambda *p: loss(*p).mean(), (0, 1, 2)))(*parts)
     assert np.abs(gradient[0]).min() > 0 and not np.any(gradient[1:])
 
 
@@ -130,15 +135,19 @@ def test_the_trajectory_losses_are_their_formulas(case):
             **options,
         )
 
-    # the draws
-    three = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-    chosen = np.array([int(jax.random.randint(k, (), 0, steps)) for k in three[:, 0]])
-    mids = np.append(times[1:] + 1, 0)[chosen]
-    high = options.get("last_time", times[chosen] - 10) * np.ones_like(mids)
-    low = np.maximum(options.get("first_time", 20), mids)
-    drawn = zip(three[:, 1], low, high)
-    t = np.array([int(jax.random.randint(k, (), int(a), int(b))) for k, a, b in drawn])
-    z = np.stack([jax.random.normal(k, SHAPE[1:]) for k in three[:, 2]]).astype(np.float64)
+    mids = np.append(times[1:] + 1, 0)
+
+    @jax.jit
+    def draw(keys):
+        choose, when, what = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+        chosen = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(choose)
+        high = options.get("last_time", jnp.asarray(times)[chosen] - 10) + 0 * chosen
+        low = jnp.maximum(options.get("first_time", 20), jnp.asarray(mids)[chosen])
+        t = jax.vmap(lambda k, a, b: jax.random.randint(k, (), a, b))(when, low, high)
+        return chosen, t, jax.vmap(lambda k: jax.random.normal(k, SHAPE[1:]))(what)
+
+    chosen, t, z = (np.asarray(part) for part in draw(keys))
+    z, mids = z.astype(np.float64), mids[chosen]
     # the roll-out
     path = [noise.astype(np.float64)]
     for now, then in zip(times, times[1:]):
@@ -167,14 +176,18 @@ def test_the_trajectory_losses_are_their_formulas(case):
     of_student = far(made, goal, kind) / np.abs(made - guided).mean((1, 2, 3))
 
     parts = [jnp.asarray(p) for p in (STUDENT, FAKE, TEACHER)]
-    found = jax.jit(losses)(*parts)
+
+    def both(*parts):
+        found = losses(*parts)
+        return jax.tree.map(jnp.mean, found), found
+
+    jacobian, found = jax.jit(jax.jacrev(both, (0, 1, 2), has_aux=True))(*parts)
     errors = {
         "fake": relative_error(found["fake"], of_fake),
         "student": relative_error(found["student"], of_student),
     }
     print(case, {name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) <= 1e-4
-    jacobian = jax.jit(jax.jacrev(lambda *p: jax.tree.map(jnp.mean, losses(*p)), (0, 1, 2)))(*parts)
     for term, number in (("student", 0), ("fake", 1)):
         gradient = jacobian[term]
         moves = [bool(np.any(g)) for g in gradient]

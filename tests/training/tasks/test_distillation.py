@@ -214,6 +214,7 @@ def test_two_lcm_steps_are_pytorchs():
     compare("lcm target", state.average, theirs.tree(target))
 
 
+@pytest.mark.slow
 def test_two_tdm_steps_are_pytorchs():
     theirs = Theirs("v", SIZES)
     process = DiffusionObjective(ObjectiveConfig(prediction="v"), 0.5)
@@ -374,6 +375,7 @@ def test_the_student_samples_in_four_steps_untold(finished, world):
     assert lines and {"loss", "student", "grad_norm"} <= set(lines[0])
 
 
+@pytest.mark.slow
 def test_an_lcm_lora_exports_an_adapter_and_a_model_of_lcm(world, tmp_path):
     lora = LoraConfig(rank=2, merged=True)
     optimizer = dataclasses.replace(a_run(world).stages[0].optimizer, ema=0.0)
