@@ -6,6 +6,8 @@ it (t = 400, plain diffusion up to 950), without LPIPS, at guidance 2.
 
 from __future__ import annotations
 
+import dataclasses
+
 from configs import shapes_lcm
 from pixart_jax.config import Config, TdmConfig
 
@@ -22,4 +24,5 @@ def get_config(steps: int = 1_000) -> Config:
         fake_rate=1.0,
     )
     optimizer = shapes_lcm.optimizer(1e-4, b2=0.99, ema=0.95)
-    return shapes_lcm.student("tdm", steps, tdm=options, optimizer=optimizer)
+    config = shapes_lcm.student("tdm", steps, tdm=options, optimizer=optimizer)
+    return dataclasses.replace(config, name="shapes_dmd")
