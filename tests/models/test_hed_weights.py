@@ -3,7 +3,7 @@ photographs, which docs/images/edges.jpg shows.
 
 The package lies in .venv/weights (requirements-weights.txt). Its fused map is one more weighted sum
 of the five projections, which is folded into them. PYTHONPATH=. python
-tests/models/test_hed_weights.py draws the picture anew.
+tests/models/test_hed_weights.py renders the picture again.
 """
 
 from __future__ import annotations
