@@ -13,6 +13,7 @@ from tqdm import tqdm
 from pixart_jax.captioning.log import read_lines
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.images import PICTURES
+from pixart_jax.data.sources.webdataset import whole_members
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write
 
@@ -44,8 +45,7 @@ def to_tars(
     """Copy the tars into ``folder`` with a member KEY.kind.txt after each sample's own; return how
     many captions the copies and ``file`` hold.
 
-    A copy that is newer than ``file`` is complete and stays. A tar that is cut keeps what is before
-    the cut, and is named.
+    A copy that is newer than ``file`` is complete and stays. A cut tar is named.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if len({tar.name for tar in tars}) < len(tars):
@@ -66,7 +66,9 @@ def to_tars(
             return json.loads(lines.readline())["caption"]
 
         for tar in tqdm(tars, desc="tars", unit=" tars", disable=len(tars) < 2):
-            members = _members(tar, faults)
+            members = list(whole_members(tar, faults))
+            if not members:
+                raise UserError(f"{tar} is not an uncompressed tar: nothing can be added to it")
             names = [_sample(m.name) for m in members if _suffix(m.name) in PICTURES]
             # a key that an earlier tar has too is TAR/KEY to the source
             keys = {name: f"{tar.stem}/{name}" if name in seen else name for name in names}
@@ -113,28 +115,6 @@ def _copy(
                 raise UserError(
                     f"{tar} has a member {info.name} that says something else: another --kind"
                 )
-
-
-def _members(file: Path, faults: BadRecords) -> list[tarfile.TarInfo]:
-    """The complete members of a tar; a cut is named in ``faults``."""
-    members: list[tarfile.TarInfo] = []
-    end, cut = file.stat().st_size, ""
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                if member.isreg() and member.offset_data + member.size > end:
-                    cut = f"in its member {member.name}"
-                    break
-                members.append(member)
-    except tarfile.ReadError as error:
-        if not members:
-            raise UserError(
-                f"{file} is not an uncompressed tar: nothing can be added to it: {error}"
-            ) from None
-        cut = str(error)
-    if cut:
-        faults.add(str(file), "cut file", cut)
-    return members
 
 
 def _sample(name: str) -> str:

@@ -1,26 +1,23 @@
-"""Webdataset tars, as img2dataset writes them, read at random through an index of their members.
-
-The index of a tar is made once by a pass over its headers and cached on disk until the file
-changes.
-"""
+"""Webdataset tars, as img2dataset writes them, read at random through an index of their members,
+which is cached on disk until the tar changes."""
 
 from __future__ import annotations
 
 import functools
 import glob
 import hashlib
-import io
 import json
 import os
 import pathlib
 import posixpath
 import re
+import tarfile
 from collections.abc import Callable, Iterator
-from tarfile import BLOCKSIZE, HeaderError, nti  # type: ignore[attr-defined]
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.feather
+from PIL.ContainerIO import ContainerIO
 
 from pixart_jax.data.faults import BadRecord, BadRecords
 from pixart_jax.data.images import PICTURES
@@ -29,7 +26,7 @@ from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource, in_thr
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write, cache_folder
 
-_FORMAT = 4  # of the cached index
+_FORMAT = 5  # of the cached index
 _LOOKED_AT = 200  # .json members of a tar that are read to find the kinds of captions
 _SCHEMA = pa.schema(
     {  # a row a sample, whose members are three lists of one length
@@ -45,12 +42,11 @@ _SCHEMA = pa.schema(
 class WebdatasetSource(IndexedSource):
     """Samples of tars; ``pattern`` is a tar, a folder of them, or names with {000..012}, {a,b}, *.
 
-    A sample is an image (jpg, png, webp …) and the members that share its name up to the first dot:
-    .txt is the kind 'caption', .KIND.txt that kind, each text in .json a kind, its other fields
-    what filters see, .cls the class. Its key is that name; after the tar's name if an earlier tar
-    of the set has it too. A name with further dots (a.v1.jpg) is an image of its own, whose members
-    are a.v1.*, and a.* where a has no other image. Links count as what they lead to. Tars are
-    uncompressed and stay where they are; members that belong to no image are counted by suffix.
+    A sample is an image and the members that share its name up to the first dot: .txt is the kind
+    'caption', .KIND.txt that kind, each text in .json a kind, its other fields what filters see,
+    .cls the class. Its key is that name, after the tar's name if an earlier tar has it too. A name
+    with further dots (a.v1.jpg) is an image of its own, whose members are a.v1.*, and a.* where a
+    has no other image. Links count as what they lead to.
     """
 
     def __init__(self, pattern: str, choice: Choice):
@@ -103,17 +99,15 @@ class WebdatasetSource(IndexedSource):
         if len(taken) < len(keys):
             self._table = self._table.set_column(0, "key", pa.array(keys, pa.large_string()))
 
-    # ---- a sample ----
-
-    def _members(self, place: int) -> dict[str, Callable[[], _Member]]:
+    def _members(self, place: int) -> dict[str, Callable[[], BinaryIO]]:
         """suffix → a function that opens the member."""
         tar = self._tars[self._table["tar"][place].as_py()]
         columns = (self._table[name][place].as_py() for name in ("suffixes", "offsets", "sizes"))
-        return {suffix: functools.partial(_Member, tar, *at) for suffix, *at in zip(*columns)}
+        return {suffix: functools.partial(_member, tar, *at) for suffix, *at in zip(*columns)}
 
     def _open(self, place: int) -> BinaryIO:
         members = self._members(place)
-        return io.BufferedReader(next(members[name] for name in members if name in PICTURES)())
+        return next(members[name] for name in members if name in PICTURES)()
 
     def _facts(self, place: int) -> Facts:
         tar = self._tars[self._table["tar"][place].as_py()].name
@@ -126,53 +120,21 @@ class WebdatasetSource(IndexedSource):
         return Facts(label if label >= 0 else texts.label_of(side), side, captions)
 
 
-class _Member(io.RawIOBase):
-    """A member of a tar, ``size`` bytes at ``offset``, as a file. Raises UserError if the tar is
-    gone or has become shorter."""
-
-    def __init__(self, tar: pathlib.Path, offset: int, size: int):
-        self._tar, self._start, self._size, self._at = tar, offset, size, 0
-        try:
-            self._file = open(tar, "rb", buffering=0)
-        except OSError as error:
-            raise UserError(f"{tar} cannot be read: {error.strerror}") from None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        wanted, start = max(0, min(len(buffer), self._size - self._at)), self._start + self._at
-        data = os.pread(self._file.fileno(), wanted, start)
-        if wanted and not data:
-            raise UserError(
-                f"{self._tar} has become shorter since it was opened: {wanted} bytes at {start:,} "
-                "are not there"
-            )
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self.read(max(0, self._size - self._at)) or b""
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _member(tar: pathlib.Path, offset: int, size: int) -> Any:
+    """``size`` bytes at ``offset`` of a tar. Raises UserError if it is gone or cut."""
+    try:
+        file = open(tar, "rb")
+    except OSError as error:
+        raise UserError(f"{tar} cannot be read: {error.strerror}") from None
+    if os.fstat(file.fileno()).st_size < offset + size:
+        file.close()
+        raise UserError(f"{tar} has become shorter since it was opened")
+    return ContainerIO(file, offset, size)
 
 
-def _read_member(member: Callable[[], _Member], limit: int = -1) -> bytes:
+def _read_member(member: Callable[[], BinaryIO], limit: int = -1) -> bytes:
     with member() as file:
-        return file.read(limit) or b""
-
-
-# ---- the index ----
+        return file.read(limit)
 
 
 Index = tuple[pa.Table, list[str], list[BadRecord], dict[str, int]]
@@ -180,8 +142,7 @@ Index = tuple[pa.Table, list[str], list[BadRecord], dict[str, int]]
 
 
 def index(path: pathlib.Path) -> Index:
-    """The index of a tar; from the cache if path, size and time of the file are the same. Raises
-    OSError if it cannot be read."""
+    """The index of a tar, cached by path, size and time. Raises OSError if it cannot be read."""
     status = path.stat()
     identity = repr((_FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns))
     name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
@@ -198,76 +159,56 @@ def index(path: pathlib.Path) -> Index:
     return table, kinds, faults, unread
 
 
+def whole_members(path: pathlib.Path, faults: BadRecords) -> Iterator[tarfile.TarInfo]:
+    """The complete members of an uncompressed tar. Where it is cut or damaged, which tarfile passes
+    over without a word, that is named once, with the place."""
+    end, place = path.stat().st_size, path.name
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="replace") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # it would keep all
+                if member.isreg() and member.offset_data + member.size > end:
+                    early = member.offset_data + member.size - end
+                    faults.add(
+                        f"{place}, {member.name}", "cut file", f"the tar ends {early:,} bytes early"
+                    )
+                    return
+                yield member
+            at = tar.offset
+        with open(path, "rb") as file:
+            file.seek(at)
+            block = file.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, ValueError) as error:
+        faults.add(place, "cut file", f"not an uncompressed tar, or damaged: {error}")
+        return
+    if len(block) < tarfile.BLOCKSIZE:
+        faults.add(
+            place, "cut file", f"ends at byte {end:,} without an end mark: samples may be lost"
+        )
+    elif block.strip(b"\0"):
+        detail = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
+        faults.add(place, "cut file", detail)
+
+
 def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each whole regular file of a POSIX or GNU tar, from its headers, and
-    of each link to one before it.
-
-    The tarfile module takes four times as long, and ends without a word where a tar is cut or
-    damaged; here that is named once, with the place. Name, size and link that do not fit into a
-    header are in a member before it, of type L and K (GNU) or x (pax).
-    """
-    end, at, place = path.stat().st_size, 0, path.name
+    """(name, offset, size) of each whole file of a tar, and of each link to one before."""
     files: dict[str, tuple[int, int]] = {}
-    given: dict[str, Any] = {}  # name, link and size from members before a header
-    with open(path, "rb", buffering=0) as file:
-        while True:
-            block = os.pread(file.fileno(), BLOCKSIZE, at)
-            if len(block) < BLOCKSIZE:
-                cut = f"ends at byte {end:,} without an end mark: samples may be lost"
-                break
-            if not block.strip(b"\0"):
-                return
-            try:
-                length = given.get("size", nti(block[124:136]))
-                intact = nti(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * 32
-            except HeaderError:
-                intact = False
-            if not intact or length < 0:
-                cut = f"at byte {at:,} of {end:,} a header is damaged: what lies behind is lost"
-                break
-            name = given.get("name", _text(block[:100]))
-            if "name" not in given and block[257:263] == b"ustar\0" and block[345]:
-                name = f"{_text(block[345:500])}/{name}"
-            kind, start = block[156:157], at + BLOCKSIZE
-            at = start + -(-length // BLOCKSIZE) * BLOCKSIZE
-            if start + length > end:
-                cut, place = (
-                    f"the tar ends {start + length - end:,} bytes early",
-                    f"{place}, {name}",
-                )
-                break
-            if kind in b"LKx":
-                data = os.pread(file.fileno(), length, start)
-                if kind != b"x":
-                    given["name" if kind == b"L" else "link"] = _text(data)
-                for field, value in re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", data) * (kind == b"x"):
-                    if field in (b"path", b"linkpath"):
-                        given["name" if field == b"path" else "link"] = _text(value)
-                    elif field == b"size" and value.isdigit():
-                        given["size"] = int(value)
+    for member in whole_members(path, faults):
+        name = posixpath.normpath(member.name)
+        if member.isreg():
+            files[name] = member.offset_data, member.size
+        elif member.islnk() or member.issym():
+            # a symbolic link leads from its own folder
+            inside = posixpath.dirname(name) if member.issym() else ""
+            target = posixpath.normpath(posixpath.join(inside, member.linkname))
+            if target not in files:
+                detail = f"to {member.linkname}, which is not an earlier file of the tar"
+                faults.add(f"{path.name}, {name}", "unreadable link", detail)
                 continue
-            if kind == b"g":  # stands between a name and its member
-                continue
-            name = posixpath.normpath(name) if not name.endswith("/") else ""
-            found: tuple[int, int] | None = (start, length)
-            if kind in b"12":
-                target = given.get("link", _text(block[157:257]))
-                # a symbolic link leads from its own folder
-                inside = posixpath.dirname(name) if kind == b"2" else ""
-                if (found := files.get(posixpath.normpath(posixpath.join(inside, target)))) is None:
-                    detail = f"to {target}, which is not an earlier file of the tar"
-                    faults.add(f"{path.name}, {name}", "unreadable link", detail)
-            elif kind not in b"0\0" + b"7":
-                found = None
-            if name and found is not None:
-                files[name] = found
-                yield name, *found
-            given = {}
-    faults.add(place, "cut file", cut)
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("utf-8", "replace")
+            files[name] = files[target]
+        else:
+            continue
+        yield name, *files[name]
 
 
 def _read(path: pathlib.Path) -> Index:
@@ -304,8 +245,7 @@ def _read(path: pathlib.Path) -> Index:
 def _samples(
     key: str, members: dict[str, tuple[int, int]], tar: str, faults: BadRecords
 ) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key → suffix → place of the images that share a name up to the first dot: one, or those of
-    names with further dots."""
+    """Key → suffix → place of the images that share a name up to the first dot."""
     images: dict[str, str] = {}  # the name's further parts ('' or 'v1') → suffix of the image
     for suffix in members:
         more, _, last = suffix.rpartition(".")
@@ -350,7 +290,7 @@ def _labels_and_kinds(
             if kind := texts.kind_of(suffix):
                 kinds[kind] = None
             elif suffix == "cls":
-                data = _read_member(functools.partial(_Member, path, offset, min(size, 32))).strip()
+                data = _read_member(functools.partial(_member, path, offset, min(size, 32))).strip()
                 if data.isdigit():
                     labels[key] = int(data)
                 else:
@@ -358,14 +298,11 @@ def _labels_and_kinds(
                     faults.add(f"{path.name}, {key}.cls", "unreadable label", shown)
             elif suffix == "json" and looked < _LOOKED_AT:
                 looked += 1
-                data = _read_member(functools.partial(_Member, path, offset, size))
+                data = _read_member(functools.partial(_member, path, offset, size))
                 kinds |= dict.fromkeys(
                     texts.captions_of(texts.json_object(data, "", quiet), "", quiet)
                 )
     return labels, list(kinds)
-
-
-# ---- names of tars ----
 
 
 def tars_of(pattern: str, faults: BadRecords) -> list[pathlib.Path]:
