@@ -7,23 +7,24 @@ With --prompts FILE: prompts → a file of text states that sample.py generates 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
+from tqdm import tqdm
 
 from pixart_jax import cli
 from pixart_jax.config import MeshConfig
 from pixart_jax.data import records
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.encoding import prompts
-from pixart_jax.encoding.check import check, reencode_and_compare, summary
-from pixart_jax.encoding.encode import encode_dataset, identity
+from pixart_jax.encoding.encode import FAULTS, encode_dataset
 from pixart_jax.encoding.options import EncodeOptions, SourceSpec
-from pixart_jax.encoding.shards import ShardEncoder
 from pixart_jax.errors import UserError
+from pixart_jax.files import hash64
 from pixart_jax.parallel import processes
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.text import load_tokenizer
@@ -52,16 +53,12 @@ class Arguments:
     check: bool = False
     """Encode nothing: compare every byte of the shards in --out with their checksums, and count the
     keys that occur twice."""
-    again: int = 0
-    """With --check: encode so many records again, by --model from --source, and compare. 4 is a
-    good number."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Encode, or check what was encoded; return exit status 0. Raises UserError for user errors.
+    """Encode, or check what was encoded; return exit status 0.
 
-    Several processes (docs/pods.md) encode the shards of one set together, into a folder that all
-    of them share.
+    Several processes (docs/pods.md) encode one set together, into a folder that they share.
     """
     joined, argv = processes.pop_distributed_flags(argv)
     if any(word == "--prompts" or word.startswith("--prompts=") for word in argv):
@@ -73,14 +70,12 @@ def main(argv: Sequence[str]) -> int:
         if arguments.out is None:
             raise UserError("--check needs --out FOLDER, the shards to check")
         check(arguments.out)
-        if not arguments.again:
-            return 0
+        return 0
     return encode(arguments, joined)
 
 
 def encode(arguments: Arguments, joined) -> int:
-    """Encode a source, or with --again some of its records to compare them. joined: the flags of
-    distributed processes."""
+    """Encode a source. joined: the flags of distributed processes."""
     options, sizes = arguments.options, MeshConfig.parse(arguments.mesh)
     parts = ("vae", "text_encoder", "tokenizer") if options.captions else ("vae",)
     model = model_folder(arguments.model, parts[:2], variant=arguments.variant)
@@ -102,17 +97,50 @@ def encode(arguments: Arguments, joined) -> int:
             model / "text_encoder", arguments.dtype, mesh, variant=variants["text_encoder"]
         )
         encoders["tokenizer"] = load_tokenizer(model / "tokenizer")
-    folder = arguments.out
-    if arguments.check and folder is not None:
-        condition = options.open_condition(mesh)
-        made = identity(source, options, **encoders, condition=condition)
-        records.check_identity(folder, records.Manifest.read(folder).identity, made)
-        strict = dataclasses.replace(options, strict=True)
-        encoder = ShardEncoder(source, strict, **encoders, mesh=mesh, condition=condition)
-        print(reencode_and_compare(folder, source, options, encoder, arguments.again))
-        return 0
     folders = {part: model / part for part in parts}
-    folder = encode_dataset(source, options, **encoders, folder=folder, folders=folders, mesh=mesh)
+    made = {"folder": arguments.out, "folders": folders, "mesh": mesh}
+    folder = encode_dataset(source, options, **encoders, **made)
     if jax.process_index() == 0:
         print(summary(folder))
     return 0
+
+
+def check(folder: Path) -> None:
+    """Compare every byte with its checksum and every key with all others; print what is wrong, or a
+    summary. Raises UserError where a shard is damaged or missing, or a key occurs twice."""
+    samples, damaged = records.Manifest.read(folder).samples, 0
+    with tqdm(total=samples, unit=" records", desc="checking", disable=None) as bar:
+        for shard, trouble in records.check(folder):
+            if trouble:
+                damaged += 1
+                bar.write(trouble, file=sys.stderr)
+            bar.update(shard.count)
+    if damaged:
+        raise UserError(
+            f"{damaged} of the shards in {folder} are damaged: delete them and encode again"
+        )
+    stored, seen, twice = records.Records(folder), set(), 0
+    for index in range(samples):
+        key = records.decode_record(stored.bytes(index), ())[1]["key"]
+        if hash64(key) in seen:
+            number, place = stored.shard_of(index)
+            where = f"{stored.manifest.shards[number].file}, record {place}"
+            print(f"{where}: key twice ({key})", file=sys.stderr)
+            twice += 1
+        seen.add(hash64(key))
+    if twice:
+        raise UserError(f"{twice} of the records in {folder} have a key that another one has")
+    print(f"no damage: {summary(folder)}")
+
+
+def summary(folder: Path) -> str:
+    """Two lines: what a folder holds, and what of the source is in it."""
+    manifest = records.Manifest.read(folder)
+    size = sum(shard.bytes for shard in manifest.shards) / 2**20
+    buckets = ", ".join(f"{h}×{w}: {n}" for (h, w), n in manifest.by_bucket.items())
+    mirrored = ", each mirrored too" if manifest.identity.get("flip") == "yes" else ""
+    report = BadRecords.read(folder / FAULTS).report(manifest.samples)
+    return (
+        f"{manifest.samples} records ({buckets}){mirrored} in {len(manifest.shards)} "
+        f"shards, {size:.1f} MiB: {folder}\n{report}"
+    )

@@ -189,7 +189,7 @@ def test_two_processes_share_the_work(made, tmp_path):
 
 def test_processes_that_do_not_share_the_folder_are_told_so(tmp_path):
     (tmp_path / "progress").mkdir()
-    with pytest.raises(UserError, match="not shared by all 2 processes"):
+    with pytest.raises(UserError, match="not shared by 2 processes"):
         encode.wait_for_processes(tmp_path, 0, 2, timeout=0.1)
 
 

@@ -14,9 +14,7 @@ from pixart_jax.config import DataConfig, ObjectiveConfig
 from pixart_jax.data import images, records
 from pixart_jax.data.encoded import EncodedSamples
 from pixart_jax.encoding import encode
-from pixart_jax.encoding.check import reencode_and_compare
 from pixart_jax.encoding.options import EncodeOptions
-from pixart_jax.encoding.shards import ShardEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.images import canny, to_model
 from pixart_jax.models.configs import HEDConfig
@@ -75,11 +73,6 @@ def test_records_hold_the_posterior_of_the_edges_of_the_cropped_image(network, t
     assert manifest.identity["condition"] == EdgeDetector("hed", hed).identity
     with pytest.raises(UserError, match="condition is canny:rgb, expected hed"):
         run(tmp_path / "canny", "hed", str(folder), flip=True)
-
-    options = EncodeOptions(BUCKETS, batch_size=4, condition="canny", flip=True, strict=True)
-    encoder = ShardEncoder(SOURCE, options, tiny.vae(), condition=options.open_condition())
-    line = reencode_and_compare(tmp_path / "canny", SOURCE, options, encoder, 2)
-    assert "2 records encoded again" in line
 
 
 def test_maps_of_a_folder_are_cropped_as_their_images(tmp_path):

@@ -8,7 +8,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from PIL import Image
 from pixart_jax.data import images, records
 from pixart_jax.data.buckets import assign
 from pixart_jax.data.encoded import EncodedSamples, is_flipped
-from pixart_jax.encoding import check as encode_check
+from pixart_jax.encoding import command as encode_command
 from pixart_jax.encoding import encode
 from pixart_jax.encoding.shards import ShardEncoder
 from pixart_jax.errors import UserError
@@ -147,23 +146,6 @@ def test_mirrored_pictures_are_drawn_half_of_the_time_whatever_the_caption(alone
     assert records.Manifest.read(alone).identity["flip"] == "yes"
 
 
-def test_records_encoded_again_are_equal_and_another_encoder_s_are_refused(model, alone):
-    source, parts = Texts(22), encoders(model)
-
-    def encoder(**changes):
-        return ShardEncoder(
-            source, dataclasses.replace(OPTIONS, strict=True), **{**parts, **changes}
-        )
-
-    said = encode_check.reencode_and_compare(alone, source, OPTIONS, encoder(), 4)
-    assert said == "4 records encoded again: 4 equal to the byte"
-    params = jax.tree.map(lambda leaf: leaf * np.float32(1.1), parts["vae"].params)
-    other = parts["vae"].replace(params=params)
-    message = "0 equal to the byte; posterior differ by .* is not what these encoders make of noise"
-    with pytest.raises(UserError, match=message):
-        encode_check.reencode_and_compare(alone, source, OPTIONS, encoder(vae=other), 4)
-
-
 class Bad(tiny.Noise):
     """Of each kind of bad sample one."""
 
@@ -198,7 +180,7 @@ def test_bad_samples_are_named_and_counted_and_the_rest_goes_on(model, tmp_path,
     told = capsys.readouterr().err
     assert "4 left out: 2 unreadable image, 1 missing caption, 1 caption too long" in told
     assert "faults.jsonl names them" in told
-    assert "4 left out" in encode_check.summary(folder)
+    assert "4 left out" in encode_command.summary(folder)
     assert (folder / "buckets.png").read_bytes()[:4] == b"\x89PNG"
     strict = dataclasses.replace(options, strict=True)
     for index, kind in ((2, "unreadable image"), (5, "missing caption"), (6, "caption too long")):
@@ -216,5 +198,5 @@ def test_check_names_a_key_that_stands_twice(model, tmp_path, capsys):
         Twice(6), OPTIONS, **encoders(model), folder=tmp_path / "set", progress=False
     )
     with pytest.raises(UserError, match="1 of the records in .* have a key that another one has"):
-        encode_check.check(folder)
+        encode_command.check(folder)
     assert "record 4: key twice (picture-0)" in capsys.readouterr().err
