@@ -34,7 +34,7 @@ from pixart_jax.parallel.rules import replicated, row_sharding
 from pixart_jax.pipeline.conditions import Condition, EdgeDetector, FolderCondition
 from pixart_jax.pipeline.prompt_encoder import BATCH, one_ahead, text_batches
 from pixart_jax.text import clean_caption, clean_captions
-from pixart_jax.weights.component import Component
+from pixart_jax.weights.base import Component
 
 CLEANING = "deepfloyd"  # of captions; another would make other states of the same words
 # characters; a longer text is not a caption, and cleaning it would take minutes
@@ -205,8 +205,7 @@ class ShardEncoder:
     def _encode_texts(
         self, items: list[_Item]
     ) -> Iterator[tuple[list[tuple[_Item, str, int]], jax.Array]]:
-        """Yield ([(item, name, tokens)], states [text rows, width, c] on the devices), texts of one
-        width together."""
+        """Yield ([(item, name, tokens)], states [text rows, width, c] on the devices)."""
         texts = [(item, *named) for item in items for named in item.texts.items()]
         if not texts:
             return
@@ -224,8 +223,7 @@ class ShardEncoder:
 
 
 def _pack(batch: _Batch) -> Iterator[tuple[_Item, dict[str, int]]]:
-    """Wait for a batch; yield its items with all arrays, and the tokens as ``ShardEncoder.records``
-    does."""
+    """Wait for a batch; yield its items with all arrays and tokens."""
     for members, states in batch.texts:
         stored = np.asarray(states).astype(ml_dtypes.bfloat16)
         for (item, name, length), state in zip(members, stored):
@@ -247,8 +245,7 @@ class _Unusable(UserError):
 
 
 def _on_mesh(encoder, mesh: jax.sharding.Mesh | None):
-    """An encoder with its parameters on every device of the mesh: a copy on each where it was
-    opened on one."""
+    """An encoder opened on one device, with a copy of its parameters on each of the mesh."""
     if mesh is None or not isinstance(encoder, Component) or encoder.mesh is not None:
         return encoder
     return encoder.replace(params=jax.device_put(encoder.params, replicated(mesh)), mesh=mesh)

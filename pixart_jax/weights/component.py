@@ -1,10 +1,7 @@
-"""Components: a model's config, module and parameters, loaded from and saved to a folder that
-diffusers or transformers opens."""
+"""The kinds of components, and :func:`load_component`, which opens any of them."""
 
 from __future__ import annotations
 
-import abc
-import dataclasses
 import functools
 import os
 import warnings
@@ -20,7 +17,6 @@ import numpy as np
 
 from pixart_jax import finite
 from pixart_jax.errors import Notice, UserError, nearest
-from pixart_jax.files import write_json
 from pixart_jax.models import controlnet as control_models
 from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.dit import DiT as DiTModule
@@ -30,8 +26,9 @@ from pixart_jax.models.t5 import T5Encoder, check_quantization
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.models.vae import AutoencoderKL, tiled_decode
 from pixart_jax.parallel.gather import gather_to_host
-from pixart_jax.parallel.rules import on_mesh, parameter_shardings
 from pixart_jax.weights import controlnet, dit, hed, lora, t5, transformer, vae
+from pixart_jax.weights.base import CONFIG as CONFIG
+from pixart_jax.weights.base import Component, write_tensors
 from pixart_jax.weights.cache import ParamCache
 from pixart_jax.weights.checkpoints import select
 from pixart_jax.weights.files import (
@@ -42,180 +39,17 @@ from pixart_jax.weights.files import (
     naming,
     open_tensors,
     read_json,
-    write_order,
-    write_safetensors,
 )
 from pixart_jax.weights.hub import model_folder
-from pixart_jax.weights.streaming import map_params, read
-from pixart_jax.weights.table import flatten, unflatten, write
+from pixart_jax.weights.table import flatten, write
 
-CONFIG = "config.json"
 # beside the transformer's weights: diffusers does not store it and would warn of its key
 NULL_CAPTION = "null_caption.safetensors"
 _NULL_KEY = "caption_projection.y_embedding"  # its key in old diffusers files
 
 
-def _apply(module: nn.Module, method: str, params, *arguments):
-    return module.apply({"params": params}, *arguments, method=method)
-
-
-# One executable per (module, method, shapes). Modules of equal configs are equal, so other
-# parameters do not recompile.
-_run = jax.jit(_apply, static_argnums=(0, 1))
-# A CPU multiplies bfloat16 as fp32, and XLA would convert a scan's whole stack of parameters before
-# the loop: 19 GB for T5-XXL.
-_run_layer_by_layer = jax.jit(
-    _apply,
-    static_argnums=(0, 1),
-    compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
-)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Component(abc.ABC):
-    """config: the model's dataclass. params: nested dict of arrays. dtype: of the computation.
-    mesh: where the parameters are, or None.
-
-    Loaded with dtype=bfloat16, the kernels of what computes in it are stored in it too: half the
-    memory. Norms, tables, biases and modules that compute in fp32 stay fp32.
-    """
-
-    config: Any
-    params: Mapping
-    dtype: jnp.dtype = jnp.float32
-    mesh: jax.sharding.Mesh | None = None
-
-    module_class: ClassVar[type[nn.Module]]
-    # weights/transformer.py, dit.py, t5.py or vae.py: table, config_from_json, config_to_json
-    names: ClassVar[ModuleType]
-    weights_file: ClassVar[str] = "diffusion_pytorch_model.safetensors"
-    _wide: ClassVar[tuple[str, ...]] = ()  # modules that always compute in fp32
-
-    def __post_init__(self):
-        # one spelling of a dtype, so that equal modules hash alike
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-
-    @functools.cached_property
-    def module(self) -> nn.Module:
-        """The Flax module: equal for equal config and dtype, and hashable, as a static argument of
-        jit must be."""
-        return self.module_class(self.config, dtype=self.dtype)
-
-    def replace(self, **changes) -> Self:
-        """The same component with other params (or config, dtype, mesh)."""
-        return dataclasses.replace(self, **changes)
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write config.json and the weights, each atomically, in the dtypes of params.
-
-        Where several processes share the parameters all must call it: they gather one tensor, or
-        layer of a stack, at a time, and the first process writes. UserError when the folder cannot
-        be written.
-        """
-        params, folder = nn.unbox(dict(self.params)), Path(folder)
-        arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-        first = jax.process_index() == 0
-        if first or not all(array.is_fully_addressable for array in arrays):
-            self._write_weights(folder, params)
-        if first:
-            write_json(folder / CONFIG, self._config_to_json(params), ensure_ascii=False)
-
-    # ---- what each kind of component defines ----
-
-    @classmethod
-    @abc.abstractmethod
-    def _example(cls, config) -> tuple:
-        """Arguments of the module's init."""
-
-    def _config_to_json(self, params: Mapping) -> dict:
-        """The config.json to save."""
-        return self.names.config_to_json(self.config)
-
-    def _write_weights(self, folder: Path, params: Mapping) -> None:
-        table, _ = self.names.table(self.config, self._config_to_json(params))
-        _write(folder / self.weights_file, write(table, params))
-
-    @classmethod
-    def _stored_dtype(cls, path: str, dtype) -> np.dtype:
-        """The dtype of a stored parameter when the computation is in ``dtype``: that of the
-        products it is used in."""
-        narrow = path.endswith("kernel") and not path.startswith(cls._wide)
-        return np.dtype(dtype) if narrow else np.dtype(np.float32)
-
-    # ---- loading and running ----
-
-    @classmethod
-    def cast_for_compute(cls, params, dtype):
-        """Cast fp32 parameters to the dtypes of a component loaded with ``dtype``.
-
-        Cast once, ahead of the loop over blocks, when the parameters are used several times. The
-        module's results are the same to the bit.
-        """
-
-        def cast(path, leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            stored = cls._stored_dtype(name, dtype)
-            return leaf.astype(stored) if leaf.dtype == jnp.float32 else leaf
-
-        return jax.tree_util.tree_map_with_path(cast, params)
-
-    @classmethod
-    def abstract(cls, config, dtype, mesh: jax.sharding.Mesh) -> Self:
-        """The component as loaded on ``mesh``, with shapes, dtypes and shardings for parameters."""
-        boxed = cls.param_shapes(config, dtype := jnp.dtype(dtype))
-        shapes, shardings = flatten(nn.unbox(boxed)), flatten(parameter_shardings(boxed, mesh))
-        params = {
-            path: jax.ShapeDtypeStruct(
-                shape.shape, cls._stored_dtype(path, dtype), sharding=shardings[path]
-            )
-            for path, shape in shapes.items()
-        }
-        return cls(config, unflatten(params), dtype, mesh)
-
-    @classmethod
-    def param_shapes(cls, config, dtype=jnp.float32, **options) -> Mapping:
-        """The shapes of the module's parameters, boxed with axis names; nothing is computed."""
-        init = cls.module_class(config, dtype=dtype, **options).init
-        return jax.eval_shape(init, jax.random.key(0), *cls._example(config))["params"]
-
-    @classmethod
-    def _load(cls, config, values, tensors, dtype, mesh, cache: ParamCache, **options) -> Self:
-        """values: of config.json. tensors: of the weights file. options: of the module,
-        quantization."""
-        cached = cache.find()
-        if cached is not None and mesh is None:
-            return cls(config, map_params(cached), dtype)
-        boxed = cls.param_shapes(config, dtype, **options)
-        shardings = None if mesh is None else parameter_shardings(boxed, mesh)
-        if cached is not None:
-            return cls(config, map_params(cached, shardings), dtype, mesh)
-        table, ignore = cls.names.table(config, values, tensors)
-        params = read(
-            table,
-            nn.unbox(boxed),
-            tensors,
-            ignore=ignore,
-            dtype=functools.partial(cls._stored_dtype, dtype=dtype),
-            shardings=shardings,
-            **options,
-        )
-        cache.store(params)
-        return cls(config, params, dtype, mesh)
-
-    def _call(self, method: str, *arguments):
-        arguments = tuple(None if a is None else jnp.asarray(a) for a in arguments)
-        with on_mesh(self.mesh):
-            return self._executable(self.module, method, self.params, *arguments)
-
-    @property
-    def _executable(self):
-        narrow = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(self.params))
-        return _run_layer_by_layer if narrow and jax.default_backend() == "cpu" else _run
-
-
 class Transformer(Component):
-    """The PixArt transformer. ``params`` lacks null_caption where the file does (as released
-    diffusers files do)."""
+    """The PixArt transformer. ``params`` may lack null_caption, as files do."""
 
     module_class: ClassVar = PixArtTransformer
     names: ClassVar = transformer
@@ -299,14 +133,13 @@ class Transformer(Component):
                 return [finite.check_tensor("null_caption", gather_to_host(null))]
 
             tensor = LazyTensor(null.shape, np.dtype(null.dtype), values)
-            _write(folder / NULL_CAPTION, {"null_caption": tensor})
+            write_tensors(folder / NULL_CAPTION, {"null_caption": tensor})
         elif jax.process_index() == 0:
             (folder / NULL_CAPTION).unlink(missing_ok=True)
 
 
 class ControlledTransformer(Transformer):
-    """A transformer with a ControlNet, whose parameters are params["control"], for sampling; the
-    two are loaded and saved apart."""
+    """A transformer with a ControlNet, whose parameters are params["control"], loaded apart."""
 
     @functools.cached_property
     def module(self) -> nn.Module:
@@ -328,7 +161,7 @@ class ControlNet(Component):
         if base is not None:
             theirs = transformer.to_official(base.config, base.params)
             tensors |= {f"{controlnet.BASE}{key}": tensor for key, tensor in theirs.items()}
-        _write(Path(path), tensors)
+        write_tensors(Path(path), tensors)
 
     @classmethod
     def _example(cls, config):
@@ -380,8 +213,7 @@ class TextEncoder(Component):
     def save(self, folder: str | os.PathLike) -> None:
         if self.quantization:
             raise UserError(
-                f"an encoder of {self.quantization} values cannot be saved to {folder}: open it "
-                "without quantization to save it"
+                f"an encoder of {self.quantization} values cannot be saved: open it without"
             )
         super().save(folder)
 
@@ -474,8 +306,7 @@ def load_component(
     T5 encoder. variant: such as "fp16", of the weights' files; by default the plain or only ones.
     Prefixes of other tools before the names are removed; branch and average choose among the
     branches of a checkpoint (checkpoints.py). Raises UserError for a folder that is missing, a
-    whole model, of an unknown kind, or without weights, and for weights that are damaged or do not
-    fit the config.
+    whole model, of an unknown kind, or without weights, and for weights that do not fit.
     """
     folder = model_folder(folder, revision=revision, variant=variant)
     values = _config_of_file(folder) if folder.is_file() else _read_config(folder)
@@ -485,8 +316,7 @@ def load_component(
         values = {**values, "_class_name": kind}
     if kind not in _KINDS:
         raise UserError(
-            f"{folder / CONFIG} describes a {kind!r}{nearest(str(kind), _KINDS)}: such a part is "
-            "not known"
+            f"{folder / CONFIG} describes an unknown part {kind!r}{nearest(str(kind), _KINDS)}"
         )
     component = _KINDS[kind]
     check_quantization(quantization)
@@ -532,8 +362,7 @@ def controlnet_of(path: str | os.PathLike, model: TransformerConfig) -> Path:
 
 
 def under_current_names(tensors: Tensors, names: ModuleType) -> Tensors:
-    """Without tensors of other models, and with a current name for an old one that is there
-    alone."""
+    """Without tensors of other models, and with current names for old ones."""
     aliases, others = getattr(names, "ALIASES", {}), getattr(names, "IGNORED_PREFIXES", ())
     keys = [key for key in tensors if not key.startswith(others)]
     old = {aliases[key]: key for key in keys if key in aliases}
@@ -547,32 +376,17 @@ def _config_of_file(path: Path) -> dict:
         found = select(tensors, names.ANCHORS).tensors
         if any(anchor in found for anchor in names.ANCHORS):
             return names.config_of_tensors(found)
-    raise UserError(
-        f"{path} is not of a ControlNet or HED network: make a folder of it first (convert FILE "
-        "OUT)"
-    )
+    raise UserError(f"{path} is not of a ControlNet or HED network: convert it to a folder first")
 
 
 def _read_config(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(
-            f"no folder {folder}: give the folder of one part of a model, with config.json and "
-            "weights in it"
+            f"no folder {folder}: give the folder of one part, with config.json and weights"
         )
     if (folder / "model_index.json").is_file():
         parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         raise UserError(
-            f"{folder} is a whole model: give one of its parts ({', '.join(parts)}), or open it "
-            "with Pipeline.from_pretrained"
+            f"{folder} is a whole model: give one of its parts ({', '.join(parts)}) or use Pipeline"
         )
     return read_json(folder / CONFIG)
-
-
-def _write(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write the file on the first process; the others take part in gathering each tensor."""
-    if jax.process_index() == 0:
-        write_safetensors(path, tensors)
-        return
-    for key in write_order(tensors):
-        for _ in tensors[key].parts():
-            pass

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pixart_jax import load_component
-from pixart_jax.weights import cache, component
+from pixart_jax.weights import base, cache
 from pixart_jax.weights.streaming import read
 from pixart_jax.weights.table import flatten
 
@@ -27,7 +27,7 @@ def folder(tiny_model, tmp_path, monkeypatch):
 def conversions(monkeypatch):
     """A list with an entry for each time that weights were converted."""
     calls = []
-    monkeypatch.setattr(component, "read", lambda *a, **k: calls.append(1) or read(*a, **k))
+    monkeypatch.setattr(base, "read", lambda *a, **k: calls.append(1) or read(*a, **k))
     return calls
 
 
