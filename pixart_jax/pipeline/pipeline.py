@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax import finite
-from pixart_jax.diffusion.guidance import control_scales, pag_scales
-from pixart_jax.diffusion.sampling import step_table
 from pixart_jax.errors import UserError
-from pixart_jax.models.transformer import TextKV
-from pixart_jax.parallel.gather import gather_to_host, put_global
-from pixart_jax.parallel.mesh import batch_shards, check_divides
-from pixart_jax.parallel.rules import on_mesh, row_sharding
+from pixart_jax.parallel.mesh import check_divides
+from pixart_jax.parallel.rules import on_mesh
 from pixart_jax.pipeline import decoder, editing, sampler
 from pixart_jax.pipeline.adapters import Adapters, LoraMethods
+from pixart_jax.pipeline.denoising import Callback, DenoisingMethods, NegativePrompts
 from pixart_jax.pipeline.folder import PARTS, ModelFolder, write_model
-from pixart_jax.pipeline.image_size import ImageSize, cache_plan, check_options
-from pixart_jax.pipeline.negative_prompts import NegativePrompts
-from pixart_jax.pipeline.noise import between, slerp, starting_noise
+from pixart_jax.pipeline.image_size import ImageSize, check_options
+from pixart_jax.pipeline.noise import between, slerp
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
 from pixart_jax.pipeline.rows import Row, Run, Seed, Toward, in_batches, one_each
 from pixart_jax.pipeline.sampling_config import (
@@ -37,15 +31,13 @@ from pixart_jax.pipeline.sampling_config import (
 )
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.pipeline.text_states import TextStates, texts_to_encode
-from pixart_jax.pipeline.windows import Windows, plan_windows
+from pixart_jax.pipeline.windows import plan_windows
 from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, padded_length
 from pixart_jax.weights.component import controlnet_of, load_component
 
-Callback = Callable[[int, np.ndarray], None]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pipeline(LoraMethods):
+class Pipeline(DenoisingMethods, LoraMethods):
     """The parts of a text-to-image model, bound together.
 
     transformer, text_encoder, vae: as ``load_component`` returns them; without a text encoder
@@ -131,28 +123,13 @@ class Pipeline(LoraMethods):
         write_model(path, **{name: getattr(self, name) for name in names})
 
     def replace(self, **parts) -> Pipeline:
-        """The same pipeline with other parts, such as a transformer with other parameters; nothing
-        recompiles for equal shapes."""
+        """The same pipeline with other parts, such as other parameters; equal shapes do not
+        recompile."""
         if {"text_encoder", "tokenizer"} & set(parts):
             parts.setdefault("text_identity", {})
         if "transformer" in parts:
             parts.setdefault("adapters", Adapters())
         return dataclasses.replace(self, **parts)
-
-    @property
-    def factor(self) -> int:
-        """Pixels a latent, along a side."""
-        return self.vae.config.factor
-
-    @property
-    def prompt_encoder(self) -> PromptEncoder:
-        """The text half. Raises UserError without a text encoder."""
-        if self.text_encoder is None:
-            missing = "this pipeline has no text encoder"
-            raise UserError(f"{missing}: give text_states, or open the folder with it")
-        tokens = self.transformer.config.text_tokens
-        identity = dict(self.text_identity)
-        return PromptEncoder(self.text_encoder, self.tokenizer, tokens, self.mesh, identity)
 
     def encode_prompts(self, texts: Sequence[str], *, clean_caption: bool = True) -> TextStates:
         """States of texts (prompts, negative prompts and "" alike) on the host, in the dtype of the
@@ -168,18 +145,15 @@ class Pipeline(LoraMethods):
         length: int | None = None,
         clean: Callable[[str], str] = clean_caption,
     ) -> tuple[jax.Array, jax.Array]:
-        """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of 8
-        over the longest text."""
+        """Texts → (states [n, l, c], lengths int32 [n]); l: ``length``, by default a multiple of
+        8."""
         notice_loss("prompt", texts, clean)
         return self.prompt_encoder.batch(texts, length, clean)
 
     def without_text_encoder(self) -> Pipeline:
-        """This pipeline for sampling from text states; the text encoder's parameters are deleted
-        from the devices."""
+        """This pipeline for text states; the text encoder's parameters are deleted."""
         self.prompt_encoder.free()
         return dataclasses.replace(self, text_encoder=None)
-
-    # ---- prompts → images ----
 
     def __call__(self, prompts: str | Sequence[str], **options) -> np.ndarray:
         """Sample an image a prompt; uint8 [n, height, width, 3]. options: height, width, seed,
@@ -348,8 +322,8 @@ class Pipeline(LoraMethods):
         encoder: PromptEncoder | TextStates,
         callback: Callback | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """One batch: (uint8 [b, height, width, 3], bool [b]: whether it is finite) on the devices.
-        Either all or none are guided."""
+        """One batch: (uint8 [b, height, width, 3], bool [b]: whether finite); all or none are
+        guided."""
         config, guided = run.config, rows[0].guidance != 1
         clean = caption_cleaner(config.clean_caption)
         indices = [row.index for row in rows]
@@ -390,251 +364,6 @@ class Pipeline(LoraMethods):
                 images = decoder.paste(images, known, self._place(weight))
             whole = canvases and canvases[0].box is not None
             return decoder.fit(images, None if whole else size.asked), good
-
-    def _edit(
-        self,
-        canvases: list[editing.Canvas],
-        controls: Sequence[np.ndarray] = (),
-        seamless: bool = False,
-    ) -> sampler.Edit | None:
-        """What the canvases and conditions of a batch are to the sampler."""
-
-        def encoded(images: Sequence[np.ndarray]) -> jax.Array | None:
-            if not images:
-                return None
-            spec = self._decode_spec(len(images), seamless)
-            return decoder.encode_jit(spec, self.vae.params, self._place(np.stack(images)))
-
-        if not canvases and not controls:
-            return None
-        masks = [canvas.latent_mask(self.factor) for canvas in canvases if canvas.mask is not None]
-        mask = self._place(np.stack(masks)) if masks else None
-        return sampler.Edit(encoded([one.image for one in canvases]), mask, encoded(controls))
-
-    def _denoiser(self, control: bool) -> Any:
-        """The transformer; under control the one that is joined with the ControlNet."""
-        if not control:
-            return self.transformer
-        if self.controlnet is None:
-            raise UserError("control needs a ControlNet: open the model with controlnet=PATH")
-        return self.transformer.with_controlnet(self.controlnet)
-
-    def noise(
-        self, seed: Seed | Sequence[Seed], indices: Sequence[int], height: int, width: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """(noise [n, h, w, c] fp32, keys [n] for solvers that add noise): image i's come from
-        fold_in(key(seed), indices[i]) alone. seed: one, or one an image; the high word of one
-        beyond 32 bits is folded in first."""
-        seeds = [check_seed(value) for value in one_each("seed", seed, len(indices))]
-        shape = (height // self.factor, width // self.factor, self.transformer.config.in_channels)
-        noise, keys = starting_noise(seeds, indices, shape)
-        return self._place(noise), self._place(keys)
-
-    # ---- text states → latents → pixels ----
-
-    def denoise(
-        self,
-        text_states: jax.Array,
-        text_lengths: jax.Array,
-        noise: jax.Array,
-        negative_states: jax.Array | None = None,
-        negative_lengths: jax.Array | None = None,
-        *,
-        guidance: float | Sequence[float] | None = None,
-        keys: jax.Array | None = None,
-        size: jax.Array | None = None,
-        aspect_ratio: jax.Array | None = None,
-        callback: Callback | None = None,
-        latents: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        strength: float = 1.0,
-        reference: bool = False,
-        control: jax.Array | None = None,
-        **options,
-    ) -> jax.Array:
-        """The deterministic core, one compiled scan: text states [b, l, c], lengths [b], noise [b,
-        h, w, 4] → latents [b, h, w, 4].
-
-        negative_states, negative_lengths: of the negative prompt, padded to any length; None: the
-        states of "". Not read with guidance 1, which does no second pass. guidance: one number, or
-        [b] without a 1. keys: [b], or one to fold with each row's number, for solvers that add
-        noise; None adds none. size [b, 2] (height, width in pixels), aspect_ratio [b]: for models
-        with size conditions; by default the image's own. latents: start from these [b, h, w, 4],
-        scaled, min(int(steps · strength), steps) steps before the end (img2img). mask [b, h, w, 1]:
-        generate anew where it is at least a half, from pure noise at strength 1; elsewhere the
-        result is ``latents``, to the bit. reference: the unconditional half sees x before the known
-        part is put into it, as the official reference pipeline does. control: the condition's
-        latents [b, h, w, 4], scaled, for the ControlNet. options: steps, solver, times
-        and the other fields of SamplingConfig; by default PixArt's values, not the model's own.
-        Raises ``finite.NotFinite``, a UserError, which names the rows that are not finite; a call
-        that is traced into another program does not ask.
-        """
-        config = SamplingConfig(**options).with_defaults()
-        noise = jnp.asarray(noise, jnp.float32)
-        text = (jnp.asarray(text_states), jnp.asarray(text_lengths))
-        scale = np.float32(config.guidance if guidance is None else guidance)
-        guided = bool((scale != 1).any())
-        negative: Any = None
-        model = self._denoiser(control is not None)
-        if guided and negative_states is None:
-            arguments = text[0].shape[1], text[1], "text", clean_caption, self.prompt_encoder, model
-            negative = self._negative([""] * len(noise), *arguments)
-        elif guided:
-            lengths = text[1] if negative_lengths is None else negative_lengths
-            negative = (jnp.asarray(negative_states), jnp.asarray(lengths))
-        scale = jnp.broadcast_to(scale, (len(noise),))
-        windows = plan_windows(config, self.transformer.config, noise.shape[1:3])
-        sizes = self._size_conditions(noise, size, aspect_ratio, windows)
-        start, edit = 0, editing.latent_edit(latents, mask, control, noise.shape)
-        if latents is not None:
-            start = editing.first_step(int(config.steps or 0), strength)
-        with on_mesh(self.mesh):
-            run = Run(config, start, reference, windows=windows)
-            spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
-            arguments = (table, noise, keys if noisy else None, text, negative, *sizes, scale, edit)
-            return _checked(*self._sample(spec, model.params, arguments, callback))
-
-    def decode(
-        self, latents: jax.Array, tile: int | None = None, size: tuple[int, int] | None = None
-    ) -> jax.Array:
-        """The transformer's latents [b, h, w, c] → images uint8 [b, height, width, 3], on devices.
-
-        tile: side in latents of blended tiles, for images too large to decode at once. size:
-        (height, width) that images are resized and cropped to. Raises as :meth:`denoise`.
-        """
-        with on_mesh(self.mesh):
-            return decoder.fit(_checked(*self._decoded(latents, tile)), size)
-
-    def _spec(
-        self,
-        config: SamplingConfig,
-        guided: bool,
-        stochastic: bool,
-        run: Run,
-        edit: sampler.Edit | None,
-    ) -> tuple[sampler.SamplerSpec, dict[str, Any], bool]:
-        """(the static arguments of the compiled program, its table, whether its steps add
-        noise)."""
-        solver = self.scheduler.solver(str(config.solver), config.order)
-        steps, schedule = int(config.steps or 0), self.scheduler.schedule()
-        table, noisy = step_table(
-            solver, steps, schedule, config.times, start=run.start, stochastic=stochastic
-        )
-        table["pag"] = pag_scales(table["t"], config.pag_scale, config.pag_adaptive_scale)
-        if under_control := edit is not None and edit.control is not None:
-            how = config.control_scale, config.control_start, config.control_end
-            table["control"] = control_scales(table["step"], *how)
-        pure = edit is not None and edit.mask is not None and run.start == 0
-        table["start"] = np.float32((0, 1) if pure else (table["alpha"][0], table["sigma"][0]))
-        spec = sampler.SamplerSpec(
-            self._denoiser(under_control).module.clone(context_attention=self.context_attention),
-            self.scheduler.prediction,
-            solver,
-            guided,
-            cache_plan(config, self.transformer.config, self.scheduler, guided, run.start),
-            config.perturbed_layers(self.transformer.config.depth),
-            run.reference,
-            run.windows,
-        )
-        return spec, table, noisy
-
-    def _sample(
-        self, spec: sampler.SamplerSpec, params, arguments: tuple, callback: Callback | None
-    ) -> tuple[jax.Array, jax.Array]:
-        if callback is None:
-            return sampler.sample_latents_jit(spec, params, *arguments)
-        spec = dataclasses.replace(spec, preview=sampler.tell)
-        with sampler.watched_by(callback):
-            return jax.block_until_ready(sampler.sample_latents_jit(spec, params, *arguments))
-
-    def _decoded(
-        self, latents: jax.Array, tile: int | None, seamless: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        spec = self._decode_spec(len(latents), seamless)
-        if tile is None:
-            return decoder.decode_jit(spec, self.vae.params, latents)
-        decode = functools.partial(self.vae.decode, tile=tile)
-        decode = decoder.wrapped(decode, spec.wrap, spec.wrap * self.factor)
-        images = decode(latents / self.vae.config.scaling_factor)
-        return images, finite.rows_jit(images)
-
-    def _decode_spec(self, batch: int, seamless: bool = False) -> decoder.DecodeSpec:
-        config, rows = self.vae.config, self._padded(batch)
-        factors = config.scaling_factor, config.factor
-        wrap = decoder.WRAP if seamless else 0
-        return decoder.DecodeSpec(self.vae.module, *factors, self.mesh, rows, wrap)
-
-    def _size_conditions(self, noise, size, ratio, windows: Windows | None = None) -> tuple:
-        """(size [b, 2], aspect ratio [b]), by default the image's own, or a window's; None in a
-        model without."""
-        if not self.transformer.config.size_conditions:
-            return None, None
-        sides = noise.shape[1:3] if windows is None else [windows.side] * 2
-        height, width = (float(side * self.factor) for side in sides)
-        size = (height, width) if size is None else size
-        ratio = height / width if ratio is None else ratio
-        size, ratio = jnp.asarray(size, jnp.float32), jnp.asarray(ratio, jnp.float32)
-        return jnp.broadcast_to(size, (len(noise), 2)), jnp.broadcast_to(ratio, (len(noise),))
-
-    def _negative(
-        self,
-        texts: Sequence[str],
-        length: int,
-        lengths: jax.Array,  # [b] of the prompts, which the null caption is read under
-        null: str,
-        clean: Callable[[str], str],
-        encoder: PromptEncoder | TextStates,
-        model: Any,
-    ) -> TextKV:
-        """Keys and values of the rows' negative prompts in the blocks of ``model``."""
-        null_caption = None
-        if null == "embedding":
-            caption = jnp.asarray(self._null_caption(), jnp.float32)[None, :length]
-            null_caption = caption, jnp.int32([length])
-        with on_mesh(self.mesh):
-            return self._negatives.text_kv(
-                [clean(text) for text in texts],
-                (null, length, self.adapters.identity, model is self.transformer),
-                encoder if isinstance(encoder, TextStates) else self.text_encoder,
-                lambda cleaned: self._on_devices(encoder.batch(cleaned, length, str)),
-                functools.partial(sampler.encode_text_jit, model.module, model.params),
-                null_caption,
-                lengths,
-            )
-
-    def _null_caption(self) -> jax.Array:
-        if "null_caption" not in self.transformer.params:
-            raise UserError("this transformer has no stored null caption: use null='text'")
-        return self.transformer.params["null_caption"]
-
-    def _on_devices(self, text) -> tuple[jax.Array, jax.Array]:
-        """(states in fp32, lengths), from wherever they are."""
-        states, lengths = text
-        if isinstance(states, np.ndarray):
-            states, lengths = self._place(states), self._place(lengths)
-        return jnp.asarray(states, jnp.float32), lengths
-
-    def _padded(self, batch: int, guided: bool = False) -> int:
-        """The images of a batch, at least so many, with which every device has rows of its own.
-
-        Guidance makes two rows of an image. Where that fills the devices, the two lie on different
-        ones: one prompt on data = 2 takes the time of a pass without guidance.
-        """
-        shards = 1 if self.mesh is None else batch_shards(self.mesh)
-        if guided and shards % 2 == 0 and 2 * batch <= shards:
-            return shards // 2
-        return math.ceil(batch / shards) * shards
-
-    def _place(self, array):
-        if self.mesh is None:
-            return jnp.asarray(array)
-        return put_global(array, row_sharding(self.mesh, len(array)))
-
-
-def _checked(array: jax.Array, good: jax.Array) -> jax.Array:
-    if not isinstance(good, jax.core.Tracer):
-        finite.check_rows(gather_to_host(good))
-    return array
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, transformer) -> None:
