@@ -1,8 +1,7 @@
 """``python -m pixart_jax caption``: images → detailed captions by a vision-language model, on this
 machine or a Ray cluster.
 
-It needs PyTorch and Ray Data: pip install torch 'ray[data]'. The same command resumes an
-interrupted run.
+It needs PyTorch and Ray Data (pip install torch 'ray[data]'). The same command resumes a run.
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ def failed_checks(text: str, finish: str) -> tuple[str, ...]:
 
 def repeats(words: list[str]) -> bool:
     """Whether a phrase of 1 to 40 words occurs three times or more without a break, over 8 words or
-    more or a third of the caption; or, in 24 words and more, less than half of the runs of four
-    words are distinct."""
+    more or a third of the caption; or, from 24 words on, most runs of four words are repeated."""
     n = len(words)
     for length in range(1, min(LONGEST_LOOP, n // 3) + 1):
         same = 0  # words that equal the word one phrase before them, without a break

@@ -3,8 +3,7 @@ trained on it.
 
 DATA is a source, as encode takes it, or with --vae a folder of encoded shards. The page has
 figures, pictures by bucket as training would crop them, captions and how many of them are cut,
-duplicates by perceptual hash, and every record that is left out with its reason; inspect.json has
-every figure.
+duplicates by perceptual hash, and all records left out; inspect.json has every figure.
 """
 
 from __future__ import annotations
@@ -77,10 +76,7 @@ class InspectOptions:
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         if self.duplicates > 16:
-            raise UserError(
-                f"--duplicates {self.duplicates}: at most 16 bits; pictures that have nothing in "
-                "common differ in about 32"
-            )
+            raise UserError(f"--duplicates {self.duplicates}: at most 16 of the 64 bits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +109,7 @@ def main(argv: Sequence[str]) -> int:
         if options.buckets:
             raise UserError("--buckets: encoded shards have buckets of their own")
         if vae is None:
-            raise UserError(
-                f"{source.name} is encoded: give --vae, the folder of its VAE or of the model, or "
-                "the set that it was made from"
-            )
+            raise UserError(f"{source.name} is encoded: give --vae, the folder of its VAE or model")
         options = dataclasses.replace(options, buckets=source.buckets)
         source = DecodedSource(source, vae)
     elif vae is not None:
@@ -299,8 +292,7 @@ def _count_captions(
     captions: dict[str, dict[str, Any]], look: Look, limit: int, tokenizer, seen: set[int]
 ) -> None:
     """Add a sample's captions to the counts of their kinds. words, tokens: length → texts; cut:
-    texts of more than ``limit`` tokens; repeated: texts that occurred before; emptied, halved: by
-    cleaning."""
+    texts of more than ``limit`` tokens; repeated: seen before; emptied, halved: by cleaning."""
     for kind, texts in look.captions.items():
         one = captions.setdefault(kind, dict.fromkeys(_COUNTED, 0))
         one["samples"] += bool(texts)
@@ -326,8 +318,8 @@ def duplicate_groups(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
     hashes: uint64 [n], ImageHash's phash: signs of the lowest 8×8 frequencies of the picture at
     32×32 gray. Resizing, recompression and small changes of tone change few bits; two different
     photographs differ in about 32. distance: hashes that differ in at most so many bits are linked,
-    and links chain. Exact, without comparing all pairs: of distance + 1 bands of bits, two such
-    hashes share at least one.
+    and links chain. Exact, without comparing all pairs: of distance + 1 bands of bits two such
+    share one.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -362,8 +354,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def write(found: Survey, out: Path) -> Path:
-    """Write the folder atomically; return the page. Raises UserError where ``out`` holds anything
-    but an earlier page."""
+    """Write the folder atomically; return the page. Raises UserError for another folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / FIGURES).exists()):
         raise UserError(
             f"--out {out}: it holds something else than an earlier page; give another folder"

@@ -51,10 +51,7 @@ class CaptionLog:
         header, earlier = self._read(), self.partial
         if header is None and file.exists():
             if not self._manifest_file.exists():
-                raise UserError(
-                    f"{file} is there already and was not written by this command: give another "
-                    "--out"
-                )
+                raise UserError(f"{file} was not written by this command: give another --out")
             try:
                 header = json.loads(self._manifest_file.read_text(encoding="utf-8"))
                 header["identity"], header["fingerprint"]
@@ -84,8 +81,7 @@ class CaptionLog:
         ]
         if differences:
             raise UserError(
-                f"{where} was written with another {', '.join(differences)}: give the same, or "
-                "another --out"
+                f"{where} was written with another {', '.join(differences)}: give another --out"
             )
 
     def _read(self) -> Row | None:
@@ -117,8 +113,7 @@ class CaptionLog:
         return header
 
     def _begin(self, earlier: Iterable[Row] | None) -> None:
-        """Write a new log, with the captions of an earlier state of the source under their numbers
-        in this one."""
+        """Write a new log, with captions of an earlier state of the source renumbered."""
         numbers: dict[str, int] = {}  # of keys; the first where one occurs twice
         for number in range(len(self._source) if earlier else 0):
             with contextlib.suppress(UserError):  # a record that cannot be read has no caption
@@ -138,8 +133,7 @@ class CaptionLog:
             warnings.warn(f"{changed}: {kept} captions are kept{gone}", Notice, stacklevel=2)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add rows; when this returns they are on the disk. A sample that has a row already gets no
-        second one."""
+        """Add rows; when this returns they are on the disk. A sample gets one row."""
         with open(self.partial, "ab") as log:
             for row in rows:
                 if self._places[row["index"]] < 0:

@@ -1,5 +1,4 @@
-"""A vision-language model of transformers: images and prompts → captions that do not depend on the
-batch."""
+"""A vision-language model of transformers: images and prompts → captions."""
 
 from __future__ import annotations
 
@@ -50,8 +49,8 @@ class VisionLanguageModel:
 
     model: a folder, or a hub id. dtype: of the computation; 'auto' is the file's own on a GPU and
     float32 on a CPU. threads: of a CPU; if given, no GPU is used. variant: of the weights' files.
-    Raises UserError for a folder that does not exist, a model without image input, a processor that
-    lacks a package.
+    Raises UserError for a folder that does not exist, a model without image input or a missing
+    package.
     """
 
     def __init__(
@@ -165,8 +164,7 @@ class VisionLanguageModel:
                 )
         except torch.OutOfMemoryError:
             raise UserError(
-                f"the device is out of memory with {len(images)} pictures at once: a smaller "
-                "--batch-size would fit"
+                f"out of memory with {len(images)} pictures at once: a smaller --batch-size fits"
             ) from None
         return [self._decode(row) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
 
@@ -179,8 +177,7 @@ class VisionLanguageModel:
 
 
 class GumbelNoise:
-    """A logits processor: the argmax of its result samples from softmax(logits / temperature), with
-    one generator per row."""
+    """Its argmax samples from softmax(logits / temperature), one generator a row."""
 
     def __init__(self, temperature: float, seeds: Sequence[int], device):
         import torch
@@ -204,10 +201,7 @@ def check_engines() -> None:
         except ImportError:
             missing.append(name)
     if missing:
-        raise UserError(
-            f"captioning needs PyTorch and Ray Data, and {' and '.join(missing)} is not "
-            "installed: pip install torch 'ray[data]'"
-        )
+        raise UserError(f"captioning needs {' and '.join(missing)}: pip install torch 'ray[data]'")
 
 
 def local(model: str, variant: str | None = None) -> str:
@@ -216,8 +210,7 @@ def local(model: str, variant: str | None = None) -> str:
 
 
 def check(model: str) -> Any:
-    """Return the model's config. Raises UserError where there is none, or where the model takes no
-    images. Opens no weights."""
+    """Return the model's config. Raises UserError where there is none or it takes no images."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 
@@ -230,15 +223,13 @@ def check(model: str) -> Any:
         raise UserError(f"{what}: {_brief(error)}") from None
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(
-            f"{model} is a {config.model_type} model, which does not write about pictures: LLaVA, "
-            "SmolVLM, Qwen-VL and the like do (AutoModelForImageTextToText)"
+            f"{model} is a {config.model_type}: a model that writes about pictures is needed"
         )
     return config
 
 
 def identity(model: str, variant: str | None = None) -> str:
-    """A fingerprint of a model folder's files, or the hub's commit, so that two models' captions
-    are not mixed."""
+    """A fingerprint of a model folder's files, or the hub's commit."""
     if os.path.isdir(model):
         return folder_fingerprint(model)
     return f"{model}@{os.path.basename(local(model, variant))}"

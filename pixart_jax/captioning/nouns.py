@@ -9,27 +9,46 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
+import importlib.metadata
 import itertools
 import multiprocessing
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from pixart_jax.captioning.taggers import NounFinder, noun_finder
 from pixart_jax.captioning.texts import open_captions, texts_of_kinds
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.encoding.options import NamesFlag
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import hash64
 from pixart_jax.text import clean_caption, load_tokenizer
 
 CHUNK = 400  # images per task
 TOP, DROPPED = 100, 1000  # nouns that are reported by name
+TAGS = ("NN", "NNS", "NNP", "NNPS")
+"""The Penn Treebank's nouns: common and proper, singular and plural."""
+LONGEST = 64
+"""Characters of a noun; a longer word is an address, a hash or base64, and would fill the table."""
+RULE = (
+    f"tagged {', '.join(TAGS)}; lower-cased; of two letters or more; at most {LONGEST} characters"
+)
+MODELS = {"textblob": "pattern.en, in TextBlob's wheel", "nltk": "averaged_perceptron_tagger_eng"}
+
+_LETTERS = re.compile(r"[^\W\d_].*[^\W\d_]", re.DOTALL)
+# TextBlob tokenizes "isn't" as is, n, ', t; split like this before, no piece is a noun.
+_NOT = re.compile(r"n['’]t\b", re.IGNORECASE)
+_SHORT = re.compile(r"(?<=\w)['’](?:s|d|m|ll|re|ve)\b", re.IGNORECASE)
+_SENTENCES = re.compile(r"(?<=[.!?])\s+")
+
+NounFinder = Callable[[str], tuple[list[str], int]]
+"""A text → (its nouns in order, lower-cased; how many words were too long)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,3 +223,50 @@ def _count_chunk(chunk: Sequence[tuple[str, ...]]) -> ChunkCounts:
         ids = _tokenizer([clean_caption(text) for text in texts])["input_ids"]
         part.tokens.update(map(len, ids))
     return part
+
+
+def noun_finder(name: str = "textblob", singular: bool = False) -> NounFinder:
+    """Open a tagger of MODELS. singular: plural nouns (NNS, NNPS) become their singular, by
+    TextBlob's rules. Raises UserError for an unknown name, or where NLTK's model is missing."""
+    if name not in MODELS:
+        raise UserError(f"unknown tagger {name!r}{nearest(name, MODELS)}")
+    from textblob.en import tag
+    from textblob.en.inflect import singularize
+
+    to_singular = functools.lru_cache(100_000)(singularize)
+    nltk_tag = _nltk() if name == "nltk" else None
+
+    def nouns(text: str) -> tuple[list[str], int]:
+        found, too_long = [], 0
+        tagged = nltk_tag(text) if nltk_tag else tag(_SHORT.sub(" ", _NOT.sub(" not", text)))
+        for word, mark in tagged:
+            if mark not in TAGS or not _LETTERS.search(word):
+                continue
+            if len(word) > LONGEST:
+                too_long += 1
+            else:
+                plural = singular and mark.endswith("S")
+                found.append(to_singular(word.lower()) if plural else word.lower())
+        return found, too_long
+
+    return nouns
+
+
+def _nltk() -> Callable[[str], Iterable[tuple[str, str]]]:
+    import nltk  # comes with textblob
+    from nltk.tokenize import NLTKWordTokenizer
+
+    try:
+        nltk.pos_tag(["dog"])
+    except LookupError:
+        raise UserError(
+            f"--tagger nltk: its model is missing: python -m nltk.downloader {MODELS['nltk']}"
+        ) from None
+    split = NLTKWordTokenizer().tokenize
+    return lambda text: (pair for s in _SENTENCES.split(text) for pair in nltk.pos_tag(split(s)))
+
+
+def tagger_description(name: str) -> dict:
+    """The tagger in nouns.json."""
+    version = importlib.metadata.version(name)
+    return {"name": name, "version": version, "model": MODELS[name], "tags": list(TAGS)}

@@ -1,5 +1,4 @@
-"""``python -m pixart_jax nouns``: how many nouns captions hold, as the paper's table counts them,
-with charts; sets side by side."""
+"""``python -m pixart_jax nouns``: the nouns of captions, as the paper's table counts them."""
 
 from __future__ import annotations
 
@@ -13,8 +12,14 @@ from typing import Annotated
 import tyro
 
 from pixart_jax import cli, plots
-from pixart_jax.captioning import taggers
-from pixart_jax.captioning.nouns import NounCounts, NounOptions, count, quantiles
+from pixart_jax.captioning.nouns import (
+    RULE,
+    NounCounts,
+    NounOptions,
+    count,
+    quantiles,
+    tagger_description,
+)
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write, write_json
@@ -142,8 +147,8 @@ def write(
 def _figures(sets: Sequence[NounCounts], options: NounOptions) -> dict:
     plurals = "plurals as singular" if options.singular else "plurals as they are"
     figures: dict = {
-        "tagger": taggers.description(options.tagger),
-        "noun": f"{taggers.RULE}; {plurals}",
+        "tagger": tagger_description(options.tagger),
+        "noun": f"{RULE}; {plurals}",
         "threshold": options.threshold,
         "valid": f"occurs more than {options.threshold} times",
         "sets": [],
@@ -190,8 +195,7 @@ def _summary(lengths: Counter[int]) -> dict:
 def _lengths(
     path: Path, sets: Mapping[str, Counter[int]], unit: str, mark: int | None = None
 ) -> Path:
-    """A histogram of some fifty bins, up to a length that 99.5 % of the captions do not exceed; the
-    last bin holds the rest."""
+    """A histogram of some fifty bins, up to the 99.5 % quantile; the last holds the rest."""
     longest = max(10, *(quantiles(one, 0.995)[0] for one in sets.values()), (mark or 0) + 8)
     step = max(1, math.ceil(longest / 50))
     edges = list(range(0, (longest // step + 1) * step + 1, step))

@@ -67,8 +67,7 @@ def run(
     """Caption every sample of ``source`` that ``file`` does not hold yet; return the manifest.
 
     spec: how a worker opens the same source. faults: collects what is skipped; where it is strict,
-    the first one stops the run, and what was captioned before it stays. The same call resumes an
-    interrupted run.
+    the first one stops the run, and what was captioned before it stays. The same call resumes.
     """
     faults = BadRecords() if faults is None else faults  # an empty one is false
     given = dataclasses.asdict(options)

@@ -1,5 +1,4 @@
-"""The captions of a caption file, a folder of .txt or any source, as a stream; bad records are
-named."""
+"""The captions of a caption file, a folder of .txt or any source, as a stream."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def open_captions(
     what: str, faults: BadRecords, split: str = "train", limit: int | None = None
 ) -> tuple[str, int | None, Iterator[Record]]:
     """Return (name, number of records where it is known, records) of a .jsonl, .csv, .tsv or
-    .parquet, a folder of .txt, or a source as open_source takes it. faults: collects what is
-    skipped."""
+    .parquet, a folder of .txt, or a source. faults: collects what is skipped."""
     path = Path(what)
     if path.suffix.lower() in tables.SUFFIXES and not path.is_dir():
         if not path.is_file():
@@ -55,8 +53,7 @@ def _of_file(file: Path, faults: BadRecords) -> Iterator[Record]:
 
 
 def _of_texts(root: Path, faults: BadRecords) -> Iterator[Record]:
-    """NAME.txt is the kind 'caption' of NAME; NAME.KIND.txt, where NAME.txt exists, is that
-    kind. Hidden files are ignored."""
+    """NAME.txt is the kind 'caption' of NAME; NAME.KIND.txt, beside NAME.txt, is that kind."""
     stems = {}
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
@@ -110,8 +107,7 @@ def texts_of_kinds(
         kinds = ("caption",) if "caption" in known else tuple(known)
         if len(kinds) > 1:
             raise UserError(
-                f"{what} has several kinds of caption: --kind {' or --kind '.join(known)} (or "
-                "several, with commas)"
+                f"{what} has several kinds of caption: --kind {' or --kind '.join(known)}"
             )
     elif known and not set(kinds) & set(known):
         wanted = " or ".join(map(repr, kinds))

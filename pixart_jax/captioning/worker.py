@@ -80,8 +80,7 @@ class CaptionWorker:
     _model: Any = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """{"data": int64 [n]} → {"row": [n] JSON texts}, see :func:`caption_samples`; or one row,
-        the error that ends the run."""
+        """{"data": int64 [n]} → {"row": [n] JSON texts} (:func:`caption_samples`), or an error."""
         try:
             if self._model is None:
                 self._open()
@@ -96,8 +95,7 @@ class CaptionWorker:
         self._source = self.spec.open()
         if self._source.fingerprint != self.fingerprint:
             raise UserError(
-                f"{self.spec.source} is another one for this worker than for the program: all "
-                "machines must see the same data"
+                f"{self.spec.source} differs on this worker: all machines must see the same data"
             )
         options = self.options
         self._model = self.open_model(options.model, options.dtype, self.threads, options.variant)

@@ -217,7 +217,7 @@ def test_a_model_that_sees_no_pictures_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
     )
-    with pytest.raises(UserError, match="is a t5 model, which does not write about pictures"):
+    with pytest.raises(UserError, match="is a t5: a model that writes about pictures"):
         check(str(tmp_path))
 
 

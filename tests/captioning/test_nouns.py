@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from pixart_jax.captioning import nouns_command, taggers, texts
+from pixart_jax.captioning import nouns, nouns_command, texts
 from pixart_jax.captioning.nouns import NounOptions, count
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources.folder import FolderSource
@@ -221,11 +221,11 @@ def test_nltk_is_asked_a_sentence_at_a_time_and_its_missing_model_is_named(monke
         raise LookupError("averaged_perceptron_tagger_eng")
 
     monkeypatch.setattr(nltk, "pos_tag", tag)
-    assert taggers.noun_finder("nltk")("A dog. It isn't a dog!") == (["dog", "dog"], 0)
+    assert nouns.noun_finder("nltk")("A dog. It isn't a dog!") == (["dog", "dog"], 0)
     assert asked[1:] == [["A", "dog", "."], ["It", "is", "n't", "a", "dog", "!"]]
     monkeypatch.setattr(nltk, "pos_tag", missing)
     with pytest.raises(UserError, match="nltk.downloader averaged_perceptron_tagger_eng, or --tag"):
-        taggers.noun_finder("nltk")
+        nouns.noun_finder("nltk")
 
 
 # ---- what is written ----
