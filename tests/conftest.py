@@ -1,4 +1,4 @@
-"""What every test runs under: the CPU, a compilation cache that outlives the run, two threads a
+"""What every test runs under: the CPU, a compilation cache that outlives the run, one thread a
 library, no network."""
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("PIXART_JAX_CACHE", str(ROOT / ".cache" / "pixart_jax"))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# PyTorch's tiny models take ten times as long where two threads wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # a test that needs a download is a mistake, and should say so at once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("PYTHONPATH", str(ROOT))  # for the programs that tests start
