@@ -322,7 +322,7 @@ SMALL = np.zeros((32, 32), bool)
     "how, says",
     [
         ({"mask": PIXELS}, "a mask needs the image"),
-        ({"image": IMAGE, "mask": SMALL}, "bool [32, 32] for an image of 64 × 64: they must"),
+        ({"image": IMAGE, "mask": SMALL}, "bool [32, 32] for an image of 64 × 64"),
         ({"image": IMAGE, "mask": 0 * PIXELS}, "the mask selects nothing"),
         ({"image": IMAGE, "strength": 0.04}, "strength 0.04 leaves no step of 20: at least 0.05"),
         ({"image": IMAGE, "strength": 1.5}, "strength 1.5: a number above 0 and up to 1"),

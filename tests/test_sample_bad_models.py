@@ -90,8 +90,7 @@ BROKEN = {
     sigma_null_caption_in_alpha: "transformer/ wants 300 (its null_caption.safetensors)",
     sigma_of_1024_px_in_alpha: "names PixArtAlphaPipeline, but transformer/ looks like "
     "PixArt-Σ's, which reads 300 tokens of a prompt",
-    another_text_encoder: "text_encoder/ gives states of width 32, transformer/ wants 16: they "
-    "are of two models",
+    another_text_encoder: "text_encoder/ is of width 32, transformer/ of 16",
     no_config: "vae has no config.json",
 }
 

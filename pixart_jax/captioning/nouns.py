@@ -260,7 +260,8 @@ def _nltk() -> Callable[[str], Iterable[tuple[str, str]]]:
         nltk.pos_tag(["dog"])
     except LookupError:
         raise UserError(
-            f"--tagger nltk: its model is missing: python -m nltk.downloader {MODELS['nltk']}"
+            f"--tagger nltk: its model is not here: python -m nltk.downloader {MODELS['nltk']}, or "
+            "--tagger textblob"
         ) from None
     split = NLTKWordTokenizer().tokenize
     return lambda text: (pair for s in _SENTENCES.split(text) for pair in nltk.pos_tag(split(s)))

@@ -1,9 +1,7 @@
-"""Aspect-ratio buckets: which (height, width) a picture is resized and cropped to.
+"""Aspect-ratio buckets: which (height, width) an image is resized and cropped to.
 
-All tables are one table: the 1024 one, with its keys (height / width, rounded as the released
-models were trained with); those of 256 and 512 are a quarter and a half of it, that of 2048 its
-double. Training uses 40 entries, inference 33: the released inference tables leave out seven
-extreme ratios (and keep all 40 at 2048, where only one table was released).
+All tables derive from the 1024 one, with its keys (height / width as rounded by the released
+models). Training uses 40 entries, inference 33: without seven extreme ratios (at 2048 all).
 """
 
 from __future__ import annotations
@@ -80,11 +78,9 @@ def _check(height: float, width: float) -> None:
 def nearest(
     height: float, width: float, base: int = 1024, *, inference: bool = False
 ) -> tuple[int, int]:
-    """(height, width) in px of the bucket for an image of this size: the one whose key lies nearest
-    to height / width, of two equally near the smaller.
+    """(height, width) in px of the bucket whose key is nearest to height / width.
 
-    base: 256, 512, 1024 or 2048, the side of the square bucket. inference: choose among the 33 that
-    released pipelines sample at, not among the 40 of training.
+    base: 256, 512, 1024 or 2048. inference: choose among the 33 buckets of sampling.
     """
     _check(height, width)
     sizes, ratio = _sizes(base, inference), height / width
@@ -92,13 +88,8 @@ def nearest(
 
 
 def assign(height: float, width: float, buckets: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The one of a config's own (height, width) buckets for an image of this size.
-
-    The bucket whose key (:func:`key_of`) lies nearest to height / width, as in the tables: given a
-    whole table this is :func:`nearest`. The smaller key where two are equally near; among buckets
-    of one key the largest that the image fills without being enlarged, else the smallest. Equal
-    ratios and sizes cannot be told apart, so the first wins.
-    """
+    """The one of a config's own (height, width) buckets for an image of this size: by
+    :func:`key_of`. Of one key the largest bucket that the image fills, else the smallest."""
     _check(height, width)
     buckets = tuple((height, width) for height, width in buckets)
     if not buckets:
@@ -121,8 +112,7 @@ def _keyed(buckets: tuple[tuple[int, int], ...]) -> dict[float, list[tuple[int, 
 
 
 def key_of(bucket: tuple[int, int]) -> float:
-    """What training feeds as the aspect ratio of a bucket: its key in the table that holds it, else
-    height / width."""
+    """The aspect ratio fed for a bucket: its key in its table, else height / width."""
     for table in TABLES.values():
         for key, size in table.items():
             if size == tuple(bucket):
@@ -132,8 +122,7 @@ def key_of(bucket: tuple[int, int]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How an image becomes its bucket, all in px: resized to (height, width) keeping its ratio,
-    then cropped at (top, left)."""
+    """In px: an image is resized to (height, width), then cropped at (top, left)."""
 
     height: int
     width: int
@@ -142,8 +131,7 @@ class Fit:
 
 
 def fit(height: int, width: int, bucket: tuple[int, int]) -> Fit:
-    """Resize until the image just covers the bucket, then cut the middle out: the rule of the
-    released models' training."""
+    """Resize until the image covers the bucket, then crop the middle, as the released models do."""
     _check(height, width)
     bucket_height, bucket_width = bucket
     if bucket_height / height > bucket_width / width:

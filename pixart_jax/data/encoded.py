@@ -23,13 +23,12 @@ class EncodedSamples:
 
     captions: kinds with their weights in the mix; empty for no text. expected: entries that the
     records' identity must have (pipeline.encoder_identity). buckets: the (height, width) of the
-    stage; records of others are refused. faults: names the records without a text of any kind of
-    the mix, which are left out. condition: the kind that the records must have, 'hed', 'canny' or
-    'folder:DIR'. Batches hold
+    stage; records of others are refused. faults: names the records without a text of the mix.
+    condition: the kind that the records must have, 'hed', 'canny' or 'folder:DIR'. Batches hold
+
       mean, std     float32 [b, height/f, width/f, c] of the VAE's posterior, unscaled
       control_mean, control_std     the same of the condition, where ``condition`` asks for it
-      text_states   bfloat16 [b, l, c], text_lengths int32 [b] (with captions); l is the same in the
-                    whole stage
+      text_states   bfloat16 [b, l, c], text_lengths int32 [b] (with captions); l is the stage's
       label         int32 [b], −1 for none
       size          float32 [b, 2], (height, width) in px of the original image
       aspect_ratio  float32 [b], the bucket's key
@@ -102,8 +101,7 @@ class EncodedSamples:
 
 
 def _check_condition(folder: str | os.PathLike, found: str | None, wanted: str) -> None:
-    """Raise UserError unless records of a manifest's entry ``found`` have conditions of this
-    kind."""
+    """Raise UserError unless records of entry ``found`` have conditions of this kind."""
     kind = found and found.partition(":")[0]
     if kind != wanted.partition(":")[0]:
         have = f"{kind} conditions" if kind else "no conditions"
@@ -116,8 +114,7 @@ _INTEGERS = ("label", "text_lengths")
 def collate(
     rows: Iterable[tuple[str, dict[str, Any], np.ndarray | None]], count: int, length: int
 ) -> dict[str, np.ndarray]:
-    """A batch of EncodedSamples' from ``count`` rows (key, values by name, text states [l, c]),
-    whose texts are padded to ``length``. Each number is copied once."""
+    """A batch from ``count`` rows (key, values, text states [l, c], padded to ``length``)."""
     batch: dict[str, np.ndarray] = {}
     keys = []
     for row, (key, values, states) in enumerate(rows):

@@ -1,5 +1,4 @@
-"""Bad records of a set: each is named by file and record and counted by kind, and reading goes on;
-in strict mode the first one raises."""
+"""Bad records: named by file and record, counted by kind; in strict mode the first raises."""
 
 from __future__ import annotations
 
@@ -16,9 +15,8 @@ from pixart_jax.files import atomic_write
 
 
 class BadRecord(NamedTuple):
-    """place: the file, and the record in it ('a.tar, 000123.jpg'). kind: one of a few fixed names
-    that are counted ('unreadable image', 'missing caption', 'key twice', 'cut file'). detail: one
-    line, may be empty. repaired: the record stays (control characters removed from a caption)."""
+    """place: file and record ('a.tar, 000123.jpg'). kind: a fixed name that is counted ('unreadable
+    image'). detail: one line or ''. repaired: the record stays (a caption was cleaned)."""
 
     place: str
     kind: str
@@ -30,11 +28,7 @@ class BadRecord(NamedTuple):
 
 
 class BadRecords:
-    """Collects bad records from any thread, each once, in the order in which they were found.
-
-    strict: raise the first one as a UserError. limit: only so many are kept by name; more are
-    counted, so that a set of bad records alone does not fill the memory.
-    """
+    """Bad records from any thread, each once, in the order found. strict: raise the first one."""
 
     def __init__(self, strict: bool = False, limit: int = 1_000_000):
         self.strict, self._limit = strict, limit
@@ -75,8 +69,7 @@ class BadRecords:
         return iter(list(self._named))
 
     def summary(self) -> str:
-        """'3 left out: 2 unreadable image, 1 key twice; 1 mended: 1 control characters; 66 other
-        files not read: 66 .foo', or ''."""
+        """'3 left out: 2 unreadable image, 1 key twice; 1 mended: …; 6 other files …', or ''."""
         parts = []
         for what, counts in (("left out", self.counts), ("mended", self.repaired)):
             if counts:
@@ -88,15 +81,14 @@ class BadRecords:
         return "; ".join(parts)
 
     def report(self, used: int) -> str:
-        """'100 read: 97 used, 3 left out: 2 unreadable image, 1 key twice; …': what was read is
-        used or left out for a reason, and the numbers add up."""
+        """'100 read: 97 used, 3 left out: 2 unreadable image, …'; the numbers add up."""
         summary = self.summary()
         joined = f"{', ' if self.counts else '; '}{summary}" if summary else ""
         return f"{used + len(self):,} read: {used:,} used{joined}"
 
     def write(self, file: Path) -> bool:
-        """Write every record, one JSON object a line: place, kind, detail, mended; last the counts
-        of other files. Without any, remove a file of an earlier run. True where there is a file."""
+        """Write a JSON object a line: place, kind, detail, mended; last the counts of other files.
+        Without any, remove an earlier run's file. Return whether there is a file."""
         if not (self._named or self.unread):
             file.unlink(missing_ok=True)
             return False

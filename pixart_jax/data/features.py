@@ -1,14 +1,11 @@
-"""The features of the official PixArt repositories as training samples, in the batches of encoded
-records.
+"""The features of the official PixArt repositories as training samples.
 
-  {name}.npz in caption_feature…   caption_feature float [1, l, c], attention_mask [1, l] (without
-                                   one every token counts)
-  {name}.npy in img_vae_feature…   float [2·c, height/8, width/8]: mean and std of the VAE's
-                                   posterior, unscaled
+  {name}.npz in caption_feature…   caption_feature float [1, l, c], attention_mask [1, l] (optional)
+  {name}.npy in img_vae_feature…   float [2·c, height/8, width/8]: mean and std, unscaled
 
 The official tools disagree about names, so each is tried: FOLDER_STEM (what the loaders look for),
-FOLDER_STEM without the folders above, and STEM (what the extractor writes). A file belongs to one
-image: of several that would share it by the bare stem, the first has it.
+without the folders above, and STEM (what the extractor writes). A file belongs to one image: of
+several with one bare stem, the first has it.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -49,21 +46,16 @@ _MISSING, _UNREADABLE = "missing features", "unreadable features"
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-class _Found(NamedTuple):
-    """The feature files of an image. texts: (file, tokens) by kind, None for a kind without."""
-
-    latents: str
-    bucket: tuple[int, int]
-    texts: Sequence[tuple[str, int] | None]
+# Of an image: (file of latents, its bucket, (file, tokens) of each kind's text, None without).
+_Found = tuple[str, tuple[int, int], Sequence[tuple[str, int] | None]]
 
 
 class FeatureSamples:
     """The images of a layout whose features are complete; the others are named and left out.
 
     captions: kinds and weights: 'prompt' for the features of a data_info.json ('caption' for
-    SAM's), 'sharegpt4v' for PixArt-Σ's second ones. latents: the folder of latents, if the layout
-    holds several. Batches are those of data/encoded.py; label is −1, and size is the image's in the
-    list, else the bucket's.
+    SAM's), 'sharegpt4v' for PixArt-Σ's second ones. latents: the folder of latents where there are
+    several. Batches are those of data/encoded.py; label is −1.
     """
 
     identity: Mapping[str, str] | None = None  # the files do not say which encoders made them
@@ -85,56 +77,51 @@ class FeatureSamples:
         self._mix = CaptionMix(captions, tuple(texts), self.name) if captions else None
         self._kinds = self._mix.kinds if self._mix else ()
         self._entries = list(layout.entries(self.faults))
-        self._found = self._look(layout, folder, [texts[kind] for kind in self._kinds])
+        folders = [folder, *(texts[kind] for kind in self._kinds)]
+        stamps = [(str(f.resolve()), f.stat().st_mtime_ns) for f in (*layout.lists, *folders)]
+        self.fingerprint = hashlib.sha256(repr((stamps, self._kinds)).encode()).hexdigest()
+        look = functools.partial(self._look, folders)
+        self._found: list[_Found | None]
+        self._found, bad = cached_json("features", self.fingerprint, len(self._entries), look)
+        self.faults.extend(BadRecord(*record) for record in bad)
         found = [one for one in self._found if one]
-        self.buckets = tuple(sorted({one.bucket for one in found}))
+        self.buckets = tuple(sorted({(height, width) for _, (height, width), _ in found}))
         if not self.buckets:
             reason = self.faults.summary() or "the lists are empty"
             raise UserError(f"{self.name}: no picture has all its features ({reason})")
         check_buckets(self.name, self.buckets, buckets)
         self._ratios = [key_of(bucket) for bucket in self.buckets]
         numbers = {bucket: number for number, bucket in enumerate(self.buckets)}
-        places = [numbers[one.bucket] if one else -1 for one in self._found]
+        places = [numbers[one[1][0], one[1][1]] if one else -1 for one in self._found]
         self.bucket_of = np.array(places, np.int16)
         self.length = 0
         if self._mix:
-            longest = max(text[1] for one in found for text in one.texts if text)
+            longest = max(text[1] for _, _, held in found for text in held if text)
             self.length = encoded_length(self.name, longest, max_text_tokens)
 
     def __len__(self) -> int:
         return len(self.bucket_of)
 
-    def _look(self, layout: Layout, folder: Path, texts: list[Path]) -> list[_Found | None]:
-        """The files of each entry; for a large set the result is cached on disk."""
-        files = [*layout.lists, folder, *texts]
-        stamps = [(str(file.resolve()), file.stat().st_mtime_ns, self._kinds) for file in files]
-        self.fingerprint = identity = hashlib.sha256(repr(stamps).encode()).hexdigest()
-        read = functools.partial(self._read, folder, texts)
-        found, bad = cached_json("features", identity, len(self._entries), read)
-        self.faults.extend(BadRecord(*record) for record in bad)
-        return [one and _Found(one[0], tuple(one[1]), one[2]) for one in found]
-
-    def _read(self, folder: Path, texts: list[Path]) -> tuple[list[_Found | None], list[BadRecord]]:
-        """(files of each entry, what is wrong) by one pass over the headers of all files."""
+    def _look(self, folders: list[Path]) -> tuple[list[_Found | None], list[BadRecord]]:
+        """(files of each entry, what is wrong), from the headers of all files."""
         found: list[_Found | None] = []
-        faults = BadRecords()
-        taken: set[str] = set()
-        look = functools.partial(_features_of, folder=folder, texts=texts)
+        faults, taken = BadRecords(), set[str]()
+        look = functools.partial(_features_of, folder=folders[0], texts=folders[1:])
         looks = in_threads(look, self._entries, f"headers of {self.name}")
         for entry, (one, bad) in zip(self._entries, looks, strict=True):
             faults.extend(bad)
-            if one and one.latents in taken:
-                detail = f"{one.latents} is of an earlier picture"
+            if one and one[0] in taken:
+                detail = f"{one[0]} is of an earlier picture"
                 faults.add(f"{entry.place}, {entry.path}", "key twice", detail)
                 one = None
             if one:
-                taken.add(one.latents)
+                taken.add(one[0])
             found.append(one)
         return found, list(faults)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of one bucket, each with the text that its draw chooses. Raises UserError with the
-        name of a file that cannot be read (any more)."""
+        """Rows of one bucket, each with the text that its draw chooses. Raises UserError for
+        damage."""
         rows = (self._row(int(i), bucket, float(draw)) for i, draw in zip(indices, draws))
         return collate(rows, len(indices), self.length)
 
@@ -147,7 +134,7 @@ class FeatureSamples:
             self.buckets[bucket],
         )
         assert found is not None, "the plan draws no sample without features"
-        latents = _load(found.latents).reshape(-1, height // _FACTOR, width // _FACTOR)
+        latents = _load(found[0]).reshape(-1, height // _FACTOR, width // _FACTOR)
         mean, std = np.split(latents.transpose(1, 2, 0), 2, axis=-1)
         size = entry.fields.get("height"), entry.fields.get("width")
         if not all(isinstance(side, int | float) and side > 0 for side in size):
@@ -156,7 +143,7 @@ class FeatureSamples:
         values["aspect_ratio"] = self._ratios[bucket]
         states = None
         if self._mix:
-            held = {kind: text for kind, text in zip(self._kinds, found.texts) if text}
+            held = {kind: text for kind, text in zip(self._kinds, found[2]) if text}
             file, tokens = held[self._mix.choose(draw, held)[0]]
             states = _load(file, "caption_feature")
             states = states.reshape(-1, states.shape[-1])[:tokens]
@@ -164,28 +151,18 @@ class FeatureSamples:
         return key, values, states
 
 
-# ---- files ----
-
-
 def _latents_folder(root: Path, given: str | None) -> Path:
     if given:
         for folder in (root / given, Path(given)):
             if folder.is_dir():
                 return folder
-        raise UserError(
-            f"pixart-features:{root}: no folder of latents {given!r}, neither there nor here"
-        )
-    matches = (folder for pattern in _LATENTS for folder in root.glob(pattern))
-    found = sorted({folder for folder in matches if folder.is_dir()})
-    if len(found) != 1:
-        several = ", ".join(str(folder.relative_to(root)) for folder in found)
-        held = (
-            f"holds several folders of latents: {several}"
-            if found
-            else "holds no folder of latents"
-        )
-        raise UserError(f"pixart-features:{root} {held}; name one by ?latents=DIR")
-    return found[0]
+        raise UserError(f"pixart-features:{root}: no folder of latents {given!r}")
+    found = sorted({f for pattern in _LATENTS for f in root.glob(pattern) if f.is_dir()})
+    if len(found) == 1:
+        return found[0]
+    several = ", ".join(str(folder.relative_to(root)) for folder in found)
+    held = f"several folders of latents: {several}" if found else "no folder of latents"
+    raise UserError(f"pixart-features:{root} holds {held}; name one by ?latents=DIR")
 
 
 def _text_folders(layout: Layout) -> dict[str, Path]:
@@ -231,7 +208,7 @@ def _features_of(
     if texts and not any(held):
         missing = f"no {names[0]}.npz in {', '.join(kind.name for kind in texts)}"
         return None, bad or [BadRecord(place, _MISSING, missing)]
-    return _Found(str(latents), bucket, held), bad
+    return (str(latents), bucket, held), bad
 
 
 def _first(folder: Path, names: Sequence[str], suffix: str) -> Path | None:
@@ -239,14 +216,11 @@ def _first(folder: Path, names: Sequence[str], suffix: str) -> Path | None:
 
 
 def _bucket(file: Path) -> tuple[int, int]:
-    """(height, width) in px of latents, from their header. Raises ValueError if the file is cut or
-    not a posterior."""
+    """(height, width) in px, from the header. Raises ValueError for a cut file or no posterior."""
     held = np.load(file, mmap_mode="r")  # refuses a file that is cut
     shape = held.shape[1:] if held.ndim == 4 and held.shape[0] == 1 else held.shape
     if len(shape) != 3 or shape[0] % 2 or not held.flags.c_contiguous or held.dtype.kind != "f":
-        raise ValueError(
-            f"{held.dtype} {shape} is no posterior: float [2·channels, height/8, width/8] is wanted"
-        )
+        raise ValueError(f"{held.dtype} {shape} is no float posterior [2·channels, h/8, w/8]")
     return shape[1] * _FACTOR, shape[2] * _FACTOR
 
 

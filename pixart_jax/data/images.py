@@ -1,9 +1,8 @@
 """Image bytes → upright RGB pixels → the pixels of a bucket.
 
-Every image that Pillow reads becomes 8-bit RGB: EXIF rotation applied, transparency on white, gray,
-palettes and CMYK as RGB, 16 bits scaled to 8, the first frame of an animation. Colour profiles are
-not applied. UnreadableImage is raised for an image of more than PIXELS pixels (Pillow's own limit
-against decompression bombs), one of 32-bit numbers, and one that is cut or damaged.
+Whatever Pillow reads becomes 8-bit RGB: EXIF rotation applied, transparency on white, 16 bits
+scaled to 8, the first frame of an animation; colour profiles are ignored. UnreadableImage is raised
+for more than PIXELS pixels (Pillow's limit against decompression bombs), 32-bit pixels, and damage.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_sideways(image: Image.Image) -> bool:
-    """Whether EXIF rotation swaps height and width. Damaged EXIF data count as none; Pillow turns a
-    TIFF by itself."""
+    """Whether EXIF rotation swaps height and width; damaged EXIF data count as none."""
     try:
         if image.format == "TIFF":
             return False
@@ -92,8 +90,7 @@ def _has_late_exif(image: Image.Image) -> bool:
 
 
 def size(data: bytes | BinaryIO) -> tuple[int, int]:
-    """(height, width) in px with EXIF rotation applied, from the header: of a file little more is
-    read."""
+    """(height, width) in px with EXIF rotation applied, from the header."""
     image = _open(data)
     width, height = image.size
     return (width, height) if _is_sideways(image) else (height, width)
@@ -126,10 +123,9 @@ def fitted(data: bytes, bucket: tuple[int, int]) -> tuple[np.ndarray, Fit, tuple
     """Decode, resize and crop to (uint8 [bucket height, bucket width, 3], the Fit used, (height,
     width) of the original).
 
-    A JPEG that is shrunk to less than a half is decoded at a half, quarter or eighth of its size by
-    the codec's own averaging, yet never below twice its final size. That is several times faster;
-    the pixels then differ from ``to_bucket(decode(data))`` by less than one level of 255 in the
-    mean (tested on a photograph). All other images are equal to it.
+    A JPEG that is shrunk to less than a half is decoded at a half, quarter or eighth of its size,
+    never below twice its final size: several times faster, and within one level of 255 in the mean
+    of ``to_bucket(decode(data))``. All other images are equal to it.
     """
     image = _open(data)
     width, height = image.size

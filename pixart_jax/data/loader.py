@@ -1,12 +1,10 @@
 """Batches in the order of the plan, read ahead by grain's threads.
 
-    loader = Loader(samples, batch_size=32, seed=0)
-    batches = loader.iterator(start=step)
-    batch = next(batches)           # {name: numpy array [rows of this process, …]}
-    state = batches.get_state()     # for the checkpoint; set_state(state) resumes
+  batches = Loader(samples, batch_size=32, seed=0).iterator(start=step)
+  batch = next(batches)           # {name: numpy array [rows of this process, …]}
+  state = batches.get_state()     # for the checkpoint; set_state(state) resumes
 
-A batch depends on (seed, step) alone: not on processes, threads, prefetching or where the iterator
-started.
+A batch depends on (seed, step) alone, not on processes, threads, prefetching or the start.
 """
 
 from __future__ import annotations
@@ -24,11 +22,8 @@ _STEPS = 2**31 - 1  # more than any run takes
 
 
 class Loader:
-    """Reads ``samples`` in global batches of ``batch_size``.
-
-    rows: the numbers of the rows of the global batch that this process reads, in their order
-    (training.batches.rows_of); None: all. workers: threads that read ahead, each a batch at a time.
-    """
+    """Read ``samples`` in global batches of ``batch_size``. rows: of the global batch that this
+    process reads, in order; None: all. workers: threads that read ahead."""
 
     def __init__(
         self,
@@ -44,10 +39,7 @@ class Loader:
         self.plan = BatchSchedule(samples.bucket_of, batch_size, seed)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         if not len(self._rows) or self._rows.min() < 0 or self._rows.max() >= batch_size:
-            raise UserError(
-                f"a batch of {batch_size} has rows 0 to {batch_size - 1}, at least one of which a "
-                "process reads"
-            )
+            raise UserError(f"a batch has rows 0 to {batch_size - 1}: a process reads at least one")
         self._workers = max(workers, 0)
         self._prefetch = 2 * self._workers + 2 if prefetch is None else prefetch
 

@@ -3,8 +3,8 @@
 An epoch is as long as all sets together, N samples. A set of n samples and share w gets w·N places
 of it, so each of its samples is shown r = w·N / n times in the mean. In each bucket the places cut
 the line of the set's samples into equal stretches; a place shows the sample that its row's draw
-meets in its stretch. So every sample has the same chance in every epoch, is shown at least ⌈r⌉ − 1
-times where r > 1, and what a step shows is a function of seed and step alone.
+meets in its stretch. So samples have equal chances in every epoch, are shown at least ⌈r⌉ − 1 times
+where r > 1, and what a step shows is a function of seed and step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ _OF_THE_SET = ("source", "samples", "shard_size", "captions", "buckets", "flip")
 
 
 class MixedSamples:
-    """Samples of several ``parts`` with their ``shares``, which add up to 1.
-
-    Parts with texts are padded to one length. Raises UserError if a part has no sample, or if
-    different encoders made the records.
-    """
+    """Samples of several ``parts`` with their ``shares``, which add up to 1; texts are padded to
+    one length. Raises UserError for a part without samples or records of different encoders."""
 
     identity: Mapping[str, str] | None = None
 
@@ -85,8 +82,7 @@ def _check_identities(parts: Sequence[Samples], names: Sequence[str]) -> None:
         other = part.identity or {}
         if bool(first) != bool(other):
             raise UserError(
-                f"{names[0]} and {name} cannot be mixed: only one of them says which encoders "
-                "made it"
+                f"{names[0]} and {name} cannot be mixed: only one says which encoders made it"
             )
         for field in sorted(first.keys() & other.keys() - set(_OF_THE_SET)):
             if first[field] != other[field]:

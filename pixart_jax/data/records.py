@@ -1,13 +1,12 @@
 """Encoded samples on disk: ArrayRecord shards of safetensors records, and their manifest.
 
-    folder/manifest.json            what the shards were made with; bucket, count, size and checksum
-                                    of each
+    folder/manifest.json            what the shards were made with; bucket, count, checksum of each
     folder/00000-64x64.array_record records of one bucket
 
-A record is the bytes of a safetensors file: named arrays (bfloat16 included) and text metadata. The
-manifest is written last; a folder without one is unfinished. Readers refuse, by name, shards of
-another encoder, shards that are missing or cut (by size, when opened) and damaged records (by
-Riegeli's chunk hash, when read); :func:`check` compares whole files with their checksums.
+A record is the bytes of a safetensors file: named arrays and text metadata. The manifest is written
+last; a folder without one is unfinished. Readers refuse, by name, shards of another encoder,
+missing or cut shards (by size, when opened) and damaged records (by Riegeli's chunk hash, when
+read); :func:`check` compares whole files with their checksums.
 """
 
 from __future__ import annotations
@@ -33,9 +32,6 @@ MANIFEST = "manifest.json"
 _OPEN = 256
 
 
-# ---- records ----
-
-
 def encode_record(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """Named arrays and texts as the bytes of a safetensors file; equal input gives equal bytes."""
     # wide types first, as safetensors does, so that every array is aligned
@@ -47,7 +43,7 @@ def encode_record(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str])
 def decode_record(
     record: bytes, names: Iterable[str] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays, metadata) of a record; the arrays are read-only views. names: only these arrays."""
+    """(arrays, metadata) of a record; arrays are read-only views, of ``names`` only where given."""
     length = int.from_bytes(record[:8], "little")
     header = json.loads(record[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
@@ -61,15 +57,12 @@ def decode_record(
     return arrays, metadata
 
 
-# ---- shards ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """A shard's entry in the manifest. bucket: (height, width) in px. longest: caption kind →
     tokens of its longest text. skipped: (key, reason) of samples that could not be encoded.
-    lacking: caption kind → places of the records without a text of it. noted: (key, note) of
-    captions that cleaning emptied or halved."""
+    lacking: caption kind → places of the records without it. noted: (key, note) of captions lost by
+    cleaning."""
 
     file: str
     bucket: tuple[int, int]
@@ -98,8 +91,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
-    """Write records to an ArrayRecord file and return their count. The file appears under its name
-    complete and synced, or not at all."""
+    """Write records to an ArrayRecord file, atomically and synced; return their count."""
     from array_record.python import array_record_module
 
     partial = path.with_name(f".{path.name}.partial")
@@ -122,14 +114,10 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
     return count
 
 
-# ---- the manifest ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """identity: what the records were made with, name → text (encoders' hashes, source, buckets,
-    caption kinds, token cap). made_from: encoder → {"files", "dtype"} it was opened from, if known;
-    not part of the identity, since files of another format may hold the same encoder."""
+    """identity: what the records were made with, name → text. made_from: encoder → {"files",
+    "dtype"} it was opened from; not part of the identity, as other files may hold the same."""
 
     identity: Mapping[str, str]
     shards: tuple[Shard, ...]
@@ -172,8 +160,7 @@ class Manifest:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
-                f"{folder} holds no {MANIFEST}: not a folder of encoded shards, or encoding has "
-                "not finished"
+                f"{folder} holds no {MANIFEST}: no encoded shards, or encoding has not finished"
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
@@ -198,8 +185,7 @@ def check_identity(
     ]
     if wrong:
         raise UserError(
-            f"{folder} was encoded with something else: {'; '.join(wrong)}. Give another folder, "
-            "or encode again"
+            f"{folder} was encoded with something else: {'; '.join(wrong)}. Encode again"
         )
 
 
@@ -229,9 +215,7 @@ def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
 
 class Records:
     """Random access, from any thread, to the records of a folder, numbered through its shards.
-
-    expected: entries that the shards' identity must have.
-    """
+    expected: entries that the shards' identity must have."""
 
     def __init__(self, folder: str | os.PathLike, expected: Mapping[str, str] | None = None):
         self.folder = pathlib.Path(folder)
@@ -239,10 +223,7 @@ class Records:
         check_identity(self.folder, self.manifest.identity, expected or {})
         for shard in self.manifest.shards:
             if trouble := quick_check(self.folder, shard):
-                raise UserError(
-                    f"{trouble}; delete the file and encode again: only what is missing is made "
-                    "anew"
-                )
+                raise UserError(f"{trouble}; delete the file and encode again: the rest stays")
         self._starts = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
         # a thread that still reads from a reader that the cache drops keeps it
         self._reader = functools.lru_cache(_OPEN)(self._open_reader)

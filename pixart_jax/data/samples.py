@@ -26,10 +26,9 @@ _DECODERS = 8  # threads; Pillow releases the interpreter lock while it decodes
 class Samples(Protocol):
     """What the loader reads.
 
-    buckets: (height, width) in px by number. bucket_of: int [n], the number of each sample's
-    bucket, −1 if it cannot be used. length: tokens that texts are padded to, 0 without texts.
-    identity: what encoded records were made with (records.Manifest), None for others. fingerprint
-    changes whenever the samples or their order may have changed.
+    buckets: (height, width) in px by number. bucket_of: int [n], each sample's bucket, −1 if
+    unused. length: tokens that texts are padded to, 0 without texts. identity: of encoded records
+    (records.Manifest), else None. fingerprint: changes with the samples or their order.
     """
 
     buckets: tuple[tuple[int, int], ...]
@@ -48,12 +47,8 @@ def second_draw(draw: float) -> float:
     return np.random.default_rng(np.float64(draw).view(np.uint64)).random()
 
 
-# ---- buckets ----
-
-
 def assign_all(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """int16 [n]: the number in ``buckets`` for each (height, width) of ``sizes`` [n, 2]; −1 for (0,
-    0), an unreadable image."""
+    """int16 [n]: the number in ``buckets`` of each (height, width) in ``sizes`` [n, 2]; else −1."""
     buckets = [(height, width) for height, width in buckets]
     kinds, which = np.unique(sizes, axis=0, return_inverse=True)
     numbers = [
@@ -66,8 +61,7 @@ def assign_all(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndar
 def check_buckets(
     name: str, found: Sequence[tuple[int, int]], wanted: Iterable[tuple[int, int]] | None
 ) -> None:
-    """Raise a UserError if encoded latents have a (height, width) that is none of the stage's
-    buckets. wanted: None takes all."""
+    """Raise UserError if latents have a (height, width) not among the stage's buckets."""
     if wanted is None:
         return
     known = [(height, width) for height, width in wanted]
@@ -94,15 +88,9 @@ def write_bucket_chart(
     return plots.bars(path, values, title=title, axis="samples")
 
 
-# ---- captions ----
-
-
 class CaptionMix:
-    """Caption kinds with weights: one draw in [0, 1) chooses the kind, and a text of that kind.
-
-    A sample that lacks the chosen kind shows one of its other kinds, in proportion to their
-    weights. A sample without any of the kinds is not used.
-    """
+    """Caption kinds with weights: one draw in [0, 1) chooses the kind, and a text of that kind. A
+    sample that lacks the chosen kind shows another of its kinds, in proportion to their weights."""
 
     def __init__(self, mix: Iterable[tuple[str, float]], known: Sequence[str], source: str):
         weights = {kind: weight for kind, weight in mix if weight > 0}
@@ -114,8 +102,7 @@ class CaptionMix:
         self._weights = np.array([*weights.values()], float)
 
     def choose(self, draw: float, present: Container[str] | None = None) -> tuple[str, float]:
-        """(kind, the rest of the draw, again uniform in [0, 1)). present: the kinds that the sample
-        has, at least one of the mix; None: all."""
+        """(kind, the rest of the draw). present: the sample's kinds."""
         which, rest = _choose(self._weights, draw)
         if present is None or self.kinds[which] in present:
             return self.kinds[which], rest
@@ -132,18 +119,16 @@ def _choose(weights: np.ndarray, draw: float) -> tuple[int, float]:
 
 
 def pad_length(longest: int, cap: int) -> int:
-    """Tokens that all texts of a stage are padded to: the longest, rounded up to 8, at most
-    ``cap``."""
+    """Tokens that a stage's texts are padded to: the longest, rounded up to 8, at most ``cap``."""
     return min(-(-longest // 8) * 8, cap)
 
 
 def encoded_length(name: str, longest: int, cap: int) -> int:
-    """:func:`pad_length` of text states. Raises UserError if a text is longer than the cap: the
-    states of a whole text, cut, are not the states of the cut text."""
+    """:func:`pad_length` of text states. Raises UserError above the cap: cut states of a whole text
+    are not the states of the cut text."""
     if longest > cap:
         raise UserError(
-            f"{name} holds texts of {longest} tokens, more than max_text_tokens = {cap}: raise it, "
-            "or encode again with that cap"
+            f"{name} holds texts of {longest} tokens, more than max_text_tokens = {cap}: raise it"
         )
     return pad_length(longest, cap)
 
@@ -158,15 +143,11 @@ def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.n
     return out
 
 
-# ---- images ----
-
-
 class ImageSamples:
     """Images of a source, for the autoencoder: {"images": float32 [b, h, w, 3] in [−1, 1], "key"}.
 
-    Every image is decoded once when the set is opened, a large set's at the first start alone; an
-    unreadable one is named in the source's ``faults`` and left out. The decoded pixels stay in
-    memory if the whole set fits into ``cache_bytes``.
+    Every image is decoded once when the set is opened; unreadable ones are named and left out.
+    Decoded pixels of a set that fits ``cache_bytes`` stay.
     """
 
     length = 0
@@ -227,18 +208,14 @@ class ImageSamples:
         }
 
 
-# ---- token ids ----
-
-
 class TokenSamples:
     """Token ids of captions, for the text encoder: {"input_ids": int32 [b, l], "lengths": int32
     [b], "key"}.
 
-    All captions are tokenised when the set is opened. A sample without any kind of the mix, or
-    without a target, is named in the source's ``faults`` and left out. tokenizer: transformers'
-    protocol; texts beyond max_text_tokens are cut, their end token kept. clean: applied to each
-    text first. target: a kind of caption whose first text each row brings along as {"target_ids":
-    int32 [b, l], "target_lengths": int32 [b], "is_target": bool [b], whether it is the row's}.
+    All captions are tokenised when the set is opened, cut at max_text_tokens. A sample without any
+    kind of the mix, or without a target, is named and left out. clean: of each text. target: a kind
+    of caption whose first text each row brings along as {"target_ids": int32 [b, l],
+    "target_lengths": int32 [b], "is_target": bool [b], whether it is the row's}.
     """
 
     buckets: tuple[tuple[int, int], ...] = ((0, 0),)  # text has no size

@@ -1,14 +1,10 @@
 """The embedded world: captioned scenes of coloured shapes, with full ground truth.
 
-A fresh machine has no model hub and no photographs, yet every stage of the curriculum must run for
-real. This world draws one to three objects on a ground, with a brief, a short and a dense caption,
-and a class label for single objects (stage 1). Five colour–shape pairs (:data:`WITHHELD`) never
-occur in training, so composition can be tested.
+One to three objects on a ground, with a brief, a short and a dense caption, and a class label for
+single objects (stage 1). Five colour–shape pairs (:data:`WITHHELD`) never occur in training, so
+composition can be tested. A :class:`Level` is the difficulty; every score names it:
 
-A :class:`Level` is the difficulty; every score names it:
-
-- ``plain``: 64 px, objects in slots with a little jitter, flat grounds, five shapes, one or two
-  kinds of object;
+- ``plain``: 64 px, objects in slots with a little jitter, flat grounds, five shapes, 1 or 2 kinds;
 - ``free``: the same objects anywhere, turned and of continuous size;
 - ``rich``: 128 px, eight shapes, three kinds of object, textures on objects and grounds;
 - ``lit``: plain's content, lit and shaded on graded grounds (the demo's stage 3);
@@ -16,8 +12,7 @@ A :class:`Level` is the difficulty; every score names it:
 - ``edges``: edge maps of free's scenes, of all eight shapes, as a ControlNet's condition;
 - ``gallery``: all of these together, for the autoencoder and the text encoder.
 
-Everything here is drawn with signed distances in numpy; a scene depends on (level, split, index)
-alone.
+Scenes are drawn with signed distances in numpy and depend on (level, split, index) alone.
 """
 
 from __future__ import annotations
@@ -92,8 +87,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is drawn. task: single, pair, count or three; relation holds between the first two
-    objects of a pair."""
+    """task: single, pair, count or three. relation: between the first two objects of a pair."""
 
     height: int
     width: int
@@ -116,8 +110,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One difficulty. canvases: (height, width) in px and their weights; tasks: kinds of scene and
-    their weights."""
+    """One difficulty. canvases: (height, width, weight) in px. tasks: (kind, weight)."""
 
     name: str
     canvases: tuple[tuple[int, int, float], ...] = ((64, 64, 1.0),)
@@ -173,9 +166,6 @@ LEVELS = {
 COLOURED = tuple(name for name, level in LEVELS.items() if level.style != "edges")
 
 
-# ---- drawing ----
-
-
 def _polygon(p: np.ndarray, vertices: np.ndarray) -> np.ndarray:
     """Signed distance of points p [h, w, 2] to a polygon [n, 2]; negative inside."""
     best = np.full(p.shape[:2], np.inf)
@@ -214,8 +204,7 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def distance(shape: str, p: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance in px of points p [h, w, 2] (x, y from the object's centre) to the shape's
-    border."""
+    """Signed distance in px of points p [h, w, 2] (from the centre) to the shape's border."""
     if shape == "circle":
         return np.sqrt((p**2).sum(-1)) - radius
     if shape == "ring":
@@ -258,8 +247,7 @@ def _fill(obj: Object, p: np.ndarray, unit: float, style: str) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """uint8 [height, width, 3]; borders are anti-aliased over one pixel. Style edges: thin white
-    lines, or soft ones as a network's, on black."""
+    """uint8 [height, width, 3], anti-aliased. Style edges: white lines, thin or soft, on black."""
     if scene.style == "edges":
         flat = render(dataclasses.replace(scene, style="flat"))
         lines = canny((flat @ np.array([0.2125, 0.7154, 0.0721]))[..., None])  # of the luma
@@ -288,12 +276,8 @@ def render(scene: Scene) -> np.ndarray:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-# ---- scenes ----
-
-
 def _kind(rng: np.random.Generator, level: Level, withheld: str) -> tuple[str, str, str, str]:
-    """(shape, colour, size, texture) of one object. withheld: 'never' draws none of the withheld
-    pairs, 'only' nothing else, 'any' all."""
+    """(shape, colour, size, texture) of one object. withheld: 'never', 'only' or 'any'."""
     while True:
         shape = level.shapes[rng.integers(len(level.shapes))]
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
@@ -319,8 +303,7 @@ pips of a die, one way for each number (three in a row would touch)."""
 def _place_free(
     rng: np.random.Generator, radii: list[float], height: int, width: int, relation: str | None
 ) -> list[tuple[float, float]]:
-    """Centres in px, apart from each other and inside the border, that obey the relation; [] if
-    none were found."""
+    """Centres in px, apart from each other and the border, obeying the relation; else []."""
     places: list[tuple[float, float]] = []
     for radius in radii:
         for _ in range(40):
@@ -355,8 +338,7 @@ def draw_scene(
     withheld: str = "never",
     canvas: tuple[int, int] | None = None,
 ) -> Scene:
-    """Draw a scene of the level. task: one of the level's, by default any by its weight. withheld:
-    'never', 'only' (each object) or 'any'."""
+    """Draw a scene of the level. task: by default any, by weight. withheld: as of :func:`_kind`."""
     level = LEVELS[level] if isinstance(level, str) else level
     if level.members:
         member, high, wide, _ = _weighted(rng, level.members)
@@ -416,9 +398,6 @@ def label(scene: Scene) -> int:
     return SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)
 
 
-# ---- captions ----
-
-
 def _where(obj: Object, scene: Scene) -> str:
     """'at the top left', 'in the middle', …"""
     column = ("left", "", "right")[min(2, int(3 * obj.x / scene.width))]
@@ -428,9 +407,8 @@ def _where(obj: Object, scene: Scene) -> str:
 
 
 def captions(scene: Scene) -> dict[str, str]:
-    """{"brief", "short", "shapeless", "dense"}: the subject in few words (no sizes, of every other
-    scene no articles), the subject, the subject with "object" for the shape, and each object with
-    all that is true of it."""
+    """{"brief", "short", "shapeless", "dense"}: the subject in few words (no sizes, often no
+    articles), the subject, the subject with "object" for the shape, and each object in full."""
     first, count = scene.objects[0], len(scene.objects)
     plural = PLURALS.get(first.shape, first.shape + "s")
     places = [_where(o, scene) for o in scene.objects]

@@ -1,9 +1,5 @@
 """The embedded world (data/shapes.py) as a tensorflow-datasets builder:
-``tfds.data_source("shapes/plain")``.
-
-The path it takes is the path that any tfds set takes; TensorFlow is not needed, since images are
-stored as PNG bytes.
-"""
+``tfds.data_source("shapes/plain")``. Images are PNG bytes, so TensorFlow is not needed."""
 
 from __future__ import annotations
 
@@ -33,9 +29,8 @@ class ShapesConfig(tfds.core.BuilderConfig):
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Features: image (PNG bytes), brief, short, shapeless and dense (captions), label (stage-1
-    class, −1 for several kinds), count, height, width, task, scene (the ground truth as JSON),
-    key."""
+    """Features: image (PNG), the captions, label (stage-1 class, −1 for several kinds), count,
+    height, width, task, scene (the ground truth as JSON), key."""
 
     VERSION = tfds.core.Version("1.2.0")
     BUILDER_CONFIGS = [ShapesConfig(level) for level in shapes.LEVELS.values()]

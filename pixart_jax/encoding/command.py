@@ -98,7 +98,7 @@ def encode(arguments: Arguments, joined) -> int:
         )
         encoders["tokenizer"] = load_tokenizer(model / "tokenizer")
     folders = {part: model / part for part in parts}
-    made = {"folder": arguments.out, "folders": folders, "mesh": mesh}
+    made: dict[str, Any] = {"folder": arguments.out, "folders": folders, "mesh": mesh}
     folder = encode_dataset(source, options, **encoders, **made)
     if jax.process_index() == 0:
         print(summary(folder))

@@ -114,8 +114,7 @@ def encode_dataset(
     noted in the manifest so that readers can compare files instead of weights. mesh: of this
     process's own devices (None: the first alone). Each of process_count processes (by default
     JAX's) encodes its share of the shards; all return when all shards are there. Raises UserError
-    where the folder holds shards of another identity or a damaged one, or where the processes do
-    not share it.
+    for shards of another identity, damaged ones, and an unshared folder.
     """
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
@@ -249,8 +248,7 @@ def wait_for_processes(folder: Path, index: int, count: int, timeout: float = 12
             return
         if time.monotonic() > deadline:
             raise UserError(
-                f"{folder} is not shared by all {count} processes: let $PIXART_JAX_CACHE name a "
-                "folder on a shared disk"
+                f"{folder} is not shared by {count} processes: let $PIXART_JAX_CACHE be"
             )
         time.sleep(0.2)
 
@@ -280,10 +278,7 @@ def _finished(folder: Path, made: Mapping[str, str]) -> dict[str, records.Shard]
     finished = {shard.file: shard for shard in shards if (folder / shard.file).exists()}
     for shard in finished.values():
         if trouble := records.quick_check(folder, shard):
-            raise UserError(
-                f"{trouble}; delete the file and run the same command again: only what is missing "
-                "is made anew"
-            )
+            raise UserError(f"{trouble}; delete the file and run the same command again")
     return finished
 
 

@@ -33,8 +33,7 @@ PART = 512  # texts, which is also the most that a kill can cost
 
 @dataclasses.dataclass(frozen=True)
 class PromptArguments:
-    """Prompts → a file of text states: sample.py --text-states generates from it without opening
-    the text encoder."""
+    """Prompts → a file of text states: sample.py --text-states needs no text encoder."""
 
     prompts: Path
     """One a line, or .csv or .jsonl with 'prompt' and 'negative_prompt', as sample.py reads them;

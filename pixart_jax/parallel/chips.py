@@ -79,8 +79,8 @@ _KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The row of a ``jax.Device.device_kind``; None for a device without one (a CPU, TPU v4 lite,
-    an H100 of another form)."""
+    """The row of a ``jax.Device.device_kind``; None for a device without one (a CPU, TPU v4
+    lite)."""
     if device_kind.startswith("TPU v4 lite"):
         return None
     found = [kind for kind in _KINDS if device_kind == kind or device_kind.startswith(kind + " ")]

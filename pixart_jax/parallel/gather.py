@@ -17,8 +17,7 @@ def gather_to_host(array: Any, row: int | None = None) -> np.ndarray:
     """``array``, or row ``row`` of its leading axis, complete on this host.
 
     Where processes share the array, all must call this in the same order. Only what is asked for is
-    gathered: one layer of a stack [depth, …], so that no device or host holds more than that beside
-    what it has.
+    gathered: one layer of a stack [depth, …].
     """
     if not isinstance(array, jax.Array):
         return np.asarray(array) if row is None else np.asarray(array)[row]
@@ -41,8 +40,7 @@ def gather_to_host(array: Any, row: int | None = None) -> np.ndarray:
 def place_like(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     """``value`` with the dtype and sharding of ``like``; each device receives only its part.
 
-    value: a numpy array or a jax array of this process, the same on every process, or an array on
-    the mesh.
+    value: a numpy array or a jax array of this process, the same on every process, or on the mesh.
     """
     if isinstance(value, jax.Array) and (
         not value.is_fully_addressable
@@ -57,8 +55,7 @@ def place_like(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def put_global(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A numpy array, random key or jax array of this process, the same on every process, under
-    ``sharding``."""
+    """An array or key, the same on every process, under ``sharding``."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     return jax.jit(lambda x: x, out_shardings=sharding)(value)

@@ -4,8 +4,7 @@ JAX detects a dead peer too, but ends the process with a C++ fatal error, or lea
 collective. Here each process publishes a counter every few seconds and reads the counters of the
 others. A peer whose counter stops for ``peer_timeout`` seconds, or which reports a failure, ends
 this process with one line and exit status PEER_LOST; so does a run in which no process completes a
-step for ``stall_timeout`` seconds. A heartbeat thread calls the service and may hang with it; a
-watchdog thread judges.
+step for ``stall_timeout`` seconds. A heartbeat thread may hang with the service; a watchdog judges.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ def start_monitor(peer_timeout: float, stall_timeout: float) -> None:
 
 
 def report_step(step: int | None) -> None:
-    """Report a completed step; None before work that takes longer than a step (compilation, the
-    end of a stage)."""
+    """Report a completed step; None before work that takes longer than a step."""
     if _monitor is not None:
         _monitor.step = step
 
@@ -106,8 +104,7 @@ def barrier(name: str) -> None:
 
 
 def run_on_first_process(name: str, make: Callable[[], object]) -> None:
-    """Call make() on process 0; the others wait for it. All processes must call this in the same
-    order."""
+    """Call make() on process 0; the others wait for it. All must call this in one order."""
     if jax.process_index() == 0:
         make()
     barrier(name)
@@ -173,8 +170,7 @@ class PeerMonitor:
         return self._wait(lambda: self._problem(timeout), timeout + 2 * self._interval) or None
 
     def leave(self, status: int) -> int:
-        """Publish this process's exit status. Return it where all processes end in order; else end
-        the process."""
+        """Publish this process's exit status. Return it where all end in order, or exit."""
         self.step, self._leaving = None, True
         orderly = status in _ORDERLY
         self._end = "done" if orderly else f"has ended with status {status}, its output says why"

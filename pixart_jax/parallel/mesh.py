@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,21 +20,8 @@ from pixart_jax.errors import UserError
 AXES = ("data", "fsdp", "context", "tensor")
 
 
-class Sizes(Protocol):
-    """A config's size of each axis; at most one is −1, the rest of the devices."""
-
-    @property
-    def data(self) -> int: ...
-    @property
-    def fsdp(self) -> int: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def tensor(self) -> int: ...
-
-
-def resolve_sizes(sizes: Sizes, devices: int) -> tuple[int, int, int, int]:
-    """Sizes of the four axes on so many devices, −1 filled in.
+def resolve_sizes(sizes: Any, devices: int) -> tuple[int, int, int, int]:
+    """Sizes of the four axes on so many devices. sizes: a MeshConfig; −1 is the rest.
 
     Raises UserError unless the sizes use exactly these devices: an idle device is a mistake too.
     """
@@ -53,7 +40,7 @@ def resolve_sizes(sizes: Sizes, devices: int) -> tuple[int, int, int, int]:
     return data, fsdp, context, tensor
 
 
-def make_mesh(sizes: Sizes, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of axes (data, fsdp, context, tensor) over ``devices``, by default all of the run's.
 
     Raises UserError as :func:`resolve_sizes`, and where data is not a multiple of the TPU slices.
@@ -72,8 +59,7 @@ def slices(devices: Sequence[jax.Device]) -> int:
 
 
 def multislice_mesh(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices of several slices in the shape (data, fsdp, context, tensor); each slice is a run of
-    rows along data."""
+    """Devices of several slices in the shape (data, fsdp, context, tensor); slices along data."""
     count, data = slices(devices), shape[0]
     check_slices(data, count)
     return mesh_utils.create_hybrid_device_mesh(
@@ -85,8 +71,7 @@ def check_slices(data: int, count: int) -> None:
     """Raise UserError unless data is a multiple of the number of slices."""
     if data % count:
         raise UserError(
-            f"mesh data {data} is not a multiple of the {count} slices: they lie along data, and "
-            "no other axis may cross them"
+            f"mesh data {data} is not a multiple of the {count} slices, which lie along data"
         )
 
 

@@ -5,8 +5,7 @@ or as JAX detects the cluster.
     initialize(options)               # before anything touches a device
     sys.exit(run_with_peers(main))    # main() → exit status; never waits for a lost peer
 
-liveness.py watches the peers from then on: a dead or hung one ends the others with one line and
-exit status PEER_LOST.
+liveness.py watches the peers from then on (exit status PEER_LOST).
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedOptions:
-    """How the processes of a run find each other; timeouts in seconds. Raises UserError for bad
-    combinations."""
+    """How the processes of a run find each other; timeouts in seconds."""
 
     coordinator: str | None = None
     processes: int | None = None
@@ -193,18 +191,15 @@ def assert_same_config(
     """
     if jax.process_count() == 1:
         return
-    first = jax.process_index() == 0
+    index = jax.process_index()
     digest, token = hashlib.sha256(command.encode()).digest(), os.urandom(8)
-    if first and folder is not None:
+    if index == 0 and folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f".seen-by-all-{token.hex()}").touch()
     mine = np.frombuffer(digest + token, np.uint8)
     theirs = np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
     if theirs[:32] != digest:
-        raise UserError(
-            f"process {jax.process_index()} was started with another config than process 0: give "
-            "all the same command"
-        )
+        raise UserError(f"process {index} was started with another config than process 0")
     if folder is None:
         return
     mark = Path(folder) / f".seen-by-all-{theirs[32:].hex()}"
@@ -212,13 +207,11 @@ def assert_same_config(
     while not mark.exists():
         if time.monotonic() > deadline:
             raise UserError(
-                f"{folder} is not one folder that all processes see (process "
-                f"{jax.process_index()} does not see what process 0 wrote there): name one on a "
-                "shared disk"
+                f"{folder} is not shared: process {index} does not see process 0's file"
             )
         time.sleep(0.2)
     liveness.barrier("folder")
-    if first:
+    if index == 0:
         mark.unlink(missing_ok=True)
 
 

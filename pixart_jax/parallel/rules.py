@@ -61,8 +61,7 @@ def on_mesh(mesh: Mesh | None, table=RULES):
 def parameter_spec(
     names: tuple[str | None, ...], shape: tuple[int, ...], itemsize: int, mesh: Mesh
 ) -> PartitionSpec:
-    """The spec of a parameter. names: one logical name or None per dimension, or () for no
-    names."""
+    """The spec of a parameter. names: a logical name or None per dimension, or ()."""
     names = names or (None,) * len(shape)
     spec: list[str | None] = [None] * len(shape)
     for i, name in enumerate(names):
@@ -88,8 +87,7 @@ def logical_names(boxed):
 
 
 def unboxed(tree):
-    """Flax's boxed parameters → plain arrays or shapes. Unlike nn.unbox it adds no sharding
-    constraints."""
+    """Flax's boxed parameters → plain arrays or shapes. Unlike nn.unbox, no constraints."""
     return jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf,
         tree,
@@ -98,8 +96,7 @@ def unboxed(tree):
 
 
 def parameter_shardings(boxed_shapes, mesh: Mesh):
-    """NamedSharding of each parameter, in the unboxed tree. boxed_shapes: jax.eval_shape of a
-    module's init."""
+    """Each parameter's, in the unboxed tree. boxed_shapes: jax.eval_shape of a module's init."""
     names = logical_names(boxed_shapes)
     shapes = unboxed(boxed_shapes)
     return jax.tree.map(
@@ -117,8 +114,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """Sharding of an array of so many rows: a batch's where its shards divide them, else
-    replicated."""
+    """A batch's sharding where its shards divide so many rows, else replicated."""
     return batch_sharding(mesh) if rows % batch_shards(mesh) == 0 else replicated(mesh)
 
 

@@ -1,5 +1,4 @@
-"""Prompt → tokens → text states → latents → pixels: the one path that programs, the web page and
-evaluation share."""
+"""Prompt → tokens → text states → latents → pixels: the path that all programs share."""
 
 import importlib
 from typing import Any

@@ -42,8 +42,7 @@ class Adapters:
 
 
 class LoraMethods:
-    """Pipeline's LoRA methods, with diffusers' names and meaning. Those without a result change the
-    pipeline in place."""
+    """Pipeline's LoRA methods, with diffusers' names and meaning. Most change it in place."""
 
     transformer: Any
     adapters: Adapters
@@ -63,8 +62,7 @@ class LoraMethods:
         ``read`` returned. weight_name: the file of a folder or hub id that holds several.
         adapter_name: "default_0", "default_1" … by default. alpha: of a file that does not say its
         own. Raises UserError for a file that cannot be read or is of another model, and for a name
-        that is taken. Only the transformer is adapted: tensors of a text encoder are left out with
-        a Notice.
+        that is taken. Tensors of a text encoder are left out with a Notice.
         """
         before = self.adapters
         name = f"default_{len(before.loaded)}" if adapter_name is None else adapter_name
@@ -106,8 +104,8 @@ class LoraMethods:
         self._update(dataclasses.replace(self.adapters, fused=None))
 
     def unload_lora_weights(self) -> None:
-        """Forget all adapters: the transformer is the base again, to the bit. After fuse_lora what
-        was fused stays in it."""
+        """Forget all adapters: the transformer is the base again, to the bit. What was fused
+        stays."""
         before = self.adapters
         if before.fused is None:
             self._put(before.base or self.transformer, Adapters(kept=before.kept))

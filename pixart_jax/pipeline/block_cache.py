@@ -55,8 +55,7 @@ class CachePlan:
 
     @property
     def share(self) -> float:
-        """The share of rows that is computed, of those with guidance at every step; all parts count
-        alike."""
+        """The share of rows that is computed, of those with guidance at every step."""
         rows, tables = 1.0 + np.array(self.guides), self.recompute
         whole = np.ones((len(rows), 1))
         computed = sum(tables.get(part, whole).mean(axis=1) for part in PARTS) / len(PARTS)
@@ -119,8 +118,8 @@ def _initial_outputs(
     names: tuple[str, ...], shape: tuple[int, ...], dtype, before: dict | None
 ) -> dict[str, jax.Array]:
     """The outputs that a segment begins with, from those of the segment before it: the mean of both
-    halves where guidance ended, which cross-attention reuses from then on; zeros, never read, where
-    nothing fits."""
+    halves where guidance ended, which cross-attention reuses from then on; else zeros, never
+    read."""
 
     def initial(outputs):
         if outputs is not None and outputs.shape == shape:

@@ -77,8 +77,7 @@ class FolderCondition:
 
     def read(self, key: str, shape: tuple[int, ...], bucket: tuple[int, int]) -> np.ndarray:
         """The map of an image of ``shape`` [h, w, …], resized and cropped as the image is: uint8
-        [bucket height, bucket width, 3]. Raises UserError where there is none, or of another aspect
-        ratio."""
+        [bucket height, bucket width, 3]. Raises UserError without one that fits."""
         path = self._files.get(key)
         if path is None:
             raise UserError(f"no map {key} in {self._root}")
@@ -94,8 +93,7 @@ Condition = EdgeDetector | FolderCondition
 
 
 def open_condition(text: str, weights: str | os.PathLike | None = None, mesh=None) -> Condition:
-    """'hed', 'canny' or 'folder:DIR' → what makes the conditions of images. Raises UserError for
-    anything else."""
+    """'hed', 'canny' or 'folder:DIR' → what makes conditions; UserError for others."""
     kind, _, folder = text.partition(":")
     if kind == "folder" and folder:
         return FolderCondition(folder)

@@ -1,5 +1,4 @@
-"""Latents ↔ images: the VAE part by part, so that its activations fit, and the fit to the size that
-was asked for."""
+"""Latents ↔ images: the VAE part by part, so that its activations fit, and the fit to a size."""
 
 from __future__ import annotations
 
@@ -23,9 +22,8 @@ WRAP = 16  # latents around a seamless texture: as far as the decoder sees
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
     """module: the VAE's. scaling_factor: of its latents. factor: pixels a latent, along a side.
-    mesh: where each device takes its own images, at least ``rows`` in all; None: one device.
-    wrap: of a seamless texture, the latents on each side that repeat the opposite one while the VAE
-    runs."""
+    mesh: where each device takes its own images, at least ``rows`` in all; None: one device. wrap:
+    of a seamless texture, the latents on each side that repeat the opposite one."""
 
     module: nn.Module
     scaling_factor: float
@@ -36,8 +34,7 @@ class DecodeSpec:
 
 
 def decode_latents(spec: DecodeSpec, params, latents: jax.Array) -> jax.Array:
-    """The transformer's latents [b, h, w, c] → images [b, height, width, 3] of about [−1, 1], to be
-    traced in a jit."""
+    """The transformer's latents [b, h, w, c] → images [b, height, width, 3] of about [−1, 1]."""
     decode = functools.partial(spec.module.apply, {"params": params}, method="decode")
     decode = wrapped(decode, spec.wrap, spec.wrap * spec.factor)
     sides = (side + 2 * spec.wrap for side in latents.shape[1:3])

@@ -69,8 +69,8 @@ _LANCZOS = Image.Resampling.LANCZOS
 
 
 def blend_weight(mask: np.ndarray) -> np.ndarray:
-    """float32 [h, w]: the weight of generated pixels, 0 outside the mask and rising to 1 over SEAM
-    pixels inside it."""
+    """float32 [h, w]: the weight of generated pixels, 0 outside the mask, rising to 1 over SEAM
+    pixels."""
     if mask.all():
         return np.ones(mask.shape, np.float32)
     return np.minimum(ndimage.distance_transform_edt(mask) / SEAM, 1).astype(np.float32)
@@ -105,8 +105,7 @@ def check_mask(value: Any, image: np.ndarray) -> np.ndarray:
     if array.shape != image.shape[:2] or array.dtype.kind not in "buif":
         height, width = image.shape[:2]
         raise UserError(
-            f"mask {array.dtype} {list(array.shape)} for an image of {height} × {width}: they must "
-            "be of one size"
+            f"mask {array.dtype} {list(array.shape)} for an image of {height} × {width}"
         )
     mask = (array / 255 if array.dtype == np.uint8 else array) >= 0.5
     if not mask.any():
@@ -152,8 +151,7 @@ def default_size(
     windowed: bool = False,
 ) -> tuple[int, int]:
     """(height, width) that an image is edited at: its bucket; where the model has no buckets its
-    own size in whole patches, at most 1.5 times the side that the model was trained at; in windows
-    its own size."""
+    own size in whole patches, at most 1.5 times the model's side, but in windows."""
     side = transformer.sample_size * factor
     if binning and not windowed and side in buckets.INFERENCE_TABLES:
         return buckets.nearest(shape[0], shape[1], side, inference=True)
@@ -261,8 +259,7 @@ class Edits:
         variation: tuple[int | str, float] | None = None,
         control: Any = None,
     ) -> Edits:
-        """Of the options of ``Pipeline.generate``. Raises UserError for those that do not go
-        together."""
+        """Of ``Pipeline.generate``'s options. Raises UserError for contradictions."""
         if control is not None:
             if reference is not None or mask_padding is not None:
                 raise UserError("control excludes reference and mask padding: give one of them")
@@ -304,8 +301,8 @@ class Edits:
         factor: int,
         config: SamplingConfig,
     ) -> tuple[int | None, int | None]:
-        """The size to ask for: by default that of the first image, and twice the width where a
-        reference stands beside."""
+        """The size to ask for: by default the first image's; beside a reference of twice the
+        width."""
         side = transformer.sample_size * factor
         if self.is_reference:
             return height or side, 2 * (width or side)
@@ -324,8 +321,7 @@ class Edits:
         return {"height": height, "width": width // 2 if self.is_reference else width}
 
     def canvases(self, count: int, size: tuple[int, int]) -> list:
-        """A Canvas for each of ``count`` prompts, of the size that is generated; None without
-        images."""
+        """A Canvas for each of ``count`` prompts, of that size; None without images."""
         if not self.images:
             return [None] * count
         if self.is_reference:

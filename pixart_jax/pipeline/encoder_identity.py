@@ -46,8 +46,7 @@ def component_identity(component) -> str:
 
 
 def tokenizer_identity(tokenizer) -> str:
-    """sha256 in hex of what a tokenizer does to text; padding and cutting, which callers choose, do
-    not count."""
+    """sha256 in hex of what a tokenizer does to text, without padding and cutting."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         fields = json.loads(backend.to_str())

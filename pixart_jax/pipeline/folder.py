@@ -1,5 +1,4 @@
-"""A whole model on disk, in the diffusers form: transformer, text encoder, VAE, tokenizer,
-scheduler and their index."""
+"""A whole model on disk, in the diffusers form."""
 
 from __future__ import annotations
 
@@ -195,16 +194,14 @@ def compute_dtype(name: str) -> str:
 
 
 def weights_cache(name: str) -> Path | None:
-    """The folder of converted weights that a flag names: 'auto' (one in $PIXART_JAX_CACHE), 'none',
-    or a path."""
+    """The folder of converted weights by flag: 'auto' ($PIXART_JAX_CACHE), 'none' or a path."""
     if name == "none":
         return None
     return cache_folder() / "weights" if name == "auto" else Path(name)
 
 
 def parameter_count(folder: Path, variant: str | None = None) -> int:
-    """Parameters of a component folder, from the headers of its files; of PyTorch files, which have
-    none, by their size as fp32."""
+    """Parameters of a component folder, from the headers of its files; of PyTorch files by size."""
     tensors = _tensors(folder, variant)
     if tensors is None:
         files = [file for file in folder.iterdir() if file.suffix in TORCH_SUFFIXES]
@@ -234,8 +231,7 @@ def pipeline_class(folder: Path) -> str:
     name = str(read_json(folder / INDEX).get("_class_name"))
     if name not in _TEXT_TOKENS:
         raise UserError(
-            f"{folder / INDEX} names {name!r}{nearest(str(name), _TEXT_TOKENS)}: that pipeline is "
-            "not known"
+            f"{folder / INDEX} names an unknown pipeline {name!r}{nearest(name, _TEXT_TOKENS)}"
         )
     return name
 
@@ -276,8 +272,7 @@ def _transformer_config(folder: Path) -> TransformerConfig:
     width = text_encoder.get("d_model", config.caption_width)
     if width != config.caption_width:
         raise UserError(
-            f"{folder}: text_encoder/ gives states of width {width}, transformer/ wants "
-            f"{config.caption_width}: they are of two models"
+            f"{folder}: text_encoder/ is of width {width}, transformer/ of {config.caption_width}"
         )
     return config
 

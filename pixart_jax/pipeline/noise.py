@@ -15,8 +15,7 @@ def starting_noise(
     seeds: Sequence[int], indices: Sequence[int], shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """(noise [n, *shape] fp32, keys [n] for solvers that add noise): image i's come from
-    fold_in(key(seeds[i]), indices[i]) alone. The high word of a seed beyond 32 bits is folded in
-    first."""
+    fold_in(key(seeds[i]), indices[i]) alone. A seed's high word comes first."""
     words = np.array([(value % 2**32, value >> 32) for value in seeds], np.uint32)
     return _noise(words, np.asarray(indices, np.uint32), shape)
 

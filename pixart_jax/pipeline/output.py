@@ -40,8 +40,7 @@ class PromptShard:
 
     def of(self, groups: Sequence[Hashable]) -> list[int]:
         """Numbers of the images that are this shard's. groups: what each image's compiled shapes
-        depend on; they are dealt out group by group, so that all processes generate as many of each
-        group, give or take one."""
+        depend on; they are dealt out group by group, as many to each process, give or take one."""
         members: dict[Hashable, list[int]] = {}
         for n, group in enumerate(groups):
             members.setdefault(group, []).append(n)
@@ -183,8 +182,7 @@ class OutputFolder:
         return self.paths[n]
 
     def write_grid(self) -> Path:
-        """A sheet of the first GRID_LIMIT images with their prompts; those of all shards must be
-        there."""
+        """A sheet of the first GRID_LIMIT images with their prompts (of all shards)."""
         from PIL import Image
 
         images = []

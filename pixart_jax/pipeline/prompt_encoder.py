@@ -1,5 +1,4 @@
-"""The text half of a model: tokenizer and text encoder, which can encode all that a job needs and
-then free its memory.
+"""The text half of a model: tokenizer and text encoder.
 
 Every batch has one of a few shapes, eight texts of 16, 32, 64 … tokens, and a text's shape depends
 on the text alone. So its states are equal to the bit whichever texts are encoded beside it: now,
@@ -52,8 +51,7 @@ class PromptEncoder:
         quantization: str | None = None,
         cache: str | os.PathLike | None = None,
     ) -> PromptEncoder:
-        """The text half of a model folder, without the other. Arguments and errors as in
-        ``Pipeline.from_pretrained``."""
+        """The text half of a folder; arguments and errors as ``Pipeline.from_pretrained``."""
         model = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
         parts = model.load(dtype, mesh, ("text_encoder",), quantization, cache)
         return cls(
@@ -82,8 +80,8 @@ class PromptEncoder:
         length: int | None = None,
         clean: Callable[[str], str] = clean_caption,
     ) -> tuple[jax.Array, jax.Array]:
-        """Texts → (states [n, l, c] fp32, lengths int32 [n]) on the devices; l: ``length``, by
-        default the next multiple of 8."""
+        """Texts → (states [n, l, c] fp32, lengths int32 [n]) on devices; l: ``length`` or the next
+        multiple of 8."""
         ids, lengths = tokenize(self.tokenizer, texts, self.tokens, length, clean)
         rows, parts = [], []
         for members, states in self._encoded(ids, lengths):
@@ -137,8 +135,7 @@ class PromptEncoder:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _gathered(parts, place, length: int, sharding):
-    """Rows ``place`` of the concatenated parts [batch, width, c], each padded or cut to the
-    length."""
+    """Rows ``place`` of the joined parts [batch, width, c], padded or cut to the length."""
     same = [
         jnp.pad(part[:, :length], ((0, 0), (0, max(0, length - part.shape[1])), (0, 0)))
         for part in parts

@@ -22,7 +22,7 @@ Toward = tuple[str, Seed, int, float]  # prompt, seed, index, share of the way
 class Row:
     """One image of a call. index: folded into the seed. canvas: what it is edited from. toward:
     what its text and noise move to, and control: the condition, uint8 [h, w, 3]; all rows of a call
-    have one, or none has."""
+    have one, or none."""
 
     prompt: str
     negative: str
@@ -60,9 +60,8 @@ def one_each(what: str, value, count: int) -> list:
 def in_batches(
     rows: list[Row], batch_size: int | None, padded: Callable[[int, bool], int]
 ) -> Iterator[tuple[list[int], list[Row]]]:
-    """(positions, their rows) of batches of one size, the last one filled up by its last row;
-    all rows of a batch are guided, or none is. padded(size, guided): the size that devices
-    divide."""
+    """(positions, their rows) of batches of one size, the last one filled up by its last row; all
+    rows of a batch are guided, or none is. padded(size, guided): as devices need."""
     for guided in (True, False):
         group = [n for n, row in enumerate(rows) if (row.guidance != 1) == guided]
         size = padded(batch_size or min(len(group), DEFAULT_BATCH), guided)

@@ -2,8 +2,7 @@
 
 What does not change from step to step is computed once, before the scan: every block's keys and
 values of the text, and the embedding and modulation of all times. Both halves of guidance are one
-batch; guided and unguided steps lie in scans of their own, so that the second kind costs half
-(block_cache.py).
+batch; guided and unguided steps lie in scans of their own (block_cache.py).
 """
 
 from __future__ import annotations
@@ -161,8 +160,7 @@ def generate_jit(
     spec: SamplerSpec, decode: DecodeSpec, vae_params, params, table, noise, *arguments
 ):
     """Arguments as :func:`sample_latents` → (latents [b, h, w, c] fp32, in the memory of the noise,
-    images [b, height, width, 3] of about [−1, 1], bool [b]: whether both are finite): one program
-    from noise to pixels."""
+    images [b, height, width, 3] of about [−1, 1], bool [b]: whether both are finite)."""
     latents = sample_latents(spec, params, table, noise, *arguments)
     images = decode_latents(decode, vae_params, latents)
     return latents, images, finite.rows(latents, images)

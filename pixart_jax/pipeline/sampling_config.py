@@ -108,8 +108,7 @@ class SamplingConfig:
             low, high = (float(t) for t in self.guidance_interval)
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
                 raise UserError(
-                    f"guidance interval {low:g} {high:g}: two times of 0 … 999 are needed, the "
-                    "lower one first"
+                    f"guidance interval {low:g} {high:g}: two times of 0 … 999, the lower one first"
                 )
             object.__setattr__(self, "guidance_interval", (low, high))
         _integer("cross-attention steps", self.cross_attention_steps, 1, "whose output is reused")
@@ -126,8 +125,7 @@ class SamplingConfig:
             raise UserError(f"control scale {scale}: a finite number is needed")
         if not 0 <= start < end <= 1:
             raise UserError(
-                f"control start {start:g}, end {end:g}: shares of the steps from 0 to 1 are "
-                "needed, the first one below the second"
+                f"control start {start:g}, end {end:g}: two ascending shares of the steps"
             )
         if self.pag_layers is not None:
             object.__setattr__(self, "pag_layers", tuple(self.pag_layers))
@@ -136,8 +134,7 @@ class SamplingConfig:
 
     @property
     def windowed(self) -> bool:
-        """Whether a canvas is denoised in windows: of any size, beyond what the model was trained
-        at."""
+        """Whether a canvas is denoised in windows, of any size."""
         return self.tile_window is not None or self.seamless
 
     def with_defaults(self, own: SamplingConfig | None = None) -> SamplingConfig:
@@ -151,7 +148,7 @@ class SamplingConfig:
 
     def perturbed_layers(self, depth: int) -> tuple[int, ...]:
         """The blocks that PAG perturbs in a model of ``depth``; () without it. Raises UserError for
-        one that the model lacks."""
+        others."""
         if not self.pag_scale:
             return ()
         layers = (depth // 2,) if self.pag_layers is None else self.pag_layers

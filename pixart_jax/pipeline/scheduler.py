@@ -23,8 +23,7 @@ _COSINE = "squaredcos_cap_v2"
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
     """prediction: 'epsilon' or 'v'. The betas run from beta_start to beta_end over ``timesteps``;
-    beta_schedule as diffusers names it. order: of dpm++. spacing, offset: of its integer times
-    (solvers.DPMSolver)."""
+    beta_schedule as diffusers names it. order, spacing, offset: of dpm++ (solvers.DPMSolver)."""
 
     prediction: str = "epsilon"
     timesteps: int = 1000
@@ -57,8 +56,7 @@ class SchedulerConfig:
         for field in refused:
             if values.get(field):
                 raise UserError(
-                    f"{path}: {field} is not supported: betas are given by beta_start, beta_end "
-                    "and beta_schedule, times by timestep_spacing"
+                    f"{path}: {field} is not supported: beta_start, beta_end and beta_schedule are"
                 )
         names = ("beta_start", "beta_end", "beta_schedule")
         found = {name: values[name] for name in names if name in values}

@@ -58,8 +58,7 @@ class TextStates(dict[str, np.ndarray]):
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> TextStates:
-        """The states in a file of :func:`write`, read lazily. Raises UserError where it is missing,
-        damaged or of another kind."""
+        """The states in a file of :func:`write`, read lazily. Raises UserError for other files."""
         path, command = Path(path), "`python -m pixart_jax encode --prompts"
         if path.is_dir():
             raise UserError(f"{path} is a folder: give the file that {command}` wrote")
@@ -79,15 +78,14 @@ class TextStates(dict[str, np.ndarray]):
         return cls(rows, json.loads(identity), str(path))
 
     def check(self, wanted: Mapping[str, str]) -> None:
-        """Raise UserError where the identity differs from ``wanted``; only what both name is
-        compared."""
+        """Raise UserError where the identity differs from ``wanted`` in what both name."""
         for name, value in wanted.items():
             found = self.identity.get(name, value)
             if found != value:
                 other = _DIFFERENCES.get(name, f"another {name}")
                 raise UserError(
                     f"{self.source} was made with {other} ({found}) than this model's ({value}): "
-                    "encode the prompts again, into another file"
+                    "encode again into another file"
                 )
 
     def precision(self, dtype: str) -> str | None:
@@ -100,8 +98,7 @@ class TextStates(dict[str, np.ndarray]):
     def lengths(
         self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption
     ) -> np.ndarray:
-        """Tokens of each text, int32 [n]. Raises UserError where a text is missing, or was cleaned
-        otherwise."""
+        """Tokens of each text, int32 [n]. Raises UserError for a missing text."""
         self.check({"cleaning": cleaning_id(clean)})
         missing = list(dict.fromkeys(text for text in texts if clean(text) not in self))
         if missing:
@@ -116,8 +113,7 @@ class TextStates(dict[str, np.ndarray]):
     def batch(
         self, texts: Sequence[str], length: int, clean: Callable[[str], str] = clean_caption
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(states [n, length, c] in their stored dtype, lengths int32 [n]); zeros where a text has
-        no token."""
+        """(states [n, length, c] in their stored dtype, padded by zeros, lengths int32 [n])."""
         rows = [self[clean(text)] for text in texts]
         states = np.zeros((len(rows), length, rows[0].shape[-1]), rows[0].dtype)
         for into, row in zip(states, rows, strict=True):

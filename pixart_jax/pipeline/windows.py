@@ -24,8 +24,7 @@ from pixart_jax.pipeline.sampling_config import SamplingConfig
 
 
 class Windows(NamedTuple):
-    """side: of a square window, in latents. overlap: of neighbours, at least. wrap: over the edges
-    of the canvas."""
+    """In latents. overlap: of neighbours, at least. wrap: over the canvas's edges."""
 
     side: int
     overlap: int
@@ -61,8 +60,7 @@ def plan_windows(
     is_reference: bool = False,
 ) -> Windows | None:
     """The windows of a canvas of (height, width) latents; None where the config asks for none, or
-    one is the whole canvas. Raises UserError for windows that do not fit the canvas or the
-    options."""
+    one is the whole canvas. Raises UserError where they do not fit."""
     if not config.windowed:
         if config.tile_overlap is not None:
             raise UserError("tile overlap needs --tile-window")
@@ -102,8 +100,8 @@ def over_windows(
     beside: Any = None,
 ) -> jax.Array:
     """The weighted mean [b, h, w, k] fp32 of denoise(window [b, side, side, c], its row of
-    ``beside``) → [b, side, side, k] over the windows of x [b, h, w, c], in a scan. beside: a tree
-    of arrays [n, …]."""
+    ``beside``) → [b, side, side, k] over the windows of x [b, h, w, c], in a scan. beside: arrays
+    [n, …]."""
     (rows, down), (columns, across) = (windows.along(length) for length in x.shape[1:3])
     pairs = [(i, j) for i in range(len(rows)) for j in range(len(columns))]
     places = np.array([(*rows[i], *columns[j]) for i, j in pairs])  # [n, 2·side]

@@ -52,8 +52,7 @@ class Collective:
 
 
 def collectives(text: str, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
-    """Those of ``compiled.as_text()``, the largest first, on a mesh whose devices are numbered in
-    its order."""
+    """Those of ``compiled.as_text()``, the largest first, on a mesh in the devices' order."""
     totals: dict[tuple, list[float]] = {}
     for run, i in _started(text):
         kind, started = i.opcode.removesuffix("-start"), i.opcode.endswith("-start")
@@ -88,8 +87,7 @@ def _started(text: str) -> Iterator[tuple[hlo.Run, hlo.Instruction]]:
     """Every collective with the run that starts it.
 
     On a TPU an asynchronous one is a chain of pieces fused into the work that hides it, some inside
-    a loop that runs meanwhile. All have the chain's number; the piece that runs least often gives
-    the count.
+    a loop that runs meanwhile. The piece that runs least often gives the count.
     """
     chains: dict[tuple, tuple[hlo.Run, hlo.Instruction]] = {}
     for run in hlo.executed(text):
@@ -127,8 +125,7 @@ def _groups(rest: str, axes: Sequence[str], sizes: Sequence[int]) -> tuple[int, 
 
 
 def replica_groups(rest: str, devices: int) -> np.ndarray:
-    """The groups of an instruction's text, [groups, members] device numbers, in each of the three
-    forms that XLA writes."""
+    """The groups of an instruction's text, [groups, members], in XLA's three forms."""
     if mesh := _MESH_GROUPS.search(rest):
         return _mesh_groups(*mesh.groups())
     if iota := _IOTA_GROUPS.search(rest):
@@ -139,8 +136,8 @@ def replica_groups(rest: str, devices: int) -> np.ndarray:
 
 def _mesh_groups(mesh: str, shape: str | None, order: str | None, along: str) -> np.ndarray:
     """mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}: devices in the mesh's shape; a group runs
-    along the named axes. One may be a part of an axis, 'a':(2)2: of the axis's 4 the factor 2 that
-    follows a factor of 2."""
+    along the named axes. One may be a part of an axis, 'a':(2)2: of 4 the factor 2 after a factor
+    2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     shape = shape or str(math.prod(sizes.values()))
     ids, names = _iota(shape, order).reshape(-1), list(sizes)

@@ -100,8 +100,7 @@ def stages(config: Config, options: PlanOptions) -> list[int]:
 def make_target(
     config: Config, index: int, where: topology.Topology, options: PlanOptions
 ) -> PlanTarget:
-    """The train step of a stage, or with --sample the sampler's scan, by default of one image a
-    batch shard."""
+    """The train step of a stage, or with --sample the sampler's scan."""
     stage = config.stages[index]
     mesh = (where.size, 1, 1, 1) if options.sweep else resolve_sizes(config.mesh, where.size)
     if not options.sample:
@@ -109,8 +108,7 @@ def make_target(
         return made.with_mesh_and_batch(mesh, options.batch_size or stage.batch_size)
     if stage.task != "text_to_image":
         raise UserError(
-            f"stage {stage.name}: --sample generates with a text-to-image model, and this stage's "
-            f"task is {stage.task}"
+            f"stage {stage.name}: --sample needs a text-to-image model, not {stage.task}"
         )
     o, batch = options, options.batch_size or mesh[0] * mesh[1]
     sampling = dataclasses.replace(o.sampling, binning=False).with_defaults()

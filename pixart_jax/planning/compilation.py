@@ -73,13 +73,11 @@ def compiled(target: PlanTarget, limits: CompileLimits) -> CompiledStats:
         done = subprocess.run(command, env=environment, timeout=limits.seconds, **how)
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"{label}: not compiled in {limits.seconds:g} s; --compile-seconds allows more, a "
-            "smaller batch or a remat policy takes less"
+            f"{label}: not compiled in {limits.seconds:g} s; --compile-seconds allows more"
         ) from None
     if done.returncode == TOO_MUCH_MEMORY:
         raise UserError(
-            f"{label}: compiling takes more than {limits.gib:g} GiB of this machine's memory; "
-            "--compile-gib allows more"
+            f"{label}: compiling takes over {limits.gib:g} GiB of memory; --compile-gib allows more"
         )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").split("\n")

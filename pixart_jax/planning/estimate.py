@@ -11,8 +11,7 @@ here is an estimate.
   step     max(compute, memory) + exposed
 
 Not included: element-wise work that is not fused into a product, latency of small collectives,
-contention of two axes for one link, and all that a run does besides steps (input, checkpoints,
-previews, restarts).
+contention of two axes for one link, and all that a run does besides steps.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one execution. wires: of each of CompiledStats.collectives. exposed: not
-    hidden."""
+    """Seconds of one execution. wires: of each of CompiledStats.collectives."""
 
     compute: float
     memory: float
@@ -87,8 +85,7 @@ def time_of(target: PlanTarget, stats: CompiledStats, chip: Chip) -> StepTime:
 
 
 def wire_seconds(c: Collective, chip: Chip) -> float:
-    """Time on the wires. A group that spans several networks first works within each, then sends
-    its share across."""
+    """Time on the wires. A group that spans several networks works within each, then across."""
     inner = max(1, c.group // c.networks)
     # without a link: two devices of one chip
     rate = chip.link_bandwidth * c.links if c.links else chip.hbm_bandwidth / 2

@@ -44,8 +44,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A computation as executed. times: in one run of the program. loop: the innermost while body
-    (or "entry") that it runs in."""
+    """times: in one run of the program. loop: the innermost while body, or "entry"."""
 
     computation: str
     instructions: list[Instruction]

@@ -24,8 +24,7 @@ from pixart_jax.planning.target import CompiledStats, PlanTarget
 class Plan:
     """usable: bytes that a program may have on a device. image_flops: model FLOPs an image, of the
     compiled bucket; None for a task without a closed form. mean: FLOPs of the mean bucket over the
-    compiled one's. time, cost: estimates; None where the program does not fit or the chip is not in
-    the table."""
+    compiled one's. time, cost: estimates; None where it does not fit or the chip is unknown."""
 
     target: PlanTarget
     stats: CompiledStats
@@ -111,8 +110,7 @@ def largest(stage: StageConfig) -> tuple[int, int]:
 
 
 def check(target: PlanTarget) -> None:
-    """Raise UserError for slices, batches, heads and tokens that the mesh does not divide, before
-    anything is compiled."""
+    """Raise UserError for slices, batches, heads and tokens that the mesh does not divide."""
     axes, stage = target.axes, target.stage_config
     parts = f"mesh data {axes['data']} × fsdp {axes['fsdp']}"
     shards = axes["data"] * axes["fsdp"]

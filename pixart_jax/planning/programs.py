@@ -30,8 +30,7 @@ from pixart_jax.weights.component import VAE, TextEncoder, Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """traced: ready to lower. counted: bytes on a device by kind. remat: as in CompiledStats.
-    parts: of a train step."""
+    """traced: ready to lower. counted: bytes on a device. parts: of a train step."""
 
     traced: Any  # jax.stages.Traced
     mesh: jax.sharding.Mesh
@@ -116,8 +115,7 @@ def sampler(target: PlanTarget, work: SamplingWorkload, mesh: jax.sharding.Mesh)
 
 
 def vae_config(config: Config, assumptions: list[str]) -> VAEConfig:
-    """Of the config's VAE folder where it exists, else of the VAE that it trains, else Stable
-    Diffusion's."""
+    """Of the config's VAE folder, else of the VAE that it trains, else Stable Diffusion's."""
     if (found := _read(config.vae, "vae")) is not None:
         return vae.config_from_json(found)
     if config.vae_model is None:

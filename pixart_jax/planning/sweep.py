@@ -127,8 +127,7 @@ def run(
     todo = candidates(target, sizes)
     if not todo:
         raise UserError(
-            f"{target.topology.name}: no mesh of {target.topology.size} devices divides heads, "
-            "tokens and batch of this model"
+            f"{target.topology.name}: no mesh of its devices divides heads, tokens and batch"
         )
     found = []
     for other in tqdm(todo[:limit], desc="compiling", unit="mesh", dynamic_ncols=True):

@@ -13,8 +13,7 @@ from pixart_jax.planning.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class SamplingWorkload:
-    """A batch of images to generate. height, width: pixels. sampling: with its defaults filled in.
-    dtype: of the computation."""
+    """height, width: pixels. sampling: with its defaults filled in."""
 
     batch: int
     height: int
@@ -90,8 +89,7 @@ class CompiledStats:
     counted: bytes by kind, from shapes and shardings. flops, product_bytes: of all devices
     together, from the traced program. arguments … host: the compiler's; zero where it ran out of
     memory, when ``wanted`` is what it asked for. compile_cpu_seconds: of all cores together.
-    host_peak: of the compiling process. remat: the policy, chosen where the config says "auto"; ""
-    for sampling.
+    host_peak: of the compiling process. remat: the policy, chosen where the config says "auto".
     """
 
     device_kind: str

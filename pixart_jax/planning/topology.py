@@ -1,5 +1,4 @@
-"""Hardware by name: what ``--topology`` takes, and the devices that JAX compiles for without
-having them."""
+"""Hardware by name: what ``--topology`` takes, and JAX's devices of it."""
 
 from __future__ import annotations
 
@@ -136,8 +135,7 @@ def compiler_error(platform: str, found: str | None) -> str | None:
 
 
 def require_compiler(topology: Topology) -> None:
-    """Raise UserError, with the command that installs it, where the platform's compiler is missing
-    or is one of another JAX."""
+    """Raise UserError, with the command that installs it, where the compiler is missing."""
     found = None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found = importlib.metadata.version(COMPILERS[topology.platform])
@@ -146,8 +144,7 @@ def require_compiler(topology: Topology) -> None:
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """The variables of a process that compiles for a topology: it looks for no device of its own
-    and asks no server."""
+    """The variables of a process that compiles for a topology."""
     own = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "LIBTPU_INIT_ARGS")
     found = {name: value for name, value in os.environ.items() if name not in own}
     found |= {

@@ -1,8 +1,7 @@
 """A cache of converted weights, so that the second load of a model converts no axes and no dtypes.
 
 One safetensors file per (model folder, dtype, quantization), with our own names. Its metadata
-records the source files, by size and modification time, and a hash of the converting code; after
-any change it is replaced.
+records the source files, by size and modification time, and a hash of the converting code.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ _IDENTITY = "pixart_jax"  # key in the file's metadata
 
 
 class ParamCache:
-    """The cached weights of a model folder. root: the cache's folder; None: no cache. how: (dtype,
-    quantization)."""
+    """root: the cache's folder; None: no cache. how: (dtype, quantization)."""
 
     def __init__(self, root: str | os.PathLike | None, folder: Path, how: tuple):
         self._folder, self._how = folder.resolve(), how
@@ -48,8 +46,7 @@ class ParamCache:
         return cached if cached.metadata.get(_IDENTITY) == self._identity() else None
 
     def store(self, params: Mapping) -> None:
-        """Write the parameters, unless they are small or on several hosts, or, with a message, the
-        disk is too full."""
+        """Write the parameters, unless small, on several hosts or the disk is full."""
         if self._path is None:
             return
         flat = leaves(params)

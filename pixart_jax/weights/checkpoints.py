@@ -104,8 +104,7 @@ def _choose(source: str, places: list[str], branch: str | None, average: bool) -
         raise UserError(f"{source} holds averages alone: {', '.join(map(_label, averages))}")
     if len(found) > 1:
         raise UserError(
-            f"{source} holds several models ({', '.join(map(_label, found))}): choose one with "
-            "convert --branch"
+            f"{source} holds several models ({', '.join(map(_label, found))}): choose by --branch"
         )
     return found[0]
 

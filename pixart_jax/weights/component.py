@@ -316,7 +316,7 @@ def load_component(
         values = {**values, "_class_name": kind}
     if kind not in _KINDS:
         raise UserError(
-            f"{folder / CONFIG} describes an unknown part {kind!r}{nearest(str(kind), _KINDS)}"
+            f"{folder / CONFIG} describes {kind!r}, which is not known{nearest(kind, _KINDS)}"
         )
     component = _KINDS[kind]
     check_quantization(quantization)

@@ -41,8 +41,7 @@ OFFICIAL = _table(transformer.OFFICIAL, "controlnet", "copied_block")
 
 
 def table(config: ControlNetConfig, values: Mapping, keys: Container[str] = ()) -> tuple:
-    """(the entries, keys to ignore) of the weights. keys: of the file, which may have the official
-    names."""
+    """(the entries, keys to ignore) of the weights. keys: of the file."""
     return (OFFICIAL if OFFICIAL_ANCHOR in keys else DIFFUSERS), ()
 
 
@@ -69,8 +68,7 @@ def config_from_json(data: Mapping) -> ControlNetConfig:
     cross = data.get("cross_attention_dim", heads * head)
     if cross != heads * head:
         raise UserError(
-            f"config.json: cross_attention_dim = {cross!r}: want the model's own width, "
-            f"{heads * head}"
+            f"config.json: cross_attention_dim = {cross!r}: want the width, {heads * head}"
         )
     return ControlNetConfig(
         data.get("num_layers", 13),
@@ -95,8 +93,7 @@ def config_of_tensors(tensors: Tensors, heads: int | None = None) -> dict:
     heads = heads or {w: k for _, w, k in SIZES.values()}.get(width)
     if heads is None:
         raise UserError(
-            f"{tensors.source} does not say how many heads a ControlNet of width {width} has: "
-            "convert it with --heads"
+            f"{tensors.source}: how many heads at width {width}? convert it with --heads"
         )
     if (fc1 := f"{first}.0.{hidden}.weight") not in tensors:
         raise UserError(f"{tensors.source} is no ControlNet of a PixArt: it has no {fc1}")

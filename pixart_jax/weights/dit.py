@@ -118,8 +118,7 @@ def config_from_official(
     heads: int | None = None,
     sample_size: int | None = None,
 ) -> DiTConfig:
-    """The config of an official .pt, from its tensors' names and shapes; arguments as for the
-    transformer's."""
+    """The config of an official .pt, from its tensors' names and shapes; as the transformer's."""
     geometry = official_geometry(shapes, pos_embed, heads, sample_size)
     try:
         rows = shapes["y_embedder.embedding_table.weight"][0]

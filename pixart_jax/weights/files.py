@@ -1,8 +1,7 @@
 """Tensor files, read and written one tensor at a time: safetensors (one file, or shards with an
 index) and PyTorch's .pth, .pt, .bin.
 
-PyTorch files are opened by torch's weights-only loader; one that holds more than plain data is
-refused.
+PyTorch files are opened by torch's weights-only loader; others than plain data are refused.
 """
 
 from __future__ import annotations
@@ -171,8 +170,7 @@ def _open_shards(index: Path) -> Tensors:
         names = {str(key): str(name) for key, name in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{index} is no index of shards (a JSON object with weight_map): it is damaged, copy "
-            "it again"
+            f"{index} is no index of shards (an object with weight_map): copy it again"
         ) from None
     missing = sorted({name for name in names.values() if not (index.parent / name).is_file()})
     if missing:
@@ -204,14 +202,12 @@ def open_tensors(path: str | os.PathLike) -> Tensors:
     if path.suffix in TORCH_SUFFIXES:
         return TorchFile(path)
     raise UserError(
-        f"{path}: weights are read from .safetensors, .safetensors.index.json, "
-        f"{', '.join(TORCH_SUFFIXES)}"
+        f"{path}: weights are .safetensors (or .index.json), {', '.join(TORCH_SUFFIXES)}"
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model folder. UserError, naming it, where it is missing or
-    damaged."""
+    """The JSON object in a file of a model folder. UserError without one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -286,15 +282,13 @@ def part_variants(model: Path, parts: Iterable[str], variant: str | None) -> dic
 
 
 def find_weights(folder: str | os.PathLike, variant: str | None = None) -> Path:
-    """The weights file or index of a component folder, as ``choose_set`` chooses; UserError where
-    there is none."""
+    """The weights file or index of a component folder, as ``choose_set`` chooses."""
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     sets = weight_sets(names)
     if not sets:
         raise UserError(
-            f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors (or "
-            "shards with their index.json) would do"
+            f"{folder} holds no weights: {STEMS[0]}.safetensors or {STEMS[1]}.safetensors would do"
         )
     found = sets[choose_set(sets, variant, str(folder))]
     heads = [name for name in found if not re.search(r"-\d{5}-of-\d{5}", name)]
@@ -368,8 +362,7 @@ def _torch_load(path: Path) -> Mapping:
         import torch
     except ImportError:
         raise UserError(
-            f"{path} is a PyTorch file, which needs PyTorch to be read: "
-            'pip install "pixart-jax[torch]", or give a .safetensors file'
+            f'{path} is a PyTorch file: pip install "pixart-jax[torch]", or use safetensors'
         ) from None
     import argparse
     import pickle
@@ -389,8 +382,7 @@ def _torch_load(path: Path) -> Mapping:
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
             raise UserError(
-                f"{path} holds more than tensors, and opening it could run code: only plain "
-                "weights are read"
+                f"{path} holds more than tensors, and opening it could run code"
             ) from None
         raise UserError(
             f"{path} cannot be read as a PyTorch file: it is damaged, or of another kind"
@@ -406,8 +398,7 @@ def _torch_load(path: Path) -> Mapping:
 
 
 def _mapped(path: Path) -> list[tuple[int, int]]:
-    """Address ranges (first, last) at which this process maps a file, from Linux's /proc; none on
-    other systems."""
+    """Address ranges (first, last) at which this process maps a file (Linux alone)."""
     name, found = str(path.resolve()), []
     with contextlib.suppress(FileNotFoundError), open("/proc/self/maps") as maps:
         for line in maps:

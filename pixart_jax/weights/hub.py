@@ -110,8 +110,7 @@ def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = Non
 
 
 def adapter_file(names: Iterable[str], where: str) -> str:
-    """The weights among the files of an adapter's folder. Raises UserError where there are none,
-    or several of other names."""
+    """The weights among the files of an adapter's folder. Raises UserError unless there is one."""
     names = set(names)
     for folder in ("", f"{ADAPTER_FOLDER}/"):
         for name in ADAPTER_FILES:
@@ -150,8 +149,7 @@ def _as_user_errors(name: str, revision: str | None):
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"{name}: no such folder, and no model of that id on the hub (a private one needs "
-            "HF_TOKEN)"
+            f"{name}: no such folder, and no model of that id on the hub (private? set HF_TOKEN)"
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{name} has no revision {revision!r}") from None
@@ -167,8 +165,7 @@ def _as_user_errors(name: str, revision: str | None):
 
 
 def _remove_partial_files(repository: Path) -> None:
-    """Remove partial downloads that no process is writing any more (huggingface_hub starts a new
-    partial file at each attempt)."""
+    """Remove partial downloads that no process is writing any more (each attempt makes one)."""
     from filelock import FileLock, Timeout
 
     for partial in repository.glob("blobs/*.incomplete"):

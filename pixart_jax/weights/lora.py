@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -175,9 +175,6 @@ def is_adapter(path: Path) -> bool:
     return any(re.search(r"lora[._]|lokr_|hada_", key) for key in open_tensors(path))
 
 
-# ---- names ----
-
-
 def _grouped_by_layer(tensors: Tensors) -> dict[str, dict[str, str]]:
     """{a layer's name in the file: {a, b, magnitude, alpha: key}}. Raises UserError for what is no
     LoRA or DoRA, and for a, b without the other."""
@@ -202,8 +199,7 @@ def _grouped_by_layer(tensors: Tensors) -> dict[str, dict[str, str]]:
                 raise UserError(f"{tensors.source}: {key}: {method} is not read, LoRA and DoRA are")
     if others and layers:
         raise UserError(
-            f"{tensors.source}: {', '.join(grouped(others)[:4])}: whole tensors beside an adapter "
-            "(peft's modules_to_save) are not read"
+            f"{tensors.source}: {', '.join(grouped(others)[:4])}: modules_to_save is not read"
         )
     if not layers:
         what = "an adapter of a text encoder alone" if text else "no LoRA"
@@ -268,9 +264,6 @@ def _refuse(source: str, flat: Mapping, unknown: list[str], wrong: list[str]) ->
     raise UserError(f"{source} is an adapter of another model: {'; '.join(problems)}")
 
 
-# ---- scale ----
-
-
 def _stated_config(file: Path, tensors: Tensors) -> dict[str, Any]:
     """The peft config of the adapter: in the file's header, else beside it; empty where there is
     none. Raises UserError for an option that is not supported."""
@@ -315,8 +308,7 @@ def _stated_config(file: Path, tensors: Tensors) -> dict[str, Any]:
 
 
 def _pattern(values: Mapping, field: str, name: str) -> float | None:
-    """peft's rank_pattern or alpha_pattern: of the first pattern that the end of the name
-    matches."""
+    """peft's rank_pattern or alpha_pattern: of the first that the name's end matches."""
     for pattern, value in (values.get(field) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -367,8 +359,7 @@ def _module(
         or math.prod(b.shape[2:]) > 1
     ):
         raise UserError(
-            f"{source}: {keys['a']} {a.shape} and {keys['b']} {b.shape} are not of one rank: want "
-            "[rank, in] and [out, rank]"
+            f"{source}: {keys['a']} {a.shape} and {keys['b']} {b.shape} are not of one rank"
         )
     with naming(Path(source)):
         scale = _scale(tensors, name, keys, rank, stated, alpha)
@@ -383,8 +374,7 @@ def _module(
         per_input = keys["magnitude"].endswith("dora_scale") and magnitude.shape[0] != len(b)
         if magnitude.size != len(b) or per_input:
             raise UserError(
-                f"{source}: {keys['magnitude']} {magnitude.shape} is not of the {len(b)} outputs: "
-                "DoRA with another axis is not read"
+                f"{source}: {keys['magnitude']} {magnitude.shape} is not of the {len(b)} outputs"
             )
         module["magnitude"] = magnitude.reshape(-1)
     elif stated.get("use_dora"):
@@ -428,20 +418,6 @@ def _digest(flat: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()[:10]
 
 
-# ---- writing ----
-
-
-class Config(Protocol):
-    """What a file says of an adapter. alpha: None is the rank."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float | None: ...
-    @property
-    def rslora(self) -> bool: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Plain:
     """The config of a tree that has its scale in b, as :func:`read` returns it."""
@@ -456,14 +432,14 @@ class Plain:
         return cls(ranks.most_common(1)[0][0])
 
 
-def save(folder: str | os.PathLike, tree: Mapping, config: Config, dtype: Any = np.float32) -> None:
+def save(folder: str | os.PathLike, tree: Mapping, config: Any, dtype: Any = np.float32) -> None:
     """Write an adapter: adapter_config.json and adapter_model.safetensors, a folder that peft
     opens, and pytorch_lora_weights.safetensors, which diffusers' loaders open.
 
-    tree: of models/lora.py, with a and b as they were trained: their product is scaled by what the
-    config states, alpha / rank (rslora: alpha / √rank). dtype: of the files. Layers that are zero
-    are left out. Where several processes share the tree all must call it; the first writes. Raises
-    UserError where the folder cannot be written or a value is not finite.
+    tree: of models/lora.py, with a and b as they were trained. config: .rank, .alpha (None: the
+    rank) and .rslora; the product is scaled by alpha / rank (rslora: alpha / √rank). dtype: of the
+    files. Layers that are zero are left out. Where several processes share the tree all must call
+    it; the first writes. Raises UserError for values that are not finite.
     """
     folder = Path(folder)
     tree = jax.tree.map(lambda leaf: np.asarray(gather_to_host(leaf), np.float32), dict(tree))

@@ -49,10 +49,9 @@ def read(
     shapes: our tree of anything with .shape. tensors: a file of files.py, or {key: array}; source:
     its name in messages. ignore: as for table.match, whose UserError names all that does not fit
     before anything is read; another names a tensor that is not finite, or is not in ``dtype``.
-    dtype: of every parameter, or a function of a parameter's path.
-    shardings: our tree of NamedSharding; None: the default device. quantization "int8": kernels
-    become int8 values and scales (models/quantization.py); shapes and shardings then hold such
-    pairs.
+    dtype: of every parameter, or a function of a parameter's path. shardings: our tree of
+    NamedSharding; None: the default device. quantization "int8": kernels become int8 values and
+    scales (models/quantization.py), as shapes and shardings have them.
     """
     file = tensors if isinstance(tensors, Tensors) else None
     found_shapes = {k: file.shape(k) if file else np.shape(tensors[k]) for k in tensors}
@@ -138,8 +137,8 @@ class _Leaf:
         }
 
     def copies(self, view: np.ndarray, row: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(part of a buffer, its values) of the whole parameter, or of one row of a stacked one, in
-        slabs for the threads."""
+        """(part of a buffer, its values) of the whole parameter or of one row of a stack, in
+        slabs."""
         for index, buffer in self._buffers.items():
             if row is not None:
                 (start, stop), index = index[0], index[1:]
@@ -186,8 +185,7 @@ def _leaf_type(path: str, quantization: str | None) -> type[_Leaf] | type[_Int8L
 
 
 def _slabs(out: np.ndarray, view: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Split both along the axis with the longest stride in the file, so that each slab reads one
-    contiguous run."""
+    """Split both along the axis with the longest stride in the file."""
     if view.ndim == 0 or view.size <= _SLAB:
         yield out, view
         return

@@ -55,8 +55,7 @@ def table(config: T5Config, values: Mapping, keys: Container[str] = ()) -> tuple
 
 
 def config_from_json(values: Mapping) -> T5Config:
-    """transformers' config.json → T5Config. Raises UserError for a T5 that is not v1.1 (gated
-    GELU)."""
+    """transformers' config.json → T5Config. Raises UserError for any but v1.1."""
     activation = values.get("feed_forward_proj", "relu")
     if activation != "gated-gelu":
         raise UserError(

@@ -36,8 +36,7 @@ class ParamMapping:
     path: in our tree, joined by '/'. key: in the file; with '{i}' in it the parameter is stacked
     over a leading layer axis. layout: a key of _LAYOUTS. part: (k, n) is the k-th of n equal parts
     of the file's tensor along its first axis (a fused qkv). optional: may be absent from the file,
-    and is then absent from the tree. layers: the layers of a stacked parameter that only some
-    layers have; None: 0, 1, 2 …
+    and is then absent from the tree. layers: those that have a stacked parameter; None: 0, 1, 2 …
     """
 
     path: str
@@ -154,8 +153,7 @@ def match(
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """Sorted names, grouped where they differ in their first number only: a.0.b, a.1.b, a.3.b →
-    a.[0-1,3].b."""
+    """Sorted names, grouped by their first number: a.0.b, a.1.b, a.3.b → a.[0-1,3].b."""
     groups: dict[tuple[str, str], list[int]] = {}
     plain = []
     for name in names:
@@ -179,8 +177,7 @@ def write(table: Iterable[ParamMapping], params: Mapping) -> dict[str, LazyTenso
     """Our tree → {key in the file: tensor}, the inverse of reading, to the bit.
 
     Values are gathered to the host (parallel.gather) when a tensor is written, of a stack one layer
-    at a time, so no host holds a second copy of the parameters. Writing a tensor that is not finite
-    raises a UserError.
+    at a time, so no host holds a second copy of the parameters. UserError for one not finite.
     """
     flat = flatten(params)
     parts_of: dict[str, list[tuple[ParamMapping, int | None]]] = {}

@@ -1,5 +1,4 @@
-"""The PixArt transformer in released files: names and configs of diffusers' safetensors and the
-official .pth."""
+"""The PixArt transformer in released files: diffusers' and the official names and configs."""
 
 from __future__ import annotations
 
@@ -104,8 +103,7 @@ def _compression(config: TransformerConfig, conv: str, norm: str) -> tuple[Param
 
 
 def diffusers(config: TransformerConfig) -> tuple[ParamMapping, ...]:
-    """The table of a component folder: diffusers' names, and ours for key and value compression,
-    which diffusers lacks."""
+    """The table of a component folder: diffusers' names and ours for key and value compression."""
     return DIFFUSERS + _compression(config, f"{_D}.attn1.sr", f"{_D}.attn1.sr_norm")
 
 
@@ -192,8 +190,7 @@ def config_from_json(data: Mapping) -> TransformerConfig:
 
 
 def looks_like_sigma(config: TransformerConfig) -> bool:
-    """Of the released models only PixArt-Σ's are of 1024 px without size conditions, and only they
-    compress keys and values."""
+    """Only PixArt-Σ's are of 1024 px without size conditions, or compress keys and values."""
     return config.kv_compression > 1 or (config.sample_size >= 128 and not config.size_conditions)
 
 
@@ -234,8 +231,7 @@ def config_to_json(config: TransformerConfig) -> dict:
 
 
 def official_names(keys: Iterable[str]) -> dict[str, str]:
-    """{official name: key} of keys under diffusers' names, for their shapes: each part of a fused
-    tensor stands for the whole."""
+    """{official name: key} of keys under diffusers' names; of a fused tensor each part."""
     of = {their: official for _, their, official, *_ in LINEARS}
     of |= {their: official for _, their, official in _TENSORS} | {
         "pos_embed.pos_embed": "pos_embed"
@@ -251,9 +247,7 @@ def official_names(keys: Iterable[str]) -> dict[str, str]:
 
 def position_scale_of(pos_embed: np.ndarray) -> float | None:
     """The scale of a stored position table [1, n, d] of a square grid; None for fewer than two
-    places. The second place has coordinate 1 / scale; channels 0 and d/4 are its fastest sine and
-    cosine.
-    """
+    places. The second place has coordinate 1 / scale; channels 0 and d/4 are the fastest."""
     places = np.asarray(pos_embed, np.float64).reshape(-1, pos_embed.shape[-1])
     if len(places) < 2:
         return None
@@ -274,8 +268,7 @@ def official_geometry(
         mlp, out = shapes["blocks.0.mlp.fc1.weight"][0], shapes["final_layer.linear.weight"][0]
     except (KeyError, ValueError):
         raise UserError(
-            "not an official PixArt or DiT file: x_embedder.proj, blocks.0.mlp.fc1 or "
-            "final_layer.linear is missing"
+            "not an official PixArt or DiT file: x_embedder, blocks.0.mlp or final_layer is missing"
         ) from None
     if heads is None:
         known = {width: heads for _, width, heads in SIZES.values()}
@@ -293,8 +286,7 @@ def official_geometry(
         sample_size = side
     if sample_size is None:
         raise UserError(
-            "the file holds no pos_embed, so the size it was trained at is unknown: give "
-            "--sample-size, its pixels / 8 (32, 64, 128 or 256)"
+            "the file holds no pos_embed: give --sample-size, its pixels / 8 (32, 64, 128 or 256)"
         )
     return {
         "depth": depth,
@@ -319,10 +311,7 @@ def _official_compression(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     if not ratios:
         return {}
     if len(set(ratios.values())) > 1:
-        raise UserError(
-            "the file's layers compress keys and values by different ratios "
-            f"({sorted(set(ratios.values()))}): one is known"
-        )
+        raise UserError("layers of several ratios of key and value compression are not supported")
     return {
         "kv_compression": next(iter(ratios.values())),
         "kv_compression_layers": tuple(sorted(ratios)),
@@ -344,8 +333,7 @@ def config_from_official(
     Without it the multi-scale model is taken as the 1024 px one, and others need sample_size; the
     scale is then sample_size / 64 for PixArt-Σ (300 tokens), and for PixArt-α the same, but 1 at
     256 px. heads: needed for widths other than DiT's and PixArt's. text_tokens: where the file has
-    no null caption; 120 by default. UserError where a needed value is missing or contradicts the
-    file.
+    no null caption; 120 by default. UserError for missing or contrary values.
     """
     multi_scale = "csize_embedder.mlp.0.weight" in shapes
     if sample_size is None and pos_embed is None and multi_scale:

@@ -233,11 +233,11 @@ def test_without_ray_or_torch_the_line_says_how_to_get_them(monkeypatch):
     check_engines()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
-        UserError, match=r"Ray Data is not installed: pip install torch 'ray\[data\]'"
+        UserError, match=r"captioning needs Ray Data: pip install torch 'ray\[data\]'"
     ):
         check_engines()
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="PyTorch and Ray Data is not installed"):
+    with pytest.raises(UserError, match="captioning needs PyTorch and Ray Data: "):
         check_engines()
 
 

@@ -187,7 +187,7 @@ def test_the_command_says_what_it_found_and_where_the_page_is(folder, tmp_path, 
     [
         ("--buckets 64", "HEIGHTxWIDTH"),
         ("--shown -1", "--shown -1: must be at least 0"),
-        ("--duplicates 40", "at most 16 bits"),
+        ("--duplicates 40", "at most 16 of the 64 bits"),
         ("--tokenizer nowhere", "no tokenizer in nowhere"),
         ("--vae assets/shapes", "--vae is for encoded shards"),
         ("--strict", "torn: unreadable image"),

@@ -437,7 +437,7 @@ def test_a_folder_with_kv_compression_opened_without_it_is_refused(
 def test_layers_of_different_ratios_are_named(tmp_path, refused):
     four = {"blocks__2__attn__sr__weight": torch.zeros(24, 1, 4, 4)}
     checkpoint(BOTH, tmp_path / "p.pth", **four)
-    assert "different ratios ([2, 4])" in refused(tmp_path / "p.pth")
+    assert "several ratios of key and value compression" in refused(tmp_path / "p.pth")
 
 
 # ---- bad input: one line, exit status 2, nothing half-written ----
@@ -506,7 +506,7 @@ def test_files_of_other_kinds_are_named(tmp_path, refused):
         ("diffusers.pth", (), "has diffusers' names: give the folder"),
         ("other.pth", (), "neither a PixArt transformer"),
         (f"model/vae/{WEIGHTS}", (), "neither a PixArt transformer"),
-        ("notes.txt", (), "weights are read from .safetensors"),
+        ("notes.txt", (), "weights are .safetensors"),
         ("model", ("--heads", 3), "--heads and --sample-size are for .pth"),
         ("model/vae", ("--scale", 2), "--tokens and --scale are for a transformer"),
     ):

@@ -122,5 +122,5 @@ def test_sets_of_different_encoders_are_not_mixed():
     message = "a and b cannot be mixed: vae is one in the one and other in the other"
     with pytest.raises(UserError, match=message):
         mix(alike | {"vae": "other"})
-    with pytest.raises(UserError, match="only one of them says"):
+    with pytest.raises(UserError, match="only one says which encoders"):
         mix(None)

@@ -42,7 +42,7 @@ def kept(tmp_path_factory):
         ("--topology cpu:8 --batch-size 12", "8 or 16 would be"),
         ("--topology cpu:8 --stage wrods", "did you mean 'words'"),
         ("--topology v5e:4x4 --slices 3 --mesh data=16,fsdp=3", "not a multiple of the 3 slices"),
-        ("--topology v5e:4x4 --slices 2 --mesh data=1,fsdp=32", "they lie along data"),
+        ("--topology v5e:4x4 --slices 2 --mesh data=1,fsdp=32", "which lie along data"),
         ("--topology cpu:8 --stages.0.steps none", "--stages.0.steps"),
         ("--topology cpu:8 --compile-gib -1", "must be positive"),
         ("--topology cpu:8 --sample --height 100", "height 100"),

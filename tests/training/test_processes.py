@@ -72,7 +72,7 @@ def test_an_export_from_many_processes_is_the_one_of_one_to_the_bit_and_never_ho
     ("what", "line"),
     [
         ("config", "process 1 was started with another config than process 0"),
-        ("folder", "is not one folder that all processes see"),
+        ("folder", "is not shared: process"),
     ],
 )
 def test_processes_with_different_configs_or_folders_are_refused(tmp_path, what, line):

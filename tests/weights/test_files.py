@@ -146,7 +146,7 @@ DAMAGED = {  # suffix, the file's bytes from those of a whole one, message
     "an empty .pth": ("pth", lambda data: b"", "cannot be read as a PyTorch file"),
     "a cut .pth": ("pth", lambda data: data[:2000], "cannot be read as a PyTorch file"),
     "a text": ("pth", lambda data: b"no such thing", "cannot be read as a PyTorch file"),
-    "another kind": ("npz", lambda data: b"x", "weights are read from .safetensors"),
+    "another kind": ("npz", lambda data: b"x", "weights are .safetensors"),
 }
 
 

@@ -357,7 +357,7 @@ BAD_TENSORS = {
     "bias": (lambda s: s | {"base_model.model.proj_out.lora_B.bias": torch.ones(32)},
              "proj_out.lora_B.bias: a bias"),
     "whole tensors": (lambda s: s | {"base_model.model.proj_out.weight": torch.ones(32, 24)},
-                      "base_model.model.proj_out.weight: whole tensors.*modules_to_save"),
+                      "base_model.model.proj_out.weight: modules_to_save is not read"),
     "no adapter": (lambda s: {"blocks.0.attn.qkv.weight": torch.ones(4, 4)}, "holds no LoRA"),
     "text encoder": (lambda s: {"lora_te_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight":
                                 torch.ones(4, 4)}, "a text encoder alone"),

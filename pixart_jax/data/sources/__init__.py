@@ -45,7 +45,7 @@ def parse_source(source: str) -> tuple[str, str]:
 
     The kind of a bare path follows from its contents: a manifest (records), tars (webdataset),
     partition lists (pixart), Parquet files with embedded images and no other image (parquet), else
-    a folder of images. Raises UserError for anything else.
+    a folder. Raises UserError for anything else.
     """
     kind, colon, rest = source.partition(":")
     if colon and kind in _KINDS and rest:
@@ -88,12 +88,10 @@ def open_source(
 ) -> IndexedSource | Mixture:
     """Open a set by its text.
 
-    split: of a tfds set; other sets are one split. where: a filter by name ('single', 'labelled')
-    or 'package.module:function' over a record's fields. limit: the first so many samples that pass,
-    of a mixture each part's share of them. data_dir: where tfds sets lie.
-    faults: collects the skipped records (a new one by default, the source's ``faults``). strict:
-    raise the first of them as a UserError, as ``faults=BadRecords(strict=True)`` does. Raises
-    UserError for an unknown set, split or filter.
+    split: of a tfds set. where: a filter, by name or as 'package.module:function' over a record's
+    fields. limit: the first so many samples that pass, of a mixture each part's share of them.
+    data_dir: where tfds sets lie. faults: collects the skipped records. strict: raise the first of
+    them. Raises UserError for an unknown set, split or filter.
     """
     faults = BadRecords(strict) if faults is None else faults
     parts = parse_mixture(source)
@@ -114,10 +112,7 @@ def _open(
     if kind == "tfds":
         return TfdsSource(rest, choice, split, data_dir)
     if split not in ("train", "all"):
-        raise UserError(
-            f"{source} has no split {split!r}: only tfds sets have splits; name the folder or the "
-            "tars of the split instead"
-        )
+        raise UserError(f"{source} has no split {split!r}: only tfds sets have splits")
     if kind == "folder":
         folder, mark, options = rest.partition("?captions=")
         if not mark and "?" in rest and not pathlib.Path(rest).exists():
@@ -136,6 +131,5 @@ def _open(
         raise UserError(f"{source} holds texts alone: task tdm trains on them (data.source)")
     pictures = f"pixart:{rest.partition('?')[0]}"
     raise UserError(
-        f"{source} holds features, no pictures: only training reads them (data.source); its "
-        f"pictures are {pictures}"
+        f"{source} holds features, which only training reads; its pictures are {pictures}"
     )

@@ -15,8 +15,7 @@ from pixart_jax.errors import UserError
 
 
 class RecordsSource(IndexedSource):
-    """The samples of a folder written by ``encode``: without images, with the sizes of the original
-    images. A damaged record is a UserError that names shard and record."""
+    """The samples of a folder written by ``encode``: without images, sizes of the originals."""
 
     def __init__(self, folder: str, choice: Choice):
         self.faults = choice.faults

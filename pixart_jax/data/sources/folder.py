@@ -34,18 +34,17 @@ _SCHEMA = pa.schema(
 
 
 class FolderSource(IndexedSource):
-    """Images in a folder and all below it, hidden ones excluded.
+    """Images in a folder and all below it, hidden ones excluded; a key is the path without the
+    suffix. Captions come from
 
-    An image's key is its path without the suffix. Its captions come from
       NAME.txt or .caption (kind 'caption'), NAME.KIND.txt, each text in NAME.json (img2dataset's);
       captions.jsonl, .json, .csv, .tsv, .parquet, or metadata.* (Hugging Face's imagefolder),
-        captions_*.json (COCO's), meta_*.json (kohya's), in the folder or below, or from the files
-        given instead. Every column of texts is a kind, a list is several captions;
-        'key', 'file', 'file_name' or 'path' names the image, from the table's folder or from the
-        root; an integer 'label' is the class. The captions of all rows of an image are kept.
-    Suffixes and names of tables are taken in any case. Skipped and named: a second image of one
-    key, captions without an image, captions over 100 KB, unreadable rows; other files are counted
-    by suffix.
+        captions_*.json (COCO's), meta_*.json (kohya's), in the folder or below, or the files given.
+        Every column of texts is a kind, a list is several captions; 'key', 'file', 'file_name' or
+        'path' names the image, from the table's folder or the root; an int 'label' is the class.
+
+    Skipped and named: a second image of one key, captions without an image or over 100 KB,
+    unreadable rows; other files are counted by suffix.
     """
 
     def __init__(self, root: str, choice: Choice, given: Sequence[str] = ()):
@@ -78,11 +77,8 @@ class FolderSource(IndexedSource):
         self.num_classes = max(labels, default=-1) + 1 or None
         self._choose(len(pictures), ["folder", seal.hexdigest()], choice)
 
-    # ---- opening ----
-
     def _scan(self, seal) -> tuple[dict[str, str], list[str], list[pathlib.Path]]:
-        """(key → suffix of the images, paths of side files, tables); paths are relative to the
-        root, with '/'."""
+        """(key → suffix of the images, side files, tables); paths from the root, with '/'."""
         pictures: dict[str, str] = {}
         beside, found = list[str](), list[pathlib.Path]()
         for path in _files_below(str(self._root)):
@@ -206,8 +202,6 @@ class FolderSource(IndexedSource):
                     return key
         return None
 
-    # ---- reading ----
-
     def _open(self, place: int) -> BinaryIO:
         return open(self._root / (self._key(place) + self._table["suffix"][place].as_py()), "rb")
 
@@ -230,8 +224,7 @@ class FolderSource(IndexedSource):
 
 
 def _files_below(root: str) -> list[str]:
-    """Paths of all files with '/', each folder in the order of its names, hidden ones excluded.
-    Links are followed, but not in a circle."""
+    """Paths of all files with '/', sorted by folder, but hidden ones; links are followed once."""
 
     def refuse(error: OSError):
         raise UserError(f"folder {error.filename!r} cannot be read: {error.strerror}")

@@ -1,5 +1,4 @@
-"""The base of all sources: numbered records, the choice of samples by filter and limit, image
-sizes, the fingerprint."""
+"""The base of all sources: numbered records, filter and limit, image sizes, the fingerprint."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ is an error."""
 
 
 class Facts(NamedTuple):
-    """A record without its image. fields: numbers and texts beside the captions; captions: reads
-    them."""
+    """A record without its image. fields: beside the captions, which are read on demand."""
 
     label: int
     fields: Mapping[str, Any]
@@ -49,8 +47,7 @@ class Facts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which records of a set become samples. where: a filter (:func:`get_filter`). limit: the first
-    so many that pass. faults: collects the bad records."""
+    """Which records become samples. where: a filter. limit: the first so many that pass."""
 
     where: str | None = None
     limit: int | None = None
@@ -62,11 +59,8 @@ class Choice:
 
 
 class IndexedSource(abc.ABC):
-    """A set whose records are numbered (their *places*); a filter and a limit choose the samples.
-
-    A subclass finds its records, sets name, faults, caption_kinds and num_classes, and calls
-    :meth:`_choose` last.
-    """
+    """A set whose records are numbered (their *places*); a filter and a limit choose the samples. A
+    subclass sets name, faults, caption_kinds and num_classes, then calls :meth:`_choose`."""
 
     name: str
     fingerprint: str
@@ -96,8 +90,7 @@ class IndexedSource(abc.ABC):
         return Sample(key, image, facts.captions(), facts.label)
 
     def _choose(self, records: int, state: object, choice: Choice) -> None:
-        """Choose the samples among ``records`` records. state: JSON that changes with the data; it
-        goes into the fingerprint with filter and limit."""
+        """Choose among ``records`` records. state: of the data, for the fingerprint."""
         where, limit = choice.where, choice.limit
         identity = json.dumps([state, records, filter_identity(where), limit], sort_keys=True)
         self.fingerprint = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()
@@ -111,8 +104,7 @@ class IndexedSource(abc.ABC):
             raise UserError(f"{self.name} holds no sample{passing}{skipped}")
 
     def _passing(self, where: str, records: int, limit: int | None) -> np.ndarray:
-        """int64 places of the records that pass the filter. A record without a field that others
-        have is skipped and named."""
+        """int64 places of the records that pass. Records without a needed field are skipped."""
         passes, chosen, lacking = get_filter(where), list[int](), 0
         bar = tqdm(range(records), f"filter {where}", unit=" samples", delay=2, leave=False)
         for place in bar:
@@ -171,8 +163,7 @@ class IndexedSource(abc.ABC):
         return self._key(place), self._facts(place).captions()
 
     def sizes(self) -> np.ndarray:
-        """int32 [n, 2]: (height, width) of every sample, (0, 0) for an unreadable image. Reads the
-        headers once; for a large set the result is cached on disk."""
+        """int32 [n, 2]: (height, width) of every sample, (0, 0) if unreadable; cached on disk."""
         if self._found_sizes is None:
             identity, count = self._sizes_identity(), len(self)
             self._found_sizes = cached_array("sizes", identity, count, self._read_sizes)
@@ -201,8 +192,7 @@ class IndexedSource(abc.ABC):
 
 
 class _LazyFields(Mapping[str, Any]):
-    """Fields that are computed when asked for: a filter over 'width' reads image headers, one over
-    'label' does not. Names of neither mapping are KeyErrors."""
+    """Fields computed on demand: only a filter over sizes reads image headers."""
 
     def __init__(self, known: dict[str, Any], lazy: Mapping[str, Callable[[], Any]]):
         self._known, self._lazy = known, lazy
@@ -220,8 +210,7 @@ class _LazyFields(Mapping[str, Any]):
 
 
 def get_filter(where: str) -> Filter:
-    """A filter by name, or the user's own as 'package.module:function'. Raises UserError if there
-    is none."""
+    """A filter by name, or 'package.module:function'. Raises UserError if there is none."""
     if where in FILTERS:
         return FILTERS[where]
     module, colon, function = where.partition(":")
@@ -268,8 +257,7 @@ def in_threads(
 def cached_array(
     kind: str, identity: str, count: int, make: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """make() of a set of ``count`` samples; for a large set it is computed once and then read from
-    the cache folder."""
+    """make(); for a set of many samples (``count``) computed once and cached on disk."""
     if count < _CACHED_FROM:
         return make()
     file = cache_folder() / kind / f"{identity}.npy"

@@ -19,8 +19,8 @@ _TERM = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(\S.*?)\s*
 
 
 def parse_mixture(text: str) -> list[tuple[float, str]]:
-    """[(share, source)] of a mixture, the shares adding up to 1; [(1, text)] of any other text.
-    Raises UserError for a malformed mixture."""
+    """[(share, source)] of a mixture, shares adding up to 1; [(1, text)] of any other text. Raises
+    UserError for a malformed mixture."""
     if not _WEIGHT.match(text):
         return [(1.0, text)]
     found = []
@@ -29,8 +29,7 @@ def parse_mixture(text: str) -> list[tuple[float, str]]:
         weight = float(match[1]) if match else 0.0
         if match is None or not 0 < weight < float("inf"):
             raise UserError(
-                f"mixture {text!r}: {term.strip()!r} is not WEIGHT*SOURCE, as in '0.7*folder:a + "
-                "0.3*folder:b'"
+                f"{term.strip()!r} is not WEIGHT*SOURCE, as in '0.7*folder:a + 0.3*folder:b'"
             )
         found.append((weight, match[2]))
     total = sum(weight for weight, _ in found)
@@ -38,12 +37,8 @@ def parse_mixture(text: str) -> list[tuple[float, str]]:
 
 
 class Mixture:
-    """The samples of all parts, one part after the other, each once. A key is NAME/KEY, with the
-    part's name after its colon.
-
-    weights: the parts' shares, which add up to 1. They say how often training draws each part
-    (data/mixed.py); here every sample occurs once.
-    """
+    """The samples of all parts, one part after the other, each once; a key is NAME/KEY. weights:
+    the parts' shares, by which training draws them (data/mixed.py)."""
 
     def __init__(
         self, parts: Sequence[IndexedSource], weights: Sequence[float], faults: BadRecords

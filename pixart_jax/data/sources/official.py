@@ -1,11 +1,9 @@
 """The layout of the official PixArt repositories: images, captions, and where their features lie.
 
 ROOT/partition/data_info.json   a list of {path, height, width, ratio, prompt, …} (PixArt-Σ:
-                                ROOT/data_info.json, with further texts, such as sharegpt4v);
-                                several .json files are read one after the other
+                                ROOT/data_info.json, with further texts, such as sharegpt4v)
 InternImgs/ beside InternData/  the images of such a list; also ROOT itself, or a folder in it
-ROOT/partition/*.txt            SAM: the name of one image a line, in ROOT/images/NAME.jpg, with
-                                ROOT/captions/NAME.txt
+ROOT/partition/*.txt            SAM: an image's name a line; ROOT/images/NAME.jpg, captions/NAME.txt
 ROOT/caption_feature…, img_vae_features…   text states and latents (data/features.py)
 """
 
@@ -32,8 +30,7 @@ _LISTS = ("partition", "partition_filter", ".")  # where official loaders look f
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One image of a list. path: as the list has it, or SAM's bare name. place: file and record,
-    for messages. fields: of the list's item."""
+    """One image of a list. path: as listed. place: for messages. fields: of the item."""
 
     path: str
     place: str
@@ -64,10 +61,7 @@ class Layout:
         found = sorted((folder / "partition").glob("*.txt"))
         if found:
             return cls(folder, tuple(found), sam=True)
-        raise UserError(
-            f"pixart:{root}: neither partition/*.json nor data_info.json nor SAM's "
-            "partition/*.txt lies there"
-        )
+        raise UserError(f"pixart:{root} has neither partition/*.json or *.txt nor data_info.json")
 
     @property
     def text_kind(self) -> str:
@@ -110,12 +104,11 @@ def _names(file: pathlib.Path, faults: BadRecords) -> Iterator[Entry]:
 
 
 class OfficialSource(IndexedSource):
-    """The images that the lists name. Every text of an item ('prompt', 'sharegpt4v') is a kind of
-    its name; SAM's captions/NAME.txt are the kind 'caption'. A key is the path without the suffix.
+    """The images that the lists name. Every text of an item ('prompt', 'sharegpt4v') is a kind;
+    SAM's captions/NAME.txt are the kind 'caption'. A key is the path without the suffix.
 
-    Skipped and named: an item whose file is missing, a second item of one path. The official
-    loaders drop images taller than 4 times their width (4.5 in PixArt-Σ); here a filter over
-    'ratio' may.
+    Skipped and named: a missing file, a second item of one path. The official loaders drop images
+    taller than 4 times their width (4.5 in PixArt-Σ); here a filter over 'ratio' may.
     """
 
     def __init__(self, root: str, choice: Choice):
@@ -184,8 +177,7 @@ def _seal(seal, name: str, file: pathlib.Path, more: str = "") -> None:
 
 
 def _image_folders(layout: Layout) -> list[pathlib.Path]:
-    """Where the images of a list may lie; first, as in the official loaders, InternImgs beside
-    InternData."""
+    """Where the images of a list may lie, in the order of the official loaders."""
     root = layout.root
     if layout.sam:
         return [root / "images"]

@@ -20,8 +20,7 @@ from pixart_jax.tables import open_parquet
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """The first column of {bytes, path}, as Hugging Face writes images, or of encoded bytes under a
-    name of an image."""
+    """The first column of {bytes, path} (Hugging Face), or of bytes under a name of an image."""
     for field in schema:
         if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
             return field.name
@@ -40,9 +39,8 @@ def files_with_images(folder: pathlib.Path) -> list[pathlib.Path]:
 class ParquetSource(IndexedSource):
     """The rows of Parquet files whose images are embedded.
 
-    what: a file, a folder (all files below it) or a pattern. A sample's key is the file's name and
-    its row. Every column of texts is a caption kind, a list is several captions; an integer 'label'
-    is the class. Images are read by row group; the last few groups stay in memory.
+    what: a file, a folder or a pattern. A key is the file's name and the row. Every column of texts
+    is a caption kind, a list is several captions; an integer 'label' is the class.
     """
 
     def __init__(self, what: str, choice: Choice):

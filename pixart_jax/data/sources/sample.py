@@ -18,11 +18,7 @@ Captions = Mapping[str, tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image and its captions.
-
-    key: stable name, the same in every run. image: encoded bytes; None for encoded records, which
-    hold latents alone. label: class, −1 for none.
-    """
+    """key: the same in every run. image: encoded bytes, or None. label: −1 for none."""
 
     key: str
     image: bytes | None
@@ -34,16 +30,15 @@ class Sample:
         return self._decode(images.decode)
 
     def fitted(self, bucket: tuple[int, int]) -> np.ndarray:
-        """Decode, resize and crop to uint8 [bucket height, bucket width, 3] (:func:`images.fitted`:
-        fast for a JPEG far larger than its bucket). Raises UnreadableImage with the key."""
+        """Decode, resize and crop to uint8 [bucket height, bucket width, 3]
+        (:func:`images.fitted`). Raises UnreadableImage with the key."""
         return self._decode(lambda data: images.fitted(data, bucket)[0])
 
     def _decode(self, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
         try:
             if self.image is None:
                 raise images.UnreadableImage(
-                    "the records of encoded shards hold no picture; give the set that they were "
-                    "encoded from"
+                    "the records of encoded shards hold no picture: give their source"
                 )
             return decode(self.image)
         except UserError as error:
@@ -57,8 +52,7 @@ class Sample:
         return self.captions[kind]
 
     def captions_of_kinds(self, kinds: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """The captions of these kinds; a UserError with the key if kinds are asked for and the
-        sample has none of them."""
+        """The captions of these kinds; a UserError with the key if the sample has none of them."""
         kinds = tuple(kinds)
         found = {kind: self.captions[kind] for kind in kinds if self.captions.get(kind)}
         if kinds and not found:
@@ -70,11 +64,8 @@ class Sample:
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to samples, also from several threads.
-
-    fingerprint changes whenever the samples or their order may have changed. Most sources also have
-    ``faults``: the records skipped while opening, and those found bad while captions are read.
-    """
+    """Random access to samples, also from several threads. Most sources also have ``faults``: the
+    records skipped while opening, and those found bad while captions are read."""
 
     name: str
     fingerprint: str

@@ -47,11 +47,8 @@ def is_caption(name: str, value: object) -> bool:
 def captions_of(
     fields: Mapping[str, Any], place: str, faults: BadRecords
 ) -> dict[str, tuple[str, ...]]:
-    """Caption kind → texts of a row, cleaned; empty texts are dropped.
-
-    A row with 'caption' and 'kind', as the command ``caption`` writes them, has that one text of
-    that kind: its other texts, such as the prompt, are what it was made with.
-    """
+    """Caption kind → cleaned texts of a row. A row with 'caption' and 'kind', as the command
+    ``caption`` writes them, has that one text of that kind."""
     caption, kind = fields.get("caption"), fields.get("kind")
     if isinstance(caption, str) and isinstance(kind, str) and kind:
         fields = {kind: caption}
@@ -79,8 +76,7 @@ def json_object(data: bytes, place: str, faults: BadRecords) -> dict[str, Any]:
 
 
 def decoded(data: bytes, place: str, kind: str, faults: BadRecords) -> str:
-    """The text in a caption file's bytes, cleaned; '' if it is too long. A byte order mark names
-    the encoding; invalid bytes become U+FFFD."""
+    """The cleaned text of a caption file's bytes; '' if it is too long."""
     if len(data) > LONGEST:
         faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes", True)
         return ""
@@ -91,8 +87,7 @@ def decoded(data: bytes, place: str, kind: str, faults: BadRecords) -> str:
 
 
 def clean_text(text: str, place: str, kind: str, faults: BadRecords) -> str:
-    """Strip a caption and remove its control characters; '' for one beyond LONGEST bytes. Both are
-    named in ``faults``: the first as repaired, the second as skipped."""
+    """Strip a caption and remove its control characters; '' for one beyond LONGEST bytes."""
     if len(text) * 4 > LONGEST and len(text.encode("utf-8", "replace")) > LONGEST:
         faults.add(place, "caption too long", f"kind {kind!r}, more than {LONGEST:,} bytes", True)
         return ""
@@ -109,8 +104,7 @@ def kind_of(suffix: str) -> str | None:
 
 
 def image_named(row: Mapping[str, Any]) -> str | None:
-    """The path of the image that a row names: a field of FILE_FIELDS, in any case, or the path of
-    an embedded image."""
+    """The path of the image that a row names: a field of FILE_FIELDS, or of an embedded image."""
     folded = {name.lower(): value for name, value in row.items() if value not in (None, "")}
     value = next((folded[name] for name in FILE_FIELDS if name in folded), None)
     value = value.get("path") if isinstance(value, dict) else value
@@ -121,10 +115,7 @@ def side_files(
     files: Mapping[str, Callable[[int], bytes]], place: str, faults: BadRecords
 ) -> tuple[dict[str, Any], Callable[[], dict[str, tuple[str, ...]]]]:
     """(fields of the .json, a function that reads the captions) of the files beside an image.
-
-    files: suffix → a function that reads at most so many bytes, −1 for all. place: the name before
-    the suffix, for messages.
-    """
+    files: suffix → a function that reads at most so many bytes, −1 for all. place: for messages."""
 
     def read(suffix: str, limit: int) -> bytes | None:
         try:

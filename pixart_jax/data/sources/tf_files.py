@@ -1,8 +1,7 @@
 """TensorFlow's file functions without TensorFlow, while tensorflow-datasets prepares a set.
 
 Many builders, ImageNet's and COCO's among them, need TensorFlow only for ``tf.io.gfile`` and names
-of dtypes, which tensorflow-datasets' own paths and numpy provide as well. A builder that needs more
-gets the ModuleNotFoundError that it would get without this module.
+of dtypes. One that needs more gets the ModuleNotFoundError that it would get without this module.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ _DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float3
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
-    """Make ``import tensorflow`` give file functions and dtypes for the block, unless TensorFlow is
-    installed."""
+    """Let ``import tensorflow`` give file functions and dtypes, unless TensorFlow is installed."""
     if importlib.util.find_spec("tensorflow") is not None:
         yield
         return

@@ -26,8 +26,7 @@ class TfdsSource(IndexedSource):
     """Any tensorflow-datasets set with an image, read from ArrayRecord; prepared if it is absent.
 
     The first Image feature is the image, the first ClassLabel (or an integer 'label') the label;
-    every text is a caption kind under its path ('short', 'captions/text'), and class names are the
-    kind 'class'. Images stay encoded until they are asked for.
+    every text is a caption kind under its path ('captions/text'); class names are 'class'.
     """
 
     same_fields = True
@@ -49,8 +48,7 @@ class TfdsSource(IndexedSource):
         except (ValueError, KeyError, NotImplementedError) as error:
             splits = ", ".join(builder.info.splits) or "none"
             raise UserError(
-                f"tfds:{name} has no split {split!r} that can be read at random (splits: "
-                f"{splits}): {one_line(error, 200)}"
+                f"tfds:{name} has no split {split!r} (of {splits}): {one_line(error, 200)}"
             ) from error
         self.faults = choice.faults
         self.name, self.split = f"tfds:{name}", split
@@ -66,7 +64,7 @@ class TfdsSource(IndexedSource):
         self._folder = pathlib.Path(builder.data_dir)
 
     def _sizes_identity(self) -> str:
-        """The fingerprint and the set's files: a set may be prepared again under its name."""
+        """The fingerprint and the files: a set may be prepared again under its name."""
         files = sorted(self._folder.glob("*")) if self._folder.is_dir() else []
         stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(f"{self.fingerprint} {stamp}".encode()).hexdigest()
@@ -103,8 +101,7 @@ class TfdsSource(IndexedSource):
 
 
 class _Roles:
-    """What the features of a set are: image and label by name, class names, caption kind → path,
-    and the path of a text 'key'."""
+    """Of a set's features: image, label, class names, caption kind → path, path of a text 'key'."""
 
     def __init__(self, features, name: str):
         from tensorflow_datasets import features as tf
@@ -137,8 +134,7 @@ class _Roles:
 
 
 def _tfds_folder(name: str) -> pathlib.Path:
-    """$TFDS_DATA_DIR; else ~/tensorflow_datasets if the set is there; else below the cache
-    folder."""
+    """$TFDS_DATA_DIR; else ~/tensorflow_datasets where it is; else in the cache folder."""
     if given := os.environ.get("TFDS_DATA_DIR"):
         return pathlib.Path(given)
     home = pathlib.Path("~/tensorflow_datasets").expanduser()

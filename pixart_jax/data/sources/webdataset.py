@@ -166,7 +166,7 @@ def whole_members(path: pathlib.Path, faults: BadRecords) -> Iterator[tarfile.Ta
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="replace") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # it would keep all
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all
                 if member.isreg() and member.offset_data + member.size > end:
                     early = member.offset_data + member.size - end
                     faults.add(

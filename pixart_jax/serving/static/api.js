@@ -68,10 +68,7 @@ export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "", from = 0;
   for (;;) {
-    const { value, done } = await reader.read().catch((error) => {
-      if (error.name === "AbortError") throw error;
-      throw new ApiError("The connection was lost before the image was ready.");
-    });
+    const { value, done } = await reader.read();
     if (done) return;
     text += value.replaceAll("\r", "");
     for (let end; (end = text.indexOf("\n\n", from)) >= 0; from = 0) {

@@ -36,10 +36,7 @@ const nearest = (sizes, wanted) => sizes.reduce((best, size) =>
   (Math.abs(Math.log(ratio(size) / wanted)) < Math.abs(Math.log(ratio(best) / wanted)) ? size : best));
 const option = (value, text = value) => h("option", { value, textContent: text });
 const dice = () => { $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1; };
-const notice = (text, ...more) => {
-  say($("notice"), text, ...more);
-  if (text) $("notice").scrollIntoView({ block: "nearest" });
-};
+const notice = (text, ...more) => say($("notice"), text, ...more);
 
 // ---- what the server offers ----
 
@@ -194,8 +191,7 @@ async function reuse(run, image) {
   await setImage(run.inputs.image ?? null);
   if (run.inputs.mask) setMask(await maskOf(run.inputs.mask));
   await setControl(run.inputs.control ?? null);
-  const left = apply(image ? { ...run.settings, seed: image.seed, n: 1 } : run.settings);
-  notice(left.length ? `Not applied, since the server does not offer them: ${left.join(", ")}.` : "");
+  apply(image ? { ...run.settings, seed: image.seed, n: 1 } : run.settings);
   $("prompt").focus();
 }
 
@@ -293,7 +289,6 @@ async function submit() {
 }
 
 async function generate(run) {
-  if (running) return;
   const view = beginRun(run);
   running = new AbortController();
   button(true);
@@ -311,18 +306,15 @@ async function generate(run) {
     view.done();
   } catch (error) {
     const field = FIELDS[error.param] ?? error.param;
-    if (run.images.length) { // what is ready stays
-      run.notes.push(error.name === "AbortError" ? "Cancelled before the last image." : error.message);
-      view.done();
-    } else if (error.name === "AbortError") {
-      view.failed(null);
-      announce("Cancelled");
-    } else if (!(error instanceof ApiError)) throw error;
+    if (error.name === "AbortError") announce("Cancelled");
+    else if (!(error instanceof ApiError) && error.name !== "TypeError") throw error;
+    if (error.name === "AbortError") view.failed(null);
     else if (field && $(`e-${field}`)) {
       view.failed(null);
       wrong(field, error.message);
     } else {
-      view.failed(error.message, () => !running && generate({ ...run, id: Date.now(), notes: [], images: [], node: undefined }));
+      const text = error instanceof ApiError ? error.message : "The connection was lost before the image was ready.";
+      view.failed(text, () => generate({ ...run, id: Date.now(), notes: [], images: [], node: undefined }));
     }
   } finally {
     running = null;

@@ -150,7 +150,7 @@ export function beginRun(run) {
       if (text === null) run.node.remove();
       else {
         article(run, h("p", { className: "error", role: "alert" }, text), h("div", { className: "row" },
-          h("button", { type: "button", textContent: "Try again", onclick: () => { if (again()) run.node.remove(); } }),
+          h("button", { type: "button", textContent: "Try again", onclick: () => { run.node.remove(); again(); } }),
           h("button", { type: "button", className: "quiet", textContent: "Dismiss", onclick: () => { run.node.remove(); settle(); } })));
       }
       settle();
