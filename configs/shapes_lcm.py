@@ -10,16 +10,10 @@ from __future__ import annotations
 import dataclasses
 
 from configs import shapes
-from pixart_jax.config import (
-    Config,
-    DataConfig,
-    LcmConfig,
-    OptimizerConfig,
-    PreviewConfig,
-    StageConfig,
-)
+from pixart_jax.config import Config, LcmConfig, OptimizerConfig, PreviewConfig, StageConfig
 
-DATA = DataConfig(source="tfds:shapes/plain", captions=shapes.CAPTIONS, max_text_tokens=64)
+# what the shipped model was trained on last
+DATA = dataclasses.replace(shapes.AESTHETIC, captions=shapes.CAPTIONS)
 
 
 def optimizer(learning_rate: float, **fields) -> OptimizerConfig:

@@ -31,10 +31,12 @@ from pixart_jax.config import (
     LoraConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    StageConfig,
     TdmConfig,
 )
 from pixart_jax.diffusion import schedule
 from pixart_jax.errors import UserError
+from pixart_jax.models.flops import forward_flops, train_flops
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.pipeline.text_states import write
@@ -430,6 +432,14 @@ def test_mistakes_are_one_line(world, finished, tmp_path):
             dataclasses.replace(stage, **changes)
     with pytest.raises(UserError, match="TdmConfig.steps = 7: must be 1 or divide 900"):
         TdmConfig(steps=7)
+
+
+def test_every_evaluation_of_a_step_is_counted():
+    one = forward_flops(tiny_run.MODEL, 32, 32, 8)
+    for task, count in (("lcm", 6), ("tdm", 11), ("text_to_image", 3)):
+        stage = StageConfig("s", task, start="base")
+        others = stage.unlearned_evaluations
+        assert train_flops(tiny_run.MODEL, 32, 32, 8, others=others) == count * one, task
 
 
 @pytest.mark.slow
