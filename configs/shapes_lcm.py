@@ -51,6 +51,6 @@ def student(task: str, steps: int, **fields) -> Config:
     )
 
 
-def get_config(steps: int = 2_000) -> Config:
+def get_config(steps: int = 1_000) -> Config:
     options = LcmConfig(w=1.0)
     return student("lcm", steps, lcm=options, optimizer=optimizer(3e-4, b2=0.99, ema=0.95))

@@ -11,7 +11,7 @@ from configs import shapes_lcm
 from pixart_jax.config import Config, TdmConfig
 
 
-def get_config(steps: int = 600) -> Config:
+def get_config(steps: int = 300) -> Config:
     options = TdmConfig(guidance=2.0)
     optimizer = shapes_lcm.optimizer(1e-4, b1=0.0, b2=0.95, ema=0.95)
     return shapes_lcm.student("tdm", steps, tdm=options, optimizer=optimizer)

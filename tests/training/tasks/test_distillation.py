@@ -316,7 +316,8 @@ def a_run(world: Path, task: str = "lcm", **changes) -> Config:
         steps=7,
         start=base,
         data=data,
-        optimizer=dataclasses.replace(config.stages[0].optimizer, learning_rate=1e-2),
+        # eps: else Adam turns rounding of small gradients into steps
+        optimizer=dataclasses.replace(config.stages[0].optimizer, learning_rate=1e-2, eps=1e-3),
         objective=ObjectiveConfig(null_condition="empty", condition_dropout=0.0),
     )
     model = load_component(world / "base" / "transformer").config
