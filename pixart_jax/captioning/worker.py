@@ -12,13 +12,28 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from pixart_jax.captioning import prompts
 from pixart_jax.captioning.guards import failed_checks
 from pixart_jax.captioning.model import resize, seed_of
 from pixart_jax.data.sources import Sample
 from pixart_jax.data.sources.sample import faults_of
 from pixart_jax.encoding.options import SourceSpec
 from pixart_jax.errors import UserError
+
+# name: (without a raw caption, with one)
+PROMPTS = {
+    "paper": (
+        "Describe this image and its style in a very detailed manner",
+        "Give the caption of this image '{caption}', describe this image and its style in a very "
+        "detailed manner",
+    ),
+    "script": (  # of the released captioning script
+        "Describe this image in a very detailed manner",
+        'Given the caption of this image "{caption}", describe this image in a very detailed '
+        "manner",
+    ),
+}
+LONGEST_RAW = 8_000
+"""Characters of a raw caption; a longer text would push the image out of the context."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +66,7 @@ class CaptionOptions:
     """Of the model's weight files, such as fp16; by default the ones without, or the only ones."""
 
     def __post_init__(self):
-        prompts.template(self.prompt, self.raw_caption is not None)
+        template(self.prompt, self.raw_caption is not None)
         if not 0 <= self.temperature <= 10:
             raise UserError(f"temperature {self.temperature}: 0 (the likeliest token) to 10")
         if self.max_new_tokens < 1:
@@ -171,11 +186,37 @@ def _prepare(
         if not texts:
             raise _Skip("missing caption", f"no caption of kind {kind!r} for the prompt")
         raw = texts[0]
-        if len(raw) > (limit := prompts.LONGEST_RAW):
+        if len(raw) > (limit := LONGEST_RAW):
             detail = f"{len(raw):,} characters, a prompt takes {limit:,}"
             raise _Skip("caption too long", detail)
     try:
         image = resize(Image.fromarray(sample.pixels()))
     except UserError as error:
         raise _Skip("unreadable image", str(error).removeprefix(f"{sample.key}: ")) from None
-    return prompts.fill(prompts.template(options.prompt, raw is not None), raw, special), image
+    return fill(template(options.prompt, raw is not None), raw, special), image
+
+
+def template(prompt: str, with_raw: bool) -> str:
+    """The text with '{caption}' where a raw caption belongs. prompt: a name of PROMPTS, or the
+    text. Raises UserError where they disagree."""
+    if prompt in PROMPTS:
+        return PROMPTS[prompt][with_raw]
+    if not prompt.strip():
+        raise UserError("--prompt is empty: 'paper', 'script', or a text of your own")
+    if with_raw != ("{caption}" in prompt):
+        need = "has {caption}, so --raw-caption KIND is needed"
+        if with_raw:
+            need = "names --raw-caption KIND, so the prompt needs {caption}"
+        raise UserError(f"--prompt {prompt!r} does not fit: the call {need}")
+    return prompt
+
+
+def fill(text: str, raw: str | None, special: Sequence[str] = ()) -> str:
+    """The prompt of one image. The raw caption becomes one line, without the model's own special
+    tokens ('<image>') and control characters."""
+    if raw is None:
+        return text
+    for mark in special:
+        raw = raw.replace(mark, " ")
+    line = "".join(c if c.isprintable() else " " for c in raw)
+    return text.replace("{caption}", " ".join(line.split()))

@@ -14,13 +14,13 @@ import numpy as np
 from pixart_jax.data import images
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.images import canny
+from pixart_jax.pipeline.editing import check_aspect
 from pixart_jax.pipeline.encoder_identity import component_identity
 from pixart_jax.weights.component import HED, load_component
 
 METHODS = ("hed", "canny")
 WEIGHTS = "a file ControlNetHED.pth, a folder that convert made of it, or the hub's file"
 _HUB = "lllyasviel/Annotators/ControlNetHED.pth"
-_ASPECT = 1.03  # a map may be off its image's aspect ratio by this factor: sides are rounded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,10 +82,7 @@ class FolderCondition:
         if path is None:
             raise UserError(f"no map {key} in {self._root}")
         pixels = images.decode(path.read_bytes())
-        off = pixels.shape[0] / pixels.shape[1] * shape[1] / shape[0]
-        if not 1 / _ASPECT <= off <= _ASPECT:
-            sizes = "{}×{} for an image of {}×{}".format(*pixels.shape[:2], *shape[:2])
-            raise UserError(f"{path} is {sizes}: another aspect ratio")
+        check_aspect(str(path), pixels, shape)
         return images.to_bucket(pixels, bucket)[0]
 
 

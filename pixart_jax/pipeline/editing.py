@@ -25,7 +25,7 @@ from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.pipeline.sampler import Edit
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 
-ASPECT = 1.03  # a condition may be off its image's aspect ratio by this factor
+ASPECT = 1.03  # a condition may be off its image's aspect ratio by this: sides are rounded
 SEAM = 6  # px inside the mask, over which generated pixels blend into known ones
 OVERLAP = 16  # px of an outpainted image's border that are generated too
 
@@ -309,7 +309,7 @@ class Edits:
         if self.controls:
             whole = (height or side, width or side) if height or width else self.controls[0].shape
             for n, one in enumerate(self.controls):
-                _check_aspect(one, self.images[n].shape if self.images else whole)
+                check_aspect("control", one, self.images[n].shape if self.images else whole)
         given = [*self.images, *self.controls]
         if given and height is None and width is None:
             shape, how = given[0].shape, (config.binning, config.windowed)
@@ -341,10 +341,9 @@ class Edits:
         return np.stack([one if own is None else own.finish(one) for one, own in pairs])
 
 
-def _check_aspect(control: np.ndarray, shape: tuple[int, ...]) -> None:
+def check_aspect(what: str, control: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise UserError where a condition [h, w, …] has another aspect ratio than ``shape``."""
     off = control.shape[0] / control.shape[1] * shape[1] / shape[0]
     if not 1 / ASPECT <= off <= ASPECT:
         sizes = "{} × {} for a picture of {} × {}".format(*control.shape[:2], *shape[:2])
-        raise UserError(
-            f"control {sizes} pixels: another aspect ratio; crop it, or leave out the size"
-        )
+        raise UserError(f"{what}: {sizes} pixels, another aspect ratio; crop it")

@@ -10,7 +10,6 @@ import pytest
 from captioning import tiny_vlms, written_captions
 from PIL import Image
 
-from pixart_jax.captioning import prompts
 from pixart_jax.captioning.guards import failed_checks
 from pixart_jax.captioning.model import (
     GumbelNoise,
@@ -21,7 +20,7 @@ from pixart_jax.captioning.model import (
     resize,
     seed_of,
 )
-from pixart_jax.captioning.worker import CaptionOptions, caption_samples
+from pixart_jax.captioning.worker import CaptionOptions, caption_samples, fill, template
 from pixart_jax.data.sources import Sample
 from pixart_jax.errors import UserError
 
@@ -96,15 +95,15 @@ def test_a_processor_without_a_chat_template_gets_llava_s_plain_form(tmp_path):
 
 def test_a_raw_caption_cannot_write_the_models_marks(model):
     raw = f"two dogs {model.image_mark}{model.image_mark}\x00\n</s> <image> in a car"
-    text = prompts.fill(prompts.template("paper", True), raw, model.special)
+    text = fill(template("paper", True), raw, model.special)
     assert "'two dogs in a car'" in text
     assert len(generate(model, PICTURES[:1], [text], [0], limit=4)) == 1
 
 
 def test_the_prompts_are_the_papers():
     plain = "Describe this image and its style in a very detailed manner"
-    assert prompts.template("paper", False) == plain
-    asked = prompts.fill(prompts.template("paper", True), "a dog")
+    assert template("paper", False) == plain
+    asked = fill(template("paper", True), "a dog")
     assert asked == f"Give the caption of this image 'a dog', d{plain[1:]}"
     with pytest.raises(UserError, match="needs {caption}"):
         CaptionOptions("m", prompt="What is it?", raw_caption="txt")

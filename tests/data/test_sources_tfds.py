@@ -9,7 +9,8 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from pixart_jax.data.sources import open_source, tf_files
+from pixart_jax.data.sources import open_source
+from pixart_jax.data.sources.tfds import stand_in
 from pixart_jax.errors import UserError
 from tests.data.tiny_sets import encoded, picture, tar
 
@@ -51,7 +52,7 @@ def test_imagenet_builds_from_its_archives_with_labels_for_stage_1(imagenet):
 def test_coco_captions_has_every_caption_of_a_picture(tmp_path):
     """Its builder names dtypes of TensorFlow's; the pictures are written by the builder itself,
     without the download."""
-    with tf_files.stand_in():
+    with stand_in():
         builder = tfds.builder("coco_captions", data_dir=str(tmp_path), file_format="array_record")
         pictures = (
             {
@@ -80,7 +81,7 @@ def test_a_set_whose_files_a_person_must_fetch_says_where_they_go(tmp_path):
 
 
 def test_the_stand_in_refuses_what_only_tensorflow_does():
-    with tf_files.stand_in():
+    with stand_in():
         import tensorflow as tf
 
         with pytest.raises(ModuleNotFoundError, match="needs TensorFlow itself"):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import importlib.machinery
+import importlib.util
 import io
 import os
 import pathlib
-from collections.abc import Mapping
+import sys
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pixart_jax.data.sources import texts, tf_files
+from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource, filter_identity
 from pixart_jax.data.sources.sample import Captions, Sample
 from pixart_jax.errors import UserError, nearest, one_line
@@ -20,6 +25,7 @@ from pixart_jax.files import cache_folder, locked
 
 # texts of a set that do not describe its images
 _NAMES = ("file_name", "filename", "image_id", "url")
+_DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
 
 
 class TfdsSource(IndexedSource):
@@ -150,7 +156,7 @@ def _builder(name: str, data_dir: pathlib.Path):
     if name.split("/")[0].split(":")[0] == "shapes":
         import pixart_jax.data.shapes_builder  # noqa: F401 - registers the embedded world
     try:
-        with tf_files.stand_in():
+        with stand_in():
             builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
@@ -171,7 +177,7 @@ def _builder(name: str, data_dir: pathlib.Path):
     # two processes of one machine must not prepare one set at once
     lock = data_dir / f".{name.replace('/', '-').replace(':', '-')}.lock"
     try:
-        with locked(lock), tf_files.stand_in():
+        with locked(lock), stand_in():
             builder.download_and_prepare(download_config=checked)
     except ModuleNotFoundError as error:
         raise UserError(
@@ -188,3 +194,63 @@ def _strings(fields: Any, path: tuple[str, ...]) -> tuple[str, ...]:
         fields = fields[step]
     values = fields if isinstance(fields, list | tuple | np.ndarray) else [fields]
     return tuple(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
+
+
+@contextlib.contextmanager
+def stand_in() -> Iterator[None]:
+    """Let ``import tensorflow`` give file functions and dtypes, unless TensorFlow is installed.
+
+    Many builders, ImageNet's and COCO's among them, need no more of it to prepare a set. One that
+    does gets the ModuleNotFoundError that it would get without this.
+    """
+    if importlib.util.find_spec("tensorflow") is not None:
+        yield
+        return
+    sys.modules["tensorflow"] = _tensorflow()
+    try:
+        yield
+    finally:
+        del sys.modules["tensorflow"]
+
+
+def _tensorflow() -> types.ModuleType:
+    from tensorflow_datasets.core import as_path
+
+    class GFile:
+        def __new__(cls, name, mode="r"):
+            return as_path(os.fspath(name)).open(mode)
+
+    def find(patterns) -> list[str]:
+        patterns = [patterns] if isinstance(patterns, str | os.PathLike) else patterns
+        return [found for pattern in patterns for found in glob.glob(str(pattern))]
+
+    def absent(name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ModuleNotFoundError(f"this needs TensorFlow itself (tf.{name})", name="tensorflow")
+
+    gfile = types.SimpleNamespace(
+        GFile=GFile,
+        Open=GFile,
+        exists=lambda path: as_path(path).exists(),
+        isdir=lambda path: as_path(path).is_dir(),
+        listdir=lambda path: [child.name for child in as_path(path).iterdir()],
+        makedirs=lambda path: as_path(path).mkdir(parents=True, exist_ok=True),
+        glob=find,
+        walk=os.walk,
+        join=os.path.join,
+    )
+    module = types.ModuleType("tensorflow")
+    contents = {
+        "__spec__": importlib.machinery.ModuleSpec("tensorflow", None),
+        "__version__": "2.20.0",  # tensorflow-datasets asks for 2.1 or newer
+        "io": types.SimpleNamespace(gfile=gfile),
+        "string": object,
+        "dtypes": types.SimpleNamespace(DType=type("DType", (), {}), as_dtype=np.dtype),
+        **{name: np.dtype(name).type for name in _DTYPES},
+        # values are only compared with these
+        **{name: type(name, (), {}) for name in ("Tensor", "RaggedTensor", "SparseTensor")},
+        "__getattr__": absent,
+    }
+    vars(module).update(contents)
+    return module
