@@ -72,9 +72,9 @@ class TextToImageOverBase(TextToImage):
         if not self.null_length and "null_caption" not in params:
             if self.reads_null:
                 raise UserError(
-                    f"stage {self.name}: {folder} holds no null caption for dropped captions and "
-                    "guidance: objective.null_condition = 'empty' takes the text encoder's states "
-                    "of an empty text"
+                    f"stage {self.name}: {folder} holds no null caption to train dropped captions "
+                    "with, or to guide by: objective.null_condition = 'empty' takes the text "
+                    "encoder's states of an empty text"
                 )
             shape = self.module.config.text_tokens, self.module.config.caption_width
             params["null_caption"] = np.zeros(shape, np.float32)
