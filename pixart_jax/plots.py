@@ -105,6 +105,34 @@ def panels(path: Path, values: Mapping[str, Mapping[str, float]], *, title: str)
     return _save(figure, path)
 
 
+def intervals(
+    path: Path,
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    *,
+    title: str,
+    mark: float,
+) -> Path:
+    """Values with their intervals, one panel below the other. panels: title → name → (value, low,
+    high); mark: where to draw a vertical line. Returns ``path``."""
+    from matplotlib.figure import Figure
+
+    rows = [len(values) for values in panels.values()]
+    figure = Figure((6.4, 0.8 + sum(0.7 + 0.3 * count for count in rows)), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    ratios = {"height_ratios": [count + 0.6 for count in rows]}
+    places = figure.subplots(len(rows), 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
+    for axes, (name, values) in zip(places, panels.items()):
+        value, low, high = zip(*values.values())
+        reach = [[v - a for v, a in zip(value, low)], [b - v for v, b in zip(value, high)]]
+        axes.errorbar(value, range(len(value)), xerr=reach, fmt="o", color="#3b6ea5", capsize=3)
+        axes.axvline(mark, color="#909090", linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(value)), list(values), fontsize=8)
+        axes.set_ylim(len(value) - 0.4, -0.6)
+        axes.set_title(name, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
 def _figure(title: str, size: tuple[float, float]):
     # without pyplot: no window system, no state shared between threads
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.evaluation import report
+from pixart_jax.evaluation import report, study_command
 from pixart_jax.evaluation.fid_command import FidOptions, evaluate_fid, split_sampling
 from pixart_jax.evaluation.shapes_score import Score, score
 from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
@@ -94,11 +94,15 @@ def main(argv: Sequence[str]) -> int:
         print(f"usage: {_PROG} WHAT [flags]\n")
         for name, (options, _) in commands.items():
             print(f"  {name:8} {options.__doc__}")
+        print(f"  study    {study_command.__doc__}")
         print(f"\n{_PROG} WHAT --help lists the flags.")
         return 0 if argv else 2
     what, *rest = argv
+    if what == "study":
+        study_command.main(rest)
+        return 0
     if what not in commands:
-        raise UserError(f"evaluate {what!r} is unknown{nearest(what, commands)}")
+        raise UserError(f"evaluate {what!r} is unknown{nearest(what, [*commands, 'study'])}")
     options, run = commands[what]
     if what == "fid":
         rest, flags = split_sampling(rest)

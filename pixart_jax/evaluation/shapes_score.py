@@ -134,13 +134,13 @@ def _right(verdicts: Sequence[Verdict], task: str) -> np.ndarray:
     return np.array([verdict.right[task] for verdict in verdicts])
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share."""
+def wilson(right: float, n: float, z: float = _Z) -> tuple[float, float]:
+    """The interval of a share, of z standard errors: 95% by default."""
     if n == 0:
         return 0.0, 1.0
-    p, z2 = right / n, _Z**2
+    p, z2 = right / n, z**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
