@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"usage: {_PROG} WHAT [flags]\n")
         for name, (options, _) in commands.items():
             print(f"  {name:8} {options.__doc__}")
-        print(f"  study    {study_command.__doc__}")
+        print("  study    Let people compare images: build, serve and report a blind study.")
         print(f"\n{_PROG} WHAT --help lists the flags.")
         return 0 if argv else 2
     what, *rest = argv

@@ -146,7 +146,8 @@ def build(
                     asked += [gold] * (gold not in asked)
             passes.append({"question": QUESTIONS[question][0], "trials": asked})
         written.append(passes)
-    page = {"version": opaque("study"), "trials": trials, "sheets": written}
+    sides = [int(side) for side in next(iter(sets.values())).sides]
+    page = {"version": opaque("study"), "sides": sides, "trials": trials, "sheets": written}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         part = Path(folder) / "study"

@@ -117,7 +117,10 @@ async function trial(id, pass, following) {
   $("text").hidden = !STUDY.trials[id].text;
   $("answers").querySelectorAll("button").forEach((button) => (button.disabled = true));
   const pictures = [...$("images").querySelectorAll("img")];
-  pictures.forEach((picture, side) => (picture.src = source(shown[side])));
+  pictures.forEach((picture, side) => {
+    [picture.height, picture.width] = STUDY.sides;
+    picture.src = source(shown[side]);
+  });
   show("trial");
   try {
     await Promise.all(pictures.map((picture) => picture.decode()));
