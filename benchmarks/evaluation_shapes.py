@@ -155,7 +155,7 @@ def simulated_study(images: Path, weaker: Path, prompts: list[EvalPrompt], out: 
 
     @functools.cache
     def found(image: str) -> tuple:
-        with Image.open(out / "page/images" / f"{image}.png") as file:
+        with Image.open(out / "page/pictures" / f"{image}.png") as file:
             return tuple(find_objects(np.asarray(file)))
 
     def good(image: str, text: str | None) -> float:

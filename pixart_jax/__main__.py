@@ -46,10 +46,13 @@ def main(argv: list[str]) -> int:
         # train keeps its programs in its workdir
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    path = COMMANDS[name][0]
+    if argv[:3] == ["evaluate", "study", "serve"]:  # serving imports evaluation, not the reverse
+        path, rest = "pixart_jax.serving.study", rest[2:]
     try:
-        module = importlib.import_module(COMMANDS[name][0])
+        module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if name not in ("mcp", "serve") or str(error.name).startswith("pixart_jax"):
+        if "serving" not in path or str(error.name).startswith("pixart_jax"):
             raise
         raise UserError(f'{error.name} is missing: pip install "pixart-jax[serve]"') from None
     return module.main(rest) or 0

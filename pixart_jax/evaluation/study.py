@@ -152,12 +152,12 @@ def build(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         part = Path(folder) / "study"
         shutil.copytree(STATIC, part / PAGE)
-        (part / PAGE / "images").mkdir()
+        (part / PAGE / "pictures").mkdir()
 
         def write(job: tuple[str, int]) -> None:
             model, n = job
             pixels, _ = sets[model].pixels(numbers[model][names[n]])
-            write_png(part / PAGE / "images" / f"{image(n, model)}.png", pixels)
+            write_png(part / PAGE / "pictures" / f"{image(n, model)}.png", pixels)
 
         jobs = list(itertools.product(models, range(len(names))))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         server.should_exit = True
 
     app, engine = make_app(flags, fail)
-    listening = _listen(flags.host, flags.port)
+    listening = listen(flags.host, flags.port)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
@@ -134,7 +134,7 @@ def make_app(
     return api.create_app(service, access, page=flags.page, tools=tools), engine
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """The bound socket. Raises UserError where that is not possible."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

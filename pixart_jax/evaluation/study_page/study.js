@@ -86,7 +86,7 @@ function sides(id) {
   return turned ? [images[1], images[0]] : images;
 }
 
-const source = (image) => `images/${image}.png`;
+const source = (image) => `pictures/${image}.png`;
 
 function next() {
   const all = passes.flatMap((pass) => pass.trials);
