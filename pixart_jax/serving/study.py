@@ -85,7 +85,7 @@ class Ballot:
             raise UserError("the page is of another study: reload it")
         sent = {name: fields.get(name) for name in ("trial", "rater", "left", "answer", "ms")}
         sent["version"], sheet = fields["version"], fields.get("sheet")
-        if sheet not in range(self._key["sheets"]):
+        if not isinstance(sheet, int) or sheet not in range(self._key["sheets"]):
             raise UserError(f"sheet {str(sheet)[:20]!r} is not of this study")
         _check_name(sent["rater"])
         if not isinstance(sent["ms"], int | float) or not 0 <= sent["ms"] < math.inf:
