@@ -4,6 +4,7 @@ stand whole and apart."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -44,8 +45,11 @@ FIRST = {
 }
 
 
+scene_at = functools.cache(shapes.scene_at)  # which most tests draw again
+
+
 def scenes(level: str, split: str = "train", count: int = SAMPLE) -> list[Scene]:
-    return [shapes.scene_at(level, split, i) for i in range(count)]
+    return [scene_at(level, split, i) for i in range(count)]
 
 
 def canvases(level: str) -> set[tuple[int, int]]:
