@@ -423,6 +423,9 @@ class StageConfig:
     dreambooth: DreamBoothConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     start: str = "previous"
+    # of this stage alone; None: the run's
+    model: TransformerConfig | None = None
+    vae: str | None = None
     # base size of the position table in this stage, latent/patch units; None: the model's
     position_base: int | None = None
     position_scale: float | None = None
@@ -597,11 +600,16 @@ class Config:
                     f"stage {stage.name}: start 'previous' is an adapter (stage {before.name}): "
                     "name the folder of a model"
                 )
-        unit = 8 * self.model.patch_size
         for stage in self.stages:
+            unit = 8 * (stage.model or self.model).patch_size
             for height, width in stage.data.buckets:
                 if stage.task != "text_to_text" and (height % unit or width % unit):
                     raise UserError(
                         f"stage {stage.name}: bucket {height}×{width} is not divisible by {unit} "
                         "(8 × patch size)"
                     )
+
+    def of(self, stage: StageConfig) -> Config:
+        """The run as a stage sees it: with the stage's own model and VAE."""
+        model, vae = stage.model or self.model, stage.vae or self.vae
+        return dataclasses.replace(self, model=model, vae=vae)

@@ -93,8 +93,7 @@ def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> 
 
 
 def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
-    """Train stage ``index``, or the rest of it. previous: the stage before, where this process
-    trained it."""
+    """Train stage ``index``, or the rest of it, after the stage that this process trained last."""
     from pixart_jax.training import loop
     from pixart_jax.training.batches import open_loader
     from pixart_jax.training.evaluation import open_evaluators
@@ -104,10 +103,11 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
     from pixart_jax.training.stages import build_stage
     from pixart_jax.training.step import compiled_step
 
-    config, mesh, position, stage = run.config, run.mesh, run.position, run.config.stages[index]
-    loader = open_loader(config, index, run.frozen, run.encode, mesh)
+    mesh, position, stage = run.mesh, run.position, run.config.stages[index]
+    config, frozen = run.of(stage)
+    loader = open_loader(config, index, frozen, run.encode, mesh)
     # task, optimizer, shapes of the state, and the model below an adapter
-    parts = build_stage(config, stage, run.frozen, mesh).load_base(mesh)
+    parts = build_stage(config, stage, frozen, mesh).load_base(mesh)
     run.describe(index, loader, parts)
     if index == position.stage and position.total:
         state = run.checkpoints.restore(position.total, parts.abstract)
@@ -118,7 +118,7 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
         start, window = 0, MetricWindow()
 
     step = compiled_step(config, stage, parts, mesh)  # loss, gradient, update and EMA
-    evaluators = open_evaluators(config, index, parts, run.frozen, run.encode, mesh)
+    evaluators = open_evaluators(config, index, parts, frozen, run.encode, mesh)
     hooks = StageHooks(run, index, parts, loader, evaluators)  # metrics, checkpoints, previews
     state = loop.train(run, index, state, step, loader, hooks, start, window)
     if start == stage.steps and not hooks.grid(start).exists():  # killed before its preview

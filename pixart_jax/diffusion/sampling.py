@@ -72,17 +72,18 @@ def sample(
         solver's state, whose steps add up to those of the run.
     noise: [b, …, c], standard normal at start 0. The channel axis is the last.
     solver: a name (solvers.NAMES), or one of solvers/ with options of its own.
-    steps: how many; ddpm and ddim also read a respacing ('100', 'ddim50', '10,15,20').
+    steps: how many, of one evaluation but for heun's; ddpm and ddim also read a respacing ('100',
+        'ddim50', '10,15,20').
     schedule: PixArt's linear one by default.
-    key: for the noise that ddpm, sa, lcm and ddim with eta > 0 add; None adds none. One key (image
-        i draws from fold_in(key, i)), or [b] keys, one for each image: then an image does not
-        depend on the batch it is in.
-    times: "fractional" as the official code, or "integer" as diffusers. dpm++ and lcm have both;
-        ddpm, ddim and dmd are always at integer times, sa never.
-    order: of dpm++. eta: of ddim.
+    key: for the noise that ddpm, sa, lcm, euler_ancestral and ddim with eta > 0 add; None adds
+        none. One key (image i draws from fold_in(key, i)), or [b] keys, one for each image: then an
+        image does not depend on the batch it is in.
+    times: "fractional" as the official code, or "integer" as diffusers. dpm++, unipc and lcm have
+        both; ddpm, ddim and dmd are always at integer times, sa never, euler and heun as diffusers.
+    order: of dpm++ and unipc. eta: of ddim.
     prediction: what the denoiser predicts, "epsilon" or "v".
-    start: skip so many steps; ``noise`` is then x at the time ``timesteps(...)[start]`` (img2img:
-        add_noise up to that time).
+    start: skip so many steps; ``noise`` is then x at the first of the times that are left,
+        ``timesteps(…, start=start)[0]`` (img2img: add_noise up to that time).
     per_step: a tree of arrays [n, …], a row for each evaluation, passed to the segments: what
         depends on the time alone is computed for all steps at once, before the scan.
     known: the part of x that is not generated.
@@ -131,7 +132,7 @@ def step_table(
     """(the arrays [n, …] that a run's scan reads, whether its steps add noise). Runs of n steps
     share one program, whatever their times, if the arrays are its arguments."""
     plan = _plan(solver, steps, schedule, times, start, stochastic=stochastic)
-    first, dtype = start or 0, np.dtype(dtype)
+    first, dtype = (start or 0) * plan.evaluations, np.dtype(dtype)
     # Host float64 becomes the dtype of x here, once; nothing of it is recomputed on the device.
     table = {
         "step": np.arange(first, first + len(plan.t), dtype=np.int32),

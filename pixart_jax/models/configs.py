@@ -4,7 +4,7 @@ no JAX."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 from pixart_jax.errors import UserError, nearest
 
@@ -220,7 +220,8 @@ class VAEConfig(CheckedConfig):
     block_out_channels: the width of each level; resolution halves between levels. use_quant_conv: a
     1×1 convolution after the encoder and one before the decoder. mid_block_attention: single-head
     attention at the lowest resolution of each half. sample_size: side in pixels of the training
-    images, informative only.
+    images, informative only. shift_factor: subtracted from latents before scaling (Stable Diffusion
+    3, Flux).
     """
 
     in_channels: int = 3
@@ -229,6 +230,7 @@ class VAEConfig(CheckedConfig):
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
     use_quant_conv: bool = True
     mid_block_attention: bool = True
     sample_size: int = 256
@@ -249,6 +251,14 @@ class VAEConfig(CheckedConfig):
     def factor(self) -> int:
         """Pixels a latent cell spans in each direction."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def scaled(self, latents: Any) -> Any:
+        """The VAE's latents as the transformer sees them."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def unscaled(self, latents: Any) -> Any:
+        """The inverse of :meth:`scaled`."""
+        return latents / self.scaling_factor + self.shift_factor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pixart_jax import finite
 from pixart_jax.images import to_model
+from pixart_jax.models.configs import VAEConfig
 from pixart_jax.parallel.rules import row_sharding
 
 # decoded at once on a device: the decoder's activations are far larger than its image
@@ -21,24 +22,26 @@ WRAP = 16  # latents around a seamless texture: as far as the decoder sees
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """module: the VAE's. scaling_factor: of its latents. factor: pixels a latent, along a side.
-    mesh: where each device takes its own images, at least ``rows`` in all; None: one device. wrap:
-    of a seamless texture, the latents on each side that repeat the opposite one."""
+    """module: the VAE's. mesh: where each device takes its own images, at least ``rows`` in all;
+    None: one device. wrap: of a seamless texture, the latents on each side that repeat the opposite
+    one."""
 
     module: nn.Module
-    scaling_factor: float
-    factor: int
     mesh: jax.sharding.Mesh | None = None
     rows: int = 1
     wrap: int = 0
+
+    @property
+    def config(self) -> VAEConfig:
+        return self.module.config  # type: ignore[attr-defined]
 
 
 def decode_latents(spec: DecodeSpec, params, latents: jax.Array) -> jax.Array:
     """The transformer's latents [b, h, w, c] → images [b, height, width, 3] of about [−1, 1]."""
     decode = functools.partial(spec.module.apply, {"params": params}, method="decode")
-    decode = wrapped(decode, spec.wrap, spec.wrap * spec.factor)
-    sides = (side + 2 * spec.wrap for side in latents.shape[1:3])
-    return _by_parts(spec, decode, latents / spec.scaling_factor, math.prod(sides) * spec.factor**2)
+    decode = wrapped(decode, spec.wrap, spec.wrap * spec.config.factor)
+    sides = ((side + 2 * spec.wrap) * spec.config.factor for side in latents.shape[1:3])
+    return _by_parts(spec, decode, spec.config.unscaled(latents), math.prod(sides))
 
 
 def wrapped(function, before: int, after: int):
@@ -62,9 +65,9 @@ def encode_jit(spec: DecodeSpec, params, images: jax.Array) -> jax.Array:
 
     def encode(images):
         mean, _ = spec.module.apply({"params": params}, to_model(images), method="encode")
-        return mean.astype(jnp.float32) * spec.scaling_factor
+        return spec.config.scaled(mean.astype(jnp.float32))
 
-    encode = wrapped(encode, spec.wrap * spec.factor, spec.wrap)
+    encode = wrapped(encode, spec.wrap * spec.config.factor, spec.wrap)
     return _by_parts(spec, encode, images, images.shape[1] * images.shape[2])
 
 

@@ -236,7 +236,7 @@ class DenoisingMethods:
         edit: sampler.Edit | None,
     ) -> tuple[sampler.SamplerSpec, dict[str, Any], bool]:
         """(the compiled program's static arguments, its table, whether steps add noise)."""
-        solver = self.scheduler.solver(str(config.solver), config.order)
+        solver = self.scheduler.solver(config)
         steps, schedule = int(config.steps or 0), self.scheduler.schedule()
         table, noisy = step_table(
             solver, steps, schedule, config.times, start=run.start, stochastic=stochastic
@@ -276,14 +276,12 @@ class DenoisingMethods:
             return decoder.decode_jit(spec, self.vae.params, latents)
         decode = functools.partial(self.vae.decode, tile=tile)
         decode = decoder.wrapped(decode, spec.wrap, spec.wrap * self.factor)
-        images = decode(latents / self.vae.config.scaling_factor)
+        images = decode(self.vae.config.unscaled(latents))
         return images, finite.rows_jit(images)
 
     def _decode_spec(self, batch: int, seamless: bool = False) -> decoder.DecodeSpec:
-        config, rows = self.vae.config, self._padded(batch)
-        factors = config.scaling_factor, config.factor
         wrap = decoder.WRAP if seamless else 0
-        return decoder.DecodeSpec(self.vae.module, *factors, self.mesh, rows, wrap)
+        return decoder.DecodeSpec(self.vae.module, self.mesh, self._padded(batch), wrap)
 
     def _size_conditions(self, noise, size, ratio, windows: Windows | None = None) -> tuple:
         """(size [b, 2], aspect ratio [b]), by default the image's or a window's; None without."""

@@ -20,7 +20,7 @@ from pixart_jax.files import cache_folder, folder_fingerprint, write_json
 from pixart_jax.models.configs import TransformerConfig, VAEConfig
 from pixart_jax.pipeline import sampling_config, text_states
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
-from pixart_jax.pipeline.scheduler import DPM_SCHEDULER, LCM_SCHEDULER, SchedulerConfig
+from pixart_jax.pipeline.scheduler import SchedulerConfig, class_of
 from pixart_jax.text import FastTokenizer, load_tokenizer, save_tokenizer
 from pixart_jax.weights import component, transformer, vae
 from pixart_jax.weights.files import (
@@ -313,10 +313,7 @@ def write_model(
             "_class_name": _SIGMA if is_sigma else _ALPHA,
             "_diffusers_version": _DIFFUSERS,
             **_CLASSES,
-            "scheduler": [
-                "diffusers",
-                LCM_SCHEDULER if sampling.solver == "lcm" else DPM_SCHEDULER,
-            ],
+            "scheduler": ["diffusers", class_of(sampling.solver)],
             "tokenizer": ["transformers", tokenizer_class],
         }
         write_json(staging / INDEX, dict(sorted(index.items())))

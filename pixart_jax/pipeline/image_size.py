@@ -72,7 +72,7 @@ def cache_plan(
 ) -> block_cache.CachePlan:
     """What the run skips and reuses, from its step ``start`` on. Raises UserError for steps that
     the solver cannot take, or a block schedule that does not fit."""
-    solver = scheduler.solver(str(config.solver), config.order)
+    solver = scheduler.solver(config)
     t = diffusion.timesteps(
         solver, config.steps or 0, scheduler.schedule(), config.times, start=start
     )

@@ -27,6 +27,14 @@ NULLS = ("text", "embedding")
 DEFAULTS: dict[str, Any] = {"guidance": 4.5, "steps": 20, "solver": "dpm++", "null": "text"}
 STEPS = {"lcm": 4, "tdm": 4, "dmd": 1}  # of solvers of distilled models
 _LCM: dict[str, Any] = {"guidance": 1.0, "steps": 4, "solver": "lcm"}
+# diffusers' scheduler of a folder: the solver that it selects
+OF_SCHEDULERS = {
+    "DPMSolverMultistepScheduler": "dpm++",
+    "UniPCMultistepScheduler": "unipc",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +47,15 @@ class SamplingConfig:
     """Strength of the prompt; 1 does no second pass. By default the model's own, 4.5 where it names
     none."""
     solver: str | None = None
-    """dpm++, ddim, ddpm, sa, lcm or tdm (distilled models, 4 steps) or dmd (1 step). By default the
-    model's own."""
+    """dpm++, unipc, euler, euler_ancestral, heun (two evaluations a step), ddim, ddpm, sa, lcm
+    or tdm (distilled models, 4 steps) or dmd (1 step). By default the model's own."""
     times: Literal["fractional", "integer"] = "fractional"
-    """The time grid of dpm++: the official code's, or diffusers'."""
+    """The time grid of dpm++ and unipc: the official code's, or diffusers'."""
+    spacing: str | None = None
+    """Of the times of dpm++, unipc, ddim and the Euler and Heun solvers: linspace, leading,
+    trailing, karras or exponential. By default the model's own."""
+    timesteps: tuple[float, ...] | None = None
+    """The times themselves of these solvers, falling from 999 or below, instead of --steps."""
     null: str = "auto"
     """What an empty negative prompt means: text, the text encoder's states of "", or embedding, the
     model's null caption (the official code); auto: as the model says, text where it says
@@ -73,7 +86,7 @@ class SamplingConfig:
     """Generate at the nearest size that the model was trained at, then resize and crop to what was
     asked for."""
     order: int | None = None
-    """Order of dpm++, 1 to 3. By default the model's own, 2 where it names none."""
+    """Order of dpm++ and unipc, 1 to 3. By default the model's own, 2 where it names none."""
     pag_scale: Annotated[float, tyro.conf.arg(aliases=["--pag"])] = 0.0
     """Strength of perturbed-attention guidance, 0 for none; 3 is usual. It costs a further pass."""
     pag_layers: tuple[int, ...] | None = None
@@ -98,7 +111,15 @@ class SamplingConfig:
             from pixart_jax.diffusion import solvers  # imports jax: not for a --help
 
             check_choice("solver", self.solver, solvers.NAMES)
+        if self.spacing is not None:
+            from pixart_jax.diffusion import solvers
+
+            check_choice("spacing", self.spacing, solvers.SPACINGS)
         check_choice("times", self.times, ("fractional", "integer"))
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
+            if self.steps not in (None, len(self.timesteps)):
+                raise UserError(f"steps {self.steps}: {len(self.timesteps)} timesteps are given")
         check_choice("null", self.null, ("auto", *NULLS))
         blends = "so that tiles blend over 16 latents"
         _integer("vae tile", self.vae_tile, 32, blends)
@@ -144,6 +165,8 @@ class SamplingConfig:
         found = {**base, **self.given()}
         if found["solver"] != base["solver"] and self.steps is None:
             found["steps"] = STEPS.get(found["solver"], DEFAULTS["steps"])
+        if self.timesteps is not None:
+            found["steps"] = len(self.timesteps)
         return dataclasses.replace(self, **found)
 
     def perturbed_layers(self, depth: int) -> tuple[int, ...]:
@@ -185,7 +208,8 @@ def read(folder: str | os.PathLike, scheduler: str = "") -> SamplingConfig:
     folder = Path(folder)
     part, own = _read(folder / "transformer" / FILE), _read(folder / FILE)
     if own is None:
-        own = SamplingConfig(**_LCM) if scheduler == "LCMScheduler" else SamplingConfig()
+        own = SamplingConfig(solver=OF_SCHEDULERS.get(scheduler))
+        own = SamplingConfig(**_LCM) if scheduler == "LCMScheduler" else own
     null = {} if part is None else {"null": part.null}
     return dataclasses.replace(own, **{**null, **own.given()}).with_defaults()
 

@@ -9,21 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.diffusion import Schedule, schedule, solvers
-from pixart_jax.diffusion.solvers.dpm import SPACINGS
 from pixart_jax.errors import UserError
 from pixart_jax.files import write_json
-from pixart_jax.pipeline.sampling_config import check_choice
+from pixart_jax.pipeline.sampling_config import OF_SCHEDULERS, SamplingConfig, check_choice
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' name: ours
 _BETAS = {"linear": schedule.linear, "scaled_linear": schedule.scaled_linear}
 DPM_SCHEDULER, LCM_SCHEDULER = "DPMSolverMultistepScheduler", "LCMScheduler"
 _COSINE = "squaredcos_cap_v2"
+_SIGMAS = ("karras", "exponential")
+# the first three of every class
+_REFUSED = (
+    *("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas"),
+    *("use_beta_sigmas", "use_lu_lambdas"),
+)
+
+
+def class_of(solver: str | None) -> str:
+    """diffusers' scheduler for a model of that solver."""
+    classes = {solver: kind for kind, solver in OF_SCHEDULERS.items()} | {"lcm": LCM_SCHEDULER}
+    return classes.get(str(solver), DPM_SCHEDULER)
 
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
     """prediction: 'epsilon' or 'v'. The betas run from beta_start to beta_end over ``timesteps``;
-    beta_schedule as diffusers names it. order, spacing, offset: of dpm++ (solvers.DPMSolver)."""
+    beta_schedule as diffusers names it. order: of dpm++ and unipc. spacing, offset: of the times
+    (solvers.OnGrid)."""
 
     prediction: str = "epsilon"
     timesteps: int = 1000
@@ -37,7 +49,7 @@ class SchedulerConfig:
     def __post_init__(self):
         check_choice("prediction", self.prediction, tuple(_PREDICTIONS.values()))
         check_choice("beta_schedule", self.beta_schedule, (*_BETAS, _COSINE))
-        check_choice("timestep_spacing", self.spacing, SPACINGS)
+        check_choice("timestep_spacing", self.spacing, solvers.SPACINGS)
         if self.timesteps < 1:
             raise UserError(f"num_train_timesteps = {self.timesteps}: must be at least 1")
 
@@ -47,31 +59,43 @@ class SchedulerConfig:
         UserError, naming ``path``, for what is not supported."""
         prediction = values.get("prediction_type", "epsilon")
         check_choice(f"{path}: prediction_type", prediction, tuple(_PREDICTIONS))
-        # its times and sigmas hold for dpm++ alone
-        dpm = values.get("_class_name", "").startswith("DPMSolver")
-        refused = ["trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas"]
-        if dpm:
-            refused += ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"]
-            refused += ["use_lu_lambdas"]
-        for field in refused:
-            if values.get(field):
+        kind = values.get("_class_name", "")
+        # times and sigmas of other classes are not read
+        known = kind in OF_SCHEDULERS or kind.startswith("DPMSolver")
+        sigmas = [name for name in _SIGMAS if known and values.get(f"use_{name}_sigmas")]
+        wanted: dict[str, Any] = dict.fromkeys(_REFUSED[: None if known else 3])
+        if known:
+            wanted |= {"interpolation_type": "linear", "timestep_type": "discrete"}
+            wanted |= {"final_sigmas_type": "zero"}
+        if kind.startswith("UniPC"):
+            wanted |= {"solver_type": "bh2"}
+        if sigmas and kind.startswith(("Euler", "Heun")):  # between other ends than ours
+            wanted |= {"timestep_spacing": "linspace"}
+        for field, usual in wanted.items():
+            if (found_here := values.get(field) or usual) != usual:
+                beside = f" {found_here!r} with use_{sigmas[0]}_sigmas" if sigmas else ""
                 raise UserError(
-                    f"{path}: {field} is not supported: beta_start, beta_end and beta_schedule are"
+                    f"{path}: {field}{beside} is not supported: betas are given by beta_start, "
+                    "beta_end and beta_schedule, times by timestep_spacing, use_karras_sigmas or "
+                    "use_exponential_sigmas"
                 )
         names = ("beta_start", "beta_end", "beta_schedule")
         found = {name: values[name] for name in names if name in values}
         theirs = {"timesteps": "num_train_timesteps", "order": "solver_order"}
-        if dpm:
+        if known:
             theirs |= {"spacing": "timestep_spacing", "offset": "steps_offset"}
         found |= {ours: values[name] for ours, name in theirs.items() if name in values}
+        found |= {"spacing": sigmas[0]} if sigmas else {}
         return cls(_PREDICTIONS[prediction], **found)
 
     def write(self, folder: str | os.PathLike, solver: str | None = None) -> None:
         """A scheduler_config.json that makes diffusers sample with these betas and this prediction
-        by DPM-Solver++, of order 2, or of a model of solver 'lcm' by LCMScheduler. Of order 1, and
-        with the pipeline's ``timesteps``, the former samples as solver 'tdm'."""
+        by the class of that solver, else by DPM-Solver++. Of order 1, and with the pipeline's
+        ``timesteps``, the latter samples as solver 'tdm'."""
         theirs = {ours: name for name, ours in _PREDICTIONS.items()}
+        kind = class_of(solver)
         content: dict[str, Any] = {
+            "_class_name": kind,
             "beta_end": self.beta_end,
             "beta_schedule": self.beta_schedule,
             "beta_start": self.beta_start,
@@ -79,30 +103,37 @@ class SchedulerConfig:
             "prediction_type": theirs[self.prediction],
         }
         of_lcm = {
-            "_class_name": LCM_SCHEDULER,
             "clip_sample": False,
             "original_inference_steps": 50,
             "set_alpha_to_one": True,
             "timestep_scaling": 10.0,
         }
-        of_dpm = {
-            "_class_name": DPM_SCHEDULER,
-            "algorithm_type": "dpmsolver++",
-            "lower_order_final": True,
-            "solver_order": 1 if solver == "tdm" else self.order,
-            "solver_type": "midpoint",
+        of_grid = {
             "steps_offset": self.offset,
-            "timestep_spacing": self.spacing,
+            "timestep_spacing": "linspace" if self.spacing in _SIGMAS else self.spacing,
         }
-        content |= of_lcm if solver == "lcm" else of_dpm
+        if self.spacing in _SIGMAS:
+            of_grid[f"use_{self.spacing}_sigmas"] = True
+        if kind.startswith(("DPM", "UniPC")):
+            order = 1 if solver == "tdm" else self.order
+            of_grid |= {"lower_order_final": True, "solver_order": order}
+        if kind == DPM_SCHEDULER:
+            of_grid |= {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+        content |= of_lcm if kind == LCM_SCHEDULER else of_grid
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder) / "scheduler_config.json", dict(sorted(content.items())))
 
-    def solver(self, name: str, order: int | None = None) -> solvers.Solver:
-        """The solver of that name, dpm++ with this folder's options; order: another one."""
-        if name != "dpm++":
-            return solvers.by_name(name)
-        return solvers.DPMSolver(self.order if order is None else order, self.spacing, self.offset)
+    def solver(self, config: SamplingConfig) -> solvers.Solver:
+        """The solver that a config names, at the config's times, else at this folder's."""
+        name, times = str(config.solver), dict[str, Any]()
+        order = self.order if config.order is None else config.order
+        if config.spacing is not None:
+            times["spacing"] = config.spacing
+        elif name in OF_SCHEDULERS.values():
+            times = {"spacing": self.spacing, "offset": self.offset}
+        if config.timesteps is not None:
+            times["at"] = config.timesteps
+        return solvers.by_name(name, order=order, **times)
 
     def schedule(self) -> Schedule:
         """The noise schedule; the same settings give the same object."""

@@ -102,6 +102,7 @@ def make_target(
 ) -> PlanTarget:
     """The train step of a stage, or with --sample the sampler's scan."""
     stage = config.stages[index]
+    config = config.of(stage)
     mesh = (where.size, 1, 1, 1) if options.sweep else resolve_sizes(config.mesh, where.size)
     if not options.sample:
         made = PlanTarget(where, config, index, mesh, plan.largest(stage))

@@ -91,7 +91,7 @@ def sampler(target: PlanTarget, work: SamplingWorkload, mesh: jax.sharding.Mesh)
     if target.part == "decode":
 
         def run(params, *arrays):
-            latents = arrays[0] / decoder.config.scaling_factor
+            latents = decoder.config.unscaled(arrays[0])
             return decoder.module.apply({"params": params}, latents, method="decode")
 
         arguments = (decoder.params, noise)

@@ -24,14 +24,14 @@ def check_run(config: Config, mesh: Mesh) -> None:
     check_platform(config.remat, mesh.devices.flat[0].platform)
     for stage in config.stages:
         _check_batch(stage, mesh)
-        _check_model(config, stage, mesh)
+        _check_model(config.of(stage), stage, mesh)
         _check_sources(stage)
         if stage.task in DISTILLATIONS:
             check_teacher(stage)
-    frozen = Frozen(config, Path())
-    for part in ("vae", "text_encoder"):
-        if frozen.is_configured(part):
-            frozen.folder(part)
+        frozen = Frozen(config.of(stage), Path())
+        for part in ("vae", "text_encoder"):
+            if frozen.is_configured(part):
+                frozen.folder(part)
 
 
 def _check_batch(stage: StageConfig, mesh: Mesh) -> None:

@@ -20,6 +20,7 @@ from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
 from pixart_jax.files import find
 from pixart_jax.finite import check_tensor
+from pixart_jax.models.configs import VAEConfig
 from pixart_jax.parallel.liveness import run_on_first_process
 from pixart_jax.text import (
     clean_caption,
@@ -92,13 +93,18 @@ class Frozen:
         return load_component(self.folder("vae"))
 
     @functools.cached_property
-    def scaling_factor(self) -> float:
-        """What latents are multiplied by before the denoiser sees them."""
+    def vae_config(self) -> VAEConfig:
+        """How latents are scaled before the denoiser sees them, and their channels."""
         path = self.folder("vae") / "config.json"
         try:
-            return config_from_json(json.loads(path.read_text())).scaling_factor
+            return config_from_json(json.loads(path.read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """The VAE's scaling factor and shift factor."""
+        return self.vae_config.scaling_factor, self.vae_config.shift_factor
 
     def text_encoder(self):
         """The text encoder component, loaded anew at each call: it may be far larger than what is
@@ -149,7 +155,7 @@ class FrozenSpec(Frozen):
     """Stands in for the frozen parts where a program is made from shapes alone: the few numbers
     that enter it.
 
-    The VAE's scaling factor is read where its folder exists. ``assumptions``: what was assumed, in
+    The VAE's config is read where its folder exists. ``assumptions``: what was assumed, in
     words.
     """
 
@@ -158,15 +164,15 @@ class FrozenSpec(Frozen):
         self.assumptions: list[str] = []
 
     @functools.cached_property
-    def scaling_factor(self) -> float:
+    def vae_config(self) -> VAEConfig:
         folder = find(self._config.vae or "")
         for path in (folder / "vae" / "config.json", folder / "config.json"):
             if self._config.vae and path.is_file():
-                return config_from_json(json.loads(path.read_text())).scaling_factor
+                return config_from_json(json.loads(path.read_text()))
         self._assume(
             "the VAE's scaling factor is Stable Diffusion's, 0.18215 (its folder is not here)"
         )
-        return 0.18215
+        return VAEConfig(latent_channels=self._config.model.in_channels)
 
     def text_states(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
         """States of "" alone are asked for: one token, the end mark."""

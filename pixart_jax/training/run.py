@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pixart_jax.config import Config
+from pixart_jax.config import Config, StageConfig
 from pixart_jax.data.loader import Loader
 from pixart_jax.data.samples import write_bucket_chart
 from pixart_jax.errors import Notice
@@ -65,6 +65,12 @@ class Run:
         if self.position.total < sum(stage.steps for stage in self.config.stages):
             total, devices = self.position.total, self.mesh.size
             self.restarts = RestartLog(self.folder.path, total, devices, self.device_kind)
+
+    def of(self, stage: StageConfig) -> tuple[Config, Frozen]:
+        """The run as a stage sees it, and its frozen parts."""
+        config = self.config.of(stage)
+        same = (config.model, config.vae) == (self.config.model, self.config.vae)
+        return config, self.frozen if same else Frozen(config, self.folder.path)
 
     def describe(self, index: int, loader: Loader, parts: StageParts) -> None:
         """Draw how many samples each bucket holds, and print the remat policy where it was chosen.

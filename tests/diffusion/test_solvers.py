@@ -137,7 +137,9 @@ def test_dpm_at_integer_times_is_diffusers(steps, order, prediction):
 def test_dpm_at_other_integer_times_is_diffusers(steps, spacing, offset):
     theirs = DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=offset)
     expected = _diffusers(theirs, steps)
-    got = diffusion.sample(EPSILON, X, DPMSolver(2, spacing, offset), steps, times="integer")
+    got = diffusion.sample(
+        EPSILON, X, DPMSolver(spacing=spacing, offset=offset), steps, times="integer"
+    )
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 

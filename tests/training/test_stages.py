@@ -52,5 +52,5 @@ def test_what_is_assumed_of_absent_folders_is_said():
     absent = {"vae": "models/none", "text_encoder": "models/none"}
     config = Config("none", (StageConfig("words"),), model=tiny_run.MODEL, **absent)
     frozen = FrozenSpec(config)
-    assert frozen.scaling_factor == 0.18215 and len(frozen.text_states([""], 8)[0]) == 1
+    assert frozen.vae_config.scaling_factor == 0.18215 and len(frozen.text_states([""], 8)[0]) == 1
     assert len(frozen.assumptions) == 2 and "0.18215" in frozen.assumptions[0]

@@ -16,6 +16,7 @@ from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import (
     MaybeArray,
     OneStep,
+    OnGrid,
     State,
     StepTable,
     check_start,
@@ -68,12 +69,13 @@ class DDPM(OneStep):
 
 
 @dataclasses.dataclass(frozen=True)
-class DDIM(OneStep):
+class DDIM(OneStep, OnGrid):
     """x_{t'} = α' x_0 + √(1 − ᾱ' − s²) ε + s z with s² = η² (1 − ᾱ') / (1 − ᾱ) · (1 − ᾱ / ᾱ')
-    (paper, eq. 12 and 16).
+    (paper, eq. 12 and 16). In σ/α this is Euler's step, and with η = 1 the ancestral one of
+    k-diffusion, so diffusers' Euler schedulers are DDIM on another grid.
 
-    ``steps``: N takes every ⌊T / N⌋-th time from 0 up (diffusers' "leading" spacing); 'ddimN' and
-    sections are respacing.space_timesteps' (the same list where N divides T).
+    ``steps``: N takes every ⌊T / N⌋-th time from 0 up (diffusers' "leading" spacing, the default);
+    'ddimN' and sections are respacing.space_timesteps' (the same list where N divides T).
 
     eta: 0 is deterministic, 1 adds as much noise as DDPM. Without a key it counts as 0.
     set_alpha_to_one: the last step goes to ᾱ' = 1, the clean image; False: to the schedule's ᾱ_0,
@@ -82,40 +84,77 @@ class DDIM(OneStep):
 
     eta: float = 0.0
     set_alpha_to_one: bool = True
+    _: dataclasses.KW_ONLY
+    spacing: str = dataclasses.field(default="leading", compare=False)
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.eta <= 1:
             raise UserError(f"DDIM.eta = {self.eta!r}: must lie in [0, 1]")
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
     ) -> StepTable:
-        visited = self._times(schedule.timesteps, steps)
-        check_start(start, len(visited))
-        cumprod = schedule.alphas_cumprod[visited]
-        last = 1.0 if self.set_alpha_to_one else schedule.alphas_cumprod[0]
-        target = np.concatenate([[last], cumprod[:-1]])
-        s = (self.eta if stochastic else 0.0) * np.sqrt(
-            (1 - target) / (1 - cumprod) * (1 - cumprod / target)
-        )
-        alpha, sigma = np.sqrt(cumprod), np.sqrt(1 - cumprod)
+        if not str(steps).strip().isdigit():
+            visited = space_timesteps(schedule.timesteps, steps)[::-1]
+            grid = dataclasses.replace(self, at=tuple(visited.tolist()))
+        else:
+            grid, visited = self, np.arange(step_count(steps))
+        count = len(visited)
+        check_start(start, count)
+        t, alpha, sigma = grid.grid(schedule, count, False, False)
+        if not self.set_alpha_to_one:
+            alpha[-1], sigma[-1] = schedule.alpha(0.0), schedule.sigma(0.0)
+        at, to = slice(start, count), slice(start + 1, None)
+        noise = np.sqrt(np.maximum(1 - (alpha[at] / alpha[to]) ** 2, 0)) * sigma[to] / sigma[at]
+        noise = noise * (self.eta if stochastic else 0.0)
         # ε = (x − α x_0) / σ, so x_{t'} is linear in x and x_0
-        of_x = np.sqrt(1 - target - s**2) / sigma
-        coefficients = {"x": of_x, "x0": np.sqrt(target) - of_x * alpha, "noise": s}
-        order = np.arange(len(visited))[::-1][start:]
+        of_x = np.sqrt(sigma[to] ** 2 - noise**2) / sigma[at]
         return StepTable(
-            t=visited[order].astype(np.float64),
-            alpha=alpha[order],
-            sigma=sigma[order],
-            coefficients={name: values[order] for name, values in coefficients.items()},
+            t=t[at],
+            alpha=alpha[at],
+            sigma=sigma[at],
+            coefficients={"x": of_x, "x0": alpha[to] - of_x * alpha[at], "noise": noise},
             noisy=stochastic and self.eta > 0,
         )
 
-    @staticmethod
-    def _times(timesteps: int, steps: int | str) -> np.ndarray:
-        if not str(steps).strip().isdigit():
-            return space_timesteps(timesteps, steps)
+
+@dataclasses.dataclass(frozen=True)
+class Heun(OnGrid):
+    """Heun's method in σ/α (arXiv 2206.00364, algorithm 1 without its noise), as diffusers'
+    HeunDiscreteScheduler: each step but the last, which is Euler's, takes a second evaluation at
+    its end and averages the two slopes. 2 N − 1 evaluations in all."""
+
+    def plan(
+        self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
+    ) -> StepTable:
         count = step_count(steps)
-        if count > timesteps:
-            raise UserError(f"steps = {steps!r}: the schedule has {timesteps} times")
-        return np.arange(count) * (timesteps // count)
+        check_start(start, count)
+        t, alpha, sigma = (values[start:] for values in self.grid(schedule, count, False, False))
+        ratio = sigma / alpha
+        # Euler's step from x, and then from the mean of x before it and after it, half a step
+        first = {"x": sigma[1:] / sigma[:-1], "before": np.zeros(count - start)}
+        first["x0"] = alpha[1:] - first["x"] * alpha[:-1]
+        half = (ratio[1:-1] - ratio[:-2]) / (2 * ratio[1:-1])
+        second = {"x": 0.5 + half, "x0": -half * alpha[1:-1]}
+        second["before"] = 0.5 * alpha[1:-1] / alpha[:-2]
+
+        def woven(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+            return np.insert(one, np.arange(1, len(one)), other)
+
+        return StepTable(
+            t=woven(t, t[1:]),
+            alpha=woven(alpha[:-1], alpha[1:-1]),
+            sigma=woven(sigma[:-1], sigma[1:-1]),
+            coefficients={name: woven(first[name], second[name]) for name in first},
+            evaluations=2,
+        )
+
+    def init(self, x: Array) -> State:
+        return (x, x)
+
+    def update(
+        self, state: State, x0: Array, logits: MaybeArray, c: dict[str, Array], noise: MaybeArray
+    ) -> State:
+        x, before = state
+        return (c["x"] * x + c["x0"] * x0 + c["before"] * before, x)

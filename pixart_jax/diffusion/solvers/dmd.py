@@ -46,9 +46,12 @@ class TDM(DDIM):
     """DDIM without noise at the K times 900 k / K − 1 (899, 674, 449, 224 for 4), from pure noise
     at the first; for use without guidance. ``steps``: K, as the model was distilled to."""
 
-    @staticmethod
-    def _times(timesteps: int, steps: int | str) -> np.ndarray:
+    def plan(
+        self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
+    ) -> StepTable:
         count = step_count(steps)
-        if _HORIZON % count or timesteps < _HORIZON:
+        if _HORIZON % count or schedule.timesteps < _HORIZON:
             raise UserError(f"steps = {steps!r}: tdm takes a number that divides {_HORIZON}, as 4")
-        return np.arange(1, count + 1) * (_HORIZON // count) - 1
+        at = np.arange(count, 0, -1.0) * (_HORIZON // count) - 1
+        solver = DDIM(self.eta, self.set_alpha_to_one, at=tuple(at.tolist()))
+        return solver.plan(schedule, steps, times=times, start=start, stochastic=stochastic)

@@ -24,87 +24,59 @@ from jax import Array
 from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import (
     MaybeArray,
+    OnGrid,
     State,
     StepTable,
     check_start,
-    fractional_times,
-    lambda_grid,
     push_history,
     step_count,
+    to_lambda,
     weighted_sum,
 )
-from pixart_jax.errors import UserError, nearest
-
-SPACINGS = ("linspace", "leading", "trailing")
+from pixart_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class DPMSolver:
+class DPMSolver(OnGrid):
     """order: 1, 2 or 3. The first steps, which have no past, are of the order they can be.
 
     times='fractional', as the official code: x ends at time 0 (σ = 0.01); the order falls to 1
     towards the end under 10 steps. times='integer', as diffusers' DPMSolverMultistepScheduler
     (final σ 0): times are rounded and x ends at σ = 0, by a last step of order 1; under 15 steps
-    the order falls towards it. spacing, offset: how they are chosen, diffusers' timestep_spacing
-    and steps_offset; PixArt's folders have linspace and 0.
+    the order falls towards it. Spacings 'leading' and 'trailing' are of integer times alone.
     """
 
     order: int = 2
-    spacing: str = "linspace"
-    offset: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.order not in (1, 2, 3):
-            raise UserError(f"DPMSolver.order = {self.order!r}: must be 1, 2 or 3")
-        if self.spacing not in SPACINGS:
-            raise UserError(
-                f"DPMSolver.spacing = {self.spacing!r} is unknown{nearest(self.spacing, SPACINGS)}"
-            )
+            raise UserError(f"order {self.order!r}: must be 1, 2 or 3")
 
     def plan(
         self, schedule: Schedule, steps: int | str, *, times: str, start: int, stochastic: bool
     ) -> StepTable:
         count = step_count(steps)
         check_start(start, count)
+        fractional = times == "fractional"
+        t, alpha, sigma = self.grid(schedule, count, fractional, not fractional)
+        lam = to_lambda(alpha, sigma)
         i = np.arange(count)
-        if times == "fractional":
-            t = fractional_times(schedule, count)
-            log_alpha = schedule.log_alpha(t)
-            falls = count < 10
-        elif times == "integer":
-            if count > schedule.timesteps:
-                raise UserError(
-                    f"steps = {steps!r}: the schedule has {schedule.timesteps} integer times"
-                )
-            t = self._integer_times(schedule.timesteps, count)
-            log_alpha = np.append(schedule.log_alpha(t), 0.0)
-            falls = count < 15
-        else:
-            raise UserError(f"unknown times {times!r}{nearest(times, ('fractional', 'integer'))}")
         orders = np.minimum(self.order, i - start + 1)
-        if falls:
+        if count < (10 if fractional else 15):
             orders = np.minimum(orders, count - i)
-        if times == "integer":
+        if not fractional:
             orders[-1] = 1
-
-        alpha, sigma, lam = lambda_grid(log_alpha)
         of_x = sigma[1:] / sigma[:-1]
         of_past = np.stack(
             [self._weights(orders[k], lam[: k + 2]) * alpha[k + 1] for k in range(start, count)]
         )
         return StepTable(
-            t=np.asarray(t[start:count]),
+            t=t[start:],
             alpha=alpha[start:count],
             sigma=sigma[start:count],
             coefficients={"x": of_x[start:], "past": of_past},
         )
-
-    def _integer_times(self, timesteps: int, count: int) -> np.ndarray:
-        if self.spacing == "linspace":
-            return np.linspace(0, timesteps - 1, count + 1).round()[::-1][:-1]
-        if self.spacing == "leading":
-            return np.arange(count, 0, -1.0) * (timesteps // (count + 1)) + self.offset
-        return np.arange(timesteps, 0, -timesteps / count).round()[:count] - 1
 
     def _weights(self, order: int, lam: np.ndarray) -> np.ndarray:
         """Of m_0, m_1, … in x_t / α_t, [self.order], zero beyond ``order``; lam: λ up to and with

@@ -21,27 +21,22 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import (
-    MaybeArray,
-    State,
+    OnGrid,
+    PredictorCorrector,
     StepTable,
     check_start,
-    fractional_times,
-    lambda_grid,
-    push_history,
     step_count,
-    weighted_sum,
+    to_lambda,
 )
 from pixart_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class SASolver:
+class SASolver(PredictorCorrector):
     """The defaults are PixArt's published settings (with 25 steps and guidance 3).
 
     predictor_order, corrector_order: 1 to 4; the first and the last steps are of the order they can
@@ -70,15 +65,16 @@ class SASolver:
             raise UserError(f"solver 'sa' has times='fractional' only, got {times!r}")
         count = step_count(steps)
         check_start(start, count)
-        t = fractional_times(schedule, count)[start:]
-        alpha, sigma, lam = lambda_grid(schedule.log_alpha(t))
+        t, alpha, sigma = OnGrid().grid(schedule, count, True, False)
+        t, alpha, sigma = np.append(t, 0.0)[start:], alpha[start:], sigma[start:]
+        lam = to_lambda(alpha, sigma)
         low, high = self.tau_interval
         share = (t + 1) / schedule.timesteps
         tau = np.where((low <= share) & (share <= high), self.tau if stochastic else 0.0, 0.0)
         tau[-1] = 0.0  # the last step is a prediction without noise
 
         left = count - start
-        width = max(self.predictor_order, self.corrector_order)
+        width = self.width
         # Evaluation k, at node k, corrects the step k − 1 → k (none at k = 0) and predicts k → k +
         # 1.
         correct = {"x": np.ones(left), "past": np.zeros((left, width)), "noise": np.zeros(left)}
@@ -103,25 +99,9 @@ class SASolver:
             noisy=stochastic and bool((tau > 0).any()),
         )
 
-    def init(self, x: Array) -> State:
-        nothing = jnp.zeros_like(x)
-        return (x, x, nothing, (nothing,) * (max(self.predictor_order, self.corrector_order) - 1))
-
-    def update(
-        self, state: State, x0: Array, logits: MaybeArray, c: dict[str, Array], noise: MaybeArray
-    ) -> State:
-        # the corrected point one step back, and the noise of the step since
-        _, x, step_noise, past = state
-        known = (x0, *past)
-        x = (
-            c["correct_x"] * x
-            + weighted_sum(c["correct_past"], known)
-            + c["correct_noise"] * step_noise
-        )
-        predicted = c["predict_x"] * x + weighted_sum(c["predict_past"], known)
-        if noise is None:
-            return (predicted, x, step_noise, push_history(x0, past))
-        return (predicted + c["predict_noise"] * noise, x, noise, push_history(x0, past))
+    @property
+    def width(self) -> int:
+        return max(2, self.predictor_order, self.corrector_order)
 
 
 def _fill(tables, row, order, s, t, newest, tau, alpha, sigma, lam) -> None:

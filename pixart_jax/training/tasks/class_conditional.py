@@ -48,7 +48,7 @@ class ClassConditional:
             remat=config.remat,
             context_attention=config.mesh.context_attention,
         )
-        return cls(module, DiffusionObjective(stage.objective, frozen.scaling_factor), frozen)
+        return cls(module, DiffusionObjective(stage.objective, *frozen.scaling), frozen)
 
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""
@@ -77,7 +77,7 @@ class ClassConditional:
         shape, key = np.shape(batch["mean"])[1:], jax.random.key(settings.seed)
         sampling = SamplingConfig(settings.steps, settings.guidance).with_defaults()
         latents = _sample(self, sampling.steps, sampling.guidance, shape, params, labels, key)
-        images = gather_to_host(self.frozen.vae.decode(latents / self.denoising.scaling_factor))
+        images = gather_to_host(self.frozen.vae.decode(self.frozen.vae.config.unscaled(latents)))
         return list(to_uint8(check_images(images))), [f"class {n}" for n in labels]
 
     def component(self, params):

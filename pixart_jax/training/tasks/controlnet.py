@@ -88,7 +88,7 @@ class TextToImageControl(TextToImageOverBase):
 
     def condition(self, batch, count: int) -> jax.Array:
         mean = np.asarray(batch["control_mean"], np.float32)
-        return jnp.asarray(mean[np.arange(count) % len(mean)] * self.denoising.scaling_factor)
+        return jnp.asarray(self.frozen.vae_config.scaled(mean[np.arange(count) % len(mean)]))
 
     def export(self, params, folder: Path, batches) -> None:
         """The ControlNet's folder, as diffusers' research code opens it, with a second file in it

@@ -30,10 +30,11 @@ class NoisedBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionObjective:
-    """The diffusion of a stage. scaling_factor: the VAE's."""
+    """The diffusion of a stage. scaling_factor, shift_factor: the VAE's."""
 
     objective: ObjectiveConfig
     scaling_factor: float
+    shift_factor: float = 0.0
 
     @property
     def schedule(self) -> schedule.Schedule:
@@ -56,7 +57,8 @@ class DiffusionObjective:
         """
 
         def latents(mean, std, key):
-            return (mean + std * jax.random.normal(key, mean.shape)) * self.scaling_factor
+            sampled = mean + std * jax.random.normal(key, mean.shape)
+            return (sampled - self.shift_factor) * self.scaling_factor
 
         def draw(mean, std, key):
             posterior, time, noise, drop = jax.random.split(key, 4)

@@ -63,7 +63,7 @@ class TextToImage:
         )
         empty = stage.objective.null_condition == "empty"
         null_length = len(frozen.text_states([""], tokens)[0]) if empty else 0
-        denoising = DiffusionObjective(stage.objective, frozen.scaling_factor)
+        denoising = DiffusionObjective(stage.objective, *frozen.scaling)
         sampling = SamplingConfig(guidance=config.preview.guidance)
         return cls(module, denoising, frozen, null_length, sampling, stage.dreambooth)
 

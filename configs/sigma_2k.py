@@ -1,0 +1,20 @@
+"""The 2048 px stage of PixArt-Σ, from its 1024 px model, without compression as the released one.
+
+Released: 8 A100, 200K images, 4,000 steps, less than an epoch; its authors call it under-trained.
+Batch 4 a device and warm-up 100 are the official config's; 32 devices are the paper's, from memory.
+Expected: the 1024 px model's pictures with four times the pixels and some grain. With --model and
+--stages.0.model of 4096 px and compression 2 it is the paper's 4K stage, whose weights were never
+released.
+
+Data: encoded shards in the buckets of the 2048 table.
+"""
+
+from __future__ import annotations
+
+from configs import sigma
+from pixart_jax.config import Config
+
+
+def get_config() -> Config:
+    stage = sigma.stage("2048", 2048, 4_000, 4 * 32, warmup=100, start="runs/sigma_1024/model")
+    return sigma.run("sigma_2k", stage)
