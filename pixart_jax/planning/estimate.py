@@ -68,7 +68,7 @@ def time_of(target: PlanTarget, stats: CompiledStats, chip: Chip) -> StepTime:
         # below an adapter or a ControlNet, kernels in the compute dtype, read forward and backward
         moved += 2 * counted.get("frozen base", 0.0) * axes["fsdp"]
     elif target.part == "denoise":
-        moved = target.sampling.steps * gathered
+        moved = target.sampling.evaluations * gathered
     else:
         moved = counted["VAE"]
     devices = target.topology.size

@@ -93,7 +93,7 @@ def model_flops(target: PlanTarget) -> tuple[float | None, float]:
         return None, 1.0
     if (work := target.sampling) is not None:
         text = target.config.model.text_tokens
-        return work.steps * work.passes * forward_flops(model, *target.size, text), 1.0
+        return work.evaluations * work.passes * forward_flops(model, *target.size, text), 1.0
     stage = target.stage_config
     text = data.max_text_tokens if stage.reads_text else 0
     copies = config_of(target.config.model).depth if stage.task == "controlnet" else 0

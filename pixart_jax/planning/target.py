@@ -26,8 +26,13 @@ class SamplingWorkload:
         return int(self.sampling.steps or 0)
 
     @property
+    def evaluations(self) -> int:
+        """Of the model, in all steps."""
+        return 2 * self.steps - 1 if self.sampling.solver == "heun" else self.steps
+
+    @property
     def passes(self) -> int:
-        """Forward passes of an image at each step."""
+        """Forward passes of an image at each evaluation."""
         return 1 if self.sampling.guidance == 1 else 2
 
 
