@@ -22,6 +22,7 @@ from pixart_jax.commands import train
 from pixart_jax.config import StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import TransformerConfig, VAEConfig
+from pixart_jax.models.layers import KVCompression
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.pipeline import decoder
 from pixart_jax.training import recipes
@@ -66,11 +67,14 @@ def started(params, config: TransformerConfig, buckets=((64, 64),)):
     stage = StageConfig("next")
     stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, buckets=buckets))
     task = types.SimpleNamespace(module=PixArtTransformer(config))
-    fresh, key = (lambda: normal_params(init(config), seed=1)), jax.random.key(0)
-    if config.kv_compression > 1 or config.qk_norm:  # whose init is a choice
-        fresh = lambda: jax.tree.map(jnp.asarray, nn.unbox(init(config)(key)))  # noqa: E731
+    key, new = jax.random.key(0), normal_params(init(config), seed=1)
+    if config.kv_compression > 1:
+        new["kv_compression"] = nn.unbox(KVCompression(2, (1,), 2, 24).init(key))["params"]
+    if config.qk_norm:
+        norms = {"scale": np.ones((2, 24), np.float32), "bias": np.zeros((2, 24), np.float32)}
+        new["blocks"]["attn"] |= {"q_norm": norms, "k_norm": norms}
     nothing = lambda *_: None  # noqa: E731
-    return convert_params(stage, "text_to_image", ALPHA, params, task, fresh, key, nothing)
+    return convert_params(stage, "text_to_image", ALPHA, params, task, lambda: new, key, nothing)
 
 
 def distance(got: np.ndarray, want: np.ndarray) -> float:
