@@ -1,5 +1,5 @@
 """The shipped model under six guidances: accuracy by the exact checker, FID with a random network,
-and the floors of both; then a simulated user study of it against itself in fewer steps.
+and the floors of both; then a simulated user study of it at two of them.
 
     python benchmarks/evaluation_shapes.py --out runs/evaluation
 
@@ -140,7 +140,7 @@ def report(rows: list[tuple[float, dict, dict]], floor: dict, out: Path) -> None
     figure.savefig(out / "curves.png", dpi=120, metadata={"Software": None})
 
 
-def simulated_study(images: Path, weaker: Path, prompts: list[EvalPrompt], out: Path) -> None:
+def simulated_study(folders: list[Path], prompts: list[EvalPrompt], out: Path) -> None:
     """Build a study, let a simulated rater answer each sheet, and report.
 
     A rater sees what the page shows: pixels and texts, in which the checker finds whether all is
@@ -148,8 +148,8 @@ def simulated_study(images: Path, weaker: Path, prompts: list[EvalPrompt], out: 
     and prefers the left a little.
     """
     if not (out / "key.json").exists():
-        call("-m", "pixart_jax", "evaluate", "study", "build", f"shipped={images}",
-             f"weaker={weaker}", "--out", out, "--per-rater", 40, "--judgements", 3)  # fmt: skip
+        call("-m", "pixart_jax", "evaluate", "study", "build", *folders, "--out", out,
+             "--per-rater", 40)  # fmt: skip
     page = json.loads((out / "page/trials.js").read_text()[len("const STUDY = ") : -len(";\n")])
     scenes_of = {prompt.caption: prompt for prompt in prompts}
 
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--guidances", type=float, nargs="+", default=GUIDANCES)
     parser.add_argument("--images", type=int, default=256, help="of each side of an FID")
     parser.add_argument("--per-task", type=int, default=200, help="images a set of the accuracy")
-    parser.add_argument("--weaker-steps", type=int, default=4, help="of the study's other model")
+    parser.add_argument("--study", type=float, nargs=2, default=(2.0, 6.0), help="two guidances")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     options = parser.parse_args()
     out = options.out.absolute()
@@ -204,16 +204,15 @@ def main() -> None:
     rows = []
     for guidance in options.guidances:
         images = out / f"guidance-{guidance:g}"
-        call("sample.py", "--prompts", listed, "--guidance", guidance, "--out", images)
+        if not (out / f"fid-{guidance:g}" / "score.json").exists():
+            call("sample.py", "--prompts", listed, "--guidance", guidance, "--out", images)
         shape = accuracy(guidance, options.per_task, out / f"shapes-{guidance:g}")
         distance = fid(images, reference, out / f"fid-{guidance:g}")
         rows.append((guidance, shape, distance))
     report(rows, floor, out)
     print((out / "table.md").read_text())
-    weaker = out / f"steps-{options.weaker_steps}"
-    how = ("--guidance", 2, "--steps", options.weaker_steps)
-    call("sample.py", "--prompts", listed, *how, "--out", weaker)
-    simulated_study(out / "guidance-2", weaker, prompts, out / "study")
+    pair = [out / f"guidance-{guidance:g}" for guidance in options.study]
+    simulated_study(pair, prompts, out / "study")
 
 
 if __name__ == "__main__":
