@@ -1,5 +1,5 @@
-"""``python -m pixart_jax evaluate shapes | vae | checker | fid``: one score of a model, of its
-autoencoder, of the checker itself, and of images against others (fid_command.py)."""
+"""``python -m pixart_jax evaluate``: shapes, vae and checker score a model of the embedded world,
+its autoencoder and the checker itself; the others, generated images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.evaluation import report, study_command
-from pixart_jax.evaluation.fid_command import FidOptions, evaluate_fid, split_sampling
+from pixart_jax.evaluation.fid_command import FidOptions, evaluate_fid
+from pixart_jax.evaluation.generated import GeneratedOptions, split_sampling
+from pixart_jax.evaluation.score_command import (
+    ClipOptions,
+    PreferenceOptions,
+    evaluate_clip,
+    evaluate_preference,
+)
 from pixart_jax.evaluation.shapes_score import Score, score
 from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
 from pixart_jax.files import bundled
@@ -89,12 +96,14 @@ def main(argv: Sequence[str]) -> int:
         "vae": (VAEOptions, evaluate_vae),
         "checker": (CheckerOptions, evaluate_checker),
         "fid": (FidOptions, evaluate_fid),
+        "clip": (ClipOptions, evaluate_clip),
+        "preference": (PreferenceOptions, evaluate_preference),
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {_PROG} WHAT [flags]\n")
         for name, (options, _) in commands.items():
-            print(f"  {name:8} {options.__doc__}")
-        print("  study    Let people compare images: build, serve and report a blind study.")
+            print(f"  {name:10} {options.__doc__}")
+        print("  study      Let people compare images: build, serve and report a blind study.")
         print(f"\n{_PROG} WHAT --help lists the flags.")
         return 0 if argv else 2
     what, *rest = argv
@@ -104,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     if what not in commands:
         raise UserError(f"evaluate {what!r} is unknown{nearest(what, [*commands, 'study'])}")
     options, run = commands[what]
-    if what == "fid":
+    if issubclass(options, GeneratedOptions):
         rest, flags = split_sampling(rest)
         run = functools.partial(run, flags=flags)
     run(cli.parse(options, rest, prog=f"{_PROG} {what}", description=options.__doc__))

@@ -1,4 +1,5 @@
-"""Sets of images and their Inception features, in blocks that are kept and shared by processes.
+"""Sets of images and what a network computes of each, in blocks that are kept and shared by
+processes.
 
 The sorted list of a set is cut into blocks of one compiled batch; a device computes a block at a
 time, and process K of N takes the blocks k ≡ K (mod N). So what surrounds an image never depends
@@ -21,7 +22,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -57,9 +58,10 @@ class ImageSet:
     array: np.ndarray | None = None  # uint8 [n, h, w, 3], of an .npz
 
     @classmethod
-    def open(cls, source: Path, size: int | None = None) -> ImageSet:
+    def open(cls, source: Path, size: int | None = None, sizes: bool = False) -> ImageSet:
         """The images in a folder and below, hidden ones and sample.py's grid.png left out, or arr_0
-        of an .npz. Raises UserError for fewer than 2, and for several sizes without ``size``."""
+        of an .npz. Raises UserError for fewer than 2, and for several sizes without ``size``,
+        unless ``sizes`` may differ."""
         if source.suffix == ".npz" and source.is_file():
             return cls._of_array(source, size)
         if not source.is_dir():
@@ -70,14 +72,14 @@ class ImageSet:
             raise UserError(f"{source} {held}: at least 2 are needed, and thousands for a figure")
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             headers = list(pool.map(functools.partial(_header, source), names))
-        sizes = collections.Counter(sides for sides, *_ in headers)
-        if size is None and len(sizes) > 1:
-            shown = ", ".join(f"{n} of {h}×{w}" for (h, w), n in sizes.most_common(3))
+        found = collections.Counter(sides for sides, *_ in headers)
+        if size is None and len(found) > 1 and not sizes:
+            shown = ", ".join(f"{n} of {h}×{w}" for (h, w), n in found.most_common(3))
             raise UserError(
                 f"the images in {source} differ in size ({shown}): --size 256 cuts all to their "
                 "centre square and resizes them"
             )
-        settings = [found for _, found, _ in headers if found]
+        settings = [own for _, own, _ in headers if own]
         numbers = collections.Counter((s["index"], s["seed"]) for s in settings)
         if max(numbers.values(), default=1) > 1:
             (index, seed), _ = numbers.most_common(1)[0]
@@ -160,21 +162,70 @@ def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class Network(Protocol):
+    """What computes arrays of images. key: what they depend on beside the images. wanted: their
+    names. devices: blocks that one call computes."""
+
+    @property
+    def key(self) -> Sequence[Any]: ...
+    @property
+    def wanted(self) -> tuple[str, ...]: ...
+    @property
+    def devices(self) -> int: ...
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [h, w, 3] → the network's pixels, in a thread that reads."""
+        ...
+
+    def compute(self, pixels: np.ndarray, numbers: Sequence[int]) -> Mapping[str, Any]:
+        """Arrays [n, …] of pixels [n, …], as many as ``devices`` blocks hold. numbers: of the
+        images; where there are fewer, the last rows are padding."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Extractor:
-    """wanted: names of inception.WIDTHS. batch: images of a block, which a device computes at
-    once. share: of the blocks."""
+class OnDevices:
+    """An Inception network on all devices of this process, a block each. wanted: names of
+    inception.WIDTHS."""
 
     net: inception.Inception
     mode: inception.Mode
     wanted: tuple[str, ...] = ("pool",)
+
+    @property
+    def key(self) -> Sequence[Any]:
+        return self.net.digest, self.mode, self.wanted
+
+    @functools.cached_property
+    def _mesh(self) -> jax.sharding.Mesh:
+        return make_mesh(MeshConfig(), jax.local_devices())
+
+    @functools.cached_property
+    def _params(self) -> Any:
+        return jax.device_put(self.net.params, replicated(self._mesh))
+
+    @property
+    def devices(self) -> int:
+        return self._mesh.size
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        return inception.preprocess(image, self.mode)
+
+    def compute(self, pixels: np.ndarray, numbers: Sequence[int]) -> Mapping[str, Any]:
+        return inception.apply(self._params, jax.device_put(pixels, batch_sharding(self._mesh)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Extractor:
+    """batch: images of a block, which a device computes at once. share: of the blocks."""
+
+    net: Network
     batch: int = 32
     share: PromptShard = PromptShard()
 
     def folder(self, of: ImageSet) -> Path:
         """Where the blocks of a set are kept."""
-        made = [self.net.digest, self.mode, of.size, self.batch, self.wanted, of.identity]
-        key = _sha(json.dumps([1, *made]).encode())[:24]
+        key = _sha(json.dumps([2, *self.net.key, of.size, self.batch, of.identity]).encode())[:24]
         return cache_folder(keep=True) / "features" / key
 
     def __call__(self, of: ImageSet, what: str) -> tuple[dict[str, np.ndarray], str] | None:
@@ -203,28 +254,27 @@ class Extractor:
         self, of: ImageSet, blocks: Mapping[int, range]
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(number, arrays) of the blocks, one a device at a time, while threads read the next."""
-        mesh = make_mesh(MeshConfig(), jax.local_devices())
-        params = jax.device_put(self.net.params, replicated(mesh))
-        numbers = list(blocks)
-        steps = [numbers[n : n + mesh.size] for n in range(0, len(numbers), mesh.size)]
+        numbers, devices = list(blocks), self.net.devices
+        steps = [numbers[n : n + devices] for n in range(0, len(numbers), devices)]
 
         def read(number: int) -> tuple[np.ndarray, str]:
             image, digest = of.pixels(number)
-            return inception.preprocess(image, self.mode), digest
+            return self.net.prepare(image), digest
 
         def start(step: list[int], found: list[Iterable]) -> tuple:
-            pixels = np.zeros((mesh.size * self.batch, inception.SIDE, inception.SIDE, 3), "f4")
-            digests = {}
-            for place, (k, block) in enumerate(zip(step, found)):
+            rows, digests = [], {}
+            for k, block in zip(step, found):
                 values, digests[k] = zip(*block)
-                pixels[place * self.batch :][: len(values)] = values
-            return digests, inception.apply(params, jax.device_put(pixels, batch_sharding(mesh)))
+                rows += [*values, *[np.zeros_like(values[0])] * (self.batch - len(values))]
+            rows += [np.zeros_like(rows[0])] * (devices * self.batch - len(rows))
+            listed = [n for k in step for n in blocks[k]]
+            return digests, self.net.compute(np.stack(rows), listed)
 
         with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
             decoding = ((step, [readers.map(read, blocks[k]) for k in step]) for step in steps)
             running = (start(*batch) for batch in one_ahead(decoding))
             for digests, found in one_ahead(running):
-                arrays = {name: np.asarray(found[name]) for name in self.wanted}
+                arrays = {name: np.asarray(found[name]) for name in self.net.wanted}
                 for place, (k, listed) in enumerate(digests.items()):
                     rows = slice(place * self.batch, place * self.batch + len(listed))
                     block = {name: array[rows] for name, array in arrays.items()}
@@ -245,7 +295,7 @@ class Extractor:
                 )
 
     def _merge(self, of: ImageSet, paths: Sequence[Path]) -> tuple[dict[str, np.ndarray], str]:
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in (*self.wanted, "sha256")}
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in (*self.net.wanted, "sha256")}
         for path in paths:
             try:
                 with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,28 +14,23 @@ import tyro
 from pixart_jax import plots
 from pixart_jax.errors import Notice, UserError
 from pixart_jax.evaluation import frechet, inception, report, set_scores
-from pixart_jax.evaluation.features import Extractor, ImageSet
+from pixart_jax.evaluation.features import Extractor, ImageSet, OnDevices
+from pixart_jax.evaluation.generated import GeneratedOptions, sampled_with
 from pixart_jax.evaluation.inception import Inception, Mode
-from pixart_jax.files import hash64
-from pixart_jax.pipeline.output import PromptShard, parse_share
 
 Metric = Literal["fid", "kid", "sfid", "is", "prdc", "fid_infinity"]
 _PAIRED = ("kid", "prdc")  # which need the reference's features, not its statistics alone
 _ENDS = {"": "pool", "_s": "spatial"}  # of the names in an .npz: the features
 _ENOUGH = 2048  # images, under which a covariance of pool features is singular
 _MOST = 10_000  # images of a side for precision and recall: as many as ADM's references hold
-_PER_IMAGE = {"prompt", "index", "seed", "height", "width"}
 
 
 @dataclasses.dataclass(frozen=True)
-class FidOptions:
+class FidOptions(GeneratedOptions):
     """Compare generated images with reference images by Inception features: FID, KID, sFID,
     precision and recall; Inception score. `-- FLAGS` generates them first, with these flags of
     sample.py."""
 
-    generated: Annotated[Path | None, tyro.conf.arg(aliases=["--images"])] = None
-    """folder of images (all below it), or an .npz with arr_0, as ADM's samples; may come first
-    without the flag"""
     reference: Path | None = None
     """what to compare with: a folder, or an .npz of statistics (ours, pytorch-fid's, clean-fid's,
     ADM's) or images"""
@@ -56,26 +47,18 @@ class FidOptions:
     metrics: tuple[Metric, ...] = ("fid",)
     """fid, kid, sfid, is (Inception score), prdc (precision, recall, density, coverage),
     fid_infinity (extrapolated to infinitely many images); the first is the score's value"""
-    batch_size: int = 32
-    """images a device computes at once"""
-    out: Path | None = None
-    """folder for score.json, and fid_infinity.png"""
     save_statistics: Path | None = None
     """write the statistics of the reference's images as .npz; without reference images, those of
     the generated ones"""
-    share: str | None = None
-    """K/N: compute share K (from 0) of N, into one cache; process 0 prints the score. By default
-    all, or what `python -m pixart_jax launch` says"""
 
     def __post_init__(self):
-        if self.generated is None:
-            raise UserError("which images? give --generated FOLDER")
+        super().__post_init__()
         if self.inception is None and self.random_inception is None:
             raise UserError(f"no Inception weights: {inception.WHERE}")
         if self.inception is not None and self.random_inception is not None:
             raise UserError("give --inception or --random-inception, not both")
-        if not self.metrics or self.batch_size < 1 or (self.size is not None and self.size < 1):
-            raise UserError("metrics, batch-size and size: at least 1")
+        if not self.metrics or (self.size is not None and self.size < 1):
+            raise UserError("metrics and size: at least 1")
         if self.reference is None and self.save_statistics is None and set(self.metrics) != {"is"}:
             raise UserError(
                 "nothing to compare with: give --reference FOLDER or FILE.npz, or --save-statistics"
@@ -85,18 +68,6 @@ class FidOptions:
         if self.random_inception is not None:
             return inception.random(self.random_inception)
         return inception.load(str(self.inception))
-
-
-def split_sampling(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """(flags of the command, flags of sample.py after '--' or None). A first
-    argument without dashes is the folder of images."""
-    argv, flags = list(argv), None
-    if "--" in argv:
-        place = argv.index("--")
-        argv, flags = argv[:place], argv[place + 1 :]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--generated")
-    return argv, flags
 
 
 @dataclasses.dataclass
@@ -170,26 +141,27 @@ def evaluate_fid(
 ) -> dict[str, dict[str, Any]] | None:
     """Generate if asked, compute the features, print the scores and write them. Returns the scores;
     None in processes other than the first, and where only statistics were to be written."""
-    path, share, net = Path(str(options.generated)), parse_share(options.share), options.network()
+    net = options.network()
     given = options.reference
     reference = Side.of_reference(given, options, net) if given else None
-    if flags is not None:
-        generate(path, flags, share)
-    images = ImageSet.open(path, options.size)
-    generated = Side(path, images)
+    images, share = options.open(flags, options.size)
+    generated = Side(images.source, images)
     if reference and reference.images and reference.images.sides != images.sides:
         ours, theirs = ("{}×{}".format(*of.sides) for of in (images, reference.images))
         raise UserError(
-            f"{path} has images of {ours}, {reference.path} of {theirs}: --size makes both alike"
+            f"{images.source} has images of {ours}, {reference.path} of {theirs}: --size makes "
+            "both alike"
         )
     scored = reference is not None or set(options.metrics) == {"is"}
-    for folder in (scored and options.out, (options.save_statistics or path).parent):
+    for folder in (scored and options.out, (options.save_statistics or images.source).parent):
         if folder:  # one that cannot be made is an error before the work
             folder.mkdir(parents=True, exist_ok=True)
     wanted = ("pool",) + ("spatial",) * ("sfid" in options.metrics)
-    extract = Extractor(net, options.mode, wanted, options.batch_size, share)
     logits = ("logits",) * ("is" in options.metrics)
-    own = dataclasses.replace(extract, wanted=wanted + logits)
+    own, extract = (
+        Extractor(OnDevices(net, options.mode, names), options.batch_size, share)
+        for names in (wanted + logits, wanted)
+    )
     done = generated.extract(own, "the generated images")
     if reference:
         done &= reference.extract(extract, "the reference")
@@ -207,22 +179,6 @@ def evaluate_fid(
     scores = _scores(options.metrics, generated, reference or generated)
     _report(options, scores, generated, reference, net)
     return scores
-
-
-def generate(folder: Path, flags: Sequence[str], share: PromptShard) -> None:
-    """Run sample.py's command into the folder, in a process of its own, which gives all memory of
-    the devices back; wait for the other shares. Exits with its status where that is not 0."""
-    command = [sys.executable, "-m", "pixart_jax", "sample", "--out", str(folder), *flags]
-    if share.count > 1:
-        command += ["--share", f"{share.index}/{share.count}"]
-    if status := subprocess.run(command).returncode:
-        raise SystemExit(status)
-    key = f"{hash64(repr([*flags, share.count])):016x}"
-    notes = [folder / f".sampled-{key}-{k}" for k in range(share.count)]
-    if share.count > 1:
-        notes[share.index].touch()
-        while not all(note.exists() for note in notes):
-            time.sleep(0.5)
 
 
 def _scores(metrics: Sequence[Metric], ours: Side, theirs: Side) -> dict[str, dict[str, Any]]:
@@ -298,21 +254,3 @@ def _report(
         path = options.out / "fid_infinity.png"
         written.append(plots.curves(path, series, title="FID", axis="1 / images"))
     print(f"\nwritten: {', '.join(map(str, written))}")
-
-
-def sampled_with(images: ImageSet | None) -> dict[str, Any]:
-    """Of images that sample.py generated, by what their files record: the options (a list of values
-    where they differ), the range of seeds, the SHA-256 of the prompts."""
-    if images is None or len(images.settings) != len(images.names):
-        return {}
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(name for image in images.settings for name in image):
-        if name not in _PER_IMAGE:
-            values = list({repr(v): v for v in (i.get(name) for i in images.settings)}.values())
-            found[name] = values[0] if len(values) == 1 else values
-    seeds = [image["seed"] for image in images.settings]
-    prompts = "\n".join(image["prompt"] for image in images.settings)
-    return found | {
-        "seeds": [min(seeds), max(seeds)],
-        "prompts": sha256(prompts.encode()).hexdigest(),
-    }

@@ -4,6 +4,7 @@ sheet of images with right and wrong marked."""
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib import metadata
@@ -30,7 +31,7 @@ def write_score(
     each side, then ``facts``, by which the figure can be made again (mode, hashes of weights,
     images and prompts, steps, solver, guidance, seeds …), and the versions of the libraries."""
     versions = {}
-    for name in _VERSIONS:
+    for name in (*_VERSIONS, *(n for n in ("torch", "transformers") if n in sys.modules)):
         with contextlib.suppress(metadata.PackageNotFoundError):  # a clone is not installed
             versions[name] = metadata.version(name)
     head = {name: score.get(name) for name in ("value", "interval")}

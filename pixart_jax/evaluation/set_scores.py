@@ -82,3 +82,9 @@ def _squares(a: np.ndarray, b: np.ndarray):
     for start in range(0, len(a), _ROWS):
         x = a[start : start + _ROWS].astype("f8")
         yield start, np.maximum((x**2).sum(1)[:, None] + norms - 2 * x @ b.T, 0)
+
+
+def mean_interval(scores: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Mean of independent images' scores [n], and its 95% interval."""
+    mean, half = float(scores.mean()), 1.959964 * float(scores.std(ddof=1)) / len(scores) ** 0.5
+    return mean, (mean - half, mean + half)

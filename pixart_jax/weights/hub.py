@@ -22,7 +22,7 @@ from pixart_jax.weights.files import WeightSets, choose_set, weight_sets
 PARTS = ("transformer", "text_encoder", "vae")
 _ID = re.compile(
     r"([\w][\w.-]*/[\w][\w.-]*)"
-    r"(?:/(transformer|text_encoder|vae|tokenizer|[^/]+\.(?:safetensors|pth)))?"
+    r"(?:/(transformer|text_encoder|vae|tokenizer|[^/]+\.(?:safetensors|pth|pt)))?"
 )
 # of an adapter: peft's files and diffusers', and the folder of the official training scripts
 ADAPTER_CONFIG = "adapter_config.json"
@@ -83,7 +83,7 @@ def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = Non
     """
     files_of: dict[str, list[str]] = {}
     files = list(files)
-    named = [part for part in parts if part.endswith((".safetensors", ".pth"))]
+    named = [part for part in parts if part.endswith((".safetensors", ".pth", ".pt"))]
     if named or not weight_sets(file.rpartition("/")[2] for file in files):
         adapter = named or [adapter_file(files, "the repository")]
         configs = [file for file in files if file.endswith(ADAPTER_CONFIG)]

@@ -18,8 +18,8 @@ from PIL import Image
 
 from pixart_jax import cli
 from pixart_jax.errors import Notice, UserError
-from pixart_jax.evaluation import command, features, fid_command, inception
-from pixart_jax.evaluation.features import Extractor, ImageSet
+from pixart_jax.evaluation import command, features, generated, inception
+from pixart_jax.evaluation.features import Extractor, ImageSet, OnDevices
 from pixart_jax.evaluation.set_scores import kid
 from pixart_jax.images import write_png
 from pixart_jax.pipeline.output import PromptShard
@@ -145,7 +145,7 @@ def test_any_number_of_processes_and_a_restart_give_the_same_bits(stand_in, monk
     def run(place, index=0, count=1):
         monkeypatch.setattr(features, "cache_folder", lambda keep: stand_in / place)
         share = PromptShard(index, count)
-        return Extractor(NET, "clean", ("pool", "spatial"), 8, share)(images, "these")
+        return Extractor(OnDevices(NET, "clean", ("pool", "spatial")), 8, share)(images, "these")
 
     whole, listed = run("one")
     assert whole["pool"].shape == (45, 27) and whole["pool"].std() > 0
@@ -257,7 +257,7 @@ def test_images_are_generated_first_by_sample_pys_command(stand_in, monkeypatch)
         pictures(stand_in / "a", 5, 1, steps=3)
         return subprocess.CompletedProcess(line, 0)
 
-    monkeypatch.setattr(fid_command.subprocess, "run", run)
+    monkeypatch.setattr(generated.subprocess, "run", run)
     b = pictures(stand_in / "b", 5, 2)
     flags = ["--reference", b, "--random-inception", 0, "--out", stand_in]
     assert fid(stand_in / "a", *flags, "--", "--prompts", "list.txt", "--guidance", 2) == 0
@@ -265,7 +265,7 @@ def test_images_are_generated_first_by_sample_pys_command(stand_in, monkeypatch)
     assert line[1:4] == ["-m", "pixart_jax", "sample"]
     assert line[4:] == ["--out", str(stand_in / "a"), *"--prompts list.txt --guidance 2".split()]
     assert json.loads((stand_in / "score.json").read_text())["steps"] == 3
-    monkeypatch.setattr(fid_command.subprocess, "run", lambda c: subprocess.CompletedProcess(c, 2))
+    monkeypatch.setattr(generated.subprocess, "run", lambda c: subprocess.CompletedProcess(c, 2))
     assert fid(stand_in / "a", *flags, "--", "--prompt") == 2
 
 

@@ -1,0 +1,407 @@
+"""Scores of an image and its prompt by released models: CLIP score, PickScore, HPSv2, ImageReward,
+LAION's aesthetic predictor.
+
+With the cosine c of CLIP's embeddings of an image and of prefix + prompt, cut to the model's
+length, a similarity is factor · c, or factor · max(c, 0) where it is clamped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from pixart_jax.errors import UserError, one_line
+from pixart_jax.evaluation.torch_models import TorchModel, load, placed, projected, require
+from pixart_jax.weights.checkpoints import select
+from pixart_jax.weights.files import open_tensors
+from pixart_jax.weights.hub import model_folder
+
+LARGE = "openai/clip-vit-large-patch14"
+HUGE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+class Definition(NamedTuple):
+    """One of the measures that are called CLIP score. model: its customary one."""
+
+    factor: float
+    clamp: bool
+    prefix: str
+    model: str
+
+
+DEFINITIONS = {
+    # T2I-CompBench and GigaGAN; torchmetrics; Hessel et al. 2021
+    "cosine": Definition(1.0, False, "", LARGE),
+    "torchmetrics": Definition(100.0, True, "", LARGE),
+    "hessel": Definition(2.5, True, "A photo depicts ", "openai/clip-vit-base-patch32"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Similarity:
+    """factor · cosine of CLIP's embeddings. fit: image → pixels [3, h, w], instead of the model's
+    own processor."""
+
+    model: TorchModel
+    factor: float = 1.0
+    clamp: bool = False
+    prefix: str = ""
+    fit: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What score.json tells of the definition."""
+        return {"factor": self.factor, "clamp": self.clamp, "prefix": self.prefix}
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [h, w, 3] → float32 [3, h, w]."""
+        if self.fit is not None:
+            return self.fit(image)
+        process = getattr(self.model.processor, "image_processor", self.model.processor)
+        return process(image, input_data_format="channels_last", return_tensors="np").pixel_values[
+            0
+        ]
+
+    def score(self, pixels: Any, prompts: Sequence[str]) -> Any:
+        """Tensor [n] of pixels [n, 3, h, w]."""
+        model, torch = self.model.model, require()
+        tokenizer = getattr(self.model.processor, "tokenizer", self.model.processor)
+        texts = tokenizer(
+            [self.prefix + prompt for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(model.device)
+        embedded = [
+            torch.nn.functional.normalize(projected(of), dim=-1)
+            for of in (model.get_image_features(pixels), model.get_text_features(**texts))
+        ]
+        cosine = (embedded[0] * embedded[1]).sum(-1)
+        return self.factor * (cosine.clamp(min=0) if self.clamp else cosine)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Aesthetic(Similarity):
+    """weight · e + bias of CLIP's normalised image embedding e; prompts have no part in it."""
+
+    weight: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    bias: float = 0.0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"head": _digest(self.weight, self.bias)}
+
+    def score(self, pixels: Any, prompts: Sequence[str]) -> Any:
+        torch = require()
+        found = projected(self.model.model.get_image_features(pixels))
+        weight = torch.as_tensor(self.weight, dtype=found.dtype, device=found.device)
+        return torch.nn.functional.normalize(found, dim=-1) @ weight + self.bias
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageReward(Aesthetic):
+    """The first state of BLIP's text encoder, which attends to the image, by an affine map, scaled
+    to mean 0 and deviation 1 over the images of its authors."""
+
+    MEAN: ClassVar[float] = 0.16717362830052426
+    DEVIATION: ClassVar[float] = 1.0333394966054072
+    TOKENS: ClassVar[int] = 35
+
+    def score(self, pixels: Any, prompts: Sequence[str]) -> Any:
+        torch, model = require(), self.model.model
+        seen = model.vision_model(pixels).last_hidden_state
+        how = {"padding": "max_length", "truncation": True, "max_length": self.TOKENS}
+        texts = self.model.processor(list(prompts), **how, return_tensors="pt").to(model.device)
+        (states, *_) = model.text_encoder(
+            input_ids=texts.input_ids,
+            attention_mask=texts.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], device=seen.device),
+            return_dict=False,
+        )
+        weight = torch.as_tensor(self.weight, dtype=states.dtype, device=states.device)
+        return (states[:, 0] @ weight + self.bias - self.MEAN) / self.DEVIATION
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """A scorer and the prompts of a set's images, as features.Extractor runs it."""
+
+    scorer: Similarity
+    prompts: Sequence[str]
+    wanted: tuple[str, ...] = ("score",)
+    devices: int = 1
+
+    @property
+    def key(self) -> Sequence[Any]:
+        digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
+        kind = type(self.scorer).__name__
+        return kind, self.scorer.model.digest, sorted(self.scorer.facts.items()), digest
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        return self.scorer.prepare(image)
+
+    def compute(self, pixels: np.ndarray, numbers: Sequence[int]) -> Mapping[str, Any]:
+        torch = require()
+        some = torch.from_numpy(pixels[: len(numbers)]).to(self.scorer.model.model.device)
+        with torch.inference_mode():
+            scores = self.scorer.score(some, [self.prompts[n] for n in numbers])
+        return {"score": scores.float().cpu().numpy()}
+
+
+# ---- models ----
+
+
+def clip_score(definition: str, model: str | None) -> Similarity:
+    """The scorer of one of DEFINITIONS, by its customary model or another CLIP."""
+    factor, clamp, prefix, usual = DEFINITIONS[definition]
+    return Similarity(_clip(model or usual), factor, clamp, prefix)
+
+
+def pickscore(model: str | None, tokenizer: str | None, head: str | None) -> Similarity:
+    """exp(logit_scale) · cosine."""
+    clip = _clip(model or "yuvalkirstain/PickScore_v1")
+    return Similarity(clip, float(clip.model.logit_scale.exp()))
+
+
+def hps(version: str) -> Callable[..., Similarity]:
+    """The cosine; papers print 100 times it. version: '' or '.1'."""
+
+    def open_model(model: str | None, tokenizer: str | None, head: str | None) -> Similarity:
+        clip = _open_clip(model or f"xswu/HPSv2/HPS_v2{version}_compressed.pt", tokenizer or HUGE)
+        side = clip.model.config.vision_config.image_size
+        return Similarity(clip, fit=lambda image: _whole(image, side))
+
+    return open_model
+
+
+def aesthetic(model: str | None, tokenizer: str | None, head: str | None) -> Similarity:
+    """LAION's predictor, version 2."""
+    if head is None:
+        raise UserError(
+            "the aesthetic score needs --head FILE: sac+logos+ava1-l14-linearMSE.pth of "
+            "github.com/christophschuhmann/improved-aesthetic-predictor"
+        )
+    file = model_folder(head)
+    if not file.is_file():
+        raise UserError(f"no file {head}")
+    weight, bias = _affine(dict(open_tensors(file)), str(head))
+    return Aesthetic(_clip(model or LARGE), weight=weight, bias=bias)
+
+
+def image_reward(model: str | None, tokenizer: str | None, head: str | None) -> Similarity:
+    """ImageReward 1.0."""
+    path = model or "THUDM/ImageReward/ImageReward.pt"
+    require()
+    from transformers import BlipConfig, BlipForImageTextRetrieval, CLIPImageProcessor
+
+    tensors = _open(path, ("mlp.layers.0.weight",))
+    held = {_renamed(key, _BLIP): value for key, value in tensors.items()}
+    mlp = {key: held.pop(key) for key in list(held) if key.startswith("mlp.")}
+    held = {k: v for k, v in held.items() if k.startswith(("vision_model", "text_encoder"))}
+    held.pop("text_encoder.embeddings.position_ids", None)
+    at = "vision_model.embeddings"
+    wide, text = held[f"{at}.class_embedding"].shape[-1], "text_encoder.encoder.layer"
+    words, width = held["text_encoder.embeddings.word_embeddings.weight"].shape
+    patch = held[f"{at}.patch_embedding.weight"].shape[-1]
+    side = patch * round((held[f"{at}.position_embedding"].shape[1] - 1) ** 0.5)
+    vision = {
+        **{"hidden_size": wide, "num_attention_heads": wide // 64, "layer_norm_eps": 1e-6},
+        "num_hidden_layers": _count(held, "vision_model.encoder.layers"),
+        "intermediate_size": 4 * wide,
+        **{"image_size": side, "patch_size": patch},
+    }
+    language = {
+        **{"hidden_size": width, "num_attention_heads": width // 64, "vocab_size": words},
+        **{"num_hidden_layers": _count(held, text), "encoder_hidden_size": wide},
+        "intermediate_size": held[f"{text}.0.intermediate.dense.weight"].shape[0],
+    }
+    blip = BlipForImageTextRetrieval(BlipConfig(text_config=language, vision_config=vision))
+    _fill(blip, held, path, ("vision_proj", "text_proj", "itm_head"))
+    weight, bias = _affine(mlp, path)
+    words_of = _tokenizer(tokenizer or "google-bert/bert-base-uncased")
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+
+    def fit(image: np.ndarray) -> np.ndarray:
+        return images(image, return_tensors="np").pixel_values[0]
+
+    return ImageReward(placed(blip, words_of, path), fit=fit, weight=weight, bias=bias)
+
+
+# name: (model, tokenizer, head; None: the customary ones) → the scorer
+PREFERENCES: dict[str, Callable[..., Similarity]] = {
+    "pickscore": pickscore,
+    "hpsv2": hps(""),
+    "hpsv2.1": hps(".1"),
+    "imagereward": image_reward,
+    "aesthetic": aesthetic,
+}
+
+
+def _clip(path: str) -> TorchModel:
+    found = load(path)
+    if not hasattr(found.model, "get_image_features"):
+        raise UserError(f"{path} is a {found.model.config.model_type} model, not a CLIP")
+    return found
+
+
+def _open(path: str, anchors: Sequence[str]) -> dict[str, np.ndarray]:
+    file = model_folder(path)
+    if not file.is_file():
+        raise UserError(f"no file {path}, and the hub is not asked for it by that name")
+    found = dict(select(open_tensors(file), anchors).tensors)
+    if anchors[0] not in found:
+        raise UserError(f"{path} holds no {anchors[0]}: it is of another model")
+    return found
+
+
+def _tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer {path} (--tokenizer): {one_line(error)}") from None
+
+
+def _renamed(key: str, table: Sequence[tuple[str, str]]) -> str:
+    for pattern, to in table:
+        key = re.sub(pattern, to, key)
+    return key
+
+
+_BLOCKS = (
+    (r"\.resblocks\.", ".layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.", ".self_attn."),
+)
+_CLIP = (
+    (r"^visual\.transformer", "vision_model.encoder"),
+    (r"^transformer", "text_model.encoder"),
+    (r"^token_embedding", "text_model.embeddings.token_embedding"),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final", "text_model.final_layer_norm"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),
+    (r"^visual\.ln_post", "vision_model.post_layernorm"),
+    *_BLOCKS,
+)
+_BLIP = (
+    (r"^blip\.", ""),
+    (r"^visual_encoder\.cls_token", "vision_model.embeddings.class_embedding"),
+    (r"^visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"),
+    (r"^visual_encoder\.patch_embed\.proj", "vision_model.embeddings.patch_embedding"),
+    (r"^visual_encoder\.norm", "vision_model.post_layernorm"),
+    (r"^visual_encoder\.blocks", "vision_model.encoder.layers"),
+    (r"(vision_model.*)\.norm([12])\.", r"\1.layer_norm\2."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+)
+
+
+def _open_clip(path: str, tokenizer: str) -> TorchModel:
+    """A file of open_clip's ViT-H/14, whatever its sizes, as a CLIPModel."""
+    require()
+    from transformers import CLIPConfig, CLIPModel
+
+    held: dict[str, np.ndarray] = {}
+    for key, value in _open(path, ("visual.class_embedding", "ln_final.weight")).items():
+        name = _renamed(key, _CLIP)
+        if name in ("text_projection.weight", "visual_projection.weight"):
+            value = value.T
+        if ".in_proj_" in name:
+            for part, piece in zip("qkv", np.split(value, 3)):
+                held[re.sub(r"in_proj_", f"{part}_proj.", name)] = piece
+        else:
+            held[name] = value
+
+    def sizes(of: str, head: int) -> dict[str, int]:
+        width = held[f"{of}.encoder.layers.0.layer_norm1.weight"].shape[0]
+        inner = held[f"{of}.encoder.layers.0.mlp.fc1.weight"].shape[0]
+        layers = _count(held, f"{of}.encoder.layers")
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        return dict(zip(names, (width, inner, layers, width // head)))
+
+    places, patch = (
+        held[f"vision_model.embeddings.{n}_embedding.weight"].shape for n in ("position", "patch")
+    )
+    words = held["text_model.embeddings.token_embedding.weight"].shape[0]
+    positions = held["text_model.embeddings.position_embedding.weight"].shape[0]
+    side = patch[-1] * round((places[0] - 1) ** 0.5)
+    vision = {**sizes("vision_model", 80), "image_size": side, "patch_size": patch[-1]}
+    # eos 2: the state at the largest id is pooled, as in open_clip
+    text = {**sizes("text_model", 64), "vocab_size": words, "eos_token_id": 2}
+    config = CLIPConfig(
+        text_config={**text, "max_position_embeddings": positions, "hidden_act": "gelu"},
+        vision_config={**vision, "hidden_act": "gelu"},
+        projection_dim=held["visual_projection.weight"].shape[0],
+    )
+    model = CLIPModel(config)
+    _fill(model, held, path)
+    return placed(model, _tokenizer(tokenizer), path)
+
+
+def _count(names: Mapping[str, Any], of: str) -> int:
+    return len({key.removeprefix(f"{of}.").split(".")[0] for key in names if key.startswith(of)})
+
+
+def _fill(model: Any, held: Mapping[str, np.ndarray], path: str, but: Sequence[str] = ()) -> None:
+    """Load all of ``held``; no parameter may be left out, but those of names that begin so."""
+    torch = require()
+    tensors = {key: torch.tensor(np.asarray(value, np.float32)) for key, value in held.items()}
+    try:
+        found = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{path} is of another model: {one_line(error)}") from None
+    missing = [key for key in found.missing_keys if not key.startswith(tuple(but))]
+    if wrong := missing + found.unexpected_keys:
+        kind = "lacks" if missing else "holds also"
+        raise UserError(f"{path} is of another model: it {kind} {wrong[0]} ({len(wrong)} names)")
+
+
+def _affine(tensors: Mapping[str, np.ndarray], path: str) -> tuple[np.ndarray, float]:
+    """Linear layers 0, 2, 4, 6, 7 with nothing between them, as one: (weight [d], bias)."""
+    weight, bias = np.eye(1), np.zeros(1)
+    try:
+        for n in (7, 6, 4, 2, 0):
+            of = next(key for key in tensors if key.endswith(f"layers.{n}.weight"))
+            matrix, shift = (
+                np.asarray(tensors[key], "f8") for key in (of, of.replace("weight", "bias"))
+            )
+            bias, weight = bias + weight @ shift, weight @ matrix
+    except (StopIteration, KeyError, ValueError):
+        raise UserError(f"{path} holds no head of linear layers 0, 2, 4, 6 and 7") from None
+    return weight[0], float(bias[0])
+
+
+def _digest(weight: np.ndarray, bias: float) -> str:
+    return hashlib.sha256(weight.tobytes() + np.float64(bias).tobytes()).hexdigest()
+
+
+def _whole(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [h, w, 3] → float32 [3, side, side]: the longer side resized to ``side`` (bicubic), the
+    other padded in black on both ends, normalised as CLIP's images."""
+    torch = require()
+    mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    pixels = torch.from_numpy(image.transpose(2, 0, 1) / np.float32(255))[None]
+    if (longer := max(image.shape[:2])) != side:
+        height, width = (round(n * side / longer) for n in image.shape[:2])
+        pixels = torch.nn.functional.interpolate(
+            pixels, (height, width), mode="bicubic", antialias=True
+        )
+        top, left = (side - height) // 2, (side - width) // 2
+        edges = (left, side - width - left, top, side - height - top)
+        pixels = torch.nn.functional.pad(pixels, edges)
+    return (pixels[0].numpy() - np.c_[mean].reshape(3, 1, 1)) / np.c_[deviation].reshape(3, 1, 1)

@@ -1,0 +1,310 @@
+"""CLIP score and preference scores, by tiny random models of the released kinds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
+
+from pixart_jax import cli
+from pixart_jax.errors import Notice
+from pixart_jax.evaluation import command, features, text_scores
+from pixart_jax.evaluation.torch_models import projected
+from pixart_jax.images import write_png
+
+PROMPTS = ["a red circle", "two blue stars", "a dog " * 60, "", "a cat"]
+
+
+def random_weights(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {k: torch.tensor(0.2 * rng.standard_normal(s), dtype=torch.float) for k, s in shapes}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """clip/, a tiny CLIPModel and its processor; images/, as sample.py writes them; their arrays in
+    the order of the names."""
+    root = tmp_path_factory.mktemp("world")
+    letters = [chr(c) for c in (*range(97, 123), 45)]
+    words = ["<|startoftext|>", *letters, *(f"{c}</w>" for c in letters), "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[])
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes["num_hidden_layers"] = 2
+    ends = {"bos_token_id": 0, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    config = CLIPConfig(
+        text_config={**sizes, **ends, "vocab_size": len(words)},
+        vision_config={**sizes, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    model = CLIPModel(config).eval()
+    shapes = ((k, v.shape) for k, v in model.state_dict().items() if v.shape)
+    model.load_state_dict(random_weights(shapes), strict=False)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    model.save_pretrained(root / "clip")
+    CLIPProcessor(images, tokenizer).save_pretrained(root / "clip")
+    rng, arrays = np.random.default_rng(1), []
+    (root / "images").mkdir()
+    for n, prompt in enumerate(PROMPTS):
+        arrays.append(rng.integers(0, 256, (32 + 8 * (n == 1), 48, 3), np.uint8))
+        settings = {"prompt": prompt, "index": n, "seed": 0, "steps": 20}
+        write_png(root / "images" / f"{n}.png", arrays[-1], settings)
+    return root, arrays, model, CLIPProcessor(images, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / "cache")
+
+
+def evaluate(*argv) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        return cli.run(command.main, [str(word) for word in argv])
+
+
+def cosines(world, prefix=""):
+    """One image at a time, by the model's own forward: [n]; and exp(logit_scale)."""
+    _, arrays, model, processor = world
+    found = []
+    for array, prompt in zip(arrays, PROMPTS):
+        how = {"truncation": True, "max_length": 77, "return_tensors": "pt"}
+        given = processor(text=[prefix + prompt], images=[Image.fromarray(array)], **how)
+        with torch.no_grad():
+            found.append(float(model(**given).logits_per_image[0, 0]))
+    scale = float(model.logit_scale.exp())
+    return np.array(found) / scale, scale
+
+
+def test_the_three_clip_scores_and_pickscore_are_the_models_similarity(world, tmp_path, capsys):
+    root, *_ = world
+    run = (root / "images", "--model", root / "clip", "--batch-size", 2, "--out", tmp_path)
+    plain, scale = cosines(world)
+    prefixed, _ = cosines(world, "A photo depicts ")
+    assert plain.min() < 0 < plain.max()
+    for what, values in (
+        ("clip --definition cosine", plain),
+        ("clip --definition torchmetrics", 100 * plain.clip(0)),
+        ("clip --definition hessel", 2.5 * prefixed.clip(0)),
+        ("preference --score pickscore", scale * plain),
+    ):
+        name, *flags = what.split()
+        assert evaluate(name, *run, *flags) == 0, capsys.readouterr().err
+        record = json.loads((tmp_path / "score.json").read_text())
+        lines = (tmp_path / "results.jsonl").read_text().splitlines()
+        scores = [json.loads(line)["score"] for line in lines]
+        np.testing.assert_allclose(scores, values, atol=2e-5 * abs(values).max())
+        assert record["value"] == pytest.approx(np.mean(values), rel=1e-4)
+        half = 1.96 * np.std(values, ddof=1) / math.sqrt(5)
+        assert record["interval"][1] == pytest.approx(np.mean(values) + half, rel=1e-3)
+    assert record["metric"] == "pickscore" and record["n"] == {"generated": 5}
+    assert record["steps"] == 20 and record["versions"]["torch"] and record["factor"] == scale
+    assert all(len(of) == 64 for of in (record["prompts"], record["weights"]["sha256"]))
+    (root / "list.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS if prompt))
+    assert evaluate("clip", *run, "--prompts", root / "list.txt") == 2
+    assert "no image" not in (err := capsys.readouterr().err) and "lacks, ''" in err
+    assert torch.equal(projected(torch.ones(2)), torch.ones(2))  # as in transformers 4
+
+
+def test_a_share_of_the_blocks_is_reused(world, tmp_path, capsys):
+    root, *_ = world
+    run = ("clip", root / "images", "--model", root / "clip", "--batch-size", 2)
+    assert evaluate(*run, "--share", "1/2") == 0
+    assert "share 1/2 of the scores is done" in capsys.readouterr().out
+    (block,) = (tmp_path / "cache").glob("features/*/*.npz")
+    assert evaluate(*run) == 0 and block.name == "000001.npz"
+    assert "torchmetrics" in capsys.readouterr().out
+
+
+def open_clip_forward(t, pixels, ids):
+    """(image, text) embeddings, written from open_clip's description of ViT-H/14."""
+
+    def block(x, name, heads, mask=None):
+        norm = lambda x, n: F.layer_norm(x, x.shape[-1:], t[f"{n}.weight"], t[f"{n}.bias"])  # noqa: E731
+        attention = nn.MultiheadAttention(x.shape[-1], heads, batch_first=True)
+        own = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+        attention.load_state_dict({k: t[f"{name}.attn.{k}"] for k in own})
+        y = norm(x, f"{name}.ln_1")
+        x = x + attention(y, y, y, need_weights=False, attn_mask=mask)[0]
+        layers = ((t[f"{name}.mlp.{n}.weight"], t[f"{name}.mlp.{n}.bias"]) for n in NAMES)
+        (up, down), y = layers, norm(x, f"{name}.ln_2")
+        return x + F.linear(F.gelu(F.linear(y, *up)), *down)
+
+    NAMES = ("c_fc", "c_proj")
+    x = F.conv2d(pixels, t["visual.conv1.weight"], stride=16).flatten(2).mT
+    first = t["visual.class_embedding"].expand(len(x), 1, -1)
+    x = torch.cat([first, x], 1) + t["visual.positional_embedding"]
+    wide = x.shape[-1:]
+    x = F.layer_norm(x, wide, t["visual.ln_pre.weight"], t["visual.ln_pre.bias"])
+    x = block(x, "visual.transformer.resblocks.0", 1)[:, 0]
+    x = F.layer_norm(x, wide, t["visual.ln_post.weight"], t["visual.ln_post.bias"])
+    y = t["token_embedding.weight"][ids] + t["positional_embedding"][: ids.shape[1]]
+    mask = torch.full((ids.shape[1],) * 2, -math.inf).triu(1)
+    y = block(y, "transformer.resblocks.0", 1, mask)
+    y = F.layer_norm(y, y.shape[-1:], t["ln_final.weight"], t["ln_final.bias"])
+    y = y[torch.arange(len(y)), ids.argmax(-1)]
+    return x @ t["visual.proj"], y @ t["text_projection"]
+
+
+def test_hps_reads_open_clips_names_and_pads_the_shorter_side(world, tmp_path):
+    root, arrays, _, processor = world
+    words, shapes = len(processor.tokenizer), {}
+    for of, d in (("visual.transformer", 80), ("transformer", 64)):
+        at = f"{of}.resblocks.0"
+        for name, out, into in (
+            *(("attn.in_proj_", 3 * d, d), ("attn.out_proj.", d, d)),
+            *(("mlp.c_fc.", 2 * d, d), ("mlp.c_proj.", d, 2 * d)),
+        ):
+            shapes |= {f"{at}.{name}weight": (out, into), f"{at}.{name}bias": (out,)}
+        shapes |= {f"{at}.ln_{n}.{p}": (d,) for n in (1, 2) for p in ("weight", "bias")}
+    norms = (("visual.ln_pre", 80), ("visual.ln_post", 80), ("ln_final", 64))
+    shapes |= {f"{name}.{p}": (d,) for name, d in norms for p in ("weight", "bias")}
+    shapes |= {"visual.conv1.weight": (80, 3, 16, 16), "visual.class_embedding": (80,)}
+    shapes |= {"visual.positional_embedding": (5, 80), "visual.proj": (80, 24)}
+    shapes |= {"token_embedding.weight": (words, 64), "positional_embedding": (77, 64)}
+    t = random_weights((shapes | {"text_projection": (64, 24), "logit_scale": ()}).items())
+    torch.save({"state_dict": t, "epoch": 1}, tmp_path / "hps.pt")
+    flags = ("--model", tmp_path / "hps.pt", "--tokenizer", root / "clip", "--out", tmp_path)
+    assert evaluate("preference", root / "images", "--score", "hpsv2.1", *flags) == 0
+    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    mean, std = (
+        [*map(torch.tensor, CLIPImageProcessor().to_dict()[n])] for n in ("image_mean", "image_std")
+    )
+    for array, prompt, line in zip(arrays, PROMPTS, found):
+        height = round(array.shape[0] * 32 / 48)
+        pixels = torch.from_numpy(array / np.float32(255)).permute(2, 0, 1)[None]
+        pixels = F.interpolate(pixels, (height, 32), mode="bicubic", antialias=True)[0]
+        black = torch.zeros(3, 32, 32)
+        black[:, (32 - height) // 2 :][:, :height] = pixels
+        black = torch.stack([(c - m) / s for c, m, s in zip(black, mean, std)])
+        ids = processor.tokenizer([prompt], truncation=True, max_length=77, return_tensors="pt")
+        both = open_clip_forward(t, black[None], ids["input_ids"])
+        assert line["score"] == pytest.approx(float(F.cosine_similarity(*both)), abs=2e-5)
+    del t["ln_final.bias"]
+    torch.save(t, tmp_path / "hps.pt")
+    assert evaluate("preference", root / "images", "--score", "hpsv2", *flags) == 2
+
+
+def head(width):
+    """The five linear layers of the aesthetic predictor and of ImageReward."""
+    sizes, torch_head = (width, 1024, 128, 64, 16, 1), []
+    for n, pair in enumerate(zip(sizes, sizes[1:])):
+        torch_head += [nn.Linear(*pair), *([nn.Dropout(0.2)] if n < 3 else [])]
+    return nn.Sequential(*torch_head).eval().requires_grad_(False)
+
+
+def test_the_aesthetic_head_is_an_affine_map_of_the_image(world, tmp_path):
+    root, arrays, model, processor = world
+    layers = head(16)
+    torch.save({f"layers.{k}": v for k, v in layers.state_dict().items()}, tmp_path / "head.pth")
+    flags = ("--model", root / "clip", "--head", tmp_path / "head.pth", "--out", tmp_path)
+    assert evaluate("preference", root / "images", "--score", "aesthetic", *flags) == 0
+    pixels = processor(images=[Image.fromarray(a) for a in arrays], return_tensors="pt")
+    embedded = F.normalize(projected(model.get_image_features(**pixels)), dim=-1)
+    record = json.loads((tmp_path / "score.json").read_text())
+    assert record["value"] == pytest.approx(float(layers(embedded).mean()), rel=1e-4)
+    assert len(record["head"]) == 64
+
+
+def test_image_reward_reads_its_names(world, tmp_path):
+    """The vision half as BLIP writes it, the text half as a BERT that attends to it."""
+    root, arrays, _, processor = world
+    d, words = 64, len(processor.tokenizer)
+    sizes = {"hidden_size": d, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = BertConfig(**sizes, vocab_size=words, intermediate_size=96, is_decoder=True)
+    config.add_cross_attention = True
+    bert = BertModel(config, add_pooling_layer=False).eval()
+    bert.load_state_dict(
+        random_weights(
+            [(k, v.shape) for k, v in bert.state_dict().items() if v.dtype == torch.float]
+        ),
+        strict=False,
+    )
+    at = "blip.visual_encoder"
+    shapes = {f"{at}.cls_token": (1, 1, d), f"{at}.pos_embed": (1, 5, d)}
+    for name, *size in (
+        *(("patch_embed.proj", d, 3, 16, 16), ("norm", d), ("blocks.0.norm1", d)),
+        *(("blocks.0.norm2", d), ("blocks.0.attn.qkv", 3 * d, d), ("blocks.0.attn.proj", d, d)),
+        *(("blocks.0.mlp.fc1", 4 * d, d), ("blocks.0.mlp.fc2", d, 4 * d)),
+    ):
+        shapes |= {f"{at}.{name}.weight": tuple(size), f"{at}.{name}.bias": (size[0],)}
+    t, layers = random_weights(shapes.items()), head(d)
+    whole = t | {f"blip.text_encoder.{k}": v for k, v in bert.state_dict().items()}
+    whole |= {f"mlp.layers.{k}": v for k, v in layers.state_dict().items()}
+    torch.save(whole | {"blip.text_proj.bias": torch.zeros(3)}, tmp_path / "reward.pt")
+    flags = ("--model", tmp_path / "reward.pt", "--tokenizer", root / "clip", "--out", tmp_path)
+    assert evaluate("preference", root / "images", "--score", "imagereward", *flags) == 0
+
+    def part(name):
+        return t[f"{at}.{name}.weight"], t[f"{at}.{name}.bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, (d,), *part(name), eps=1e-6)
+
+    pixels = processor(images=[Image.fromarray(a) for a in arrays], return_tensors="pt")
+    x = F.conv2d(pixels["pixel_values"], *part("patch_embed.proj"), stride=16).flatten(2).mT
+    x = torch.cat([t[f"{at}.cls_token"].expand(len(x), 1, d), x], 1) + t[f"{at}.pos_embed"]
+    q, k, v = F.linear(norm(x, "blocks.0.norm1"), *part("blocks.0.attn.qkv")).chunk(3, -1)
+    x = x + F.linear((q @ k.mT / d**0.5).softmax(-1) @ v, *part("blocks.0.attn.proj"))
+    hidden = F.gelu(F.linear(norm(x, "blocks.0.norm2"), *part("blocks.0.mlp.fc1")))
+    x = norm(x + F.linear(hidden, *part("blocks.0.mlp.fc2")), "norm")
+    texts = processor.tokenizer(
+        PROMPTS, padding=True, truncation=True, max_length=35, return_tensors="pt"
+    )
+    mask = texts.attention_mask[:, None].expand(-1, texts.attention_mask.shape[1], -1)
+    states = bert(texts.input_ids, mask, encoder_hidden_states=x).last_hidden_state
+    rewards = (layers(states[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["score"] for line in found], rewards.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("clip {0}/images --model {0}/none", "none"),
+        ("clip {0}/images --model {0}/images", "cannot be opened"),
+        ("clip {0}/images --definition cosin", "cosine"),
+        ("clip {0}/plain --model {0}/clip", "give --prompts FILE"),
+        ("clip {0}/plain --model {0}/clip --prompts {0}/three.txt", "3 prompts for the 2 images"),
+        ("clip {0}/images --model {0}/clip --prompts {0}/three.txt", "does not fit"),
+        ("preference {0}/images --score aesthetic --model {0}/clip", "--head FILE"),
+        ("preference {0}/images --score hpsv2 --model {0}/three.txt", "three.txt"),
+    ],
+)
+def test_mistakes_are_one_line(flags, says, world, capsys, tmp_path):
+    root, arrays, *_ = world
+    (root / "plain").mkdir(exist_ok=True)
+    for n in range(2):
+        Image.fromarray(arrays[n]).save(root / "plain" / f"{n}.png")
+    (root / "three.txt").write_text("a\nb\nc\n")
+    assert evaluate(*flags.format(root).split(), "--out", tmp_path / "out") == 2
+    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(line) == 1 and says in line[0], line
+    assert not (tmp_path / "out" / "score.json").exists()
+
+
+def test_without_pytorch_one_line_names_the_extra(world, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert evaluate("clip", world[0] / "images") == 2
+    assert re.search(r"error: .*pixart-jax\[evaluate\]", capsys.readouterr().err)
+    assert text_scores.DEFINITIONS["hessel"].factor == 2.5
