@@ -375,14 +375,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Metrics of the averaged parameters on held-out records during a stage, under ``evaluate/`` in
-    metrics.jsonl and TensorBoard. Every evaluation sees the same records, noise and times."""
+    """Metrics of the averaged parameters during a stage, under ``evaluate/`` in metrics.jsonl and
+    TensorBoard. Every evaluation sees the same records, prompts, noise and times."""
 
     # steps; 0: never. The stage's last step is evaluated too
     every: int = 0
+    # loss and fid of held-out records; clip of preview.prompts; shapes of the embedded world's
+    # prompts, at the level of the stage's source. Images are generated as previews are
     metrics: tuple[str, ...] = ("loss",)
-    # records, in whole batches of the stage's size
+    # records, in whole batches of the stage's size; of other metrics images
     count: int = 256
+    # the stage ends after an evaluation whose first metric is below
+    stop_below: float | None = None
+    # of fid: weights as of `evaluate fid`, or random:SEED, for tests
+    inception: str | None = None
+    # of clip: a folder or hub id
+    clip: str | None = None
     # of the records: None: the stage's own source
     source: str | None = None
     # None: 'test' of the stage's own source, 'train' of another
@@ -391,8 +399,10 @@ class EvaluateConfig:
     def __post_init__(self):
         require_at_least(self, 0, "every")
         require_at_least(self, 1, "count")
-        known = set(self.metrics) <= {"loss"}
-        require(self, "the one metric is 'loss'", metrics=known)
+        known = 0 < len(self.metrics) and set(self.metrics) <= {"loss", "shapes", "fid", "clip"}
+        require(self, "some of loss, shapes, fid and clip", metrics=known)
+        given = "fid" not in self.metrics or self.inception is not None
+        require(self, "fid needs Inception's weights", inception=given)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": _RUNS | {"training"},
     "evaluation": _RUNS | {"training", "captioning"},
     "serving": _RUNS | {"evaluation"},
-    "commands": _RUNS | {"training", "encoding"},
+    "commands": _RUNS | {"training", "encoding", "evaluation"},
 }
 # May import every package; no package imports them.
 ENTRY_POINTS = {"__init__", "__main__"}

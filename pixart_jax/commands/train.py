@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pixart_jax.config import Config
     from pixart_jax.parallel.processes import DistributedOptions
     from pixart_jax.training.batches import Encode
+    from pixart_jax.training.evaluation import OpenMetric
     from pixart_jax.training.initialization import Trained
     from pixart_jax.training.run import Run
 
@@ -44,7 +45,7 @@ def run(config: Config, workdir: Path, options: DistributedOptions) -> int:
     processes.assert_same_config(repr(config), workdir)
     processes.warm_up_collectives(make_mesh(config.mesh))
     try:
-        train(config, workdir, encode)
+        train(config, workdir, encode, open_metric)
     except TrainingDiverged as error:
         advice = "the last save holds, lower the learning rate or look at the data"
         print(f"error: {error}; {advice}", file=sys.stderr)
@@ -52,12 +53,18 @@ def run(config: Config, workdir: Path, options: DistributedOptions) -> int:
     return 0
 
 
-def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> None:
+def train(
+    config: Config,
+    workdir: str | Path,
+    encode: Encode | None = None,
+    open_metric: OpenMetric | None = None,
+) -> None:
     """Train what is not trained yet and export WORKDIR/model, or adapter; the same call resumes.
 
     encode: turns images into encoded shards (training.batches.Encode); only diffusion tasks on such
-    sources need it. Raises UserError for a user's mistake, TrainingDiverged after too many bad
-    steps in a row, and Interrupted when a signal stopped the run and its state is saved.
+    sources need it. open_metric: measures generated images (training.evaluation). Raises UserError
+    for a user's mistake, TrainingDiverged after too many bad steps in a row, and Interrupted when a
+    signal stopped the run and its state is saved.
     """
     from pixart_jax.parallel import liveness
     from pixart_jax.parallel.mesh import make_mesh
@@ -80,8 +87,8 @@ def train(config: Config, workdir: str | Path, encode: Encode | None = None) -> 
             try:
                 log = Metrics(folder.path, position.total, config.wandb, as_json(config))
                 with log as metrics, liveness.report_failures():
-                    outputs = (checkpoints, metrics, meter)
-                    run = Run(config, folder, mesh, *outputs, interruption, position, encode)
+                    parts = (checkpoints, metrics, meter, interruption, position)
+                    run = Run(config, folder, mesh, *parts, encode, open_metric)
                     trained: Trained | None = None
                     for index in range(position.stage, len(config.stages)):
                         trained = train_stage(run, index, trained)
@@ -112,13 +119,16 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
     if index == position.stage and position.total:
         state = run.checkpoints.restore(position.total, parts.abstract)
         start, window = position.step, MetricWindow(**position.window)
+        if position.ended:
+            return Trained(parts.task, state.average, loader)
         print(f"going on at stage {stage.name}, step {start} of {stage.steps}")
     else:
         state = initial_state(config, index, parts, previous, run.report)
         start, window = 0, MetricWindow()
 
     step = compiled_step(config, stage, parts, mesh)  # loss, gradient, update and EMA
-    evaluators = open_evaluators(config, index, parts, frozen, run.encode, mesh)
+    given = (parts, frozen, run.encode, mesh, run.open_metric)
+    evaluators = open_evaluators(config, index, *given)
     hooks = StageHooks(run, index, parts, loader, evaluators)  # metrics, checkpoints, previews
     state = loop.train(run, index, state, step, loader, hooks, start, window)
     if start == stage.steps and not hooks.grid(start).exists():  # killed before its preview
@@ -126,25 +136,15 @@ def train_stage(run: Run, index: int, previous: Trained | None) -> Trained:
     return Trained(parts.task, state.average, loader)
 
 
-def encode(source, *, frozen, **options) -> Path:
-    """The encoded shards of a source, made with the run's frozen parts where absent
-    (training.batches.Encode)."""
-    import jax
+def encode(source, **options) -> Path:
+    """The encoded shards of a source (training.batches.Encode)."""
+    from pixart_jax.encoding.encode import encode_for_training
 
-    from pixart_jax.config import MeshConfig
-    from pixart_jax.encoding.encode import encode_dataset
-    from pixart_jax.encoding.options import EncodeOptions
-    from pixart_jax.parallel.mesh import make_mesh
+    return encode_for_training(source, **options)
 
-    text = {}
-    if options["captions"]:
-        text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer}
-    mesh = make_mesh(MeshConfig(), jax.local_devices())
-    return encode_dataset(
-        source,
-        EncodeOptions(**options),
-        vae=frozen.vae,
-        **text,
-        folders={part: frozen.folder(part) for part in ("vae", *text)},
-        mesh=mesh if mesh.size > 1 else None,
-    )
+
+def open_metric(*what):
+    """What measures generated images (training.evaluation.OpenMetric)."""
+    from pixart_jax.evaluation.stage_metrics import open_metric
+
+    return open_metric(*what)

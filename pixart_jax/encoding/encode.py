@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pixart_jax.config import MeshConfig
 from pixart_jax.data import records
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.samples import BUCKETS_PNG, assign_all, write_bucket_chart
@@ -32,6 +33,7 @@ from pixart_jax.encoding.options import Bucket, EncodeOptions
 from pixart_jax.encoding.shards import CLEANING, ShardEncoder
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.files import cache_folder, locked, write_json
+from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline.conditions import Condition
 from pixart_jax.pipeline.encoder_identity import component_identity, made_from, tokenizer_identity
 
@@ -91,6 +93,23 @@ def default_folder(made: Mapping[str, str]) -> Path:
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     name = made["source"].replace(":", "-").replace("/", "-")
     return cache_folder(keep=True) / "encoded" / f"{name}-{digest[:16]}"
+
+
+def encode_for_training(source: Source, *, frozen, **options) -> Path:
+    """The encoded shards of a source, made with the run's frozen parts where absent
+    (training.batches.Encode)."""
+    text = {}
+    if options["captions"]:
+        text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer}
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    return encode_dataset(
+        source,
+        EncodeOptions(**options),
+        vae=frozen.vae,
+        **text,
+        folders={part: frozen.folder(part) for part in ("vae", *text)},
+        mesh=mesh if mesh.size > 1 else None,
+    )
 
 
 def encode_dataset(

@@ -51,6 +51,7 @@ class RunPosition:
     loader: dict = dataclasses.field(default_factory=dict)  # the loader's state
     guard: dict = dataclasses.field(default_factory=dict)  # TrainState.guard, added by save
     productive: float = 0.0  # seconds of stepping until here (metrics.StepTimer)
+    ended: bool = False  # the stage, before its last step (EvaluateConfig.stop_below)
 
 
 class Checkpointer:

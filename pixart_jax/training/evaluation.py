@@ -1,16 +1,22 @@
-"""Metrics of held-out records during a stage (config.EvaluateConfig)."""
+"""Metrics during a stage (config.EvaluateConfig): the loss of held-out records, and those of images
+that package evaluation measures."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from pixart_jax.config import Config
+from pixart_jax.config import Config, PreviewConfig
+from pixart_jax.data.loader import Loader
 from pixart_jax.data.sources import parse_source
+from pixart_jax.errors import UserError
 from pixart_jax.parallel import rules
 from pixart_jax.training.batches import Encode, open_loader, put
 from pixart_jax.training.frozen import Frozen
@@ -19,28 +25,48 @@ from pixart_jax.training.state import TrainState
 from pixart_jax.training.tasks import TextToImageLora, given
 
 Evaluator = Callable[[TrainState], dict[str, float]]
+# a batch whose images' size counts, and settings with the prompts ((): the batch's own) → uint8
+# images [h, w, 3]
+Generate = Callable[[Mapping[str, Any], PreviewConfig], Sequence[np.ndarray]]
+OpenMetric = Callable[..., Callable[[Generate], dict[str, float]]]
+"""(metric, config, stage, frozen, held_out) → what measures images; held_out() opens the loader of
+held-out records. Injected by commands/train.py, because training may not import evaluation."""
 
 
 def open_evaluators(
-    config: Config, index: int, parts: StageParts, frozen: Frozen, encode: Encode | None, mesh: Mesh
+    config: Config,
+    index: int,
+    parts: StageParts,
+    frozen: Frozen,
+    encode: Encode | None,
+    mesh: Mesh,
+    open_metric: OpenMetric | None = None,
 ) -> dict[str, Evaluator]:
     """The evaluators of stage ``index`` by metric; {} where it evaluates nothing."""
-    if not config.stages[index].evaluate.every:
-        return {}
-    return {"loss": loss_evaluator(config, index, parts, frozen, encode, mesh)}
+    stage, found = config.stages[index], {}
+    held_out = functools.cache(lambda: _held_out(config, index, frozen, encode, mesh))
+
+    def of_images(measure: Callable[[Generate], dict[str, float]], state: TrainState):
+        def generate(batch: Mapping[str, Any], settings: PreviewConfig) -> Sequence[np.ndarray]:
+            return parts.task.preview(state.average, batch, settings, *given(parts.base))[0]
+
+        return measure(generate)
+
+    for name in stage.evaluate.metrics if stage.evaluate.every else ():
+        if name == "loss":
+            found[name] = loss_evaluator(config, index, parts, held_out(), mesh)
+        elif open_metric is None:
+            raise UserError(f"stage {stage.name}: {name} is measured by train.py alone")
+        else:
+            measure = open_metric(name, config, stage, frozen, held_out)
+            found[name] = functools.partial(of_images, measure)
+    return found
 
 
-def loss_evaluator(
-    config: Config, index: int, parts: StageParts, frozen: Frozen, encode: Encode | None, mesh: Mesh
-) -> Evaluator:
-    """The means of the task's losses over held-out records, without dropout in an adapter.
-
-    Batch k is that of step k of the held-out set, and its noise and times come from a fixed key
-    with k folded in, so that two evaluations differ by the parameters alone.
-    """
-    stage, task = config.stages[index], parts.task
-    if isinstance(task, TextToImageLora):
-        task = task.without_dropout()
+def _held_out(
+    config: Config, index: int, frozen: Frozen, encode: Encode | None, mesh: Mesh
+) -> Loader:
+    stage = config.stages[index]
     options, data = stage.evaluate, stage.data
     if options.source is not None:
         data = dataclasses.replace(data, source=options.source, where=None)
@@ -50,8 +76,21 @@ def loss_evaluator(
         data = dataclasses.replace(data, limit=options.count)
     held_out = dataclasses.replace(stage, data=data, dreambooth=None)
     stages = (*config.stages[:index], held_out, *config.stages[index + 1 :])
-    loader = open_loader(dataclasses.replace(config, stages=stages), index, frozen, encode, mesh)
-    batches = max(1, options.count // stage.batch_size)
+    return open_loader(dataclasses.replace(config, stages=stages), index, frozen, encode, mesh)
+
+
+def loss_evaluator(
+    config: Config, index: int, parts: StageParts, loader: Loader, mesh: Mesh
+) -> Evaluator:
+    """The means of the task's losses over held-out records, without dropout in an adapter.
+
+    Batch k is that of step k of the held-out set, and its noise and times come from a fixed key
+    with k folded in, so that two evaluations differ by the parameters alone.
+    """
+    stage, task = config.stages[index], parts.task
+    if isinstance(task, TextToImageLora):
+        task = task.without_dropout()
+    batches = max(1, stage.evaluate.count // stage.batch_size)
     sharding = rules.batch_sharding(mesh)
 
     def means(params, batch, key, base):

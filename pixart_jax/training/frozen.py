@@ -34,6 +34,8 @@ from pixart_jax.weights.component import load_component
 from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.vae import config_from_json
 
+_TEXTS = 64  # encoded at once
+
 
 @dataclasses.dataclass(frozen=True)
 class CopiedComponent:
@@ -143,7 +145,9 @@ class Frozen:
         if missing:
             notice_loss("prompt", missing, clean_caption)
             ids, lengths = tokenize(self.tokenizer, missing, limit)
-            states = np.asarray(jax.device_get(self.text_encoder().apply(ids, lengths)), np.float32)
+            encoder, rows = self.text_encoder(), range(0, len(ids), _TEXTS)
+            parts = (encoder.apply(ids[n : n + _TEXTS], lengths[n : n + _TEXTS]) for n in rows)
+            states = [np.asarray(row, np.float32) for part in parts for row in jax.device_get(part)]
             self._states |= {
                 text: check_tensor(f"the text encoder's state of {text[:60]!r}", row[:length])
                 for text, row, length in zip(missing, states, lengths, strict=True)

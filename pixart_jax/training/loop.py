@@ -114,13 +114,15 @@ def train(
                 if last or stop or preview or save_due or evaluate:
                     read_pending()
                     with timer.paused():
-                        if evaluate:  # before the checkpoint, whose log then holds it
-                            hooks.evaluate(number, state)
-                        if last or stop or (save_due and not in_row):
-                            hooks.save(number, state, window)
+                        # before the checkpoint, whose log then holds it
+                        ended = evaluate and hooks.evaluate(number, state)
+                        if last or ended or stop or (save_due and not in_row):
+                            hooks.save(number, state, window, ended)
                             save_due = False
-                        if preview and not stop:
+                        if (preview or ended) and not stop:
                             hooks.preview(number, state)
+                    if ended:
+                        break
                 if stop:
                     raise Interrupted(stop)
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pixart_jax.config import Config, StageConfig
@@ -28,7 +29,7 @@ from pixart_jax.parallel.chips import chip_of
 from pixart_jax.training import metrics
 from pixart_jax.training.batches import Encode
 from pixart_jax.training.checkpoint import Checkpointer, RunPosition
-from pixart_jax.training.evaluation import Evaluator
+from pixart_jax.training.evaluation import Evaluator, OpenMetric
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.initialization import Trained
 from pixart_jax.training.interruption import PreemptionHandler
@@ -42,7 +43,8 @@ from pixart_jax.training.workdir import Workdir
 
 @dataclasses.dataclass
 class Run:
-    """A run that resumes at ``position``. encode: see training.batches.Encode."""
+    """A run that resumes at ``position``. encode: see training.batches.Encode; open_metric: see
+    training.evaluation."""
 
     config: Config
     folder: Workdir
@@ -53,6 +55,7 @@ class Run:
     interruption: PreemptionHandler
     position: RunPosition
     encode: Encode | None
+    open_metric: OpenMetric | None = None
 
     def __post_init__(self):
         self.frozen = Frozen(self.config, self.folder.path)
@@ -146,8 +149,8 @@ class StageHooks:
         always = config.keep_every is not None and total % config.keep_every == 0
         return step % config.checkpoint_every == 0 or always
 
-    def save(self, step: int, state: TrainState, window: MetricWindow) -> None:
-        """Write a checkpoint, with the cost of the stage until here."""
+    def save(self, step: int, state: TrainState, window: MetricWindow, ended: bool = False) -> None:
+        """Write a checkpoint, with the cost of the stage until here. ended: the stage, early."""
         run, total, stage = self.run, self.done + step, self.stage
         now, joules = time.perf_counter(), run.meter.joules or 0.0
         old = run.cost.get(stage.name, {"seconds": 0.0, "joules": 0.0})
@@ -167,6 +170,7 @@ class StageHooks:
             window=dataclasses.asdict(window),
             loader=self.loader.state_at(step),
             productive=run.productive,
+            ended=ended,
         )
         run.checkpoints.save(position, state)
 
@@ -183,12 +187,23 @@ class StageHooks:
         every = self.stage.evaluate.every
         return bool(every) and (step % every == 0 or step == self.stage.steps)
 
-    def evaluate(self, step: int, state: TrainState) -> None:
-        """Write a line of the evaluators' metrics."""
+    def evaluate(self, step: int, state: TrainState) -> bool:
+        """Write a line of the evaluators' metrics; whether the stage ends for the first of them."""
         values: dict[str, float] = {}
-        for name in self.stage.evaluate.metrics:
-            values |= {f"evaluate/{k}": v for k, v in self.evaluators[name](state).items()}
+        options = self.stage.evaluate
+        for name in options.metrics:
+            try:
+                values |= {f"evaluate/{k}": v for k, v in self.evaluators[name](state).items()}
+            except NotFinite as error:
+                warnings.warn(f"no {name} of step {step}: {error}", Notice, stacklevel=1)
         self.run.metrics.write(self.stage.name, step, self.done + step, values)
+        first, limit = values.get(f"evaluate/{options.metrics[0]}"), options.stop_below
+        ended = limit is not None and first is not None and first < limit
+        if jax.process_count() > 1:
+            ended = bool(multihost_utils.broadcast_one_to_all(np.int32(ended)))
+        if ended and jax.process_index() == 0:
+            print(f"stage {self.stage.name} ends at step {step}: {first:.4g} is below {limit:g}")
+        return ended
 
     def on_bad_step(self, step: int, values: dict[str, float]) -> list[str]:
         """Record a skipped step; returns the keys of its batch's records."""

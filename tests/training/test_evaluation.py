@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from pixart_jax.commands import train
 from pixart_jax.config import EvaluateConfig
 from pixart_jax.errors import UserError
+from pixart_jax.evaluation import inception
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.training import batches, evaluation, run
 from pixart_jax.training.frozen import Frozen
@@ -82,12 +84,62 @@ def test_the_loss_is_the_tasks_on_the_records_with_the_same_noise_each_time(worl
     assert first["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+def same_states(a, b, total):
+    a, b = (jax.tree.leaves(tiny_run.final_state(place, total)) for place in (a, b))
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def small_features(monkeypatch):
+    """FID of means instead of Inception's features, which take seconds an image."""
+
+    class Means:
+        def features(self, images):
+            return images.astype("f4").reshape(len(images), 16, -1).mean(-1)
+
+    monkeypatch.setattr(inception, "random", lambda seed: Means())
+
+
+def test_metrics_of_images_change_no_parameter_and_a_stage_ends_below_a_limit(
+    world, tmp_path, small_features, capsys
+):
+    """FID and loss, after text_to_image of the curriculum; the loss ends the stage, and the same
+    call goes on where the run was killed."""
+    whole = tiny_run.curriculum(world, checkpoint_every=2)
+    plain = dataclasses.replace(whole.stages[1], steps=4, start="fresh")
+    measured = EvaluateConfig(2, ("fid", "loss"), 8, inception="random:0", split="train")
+    preview = dataclasses.replace(whole.preview, steps=2)
+
+    def run(place, *stages):
+        config = dataclasses.replace(whole, stages=stages, preview=preview)
+        train.train(config, tmp_path / place, None, train.open_metric)
+        return tiny_run.figures(tmp_path / place)
+
+    run("plain", plain)
+    lines = run("measured", dataclasses.replace(plain, evaluate=measured))
+    assert same_states(tmp_path / "plain", tmp_path / "measured", 4)
+    values = {line["step"]: line["evaluate/fid"] for line in lines if "evaluate/fid" in line}
+    assert values.keys() == {2, 4} and all(0 < value < np.inf for value in values.values())
+
+    early = dataclasses.replace(measured, metrics=("loss", "fid"), stop_below=100.0)
+    first = dataclasses.replace(plain, evaluate=early)
+    second = dataclasses.replace(plain, name="second", steps=1, start="previous")
+    lines = run("early", first, second)
+    assert "ends at step 2" in capsys.readouterr().out
+    assert [line["total_step"] for line in lines if line["stage"] == "second"] == [5]
+    shutil.rmtree(tmp_path / "early" / "checkpoints" / "5")  # killed in the second stage
+    assert run("early", first, second) == lines
+    shutil.rmtree(tmp_path / "early" / "model")
+    assert run("early", first, second) == lines and (tmp_path / "early" / "model").is_dir()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"every": -1}, "EvaluateConfig.every = -1: must not be negative"),
         ({"count": 0}, "EvaluateConfig.count = 0: must be at least 1"),
-        ({"metrics": ("fdi",)}, "the one metric is 'loss'"),
+        ({"metrics": ("fdi",)}, "some of loss, shapes, fid and clip"),
+        ({"metrics": ("fid",)}, "fid needs Inception's weights"),
     ],
 )
 def test_bad_options_are_one_line(options, message):
