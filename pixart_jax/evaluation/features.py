@@ -193,6 +193,18 @@ class OnDevices:
     wanted: tuple[str, ...] = ("pool",)
 
     @property
+    def name(self) -> str:
+        return self.net.name
+
+    @property
+    def digest(self) -> str:
+        return self.net.digest
+
+    def width(self, name: str) -> int:
+        """Of the features of a name."""
+        return inception.WIDTHS[name]
+
+    @property
     def key(self) -> Sequence[Any]:
         return self.net.digest, self.mode, self.wanted
 

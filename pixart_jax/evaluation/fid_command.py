@@ -13,13 +13,15 @@ import tyro
 
 from pixart_jax import plots
 from pixart_jax.errors import Notice, UserError
-from pixart_jax.evaluation import frechet, inception, report, set_scores
+from pixart_jax.evaluation import frechet, inception, protocol, report, set_scores
 from pixart_jax.evaluation.features import Extractor, ImageSet, OnDevices
-from pixart_jax.evaluation.generated import GeneratedOptions, sampled_with
-from pixart_jax.evaluation.inception import Inception, Mode
+from pixart_jax.evaluation.generated import GeneratedOptions, prompts_of, sampled_with
+from pixart_jax.evaluation.inception import Mode
+from pixart_jax.evaluation.torch_models import Embeddings, load
 
-Metric = Literal["fid", "kid", "sfid", "is", "prdc", "fid_infinity"]
-_PAIRED = ("kid", "prdc")  # which need the reference's features, not its statistics alone
+Metric = Literal["fid", "kid", "sfid", "is", "prdc", "fid_infinity", "cmmd"]
+_MODELS = {"cmmd": "openai/clip-vit-large-patch14-336", "fd-dinov2": "facebook/dinov2-large"}
+_PAIRED = ("kid", "prdc", "cmmd")  # which need the reference's features, not its statistics alone
 _ENDS = {"": "pool", "_s": "spatial"}  # of the names in an .npz: the features
 _ENOUGH = 2048  # images, under which a covariance of pool features is singular
 _MOST = 10_000  # images of a side for precision and recall: as many as ADM's references hold
@@ -27,9 +29,9 @@ _MOST = 10_000  # images of a side for precision and recall: as many as ADM's re
 
 @dataclasses.dataclass(frozen=True)
 class FidOptions(GeneratedOptions):
-    """Compare generated images with reference images by Inception features: FID, KID, sFID,
-    precision and recall; Inception score. `-- FLAGS` generates them first, with these flags of
-    sample.py."""
+    """Compare generated images with reference images by features: FID, KID, sFID, precision and
+    recall, CMMD; Inception score. `-- FLAGS` generates them first, with these flags of sample.py.
+    """
 
     reference: Path | None = None
     """what to compare with: a folder, or an .npz of statistics (ours, pytorch-fid's, clean-fid's,
@@ -39,6 +41,11 @@ class FidOptions(GeneratedOptions):
     OWNER/NAME/FILE.safetensors of a hub"""
     random_inception: int | None = None
     """instead: random weights of this seed. For tests: the numbers compare with no others"""
+    features: Literal["inception", "cmmd", "fd-dinov2"] = "inception"
+    """cmmd: CLIP's, by the metric of that name; fd-dinov2: DINOv2's, by fid, kid and prdc. Both
+    need the extra evaluate"""
+    model: str | None = None
+    """of cmmd and fd-dinov2: a folder or hub id; by default the customary one"""
     mode: Mode = "clean"
     """how images become 299×299: as clean-fid, pytorch-fid, or torch-fidelity and ADM"""
     size: int | None = None
@@ -47,27 +54,51 @@ class FidOptions(GeneratedOptions):
     metrics: tuple[Metric, ...] = ("fid",)
     """fid, kid, sfid, is (Inception score), prdc (precision, recall, density, coverage),
     fid_infinity (extrapolated to infinitely many images); the first is the score's value"""
+    coco: Path | None = None
+    """folder of COCO 2014, with annotations/captions_val2014.json and val2014/: its protocol. The
+    reference is val2014, --size 256; captions.jsonl in --out lists a random caption of each of
+    30,000 random images, and `-- FLAGS` generates from it"""
+    coco_captions: int = 30_000
+    """how many"""
+    guidance: tuple[float, ...] = ()
+    """a sweep: generate and score with each, in folders guidance-1.5 … below the folder of images;
+    the score is the lowest, and sweep.png shows all"""
+    clip: str | None = None
+    """of a sweep: also compute the CLIP score by this model, the axis of sweep.png"""
+    prompts: Path | None = None
+    """file of prompts that the images must be of"""
     save_statistics: Path | None = None
     """write the statistics of the reference's images as .npz; without reference images, those of
     the generated ones"""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.inception is None and self.random_inception is None:
+        if self.features == "cmmd":  # has one metric
+            object.__setattr__(self, "metrics", ("cmmd",))
+        wrong = {"cmmd"} if self.features == "inception" else {"sfid", "is"}
+        if bad := sorted(wrong & set(self.metrics)):
+            raise UserError(f"{bad[0]} is no metric of --features {self.features}")
+        if self.features != "inception":
+            if self.inception is not None or self.random_inception is not None:
+                raise UserError(f"--features {self.features} uses --model, not --inception")
+        elif self.inception is None and self.random_inception is None:
             raise UserError(f"no Inception weights: {inception.WHERE}")
         if self.inception is not None and self.random_inception is not None:
             raise UserError("give --inception or --random-inception, not both")
         if not self.metrics or (self.size is not None and self.size < 1):
             raise UserError("metrics and size: at least 1")
-        if self.reference is None and self.save_statistics is None and set(self.metrics) != {"is"}:
+        alone = self.save_statistics is not None or set(self.metrics) == {"is"}
+        if self.reference is None and self.coco is None and not alone:
             raise UserError(
                 "nothing to compare with: give --reference FOLDER or FILE.npz, or --save-statistics"
             )
 
-    def network(self) -> Inception:
-        if self.random_inception is not None:
-            return inception.random(self.random_inception)
-        return inception.load(str(self.inception))
+    def network(self) -> OnDevices | Embeddings:
+        if self.features != "inception":
+            return Embeddings(load(self.model or _MODELS[self.features]), self.features)
+        seed = self.random_inception
+        net = inception.load(str(self.inception)) if seed is None else inception.random(seed)
+        return OnDevices(net, self.mode)
 
 
 @dataclasses.dataclass
@@ -83,7 +114,7 @@ class Side:
     sha256: str | None = None
 
     @classmethod
-    def of_reference(cls, path: Path, options: FidOptions, net: Inception) -> Side:
+    def of_reference(cls, path: Path, options: FidOptions, net: OnDevices | Embeddings) -> Side:
         """Raises UserError for statistics that do not serve the metrics, or of another mode,
         network or size; a Notice where the file does not say."""
         if path.suffix != ".npz":
@@ -91,13 +122,13 @@ class Side:
         if not path.is_file():
             raise UserError(f"no file {path}")
         parts, facts, holds_images = frechet.read(path)
-        ours = {"mode": options.mode, "weights": net.digest, "size": options.size or 0}
+        ours = {"mode": net.mode, "weights": net.digest, "size": options.size or 0}
         for name, value in ours.items() if parts else ():
             if (theirs := facts.get(name, value)) != value:
                 differ = f"was made with {name} {str(theirs)[:16]}, not {str(value)[:16]}"
                 raise UserError(f"{path} {differ}: these do not compare")
         for end, statistics in parts.items():
-            if (width := len(statistics.mean)) != (own := inception.WIDTHS[_ENDS[end]]):
+            if (width := len(statistics.mean)) != (own := net.width(_ENDS[end])):
                 raise UserError(f"{path} holds features of {width} numbers, not {own}")
         if parts and (unsaid := [name for name in ("mode", "weights") if name not in facts]):
             message = f"{path} does not say its {' and '.join(unsaid)}: taken as ours"
@@ -137,14 +168,22 @@ class Side:
 
 
 def evaluate_fid(
-    options: FidOptions, flags: Sequence[str] | None = None
+    options: FidOptions, flags: Sequence[str] | None = None, facts: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any]] | None:
-    """Generate if asked, compute the features, print the scores and write them. Returns the scores;
-    None in processes other than the first, and where only statistics were to be written."""
+    """Generate if asked, compute the features, print the scores and write them, with ``facts``.
+    Returns the scores; None in processes other than the first, and where only statistics were to be
+    written."""
+    known = dict(facts or {})
+    if options.coco is not None:
+        options, flags, known = protocol.coco(options, flags)
+    if options.guidance:
+        return protocol.sweep(options, flags, known, evaluate_fid)
     net = options.network()
     given = options.reference
     reference = Side.of_reference(given, options, net) if given else None
     images, share = options.open(flags, options.size)
+    if options.prompts is not None:
+        prompts_of(images, options.prompts)
     generated = Side(images.source, images)
     if reference and reference.images and reference.images.sides != images.sides:
         ours, theirs = ("{}×{}".format(*of.sides) for of in (images, reference.images))
@@ -159,7 +198,7 @@ def evaluate_fid(
     wanted = ("pool",) + ("spatial",) * ("sfid" in options.metrics)
     logits = ("logits",) * ("is" in options.metrics)
     own, extract = (
-        Extractor(OnDevices(net, options.mode, names), options.batch_size, share)
+        Extractor(dataclasses.replace(net, wanted=names), options.batch_size, share)
         for names in (wanted + logits, wanted)
     )
     done = generated.extract(own, "the generated images")
@@ -170,14 +209,14 @@ def evaluate_fid(
         return None
     if options.save_statistics:
         of = reference if reference and reference.images else generated
-        facts = {"mode": options.mode, "weights": net.digest, "size": options.size or 0}
+        facts = {"mode": net.mode, "weights": net.digest, "size": options.size or 0}
         facts |= {"n": of.count or 0, "images": of.sha256}
         frechet.write(options.save_statistics, of.parts, facts)
         print(f"written: {options.save_statistics}")
     if not scored:
         return None
     scores = _scores(options.metrics, generated, reference or generated)
-    _report(options, scores, generated, reference, net)
+    _report(options, scores, generated, reference, net, known)
     return scores
 
 
@@ -202,6 +241,7 @@ def _scores(metrics: Sequence[Metric], ours: Side, theirs: Side) -> dict[str, di
         "fid": lambda: {"fid": compare("")},
         "sfid": lambda: {"sfid": compare("_s")},
         "fid_infinity": lambda: {"fid_infinity": extrapolate()},
+        "cmmd": lambda: {"cmmd": {"value": set_scores.cmmd(*pools)}},
         "kid": lambda: {"kid": dict(zip(spread, set_scores.kid(*pools)))},
         "is": lambda: {
             "is": dict(zip(spread, set_scores.inception_score(ours.features["logits"])))
@@ -216,7 +256,8 @@ def _report(
     scores: Mapping[str, dict[str, Any]],
     generated: Side,
     reference: Side | None,
-    net: Inception,
+    net: OnDevices | Embeddings,
+    known: Mapping[str, Any],
 ) -> None:
     """Print the table, write score.json."""
     sides = {"generated": generated} | ({"reference": reference} if reference else {})
@@ -225,8 +266,10 @@ def _report(
         notes.append(f"{least} images are fewer than {_ENOUGH}: compare with the same number only")
         warnings.warn(notes[0], Notice, stacklevel=2)
     counts = ", ".join(f"{count or 'unknown'} {name}" for name, count in n.items())
-    print(f"mode {options.mode} · {net.name} · images: {counts}\n")
+    print(f"mode {net.mode} · {net.name} · images: {counts}\n")
     suffix = "" if options.random_inception is None else f" ({net.name})"
+    if options.features == "fd-dinov2":
+        suffix = f" ({net.name})"
     for name, score in scores.items():
         more = f"   ± {score['deviation']:.4f}" if "deviation" in score else ""
         if "interval" in score:
@@ -238,11 +281,12 @@ def _report(
         return
     first, main = next(iter(scores.items()))
     facts = {
-        "mode": options.mode,
+        "mode": net.mode,
         "size": options.size,
         "weights": {"name": net.name, "sha256": net.digest},
         "images": {name: side.to_dict() for name, side in sides.items()},
         **sampled_with(generated.images),
+        **known,
         "scores": scores,
         "warnings": notes,
     }

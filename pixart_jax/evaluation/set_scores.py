@@ -1,4 +1,4 @@
-"""Other scores of sets of Inception features: KID, the Inception score, precision and recall.
+"""Other scores of sets of features: KID, CMMD, the Inception score, precision and recall.
 
 KID: Bińkowski et al. 2018. Inception score: Salimans et al. 2016. Precision and recall:
 Kynkäänniemi et al. 2019. Density and coverage: Naeem et al. 2020.
@@ -28,6 +28,21 @@ def kid(
         xx, yy = (k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
         values.append((xx + yy) / (size * (size - 1)) - 2 * kernel(x, y).mean())
     return float(np.mean(values)), float(np.std(values))
+
+
+def cmmd(a: np.ndarray, b: np.ndarray) -> float:
+    """1000 · MMD² of L2-normalised CLIP embeddings [n, d] and [m, d] under exp(−‖x − y‖² / 200),
+    the pairs of an image with itself counted (Jayasumana et al. 2024)."""
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        total, y = 0.0, y.astype("f8")
+        for start in range(0, len(x), _ROWS):
+            part = x[start : start + _ROWS].astype("f8")
+            squared = (part**2).sum(1)[:, None] + (y**2).sum(1) - 2 * part @ y.T
+            total += float(np.exp(squared / -200).sum())
+        return total / (len(x) * len(y))
+
+    return 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
 
 
 def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:

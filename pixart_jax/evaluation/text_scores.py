@@ -16,7 +16,14 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from pixart_jax.errors import UserError, one_line
-from pixart_jax.evaluation.torch_models import TorchModel, load, placed, projected, require
+from pixart_jax.evaluation.torch_models import (
+    CLIP_COLOURS,
+    TorchModel,
+    load,
+    placed,
+    projected,
+    require,
+)
 from pixart_jax.weights.checkpoints import select
 from pixart_jax.weights.files import open_tensors
 from pixart_jax.weights.hub import model_folder
@@ -394,7 +401,7 @@ def _whole(image: np.ndarray, side: int) -> np.ndarray:
     """uint8 [h, w, 3] → float32 [3, side, side]: the longer side resized to ``side`` (bicubic), the
     other padded in black on both ends, normalised as CLIP's images."""
     torch = require()
-    mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    mean, deviation = (np.array(of, "f4")[:, None, None] for of in CLIP_COLOURS)
     pixels = torch.from_numpy(image.transpose(2, 0, 1) / np.float32(255))[None]
     if (longer := max(image.shape[:2])) != side:
         height, width = (round(n * side / longer) for n in image.shape[:2])
@@ -404,4 +411,4 @@ def _whole(image: np.ndarray, side: int) -> np.ndarray:
         top, left = (side - height) // 2, (side - width) // 2
         edges = (left, side - width - left, top, side - height - top)
         pixels = torch.nn.functional.pad(pixels, edges)
-    return (pixels[0].numpy() - np.c_[mean].reshape(3, 1, 1)) / np.c_[deviation].reshape(3, 1, 1)
+    return (pixels[0].numpy() - mean) / deviation

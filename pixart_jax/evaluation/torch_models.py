@@ -12,6 +12,10 @@ import numpy as np
 from pixart_jax.errors import UserError, one_line
 from pixart_jax.weights.hub import model_folder
 
+# mean and deviation of the channels, of 0 … 1
+CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchModel:
@@ -31,6 +35,59 @@ class TorchModel:
 
             given["images"] = [Image.fromarray(image) for image in images]
         return dict(self.processor(**given, return_tensors="pt").to(self.model.device))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embeddings:
+    """One vector an image, as features.Extractor runs it. mode: 'cmmd' (CLIP's projected embedding,
+    normalised, of the centre square) or 'fd-dinov2' (DINOv2's first state, of the image squashed to
+    224×224)."""
+
+    model: TorchModel
+    mode: str
+    wanted: tuple[str, ...] = ("pool",)
+    devices: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def digest(self) -> str:
+        return self.model.digest
+
+    @property
+    def key(self) -> Sequence[Any]:
+        return self.digest, self.mode
+
+    def width(self, name: str) -> int:
+        config = self.model.model.config
+        return config.projection_dim if self.mode == "cmmd" else config.hidden_size
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [h, w, 3] → float32 [3, side, side]."""
+        from PIL import Image
+
+        if self.mode == "cmmd":
+            side, (mean, deviation) = self.model.model.config.vision_config.image_size, CLIP_COLOURS
+            short = min(image.shape[:2])
+            top, left = ((length - short) // 2 for length in image.shape[:2])
+            image = image[top : top + short, left : left + short]
+        else:
+            side, (mean, deviation) = 224, IMAGENET_COLOURS
+        resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+        scaled = (np.asarray(resized) / 255 - mean) / deviation
+        return np.ascontiguousarray(scaled.transpose(2, 0, 1), "f4")
+
+    def compute(self, pixels: np.ndarray, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        torch, model = require(), self.model.model
+        with torch.inference_mode():
+            some = torch.from_numpy(pixels).to(model.device)
+            if self.mode == "cmmd":
+                found = torch.nn.functional.normalize(projected(model.get_image_features(some)))
+            else:
+                found = model(some).pooler_output
+        return {"pool": found.cpu().numpy()}
 
 
 def load(path: str, kind: str = "AutoModel", processor: str = "AutoProcessor") -> TorchModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from PIL import Image
 
 from pixart_jax import cli
 from pixart_jax.errors import Notice, UserError
-from pixart_jax.evaluation import command, features, generated, inception
+from pixart_jax.evaluation import command, features, generated, inception, protocol
 from pixart_jax.evaluation.features import Extractor, ImageSet, OnDevices
 from pixart_jax.evaluation.set_scores import kid
 from pixart_jax.images import write_png
@@ -225,6 +226,8 @@ def bad_inputs(tmp_path_factory):
         ("ok --reference other.npz --random-inception 0", "holds no mu and sigma"),
         ("ok --reference narrow.npz --random-inception 0", "of 5 numbers, not 27"),
         ("ok --reference nan.npz --random-inception 0", "NaN"),
+        ("ok --reference ok --features cmmd --random-inception 0", "uses --model"),
+        ("ok --reference ok --random-inception 0 --metrics cmmd", "no metric of --features"),
         ("empty --reference ok --random-inception 0", "holds no images"),
         ("ok --reference single --random-inception 0", "holds one image"),
         ("mixed --reference ok --random-inception 0", "differ in size"),
@@ -267,6 +270,54 @@ def test_images_are_generated_first_by_sample_pys_command(stand_in, monkeypatch)
     assert json.loads((stand_in / "score.json").read_text())["steps"] == 3
     monkeypatch.setattr(generated.subprocess, "run", lambda c: subprocess.CompletedProcess(c, 2))
     assert fid(stand_in / "a", *flags, "--", "--prompt") == 2
+
+
+def test_the_coco_protocol_and_its_sweep_over_guidance(stand_in, capsys):
+    """The list of captions, its hash in the score; the square cut of both sides; a folder a
+    guidance, and the lowest of them."""
+    pictures(stand_in / "coco", 0, 1)
+    pictures(stand_in / "coco" / "val2014", 9, 4, side=24)
+    (stand_in / "coco" / "annotations").mkdir()
+    files = [{"id": 7 + i, "file_name": f"{i:03d}.png"} for i in range(9)]
+    captions = [
+        {"id": 100 + n, "image_id": 7 + n % 8, "caption": f" A thing\n{n} "} for n in range(40)
+    ]
+    held = {"images": files, "annotations": captions}
+    (stand_in / "coco" / "annotations" / "captions_val2014.json").write_text(json.dumps(held))
+    rows = protocol.caption_list(stand_in / "coco" / protocol.ANNOTATIONS, 6)
+    again = protocol.caption_list(stand_in / "coco" / protocol.ANNOTATIONS, 6)
+    assert rows == again and len({row["file"] for row in rows}) == 6
+    for row in rows:
+        of = 7 + int(row["prompt"].split()[-1]) % 8
+        assert row["prompt"].startswith("A thing ") and files[of - 7]["file_name"] == row["file"]
+    (stand_in / "made").mkdir()
+    for n, guidance in enumerate((1.5, 4)):
+        folder = stand_in / "made" / f"guidance-{guidance:g}"
+        pictures(folder, 0, 1)
+        for i, row in enumerate(rows):
+            image = np.full((20, 16, 3), 100 + 40 * n + i, np.uint8)
+            settings = {"prompt": row["prompt"], "index": i, "seed": 0, "guidance": guidance}
+            write_png(folder / f"{i}.png", image, settings)
+    flags = ["--coco", stand_in / "coco", "--coco-captions", 6, "--random-inception", 0]
+    out = ["--out", stand_in / "out", "--guidance", 1.5, 4]
+    assert fid(stand_in / "made", *flags, *out) == 0, capsys.readouterr().err
+    record = json.loads((stand_in / "out" / "score.json").read_text())
+    one = json.loads((stand_in / "out" / "guidance-4" / "score.json").read_text())
+    assert [point["guidance"] for point in record["sweep"]] == [1.5, 4.0]
+    assert record["value"] == min(point["fid"] for point in record["sweep"])
+    assert record["sweep"][1]["fid"] == one["value"] and one["guidance"] == 4
+    listed = (stand_in / "out" / "captions.jsonl").read_bytes()
+    assert one["captions"] == {"sha256": hashlib.sha256(listed).hexdigest(), "n": 6}
+    assert one["size"] == 256 and one["n"] == {"generated": 6, "reference": 9}
+    assert Image.open(stand_in / "out" / "sweep.png").size[0] > 500
+    capsys.readouterr()
+    for more, says in (
+        (["--coco-captions", 9], "has captions of 8 images, not 9"),
+        (["--coco-captions", 5], "does not fit"),
+        (["--coco", stand_in], "no file"),
+    ):
+        assert fid(stand_in / "made", *flags, *out, *more) == 2
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.slow

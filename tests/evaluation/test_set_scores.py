@@ -132,3 +132,12 @@ def test_statistics_files_are_read_by_others_and_theirs_by_us(tmp_path):
     np.savez(tmp_path / "adm.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), **adm)
     parts, read, images = frechet.read(tmp_path / "adm.npz")
     assert read["mode"] == "tensorflow" and images and parts[""].count == 0
+
+
+def test_cmmd_of_equal_sets_and_of_two_points():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(1500, 8)).astype("f4")
+    assert set_scores.cmmd(a, a[::-1]) == pytest.approx(0, abs=1e-9)
+    x, y = rng.normal(size=(2, 8))
+    found = set_scores.cmmd(np.tile(x, (5, 1)), np.tile(y, (3, 1)))
+    assert found == pytest.approx(2000 * (1 - np.exp(-((x - y) ** 2).sum() / 200)), rel=1e-6)

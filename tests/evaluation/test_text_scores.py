@@ -25,12 +25,15 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
 )
 
 from pixart_jax import cli
 from pixart_jax.errors import Notice
-from pixart_jax.evaluation import command, features, text_scores
-from pixart_jax.evaluation.torch_models import projected
+from pixart_jax.evaluation import command, features, frechet, text_scores
+from pixart_jax.evaluation.set_scores import cmmd
+from pixart_jax.evaluation.torch_models import IMAGENET_COLOURS, Embeddings, load, projected
 from pixart_jax.images import write_png
 
 PROMPTS = ["a red circle", "two blue stars", "a dog " * 60, "", "a cat"]
@@ -134,6 +137,52 @@ def test_a_share_of_the_blocks_is_reused(world, tmp_path, capsys):
     (block,) = (tmp_path / "cache").glob("features/*/*.npz")
     assert evaluate(*run) == 0 and block.name == "000001.npz"
     assert "torchmetrics" in capsys.readouterr().out
+
+
+def test_cmmd_and_fd_dinov2_embed_as_their_authors(world, tmp_path):
+    """CMMD: CLIP's normalised embedding of the centre square; FD-DINOv2: the first state of an
+    image squashed to 224 × 224."""
+    root, arrays, clip, _ = world
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    dino = Dinov2Model(config).eval()
+    dino.save_pretrained(root / "dino")
+
+    def embed(image):
+        short = min(image.shape[:2])
+        top, left = ((side - short) // 2 for side in image.shape[:2])
+        square = Image.fromarray(image[top : top + short, left : left + short])
+        given = CLIPImageProcessor(do_resize=False, do_center_crop=False)
+        sized = square.resize((32, 32), Image.Resampling.BICUBIC)
+        pixels = given(sized, return_tensors="pt").pixel_values
+        first = F.normalize(projected(clip.get_image_features(pixels)))
+        sized = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+        colours = {n: IMAGENET_COLOURS[i] for i, n in enumerate(("image_mean", "image_std"))}
+        pixels = given(sized, return_tensors="pt", **colours).pixel_values
+        return first[0].detach(), dino(pixels).last_hidden_state[0, 0].detach()
+
+    wanted = [np.stack(rows) for rows in zip(*map(embed, arrays))]
+    for rows, mode, model in zip(wanted, ("cmmd", "fd-dinov2"), ("clip", "dino")):
+        network = Embeddings(load(str(root / model)), mode)
+        found = network.compute(np.stack([network.prepare(a) for a in arrays]), range(5))["pool"]
+        np.testing.assert_allclose(found, rows, atol=1e-5)
+        assert network.width("pool") == found.shape[1]
+    for n, of in enumerate(("a", "b")):
+        (root / of).mkdir()
+        for i, array in enumerate(arrays[2 * n : 2 * n + 3]):
+            Image.fromarray(array[:32]).save(root / of / f"{i}.png")
+    for features_of, model in (("cmmd", "clip"), ("fd-dinov2", "dino")):
+        flags = ("--reference", root / "b", "--features", features_of, "--model", root / model)
+        assert evaluate("fid", root / "a", *flags, "--out", tmp_path / model) == 0
+    record = json.loads((tmp_path / "clip" / "score.json").read_text())
+    assert (record["metric"], record["mode"]) == ("cmmd", "cmmd")
+    cut = [np.stack([embed(a[:32])[0] for a in of]) for of in (arrays[:3], arrays[2:5])]
+    assert record["value"] == pytest.approx(cmmd(*cut), rel=1e-4)
+    record = json.loads((tmp_path / "dino" / "score.json").read_text())
+    cut = [np.stack([embed(a[:32])[1] for a in of]) for of in (arrays[:3], arrays[2:5])]
+    expected = frechet.distance(*map(frechet.statistics, cut))
+    assert record["metric"].startswith("fid (") and record["value"] == pytest.approx(expected, 1e-3)
 
 
 def open_clip_forward(t, pixels, ids):
