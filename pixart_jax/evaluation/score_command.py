@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pixart_jax.errors import UserError
 from pixart_jax.evaluation import report, text_scores
 from pixart_jax.evaluation.features import Extractor
 from pixart_jax.evaluation.generated import GeneratedOptions, prompts_of, sampled_with
@@ -65,7 +66,10 @@ def evaluate_preference(
 ) -> float | None:
     """The mean score; None in processes other than the first."""
     open_model = text_scores.PREFERENCES[options.score]
-    scorer = open_model(options.model, options.tokenizer, options.head)
+    try:
+        scorer = open_model(options.model, options.tokenizer, options.head)
+    except KeyError as error:
+        raise UserError(f"{options.model} is of another model: it lacks {error}") from None
     return _evaluate(options, flags, scorer, options.score, {})
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from pixart_jax.config import Config, DataConfig, EvaluateConfig, StageConfig
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError
+from pixart_jax.evaluation import stage_metrics
 from pixart_jax.evaluation.checker import Detection
 from pixart_jax.evaluation.shapes_score import score, wilson
 from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, eval_prompts, judge
@@ -46,6 +49,25 @@ def test_true_images_score_one_and_blank_ones_zero(prompts, renders):
     blank = score(prompts, [np.full((64, 64, 3), 140, np.uint8)] * len(prompts))
     assert {share.score for share in blank.tasks.values()} == {0.0}
     assert blank.mean.score == 0 == blank.mean.floor
+
+
+def test_a_stage_is_scored_on_the_levels_prompts():
+    stage = StageConfig(
+        "words", data=DataConfig("tfds:shapes/plain"), evaluate=EvaluateConfig(1, ("shapes",), 48)
+    )
+    vae = SimpleNamespace(config=SimpleNamespace(factor=8))
+    frozen = SimpleNamespace(text_states=lambda texts, limit: None, vae=vae)
+    measure = stage_metrics.open_metric("shapes", Config("c", (stage,)), stage, frozen, None)
+    by_caption = {p.caption: shapes.render(p.scene) for p in eval_prompts("plain", 8)}
+    seen = []
+
+    def generate(batch, settings):
+        seen.append((settings.seed, len(settings.prompts), batch["mean"].shape[1:3]))
+        return [by_caption[prompt] for prompt in settings.prompts]
+
+    found = measure(generate)
+    assert found["shapes"] == 1 and found["shapes/binding"] == 1
+    assert seen == [(0, 32, (8, 8)), (32, 32, (8, 8))]  # of 40, the last ones repeated
 
 
 def test_the_floor_is_what_chance_gives():

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +31,9 @@ from transformers import (
 )
 
 from pixart_jax import cli
-from pixart_jax.errors import Notice
-from pixart_jax.evaluation import command, features, frechet, text_scores
+from pixart_jax.config import Config, EvaluateConfig, PreviewConfig, StageConfig
+from pixart_jax.errors import Notice, UserError
+from pixart_jax.evaluation import command, features, frechet, stage_metrics, text_scores
 from pixart_jax.evaluation.set_scores import cmmd
 from pixart_jax.evaluation.torch_models import IMAGENET_COLOURS, Embeddings, load, projected
 from pixart_jax.images import write_png
@@ -127,6 +129,22 @@ def test_the_three_clip_scores_and_pickscore_are_the_models_similarity(world, tm
     assert evaluate("clip", *run, "--prompts", root / "list.txt") == 2
     assert "no image" not in (err := capsys.readouterr().err) and "lacks, ''" in err
     assert torch.equal(projected(torch.ones(2)), torch.ones(2))  # as in transformers 4
+
+
+def test_a_stage_scores_its_images_by_the_previews_prompts(world):
+    root, arrays, *_ = world
+    cosine, _ = cosines(world)
+    evaluate_every = EvaluateConfig(1, ("clip",), 5, clip=str(root / "clip"))
+    stage = StageConfig("words", evaluate=evaluate_every)
+    config = Config("c", (stage,), preview=PreviewConfig(prompts=tuple(PROMPTS)))
+    vae = SimpleNamespace(config=SimpleNamespace(factor=8))
+    frozen = SimpleNamespace(text_states=lambda texts, limit: None, vae=vae)
+    measure = stage_metrics.open_metric("clip", config, stage, frozen, None)
+    assert measure(lambda batch, settings: arrays)["clip"] == pytest.approx(
+        100 * cosine.clip(0).mean(), rel=1e-4
+    )
+    with pytest.raises(UserError, match="embedded world"):
+        stage_metrics.open_metric("shapes", config, stage, frozen, None)
 
 
 def test_a_share_of_the_blocks_is_reused(world, tmp_path, capsys):
