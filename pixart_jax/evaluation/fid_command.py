@@ -95,7 +95,8 @@ class FidOptions(GeneratedOptions):
 
     def network(self) -> OnDevices | Embeddings:
         if self.features != "inception":
-            return Embeddings(load(self.model or _MODELS[self.features]), self.features)
+            path = self.model or _MODELS[self.features]
+            return Embeddings(load(path, processor=None), self.features)
         seed = self.random_inception
         net = inception.load(str(self.inception)) if seed is None else inception.random(seed)
         return OnDevices(net, self.mode)

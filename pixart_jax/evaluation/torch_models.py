@@ -90,8 +90,8 @@ class Embeddings:
         return {"pool": found.cpu().numpy()}
 
 
-def load(path: str, kind: str = "AutoModel", processor: str = "AutoProcessor") -> TorchModel:
-    """A local folder or hub id, opened by two classes of transformers. Raises UserError without
+def load(path: str, kind: str = "AutoModel", processor: str | None = "AutoProcessor") -> TorchModel:
+    """A local folder or hub id, opened by two classes of transformers (processor None: none). Raises UserError without
     PyTorch, and for a folder that they cannot open."""
     require()
     import transformers
@@ -99,9 +99,10 @@ def load(path: str, kind: str = "AutoModel", processor: str = "AutoProcessor") -
     folder = model_folder(path, ())
     try:
         model = getattr(transformers, kind).from_pretrained(folder, dtype="float32")
-        return placed(model, getattr(transformers, processor).from_pretrained(folder), path)
+        opened = processor and getattr(transformers, processor).from_pretrained(folder)
     except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} cannot be opened by {kind}: {one_line(error)}") from None
+    return placed(model, opened, path)
 
 
 def placed(model: Any, processor: Any, name: str) -> TorchModel:

@@ -52,9 +52,9 @@ def test_true_images_score_one_and_blank_ones_zero(prompts, renders):
 
 
 def test_a_stage_is_scored_on_the_levels_prompts():
-    stage = StageConfig(
-        "words", data=DataConfig("tfds:shapes/plain"), evaluate=EvaluateConfig(1, ("shapes",), 48)
-    )
+    evaluate = EvaluateConfig(1, ("shapes",), 48)
+    data = DataConfig("tfds:shapes/plain")
+    stage = StageConfig("words", data=data, evaluate=evaluate, start="fresh")
     vae = SimpleNamespace(config=SimpleNamespace(factor=8))
     frozen = SimpleNamespace(text_states=lambda texts, limit: None, vae=vae)
     measure = stage_metrics.open_metric("shapes", Config("c", (stage,)), stage, frozen, None)

@@ -31,14 +31,14 @@ from transformers import (
 )
 
 from pixart_jax import cli
-from pixart_jax.config import Config, EvaluateConfig, PreviewConfig, StageConfig
+from pixart_jax.config import Config, DataConfig, EvaluateConfig, PreviewConfig, StageConfig
 from pixart_jax.errors import Notice, UserError
 from pixart_jax.evaluation import command, features, frechet, stage_metrics, text_scores
 from pixart_jax.evaluation.set_scores import cmmd
 from pixart_jax.evaluation.torch_models import IMAGENET_COLOURS, Embeddings, load, projected
 from pixart_jax.images import write_png
 
-PROMPTS = ["a red circle", "two blue stars", "a dog " * 60, "", "a cat"]
+PROMPTS = ["a red circle", "two blue stars", "a dog " * 60 + "end", "", "a cat"]
 
 
 def random_weights(shapes, seed=0):
@@ -135,7 +135,9 @@ def test_a_stage_scores_its_images_by_the_previews_prompts(world):
     root, arrays, *_ = world
     cosine, _ = cosines(world)
     evaluate_every = EvaluateConfig(1, ("clip",), 5, clip=str(root / "clip"))
-    stage = StageConfig("words", evaluate=evaluate_every)
+    stage = StageConfig(
+        "words", data=DataConfig("folder:x"), evaluate=evaluate_every, start="fresh"
+    )
     config = Config("c", (stage,), preview=PreviewConfig(prompts=tuple(PROMPTS)))
     vae = SimpleNamespace(config=SimpleNamespace(factor=8))
     frozen = SimpleNamespace(text_states=lambda texts, limit: None, vae=vae)
@@ -182,7 +184,7 @@ def test_cmmd_and_fd_dinov2_embed_as_their_authors(world, tmp_path):
 
     wanted = [np.stack(rows) for rows in zip(*map(embed, arrays))]
     for rows, mode, model in zip(wanted, ("cmmd", "fd-dinov2"), ("clip", "dino")):
-        network = Embeddings(load(str(root / model)), mode)
+        network = Embeddings(load(str(root / model), processor=None), mode)
         found = network.compute(np.stack([network.prepare(a) for a in arrays]), range(5))["pool"]
         np.testing.assert_allclose(found, rows, atol=1e-5)
         assert network.width("pool") == found.shape[1]
@@ -307,6 +309,8 @@ def test_image_reward_reads_its_names(world, tmp_path):
         ),
         strict=False,
     )
+    types = "embeddings.token_type_embeddings.weight"  # BLIP's text encoder has none
+    bert.embeddings.token_type_embeddings.weight.data.zero_()
     at = "blip.visual_encoder"
     shapes = {f"{at}.cls_token": (1, 1, d), f"{at}.pos_embed": (1, 5, d)}
     for name, *size in (
@@ -316,7 +320,7 @@ def test_image_reward_reads_its_names(world, tmp_path):
     ):
         shapes |= {f"{at}.{name}.weight": tuple(size), f"{at}.{name}.bias": (size[0],)}
     t, layers = random_weights(shapes.items()), head(d)
-    whole = t | {f"blip.text_encoder.{k}": v for k, v in bert.state_dict().items()}
+    whole = t | {f"blip.text_encoder.{k}": v for k, v in bert.state_dict().items() if k != types}
     whole |= {f"mlp.layers.{k}": v for k, v in layers.state_dict().items()}
     torch.save(whole | {"blip.text_proj.bias": torch.zeros(3)}, tmp_path / "reward.pt")
     flags = ("--model", tmp_path / "reward.pt", "--tokenizer", root / "clip", "--out", tmp_path)
@@ -338,7 +342,8 @@ def test_image_reward_reads_its_names(world, tmp_path):
     texts = processor.tokenizer(
         PROMPTS, padding=True, truncation=True, max_length=35, return_tensors="pt"
     )
-    mask = texts.attention_mask[:, None].expand(-1, texts.attention_mask.shape[1], -1)
+    length = texts.attention_mask.shape[1]
+    mask = texts.attention_mask[:, None, None].bool().expand(-1, 1, length, -1)
     states = bert(texts.input_ids, mask, encoder_hidden_states=x).last_hidden_state
     rewards = (layers(states[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
     found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
