@@ -91,8 +91,8 @@ class Embeddings:
 
 
 def load(path: str, kind: str = "AutoModel", processor: str | None = "AutoProcessor") -> TorchModel:
-    """A local folder or hub id, opened by two classes of transformers (processor None: none). Raises UserError without
-    PyTorch, and for a folder that they cannot open."""
+    """A local folder or hub id, opened by two classes of transformers (processor None: none).
+    Raises UserError without PyTorch, and for a folder that they cannot open."""
     require()
     import transformers
 
