@@ -121,6 +121,7 @@ def prompts_of(images: ImageSet, file: Path | None) -> list[str]:
         (recorded, set(rows), f"an image of {images.source} has a prompt that it lacks"),
         (rows, set(recorded), f"no image of {images.source} has its prompt"),
     ):
-        if missing := next((prompt for prompt in some if prompt not in others), None):
-            raise UserError(f"{file} does not fit: {what}, {missing[:60]!r}")
+        for prompt in some:
+            if prompt not in others:
+                raise UserError(f"{file} does not fit: {what}, {prompt[:60]!r}")
     return recorded

@@ -97,7 +97,7 @@ def cosines(world, prefix=""):
         given = processor(text=[prefix + prompt], images=[Image.fromarray(array)], **how)
         with torch.no_grad():
             found.append(float(model(**given).logits_per_image[0, 0]))
-    scale = float(model.logit_scale.exp())
+    scale = float(model.logit_scale.detach().exp())
     return np.array(found) / scale, scale
 
 

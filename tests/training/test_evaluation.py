@@ -100,37 +100,45 @@ def small_features(monkeypatch):
     monkeypatch.setattr(inception, "random", lambda seed: Means())
 
 
+def measured(world, **options):
+    """The second stage of the curriculum alone, 4 steps; and a config of other stages."""
+    whole = tiny_run.curriculum(world, checkpoint_every=2)
+    preview = dataclasses.replace(whole.preview, steps=2)
+    plain = dataclasses.replace(whole.stages[1], steps=4, start="fresh")
+    evaluate = EvaluateConfig(2, ("loss", "fid"), 8, inception="random:0", split="train", **options)
+    stage = dataclasses.replace(plain, evaluate=evaluate)
+    return plain, stage, lambda *stages: dataclasses.replace(whole, stages=stages, preview=preview)
+
+
 def test_metrics_of_images_change_no_parameter_and_a_stage_ends_below_a_limit(
     world, tmp_path, small_features, capsys
 ):
-    """FID and loss, after text_to_image of the curriculum; the loss ends the stage, and the same
-    call goes on where the run was killed."""
-    whole = tiny_run.curriculum(world, checkpoint_every=2)
-    plain = dataclasses.replace(whole.stages[1], steps=4, start="fresh")
-    measured = EvaluateConfig(2, ("fid", "loss"), 8, inception="random:0", split="train")
-    preview = dataclasses.replace(whole.preview, steps=2)
-
-    def run(place, *stages):
-        config = dataclasses.replace(whole, stages=stages, preview=preview)
-        train.train(config, tmp_path / place, None, train.open_metric)
-        return tiny_run.figures(tmp_path / place)
-
-    run("plain", plain)
-    lines = run("measured", dataclasses.replace(plain, evaluate=measured))
-    assert same_states(tmp_path / "plain", tmp_path / "measured", 4)
-    values = {line["step"]: line["evaluate/fid"] for line in lines if "evaluate/fid" in line}
-    assert values.keys() == {2, 4} and all(0 < value < np.inf for value in values.values())
-
-    early = dataclasses.replace(measured, metrics=("loss", "fid"), stop_below=100.0)
-    first = dataclasses.replace(plain, evaluate=early)
-    second = dataclasses.replace(plain, name="second", steps=1, start="previous")
-    lines = run("early", first, second)
+    plain, stage, config = measured(world, stop_below=100.0)
+    train.train(config(plain), tmp_path / "plain")
+    train.train(config(stage), tmp_path / "measured", None, train.open_metric)
+    assert same_states(tmp_path / "plain", tmp_path / "measured", 2)
     assert "ends at step 2" in capsys.readouterr().out
+    assert not (tmp_path / "measured" / "checkpoints" / "4").exists()
+    lines = tiny_run.figures(tmp_path / "measured")
+    (line,) = [line for line in lines if "evaluate/fid" in line]
+    assert line["step"] == 2 and 0 < line["evaluate/fid"] < np.inf and "evaluate/loss" in line
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_a_stage_that_ended_early(world, tmp_path, small_features):
+    plain, stage, config = measured(world, stop_below=100.0)
+    second = dataclasses.replace(plain, name="second", steps=1, start="previous")
+
+    def run():
+        train.train(config(stage, second), tmp_path / "run", None, train.open_metric)
+        return tiny_run.figures(tmp_path / "run")
+
+    lines = run()
     assert [line["total_step"] for line in lines if line["stage"] == "second"] == [5]
-    shutil.rmtree(tmp_path / "early" / "checkpoints" / "5")  # killed in the second stage
-    assert run("early", first, second) == lines
-    shutil.rmtree(tmp_path / "early" / "model")
-    assert run("early", first, second) == lines and (tmp_path / "early" / "model").is_dir()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "5")  # killed in the second stage
+    assert run() == lines
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert run() == lines and (tmp_path / "run" / "model").is_dir()
 
 
 @pytest.mark.parametrize(
