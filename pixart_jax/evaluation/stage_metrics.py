@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pixart_jax.config import Config, StageConfig
+from pixart_jax.config import TEXT_TO_IMAGE, Config, StageConfig
 from pixart_jax.data import shapes
 from pixart_jax.data.loader import Loader
 from pixart_jax.errors import UserError
@@ -31,14 +31,14 @@ def open_metric(
     (training.evaluation.OpenMetric). Raises UserError where the stage has no images for it."""
     options = stage.evaluate
     if name == "fid":
-        if stage.task not in ("class_conditional", "text_to_image", "controlnet"):
+        if stage.task in ("autoencoder", "text_to_text"):
             raise UserError(f"stage {stage.name}: fid needs a stage that generates images")
         weights = str(options.inception)
         kind, _, seed = weights.partition(":")
         random = kind == "random" and seed.isdecimal()
         net = inception.random(int(seed)) if random else inception.load(weights)
         return Fid(config, options.count, frozen, held_out, net)
-    if stage.task != "text_to_image":
+    if stage.task not in TEXT_TO_IMAGE:
         raise UserError(f"stage {stage.name}: {name} needs task text_to_image, not {stage.task}")
     if name == "clip":
         if not config.preview.prompts:
