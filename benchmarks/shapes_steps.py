@@ -5,7 +5,7 @@ the exact checker on the same scenes and noise.
         --student TDM=runs/shapes_tdm/model --student LCM-LoRA=assets/shapes:runs/lora/adapter
 
 Every point is a folder of --out with the score of `evaluate shapes`; those that are there are not
-computed again. Writes table.md and steps.png.
+computed again. Writes LEVEL.md and LEVEL.png.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Point:
     @property
     def evaluations(self) -> int:
         """Of the model, an image."""
-        return self.steps * (1 if self.guidance == 1 else 2)
+        passes = 2 * self.steps - 1 if self.solver == "heun" else self.steps
+        return passes * (1 if self.guidance == 1 else 2)
 
     @property
     def name(self) -> str:
