@@ -338,6 +338,7 @@ def finished(world, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_resumes_to_the_same_bits(finished, world, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     kill_before(monkeypatch, 6)
