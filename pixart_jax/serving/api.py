@@ -23,11 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import concurrent.futures
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,33 +38,28 @@ from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 from starlette.exceptions import HTTPException
 
+from pixart_jax.images import image_bytes
 from pixart_jax.serving import uploads
 from pixart_jax.serving.engine import Done, Engine, Event, Failed, Job, Preview, Progress
 from pixart_jax.serving.errors import ApiError, as_api_error
 from pixart_jax.serving.guard import FORM_LIMIT, Access, Guard
 from pixart_jax.serving.metrics import Metrics
 from pixart_jax.serving.offer import Drawing, Offer
-from pixart_jax.serving.results import ImageStore, encoded
+from pixart_jax.serving.results import ImageStore
 
 KEEP_ALIVE = 15.0  # seconds without an event
 STATIC = Path(__file__).with_name("static")
 
 
-def _whole(value: Any) -> Any:
-    """JSON Schema's integer: 1.0 is one, "1" and true are not."""
-    if isinstance(value, bool | str):
-        raise ValueError("a whole number is needed")
-    return value
-
-
 def _number(value: Any) -> Any:
+    """As in JSON Schema: 1.0 is an integer, "1" and true are not."""
     if isinstance(value, bool | str):
         raise ValueError("a number is needed")
     return value
 
 
-_Whole = BeforeValidator(_whole)
-_Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+_Whole = BeforeValidator(_number)
+_Number = Annotated[float, Field(allow_inf_nan=False), _Whole]
 
 
 class LoraWeight(BaseModel):
@@ -176,11 +170,6 @@ class Service:
         self.engine, self.offer, self.metrics = engine, offer, Metrics(engine)
         self.images = ImageStore()
         self.created = int(time.time())
-        # packing a PNG of 1024 px takes a third of a second, without Python's lock
-        self.pool = concurrent.futures.ThreadPoolExecutor(4, "pictures")
-
-    async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
     def submit(
         self, drawing: Drawing, previews: int = 0, progress: bool = False
@@ -238,8 +227,8 @@ class _Answer:
     async def image(self, event: Done) -> dict[str, Any]:
         """One of ``data``."""
         settings = self.service.offer.settings(self.drawing, event.index)
-        packing = encoded, event.pixels, settings, self.kind, self.quality
-        data = await self.service.aside(*packing)
+        how: Any = event.pixels, settings, self.kind, self.quality
+        data = await asyncio.to_thread(image_bytes, *how)
         found: dict[str, Any] = {"index": event.index, "seed": settings["seed"]}
         found |= {"parameters": settings, "prompt_truncated": self.lost}
         if self.body.response_format == "url":
@@ -264,7 +253,7 @@ class _Answer:
                     place = {"state": event.state, "position": event.position}
                     yield _sse(f"{prefix}.progress", place, step=event.step, steps=event.steps)
                 elif isinstance(event, Preview):
-                    pixels = await self.service.aside(encoded, event.pixels, None, self.kind, 90)
+                    pixels = await asyncio.to_thread(image_bytes, event.pixels, None, self.kind, 90)
                     place = {"partial_image_index": event.number, "image_index": event.index}
                     place |= {"b64_json": base64.b64encode(pixels).decode(), **self.about}
                     yield _sse(f"{prefix}.partial_image", place, created_at=int(time.time()))
@@ -398,7 +387,7 @@ def create_app(
             body = EditRequest(**uploads.parsed(texts))
         except ValidationError as error:
             raise _as_bad_field(error.errors()) from None
-        pictures = await service.aside(uploads.pictures, files, body.control_from)
+        pictures = await asyncio.to_thread(uploads.pictures, files, body.control_from)
         return await _answer(service, request, body, pictures)
 
     @app.api_route("/v1/images/variations", methods=["POST"], include_in_schema=False)
@@ -418,7 +407,7 @@ def create_app(
     @app.post("/v1/tokens")
     async def tokens(body: TokensRequest) -> dict[str, Any]:
         service.offer.check_text("prompt", body.prompt)
-        count, lost = await service.aside(service.offer.tokens, body.prompt)
+        count, lost = await asyncio.to_thread(service.offer.tokens, body.prompt)
         limit = service.offer.model.transformer.text_tokens
         return {"count": count, "limit": limit, "lost": lost}
 

@@ -127,7 +127,7 @@ def make_app(
     _log_to_stderr()
     warnings.simplefilter("ignore", Notice)  # their texts name prompts
     engine, offer = flags.engine.build(on_failure)
-    names = [*flags.public_host, "*" if public else flags.host.lower()]
+    names = [*map(str.lower, flags.public_host), "*" if public else flags.host.lower()]
     service = api.Service(engine, offer)
     access = Access(keys, tuple(names), flags.rate, flags.log_prompts)
     tools = mcp_server.make_server(service)

@@ -107,15 +107,7 @@ class Renderer(Protocol):
         """Latents [h, w, c] → rough uint8 [h, w, 3], without the device."""
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchReport:
-    """Of one batch: the images in it, its size, seconds, and whether it compiled a program."""
-
-    drawing: Drawing
-    images: int
-    size: int
-    seconds: float
-    compiled: bool
+OnBatch = Callable[[Drawing, int, float, bool], None]  # one, images, seconds, whether it compiled
 
 
 class Job:
@@ -164,7 +156,7 @@ class Engine:
         timeout: float = 300,
         max_programs: int = 64,
         stuck_after: float = 600,
-        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_batch: OnBatch = lambda *report: None,
         on_failure: Callable[[Exception], None] = lambda error: None,
     ):
         self._open, self._warm_up = open_renderer, list(warm_up)
@@ -227,17 +219,13 @@ class Engine:
                 raise QueueFull(min(max(wait, 1), RETRY_LIMIT))
             if drawing.program not in self._programs:
                 if len(self._programs) >= self.max_programs:
-                    raise Refused(
-                        f"this combination of size, steps and other options would be program "
-                        f"{self.max_programs + 1} of at most {self.max_programs}: use an earlier "
-                        "one"
-                    )
+                    more = f"program {self.max_programs + 1} of at most {self.max_programs}"
+                    raise Refused(f"this size with these options would be {more}: use others")
                 self._programs.add(drawing.program)
-            position = len(self._queue)
+            if progress:
+                job.tell(Progress("queued", len(self._queue), 0, drawing.run_steps))
             self._queue.extend((job, index) for index in range(drawing.count))
             self._changed.notify_all()
-        if progress:
-            job.tell(Progress("queued", position, 0, drawing.run_steps))
         return job
 
     def cancel(self, job: Job) -> None:
@@ -301,7 +289,7 @@ class Engine:
                 if not self._queue:
                     if self.state == "draining":
                         return None
-                    self._changed.wait(timeout=1)
+                    self._changed.wait()
                     continue
                 oldest = self._queue[0][0]
                 batch = [one for one in self._queue if one[0].drawing.key == oldest.drawing.key]
@@ -362,7 +350,7 @@ class Engine:
         self._running, self._began = [], None
         if images:
             self._compiled.add(first.program)
-            self.on_batch(BatchReport(first, len(batch), self.batch_size, seconds, new))
+            self.on_batch(first, len(batch), seconds, new)
             if not new:
                 self._seconds_an_image += 0.2 * (seconds / len(batch) - self._seconds_an_image)
         for (job, index), pixels in zip(batch, images or [None] * len(batch)):

@@ -47,17 +47,16 @@ class Access:
     rate: float = 0
     log_prompts: bool = False
 
-    def check_host(self, headers: Headers, linked: bool = False) -> None:
-        """linked: for what a link on another site may open, the page."""
-        host = headers.get("host", "")
-        name = re.sub(r":\d+$", "", host).lower()
+    def check_host(self, headers: Headers) -> None:
+        name = re.sub(r":\d+$", "", headers.get("host", "")).lower()
         if name not in (*LOOPBACK, *self.hosts) and "*" not in self.hosts:
-            raise ApiError(
-                421, f"host {name[:80]!r} is not served here: --public-host", "host_not_allowed"
-            )
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+            denied = f"host {name[:80]!r} is not served here: --public-host adds it"
+            raise ApiError(421, denied, "host_not_allowed")
+
+    def check_origin(self, headers: Headers) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
         same = origin is None or origin in (f"http://{host}", f"https://{host}")
-        if not same or site not in ("same-origin", "none") and not linked:
+        if not same or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise ApiError(403, "requests of other sites are refused", "origin_not_allowed")
 
     def check_key(self, headers: Headers) -> str:
@@ -65,7 +64,7 @@ class Access:
         if not self.keys:
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        given = hashlib.sha256(key.strip().encode("latin-1")).digest()  # as it was sent
         found = [name for name, own in self.keys.items() if hmac.compare_digest(own, given)]
         if scheme.lower() != "bearer" or not found:
             what = "a wrong API key" if key else "an API key is needed (Authorization: Bearer KEY)"
@@ -76,7 +75,7 @@ class Access:
 class Guard:
     """ASGI middleware. ``scope["facts"]`` is a dict that routes add to, for the log."""
 
-    def __init__(self, app: Any, access: Access, metrics: Metrics | None = None):
+    def __init__(self, app: Any, access: Access, metrics: Metrics):
         self._app, self._access, self._metrics = app, access, metrics
         self._buckets: dict[str, tuple[float, float]] = {}  # caller: (requests left, time)
 
@@ -117,8 +116,7 @@ class Guard:
                 if self._access.log_prompts:
                     facts["prompt"] = job.drawing.prompt
             route = getattr(scope.get("route"), "path", "other") or "page"
-            if self._metrics is not None:
-                self._metrics.answered(route, facts)
+            self._metrics.answered(route, facts)
             if path not in _OPEN:
                 ACCESS.info(json.dumps(facts, ensure_ascii=False))
 
@@ -126,9 +124,13 @@ class Guard:
         path, post = scope["path"], scope["method"] == "POST"
         if path in _OPEN:
             return
-        self._access.check_host(headers, linked=not path.startswith(_CLOSED) and not post)
+        self._access.check_host(headers)
+        if post or path.startswith(_CLOSED):
+            self._access.check_origin(headers)
         if path.startswith(_CLOSED):
             facts["key"] = self._access.check_key(headers)
+        if path == "/mcp" and scope["method"] == "GET":
+            raise ApiError(405, "no stream outside requests")  # it would never end
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         wanted = "multipart/form-data" if path == "/v1/images/edits" else "application/json"
         if post and path.startswith("/v1/") and kind != wanted:

@@ -34,12 +34,12 @@ from pydantic import BaseModel, Field
 
 from pixart_jax import cli
 from pixart_jax.errors import Notice, UserError
+from pixart_jax.images import image_bytes
 from pixart_jax.serving import uploads
 from pixart_jax.serving.api import Service
 from pixart_jax.serving.engine import Done, Progress
 from pixart_jax.serving.errors import as_api_error
 from pixart_jax.serving.opening import EngineFlags
-from pixart_jax.serving.results import encoded
 
 PREVIEW = 512  # px of a preview's longer side; clients cut results of 1 MB
 INSTRUCTIONS = (
@@ -93,9 +93,9 @@ def make_server(service: Service, folder: Path | None = None) -> MCPServer:
         found = Generated(names=[], seeds=[], parameters=[], paths=[], prompt_truncated=lost)
         for event in sorted(done, key=lambda one: one.index):
             settings = service.offer.settings(drawing, event.index)
-            data = await service.aside(encoded, event.pixels, settings, "png", 100)
+            data = await asyncio.to_thread(image_bytes, event.pixels, settings, "png", 100)
             name = service.images.put(data, "png")
-            preview = await service.aside(_preview, event.pixels)
+            preview = await asyncio.to_thread(_preview, event.pixels)
             content.append(ImageContent(type="image", data=preview, mime_type="image/webp"))
             link: Any = {"uri": _address(ctx, name), "name": name, "size": len(data)}
             content.append(ResourceLink(type="resource_link", mime_type="image/png", **link))
@@ -104,7 +104,7 @@ def make_server(service: Service, folder: Path | None = None) -> MCPServer:
             found.parameters.append(settings)
             if folder is not None:
                 path = folder / name
-                await service.aside(path.write_bytes, data)
+                await asyncio.to_thread(path.write_bytes, data)
                 found.paths.append(str(path.resolve()))
         facts = found.model_dump_json(exclude_none=True, exclude_defaults=True)
         content.append(TextContent(type="text", text=facts))
@@ -145,7 +145,7 @@ def make_server(service: Service, folder: Path | None = None) -> MCPServer:
             files = {"image": _bytes(service, image)}
             if mask is not None:
                 files["mask"] = _bytes(service, mask)
-            pictures = await service.aside(uploads.pictures, files)
+            pictures = await asyncio.to_thread(uploads.pictures, files)
         except Exception as error:
             raise ToolError(str(as_api_error(error))) from None
         fields = {"negative_prompt": negative_prompt, "seed": seed, "strength": strength}
@@ -231,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     engine.start()
     make_server(Service(engine, offer), folder=flags.out).run()
-    engine.close(timeout=1)
+    engine.close(timeout=30)
     return 0
 
 
@@ -248,26 +248,15 @@ async def _forward(address: str) -> None:
         except Exception as error:
             raise UserError(f"--connect {address}: no server answers there ({error})") from None
 
-        async def list_tools(ctx: Any, params: Any):
-            return await there.list_tools()
-
-        async def call_tool(ctx: Any, params: Any):
-            report = ctx.session.report_progress
-            return await there.call_tool(params.name, params.arguments, progress_callback=report)
-
-        async def read_resource(ctx: Any, params: Any):
-            return await there.read_resource(params.uri)
-
-        async def templates(ctx: Any, params: Any):
-            return await there.list_resource_templates()
-
         here: Any = Server(
             "pixart-jax",
             instructions=INSTRUCTIONS,
-            on_list_tools=list_tools,
-            on_call_tool=call_tool,
-            on_read_resource=read_resource,
-            on_list_resource_templates=templates,
+            on_list_tools=lambda ctx, params: there.list_tools(),
+            on_call_tool=lambda ctx, params: there.call_tool(
+                params.name, params.arguments, progress_callback=ctx.session.report_progress
+            ),
+            on_read_resource=lambda ctx, params: there.read_resource(params.uri),
+            on_list_resource_templates=lambda ctx, params: there.list_resource_templates(),
         )
         async with stdio_server() as (reading, writing):
             await here.run(reading, writing, here.create_initialization_options())

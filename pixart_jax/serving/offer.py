@@ -6,6 +6,7 @@ each are a list: no request compiles what is not on it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.data import buckets
+from pixart_jax.data.images import to_bucket
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline.editing import check_image, check_mask, first_step
+from pixart_jax.pipeline.editing import check_control, check_image, check_mask, first_step
 from pixart_jax.pipeline.folder import ModelFolder
 from pixart_jax.pipeline.image_size import check_options
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_seed
@@ -88,7 +90,8 @@ class Drawing:
 @dataclasses.dataclass(frozen=True)
 class Offer:
     """name: the model's. sizes: (height, width) in px, the default first. solvers: {name:
-    SamplingConfig with its defaults}, the default first. max_count: images of a request."""
+    SamplingConfig with its defaults}, the default first. max_count: images of a request. recorded:
+    in the settings of each image."""
 
     model: ModelFolder
     name: str
@@ -99,9 +102,7 @@ class Offer:
     max_prompt_chars: int = 4000
     adapters: tuple[str, ...] = ()
     controlnets: tuple[str, ...] = ()
-    recorded: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # in each image's settings
+    recorded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -111,50 +112,32 @@ class Offer:
         sizes: Sequence[tuple[int, int]] = (),
         steps: Sequence[int] = (),
         solvers: Sequence[str] = (),
-        batch_size: int = 8,
-        max_prompt_chars: int = 4000,
-        adapters: Sequence[str] = (),
-        controlnets: Sequence[str] = (),
-        recorded: Mapping[str, Any] | None = None,
+        **limits: Any,
     ) -> Offer:
-        """sizes, steps, solvers: by default those of the model's kind. Raises UserError for one
-        that the model cannot be sampled with."""
+        """sizes, steps, solvers: by default those of the model's kind. limits: the fields from
+        max_count on. Raises UserError for what the model cannot be sampled with."""
         own = model.sampling.with_defaults()
         distilled = own.solver in ("lcm", "dmd")
-        names = tuple(solvers) or (
-            (str(own.solver),) if distilled else tuple(dict.fromkeys((str(own.solver), *SOLVERS)))
-        )
+        usual = (own.solver,) if distilled else dict.fromkeys((own.solver, *SOLVERS))
         config = SamplingConfig(text_length=model.transformer.text_tokens)
         configs = {
-            name: dataclasses.replace(config, solver=name).with_defaults(own) for name in names
+            str(name): dataclasses.replace(config, solver=name).with_defaults(own)
+            for name in solvers or usual
         }
-        parts = model.transformer, model.vae, model.scheduler
-        default = configs[names[0]]
-        allowed = sorted({*(FEW_STEPS if distilled else STEPS), int(default.steps or 0)})
+        default = next(iter(configs.values()))
 
         def possible(count: int) -> bool:
-            try:
-                check_options(dataclasses.replace(default, steps=count), *parts)
-                return True
-            except UserError:
-                return False
+            with contextlib.suppress(UserError):
+                return bool(_check(model, dataclasses.replace(default, steps=count)))
+            return False
 
         for height, width in sizes:
-            check_options(default, *parts, height, width)
+            _check(model, default, height, width)
         for count in steps:
-            check_options(dataclasses.replace(default, steps=count), *parts)
-        return cls(
-            model,
-            model.name,
-            tuple(sizes) or _sizes(model),
-            tuple(steps) or tuple(count for count in allowed if possible(count)),
-            configs,
-            min(MAX_COUNT, 2 * batch_size),
-            max_prompt_chars,
-            tuple(adapters),
-            tuple(controlnets),
-            dict(recorded or {}),
-        )
+            _check(model, dataclasses.replace(default, steps=count))
+        known = sorted({*(FEW_STEPS if distilled else STEPS), int(default.steps or 0)})
+        steps = tuple(steps) or tuple(filter(possible, known))
+        return cls(model, model.name, tuple(sizes) or _sizes(model), steps, configs, **limits)
 
     @property
     def default(self) -> SamplingConfig:
@@ -162,19 +145,14 @@ class Offer:
 
     def describe(self) -> dict[str, Any]:
         """The offer as /v1/models shows it."""
-        solvers = [
-            {
-                "name": name,
-                "steps": _nearest_steps(self.steps, int(one.steps or 0)),
-                "guidance": one.guidance,
-            }
-            for name, one in self.solvers.items()
-        ]
         return {
             "sizes": [_size_text(one) for one in self.sizes],
             "default_size": _size_text(self.sizes[0]),
             "steps": list(self.steps),
-            "solvers": solvers,
+            "solvers": [
+                {"name": name, "steps": self._near(one), "guidance": one.guidance}
+                for name, one in self.solvers.items()
+            ],
             "strengths": list(STRENGTHS),
             "max_n": self.max_count,
             "max_prompt_chars": self.max_prompt_chars,
@@ -234,16 +212,14 @@ class Offer:
         """Fill in defaults. Raises Refused, which names the field, for what is not offered."""
         self.check_text("prompt", prompt)
         self.check_text("negative_prompt", negative_prompt)
-        if not 1 <= n <= self.max_count:
-            raise Refused(f"n {n}: 1 to {self.max_count} images are made at once", "n")
+        _within("n", n, 1, self.max_count)
         solver = next(iter(self.solvers)) if solver is None else solver
         _one_of("solver", solver, list(self.solvers))
         config = self.solvers[solver]
-        steps = num_inference_steps or _nearest_steps(self.steps, int(config.steps or 0))
+        steps = self._near(config) if num_inference_steps is None else num_inference_steps
         _one_of("num_inference_steps", steps, list(self.steps))
         guidance = float(guidance_scale if guidance_scale is not None else config.guidance or 1)
-        if not 0 <= guidance <= 100:  # false for NaN too
-            raise Refused(f"guidance_scale {guidance}: 0 to 100 is possible", "guidance_scale")
+        _within("guidance_scale", guidance, 0, 100)
         picture = image if image is not None else control
         if size == "auto" and picture is not None:
             height, width = self._nearest(picture.shape[0] / picture.shape[1])
@@ -261,14 +237,14 @@ class Offer:
             if image is None:
                 raise Refused("a mask needs the image that stays outside it", "mask")
             mask = _checked("mask", check_mask, mask, image)
-        if control is not None and not self.controlnets:
-            raise Refused("control: this server has no ControlNet", "control")
-        if not abs(control_scale) <= 10:
-            raise Refused("control_scale: -10 to 10 is possible", "control_scale")
+        if control is not None:
+            if not self.controlnets:
+                raise Refused("control: this server has no ControlNet", "control")
+            control, _ = to_bucket(check_control(control), (height, width))
+        _within("control_scale", control_scale, -10, 10)
         for name, weight in lora:
             _one_of("lora", name, list(self.adapters))
-            if not abs(weight) <= 10:
-                raise Refused(f"lora {name}: a weight of -10 to 10 is possible", "lora")
+            _within("lora", weight, -10, 10)
         if len(dict(lora)) < len(lora):
             raise Refused("lora: each adapter once", "lora")
         found = Drawing(
@@ -288,10 +264,7 @@ class Offer:
             float(control_scale),
             tuple(sorted((name, float(weight)) for name, weight in lora)),
         )
-        model = self.model
-        sides = model.transformer, model.vae, model.scheduler, height, width
-        start = first_step(steps, found.strength) if image is not None else 0
-        check_options(self.config(found), *sides, start=start)
+        _check(self.model, self.config(found), height, width, steps - found.run_steps)
         return found
 
     def check_text(self, param: str, text: str) -> None:
@@ -314,6 +287,10 @@ class Offer:
         """Image tokens of one image in the transformer."""
         side = self.model.vae.factor * self.model.transformer.patch_size
         return (drawing.height // side) * (drawing.width // side)
+
+    def _near(self, config: SamplingConfig) -> int:
+        """The offered number of steps nearest to a config's."""
+        return min(self.steps, key=lambda count: abs(count - int(config.steps or 0)))
 
     def _nearest(self, ratio: float) -> tuple[int, int]:
         """The offered size nearest to a ratio of height to width."""
@@ -342,8 +319,14 @@ def _size_text(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-def _nearest_steps(steps: Sequence[int], wanted: int) -> int:
-    return min(steps, key=lambda count: abs(count - wanted))
+def _check(model: ModelFolder, config: SamplingConfig, height=None, width=None, start=0):
+    parts = model.transformer, model.vae, model.scheduler
+    return check_options(config, *parts, height, width, start=start)
+
+
+def _within(param: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:  # NaN is not
+        raise Refused(f"{param} {value}: {least} to {most} is possible", param)
 
 
 def _one_of(param: str, value: Any, known: Sequence[Any]) -> None:

@@ -19,7 +19,7 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import Pipeline, folder
 from pixart_jax.pipeline.lora_flags import LoraFlags
 from pixart_jax.serving.engine import Engine
-from pixart_jax.serving.offer import Offer
+from pixart_jax.serving.offer import MAX_COUNT, Offer
 from pixart_jax.serving.renderer import PipelineRenderer
 from pixart_jax.weights.component import controlnet_of
 
@@ -89,7 +89,7 @@ class EngineFlags:
             sizes=[_parse_size(text) for text in self.sizes],
             steps=self.steps_allowed,
             solvers=self.solvers,
-            batch_size=self.batch_size,
+            max_count=min(MAX_COUNT, 2 * self.batch_size),
             max_prompt_chars=self.max_prompt_chars,
             adapters=names,
             controlnets=() if self.controlnet is None else (self.controlnet.name,),

@@ -34,7 +34,7 @@ class PipelineRenderer:
         self._states = TextStates({}, {})
         self._rough = _rough_colors(pipe)
         limit = pipe.transformer.config.text_tokens  # a text encoder's program for each width
-        pipe.prompt_encoder.states(["a " * n for n in (1, 30, 60, 120, limit) if n <= limit])
+        pipe.prompt_encoder.states(["a " * n for n in (1, 30, 60, 100, 200, 280) if n < limit])
 
     def __call__(
         self, images: Sequence[tuple[Drawing, int]], on_step: OnStep

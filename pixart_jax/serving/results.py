@@ -1,4 +1,4 @@
-"""Images as files, and the store of those that an answer names by a URL."""
+"""The images that an answer names by a URL."""
 
 from __future__ import annotations
 
@@ -7,23 +7,10 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-
-from pixart_jax.images import image_bytes
 
 MAX_AGE = 3600  # seconds, as OpenAI's
 MAX_BYTES = 2**28
 _NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
-
-
-def encoded(
-    pixels: np.ndarray, settings: Mapping[str, Any] | None, kind: str, quality: int
-) -> bytes:
-    """An image as a file with its settings, uint8 [h, w, 3] → bytes."""
-    return image_bytes(pixels, settings, kind, quality)
 
 
 class ImageStore:
@@ -52,8 +39,3 @@ class ImageStore:
             if found is None or name not in self._files:
                 return None
             return self._files[name][1], found[1]
-
-    def last(self, count: int) -> list[str]:
-        """The newest names, newest first."""
-        with self._lock:
-            return list(self._files)[: -count - 1 : -1]

@@ -23,23 +23,10 @@ _NUMBERS = (
     *("n", "output_compression", "partial_images", "num_inference_steps", "guidance_scale"),
     *("strength", "control_scale"),
 )
-_file = {"type": "string", "format": "binary"}
-BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["prompt"],
-                "properties": {
-                    "prompt": {"type": "string", "minLength": 1},
-                    **{name: _file for name in ("image", "mask", "control")},
-                    "strength": {"type": "number"},
-                },
-            }
-        }
-    },
-}
+_PARTS: dict[str, Any] = {"prompt": {"type": "string", "minLength": 1}}
+_PARTS |= {name: {"type": "string", "format": "binary"} for name in ("image", "mask", "control")}
+_FORM = {"type": "object", "required": ["prompt"], "properties": _PARTS}
+BODY = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
 
 
 async def read_form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]:

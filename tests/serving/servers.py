@@ -40,7 +40,7 @@ class StubRenderer:
             raise RuntimeError("secret detail")
         shape = first.height, first.width, 3
         return [
-            None if "infinite" in d.prompt else np.full(shape, (d.seed + k) % 251, np.uint8)
+            None if "infinite" in d.prompt else np.full(shape, (d.seed + k) % 2**64 % 251, np.uint8)
             for d, k in images
         ]
 
@@ -51,9 +51,7 @@ class StubRenderer:
 def stub_service(renderer=None, offer=None, **options):
     """(Service, its StubRenderer); the engine is not started."""
     renderer = renderer or StubRenderer()
-    offer = offer or Offer.of(
-        ModelFolder.open(SHIPPED), adapters=["heart"], batch_size=options.get("batch_size", 8)
-    )
+    offer = offer or Offer.of(ModelFolder.open(SHIPPED), adapters=["heart"])
     return api.Service(Engine(lambda: renderer, **options), offer), renderer
 
 

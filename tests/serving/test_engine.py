@@ -20,7 +20,7 @@ from tests.serving.servers import SHIPPED, StubRenderer
 
 @pytest.fixture(scope="module")
 def offer():
-    return Offer.of(ModelFolder.open(SHIPPED), batch_size=4, adapters=["heart"])
+    return Offer.of(ModelFolder.open(SHIPPED), max_count=8, adapters=["heart"])
 
 
 @pytest.fixture

@@ -1,0 +1,545 @@
+"""The HTTP API over a stub engine: answers, streams, errors, limits, security, fuzzed requests; the
+official openai and mcp clients."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import random
+import struct
+import threading
+import time
+import zlib
+
+import anyio
+import httpx
+import numpy as np
+import openai
+import pytest
+from mcp import Client
+from PIL import Image
+
+from pixart_jax.serving import api, mcp_server
+from pixart_jax.serving.guard import Access
+from tests.serving.servers import StubRenderer, listening, stub_service
+
+GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
+
+
+@pytest.fixture(scope="module")
+def stub():
+    """(client, Service, renderer) of one server for all tests."""
+    service, renderer = stub_service()
+    app = api.create_app(service, tools=mcp_server.make_server(service))
+    with listening(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+        yield client, service, renderer
+
+
+@pytest.fixture(scope="module")
+def client(stub):
+    return stub[0]
+
+
+def png(size=(64, 64), mode="RGB", color=(9, 9, 9)) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, color).save(file, "png")
+    return file.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header declares side × side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    ihdr = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + ihdr + png()[33:]
+
+
+def pixels_of(one: dict) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))))
+
+
+def events_of(lines) -> list[tuple[str, dict]]:
+    found, kind = [], ""
+    for line in lines:
+        if line.startswith("event: "):
+            kind = line[7:]
+        elif line.startswith("data: {"):
+            found.append((kind, json.loads(line[6:])))
+    return found
+
+
+# ---- answers ----
+
+
+def test_an_answer_has_openais_fields_and_what_makes_the_image_again(client):
+    body = {"prompt": "a red circle", "n": 2, "seed": str(2**64 - 1), "quality": "high"}
+    answer = client.post(GENERATE, json=body, headers={"x-request-id": "mine-1"})
+    assert answer.status_code == 200 and answer.headers["x-request-id"] == "mine-1"
+    found = answer.json()
+    assert found["size"] == "64x64" and found["output_format"] == "png"
+    usage = found["usage"]
+    assert usage["output_tokens"] == 2 * 16 and usage["total_tokens"] == usage["input_tokens"] + 32
+    assert [one["seed"] for one in found["data"]] == [str(2**64 - 1), 0]
+    assert [one["index"] for one in found["data"]] == [0, 1]
+    assert (pixels_of(found["data"][1]) == 0).all()
+    first = Image.open(io.BytesIO(base64.b64decode(found["data"][0]["b64_json"])))
+    assert json.loads(first.info["pixart_jax"]) == found["data"][0]["parameters"]
+    assert "Steps: 20" in first.info["parameters"]
+    again = client.post(GENERATE, json=body).json()
+    assert [one["b64_json"] for one in again["data"]] == [one["b64_json"] for one in found["data"]]
+
+
+def test_formats_urls_and_truncated_prompts(client):
+    long = "a " * 70
+    for kind in ("jpeg", "webp"):
+        body = {"prompt": long, "output_format": kind, "output_compression": 80, "seed": 3}
+        (one,) = client.post(GENERATE, json=body).json()["data"]
+        picture = Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))
+        assert picture.format == kind.upper() and one["prompt_truncated"] == "a a a a a a a"
+        comment = picture.getexif().get_ifd(0x8769)[0x9286]
+        assert "Seed: 3" in comment[8:].decode("utf-16-be")
+    (one,) = client.post(GENERATE, json={"prompt": "a", "response_format": "url"}).json()["data"]
+    answer = client.get(one["url"])
+    assert answer.headers["content-type"] == "image/png" and answer.content[:4] == b"\x89PNG"
+    assert client.get(one["url"][:-5] + "0.png").status_code == 404
+    assert client.get("/images/..%2f..%2fetc%2fpasswd").status_code == 404
+
+
+def test_models_tokens_and_health(client):
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "shapes" and model["sizes"] == ["64x64", "96x64", "64x96", "96x96"]
+    assert model["default_size"] == "64x64" and 20 in model["steps"]
+    assert model["solvers"][0] == {"name": "dpm++", "steps": 20, "guidance": 2.0}
+    assert model["max_n"] == 10 and model["max_prompt_tokens"] == 64
+    assert model["adapters"] == ["heart"] and model["controlnets"] == []
+    assert client.get("/v1/models/shapes").json() == model
+    assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+    counted = client.post("/v1/tokens", json={"prompt": "a " * 70}).json()
+    assert counted == {"count": 71, "limit": 64, "lost": ["a"] * 7}
+    assert client.get("/healthz").status_code == client.get("/health").status_code == 200
+    assert client.get("/readyz").json() == {"state": "ready"}
+    client.post(GENERATE, json={"prompt": "a"})
+    text = client.get("/metrics").text
+    assert 'pixart_requests_total{route="/v1/images/generations",status="200"}' in text
+    assert "pixart_batch_fill_ratio_count" in text and "a red circle" not in text
+
+
+def test_a_stream_shows_progress_partial_images_and_the_end(client):
+    body = {"prompt": "a", "n": 2, "stream": True, "partial_images": 2, "progress": True}
+    with client.stream("POST", GENERATE, json={**body, "num_inference_steps": 4}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = list(answer.iter_lines())
+    assert lines[-2] == "data: [DONE]"
+    events = events_of(lines)
+    kinds = [kind.removeprefix("image_generation.") for kind, _ in events]
+    assert kinds.count("partial_image") == 4 and kinds.count("completed") == 2
+    assert kinds[0] == "progress" and events[0][1]["state"] == "queued"
+    assert {data["image_index"] for kind, data in events if "completed" in kind} == {0, 1}
+    assert all(kind == data["type"] for kind, data in events)
+    plain = {"prompt": "infinite", "stream": True}
+    with client.stream("POST", GENERATE, json=plain) as answer:
+        (event,) = events_of(answer.iter_lines())
+    assert event[0] == "error" and "not finite" in event[1]["error"]["message"]
+
+
+def test_edits_take_an_image_a_mask_and_their_fields_as_text(client, stub):
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    file = io.BytesIO()
+    mask.save(file, "png")
+    files = {"image": ("a.png", png()), "mask": ("m.png", file.getvalue())}
+    data = {"prompt": "a", "strength": "0.5", "seed": "5", "n": "2", "guidance_scale": "3"}
+    answer = client.post(EDIT, data=data, files=files)
+    assert answer.status_code == 200, answer.text
+    drawing = stub[2].batches[-1][0][0]
+    assert drawing.mask[:, :32].all() and not drawing.mask[:, 32:].any()
+    assert drawing.strength == 0.5 and drawing.seed == 5 and drawing.count == 2
+    assert answer.json()["data"][0]["parameters"]["edit"] == "inpaint"
+    assert client.post(EDIT, data=data, files=[("image[]", ("a.png", png()))]).status_code == 200
+
+
+# ---- errors ----
+
+BAD = [
+    ({"prompt": ""}, 400, "prompt"),
+    ({}, 400, "prompt"),
+    ({"prompt": "x" * 4001}, 400, "prompt"),
+    ({"prompt": "a", "model": "gpt-image-2"}, 404, "model"),
+    ({"prompt": "a", "n": 11}, 400, "n"),
+    ({"prompt": "a", "n": "2"}, 400, "n"),
+    ({"prompt": "a", "n": True}, 400, "n"),
+    ({"prompt": "a", "size": "1024x1024"}, 400, "size"),
+    ({"prompt": "a", "seed": 1.5}, 400, "seed"),
+    ({"prompt": "a", "background": "transparent"}, 400, "background"),
+    ({"prompt": "a", "output_format": "svg"}, 400, "output_format"),
+    ({"prompt": "a", "partial_images": 4}, 400, "partial_images"),
+    ({"prompt": "a", "guidence_scale": 3}, 400, "guidence_scale"),
+    ({"prompt": "a", "lora": [{"name": "x"}]}, 400, "lora"),
+    ([], 400, None),
+]
+
+
+@pytest.mark.parametrize("body, status, param", BAD)
+def test_bad_fields_are_named_in_openais_form(client, body, status, param):
+    answer = client.post(GENERATE, json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == status and error["param"] == param
+    assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+
+
+def test_bad_uploads_are_named(client):
+    mask = png(mode="RGB")
+    cases = {
+        "image": [b"", b"GIF89a", png()[:60], bomb(30_000), b"<svg/>"],
+        "mask": [mask, png(size=(32, 32), mode="RGBA", color=(0, 0, 0, 0))],
+    }
+    for name, contents in cases.items():
+        for content in contents:
+            files = {"image": ("a", png()), name: ("b", content)}
+            answer = client.post(EDIT, data={"prompt": "a"}, files=files)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, name), answer.text
+    for fields in ({"strength": "0.33"}, {"strength": "x"}, {"n": "1e9"}, {"markup": "x"}):
+        answer = client.post(EDIT, data={"prompt": "a", **fields}, files={"image": ("a", png())})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == [*fields][0]
+    two = [("image", ("a", png())), ("image[]", ("b", png()))]
+    for files in (None, {"prompt": ("a", b"b")}, two):
+        answer = client.post(EDIT, data={"strength": "0.5"}, files=files or {"x": ("a", b"")})
+        assert answer.status_code == 400
+
+
+def test_errors_of_transport_have_the_same_form(client, caplog):
+    json_type = {"content-type": "application/json"}
+    cases = [
+        (client.post(GENERATE, content=b"{", headers=json_type), 400),
+        (client.post(GENERATE, content=b'{"prompt": "\\ud800"}', headers=json_type), 400),
+        (client.post(GENERATE, content=b"{}", headers={"content-type": "text/plain"}), 415),
+        (client.post(EDIT, data={"prompt": "a"}), 415),
+        (client.post(GENERATE, content=b" " * 2**20 + b" {}", headers=json_type), 413),
+        (client.post(GENERATE, content=(b" " * 2**18 for _ in range(5)), headers=json_type), 413),
+        (client.get(GENERATE), 405),
+        (client.get("/mcp"), 405),
+        (client.post("/v1/images/variations", json={}), 404),
+        (client.get("/v1/nothing"), 404),
+        (client.post(GENERATE, json={"prompt": "explode"}), 500),
+    ]
+    for answer, status in cases:
+        error = answer.json()["error"]
+        assert answer.status_code == status and set(error) == {"message", "type", "param", "code"}
+        assert "secret" not in answer.text and "Traceback" not in answer.text
+    assert cases[-1][0].headers["x-request-id"] in caplog.text
+
+
+def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(stub):
+    client, service, renderer = stub
+    renderer.gate.clear()
+    answers = []
+
+    def post():
+        answers.append(httpx.post(str(client.base_url) + GENERATE, json=body, timeout=60))
+
+    body = {"prompt": "a", "n": 8}
+    try:
+        threads = [threading.Thread(target=post) for _ in range(9)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        limit = time.monotonic() + 10
+        while service.engine.waiting < 64 and time.monotonic() < limit:
+            time.sleep(0.01)
+        full = client.post(GENERATE, json=body)
+        assert full.status_code == 429 and 1 <= int(full.headers["retry-after"]) <= 120
+        assert full.json()["error"]["code"] == "queue_full"
+        assert full.json()["error"]["type"] == "rate_limit_error"
+    finally:
+        renderer.gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert [answer.status_code for answer in answers] == [200] * 9
+    for stream in (False, True):
+        renderer.gate.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(GENERATE, json={"prompt": "gone", "stream": stream}, timeout=0.3)
+        renderer.gate.set()
+        limit = time.monotonic() + 10
+        while service.engine.running or service.engine.waiting:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+
+
+# ---- security ----
+
+KEYS = {"ann": hashlib.sha256("schlüssel".encode()).digest()}
+
+
+def in_process(app, **options):
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    service, _ = stub_service()
+    service.engine.start()
+    access = Access(KEYS, ("pictures.example",), rate=0)
+    yield api.create_app(service, access, tools=mcp_server.make_server(service))
+    service.engine.close(5)
+
+
+KEY = {"authorization": b"Bearer schl\xc3\xbcssel"}
+JSON_BODY = {"content": b'{"prompt": "a"}', "headers": {"content-type": "application/json"}}
+
+
+@pytest.mark.parametrize(
+    "path, headers, status, code",
+    [
+        (GENERATE, {}, 401, "invalid_api_key"),
+        (GENERATE, {"authorization": "Bearer wrong"}, 401, "invalid_api_key"),
+        (GENERATE, {"authorization": "Bearer schlüßel".encode()}, 401, "invalid_api_key"),
+        (GENERATE, {"authorization": "Basic schlussel"}, 401, "invalid_api_key"),
+        ("/mcp", {}, 401, "invalid_api_key"),
+        ("/metrics", {}, 401, "invalid_api_key"),
+        ("/openapi.json", {}, 401, "invalid_api_key"),
+        ("/images/x.png", {}, 401, "invalid_api_key"),
+        ("/v1/models", {}, 401, "invalid_api_key"),
+        ("/v1/models", KEY, 200, None),
+        ("/healthz", {"host": "10.0.0.7:80"}, 200, None),
+        ("/v1/models", {**KEY, "host": "evil.example"}, 421, "host_not_allowed"),
+        ("/v1/models", {**KEY, "host": "localhost.evil.example"}, 421, "host_not_allowed"),
+        ("/", {"host": "evil.example"}, 421, "host_not_allowed"),
+        ("/v1/models", {**KEY, "host": "pictures.example"}, 200, None),
+        ("/v1/models", {**KEY, "host": "[::1]:8000"}, 200, None),
+        (GENERATE, {**KEY, "origin": "http://localhost"}, 200, None),
+        (GENERATE, {**KEY, "origin": "http://evil.example"}, 403, "origin_not_allowed"),
+        (GENERATE, {**KEY, "origin": "null"}, 403, "origin_not_allowed"),
+        (GENERATE, {**KEY, "origin": "http://localhost:81"}, 403, "origin_not_allowed"),
+        (GENERATE, {**KEY, "sec-fetch-site": "cross-site"}, 403, "origin_not_allowed"),
+        (GENERATE, {**KEY, "sec-fetch-site": "same-origin"}, 200, None),
+        ("/mcp", {**KEY, "origin": "http://evil.example"}, 403, "origin_not_allowed"),
+        ("/v1/models", {**KEY, "sec-fetch-site": "cross-site"}, 403, "origin_not_allowed"),
+        ("/", {"sec-fetch-site": "cross-site"}, 200, None),
+        (GENERATE, {**KEY, "content-length": "99999999999"}, 413, "too_large"),
+        (GENERATE, {**KEY, "content-type": "text/plain"}, 415, "content_type"),
+    ],
+)
+def test_who_may_call(guarded, path, headers, status, code):
+    async def call():
+        async with in_process(guarded) as client:
+            if path in (GENERATE, "/mcp"):
+                given = {**JSON_BODY["headers"], **headers}
+                return await client.post(path, content=JSON_BODY["content"], headers=given)
+            return await client.get(path, headers=headers)
+
+    answer = asyncio.run(call())
+    assert answer.status_code == status, answer.text
+    if code is not None:
+        assert answer.json()["error"]["code"] == code
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert len(answer.headers["x-request-id"]) == 32
+    assert ("www-authenticate" in answer.headers) == (status == 401)
+
+
+def test_rate_limit_and_log(caplog):
+    service, _ = stub_service()
+    service.engine.start()
+    app = api.create_app(service, Access(KEYS, rate=2))
+
+    async def calls():
+        async with in_process(app, headers=KEY) as client:
+            return [await client.post(GENERATE, json={"prompt": "hush"}) for _ in range(3)]
+
+    with caplog.at_level("INFO", "pixart_jax.access"):
+        answers = asyncio.run(calls())
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert 1 <= int(answers[2].headers["retry-after"]) <= 30
+    assert answers[2].json()["error"]["code"] == "rate_limit_exceeded"
+    lines = [json.loads(r.message) for r in caplog.records if r.name == "pixart_jax.access"]
+    assert [line["status"] for line in lines] == [200, 200, 429]
+    assert lines[0]["key"] == "ann" and lines[0]["size"] == "64x64" and lines[0]["fill"] == 0.125
+    assert "hush" not in caplog.text and "schl" not in caplog.text
+    service.engine.close(5)
+
+
+# ---- fuzz ----
+
+
+def test_fuzzed_requests_are_answered_without_a_500(guarded, caplog):
+    fuzz(guarded, 150)
+    assert "Traceback" not in caplog.text and "failed" not in caplog.text
+
+
+@pytest.mark.slow
+def test_ten_thousand_fuzzed_requests(guarded, caplog):
+    fuzz(guarded, 10_000)
+    assert "Traceback" not in caplog.text and "failed" not in caplog.text
+
+
+def fuzz(app, count: int) -> None:
+    """Random valid and invalid requests; every answer is 200, 429 or an error of the client."""
+    rng = random.Random(0)
+    names = [*api.EditRequest.model_fields, "x", "prompt" * 50]
+    paths = [GENERATE, GENERATE, EDIT, "/v1/tokens", "/v1/models/%00", "/images/a", "/v1", "//"]
+
+    def value(depth=0):
+        plain = [None, True, 0, -1, 4, 2**70, 0.5, 1e308, "", "a", "64x64", "5", "\x00", "\u202e"]
+        if depth < 2 and rng.random() < 0.2:
+            return rng.choice([[value(depth + 1)], {rng.choice(names): value(depth + 1)}])
+        return rng.choice(plain)
+
+    async def call(client):
+        body = {name: value() for name in rng.sample(names, rng.randrange(6))}
+        if rng.random() < 0.7:
+            body["prompt"] = rng.choice(["a", "\x07é", "<script>", "x" * 5000, " "])
+        path = rng.choice(paths)
+        raw = json.dumps(body).encode()
+        if rng.random() < 0.2:
+            cut = rng.randrange(len(raw))
+            raw = raw[:cut] + rng.randbytes(3) + raw[cut:]
+        if path == EDIT:
+            files = {rng.choice(["image", "mask", "image[]", "x"]): ("a", rng.choice([png(), raw]))}
+            texts = {name: str(text) for name, text in body.items()}
+            return await client.post(path, data=texts, files=files)
+        headers = {"content-type": rng.choice(["application/json"] * 4 + ["x", "multipart/x"])}
+        method = rng.choice(["POST"] * 5 + ["GET", "PUT", "DELETE", "OPTIONS"])
+        return await client.request(method, path, content=raw, headers=headers)
+
+    async def calls():
+        async with in_process(app, headers=KEY) as client:
+            for _ in range(count):
+                answer = await call(client)
+                assert answer.status_code in (200, 400, 404, 405, 413, 415, 429), answer.text
+                if answer.status_code >= 400 and answer.headers.get("content-type") != "text/plain":
+                    assert answer.json()["error"]["message"]
+
+    asyncio.run(calls())
+
+
+# ---- official clients ----
+
+
+def test_the_openai_client(client):
+    ours = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in ours.models.list()] == ["shapes"]
+    found = ours.images.generate(
+        prompt="a", n=2, size="96x64", extra_body={"seed": 7, "num_inference_steps": 4}
+    )
+    sizes = [Image.open(io.BytesIO(base64.b64decode(d.b64_json))).size for d in found.data]
+    assert sizes == [(96, 64)] * 2 and found.usage.output_tokens == 48
+    events = list(ours.images.generate(prompt="a", stream=True, partial_images=2))
+    kinds = [event.type.rpartition(".")[2] for event in events]
+    assert kinds == ["partial_image", "partial_image", "completed"]
+    edited = ours.images.edit(
+        image=("a.png", png()), prompt="a", extra_body={"strength": 0.5, "seed": 7}
+    )
+    assert edited.data[0].b64_json
+    for image in ([("a.png", png())],):
+        assert ours.images.edit(image=image, prompt="a").data
+    with pytest.raises(openai.BadRequestError) as error:
+        ours.images.generate(prompt="a", size="8x8")
+    assert error.value.param == "size" and error.value.code == "invalid_value"
+    with pytest.raises(openai.NotFoundError):
+        ours.images.generate(prompt="a", model="dall-e-3")
+    with pytest.raises(openai.APIError, match="not finite"):
+        list(ours.images.generate(prompt="infinite", stream=True))
+
+
+async def exercise(agent: Client) -> None:
+    """The tools, as an agent calls them."""
+    tools = {tool.name for tool in (await agent.list_tools()).tools}
+    assert tools == {"generate_image", "edit_image", "list_models", "describe_parameters"}
+    steps = []
+
+    async def progress(done, total, message):
+        steps.append((done, total, message))
+
+    call = {"prompt": "a", "n": 2, "seed": str(2**63), "steps": 4}
+    made = await agent.call_tool("generate_image", call, progress_callback=progress)
+    assert not made.is_error and [one.type for one in made.content] == [
+        *["image", "resource_link"] * 2,
+        "text",
+    ]
+    assert steps[-1] == (4, 4, "running")
+    assert len(made.content[0].data) < 100_000
+    found = made.structured_content
+    assert found["seeds"] == [str(2**63), str(2**63 + 1)]
+    read = await agent.read_resource(f"image://{found['names'][0]}")
+    assert base64.b64decode(read.contents[0].blob)[:4] == b"\x89PNG"
+    edit = {"prompt": "b", "image": found["names"][0], "strength": 0.5, "seed": 1}
+    assert not (await agent.call_tool("edit_image", edit)).is_error
+    edit["image"] = "data:image/png;base64," + base64.b64encode(png()).decode()
+    assert not (await agent.call_tool("edit_image", edit)).is_error
+    for name, bad, message in [
+        ("generate_image", {"prompt": "a", "size": "1x1"}, "not offered"),
+        ("generate_image", {"prompt": "explode"}, "internal error"),
+        ("generate_image", {}, "prompt"),
+        ("edit_image", {"prompt": "a", "image": "/etc/passwd"}, "a data: URL"),
+        ("edit_image", {"prompt": "a", "image": "http://localhost/x.png"}, "a data: URL"),
+    ]:
+        answer = await agent.call_tool(name, bad)
+        assert answer.is_error and message in answer.content[0].text
+        assert "secret" not in answer.content[0].text
+    described = (await agent.call_tool("describe_parameters", {})).structured_content
+    assert described["sizes"][0] == "64x64"
+    models = (await agent.call_tool("list_models", {})).structured_content
+    assert models == {"models": ["shapes"], "state": "ready"}
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+def test_agents_over_http(client, mode):
+    async def session():
+        with anyio.fail_after(30):
+            async with Client(f"{client.base_url}/mcp", mode=mode) as agent:
+                await exercise(agent)
+
+    anyio.run(session)
+
+
+def test_a_cancelled_tool_frees_the_engine(stub):
+    client, service, renderer = stub
+    renderer.gate.clear()
+
+    async def session():
+        with anyio.fail_after(30):
+            async with Client(f"{client.base_url}/mcp") as agent:
+                with anyio.move_on_after(0.3):
+                    await agent.call_tool("generate_image", {"prompt": "a"})
+                renderer.gate.set()
+                while service.engine.running or service.engine.waiting:
+                    await anyio.sleep(0.01)
+
+    anyio.run(session)
+
+
+@pytest.mark.slow
+def test_the_openapi_document_holds():
+    """schemathesis: whatever the document allows is answered as it says."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    service, _ = stub_service(StubRenderer())
+    service.engine.start()
+    app = api.create_app(service)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    accepted = schemathesis.checks.CHECKS.get_one("positive_data_acceptance")
+    for operation in schema.get_all_operations():
+        operation = operation.ok()
+        # random bytes are no picture
+        without = [accepted] if operation.path == EDIT else []
+
+        @settings(
+            max_examples=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.explicit, Phase.generate],
+        )
+        @given(case=operation.as_strategy())
+        def check(case, without=without):
+            case.call_and_validate(excluded_checks=without, headers={"host": "localhost"})
+
+        check()
+    service.engine.close(5)
