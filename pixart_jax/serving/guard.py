@@ -3,6 +3,8 @@ bodies, headers against abuse by browsers, the access log."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import hmac
@@ -87,7 +89,7 @@ class Guard:
         identity = given if _ID.fullmatch(given) else uuid.uuid4().hex
         facts: dict[str, Any] = {"time": round(began, 3), "id": identity}
         facts |= {"method": scope["method"], "path": path[:200], "status": 499}
-        scope["facts"], started = facts, False
+        scope["facts"], started, body = facts, False, _Body(receive, path)
 
         async def answer(message) -> None:
             nonlocal started
@@ -103,11 +105,13 @@ class Guard:
         try:
             try:
                 self._check(scope, headers, facts)
-                await self._app(scope, _limited(receive, headers, path), answer)
+                body.check_length(headers)
+                await self._app(scope, body.receive, answer)
             except Exception as error:
                 if started:
                     raise
                 found = as_api_error(error, identity)
+                await body.drain()
                 await JSONResponse(found.body, found.status, found.headers)(scope, receive, answer)
         finally:
             facts["seconds"] = round(time.time() - began, 4)
@@ -118,7 +122,7 @@ class Guard:
             route = getattr(scope.get("route"), "path", "other") or "page"
             self._metrics.answered(route, facts)
             if path not in _OPEN:
-                ACCESS.info(json.dumps(facts, ensure_ascii=False))
+                ACCESS.info(json.dumps(facts))
 
     def _check(self, scope, headers: Headers, facts: dict[str, Any]) -> None:
         path, post = scope["path"], scope["method"] == "POST"
@@ -154,19 +158,30 @@ class Guard:
         self._buckets[caller] = left - 1, now
 
 
-def _limited(receive, headers: Headers, path: str):
-    """``receive`` for a body of at most the limit."""
-    limit, size = FORM_LIMIT if path in ("/v1/images/edits", "/mcp") else JSON_LIMIT, 0
-    length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > limit:
-        raise ApiError(413, f"the body has more than {limit} bytes")
+class _Body:
+    """A request's body of at most the limit."""
 
-    async def counted():
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > limit:
-            raise ApiError(413, f"the body has more than {limit} bytes")
+    def __init__(self, receive, path: str):
+        self._receive, self._size, self._ended = receive, 0, False
+        self._limit = FORM_LIMIT if path in ("/v1/images/edits", "/mcp") else JSON_LIMIT
+
+    def check_length(self, headers: Headers) -> None:
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self._limit:
+            raise ApiError(413, f"the body has more than {self._limit} bytes")
+
+    async def receive(self):
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        self._ended = not message.get("more_body", False)
+        if self._size > self._limit:
+            raise ApiError(413, f"the body has more than {self._limit} bytes")
         return message
 
-    return counted
+    async def drain(self) -> None:
+        """Read on for a while: a connection closed before its end may lose the answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                while not self._ended and self._size < 2 * FORM_LIMIT:
+                    with contextlib.suppress(ApiError):
+                        await self.receive()

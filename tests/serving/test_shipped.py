@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -121,6 +122,16 @@ def test_edits_adapters_and_previews(server):
 
 
 # ---- the command ----
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """As they were before the command set them up."""
+    found = [logging.getLogger(name) for name in ("pixart_jax", "uvicorn")]
+    before = [(one.handlers, one.propagate, one.level) for one in found]
+    yield
+    for one, (one.handlers, one.propagate, level) in zip(found, before):
+        one.setLevel(level)
 
 
 @pytest.mark.parametrize(
