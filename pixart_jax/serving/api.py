@@ -437,7 +437,8 @@ def create_app(
     if mcp is not None:
         app.router.routes.extend(mcp.routes)
     if page and STATIC.is_dir():
-        app.mount("/", StaticFiles(directory=STATIC, html=True))
+        # not a route: a wrong method on another path stays a 405
+        app.router.default = StaticFiles(directory=STATIC, html=True)
     _document(app, service.offer)
     return app
 

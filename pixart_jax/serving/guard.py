@@ -82,8 +82,10 @@ class Guard:
         self._buckets: dict[str, tuple[float, float]] = {}  # caller: (requests left, time)
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
         began, headers, path = time.time(), Headers(scope=scope), scope["path"]
         given = headers.get("x-request-id", "")
         identity = given if _ID.fullmatch(given) else uuid.uuid4().hex
@@ -119,7 +121,7 @@ class Guard:
                 facts |= {"queue_s": round(job.queue_seconds, 4), "fill": job.fill}
                 if self._access.log_prompts:
                     facts["prompt"] = job.drawing.prompt
-            route = getattr(scope.get("route"), "path", "other") or "page"
+            route = getattr(scope.get("route"), "path", "page")
             self._metrics.answered(route, facts)
             if path not in _OPEN:
                 ACCESS.info(json.dumps(facts))
