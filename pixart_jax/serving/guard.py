@@ -77,7 +77,7 @@ class Access:
 class Guard:
     """ASGI middleware. ``scope["facts"]`` is a dict that routes add to, for the log."""
 
-    def __init__(self, app: Any, access: Access, metrics: Metrics):
+    def __init__(self, app: Any, access: Access, metrics: Metrics | None = None):
         self._app, self._access, self._metrics = app, access, metrics
         self._buckets: dict[str, tuple[float, float]] = {}  # caller: (requests left, time)
 
@@ -122,7 +122,8 @@ class Guard:
                 if self._access.log_prompts:
                     facts["prompt"] = job.drawing.prompt
             route = getattr(scope.get("route"), "path", "page")
-            self._metrics.answered(route, facts)
+            if self._metrics is not None:
+                self._metrics.answered(route, facts)
             if path not in _OPEN:
                 ACCESS.info(json.dumps(facts))
 
