@@ -17,6 +17,14 @@ from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.evaluation import report, study_command
+from pixart_jax.evaluation.benchmark_command import (
+    CompbenchOptions,
+    DpgOptions,
+    GenevalOptions,
+    evaluate_compbench,
+    evaluate_dpg,
+    evaluate_geneval,
+)
 from pixart_jax.evaluation.fid_command import FidOptions, evaluate_fid
 from pixart_jax.evaluation.generated import GeneratedOptions, split_sampling
 from pixart_jax.evaluation.score_command import (
@@ -98,6 +106,9 @@ def main(argv: Sequence[str]) -> int:
         "fid": (FidOptions, evaluate_fid),
         "clip": (ClipOptions, evaluate_clip),
         "preference": (PreferenceOptions, evaluate_preference),
+        "compbench": (CompbenchOptions, evaluate_compbench),
+        "geneval": (GenevalOptions, evaluate_geneval),
+        "dpg": (DpgOptions, evaluate_dpg),
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {_PROG} WHAT [flags]\n")

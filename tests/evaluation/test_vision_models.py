@@ -1,0 +1,294 @@
+"""The networks of the compositional benchmarks, by tiny random models of the released kinds: from a
+folder of images in the official layout to the score."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+import transformers as t
+from PIL import Image
+
+from pixart_jax import cli
+from pixart_jax.evaluation import command, features, torch_models, vision_models
+from pixart_jax.evaluation.detections import Object, read
+from pixart_jax.images import write_png
+
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES["num_hidden_layers"] = 2
+PROMPTS = ["a green bench and a red car", "a blue cup"]
+
+
+def evaluate(*argv) -> int:
+    return cli.run(command.main, [str(word) for word in argv])
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (40 + 8 * n, 64, 3), np.uint8) for n in range(4)]
+
+
+def words_of_bert():
+    known = {"[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, "yes": 2748, "no": 2053}
+    known |= {word: 3000 + n for n, word in enumerate("a blue bench car cup green red ?".split())}
+    filled = {0: "[PAD]"} | {n: word for word, n in known.items()}
+    return t.BertTokenizer(vocab={filled.get(n, f"[unused{n}]"): n for n in range(30_522)})
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory):
+    """A tiny BLIP-VQA, with the table of places of a 32 px image."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("blip")
+    text = {**SIZES, "vocab_size": 30_524, "encoder_hidden_size": 16, "initializer_range": 0.3}
+    vision = {**SIZES, "image_size": 32, "patch_size": 16}
+    model = t.BlipForQuestionAnswering(t.BlipConfig(text_config=text, vision_config=vision))
+    for value in model.parameters():
+        if value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.3)
+    model.save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    t.BlipProcessor(t.BlipImageProcessor(size=side), words_of_bert()).save_pretrained(folder)
+    return folder
+
+
+def by_hand(model, image, question):
+    """One image and question by the network's parts: (p_yes, p_no)."""
+    pixels = Image.fromarray(image).resize((480, 480), Image.Resampling.BICUBIC)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    pixels = (np.asarray(pixels, np.float32) / 255 - np.float32(mean)) / np.float32(std)
+    ids = [30_523, *words_of_bert()(question).input_ids[1:]]  # [ENC] for [CLS]
+    with torch.no_grad():
+        seen = model.vision_model(
+            torch.tensor(pixels.transpose(2, 0, 1))[None], interpolate_pos_encoding=True
+        )[0]
+        states = model.text_encoder(torch.tensor([ids]), encoder_hidden_states=seen)[0]
+        logits = model.text_decoder(torch.tensor([[30_522]]), encoder_hidden_states=states)[0]
+    probabilities = logits[0, 0].softmax(-1)
+    return float(probabilities[2748]), float(probabilities[2053])
+
+
+def test_blip_vqa_in_batches_is_the_chain_by_hand(images, blip):
+    net = torch_models.load(str(blip), "BlipForQuestionAnswering")
+    questions = [["A green bench?", "a car?"], [], ["a blue, green. red cup?"], ["a cup?"]]
+    with torch.inference_mode():
+        found = vision_models.yes_and_no(net, images, questions)
+    assert list(map(len, found)) == [2, 0, 1, 1]
+    for image, asked, answers in zip(images, questions, found):
+        for question, answer in zip(asked, answers):
+            plain = question.lower().replace(".", "")
+            np.testing.assert_allclose(answer, by_hand(net.model, image, plain), rtol=1e-4)
+    certainties = [yes / (yes + no) for some in found for yes, no in some]
+    assert np.ptp(certainties) > 1e-3  # the question matters
+
+
+def layout(folder, images, names):
+    for n, (name, image) in enumerate(zip(names, images)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(folder / name, image, {"prompt": "…", "index": n, "seed": 0, "steps": 20})
+    return folder
+
+
+def test_images_become_answers_once_and_two_processes_write_the_same(
+    images, blip, tmp_path, capsys, monkeypatch
+):
+    names = [f"samples/{PROMPTS[n // 2]}_00000{n}.png" for n in range(4)]
+    folder = layout(tmp_path / "color", images, names)
+    call = ["compbench", "--category", "color", "--images", folder, "--vqa", blip]
+    call += ["--batch-size", 1]
+    assert evaluate(*call, "--out", tmp_path / "one") == 0
+    score = json.loads((tmp_path / "one/score.json").read_text())
+    assert score["metric"] == f"color (vqa={blip}, phrases=textblob 0.20.1)"
+    assert score["steps"] == 20 and score["n"] == {"generated": 4, "prompts": 2}
+    lines = (tmp_path / "one/answers.jsonl").read_bytes()
+    assert [json.loads(line)["chunk"] for line in lines.splitlines()] == [
+        *["a blue cup"] * 2,
+        *["a green bench", "a red car"] * 2,
+    ]
+    monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / "other")
+    share = [*call, "--out", tmp_path / "two", "--share"]
+    assert evaluate(*share, "1/2") == evaluate(*share, "0/2") == 0
+    assert (tmp_path / "two/answers.jsonl").read_bytes() == lines
+    monkeypatch.setattr(vision_models, "yes_and_no", None)  # the second call asks nothing
+    assert evaluate(*share, "0/2") == 0
+    given = call[:3] + ["--answers", tmp_path / "two/answers.jsonl", "--out", tmp_path / "three"]
+    assert evaluate(*given) == 0
+    again = json.loads((tmp_path / "three/score.json").read_text())
+    assert (again["value"], again["metric"]) == (score["value"], score["metric"])
+    capsys.readouterr()
+    os.remove(folder / names[0])
+    (tmp_path / "color_val.txt").write_text("\n".join(PROMPTS))
+    assert evaluate(*call, "--out", tmp_path, "--benchmark", tmp_path, "--per-prompt", 2) == 2
+    assert "1 of 4 images of the list are missing" in capsys.readouterr().err
+
+
+def words_of_clip():
+    letters = [chr(c) for c in (*range(97, 123), 45)]
+    words = ["<|startoftext|>", *letters, *(f"{c}</w>" for c in letters), "<|endoftext|>"]
+    return t.CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[]), len(words)
+
+
+def save_clip(folder):
+    tokenizer, count = words_of_clip()
+    ends = {"bos_token_id": 0, "eos_token_id": count - 1, "pad_token_id": count - 1}
+    vision = {**SIZES, "image_size": 32, "patch_size": 16}
+    text = {**SIZES, **ends, "vocab_size": count}
+    t.CLIPModel(
+        t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    ).save_pretrained(folder)
+    images = t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    t.CLIPProcessor(images, tokenizer).save_pretrained(folder)
+
+
+def save_detr(folder):
+    """Of one class more or less: all boxes are alike."""
+    backbone = t.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        out_features=["stage2"],
+    )
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "num_queries": 4}
+    sizes |= {
+        f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("attention_heads",)
+    }
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    names = {0: "bench", 1: "cat", 2: "dog"}
+    config = t.DetrConfig(
+        use_timm_backbone=False, backbone_config=backbone, id2label=names, **sizes
+    )
+    t.DetrForObjectDetection(config).save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    t.DetrImageProcessor(size=size).save_pretrained(folder)
+
+
+def save_mask2former(folder):
+    stages = [f"stage{n}" for n in range(1, 5)]
+    swin = {"image_size": 64, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
+    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32}
+    sizes |= {"encoder_feedforward_dim": 32, "dim_feedforward": 32, "num_attention_heads": 2}
+    config = t.Mask2FormerConfig(
+        backbone_config=t.SwinConfig(window_size=4, out_features=stages, **swin),
+        encoder_layers=1,
+        decoder_layers=2,
+        num_queries=5,
+        id2label={0: "bench", 1: "car"},
+        **sizes,
+    )
+    t.Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    t.Mask2FormerImageProcessor(size=size).save_pretrained(folder)
+
+
+def save_owl(folder):
+    tokenizer, count = words_of_clip()
+    text = {**SIZES, "vocab_size": count, "max_position_embeddings": 40, "eos_token_id": count - 1}
+    vision = {**SIZES, "image_size": 64, "patch_size": 16}
+    config = t.Owlv2Config(
+        text_config={**text, "bos_token_id": 0, "pad_token_id": 1},
+        vision_config=vision,
+        projection_dim=16,
+    )
+    t.Owlv2ForObjectDetection(config).save_pretrained(folder)
+    tokenizer.model_max_length = 40
+    images = t.Owlv2ImageProcessor(size={"height": 64, "width": 64})
+    t.Owlv2Processor(images, tokenizer).save_pretrained(folder)
+
+
+def save_depth(folder):
+    sizes = {**SIZES, "num_hidden_layers": 4, "image_size": 32, "patch_size": 16}
+    config = t.DPTConfig(
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8] * 4, fusion_hidden_size=8, **sizes
+    )
+    t.DPTForDepthEstimation(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    t.DPTImageProcessor(size=size).save_pretrained(folder)
+
+
+@pytest.mark.slow  # 10 s
+@pytest.mark.parametrize("save", [save_detr, save_mask2former, save_owl])
+def test_any_detector_writes_the_lines_that_the_rules_read(
+    save, images, tmp_path, capsys, monkeypatch
+):
+    torch.manual_seed(0)
+    monkeypatch.setattr(vision_models, "KEPT", 0.0)  # of random weights
+    save(tmp_path / "detector")
+    names = [f"a cat {how} a dog_00000{n}.png" for n, how in enumerate(["behind", "hidden by"])]
+    folder = layout(tmp_path / "images", images, names)
+    save_depth(tmp_path / "depth")
+    call = ["compbench", "--category", "3d_spatial", "--images", folder]
+    call += ["--detector", tmp_path / "detector", "--depth", tmp_path / "depth"]
+    assert evaluate(*call, "--out", tmp_path / "out") == 0
+    found = read(tmp_path / "out/detections.jsonl", "", lambda row: ("", row), str)
+    for name, image in zip(names, images):
+        row = found[name][""]
+        assert row["size"] == [64, len(image)]
+        assert row["objects"]
+        for one in map(Object.of, row["objects"]):
+            assert one.score > 0 and 0 <= one.depth <= 1
+    assert "3d_spatial (detector=" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # 8 s
+def test_geneval_from_images_with_masks_and_colours(images, tmp_path):
+    torch.manual_seed(0)
+    save_mask2former(tmp_path / "detector")
+    save_clip(tmp_path / "clip")
+    clause = {"class": "bench", "count": 1, "color": "red"}
+    lines = [{"tag": "colors", "include": [clause], "prompt": "a photo of a red bench"}]
+    folder = layout(tmp_path / "images", images, [f"00000/samples/000{n}.png" for n in range(4)])
+    (folder / "00000/metadata.jsonl").write_text(json.dumps(lines[0]))
+    call = ["geneval", "--images", folder, "--detector", tmp_path / "detector"]
+    assert evaluate(*call, "--clip", tmp_path / "clip", "--out", tmp_path / "out") == 0
+    score = json.loads((tmp_path / "out/score.json").read_text())
+    assert score["n"] == {"generated": 4, "prompts": 1} and score["tasks"].keys() == {"colors"}
+
+
+def test_colours_are_set_on_the_objects_that_the_rules_look_at(images):
+    mask = np.ones(images[0].shape[:2], bool)
+    found = [
+        {"class": name, "score": score, "box": [0, 0, 9, 9], "mask": mask}
+        for name, score in (("mouse", 0.9), ("mouse", 0.2), ("car", 0.9))
+    ]
+    seen = []
+
+    def colours_of(crops, name):
+        seen.append((name, len(crops)))
+        return ["red"] * len(crops)
+
+    vision_models.add_colours(colours_of, images[0], found, {"computer mouse", "tv remote"})
+    assert [one.get("color") for one in found] == ["red", None, None]
+    assert seen == [("computer mouse", 1)]
+
+
+@pytest.mark.slow  # 40 s: sample.py's own process
+def test_non_spatial_generates_into_the_official_layout(tmp_path):
+    save_clip(tmp_path / "clip")
+    (tmp_path / "non_spatial_val.txt").write_text("a red circle\na blue square\n")
+    folder = tmp_path / "images"
+    call = ["--category", "non_spatial", "--benchmark", tmp_path, "--images", folder]
+    call += ["--per-prompt", 2, "--clip", tmp_path / "clip", "--out", tmp_path / "out", "--"]
+    call += ["--model", "assets/shapes", "--steps", 2, "--height", 64, "--width", 64]
+    command = [sys.executable, "-m", "pixart_jax", "evaluate", "compbench", *map(str, call)]
+    subprocess.run(command, check=True, env={**os.environ, "PIXART_JAX_CACHE": str(tmp_path)})
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [
+        *(f"a blue square_00000{n}.png" for n in (2, 3)),
+        *(f"a red circle_00000{n}.png" for n in (0, 1)),
+    ]
+    score = json.loads((tmp_path / "out/score.json").read_text())
+    assert score["metric"].startswith("non_spatial (clip=") and score["steps"] == 2
