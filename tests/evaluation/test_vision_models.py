@@ -138,13 +138,13 @@ def test_images_become_answers_once_and_two_processes_write_the_same(
 
 def words_of_clip():
     letters = [chr(c) for c in (*range(97, 123), 45)]
-    words = ["<|startoftext|>", *letters, *(f"{c}</w>" for c in letters), "<|endoftext|>"]
+    words = ["!", "<|startoftext|>", *letters, *(f"{c}</w>" for c in letters), "<|endoftext|>"]
     return t.CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[]), len(words)
 
 
 def save_clip(folder):
     tokenizer, count = words_of_clip()
-    ends = {"bos_token_id": 0, "eos_token_id": count - 1, "pad_token_id": count - 1}
+    ends = {"bos_token_id": 1, "eos_token_id": count - 1, "pad_token_id": count - 1}
     vision = {**SIZES, "image_size": 32, "patch_size": 16}
     text = {**SIZES, **ends, "vocab_size": count}
     t.CLIPModel(
@@ -200,7 +200,7 @@ def save_owl(folder):
     text = {**SIZES, "vocab_size": count, "max_position_embeddings": 40, "eos_token_id": count - 1}
     vision = {**SIZES, "image_size": 64, "patch_size": 16}
     config = t.Owlv2Config(
-        text_config={**text, "bos_token_id": 0, "pad_token_id": 1},
+        text_config={**text, "bos_token_id": 1, "pad_token_id": 0},
         vision_config=vision,
         projection_dim=16,
     )
