@@ -141,6 +141,7 @@ def main(argv: Sequence[str]) -> int:
         ballot = Ballot(flags.study, file)
         app = create_app(flags.study, ballot, keys, (*flags.public_host, flags.host.lower()))
         listening = command.listen(flags.host, flags.port)
+        listening.listen()  # who reads the line below may connect at once
         shown = "localhost" if flags.host in ("0.0.0.0", "::") else flags.host
         where = f"http://{shown}:{listening.getsockname()[1]}"
         print(f"study at {where}, votes in {path}; Ctrl-C ends", flush=True)

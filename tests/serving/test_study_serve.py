@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -145,13 +143,15 @@ def test_no_acknowledged_vote_is_lost_by_kill_9(built, votes):
     command = [sys.executable, "-m", "pixart_jax", "evaluate", "study", "serve", str(built)]
     command += ["--votes", str(votes), "--port", "0"]
     for number in range(2):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
             address = server.stdout.readline().split()[2].rstrip(",")
             data = json.dumps(vote_of(built, "r", 0, number)).encode()
             headers = {"Content-Type": "application/json"}
-            with urllib.request.urlopen(
-                urllib.request.Request(f"{address}/v1/votes", data, headers)
-            ) as answer:
+            request = urllib.request.Request(f"{address}/v1/votes", data, headers)
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 assert answer.status == 200
-            os.kill(server.pid, signal.SIGKILL)
+        finally:
+            server.kill()
+            server.communicate()
         assert len(study.read_votes(votes)) == number + 1
