@@ -464,7 +464,11 @@ def test_folders_that_are_no_model_are_named(ours, tmp_path):
         (scheduler, {"prediction_type": "flow_prediction"}, "prediction_type"),
         (scheduler, {"trained_betas": [0.1]}, "trained_betas"),
         (scheduler, None, "scheduler_config.json"),
-        (index, {"_class_name": "PixArtBetaPipeline"}, "unknown pipeline 'PixArtBetaPipeline' .did you mean"),
+        (
+            index,
+            {"_class_name": "PixArtBetaPipeline"},
+            "unknown pipeline 'PixArtBetaPipeline' .did you mean",
+        ),
         (index, None, "has no model_index.json"),
     ):
         before = path.read_text()
