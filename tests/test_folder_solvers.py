@@ -24,13 +24,14 @@ PROMPTS = ["a large red circle", "a small blue star left of a green square"]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    return tiny_diffusers.build(folder), folder
+    theirs = tiny_diffusers.build(folder)
+    return theirs, folder, theirs.scheduler.config
 
 
 def check(built, tmp_path, monkeypatch, name: str, **options) -> Pipeline:
     """20 guided steps of a folder of this scheduler, told nothing but diffusers' way to round."""
-    theirs, folder = built
-    theirs.scheduler = SCHEDULERS[name].from_config(theirs.scheduler.config, **options)
+    theirs, folder, config = built
+    theirs.scheduler = SCHEDULERS[name].from_config(config, **options)
     theirs.scheduler.save_pretrained(folder / "scheduler")
     pipe = Pipeline.from_pretrained(folder)
     assert pipe.sampling.solver == name

@@ -63,6 +63,7 @@ class SchedulerConfig:
         # times and sigmas of other classes are not read
         known = kind in OF_SCHEDULERS or kind.startswith("DPMSolver")
         sigmas = [name for name in _SIGMAS if known and values.get(f"use_{name}_sigmas")]
+        sigmas = [] if kind.startswith("EulerAncestral") else sigmas  # as diffusers
         wanted: dict[str, Any] = dict.fromkeys(_REFUSED[: None if known else 3])
         if known:
             wanted |= {"interpolation_type": "linear", "timestep_type": "discrete"}
