@@ -63,7 +63,7 @@ class Hooks:
     def log(self, step, values):
         self.logged.append((step, values.get("loss"), values["skipped"]))
 
-    def save(self, step, state, window):
+    def save(self, step, state, window, ended):
         self.saved.append((step, state, dict(window.sums), window.count, window.skipped))
 
     def preview(self, step, state):

@@ -218,7 +218,7 @@ def test_flops_are_those_of_the_whole_batch_at_its_bucket():
 
     def flops(config):
         task = types.SimpleNamespace(module=types.SimpleNamespace(config=config))
-        stage = types.SimpleNamespace(batch_size=16, is_adapter=False)
+        stage = types.SimpleNamespace(batch_size=16, is_adapter=False, unlearned_evaluations=0)
         return StageHooks.flops(types.SimpleNamespace(task=task, stage=stage), batch)
 
     assert flops(config) == 16 * train_flops(config, 32, 48, 8)

@@ -138,7 +138,7 @@ def test_bad_files_are_one_line(folder, tmp_path, capsys):
     wide = ControlNet(config, random_params(ControlNet, config))
     wide.save(tmp_path / "wide")
     for arguments, message in (
-        ((tmp_path / "file.safetensors", tmp_path / "x"), "does not say how many heads"),
+        ((tmp_path / "file.safetensors", tmp_path / "x"), "at width 24? convert it with --heads"),
         (
             (
                 tmp_path / "wide",
