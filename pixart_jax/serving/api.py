@@ -58,8 +58,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-_Whole = BeforeValidator(_number)
-_Number = Annotated[float, Field(allow_inf_nan=False), _Whole]
+_Whole = BeforeValidator(_number)  # after Field, or the document loses its bounds
 
 
 class LoraWeight(BaseModel):
@@ -67,7 +66,7 @@ class LoraWeight(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     name: str
-    weight: _Number = 1.0
+    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False), _Whole] = 1.0
 
 
 class ImageRequest(BaseModel):
@@ -92,7 +91,7 @@ class ImageRequest(BaseModel):
     safety_identifier: str | None = None
     negative_prompt: str | None = None
     num_inference_steps: Annotated[int, _Whole] | None = None
-    guidance_scale: Annotated[_Number, Field(ge=0, le=100)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), _Whole] | None = None
     seed: (
         Annotated[int, Field(ge=0, lt=2**64), _Whole]
         | Annotated[
@@ -109,8 +108,8 @@ class EditRequest(ImageRequest):
     """The text parts of an edit; image, mask and control are files."""
 
     input_fidelity: Literal["high", "low"] | None = None
-    strength: Annotated[_Number, Field(gt=0, le=1)] | None = None
-    control_scale: Annotated[_Number, Field(ge=-10, le=10)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), _Whole] | None = None
+    control_scale: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False), _Whole] | None = None
     control_from: Literal["canny"] | None = None
 
 
@@ -153,6 +152,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "object"}}}}
+}
 _FIELDS = (
     *("negative_prompt", "size", "n", "num_inference_steps", "guidance_scale", "solver", "seed"),
     *("strength", "control_scale"),
@@ -372,13 +374,14 @@ def create_app(
             found = ApiError(error.status_code, str(error.detail))
         return JSONResponse(found.body, found.status, error.headers)
 
-    @app.post("/v1/images/generations", response_model=ImagesResponse)
+    @app.post("/v1/images/generations", response_model=ImagesResponse, responses=_EVENTS)
     async def generations(request: Request, body: ImageRequest):
         return await _answer(service, request, body, {})
 
     @app.post(
         "/v1/images/edits",
         response_model=ImagesResponse,
+        responses=_EVENTS,
         openapi_extra={"requestBody": uploads.BODY},
     )
     async def edits(request: Request):
@@ -468,6 +471,11 @@ def _document(app: FastAPI, offer: Offer) -> None:
         for option in fields[name]["anyOf"]:
             if option["type"] != "null":
                 option["enum"] = values
+    document["components"]["schemas"]["LoraWeight"]["properties"]["name"]["enum"] = about[
+        "adapters"
+    ]
+    if not about["adapters"]:
+        fields["lora"]["anyOf"][0]["maxItems"] = 0
     fields["n"]["anyOf"][0]["maximum"] = about["max_n"]
     fields["prompt"]["maxLength"] = about["max_prompt_chars"]
     app.openapi_schema = document

@@ -245,8 +245,7 @@ class Offer:
         for name, weight in lora:
             _one_of("lora", name, list(self.adapters))
             _within("lora", weight, -10, 10)
-        if len(dict(lora)) < len(lora):
-            raise Refused("lora: each adapter once", "lora")
+        weights = {name: sum(w for other, w in lora if other == name) for name, _ in lora}
         found = Drawing(
             _CONTROLS.sub(" ", prompt),
             height,
@@ -262,7 +261,7 @@ class Offer:
             mask,
             control,
             float(control_scale),
-            tuple(sorted((name, float(weight)) for name, weight in lora)),
+            tuple(sorted((name, float(weight)) for name, weight in weights.items())),
         )
         _check(self.model, self.config(found), height, width, steps - found.run_steps)
         return found

@@ -241,7 +241,6 @@ def test_a_stuck_batch_shows(start, offer):
         ({"seed": "1e3"}, "seed"),
         ({"lora": [("other", 1.0)]}, "lora"),
         ({"lora": [("heart", float("inf"))]}, "lora"),
-        ({"lora": [("heart", 1.0), ("heart", 1.0)]}, "lora"),
         ({"mask": np.ones((8, 8), bool)}, "mask"),
         ({"control": np.zeros((64, 64, 3), np.uint8)}, "control"),
         ({"image": np.zeros((64, 64, 3), np.uint8), "strength": 0.123}, "strength"),
@@ -265,6 +264,7 @@ def test_an_image_is_edited_at_the_offered_size_of_its_shape(offer):
     assert (plain.height, plain.width, plain.steps, plain.guidance) == (64, 64, 20, 2.0)
     full = offer.drawing("a", image=wide, strength=1.0, size="64x64")
     assert full.program != plain.program and full.run_steps == plain.run_steps
+    assert offer.drawing("a", lora=[("heart", 1), ("heart", 0.5)]).lora == (("heart", 1.5),)
     assert offer.drawing("a\x00b\x1bc").prompt == "a b c"
 
 
