@@ -108,7 +108,7 @@ def main() -> None:
             for ask in (followed, coloured):
                 row = scores.setdefault(f"{what}: {ask.__name__}", {})
                 row[kind] = float(np.mean([ask(*pair) for pair in zip(scenes, found)]))
-        for n in range(8):
+        for n in range(4):
             shown += [maps[n], made["with control"][n], made["without"][n]]
             labels += ["edges", prompts[n], "without control"]
     for row in scores.values():

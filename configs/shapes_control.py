@@ -13,7 +13,7 @@ from configs import shapes
 from pixart_jax.config import Config, DataConfig, PreviewConfig, StageConfig
 
 
-def get_config(steps: int = 6_000) -> Config:
+def get_config(steps: int = 12_000) -> Config:
     world = shapes.get_config()
     stage = StageConfig(
         name="control",
@@ -28,7 +28,7 @@ def get_config(steps: int = 6_000) -> Config:
             condition="canny",
         ),
         objective=shapes.OBJECTIVE,
-        optimizer=shapes.optimizer(steps, 1e-3, schedule="cosine", final_fraction=0.02),
+        optimizer=shapes.optimizer(steps, 4e-3, schedule="cosine", final_fraction=0.02),
     )
     return dataclasses.replace(
         world,

@@ -1,5 +1,6 @@
 """The model in assets/ generates what it is asked for: the scores that it was trained to reach,
-with its own settings; and with the LoRA beside it the heart, which it never saw."""
+with its own settings; with the LoRA beside it the heart, which it never saw; and with the
+ControlNet the shapes and places of edges."""
 
 from __future__ import annotations
 
@@ -7,9 +8,13 @@ import json
 
 import pytest
 
+from benchmarks.shapes_control import followed
 from pixart_jax import Pipeline, cli
+from pixart_jax.data import shapes
 from pixart_jax.evaluation import command
 from pixart_jax.evaluation.checker import find_objects
+from pixart_jax.evaluation.tasks import eval_prompts
+from pixart_jax.images import canny
 
 AIMS = {"colour": 0.98, "shape": 0.95, "counting": 0.95, "position": 0.95, "binding": 0.90}
 AIMS["withheld: binding"] = 0.75
@@ -31,3 +36,16 @@ def test_the_shipped_lora_knows_hearts(root):
     images = pipe([f"a large {colour} heart" for colour in colours * 2], seed=1)
     found = [find_objects(image)[0] for image in images]
     assert [(f.colour, f.shape) for f in found] == [(colour, "heart") for colour in colours * 2]
+
+
+def test_the_shipped_controlnet_follows_edges(root):
+    """Prompts name colours alone; shapes and places come from the edges."""
+    pipe = Pipeline.from_pretrained(
+        root / "assets/shapes", controlnet=root / "assets/shapes_control"
+    )
+    scenes = [p.scene for p in eval_prompts("free", 8, sets=("single",))]
+    edges = [canny(shapes.render(scene)) for scene in scenes]
+    prompts = [shapes.captions(scene)["shapeless"] for scene in scenes]
+    images = pipe(prompts, control=edges, height=64, width=64)
+    right = [followed(scene, find_objects(image)) for scene, image in zip(scenes, images)]
+    assert sum(right) >= 7

@@ -44,7 +44,7 @@ from pixart_jax.serving.engine import Done, Engine, Event, Failed, Job, Preview,
 from pixart_jax.serving.errors import ApiError, as_api_error
 from pixart_jax.serving.guard import FORM_LIMIT, Access, Guard
 from pixart_jax.serving.metrics import Metrics
-from pixart_jax.serving.offer import Drawing, Offer
+from pixart_jax.serving.offer import Generation, Offer
 from pixart_jax.serving.results import ImageStore
 
 KEEP_ALIVE = 15.0  # seconds without an event
@@ -174,7 +174,7 @@ class Service:
         self.created = int(time.time())
 
     def submit(
-        self, drawing: Drawing, previews: int = 0, progress: bool = False
+        self, generation: Generation, previews: int = 0, progress: bool = False
     ) -> tuple[Job, AsyncIterator[Event | None]]:
         """Queue a request; (its job, its events, and None every KEEP_ALIVE seconds). Closing the
         iterator cancels the request. Raises as Engine.submit, the iterator where it fails."""
@@ -184,10 +184,10 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(found.put_nowait, event)
 
-        job = self.engine.submit(drawing, listen, previews, progress)
+        job = self.engine.submit(generation, listen, previews, progress)
 
         async def events() -> AsyncIterator[Event | None]:
-            left = drawing.count
+            left = generation.count
             try:
                 while left:
                     try:
@@ -212,23 +212,28 @@ class Service:
 class _Answer:
     """How one request's images are answered."""
 
-    def __init__(self, service: Service, body: ImageRequest, drawing: Drawing, base_url: str):
-        self.service, self.body, self.drawing, self.base_url = service, body, drawing, base_url
+    def __init__(self, service: Service, body: ImageRequest, generation: Generation, base_url: str):
+        self.service, self.body, self.generation, self.base_url = (
+            service,
+            body,
+            generation,
+            base_url,
+        )
         self.kind = body.output_format or "png"
         self.quality = 100 if body.output_compression is None else body.output_compression
-        tokens, lost = service.offer.tokens(drawing.prompt)
+        tokens, lost = service.offer.tokens(generation.prompt)
         self.lost = " ".join(lost)[:500] or None
-        images = service.offer.latent_tokens(drawing)
+        images = service.offer.latent_tokens(generation)
         self.about = {"background": "opaque", "output_format": self.kind}
-        self.about |= {"size": f"{drawing.width}x{drawing.height}", "quality": "auto"}
-        texts = {"text_tokens": tokens, "image_tokens": images * (drawing.image is not None)}
-        inputs, outputs = sum(texts.values()), images * drawing.count
+        self.about |= {"size": f"{generation.width}x{generation.height}", "quality": "auto"}
+        texts = {"text_tokens": tokens, "image_tokens": images * (generation.image is not None)}
+        inputs, outputs = sum(texts.values()), images * generation.count
         self.usage = {"input_tokens": inputs, "input_tokens_details": texts}
         self.usage |= {"output_tokens": outputs, "total_tokens": inputs + outputs}
 
     async def image(self, event: Done) -> dict[str, Any]:
         """One of ``data``."""
-        settings = self.service.offer.settings(self.drawing, event.index)
+        settings = self.service.offer.settings(self.generation, event.index)
         how: Any = event.pixels, settings, self.kind, self.quality
         data = await asyncio.to_thread(image_bytes, *how)
         found: dict[str, Any] = {"index": event.index, "seed": settings["seed"]}
@@ -317,13 +322,13 @@ async def _answer(
     given = {name: getattr(body, name, None) for name in _FIELDS}
     fields: dict[str, Any] = {name: v for name, v in given.items() if v is not None} | pictures
     lora = [(one.name, one.weight) for one in body.lora or ()]
-    drawing = service.offer.drawing(body.prompt, lora=lora, **fields)
+    generation = service.offer.generation(body.prompt, lora=lora, **fields)
     scope = request.scope
-    answer = _Answer(service, body, drawing, f"{scope['scheme']}://{request.headers['host']}")
+    answer = _Answer(service, body, generation, f"{scope['scheme']}://{request.headers['host']}")
     facts = scope["facts"]
-    facts |= {"n": drawing.count, "size": answer.about["size"], "steps": drawing.steps}
+    facts |= {"n": generation.count, "size": answer.about["size"], "steps": generation.steps}
     previews = (body.partial_images or 0) if body.stream else 0
-    job, events = service.submit(drawing, previews, bool(body.stream and body.progress))
+    job, events = service.submit(generation, previews, bool(body.stream and body.progress))
     facts["job"] = job
     connected = _while_connected(request, events)
     if body.stream:

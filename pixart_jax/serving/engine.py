@@ -20,7 +20,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.finite import CURE, WHAT
-from pixart_jax.serving.offer import Drawing, Refused
+from pixart_jax.serving.offer import Generation, Refused
 
 LOG = logging.getLogger("pixart_jax.serving")
 GATHER = 0.02  # seconds that a batch which is not full waits for more
@@ -97,9 +97,9 @@ class Renderer(Protocol):
     """What makes images."""
 
     def __call__(
-        self, images: Sequence[tuple[Drawing, int]], on_step: OnStep
+        self, images: Sequence[tuple[Generation, int]], on_step: OnStep
     ) -> Sequence[np.ndarray | None]:
-        """(drawing, index) of one key each → uint8 [h, w, 3] each, None where it is not finite.
+        """(generation, index) of one key each → uint8 [h, w, 3] each, None where it is not finite.
         on_step(step from 1, latents [b, h, w, c]) is called during the work, and may raise to end
         it."""
 
@@ -107,21 +107,27 @@ class Renderer(Protocol):
         """Latents [h, w, c] → rough uint8 [h, w, 3], without the device."""
 
 
-OnBatch = Callable[[Drawing, int, float, bool], None]  # one, images, seconds, whether it compiled
+OnBatch = Callable[
+    [Generation, int, float, bool], None
+]  # one, images, seconds, whether it compiled
 
 
 class Job:
     """A request in the engine. listener: called with each Event, in the engine's thread."""
 
     def __init__(
-        self, drawing: Drawing, listener: Callable[[Event], None], previews: int, progress: bool
+        self,
+        generation: Generation,
+        listener: Callable[[Event], None],
+        previews: int,
+        progress: bool,
     ):
-        self.drawing, self.listener = drawing, listener
+        self.generation, self.listener = generation, listener
         self.previews, self.progress = previews, progress
         self.arrived = time.monotonic()
         self.started: float | None = None  # of its first batch
         self.cancelled = False
-        self.left = drawing.count
+        self.left = generation.count
         self.fill = 0.0  # of its last batch
 
     @property
@@ -137,8 +143,8 @@ _Item = tuple[Job, int]
 
 
 class Engine:
-    """open_renderer: opens the model, in the engine's thread. warm_up: drawn before the state is
-    ready. batch_size: of every batch. max_queue: images that may wait. timeout: seconds that a
+    """open_renderer: opens the model, in the engine's thread. warm_up: generated before the state
+    is ready. batch_size: of every batch. max_queue: images that may wait. timeout: seconds that a
     request may wait. max_programs: compiled programs at most. stuck_after: seconds of a batch after
     which the engine counts as stuck.
 
@@ -149,7 +155,7 @@ class Engine:
     def __init__(
         self,
         open_renderer: Callable[[], Renderer],
-        warm_up: Sequence[Drawing] = (),
+        warm_up: Sequence[Generation] = (),
         *,
         batch_size: int = 8,
         max_queue: int = 64,
@@ -203,28 +209,28 @@ class Engine:
 
     def submit(
         self,
-        drawing: Drawing,
+        generation: Generation,
         listener: Callable[[Event], None],
         previews: int = 0,
         progress: bool = False,
     ) -> Job:
         """Queue a request; its events go to ``listener``: Done for each image, or one Failed.
         Raises Unavailable, QueueFull, and Refused for one program more than may be compiled."""
-        job = Job(drawing, listener, previews, progress)
+        job = Job(generation, listener, previews, progress)
         with self._changed:
             if self.state not in ("compiling", "ready"):
                 raise Unavailable(self.state)
-            if len(self._queue) + drawing.count > self.max_queue:
-                wait = math.ceil((len(self._queue) or drawing.count) * self._seconds_an_image)
+            if len(self._queue) + generation.count > self.max_queue:
+                wait = math.ceil((len(self._queue) or generation.count) * self._seconds_an_image)
                 raise QueueFull(min(max(wait, 1), RETRY_LIMIT))
-            if drawing.program not in self._programs:
+            if generation.program not in self._programs:
                 if len(self._programs) >= self.max_programs:
                     more = f"program {self.max_programs + 1} of at most {self.max_programs}"
                     raise Refused(f"this size with these options would be {more}: use others")
-                self._programs.add(drawing.program)
+                self._programs.add(generation.program)
             if progress:
-                job.tell(Progress("queued", len(self._queue), 0, drawing.run_steps))
-            self._queue.extend((job, index) for index in range(drawing.count))
+                job.tell(Progress("queued", len(self._queue), 0, generation.run_steps))
+            self._queue.extend((job, index) for index in range(generation.count))
             self._changed.notify_all()
         return job
 
@@ -255,10 +261,10 @@ class Engine:
         try:
             self._renderer = self._open()
             self._set_state("loading", "compiling")
-            for drawing in self._warm_up:
+            for generation in self._warm_up:
                 if self.state != "draining":
-                    nobody = Job(drawing, lambda event: None, 0, False)
-                    self._draw([(nobody, index) for index in range(drawing.count)])
+                    nobody = Job(generation, lambda event: None, 0, False)
+                    self._generate([(nobody, index) for index in range(generation.count)])
                     if nobody.left:
                         raise UserError("the model's first image failed: the log says why")
             self._set_state("compiling", "ready")
@@ -273,7 +279,7 @@ class Engine:
             self.on_failure(error)
             return
         while (batch := self._next_batch()) is not None:
-            self._draw(batch)
+            self._generate(batch)
 
     def _set_state(self, before: str, after: str) -> None:
         with self._changed:
@@ -292,7 +298,9 @@ class Engine:
                     self._changed.wait()
                     continue
                 oldest = self._queue[0][0]
-                batch = [one for one in self._queue if one[0].drawing.key == oldest.drawing.key]
+                batch = [
+                    one for one in self._queue if one[0].generation.key == oldest.generation.key
+                ]
                 wait = oldest.arrived + GATHER - time.monotonic()
                 if len(batch) >= self.batch_size or wait <= 0 or self.state == "draining":
                     break
@@ -303,7 +311,7 @@ class Engine:
             waiting = list(self._queue)
         for position, (job, index) in enumerate(waiting):
             if job.progress and index == 0:
-                job.tell(Progress("queued", position, 0, job.drawing.run_steps))
+                job.tell(Progress("queued", position, 0, job.generation.run_steps))
         return batch
 
     def _expire(self) -> None:
@@ -315,8 +323,8 @@ class Engine:
             job.tell(Failed(Expired(f"waited longer than {self.timeout:g} s")))
             job.cancelled = True
 
-    def _draw(self, batch: list[_Item]) -> None:
-        first = batch[0][0].drawing
+    def _generate(self, batch: list[_Item]) -> None:
+        first = batch[0][0].generation
         new = first.program not in self._compiled
         jobs = list(dict.fromkeys(job for job, _ in batch))
         began = self._began = time.monotonic()
@@ -339,7 +347,7 @@ class Engine:
         images: Sequence[np.ndarray | None] = []
         failure: Exception = UserError(f"the image is {WHAT}: {CURE}")
         try:
-            images = self._renderer([(job.drawing, index) for job, index in batch], on_step)
+            images = self._renderer([(job.generation, index) for job, index in batch], on_step)
         except UserError as error:
             failure = error
         except Exception:

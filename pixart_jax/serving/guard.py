@@ -120,7 +120,7 @@ class Guard:
             if (job := facts.pop("job", None)) is not None:
                 facts |= {"queue_s": round(job.queue_seconds, 4), "fill": job.fill}
                 if self._access.log_prompts:
-                    facts["prompt"] = job.drawing.prompt
+                    facts["prompt"] = job.generation.prompt
             route = getattr(scope.get("route"), "path", "page")
             if self._metrics is not None:
                 self._metrics.answered(route, facts)

@@ -75,8 +75,8 @@ def make_server(service: Service, folder: Path | None = None) -> MCPServer:
     async def make(ctx: Context, prompt: str, **fields: Any) -> CallToolResult:
         given = {name: value for name, value in fields.items() if value is not None}
         try:
-            drawing = service.offer.drawing(prompt, **given)
-            job, events = service.submit(drawing, progress=True)
+            generation = service.offer.generation(prompt, **given)
+            job, events = service.submit(generation, progress=True)
             done = []
             try:
                 async for event in events:
@@ -92,7 +92,7 @@ def make_server(service: Service, folder: Path | None = None) -> MCPServer:
         lost = " ".join(service.offer.tokens(prompt)[1])[:500] or None
         found = Generated(names=[], seeds=[], parameters=[], paths=[], prompt_truncated=lost)
         for event in sorted(done, key=lambda one: one.index):
-            settings = service.offer.settings(drawing, event.index)
+            settings = service.offer.settings(generation, event.index)
             data = await asyncio.to_thread(image_bytes, event.pixels, settings, "png", 100)
             name = service.images.put(data, "png")
             preview = await asyncio.to_thread(_preview, event.pixels)

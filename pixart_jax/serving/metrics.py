@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from pixart_jax.serving.engine import Engine
-from pixart_jax.serving.offer import Drawing
+from pixart_jax.serving.offer import Generation
 
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 _FILL = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
@@ -44,13 +44,15 @@ class Metrics:
         self._fill = histogram("batch_fill_ratio", "images of a batch's places", buckets=_FILL)
         self._size, engine.on_batch = engine.batch_size, self.batch_done
 
-    def batch_done(self, drawing: Drawing, images: int, seconds: float, compiled: bool) -> None:
+    def batch_done(
+        self, generation: Generation, images: int, seconds: float, compiled: bool
+    ) -> None:
         self._busy.inc(seconds)
         self._compile.inc(seconds * compiled)
         self._images.inc(images)
         self._fill.observe(images / self._size)
-        size = f"{drawing.width}x{drawing.height}"
-        self._batch.labels(size, str(drawing.steps)).observe(seconds)
+        size = f"{generation.width}x{generation.height}"
+        self._batch.labels(size, str(generation.steps)).observe(seconds)
 
     def answered(self, route: str, facts: Mapping[str, Any]) -> None:
         """Count an answer, from its facts in the access log."""

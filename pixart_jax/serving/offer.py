@@ -45,7 +45,7 @@ class Refused(UserError):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawing:
+class Generation:
     """A checked request: ``count`` images of a prompt, from its seed, seed + 1, …
 
     height, width: px. strength: of an edit. image: uint8 [h, w, 3] to edit; mask: bool [h, w], True
@@ -161,37 +161,37 @@ class Offer:
             "controlnets": list(self.controlnets),
         }
 
-    def config(self, drawing: Drawing) -> SamplingConfig:
+    def config(self, generation: Generation) -> SamplingConfig:
         return dataclasses.replace(
-            self.solvers[drawing.solver],
-            steps=drawing.steps,
-            guidance=drawing.guidance,
-            control_scale=drawing.control_scale,
+            self.solvers[generation.solver],
+            steps=generation.steps,
+            guidance=generation.guidance,
+            control_scale=generation.control_scale,
         )
 
-    def settings(self, drawing: Drawing, index: int) -> dict[str, Any]:
+    def settings(self, generation: Generation, index: int) -> dict[str, Any]:
         """What an image records of how it was made."""
         found = {
-            "prompt": drawing.prompt,
-            "negative_prompt": drawing.negative_prompt,
+            "prompt": generation.prompt,
+            "negative_prompt": generation.negative_prompt,
             "index": 0,
-            "seed": exact((drawing.seed + index) % 2**64),
-            "height": drawing.height,
-            "width": drawing.width,
-            **self.config(drawing).settings(),
+            "seed": exact((generation.seed + index) % 2**64),
+            "height": generation.height,
+            "width": generation.width,
+            **self.config(generation).settings(),
             **self.recorded,
         }
-        if drawing.image is not None:
-            found |= {"strength": drawing.strength, "edit": "inpaint"}
-            if drawing.mask is None:
+        if generation.image is not None:
+            found |= {"strength": generation.strength, "edit": "inpaint"}
+            if generation.mask is None:
                 found["edit"] = "image to image"
-        if drawing.control is not None:
+        if generation.control is not None:
             found["controlnet"] = self.controlnets[0]
-        if drawing.lora:
-            found["lora"] = [{"name": name, "weight": weight} for name, weight in drawing.lora]
+        if generation.lora:
+            found["lora"] = [{"name": name, "weight": weight} for name, weight in generation.lora]
         return found
 
-    def drawing(
+    def generation(
         self,
         prompt: str,
         *,
@@ -208,7 +208,7 @@ class Offer:
         control: np.ndarray | None = None,
         control_scale: float = 1.0,
         lora: Sequence[tuple[str, float]] = (),
-    ) -> Drawing:
+    ) -> Generation:
         """Fill in defaults. Raises Refused, which names the field, for what is not offered."""
         self.check_text("prompt", prompt)
         self.check_text("negative_prompt", negative_prompt)
@@ -246,7 +246,7 @@ class Offer:
             _one_of("lora", name, list(self.adapters))
             _within("lora", weight, -10, 10)
         weights = {name: sum(w for other, w in lora if other == name) for name, _ in lora}
-        found = Drawing(
+        found = Generation(
             _CONTROLS.sub(" ", prompt),
             height,
             width,
@@ -282,10 +282,10 @@ class Offer:
     def _tokenizer(self):  # the pipeline's own belongs to the engine's thread
         return self.model.tokenizer()
 
-    def latent_tokens(self, drawing: Drawing) -> int:
+    def latent_tokens(self, generation: Generation) -> int:
         """Image tokens of one image in the transformer."""
         side = self.model.vae.factor * self.model.transformer.patch_size
-        return (drawing.height // side) * (drawing.width // side)
+        return (generation.height // side) * (generation.width // side)
 
     def _near(self, config: SamplingConfig) -> int:
         """The offered number of steps nearest to a config's."""

@@ -113,7 +113,7 @@ class EngineFlags:
 
         engine = Engine(
             open_renderer,
-            [offer.drawing("a picture", seed=0)],
+            [offer.generation("a picture", seed=0)],
             batch_size=self.batch_size,
             max_queue=self.max_queue,
             timeout=self.timeout,

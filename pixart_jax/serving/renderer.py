@@ -13,7 +13,7 @@ from pixart_jax import finite
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.text_states import TextStates, texts_to_encode
 from pixart_jax.serving.engine import OnStep
-from pixart_jax.serving.offer import Drawing, Offer
+from pixart_jax.serving.offer import Generation, Offer
 from pixart_jax.text import caption_cleaner
 
 CACHED_TEXTS = 1000  # whose states stay on the host
@@ -37,16 +37,16 @@ class PipelineRenderer:
         pipe.prompt_encoder.states(["a " * n for n in (1, 30, 60, 100, 200, 280) if n < limit])
 
     def __call__(
-        self, images: Sequence[tuple[Drawing, int]], on_step: OnStep
+        self, images: Sequence[tuple[Generation, int]], on_step: OnStep
     ) -> list[np.ndarray | None]:
         """As ``engine.Renderer``."""
         first = images[0][0]
         config = self._offer.config(first)
-        self._encode([drawing for drawing, _ in images], config)
+        self._encode([generation for generation, _ in images], config)
         options: dict[str, Any] = {}
         for name in ("image", "mask", "control"):
             if getattr(first, name) is not None:
-                options[name] = [getattr(drawing, name) for drawing, _ in images]
+                options[name] = [getattr(generation, name) for generation, _ in images]
         steps = 0
 
         def callback(step: int, latents: np.ndarray) -> None:
@@ -56,13 +56,13 @@ class PipelineRenderer:
 
         found: list[np.ndarray | None] = [None] * len(images)
         batches = self._adapted(first.lora).generate(
-            [drawing.prompt for drawing, _ in images],
+            [generation.prompt for generation, _ in images],
             config,
-            negative_prompt=[drawing.negative_prompt for drawing, _ in images],
+            negative_prompt=[generation.negative_prompt for generation, _ in images],
             height=first.height,
             width=first.width,
-            seed=[(drawing.seed + index) % 2**64 for drawing, index in images],
-            guidance=[drawing.guidance for drawing, _ in images],
+            seed=[(generation.seed + index) % 2**64 for generation, index in images],
+            guidance=[generation.guidance for generation, _ in images],
             batch_size=self._batch,
             indices=[0] * len(images),
             text_states=self._states,
@@ -94,11 +94,11 @@ class PipelineRenderer:
         self._merged.move_to_end(lora)
         return self._merged[lora]
 
-    def _encode(self, drawings: Sequence[Drawing], config) -> None:
+    def _encode(self, generations: Sequence[Generation], config) -> None:
         """Have the states of all texts of a batch."""
         clean = caption_cleaner(config.clean_caption)
-        prompts = [drawing.prompt for drawing in drawings]
-        negatives = [one.negative_prompt for one in drawings if one.guidance != 1]
+        prompts = [generation.prompt for generation in generations]
+        negatives = [one.negative_prompt for one in generations if one.guidance != 1]
         texts = texts_to_encode(prompts, negatives, str(config.null), clean)
         cleaned = {clean(text) for text in texts}
         missing = [text for text in cleaned if text not in self._states]

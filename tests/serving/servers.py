@@ -28,7 +28,7 @@ class StubRenderer:
         self.gate.set()
 
     def __call__(self, images, on_step):
-        self.batches.append([(drawing, index) for drawing, index in images])
+        self.batches.append([(generation, index) for generation, index in images])
         first = images[0][0]
         latents = np.zeros((len(images), 2, 2, 4), np.float32)
         for step in range(first.run_steps):

@@ -154,9 +154,9 @@ def test_edits_take_an_image_a_mask_and_their_fields_as_text(client, stub):
     data = {"prompt": "a", "strength": "0.5", "seed": "5", "n": "2", "guidance_scale": "3"}
     answer = client.post(EDIT, data=data, files=files)
     assert answer.status_code == 200, answer.text
-    drawing = stub[2].batches[-1][0][0]
-    assert drawing.mask[:, :32].all() and not drawing.mask[:, 32:].any()
-    assert drawing.strength == 0.5 and drawing.seed == 5 and drawing.count == 2
+    generation = stub[2].batches[-1][0][0]
+    assert generation.mask[:, :32].all() and not generation.mask[:, 32:].any()
+    assert generation.strength == 0.5 and generation.seed == 5 and generation.count == 2
     assert answer.json()["data"][0]["parameters"]["edit"] == "inpaint"
     assert client.post(EDIT, data=data, files=[("image[]", ("a.png", png()))]).status_code == 200
 

@@ -49,10 +49,10 @@ def until(condition, seconds=10):
         time.sleep(0.002)
 
 
-def submitted(engine, drawing, **options):
+def submitted(engine, generation, **options):
     """(job, its events as a queue)."""
     events: queue.Queue = queue.Queue()
-    return engine.submit(drawing, events.put, **options), events
+    return engine.submit(generation, events.put, **options), events
 
 
 def all_done(events, count):
@@ -62,13 +62,13 @@ def all_done(events, count):
 def test_one_batch_holds_what_may_share_a_program_in_the_order_of_arrival(start, offer):
     engine, renderer = start()
     renderer.gate.clear()
-    first = submitted(engine, offer.drawing("blocks", seed=0))
+    first = submitted(engine, offer.generation("blocks", seed=0))
     until(lambda: engine.running)
-    plain = [submitted(engine, offer.drawing(f"p{n}", seed=n, n=2)) for n in range(2)]
-    other = submitted(engine, offer.drawing("other size", size="96x96"))
-    late = [submitted(engine, offer.drawing(f"q{n}", guidance_scale=3.0)) for n in range(3)]
-    unguided = submitted(engine, offer.drawing("unguided", guidance_scale=1))
-    merged = submitted(engine, offer.drawing("merged", lora=[("heart", 0.5)]))
+    plain = [submitted(engine, offer.generation(f"p{n}", seed=n, n=2)) for n in range(2)]
+    other = submitted(engine, offer.generation("other size", size="96x96"))
+    late = [submitted(engine, offer.generation(f"q{n}", guidance_scale=3.0)) for n in range(3)]
+    unguided = submitted(engine, offer.generation("unguided", guidance_scale=1))
+    merged = submitted(engine, offer.generation("merged", lora=[("heart", 0.5)]))
     assert engine.waiting == 10
     renderer.gate.set()
     for (_, events), count in [
@@ -80,7 +80,7 @@ def test_one_batch_holds_what_may_share_a_program_in_the_order_of_arrival(start,
         (merged, 1),
     ]:
         assert all(isinstance(event, Done) for event in all_done(events, count))
-    batches = [[drawing.prompt for drawing, _ in batch] for batch in renderer.batches]
+    batches = [[generation.prompt for generation, _ in batch] for batch in renderer.batches]
     assert batches == [
         ["blocks"],
         ["p0", "p0", "p1", "p1"],
@@ -96,27 +96,27 @@ def test_one_batch_holds_what_may_share_a_program_in_the_order_of_arrival(start,
 def test_the_queue_is_bounded_in_images_and_says_when_to_come_back(start, offer):
     engine, renderer = start(max_queue=5)
     renderer.gate.clear()
-    submitted(engine, offer.drawing("blocks"))
+    submitted(engine, offer.generation("blocks"))
     until(lambda: engine.running)
-    submitted(engine, offer.drawing("a", n=4))
+    submitted(engine, offer.generation("a", n=4))
     with pytest.raises(engines.QueueFull) as error:
-        engine.submit(offer.drawing("b", n=2), print)
+        engine.submit(offer.generation("b", n=2), print)
     assert 1 <= error.value.retry_after <= 120
-    submitted(engine, offer.drawing("b", n=1))
+    submitted(engine, offer.generation("b", n=1))
 
 
 def test_cancelled_requests_leave_the_queue_and_end_a_batch_that_is_theirs_alone(start, offer):
     engine, renderer = start()
     renderer.gate.clear()
-    job, events = submitted(engine, offer.drawing("blocks", n=2))
+    job, events = submitted(engine, offer.generation("blocks", n=2))
     until(lambda: engine.running)
-    waiting, its = submitted(engine, offer.drawing("waits"))
+    waiting, its = submitted(engine, offer.generation("waits"))
     engine.cancel(waiting)
     assert engine.waiting == 0
     engine.cancel(job)
     renderer.gate.set()
     until(lambda: not engine.running)
-    after, events_after = submitted(engine, offer.drawing("after"))
+    after, events_after = submitted(engine, offer.generation("after"))
     assert isinstance(events_after.get(timeout=10), Done)
     assert events.empty() and its.empty()
     assert [[d.prompt for d, _ in batch] for batch in renderer.batches] == [
@@ -125,12 +125,12 @@ def test_cancelled_requests_leave_the_queue_and_end_a_batch_that_is_theirs_alone
     ]
 
 
-def test_a_request_that_waited_too_long_is_dropped_before_it_is_drawn(start, offer):
+def test_a_request_that_waited_too_long_is_dropped_before_it_is_generated(start, offer):
     engine, renderer = start(timeout=0.2)
     renderer.gate.clear()
-    submitted(engine, offer.drawing("blocks"))
+    submitted(engine, offer.generation("blocks"))
     until(lambda: engine.running)
-    _, events = submitted(engine, offer.drawing("late"))
+    _, events = submitted(engine, offer.generation("late"))
     time.sleep(0.25)
     renderer.gate.set()
     assert isinstance(events.get(timeout=10).error, engines.Expired)
@@ -139,15 +139,15 @@ def test_a_request_that_waited_too_long_is_dropped_before_it_is_drawn(start, off
 
 def test_progress_and_previews(start, offer):
     engine, renderer = start()
-    drawing = offer.drawing("a", num_inference_steps=8)
-    _, events = submitted(engine, drawing, previews=3, progress=True)
+    generation = offer.generation("a", num_inference_steps=8)
+    _, events = submitted(engine, generation, previews=3, progress=True)
     found = []
     while not found or not isinstance(found[-1], Done):
         found.append(events.get(timeout=10))
     states = [(e.state, e.step) for e in found if isinstance(e, Progress)]
     assert states == [("queued", 0), ("compiling", 0), *(("running", n + 1) for n in range(8))]
     assert [e.number for e in found if isinstance(e, Preview)] == [0, 1, 2]
-    _, events = submitted(engine, drawing, progress=True)
+    _, events = submitted(engine, generation, progress=True)
     found = [events.get(timeout=10) for _ in range(2)]
     assert [e.state for e in found] == ["queued", "running"]  # compiled before
 
@@ -155,22 +155,22 @@ def test_progress_and_previews(start, offer):
 def test_no_more_programs_than_allowed(start, offer):
     engine, _ = start(max_programs=2)
     for steps in (4, 8):
-        submitted(engine, offer.drawing("a", num_inference_steps=steps))
+        submitted(engine, offer.generation("a", num_inference_steps=steps))
     with pytest.raises(Refused, match="program 3 of at most 2"):
-        engine.submit(offer.drawing("a", num_inference_steps=14), print)
-    submitted(engine, offer.drawing("a", num_inference_steps=4))
+        engine.submit(offer.generation("a", num_inference_steps=14), print)
+    submitted(engine, offer.generation("a", num_inference_steps=4))
 
 
 def test_a_failed_batch_fails_its_requests_alone(start, offer, caplog):
     engine, _ = start()
-    _, events = submitted(engine, offer.drawing("explode"))
-    _, others = submitted(engine, offer.drawing("a"))
+    _, events = submitted(engine, offer.generation("explode"))
+    _, others = submitted(engine, offer.generation("a"))
     error = events.get(timeout=10).error
     assert isinstance(error, engines.BatchFailed) and "secret" not in str(error)
-    _, later = submitted(engine, offer.drawing("b"))
+    _, later = submitted(engine, offer.generation("b"))
     assert isinstance(later.get(timeout=10), Done)
     assert "secret detail" in caplog.text
-    _, infinite = submitted(engine, offer.drawing("infinite"))
+    _, infinite = submitted(engine, offer.generation("infinite"))
     assert isinstance(infinite.get(timeout=10).error, UserError)
 
 
@@ -182,22 +182,22 @@ def test_states_and_draining(offer):
         return renderer
 
     renderer.gate.clear()
-    engine = Engine(open_renderer, [offer.drawing("warm up")], batch_size=4)
+    engine = Engine(open_renderer, [offer.generation("warm up")], batch_size=4)
     engine.start()
     with pytest.raises(engines.Unavailable) as error:
-        engine.submit(offer.drawing("a"), print)
+        engine.submit(offer.generation("a"), print)
     assert error.value.state == engine.state == "loading"
     opening.set()
     until(lambda: engine.state == "compiling")
-    _, early = submitted(engine, offer.drawing("early"))  # waits for the warm-up
+    _, early = submitted(engine, offer.generation("early"))  # waits for the warm-up
     renderer.gate.set()
     assert isinstance(early.get(timeout=10), Done)
     assert engine.state == "ready" and engine.alive
     renderer.gate.clear()
-    waiting = [submitted(engine, offer.drawing(f"{n}", n=3))[1] for n in range(4)]
+    waiting = [submitted(engine, offer.generation(f"{n}", n=3))[1] for n in range(4)]
     engine.drain()
     with pytest.raises(engines.Unavailable, match="draining"):
-        engine.submit(offer.drawing("a"), print)
+        engine.submit(offer.generation("a"), print)
     renderer.gate.set()
     assert engine.close(timeout=10)
     assert all(len(all_done(events, 3)) == 3 for events in waiting)
@@ -220,7 +220,7 @@ def test_a_model_that_cannot_be_opened_is_reported(offer):
 def test_a_stuck_batch_shows(start, offer):
     engine, renderer = start(stuck_after=0.05)
     renderer.gate.clear()
-    submitted(engine, offer.drawing("blocks"))
+    submitted(engine, offer.generation("blocks"))
     until(lambda: not engine.alive)
     renderer.gate.set()
     until(lambda: engine.alive)
@@ -253,25 +253,28 @@ def test_a_stuck_batch_shows(start, offer):
 )
 def test_what_is_not_offered_is_refused_by_its_field(offer, fields, param):
     with pytest.raises(Refused) as error:
-        offer.drawing("a", **fields)
+        offer.generation("a", **fields)
     assert error.value.param == param and "\n" not in str(error.value)
 
 
 def test_an_image_is_edited_at_the_offered_size_of_its_shape(offer):
     wide = np.zeros((50, 80, 3), np.uint8)
-    assert (offer.drawing("a", image=wide).height, offer.drawing("a", image=wide).width) == (64, 96)
-    plain = offer.drawing("a")
+    assert (offer.generation("a", image=wide).height, offer.generation("a", image=wide).width) == (
+        64,
+        96,
+    )
+    plain = offer.generation("a")
     assert (plain.height, plain.width, plain.steps, plain.guidance) == (64, 64, 20, 2.0)
-    full = offer.drawing("a", image=wide, strength=1.0, size="64x64")
+    full = offer.generation("a", image=wide, strength=1.0, size="64x64")
     assert full.program != plain.program and full.run_steps == plain.run_steps
-    assert offer.drawing("a", lora=[("heart", 1), ("heart", 0.5)]).lora == (("heart", 1.5),)
-    assert offer.drawing("a\x00b\x1bc").prompt == "a b c"
+    assert offer.generation("a", lora=[("heart", 1), ("heart", 0.5)]).lora == (("heart", 1.5),)
+    assert offer.generation("a\x00b\x1bc").prompt == "a b c"
 
 
 def test_failed_is_the_last_event_of_a_request(start, offer):
     engine, renderer = start()
     renderer.gate.clear()
-    _, events = submitted(engine, offer.drawing("infinite", n=6))
+    _, events = submitted(engine, offer.generation("infinite", n=6))
     renderer.gate.set()
     assert isinstance(events.get(timeout=10), Failed)
     until(lambda: not engine.running and not engine.waiting)

@@ -231,16 +231,16 @@ def test_a_painted_mask_and_its_image_reach_the_server(site):
     site.press("Use this mask", "#painter")
     site.page.wait("!document.querySelector('#painter').open")
     site.generate()
-    drawing = site.renderer.batches[-1][0][0]
-    assert np.array_equal(drawing.image, np.asarray(Image.open(io.BytesIO(made))))
-    mask = drawing.mask
+    generation = site.renderer.batches[-1][0][0]
+    assert np.array_equal(generation.image, np.asarray(Image.open(io.BytesIO(made))))
+    mask = generation.mask
     assert mask.shape == (64, 96) and mask[32, 20:38].all()
     assert not mask[:24].any() and not mask[:, 46:].any()
-    assert drawing.strength == 1
+    assert generation.strength == 1
     site.press("Remove the mask", "#form")
     site.generate()
-    drawing = site.renderer.batches[-1][0][0]
-    assert drawing.mask is None and drawing.image is not None and drawing.strength == 0.6
+    generation = site.renderer.batches[-1][0][0]
+    assert generation.mask is None and generation.image is not None and generation.strength == 0.6
 
 
 def test_an_edge_map_and_a_style_reach_the_server(site, tmp_path):
@@ -252,15 +252,19 @@ def test_an_edge_map_and_a_style_reach_the_server(site, tmp_path):
     site.page.wait("!document.querySelector('#control-chosen').hidden")
     site.page.run("document.getElementById('control-scale').stepDown(10)")
     site.generate()
-    drawing = site.renderer.batches[-1][0][0]
-    assert drawing.image is None and (drawing.control == 9).all() and drawing.control_scale == 0.5
-    assert drawing.prompt.startswith("a star, ink drawing")
-    assert drawing.negative_prompt.startswith("blur, ")
+    generation = site.renderer.batches[-1][0][0]
+    assert (
+        generation.image is None
+        and (generation.control == 9).all()
+        and generation.control_scale == 0.5
+    )
+    assert generation.prompt.startswith("a star, ink drawing")
+    assert generation.negative_prompt.startswith("blur, ")
     site.page.choose("#image", file)
     site.fill(**{"control-from": "canny"})
     site.generate()
-    drawing = site.renderer.batches[-1][0][0]
-    assert (drawing.image == 9).all() and not drawing.control.any()  # no edges in it
+    generation = site.renderer.batches[-1][0][0]
+    assert (generation.image == 9).all() and not generation.control.any()  # no edges in it
 
 
 def test_text_beyond_the_limit_is_shown(site):
