@@ -13,7 +13,7 @@ from configs import shapes
 from pixart_jax.config import Config, DataConfig, PreviewConfig, StageConfig
 
 
-def get_config(steps: int = 12_000) -> Config:
+def get_config(steps: int = 20_000) -> Config:
     world = shapes.get_config()
     stage = StageConfig(
         name="control",
