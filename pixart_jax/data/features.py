@@ -220,7 +220,7 @@ def _bucket(file: Path) -> tuple[int, int]:
     held = np.load(file, mmap_mode="r")  # refuses a file that is cut
     shape = held.shape[1:] if held.ndim == 4 and held.shape[0] == 1 else held.shape
     if len(shape) != 3 or shape[0] % 2 or not held.flags.c_contiguous or held.dtype.kind != "f":
-        raise ValueError(f"{held.dtype} {shape} is no float posterior [2·channels, h/8, w/8]")
+        raise ValueError(f"{held.dtype} {shape}: expected a float array [2·channels, h/8, w/8]")
     return shape[1] * _FACTOR, shape[2] * _FACTOR
 
 

@@ -7,7 +7,7 @@ bucket i with nᵢ samples and batches of B,
 
     mᵢ(e) = ⌊(e+1)·nᵢ / B⌋ − ⌊e·nᵢ / B⌋        batches, Σᵢ mᵢ(e) steps,
 
-in an order drawn for that epoch; any step is found without its history.
+in that epoch's random order; any step is found without its history.
 
 A batch holds one bucket and is always full, so at an epoch's end (e+1)·nᵢ mod B samples of a bucket
 come first of all in the next: late, never lost. A bucket with fewer than B samples gives a batch
@@ -116,8 +116,9 @@ class BatchSchedule:
     def _pass(self, bucket: int, number: int) -> np.ndarray:
         """A permutation of the bucket's samples for one pass.
 
-        So that the batch that straddles two passes shows no sample twice, what of the pass before
-        lies in that batch is moved behind its part of this pass, if the bucket is large enough.
+        A batch may span the end of one pass and the start of the next. Samples that it already
+        holds are moved back in the next pass, so that none occurs twice, if the bucket is large
+        enough.
         """
         count = int(self._counts[bucket])
         order = self._random(_SAMPLES, bucket, number).permutation(count)

@@ -12,7 +12,7 @@ composition can be tested. A :class:`Level` is the difficulty; every score names
 - ``edges``: edge maps of free's scenes, of all eight shapes, as a ControlNet's condition;
 - ``gallery``: all of these together, for the autoencoder and the text encoder.
 
-Scenes are drawn with signed distances in numpy and depend on (level, split, index) alone.
+Scenes are rendered with signed distances in numpy and depend on (level, split, index) alone.
 """
 
 from __future__ import annotations

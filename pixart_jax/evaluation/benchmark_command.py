@@ -7,60 +7,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation import compbench, dpg, geneval, report, torch_models
+from pixart_jax.evaluation import compbench, dpg, geneval
 from pixart_jax.evaluation import vision_models as vision
-from pixart_jax.evaluation.detections import Look, Object, Row, check_list, objects_of, read
-from pixart_jax.evaluation.features import Extractor, ImageSet
-from pixart_jax.evaluation.generated import GeneratedOptions, generate, sampled_with
+from pixart_jax.evaluation.benchmark_run import BenchmarkOptions, BenchmarkRun, Source
+from pixart_jax.evaluation.detections import Object, Row, objects_of
 from pixart_jax.evaluation.phrases import TEXTBLOB, Phrasebook
-from pixart_jax.files import atomic_write, write_json, write_text
-from pixart_jax.images import write_png
-from pixart_jax.pipeline.output import parse_share
-
-_RESAMPLES = 1000  # of prompts, for an interval
+from pixart_jax.files import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Options(GeneratedOptions):
-    """The images lie as the benchmark's own scripts want them; generated ones (`-- FLAGS`) are put
-    there."""
-
-    batch_size: int = 8
-    benchmark: Path | None = None
-    """your copy of the benchmark: its repository, or the folder of its prompts"""
-
-    def __post_init__(self):
-        if (
-            min(self.batch_size, 1 if (each := getattr(self, "per_prompt", 1)) is None else each)
-            < 1
-        ):
-            raise UserError("batch-size and per-prompt: at least 1")
-        if self.out is None:
-            raise UserError("give --out FOLDER, for score.json and what the networks see")
-
-    def find(self, folder: str, name: str) -> Path:
-        """A file of the benchmark, in its folder or in its repository's."""
-        if self.benchmark is None:
-            raise UserError(f"give --benchmark DIR, your copy of the benchmark, with {name}")
-        places = [self.benchmark / name, self.benchmark / folder / name]
-        if (found := next((path for path in places if path.is_file()), None)) is None:
-            raise UserError(f"--benchmark {self.benchmark} holds no {name}")
-        return found
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompbenchOptions(_Options):
+class CompbenchOptions(BenchmarkOptions):
     """Score T2I-CompBench++: attributes by BLIP-VQA, places and numbers by a detector, actions by
     CLIP."""
 
@@ -91,7 +54,7 @@ class CompbenchOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenevalOptions(_Options):
+class GenevalOptions(BenchmarkOptions):
     """Score GenEval: objects, numbers, colours and positions, by a detector with masks and CLIP."""
 
     metadata: Path | None = None
@@ -107,7 +70,7 @@ class GenevalOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DpgOptions(_Options):
+class DpgOptions(BenchmarkOptions):
     """Score DPG-Bench: yes-or-no questions about dense prompts, each prompt's a graph."""
 
     per_prompt: Literal[1, 4] = 4
@@ -116,186 +79,6 @@ class DpgOptions(_Options):
     """lines {image, part, question, p_yes, p_no} or {…, answer}"""
     vqa: str | None = None
     """instead of --answers: such as Salesforce/blip-vqa-capfilt-large"""
-
-
-_LOAD: dict[str, Callable[[str], Any]] = {
-    "detector": vision.Detector.load,
-    "depth": lambda path: torch_models.load(
-        path, "AutoModelForDepthEstimation", "AutoImageProcessor"
-    ),
-    "vqa": lambda path: torch_models.load(path, "BlipForQuestionAnswering"),
-    "clip": lambda path: torch_models.load(path, "CLIPModel"),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A first step and how its lines are read. flags: of its models, the first the one by which a
-    score is named. look(models by flag, names, images) gives the lines of each image, without its
-    name; parse the key and value of one; judge(image, {key: value}) an image's score. also: what
-    the lines depend on beside models and images."""
-
-    kind: str
-    flags: tuple[str, ...]
-    look: Callable[[Mapping[str, Any], Sequence[str], vision.Images], Iterable[list[Row]]]
-    form: str
-    parse: Callable[[Row], tuple[Any, Any]]
-    judge: Callable[[str, dict], Any]
-    also: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-class _Run:
-    """One call of a benchmark. name: an image's path → its name in the list of images. sources:
-    facts of the files that are scored."""
-
-    def __init__(
-        self,
-        options: Any,
-        flags: Sequence[str] | None,
-        prompts: Sequence[str],
-        place: Callable[[int, int], str],
-        name: Callable[[str], str] = lambda image: image.split("/")[-1],
-    ):
-        """Generate the images first where ``flags`` of sample.py are given, each at
-        place(prompt, number)."""
-        self.options, self.name = options, name
-        self.sources: dict[str, dict[str, Any]] = {}
-        self.images: ImageSet | None = None
-        if flags is not None:
-            if options.generated is None or not prompts:
-                raise UserError("to generate, give --images DIR and the benchmark's prompts")
-            _generate(options, flags, prompts, place)
-        if folder := options.generated:
-            inner = folder / "samples"
-            self.images = ImageSet.open(inner if inner.is_dir() else folder, sizes=True)
-            try:
-                self.names = [name(path) for path in self.images.names]
-            except ValueError as error:
-                raise UserError(f"{folder}: {error}") from None
-
-    def judge(
-        self, source: _Source, listed: Callable[[Iterable[str]], Sequence[str]]
-    ) -> dict[str, Any] | None:
-        """Image → its score, in the order of the list, listed(the images of the file); None in
-        processes other than the first."""
-        if self.images:
-            check_list(self.names, listed(self.names), self.images.source)
-        path = getattr(self.options, source.kind) or self._look(source)
-        if path is None:
-            return None
-        found = read(path, source.form, source.parse, self.name)
-        wanted = listed(self.names if self.images else found)
-        check_list(found, wanted, path)
-        facts = {"path": str(path), "sha256": sha256(path.read_bytes()).hexdigest()}
-        settings = path.with_suffix(".settings.json")
-        facts |= json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-        self.sources[source.kind] = facts
-        return {image: source.judge(image, found[image]) for image in wanted}
-
-    def _look(self, source: _Source) -> Path | None:
-        """Write the lines of all images to OUT, and beside them what they depend on."""
-        paths = {flag: getattr(self.options, flag) for flag in source.flags}
-        if self.images is None or None in paths.values():
-            models = " and ".join(f"--{flag} MODEL" for flag in paths)
-            raise UserError(f"give --{source.kind} FILE, or --images DIR with {models}")
-        nets = {flag: _LOAD[flag](path) for flag, path in paths.items()}
-        facts = {"weights": {flag: net.digest for flag, net in nets.items()}, **source.also}
-
-        def look(images: vision.Images, numbers: Sequence[int]) -> Iterable[list[Row]]:
-            return source.look(nets, [self.names[n] for n in numbers], images)
-
-        network = Look(look, [source.kind, json.dumps(facts)])
-        share = parse_share(self.options.share)
-        found = Extractor(network, self.options.batch_size, share)(self.images, "the images")
-        if found is None:
-            print(f"share {share.index}/{share.count} of the {source.kind} is done")
-            return None
-        path = self.options.out / f"{source.kind}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path.with_suffix(".settings.json"), {"models": paths, **facts})
-        with atomic_write(path, "w", encoding="utf-8") as file:
-            for name, rows in zip(self.names, found[0]["lines"]):
-                for row in json.loads(rows):
-                    file.write(json.dumps({"image": name, **row}, ensure_ascii=False) + "\n")
-        print(f"written: {path}")
-        return path
-
-    def by(self, source: _Source) -> str:
-        """The model behind a file; the file where it does not say."""
-        facts, flag = self.sources[source.kind], source.flags[0]
-        return f"{flag}={facts.get('models', {}).get(flag) or Path(facts['path']).name}"
-
-    def finish(
-        self,
-        metric: str,
-        tasks: Mapping[str, Mapping[str, Sequence[float]]],
-        results: Sequence[Row],
-        **facts: Any,
-    ) -> None:
-        """Print and write the score. tasks: task → prompt → its images' scores; the value is the
-        mean over tasks of their means over images, the interval resamples prompts."""
-        rng, draws, shares = np.random.default_rng(0), [], {}
-        for task, prompts in tasks.items():
-            sums, counts = (np.array([f(some) for some in prompts.values()]) for f in (sum, len))
-            rows = rng.integers(len(sums), size=(_RESAMPLES, len(sums)))
-            draws.append(sums[rows].sum(1) / counts[rows].sum(1))
-            shares[task] = float(sums.sum() / counts.sum())
-        low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5]).tolist()
-        interval = [low, high] if all(len(some) > 1 for some in tasks.values()) else None
-        score = {"value": sum(shares.values()) / len(shares), "interval": interval}
-        images = sum(len(some) for prompts in tasks.values() for some in prompts.values())
-        n = {"generated": images, "prompts": sum(map(len, tasks.values()))}
-        print(f"{metric} · {n['generated']} images of {n['prompts']} prompts\n")
-        for task, share in (shares | facts.get("categories", {})).items():
-            print(f"{task:24} {share:8.4f}")
-        between = f"   95% {low:.4f} – {high:.4f}" if interval else ""
-        print(f"{'score':24} {score['value']:8.4f}{between}")
-        if facts.get("absent"):
-            print(f"absent, and not in the mean: {', '.join(facts['absent'])}")
-        out = self.options.out
-        out.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in results)
-        write_text(out / "results.jsonl", "".join(lines))
-        facts = {"tasks": shares, **facts, "sources": self.sources, **sampled_with(self.images)}
-        facts["list"] = sha256("\n".join(row["image"] for row in results).encode()).hexdigest()
-        path = report.write_score(out, metric, score, n, facts)
-        print(f"\nwritten: {path}, {out / 'results.jsonl'}")
-
-
-def _generate(
-    options: Any, flags: Sequence[str], prompts: Sequence[str], place: Callable[[int, int], str]
-) -> None:
-    """Generate ``per_prompt`` images of each prompt in OUT/generated. Process 0 copies them to
-    place(prompt, number) of the folder of images, to one 2×2 grid where four have one place, with
-    the times of the originals; the others wait for it."""
-    each, made, share = (
-        options.per_prompt or 4,
-        options.out / "generated",
-        parse_share(options.share),
-    )
-    made.mkdir(parents=True, exist_ok=True)
-    rows = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts for _ in range(each))
-    write_text(options.out / "rows.jsonl", "".join(rows))
-    generate(made, ["--prompts", str(options.out / "rows.jsonl"), *flags], share)
-    images = ImageSet.open(made, sizes=True)
-    number = {settings["index"]: n for n, settings in enumerate(images.settings)}
-    targets: dict[str, list[int]] = {}
-    for i in range(len(prompts) * each):
-        targets.setdefault(place(*divmod(i, each)), []).append(number[i])
-    for target, some in targets.items():
-        path, source = options.generated / target, made / images.names[some[0]]
-        stamp = source.stat().st_mtime_ns
-        while not (path.exists() and path.stat().st_mtime_ns == stamp):
-            if share.index:
-                time.sleep(0.5)
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if len(some) == 1:
-                shutil.copy(source, path)
-            else:
-                a, b, c, d = (images.pixels(n)[0] for n in some)
-                write_png(path, np.block([[[a], [b]], [[c], [d]]]), images.settings[some[0]])
-            os.utime(path, ns=(stamp, stamp))
 
 
 # ---- T2I-CompBench++ ----
@@ -316,7 +99,9 @@ def evaluate_compbench(options: CompbenchOptions, flags: Sequence[str] | None = 
         return print(f"written: {options.save_questions}, by {book.name}, SHA-256 {digest}")
     listed = [f"{p}_{i * each + j:06d}.png" for i, p in enumerate(prompts) for j in range(each)]
     places = [f"samples/{name}" for name in listed]
-    run = _Run(options, flags, prompts, lambda i, j: places[i * each + j], compbench.image_name)
+    run = BenchmarkRun(
+        options, flags, prompts, lambda i, j: places[i * each + j], compbench.image_name
+    )
     scores: dict[str, dict[str, float]] = {}
     by = []
     for source in (_answers(book), _detections(category, book), _similarities(category, book)):
@@ -351,7 +136,7 @@ def evaluate_compbench(options: CompbenchOptions, flags: Sequence[str] | None = 
     write_json(run.options.out / "vqa_result.json", official, indent=None)
 
 
-def _answers(book: Phrasebook) -> _Source:
+def _answers(book: Phrasebook) -> Source:
     def look(nets, names, images):
         chunks = [book[compbench.prompt_of(name)].chunks for name in names]
         found = vision.yes_and_no(nets["vqa"], images, [[f"{c}?" for c in some] for some in chunks])
@@ -359,7 +144,7 @@ def _answers(book: Phrasebook) -> _Source:
             rows = zip(some, answers) if some else [("", (1.0, 0.0))]  # nothing to ask
             yield [{"chunk": chunk, "p_yes": yes, "p_no": no} for chunk, (yes, no) in rows]
 
-    return _Source(
+    return Source(
         kind="answers",
         flags=("vqa",),
         look=look,
@@ -370,7 +155,7 @@ def _answers(book: Phrasebook) -> _Source:
     )
 
 
-def _detections(category: str, book: Phrasebook) -> _Source:
+def _detections(category: str, book: Phrasebook) -> Source:
     deep = category == "3d_spatial"
 
     def look(nets, names, images):
@@ -392,7 +177,7 @@ def _detections(category: str, book: Phrasebook) -> _Source:
         prompt = compbench.prompt_of(image)
         return compbench.placed(category, prompt, book[prompt], found[""])
 
-    return _Source(
+    return Source(
         kind="detections",
         flags=("detector", "depth") if deep else ("detector",),
         look=look,
@@ -403,7 +188,7 @@ def _detections(category: str, book: Phrasebook) -> _Source:
     )
 
 
-def _similarities(category: str, book: Phrasebook) -> _Source:
+def _similarities(category: str, book: Phrasebook) -> Source:
     def look(nets, names, images):
         prompts = [compbench.prompt_of(name) for name in names]
         if category == "complex":
@@ -412,7 +197,7 @@ def _similarities(category: str, book: Phrasebook) -> _Source:
         cosines = (seen * vision.embed_texts(nets["clip"], prompts)).sum(-1)
         return [[{"cosine": cosine}] for cosine in cosines.tolist()]
 
-    return _Source(
+    return Source(
         kind="similarities",
         flags=("clip",),
         look=look,
@@ -442,7 +227,7 @@ def evaluate_geneval(options: GenevalOptions, flags: Sequence[str] | None = None
         )
     metadata = geneval.read_metadata(own)
     prompts = [line["prompt"] for line in metadata]
-    run = _Run(options, flags, prompts, geneval.place, geneval.image_name)
+    run = BenchmarkRun(options, flags, prompts, geneval.place, geneval.image_name)
     if flags is not None and options.generated:
         for n, line in enumerate(metadata):
             write_json(options.generated / f"{n:05d}" / "metadata.jsonl", line, indent=None)
@@ -464,7 +249,7 @@ def evaluate_geneval(options: GenevalOptions, flags: Sequence[str] | None = None
             vision.add_colours(colours_of, image, objects, coloured)
             yield [{"objects": _plain(objects)}]
 
-    source = _Source(
+    source = Source(
         kind="detections",
         flags=("detector", "clip"),
         look=look,
@@ -495,7 +280,7 @@ def evaluate_dpg(options: DpgOptions, flags: Sequence[str] | None = None) -> Non
     graphs, parts = dpg.read_graphs(options.find("dpg_bench", "dpg_bench.csv")), options.per_prompt
     items = {f"{item}.png": graph for item, graph in graphs.items()}
     prompts = [graph.prompt for graph in graphs.values()]
-    run = _Run(options, flags, prompts, lambda i, j: list(items)[i])
+    run = BenchmarkRun(options, flags, prompts, lambda i, j: list(items)[i])
 
     def look(nets, names, images):
         for name, image in zip(names, images):
@@ -519,7 +304,7 @@ def evaluate_dpg(options: DpgOptions, flags: Sequence[str] | None = None) -> Non
             )
         return [{number: answers[part, number] for number in asked} for part in range(parts)]
 
-    source = _Source(
+    source = Source(
         kind="answers",
         flags=("vqa",),
         look=look,

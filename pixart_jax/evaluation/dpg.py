@@ -62,7 +62,7 @@ def read_graphs(path: Path) -> dict[str, Graph]:
             question = Question(row["question_natural_language"], parents, category)
             graph.questions[int(row["proposition_id"])] = question
         except (KeyError, ValueError) as error:
-            raise UserError(f"{place} is no row of DPG-Bench's questions: {error}") from None
+            raise UserError(f"{place} not a row of DPG-Bench's question table: {error}") from None
     for item, graph in graphs.items():
         asked = {parent for question in graph.questions.values() for parent in question.parents}
         if unknown := asked - graph.questions.keys():

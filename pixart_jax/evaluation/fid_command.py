@@ -77,7 +77,7 @@ class FidOptions(GeneratedOptions):
             object.__setattr__(self, "metrics", ("cmmd",))
         wrong = {"cmmd"} if self.features == "inception" else {"sfid", "is"}
         if bad := sorted(wrong & set(self.metrics)):
-            raise UserError(f"{bad[0]} is no metric of --features {self.features}")
+            raise UserError(f"--metrics {bad[0]} is not available with --features {self.features}")
         if self.features != "inception":
             if self.inception is not None or self.random_inception is not None:
                 raise UserError(f"--features {self.features} uses --model, not --inception")

@@ -227,7 +227,10 @@ def bad_inputs(tmp_path_factory):
         ("ok --reference narrow.npz --random-inception 0", "of 5 numbers, not 27"),
         ("ok --reference nan.npz --random-inception 0", "NaN"),
         ("ok --reference ok --features cmmd --random-inception 0", "uses --model"),
-        ("ok --reference ok --random-inception 0 --metrics cmmd", "no metric of --features"),
+        (
+            "ok --reference ok --random-inception 0 --metrics cmmd",
+            "is not available with --features",
+        ),
         ("empty --reference ok --random-inception 0", "holds no images"),
         ("ok --reference single --random-inception 0", "holds one image"),
         ("mixed --reference ok --random-inception 0", "differ in size"),

@@ -11,6 +11,7 @@ step, the result; what follows is the solver's memory.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Protocol, TypeAlias
 
@@ -72,15 +73,15 @@ class OneStep:
         return (x if noise is None else x + c["noise"] * noise,)
 
 
-class PredictorCorrector:
+class PredictorCorrector(abc.ABC):
     """Memory of a multistep solver that corrects each step with the evaluation at its end: (the
     predicted x, the corrected x one step back, the noise added since, past x_0 newest first).
     Coefficients: correct_ and predict_ x, past [width] and, where noise is added, noise."""
 
     @property
+    @abc.abstractmethod
     def width(self) -> int:
-        """x_0 that an update combines, at least 2."""
-        raise NotImplementedError
+        """How many x_0 an update combines, at least 2."""
 
     def init(self, x: Array) -> State:
         nothing = jnp.zeros_like(x)
