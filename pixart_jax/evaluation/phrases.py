@@ -82,7 +82,7 @@ class Phrasebook:
                 for prompt, row in table["prompts"].items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no table of phrases: {one_line(error)}") from None
+            raise UserError(f"{path} is not a table of phrases: {one_line(error)}") from None
 
         def look_up(prompt: str) -> Phrases:
             if prompt not in found:

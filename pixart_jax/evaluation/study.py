@@ -284,7 +284,7 @@ def read_votes(path: Path, key: Mapping[str, Any] | None = None) -> list[Vote]:
             if number == len(lines):
                 warnings.warn(f"{path}: the last line is cut off, left out", Notice, stacklevel=2)
                 continue
-            raise UserError(f"{path}:{number} is no JSON object") from None
+            raise UserError(f"{path}:{number} is not a JSON object") from None
         try:
             votes[resolve(fields, key)] = None
         except UserError as error:

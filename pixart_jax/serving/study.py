@@ -117,7 +117,7 @@ def create_app(folder: Path, ballot: Ballot, keys: Mapping[str, bytes], hosts: S
         try:
             fields = await request.json()
         except ValueError:
-            raise UserError("the body is no JSON") from None
+            raise UserError("the body is not JSON") from None
         await run_in_threadpool(ballot.cast, fields)
         return JSONResponse({})
 

@@ -420,7 +420,10 @@ def test_compbench_from_answers_and_the_benchmarks_list(tmp_path, capsys):
         ("compbench --category spatial", "give --detections FILE, or --images DIR with --detector"),
         ("compbench --category 3d_spatial --detections d.jsonl", "needs each object's depth"),
         ("compbench --category color --answers d.jsonl", "d.jsonl, line 1: an image, a chunk"),
-        ("compbench --category spatial --detections d.jsonl --questions d.jsonl", "no table"),
+        (
+            "compbench --category spatial --detections d.jsonl --questions d.jsonl",
+            "not a table of phrases",
+        ),
         ("dpg --answers d.jsonl", "dpg_bench.csv"),
         ("dpg --answers d.jsonl --benchmark .", "holds no dpg_bench.csv"),
     ],

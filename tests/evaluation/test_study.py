@@ -303,7 +303,7 @@ GOOD["answer"] = "left"
         ([{"trial": "t", "rater": "r", "left": "x", "answer": "tie"}], [], "--study names"),
         ([{**GOOD, "right": "A"}], [], "left and right are both 'A'"),
         ([{**GOOD, "ms": "soon"}], [], "ms 'soon'"),
-        ([[1], GOOD], [], "votes.jsonl:1 is no JSON object"),
+        ([[1], GOOD], [], "votes.jsonl:1 is not a JSON object"),
         ([], [], "holds no votes"),
         ([GOOD] * 3, ["--study", "FILE"], "holds no key.json"),
         ([GOOD, {**GOOD, "prompt": "other"}], [], "no strengths exist"),
