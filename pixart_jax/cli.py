@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pixart_jax.errors import Interrupted, Notice, UserError, nearest
+from pixart_jax.errors import Interrupted, Notice, Unavailable, UserError, nearest
 
 # Exit statuses. 0 is success; 1, with a traceback, is a bug.
 GAVE_UP = 1  # training stopped itself: too many bad steps in a row
@@ -40,9 +40,9 @@ _UNUSABLE_FILE |= {errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main(argv)``, by default with the process's arguments; return the exit status.
 
-    0 or what main returns; 2 with ``error: …`` on stderr for a user error; 75 for an interrupted
-    run whose state is saved; 130 for Ctrl-C and 143 for SIGTERM elsewhere. Any other exception
-    propagates.
+    0 or what main returns; with ``error: …`` on stderr 2 for a user error and 75 for what is
+    Unavailable; 75 for an interrupted run whose state is saved; 130 for Ctrl-C and 143 for SIGTERM
+    elsewhere. Any other exception propagates.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -65,7 +65,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
-        return BAD_INPUT
+        return INTERRUPTED if isinstance(_for_users(error), Unavailable) else BAD_INPUT
 
 
 _received: list[int] = []  # the signals that have asked this process to end
@@ -193,11 +193,9 @@ def as_line(error: BaseException) -> str | None:
     Searches causes and exception groups: a full disk under a writer thread arrives wrapped, or as
     text alone.
     """
-    chain = list(_chain(error))
-    for link in chain:
-        if isinstance(link, UserError):
-            return " ".join(str(link).split())
-    for link in chain:
+    if found := _for_users(error):
+        return " ".join(str(found).split())
+    for link in _chain(error):
         number, file = getattr(link, "errno", None), getattr(link, "filename", None)
         if number in _DISK_FULL or "No space left on device" in str(link):
             where = f" while writing {file}" if file else ""
@@ -208,6 +206,11 @@ def as_line(error: BaseException) -> str | None:
             first = str(link).splitlines()[0][:200]
             return f"the device is out of memory, a smaller batch or image would fit: {first}"
     return None
+
+
+def _for_users(error: BaseException) -> BaseException | None:
+    links = _chain(error)
+    return next((link for link in links if isinstance(link, UserError | Unavailable)), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -22,6 +22,13 @@ class Interrupted(KeyboardInterrupt):
     """
 
 
+class Unavailable(Exception):
+    """Something outside the program failed that a later start may find in order: a store that does
+    not answer, a lock that another run has taken. The message is one line; programs print it as
+    ``error: …`` and exit with ``cli.INTERRUPTED``.
+    """
+
+
 class Notice(UserWarning):
     """A warning for users, in one line; programs print it as ``warning: …``."""
 

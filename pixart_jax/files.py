@@ -1,4 +1,8 @@
-"""Local files: the cache folder, atomic writes, locks, JSON, hashes and safetensors headers."""
+"""Files: the cache folder, atomic writes, locks, JSON, hashes and safetensors headers; and
+addresses, which name a local file or an object of a gs:// or s3:// bucket.
+
+object_store.py holds what concerns buckets alone; no cloud library is imported before one is used.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -20,7 +25,11 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from pixart_jax import object_store
 from pixart_jax.errors import Notice, UserError
+from pixart_jax.object_store import Conflict as Conflict
+from pixart_jax.object_store import Entry as Entry
+from pixart_jax.object_store import Stat as Stat
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -38,6 +47,10 @@ SAFETENSORS_DTYPES = {
 }
 """Name in a safetensors header → dtype. The safetensors package has no bfloat16 for NumPy."""
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+Address = str | os.PathLike
+"""A local path, or the text gs://BUCKET/KEY or s3://BUCKET/KEY. A Path never names a bucket."""
 
 
 def cache_folder(keep: bool = False) -> Path:
@@ -163,6 +176,151 @@ def locked(
                 on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+def is_remote(address: Address) -> bool:
+    """Whether an address lies in a bucket. UserError for another scheme:// or without a bucket."""
+    text = os.fspath(address)
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)([^/]*)", text)
+    if found is None or (found[1] not in ("gs", "s3") and not found[2]):
+        return False
+    if found[1] not in ("gs", "s3"):
+        raise UserError(f"{text}: addresses begin with gs:// or s3://, others are local paths")
+    if not (found[2] and found[3]):
+        raise UserError(f"{text}: write {found[1]}://BUCKET/NAME")
+    return True
+
+
+def join(address: Address, *parts: str) -> Any:
+    """The address of something below another: text for a bucket, a Path for a local one."""
+    if is_remote(address):
+        return "/".join([str(address).rstrip("/"), *parts])
+    return Path(address, *parts)
+
+
+def read_bytes(address: Address) -> bytes:
+    """All of a file; FileNotFoundError where there is none.
+
+    This and what follows raises UserError for a bucket that is not there or not allowed, missing
+    credentials and a missing extra, and Unavailable for an outage that outlasts the retries.
+    """
+    if is_remote(address):
+        return object_store.read(str(address), None, None, None)
+    return Path(address).read_bytes()
+
+
+def read_range(address: Address, start: int, stop: int, version: str | None = None) -> bytes:
+    """Bytes start … stop − 1; fewer at the end of the file. version: UserError if it has another
+    (of buckets only)."""
+    if is_remote(address):
+        return object_store.read(str(address), start, stop, version)
+    with open(address, "rb") as file:
+        return os.pread(file.fileno(), max(stop - start, 0), start)
+
+
+def stat(address: Address) -> Stat:
+    """Size and version; FileNotFoundError where there is no such file."""
+    if is_remote(address):
+        return object_store.stat(str(address))
+    found = os.stat(address)
+    return Stat(found.st_size, str(found.st_mtime_ns))
+
+
+def exists(address: Address) -> bool:
+    """Whether there is such a file."""
+    try:
+        return stat(address).size >= 0
+    except FileNotFoundError:
+        return False
+
+
+def list_files(folder: Address) -> list[Entry]:
+    """All files below a folder at any depth, by name; [] where there are none."""
+    if is_remote(folder):
+        return object_store.list_files(str(folder))
+    found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return [Entry(str(path), *stat(path)) for path in found]
+
+
+def put(address: Address, data: bytes) -> None:
+    """Write a file atomically, over another if there is one."""
+    if is_remote(address):
+        object_store.put(str(address), data)
+        return
+    with atomic_write(address) as file:
+        file.write(data)
+
+
+def create(address: str, data: bytes) -> str:
+    """Write an object where there is none; returns its version, raises Conflict.
+
+    Of buckets only, as ``replace``. data must differ from what any other would write, say by a
+    random token: a repeated request that finds the very same data takes it for its own.
+    """
+    return object_store.create(address, data)
+
+
+def replace(address: str, data: bytes, version: str) -> str:
+    """Write over an object that still has ``version``; returns the new one, raises Conflict. data:
+    see :func:`create`."""
+    return object_store.replace(address, data, version)
+
+
+def delete(address: Address) -> None:
+    """Remove a file if it is there."""
+    if is_remote(address):
+        object_store.delete(str(address))
+    else:
+        Path(address).unlink(missing_ok=True)
+
+
+def check_writable(folder: str) -> None:
+    """UserError where objects of a bucket cannot be created, read and deleted, or where its store
+    ignores conditional writes. Call it before long work."""
+    object_store.probe(folder)
+
+
+def upload(path: str | os.PathLike, address: str, last: str | None = None) -> None:
+    """Copy a local file, or the files below a folder, to an address of a bucket. last: the name of
+    the file whose presence says that the folder is complete."""
+    path = Path(path)
+    if path.is_file():
+        object_store.upload([(path, address)])
+        return
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    pairs = [(file, join(address, file.relative_to(path).as_posix())) for file in files]
+    object_store.upload([pair for pair in pairs if pair[0] != path / (last or "")])
+    object_store.upload([pair for pair in pairs if pair[0] == path / (last or "")])
+
+
+def stage(address: Address, wanted: Callable[[str], bool] | None = None) -> Path:
+    """The local copy of an object, or a folder with all objects below an address, of which
+    ``wanted`` takes some by their relative names; a local path as it is.
+
+    Copies lie under cache_folder()/staged, one for each version, with mtimes that are the same on
+    each machine. Processes of a machine wait for the one that fetches. UserError where the address
+    names nothing.
+    """
+    if not is_remote(address):
+        return Path(address)
+    address = str(address).rstrip("/")
+    try:
+        entries, root = [Entry(address, *stat(address))], address.rpartition("/")[0]
+    except FileNotFoundError:
+        entries, root = list_files(address), address
+    named = [(entry.address[len(root) + 1 :], entry) for entry in entries]
+    if wanted is not None and root == address:
+        named = [(name, entry) for name, entry in named if wanted(name)]
+    if not named:
+        raise UserError(f"{address}: no such object, and none below it")
+    text = repr((address, [(name, *entry[1:]) for name, entry in named]))
+    folder = cache_folder() / "staged" / f"{hash64(text):016x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock"):
+        paths = [(entry, folder / name) for name, entry in named]
+        if missing := [(entry, path) for entry, path in paths if not path.exists()]:
+            object_store.download(address, missing)
+    return folder if root == address else folder / named[0][0]
 
 
 def hash64(text: str) -> int:

@@ -27,6 +27,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 import pytest  # noqa: E402
 
+pytest_plugins = ["tests.stores"]  # fixtures: object stores on loopback
 TORCH = {"torch", "diffusers", "peft"}
 
 

@@ -1,15 +1,12 @@
-"""Train the stages of a recipe: python train.py configs/NAME.py --workdir DIR
-[--stages.1.optimizer.learning-rate 1e-4 …].
+"""Train the stages of a recipe: python train.py configs/NAME.py --workdir DIR [--seed 1 …].
 
-The same command with the same workdir resumes a stopped run. --help after a recipe's name lists
-every option. Of several processes each runs the same command: docs/pods.md. The functions import
-JAX, Orbax and the data libraries, so that a mistyped command is answered at once.
+The same command resumes a stopped run. DIR may be gs://… or s3://…; NAME --help lists every option.
+docs/pods.md: several processes. JAX and Orbax are imported late: a mistyped command ends at once.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pixart_jax import cli
@@ -17,7 +14,10 @@ from pixart_jax.errors import Interrupted
 from pixart_jax.training import recipes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pixart_jax.config import Config
+    from pixart_jax.files import Address
     from pixart_jax.parallel.processes import DistributedOptions
     from pixart_jax.training.batches import Encode
     from pixart_jax.training.evaluation import OpenMetric
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Read the command line, then run; returns the exit status."""
-    recipe, workdir, overrides = recipes.split(argv)
+    recipe, workdir, scratch, overrides = recipes.split(argv)
     from pixart_jax.parallel import processes
 
     options, overrides = processes.pop_distributed_flags(overrides)
-    config = recipes.parse_config(recipe, overrides)
-    return processes.run_with_peers(lambda: cli.run(lambda _: run(config, workdir, options), argv))
+    what = (recipes.parse_config(recipe, overrides), workdir, options, scratch)
+    return processes.run_with_peers(lambda: cli.run(lambda _: run(*what), argv))
 
 
-def run(config: Config, workdir: Path, options: DistributedOptions) -> int:
+def run(config: Config, workdir: Address, options: DistributedOptions, scratch: str | None) -> int:
     """Join the other processes and train; returns the exit status."""
     from pixart_jax.parallel import processes
     from pixart_jax.parallel.mesh import make_mesh
@@ -45,7 +45,7 @@ def run(config: Config, workdir: Path, options: DistributedOptions) -> int:
     processes.assert_same_config(repr(config), workdir)
     processes.warm_up_collectives(make_mesh(config.mesh))
     try:
-        train(config, workdir, encode, open_metric)
+        train(config, workdir, encode, open_metric, scratch)
     except TrainingDiverged as error:
         advice = "the last save holds, lower the learning rate or look at the data"
         print(f"error: {error}; {advice}", file=sys.stderr)
@@ -55,16 +55,16 @@ def run(config: Config, workdir: Path, options: DistributedOptions) -> int:
 
 def train(
     config: Config,
-    workdir: str | Path,
+    workdir: Address,
     encode: Encode | None = None,
     open_metric: OpenMetric | None = None,
+    scratch: str | None = None,  # of a workdir in a bucket: where its files are written first
 ) -> None:
     """Train what is not trained yet and export WORKDIR/model, or adapter; the same call resumes.
 
-    encode: turns images into encoded shards (training.batches.Encode); only diffusion tasks on such
-    sources need it. open_metric: measures generated images (training.evaluation). Raises UserError
-    for a user's mistake, TrainingDiverged after too many bad steps in a row, and Interrupted when a
-    signal stopped the run and its state is saved.
+    encode: makes encoded shards of images (training.batches.Encode). open_metric: measures
+    generated images (training.evaluation). Raises UserError, TrainingDiverged after too many bad
+    steps in a row, and Interrupted when a signal stopped the run and its state is saved.
     """
     from pixart_jax.parallel import liveness
     from pixart_jax.parallel.mesh import make_mesh
@@ -76,13 +76,13 @@ def train(
     from pixart_jax.training.run import Run
     from pixart_jax.training.workdir import Workdir, as_json, enable_compilation_cache
 
-    with Workdir(workdir, config) as folder, PreemptionHandler() as interruption:
+    with Workdir(workdir, config, scratch) as folder, PreemptionHandler() as interruption:
         enable_compilation_cache(folder.programs)
         mesh = make_mesh(config.mesh)
         check_run(config, mesh)
         folder.save_config()
-        keep, every = config.keep_checkpoints, config.keep_every
-        with Checkpointer(folder.checkpoints, keep, every) as checkpoints, EnergyMeter() as meter:
+        saving = (folder.checkpoints, config.keep_checkpoints, config.keep_every, folder.bucket)
+        with Checkpointer(*saving) as checkpoints, EnergyMeter() as meter:
             position = checkpoints.latest_position()
             try:
                 log = Metrics(folder.path, position.total, config.wandb, as_json(config))

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import Address, delete, exists, is_remote, join, put
 from pixart_jax.parallel import DISTRIBUTED_ENV_VARS, liveness
 from pixart_jax.parallel.liveness import PEER_LOST as PEER_LOST
 from pixart_jax.parallel.liveness import run_with_peers as run_with_peers
@@ -181,9 +182,7 @@ def _in_cluster() -> bool:
     )
 
 
-def assert_same_config(
-    command: str, folder: str | os.PathLike | None = None, patience: float = 60
-) -> None:
+def assert_same_config(command: str, folder: Address | None = None, patience: float = 60) -> None:
     """Check that all processes run the same ``command`` (a text of all that determines the run) and
     see the same ``folder``, within ``patience`` seconds, as a network disk may show a file late.
 
@@ -194,17 +193,18 @@ def assert_same_config(
     index = jax.process_index()
     digest, token = hashlib.sha256(command.encode()).digest(), os.urandom(8)
     if index == 0 and folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f".seen-by-all-{token.hex()}").touch()
+        if not is_remote(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        put(join(folder, f".seen-by-all-{token.hex()}"), b"")
     mine = np.frombuffer(digest + token, np.uint8)
     theirs = np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
     if theirs[:32] != digest:
         raise UserError(f"process {index} was started with another config than process 0")
     if folder is None:
         return
-    mark = Path(folder) / f".seen-by-all-{theirs[32:].hex()}"
+    mark = join(folder, f".seen-by-all-{theirs[32:].hex()}")
     deadline = time.monotonic() + patience
-    while not mark.exists():
+    while not exists(mark):
         if time.monotonic() > deadline:
             raise UserError(
                 f"{folder} is not shared: process {index} does not see process 0's file"
@@ -212,7 +212,7 @@ def assert_same_config(
         time.sleep(0.2)
     liveness.barrier("folder")
     if index == 0:
-        mark.unlink(missing_ok=True)
+        delete(mark)
 
 
 def warm_up_collectives(mesh: jax.sharding.Mesh) -> None:

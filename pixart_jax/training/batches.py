@@ -172,7 +172,7 @@ def _part(
             return encoded(source, captions)
         if jax.process_index() == 0:
             print(dreambooth.describe_identifier(stage, frozen.tokenizer))
-        return dreambooth.open_samples(config, stage, source, frozen.workdir, encoded)
+        return dreambooth.open_samples(config, stage, source, frozen, encoded)
     if stage.task == "autoencoder":
         if kind == "records":
             raise UserError(

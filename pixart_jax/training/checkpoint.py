@@ -26,13 +26,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from pixart_jax.cli import as_line
 from pixart_jax.config import Config
-from pixart_jax.errors import UserError
+from pixart_jax.errors import Unavailable, UserError, one_line
+from pixart_jax.files import Address, join, read_bytes
 from pixart_jax.parallel import rules
 from pixart_jax.training.bad_steps import StepGuard
+from pixart_jax.training.bucket import MARK, Bucket, prepare_orbax
 from pixart_jax.training.state import TrainState
 
 POSITION_SUM = "position"  # the position's checksum among those of the arrays
@@ -58,23 +62,33 @@ class Checkpointer:
     """The checkpoints of a run, under ``folder``. A context: leaving it waits for the last write.
 
     keep: how many of the newest stay. every: so does, for good, each at a multiple of so many total
-    steps; None: no others.
+    steps; None: no others. bucket: of a folder that lies in one; it commits with each checkpoint.
     """
 
-    def __init__(self, folder: Path, keep: int, every: int | None = None):
-        self.folder = Path(folder).absolute()
-        self._saving: int | None = None
+    def __init__(
+        self, folder: Address, keep: int, every: int | None = None, bucket: Bucket | None = None
+    ):
+        self.folder = epath.Path(folder) if bucket else Path(folder).absolute()
+        self._saving = 0
+        self._bucket = bucket
         _report_errors_once()
         policies = [preservation.LatestN(keep)]
         if every:
             policies.append(preservation.EveryNSteps(every))
+        options: dict[str, Any]
+        options = {"preservation_policy": preservation.AnyPreservationPolicy(policies)}
+        if bucket:  # which deletes what is no longer kept
+            options = {
+                "async_options": ocp.AsyncOptions(
+                    post_finalization_callback=lambda: bucket.commit(self._saving, keep, every)
+                ),
+                "atomicity_options": prepare_orbax(str(folder)),
+            }
         self._manager = _Orbax(
             self.folder,
             item_names=("state", "place", "sums"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
+                cleanup_tmp_directories=bucket is None, enable_async_checkpointing=True, **options
             ),
         )
 
@@ -82,7 +96,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, *_) -> None:
-        with self._full_disk_as_user_error():
+        with self._for_users():
             self._manager.close()
 
     def latest(self) -> int | None:
@@ -97,6 +111,10 @@ class Checkpointer:
     def save(self, position: RunPosition, state: TrainState) -> None:
         """Begin to write a checkpoint; returns once the state is copied and may be donated."""
         self.wait()
+        with self._for_users():
+            self._save(position, state)
+
+    def _save(self, position: RunPosition, state: TrainState) -> None:
         self._saving = position.total
         if state.guard is not None:
             guard = {name: v.item() for name, v in jax.device_get(vars(state.guard)).items()}
@@ -112,22 +130,29 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until the last checkpoint is committed. UserError where the disk was full."""
-        with self._full_disk_as_user_error():
+        with self._for_users():
             self._manager.wait_until_finished()
 
     def check(self) -> None:
         """Raise the error of the last write, if it has ended and failed; never waits."""
-        with self._full_disk_as_user_error():
+        with self._for_users():
             # During a write Orbax's check can deadlock: it waits for the metadata writer, which
             # waits for the lock that the check holds.
             if not self._manager.is_saving_in_progress():
                 self._manager.check_for_errors()
 
     @contextlib.contextmanager
-    def _full_disk_as_user_error(self) -> Iterator[None]:
+    def _for_users(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # TensorStore raises a ValueError, Python's own files an OSError
+            if self._bucket and not isinstance(error, TypeError | AttributeError | LookupError):
+                if as_line(error):
+                    raise
+                raise Unavailable(
+                    f"checkpoint {self._saving} of {self.folder} could not be written "
+                    f"({one_line(error)}); the same command goes on from the last one"
+                ) from error
             if "No space left on device" not in str(error):
                 raise
             before = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
@@ -200,6 +225,8 @@ class Checkpointer:
         try:
             return self._manager.restore(total, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds
+            if self._bucket:  # Unavailable in an outage
+                read_bytes(join(str(self.folder), str(total), MARK))
             raise self._damaged(total, error) from error
 
     def _damaged(self, total: int, why: object) -> UserError:

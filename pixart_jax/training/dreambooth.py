@@ -27,6 +27,7 @@ from pixart_jax.images import png_settings, write_png
 from pixart_jax.parallel.liveness import run_on_first_process
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.text import clean_caption, read_prompts
+from pixart_jax.training.frozen import Frozen
 
 KIND = "prompt"  # of the caption that all pictures have
 CLASS = "class_"  # begins the names of a batch's arrays of class images
@@ -121,7 +122,7 @@ def open_samples(
     config: Config,
     stage: StageConfig,
     source: Source,
-    workdir: Path,
+    frozen: Frozen,
     encoded: Callable[[Source, Kinds], Samples],
 ) -> Samples:
     """The pictures, with prior preservation beside class images, which are generated where they are
@@ -138,10 +139,12 @@ def open_samples(
         samples = encoded(source, stage.data.captions)
     if c.class_prompt is None:
         return samples
-    folder = Path(c.class_folder) if c.class_folder else workdir / "class_images"
+    folder = Path(c.class_folder) if c.class_folder else frozen.workdir / "class_images"
     run_on_first_process(
         f"class images of {stage.name}", lambda: generate_class_images(config, stage, folder)
     )
+    if not c.class_folder:
+        frozen.share("class_images")
     generated = open_source(f"folder:{folder}", "train")
     prompt = None if c.class_prompt.startswith(_FILE) else c.class_prompt
     return PairedSamples(samples, encoded(Captioned(generated, prompt), ((KIND, 1.0),)))

@@ -8,7 +8,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,10 +50,14 @@ class CopiedComponent:
 
 
 class Frozen:
-    """The frozen parts of a config. workdir: where a tokenizer that the run makes is stored."""
+    """The frozen parts of a config. workdir: where a tokenizer that the run makes is stored.
+    share: gives the other processes a folder of it that the first one made, where they do not see
+    the workdir (Bucket.share)."""
 
-    def __init__(self, config: Config, workdir: Path):
-        self._config, self.workdir = config, workdir
+    def __init__(
+        self, config: Config, workdir: Path, share: Callable[[str], object] = lambda name: None
+    ):
+        self._config, self.workdir, self.share = config, workdir, share
         self._states: dict[str, np.ndarray] = {}
 
     def folder(self, part: str) -> Path:
@@ -124,6 +128,7 @@ class Frozen:
             run_on_first_process(
                 "tokenizer", lambda: save_tokenizer(word_tokenizer(self._words()), folder)
             )
+            self.share("tokenizer")
         return load_tokenizer(folder)
 
     def _words(self) -> list[str]:

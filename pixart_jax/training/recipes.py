@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import re
 import sys
 import types
 from collections.abc import Sequence
@@ -16,17 +15,17 @@ from typing import TYPE_CHECKING
 
 from pixart_jax import cli
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.files import bundled
+from pixart_jax.files import Address, bundled, is_remote
 
 if TYPE_CHECKING:
     from pixart_jax.config import Config
 
 RECIPES = bundled("configs")
-USAGE = "python train.py configs/NAME.py --workdir DIR [--FIELD VALUE …]"
+USAGE = "python train.py configs/NAME.py --workdir DIR [--scratch DIR] [--FIELD VALUE …]"
 
 
-def split(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
-    """(the recipe's file, the workdir, the remaining overrides)."""
+def split(argv: Sequence[str]) -> tuple[Path, Address, str | None, list[str]]:
+    """(the recipe's file, the workdir, its scratch folder, the remaining overrides)."""
     argv = list(argv)
     names = ", ".join(known())
     if not argv:
@@ -38,17 +37,17 @@ def split(argv: Sequence[str]) -> tuple[Path, Path, list[str]]:
     if argv[0].startswith("-"):
         raise UserError(f"the recipe comes first: {USAGE}")
     recipe, rest = find(argv[0]), argv[1:]
-    given, rest = pop_flag("--workdir", rest, "--workdir needs a folder")
+    given, rest = pop_flag("--workdir", rest, "--workdir needs a folder, gs://… or s3://…")
+    scratch, rest = pop_flag("--scratch", rest, "--scratch needs a local folder")
     if given is None:
         if not {"-h", "--help"} & set(rest):
             raise UserError(f"--workdir is missing, the folder of the run: {USAGE}")
-        return recipe, Path(), rest  # --help ends the program
-    if re.match(r"[A-Za-z][\w+.-]+:/", given):
-        raise UserError(
-            f"--workdir {given}: a folder is needed, on a disk that all processes see; an "
-            "address is none: mount it"
-        )
-    return recipe, Path(given), rest
+        return recipe, Path(), None, rest  # --help ends the program
+    if is_remote(given):
+        return recipe, given, scratch, rest
+    if scratch is not None:
+        raise UserError(f"--scratch {scratch}: only a workdir in gs:// or s3:// has one")
+    return recipe, Path(given), None, rest
 
 
 def pop_flag(flag: str, argv: Sequence[str], error: str) -> tuple[str | None, list[str]]:

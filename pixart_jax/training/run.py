@@ -58,7 +58,7 @@ class Run:
     open_metric: OpenMetric | None = None
 
     def __post_init__(self):
-        self.frozen = Frozen(self.config, self.folder.path)
+        self.frozen = self._frozen(self.config)
         self.cost, self.productive = dict(self.position.cost), self.position.productive
         self.device_kind = self.mesh.devices.flat[0].device_kind
         chip = chip_of(self.device_kind)
@@ -68,12 +68,17 @@ class Run:
         if self.position.total < sum(stage.steps for stage in self.config.stages):
             total, devices = self.position.total, self.mesh.size
             self.restarts = RestartLog(self.folder.path, total, devices, self.device_kind)
+            self.folder.copy()
+
+    def _frozen(self, config: Config) -> Frozen:
+        bucket = self.folder.bucket
+        return Frozen(config, self.folder.path, *([bucket.share] if bucket else []))
 
     def of(self, stage: StageConfig) -> tuple[Config, Frozen]:
         """The run as a stage sees it, and its frozen parts."""
         config = self.config.of(stage)
         same = (config.model, config.vae) == (self.config.model, self.config.vae)
-        return config, self.frozen if same else Frozen(config, self.folder.path)
+        return config, self.frozen if same else self._frozen(config)
 
     def describe(self, index: int, loader: Loader, parts: StageParts) -> None:
         """Draw how many samples each bucket holds, and print the remat policy where it was chosen.
@@ -117,9 +122,10 @@ class Run:
         adapter = self.config.stages[-1].is_adapter
         made = self.folder.adapter if adapter else self.folder.model
         trained.task.export(trained.params, made, trained.loader.global_batch)
+        where = self.folder.bucket.publish(made) if self.folder.bucket else made
         if first:
             print(metrics.summary(folder))
-            print(f"done: {made}")
+            print(f"done: {where}")
 
 
 class StageHooks:
@@ -145,6 +151,8 @@ class StageHooks:
         """Whether a checkpoint is due."""
         # an error of the last checkpoint is raised here, at the first step after its write
         self.run.checkpoints.check()
+        if self.run.folder.bucket:
+            self.run.folder.bucket.check()
         config, total = self.run.config, self.done + step
         always = config.keep_every is not None and total % config.keep_every == 0
         return step % config.checkpoint_every == 0 or always

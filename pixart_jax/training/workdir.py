@@ -1,4 +1,5 @@
-"""A run's folder: one config, one writer at a time, and a cache of compiled programs."""
+"""A run's folder or address in a bucket: one config, one writer at a time, and a cache of compiled
+programs."""
 
 from __future__ import annotations
 
@@ -12,7 +13,17 @@ import jax
 
 from pixart_jax.config import Config
 from pixart_jax.errors import UserError
-from pixart_jax.files import locked, write_json
+from pixart_jax.files import (
+    Address,
+    cache_folder,
+    hash64,
+    is_remote,
+    join,
+    list_files,
+    locked,
+    write_json,
+)
+from pixart_jax.training.bucket import Bucket
 
 # What may change between two calls: it affects what is logged, kept or where it is computed, not
 # what is learned.
@@ -35,16 +46,28 @@ MUTABLE_FIELDS = (
 
 
 class Workdir:
-    """The folder ``path`` for a run of ``config``; a context that holds its lock.
+    """The workdir ``address`` of a run of ``config``; a context that holds its lock.
 
-    Entering raises UserError when the folder holds a run of another config (naming the difference)
-    or another process is writing there; :meth:`save_config` stores the config, once the run is
-    known to begin.
+    Entering raises UserError when it holds a run of another config (naming the difference) or
+    another process is writing there; :meth:`save_config` stores the config, once the run is known
+    to begin.
+
+    path: the folder itself; for a bucket, the local one whose files ``bucket`` copies there:
+    ``scratch``, else one in the cache. checkpoints: written to the bucket directly.
     """
 
-    def __init__(self, path: str | os.PathLike, config: Config):
-        self.path, self.config = Path(path).absolute(), config
-        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+    def __init__(self, address: Address, config: Config, scratch: str | None = None):
+        self.bucket: Bucket | None = None
+        if is_remote(address):
+            self.name = str(address).rstrip("/")
+            folder = Path(scratch or cache_folder() / "runs" / f"{hash64(self.name):016x}")
+            self.path = folder.absolute() / f"process-{jax.process_index()}"
+            self.bucket = Bucket(self.name, self.path)
+            self.checkpoints = join(self.name, "checkpoints")
+        else:
+            self.path = Path(address).absolute()
+            self.name, self.checkpoints = str(self.path), self.path / "checkpoints"
+        self.config, self.samples = config, self.path / "samples"
         self.model, self.adapter = self.path / "model", self.path / "adapter"
         self.programs, self.profile = self.path / "compilation_cache", self.path / "profile"
         self._open = contextlib.ExitStack()
@@ -54,7 +77,9 @@ class Workdir:
             raise UserError(f"workdir {self.path} is a file: name a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:
+            if self.bucket:
+                stack.enter_context(self.bucket)
+            elif jax.process_index() == 0:
                 busy = UserError(
                     f"workdir {self.path} is in use by another run: wait for it, or name another "
                     "folder"
@@ -65,8 +90,8 @@ class Workdir:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *_) -> None:
-        self._open.close()
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
 
     def _compare(self) -> None:
         """UserError where config.json is of another run."""
@@ -82,18 +107,24 @@ class Workdir:
             if differing:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 raise UserError(
-                    f"workdir {self.path} holds another config: {'; '.join(differing[:3])}{more}; "
+                    f"workdir {self.name} holds another config: {'; '.join(differing[:3])}{more}; "
                     "name another folder"
                 )
-        elif self.checkpoints.exists():
+        elif list_files(self.checkpoints) if self.bucket else self.checkpoints.exists():
             raise UserError(
-                f"workdir {self.path} holds checkpoints but no config.json: name another folder"
+                f"workdir {self.name} holds checkpoints but no config.json: name another folder"
             )
 
     def save_config(self) -> None:
         """Write the resolved config to config.json: from now on the folder is this run's."""
         if jax.process_index() == 0:
             write_json(self.path / "config.json", as_json(self.config), indent=1)
+        self.copy()
+
+    def copy(self) -> None:
+        """Copy what has changed to the bucket, if the run lies in one."""
+        if self.bucket and jax.process_index() == 0:
+            self.bucket.copy()
 
 
 def as_json(config: Config) -> dict:

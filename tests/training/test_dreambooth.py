@@ -154,7 +154,7 @@ def test_pictures_may_have_captions_of_their_own_with_the_identifier_in_each():
     dreambooth.check_identifier(stage)
 
     def opened(*texts):
-        return dreambooth.open_samples(None, stage, Pictures(*texts), Path(), lambda *how: how)
+        return dreambooth.open_samples(None, stage, Pictures(*texts), None, lambda *how: how)
 
     source, kinds = opened("a red sks", "a blue SKS")
     assert len(source) == 2 and kinds == (("caption", 1.0),)

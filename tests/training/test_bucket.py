@@ -1,0 +1,248 @@
+"""Runs whose workdir lies in a bucket, against stores on loopback."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from pixart_jax import files
+from pixart_jax.commands.train import train
+from pixart_jax.errors import UserError
+from pixart_jax.training import bucket, bucket_lock, metrics
+from tests.training import tiny_run
+
+LIVES = Path(__file__).parent / "lives.py"
+pytestmark = pytest.mark.skipif(
+    ocp.__version__ not in bucket.TESTED, reason="another version of Orbax"
+)
+
+
+@functools.cache
+def config_of(folder: Path, steps: int):
+    config = tiny_run.curriculum(folder, checkpoint_every=2)
+    stage = dataclasses.replace(config.stages[0], steps=steps)
+    preview = dataclasses.replace(config.preview, steps=1)
+    return dataclasses.replace(config, stages=(stage,), preview=preview)
+
+
+def final_state(workdir: str | Path, total: int):
+    folder = files.stage(files.join(workdir, "checkpoints", str(total)))
+    return ocp.StandardCheckpointer().restore(folder / "state")
+
+
+def figures(workdir: str | Path) -> list[dict]:
+    lines = metrics.read(files.stage(files.join(workdir, "metrics.jsonl")))
+    return [{k: v for k, v in line.items() if k not in metrics.TIMING} for line in lines]
+
+
+def assert_equal_runs(one, other, total: int) -> None:
+    """The same losses, parameters and moments, to the bit."""
+    assert figures(one) == figures(other)
+    states = [jax.tree.leaves(final_state(run, total)) for run in (one, other)]
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Short leases, and caches of this test's own."""
+    monkeypatch.setenv("PIXART_JAX_LEASE_SECONDS", "2")
+    monkeypatch.setenv("PIXART_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bucket_lock, "LEASE_SECONDS", 2.0)
+
+
+def test_a_killed_run_in_a_bucket_goes_on_and_ends_as_a_local_one(s3, small, tmp_path, capsys):
+    config = config_of(tmp_path, steps=5)
+    address = s3.root + "/run"
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.kill_before(patch, 4)
+        with pytest.raises(tiny_run.Killed):
+            train(config, address)
+    # what a killed process leaves: a checkpoint without its mark, and one of a lost lock
+    kept = {e.address.split("/")[5] for e in files.list_files(address + "/checkpoints")}
+    assert kept == {"2"}
+    files.put(address + "/checkpoints/4/state/half", b"")
+    files.put(address + "/checkpoints/3/" + bucket.MARK, b"")
+    lines = [line for line in figures(address) if line["total_step"] <= 2]
+    files.put(address + "/unrelated.txt", b"stays")
+    before = s3.proxy.requests.total()
+    with pytest.warns(match="checkpoint 3 was written by a process that had lost its lock"):
+        train(config, address)
+    print(f"{s3.proxy.requests.total() - before} requests of a start with two checkpoints")
+    assert f"done: {address}/model" in capsys.readouterr().out
+    assert figures(address)[: len(lines)] == lines
+
+    train(config, tmp_path / "local")
+    assert_equal_runs(tmp_path / "local", address, 5)
+    names = {e.address.removeprefix(address + "/") for e in files.list_files(address)}
+    local = {str(p.relative_to(tmp_path / "local")) for p in (tmp_path / "local").rglob("*")}
+    for name in ("config.json", "attempts.jsonl", "ledger.json", "loss.png", "data.json"):
+        assert name in names and name in local
+    exported = {name for name in local if name.startswith(("model/", "samples/")) and "." in name}
+    assert exported <= names and exported
+
+    with pytest.raises(UserError, match="holds another config: seed was 0, now 1"):
+        train(dataclasses.replace(config, seed=1), address)
+
+
+def started(argv: list, **environment: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)], env={**os.environ, **environment}, **pipes
+    )
+
+
+def wait_for(condition, seconds: float = 120.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+CLOUD = ["botocore", "s3fs", "gcsfs", "google.cloud.storage"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """steps → (recipe, the workdir of a local run that nothing interrupted)."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    @functools.cache
+    def run(steps: int):
+        tiny_run.curriculum(folder)
+        recipe = tiny_run.recipe(folder, steps=steps, every=2)
+        code = (
+            "import sys; from pixart_jax import cli; from pixart_jax.commands import train; "
+            f"status = cli.run(train.main); assert not {{*{CLOUD}}} & {{*sys.modules}}; "
+            "sys.exit(status)"
+        )
+        process = started(["-c", code, recipe, "--workdir", folder / f"local-{steps}"])
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, out
+        return recipe, folder / f"local-{steps}"
+
+    return run
+
+
+def kill_and_compare(store, uninterrupted, name: str, kills: int, steps: int) -> None:
+    recipe, local = uninterrupted(steps)
+    address = f"{store.root}/{name}"
+    longest = 9.0 * float(os.environ.get("SLOWER", 1))
+    process = started([LIVES, 7, kills, longest, recipe, "--workdir", address])
+    out, _ = process.communicate(timeout=7200)
+    assert process.returncode == 0, out[-6000:]
+    summary = out.strip().splitlines()[-1]
+    print(summary, f"{len(metrics.read(files.stage(address + '/attempts.jsonl')))} attempts")
+    assert f"killed {kills} times; ended by themselves: []" in summary, out[-6000:]
+    assert_equal_runs(local, address, steps)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_on_s3_change_nothing(s3, small, uninterrupted):
+    kill_and_compare(s3, uninterrupted, "kills", int(os.environ.get("KILLS", 100)), 240)
+
+
+@pytest.mark.slow
+def test_twenty_kills_on_gs_change_nothing(gs, small, uninterrupted):
+    kill_and_compare(gs, uninterrupted, "kills", int(os.environ.get("GS_KILLS", 20)), 60)
+
+
+@pytest.mark.slow
+def test_a_store_that_fails_one_request_in_twenty_changes_nothing(store, small, uninterrupted):
+    store.proxy.faults = 0.05
+    try:
+        kill_and_compare(store, uninterrupted, "faults", 4, 20)
+    finally:
+        store.proxy.faults = 0.0
+
+
+@pytest.mark.slow
+def test_a_second_writer_ends_at_once_with_one_line(s3, small, uninterrupted):
+    recipe, _ = uninterrupted(60)
+    address = s3.root + "/two"
+    argv = [LIVES.parents[2] / "train.py", recipe, "--workdir", address]
+    first = started([*argv, "--scratch", Path(recipe).parent / "scratch"])
+    wait_for(lambda: files.exists(address + "/config.json"))
+    second = started([*argv, "--scratch", Path(recipe).parent / "other"])
+    out, _ = second.communicate(timeout=120)
+    assert second.returncode == 2, out
+    (line,) = [line for line in out.splitlines() if line.startswith("error:")]
+    assert "is in use by another run" in line
+    out, _ = first.communicate(timeout=600)
+    assert first.returncode == 0, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_holder_frozen_in_its_commit_commits_nothing_that_counts(
+    store, small, uninterrupted, when
+):
+    recipe, local = uninterrupted(20)
+    address = f"{store.root}/frozen-{when}"
+    argv = [recipe, "--workdir", address, "--scratch"]
+    frozen = started([LIVES, f"freeze:{when}:4", *argv, Path(recipe).parent / "a"])
+    try:
+        stat = Path(f"/proc/{frozen.pid}/stat")
+        wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+        # takes the lock over, goes on from step 2, and is killed before it saves step 4
+        killer = LIVES.with_name("train_until_killed.py")
+        other = started([killer, "2", *argv, Path(recipe).parent / "b"])
+        out, _ = other.communicate(timeout=300)
+        assert other.returncode == -signal.SIGKILL and "waiting for a sign of life" in out, out
+    finally:
+        frozen.send_signal(signal.SIGCONT)
+    out, _ = frozen.communicate(timeout=300)
+    assert frozen.returncode == 75, out
+    assert "was taken over by another process" in out, out
+    marks = {e.address for e in files.list_files(address) if e.address.endswith(bucket.MARK)}
+    late = f"{address}/checkpoints/4/{bucket.MARK}" in marks
+    assert late == (when == "after")
+    last = started([LIVES.parents[2] / "train.py", *argv, Path(recipe).parent / "c"])
+    out, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, out
+    assert ("checkpoint 4 was written by a process that had lost its lock" in out) == late
+    assert_equal_runs(local, address, 20)
+
+
+def outage(s3, process: subprocess.Popen, address: str) -> None:
+    """Begin an outage once the run has checkpoints."""
+    wait_for(lambda: len(files.list_files(address + "/checkpoints")) > 30)
+    assert process.poll() is None
+    s3.proxy.faults = 1.0
+
+
+@pytest.mark.slow
+def test_an_outage_is_survived_or_ends_in_one_line_with_status_75(s3, small, uninterrupted):
+    recipe, local = uninterrupted(60)
+    for name, seconds in (("short", 3.0), ("long", None)):
+        address = f"{s3.root}/{name}"
+        argv = [LIVES.parents[2] / "train.py", recipe, "--workdir", address]
+        process = started(argv, PIXART_JAX_RETRY_SECONDS="8")
+        try:
+            outage(s3, process, address)
+            if seconds is not None:
+                time.sleep(seconds)
+                s3.proxy.faults = 0.0
+            out, _ = process.communicate(timeout=300)
+        finally:
+            s3.proxy.faults = 0.0
+        if seconds is None:
+            assert process.returncode == 75, out
+            (line,) = [line for line in out.splitlines() if line.startswith("error:")]
+            print(line)
+            assert "Traceback" not in out, out
+            process = started(argv)
+            out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        assert_equal_runs(local, address, 60)
