@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
@@ -68,7 +67,7 @@ class Checkpointer:
     def __init__(
         self, folder: Address, keep: int, every: int | None = None, bucket: Bucket | None = None
     ):
-        self.folder = epath.Path(folder) if bucket else Path(folder).absolute()
+        self.folder: Any = folder if bucket else Path(folder).absolute()
         self._saving = 0
         self._bucket = bucket
         _report_errors_once()
@@ -91,6 +90,8 @@ class Checkpointer:
                 cleanup_tmp_directories=bucket is None, enable_async_checkpointing=True, **options
             ),
         )
+        if bucket:
+            self.folder = self._manager.directory  # as Orbax makes it of an address
 
     def __enter__(self) -> Checkpointer:
         return self
