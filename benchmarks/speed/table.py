@@ -23,7 +23,13 @@ COLUMNS = (
     "compile s,peak GiB,error"
 ).split(",")
 NAMES = {"ours": "jax", "peer": "torch"}
-KINDS = {"forward": "Forward", "sample": "Sampling", "draw": "Prompt to PNG", "train": "Train step"}
+KINDS = {
+    "forward": "Forward",
+    "control": "Forward under a ControlNet",
+    "sample": "Sampling",
+    "draw": "Prompt to PNG",
+    "train": "Train step",
+}
 
 
 def flag_parser(document: str | None) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks.speed import inputs, table
+from benchmarks.speed import ours as sides
 from benchmarks.speed.cases import Case, sizes
 from benchmarks.speed.compiled import largest
 from benchmarks.speed.contest import Contender, row
@@ -113,6 +114,7 @@ def test_a_side_that_failed_is_in_the_table_and_leaves_the_other_without_a_ratio
     assert "- 32 px, batch 4, diffusers eager: out of memory" in text
     assert "- train: failed after 3 s" in text
     assert "jax 4, torch 2 TFLOP/s" in text and "MFU" not in text
+    assert set(table.KINDS) == set(sides.KINDS)  # no kind of work is measured and not shown
 
 
 def test_sizes_and_flops_of_a_case():
