@@ -1,7 +1,7 @@
 """The shipped model under six guidances: accuracy by the exact checker, FID with a random network,
-and the floors of both; then a simulated user study of it at two of them.
+and the floors of both; then a simulated user study of it and the model of `make demo`.
 
-    python benchmarks/evaluation_shapes.py --out runs/evaluation
+    python benchmarks/evaluation_shapes.py --out runs/evaluation --other runs/demo/model
 
 Runs the commands that a user would: sample.py, `evaluate shapes`, `evaluate fid` and `evaluate
 study`. A point that is finished is kept. The Inception features of 256 images take two minutes on
@@ -192,7 +192,8 @@ def main() -> None:
     parser.add_argument("--guidances", type=float, nargs="+", default=GUIDANCES)
     parser.add_argument("--images", type=int, default=256, help="of each side of an FID")
     parser.add_argument("--per-task", type=int, default=200, help="images a set of the accuracy")
-    parser.add_argument("--study", type=float, nargs=2, default=(2.0, 6.0), help="two guidances")
+    parser.add_argument("--study", type=float, default=2.0, help="guidance of the user study")
+    parser.add_argument("--other", default="runs/demo/model", help="its other model")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     options = parser.parse_args()
     out = options.out.absolute()
@@ -211,8 +212,10 @@ def main() -> None:
         rows.append((guidance, shape, distance))
     report(rows, floor, out)
     print((out / "table.md").read_text())
-    pair = [out / f"guidance-{guidance:g}" for guidance in options.study]
-    simulated_study(pair, prompts, out / "study")
+    other = out / "other"
+    call("sample.py", "--model", options.other, "--prompts", listed, "--guidance", options.study,
+         "--out", other)  # fmt: skip
+    simulated_study([out / f"guidance-{options.study:g}", other], prompts, out / "study")
 
 
 if __name__ == "__main__":

@@ -245,6 +245,10 @@ def test_callback_sees_every_step_and_only_real_images(ours):
     other: list[int] = []
     ours(PROMPTS, callback=lambda step, latents: other.append(step), **how)
     assert sorted(other) == [0, 0, 1, 1, 2, 2, 3, 3]
+    other.clear()
+    seldom = ours(PROMPTS, callback=lambda step, _: other.append(step), callback_every=3, **how)
+    assert other == [2, 2]
+    np.testing.assert_array_equal(images, seldom)
     # The last x_0 that dpm++ sees is close to what it ends with, so a preview converges to the
     # image.
     last: dict[int, np.ndarray] = {}

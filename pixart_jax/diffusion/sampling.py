@@ -242,7 +242,11 @@ def _step(denoise, solver: Solver, prediction, preview, keys, known, both):
         output, logits = split_output(output.astype(x.dtype), x.shape[-1])
         x0 = predict_x0(output, x, now["alpha"], now["sigma"], prediction)
         if preview is not None:
-            io_callback(lambda i, image: preview(int(i), np.asarray(image)), None, now["step"], x0)
+
+            def call(step, x0):
+                io_callback(lambda i, x: preview(int(i), np.asarray(x)), None, step, x0)
+
+            jax.lax.cond(now.get("previewed", True), call, lambda *_: None, now["step"], x0)
         z = None if keys is None else _normal(keys, now["step"], x)
         state = solver.update(state, x0, logits, now["solver"], z)
         before = state[0] if both else None

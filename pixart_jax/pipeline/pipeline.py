@@ -181,6 +181,7 @@ class Pipeline(DenoisingMethods, LoraMethods):
         indices: Sequence[int] | None = None,
         text_states: TextStates | None = None,
         callback: Callback | None = None,
+        callback_every: int = 1,
         image: Any = None,
         mask: Any = None,
         strength: float = 0.6,
@@ -206,7 +207,7 @@ class Pipeline(DenoisingMethods, LoraMethods):
             ``TextStates.open``), instead of encoding them. The image is equal to the bit from
             states in fp32, or in the dtype that the transformer computes in.
         callback(step, latents [b, h, w, c]): called during the scan with the denoised latents of
-            each step. It must not call JAX, which is busy.
+            every callback_every-th step. It must not call JAX, which is busy.
         image: edit these instead of starting from noise, uint8 [h, w, 3] for all or one a prompt;
             min(int(steps · strength), steps) steps are left. The size is by default the image's own
             bucket, to which it is resized and cropped.
@@ -298,7 +299,8 @@ class Pipeline(DenoisingMethods, LoraMethods):
         def batches() -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
             for positions, batch in in_batches(rows, batch_size, self._padded):
                 tell = callback and functools.partial(_without_fillers, callback, len(positions))
-                yield positions, self._images(batch, run, size, length, encoder, tell)
+                given = size, length, encoder, tell, callback_every
+                yield positions, self._images(batch, run, *given)
 
         bad: list[int] = []
         # the device works on a batch while the host takes the one before
@@ -321,6 +323,7 @@ class Pipeline(DenoisingMethods, LoraMethods):
         length: int,
         encoder: PromptEncoder | TextStates,
         callback: Callback | None,
+        callback_every: int,
     ) -> tuple[jax.Array, jax.Array]:
         """One batch: (uint8 [b, height, width, 3], bool [b]: whether finite); all or none are
         guided."""
@@ -355,6 +358,7 @@ class Pipeline(DenoisingMethods, LoraMethods):
                 decode, vae = self._decode_spec(len(rows), config.seamless), self.vae.params
                 _, images, good = sampler.generate_jit(spec, decode, vae, params, *arguments)
             else:
+                table["previewed"] = np.arange(1, len(table["t"]) + 1) % callback_every == 0
                 latents, good = self._sample(spec, params, arguments, callback)
                 images, pixels_good = self._decoded(latents, config.vae_tile, config.seamless)
                 good = good & pixels_good

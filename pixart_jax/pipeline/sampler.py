@@ -141,7 +141,7 @@ def sample_latents(
         spec.preview,
         x,
         keys,
-        {name: table[name] for name in ("step", "t", "alpha", "sigma", "solver")},
+        {name: table[name] for name in table.keys() - {"start", "pag", "control"}},
         (conditionings, spec.plan.recompute, table["pag"], table.get("control")),
         known,
         both=spec.reference and spec.guided,

@@ -97,11 +97,11 @@ class Renderer(Protocol):
     """What makes images."""
 
     def __call__(
-        self, images: Sequence[tuple[Generation, int]], on_step: OnStep
+        self, images: Sequence[tuple[Generation, int]], on_step: OnStep, every: int
     ) -> Sequence[np.ndarray | None]:
         """(generation, index) of one key each → uint8 [h, w, 3] each, None where it is not finite.
-        on_step(step from 1, latents [b, h, w, c]) is called during the work, and may raise to end
-        it."""
+        on_step(step from 1, latents [b, h, w, c]) is called after every so many steps, and may
+        raise to end the work."""
 
     def preview(self, latents: np.ndarray) -> np.ndarray:
         """Latents [h, w, c] → rough uint8 [h, w, 3], without the device."""
@@ -344,10 +344,15 @@ class Engine:
                 if (number := _preview_at(step, first.run_steps, job.previews)) is not None:
                     job.tell(Preview(index, number, self._renderer.preview(one)))
 
+        every = 1
+        if not any(job.progress or job.previews for job in jobs):  # once a second, to be cancelled
+            seconds = self._seconds_an_image * self.batch_size / first.run_steps
+            every = min(max(1, int(1 / seconds)), first.run_steps)
         images: Sequence[np.ndarray | None] = []
         failure: Exception = UserError(f"the image is {WHAT}: {CURE}")
         try:
-            images = self._renderer([(job.generation, index) for job, index in batch], on_step)
+            asked = [(job.generation, index) for job, index in batch]
+            images = self._renderer(asked, on_step, every)
         except UserError as error:
             failure = error
         except Exception:

@@ -37,7 +37,7 @@ class PipelineRenderer:
         pipe.prompt_encoder.states(["a " * n for n in (1, 30, 60, 100, 200, 280) if n < limit])
 
     def __call__(
-        self, images: Sequence[tuple[Generation, int]], on_step: OnStep
+        self, images: Sequence[tuple[Generation, int]], on_step: OnStep, every: int
     ) -> list[np.ndarray | None]:
         """As ``engine.Renderer``."""
         first = images[0][0]
@@ -51,7 +51,7 @@ class PipelineRenderer:
 
         def callback(step: int, latents: np.ndarray) -> None:
             nonlocal steps
-            steps += 1
+            steps += every
             on_step(steps, latents)
 
         found: list[np.ndarray | None] = [None] * len(images)
@@ -67,6 +67,7 @@ class PipelineRenderer:
             indices=[0] * len(images),
             text_states=self._states,
             callback=callback,
+            callback_every=every,
             strength=first.strength,
             **options,
         )

@@ -23,11 +23,12 @@ class StubRenderer:
     """Images of one color, the seed's; ``seconds`` a step."""
 
     def __init__(self, seconds: float = 0.0):
-        self.seconds, self.batches = seconds, []
+        self.seconds, self.batches, self.every = seconds, [], []
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, images, on_step):
+    def __call__(self, images, on_step, every):
+        self.every.append(every)
         self.batches.append([(generation, index) for generation, index in images])
         first = images[0][0]
         latents = np.zeros((len(images), 2, 2, 4), np.float32)
@@ -35,7 +36,8 @@ class StubRenderer:
             self.gate.wait(20)
             if self.seconds:
                 time.sleep(self.seconds)
-            on_step(step + 1, latents)
+            if (step + 1) % every == 0:
+                on_step(step + 1, latents)
         if "explode" in first.prompt:
             raise RuntimeError("secret detail")
         shape = first.height, first.width, 3

@@ -125,6 +125,19 @@ def test_cancelled_requests_leave_the_queue_and_end_a_batch_that_is_theirs_alone
     ]
 
 
+def test_fast_steps_are_watched_once_a_second_unless_somebody_looks_on(start, offer):
+    engine, renderer = start()
+    for progress in (False, False, True):
+        seconds = 0.001 if renderer.every else 0.4 / engine.batch_size * 8  # a step takes 0.4 s
+        engine._seconds_an_image = seconds
+        _, events = submitted(
+            engine, offer.generation("a", num_inference_steps=8), progress=progress
+        )
+        while not isinstance(events.get(timeout=10), Done):
+            pass
+    assert renderer.every == [2, 8, 1]
+
+
 def test_a_request_that_waited_too_long_is_dropped_before_it_is_generated(start, offer):
     engine, renderer = start(timeout=0.2)
     renderer.gate.clear()
