@@ -4,14 +4,18 @@
     vae      256   33M     8K     64 × 16  2e-5  5          SDXL's VAE, scale 0.13025
     text     256   33M     80K    64 × 16  2e-5  50         300 tokens, two kinds of captions
     512      512   18M     10K    48 × 32  2e-5  30         40 aspect ratios
-    1024     1024  18M     5K     12 × 32  1e-5  50         without size conditions
-    kv       1024  18M     5K     16 × 32  1e-5  20         KV compression 2, layers 14 … 27
+    1024     1024  18M     5K     12 × 32  2e-5  50         without size conditions
+    kv       1024  18M     5K     16 × 32  2e-5  20         KV compression 2, layers 14 … 27
 
-Batches a device (64, 48, 12, 16), CAME with its decays and epsilons, lr 2e-5, the √(batch / 256)
-rule, clip 0.01, warm-up (1000; 500 in kv), captions half and half, dropout 0.1, scales 0.5, 1, 2 of
-the positions and the compressed layers are the official configs'. Images, steps, devices, days, and
-the lr of the last two (2e-5 in the configs) are the paper's, from memory: check them against its
-appendix before you rely on them.
+Read in the official repository (PixArt-sigma 1ce521a, configs/pixart_sigma_config: img256_internal,
+img512_internalms, img1024_internalms and its _kvcompress, and their base PixArt_xl2_internal):
+batches a device (64, 48, 12, 16; the last three are comments beside smaller ones), lr 2e-5, CAME
+with its decays and epsilons, the √(batch / 256) rule, clip 0.01, warm-up (1000; 500 in kv), EMA,
+captions half and half, dropout 0.1, 300 tokens, positions' scales 0.5, 1, 2 and compressed layers.
+Said by its authors: at most 32 V100 (issue 24); start from α's aesthetic 256 px weights, with 33M
+images (issue 50). From memory of the paper's appendix and verified nowhere: steps, devices of each
+stage, days, 18M, and 120 tokens in vae. By that memory the last two stages' lr is 1e-5; the
+configs', and readers' notes of the paper, say 2e-5 throughout.
 
 Cost: 155 V100 days beyond PixArt-α, 70 A100 days by the paper's factor of 2.2. Expected: what was
 released as PixArt-Sigma-XL-2-1024-MS after the fourth stage; the compressed weights never were.
@@ -83,6 +87,6 @@ def get_config() -> Config:
         stage("vae", 256, 8_000, 64 * 16, start=START, model=model(256, tokens=120)),
         stage("text", 256, 80_000, 64 * 16),
         stage("512", 512, 10_000, 48 * 32),
-        stage("1024", 1024, 5_000, 12 * 32, lr=1e-5),
-        stage("kv", 1024, 5_000, 16 * 32, lr=1e-5, warmup=500, model=compressed),
+        stage("1024", 1024, 5_000, 12 * 32),
+        stage("kv", 1024, 5_000, 16 * 32, warmup=500, model=compressed),
     )
