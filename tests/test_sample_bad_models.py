@@ -73,6 +73,10 @@ def another_text_encoder(model):
     change(model / "text_encoder" / "config.json", d_model=32)
 
 
+def another_vae(model):
+    change(model / "vae" / "config.json", latent_channels=16)
+
+
 def no_config(model):
     (model / "vae" / "config.json").unlink()
 
@@ -91,6 +95,8 @@ BROKEN = {
     sigma_of_1024_px_in_alpha: "names PixArtAlphaPipeline, but transformer/ looks like "
     "PixArt-Σ's, which reads 300 tokens of a prompt",
     another_text_encoder: "text_encoder/ is of width 32, transformer/ of 16",
+    another_vae: "latents of vae/ have 16 channels, those of transformer/ 4: the parts are of two "
+    "models",
     no_config: "vae has no config.json",
 }
 

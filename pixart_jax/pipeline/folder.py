@@ -92,10 +92,16 @@ class ModelFolder:
             parsed = SchedulerConfig.from_json(scheduler, scheduler_file)
         with naming(vae_file):
             vae_config = vae.config_from_json(read_json(vae_file))
+        ours = _transformer_config(folder)
+        if vae_config.latent_channels != ours.in_channels:
+            raise UserError(
+                f"{folder}: latents of vae/ have {vae_config.latent_channels} channels, those of "
+                f"transformer/ {ours.in_channels}: the parts are of two models"
+            )
         return cls(
             folder,
             name,
-            _transformer_config(folder),
+            ours,
             vae_config,
             parsed,
             sampling_config.read(folder, str(scheduler.get("_class_name", ""))),

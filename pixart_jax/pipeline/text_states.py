@@ -64,9 +64,10 @@ class TextStates(dict[str, np.ndarray]):
             raise UserError(f"{path} is a folder: give the file that {command}` wrote")
         if not path.is_file():
             raise UserError(f"no text states {path}: {command} FILE --out {path}` makes them")
-        tensors = SafetensorsFile(path)
-        identity = tensors.metadata.get(_IDENTITY)
-        if identity is None or set(tensors) != {"states", "offsets", "texts"}:
+        # a list of prompts is no safetensors
+        tensors = SafetensorsFile(path) if path.suffix == ".safetensors" else None
+        identity = tensors.metadata.get(_IDENTITY) if tensors else None
+        if not tensors or not identity or set(tensors) != {"states", "offsets", "texts"}:
             raise UserError(f"{path} holds no text states: give a file that {command}` wrote")
         texts = json.loads(tensors["texts"].tobytes().decode("utf-8"))
         states, offsets = tensors["states"], tensors["offsets"].tolist()

@@ -32,6 +32,8 @@ def check_run(config: Config, mesh: Mesh) -> None:
         for part in ("vae", "text_encoder"):
             if frozen.is_configured(part):
                 frozen.folder(part)
+        if (stage.reads_text or stage.task == "class_conditional") and frozen.is_configured("vae"):
+            _check_vae(config.of(stage), stage, frozen)
 
 
 def _check_batch(stage: StageConfig, mesh: Mesh) -> None:
@@ -58,6 +60,17 @@ def _check_model(config: Config, stage: StageConfig, mesh: Mesh) -> None:
     elif stage.task == "text_to_text" and config.text_model is not None:
         text = config.text_model
         check_divides(mesh, name, heads=text.num_heads, mlp_width=text.d_ff)
+
+
+def _check_vae(config: Config, stage: StageConfig, frozen: Frozen) -> None:
+    """The model must read as many channels as the VAE's latents have."""
+    found, ours = frozen.vae_config.latent_channels, config.model.in_channels
+    if found != ours:
+        raise UserError(
+            f"stage {stage.name}: latents of the VAE {config.vae} have {found} channels, and the "
+            f"model reads {ours}: model.in_channels {found} and model.out_channels {2 * found}, "
+            "or another vae"
+        )
 
 
 def _check_sources(stage: StageConfig) -> None:

@@ -416,6 +416,12 @@ def test_mistakes_are_one_line(world, finished, tmp_path):
     plain = tmp_path / "prompts.safetensors"
     plain.write_bytes((world / "base" / "transformer" / "config.json").read_bytes())
     texts = f"states:{world / 'texts.safetensors'}"
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a red circle\na blue square\n")
+    wide_vae = tmp_path / "vae"
+    wide_vae.mkdir()
+    values = json.loads((world / "base" / "vae" / "config.json").read_text())
+    (wide_vae / "config.json").write_text(json.dumps({**values, "latent_channels": 16}))
     for number, (wrong, message) in enumerate(
         (
             (wide, "is another model: width is 24 there and 48 in the config"),
@@ -423,6 +429,8 @@ def test_mistakes_are_one_line(world, finished, tmp_path):
             (config(objective=ObjectiveConfig(prediction="v")), "predicts epsilon, and so must"),
             (config(data=data(f"states:{tmp_path / 'none'}")), "no text states"),
             (config(data=data(f"states:{plain}")), "prompts.safetensors"),
+            (config(data=data(f"states:{lines}")), "prompts.txt holds no text states"),
+            (config(vae=str(wide_vae)), "have 16 channels, and the model reads 4"),
             (config(task="lcm", data=data(texts)), "task lcm needs pictures"),
         )
     ):
