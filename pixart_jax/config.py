@@ -222,6 +222,11 @@ class LcmConfig:
         rule = f"must lie in 1 … solver_steps = {self.solver_steps}"
         require(self, rule, steps=1 <= self.steps <= self.solver_steps)
 
+    @property
+    def solver(self) -> str:
+        """Of the exported model."""
+        return "lcm"
+
 
 @dataclasses.dataclass(frozen=True)
 class TdmConfig:
@@ -255,6 +260,11 @@ class TdmConfig:
         require_at_least(self, 0, "first_time")
         late = self.last_time is None or self.last_time > self.first_time
         require(self, f"must be above first_time = {self.first_time}", last_time=late)
+
+    @property
+    def solver(self) -> str:
+        """Of the student."""
+        return "tdm" if self.steps > 1 else "dmd"
 
 
 @dataclasses.dataclass(frozen=True)

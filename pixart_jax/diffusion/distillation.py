@@ -17,6 +17,7 @@ import numpy as np
 
 from pixart_jax.diffusion.gaussian import add_noise, expand_to, split_output, to_epsilon, to_x0
 from pixart_jax.diffusion.guidance import Denoiser
+from pixart_jax.diffusion.objective import sample_mean
 from pixart_jax.diffusion.schedule import Schedule
 from pixart_jax.diffusion.solvers.base import StepTable
 from pixart_jax.diffusion.solvers.lcm import scalings
@@ -28,7 +29,7 @@ _MARGIN = 10  # times between a step of a path and the noisiest time that its re
 def distance(a: jax.Array, b: jax.Array, kind: str, c: float) -> jax.Array:
     """The mean over a sample's elements of √((a − b)² + c²) − c, or of (a − b)² for 'l2'; [b]."""
     squares = jnp.square(a - b)
-    return _mean(squares if kind == "l2" else jnp.sqrt(squares + c**2) - c)
+    return sample_mean(squares if kind == "l2" else jnp.sqrt(squares + c**2) - c)
 
 
 def consistency_loss(
@@ -153,17 +154,14 @@ def trajectory_losses(
     guess = clean(fake(x_t, time), x_t, t)
     snr = jnp.square(alpha_t / sigma_t).reshape(-1)
     weight = snr if snr_gamma is None else jnp.minimum(snr, snr_gamma)
-    likelihood = jnp.exp(0.5 * (_mean(jnp.square(z)) - _mean(jnp.square(whole / sigma_t))))
-    of_fake = _mean(jnp.square(guess - fixed)) * weight * likelihood
+    likelihood = jnp.exp(
+        0.5 * (sample_mean(jnp.square(z)) - sample_mean(jnp.square(whole / sigma_t)))
+    )
+    of_fake = sample_mean(jnp.square(guess - fixed)) * weight * likelihood
 
     conditional, unconditional = (clean(part, x_t, t) for part in teacher(x_t, time))
     real = conditional + (guidance - 1) * (conditional - unconditional)
     wanted = jax.lax.stop_gradient(made + real - guess)
-    scale = _mean(jnp.abs(fixed - real)) + 1e-5
+    scale = sample_mean(jnp.abs(fixed - real)) + 1e-5
     of_student = distance(made, wanted, kind, c) / jax.lax.stop_gradient(scale)
     return {"student": of_student, "fake": of_fake}
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    """Mean over all axes but the first: [b, …] → [b]."""
-    return jnp.mean(x, axis=tuple(range(1, x.ndim)))

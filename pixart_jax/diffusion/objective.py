@@ -41,7 +41,7 @@ def training_loss(
     x0, noise, t = jnp.asarray(x0, dtype), jnp.asarray(noise, dtype), jnp.asarray(t)
     output, logits = split_output(jnp.asarray(model_output, dtype), x0.shape[-1])
     target = noise if prediction == "epsilon" else velocity(x0, noise, t, schedule)
-    mse = _mean(jnp.square(output - target))
+    mse = sample_mean(jnp.square(output - target))
     if min_snr_gamma is not None:
         mse = mse * min_snr_weight(t, min_snr_gamma, prediction, schedule).astype(dtype)
     if not learned_range:
@@ -91,7 +91,7 @@ def _variational_bound(missed, logits, x0, t, schedule, prediction):
     kl = gaussian_kl(mean_gap, log_ratio, log_variance)
     # used at t = 0, where (7) is x_0
     nll = -discretized_gaussian_log_likelihood(x0, x0 + mean_gap, 0.5 * log_variance)
-    return jnp.where(t == 0, _mean(nll), _mean(kl)) / np.log(2.0)
+    return jnp.where(t == 0, sample_mean(nll), sample_mean(kl)) / np.log(2.0)
 
 
 def gaussian_kl(mean_gap: jax.Array, log_ratio: jax.Array, log_variance: jax.Array) -> jax.Array:
@@ -121,6 +121,6 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
     return 0.5 * (1.0 + jnp.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def _mean(x: jax.Array) -> jax.Array:
+def sample_mean(x: jax.Array) -> jax.Array:
     """Mean over all axes but the first: [b, …] → [b]."""
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.config import AutoencoderConfig, Config, StageConfig
+from pixart_jax.diffusion.objective import sample_mean
 from pixart_jax.errors import UserError
 from pixart_jax.finite import check_images
 from pixart_jax.images import to_uint8
@@ -58,8 +59,8 @@ class Autoencoder:
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         latents = mean + jnp.exp(0.5 * log_variance) * noise
         error = self.module.apply({"params": params}, latents, method="decode") - images
-        l1, l2 = _mean(jnp.abs(error)), _mean(jnp.square(error))
-        kl = 0.5 * _mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
+        l1, l2 = sample_mean(jnp.abs(error)), sample_mean(jnp.square(error))
+        kl = 0.5 * sample_mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
         o = self.objective
         loss = o.l1_weight * l1 + o.l2_weight * l2 + o.kl_weight * kl
         return {"loss": loss, "l1": l1, "mse": l2, "kl": kl}
@@ -88,8 +89,3 @@ class Autoencoder:
         scaling = round(1 / float(np.sqrt(np.mean(moments))), 5)
         config = dataclasses.replace(self.module.config, scaling_factor=scaling)
         VAE(config, params).save(folder / "vae")
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    """[b, …] → [b]."""
-    return x.mean(axis=tuple(range(1, x.ndim)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.lora import TextToImageLora
-from pixart_jax.training.tasks.text_to_image import TextToImage
+from pixart_jax.training.tasks.text_to_image import TextToImage, where_dropped
 from pixart_jax.weights.component import Transformer, load_component
 from pixart_jax.weights.files import read_json
 from pixart_jax.weights.hub import model_folder
@@ -67,12 +68,14 @@ class Distillation(TextToImageLora):
     def from_config(
         cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
     ) -> Distillation:
-        """As of the plain task."""
+        """As of the plain task, with the student's solver and steps."""
         plain = super(TextToImageLora, cls).from_config(config, stage, dtype, frozen)
-        assert isinstance(plain, Distillation)
-        if stage.lora is None:
-            return plain
-        return dataclasses.replace(plain, lora=stage.lora, adapts=True)
+        options: LcmConfig | TdmConfig = getattr(stage, stage.task)
+        sampling = SamplingConfig(options.steps, guidance=1.0, solver=options.solver)
+        changes: dict[str, Any] = {"options": options, "sampling": sampling}
+        if stage.lora is not None:
+            changes |= {"lora": stage.lora, "adapts": True}
+        return dataclasses.replace(plain, **changes)  # type: ignore[return-value]
 
     @property
     def reads_null(self) -> bool:
@@ -112,13 +115,6 @@ class Distillation(TextToImageLora):
             variables = {"params": Transformer.cast_for_compute(params, self.module.dtype)}
         return self._denoiser(variables, batch, *text)
 
-    def _texts(self, base, batch):
-        """((states, lengths) of the captions, those of the null caption)."""
-        states, lengths = batch["text_states"].astype(jnp.float32), batch["text_lengths"]
-        null = jnp.broadcast_to(base["null_caption"][: states.shape[1]], states.shape)
-        own = jnp.full_like(lengths, self.null_length) if self.null_length else lengths
-        return (states, lengths), (null, own)
-
     def _teacher(self, base, batch, text, null):
         both = [self._denoiser({"params": base}, batch, *which) for which in (text, null)]
         return lambda x, t: tuple(denoise(x, t) for denoise in both)
@@ -146,16 +142,6 @@ class ConsistencyDistillation(Distillation):
 
     options: LcmConfig = LcmConfig()
 
-    @classmethod
-    def from_config(
-        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
-    ) -> ConsistencyDistillation:
-        """As of the plain task."""
-        plain = super().from_config(config, stage, dtype, frozen)
-        assert isinstance(plain, ConsistencyDistillation)
-        sampling = SamplingConfig(stage.lcm.steps, guidance=1.0, solver="lcm")
-        return dataclasses.replace(plain, options=stage.lcm, sampling=sampling)
-
     def losses(self, params, batch, keys, base=None, target=None) -> dict[str, jax.Array]:
         """ "loss", one value a sample. target: the student's averaged parameters, by default its
         own."""
@@ -165,12 +151,8 @@ class ConsistencyDistillation(Distillation):
         index = jax.vmap(
             lambda key: jax.random.randint(jax.random.fold_in(key, 7), (), 0, o.solver_steps)
         )(keys)
-        text, null = self._texts(base, batch)
-        dropped = noised.dropped
-        seen = (
-            jnp.where(dropped[:, None, None], null[0], text[0]),
-            jnp.where(dropped, null[1], text[1]),
-        )
+        text, null = self.texts(base, batch)
+        seen = where_dropped(noised.dropped, text, null)
         loss = consistency_loss(
             self._student(params, base, batch, seen),
             self._student(params if target is None else target, base, batch, text),
@@ -195,17 +177,6 @@ class TrajectoryDistillation(Distillation):
 
     options: TdmConfig = TdmConfig()
 
-    @classmethod
-    def from_config(
-        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
-    ) -> TrajectoryDistillation:
-        """As of the plain task."""
-        plain = super().from_config(config, stage, dtype, frozen)
-        assert isinstance(plain, TrajectoryDistillation)
-        solver = "tdm" if stage.tdm.steps > 1 else "dmd"
-        sampling = SamplingConfig(stage.tdm.steps, guidance=1.0, solver=solver)
-        return dataclasses.replace(plain, options=stage.tdm, sampling=sampling)
-
     def init(self, key: jax.Array):
         return {STUDENT: super().init(key), FAKE: TextToImage.init(self, key)}
 
@@ -221,7 +192,7 @@ class TrajectoryDistillation(Distillation):
         begin, rest = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         noise = jax.vmap(lambda key: jax.random.normal(key, batch["mean"].shape[1:]))(begin)
         solver = solvers.by_name(str(self.sampling.solver))
-        text, null = self._texts(base, batch)
+        text, null = self.texts(base, batch)
         fake = Transformer.cast_for_compute(params[FAKE], self.module.dtype)
         terms = trajectory_losses(
             self._student(params[STUDENT], base, batch, text),

@@ -24,6 +24,7 @@ from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
 from pixart_jax.weights.component import Transformer
 
+Text = tuple[jax.Array, jax.Array]  # states [b, l, c] fp32, lengths [b] int32
 _PREVIEWS = 8  # images of a sheet where the config names no prompts
 
 
@@ -111,16 +112,19 @@ class TextToImage:
     def _losses(self, variables, batch, keys, rngs) -> dict[str, jax.Array]:
         params = variables["params"]
         noised = self.denoising.prepare(batch, keys)
-        states, lengths = batch["text_states"].astype(jnp.float32), batch["text_lengths"]
-        null = jax.lax.stop_gradient(params["null_caption"])[: states.shape[1]]
-        states = jnp.where(noised.dropped[:, None, None], null, states)
-        if self.null_length:
-            lengths = jnp.where(noised.dropped, self.null_length, lengths)
+        text = where_dropped(noised.dropped, *self.texts(params, batch))
         params = Transformer.cast_for_compute(params, self.module.dtype)
-        text, size = (states, lengths), (batch["size"], batch["aspect_ratio"])
+        size = batch["size"], batch["aspect_ratio"]
         arguments = noised.x_t, noised.t.astype(jnp.float32), *text, *size
         output = self.evaluate({**variables, "params": params}, rngs, noised.condition, *arguments)
         return self.denoising.losses(output, noised)
+
+    def texts(self, params, batch) -> tuple[Text, Text]:
+        """A batch's captions, and as many null captions of these parameters, without gradient."""
+        states, lengths = batch["text_states"].astype(jnp.float32), batch["text_lengths"]
+        null = jax.lax.stop_gradient(params["null_caption"])[: states.shape[1]]
+        own = jnp.full_like(lengths, self.null_length) if self.null_length else lengths
+        return (states, lengths), (jnp.broadcast_to(null, states.shape), own)
 
     def evaluate(self, variables, rngs, condition: jax.Array | None, *arguments) -> jax.Array:
         """The module's output; arguments: of its call."""
@@ -182,6 +186,12 @@ class TextToImage:
             scheduler=self.denoising.scheduler,
             sampling=self.sampling,
         )
+
+
+def where_dropped(dropped: jax.Array, text: Text, null: Text) -> Text:
+    """The null caption in the rows that are dropped, bool [b]."""
+    states = jnp.where(dropped[:, None, None], null[0], text[0])
+    return states, jnp.where(dropped, null[1], text[1])
 
 
 def _interleaved(a: jax.Array, b: jax.Array) -> jax.Array:
