@@ -1,11 +1,12 @@
 """The planner's figures: XL/2's train steps compiled for hardware that is not at hand.
 
     PYTHONPATH=.venv/compilers python benchmarks/plans.py table    the table of docs/pods.md
+    PYTHONPATH=.venv/compilers python benchmarks/plans.py distil   the table of docs/few_steps.md
     PYTHONPATH=.venv/compilers python benchmarks/plans.py remat    the table of docs/attention.md
     python benchmarks/plans.py device --batch-size 64              predicted and measured, on a GPU
                                                                    or TPU that is at hand
 
-table: every step on slices of TPUs and on a host of H200s, written between the markers of the page.
+table, distil: every step on slices of TPUs and on H200s, written between the markers of the page.
 remat: what each remat policy's step holds beside its state; *temporaries* by the compiler's
 account, *counted* by training/memory.py, GiB a device. device: bytes of the first device
 (memory_stats()'s peak_bytes_in_use) and seconds of one step. Compiled programs are kept under
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.speed.table import flag_parser, table, tell, write_between  # noqa: E402
 from pixart_jax import cli  # noqa: E402
-from pixart_jax.config import MeshConfig  # noqa: E402
+from pixart_jax.config import DISTILLATIONS, MeshConfig  # noqa: E402
 from pixart_jax.errors import UserError  # noqa: E402
 from pixart_jax.parallel.chips import GIB, chip_of  # noqa: E402
 from pixart_jax.parallel.mesh import make_mesh, resolve_sizes  # noqa: E402
@@ -34,7 +36,7 @@ from pixart_jax.planning import compilation, estimate, plan, programs, report, t
 from pixart_jax.planning.target import PlanTarget  # noqa: E402
 from pixart_jax.training import memory, recipes  # noqa: E402
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "pods.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 
 
@@ -84,38 +86,71 @@ COLUMNS = (
     "step, ms (compute / memory / exposed)|images/s|MFU|the stage"
 ).split("|")
 NOTES = (
-    "Made by `python benchmarks/plans.py table`. PixArt XL/2, bfloat16, AdamW and EMA, remat "
+    "PixArt XL/2, bfloat16, AdamW and EMA, remat "
     "`auto`; the 1024 px recipe at the largest of its 40 buckets for memory and the mean over them "
     "for time. Memory is compiled, model FLOPs are counted from shapes. Times, images/s, MFU and "
     f"cost are estimates: {estimate.ASSUMPTIONS}. Cost: the recipe's steps at this batch, at the "
     "list prices of pixart_jax/parallel/chips.py."
 )
+# recipe, pixels of the one bucket, its batch on 256 chips (of docs/pods.md) and on a GPU
+DISTILLED = (
+    ("xl2_1024_lcm", 512, 2_560, 32),
+    ("xl2_1024_lcm", 1024, 512, 32),
+    ("xl2_512_tdm", 512, 2_560, 32),
+    ("xl2_512_tdm", 1024, 512, 32),
+)
+DISTILLED_ON = (("h200:1", "data=1"), ("v5e:16x16", "data=16,fsdp=16"))
+DISTILLED_NOTES = "One bucket a row; else as the table of [pods.md](pods.md)."
+
+
+def step_targets(only: str | None) -> Iterator[PlanTarget]:
+    """Of the table of docs/pods.md."""
+    for number, (recipe, batch) in enumerate(BATCHES.items()):
+        for name, slices, mesh, micro in chosen(ROWS, only):
+            where, sizes = topology.parse(name, slices), MeshConfig.parse(mesh)
+            yield target_of(where, recipe, sizes, batch, accumulate=micro[number])
+
+
+def distilled_targets(only: str | None) -> Iterator[PlanTarget]:
+    """Of the table of docs/few_steps.md."""
+    for name, mesh in chosen(DISTILLED_ON, only):
+        for recipe, px, on_slice, on_gpu in DISTILLED:
+            where, batch = topology.parse(name), on_gpu if name == "h200:1" else on_slice
+            target = target_of(where, recipe, MeshConfig.parse(mesh), batch, bucket=(px, px))
+            data = dataclasses.replace(target.stage_config.data, buckets=(target.bucket,))
+            stage = dataclasses.replace(target.stage_config, data=data)
+            config = dataclasses.replace(target.config, stages=(stage,))
+            yield dataclasses.replace(target, config=config)
 
 
 def plan_table(flags) -> None:
+    distils = flags.what == "distil"
+    limits = compilation.CompileLimits(*((8.0, 3600.0) if distils else ()))
     lines = []
-    for number, (recipe, batch) in enumerate(BATCHES.items()):
-        for name, slices, mesh, micro in chosen(ROWS, flags.only):
-            where, sizes = topology.parse(name, slices), MeshConfig.parse(mesh)
-            target = target_of(where, recipe, sizes, batch, accumulate=micro[number])
-            plan.check(target)
-            try:
-                lines.append(plan_row(plan.make(target, compilation.CompileLimits())))
-            except UserError as error:
-                lines.append([target.stage_config.name, name, *["–"] * 8, str(error)])
-            tell(" | ".join(lines[-1]))
-    text = f"{NOTES}\n\n{table(COLUMNS, lines)}"
+    for target in (distilled_targets if distils else step_targets)(flags.only):
+        plan.check(target)
+        try:
+            lines.append(plan_row(plan.make(target, limits)))
+        except UserError as error:
+            name = target.topology.name
+            lines.append([target.stage_config.name, name, *["–"] * 8, str(error)])
+        tell(" | ".join(lines[-1]))
+    notes = DISTILLED_NOTES if distils else NOTES
+    made = f"Made by `python benchmarks/plans.py {flags.what}`. {notes}"
+    text = f"{made}\n\n{table(COLUMNS, lines)}"
     if flags.print or flags.only:
         print(text)
         return
-    write_between(PAGE, BEGIN, END, text)
+    page = DOCS / ("few_steps.md" if distils else "pods.md")
+    write_between(page, BEGIN, END, text)
 
 
 def plan_row(made: plan.Plan) -> list[str]:
     t, target = made.time, made.target
     accumulate = target.stage_config.optimizer.accumulate
+    task = target.stage_config.task
     first = [
-        f"{min(target.bucket)} px",
+        f"{f'{task}, ' if task in DISTILLATIONS else ''}{min(target.bucket)} px",
         target.topology.label,
         target.label.replace(" ", ", "),
         f"{target.batch:,}{f' in {accumulate}' if accumulate > 1 else ''}",
@@ -231,10 +266,12 @@ def device_figures(flags) -> None:
 def main(argv: list[str]) -> int:
     parser = flag_parser(__doc__)
     what = parser.add_subparsers(dest="what", required=True)
-    whole, remat, device = (what.add_parser(name) for name in ("table", "remat", "device"))
-    for each in (whole, remat):
+    names = ("table", "distil", "remat", "device")
+    whole, distil, remat, device = (what.add_parser(name) for name in names)
+    for each in (whole, distil, remat):
         each.add_argument("--only", metavar="TOPOLOGY", help="only the rows of this hardware")
-    whole.add_argument("--print", action="store_true", help="leave the page as it is")
+    for each in (whole, distil):
+        each.add_argument("--print", action="store_true", help="leave the page as it is")
     remat.add_argument("--remat", default=",".join(POLICIES), metavar="NAMES")
     device.add_argument("--recipe", default="xl2_256_sam")
     device.add_argument("--batch-size", type=int, default=64)
@@ -243,7 +280,8 @@ def main(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     if flags.what != "device":
         jax.config.update("jax_platforms", "cpu")  # this process computes nothing
-    {"table": plan_table, "remat": remat_table, "device": device_figures}[flags.what](flags)
+    work = {"table": plan_table, "distil": plan_table, "remat": remat_table}
+    work.get(flags.what, device_figures)(flags)
     return 0
 
 

@@ -64,6 +64,7 @@ CASES = {
     "non-square latents, ragged texts": (TINY, (6, 10), [1, 7, 4]),
     "odd grid, odd widths, scaled positions": (ODD, (10, 6), [5, 2]),
     "patch 4, own channels": ({**TINY, **PATCH_4}, (8, 12), [3, 6]),
+    "the 900M model's 42 blocks": ({**TINY, "num_layers": 42}, (4, 6), [3]),
     "multi-scale": ({**TINY, "use_additional_conditions": True}, (4, 14), [6, 3]),
     "multi-scale, odd": ({**ODD, "use_additional_conditions": True}, (14, 10), [1, 12, 5]),
 }

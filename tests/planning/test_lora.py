@@ -1,5 +1,5 @@
-"""The plan of a LoRA or ControlNet stage: the base counts once, in its own dtype, and has no
-gradient."""
+"""The plan of a LoRA, ControlNet or distillation stage: the base counts once, in its own dtype, and
+has no gradient; every state and evaluation of a distillation counts."""
 
 from __future__ import annotations
 
@@ -59,3 +59,30 @@ def test_of_a_controlnet_the_copies_alone_have_an_optimizer():
     image, _ = plan.model_flops(target)
     traced = matmul_cost(made.traced.jaxpr.jaxpr).flops
     assert 0.9 < traced / (4 * image) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("task", "lora", "states"), [("lcm", None, 1), ("tdm", None, 2), ("tdm", 4, 1)]
+)
+def test_every_network_of_a_distillation_counts(task, lora, states):
+    """lcm: student, its average as the target, teacher; tdm: student, fake score, teacher."""
+    config = small_run.get_config(4, compute_dtype="bfloat16", mesh=MeshConfig())
+    model = dataclasses.replace(config.model, depth=2, width=192)
+    adapter = None if lora is None else LoraConfig(rank=lora)
+    stage = dataclasses.replace(config.stages[0], task=task, lora=adapter, start="models/none")
+    config = dataclasses.replace(config, stages=(stage,), model=model, remat="none")
+    target = PlanTarget(topology.parse("cpu:1"), config, 0, (1, 1, 1, 1), small_run.BUCKET)
+    made = programs.program(target)
+    one = 4 * sum(leaf.size for leaf in jax.tree.leaves(unboxed(Transformer.param_shapes(model))))
+    held = made.counted["parameters"]
+    assert states * one <= held < (states + (lora is not None) * 0.1) * one + 1
+    assert made.counted["EMA"] == held
+    # the null caption has no moments
+    assert 1.99 * held < made.counted["optimizer"] < 2 * held + 1000
+    assert one / 2 < made.counted["frozen base"] < 0.6 * one  # bfloat16
+    image, _ = plan.model_flops(target)
+    evaluations = {"lcm": 6, "tdm": 11}[task]
+    if lora is None:
+        assert image == evaluations * forward_flops(model, *small_run.BUCKET, 32)
+        traced = matmul_cost(made.traced.jaxpr.jaxpr).flops
+        assert 0.9 < traced / (4 * image) < 1.1
