@@ -1,8 +1,10 @@
 """What the sampling options that trade quality for speed gain and cost, on the shapes model.
 
     python benchmarks/shortcuts.py --out runs/shortcuts
+    python benchmarks/shortcuts.py --rows 1 --student runs/shapes_lcm/model      and a student alone
 
-Every row generates the same scenes from the same noise as `python -m pixart_jax evaluate shapes`.
+Every row generates the same scenes from the same noise as `python -m pixart_jax evaluate shapes`; a
+student of few steps (docs/few_steps.md), by default the shipped one, with its own settings.
 *ratio*: seconds of the plain run of 20 steps over seconds of the row, medians of batches in turn,
 without the text encoder. *distance*: root mean square, from the plain run's images in [0, 1].
 Writes the table to OUT/table.md and all figures to OUT/shortcuts.json.
@@ -17,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.speed.table import flag_parser, table, tell  # noqa: E402
 from pixart_jax import Pipeline  # noqa: E402
@@ -28,6 +31,7 @@ from pixart_jax.pipeline import SamplingConfig  # noqa: E402
 from pixart_jax.pipeline.image_size import cache_plan  # noqa: E402
 
 TASKS = ("colour", "shape", "counting", "position", "binding")
+STUDENT = ROOT / "assets" / "shapes-4step"
 COLUMNS = ("generated with", "computed", "seconds an image", "ratio", "distance", *TASKS)
 # name: (steps, fields of SamplingConfig)
 ROWS: dict[str, tuple[int, dict]] = {
@@ -47,6 +51,7 @@ ROWS: dict[str, tuple[int, dict]] = {
 def main() -> None:
     parser = flag_parser(__doc__)
     parser.add_argument("--model", default="assets/shapes")
+    parser.add_argument("--student", type=Path, default=STUDENT if STUDENT.exists() else None)
     parser.add_argument("--per-task", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16, help="images a batch")
     parser.add_argument("--repeat", type=int, default=5)
@@ -54,19 +59,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/shortcuts"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    pipe, rows = Pipeline.from_pretrained(options.model), dict(list(ROWS.items())[: options.rows])
-    seconds = timed(pipe, rows, options.batch, options.repeat)
+    pipe = Pipeline.from_pretrained(options.model)
+    rows = {name: (pipe, *how) for name, how in list(ROWS.items())[: options.rows]}
+    if options.student:
+        student = Pipeline.from_pretrained(options.student)
+        steps = int(student.sampling.with_defaults().steps or 0)
+        rows[f"{options.student.name}, {steps} steps"] = (student, steps, {})
+    seconds = timed(rows, options.batch, options.repeat)
     prompts, found, plain = eval_prompts("plain", options.per_task, "short"), [], None
-    for name, (steps, fields) in rows.items():
-        config = SamplingConfig(steps, **fields).with_defaults()
+    for name, (pipe, steps, fields) in rows.items():
+        own = pipe.sampling.with_defaults()
+        config, guided = SamplingConfig(steps, **fields).with_defaults(), own.guidance != 1
         images = pipe([p.caption for p in prompts], steps=steps, **fields, batch_size=options.batch)
         plain = images if plain is None else plain
         tasks = score(prompts, list(images)).tasks
-        plan = cache_plan(config, pipe.transformer.config, pipe.scheduler, guided=True)
+        plan = cache_plan(config, pipe.transformer.config, pipe.scheduler, guided=guided)
         found.append(
             {
                 "name": name,
-                "computed": plan.share * steps / 20,
+                "computed": plan.share * steps / (20 if guided else 40),
                 "seconds_an_image": seconds[name],
                 "ratio": seconds["20 steps"] / seconds[name],
                 "distance": float(np.sqrt(np.mean(((images.astype(float) - plain) / 255) ** 2))),
@@ -86,15 +97,15 @@ def cells(row: dict) -> list[str]:
     return [row["name"], *figures, *(f"{row['tasks'][task]:.2f}" for task in TASKS)]
 
 
-def timed(pipe: Pipeline, rows: dict, batch: int, repeat: int) -> dict[str, float]:
+def timed(rows: dict, batch: int, repeat: int) -> dict[str, float]:
     """Median seconds an image of each row, batch by batch in turn, after one that compiles."""
     prompts = ["a large red star left of a small blue circle"] * batch
-    states = pipe.encode_prompts([*prompts, ""])
+    states = {name: pipe.encode_prompts([*prompts, ""]) for name, (pipe, *_) in rows.items()}
     found: dict[str, list[float]] = {name: [] for name in rows}
     for n in range(repeat + 1):
-        for name, (steps, fields) in rows.items():
+        for name, (pipe, steps, fields) in rows.items():
             begun = time.perf_counter()
-            pipe(prompts, steps=steps, **fields, text_states=states, seed=n)
+            pipe(prompts, steps=steps, **fields, text_states=states[name], seed=n)
             if n:
                 found[name].append((time.perf_counter() - begun) / batch)
     return {name: statistics.median(times) for name, times in found.items()}
