@@ -152,7 +152,7 @@ def plan_row(made: plan.Plan) -> list[str]:
     first = [
         f"{f'{task}, ' if task in DISTILLATIONS else ''}{min(target.bucket)} px",
         target.topology.label,
-        target.label.replace(" ", ", "),
+        ", ".join(f"{name}={size}" for name, size in target.axes.items() if size > 1),
         f"{target.batch:,}{f' in {accumulate}' if accumulate > 1 else ''}",
         made.stats.remat,
         f"{report.data(made.stats.total)} of {report.data(made.usable)}",
