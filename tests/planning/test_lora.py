@@ -62,7 +62,8 @@ def test_of_a_controlnet_the_copies_alone_have_an_optimizer():
 
 
 @pytest.mark.parametrize(
-    ("task", "lora", "states"), [("lcm", None, 1), ("tdm", None, 2), ("tdm", 4, 1)]
+    ("task", "lora", "states"),
+    [("lcm", None, 1), ("tdm", None, 2), pytest.param("tdm", 4, 1, marks=pytest.mark.slow)],
 )
 def test_every_network_of_a_distillation_counts(task, lora, states):
     """lcm: student, its average as the target, teacher; tdm: student, fake score, teacher."""
@@ -79,7 +80,7 @@ def test_every_network_of_a_distillation_counts(task, lora, states):
     assert made.counted["EMA"] == held
     # the null caption has no moments
     assert 1.99 * held < made.counted["optimizer"] < 2 * held + 1000
-    assert one / 2 < made.counted["frozen base"] < 0.6 * one  # bfloat16
+    assert one / 2 < made.counted["frozen base"] < 0.65 * one  # kernels in bfloat16
     image, _ = plan.model_flops(target)
     evaluations = {"lcm": 6, "tdm": 11}[task]
     if lora is None:
