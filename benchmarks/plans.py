@@ -100,7 +100,7 @@ DISTILLED = (
     ("xl2_512_tdm", 1024, 512, 32),
 )
 DISTILLED_ON = (("h200:1", "data=1"), ("v5e:16x16", "data=16,fsdp=16"))
-DISTILLED_NOTES = "One bucket a row; else as the table of [pods.md](pods.md)."
+DISTILLED_NOTES = "One bucket a row; else as in [pods.md](pods.md)."
 
 
 def step_targets(only: str | None) -> Iterator[PlanTarget]:
