@@ -53,4 +53,4 @@ def student(task: str, steps: int, **fields) -> Config:
 
 def get_config(steps: int = 1_000) -> Config:
     options = LcmConfig(w=1.0)
-    return student("lcm", steps, lcm=options, optimizer=optimizer(3e-4, b2=0.99, ema=0.95))
+    return student("lcm", steps, lcm=options, optimizer=optimizer(1e-4, b2=0.99, ema=0.95))
