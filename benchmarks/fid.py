@@ -4,18 +4,22 @@
     python benchmarks/fid.py --images 4096 --batch 256    on a GPU: both on it, fp32
     python benchmarks/fid.py --images 8 --repeat 1        a rehearsal
 
-Both read the same images, resized to 299 px, in the same batches, by turns; compilation and one
-batch to warm up are not counted. The peer is the same layers in PyTorch's functions, as
-torch-fidelity's module runs them (tests/evaluation/torch_inception.py). Figures are medians. Exit
+Both read the same images, uint8 at 299 px, in the same batches, by turns; compilation and one batch
+to warm up are not counted. The peer is torch-fidelity's module where that is installed (``pip
+install --no-deps torch-fidelity``; its module is imported alone, without its resizing), else the
+same layers in PyTorch's functions (tests/evaluation/torch_inception.py). Figures are medians. Exit
 status 1 where the features differ by more than 1e-4 of their largest, or where the peer is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import sys
+import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,11 +34,15 @@ from pixart_jax.evaluation import inception  # noqa: E402
 
 def ours(net: inception.Inception) -> Callable[[np.ndarray], np.ndarray]:
     params = jax.device_put(net.params)
-    return lambda pixels: np.asarray(inception.apply(params, pixels)["pool"])
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(inception.apply(params, (pixels.astype("f4") - 128) / 128)["pool"])
+
+    return run
 
 
-def peer(tensors: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """pixels [b, 299, 299, 3] → pool features, in PyTorch."""
+def peer(tensors: dict[str, np.ndarray]) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+    """(name, pixels uint8 [b, 299, 299, 3] → pool features), in PyTorch."""
     import torch
 
     from tests.evaluation.torch_inception import in_torch
@@ -42,13 +50,31 @@ def peer(tensors: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False
     weights = {name: torch.from_numpy(value).to(device) for name, value in tensors.items()}
+    name, spec = "torch", importlib.util.find_spec("torch_fidelity")
+
+    def network(x: torch.Tensor) -> np.ndarray:
+        return in_torch(weights, (x.float() - 128) / 128)["pool"]
+
+    if spec is not None:
+        name, package = "torch-fidelity", types.ModuleType("torch_fidelity")
+        package.__path__ = list(spec.submodule_search_locations or ())
+        sys.modules["torch_fidelity"] = package  # its own would import torchvision
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+        module.interpolate_bilinear_2d_like_tensorflow1x = lambda x, **_: x
+        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+            torch.save(weights, file.name)
+            net = module.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=file.name
+            ).to(device)
+
+        def network(x: torch.Tensor) -> np.ndarray:
+            return net(x)[0].cpu().numpy()
 
     @torch.inference_mode()
     def run(pixels: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-        return in_torch(weights, x)["pool"]
+        return network(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
 
-    return run
+    return name, run
 
 
 def main(argv: list[str]) -> int:
@@ -58,22 +84,22 @@ def main(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     tensors = inception.random_tensors(0)
     rng = np.random.default_rng(0)
-    pixels = rng.uniform(-1, 1, (flags.batch, inception.SIDE, inception.SIDE, 3)).astype("f4")
-    sides = {"pixart_jax": ours(inception.from_tensors(tensors, "random")), "torch": peer(tensors)}
-    first = {name: run(pixels) for name, run in sides.items()}
+    pixels = rng.integers(0, 256, (flags.batch, inception.SIDE, inception.SIDE, 3), np.uint8)
+    name, theirs = peer(tensors)
+    sides = {"pixart_jax": ours(inception.from_tensors(tensors, "random")), name: theirs}
+    first = {side: run(pixels) for side, run in sides.items()}
     batches = max(1, flags.images // flags.batch)
-    rates: dict[str, list[float]] = {name: [] for name in sides}
+    rates: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(flags.repeat):
-        for name, run in sides.items():
+        for side, run in sides.items():
             start = time.perf_counter()
             for _ in range(batches):
                 run(pixels)
-            rates[name].append(batches * flags.batch / (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    largest = np.abs(first["torch"]).max()
-    off = float(np.abs(first["pixart_jax"] - first["torch"]).max() / largest)
-    ratio = medians["pixart_jax"] / medians["torch"]
-    rows = "   ".join(f"{name} {rate:.2f} images/s" for name, rate in medians.items())
+            rates[side].append(batches * flags.batch / (time.perf_counter() - start))
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    off = float(np.abs(first["pixart_jax"] - first[name]).max() / np.abs(first[name]).max())
+    ratio = medians["pixart_jax"] / medians[name]
+    rows = "   ".join(f"{side} {rate:.2f} images/s" for side, rate in medians.items())
     print(f"{rows}   ratio {ratio:.2f}   features differ by {off:.1e}")
     return int(off > 1e-4 or ratio < 1)
 

@@ -390,8 +390,8 @@ class EvaluateConfig:
 
     # steps; 0: never. The stage's last step is evaluated too
     every: int = 0
-    # loss and fid of held-out records; clip of preview.prompts; shapes of the embedded world's
-    # prompts, at the level of the stage's source. Images are generated as previews are
+    # loss and fid of held-out records; clip of prompts; shapes of the embedded world's prompts, at
+    # the level of the stage's source. Images are generated as previews are
     metrics: tuple[str, ...] = ("loss",)
     # records, in whole batches of the stage's size; of other metrics images
     count: int = 256
@@ -401,6 +401,8 @@ class EvaluateConfig:
     inception: str | None = None
     # of clip: a folder or hub id
     clip: str | None = None
+    # of clip: a file as sample.py's --prompts, such as held-out captions; None: preview.prompts
+    prompts: str | None = None
     # of the records: None: the stage's own source
     source: str | None = None
     # None: 'test' of the stage's own source, 'train' of another
@@ -482,6 +484,11 @@ class StageConfig:
             rule = "task tdm has no loss on held-out records"
             scored = self.evaluate.every == 0 or "loss" not in self.evaluate.metrics
             require(self.evaluate, rule, metrics=scored)
+            pictures = self.evaluate.source is not None or not self.data.source.startswith(
+                "states:"
+            )
+            compared = self.evaluate.every == 0 or "fid" not in self.evaluate.metrics or pictures
+            require(self.evaluate, "texts have no images: name a set for fid", source=compared)
         if (subject := self.dreambooth) is not None:
             rule = "dreambooth trains a text_to_image model"
             require(self, rule, task=self.task == "text_to_image")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from pixart_jax.evaluation.shapes_score import score
 from pixart_jax.evaluation.tasks import SETS, eval_prompts
 from pixart_jax.finite import check_images
 from pixart_jax.images import to_uint8
+from pixart_jax.text import read_prompts
 from pixart_jax.training.evaluation import Generate
 from pixart_jax.training.frozen import Frozen
 
@@ -41,8 +43,6 @@ def open_metric(
     if stage.task not in TEXT_TO_IMAGE:
         raise UserError(f"stage {stage.name}: {name} needs task text_to_image, not {stage.task}")
     if name == "clip":
-        if not config.preview.prompts:
-            raise UserError(f"stage {stage.name}: clip needs preview.prompts")
         return _clip(config, stage, frozen)
     return _shapes(config, stage, frozen)
 
@@ -67,9 +67,13 @@ def _generated(
 def _clip(
     config: Config, stage: StageConfig, frozen: Frozen
 ) -> Callable[[Generate], dict[str, float]]:
-    scorer = text_scores.clip_score("torchmetrics", stage.evaluate.clip)
-    prompts = [*config.preview.prompts] * -(-stage.evaluate.count // len(config.preview.prompts))
-    prompts = prompts[: stage.evaluate.count]
+    options, listed = stage.evaluate, config.preview.prompts
+    if options.prompts is not None:
+        listed = tuple(row.prompt for row in read_prompts(options.prompts))
+    if not listed:
+        raise UserError(f"stage {stage.name}: clip needs evaluate.prompts or preview.prompts")
+    prompts = list(itertools.islice(itertools.cycle(listed), options.count))
+    scorer = text_scores.clip_score("torchmetrics", options.clip)
     network = text_scores.Scored(scorer, prompts)
 
     def measure(generate: Generate) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -30,13 +31,14 @@ from transformers import (
     Dinov2Model,
 )
 
-from pixart_jax import cli
+from pixart_jax import cli, plots
 from pixart_jax.config import Config, DataConfig, EvaluateConfig, PreviewConfig, StageConfig
 from pixart_jax.errors import Notice, UserError
-from pixart_jax.evaluation import command, features, frechet, stage_metrics, text_scores
+from pixart_jax.evaluation import command, features, frechet, inception, stage_metrics, text_scores
 from pixart_jax.evaluation.set_scores import cmmd
 from pixart_jax.evaluation.torch_models import IMAGENET_COLOURS, Embeddings, load, projected
 from pixart_jax.images import write_png
+from tests.evaluation.test_fid_command import NET, small_net
 
 PROMPTS = ["a red circle", "two blue stars", "a dog " * 60 + "end", "", "a cat"]
 
@@ -131,7 +133,7 @@ def test_the_three_clip_scores_and_pickscore_are_the_models_similarity(world, tm
     assert torch.equal(projected(torch.ones(2)), torch.ones(2))  # as in transformers 4
 
 
-def test_a_stage_scores_its_images_by_the_previews_prompts(world):
+def test_a_stage_scores_its_images_by_its_prompts_or_the_previews(world, tmp_path):
     root, arrays, *_ = world
     cosine, _ = cosines(world)
     evaluate_every = EvaluateConfig(1, ("clip",), 5, clip=str(root / "clip"))
@@ -141,10 +143,22 @@ def test_a_stage_scores_its_images_by_the_previews_prompts(world):
     config = Config("c", (stage,), preview=PreviewConfig(prompts=tuple(PROMPTS)))
     vae = SimpleNamespace(config=SimpleNamespace(factor=8))
     frozen = SimpleNamespace(text_states=lambda texts, limit: None, vae=vae)
+    asked = []
+
+    def generate(batch, settings):
+        asked.append(settings.prompts)
+        return [arrays[PROMPTS.index(prompt)] for prompt in settings.prompts]
+
     measure = stage_metrics.open_metric("clip", config, stage, frozen, None)
-    assert measure(lambda batch, settings: arrays)["clip"] == pytest.approx(
-        100 * cosine.clip(0).mean(), rel=1e-4
-    )
+    assert measure(generate)["clip"] == pytest.approx(100 * cosine.clip(0).mean(), rel=1e-4)
+    own = [PROMPTS[4], PROMPTS[1]]  # in turns, as often as images are asked for
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in own))
+    listed = dataclasses.replace(evaluate_every, prompts=str(tmp_path / "list.jsonl"))
+    stage = dataclasses.replace(stage, evaluate=listed)
+    measure = stage_metrics.open_metric("clip", config, stage, frozen, None)
+    expected = 100 * cosine.clip(0)[[4, 1, 4, 1, 4]].mean()
+    assert measure(generate)["clip"] == pytest.approx(expected, rel=1e-4)
+    assert asked == [tuple(PROMPTS), (*own, *own, own[0])]
     with pytest.raises(UserError, match="embedded world"):
         stage_metrics.open_metric("shapes", config, stage, frozen, None)
 
@@ -157,6 +171,40 @@ def test_a_share_of_the_blocks_is_reused(world, tmp_path, capsys):
     (block,) = (tmp_path / "cache").glob("features/*/*.npz")
     assert evaluate(*run) == 0 and block.name == "000001.npz"
     assert "torchmetrics" in capsys.readouterr().out
+
+
+def test_a_sweep_over_guidance_draws_fid_against_the_clip_score(world, tmp_path, monkeypatch):
+    root, arrays, *_ = world
+    monkeypatch.setattr(inception, "apply", small_net)
+    monkeypatch.setattr(inception, "random", lambda seed: NET)
+    monkeypatch.setitem(inception.WIDTHS, "pool", 27)
+    for guidance in (1.5, 4):
+        (root / "made" / f"guidance-{guidance:g}").mkdir(parents=True)
+        for n, array in enumerate(arrays):
+            settings = {"prompt": PROMPTS[n], "index": n, "seed": 0, "guidance": guidance}
+            image = np.clip(array[:32] * (guidance / 4), 0, 255).astype(np.uint8)
+            write_png(root / "made" / f"guidance-{guidance:g}" / f"{n}.png", image, settings)
+    drawn, curves = [], plots.curves
+    monkeypatch.setattr(
+        plots, "curves", lambda *what, **how: drawn.append((what[1], how)) or curves(*what, **how)
+    )
+    flags = ("--random-inception", 0, "--guidance", 1.5, 4, "--clip", root / "clip")
+    reference = ("--reference", root / "made/guidance-4", "--out", tmp_path)
+    assert evaluate("fid", root / "made", *reference, *flags) == 0
+    record = json.loads((tmp_path / "score.json").read_text())
+    for point in record["sweep"]:
+        folder = f"guidance-{point['guidance']:g}"
+        one = json.loads((tmp_path / folder / "score.json").read_text())
+        assert point["fid"] == one["value"]
+        flags = ("--model", root / "clip", "--out", tmp_path / "clip")
+        assert evaluate("clip", root / "made" / folder, *flags) == 0
+        clip = json.loads((tmp_path / "clip" / "score.json").read_text())
+        assert point["clip"] == clip["value"]
+    assert (record["value"], record["guidance"]) == (pytest.approx(0, abs=1e-6), 4)
+    ((series, how),) = drawn
+    x, y = ([point[name] for point in record["sweep"]] for name in ("clip", "fid"))
+    assert series["fid"] == (x, y) and how["axis"] == "CLIP score" and x[0] != x[1]
+    assert Image.open(tmp_path / "sweep.png").size[0] > 500
 
 
 def test_cmmd_and_fd_dinov2_embed_as_their_authors(world, tmp_path):

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +21,19 @@ import transformers as t
 from PIL import Image
 
 from pixart_jax import cli
-from pixart_jax.evaluation import command, features, torch_models, vision_models
-from pixart_jax.evaluation.detections import Object, read
+from pixart_jax.evaluation import (
+    benchmark_run,
+    command,
+    compbench,
+    features,
+    generated,
+    torch_models,
+    vision_models,
+)
+from pixart_jax.evaluation.detections import Object, objects_of, read
+from pixart_jax.evaluation.phrases import Phrasebook
 from pixart_jax.images import write_png
+from tests.evaluation.test_benchmarks import CSV
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES["num_hidden_layers"] = 2
@@ -276,19 +289,206 @@ def test_colours_are_set_on_the_objects_that_the_rules_look_at(images):
     assert seen == [("computer mouse", 1)]
 
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_complex_prompts_are_scored_from_images_by_three_networks(images, blip, tmp_path):
+    """The mean of two or three of BLIP-VQA, spatial and CLIP by the prompt's list; CLIP reads the
+    prompt without its adjectives."""
+    torch.manual_seed(0)
+    save_detr(tmp_path / "detr")
+    save_clip(tmp_path / "clip")
+    prompts = ["a green cat on the left of a red dog", "a blue cup near a bench", "the red car"]
+    for name, some in (("", prompts), ("_spatial", prompts[:1]), ("_action", prompts[2:])):
+        (tmp_path / f"complex_val{name}.txt").write_text("\n".join(some))
+    names = [f"{prompt}_{n:06d}.png" for n, prompt in enumerate(prompts)]
+    folder = layout(tmp_path / "images", images, names)
+    call = ["compbench", "--category", "complex", "--images", folder, "--benchmark", tmp_path]
+    models = ["--vqa", blip, "--detector", tmp_path / "detr", "--clip", tmp_path / "clip"]
+    out = tmp_path / "out"
+    assert evaluate(*call, *models, "--per-prompt", 1, "--out", out) == 0
+    score = json.loads((out / "score.json").read_text())
+    assert all(f"{model}=" in score["metric"] for model in ("vqa", "detector", "clip"))
+    answers, detections, cosines = (
+        rows_of(out / f"{kind}.jsonl") for kind in ("answers", "detections", "similarities")
+    )
+    net, book, expected = torch_models.load(str(tmp_path / "clip")), Phrasebook(), []
+    without = ["a cat on the left of a dog", "a cup near a bench", "the car"]
+    for n, (name, image) in enumerate(zip(names, images)):
+        given = net.inputs([image], text=[without[n]])
+        cosine = net.model(**given).logits_per_image[0, 0] / net.model.logit_scale.exp()
+        assert cosines[n] == {"image": name, "cosine": pytest.approx(float(cosine), abs=1e-5)}
+        asked = [row for row in answers if row["image"] == name]
+        fit = compbench.attribute(compbench.certainty(r["p_yes"], r["p_no"]) for r in asked)
+        found = compbench.scaled(objects_of(detections[n]), detections[n]["size"])
+        placed = compbench.spatial(prompts[n], book[prompts[n]], found, complex=True)
+        of = {"answers": fit, "detections": placed, "similarities": float(cosine)}
+        kinds = (["answers", "detections"], list(of), ["answers", "similarities"])[n]
+        expected.append(np.mean([of[kind] for kind in kinds]))
+    assert [row["score"] for row in rows_of(out / "results.jsonl")] == pytest.approx(expected)
+    assert score["value"] == pytest.approx(np.mean(expected))
+
+
+def test_dpg_asks_the_parts_of_its_grids_and_after_an_interruption_only_what_is_left(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "dpg_bench.csv").write_text(
+        CSV + "p3,a cup,,1,0,entity,whole,entity - whole (cup),Is there a cup?\n"
+    )
+
+    def sample(line):  # number n is of grey n
+        made, rows = (line[line.index(flag) + 1] for flag in ("--out", "--prompts"))
+        for n, row in enumerate(rows_of(Path(rows))):
+            if not (path := Path(made, f"{n}.png")).exists():
+                settings = {**row, "index": n, "seed": 0, "steps": 2}
+                write_png(path, np.full((8, 6, 3), n, np.uint8), settings)
+        return subprocess.CompletedProcess(line, 0)
+
+    asked: list[list[int]] = []
+
+    def yes_and_no(net, parts, questions):
+        assert all(part.shape == (8, 6, 3) and np.ptp(part) == 0 for part in parts)
+        asked.append([int(part.max()) for part in parts])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        grey = [(0.2, 0.6) if part.max() == 1 else (0.6, 0.2) for part in parts]
+        return [[answer] * len(some) for answer, some in zip(grey, questions)]
+
+    monkeypatch.setattr(generated.subprocess, "run", sample)
+    monkeypatch.setitem(benchmark_run._LOAD, "vqa", lambda path: SimpleNamespace(digest=path))
+    monkeypatch.setattr(vision_models, "yes_and_no", yes_and_no)
+    call = ["dpg", "--images", tmp_path / "grids", "--benchmark", tmp_path, "--vqa", "some"]
+    call += ["--batch-size", 1, "--out", tmp_path / "out", "--", "--steps", 2]
+    assert evaluate(*call) == 130
+    assert not (tmp_path / "out/answers.jsonl").exists()
+    assert evaluate(*call) == 0
+    grids = [[4 * item + part for part in range(4)] for item in range(3)]
+    done = 6 - len(asked)  # finished before the interruption, and not asked again
+    assert asked == grids + grids[done:] and done > 0
+    grid = np.asarray(Image.open(tmp_path / "grids/p2.png"))
+    assert grid.shape == (16, 12, 3) and list(grid[::8, ::6, 0].flat) == grids[1]
+    score = json.loads((tmp_path / "out/score.json").read_text())
+    assert (score["metric"], score["steps"]) == ("dpg (vqa=some)", 2)
+    assert score["value"] == pytest.approx(100 * (0.75 + 1 + 1) / 3)  # p1's second part falls
+    assert score["categories"]["relation"] == 75
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from pixart_jax import cli
+from pixart_jax.evaluation import command
+
+save, count = np.savez, iter(range(99))
+
+def savez(file, **arrays):  # the third block is half written
+    if next(count) == 2:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(file, **arrays)
+
+np.savez = savez
+sys.exit(cli.run(command.main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow  # 60 s: processes of their own
+@pytest.mark.parametrize("what", ["preference", "compbench", "geneval", "dpg"])
+def test_after_kill_9_the_same_command_goes_on_to_the_same_score(
+    what, images, blip, tmp_path, root, monkeypatch
+):
+    torch.manual_seed(0)
+    detector, clip = tmp_path / "detector", tmp_path / "clip"
+    save_clip(clip)
+    names = [f"{n}.png" for n in range(4)]
+    flags, results = {
+        "preference": (["--score", "pickscore", "--model", clip], "results"),
+        "compbench": (["--category", "color", "--vqa", blip], "answers"),
+        "geneval": (["--detector", detector, "--clip", clip], "detections"),
+        "dpg": (["--vqa", blip, "--benchmark", tmp_path], "answers"),
+    }[what]
+    if what == "compbench":
+        names = [f"{PROMPTS[n // 2]}_00000{n}.png" for n in range(4)]
+    if what == "geneval":
+        save_mask2former(detector)
+        names = [f"00000/samples/000{n}.png" for n in range(4)]
+        clause = {"class": "bench", "count": 1, "color": "red"}
+        line = {"tag": "colors", "include": [clause], "prompt": "a photo of a red bench"}
+        flags += ["--metadata", tmp_path / "metadata.jsonl"]
+        (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    if what == "dpg":
+        rows = (f"{n},a cup,,1,0,e,w,entity - whole (cup),a cup?\n" for n in range(4))
+        (tmp_path / "dpg_bench.csv").write_text(CSV.split("\n")[0] + "\n" + "".join(rows))
+    folder = layout(tmp_path / "images", images, names)
+    call = [what, "--images", folder, *flags, "--batch-size", 1, "--out"]
+
+    def finished(cache, out):
+        monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / cache)
+        assert evaluate(*call, tmp_path / out) == 0
+        score = json.loads((tmp_path / out / "score.json").read_text())
+        return (tmp_path / out / f"{results}.jsonl").read_bytes(), score["value"], score["interval"]
+
+    whole = finished("one", "whole")
+    command_line = [sys.executable, "-c", KILLED, *map(str, call), str(tmp_path / "out")]
+    environment = {**os.environ, "PIXART_JAX_CACHE": str(tmp_path / "killed")}
+    status = subprocess.run(command_line, cwd=root, env=environment).returncode
+    assert status == -signal.SIGKILL and not (tmp_path / "out/score.json").exists()
+    assert len(list((tmp_path / "killed").glob("features/*/*.npz"))) == 2
+    read_again, read_image = [], features.ImageSet.pixels
+
+    def pixels(self, number):
+        read_again.append(number)
+        return read_image(self, number)
+
+    monkeypatch.setattr(features.ImageSet, "pixels", pixels)
+    assert finished("killed", "out") == whole
+    assert sorted(read_again) == [2, 3]
+
+
+def run_evaluate(tmp_path, *argv):
+    command = [sys.executable, "-m", "pixart_jax", "evaluate", *map(str, argv)]
+    subprocess.run(command, check=True, env={**os.environ, "PIXART_JAX_CACHE": str(tmp_path)})
+
+
+SAMPLING = "-- --model assets/shapes --steps 2 --height 64 --width 64".split()
+
+
 @pytest.mark.slow  # 40 s: sample.py's own process
 def test_non_spatial_generates_into_the_official_layout(tmp_path):
     save_clip(tmp_path / "clip")
     (tmp_path / "non_spatial_val.txt").write_text("a red circle\na blue square\n")
     folder = tmp_path / "images"
     call = ["--category", "non_spatial", "--benchmark", tmp_path, "--images", folder]
-    call += ["--per-prompt", 2, "--clip", tmp_path / "clip", "--out", tmp_path / "out", "--"]
-    call += ["--model", "assets/shapes", "--steps", 2, "--height", 64, "--width", 64]
-    command = [sys.executable, "-m", "pixart_jax", "evaluate", "compbench", *map(str, call)]
-    subprocess.run(command, check=True, env={**os.environ, "PIXART_JAX_CACHE": str(tmp_path)})
+    call += ["--per-prompt", 2, "--clip", tmp_path / "clip", "--out", tmp_path / "out"]
+    run_evaluate(tmp_path, "compbench", *call, *SAMPLING)
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [
         *(f"a blue square_00000{n}.png" for n in (2, 3)),
         *(f"a red circle_00000{n}.png" for n in (0, 1)),
     ]
     score = json.loads((tmp_path / "out/score.json").read_text())
     assert score["metric"].startswith("non_spatial (clip=") and score["steps"] == 2
+
+
+@pytest.mark.slow  # 40 s: sample.py's own process
+def test_dpg_generates_its_grids_and_asks_about_their_parts(blip, tmp_path):
+    (tmp_path / "dpg_bench.csv").write_text(CSV)
+    call = ["dpg", "--benchmark", tmp_path, "--images", tmp_path / "grids", "--vqa", blip]
+    run_evaluate(tmp_path, *call, "--out", tmp_path / "out", *SAMPLING)
+    made = [
+        np.asarray(Image.open(path))
+        for path in sorted((tmp_path / "out/generated").glob("*.png"))
+        if path.name != "grid.png"
+    ]
+    for item, parts in (("p1", made[:4]), ("p2", made[4:])):
+        grid = np.asarray(Image.open(tmp_path / f"grids/{item}.png"))
+        quarters = [grid[y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64)]
+        assert all(map(np.array_equal, quarters, parts)) and len(parts) == 4
+    answers = rows_of(tmp_path / "out/answers.jsonl")
+    assert [(a["image"], a["part"], a["question"]) for a in answers] == [
+        *(("p1.png", part, n) for part in range(4) for n in (1, 2, 3)),
+        *(("p2.png", part, 1) for part in range(4)),
+    ]
+    score = json.loads((tmp_path / "out/score.json").read_text())
+    assert score["n"] == {"generated": 8, "prompts": 2} and score["steps"] == 2

@@ -27,6 +27,7 @@ from pixart_jax import Pipeline, load_component
 from pixart_jax.commands import train
 from pixart_jax.config import (
     Config,
+    EvaluateConfig,
     LcmConfig,
     LoraConfig,
     ObjectiveConfig,
@@ -36,6 +37,7 @@ from pixart_jax.config import (
 )
 from pixart_jax.diffusion import schedule
 from pixart_jax.errors import UserError
+from pixart_jax.evaluation import inception
 from pixart_jax.models.flops import forward_flops, train_flops
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.pipeline.sampling_config import SamplingConfig
@@ -350,6 +352,33 @@ def test_a_run_cut_off_resumes_to_the_same_bits(finished, world, tmp_path, monke
     jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(workdir))
 
 
+@pytest.mark.slow  # 15 s
+def test_fid_of_the_student_changes_no_parameter(finished, world, tmp_path, monkeypatch):
+    """A stage that learns from texts alone, measured against records, and killed between."""
+    measured = EvaluateConfig(
+        3, ("fid",), 8, inception="random:0", source=str(world / "square"), split="train"
+    )
+    seen = []
+
+    class Means:  # instead of Inception's features, which take seconds an image
+        def features(self, images):
+            seen.append(images.shape)
+            return images.astype("f4").reshape(len(images), 16, -1).mean(-1)
+
+    monkeypatch.setattr(inception, "random", lambda seed: Means())
+    config = a_run(world, "tdm", evaluate=measured)
+    kill_before(monkeypatch, 6)
+    with contextlib.suppress(Killed):
+        train.train(config, tmp_path, None, train.open_metric)
+    train.train(config, tmp_path, None, train.open_metric)
+    lines = [line for line in figures(tmp_path) if "evaluate/fid" in line]
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert all(0 < line["evaluate/fid"] < np.inf for line in lines) and "loss" not in lines[0]
+    assert len({line["evaluate/fid"] for line in lines}) == 3
+    assert set(seen) == {(8, 32, 32, 3)}
+    jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(tmp_path))
+
+
 def test_the_student_samples_in_four_steps_untold(finished, world):
     state = final_state(finished)
     assert set(state["params"]) == {"student", "fake"}
@@ -435,7 +464,9 @@ def test_mistakes_are_one_line(world, finished, tmp_path):
         )
     ):
         assert message in error_of(wrong, tmp_path / str(number)), message
+    fid = EvaluateConfig(3, ("fid",), inception="random:0")
     for changes, message in (
+        ({"evaluate": fid}, "texts have no images: name a set for fid"),
         ({"start": "previous"}, "task tdm needs the folder or hub id of its teacher"),
         ({"task": "lcm", "lcm": LcmConfig(solver_steps=30)}, "must divide objective.timesteps"),
     ):
