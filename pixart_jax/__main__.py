@@ -28,16 +28,10 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    lines += ["", "python -m pixart_jax COMMAND --help lists a command's flags."]
-    return "\n".join(["usage: python -m pixart_jax COMMAND [flags]", "", *lines])
-
-
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        whats = {name: what for name, (_, what) in COMMANDS.items()}
+        print(cli.usage("python -m pixart_jax", whats))
         return 0 if argv else 2
     name, *rest = argv
     if name not in COMMANDS:

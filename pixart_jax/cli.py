@@ -20,7 +20,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pixart_jax.errors import Interrupted, Notice, Unavailable, UserError, nearest
@@ -35,6 +35,14 @@ GRACE = 5.0  # seconds from a signal to the end of the process, for cleaning up
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _UNUSABLE_FILE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
 _UNUSABLE_FILE |= {errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+
+def usage(prog: str, commands: Mapping[str, str]) -> str:
+    """The help of a program of several commands. commands: name → what it does."""
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {what}" for name, what in commands.items()]
+    lines += ["", f"{prog} COMMAND --help lists a command's flags."]
+    return "\n".join([f"usage: {prog} COMMAND [flags]", "", *lines])
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation import compbench, dpg, geneval
+from pixart_jax.evaluation import compbench, dpg, geneval, torch_models
 from pixart_jax.evaluation import vision_models as vision
 from pixart_jax.evaluation.benchmark_run import BenchmarkOptions, BenchmarkRun, Source
 from pixart_jax.evaluation.detections import Object, Row, objects_of
@@ -194,7 +194,7 @@ def _similarities(category: str, book: Phrasebook) -> Source:
         if category == "complex":
             prompts = [book[prompt].without_adjectives for prompt in prompts]
         seen = vision.embed_images(nets["clip"], images)
-        cosines = (seen * vision.embed_texts(nets["clip"], prompts)).sum(-1)
+        cosines = (seen * torch_models.embed_texts(nets["clip"], prompts)).sum(-1)
         return [[{"cosine": cosine}] for cosine in cosines.tolist()]
 
     return Source(

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -18,11 +15,10 @@ import numpy as np
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation import report, torch_models
 from pixart_jax.evaluation import vision_models as vision
-from pixart_jax.evaluation.detections import Look, Row, check_list, read
+from pixart_jax.evaluation.detections import Row, looking, read
 from pixart_jax.evaluation.features import Extractor, ImageSet
-from pixart_jax.evaluation.generated import GeneratedOptions, generate, sampled_with
-from pixart_jax.files import atomic_write, write_json, write_text
-from pixart_jax.images import write_png
+from pixart_jax.evaluation.generated import GeneratedOptions, check_list, generate_at, sampled_with
+from pixart_jax.files import atomic_write, write_json
 from pixart_jax.pipeline.output import parse_share
 
 _RESAMPLES = 1000  # of prompts, for an interval
@@ -98,9 +94,7 @@ class BenchmarkRun:
         self.sources: dict[str, dict[str, Any]] = {}
         self.images: ImageSet | None = None
         if flags is not None:
-            if options.generated is None or not prompts:
-                raise UserError("to generate, give --images DIR and the benchmark's prompts")
-            _generate(options, flags, prompts, place)
+            generate_at(options, flags, prompts, options.per_prompt or 4, place)
         if folder := options.generated:
             inner = folder / "samples"
             self.images = ImageSet.open(inner if inner.is_dir() else folder, sizes=True)
@@ -140,7 +134,7 @@ class BenchmarkRun:
         def look(images: vision.Images, numbers: Sequence[int]) -> Iterable[list[Row]]:
             return source.look(nets, [self.names[n] for n in numbers], images)
 
-        network = Look(look, [source.kind, json.dumps(facts)])
+        network = looking(look, [source.kind, json.dumps(facts)])
         share = parse_share(self.options.share)
         found = Extractor(network, self.options.batch_size, share)(self.images, "the images")
         if found is None:
@@ -183,52 +177,10 @@ class BenchmarkRun:
         n = {"generated": images, "prompts": sum(map(len, tasks.values()))}
         print(f"{metric} · {n['generated']} images of {n['prompts']} prompts\n")
         for task, share in (shares | facts.get("categories", {})).items():
-            print(f"{task:24} {share:8.4f}")
-        between = f"   95% {low:.4f} – {high:.4f}" if interval else ""
-        print(f"{'score':24} {score['value']:8.4f}{between}")
+            print(report.line(task, share))
+        print(report.line("score", score["value"], interval))
         if facts.get("absent"):
             print(f"absent, and not in the mean: {', '.join(facts['absent'])}")
-        out = self.options.out
-        out.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in results)
-        write_text(out / "results.jsonl", "".join(lines))
         facts = {"tasks": shares, **facts, "sources": self.sources, **sampled_with(self.images)}
         facts["list"] = sha256("\n".join(row["image"] for row in results).encode()).hexdigest()
-        path = report.write_score(out, metric, score, n, facts)
-        print(f"\nwritten: {path}, {out / 'results.jsonl'}")
-
-
-def _generate(
-    options: Any, flags: Sequence[str], prompts: Sequence[str], place: Callable[[int, int], str]
-) -> None:
-    """Generate ``per_prompt`` images of each prompt in OUT/generated. Process 0 copies them to
-    place(prompt, number) of the folder of images, to one 2×2 grid where four have one place, with
-    the times of the originals; the others wait for it."""
-    each, made, share = (
-        options.per_prompt or 4,
-        options.out / "generated",
-        parse_share(options.share),
-    )
-    made.mkdir(parents=True, exist_ok=True)
-    rows = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts for _ in range(each))
-    write_text(options.out / "rows.jsonl", "".join(rows))
-    generate(made, ["--prompts", str(options.out / "rows.jsonl"), *flags], share)
-    images = ImageSet.open(made, sizes=True)
-    number = {settings["index"]: n for n, settings in enumerate(images.settings)}
-    targets: dict[str, list[int]] = {}
-    for i in range(len(prompts) * each):
-        targets.setdefault(place(*divmod(i, each)), []).append(number[i])
-    for target, some in targets.items():
-        path, source = options.generated / target, made / images.names[some[0]]
-        stamp = source.stat().st_mtime_ns
-        while not (path.exists() and path.stat().st_mtime_ns == stamp):
-            if share.index:
-                time.sleep(0.5)
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if len(some) == 1:
-                shutil.copy(source, path)
-            else:
-                a, b, c, d = (images.pixels(n)[0] for n in some)
-                write_png(path, np.block([[[a], [b]], [[c], [d]]]), images.settings[some[0]])
-            os.utime(path, ns=(stamp, stamp))
+        report.finish(self.options.out, metric, score, n, facts, results)

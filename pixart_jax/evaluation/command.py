@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,10 +35,10 @@ from pixart_jax.evaluation.score_command import (
     evaluate_preference,
 )
 from pixart_jax.evaluation.shapes_score import Score, score
-from pixart_jax.evaluation.tasks import EvalPrompt, eval_prompts
+from pixart_jax.evaluation.tasks import Batches, by_size, eval_prompts
 from pixart_jax.files import bundled
 from pixart_jax.finite import check_images
-from pixart_jax.images import to_model, to_uint8
+from pixart_jax.images import to_model, to_uint8, write_png
 from pixart_jax.pipeline import lora_flags
 from pixart_jax.pipeline.lora_flags import LoraFlags
 from pixart_jax.pipeline.sampling_config import SamplingConfig
@@ -111,16 +112,13 @@ def main(argv: Sequence[str]) -> int:
         "dpg": (DpgOptions, evaluate_dpg),
     }
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {_PROG} WHAT [flags]\n")
-        for name, (options, _) in commands.items():
-            print(f"  {name:10} {options.__doc__}")
-        print("  study      Let people compare images: build, serve and report a blind study.")
-        print(f"\n{_PROG} WHAT --help lists the flags.")
+        whats = {name: str(options.__doc__) for name, (options, _) in commands.items()}
+        whats["study"] = "Let people compare images: build, serve and report a blind study."
+        print(cli.usage(_PROG, whats))
         return 0 if argv else 2
     what, *rest = argv
     if what == "study":
-        study_command.main(rest)
-        return 0
+        return study_command.main(rest)
     if what not in commands:
         raise UserError(f"evaluate {what!r} is unknown{nearest(what, [*commands, 'study'])}")
     options, run = commands[what]
@@ -156,7 +154,7 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
             batch_size=min(options.batch_size, len(rows)),
         )
 
-    images = _by_size(prompts, generate, "generating")
+    images = by_size(prompts, generate, "generating")
     shown = sampling.settings()
     if adapters:
         shown["lora"] = " + ".join(f"{adapter.name}:{weight:g}" for adapter, weight in adapters)
@@ -195,7 +193,7 @@ def evaluate_vae(options: VAEOptions, vae=None) -> Score:
             decoded = np.asarray(vae.decode(mean), np.float32)[: len(some)]
             yield some, to_uint8(check_images(decoded))
 
-    images = _by_size(prompts, reconstruct, "reconstructing")
+    images = by_size(prompts, reconstruct, "reconstructing")
     errors = np.array([np.mean((a.astype(np.float32) - b) ** 2) for a, b in zip(images, renders)])
     psnr = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-3))))
     title = f"autoencoder's reconstructions · level {options.level} · about the most of a model"
@@ -222,25 +220,6 @@ def evaluate_checker(options: CheckerOptions) -> dict[str, Score]:
 
 # ---- what the three share ----
 
-# (positions in the rows that were asked for, their images uint8 [b, h, w, 3]) …
-Batches = Iterable[tuple[list[int], np.ndarray]]
-
-
-def _by_size(
-    prompts: Sequence[EvalPrompt], make: Callable[[list[int], int, int], Batches], what: str
-) -> list[np.ndarray]:
-    """Images in the order of the prompts, made by make(rows, height, width) size by size."""
-    images: dict[int, np.ndarray] = {}
-    sizes: dict[tuple[int, int], list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        sizes.setdefault((prompt.scene.height, prompt.scene.width), []).append(i)
-    with tqdm(total=len(prompts), desc=what, unit="image") as bar:
-        for (height, width), rows in sizes.items():
-            for positions, batch in make(rows, height, width):
-                images.update(zip([rows[p] for p in positions], batch))
-                bar.update(len(positions))
-    return [images[i] for i in range(len(prompts))]
-
 
 def _check(options) -> None:
     """UserError for a bad batch size; an output folder that cannot be created is reported before
@@ -258,10 +237,16 @@ def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) 
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         fields = dataclasses.asdict(options)
-        del fields["out"]
-        fields.pop("loras", None)
-        fields |= fields.pop("sampling", {})
+        fields = {k: v for k, v in fields.items() if k not in ("out", "loras", "sampling")}
+        fields |= dataclasses.asdict(options).get("sampling", {})
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
-        paths = report.write(options.out, result, images, {**settings, **more})
-        print(f"\nwritten: {', '.join(map(str, paths))}")
+        listed = "\n".join(prompt.caption for prompt in prompts)
+        settings |= {**more, "prompts": sha256(listed.encode()).hexdigest()}
+        main = result.mean or result.all_correct
+        assert main is not None  # a level has sets that are not withheld
+        main = main.rounded()
+        head = {"value": main["score"], "interval": [main["low"], main["high"]]}
+        write_png(options.out / "sheet.png", report.sheet(result, images))
+        facts, n = {**settings, **result.to_dict()}, {"generated": len(images)}
+        report.finish(options.out, "shapes", head, n, facts, written=[options.out / "sheet.png"])
     return result

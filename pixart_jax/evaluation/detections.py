@@ -6,15 +6,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from pixart_jax import tables
 from pixart_jax.errors import UserError, one_line
 from pixart_jax.evaluation import torch_models
+from pixart_jax.evaluation.features import Network
 
 Value = TypeVar("Value")
 Row = dict[str, Any]
@@ -49,9 +50,19 @@ def objects_of(row: Row) -> list[Object]:
     return sorted((Object.of(one) for one in row["objects"]), key=lambda one: -one.score)
 
 
-def refuse(place: str, kind: str, detail: str, repaired: bool) -> NoReturn:
-    """A report of tables.rows to which nothing is allowed."""
-    raise UserError(f"{place}: {detail}")
+def parsed(path: Path, form: str, parse: Callable[[Row], Value]) -> Iterator[tuple[str, Value]]:
+    """(place, parse(row)) of each row of a table. form: of a row, for errors. Raises UserError for
+    a bad row."""
+
+    def refuse(place: str, kind: str, detail: str, repaired: bool) -> NoReturn:
+        raise UserError(f"{place}: {detail}")
+
+    for place, row in tables.rows(path, refuse):
+        try:
+            found = parse(row)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"{place}: {form} is needed ({one_line(error)})") from None
+        yield place, found
 
 
 def read(
@@ -61,11 +72,9 @@ def read(
     errors. name: of an image in the list, by its path. Raises UserError for a bad line, and for a
     line twice."""
     found: dict[str, dict[Any, Value]] = {}
-    for place, row in tables.rows(path, refuse):
-        try:
-            image, (key, value) = name(row["image"]), parse(row)
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise UserError(f"{place}: {form} is needed ({one_line(error)})") from None
+    for place, (image, (key, value)) in parsed(
+        path, form, lambda row: (name(row["image"]), parse(row))
+    ):
         if key in (held := found.setdefault(image, {})):
             raise UserError(f"{place}: a second line of {image}{f', {key}' if key else ''}")
         held[key] = value
@@ -74,35 +83,21 @@ def read(
     return found
 
 
-def check_list(found: Iterable[str], wanted: Sequence[str], where: Path) -> None:
-    """Raise UserError where the images found are not those of the list."""
-    held = set(found)
-    if missing := [name for name in wanted if name not in held]:
-        count = f"{len(missing)} of {len(wanted)} images of the list are missing"
-        raise UserError(f"{where}: {count}, the first is {missing[0]}")
-    if extra := held - set(wanted):
-        raise UserError(f"{where}: {min(extra)} is not in the list of images")
+def looking(
+    look: Callable[[list[np.ndarray], Sequence[int]], Iterable[list[Row]]], key: Sequence[Any]
+) -> Network:
+    """What networks see. look(images, numbers): the lines of each image, without its name. key: of
+    the networks and all that the lines depend on."""
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Look:
-    """What networks see, as features.Extractor computes it: in blocks that are kept and shared.
-    look(images, numbers): the lines of each image, without its name. key: of the networks and all
-    that the lines depend on."""
-
-    look: Callable[[list[np.ndarray], Sequence[int]], Iterable[list[Row]]]
-    key: Sequence[Any]
-    wanted: ClassVar[tuple[str, ...]] = ("lines",)
-    devices: ClassVar[int] = 1
-
-    def prepare(self, image: np.ndarray) -> np.ndarray:
+    def prepare(image: np.ndarray) -> np.ndarray:
         """The image itself, as one object: images of a block may differ in size."""
         holder = np.empty((), object)
         holder[()] = image
         return holder
 
-    def compute(self, pixels: np.ndarray, numbers: Sequence[int]) -> dict[str, np.ndarray]:
-        """JSON of the lines of each image."""
+    def compute(pixels: np.ndarray, numbers: Sequence[int]) -> dict[str, np.ndarray]:
         with torch_models.require().inference_mode():
-            found = list(self.look(list(pixels[: len(numbers)]), numbers))
+            found = list(look(list(pixels[: len(numbers)]), numbers))
         return {"lines": np.array([json.dumps(rows).encode() for rows in found])}
+
+    return Network(key=key, prepare=prepare, compute=compute, wanted=("lines",))

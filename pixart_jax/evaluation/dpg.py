@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax import tables
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation.detections import refuse
+from pixart_jax.evaluation.detections import parsed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +53,16 @@ def is_yes(row: Mapping[str, Any]) -> bool:
 def read_graphs(path: Path) -> dict[str, Graph]:
     """Item → its graph, from dpg_bench.csv. Raises UserError for a row that does not fit."""
     graphs: dict[str, Graph] = {}
-    for place, row in tables.rows(path, refuse):
-        try:
-            graph = graphs.setdefault(row["item_id"], Graph(row["text"], {}))
-            parents = tuple(int(n) for n in row["dependency"].split(",") if int(n))
-            category = row["tuple"].split("(")[0].strip()
-            question = Question(row["question_natural_language"], parents, category)
-            graph.questions[int(row["proposition_id"])] = question
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{place} not a row of DPG-Bench's question table: {error}") from None
+
+    def parse(row: Mapping[str, Any]) -> None:
+        graph = graphs.setdefault(row["item_id"], Graph(row["text"], {}))
+        parents = tuple(int(n) for n in row["dependency"].split(",") if int(n))
+        category = row["tuple"].split("(")[0].strip()
+        question = Question(row["question_natural_language"], parents, category)
+        graph.questions[int(row["proposition_id"])] = question
+
+    for _ in parsed(path, "a row of DPG-Bench's question table", parse):
+        pass
     for item, graph in graphs.items():
         asked = {parent for question in graph.questions.values() for parent in question.parents}
         if unknown := asked - graph.questions.keys():

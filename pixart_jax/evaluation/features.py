@@ -20,9 +20,9 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,6 +108,15 @@ class ImageSet:
         sides = (size, size) if size else array.shape[1:3]
         return cls(source, names, _sha(seal.encode()), sides, (), size, array)
 
+    def check_sides(self, other: ImageSet) -> None:
+        """Raise UserError where the other set's images are of another size."""
+        if self.sides != other.sides:
+            ours, theirs = ("{}×{}".format(*of.sides) for of in (self, other))
+            raise UserError(
+                f"{self.source} has images of {ours}, {other.source} of {theirs}: --size makes "
+                "them alike"
+            )
+
     def pixels(self, number: int) -> tuple[np.ndarray, str]:
         """(uint8 [h, w, 3], SHA-256 of the file or pixels) of an image."""
         if self.array is not None:
@@ -122,11 +131,16 @@ class ImageSet:
         if self.size is not None:
             from PIL import Image
 
-            side = min(found.shape[:2])
-            top, left = ((length - side) // 2 for length in found.shape[:2])
-            square = Image.fromarray(found[top : top + side, left : left + side])
-            found = np.asarray(square.resize((self.size,) * 2, Image.Resampling.LANCZOS))
+            cut = Image.fromarray(square(found))
+            found = np.asarray(cut.resize((self.size,) * 2, Image.Resampling.LANCZOS))
         return found, digest
+
+
+def square(image: np.ndarray) -> np.ndarray:
+    """The centre square of an image [h, w, 3]."""
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return image[top : top + side, left : left + side]
 
 
 def _images_below(root: Path) -> Iterator[str]:
@@ -162,69 +176,50 @@ def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class Network(Protocol):
-    """What computes arrays of images. key: what they depend on beside the images. wanted: their
-    names. devices: blocks that one call computes."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Network:
+    """What computes arrays of images.
 
-    @property
-    def key(self) -> Sequence[Any]: ...
-    @property
-    def wanted(self) -> tuple[str, ...]: ...
-    @property
-    def devices(self) -> int: ...
+    key: what they depend on beside the images. prepare: uint8 [h, w, 3] → the network's pixels, in
+    a thread that reads. compute: (pixels [n, …], numbers of the images) → arrays [n, …] by name,
+    those of ``wanted`` among them; n is what ``devices`` blocks hold, and where there are fewer
+    numbers the last rows are padding.
+    """
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] → the network's pixels, in a thread that reads."""
-        ...
-
-    def compute(self, pixels: np.ndarray, numbers: Sequence[int]) -> Mapping[str, Any]:
-        """Arrays [n, …] of pixels [n, …], as many as ``devices`` blocks hold. numbers: of the
-        images; where there are fewer, the last rows are padding."""
-        ...
+    key: Sequence[Any]
+    prepare: Callable[[np.ndarray], np.ndarray]
+    compute: Callable[[np.ndarray, Sequence[int]], Mapping[str, Any]]
+    wanted: tuple[str, ...]
+    devices: int = 1
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class OnDevices:
-    """An Inception network on all devices of this process, a block each. wanted: names of
-    inception.WIDTHS."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FeatureNetwork(Network):
+    """One whose arrays are features, of such widths. digest: of its weights."""
 
-    net: inception.Inception
-    mode: inception.Mode
-    wanted: tuple[str, ...] = ("pool",)
+    name: str
+    digest: str
+    mode: str
+    widths: Mapping[str, int]
 
-    @property
-    def name(self) -> str:
-        return self.net.name
 
-    @property
-    def digest(self) -> str:
-        return self.net.digest
-
-    def width(self, name: str) -> int:
-        """Of the features of a name."""
-        return inception.WIDTHS[name]
-
-    @property
-    def key(self) -> Sequence[Any]:
-        return self.net.digest, self.mode, self.wanted
-
-    @functools.cached_property
-    def _mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(MeshConfig(), jax.local_devices())
-
-    @functools.cached_property
-    def _params(self) -> Any:
-        return jax.device_put(self.net.params, replicated(self._mesh))
-
-    @property
-    def devices(self) -> int:
-        return self._mesh.size
-
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        return inception.preprocess(image, self.mode)
-
-    def compute(self, pixels: np.ndarray, numbers: Sequence[int]) -> Mapping[str, Any]:
-        return inception.apply(self._params, jax.device_put(pixels, batch_sharding(self._mesh)))
+def on_devices(net: inception.Inception, mode: inception.Mode) -> FeatureNetwork:
+    """An Inception network on all devices of this process, a block each."""
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    params = functools.cache(lambda: jax.device_put(net.params, replicated(mesh)))
+    return FeatureNetwork(
+        key=(net.digest, mode),
+        prepare=functools.partial(inception.preprocess, mode=mode),
+        compute=lambda pixels, numbers: inception.apply(
+            params(), jax.device_put(pixels, batch_sharding(mesh))
+        ),
+        wanted=("pool",),
+        devices=mesh.size,
+        name=net.name,
+        digest=net.digest,
+        mode=mode,
+        widths=inception.WIDTHS,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,8 +232,8 @@ class Extractor:
 
     def folder(self, of: ImageSet) -> Path:
         """Where the blocks of a set are kept."""
-        key = _sha(json.dumps([2, *self.net.key, of.size, self.batch, of.identity]).encode())[:24]
-        return cache_folder(keep=True) / "features" / key
+        key = [3, *self.net.key, self.net.wanted, of.size, self.batch, of.identity]
+        return cache_folder(keep=True) / "features" / _sha(json.dumps(key).encode())[:24]
 
     def __call__(self, of: ImageSet, what: str) -> tuple[dict[str, np.ndarray], str] | None:
         """({name: float32 [n, width]}, SHA-256 of the images' names and contents); None in

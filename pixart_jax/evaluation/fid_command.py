@@ -14,10 +14,10 @@ import tyro
 from pixart_jax import plots
 from pixart_jax.errors import Notice, UserError
 from pixart_jax.evaluation import frechet, inception, protocol, report, set_scores
-from pixart_jax.evaluation.features import Extractor, ImageSet, OnDevices
+from pixart_jax.evaluation.features import Extractor, FeatureNetwork, ImageSet, on_devices
 from pixart_jax.evaluation.generated import GeneratedOptions, prompts_of, sampled_with
 from pixart_jax.evaluation.inception import Mode
-from pixart_jax.evaluation.torch_models import Embeddings, load
+from pixart_jax.evaluation.torch_models import embeddings, load
 
 Metric = Literal["fid", "kid", "sfid", "is", "prdc", "fid_infinity", "cmmd"]
 _MODELS = {"cmmd": "openai/clip-vit-large-patch14-336", "fd-dinov2": "facebook/dinov2-large"}
@@ -93,13 +93,13 @@ class FidOptions(GeneratedOptions):
                 "nothing to compare with: give --reference FOLDER or FILE.npz, or --save-statistics"
             )
 
-    def network(self) -> OnDevices | Embeddings:
+    def network(self) -> FeatureNetwork:
         if self.features != "inception":
             path = self.model or _MODELS[self.features]
-            return Embeddings(load(path, processor=None), self.features)
+            return embeddings(load(path, processor=None), self.features)
         seed = self.random_inception
         net = inception.load(str(self.inception)) if seed is None else inception.random(seed)
-        return OnDevices(net, self.mode)
+        return on_devices(net, self.mode)
 
 
 @dataclasses.dataclass
@@ -115,7 +115,7 @@ class Side:
     sha256: str | None = None
 
     @classmethod
-    def of_reference(cls, path: Path, options: FidOptions, net: OnDevices | Embeddings) -> Side:
+    def of_reference(cls, path: Path, options: FidOptions, net: FeatureNetwork) -> Side:
         """Raises UserError for statistics that do not serve the metrics, or of another mode,
         network or size; a Notice where the file does not say."""
         if path.suffix != ".npz":
@@ -129,7 +129,7 @@ class Side:
                 differ = f"was made with {name} {str(theirs)[:16]}, not {str(value)[:16]}"
                 raise UserError(f"{path} {differ}: these do not compare")
         for end, statistics in parts.items():
-            if (width := len(statistics.mean)) != (own := net.width(_ENDS[end])):
+            if (width := len(statistics.mean)) != (own := net.widths.get(_ENDS[end], width)):
                 raise UserError(f"{path} holds features of {width} numbers, not {own}")
         if parts and (unsaid := [name for name in ("mode", "weights") if name not in facts]):
             message = f"{path} does not say its {' and '.join(unsaid)}: taken as ours"
@@ -186,12 +186,8 @@ def evaluate_fid(
     if options.prompts is not None:
         prompts_of(images, options.prompts)
     generated = Side(images.source, images)
-    if reference and reference.images and reference.images.sides != images.sides:
-        ours, theirs = ("{}×{}".format(*of.sides) for of in (images, reference.images))
-        raise UserError(
-            f"{images.source} has images of {ours}, {reference.path} of {theirs}: --size makes "
-            "both alike"
-        )
+    if reference and reference.images:
+        images.check_sides(reference.images)
     scored = reference is not None or set(options.metrics) == {"is"}
     for folder in (scored and options.out, (options.save_statistics or images.source).parent):
         if folder:  # one that cannot be made is an error before the work
@@ -257,7 +253,7 @@ def _report(
     scores: Mapping[str, dict[str, Any]],
     generated: Side,
     reference: Side | None,
-    net: OnDevices | Embeddings,
+    net: FeatureNetwork,
     known: Mapping[str, Any],
 ) -> None:
     """Print the table, write score.json."""
@@ -273,11 +269,9 @@ def _report(
         suffix = f" ({net.name})"
     for name, score in scores.items():
         more = f"   ± {score['deviation']:.4f}" if "deviation" in score else ""
-        if "interval" in score:
-            low, high = score["interval"]
-            more = f"   95% {low:.4f} – {high:.4f}"
-            more += "" if notes else f", of equal distributions {score['bias']:.4f}"
-        print(f"{name + suffix:12} {score['value']:10.4f}{more}")
+        if "bias" in score and not notes:
+            more = f", of equal distributions {score['bias']:.4f}"
+        print(report.line(name + suffix, score["value"], score.get("interval")) + more)
     if options.out is None:
         return
     first, main = next(iter(scores.items()))
@@ -291,11 +285,11 @@ def _report(
         "scores": scores,
         "warnings": notes,
     }
-    written = [report.write_score(options.out, first + suffix, main, n, facts)]
+    drawn = []
     if line := scores.get("fid_infinity"):
         x, y = [1 / count for count, _ in line["points"]], [value for _, value in line["points"]]
         ends = line["value"], line["value"] + np.polyfit(x, y, 1)[0] * max(x)
         series = {"random subsets": (x, y), f"line, {ends[0]:.2f} at 0": ([0, max(x)], ends)}
         path = options.out / "fid_infinity.png"
-        written.append(plots.curves(path, series, title="FID", axis="1 / images"))
-    print(f"\nwritten: {', '.join(map(str, written))}")
+        drawn.append(plots.curves(path, series, title="FID", axis="1 / images"))
+    report.finish(options.out, first + suffix, main, n, facts, written=drawn)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.features import ImageSet
-from pixart_jax.files import hash64
+from pixart_jax.files import hash64, write_text
+from pixart_jax.images import write_png
 from pixart_jax.pipeline.output import PromptShard, parse_share
 from pixart_jax.text import read_prompts
 
@@ -79,6 +84,55 @@ def generate(folder: Path, flags: Sequence[str], share: PromptShard) -> None:
         notes[share.index].touch()
         while not all(note.exists() for note in notes):
             time.sleep(0.5)
+
+
+def generate_at(
+    options: GeneratedOptions,
+    flags: Sequence[str],
+    prompts: Sequence[str],
+    each: int,
+    place: Callable[[int, int], str],
+) -> None:
+    """Generate ``each`` images of each prompt in OUT/generated. Process 0 copies them to
+    place(prompt, number) of the folder of images, to one 2×2 grid where four have one place, with
+    the times of the originals; the others wait for it."""
+    if options.generated is None or options.out is None or not prompts:
+        raise UserError("to generate, give --images DIR, --out DIR and the benchmark's prompts")
+    made, listed = options.out / "generated", options.out / "rows.jsonl"
+    made.mkdir(parents=True, exist_ok=True)
+    rows = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts for _ in range(each))
+    write_text(listed, "".join(rows))
+    share = parse_share(options.share)
+    generate(made, ["--prompts", str(listed), *flags], share)
+    images = ImageSet.open(made, sizes=True)
+    number = {settings["index"]: n for n, settings in enumerate(images.settings)}
+    targets: dict[str, list[int]] = {}
+    for i in range(len(prompts) * each):
+        targets.setdefault(place(*divmod(i, each)), []).append(number[i])
+    for target, some in targets.items():
+        path, source = options.generated / target, made / images.names[some[0]]
+        stamp = source.stat().st_mtime_ns
+        while not (path.exists() and path.stat().st_mtime_ns == stamp):
+            if share.index:
+                time.sleep(0.5)
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if len(some) == 1:
+                shutil.copy(source, path)
+            else:
+                a, b, c, d = (images.pixels(n)[0] for n in some)
+                write_png(path, np.block([[[a], [b]], [[c], [d]]]), images.settings[some[0]])
+            os.utime(path, ns=(stamp, stamp))
+
+
+def check_list(found: Iterable[str], wanted: Sequence[str], where: Path) -> None:
+    """Raise UserError where the images found are not those of the list."""
+    held = set(found)
+    if missing := [name for name in wanted if name not in held]:
+        count = f"{len(missing)} of {len(wanted)} images of the list are missing"
+        raise UserError(f"{where}: {count}, the first is {missing[0]}")
+    if extra := held - set(wanted):
+        raise UserError(f"{where}: {min(extra)} is not in the list of images")
 
 
 def sampled_with(images: ImageSet | None) -> dict[str, Any]:

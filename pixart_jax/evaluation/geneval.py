@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pixart_jax import tables
-from pixart_jax.errors import UserError, one_line
-from pixart_jax.evaluation.detections import Object, refuse
+from pixart_jax.errors import UserError
+from pixart_jax.evaluation.detections import Object, parsed
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = "red orange yellow green blue purple pink brown black white".split()
@@ -43,20 +42,19 @@ def image_name(path: str) -> str:
 def read_metadata(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The lines of one file for all prompts, or of one file each. Raises UserError for a line of
     another form."""
-    lines: list[dict[str, Any]] = []
-    for place, row in (pair for path in paths for pair in tables.rows(path, refuse)):
-        try:
-            clauses = [*row["include"], *row.get("exclude", ())]
-            known = all(isinstance(c["class"], str) and c["count"] > 0 for c in clauses)
-            before = all(
-                0 <= c["position"][1] < n for n, c in enumerate(row["include"]) if "position" in c
-            )
-            if not (known and before and isinstance(row["prompt"], str)) or row["tag"] not in TAGS:
-                raise ValueError("a clause or tag is unknown")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            wanted = "tag, prompt and include [{class, count, …}]"
-            raise UserError(f"{place}: {wanted} are needed ({one_line(error)})") from None
-        lines.append(row)
+
+    def parse(row: dict[str, Any]) -> dict[str, Any]:
+        clauses = [*row["include"], *row.get("exclude", ())]
+        known = all(isinstance(c["class"], str) and c["count"] > 0 for c in clauses)
+        before = all(
+            0 <= c["position"][1] < n for n, c in enumerate(row["include"]) if "position" in c
+        )
+        if not (known and before and isinstance(row["prompt"], str)) or row["tag"] not in TAGS:
+            raise ValueError("a clause or tag is unknown")
+        return row
+
+    form = "a tag, a prompt and include [{class, count, …}]"
+    lines = [row for path in paths for _, row in parsed(path, form, parse)]
     if not lines:
         raise UserError(f"{paths[0]} holds no prompts")
     return lines

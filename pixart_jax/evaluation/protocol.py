@@ -109,6 +109,5 @@ def sweep(
         axis = "CLIP score" if x == "clip" else x
         drawn = plots.curves(options.out / "sweep.png", series, title=first, axis=axis)
         facts = {**facts, "guidance": low, "sweep": points}
-        path = report.write_score(options.out, first, best[1][first], {}, facts)
-        print(f"written: {path}, {drawn}")
+        report.finish(options.out, first, best[1][first], {}, facts, written=[drawn])
     return best[1]

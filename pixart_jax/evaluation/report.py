@@ -4,9 +4,9 @@ sheet of images with right and wrong marked."""
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from pixart_jax.evaluation.shapes_score import Score, TaskScore
 from pixart_jax.evaluation.tasks import ALL
-from pixart_jax.files import write_json
-from pixart_jax.images import image_grid, write_png
+from pixart_jax.files import write_json, write_text
+from pixart_jax.images import image_grid
 
 SHEET_COLUMNS = 8
 
@@ -38,6 +38,33 @@ def write_score(
     record = {"metric": metric, **head, "n": dict(n), **facts, "versions": versions}
     write_json(folder / SCORE, record, indent=1, ensure_ascii=False)
     return folder / SCORE
+
+
+def line(name: str, value: float, interval: Sequence[float] | None = None) -> str:
+    """A score for people."""
+    between = "   95% {:.4f} – {:.4f}".format(*interval) if interval else ""
+    return f"{name:24} {value:10.4f}{between}"
+
+
+def finish(
+    out: Path,
+    metric: str,
+    score: Mapping,
+    n: Mapping[str, int | None],
+    facts: Mapping,
+    rows: Iterable[Mapping] | None = None,
+    written: Iterable[Path] = (),
+) -> None:
+    """Write score.json, and the rows, of an image each, as results.jsonl; say where they lie, with
+    what is ``written`` already."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = list(written)
+    if rows is not None:
+        files.append(out / "results.jsonl")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(files[-1], "".join(lines))
+    files.insert(0, write_score(out, metric, score, n, facts))
+    print(f"\nwritten: {', '.join(map(str, files))}")
 
 
 def table(score: Score, title: str) -> str:
@@ -71,18 +98,3 @@ def sheet(
     judged = ["RIGHT" if v.right[ALL] else f"WRONG ({', '.join(v.wrong)})" for v in verdicts]
     captions = [f"{how}: {v.prompt.caption}" for v, how in zip(verdicts, judged)]
     return image_grid([images[i] for i in shown], captions, marks=marks, columns=SHEET_COLUMNS)
-
-
-def write(
-    folder: Path, score: Score, images: Sequence[np.ndarray], settings: Mapping
-) -> list[Path]:
-    """Write score.json (settings, tasks, single objects by attribute, every verdict; its value is
-    the mean of the main tasks) and sheet.png; return their paths."""
-    picture, mean = folder / "sheet.png", score.mean or score.all_correct
-    main = mean.rounded() if mean else {}
-    head = {"value": main.get("score"), "interval": mean and [main["low"], main["high"]]}
-    prompts = "\n".join(verdict.prompt.caption for verdict in score.verdicts)
-    facts = {**settings, "prompts": sha256(prompts.encode()).hexdigest(), **score.to_dict()}
-    record = write_score(folder, "shapes", head, {"generated": len(images)}, facts)
-    write_png(picture, sheet(score, images))
-    return [record, picture]

@@ -4,24 +4,34 @@ released models."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation import report, text_scores
 from pixart_jax.evaluation.features import Extractor
-from pixart_jax.evaluation.generated import GeneratedOptions, prompts_of, sampled_with
+from pixart_jax.evaluation.generated import (
+    GeneratedOptions,
+    check_list,
+    generate_at,
+    prompts_of,
+    sampled_with,
+)
 from pixart_jax.evaluation.set_scores import mean_interval
-from pixart_jax.files import write_text
 
 if TYPE_CHECKING:
     Name = str
     Preference = str
 else:  # the choices that --help lists
     Name, Preference = Literal[*text_scores.DEFINITIONS], Literal[*text_scores.PREFERENCES]
+STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPSv2's benchmark
+_PART = 80  # images; a style's deviation is that of the means of such parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +63,14 @@ class PreferenceOptions(_ScoreOptions):
     """of hpsv2 and imagereward: a folder or hub id"""
     head: str | None = None
     """of aesthetic: the file of its linear layers"""
+    benchmark: Path | None = None
+    """HPSv2's benchmark: your folder with anime.json, concept-art.json, paintings.json and
+    photo.json, or some of them; the images are STYLE/00000.png or .jpg. Gives each style's mean"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.benchmark is not None and self.prompts is not None:
+            raise UserError("give --prompts or --benchmark, not both")
 
 
 def evaluate_clip(options: ClipOptions, flags: Sequence[str] | None = None) -> float | None:
@@ -65,49 +83,85 @@ def evaluate_preference(
     options: PreferenceOptions, flags: Sequence[str] | None = None
 ) -> float | None:
     """The mean score; None in processes other than the first."""
+    listed = read_styles(options.benchmark) if options.benchmark else {}
     open_model = text_scores.PREFERENCES[options.score]
     try:
         scorer = open_model(options.model, options.tokenizer, options.head)
     except KeyError as error:
         raise UserError(f"{options.model} is of another model: it lacks {error}") from None
-    return _evaluate(options, flags, scorer, options.score, {})
+    return _evaluate(options, flags, scorer, options.score, {}, listed)
+
+
+def read_styles(folder: Path) -> dict[str, str]:
+    """{STYLE/00000: prompt} of those of STYLES that a folder of HPSv2's benchmark holds. Raises
+    UserError for none, and for a file of another form."""
+    found: dict[str, str] = {}
+    for file in (folder / f"{style}.json" for style in STYLES):
+        if file.is_file():
+            try:
+                prompts = json.loads(file.read_text("utf-8"))
+                if not (prompts and isinstance(prompts, list)):
+                    raise ValueError
+                found |= {f"{file.stem}/{n:05d}": str(prompt) for n, prompt in enumerate(prompts)}
+            except ValueError:
+                raise UserError(f"{file} is no list of prompts") from None
+    if not found:
+        raise UserError(f"--benchmark {folder} holds none of {', '.join(STYLES)} (.json)")
+    return found
 
 
 def _evaluate(
     options: _ScoreOptions,
     flags: Sequence[str] | None,
-    scorer: text_scores.Similarity,
+    scorer: text_scores.Scorer,
     metric: str,
     facts: dict[str, Any],
+    listed: Mapping[str, str] | None = None,
 ) -> float | None:
+    """listed: the prompts of a benchmark's images, by place without suffix, a folder a style."""
+    places = list(listed or ())
+    if listed and flags is not None:
+        generate_at(options, flags, list(listed.values()), 1, lambda i, _: f"{places[i]}.png")
+        flags = None
     images, share = options.open(flags, sizes=True)
-    asked = options.prompts is not None or metric != "aesthetic"
-    prompts = prompts_of(images, options.prompts) if asked else [""] * len(images.names)
+    if listed:
+        held = [name.rpartition(".")[0] for name in images.names]
+        check_list(held, places, images.source)
+        prompts = [listed[place] for place in held]
+    elif options.prompts is not None or metric != "aesthetic":
+        prompts = prompts_of(images, options.prompts)
+    else:
+        prompts = [""] * len(images.names)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    network = text_scores.Scored(scorer, prompts)
+    network = scorer.of_prompts(prompts)
     found = Extractor(network, options.batch_size, share)(images, "the generated images")
     if found is None:
         print(f"share {share.index}/{share.count} of the scores is done")
         return None
     scores, digest = found[0]["score"].astype("f8"), found[1]
     value, interval = mean_interval(scores)
-    count, model = len(scores), scorer.model
-    named = " ".join([metric, *facts.values()])
-    print(f"{named} · {model.name} · {count} images\n")
-    print(f"{named} {value:.4f}   95% {interval[0]:.4f} – {interval[1]:.4f}")
+    named, styles = " ".join([metric, *facts.values()]), {}
+    print(f"{named} · {scorer.model.name} · {len(scores)} images\n")
+    if listed:
+        of_style = itertools.groupby(range(len(scores)), lambda n: images.names[n].split("/")[0])
+        for style, rows in of_style:
+            some = scores[list(rows)]
+            parts = [some[n : n + _PART].mean() for n in range(0, len(some), _PART)]
+            styles[style] = {"value": float(some.mean()), "deviation": float(np.std(parts))}
+            print(f"{report.line(style, some.mean())}   ± {np.std(parts):.4f}")
+        facts = {**facts, "styles": styles}
+    print(report.line(named, value, interval))
     if options.out is None:
         return value
-    lines = (
-        json.dumps({"image": n, "prompt": p, "score": float(s)}, ensure_ascii=False) + "\n"
+    rows = (
+        {"image": n, "prompt": p, "score": float(s)}
         for n, p, s in zip(images.names, prompts, scores)
     )
-    write_text(options.out / "results.jsonl", "".join(lines))
-    facts |= {**scorer.facts, "weights": {"name": model.name, "sha256": model.digest}}
-    facts |= {"deviation": float(scores.std()), "images": {"generated": {"sha256": digest}}}
-    facts |= sampled_with(images)
+    weights = {"name": scorer.model.name, "sha256": scorer.model.digest}
+    facts |= {**scorer.facts, "weights": weights, "deviation": float(scores.std())}
+    facts |= {"images": {"generated": {"sha256": digest}}, **sampled_with(images)}
     facts["prompts"] = sha256("\n".join(prompts).encode()).hexdigest()
-    score = {"value": value, "interval": interval}
-    path = report.write_score(options.out, metric, score, {"generated": count}, facts)
-    print(f"\nwritten: {path}, {options.out / 'results.jsonl'}")
+    score, n = {"value": value, "interval": interval}, {"generated": len(scores)}
+    report.finish(options.out, metric, score, n, facts, rows)
     return value

@@ -15,7 +15,7 @@ from pixart_jax.data.loader import Loader
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation import frechet, inception, text_scores
 from pixart_jax.evaluation.shapes_score import score
-from pixart_jax.evaluation.tasks import SETS, eval_prompts
+from pixart_jax.evaluation.tasks import SETS, Batches, by_size, eval_prompts
 from pixart_jax.finite import check_images
 from pixart_jax.images import to_uint8
 from pixart_jax.text import read_prompts
@@ -74,18 +74,14 @@ def _clip(
         raise UserError(f"stage {stage.name}: clip needs evaluate.prompts or preview.prompts")
     prompts = list(itertools.islice(itertools.cycle(listed), options.count))
     scorer = text_scores.clip_score("torchmetrics", options.clip)
-    network = text_scores.Scored(scorer, prompts)
+    network = scorer.of_prompts(prompts)
 
     def measure(generate: Generate) -> dict[str, float]:
         images = _generated(generate, config, frozen, prompts, stage.data.buckets[0])
-        pixels = [network.prepare(image) for image in images]
-        scores = [
-            network.compute(
-                np.stack(pixels[n : n + _PROMPTS]), range(len(pixels))[n : n + _PROMPTS]
-            )
-            for n in range(0, len(pixels), _PROMPTS)
-        ]
-        return {"clip": float(np.concatenate([of["score"] for of in scores]).mean(dtype="f8"))}
+        pixels = np.stack([network.prepare(image) for image in images])
+        parts = np.array_split(np.arange(len(pixels)), -(-len(pixels) // _PROMPTS))
+        scores = [network.compute(pixels[some], some)["score"] for some in parts]
+        return {"clip": float(np.concatenate(scores).mean(dtype="f8"))}
 
     return measure
 
@@ -100,16 +96,14 @@ def _shapes(
             f"tfds:shapes/plain, not {stage.data.source}"
         )
     prompts = eval_prompts(level, max(1, stage.evaluate.count // len(SETS)))
-    sizes: dict[tuple[int, int], list[int]] = {}
-    for n, prompt in enumerate(prompts):
-        sizes.setdefault((prompt.scene.height, prompt.scene.width), []).append(n)
 
     def measure(generate: Generate) -> dict[str, float]:
-        images: dict[int, np.ndarray] = {}
-        for size, rows in sizes.items():
+        def make(rows: list[int], height: int, width: int) -> Batches:
             captions = [prompts[n].caption for n in rows]
-            images.update(zip(rows, _generated(generate, config, frozen, captions, size)))
-        found = score(prompts, [images[n] for n in range(len(prompts))])
+            images = _generated(generate, config, frozen, captions, (height, width))
+            yield range(len(rows)), images
+
+        found = score(prompts, by_size(prompts, make))
         whole = found.mean or found.all_correct
         tasks = {f"shapes/{name}": task.score for name, task in found.tasks.items()}
         return ({"shapes": whole.score} if whole else {}) | tasks

@@ -189,12 +189,7 @@ def _names(sets: Mapping[str, ImageSet]) -> list[str]:
                 f"{first.source} and {other.source} do not hold images of the same names: "
                 f"{len(differ)} are in one alone, such as {differ[0]!r}"
             )
-        if other.sides != first.sides:
-            ours, theirs = ("{}×{}".format(*of.sides) for of in (first, other))
-            raise UserError(
-                f"{first.source} has images of {ours}, {other.source} of {theirs}: --size makes "
-                "them alike"
-            )
+        first.check_sides(other)
     return names
 
 

@@ -12,8 +12,7 @@ import tyro
 
 from pixart_jax import cli, plots
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.evaluation import study, study_report
-from pixart_jax.evaluation.report import write_score
+from pixart_jax.evaluation import report, study, study_report
 
 _PROG = "python -m pixart_jax evaluate study"
 
@@ -86,7 +85,7 @@ def build(options: BuildOptions) -> None:
     print(f"for you alone:  {options.out / study.KEY}")
 
 
-def report(options: ReportOptions) -> None:
+def report_votes(options: ReportOptions) -> None:
     key = study.read_key(options.study) if options.study else None
     found = study_report.analyse(
         study.read_votes(options.votes, key), prior=options.prior, seed=options.seed
@@ -102,27 +101,26 @@ def report(options: ReportOptions) -> None:
     first: dict[str, Any] = next(iter(found["questions"].values()))["pairs"][0]
     head = {"value": first["rate"], "interval": [first["low"], first["high"]]}
     n = {name: found[name] for name in ("votes", "raters", "prompts")}
-    written = [write_score(options.out, "study", head, n, found)]
     path = options.out / "win_rates.png"
     title = f"win rates, ties as halves, 95% · {found['raters']} raters, {found['prompts']} prompts"
-    written.append(plots.intervals(path, panels, title=title, mark=0.5))
-    print(f"\nwritten: {', '.join(map(str, written))}")
+    drawn = plots.intervals(path, panels, title=title, mark=0.5)
+    report.finish(options.out, "study", head, n, found, written=[drawn])
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run one of them; argv as after ``study``. Flags alone are those of report."""
+def main(argv: Sequence[str]) -> int:
+    """Run one of them; argv as after ``study``. Flags alone are those of report. Returns the exit
+    status."""
     commands: dict[str, tuple[type, Callable]] = {
         "build": (BuildOptions, build),
-        "report": (ReportOptions, report),
+        "report": (ReportOptions, report_votes),
     }
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {_PROG} build | report | serve [flags]\n")
-        for name, (options, _) in commands.items():
-            print(f"  {name:8} {options.__doc__}")
-        print(f"\n{_PROG} WHAT --help lists the flags.")
-        raise SystemExit(0 if argv else 2)
+        whats = {name: str(options.__doc__) for name, (options, _) in commands.items()}
+        print(cli.usage(_PROG, {**whats, "serve": "Show a study to raters over the network."}))
+        return 0 if argv else 2
     what, *rest = argv if not argv[0].startswith("-") else ("report", *argv)
     if what not in commands:
         raise UserError(f"evaluate study {what!r} is unknown{nearest(what, commands)}")
     options, run = commands[what]
     run(cli.parse(options, rest, prog=f"{_PROG} {what}", description=options.__doc__))
+    return 0

@@ -11,9 +11,10 @@ import dataclasses
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
@@ -66,6 +67,29 @@ def eval_prompts(
                 scene = shapes.draw_scene(rng, level, task=task, withheld=withheld)
             found.append(EvalPrompt(name, scene, shapes.captions(scene)[captions]))
     return found
+
+
+# (positions in the rows that were asked for, their images, uint8 [h, w, 3] each) …
+Batches = Iterable[tuple[Sequence[int], Iterable[np.ndarray]]]
+
+
+def by_size(
+    prompts: Sequence[EvalPrompt],
+    make: Callable[[list[int], int, int], Batches],
+    what: str | None = None,
+) -> list[np.ndarray]:
+    """Images in the order of the prompts, made by make(rows, height, width) size by size. what: of
+    the progress bar; None: no bar."""
+    images: dict[int, np.ndarray] = {}
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        sizes.setdefault((prompt.scene.height, prompt.scene.width), []).append(i)
+    with tqdm(total=len(prompts), desc=what, unit="image", disable=what is None) as bar:
+        for (height, width), rows in sizes.items():
+            for positions, batch in make(rows, height, width):
+                images.update(zip([rows[p] for p in positions], batch))
+                bar.update(len(positions))
+    return [images[i] for i in range(len(prompts))]
 
 
 def unit(scene: shapes.Scene, shorter: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.errors import UserError, one_line
+from pixart_jax.evaluation.features import FeatureNetwork, square
 from pixart_jax.weights.hub import model_folder
 
 # mean and deviation of the channels, of 0 … 1
@@ -35,59 +36,6 @@ class TorchModel:
 
             given["images"] = [Image.fromarray(image) for image in images]
         return dict(self.processor(**given, return_tensors="pt").to(self.model.device))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Embeddings:
-    """One vector an image, as features.Extractor runs it. mode: 'cmmd' (CLIP's projected embedding,
-    normalised, of the centre square) or 'fd-dinov2' (DINOv2's first state, of the image squashed to
-    224×224)."""
-
-    model: TorchModel
-    mode: str
-    wanted: tuple[str, ...] = ("pool",)
-    devices: int = 1
-
-    @property
-    def name(self) -> str:
-        return self.model.name
-
-    @property
-    def digest(self) -> str:
-        return self.model.digest
-
-    @property
-    def key(self) -> Sequence[Any]:
-        return self.digest, self.mode
-
-    def width(self, name: str) -> int:
-        config = self.model.model.config
-        return config.projection_dim if self.mode == "cmmd" else config.hidden_size
-
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] → float32 [3, side, side]."""
-        from PIL import Image
-
-        if self.mode == "cmmd":
-            side, (mean, deviation) = self.model.model.config.vision_config.image_size, CLIP_COLOURS
-            short = min(image.shape[:2])
-            top, left = ((length - short) // 2 for length in image.shape[:2])
-            image = image[top : top + short, left : left + short]
-        else:
-            side, (mean, deviation) = 224, IMAGENET_COLOURS
-        resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
-        scaled = (np.asarray(resized) / 255 - mean) / deviation
-        return np.ascontiguousarray(scaled.transpose(2, 0, 1), "f4")
-
-    def compute(self, pixels: np.ndarray, numbers: Sequence[int]) -> dict[str, np.ndarray]:
-        torch, model = require(), self.model.model
-        with torch.inference_mode():
-            some = torch.from_numpy(pixels).to(model.device)
-            if self.mode == "cmmd":
-                found = torch.nn.functional.normalize(projected(model.get_image_features(some)))
-            else:
-                found = model(some).pooler_output
-        return {"pool": found.cpu().numpy()}
 
 
 def load(path: str, kind: str = "AutoModel", processor: str | None = "AutoProcessor") -> TorchModel:
@@ -131,6 +79,59 @@ def require() -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return torch
+
+
+def embeddings(net: TorchModel, mode: str) -> FeatureNetwork:
+    """One vector an image. mode: 'cmmd' (CLIP's projected embedding, normalised, of the centre
+    square) or 'fd-dinov2' (DINOv2's first state, of the image squashed to 224×224)."""
+    config, is_clip = net.model.config, mode == "cmmd"
+    side = config.vision_config.image_size if is_clip else 224
+    mean, deviation = CLIP_COLOURS if is_clip else IMAGENET_COLOURS
+
+    def prepare(image: np.ndarray) -> np.ndarray:
+        from PIL import Image
+
+        shown = Image.fromarray(square(image) if is_clip else image)
+        resized = shown.resize((side, side), Image.Resampling.BICUBIC)
+        scaled = (np.asarray(resized) / 255 - mean) / deviation
+        return np.ascontiguousarray(scaled.transpose(2, 0, 1), "f4")
+
+    def compute(pixels: np.ndarray, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        torch = require()
+        with torch.inference_mode():
+            some = torch.from_numpy(pixels).to(net.model.device)
+            found = embed_pixels(net, some) if is_clip else net.model(some).pooler_output
+        return {"pool": found.cpu().numpy()}
+
+    return FeatureNetwork(
+        key=(net.digest, mode),
+        prepare=prepare,
+        compute=compute,
+        wanted=("pool",),
+        name=net.name,
+        digest=net.digest,
+        mode=mode,
+        widths={"pool": config.projection_dim if is_clip else config.hidden_size},
+    )
+
+
+def embed_pixels(clip: TorchModel, pixels: Any) -> Any:
+    """CLIP's embeddings [n, d] of pixels [n, 3, h, w], of norm 1."""
+    return unit(projected(clip.model.get_image_features(pixels)))
+
+
+def embed_texts(clip: TorchModel, texts: Sequence[str]) -> Any:
+    """[n, d], of norm 1; texts are cut to the model's length."""
+    tokenizer = getattr(clip.processor, "tokenizer", clip.processor)
+    most = clip.model.config.text_config.max_position_embeddings
+    how = {"padding": "max_length", "truncation": True, "max_length": most}
+    tokens = tokenizer(list(texts), **how, return_tensors="pt").to(clip.model.device)
+    return unit(projected(clip.model.get_text_features(**tokens)))
+
+
+def unit(vectors: Any) -> Any:
+    """Vectors [n, d] of norm 1."""
+    return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
 def projected(output: Any) -> Any:

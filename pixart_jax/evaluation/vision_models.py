@@ -15,7 +15,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation import geneval, torch_models
-from pixart_jax.evaluation.torch_models import TorchModel, projected
+from pixart_jax.evaluation.torch_models import TorchModel, embed_pixels, embed_texts, unit
 from pixart_jax.weights.hub import model_folder
 
 Images = Sequence[np.ndarray]
@@ -150,7 +150,7 @@ def _colour_texts(clip: TorchModel, name: str) -> Any:
     """[colours, d]: the mean over three texts each."""
     forms = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
     texts = [form.format(c, name) for c in geneval.COLOURS for form in forms]
-    return _unit(embed_texts(clip, texts).reshape(len(geneval.COLOURS), len(forms), -1).mean(1))
+    return unit(embed_texts(clip, texts).reshape(len(geneval.COLOURS), len(forms), -1).mean(1))
 
 
 def add_colours(
@@ -173,19 +173,8 @@ def add_colours(
 
 def embed_images(clip: TorchModel, images: Images) -> Any:
     """[n, d], of norm 1."""
-    inputs = clip.inputs(images, input_data_format="channels_last")
-    return _unit(projected(clip.model.get_image_features(**inputs)))
-
-
-def embed_texts(clip: TorchModel, texts: Sequence[str]) -> Any:
-    """[n, d], of norm 1."""
-    most = clip.model.config.text_config.max_position_embeddings
-    inputs = clip.inputs(text=list(texts), padding=True, truncation=True, max_length=most)
-    return _unit(projected(clip.model.get_text_features(**inputs)))
-
-
-def _unit(vectors: Any) -> Any:
-    return vectors / vectors.norm(dim=-1, keepdim=True)
+    pixels = clip.inputs(images, input_data_format="channels_last")["pixel_values"]
+    return embed_pixels(clip, pixels)
 
 
 def yes_and_no(

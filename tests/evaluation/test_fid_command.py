@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from PIL import Image
 from pixart_jax import cli
 from pixart_jax.errors import Notice, UserError
 from pixart_jax.evaluation import command, features, generated, inception, protocol
-from pixart_jax.evaluation.features import Extractor, ImageSet, OnDevices
+from pixart_jax.evaluation.features import Extractor, ImageSet, on_devices
 from pixart_jax.evaluation.set_scores import kid
 from pixart_jax.images import write_png
 from pixart_jax.pipeline.output import PromptShard
@@ -146,7 +147,8 @@ def test_any_number_of_processes_and_a_restart_give_the_same_bits(stand_in, monk
     def run(place, index=0, count=1):
         monkeypatch.setattr(features, "cache_folder", lambda keep: stand_in / place)
         share = PromptShard(index, count)
-        return Extractor(OnDevices(NET, "clean", ("pool", "spatial")), 8, share)(images, "these")
+        net = dataclasses.replace(on_devices(NET, "clean"), wanted=("pool", "spatial"))
+        return Extractor(net, 8, share)(images, "these")
 
     whole, listed = run("one")
     assert whole["pool"].shape == (45, 27) and whole["pool"].std() > 0
@@ -355,6 +357,7 @@ def test_inception_over_processes_after_kill_9_and_on_generated_images(tmp_path,
         return json.loads((out / "score.json").read_text())
 
     one = score("one")
+    assert "torch" not in one["versions"]  # which would be of an imported one
     launch = ["-m", "pixart_jax", "launch", "--processes", "4", "--"]
     assert score("four", before=launch) == one | {"images": one["images"]}
     _, process = evaluate("killed")

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,9 +36,18 @@ from transformers import (
 from pixart_jax import cli, plots
 from pixart_jax.config import Config, DataConfig, EvaluateConfig, PreviewConfig, StageConfig
 from pixart_jax.errors import Notice, UserError
-from pixart_jax.evaluation import command, features, frechet, inception, stage_metrics, text_scores
+from pixart_jax.evaluation import (
+    command,
+    features,
+    frechet,
+    generated,
+    inception,
+    score_command,
+    stage_metrics,
+    text_scores,
+)
 from pixart_jax.evaluation.set_scores import cmmd
-from pixart_jax.evaluation.torch_models import IMAGENET_COLOURS, Embeddings, load, projected
+from pixart_jax.evaluation.torch_models import IMAGENET_COLOURS, embeddings, load, projected
 from pixart_jax.images import write_png
 from tests.evaluation.test_fid_command import NET, small_net
 
@@ -232,10 +243,10 @@ def test_cmmd_and_fd_dinov2_embed_as_their_authors(world, tmp_path):
 
     wanted = [np.stack(rows) for rows in zip(*map(embed, arrays))]
     for rows, mode, model in zip(wanted, ("cmmd", "fd-dinov2"), ("clip", "dino")):
-        network = Embeddings(load(str(root / model), processor=None), mode)
+        network = embeddings(load(str(root / model), processor=None), mode)
         found = network.compute(np.stack([network.prepare(a) for a in arrays]), range(5))["pool"]
         np.testing.assert_allclose(found, rows, atol=1e-5)
-        assert network.width("pool") == found.shape[1]
+        assert network.widths["pool"] == found.shape[1]
     for n, of in enumerate(("a", "b")):
         (root / of).mkdir()
         for i, array in enumerate(arrays[2 * n : 2 * n + 3]):
@@ -320,6 +331,53 @@ def test_hps_reads_open_clips_names_and_pads_the_shorter_side(world, tmp_path):
     del t["ln_final.bias"]
     torch.save(t, tmp_path / "hps.pt")
     assert evaluate("preference", root / "images", "--score", "hpsv2", *flags) == 2
+
+
+def test_hpsv2s_benchmark_is_generated_and_scored_by_style(world, tmp_path, monkeypatch, capsys):
+    root, arrays, *_ = world
+    plain, scale = cosines(world)
+    styles = {"photo": PROMPTS[:2], "anime": PROMPTS[2:]}
+    for style, some in styles.items():
+        (tmp_path / f"{style}.json").write_text(json.dumps(some))
+
+    def sample(line):
+        made, rows = (line[line.index(flag) + 1] for flag in ("--out", "--prompts"))
+        for n, row in enumerate(map(json.loads, open(rows))):
+            image = arrays[PROMPTS.index(row["prompt"])]
+            write_png(Path(made, f"{n}.png"), image, {**row, "index": n, "seed": 0, "steps": 2})
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(generated.subprocess, "run", sample)
+    monkeypatch.setattr(score_command, "_PART", 2)
+    call = ["preference", tmp_path / "made", "--benchmark", tmp_path, "--model", root / "clip"]
+    call += ["--out", tmp_path / "out"]
+    assert evaluate(*call, "--", "--steps", 2) == 0, capsys.readouterr().err
+    record = json.loads((tmp_path / "out/score.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == [
+        *(f"anime/0000{n}.png" for n in range(3)),
+        *(f"photo/0000{n}.png" for n in range(2)),
+    ]
+    anime, photo = scale * plain[2:], scale * plain[:2]
+    near = {"rel": 1e-4, "abs": 1e-4}
+    assert [row["score"] for row in rows] == pytest.approx([*anime, *photo], **near)
+    assert record["value"] == pytest.approx(scale * plain.mean(), **near)
+    deviation = np.std([anime[:2].mean(), anime[2]])
+    assert record["styles"] == {
+        "anime": pytest.approx({"value": anime.mean(), "deviation": deviation}, **near),
+        "photo": pytest.approx({"value": photo.mean(), "deviation": 0}, **near),
+    }
+    assert record["steps"] == 2 and "anime" in capsys.readouterr().out
+    (tmp_path / "made/photo/00001.png").unlink()
+    (tmp_path / "photo").mkdir()
+    (tmp_path / "photo/anime.json").write_text("{}")
+    for flags, says in (
+        (call, "1 of 5 images of the list are missing, the first is photo/00001"),
+        ([*call, "--benchmark", root], "holds none of anime, concept-art, paintings, photo"),
+        ([*call, "--benchmark", tmp_path / "photo"], "anime.json is no list of prompts"),
+    ):
+        assert evaluate(*flags) == 2
+        assert says in capsys.readouterr().err
 
 
 def head(width):

@@ -27,6 +27,7 @@ from pixart_jax.evaluation import (
     compbench,
     features,
     generated,
+    geneval,
     torch_models,
     vision_models,
 )
@@ -233,6 +234,27 @@ def save_depth(folder):
     t.DPTImageProcessor(size=size).save_pretrained(folder)
 
 
+def test_a_colour_is_the_nearest_of_ten_by_three_texts_each(images, tmp_path):
+    torch.manual_seed(0)
+    save_clip(tmp_path)
+    net = torch_models.load(str(tmp_path), "CLIPModel")
+    unit = torch.nn.functional.normalize
+
+    def embed(text):
+        tokens = net.processor.tokenizer([text], return_tensors="pt")
+        return unit(torch_models.projected(net.model.get_text_features(**tokens)))[0]
+
+    forms = "a photo of a {} car", "a photo of a {}-colored car", "a photo of a {} object"
+    means = [sum(embed(form.format(c)) for form in forms) / 3 for c in geneval.COLOURS]
+    expected = []
+    for image in images:
+        given = net.processor.image_processor([Image.fromarray(image)], return_tensors="pt")
+        seen = torch_models.projected(net.model.get_image_features(**given))
+        cosines = unit(seen) @ unit(torch.stack(means)).T
+        expected.append(geneval.COLOURS[int(cosines.argmax())])
+    assert vision_models.colours(net, images, "car") == expected
+
+
 @pytest.mark.slow  # 10 s
 @pytest.mark.parametrize("save", [save_detr, save_mask2former, save_owl])
 def test_any_detector_writes_the_lines_that_the_rules_read(
@@ -310,18 +332,19 @@ def test_complex_prompts_are_scored_from_images_by_three_networks(images, blip, 
     assert evaluate(*call, *models, "--per-prompt", 1, "--out", out) == 0
     score = json.loads((out / "score.json").read_text())
     assert all(f"{model}=" in score["metric"] for model in ("vqa", "detector", "clip"))
-    answers, detections, cosines = (
+    answers, *others = (
         rows_of(out / f"{kind}.jsonl") for kind in ("answers", "detections", "similarities")
     )
+    detections, cosines = ({row["image"]: row for row in rows} for rows in others)
     net, book, expected = torch_models.load(str(tmp_path / "clip")), Phrasebook(), []
     without = ["a cat on the left of a dog", "a cup near a bench", "the car"]
     for n, (name, image) in enumerate(zip(names, images)):
         given = net.inputs([image], text=[without[n]])
         cosine = net.model(**given).logits_per_image[0, 0] / net.model.logit_scale.exp()
-        assert cosines[n] == {"image": name, "cosine": pytest.approx(float(cosine), abs=1e-5)}
+        assert cosines[name]["cosine"] == pytest.approx(float(cosine), abs=1e-5)
         asked = [row for row in answers if row["image"] == name]
         fit = compbench.attribute(compbench.certainty(r["p_yes"], r["p_no"]) for r in asked)
-        found = compbench.scaled(objects_of(detections[n]), detections[n]["size"])
+        found = compbench.scaled(objects_of(detections[name]), detections[name]["size"])
         placed = compbench.spatial(prompts[n], book[prompts[n]], found, complex=True)
         of = {"answers": fit, "detections": placed, "similarities": float(cosine)}
         kinds = (["answers", "detections"], list(of), ["answers", "similarities"])[n]
