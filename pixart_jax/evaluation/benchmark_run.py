@@ -172,15 +172,16 @@ class BenchmarkRun:
             shares[task] = float(sums.sum() / counts.sum())
         low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5]).tolist()
         interval = [low, high] if all(len(some) > 1 for some in tasks.values()) else None
-        score = {"value": sum(shares.values()) / len(shares), "interval": interval}
+        value = sum(shares.values()) / len(shares)
         images = sum(len(some) for prompts in tasks.values() for some in prompts.values())
         n = {"generated": images, "prompts": sum(map(len, tasks.values()))}
         print(f"{metric} · {n['generated']} images of {n['prompts']} prompts\n")
         for task, share in (shares | facts.get("categories", {})).items():
             print(report.line(task, share))
-        print(report.line("score", score["value"], interval))
+        print(report.line("score", value, interval))
         if facts.get("absent"):
             print(f"absent, and not in the mean: {', '.join(facts['absent'])}")
         facts = {"tasks": shares, **facts, "sources": self.sources, **sampled_with(self.images)}
         facts["list"] = sha256("\n".join(row["image"] for row in results).encode()).hexdigest()
+        score = {"value": value, "interval": interval}
         report.finish(self.options.out, metric, score, n, facts, results)

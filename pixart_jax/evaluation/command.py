@@ -244,8 +244,8 @@ def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) 
         settings |= {**more, "prompts": sha256(listed.encode()).hexdigest()}
         main = result.mean or result.all_correct
         assert main is not None  # a level has sets that are not withheld
-        main = main.rounded()
-        head = {"value": main["score"], "interval": [main["low"], main["high"]]}
+        figures = main.rounded()
+        head = {"value": figures["score"], "interval": [figures["low"], figures["high"]]}
         write_png(options.out / "sheet.png", report.sheet(result, images))
         facts, n = {**settings, **result.to_dict()}, {"generated": len(images)}
         report.finish(options.out, "shapes", head, n, facts, written=[options.out / "sheet.png"])

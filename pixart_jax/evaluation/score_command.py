@@ -145,8 +145,8 @@ def _evaluate(
     print(f"{named} · {scorer.model.name} · {len(scores)} images\n")
     if listed:
         of_style = itertools.groupby(range(len(scores)), lambda n: images.names[n].split("/")[0])
-        for style, rows in of_style:
-            some = scores[list(rows)]
+        for style, numbers in of_style:
+            some = scores[list(numbers)]
             parts = [some[n : n + _PART].mean() for n in range(0, len(some), _PART)]
             styles[style] = {"value": float(some.mean()), "deviation": float(np.std(parts))}
             print(f"{report.line(style, some.mean())}   ± {np.std(parts):.4f}")
