@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py --out loader.json             (4 GB of disk and of memory; minutes)
     python benchmarks/loader.py --records 400 --repeat 1      (a rehearsal)
+    python benchmarks/loader.py --s3 --records 1000           (local files beside an s3:// bucket)
 
 *encoded*: records as `encode` writes them at 256 px with T5-XXL: a posterior of 32×32×4 (mean and
 std, fp32) and 120 tokens of 4096 bfloat16 values, 1.05 MB each. *jpeg*: photographs of scikit-image
@@ -9,9 +10,11 @@ with a short side of 512 px, decoded, resized and cropped to 256 px, as the auto
 reads them. The peer is a torch Dataset over the same bytes, read, decoded and resized by the same
 functions, behind DataLoader with 0, 1 and 2 worker processes, of which the best counts. Both load
 the same samples in the same batches and read ahead by the same number of batches; the first batches
-are compared. Every measurement is a process of its own, in turn; the clock starts when the first
-batch has come, so that the start of workers is not counted. The figures are medians of the repeats;
-exit status 1 where the peer is faster.
+are compared. With --s3 the peer is the same loader on the same shards in an emulated bucket on
+loopback (moto), in the same order (--window): "staged" once all are on the disk, "fetched" from the
+first, while they come. Every measurement is a process of its own, in turn; the clock starts when
+the first batch has come, so that the start of workers is not counted. The figures are medians of
+the repeats; exit status 1 where the peer is faster, or "staged" below 0.9 of local files.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -107,9 +111,9 @@ def write_pictures(folder: Path, count: int) -> None:
 # ---- the two loaders, each in a process of its own ----
 
 
-def samples_of(case: str, folder: Path):
+def samples_of(case: str, folder: Path | str, window: int = 0):
     if case == "encoded":
-        return EncodedSamples(folder, (("dense", 1.0),), TOKENS)
+        return EncodedSamples(folder, (("dense", 1.0),), TOKENS, window=window)
     return ImageSamples(open_source(str(folder)), [BUCKET], cache_bytes=0)
 
 
@@ -152,10 +156,13 @@ def theirs(case: str, folder: Path, order: list, workers: int) -> Iterator[dict]
     return iter(DataLoader(data, **how))
 
 
-def measure(case: str, loader: str, folder: Path, batch: int, batches: int) -> dict:
+def measure(
+    case: str, loader: str, folder: Path | str, batch: int, batches: int, window: int = 0
+) -> dict:
     """Samples a second of a loader, processor seconds a sample, and a digest of its first batch."""
     begun = time.perf_counter()
-    made = Loader(samples_of(case, folder), batch_size=batch, seed=0, workers=2, prefetch=AHEAD)
+    samples, how = samples_of(case, folder, window), {"workers": 2, "prefetch": AHEAD}
+    made = Loader(samples, batch_size=batch, seed=0, window=window, **how)
     if loader == "ours":
         found = itertools.islice(made.iterator(), batches)
     else:
@@ -211,6 +218,48 @@ def compare(case: str, cache: str, folder: Path, flags) -> dict:
     return row | {"cpu_seconds_each": medians("cpu"), "all": every}
 
 
+def compare_bucket(folder: Path, cache: Path, flags) -> dict:
+    """Local shards beside those of a bucket, in turn, each time in the other order."""
+    import botocore.session
+    from moto.server import ThreadedMotoServer
+
+    from pixart_jax import files
+
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
+    botocore.session.get_session().create_client("s3").create_bucket(Bucket="bucket")
+    files.upload(folder, address := "s3://bucket/set", last=records.MANIFEST)
+    places = {"local": folder, "staged": address, "fetched": address}
+    found: dict[str, list[dict]] = {name: [] for name in places}
+
+    def run(name: str, kept: Path, batches: int) -> dict:
+        os.environ["PIXART_JAX_CACHE"] = str(kept)
+        machine.set_cached(folder, True)
+        asked = ("encoded", "ours", places[name], flags.batch, batches, flags.window)
+        return machine.in_process(measure, *asked)
+
+    run("staged", cache, flags.records // flags.batch + 1)  # an epoch, which fetches all
+    for number in range(flags.repeat):
+        for name in places if number % 2 == 0 else [*places][::-1]:
+            kept = cache / f"empty-{number}" if name == "fetched" else cache
+            found[name].append(run(name, kept, flags.batches))
+            tell(f"{name}: {found[name][-1]['rate']:.0f}/s")
+        shutil.rmtree(cache / f"empty-{number}", ignore_errors=True)
+    server.stop()
+    if len({json.dumps(each["first"]) for runs in found.values() for each in runs}) != 1:
+        raise SystemExit("the loaders did not give the same batch")
+    rates, waits = (
+        {name: statistics.median(run[field] for run in runs) for name, runs in found.items()}
+        for field in ("rate", "first_batch")
+    )
+    ratios = {f"{name}_over_local": rates[name] / rates["local"] for name in ("staged", "fetched")}
+    every = {name: [run["rate"] for run in runs] for name, runs in found.items()}
+    return {"per_second": rates, **ratios, "seconds_to_first_batch": waits, "all": every}
+
+
 def cells(row: dict) -> list[str]:
     cpu = [row["cpu_seconds_each"][loader] for loader in ("ours", row["best_peer"])]
     return [
@@ -230,6 +279,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=40, help="of one measurement")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--s3", action="store_true", help="local files beside a bucket's")
+    parser.add_argument("--window", type=int, default=2, help="of --s3: data.shuffle_shards")
     parser.add_argument("--folder", type=Path, help="for the data, which is deleted afterwards")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     flags = parser.parse_args()
@@ -237,6 +288,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=flags.folder) as temporary:
         folders = {"encoded": Path(temporary, "records"), "jpeg": Path(temporary, "pictures")}
         write_records(folders["encoded"], flags.records)
+        if flags.s3:
+            row = compare_bucket(folders["encoded"], Path(temporary, "cache"), flags)
+            print(json.dumps(row, indent=1))
+            if flags.out:
+                write_json(flags.out, row | {"machine": machine.described()}, indent=1)
+            return int(row["staged_over_local"] < 0.9)
         write_pictures(folders["jpeg"], flags.pictures)
         load = os.getloadavg()[0]
         rows = [compare(case, cache, folders[case], flags) for case, cache in CASES]

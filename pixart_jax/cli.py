@@ -19,11 +19,14 @@ import signal
 import sys
 import threading
 import types
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from pixart_jax.errors import Interrupted, Notice, Unavailable, UserError, nearest
+from pixart_jax.remote_path import Location, RemotePath, located
 
 # Exit statuses. 0 is success; 1, with a traceback, is a bug.
 GAVE_UP = 1  # training stopped itself: too many bad steps in a row
@@ -253,14 +256,45 @@ def parse_known(shape, argv: Sequence[str], *, prog: str, **tyro_options) -> tup
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(
-                shape, args=list(argv), prog=prog, return_unknown_args=True, **tyro_options
-            )
+            how = {"prog": prog, "registry": _paths(), **tyro_options}
+            return tyro.cli(shape, args=list(argv), return_unknown_args=True, **how)
     except SystemExit as stop:
         if not stop.code:
             raise
         message = _tyro_message(stderr.getvalue())
         raise UserError(f"{message} ({prog} --help lists the flags)") from None
+
+
+def _paths():
+    """How tyro reads paths: flags of type Location take addresses of buckets too, others refuse
+    them."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info):
+        addresses = RemotePath in typing.get_args(info.type)
+        if not addresses and info.type is not Path:
+            return None
+
+        def path_of(words: list[str]) -> Location | None:
+            if words[0] == "None" and type(None) in typing.get_args(info.type):
+                return None
+            path = located(words[0])
+            if isinstance(path, RemotePath) and not addresses:
+                raise UserError(f"{path}: a local path is needed here, not a bucket's")
+            return path
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=path_of,
+            is_instance=lambda value: isinstance(value, PurePath | None),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _plain(terminal: str) -> str:
@@ -280,7 +314,7 @@ def _flags(shape, how: dict[str, Any]) -> list[str]:
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(shape, args=["--help"], **how)
+        tyro.cli(shape, args=["--help"], registry=_paths(), **how)
     return sorted(set(re.findall(r"--[a-z0-9][a-z0-9._-]*", _plain(text.getvalue()))))
 
 

@@ -362,6 +362,11 @@ class DataConfig:
     max_text_tokens: int = 120
     # threads that read ahead
     workers: int = 2
+    # encoded shards: so many of each size are shuffled together, after their own order was; 0: all,
+    # which from a bucket must fit cache_gb
+    shuffle_shards: int = 0
+    # 10⁹ bytes of local disk for the shards of buckets
+    cache_gb: float = 100.0
     # stop at the first unusable sample; otherwise it is named, counted and skipped
     strict: bool = False
     condition: str | None = None
@@ -376,8 +381,8 @@ class DataConfig:
         require(self, "name at least one (height, width)", buckets=len(self.buckets) > 0)
         sides = all(h > 0 and w > 0 for h, w in self.buckets)
         require(self, "sides must be positive", buckets=sides)
-        require_at_least(self, 0, "workers")
-        require_positive(self, "limit", "max_text_tokens")
+        require_at_least(self, 0, "workers", "shuffle_shards")
+        require_positive(self, "limit", "max_text_tokens", "cache_gb")
         weights = [weight for _, weight in self.captions]
         mix = all(weight >= 0 for weight in weights) and sum(weights) > 0
         require(self, "weights must not be negative, nor all 0", captions=mix)

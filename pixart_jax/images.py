@@ -21,6 +21,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write
+from pixart_jax.remote_path import located
 
 JSON_KEY = "pixart_jax"
 _COLORS = {True: (20, 150, 50), False: (210, 30, 30)}  # frames of a grid, by its marks
@@ -100,13 +101,15 @@ def image_bytes(
     return file.getvalue()
 
 
-def png_settings(path: str | os.PathLike) -> dict | None:
-    """The settings in a PNG of :func:`write_png`; None for any other or a damaged file."""
+def png_settings(path: str | os.PathLike, whole: bool = True) -> dict | None:
+    """The settings in a PNG of :func:`write_png`; None for any other or a damaged file. whole: also
+    read the pixels, which shows damage to them."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            image.load()
+        with located(path).open("rb") as file, Image.open(file) as image:
+            if whole:
+                image.load()
             return json.loads(image.info[JSON_KEY])
     except (OSError, KeyError, ValueError, SyntaxError):
         return None
@@ -211,7 +214,7 @@ def write_animation(
     from PIL import Image
 
     check_animation(path)
-    pictures = (Image.open(frame).convert("RGB") for frame in frames)
+    pictures = (Image.open(located(frame).open("rb")).convert("RGB") for frame in frames)
     kind = os.path.splitext(path)[1].lower()[1:]
     with atomic_write(path) as file:
         if kind != "mp4":
@@ -223,7 +226,10 @@ def write_animation(
 
         with av.open(file, "w", format="mp4") as container:
             stream: Any = container.add_stream("libx264", rate=fps, options={"crf": "18"})
-            with Image.open(frames[0]) as first:  # the codec wants even sides
+            with (
+                located(frames[0]).open("rb") as file1,
+                Image.open(file1) as first,
+            ):  # the codec wants even sides
                 stream.width, stream.height = (side // 2 * 2 for side in first.size)
             for picture in pictures:
                 picture = picture.crop((0, 0, stream.width, stream.height))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,12 @@ from pixart_jax.files import atomic_write
 
 
 def bars(
-    path: Path, values: Mapping[str, float], *, title: str, axis: str = "", across: bool = False
+    path: str | os.PathLike,
+    values: Mapping[str, float],
+    *,
+    title: str,
+    axis: str = "",
+    across: bool = False,
 ) -> Path:
     """One labelled bar per name; across: horizontal bars, for long names. Returns ``path``."""
     figure, axes = _figure(
@@ -144,7 +150,7 @@ def _figure(title: str, size: tuple[float, float]):
     return figure, axes
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure, path: str | os.PathLike) -> Path:
     with atomic_write(path) as file:
         # no version in the file: the same numbers give the same bytes
         figure.savefig(file, format="png", dpi=120, metadata={"Software": None})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.errors import UserError, one_line
+from pixart_jax.remote_path import Location, RemotePath, local
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
@@ -58,7 +59,7 @@ def rows(path: str | os.PathLike, report: Report) -> Rows:
     """Yield the rows of a table. Raises UserError for a file of another kind, for one that cannot
     be opened, and for a .json that is neither a list of objects, nor COCO's captions, nor an object
     of objects."""
-    path = Path(path)
+    path = local(path)
     readers = {".csv": _csv, ".tsv": _csv, ".json": _json, ".parquet": _parquet}
     readers |= {".jsonl": _jsonl, ".ndjson": _jsonl}
     reader = readers.get(path.suffix.lower())
@@ -210,12 +211,14 @@ def _parquet(path: Path, report: Report) -> Rows:
                 report(f"{path.name}, rows {number + 1} to {end}", BAD_ROW, detail, False)
 
 
-def open_parquet(path: Path):
-    """A pyarrow ParquetFile. Raises UserError for a damaged one."""
+def open_parquet(path: Location):
+    """A pyarrow ParquetFile, of a bucket's file read by ranges. Raises UserError for a damaged
+    one."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        remote = isinstance(path, RemotePath)
+        return pyarrow.parquet.ParquetFile(path.open("rb") if remote else path)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path} is not a complete Parquet file: {one_line(error)}") from None

@@ -25,6 +25,7 @@ import numpy as np
 from pixart_jax import tables
 from pixart_jax.errors import Notice, UserError, one_line
 from pixart_jax.files import write_json
+from pixart_jax.remote_path import Location, local, located
 
 _HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
 _FILE = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -369,10 +370,10 @@ class PromptRow:
 
 
 def read_prompts(path: str | os.PathLike) -> list[PromptRow]:
-    """The rows of a file in their order, without those of a blank prompt: a table that
-    ``tables.rows`` reads, or one prompt a line. Other columns are ignored. Raises UserError for an
-    empty file and for a row that cannot be read."""
-    path = Path(path)
+    """The rows of a file, also of a bucket's, in their order, without those of a blank prompt: a
+    table that ``tables.rows`` reads, or one prompt a line. Other columns are ignored. Raises
+    UserError for an empty file and for a row that cannot be read."""
+    folder, path = located(path).parent, local(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: give a file of prompts (.txt, .csv or .jsonl)")
     if not path.exists():
@@ -380,13 +381,13 @@ def read_prompts(path: str | os.PathLike) -> list[PromptRow]:
 
     def refuse(place: str, kind: str, detail: str, repaired: bool) -> NoReturn:
         hint = "; a prompt with commas needs quotes" if "columns" in detail else ""
-        raise UserError(f"{path.parent / place}: {kind}, {detail}{hint}")
+        raise UserError(f"{folder / place}: {kind}, {detail}{hint}")
 
     if path.suffix.lower() in tables.SUFFIXES:
         found = tables.rows(path, refuse)
     else:
         found = ((place, {"prompt": line}) for place, line in tables.lines(path, refuse))
-    rows = [_prompt_row(path.parent, place, fields) for place, fields in found]
+    rows = [_prompt_row(folder, place, fields) for place, fields in found]
     rows = [row for row in rows if row.prompt]
     if not rows:
         raise UserError(f"{path} holds no prompt: write one a line")
@@ -404,7 +405,7 @@ def check_encodable(what: str, text: str) -> str:
     return text
 
 
-def _prompt_row(folder: Path, place: str, fields: Mapping[str, Any]) -> PromptRow:
+def _prompt_row(folder: Location, place: str, fields: Mapping[str, Any]) -> PromptRow:
     place = str(folder / place)
     fields = {name.strip().lower(): value for name, value in fields.items()}
     if "prompt" not in fields:

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixart_jax"
 
 # Used by every package. images and plots write through files.
-_FOUNDATION = {"errors", "files", "finite", "images", "object_store", "plots", "tables", "text"}
+_FOUNDATION = {"errors", "files", "finite", "images", "object_store", "plots", "remote_path"}
+_FOUNDATION |= {"tables", "text"}
 # The base: these do not import each other, except that models may use parallel's axis names.
 _BASE = _FOUNDATION | {"models", "diffusion", "data", "parallel"}
 _RUNS = _BASE | {"weights", "config", "pipeline", "cli"}
@@ -32,11 +33,12 @@ ALLOWED: dict[str, set[str]] = {
     "object_store": {"errors"},
     "files": {"errors", "object_store"},
     "finite": {"errors"},
-    "images": {"errors", "files"},
+    "images": {"errors", "files", "remote_path"},
     "plots": {"files"},
-    "tables": {"errors"},
-    "text": {"errors", "files", "tables"},
-    "cli": {"errors"},
+    "remote_path": {"errors", "files"},
+    "tables": {"errors", "remote_path"},
+    "text": {"errors", "files", "tables", "remote_path"},
+    "cli": {"errors", "remote_path"},
     "parallel": _FOUNDATION,
     "models": _FOUNDATION | {"parallel.axes"},
     "diffusion": {"errors"},

@@ -23,6 +23,7 @@ from pixart_jax.data.sources import parse_mixture, parse_source
 from pixart_jax.data.sources.webdataset import tars_of
 from pixart_jax.encoding.options import SourceSpec
 from pixart_jax.errors import UserError
+from pixart_jax.files import is_remote
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,8 +90,10 @@ def _places(arguments: Arguments) -> tuple[Path, Path | list[Path] | None]:
     if kind != wanted:
         how = "--format webdataset adds to tars" if form == "webdataset" else "--in-place writes"
         raise UserError(f"{how} of a source {wanted}:…, and {text} is a {kind}")
+    if is_remote(place):
+        raise UserError(f"{text} lies in a bucket, whose files are not added to: --format jsonl")
     if form == "webdataset":
-        return out / "captions.jsonl", tars_of(place, BadRecords())
+        return out / "captions.jsonl", [Path(tar) for tar in tars_of(place, BadRecords())]
     return out / "captions.jsonl", Path(place.partition("?")[0]) if in_place else out
 
 

@@ -18,6 +18,7 @@ from pixart_jax import cli
 from pixart_jax.errors import UserError
 from pixart_jax.files import write_json
 from pixart_jax.pipeline.lora_flags import LoraFlags
+from pixart_jax.remote_path import Location
 
 if TYPE_CHECKING:
     from pixart_jax.models.configs import TransformerConfig
@@ -39,7 +40,7 @@ class Flags:
     the released widths (384, 768, 1024, 1152) the heads are known.
     """
 
-    src: tyro.conf.Positional[Path]
+    src: tyro.conf.Positional[Location]
     """A .pth, .pt or .safetensors file with the official or diffusers' names, behind any prefix, a
     diffusers transformer folder, a whole model or its hub id (its transformer is taken), or the
     file, folder or hub id of a ControlNet or a LoRA."""
@@ -68,7 +69,7 @@ class Flags:
     the only average."""
     variant: str | None = None
     """Of a folder's weight files, such as fp16; by default the ones without, or the only ones."""
-    base: Path | None = None
+    base: Location | None = None
     """Of a LoRA: a folder or hub id of the model that it adapts, for its layers' names and sizes;
     by default PixArt's XL/2. Of a ControlNet: its model, which --format official writes beside
     it."""

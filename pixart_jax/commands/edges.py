@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pixart_jax import cli
 from pixart_jax.errors import UserError
 from pixart_jax.images import png_settings, write_png
+from pixart_jax.remote_path import Location
 
 PROG = "python -m pixart_jax edges"
 
@@ -31,7 +32,7 @@ class Flags:
     """The folder for the maps."""
     method: Literal["hed", "canny"] = "hed"
     """hed: the network that PixArt's ControlNet was trained with. canny: needs no weights."""
-    weights: Path | None = None
+    weights: Location | None = None
     """Of hed: ControlNetHED.pth, its folder, or lllyasviel/Annotators/ControlNetHED.pth on the
     hub."""
     resolution: int | None = None

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pixart_jax.commands.sample_walk import toward_of
 from pixart_jax.errors import UserError
+from pixart_jax.remote_path import Location, local
 
 ROW_FIELDS = ("image", "mask", "strength", "control")  # what a prompt's row may set for itself
 _FILES = ("image", "mask", "reference", "control")
@@ -29,12 +29,12 @@ _SHARED = (
 class EditFlags:
     """What to start from instead of noise."""
 
-    image: Path | None = None
+    image: Location | None = None
     """An image to edit, for all prompts; its size is the default size."""
     strength: float | None = None
     """How much of the sampling an edit does, up to 1: so large a share of the steps. By default
     0.6, with --upscale 0.3."""
-    mask: Path | None = None
+    mask: Location | None = None
     """An image of the same size: white is generated anew, black stays as it is."""
     mask_padding: int | None = None
     """Generate only the mask's box and so many pixels around it, at full resolution."""
@@ -42,17 +42,17 @@ class EditFlags:
     """Extend the image by so many pixels on the left, top, right and bottom (with --strength 1)."""
     upscale: float | None = None
     """Enlarge the image by this factor and refine it in windows (docs/canvas.md)."""
-    reference: Path | None = None
+    reference: Location | None = None
     """Generate in the style of this image."""
     variation: tuple[int, float] | None = None
     """SEED SHARE: take noise that far, from 0 to 1, on the way to that of another seed."""
-    controlnet: Path | None = None
+    controlnet: Location | None = None
     """A ControlNet's folder, hub id or file, of this model."""
-    control: Path | None = None
+    control: Location | None = None
     """What it follows, for all prompts: an edge map, of the picture's aspect ratio."""
     control_from: Literal["hed", "canny"] | None = None
     """Of --control, which is then a picture: compute its edge map first."""
-    control_weights: Path | None = None
+    control_weights: Location | None = None
     """Of hed: ControlNetHED.pth, its folder, or lllyasviel/Annotators/ControlNetHED.pth on the
     hub."""
 
@@ -106,7 +106,7 @@ class EditFlags:
 
 
 @functools.cache
-def _controlnet(path: Path) -> dict[str, str]:
+def _controlnet(path: Location) -> dict[str, str]:
     from pixart_jax.files import folder_fingerprint
     from pixart_jax.weights.hub import model_folder
 
@@ -166,7 +166,7 @@ def _enlarged(image: np.ndarray, factor: float) -> np.ndarray:
 def _read(path: str) -> tuple[np.ndarray, str]:
     """(uint8 [h, w, 3] of an image file, ten hex digits of a hash of its bytes)."""
     try:
-        return _decoded(path, Path(path).stat().st_mtime_ns)
+        return _decoded(path, local(path).stat().st_mtime_ns)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
@@ -175,7 +175,7 @@ def _read(path: str) -> tuple[np.ndarray, str]:
 def _decoded(path: str, changed: int) -> tuple[np.ndarray, str]:
     from pixart_jax.data.images import UnreadableImage, decode
 
-    data = Path(path).read_bytes()
+    data = local(path).read_bytes()
     try:
         return decode(data), hashlib.sha256(data).hexdigest()[:10]
     except UnreadableImage as error:

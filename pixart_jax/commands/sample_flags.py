@@ -16,6 +16,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.files import bundled
 from pixart_jax.pipeline.lora_flags import LoraFlags
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_count
+from pixart_jax.remote_path import Location
 from pixart_jax.text import PromptRow, check_encodable, read_prompts
 
 # images/s, however slow
@@ -32,14 +33,14 @@ class Flags:
 
     prompt: str | None = None
     """The text to generate an image of."""
-    prompts: Path | None = None
+    prompts: Location | None = None
     """A file of prompts instead: one a line, or .csv or .jsonl with 'prompt', and height, width,
     seed, guidance, negative_prompt, image, mask, strength, control if wanted."""
-    model: Path = dataclasses.field(default_factory=lambda: bundled("assets") / "shapes")
+    model: Location = dataclasses.field(default_factory=lambda: bundled("assets") / "shapes")
     """A diffusers folder; by default the small model that is shipped."""
     variant: str | None = None
     """Of the model's weight files, such as fp16; by default the ones without, or the only ones."""
-    out: Path = Path("out")
+    out: Location = Path("out")
     """The folder for the images."""
     negative_prompt: str = ""
     """What to steer away from."""
@@ -59,7 +60,7 @@ class Flags:
     """Images at once; by default up to 16 a device."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: bfloat16 on accelerators."""
-    text_states: Path | None = None
+    text_states: Location | None = None
     """A file of `python -m pixart_jax encode --prompts`: sample from it without opening the text
     encoder."""
     offload_text_encoder: str = "auto"

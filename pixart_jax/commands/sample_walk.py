@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.sampling_config import check_count
+from pixart_jax.remote_path import Location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class WalkFlags:
                 frames.append({**here, **toward, "frame": k, "share": k / self.walk})
         return [*frames, keys[-1]]
 
-    def write(self, folder) -> Path:
+    def write(self, folder) -> Location:
         """The animation of an OutputFolder whose frames are all there."""
         from pixart_jax.images import write_animation
 

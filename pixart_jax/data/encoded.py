@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +15,7 @@ from pixart_jax.data import records
 from pixart_jax.data.buckets import key_of
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.samples import CaptionMix, check_buckets, encoded_length, second_draw
+from pixart_jax.data.shard_cache import CACHE_GB
 from pixart_jax.errors import UserError
 
 
@@ -24,7 +25,8 @@ class EncodedSamples:
     captions: kinds with their weights in the mix; empty for no text. expected: entries that the
     records' identity must have (pipeline.encoder_identity). buckets: the (height, width) of the
     stage; records of others are refused. faults: names the records without a text of the mix.
-    condition: the kind that the records must have, 'hed', 'canny' or 'folder:DIR'. Batches hold
+    condition: the kind that the records must have, 'hed', 'canny' or 'folder:DIR'. cache_gb and
+    window: of shards in a bucket (data.shard_cache). Batches hold
 
       mean, std     float32 [b, height/f, width/f, c] of the VAE's posterior, unscaled
       control_mean, control_std     the same of the condition, where ``condition`` asks for it
@@ -33,7 +35,11 @@ class EncodedSamples:
       size          float32 [b, 2], (height, width) in px of the original image
       aspect_ratio  float32 [b], the bucket's key
       key           str [b]
+
+    fetch: of shards in a bucket, has threads fetch those of these records.
     """
+
+    fetch: Callable[[np.ndarray], None] | None = None
 
     def __init__(
         self,
@@ -44,9 +50,15 @@ class EncodedSamples:
         buckets: Sequence[tuple[int, int]] | None = None,
         faults: BadRecords | None = None,
         condition: str | None = None,
+        cache_gb: float = CACHE_GB,
+        window: int = 0,
     ):
-        self._records = records.Records(folder, expected)
+        self._records = records.Records(folder, expected, cache_gb)
         manifest = self._records.manifest
+        self.shard_starts = self._records.starts[:-1]
+        if (cache := self._records.cache) is not None:
+            cache.check_holds(window)
+            self.fetch = lambda indices: cache.fetch(self._records.shards_of(indices))
         self.identity: Mapping[str, str] | None = manifest.identity
         contents = repr([(shard.file, shard.sha256) for shard in manifest.shards])
         self.fingerprint = hashlib.sha256(contents.encode()).hexdigest()

@@ -7,11 +7,11 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write
+from pixart_jax.remote_path import Location
 
 
 class BadRecord(NamedTuple):
@@ -86,7 +86,7 @@ class BadRecords:
         joined = f"{', ' if self.counts else '; '}{summary}" if summary else ""
         return f"{used + len(self):,} read: {used:,} used{joined}"
 
-    def write(self, file: Path) -> bool:
+    def write(self, file: Location) -> bool:
         """Write a JSON object a line: place, kind, detail, mended; last the counts of other files.
         Without any, remove an earlier run's file. Return whether there is a file."""
         if not (self._named or self.unread):
@@ -103,7 +103,7 @@ class BadRecords:
         return True
 
     @classmethod
-    def read(cls, file: Path) -> BadRecords:
+    def read(cls, file: Location) -> BadRecords:
         """Read a file of :meth:`write`; an empty list if there is none."""
         found = cls()
         for line in file.read_text("utf-8").splitlines() if file.exists() else ():

@@ -23,7 +23,8 @@ _STEPS = 2**31 - 1  # more than any run takes
 
 class Loader:
     """Read ``samples`` in global batches of ``batch_size``. rows: of the global batch that this
-    process reads, in order; None: all. workers: threads that read ahead."""
+    process reads, in order; None: all. workers: threads that read ahead. window: shards that are
+    shuffled together (data.plan), 0 for all samples."""
 
     def __init__(
         self,
@@ -34,9 +35,14 @@ class Loader:
         rows: Sequence[int] | np.ndarray | None = None,
         workers: int = 2,
         prefetch: int | None = None,
+        window: int = 0,
     ):
         self.samples = samples
-        self.plan = BatchSchedule(samples.bucket_of, batch_size, seed)
+        starts = getattr(samples, "shard_starts", ())
+        if window and not len(starts):
+            raise UserError("data.shuffle_shards is for one folder of encoded shards, no mixture")
+        self.plan = BatchSchedule(samples.bucket_of, batch_size, seed, window, starts)
+        self._fetch = getattr(samples, "fetch", None)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         if not len(self._rows) or self._rows.min() < 0 or self._rows.max() >= batch_size:
             raise UserError(f"a batch has rows 0 to {batch_size - 1}: a process reads at least one")
@@ -45,6 +51,9 @@ class Loader:
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Read this process's rows of the batch of a step."""
+        if self._fetch is not None:
+            for near in (step, step + self.plan.steps_ahead):
+                self._fetch(self.plan.batch(near).indices)
         return self._read(step, self._rows)
 
     def global_batch(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:

@@ -12,12 +12,16 @@ in that epoch's random order; any step is found without its history.
 A batch holds one bucket and is always full, so at an epoch's end (e+1)·nᵢ mod B samples of a bucket
 come first of all in the next: late, never lost. A bucket with fewer than B samples gives a batch
 every B / nᵢ epochs, which then holds each of them several times: as often as all others.
+
+With a ``window``, a permutation takes a bucket's shards in random order, so many at a time, and
+shuffles the samples of those among themselves: a reader needs no more shards at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,9 +43,18 @@ class Batch:
 
 
 class BatchSchedule:
-    """bucket_of: int [n], the bucket of each sample, −1 to leave it out. batch_size: global."""
+    """bucket_of: int [n], the bucket of each sample, −1 to leave it out. batch_size: global.
+    window: shards that are shuffled together, 0 for all samples. shard_starts: the first sample of
+    each shard."""
 
-    def __init__(self, bucket_of: np.ndarray, batch_size: int, seed: int):
+    def __init__(
+        self,
+        bucket_of: np.ndarray,
+        batch_size: int,
+        seed: int,
+        window: int = 0,
+        shard_starts: Sequence[int] | np.ndarray = (),
+    ):
         bucket_of = np.asarray(bucket_of)
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: must be at least 1")
@@ -51,6 +64,13 @@ class BatchSchedule:
         self._members = _members(bucket_of)
         # Python integers: no overflow in e·n
         self._counts = np.array([len(m) for m in self._members], object)
+        # positions in a bucket where a shard ends
+        ends = [
+            np.unique(np.searchsorted(m, [*shard_starts[1:], len(bucket_of)]))
+            for m in self._members
+        ]
+        self._shards = [some[some > 0] for some in ends]
+        self._window = window
         self._passes = functools.lru_cache(maxsize=2 * len(self._members) + 2)(self._pass)
         self._orders = functools.lru_cache(maxsize=4)(self._order)
 
@@ -58,6 +78,14 @@ class BatchSchedule:
     def samples(self) -> int:
         """How many samples an epoch holds."""
         return int(sum(self._counts))
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps in which a window of shards, of the bucket with most of them, is used up."""
+        if not self._window:
+            return 16
+        most = max(map(len, self._shards))
+        return max(1, self._window * self.samples // (self.batch_size * most))
 
     def first_step(self, epoch: int) -> int:
         """The step with which an epoch begins."""
@@ -121,14 +149,14 @@ class BatchSchedule:
         enough.
         """
         count = int(self._counts[bucket])
-        order = self._random(_SAMPLES, bucket, number).permutation(count)
+        order = self._permutation(bucket, number)
         # samples of the pass before in the straddling batch
         tail = number * count % self.batch_size
         if number == 0 or tail == 0 or count < 2 * self.batch_size:
             return order
         head = self.batch_size - tail
         # the far end is never moved
-        before = self._random(_SAMPLES, bucket, number - 1).permutation(count)[count - tail :]
+        before = self._permutation(bucket, number - 1)[count - tail :]
         repeated = np.flatnonzero(np.isin(order[:head], before))
         end = count - (number + 1) * count % self.batch_size
         # holds more free places than a batch can need
@@ -136,6 +164,17 @@ class BatchSchedule:
         free = head + np.flatnonzero(~np.isin(near, before))[: len(repeated)]
         order[repeated], order[free] = order[free], order[repeated]
         return order
+
+    def _permutation(self, bucket: int, number: int) -> np.ndarray:
+        random = self._random(_SAMPLES, bucket, number)
+        if not self._window:
+            return random.permutation(int(self._counts[bucket]))
+        ends = self._shards[bucket]
+        shards = np.split(np.arange(ends[-1]), ends[:-1])
+        windows = np.array_split(random.permutation(len(shards)), -(-len(shards) // self._window))
+        return np.concatenate(
+            [random.permutation(np.concatenate([shards[n] for n in some])) for some in windows]
+        )
 
 
 def _members(bucket_of: np.ndarray) -> list[np.ndarray]:

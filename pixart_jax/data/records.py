@@ -6,7 +6,8 @@
 A record is the bytes of a safetensors file: named arrays and text metadata. The manifest is written
 last; a folder without one is unfinished. Readers refuse, by name, shards of another encoder,
 missing or cut shards (by size, when opened) and damaged records (by Riegeli's chunk hash, when
-read); :func:`check` compares whole files with their checksums.
+read); :func:`check` compares whole files with their checksums. Shards in a bucket are fetched and
+compared whole (shard_cache.py).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from pixart_jax.data.shard_cache import CACHE_GB, ShardCache
 from pixart_jax.errors import UserError, one_line
 from pixart_jax.files import SAFETENSORS_DTYPES, safetensors_header, write_json
+from pixart_jax.remote_path import Location, RemotePath, located
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -84,9 +87,9 @@ class Shard:
         return cls(**{**fields, **parsed})
 
 
-def sha256(path: pathlib.Path) -> str:
+def sha256(path: Location) -> str:
     """Checksum of a whole file, in hex."""
-    with open(path, "rb") as file:
+    with path.open("rb", 1 << 25 if isinstance(path, RemotePath) else -1) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -145,7 +148,7 @@ class Manifest:
     def skipped(self) -> list[tuple[str, str]]:
         return [entry for shard in self.shards for entry in shard.skipped]
 
-    def write(self, folder: pathlib.Path) -> None:
+    def write(self, folder: Location) -> None:
         made_from = {part: dict(how) for part, how in self.made_from.items()}
         fields = {"format": FORMAT, "identity": dict(self.identity), "made_from": made_from}
         shards = [dataclasses.asdict(shard) for shard in self.shards]
@@ -155,7 +158,7 @@ class Manifest:
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest:
         """The manifest of a folder. Raises UserError if there is none, or it is damaged."""
-        path = pathlib.Path(folder) / MANIFEST
+        path = located(folder) / MANIFEST
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -193,21 +196,28 @@ def _brief(value: str | None) -> str:
     return "nothing" if value is None else value if len(value) <= 60 else f"{value[:12]}…"
 
 
-def quick_check(folder: pathlib.Path, shard: Shard) -> str | None:
-    """What is wrong with a shard's file by its size, or None."""
+def sizes(folder: Location) -> dict[str, int]:
+    """Bytes of each shard's file."""
+    found = located(folder).glob("*.array_record")  # listed anew
+    return {path.name: path.stat().st_size for path in found}
+
+
+def quick_check(folder: Location, shard: Shard, found: Mapping[str, int]) -> str | None:
+    """What is wrong with a shard's file by its size in ``found``, or None."""
     path = folder / shard.file
-    if not path.exists():
+    if shard.file not in found:
         return f"{path} is missing"
-    size = path.stat().st_size
+    size = found[shard.file]
     damage = f"{path} is damaged: {size} bytes, written with {shard.bytes}"
     return None if size == shard.bytes else damage
 
 
 def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
     """Yield each shard with what is wrong with it, or None, by the checksum of the whole file."""
-    folder = pathlib.Path(folder)
+    folder = located(folder)
+    found = sizes(folder)
     for shard in Manifest.read(folder).shards:
-        trouble = quick_check(folder, shard)
+        trouble = quick_check(folder, shard, found)
         if trouble is None and sha256(folder / shard.file) != shard.sha256:
             trouble = f"{folder / shard.file} is damaged: its checksum differs from the manifest's"
         yield shard, trouble
@@ -215,26 +225,42 @@ def check(folder: str | os.PathLike) -> Iterator[tuple[Shard, str | None]]:
 
 class Records:
     """Random access, from any thread, to the records of a folder, numbered through its shards.
-    expected: entries that the shards' identity must have."""
+    expected: entries that the shards' identity must have. cache_gb: of local disk for the shards of
+    a bucket. starts: the number of each shard's first record, and of all records."""
 
-    def __init__(self, folder: str | os.PathLike, expected: Mapping[str, str] | None = None):
-        self.folder = pathlib.Path(folder)
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        expected: Mapping[str, str] | None = None,
+        cache_gb: float = CACHE_GB,
+    ):
+        self.folder = located(folder)
         self.manifest = Manifest.read(self.folder)
         check_identity(self.folder, self.manifest.identity, expected or {})
-        for shard in self.manifest.shards:
-            if trouble := quick_check(self.folder, shard):
+        found, shards = sizes(self.folder), self.manifest.shards
+        for shard in shards:
+            if trouble := quick_check(self.folder, shard, found):
                 raise UserError(f"{trouble}; delete the file and encode again: the rest stays")
-        self._starts = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
+        self.starts = np.cumsum([0, *(shard.count for shard in shards)])
+        self.cache = None
+        if isinstance(self.folder, RemotePath):
+            self.cache = ShardCache(self.folder, shards, cache_gb)
+        most = _OPEN if self.cache is None else min(_OPEN, self.cache.open_at_most)
         # a thread that still reads from a reader that the cache drops keeps it
-        self._reader = functools.lru_cache(_OPEN)(self._open_reader)
+        self._reader = functools.lru_cache(most)(self._open_reader)
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def shard_of(self, index: int) -> tuple[int, int]:
         """(number of the shard, place in it) of a record."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return shard, int(index - self._starts[shard])
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, int(index - self.starts[shard])
+
+    def shards_of(self, indices: np.ndarray) -> list[int]:
+        """Numbers of the shards that hold these records, in the order of the first of each."""
+        found = np.searchsorted(self.starts, indices, side="right") - 1
+        return list(dict.fromkeys(found.tolist()))
 
     def bytes(self, index: int) -> bytes:
         """The bytes of a record. Raises UserError with shard and record if they are damaged."""
@@ -251,6 +277,7 @@ class Records:
     def _open_reader(self, shard: int) -> Any:
         from array_record.python import array_record_module
 
-        path = str(self.folder / self.manifest.shards[shard].file)
+        path = self.folder / self.manifest.shards[shard].file
         options = "readahead_buffer_size:0,max_parallelism:0"
-        return array_record_module.ArrayRecordReader(path, options)
+        path = path if self.cache is None else self.cache.path(shard)
+        return array_record_module.ArrayRecordReader(str(path), options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from pixart_jax.data.sources.indexed import cached_json, in_threads
 from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.images import to_model
+from pixart_jax.remote_path import Location
 from pixart_jax.text import clean_captions
 
 BUCKETS_PNG = "buckets.png"
@@ -79,13 +79,13 @@ def _show_sizes(sizes: Sequence[tuple[int, int]], limit: int = 4) -> str:
 
 
 def write_bucket_chart(
-    path: Path, counts: Mapping[tuple[int, int], int], title: str = "samples"
-) -> Path:
+    path: Location, counts: Mapping[tuple[int, int], int], title: str = "samples"
+) -> None:
     """Draw a bar for each (height, width) in px with its number of samples, tall buckets last."""
     ordered = sorted(counts.items(), key=lambda item: (item[0][0] / item[0][1], item[0]))
     values = {f"{height}×{width}": count for (height, width), count in ordered}
     title = f"{title}: {sum(counts.values()):,} in {len(values)} buckets"
-    return plots.bars(path, values, title=title, axis="samples")
+    plots.bars(path, values, title=title, axis="samples")
 
 
 class CaptionMix:

@@ -27,6 +27,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.files import hash64
 from pixart_jax.parallel import processes
 from pixart_jax.parallel.mesh import make_mesh
+from pixart_jax.remote_path import Location
 from pixart_jax.text import load_tokenizer
 from pixart_jax.weights.files import part_variants
 from pixart_jax.weights.hub import model_folder
@@ -38,11 +39,11 @@ CacheDefault = tyro.conf.arg(help_behavior_hint="(default: a folder of the cache
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     source: tyro.conf.OmitArgPrefixes[SourceSpec] = SourceSpec("tfds:shapes/plain")
-    model: Path = Path("assets/shapes")
+    model: Location = Path("assets/shapes")
     """A model folder with vae/, text_encoder/ and tokenizer/."""
     variant: str | None = None
     """Of the model's weight files, such as fp16; by default the ones without, or the only ones."""
-    out: Annotated[Path | None, CacheDefault] = None
+    out: Annotated[Location | None, CacheDefault] = None
     """Where the shards go; interrupted work there is finished."""
     options: tyro.conf.OmitArgPrefixes[EncodeOptions] = EncodeOptions(((64, 64),), ("dense",))
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -105,7 +106,7 @@ def encode(arguments: Arguments, joined) -> int:
     return 0
 
 
-def check(folder: Path) -> None:
+def check(folder: Location) -> None:
     """Compare every byte with its checksum and every key with all others; print what is wrong, or a
     summary. Raises UserError where a shard is damaged or missing, or a key occurs twice."""
     samples, damaged = records.Manifest.read(folder).samples, 0
@@ -133,7 +134,7 @@ def check(folder: Path) -> None:
     print(f"no damage: {summary(folder)}")
 
 
-def summary(folder: Path) -> str:
+def summary(folder: Location) -> str:
     """Two lines: what a folder holds, and what of the source is in it."""
     manifest = records.Manifest.read(folder)
     size = sum(shard.bytes for shard in manifest.shards) / 2**20

@@ -8,6 +8,7 @@ again, ends with the same files as an uninterrupted one.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -29,13 +30,16 @@ from pixart_jax.data import records
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.samples import BUCKETS_PNG, assign_all, write_bucket_chart
 from pixart_jax.data.sources import Source
+from pixart_jax.data.sources.indexed import in_threads
 from pixart_jax.encoding.options import Bucket, EncodeOptions
 from pixart_jax.encoding.shards import CLEANING, ShardEncoder
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.files import cache_folder, locked, write_json
+from pixart_jax.files import cache_folder, hash64, locked, upload, write_json
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline.conditions import Condition
 from pixart_jax.pipeline.encoder_identity import component_identity, made_from, tokenizer_identity
+from pixart_jax.pipeline.output import AsyncWriter
+from pixart_jax.remote_path import REQUESTS, Location, RemotePath, located
 
 FAULTS = "faults.jsonl"  # every skipped sample, beside the manifest
 _PROGRESS = "progress"  # notes of finished shards, until the manifest holds them
@@ -102,7 +106,7 @@ def encode_for_training(source: Source, *, frozen, **options) -> Path:
     if options["captions"]:
         text = {"text_encoder": frozen.text_encoder(), "tokenizer": frozen.tokenizer}
     mesh = make_mesh(MeshConfig(), jax.local_devices())
-    return encode_dataset(
+    made = encode_dataset(
         source,
         EncodeOptions(**options),
         vae=frozen.vae,
@@ -110,6 +114,7 @@ def encode_for_training(source: Source, *, frozen, **options) -> Path:
         folders={part: frozen.folder(part) for part in ("vae", *text)},
         mesh=mesh if mesh.size > 1 else None,
     )
+    return Path(made)  # a folder of the cache
 
 
 def encode_dataset(
@@ -125,32 +130,35 @@ def encode_dataset(
     process_count: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
-) -> Path:
+) -> Location:
     """Return the folder of the source's encoded shards; encode what is missing there.
 
     vae: .encode(images [b, h, w, 3] in [−1, 1]) → (mean, std). text_encoder: .apply(ids [b, l],
-    lengths [b]) → [b, l, c]. folders: where 'vae', 'text_encoder' and 'tokenizer' were opened from,
-    noted in the manifest so that readers can compare files instead of weights. mesh: of this
-    process's own devices (None: the first alone). Each of process_count processes (by default
-    JAX's) encodes its share of the shards; all return when all shards are there. Raises UserError
-    for shards of another identity, damaged ones, and an unshared folder.
+    lengths [b]) → [b, l, c]. folder: of a disk or a bucket. folders: where 'vae', 'text_encoder'
+    and 'tokenizer' were opened from, noted in the manifest so that readers can compare files
+    instead of weights. mesh: of this process's own devices (None: the first alone). Each of
+    process_count processes (by default JAX's) encodes its share of the shards; all return when all
+    shards are there. Raises UserError for shards of another identity, damaged ones, and an unshared
+    folder.
     """
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
     condition = options.open_condition(mesh)
     made = identity(source, options, vae, text_encoder, tokenizer, condition)
-    folder = Path(folder) if folder else default_folder(made)
+    folder = located(folder) if folder else default_folder(made)
     notes, manifest = folder / _PROGRESS, folder / records.MANIFEST
     finished = _finished(folder, made)
     if manifest.exists() and len(finished) == len(records.Manifest.read(folder).shards):
         if index == 0:  # of a run that was killed between the manifest and its end
-            shutil.rmtree(notes, ignore_errors=True)
+            _remove(notes)
         return _not_empty(folder)
 
     encoder = ShardEncoder(source, options, vae, text_encoder, tokenizer, mesh, condition)
     notes.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_of(folder)
     on_wait = functools.partial(tqdm.write, f"another run encodes into {folder}; waiting for it")
-    with locked(notes / f"process-{index}", on_wait=on_wait):
+    lock = (notes if isinstance(notes, Path) else scratch) / f"process-{index}"
+    with locked(lock, on_wait=on_wait):
         notes.mkdir(parents=True, exist_ok=True)  # removed where another run has just finished
         finished = _finished(folder, made)
         if not (notes / "identity.json").exists():
@@ -158,32 +166,59 @@ def encode_dataset(
         wait_for_processes(folder, index, count)
         jobs = plan(source, options)
         share = jobs[index::count]
-        with tqdm(
+        bar = tqdm(
             total=sum(len(job.indices) for job in share),
             initial=sum(len(job.indices) for job in share if job.file in finished),
             unit=" images",
             desc="encoding" if count == 1 else f"encoding, process 1 of {count}",
             disable=not progress or index > 0,
-        ) as bar:
+        )
+
+        def finish(shard: records.Shard) -> None:
+            if isinstance(folder, RemotePath):
+                upload(scratch / shard.file, str(folder / shard.file))
+                (scratch / shard.file).unlink()
+            _write_json(notes / f"{shard.file}.json", dataclasses.asdict(shard))
+
+        with bar, AsyncWriter(finish, limit=1) as writer:  # while the next is encoded
             for job in share:
                 if job.file not in finished:
-                    shard = _encode_shard(folder, job, encoder, options.captions, bar)
-                    _write_json(notes / f"{job.file}.json", dataclasses.asdict(shard))
+                    writer.put(_encode_shard(scratch, job, encoder, options.captions, bar))
         if index == 0:
-            while len(finished := _finished(folder, made)) < len(jobs):
+            noted = {f"{job.file}.json" for job in jobs if job.file not in finished}
+            while noted - {note.name for note in (folder / _PROGRESS).glob("*.json")}:
                 time.sleep(1)
+            finished = _finished(folder, made)
             dtypes = {"vae": vae, "text_encoder": text_encoder}
             dtypes = {part: str(one.dtype) for part, one in dtypes.items() if hasattr(one, "dtype")}
             shards = tuple(finished[job.file] for job in jobs)
             whole = records.Manifest(made, shards, made_from(folders or {}, dtypes))
             _write_manifest(folder, whole, source, options, progress)
-            shutil.rmtree(notes, ignore_errors=True)
+            _remove(notes)
         while not manifest.exists():
             time.sleep(1)
     return _not_empty(folder)
 
 
-def _not_empty(folder: Path) -> Path:
+def scratch_of(folder: Location) -> Path:
+    """Where shards are written: the folder itself, or one on this disk from which they are
+    uploaded."""
+    if isinstance(folder, Path):
+        return folder
+    scratch = cache_folder(keep=True) / "encoded" / f"upload-{hash64(str(folder)):016x}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
+
+
+def _remove(notes: Location) -> None:
+    if isinstance(notes, Path):
+        shutil.rmtree(notes, ignore_errors=True)
+        return
+    with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
+        list(pool.map(lambda note: note.unlink(), RemotePath(notes).rglob("*")))
+
+
+def _not_empty(folder: Location) -> Location:
     manifest = records.Manifest.read(folder)
     if not manifest.samples:
         why = skipped_samples(manifest).summary() or "the source has no sample"
@@ -230,7 +265,11 @@ def _encode_shard(
 
 
 def _write_manifest(
-    folder: Path, manifest: records.Manifest, source: Source, options: EncodeOptions, progress: bool
+    folder: Location,
+    manifest: records.Manifest,
+    source: Source,
+    options: EncodeOptions,
+    progress: bool,
 ) -> None:
     """Write the skipped samples, the chart of the buckets and, last, the manifest."""
     faults = skipped_samples(manifest, source)
@@ -256,13 +295,14 @@ def skipped_samples(manifest: records.Manifest, source: Source | None = None) ->
     return faults
 
 
-def wait_for_processes(folder: Path, index: int, count: int, timeout: float = 120) -> None:
+def wait_for_processes(folder: Location, index: int, count: int, timeout: float = 120) -> None:
     """Wait until every process has been seen in the folder: with a disk of its own, each would wait
     forever for the others' shards. Raises UserError after ``timeout`` seconds."""
     notes = folder / _PROGRESS
     (notes / f"process-{index}").touch()
     deadline = time.monotonic() + timeout
-    while not all((notes / f"process-{i}").exists() for i in range(count)):
+    named = {f"process-{i}" for i in range(count)}
+    while named - {path.name for path in (folder / _PROGRESS).glob("process-*")}:
         if (folder / records.MANIFEST).exists():  # the others are done, nothing was left to do
             return
         if time.monotonic() > deadline:
@@ -272,31 +312,32 @@ def wait_for_processes(folder: Path, index: int, count: int, timeout: float = 12
         time.sleep(0.2)
 
 
-def _finished(folder: Path, made: Mapping[str, str]) -> dict[str, records.Shard]:
+def _finished(folder: Location, made: Mapping[str, str]) -> dict[str, records.Shard]:
     """Finished shards by file, from the manifest and from the notes of an unfinished run.
 
     A file that is gone is made again; one of another size raises UserError.
     """
     shards: list[records.Shard] = []
-    notes = folder / _PROGRESS
+    notes, there = folder / _PROGRESS, records.sizes(folder)
     if (folder / records.MANIFEST).exists():
         manifest = records.Manifest.read(folder)
         shards += manifest.shards
-        complete = all((folder / shard.file).exists() for shard in shards)
+        complete = all(shard.file in there for shard in shards)
         # The size of shards matters only where one of them has to be made again.
         expected = {k: v for k, v in made.items() if k != "shard_size" or not complete}
         records.check_identity(folder, manifest.identity, expected)
     if (notes / "identity.json").exists():
         records.check_identity(folder, json.loads((notes / "identity.json").read_text()), made)
-        for note in sorted(notes.glob("*.array_record.json")):
-            shards.append(records.Shard.from_json(json.loads(note.read_text())))
-    elif not shards and any(folder.glob("*.array_record")):
+        found: list[Location] = sorted(notes.glob("*.array_record.json"))
+        texts = in_threads(lambda note: note.read_text(), found, "what is finished", "shards")
+        shards += [records.Shard.from_json(json.loads(text)) for text in texts]
+    elif not shards and there:
         raise UserError(
             f"{folder} holds shards, but nothing says what they were made with: give another folder"
         )
-    finished = {shard.file: shard for shard in shards if (folder / shard.file).exists()}
+    finished = {shard.file: shard for shard in shards if shard.file in there}
     for shard in finished.values():
-        if trouble := records.quick_check(folder, shard):
+        if trouble := records.quick_check(folder, shard, there):
             raise UserError(f"{trouble}; delete the file and run the same command again")
     return finished
 
@@ -315,5 +356,5 @@ def plan(source: Source, options: EncodeOptions) -> list[ShardJob]:
     return jobs
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Location, value: Any) -> None:
     write_json(path, value, indent=1, sort_keys=True)

@@ -26,6 +26,7 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import PromptEncoder, TextStates
 from pixart_jax.pipeline.folder import ModelFolder, compute_dtype, weights_cache
 from pixart_jax.pipeline.text_states import write
+from pixart_jax.remote_path import Location
 from pixart_jax.text import caption_cleaner, clean_caption, notice_loss, read_prompts
 
 PART = 512  # texts, which is also the most that a kill can cost
@@ -35,13 +36,13 @@ PART = 512  # texts, which is also the most that a kill can cost
 class PromptArguments:
     """Prompts → a file of text states: sample.py --text-states needs no text encoder."""
 
-    prompts: Path
+    prompts: Location
     """One a line, or .csv or .jsonl with 'prompt' and 'negative_prompt', as sample.py reads them;
     "" is encoded too."""
     out: Path
     """The file, NAME.safetensors. Where it exists, only what is missing is encoded; so it is after
     a stop of any kind."""
-    model: Path = Path("assets/shapes")
+    model: Location = Path("assets/shapes")
     """A model folder, as sample.py takes it."""
     variant: str | None = None
     """As sample.py's: of the model's weight files, such as fp16."""

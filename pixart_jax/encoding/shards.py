@@ -102,7 +102,8 @@ class ShardEncoder:
         samples are done. on_note(key, note): of a caption that cleaning emptied or halved.
         Decoding, encoding and packing of successive batches overlap.
         """
-        with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as readers:
+        threads = max(min(16, os.cpu_count() or 1), getattr(self._source, "requests", 0))
+        with concurrent.futures.ThreadPoolExecutor(threads) as readers:
             starts = range(0, len(indices), self._rows)
             batches = (indices[start : start + self._rows] for start in starts)
             decoding = (readers.map(lambda i: self._read(i, bucket), batch) for batch in batches)

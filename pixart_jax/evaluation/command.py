@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -42,6 +42,7 @@ from pixart_jax.images import to_model, to_uint8, write_png
 from pixart_jax.pipeline import lora_flags
 from pixart_jax.pipeline.lora_flags import LoraFlags
 from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.remote_path import Location
 
 SHIPPED = bundled("assets") / "shapes"
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class _Options:
 
 @dataclasses.dataclass(frozen=True)
 class _ModelOptions(_Options):
-    model: Path = SHIPPED
+    model: Location = SHIPPED
     """a model folder, as sample.py takes it; of vae also the folder of its VAE"""
     variant: str | None = None
     """of the model's weight files, such as fp16; by default the ones without, or the only ones"""
@@ -239,7 +240,7 @@ def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) 
         fields = dataclasses.asdict(options)
         fields = {k: v for k, v in fields.items() if k not in ("out", "loras", "sampling")}
         fields |= dataclasses.asdict(options).get("sampling", {})
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+        settings = {k: str(v) if isinstance(v, PurePath) else v for k, v in fields.items()}
         listed = "\n".join(prompt.caption for prompt in prompts)
         settings |= {**more, "prompts": sha256(listed.encode()).hexdigest()}
         main = result.mean or result.all_correct

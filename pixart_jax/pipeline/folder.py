@@ -21,6 +21,7 @@ from pixart_jax.models.configs import TransformerConfig, VAEConfig
 from pixart_jax.pipeline import sampling_config, text_states
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
 from pixart_jax.pipeline.scheduler import SchedulerConfig, class_of
+from pixart_jax.remote_path import Location, RemotePath, located
 from pixart_jax.text import FastTokenizer, load_tokenizer, save_tokenizer
 from pixart_jax.weights import component, transformer, vae
 from pixart_jax.weights.files import (
@@ -72,11 +73,14 @@ class ModelFolder:
         revision: str | None = None,
         variant: str | None = None,
     ) -> ModelFolder:
-        """folder: a folder or a hub id, of whose weights only those of ``parts`` are downloaded.
+        """folder: a folder, also of a bucket, or a hub id, of whose weights only those of ``parts``
+        are downloaded.
         variant: of the weights' files, where a part has it. Raises UserError where a part is
         missing, damaged or of another model."""
-        given, folder = Path(folder), model_folder(folder, parts, revision, variant)
-        name = folder.resolve().name if given.exists() else str(given)
+        given, folder = located(folder), model_folder(folder, parts, revision, variant)
+        name = (
+            given.resolve().name if isinstance(given, RemotePath) or given.exists() else str(given)
+        )
         if not folder.is_dir():
             form = "model_index.json, transformer/, text_encoder/, vae/ …"
             raise UserError(f"no model folder {folder}: give a diffusers folder ({form})")
@@ -232,7 +236,7 @@ def _tensors(folder: Path, variant: str | None = None):
     return None if is_torch else open_tensors(path)
 
 
-def pipeline_class(folder: Path) -> str:
+def pipeline_class(folder: Location) -> str:
     """The pipeline that the folder's index names. Raises UserError where it names no known one."""
     name = str(read_json(folder / INDEX).get("_class_name"))
     if name not in _TEXT_TOKENS:

@@ -12,10 +12,10 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy as np
 from pixart_jax.errors import UserError
 from pixart_jax.images import image_grid, png_settings, slug, write_png
 from pixart_jax.parallel import processes
+from pixart_jax.remote_path import REQUESTS, Location, RemotePath, located
 
 GRID = "grid.png"
 GRID_LIMIT = 100  # images on a sheet
@@ -92,7 +93,7 @@ def _detected_share() -> PromptShard:
 
 
 class OutputFolder:
-    """The images of one call in a folder.
+    """The images of one call in a folder, of a disk or a bucket.
 
     wanted: the settings of each image (with prompt, index, seed, height, width and guidance). An
     image is there when a PNG of its name has exactly these settings; one with other settings stays,
@@ -103,16 +104,26 @@ class OutputFolder:
     def __init__(
         self, folder: str | os.PathLike, wanted: Sequence[Mapping], share: PromptShard | None = None
     ):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.folder):
-            pass  # an unwritable folder shows before the work, not after it
+        self.folder = located(folder)
+        if isinstance(self.folder, RemotePath):
+            self._probe(self.folder)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass  # an unwritable folder shows before the work, not after it
         self.wanted = [dict(settings) for settings in wanted]
         self.share = share or PromptShard()
         self.mine = self.share.of([self.group(settings) for settings in self.wanted])
-        found = {n: self._find(self.wanted[n]) for n in self.mine}
+        found = self._find_all(self.mine)
         self.paths = {n: path for n, (path, _) in found.items()}
         self.missing = [n for n, (_, there) in found.items() if not there]
+
+    @staticmethod
+    def _probe(folder: RemotePath) -> None:
+        """Raise UserError where objects cannot be written or deleted."""
+        probe = folder / f".probe-{secrets.token_hex(8)}"
+        probe.touch()
+        probe.unlink()
 
     @staticmethod
     def group(settings: Mapping) -> tuple:
@@ -146,7 +157,7 @@ class OutputFolder:
         awaited = [n for n in range(len(self.wanted)) if n not in self.paths]
         last = time.monotonic()
         while awaited:
-            places = {n: self._find(self.wanted[n]) for n in awaited}
+            places = self._find_all(awaited)
             found = {n: path for n, (path, there) in places.items() if there}
             self.paths |= found
             awaited = [n for n in awaited if n not in found]
@@ -162,32 +173,44 @@ class OutputFolder:
             if awaited:
                 time.sleep(every)
 
-    def _find(self, settings: Mapping) -> tuple[Path, bool]:
+    def _find_all(self, numbers: Sequence[int]) -> dict[int, tuple[Location, bool]]:
+        """:func:`_find` of each; of a bucket after one listing."""
+        if not isinstance(self.folder, RemotePath):
+            return {n: self._find(self.wanted[n], self.folder) for n in numbers}
+        listed = RemotePath(self.folder)
+        listed.names  # noqa: B018  # before the threads ask
+        with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
+            found = pool.map(lambda n: self._find(self.wanted[n], listed), numbers)
+            return dict(zip(numbers, found))
+
+    def _find(self, settings: Mapping, folder: Location) -> tuple[Location, bool]:
         """(where the image is or will be, whether it is there)."""
         name = f"{settings['index']:04d}_{slug(settings['prompt'])}_{settings['seed']}"
         if "frame" in settings:  # between two prompts of a walk
             name += f"_frame{settings['frame']:04d}"
         number = 1
         while True:
-            path = self.folder / (f"{name}.png" if number == 1 else f"{name}_{number}.png")
-            if not path.exists():
+            file = f"{name}.png" if number == 1 else f"{name}_{number}.png"
+            path, listed = folder / file, isinstance(folder, RemotePath)
+            there = file in folder.names if isinstance(folder, RemotePath) else path.exists()
+            if not there:
                 return path, False
-            if png_settings(path) == settings:
+            if png_settings(path, whole=not listed) == settings:
                 return path, True
             number += 1
 
-    def write(self, n: int, image: np.ndarray) -> Path:
+    def write(self, n: int, image: np.ndarray) -> Location:
         """Image n of those wanted, uint8 [h, w, 3]."""
         write_png(self.paths[n], image, self.wanted[n])
         return self.paths[n]
 
-    def write_grid(self) -> Path:
+    def write_grid(self) -> Location:
         """A sheet of the first GRID_LIMIT images with their prompts (of all shards)."""
         from PIL import Image
 
         images = []
         for n in range(min(len(self.wanted), GRID_LIMIT)):
-            with Image.open(self.paths[n]) as image:
+            with self.paths[n].open("rb") as file, Image.open(file) as image:
                 images.append(np.asarray(image.convert("RGB")))
         sheet = image_grid(images, [settings["prompt"] for settings in self.wanted[:GRID_LIMIT]])
         write_png(self.folder / GRID, sheet)

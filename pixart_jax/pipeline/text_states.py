@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +18,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.finite import check_tensor
+from pixart_jax.remote_path import local
 from pixart_jax.text import clean_caption, lower_caption
 from pixart_jax.weights.files import LazyTensor, SafetensorsFile, write_safetensors
 
@@ -59,7 +59,7 @@ class TextStates(dict[str, np.ndarray]):
     @classmethod
     def open(cls, path: str | os.PathLike) -> TextStates:
         """The states in a file of :func:`write`, read lazily. Raises UserError for other files."""
-        path, command = Path(path), "`python -m pixart_jax encode --prompts"
+        path, command = local(path), "`python -m pixart_jax encode --prompts"
         if path.is_dir():
             raise UserError(f"{path} is a folder: give the file that {command}` wrote")
         if not path.is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from pixart_jax.files import bundled
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import Pipeline, folder
 from pixart_jax.pipeline.lora_flags import LoraFlags
+from pixart_jax.remote_path import Location
 from pixart_jax.serving.engine import Engine
 from pixart_jax.serving.offer import MAX_COUNT, Offer
 from pixart_jax.serving.renderer import PipelineRenderer
@@ -28,12 +28,12 @@ from pixart_jax.weights.component import controlnet_of
 class EngineFlags:
     """The model, and what may be asked of it."""
 
-    model: Path = dataclasses.field(default_factory=lambda: bundled("assets") / "shapes")
+    model: Location = dataclasses.field(default_factory=lambda: bundled("assets") / "shapes")
     """A diffusers folder or hub id; by default the small model that is shipped."""
     variant: str | None = None
     """Of the weights' files, such as fp16."""
     loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
-    controlnet: Path | None = None
+    controlnet: Location | None = None
     """A ControlNet's folder, hub id or file, of this model."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: bfloat16 on accelerators."""

@@ -70,6 +70,7 @@ def open_loader(
         seed=stage_seed(config, index),
         rows=None if mesh is None else rows_of(batch_sharding(mesh), stage.batch_size),
         workers=stage.data.workers,
+        window=stage.data.shuffle_shards,
     )
 
 
@@ -248,7 +249,8 @@ def _records(
     expected = expected_identity(manifest.identity, manifest.made_from, folders)
     data = stage.data
     checked = expected, data.buckets, bad, data.condition
-    return EncodedSamples(folder, captions, data.max_text_tokens, *checked)
+    cache = data.cache_gb, data.shuffle_shards
+    return EncodedSamples(folder, captions, data.max_text_tokens, *checked, *cache)
 
 
 def rows_of(sharding: jax.sharding.NamedSharding, size: int) -> np.ndarray:

@@ -73,7 +73,7 @@ def _held_out(
     default = "test" if options.source is None else "train"
     data = dataclasses.replace(data, split=options.split or default, limit=None)
     if parse_source(data.source)[0] not in ("records", "pixart-features"):
-        data = dataclasses.replace(data, limit=options.count)
+        data = dataclasses.replace(data, limit=options.count, shuffle_shards=0)
     held_out = dataclasses.replace(stage, data=data, dreambooth=None)
     stages = (*config.stages[:index], held_out, *config.stages[index + 1 :])
     return open_loader(dataclasses.replace(config, stages=stages), index, frozen, encode, mesh)

@@ -24,6 +24,7 @@ import safetensors
 
 from pixart_jax.errors import Notice, UserError, one_line
 from pixart_jax.files import SAFETENSORS_DTYPES, atomic_write, safetensors_header
+from pixart_jax.remote_path import Location
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # weights files of a component folder, in order of preference
@@ -206,7 +207,7 @@ def open_tensors(path: str | os.PathLike) -> Tensors:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
     """The JSON object in a file of a model folder. UserError without one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ configuration and one set of weights, safetensors before .bin, and of the wanted
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import importlib
 import os
@@ -16,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pixart_jax.errors import UserError
-from pixart_jax.files import find
+from pixart_jax.files import find, stage
+from pixart_jax.remote_path import RemotePath, located
 from pixart_jax.weights.files import WeightSets, choose_set, weight_sets
 
 PARTS = ("transformer", "text_encoder", "vae")
@@ -41,7 +43,7 @@ def model_folder(
     variant: str | None = None,
 ) -> Path:
     """A model's local folder: ``model`` itself where it exists, else the shipped model of that name
-    (assets/…), else the hub's model of that id.
+    (assets/…), else the hub's model of that id; of a bucket's address the staged copy.
 
     An id may be followed by a part, as "PixArt-alpha/PixArt-XL-2-1024-MS/vae", or a file. Of an
     adapter's repository (weights/lora.py) its weights are taken. Downloads only
@@ -50,6 +52,9 @@ def model_folder(
     only ones there are. Raises UserError for an unknown id or revision, a gated model, and where
     there is neither network nor a cached copy.
     """
+    address = located(model)
+    if isinstance(address, RemotePath):
+        return _staged(address, tuple(parts), variant)
     path = find(model)
     match = _ID.fullmatch(str(model))
     if path.exists() or match is None:
@@ -72,6 +77,14 @@ def model_folder(
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
     _remove_partial_files(Path(folder).parents[1])
     return Path(folder, part or "")
+
+
+@functools.cache
+def _staged(address: RemotePath, parts: Sequence[str], variant: str | None) -> Path:
+    """Once a process: all of a run opens one version."""
+    if not address.names:  # a file
+        return stage(str(address))
+    return stage(str(address), set(wanted(address.names, parts, variant)).__contains__)
 
 
 def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = None) -> list[str]:

@@ -205,7 +205,7 @@ def test_a_tar_that_shrinks_while_it_is_read_is_named(tmp_path):
     [
         ("nowhere.tar", "no such tar"),
         ("{3..1}.tar", "runs backwards"),
-        ("https://x/{0..9}.tar", "copy them to one first"),
+        ("https://x/{0..9}.tar", "begin with gs:// or s3://"),
         ("a.tar.gz", "cannot be read at random"),
         ("{0..2}.tar", "no such tar"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 import re
 
 from pixart_jax.data import records
@@ -20,6 +19,8 @@ from pixart_jax.data.sources.sample import Sample, Source
 from pixart_jax.data.sources.tfds import TfdsSource
 from pixart_jax.data.sources.webdataset import WebdatasetSource
 from pixart_jax.errors import UserError, nearest
+from pixart_jax.files import is_remote
+from pixart_jax.remote_path import located
 
 __all__ = ["Mixture", "Sample", "Source", "open_source", "parse_mixture", "parse_source"]
 
@@ -49,8 +50,10 @@ def parse_source(source: str) -> tuple[str, str]:
     """
     kind, colon, rest = source.partition(":")
     if colon and kind in _KINDS and rest:
+        if kind in ("pixart", "pixart-features") and is_remote(rest):
+            raise UserError(f"{source}: this layout is read from a disk: copy it to one")
         return kind, rest
-    path = pathlib.Path(source)
+    path = located(source)
     if path.is_dir():
 
         def holds(*patterns: str) -> bool:
@@ -71,7 +74,9 @@ def parse_source(source: str) -> tuple[str, str]:
     if source.endswith(".tar") and (path.is_file() or re.search(r"[{*?\[]", source)):
         return "webdataset", source
     reason = "no such folder or tar"
-    if colon and kind not in _KINDS and "/" not in kind and os.sep not in kind:
+    if is_remote(source):
+        reason = "nothing lies there"
+    elif colon and kind not in _KINDS and "/" not in kind and os.sep not in kind:
         reason = f"no kind is called {kind!r}{nearest(kind, _KINDS)}"
     raise UserError(f"unknown source {source!r}: {reason}; what can be opened: {_FORMS}")
 
@@ -115,7 +120,7 @@ def _open(
         raise UserError(f"{source} has no split {split!r}: only tfds sets have splits")
     if kind == "folder":
         folder, mark, options = rest.partition("?captions=")
-        if not mark and "?" in rest and not pathlib.Path(rest).exists():
+        if not mark and "?" in rest and not located(rest).exists():
             raise UserError(f"folder:{rest}: the one option is ?captions=FILE, or FILE,FILE")
         tables = [file for file in options.split(",") if file]
         return FolderSource(folder, choice, tables)

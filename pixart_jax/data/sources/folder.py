@@ -6,9 +6,9 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import posixpath
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
@@ -19,7 +19,8 @@ from pixart_jax.data import images
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource
-from pixart_jax.errors import UserError
+from pixart_jax.errors import Notice, UserError
+from pixart_jax.remote_path import REQUESTS, Location, RemotePath, located
 
 _TABLES = re.compile(r"captions|metadata|captions_\w+|meta_\w+")  # COCO's, kohya's
 _LOOKED_AT = 500  # .json files that are read to find the kinds of captions
@@ -48,9 +49,13 @@ class FolderSource(IndexedSource):
     """
 
     def __init__(self, root: str, choice: Choice, given: Sequence[str] = ()):
-        self._root = pathlib.Path(root)
+        self._root = located(root)
         if not self._root.is_dir():
             raise UserError(f"folder {str(root)!r}: no such folder")
+        if isinstance(self._root, RemotePath):
+            self.requests = REQUESTS
+            message = f"{root}: one request a picture; `encode` makes shards, read in few of them"
+            warnings.warn(message, Notice, stacklevel=3)
         self.faults = choice.faults
         self.name = f"folder:{self._root.resolve().name}"
         seal = hashlib.sha256()
@@ -77,11 +82,11 @@ class FolderSource(IndexedSource):
         self.num_classes = max(labels, default=-1) + 1 or None
         self._choose(len(pictures), ["folder", seal.hexdigest()], choice)
 
-    def _scan(self, seal) -> tuple[dict[str, str], list[str], list[pathlib.Path]]:
+    def _scan(self, seal) -> tuple[dict[str, str], list[str], list[Location]]:
         """(key → suffix of the images, side files, tables); paths from the root, with '/'."""
         pictures: dict[str, str] = {}
-        beside, found = list[str](), list[pathlib.Path]()
-        for path in _files_below(str(self._root)):
+        beside, found = list[str](), list[Location]()
+        for path in _files_below(self._root):
             stem, suffix = posixpath.splitext(path)
             kind = suffix.lower().removeprefix(".")
             is_table = f".{kind}" in tables.SUFFIXES and _TABLES.fullmatch(
@@ -91,7 +96,7 @@ class FolderSource(IndexedSource):
                 self.faults.add_unread(path)
                 continue
             try:
-                status = os.stat(self._root / path)
+                status = self._file(path).stat()
                 path.encode("utf-8")
             except OSError as error:
                 self.faults.add(path, "unreadable file", str(error))
@@ -101,7 +106,7 @@ class FolderSource(IndexedSource):
                 self.faults.add(shown, "unusable file name", "not UTF-8")
                 continue
             if is_table:
-                found.append(self._root / path)
+                found.append(self._file(path))
                 continue
             if kind in texts.TEXTS and status.st_size > texts.LONGEST:
                 detail = f"{status.st_size:,} bytes, at most {texts.LONGEST:,} are taken"
@@ -114,6 +119,11 @@ class FolderSource(IndexedSource):
                 self.faults.add(path, "key twice", detail)
             seal.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return pictures, beside, found
+
+    def _file(self, path: str) -> Location:
+        """A file by its path from the root, of a bucket as it was listed."""
+        root = self._root
+        return root.listed(path) if isinstance(root, RemotePath) else root / path
 
     def _attach(self, beside: list[str], pictures: dict[str, str]) -> dict[str, list[str]]:
         """Key → suffixes of its side files, without the first dot."""
@@ -141,14 +151,14 @@ class FolderSource(IndexedSource):
             kinds += texts.captions_of(side, "", quiet)
         return kinds
 
-    def _given(self, table: str) -> pathlib.Path:
-        for path in (self._root / table, pathlib.Path(table)):
+    def _given(self, table: str) -> Location:
+        for path in (self._root / table, located(table)):
             if path.is_file():
                 return path
         raise UserError(f"{self.name}: no caption file {table!r}, neither in the folder nor here")
 
     def _add_rows(
-        self, table: pathlib.Path, pictures: dict[str, str], merged: dict[str, tuple[dict, dict]]
+        self, table: Location, pictures: dict[str, str], merged: dict[str, tuple[dict, dict]]
     ) -> None:
         here = posixpath.normpath(os.path.relpath(table.parent, self._root).replace(os.sep, "/"))
         nameless: list[str] = []
@@ -203,13 +213,13 @@ class FolderSource(IndexedSource):
         return None
 
     def _open(self, place: int) -> BinaryIO:
-        return open(self._root / (self._key(place) + self._table["suffix"][place].as_py()), "rb")
+        return self._file(self._key(place) + self._table["suffix"][place].as_py()).open("rb")
 
     def _readers(self, key: str, suffixes: Sequence[str]) -> dict[str, Callable[[int], bytes]]:
         """Suffix → a function that reads so many bytes of the file."""
 
         def read(suffix: str, limit: int) -> bytes:
-            with open(self._root / f"{key}.{suffix}", "rb") as file:
+            with self._file(f"{key}.{suffix}").open("rb") as file:
                 return file.read(limit)
 
         return {suffix: functools.partial(read, suffix) for suffix in suffixes}
@@ -223,14 +233,19 @@ class FolderSource(IndexedSource):
         return Facts(label, {**side, **others}, lambda: texts.merged(said, beside()))
 
 
-def _files_below(root: str) -> list[str]:
+def _files_below(root: Location) -> list[str]:
     """Paths of all files with '/', sorted by folder, but hidden ones; links are followed once."""
+    if isinstance(root, RemotePath):
+        return sorted(
+            (name for name in root.names if not re.search(r"(^|/)\.", name)),
+            key=lambda path: path.split("/"),
+        )
 
     def refuse(error: OSError):
         raise UserError(f"folder {error.filename!r} cannot be read: {error.strerror}")
 
     found = []
-    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
+    for folder, below, files in os.walk(str(root), onerror=refuse, followlinks=True):
         here = os.path.realpath(folder) + os.sep
         real = {name: os.path.realpath(os.path.join(folder, name)) + os.sep for name in below}
         below[:] = [n for n in below if n[0] != "." and not here.startswith(real[n])]

@@ -67,6 +67,7 @@ class IndexedSource(abc.ABC):
     faults: BadRecords
     caption_kinds: tuple[str, ...]
     num_classes: int | None
+    requests = 0  # in flight at a time, where images come from a bucket
     same_fields = False  # whether all records have the same fields
     _table: pa.Table  # a row a record, with a column 'key'; where a subclass keeps its records so
 
@@ -179,7 +180,8 @@ class IndexedSource(abc.ABC):
             except images.UnreadableImage:  # the reader of the sample reports it
                 return 0, 0
 
-        found = in_threads(read, range(len(self)), f"sizes of {self.name}")
+        what, threads = f"sizes of {self.name}", max(READERS, self.requests)
+        found = in_threads(read, range(len(self)), what, threads=threads)
         return np.array(list(found), np.int32).reshape(-1, 2)
 
     def _size(self, place: int) -> tuple[int, int]:

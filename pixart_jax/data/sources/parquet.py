@@ -7,7 +7,6 @@ import functools
 import hashlib
 import io
 import itertools
-import pathlib
 import threading
 from typing import Any, BinaryIO
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource
 from pixart_jax.errors import UserError
+from pixart_jax.remote_path import Location, located
 from pixart_jax.tables import open_parquet
 
 
@@ -30,7 +30,7 @@ def image_column(schema: pa.Schema) -> str | None:
     return None
 
 
-def files_with_images(folder: pathlib.Path) -> list[pathlib.Path]:
+def files_with_images(folder: Location) -> list[Location]:
     """The Parquet files below a folder that embed images."""
     found = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
     return [path for path in found if image_column(open_parquet(path).schema_arrow)]
@@ -44,7 +44,7 @@ class ParquetSource(IndexedSource):
     """
 
     def __init__(self, what: str, choice: Choice):
-        path = pathlib.Path(what)
+        path = located(what)
         if path.is_dir():
             files = files_with_images(path)
         else:

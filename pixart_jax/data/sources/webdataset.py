@@ -25,6 +25,7 @@ from pixart_jax.data.sources import texts
 from pixart_jax.data.sources.indexed import Choice, Facts, IndexedSource, in_threads
 from pixart_jax.errors import UserError
 from pixart_jax.files import atomic_write, cache_folder
+from pixart_jax.remote_path import REQUESTS, Location, RemotePath, located
 
 _FORMAT = 5  # of the cached index
 _LOOKED_AT = 200  # .json members of a tar that are read to find the kinds of captions
@@ -51,8 +52,9 @@ class WebdatasetSource(IndexedSource):
 
     def __init__(self, pattern: str, choice: Choice):
         self.faults = choice.faults
-        inside = pathlib.Path(pattern)
+        inside = located(pattern)
         self.name = f"webdataset:{inside.resolve().name if inside.is_dir() else inside.name}"
+        self.requests = REQUESTS if isinstance(inside, RemotePath) else 0
         self._tars, tables, kinds = self._indexed(tars_of(pattern, self.faults))
         empty = _SCHEMA.empty_table().append_column("tar", pa.array([], pa.int32()))
         self._table = pa.concat_tables([empty, *tables]).combine_chunks()
@@ -64,12 +66,12 @@ class WebdatasetSource(IndexedSource):
         self._choose(len(self._table), ["webdataset", state], choice)
 
     def _indexed(
-        self, tars: list[pathlib.Path]
-    ) -> tuple[list[pathlib.Path], list[pa.Table], dict[str, None]]:
+        self, tars: list[Location]
+    ) -> tuple[list[Location], list[pa.Table], dict[str, None]]:
         """(tars, their indices with the tar's number, caption kinds) of the readable tars."""
-        readable, tables, kinds = list[pathlib.Path](), list[pa.Table](), dict[str, None]()
+        readable, tables, kinds = list[Location](), list[pa.Table](), dict[str, None]()
 
-        def read(tar: pathlib.Path):
+        def read(tar: Location):
             try:
                 return index(tar)
             except OSError as error:
@@ -120,8 +122,10 @@ class WebdatasetSource(IndexedSource):
         return Facts(label if label >= 0 else texts.label_of(side), side, captions)
 
 
-def _member(tar: pathlib.Path, offset: int, size: int) -> Any:
+def _member(tar: Location, offset: int, size: int) -> Any:
     """``size`` bytes at ``offset`` of a tar. Raises UserError if it is gone or cut."""
+    if isinstance(tar, RemotePath):
+        return tar.open("rb", start=offset, stop=offset + size)
     try:
         file = open(tar, "rb")
     except OSError as error:
@@ -141,7 +145,7 @@ Index = tuple[pa.Table, list[str], list[BadRecord], dict[str, int]]
 """(table of samples, caption kinds, bad records, unread members by suffix) of a tar."""
 
 
-def index(path: pathlib.Path) -> Index:
+def index(path: Location) -> Index:
     """The index of a tar, cached by path, size and time. Raises OSError if it cannot be read."""
     status = path.stat()
     identity = repr((_FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns))
@@ -159,12 +163,15 @@ def index(path: pathlib.Path) -> Index:
     return table, kinds, faults, unread
 
 
-def whole_members(path: pathlib.Path, faults: BadRecords) -> Iterator[tarfile.TarInfo]:
+def whole_members(path: Location, faults: BadRecords) -> Iterator[tarfile.TarInfo]:
     """The complete members of an uncompressed tar. Where it is cut or damaged, which tarfile passes
     over without a word, that is named once, with the place."""
     end, place = path.stat().st_size, path.name
     try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="replace") as tar:
+        with (
+            path.open("rb", 1 << 20 if isinstance(path, RemotePath) else -1) as whole,
+            tarfile.open(fileobj=whole, mode="r:", encoding="utf-8", errors="replace") as tar,
+        ):
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all
                 if member.isreg() and member.offset_data + member.size > end:
@@ -174,10 +181,8 @@ def whole_members(path: pathlib.Path, faults: BadRecords) -> Iterator[tarfile.Ta
                     )
                     return
                 yield member
-            at = tar.offset
-        with open(path, "rb") as file:
-            file.seek(at)
-            block = file.read(tarfile.BLOCKSIZE)
+            whole.seek(at := tar.offset)
+            block = whole.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, ValueError) as error:
         faults.add(place, "cut file", f"not an uncompressed tar, or damaged: {error}")
         return
@@ -190,7 +195,7 @@ def whole_members(path: pathlib.Path, faults: BadRecords) -> Iterator[tarfile.Ta
         faults.add(place, "cut file", detail)
 
 
-def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int, int]]:
+def _members(path: Location, faults: BadRecords) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each whole file of a tar, and of each link to one before."""
     files: dict[str, tuple[int, int]] = {}
     for member in whole_members(path, faults):
@@ -211,7 +216,7 @@ def _members(path: pathlib.Path, faults: BadRecords) -> Iterator[tuple[str, int,
         yield name, *files[name]
 
 
-def _read(path: pathlib.Path) -> Index:
+def _read(path: Location) -> Index:
     """One pass over the headers; of the data only labels and the first JSON texts are read."""
     faults = BadRecords()
     groups: dict[str, dict[str, tuple[int, int]]] = {}  # name up to the first dot → suffix → place
@@ -280,7 +285,7 @@ def _samples(
 
 
 def _labels_and_kinds(
-    path: pathlib.Path, samples: dict[str, dict[str, tuple[int, int]]], faults: BadRecords
+    path: Location, samples: dict[str, dict[str, tuple[int, int]]], faults: BadRecords
 ) -> tuple[dict[str, int], list[str]]:
     labels: dict[str, int] = {}
     kinds: dict[str, None] = {}
@@ -305,14 +310,14 @@ def _labels_and_kinds(
     return labels, list(kinds)
 
 
-def tars_of(pattern: str, faults: BadRecords) -> list[pathlib.Path]:
+def tars_of(pattern: str, faults: BadRecords) -> list[Location]:
     """The tars of a pattern, in its order; missing ones of a range are named in ``faults``."""
-    if re.match(r"[a-z0-9]+://|pipe:", pattern):
+    if pattern.startswith("pipe:"):
         raise UserError(
-            f"webdataset:{pattern}: tars are read at random, from a disk; copy them to one first"
+            f"webdataset:{pattern}: tars are read at random: name files, of a disk or a bucket"
         )
-    if pathlib.Path(pattern).is_dir():
-        files = sorted(path for path in pathlib.Path(pattern).iterdir() if path.is_file())
+    if (folder := located(pattern)).is_dir():
+        files = sorted(path for path in folder.glob("*") if path.is_file())
         found = [path for path in files if path.suffix.lower() == ".tar"]
         if not found:
             raise UserError(f"webdataset:{pattern}: the folder holds no .tar")
@@ -322,18 +327,26 @@ def tars_of(pattern: str, faults: BadRecords) -> list[pathlib.Path]:
             elif path not in found and path.name[0] != ".":
                 faults.add_unread(path.name)
         return found
-    found = []
+    named = list[Location]()
     for name in _braces(pattern):
         if re.search(r"\.(tgz|tar\.\w+)$", name):
             raise UserError(
                 f"webdataset:{name}: a compressed tar cannot be read at random: unpack it to .tar"
             )
-        wild = any(c in name for c in "*?[") and not os.path.exists(name)
-        for path in map(pathlib.Path, sorted(glob.glob(name)) if wild else [name]):
-            if path.is_file():
-                found.append(path)
-            else:
-                faults.add(str(path), "missing file")
+        path = located(name)
+        if not any(c in name for c in "*?[") or path.exists():
+            named.append(path)
+        elif isinstance(path, RemotePath):
+            named += path.parent.glob(path.name)
+        else:
+            named += map(pathlib.Path, sorted(glob.glob(name)))
+    found = []
+    there = in_threads(lambda path: path.is_file(), named, f"looking for {pattern}", "tars")
+    for path, is_file in zip(named, there):
+        if is_file:
+            found.append(path)
+        else:
+            faults.add(str(path), "missing file")
     if not found:
         raise UserError(f"webdataset:{pattern}: no such tar")
     return found
