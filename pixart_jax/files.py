@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -105,8 +106,16 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **options) -> Iterat
     of a new file; after an exception ``path`` is as it was. options: of ``open`` (encoding …).
 
     The half-written file is a hidden sibling, locked while its process lives. The first write into
-    a folder removes those that killed processes left there.
+    a folder removes those that killed processes left there. A bucket's object is written at the
+    end.
     """
+    if is_remote(path):
+        raw = io.BytesIO()
+        file: Any = raw if "b" in mode else io.TextIOWrapper(raw, **options)
+        yield file
+        file.flush()
+        put(path, raw.getvalue())
+        return
     path = Path(path)
     _remove_unlocked(path.parent)
     linked = 0
@@ -293,9 +302,11 @@ def upload(path: str | os.PathLike, address: str, last: str | None = None) -> No
     object_store.upload([pair for pair in pairs if pair[0] == path / (last or "")])
 
 
-def stage(address: Address, wanted: Callable[[str], bool] | None = None) -> Path:
+def stage(
+    address: Address, wanted: Callable[[str], bool] | None = None, quiet: bool = False
+) -> Path:
     """The local copy of an object, or a folder with all objects below an address, of which
-    ``wanted`` takes some by their relative names; a local path as it is.
+    ``wanted`` takes some by their relative names; a local path as it is. quiet: without a bar.
 
     Copies lie under cache_folder()/staged, one for each version, with mtimes that are the same on
     each machine. Processes of a machine wait for the one that fetches. UserError where the address
@@ -314,12 +325,13 @@ def stage(address: Address, wanted: Callable[[str], bool] | None = None) -> Path
     if not named:
         raise UserError(f"{address}: no such object, and none below it")
     text = repr((address, [(name, *entry[1:]) for name, entry in named]))
-    folder = cache_folder() / "staged" / f"{hash64(text):016x}"
+    place = cache_folder() / "staged" / f"{hash64(text):016x}"
+    folder = place / address.rpartition("/")[2] if root == address else place
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock"):
+    with locked(place / ".lock"):
         paths = [(entry, folder / name) for name, entry in named]
         if missing := [(entry, path) for entry, path in paths if not path.exists()]:
-            object_store.download(address, missing)
+            object_store.download("" if quiet else address, missing)
     return folder if root == address else folder / named[0][0]
 
 

@@ -171,7 +171,7 @@ def _upload(path: Path, address: str) -> None:
 
 def download(title: str, wanted: list[tuple[Entry, Path]]) -> None:
     """Fetch each object in the listed version to its path, in pieces, several at once. A path
-    holds a whole object or none."""
+    holds a whole object or none. title: of a bar; "" for none."""
     from tqdm import tqdm
 
     size = sum(entry.size for entry, _ in wanted)
@@ -183,7 +183,7 @@ def download(title: str, wanted: list[tuple[Entry, Path]]) -> None:
             file.truncate(entry.size)
             files.append(file)
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
-        how = {"unit": "B", "unit_scale": True, "disable": size <= PIECE}
+        how = {"unit": "B", "unit_scale": True, "disable": size <= PIECE or not title}
         bar = stack.enter_context(tqdm(total=size, desc=title, **how))
 
         def fetch(number: int, start: int) -> None:
