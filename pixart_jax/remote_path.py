@@ -111,6 +111,8 @@ Location = Path | RemotePath
 def located(path: str | os.PathLike) -> Location:
     """An address as a RemotePath, anything else as a Path. UserError for a scheme other than gs://
     and s3://."""
+    if isinstance(path, RemotePath):
+        return path
     text = _SHORT.sub(r"\1://", os.fspath(path))
     return RemotePath(text) if files.is_remote(text) else Path(path)
 

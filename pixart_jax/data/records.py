@@ -198,8 +198,8 @@ def _brief(value: str | None) -> str:
 
 def sizes(folder: Location) -> dict[str, int]:
     """Bytes of each shard's file."""
-    found = located(folder).glob("*.array_record")  # listed anew
-    return {path.name: path.stat().st_size for path in found}
+    folder = type(folder)(folder)  # listed anew
+    return {path.name: path.stat().st_size for path in folder.glob("*.array_record")}
 
 
 def quick_check(folder: Location, shard: Shard, found: Mapping[str, int]) -> str | None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.files import cache_folder, folder_fingerprint, write_json
+from pixart_jax.files import cache_folder, folder_fingerprint, is_remote, write_json
 from pixart_jax.models.configs import TransformerConfig, VAEConfig
 from pixart_jax.pipeline import sampling_config, text_states
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_choice
@@ -207,6 +207,8 @@ def weights_cache(name: str) -> Path | None:
     """The folder of converted weights by flag: 'auto' ($PIXART_JAX_CACHE), 'none' or a path."""
     if name == "none":
         return None
+    if is_remote(name):
+        raise UserError(f"weights cache {name}: a local path is needed")
     return cache_folder() / "weights" if name == "auto" else Path(name)
 
 

@@ -191,11 +191,12 @@ class OutputFolder:
         number = 1
         while True:
             file = f"{name}.png" if number == 1 else f"{name}_{number}.png"
-            path, listed = folder / file, isinstance(folder, RemotePath)
-            there = file in folder.names if isinstance(folder, RemotePath) else path.exists()
-            if not there:
+            path, whole = folder / file, True
+            if isinstance(folder, RemotePath) and file in folder.names:
+                path, whole = folder.listed(file), False
+            elif isinstance(folder, RemotePath) or not path.exists():
                 return path, False
-            if png_settings(path, whole=not listed) == settings:
+            if png_settings(path, whole) == settings:
                 return path, True
             number += 1
 

@@ -84,7 +84,9 @@ def _staged(address: RemotePath, parts: Sequence[str], variant: str | None) -> P
     """Once a process: all of a run opens one version."""
     if not address.names:  # a file
         return stage(str(address))
-    return stage(str(address), set(wanted(address.names, parts, variant)).__contains__)
+    configs = (name for name in address.names if name.endswith("config.json"))
+    chosen = {*configs, *wanted(address.names, parts, variant)}
+    return stage(str(address), chosen.__contains__)
 
 
 def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = None) -> list[str]:
