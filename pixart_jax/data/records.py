@@ -90,7 +90,7 @@ class Shard:
 def sha256(path: Location) -> str:
     """Checksum of a whole file, in hex."""
     with path.open("rb", 1 << 25 if isinstance(path, RemotePath) else -1) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
