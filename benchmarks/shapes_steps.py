@@ -1,5 +1,6 @@
 """Quality over evaluations of the model: the shipped teacher by every solver, and its students, by
-the exact checker on the same scenes and noise.
+the exact checker on the same scenes and noise; and variety, the standard deviation of a pixel (of
+255) over the seeds of a prompt, which tells samples from their mean.
 
     python benchmarks/shapes_steps.py --out runs/steps --student LCM=runs/shapes_lcm/model \\
         --student TDM=runs/shapes_tdm/model --student LCM-LoRA=assets/shapes:runs/lora/adapter
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -23,6 +26,7 @@ from benchmarks.speed.table import flag_parser, table, tell  # noqa: E402
 from pixart_jax import Pipeline, plots  # noqa: E402
 from pixart_jax.diffusion import solvers  # noqa: E402
 from pixart_jax.evaluation.command import ShapesOptions, evaluate_shapes  # noqa: E402
+from pixart_jax.evaluation.tasks import eval_prompts  # noqa: E402
 from pixart_jax.files import write_json, write_text  # noqa: E402
 from pixart_jax.pipeline.sampling_config import STEPS, SamplingConfig  # noqa: E402
 
@@ -91,8 +95,17 @@ def score(point: Point, options) -> dict:
     found = evaluate_shapes(how, pipe)
     seconds = (time.perf_counter() - begun) / len(found.verdicts)
     tasks = {name: [t.score, t.low, t.high] for name, t in found.tasks.items()}
-    write_json(file, {"tasks": tasks, "seconds an image": seconds})
+    spread = variety(pipe, sampling, options.level)
+    write_json(file, {"tasks": tasks, "seconds an image": seconds, "variety": spread})
     return json.loads(file.read_text())
+
+
+def variety(pipe: Pipeline, sampling: SamplingConfig, level: str, seeds: int = 8) -> float:
+    """Mean standard deviation of a pixel over the seeds of a prompt; 32 prompts of two objects."""
+    prompts = [one.caption for one in eval_prompts(level, 32, sets=("pair",))][:32]
+    made = pipe.generate(prompts, sampling, num_images_per_prompt=seeds, batch_size=32)
+    images = np.concatenate([batch for _, batch in made]).astype(np.float32)
+    return float(images.reshape(len(prompts), seeds, -1).std(axis=1).mean())
 
 
 def main() -> None:
@@ -107,17 +120,18 @@ def main() -> None:
     options = parser.parse_args()
     rows, curves = [], {}
     for point in points(options):
-        found = score(point, options)["tasks"]
+        scored = score(point, options)
+        found = scored["tasks"]
         cells = [f"{found[name][0]:.3f}" if name in found else "" for name in TASKS]
         how = f"{point.solver} {point.steps}", f"{point.guidance:g}", str(point.evaluations)
-        rows.append([point.curve, *how, *cells])
+        rows.append([point.curve, *how, *cells, f"{scored['variety']:.1f}"])
         if "binding" in found:
             curve = curves.setdefault(point.curve, ([], []))
             curve[0].append(point.evaluations)
             curve[1].append(found["binding"][0])
         write_text(
             options.out / f"{options.level}.md",
-            table(["model", "sampler", "guidance", "evaluations", *TASKS], rows),
+            table(["model", "sampler", "guidance", "evaluations", *TASKS, "variety"], rows),
         )
     plots.curves(
         options.out / f"{options.level}.png",
