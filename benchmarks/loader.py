@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import resource
 import shutil
@@ -225,6 +226,7 @@ def compare_bucket(folder: Path, cache: Path, flags) -> dict:
 
     from pixart_jax import files
 
+    logging.getLogger("werkzeug").setLevel("ERROR")  # a line a request
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
