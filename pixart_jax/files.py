@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -266,13 +267,13 @@ def create(address: str, data: bytes) -> str:
     Of buckets only, as ``replace``. data must differ from what any other would write, say by a
     random token: a repeated request that finds the very same data takes it for its own.
     """
-    return object_store.create(address, data)
+    return object_store.write_if(address, data, "")
 
 
 def replace(address: str, data: bytes, version: str) -> str:
     """Write over an object that still has ``version``; returns the new one, raises Conflict. data:
     see :func:`create`."""
-    return object_store.replace(address, data, version)
+    return object_store.write_if(address, data, version)
 
 
 def delete(address: Address) -> None:
@@ -286,7 +287,20 @@ def delete(address: Address) -> None:
 def check_writable(folder: str) -> None:
     """UserError where objects of a bucket cannot be created, read and deleted, or where its store
     ignores conditional writes. Call it before long work."""
-    object_store.probe(folder)
+    key, data = join(folder, f".probe-{secrets.token_hex(8)}"), secrets.token_bytes(16)
+    create(key, data)
+    try:
+        create(key, data[::-1] + b".")
+    except Conflict:
+        if read_bytes(key) != data:
+            raise UserError(f"{folder}: what is written there is not read back") from None
+    else:
+        raise UserError(
+            f"{folder}: this store ignores conditional writes (If-None-Match), so no run in it can "
+            "be kept from a second writer; name a bucket of another store"
+        )
+    finally:
+        delete(key)
 
 
 def upload(path: str | os.PathLike, address: str, last: str | None = None) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import os
 import random
-import secrets
 import threading
 import time
 import warnings
@@ -89,13 +88,12 @@ def stat(address: str) -> Stat:
 def list_files(prefix: str) -> list[Entry]:
     """See files.list_files."""
     client, bucket, key = _locate(prefix)
-    folder = key.rstrip("/") + "/" if key.strip("/") else ""
+    folder, root = (key.rstrip("/") + "/").lstrip("/"), prefix.split("://")[0] + f"://{bucket}/"
     found: list[Entry] = []
     token: str | None = None
     while True:
         page = functools.partial(client.page, bucket, folder, token)
         entries, token = _retried(prefix, "list", page)
-        root = prefix.split("://")[0] + f"://{bucket}/"
         # consoles mark a folder by an empty object of its name
         found += [Entry(root + n, s, v) for n, s, v in entries if not n.endswith("/")]
         if not token:
@@ -108,17 +106,8 @@ def put(address: str, data: bytes) -> str:
     return _retried(address, "write", lambda: client.write(*key, data, None))
 
 
-def create(address: str, data: bytes) -> str:
-    """See files.create."""
-    return _conditional(address, data, "")
-
-
-def replace(address: str, data: bytes, version: str) -> str:
-    """See files.replace."""
-    return _conditional(address, data, version)
-
-
-def _conditional(address: str, data: bytes, version: str) -> str:
+def write_if(address: str, data: bytes, version: str) -> str:
+    """See files.replace; version "": files.create."""
     client, *key = _locate(address)
     try:
         return _retried(address, "write", lambda: client.write(*key, data, version))
@@ -137,22 +126,6 @@ def delete(address: str) -> None:
     client, *key = _locate(address)
     with contextlib.suppress(FileNotFoundError):
         _retried(address, "delete", lambda: client.delete(*key))
-
-
-def probe(prefix: str) -> None:
-    """See files.check_writable."""
-    key, data = f"{prefix.rstrip('/')}/.probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
-    create(key, data)
-    with contextlib.suppress(Conflict):
-        create(key, data[::-1] + b"2")
-        delete(key)
-        raise UserError(
-            f"{prefix}: this store ignores conditional writes (If-None-Match), so no run in it can "
-            "be kept from a second writer; name a bucket of another store"
-        )
-    if read(key, None, None, None) != data:
-        raise UserError(f"{prefix}: what is written there is not read back")
-    delete(key)
 
 
 def upload(pairs: Iterable[tuple[Path, str]]) -> None:
@@ -233,7 +206,7 @@ def _retried(address: str, verb: str, attempt: Callable[[], _T]) -> _T:
 def _raise_if_final(address: str, verb: str, error: Exception) -> None:
     """Raise in its final form an error that a repetition would not mend."""
     scheme, bucket = address.split("://")[0], address.split("/")[2]
-    kind, text = type(error).__name__, str(error)
+    kind = type(error).__name__
     response = getattr(error, "response", None)
     code = ""
     if isinstance(response, dict):  # botocore's
@@ -247,7 +220,7 @@ def _raise_if_final(address: str, verb: str, error: Exception) -> None:
             f"{address}: no valid credentials ({one_line(error)}); {_LOGIN[scheme]}"
         ) from None
     if status == 404:
-        if verb in ("write", "list") or code == "NoSuchBucket" or "bucket does not" in text:
+        if code != "NoSuchUpload" and (verb in ("write", "list") or code == "NoSuchBucket"):
             raise UserError(f"{address}: there is no bucket {bucket}") from None
         raise FileNotFoundError(2, "no such object", address) from None
     if status == 412:
@@ -369,7 +342,11 @@ class _S3:
             with ThreadPoolExecutor(THREADS) as pool:
                 parts = list(pool.map(part, range(-(-size // piece))))
             how = {**where, "UploadId": upload, "MultipartUpload": {"Parts": parts}}
-            retried(lambda: self._s3.complete_multipart_upload(**how))
+            try:
+                retried(lambda: self._s3.complete_multipart_upload(**how))
+            except FileNotFoundError:  # complete already, if the answer to an attempt was lost
+                if retried(lambda: self.stat(bucket, key)).size != size:
+                    raise
         except BaseException:
             with contextlib.suppress(Exception):  # parts that stay cost money
                 self._s3.abort_multipart_upload(**where, UploadId=upload)

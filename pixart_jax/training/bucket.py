@@ -38,7 +38,9 @@ class Bucket:
         self.address, self.folder = address, folder
         self._first = jax.process_index() == 0
         self._lock = RunLock(address)
+        # as they were when they were copied, and the versions of the copies
         self._copied: dict[Path, tuple[int, int]] = {}
+        self._versions: dict[Path, str] = {}
         self._copying, self._closed = threading.Lock(), threading.Event()
 
     def __enter__(self) -> Bucket:
@@ -83,15 +85,24 @@ class Bucket:
 
     def copy(self) -> None:
         """Copy to the bucket what has changed here."""
-        with self._copying:
-            changed = {}
-            for path in self._files():
-                found = path.stat()
-                key = (found.st_mtime_ns, found.st_size)
-                if self._copied.get(path) != key:
-                    changed[path] = key
-            object_store.upload((path, self._address(path)) for path in changed)
-            self._copied |= changed
+        with self._copying, ThreadPoolExecutor(object_store.THREADS) as pool:
+            changed = [path for path in self._files() if self._copied.get(path) != _state(path)]
+            list(pool.map(self._copy, changed))
+
+    def _copy(self, path: Path) -> None:
+        address, state = self._address(path), _state(path)
+        if path.stat().st_size > object_store.PIECE:
+            files.upload(path, address)
+        else:
+            data, version = path.read_bytes(), self._versions.get(path)
+            try:
+                write = files.replace if version else files.create
+                self._versions[path] = write(address, data, *([version] if version else []))
+            except files.Conflict:
+                # written by a process that has lost the lock; or it is this one that has
+                self._lock.renew()
+                self._versions[path] = object_store.put(address, data)
+        self._copied[path] = state
 
     def share(self, name: str) -> None:
         """Give all processes the folder that the first one has made. All call it."""
@@ -128,8 +139,8 @@ class Bucket:
             for path in self._files():
                 path.unlink()
         object_store.download(f"{self.address}/{below}", wanted)
-        for _, path in wanted:
-            self._copied[path] = (path.stat().st_mtime_ns, path.stat().st_size)
+        for entry, path in wanted:
+            self._copied[path], self._versions[path] = _state(path), entry.version
 
     def _discard_checkpoints(self) -> None:
         """Delete the checkpoints that have no mark, and those that a process marked after it had
@@ -176,6 +187,11 @@ class Bucket:
         except Exception as error:
             message = f"the logs could not be copied to {self.address} ({one_line(error)})"
             warnings.warn(message, Notice, stacklevel=2)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 TESTED = ("0.12.8",)  # versions of Orbax whose three private functions below are replaced for s3://

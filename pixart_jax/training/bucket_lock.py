@@ -92,6 +92,10 @@ class RunLock:
         the lock was lost."""
         self._write(committed=sorted(steps))
 
+    def renew(self) -> None:
+        """Write the lock anew. Unavailable where it was lost."""
+        self._write()
+
     def check(self) -> None:
         """Unavailable where the lock was lost."""
         if self._lost:
@@ -126,7 +130,7 @@ class RunLock:
     def _renew(self) -> None:
         while not self._released.wait(LEASE_SECONDS / 4):
             try:
-                self._write()
+                self.renew()
             except Exception:  # an outage, which a commit will report, or the lock is lost
                 if self._lost:
                     return

@@ -62,7 +62,9 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(bucket_lock, "LEASE_SECONDS", 2.0)
 
 
-def test_a_killed_run_in_a_bucket_goes_on_and_ends_as_a_local_one(s3, small, tmp_path, capsys):
+def test_a_killed_run_in_a_bucket_goes_on_and_ends_as_a_local_one(
+    s3, small, tmp_path, capsys, monkeypatch
+):
     config = config_of(tmp_path, steps=5)
     address = s3.root + "/run"
     with pytest.MonkeyPatch.context() as patch:
@@ -76,10 +78,20 @@ def test_a_killed_run_in_a_bucket_goes_on_and_ends_as_a_local_one(s3, small, tmp
     files.put(address + "/checkpoints/3/" + bucket.MARK, b"")
     lines = [line for line in figures(address) if line["total_step"] <= 2]
     files.put(address + "/unrelated.txt", b"stays")
-    before = s3.proxy.requests.total()
+    counts, commit = [], bucket.Bucket.commit
+
+    def counted(self, *args):
+        commit(self, *args)
+        counts.append(s3.proxy.requests.copy())
+
+    monkeypatch.setattr(bucket.Bucket, "commit", counted)
     with pytest.warns(match="checkpoint 3 was written by a process that had lost its lock"):
         train(config, address)
-    print(f"{s3.proxy.requests.total() - before} requests of a start with two checkpoints")
+    # a checkpoint every 10 minutes, the lock every 30 s, two logs a minute; deletions are free
+    save = counts[-1] - counts[-2]
+    hour = 6 * (save.total() - save["DELETE"]) + 120 + 2 * 60
+    print(f"requests of a checkpoint: {dict(save)}; billed in an hour: {hour}")
+    assert hour < 1_100
     assert f"done: {address}/model" in capsys.readouterr().out
     assert figures(address)[: len(lines)] == lines
 
@@ -246,3 +258,21 @@ def test_an_outage_is_survived_or_ends_in_one_line_with_status_75(s3, small, uni
             out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out
         assert_equal_runs(local, address, 60)
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket_are_killed_and_go_on_as_in_a_folder(store, small, uninterrupted):
+    recipe, _ = uninterrupted(20)
+    launch = ["-m", "pixart_jax", "launch", "--processes", "2", "--devices-per-process", "1", "--"]
+    local, address = Path(recipe).parent / f"two-{store.scheme}", f"{store.root}/processes"
+    program = [recipe, "--mesh", "fsdp=2", "--workdir"]
+    for command, status in (
+        ([*launch, LIVES.parents[2] / "train.py", *program, local], 0),
+        ([*launch, LIVES.with_name("train_until_killed.py"), "7", *program, address], None),
+        ([*launch, LIVES.parents[2] / "train.py", *program, address], 0),
+    ):
+        process = started(command)
+        out, _ = process.communicate(timeout=600)
+        assert process.returncode == status or (status is None and process.returncode), out
+    assert "going on at stage" in out
+    assert_equal_runs(local, address, 20)
