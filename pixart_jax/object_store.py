@@ -148,13 +148,12 @@ def download(title: str, wanted: list[tuple[Entry, Path]]) -> None:
     from tqdm import tqdm
 
     size = sum(entry.size for entry, _ in wanted)
-    with contextlib.ExitStack() as stack:
-        files = []
-        for entry, path in wanted:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path.with_name(f".{path.name}.part"), "wb"))
+    parts = [path.with_name(f".{path.name}.part") for _, path in wanted]
+    for part, (entry, _) in zip(parts, wanted, strict=True):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
             file.truncate(entry.size)
-            files.append(file)
+    with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         how = {"unit": "B", "unit_scale": True, "disable": size <= PIECE or not title}
         bar = stack.enter_context(tqdm(total=size, desc=title, **how))
@@ -165,17 +164,18 @@ def download(title: str, wanted: list[tuple[Entry, Path]]) -> None:
             data = read(entry.address, start, stop, entry.version)
             if len(data) != stop - start:
                 raise UserError(f"{entry.address} is shorter than its listing says")
-            os.pwrite(files[number].fileno(), data, start)
+            with open(parts[number], "r+b") as file:
+                os.pwrite(file.fileno(), data, start)
+                os.fsync(file.fileno())
             bar.update(len(data))
 
         pieces = [(n, at) for n, (e, _) in enumerate(wanted) for at in range(0, e.size, PIECE)]
         list(pool.map(lambda piece: fetch(*piece), pieces))
-        for file, (entry, path) in zip(files, wanted, strict=True):
-            os.fsync(file.fileno())
+        for part, (entry, path) in zip(parts, wanted, strict=True):
             # the same wherever this version is fetched: caches of converted weights look at it
             seconds = 10**9 + zlib.crc32(entry.version.encode())
-            os.utime(file.name, (seconds, seconds))
-            os.replace(file.name, path)
+            os.utime(part, (seconds, seconds))
+            os.replace(part, path)
 
 
 def _retried(address: str, verb: str, attempt: Callable[[], _T]) -> _T:
