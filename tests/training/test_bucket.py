@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,10 @@ from pixart_jax import files
 from pixart_jax.commands.train import train
 from pixart_jax.errors import UserError
 from pixart_jax.training import bucket, bucket_lock, metrics
-from tests.training import tiny_run
+from pixart_jax.training.checkpoint import Checkpointer
+from pixart_jax.training.workdir import Workdir
+from tests.training import test_checkpoint, tiny_run
+from tests.training.test_workdir import CONFIG
 
 LIVES = Path(__file__).parent / "lives.py"
 pytestmark = pytest.mark.skipif(
@@ -62,9 +66,62 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(bucket_lock, "LEASE_SECONDS", 2.0)
 
 
-def test_a_killed_run_in_a_bucket_goes_on_and_ends_as_a_local_one(
-    s3, small, tmp_path, capsys, monkeypatch
-):
+@pytest.mark.parametrize("kind", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
+def test_a_workdir_in_a_bucket_goes_on_from_its_last_commit(kind, request, small):
+    store = request.getfixturevalue(kind)
+    address = store.root + "/run"
+
+    def life(steps: int) -> Workdir:
+        """Steps to this one, checkpoints at the even ones; the folder, still open."""
+        folder = Workdir(address, CONFIG).__enter__()
+        folder.save_config()
+        saving = (folder.checkpoints, 1, 4, folder.bucket)  # the newest, and each multiple of 4
+        with Checkpointer(*saving) as checkpoints:
+            begun = checkpoints.latest_position().total
+            if begun:
+                restored = checkpoints.restore(begun, test_checkpoint.abstract())
+                test_checkpoint.assert_equal(restored, test_checkpoint.make(begun))
+            with metrics.Metrics(folder.path, begun) as log:
+                for total in range(begun + 1, steps + 1):
+                    log.write("stage", total, total, {"loss": 1 / total})
+                    if total % 2 == 0:
+                        checkpoints.save(test_checkpoint.at(total), test_checkpoint.make(total))
+        return folder
+
+    killed = life(7).bucket
+    killed._closed.set(), killed._lock._released.set()
+    # as if the process had been killed: its checkpoint 8 has no mark, its lock stays
+    files.put(address + "/checkpoints/8/state/half", b"")
+    files.put(address + "/checkpoints/7/" + bucket.MARK, b"")  # of one that had lost the lock
+    lock = json.loads(files.read_bytes(address + "/.lock"))
+    files.put(address + "/.lock", json.dumps({**lock, "started": "0"}).encode())
+    logged = [line["total_step"] for line in figures(address)]
+    assert logged[:6] == [1, 2, 3, 4, 5, 6]  # whatever came after the commit may be missing
+    counts, commit = [], bucket.Bucket.commit
+
+    def counted(self, *args):
+        commit(self, *args)
+        counts.append(store.proxy.requests.copy())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bucket.Bucket, "commit", counted)
+        with pytest.warns(match="checkpoint 7 was written by a process that had lost its lock"):
+            life(12).__exit__(None, None, None)
+    assert [line["total_step"] for line in figures(address)] == [*range(1, 13)]
+    names = [e.address.removeprefix(address + "/") for e in files.list_files(address)]
+    kept = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
+    assert kept == {"4", "8", "10", "12"} and "config.json" in names
+    # a checkpoint every 10 minutes, the lock every 30 s, two logs a minute; deletions are free
+    save = counts[-1] - counts[-2]
+    hour = 6 * (save.total() - save["DELETE"]) + 120 + 2 * 60
+    print(f"{kind}: requests of a checkpoint {dict(save)}, billed in an hour {hour}")
+    assert hour < 1_100
+    with pytest.raises(UserError, match="holds another config: seed was 0, now 1"):
+        Workdir(address, dataclasses.replace(CONFIG, seed=1)).__enter__()
+
+
+@pytest.mark.slow
+def test_a_killed_run_in_a_bucket_goes_on_and_ends_as_a_local_one(s3, small, tmp_path, capsys):
     config = config_of(tmp_path, steps=5)
     address = s3.root + "/run"
     with pytest.MonkeyPatch.context() as patch:
@@ -78,20 +135,8 @@ def test_a_killed_run_in_a_bucket_goes_on_and_ends_as_a_local_one(
     files.put(address + "/checkpoints/3/" + bucket.MARK, b"")
     lines = [line for line in figures(address) if line["total_step"] <= 2]
     files.put(address + "/unrelated.txt", b"stays")
-    counts, commit = [], bucket.Bucket.commit
-
-    def counted(self, *args):
-        commit(self, *args)
-        counts.append(s3.proxy.requests.copy())
-
-    monkeypatch.setattr(bucket.Bucket, "commit", counted)
     with pytest.warns(match="checkpoint 3 was written by a process that had lost its lock"):
         train(config, address)
-    # a checkpoint every 10 minutes, the lock every 30 s, two logs a minute; deletions are free
-    save = counts[-1] - counts[-2]
-    hour = 6 * (save.total() - save["DELETE"]) + 120 + 2 * 60
-    print(f"requests of a checkpoint: {dict(save)}; billed in an hour: {hour}")
-    assert hour < 1_100
     assert f"done: {address}/model" in capsys.readouterr().out
     assert figures(address)[: len(lines)] == lines
 
@@ -103,9 +148,6 @@ def test_a_killed_run_in_a_bucket_goes_on_and_ends_as_a_local_one(
         assert name in names and name in local
     exported = {name for name in local if name.startswith(("model/", "samples/")) and "." in name}
     assert exported <= names and exported
-
-    with pytest.raises(UserError, match="holds another config: seed was 0, now 1"):
-        train(dataclasses.replace(config, seed=1), address)
 
 
 def started(argv: list, **environment: str) -> subprocess.Popen:
