@@ -450,6 +450,8 @@ class StageConfig:
     dreambooth: DreamBoothConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     start: str = "previous"
+    # task controlnet: one to go on from, a folder, hub id or file; None: copies of start's blocks
+    controlnet: str | None = None
     # of this stage alone; None: the run's
     model: TransformerConfig | None = None
     vae: str | None = None
@@ -471,6 +473,8 @@ class StageConfig:
             require(self, rule, start=self.start not in ("fresh", "previous"))
             rule = "a ControlNet needs conditions: hed, canny or folder:DIR"
             require(self.data, rule, condition=self.data.condition is not None)
+        rule = "only task controlnet goes on from one"
+        require(self, rule, controlnet=self.controlnet is None or self.task == "controlnet")
         if self.lora is not None:
             require(self, "lora adapts a text_to_image model", task=self.task in TEXT_TO_IMAGE)
             rule = "lora needs the folder or hub id of the model that it adapts"

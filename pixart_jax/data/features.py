@@ -2,6 +2,7 @@
 
   {name}.npz in caption_feature…   caption_feature float [1, l, c], attention_mask [1, l] (optional)
   {name}.npy in img_vae_feature…   float [2·c, height/8, width/8]: mean and std, unscaled
+  {path}.npz in hed_feature_…      arr_0: the same of the image's HED map
 
 The official tools disagree about names, so each is tried: FOLDER_STEM (what the loaders look for),
 without the folders above, and STEM (what the extractor writes). A file belongs to one image: of
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import posixpath
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -55,7 +57,8 @@ class FeatureSamples:
 
     captions: kinds and weights: 'prompt' for the features of a data_info.json ('caption' for
     SAM's), 'sharegpt4v' for PixArt-Σ's second ones. latents: the folder of latents where there are
-    several. Batches are those of data/encoded.py; label is −1.
+    several. control: batches also hold the posteriors of hed_feature_…. Batches are those of
+    data/encoded.py; label is −1.
     """
 
     identity: Mapping[str, str] | None = None  # the files do not say which encoders made them
@@ -69,6 +72,7 @@ class FeatureSamples:
         latents: str | None = None,
         buckets: Sequence[tuple[int, int]] | None = None,
         faults: BadRecords | None = None,
+        control: bool = False,
     ):
         self.faults = BadRecords() if faults is None else faults
         self.name = f"pixart-features:{root}"
@@ -78,7 +82,9 @@ class FeatureSamples:
         self._kinds = self._mix.kinds if self._mix else ()
         self._entries = list(layout.entries(self.faults))
         folders = [folder, *(texts[kind] for kind in self._kinds)]
-        stamps = [(str(f.resolve()), f.stat().st_mtime_ns) for f in (*layout.lists, *folders)]
+        self._control = _control_folder(layout.root, folder) if control else None
+        stamped = [*layout.lists, *folders, *filter(None, [self._control])]
+        stamps = [(str(f.resolve()), f.stat().st_mtime_ns) for f in stamped]
         self.fingerprint = hashlib.sha256(repr((stamps, self._kinds)).encode()).hexdigest()
         look = functools.partial(self._look, folders)
         self._found: list[_Found | None]
@@ -106,7 +112,9 @@ class FeatureSamples:
         """(files of each entry, what is wrong), from the headers of all files."""
         found: list[_Found | None] = []
         faults, taken = BadRecords(), set[str]()
-        look = functools.partial(_features_of, folder=folders[0], texts=folders[1:])
+        look = functools.partial(
+            _features_of, folder=folders[0], texts=folders[1:], control=self._control
+        )
         looks = in_threads(look, self._entries, f"headers of {self.name}")
         for entry, (one, bad) in zip(self._entries, looks, strict=True):
             faults.extend(bad)
@@ -134,13 +142,16 @@ class FeatureSamples:
             self.buckets[bucket],
         )
         assert found is not None, "the plan draws no sample without features"
-        latents = _load(found[0]).reshape(-1, height // _FACTOR, width // _FACTOR)
-        mean, std = np.split(latents.transpose(1, 2, 0), 2, axis=-1)
+        mean, std = _posterior(found[0], None, (height, width))
         size = entry.fields.get("height"), entry.fields.get("width")
         if not all(isinstance(side, int | float) and side > 0 for side in size):
             size = height, width
         values = {"mean": mean, "std": std, "label": -1, "size": size}
         values["aspect_ratio"] = self._ratios[bucket]
+        if self._control is not None:
+            file = str(_control_file(self._control, entry))
+            pair = _posterior(file, "arr_0", (height, width))
+            values |= dict(zip(("control_mean", "control_std"), pair))
         states = None
         if self._mix:
             held = {kind: text for kind, text in zip(self._kinds, found[2]) if text}
@@ -165,6 +176,20 @@ def _latents_folder(root: Path, given: str | None) -> Path:
     raise UserError(f"pixart-features:{root} holds {held}; name one by ?latents=DIR")
 
 
+def _control_folder(root: Path, latents: Path) -> Path:
+    """Of several the one of the latents' resolution."""
+    found = sorted(folder for folder in root.glob("hed_feature_*") if folder.is_dir())
+    sides = re.findall(r"\d+", "/".join(latents.parts[-2:]))
+    fitting = [folder for folder in found if folder.name.rpartition("_")[2] in sides]
+    if len(found) != 1 and len(fitting) != 1:
+        raise UserError(f"pixart-features:{root}: no hed_feature_… for the latents in {latents}")
+    return found[0] if len(found) == 1 else fitting[0]
+
+
+def _control_file(folder: Path, entry: Entry) -> Path:
+    return folder / f"{posixpath.splitext(entry.path)[0]}.npz"
+
+
 def _text_folders(layout: Layout) -> dict[str, Path]:
     """Kind of text → folder of its features."""
     found = {}
@@ -185,7 +210,7 @@ def _names(path: str) -> list[str]:
 
 
 def _features_of(
-    entry: Entry, folder: Path, texts: Sequence[Path]
+    entry: Entry, folder: Path, texts: Sequence[Path], control: Path | None
 ) -> tuple[_Found | None, list[BadRecord]]:
     """(files, what is wrong); None if the latents or all texts are missing or damaged."""
     place, names = f"{entry.place}, {entry.path}", _names(entry.path)
@@ -196,6 +221,15 @@ def _features_of(
         bucket = _bucket(latents)
     except _DAMAGE as error:
         return None, [BadRecord(str(latents), _UNREADABLE, str(error))]
+    if control is not None:
+        file = _control_file(control, entry)
+        try:
+            if "arr_0" not in getattr(np.load(file), "files", ()):  # refuses a file that is cut
+                raise ValueError("holds no arr_0")
+        except FileNotFoundError:
+            return None, [BadRecord(place, _MISSING, f"no {file.name} in {file.parent}")]
+        except _DAMAGE as error:
+            return None, [BadRecord(str(file), _UNREADABLE, str(error))]
     held: list[tuple[str, int] | None] = []
     bad = []
     for kind in texts:
@@ -236,6 +270,14 @@ def _tokens(file: Path) -> int:
     if not mask[:length].all():
         raise ValueError("attention_mask has holes: the tokens of a text are its first ones")
     return max(length, 1)
+
+
+def _posterior(file: str, name: str | None, size: tuple[int, int]) -> list[np.ndarray]:
+    """[mean, std], each [height/8, width/8, c]. Raises UserError for latents of another size."""
+    latents, (h, w) = _load(file, name), (side // _FACTOR for side in size)
+    if latents.shape[-2:] != (h, w):
+        raise UserError(f"{file} is of {list(latents.shape)}, its picture's latents of {[h, w]}")
+    return np.split(latents.reshape(-1, h, w).transpose(1, 2, 0), 2, axis=-1)
 
 
 def _load(file: str, name: str | None = None) -> Any:

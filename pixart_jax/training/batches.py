@@ -137,12 +137,19 @@ def _part(
                 f"stage {stage.name}: {text} has no labels; a class-conditional stage needs them"
             )
         # the official files do not name their encoders, so the config is trusted
-        if data.condition is not None:
-            raise UserError(f"stage {stage.name}: {text} has no conditions: encode its pictures")
+        if data.condition not in (None, "hed"):
+            raise UserError(
+                f"stage {stage.name}: {text} has conditions of hed alone: encode its pictures"
+            )
         root, _, latents = rest.partition("?latents=")
-        tokens, chosen = data.max_text_tokens, latents or None
         return FeatureSamples(
-            root, captions, tokens, latents=chosen, buckets=data.buckets, faults=bad
+            root,
+            captions,
+            data.max_text_tokens,
+            latents=latents or None,
+            buckets=data.buckets,
+            faults=bad,
+            control=data.condition is not None,
         )
     limit = None if data.limit is None else math.ceil(share * data.limit)
     source = open_source(text, data.split, where=data.where, limit=limit, faults=bad)

@@ -52,6 +52,36 @@ def test_rows_are_the_files_numbers_with_lengths_from_the_mask(root):
     assert set(batch) == {"mean", "std", "text_states", "text_lengths", *rest}
 
 
+def test_the_official_hed_features_are_conditions(root):
+    """As the official script writes them: under the picture's own path, compressed."""
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        file = root / "hed_feature_32" / f"{n:03d}" / f"{n:06d}.npz"
+        file.parent.mkdir(parents=True)
+        np.savez_compressed(file, rng.normal(size=(8, 4, 4)).astype(np.float32))
+    (root / "hed_feature_64").mkdir()
+    samples = FeatureSamples(str(root), MIX, 16, control=True)
+    assert samples.fingerprint != FeatureSamples(str(root), MIX, 16).fingerprint
+    batch = samples.read(np.array([0, 2]), 0, np.zeros(2))
+    held = np.load(file)["arr_0"].transpose(1, 2, 0)
+    np.testing.assert_array_equal(batch["control_mean"][1], held[..., :4])
+    np.testing.assert_array_equal(batch["control_std"][1], held[..., 4:])
+    np.savez_compressed(file, np.zeros((8, 8, 8), np.float32))
+    with pytest.raises(
+        UserError, match="000002.npz is of .8, 8, 8., its picture's latents of .4, 4."
+    ):
+        samples.read(np.array([2]), 0, np.zeros(1))
+    file.unlink()
+    cut = file.parents[1] / "001" / "000001.npz"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    samples = FeatureSamples(str(root), MIX, 16, control=True)
+    assert samples.bucket_of.tolist() == [0, -1, -1]
+    assert dict(samples.faults.counts) == {"missing features": 1, "unreadable features": 1}
+    (root / "hed_feature_32").rename(root / "hed_feature_128")
+    with pytest.raises(UserError, match="no hed_feature_… for the latents in .*32resolution"):
+        FeatureSamples(str(root), MIX, 16, control=True)
+
+
 @pytest.mark.parametrize(
     ("names", "folder"),
     [

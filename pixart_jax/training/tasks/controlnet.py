@@ -2,7 +2,7 @@
 
 Parameters are {"controlnet": tree}, in the form of models/controlnet.py, fp32. At first the copies
 are the base's blocks and the projections zero, so that the first step trains the projections into
-the base alone.
+the base alone. A stage may instead go on from a trained ControlNet.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixart_jax.config import Config, PreviewConfig, StageConfig
+from pixart_jax.errors import UserError
 from pixart_jax.models.configs import ControlNetConfig
 from pixart_jax.models.controlnet import ControlledTransformer, config_of
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.over_base import TextToImageOverBase
-from pixart_jax.weights.component import ControlNet, load_component
+from pixart_jax.weights.component import ControlNet, controlnet_of, load_component
 
 KEY = "controlnet"
 OFFICIAL = "official.safetensors"  # beside the folder's own weights, under the official names
@@ -29,13 +30,17 @@ OFFICIAL = "official.safetensors"  # beside the folder's own weights, under the 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImageControl(TextToImageOverBase):
-    """Batches also hold control_mean and control_std, of the conditions' posterior."""
+    """Batches also hold control_mean and control_std, of the conditions' posterior. trained: the
+    ControlNet to go on from."""
+
+    trained: str | None = None
 
     @classmethod
     def from_config(
         cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
     ) -> TextToImageControl:
-        """As of the plain task, with as many copies as the released ones have."""
+        """As of the plain task, with as many copies as the released ones have. Raises UserError for
+        a ``stage.controlnet`` of another model."""
         plain = super().from_config(config, stage, dtype, frozen)
         assert isinstance(plain, TextToImageControl)
         module = ControlledTransformer(
@@ -45,7 +50,9 @@ class TextToImageControl(TextToImageOverBase):
             config.mesh.context_attention,
             units=config_of(plain.module.config).depth,
         )
-        return dataclasses.replace(plain, module=module)
+        if stage.controlnet is not None:
+            controlnet_of(stage.controlnet, module.config)
+        return dataclasses.replace(plain, module=module, trained=stage.controlnet)
 
     @property
     def control_config(self) -> ControlNetConfig:
@@ -57,7 +64,14 @@ class TextToImageControl(TextToImageOverBase):
         return {KEY: module.init(key, *ControlNet._example(self.control_config))["params"]}
 
     def on_stage_start(self, params, base=None):
-        """The copies are the base's blocks, in fp32."""
+        """The copies are the base's blocks, in fp32; or all is that of the trained ControlNet."""
+        if self.trained is not None:
+            part = load_component(self.trained, jnp.float32)
+            if (found := part.config.depth) != (depth := self.control_config.depth):
+                raise UserError(
+                    f"stage {self.name}: {self.trained} has {found} copies, and {depth} are trained"
+                )
+            return {KEY: dict(part.params)}
         blocks = base["blocks"]
         if self.module.dtype != jnp.float32:
             mesh = jax.tree.leaves(blocks)[0].sharding.mesh

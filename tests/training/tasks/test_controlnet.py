@@ -34,6 +34,8 @@ from pixart_jax.weights.files import open_tensors
 from pixart_jax.weights.table import flatten
 from tests import tiny_diffusers
 
+ROOT = Path(__file__).parents[3]
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
@@ -135,6 +137,24 @@ def test_a_run_stores_the_control_alone_and_exports_both_layouts(finished, world
     )
     assert (finished / "samples" / "words-0000007.png").exists()
     assert "loss" in {key for line in figures(finished) for key in line}
+
+
+def test_a_stage_may_go_on_from_a_trained_one_to_the_bit(finished, world, tmp_path):
+    config = a_run(world)
+    stage = dataclasses.replace(config.stages[0], controlnet=str(finished / "adapter"), steps=0)
+    train.train(dataclasses.replace(config, stages=(stage,)), tmp_path / "run")
+    for file in (finished / "adapter").iterdir():
+        assert (tmp_path / "run" / "adapter" / file.name).read_bytes() == file.read_bytes()
+    for path, message in (
+        (world / "base" / "transformer", "a ControlNet is needed"),
+        (tmp_path / "nowhere", "nowhere"),
+        (ROOT / "assets" / "shapes_control", "a ControlNet of width 128 does not fit"),
+    ):
+        wrong = dataclasses.replace(stage, controlnet=str(path))
+        wrong = dataclasses.replace(config, name="wrong", stages=(wrong,))
+        assert message in error_of(wrong, tmp_path / "wrong")
+    with pytest.raises(UserError, match="only task controlnet goes on from one"):
+        StageConfig("s", controlnet="there")
 
 
 KILLED_RUN = "bfloat16"
