@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
@@ -174,19 +175,30 @@ class Service:
         self.created = int(time.time())
 
     def submit(
-        self, generation: Generation, previews: int = 0, progress: bool = False
+        self,
+        generation: Generation,
+        previews: int = 0,
+        progress: bool = False,
+        request: Request | None = None,
     ) -> tuple[Job, AsyncIterator[Event | None]]:
-        """Queue a request; (its job, its events, and None every KEEP_ALIVE seconds). Closing the
-        iterator cancels the request. Raises as Engine.submit, the iterator where it fails."""
+        """Queue a request; (its job, its events, and None every KEEP_ALIVE seconds). The end of the
+        iterator cancels the request. Raises as Engine.submit; the iterator raises where it fails,
+        and ClientGone where the client of ``request`` closes the connection."""
         loop, found = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def listen(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(found.put_nowait, event)
 
+        async def watch(request: Request) -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            found.put_nowait(Failed(ClientGone()))
+
         job = self.engine.submit(generation, listen, previews, progress)
 
         async def events() -> AsyncIterator[Event | None]:
+            watching = request and asyncio.ensure_future(watch(request))
             left = generation.count
             try:
                 while left:
@@ -201,6 +213,8 @@ class Service:
                     yield event
             finally:
                 self.engine.cancel(job)
+                if watching:
+                    watching.cancel()
 
         return job, events()
 
@@ -209,16 +223,17 @@ class Service:
         return {**own, "owned_by": "pixart-jax", **self.offer.describe()}
 
 
+@dataclasses.dataclass
 class _Answer:
     """How one request's images are answered."""
 
-    def __init__(self, service: Service, body: ImageRequest, generation: Generation, base_url: str):
-        self.service, self.body, self.generation, self.base_url = (
-            service,
-            body,
-            generation,
-            base_url,
-        )
+    service: Service
+    body: ImageRequest
+    generation: Generation
+    base_url: str
+
+    def __post_init__(self) -> None:
+        body, generation, service = self.body, self.generation, self.service
         self.kind = body.output_format or "png"
         self.quality = 100 if body.output_compression is None else body.output_compression
         tokens, lost = service.offer.tokens(generation.prompt)
@@ -283,32 +298,11 @@ def _sse(kind: str, facts: dict[str, Any], **more: Any) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **facts, **more})}\n\n"
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has closed the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class _Stream(StreamingResponse):
+    """Ends by its events alone: they end when the client closes the connection."""
 
-
-async def _while_connected(request: Request, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The events; ClientGone, and their end, where the client goes away first."""
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        while True:
-            following = asyncio.ensure_future(anext(events))
-            await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                following.cancel()
-                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                    await following
-                raise ClientGone
-            try:
-                yield following.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        gone.cancel()
-        with contextlib.suppress(RuntimeError):
-            await events.aclose()  # type: ignore[attr-defined]
+    async def listen_for_disconnect(self, receive: Any) -> None:
+        await asyncio.Event().wait()
 
 
 async def _answer(
@@ -328,20 +322,19 @@ async def _answer(
     facts = scope["facts"]
     facts |= {"n": generation.count, "size": answer.about["size"], "steps": generation.steps}
     previews = (body.partial_images or 0) if body.stream else 0
-    job, events = service.submit(generation, previews, bool(body.stream and body.progress))
-    facts["job"] = job
-    connected = _while_connected(request, events)
+    progress = bool(body.stream and body.progress)
+    facts["job"], events = service.submit(generation, previews, progress, request)
     if body.stream:
         prefix = "image_edit" if isinstance(body, EditRequest) else "image_generation"
         headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
-        lines = answer.stream(connected, prefix, facts)
-        return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+        lines = answer.stream(events, prefix, facts)
+        return _Stream(lines, media_type="text/event-stream", headers=headers)
     try:
-        return JSONResponse(await answer.whole(connected))
+        return JSONResponse(await answer.whole(events))
     except ClientGone:
         return Response(status_code=499)
     finally:
-        await connected.aclose()  # type: ignore[attr-defined]
+        await events.aclose()  # type: ignore[attr-defined]
 
 
 def create_app(

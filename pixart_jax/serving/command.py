@@ -28,10 +28,9 @@ KEY = "PIXART_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-    """Serve a model: a web page at /, an OpenAI-compatible API at /v1 and MCP at /mcp."""
+class Endpoint:
+    """Where a server listens, and who may call it."""
 
-    engine: tyro.conf.OmitArgPrefixes[EngineFlags] = EngineFlags()
     host: str = "127.0.0.1"
     """Address to listen at; one beyond loopback needs an API key."""
     port: int = 8000
@@ -42,21 +41,10 @@ class Flags:
     """--no-auth: listen beyond loopback without a key."""
     public_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A name that callers may use beside those of loopback; '*': any (behind a balancer)."""
-    trusted_proxy: str = ""
-    """Address of a proxy whose X-Forwarded-For counts; with commas between several."""
-    rate: float = 0
-    """Requests for images a minute, of each key or address; 0: any."""
-    page: bool = True
-    """Also serve the web page."""
-    drain_delay: float = 0
-    """Seconds from SIGTERM, when /readyz begins to fail, until the socket is closed."""
-    grace: int = 60
-    """Seconds that requests in flight have to finish after it."""
-    log_prompts: bool = False
-    """Also log prompts."""
 
-    def keys(self) -> dict[str, bytes]:
-        """{name: SHA-256}. Raises UserError for an unusable file, and where a key is needed."""
+    def access(self, public: bool = False, **more: Any) -> Access:
+        """public: callers may use any name. more: fields of Access. Raises UserError for an
+        unusable file, and where a key is needed."""
         lines = [os.environ[KEY]] if os.environ.get(KEY) else []
         if self.api_key_file is not None:
             lines += self.api_key_file.read_text().splitlines()
@@ -71,7 +59,45 @@ class Flags:
             raise UserError(
                 f"--host {self.host} lets others in: give --api-key-file or {KEY}, or --no-auth"
             )
-        return found if self.auth else {}
+        names = [*map(str.lower, self.public_host), "*" if public else self.host.lower()]
+        return Access(found if self.auth else {}, tuple(names), **more)
+
+    def listen(self) -> tuple[socket.socket, str]:
+        """(the listening socket, its address for people). Raises UserError where it cannot be."""
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            found = socket.socket(family, kind, protocol)
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            found.listen(2048)  # early callers wait
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            where = f"{self.host}, port {self.port} ({reason})"
+            raise UserError(f"cannot listen at {where}: --port 0 finds a free one") from None
+        shown = "localhost" if self.host in ("0.0.0.0", "::") else self.host
+        return found, f"http://{shown}:{found.getsockname()[1]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Serve a model: a web page at /, an OpenAI-compatible API at /v1 and MCP at /mcp."""
+
+    engine: tyro.conf.OmitArgPrefixes[EngineFlags] = EngineFlags()
+    endpoint: tyro.conf.OmitArgPrefixes[Endpoint] = Endpoint()
+    trusted_proxy: str = ""
+    """Address of a proxy whose X-Forwarded-For counts; with commas between several."""
+    rate: float = 0
+    """Requests for images a minute, of each key or address; 0: any."""
+    page: bool = True
+    """Also serve the web page."""
+    drain_delay: float = 0
+    """Seconds from SIGTERM, when /readyz begins to fail, until the socket is closed."""
+    grace: int = 60
+    """Seconds that requests in flight have to finish after it."""
+    log_prompts: bool = False
+    """Also log prompts."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         server.should_exit = True
 
     app, engine = make_app(flags, fail)
-    listening = listen(flags.host, flags.port)
+    listening, where = flags.endpoint.listen()
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
@@ -106,8 +132,6 @@ def main(argv: Sequence[str]) -> int:
         forwarded_allow_ips=flags.trusted_proxy or None,
     )
     server = Server(config)
-    shown = "localhost" if flags.host in ("0.0.0.0", "::") else flags.host
-    where = f"http://{shown}:{listening.getsockname()[1]}"
     print(
         f"{flags.engine.model} at {where} (API: {where}/v1, MCP: {where}/mcp); Ctrl-C ends",
         flush=True,
@@ -123,33 +147,13 @@ def make_app(
 ) -> tuple[Any, Engine]:
     """(the app, its engine). public: callers may use any name of this server, and Ray has bound
     the address."""
-    keys = flags.keys()
+    access = flags.endpoint.access(public, rate=flags.rate, log_prompts=flags.log_prompts)
     _log_to_stderr()
     warnings.simplefilter("ignore", Notice)  # their texts name prompts
     engine, offer = flags.engine.build(on_failure)
-    names = [*map(str.lower, flags.public_host), "*" if public else flags.host.lower()]
     service = api.Service(engine, offer)
-    access = Access(keys, tuple(names), flags.rate, flags.log_prompts)
     tools = mcp_server.make_server(service)
     return api.create_app(service, access, page=flags.page, tools=tools), engine
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """The listening socket. Raises UserError where that is not possible."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(2048)  # early callers wait
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot listen at {host}, port {port} ({reason}): --port 0 finds a free one"
-        ) from None
-    return found
 
 
 def _log_to_stderr() -> None:

@@ -61,4 +61,6 @@ def as_api_error(error: Exception, request_id: str = "") -> ApiError:
     request_id = request_id or uuid.uuid4().hex
     cause = None if isinstance(error, BatchFailed) else error
     LOG.error("request %s failed", request_id, exc_info=cause)
-    return ApiError(500, f"internal error; the server's log has it as {request_id}", "internal")
+    return ApiError(
+        500, f"internal error; the server's log has it as {request_id}", "internal_error"
+    )

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from pixart_jax.serving.errors import ApiError, as_api_error
@@ -109,6 +110,8 @@ class Guard:
                 self._check(scope, headers, facts)
                 body.check_length(headers)
                 await self._app(scope, body.receive, answer)
+            except ClientDisconnect:
+                pass  # within its body
             except Exception as error:
                 if started:
                     raise

@@ -64,6 +64,7 @@ _MAKE = ToolAnnotations(
     read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False
 )
 _Prompt = Annotated[str, Field(description="what the image shows", min_length=1)]
+_Picture = Annotated[str | None, Field(description="the name of a result, or a data: URL")]
 _Size = Annotated[str, Field(description="WIDTHxHEIGHT, or auto")]
 _Seed = Annotated[str | int | None, Field(description="the same seed gives the same image")]
 
@@ -131,21 +132,21 @@ def make_server(service: Service, folder: Path | None = None) -> MCPServer:
     @server.tool(title="Edit an image", annotations=_MAKE)
     async def edit_image(
         ctx: Context,
-        image: Annotated[str, Field(description="the name of a result, or a data: URL")],
         prompt: _Prompt,
+        image: _Picture = None,
         mask: Annotated[str | None, Field(description="a PNG; alpha 0 is made anew")] = None,
+        control: Annotated[_Picture, Field(description="whose edges the result follows")] = None,
         strength: Annotated[float | None, Field(description="share of the steps, to 1")] = None,
         negative_prompt: str = "",
         seed: _Seed = None,
         steps: int | None = None,
         guidance: float | None = None,
     ) -> Annotated[CallToolResult, Generated]:
-        """Change an image, or, with a mask, a part of it."""
+        """Change an image, or, with a mask, a part of it; or follow the edges of another."""
+        given = {"image": image, "mask": mask, "control": control}
         try:
-            files = {"image": _bytes(service, image)}
-            if mask is not None:
-                files["mask"] = _bytes(service, mask)
-            pictures = await asyncio.to_thread(uploads.pictures, files)
+            files = {name: _bytes(service, one) for name, one in given.items() if one is not None}
+            pictures = await asyncio.to_thread(uploads.pictures, files, "canny")
         except Exception as error:
             raise ToolError(str(as_api_error(error))) from None
         fields = {"negative_prompt": negative_prompt, "seed": seed, "strength": strength}

@@ -13,11 +13,11 @@ import tyro
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
-from pixart_jax.files import bundled
+from pixart_jax.files import bundled, find
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import Pipeline, folder
 from pixart_jax.pipeline.lora_flags import LoraFlags
-from pixart_jax.remote_path import Location
+from pixart_jax.remote_path import Location, located
 from pixart_jax.serving.engine import Engine
 from pixart_jax.serving.offer import MAX_COUNT, Offer
 from pixart_jax.serving.renderer import PipelineRenderer
@@ -33,8 +33,8 @@ class EngineFlags:
     variant: str | None = None
     """Of the weights' files, such as fp16."""
     loras: tyro.conf.OmitArgPrefixes[LoraFlags] = LoraFlags()
-    controlnet: Location | None = None
-    """A ControlNet's folder, hub id or file, of this model."""
+    controlnet: str = "auto"
+    """A ControlNet's folder, hub id or file, of this model; auto: the shipped model's; none."""
     dtype: str = "auto"
     """Of the computation: float32 or bfloat16; auto: bfloat16 on accelerators."""
     text_encoder_int8: bool = False
@@ -80,8 +80,9 @@ class EngineFlags:
         names = [adapter.name for adapter, _ in adapters]
         if len(set(names)) < len(names):
             raise UserError(f"two adapters of one name ({', '.join(names)}): rename a file")
-        if self.controlnet is not None:
-            controlnet_of(self.controlnet, model.transformer)
+        control = self._controlnet()
+        if control is not None:
+            controlnet_of(control, model.transformer)
         dtype = folder.compute_dtype(self.dtype)
         mesh, config = self._mesh()
         offer = Offer.of(
@@ -92,7 +93,7 @@ class EngineFlags:
             max_count=min(MAX_COUNT, 2 * self.batch_size),
             max_prompt_chars=self.max_prompt_chars,
             adapters=names,
-            controlnets=() if self.controlnet is None else (self.controlnet.name,),
+            controlnets=() if control is None else (control.name,),
             recorded={
                 "dtype": dtype,
                 "model": model.name,
@@ -105,7 +106,7 @@ class EngineFlags:
             how: dict[str, Any] = {"dtype": jnp.dtype(dtype).type, "mesh": mesh}
             how["quantization"] = "int8" if self.text_encoder_int8 else None
             how |= {"cache": folder.weights_cache(self.weights_cache)}
-            pipe = Pipeline.from_pretrained(model, controlnet=self.controlnet, **how)
+            pipe = Pipeline.from_pretrained(model, controlnet=control, **how)
             pipe = pipe.replace(context_attention=config.context_attention)
             for adapter, _ in adapters:
                 pipe.load_lora_weights(adapter, adapter.name)
@@ -122,6 +123,13 @@ class EngineFlags:
             on_failure=on_failure,
         )
         return engine, offer
+
+    def _controlnet(self) -> Location | None:
+        if self.controlnet != "auto":
+            return None if self.controlnet == "none" else located(self.controlnet)
+        shipped = bundled("assets").resolve()
+        own = find(self.model).resolve() == shipped / "shapes"
+        return shipped / "shapes_control" if own else None
 
     def _mesh(self):
         config = MeshConfig.parse(self.mesh)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +26,7 @@ from pixart_jax import cli
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation import study
 from pixart_jax.files import locked
-from pixart_jax.serving import command
+from pixart_jax.serving.command import Endpoint
 from pixart_jax.serving.guard import Access, Guard
 
 
@@ -40,16 +40,7 @@ class Flags:
     """the folder of `study build`"""
     votes: Path | None = None
     """where to append the votes, by default STUDY/votes.jsonl"""
-    host: str = "127.0.0.1"
-    """address to listen at; one beyond loopback needs a key"""
-    port: int = 8000
-    """0: any that is free"""
-    api_key_file: Path | None = None
-    """keys that raters need, one a line, KEY or NAME:KEY; one may also be in $PIXART_API_KEY"""
-    auth: bool = True
-    """--no-auth: listen beyond loopback without a key"""
-    public_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """a name that raters may use beside those of loopback; '*': any"""
+    endpoint: tyro.conf.OmitArgPrefixes[Endpoint] = Endpoint()
 
 
 class Ballot:
@@ -107,7 +98,7 @@ def _check_name(rater: Any) -> None:
         raise UserError("rater: a name of 1 to 64 characters is needed")
 
 
-def create_app(folder: Path, ballot: Ballot, keys: Mapping[str, bytes], hosts: Sequence[str] = ()):
+def create_app(folder: Path, ballot: Ballot, access: Access):
     """The ASGI app: the page, and /v1/votes behind the key."""
 
     async def entered(request: Request) -> JSONResponse:
@@ -126,25 +117,20 @@ def create_app(folder: Path, ballot: Ballot, keys: Mapping[str, bytes], hosts: S
         Route("/v1/votes", cast, methods=["POST"]),
         Mount("/", StaticFiles(directory=folder / study.PAGE, html=True)),
     ]
-    access = Access(keys, tuple(hosts))
     return Starlette(routes=routes, middleware=[Middleware(Guard, access=access)])
 
 
 def main(argv: Sequence[str]) -> int:
     prog = "python -m pixart_jax evaluate study serve"
     flags = cli.parse(Flags, argv, prog=prog)
-    access = command.Flags(host=flags.host, api_key_file=flags.api_key_file, auth=flags.auth)
-    keys = access.keys()
+    access = flags.endpoint.access()
     study.read_key(flags.study)
     path = flags.votes or flags.study / "votes.jsonl"
     with locked(path, busy=UserError(f"another server writes {path}")) as file:
         ballot = Ballot(flags.study, file)
-        app = create_app(flags.study, ballot, keys, (*flags.public_host, flags.host.lower()))
-        listening = command.listen(flags.host, flags.port)
-        listening.listen()  # who reads the line below may connect at once
-        shown = "localhost" if flags.host in ("0.0.0.0", "::") else flags.host
-        where = f"http://{shown}:{listening.getsockname()[1]}"
+        listening, where = flags.endpoint.listen()
         print(f"study at {where}, votes in {path}; Ctrl-C ends", flush=True)
+        app = create_app(flags.study, ballot, access)
         config = uvicorn.Config(app, access_log=False, log_config=None, server_header=False)
         uvicorn.Server(config).run(sockets=[listening])
     return 0

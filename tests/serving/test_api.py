@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ import pytest
 from mcp import Client
 from PIL import Image
 
-from pixart_jax.serving import api, mcp_server
+from pixart_jax.serving import api, mcp_server, results
 from pixart_jax.serving.guard import Access
 from tests.serving.servers import StubRenderer, listening, stub_service
 
@@ -104,8 +105,20 @@ def test_formats_urls_and_truncated_prompts(client):
     (one,) = client.post(GENERATE, json={"prompt": "a", "response_format": "url"}).json()["data"]
     answer = client.get(one["url"])
     assert answer.headers["content-type"] == "image/png" and answer.content[:4] == b"\x89PNG"
+    assert answer.headers["content-disposition"].startswith("inline; filename=")
     assert client.get(f"/images/{0:032}.png").status_code == 404
     assert client.get("/images/..%2f..%2fetc%2fpasswd").status_code == 404
+
+
+def test_images_are_kept_for_an_hour_and_to_a_limit(monkeypatch):
+    store = results.ImageStore()
+    monkeypatch.setattr(results, "MAX_BYTES", 10)
+    first, second, third = (store.put(bytes(4), "png") for _ in range(3))
+    assert store.get(first) is None and store.get(second) == (bytes(4), "png")
+    for name in (f"../{third}", f"{third}/", third.upper(), f"{third}\n", "passwd"):
+        assert store.get(name) is None
+    monkeypatch.setattr(results, "MAX_AGE", -1)
+    assert store.get(third) is None
 
 
 def test_models_tokens_and_health(client):
@@ -206,9 +219,13 @@ def test_bad_uploads_are_named(client):
         answer = client.post(EDIT, data={"prompt": "a", **fields}, files={"image": ("a", png())})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == [*fields][0]
     two = [("image", ("a", png())), ("image[]", ("b", png()))]
-    for files in (None, {"prompt": ("a", b"b")}, two):
+    many = [("image", ("a", png()))] * 5
+    for files in (None, {"prompt": ("a", b"b")}, two, many):
         answer = client.post(EDIT, data={"strength": "0.5"}, files=files or {"x": ("a", b"")})
         assert answer.status_code == 400
+    fields = {f"x{n}": "" for n in range(41)}
+    answer = client.post(EDIT, data=fields, files={"image": ("a", png())})
+    assert answer.status_code == 400 and "40" in answer.json()["error"]["message"]
 
 
 def test_errors_of_transport_have_the_same_form(client, caplog):
@@ -231,6 +248,21 @@ def test_errors_of_transport_have_the_same_form(client, caplog):
         assert answer.status_code == status and set(error) == {"message", "type", "param", "code"}
         assert "secret" not in answer.text and "Traceback" not in answer.text
     assert cases[-1][0].headers["x-request-id"] in caplog.text
+    assert error["code"] == "internal_error" and error["type"] == "server_error"
+
+
+def test_before_its_model_is_open_it_says_so():
+    app = api.create_app(stub_service()[0])
+
+    async def calls():
+        async with in_process(app) as client:
+            return [await client.post(GENERATE, json={"prompt": "a"}), await client.get("/readyz")]
+
+    answer, ready = asyncio.run(calls())
+    error = answer.json()["error"]
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+    assert (error["code"], error["type"]) == ("loading", "service_unavailable_error")
+    assert ready.status_code == 503 and ready.json() == {"state": "loading"}
 
 
 def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(stub):
@@ -270,6 +302,70 @@ def test_a_full_queue_is_429_and_a_client_that_leaves_frees_its_place(stub):
             time.sleep(0.01)
 
 
+@pytest.mark.parametrize(
+    "prompt, leave_at", [("a", "progress"), ("a", "complete"), ("infinite", "error")]
+)
+def test_a_stream_ends_cleanly_whenever_its_client_leaves(caplog, prompt, leave_at):
+    """Its place is free at once, and no task is left with an exception that nobody reads."""
+    service, renderer = stub_service()
+    service.engine.start()
+    app = api.create_app(service)
+    if leave_at == "progress":
+        renderer.gate.clear()
+    body = {"prompt": prompt, "stream": True, "progress": True}
+
+    async def call():
+        left, messages = asyncio.Event(), [json.dumps(body).encode()]
+
+        async def receive():
+            if messages:
+                return {"type": "http.request", "body": messages.pop()}
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if leave_at.encode() in message.get("body", b""):
+                left.set()
+
+        scope = scope_of(GENERATE, b"application/json")
+        await asyncio.wait_for(app(scope, receive, send), 10)
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        gc.collect()
+
+    with caplog.at_level("INFO", "pixart_jax.access"):
+        asyncio.run(call())
+    renderer.gate.set()
+    assert service.engine.close(10)
+    assert not [one for one in caplog.records if one.name == "asyncio"]
+    (line,) = [json.loads(r.message) for r in caplog.records if r.name == "pixart_jax.access"]
+    assert line["status"] == (499 if leave_at == "progress" else 200)
+
+
+def scope_of(path: str, content_type: bytes) -> dict:
+    """Of a POST, as uvicorn gives it."""
+    headers = [(b"host", b"localhost"), (b"content-type", content_type)]
+    found = {"type": "http", "method": "POST", "path": path, "headers": headers, "scheme": "http"}
+    return {**found, "query_string": b"", "asgi": {"spec_version": "2.3"}}
+
+
+def test_an_upload_that_breaks_off_is_no_error(caplog):
+    messages = [{"type": "http.request", "body": b"--x\r\n", "more_body": True}]
+    messages += [{"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        raise AssertionError(message)
+
+    scope = scope_of(EDIT, b"multipart/form-data; boundary=x")
+    with caplog.at_level("INFO", "pixart_jax.access"):
+        asyncio.run(api.create_app(stub_service()[0])(scope, receive, send))
+    (record,) = [one for one in caplog.records if one.name.startswith("pixart_jax")]
+    assert json.loads(record.message)["status"] == 499
+
+
 # ---- security ----
 
 KEYS = {"ann": hashlib.sha256("schlüssel".encode()).digest()}
@@ -290,6 +386,7 @@ def guarded():
 
 
 KEY = {"authorization": b"Bearer schl\xc3\xbcssel"}
+FORM = {"content-type": "multipart/form-data; boundary=x"}
 JSON_BODY = {"content": b'{"prompt": "a"}', "headers": {"content-type": "application/json"}}
 
 
@@ -321,14 +418,15 @@ JSON_BODY = {"content": b'{"prompt": "a"}', "headers": {"content-type": "applica
         ("/mcp", {**KEY, "origin": "http://evil.example"}, 403, "origin_not_allowed"),
         ("/v1/models", {**KEY, "sec-fetch-site": "cross-site"}, 403, "origin_not_allowed"),
         ("/", {"sec-fetch-site": "cross-site"}, 200, None),
-        (GENERATE, {**KEY, "content-length": "99999999999"}, 413, "too_large"),
+        (GENERATE, {**KEY, "content-length": f"{2**20 + 1}"}, 413, "too_large"),
+        (EDIT, {**KEY, **FORM, "content-length": f"{2**25 + 1}"}, 413, "too_large"),
         (GENERATE, {**KEY, "content-type": "text/plain"}, 415, "content_type"),
     ],
 )
 def test_who_may_call(guarded, path, headers, status, code):
     async def call():
         async with in_process(guarded) as client:
-            if path in (GENERATE, "/mcp"):
+            if path in (GENERATE, EDIT, "/mcp"):
                 given = {**JSON_BODY["headers"], **headers}
                 return await client.post(path, content=JSON_BODY["content"], headers=given)
             return await client.get(path, headers=headers)
@@ -342,6 +440,7 @@ def test_who_may_call(guarded, path, headers, status, code):
     assert answer.headers["referrer-policy"] == "no-referrer"
     assert len(answer.headers["x-request-id"]) == 32
     assert ("www-authenticate" in answer.headers) == (status == 401)
+    assert not any(name.startswith("access-control") for name in answer.headers)
 
 
 def test_rate_limit_and_log(caplog):
@@ -477,6 +576,8 @@ async def exercise(agent: Client) -> None:
         ("generate_image", {"prompt": "a", "size": "1x1"}, "not offered"),
         ("generate_image", {"prompt": "explode"}, "internal error"),
         ("generate_image", {}, "prompt"),
+        ("edit_image", {"prompt": "a"}, "an image to edit is needed"),
+        ("edit_image", {"prompt": "a", "control": edit["image"]}, "no ControlNet"),
         ("edit_image", {"prompt": "a", "image": "/etc/passwd"}, "a data: URL"),
         ("edit_image", {"prompt": "a", "image": "http://localhost/x.png"}, "a data: URL"),
     ]:

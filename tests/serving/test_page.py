@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from pixart_jax.evaluation.checker import find_objects
 from pixart_jax.images import png_parameters
 from pixart_jax.pipeline.folder import ModelFolder
 from pixart_jax.serving.api import create_app
@@ -387,7 +388,7 @@ def test_a_server_with_a_key_asks_for_it(chromium):
 
 
 @pytest.mark.slow
-def test_the_shipped_model_end_to_end(chromium):
+def test_the_shipped_model_end_to_end(chromium, tmp_path):
     from pixart_jax.pipeline.lora_flags import LoraFlags
     from pixart_jax.serving.api import Service
     from pixart_jax.serving.opening import EngineFlags
@@ -413,4 +414,18 @@ def test_the_shipped_model_end_to_end(chromium):
         site.page.run("document.querySelector('#adapters input').click()")
         (adapted,) = site.generate()
         assert adapted != made
+        # a control image, as a picture whose edges are followed
+        site.page.run("document.querySelector('#adapters input').click()")
+        Image.open(io.BytesIO(made)).save(tmp_path / "picture.png")
+        site.page.choose("#control", tmp_path / "picture.png")
+        site.page.wait("!document.querySelector('#control-chosen').hidden")
+        site.fill(prompt="a green object left of a yellow object", **{"control-from": "canny"})
+        (followed,) = site.generate()
+        before, after = (
+            find_objects(np.asarray(Image.open(io.BytesIO(f)))) for f in (made, followed)
+        )
+        assert {one.colour for one in after} == {"green", "yellow"}
+        places = [sorted((round(o.x), round(o.y)) for o in found) for found in (before, after)]
+        assert len(places[0]) == len(places[1]) == 2, places
+        assert np.abs(np.subtract(*places)).max() <= 4, places
         assert chromium.console == []

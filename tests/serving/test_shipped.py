@@ -7,10 +7,12 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import dataclasses
 import io
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,17 +23,21 @@ import anyio
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from mcp import Client, StdioServerParameters
 from PIL import Image
 
 from pixart_jax import cli
 from pixart_jax.__main__ import main
+from pixart_jax.commands import sample
+from pixart_jax.images import canny
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.serving import api
 from pixart_jax.serving.opening import EngineFlags
 from tests.serving.servers import ROOT, SHIPPED, listening
 from tests.serving.test_api import pixels_of
 
+CONTROL = ROOT / "assets" / "shapes_control"
 GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
 
 
@@ -121,6 +127,53 @@ def test_edits_adapters_and_previews(server):
     assert data[1]["b64_json"] == first  # a preview changes nothing
 
 
+def test_the_shipped_models_controlnet_is_offered(flags):
+    def offered(**changes):
+        return dataclasses.replace(flags, **changes).build()[1].controlnets
+
+    assert offered() == offered(model=ROOT / "assets/shapes") == ("shapes_control",)
+    assert offered(controlnet="none") == ()
+
+
+@pytest.mark.slow
+def test_a_control_changes_the_image_as_sample_py_does(server, tmp_path):
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[12:40, 20:48] = 0
+    edges = np.repeat(canny(picture)[..., None], 3, axis=-1)
+    for name, pixels in (("picture", picture), ("edges", edges)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    fields = {"prompt": "a red object", "seed": "1", "guidance_scale": "3"}
+
+    def edited(name, **more):
+        files = {"control": ("c.png", (tmp_path / f"{name}.png").read_bytes())}
+        answer = httpx.post(server + EDIT, data={**fields, **more}, files=files, timeout=120)
+        assert answer.status_code == 200, answer.text
+        (one,) = answer.json()["data"]
+        assert one["parameters"]["controlnet"] == "shapes_control"
+        return pixels_of(one)
+
+    ours = edited("edges")
+    pipe = Pipeline.from_pretrained(SHIPPED, controlnet=CONTROL)
+    how = {"steps": 4, "guidance": 3.0, "seed": 1, "batch_size": 4, "text_length": 64}
+    np.testing.assert_array_equal(ours, pipe("a red object", control=edges, **how)[0])
+    np.testing.assert_array_equal(ours, edited("picture", control_from="canny"))
+    plain = pixels_of(
+        {"b64_json": post(server, prompt="a red object", seed=1, guidance_scale=3)[0]}
+    )
+    np.testing.assert_array_equal(edited("edges", control_scale="0"), plain)
+    assert np.abs(ours.astype(int) - plain).mean() > 5
+    square = ours[16:36, 24:44].astype(int).mean((0, 1))  # inside the edges
+    assert square[0] > square[1:].max() + 60
+    flags = {"--model": SHIPPED, "--out": tmp_path / "out", "--controlnet": CONTROL, "--seed": 1}
+    flags |= {"--control": tmp_path / "edges.png", "--prompt": "a red object", "--steps": 4}
+    flags |= {"--guidance": 3, "--batch-size": 4}
+    assert cli.run(sample.main, [str(part) for pair in flags.items() for part in pair]) == 0
+    (file,) = (tmp_path / "out").glob("0*.png")
+    difference = np.abs(np.asarray(Image.open(file)).astype(int) - ours).max()
+    print(f"sample.py: {difference}")  # it pads texts to another length
+    assert difference <= 1
+
+
 # ---- the command ----
 
 
@@ -162,12 +215,13 @@ def test_bad_input_is_one_line_and_status_2(capsys, monkeypatch, arguments, says
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err, err
 
 
-def test_a_missing_extra_is_one_line(capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["serve", "mcp", "evaluate study serve"])
+def test_a_missing_extra_is_one_line(capsys, monkeypatch, command):
     for module in [name for name in sys.modules if name.startswith("pixart_jax.serving")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert cli.run(main, ["serve"]) == 2
-    assert 'pip install "pixart-jax[serve]"' in capsys.readouterr().err
+    assert cli.run(main, command.split()) == 2
+    assert capsys.readouterr().err == 'error: fastapi is missing: pip install "pixart-jax[serve]"\n'
 
 
 @contextlib.contextmanager
@@ -184,6 +238,9 @@ def serving(*arguments, env=()):
     )
     try:
         url = process.stdout.readline().split(" at ")[1].split()[0]
+        # it listens when it says so, and has its page before its model
+        assert "<title>pixart_jax" in httpx.get(url).text
+        assert httpx.get(f"{url}/readyz").json()["state"] in ("loading", "compiling")
         limit = time.monotonic() + 120
         while httpx.get(f"{url}/readyz").json()["state"] != "ready":
             assert time.monotonic() < limit
@@ -192,6 +249,59 @@ def serving(*arguments, env=()):
     finally:
         process.kill()
         process.wait()
+
+
+def test_only_a_trusted_proxy_names_the_caller_and_no_auth_is_spelled_out(monkeypatch):
+    found = []
+
+    def run(self, sockets):
+        found.append(self.config)
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.delenv("PIXART_API_KEY", raising=False)
+    for arguments in ([], ["--trusted-proxy", "10.0.0.7"], ["--host", "0.0.0.0", "--no-auth"]):
+        assert cli.run(main, ["serve", "--port", "0", *arguments]) == 0
+    assert [one.proxy_headers for one in found] == [False, True, False]
+    assert found[1].forwarded_allow_ips == "10.0.0.7"
+
+
+def test_a_damaged_model_is_one_line(capfd, tmp_path):
+    """It shows only when the weights are read, beside the server that listens."""
+    for part in SHIPPED.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "vae").unlink()
+    shutil.copytree(SHIPPED / "vae", tmp_path / "vae")
+    (weights,) = (tmp_path / "vae").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\xff" * 4)  # a NaN
+    assert cli.run(main, ["serve", "--model", str(tmp_path), "--port", "0"]) == 2
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1 and " at http://127.0.0.1:" in out
+    assert err.startswith("error: ") and err.count("\n") == 1 and "finite" in err, err
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_nothing_behind(tmp_path):
+    """No file, no process, and the port at once for the next server, whose page is there while it
+    compiles."""
+    env, options = {"TMPDIR": str(tmp_path)}, ["--batch-size", "4", "--steps-allowed", "4", "50"]
+    with serving(*options, env=env) as (process, url):
+        body = {"prompt": "a star", "seed": 1, "n": 4}
+        expected = post(url, **body, num_inference_steps=4)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            # a generation, and an upload larger than what is kept in memory
+            mine = pool.submit(httpx.post, url + GENERATE, json={**body, "num_inference_steps": 50})
+            file = {"image": ("a.png", b"\x89PNG" + bytes(8 << 20))}
+            theirs = pool.submit(httpx.post, url + EDIT, data={"prompt": "a"}, files=file)
+            time.sleep(0.3)
+            process.kill()
+            for call in (mine, theirs):
+                with contextlib.suppress(httpx.TransportError):
+                    call.result(30)
+    assert list(tmp_path.iterdir()) == []
+    with serving(*options, "--port", url.rpartition(":")[2], env=env) as (_, again):
+        assert again == url and post(url, **body, num_inference_steps=4) == expected
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from pixart_jax import cli
 from pixart_jax.evaluation import study
 from pixart_jax.images import write_png
+from pixart_jax.serving.guard import Access
 from pixart_jax.serving.study import Ballot, create_app, main
 
 KEYED = {"Authorization": "Bearer opens"}
@@ -41,7 +42,7 @@ def votes(tmp_path):
 
 
 def client(built, votes, keys=KEYS):
-    app = create_app(built, Ballot(built, votes.open("a+b")), keys)
+    app = create_app(built, Ballot(built, votes.open("a+b")), Access(keys))
     return TestClient(app, base_url="http://localhost", headers=KEYED if keys else {})
 
 
