@@ -17,6 +17,7 @@ from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.initialization import start_folder
 from pixart_jax.training.tasks.distillation import check_teacher
 from pixart_jax.training.tasks.lora import adapted_layers
+from pixart_jax.weights.component import controlnet_of
 
 
 def check_run(config: Config, mesh: Mesh) -> None:
@@ -55,6 +56,8 @@ def _check_model(config: Config, stage: StageConfig, mesh: Mesh) -> None:
         check_identifier(stage)
         if stage.lora is not None:
             adapted_layers(model, stage.lora, stage.name)
+        if stage.controlnet is not None:
+            controlnet_of(stage.controlnet, model)
         tokens = {f"bucket {h}×{w}": (h // side) * (w // side) for h, w in stage.data.buckets}
         check_divides(mesh, name, heads=model.heads, mlp_width=model.mlp_width, tokens=tokens)
     elif stage.task == "text_to_text" and config.text_model is not None:

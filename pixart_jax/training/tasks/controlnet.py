@@ -22,7 +22,7 @@ from pixart_jax.models.controlnet import ControlledTransformer, config_of
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.over_base import TextToImageOverBase
-from pixart_jax.weights.component import ControlNet, controlnet_of, load_component
+from pixart_jax.weights.component import ControlNet, load_component
 
 KEY = "controlnet"
 OFFICIAL = "official.safetensors"  # beside the folder's own weights, under the official names
@@ -39,8 +39,7 @@ class TextToImageControl(TextToImageOverBase):
     def from_config(
         cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
     ) -> TextToImageControl:
-        """As of the plain task, with as many copies as the released ones have. Raises UserError for
-        a ``stage.controlnet`` of another model."""
+        """As of the plain task, with as many copies as the released ones have."""
         plain = super().from_config(config, stage, dtype, frozen)
         assert isinstance(plain, TextToImageControl)
         module = ControlledTransformer(
@@ -50,8 +49,6 @@ class TextToImageControl(TextToImageOverBase):
             config.mesh.context_attention,
             units=config_of(plain.module.config).depth,
         )
-        if stage.controlnet is not None:
-            controlnet_of(stage.controlnet, module.config)
         return dataclasses.replace(plain, module=module, trained=stage.controlnet)
 
     @property

@@ -151,7 +151,7 @@ def test_a_stage_may_go_on_from_a_trained_one_to_the_bit(finished, world, tmp_pa
         (ROOT / "assets" / "shapes_control", "a ControlNet of width 128 does not fit"),
     ):
         wrong = dataclasses.replace(stage, controlnet=str(path))
-        wrong = dataclasses.replace(config, name="wrong", stages=(wrong,))
+        wrong = dataclasses.replace(config, stages=(wrong,))
         assert message in error_of(wrong, tmp_path / "wrong")
     with pytest.raises(UserError, match="only task controlnet goes on from one"):
         StageConfig("s", controlnet="there")
