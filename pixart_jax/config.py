@@ -450,8 +450,7 @@ class StageConfig:
     dreambooth: DreamBoothConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     start: str = "previous"
-    # task controlnet: one to go on from, a folder, hub id or file; None: copies of start's blocks
-    controlnet: str | None = None
+    controlnet: str | None = None  # a path: task controlnet goes on from it; None: start's blocks
     # of this stage alone; None: the run's
     model: TransformerConfig | None = None
     vae: str | None = None
