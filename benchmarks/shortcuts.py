@@ -77,7 +77,7 @@ def main() -> None:
         found.append(
             {
                 "name": name,
-                "computed": plan.share * steps / (20 if guided else 40),
+                "computed": plan.share * steps / 20,
                 "seconds_an_image": seconds[name],
                 "ratio": seconds["20 steps"] / seconds[name],
                 "distance": float(np.sqrt(np.mean(((images.astype(float) - plain) / 255) ** 2))),
