@@ -222,14 +222,14 @@ def _features_of(
     except _DAMAGE as error:
         return None, [BadRecord(str(latents), _UNREADABLE, str(error))]
     if control is not None:
-        file = _control_file(control, entry)
+        edges = _control_file(control, entry)
         try:
-            if "arr_0" not in getattr(np.load(file), "files", ()):  # refuses a file that is cut
+            if "arr_0" not in getattr(np.load(edges), "files", ()):  # refuses a file that is cut
                 raise ValueError("holds no arr_0")
         except FileNotFoundError:
-            return None, [BadRecord(place, _MISSING, f"no {file.name} in {file.parent}")]
+            return None, [BadRecord(place, _MISSING, f"no {edges.name} in {edges.parent}")]
         except _DAMAGE as error:
-            return None, [BadRecord(str(file), _UNREADABLE, str(error))]
+            return None, [BadRecord(str(edges), _UNREADABLE, str(error))]
     held: list[tuple[str, int] | None] = []
     bad = []
     for kind in texts:
