@@ -103,16 +103,15 @@ def evaluate_compbench(options: CompbenchOptions, flags: Sequence[str] | None = 
         options, flags, prompts, lambda i, j: places[i * each + j], compbench.image_name
     )
     scores: dict[str, dict[str, float]] = {}
-    by = []
-    for source in (_answers(book), _detections(category, book), _similarities(category, book)):
-        if category in compbench.NEEDS[source.kind]:
-            found = run.judge(
-                source, lambda names: listed or sorted(names, key=compbench.number_of)
-            )
-            if found is None:
-                return None
+    every = _answers(book), _detections(category, book), _similarities(category, book)
+    sources = [source for source in every if category in compbench.NEEDS[source.kind]]
+    for source in sources:  # every process computes its share of each
+        found = run.judge(source, lambda names: listed or sorted(names, key=compbench.number_of))
+        if found is not None:
             scores[source.kind] = found
-            by.append(run.by(source))
+    if len(scores) < len(sources):
+        return None
+    by = [run.by(source) for source in sources]
     images = list(next(iter(scores.values())))
     kinds = {image: tuple(scores) for image in images}
     if category == "complex":

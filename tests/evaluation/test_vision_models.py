@@ -315,9 +315,11 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_complex_prompts_are_scored_from_images_by_three_networks(images, blip, tmp_path):
+def test_complex_prompts_are_scored_from_images_by_three_networks(
+    images, blip, tmp_path, monkeypatch
+):
     """The mean of two or three of BLIP-VQA, spatial and CLIP by the prompt's list; CLIP reads the
-    prompt without its adjectives."""
+    prompt without its adjectives. Two processes compute the same."""
     torch.manual_seed(0)
     save_detr(tmp_path / "detr")
     save_clip(tmp_path / "clip")
@@ -329,7 +331,15 @@ def test_complex_prompts_are_scored_from_images_by_three_networks(images, blip, 
     call = ["compbench", "--category", "complex", "--images", folder, "--benchmark", tmp_path]
     models = ["--vqa", blip, "--detector", tmp_path / "detr", "--clip", tmp_path / "clip"]
     out = tmp_path / "out"
-    assert evaluate(*call, *models, "--per-prompt", 1, "--out", out) == 0
+    call += [*models, "--per-prompt", 1, "--batch-size", 1, "--out"]
+    assert evaluate(*call, out) == 0
+    monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / "other")
+    monkeypatch.setattr(features, "_PATIENCE", 0.0)  # process 0 finds all blocks of the other
+    assert evaluate(*call, tmp_path / "two", "--share", "1/2") == 0
+    assert not (tmp_path / "two/score.json").exists()
+    assert evaluate(*call, tmp_path / "two", "--share", "0/2") == 0
+    results = [(tmp_path / f"{name}/results.jsonl").read_bytes() for name in ("out", "two")]
+    assert results[0] == results[1]
     score = json.loads((out / "score.json").read_text())
     assert all(f"{model}=" in score["metric"] for model in ("vqa", "detector", "clip"))
     answers, *others = (
