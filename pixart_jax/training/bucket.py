@@ -253,6 +253,8 @@ def _teach_s3() -> None:
             spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
         elif region:
             spec["aws_region"] = region
+        if "AWS_ACCESS_KEY_ID" in os.environ:  # else it complains of each file that is not there
+            spec["aws_credentials"] = {"type": "environment"}
         return spec
 
     kvstore.gcs = gcs  # type: ignore[attr-defined]

@@ -164,7 +164,11 @@ def wait_for(condition, seconds: float = 120.0):
         time.sleep(0.05)
 
 
-CLOUD = ["botocore", "s3fs", "gcsfs", "google.cloud.storage"]
+CLOUD = [
+    "aiobotocore",
+    "s3fs",
+    "gcsfs",
+]  # tensorboardX itself imports boto3 and google.cloud.storage
 
 
 @pytest.fixture(scope="module")
