@@ -59,8 +59,10 @@ def wandb_history(folder):
     """The values of each offline run under ``folder``, oldest first: one dict a logged line. A
     .wandb file is a LevelDB log: 7 bytes, then blocks of 32 KiB with checksum, length, kind, data.
     """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its service may still be writing the end of a finished run
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         data, at, lines, record = file.read_bytes(), 7, [], b""
         while at + 7 <= len(data):
