@@ -18,6 +18,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -53,6 +54,8 @@ def live(argv: list[str], seconds: float | None) -> int:
         status = 1
         try:
             status = cli.run(train.main, argv)
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
