@@ -127,6 +127,8 @@ def main(argv: Sequence[str]) -> int:
         access_log=False,
         log_config=None,
         server_header=False,
+        # longer than a client waits after a 429, whose next request must not meet the closing
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=flags.grace,
         proxy_headers=bool(flags.trusted_proxy),
         forwarded_allow_ips=flags.trusted_proxy or None,
