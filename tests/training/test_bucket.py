@@ -42,7 +42,12 @@ def config_of(folder: Path, steps: int):
 
 def final_state(workdir: str | Path, total: int):
     folder = files.stage(files.join(workdir, "checkpoints", str(total)))
-    return ocp.StandardCheckpointer().restore(folder / "state")
+    reader = ocp.PyTreeCheckpointer()
+    arrays = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        reader.metadata(folder / "state").item_metadata.tree,
+    )
+    return reader.restore(folder / "state", restore_args=arrays)  # of any number of processes
 
 
 def figures(workdir: str | Path) -> list[dict]:
