@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": _FOUNDATION | {"parallel.axes"},
     "diffusion": {"errors"},
     "data": _FOUNDATION,
-    "config": {"errors", "models"},
+    "task_config": {"errors"},
+    "config": {"errors", "models", "task_config"},
     "weights": _FOUNDATION | {"models", "parallel"},
     "pipeline": _FOUNDATION
     | {"models", "diffusion", "weights", "parallel", "data.buckets", "data.images"},

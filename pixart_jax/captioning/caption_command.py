@@ -91,7 +91,7 @@ def _places(arguments: Arguments) -> tuple[Path, Path | list[Path] | None]:
         how = "--format webdataset adds to tars" if form == "webdataset" else "--in-place writes"
         raise UserError(f"{how} of a source {wanted}:…, and {text} is a {kind}")
     if is_remote(place):
-        raise UserError(f"{text} lies in a bucket, whose files are not added to: --format jsonl")
+        raise UserError(f"{text} is in a bucket: only --format jsonl can export its captions")
     if form == "webdataset":
         return out / "captions.jsonl", [Path(tar) for tar in tars_of(place, BadRecords())]
     return out / "captions.jsonl", Path(place.partition("?")[0]) if in_place else out

@@ -77,7 +77,7 @@ class ShardCache:
     def _make_room(self, last: Path) -> None:
         used = {}
         for mark in last.parent.parent.glob("*/.*.checked"):
-            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            with contextlib.suppress(FileNotFoundError):  # another process deleted it first
                 size = mark.with_name(mark.name[1:].removesuffix(".checked")).stat().st_size
                 used[mark] = mark.stat().st_mtime_ns, size
         total = sum(size for _, size in used.values())

@@ -285,11 +285,11 @@ def _report(
         "scores": scores,
         "warnings": notes,
     }
-    drawn = []
+    charts = []
     if line := scores.get("fid_infinity"):
         x, y = [1 / count for count, _ in line["points"]], [value for _, value in line["points"]]
         ends = line["value"], line["value"] + np.polyfit(x, y, 1)[0] * max(x)
         series = {"random subsets": (x, y), f"line, {ends[0]:.2f} at 0": ([0, max(x)], ends)}
         path = options.out / "fid_infinity.png"
-        drawn.append(plots.curves(path, series, title="FID", axis="1 / images"))
-    report.finish(options.out, first + suffix, main, n, facts, written=drawn)
+        charts.append(plots.curves(path, series, title="FID", axis="1 / images"))
+    report.finish(options.out, first + suffix, main, n, facts, written=charts)

@@ -107,7 +107,7 @@ def sweep(
         series = {first: ([p[x] for p in points], [p[first] for p in points])}
         series |= {f"guidance {p['guidance']:g}": ([p[x]], [p[first]]) for p in points}
         axis = "CLIP score" if x == "clip" else x
-        drawn = plots.curves(options.out / "sweep.png", series, title=first, axis=axis)
+        chart = plots.curves(options.out / "sweep.png", series, title=first, axis=axis)
         facts = {**facts, "guidance": low, "sweep": points}
-        report.finish(options.out, first, best[1][first], {}, facts, written=[drawn])
+        report.finish(options.out, first, best[1][first], {}, facts, written=[chart])
     return best[1]

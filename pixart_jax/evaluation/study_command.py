@@ -103,8 +103,8 @@ def report_votes(options: ReportOptions) -> None:
     n = {name: found[name] for name in ("votes", "raters", "prompts")}
     path = options.out / "win_rates.png"
     title = f"win rates, ties as halves, 95% · {found['raters']} raters, {found['prompts']} prompts"
-    drawn = plots.intervals(path, panels, title=title, mark=0.5)
-    report.finish(options.out, "study", head, n, found, written=[drawn])
+    chart = plots.intervals(path, panels, title=title, mark=0.5)
+    report.finish(options.out, "study", head, n, found, written=[chart])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -198,7 +198,7 @@ TESTED = ("0.12.8",)  # versions of Orbax whose three private functions below ar
 
 
 def prepare_orbax(address: str) -> ocp.options.AtomicityOptions:
-    """Make Orbax write to a bucket: commit files, and s3://, which it does not know yet
+    """Make Orbax write to a bucket: commit files, and s3://, which it does not support yet
     (google/orbax#2739). Its libraries repeat requests for as long as ours."""
     tries = _tries(0.1, 1.7, 15.0)
     if address.startswith("gs://"):
