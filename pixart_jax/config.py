@@ -237,7 +237,7 @@ class StageConfig:
     dreambooth: DreamBoothConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     start: str = "previous"
-    controlnet: str | None = None  # a path: task controlnet goes on from it; None: start's blocks
+    controlnet: str | None = None  # a path: task controlnet continues it; None: start's blocks
     # of this stage alone; None: the run's
     model: TransformerConfig | None = None
     vae: str | None = None
@@ -259,7 +259,7 @@ class StageConfig:
             require(self, rule, start=self.start not in ("fresh", "previous"))
             rule = "a ControlNet needs conditions: hed, canny or folder:DIR"
             require(self.data, rule, condition=self.data.condition is not None)
-        rule = "only task controlnet goes on from one"
+        rule = "only task controlnet continues one"
         require(self, rule, controlnet=self.controlnet is None or self.task == "controlnet")
         if self.lora is not None:
             require(self, "lora adapts a text_to_image model", task=self.task in TEXT_TO_IMAGE)

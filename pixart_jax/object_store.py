@@ -193,7 +193,7 @@ def _retried(address: str, verb: str, attempt: Callable[[], _T]) -> _T:
             if left <= 0:
                 raise Unavailable(
                     f"{address} could not be reached for {RETRY_SECONDS:g} s "
-                    f"({one_line(error)}); the same command goes on when the store is back"
+                    f"({one_line(error)}); the same command resumes when the store is back"
                 ) from error
             failures += 1
             if failures == 4:

@@ -2,7 +2,7 @@
 
 Parameters are {"controlnet": tree}, in the form of models/controlnet.py, fp32. At first the copies
 are the base's blocks and the projections zero, so that the first step trains the projections into
-the base alone. A stage may instead go on from a trained ControlNet.
+the base alone. A stage may instead start from a trained ControlNet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OFFICIAL = "official.safetensors"  # beside the folder's own weights, under the 
 @dataclasses.dataclass(frozen=True)
 class TextToImageControl(TextToImageOverBase):
     """Batches also hold control_mean and control_std, of the conditions' posterior. trained: the
-    ControlNet to go on from."""
+    ControlNet to start from."""
 
     trained: str | None = None
 

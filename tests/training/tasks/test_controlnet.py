@@ -153,7 +153,7 @@ def test_a_stage_may_go_on_from_a_trained_one_to_the_bit(finished, world, tmp_pa
         wrong = dataclasses.replace(stage, controlnet=str(path))
         wrong = dataclasses.replace(config, stages=(wrong,))
         assert message in error_of(wrong, tmp_path / "wrong")
-    with pytest.raises(UserError, match="only task controlnet goes on from one"):
+    with pytest.raises(UserError, match="only task controlnet continues one"):
         StageConfig("s", controlnet="there")
 
 
