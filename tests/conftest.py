@@ -4,6 +4,7 @@ library, no network."""
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("PIXART_JAX_CACHE", str(ROOT / ".cache" / "pixart_jax"))
 # PyTorch's tiny models take ten times as long where two threads wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# nohup and background jobs ignore SIGINT, and the programs that tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # a test that needs a download is a mistake, and should say so at once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("PYTHONPATH", str(ROOT))  # for the programs that tests start

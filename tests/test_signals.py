@@ -16,12 +16,7 @@ def end(command: list[str], number: int, after: float, times: int = 1) -> tuple[
     """Start a program, send it a signal ``after`` seconds from when it handles SIGTERM; its exit
     status, its stderr, and the seconds it took to end."""
     program = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # nohup and background jobs ignore SIGINT, and programs that they start inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     status = Path(f"/proc/{program.pid}/status")
     while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> 14 & 1:
