@@ -15,7 +15,6 @@ from pixart_jax.captioning import inspect
 from pixart_jax.commands import sample
 from pixart_jax.data import records
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.samples import TokenSamples
 from pixart_jax.encoding import prompts
 from pixart_jax.encoding.encode import FAULTS, encode_dataset
 from pixart_jax.encoding.options import EncodeOptions
@@ -147,17 +146,6 @@ def test_encode_without_a_record_is_an_error(tmp_path, captions):
     for _ in range(2):  # also where an earlier run has finished
         with pytest.raises(UserError, match="holds no record: . left out: . missing caption"):
             encode(Captioned(captions), tmp_path / "set")
-
-
-def test_token_samples_count_as_encode_does():
-    source = Captioned(CAPTIONS)
-    samples = TokenSamples(source, tiny.words(), [("short", 1.0)], 24, clean_caption)
-    assert samples.bucket_of.tolist() == [0, -1, 0, 0, -1]
-    assert source.faults.counts == {"missing caption": 2}
-    kinds = {"caption empty after cleaning": 1, "caption at least half lost in cleaning": 1}
-    assert source.faults.repaired == kinds
-    found = samples.read(np.array([2, 2]), 0, np.array([0.1, 0.9]))
-    assert (found["input_ids"][0] == found["input_ids"][1]).all()
 
 
 def test_inspect_counts_both():

@@ -150,7 +150,7 @@ class DecodedSource:
             raise UserError(f"--vae {vae}: {encoded.name} was encoded with another VAE")
         self._encoded, self._vae, self._one_at_a_time = encoded, opened, threading.Lock()
         self.name, self.fingerprint = encoded.name, encoded.fingerprint
-        self.caption_kinds, self.num_classes = encoded.caption_kinds, encoded.num_classes
+        self.caption_kinds = encoded.caption_kinds
         self.sizes = encoded.sizes  # of the pictures before they were encoded
 
     def __len__(self) -> int:

@@ -34,7 +34,6 @@ class Loader:
         seed: int,
         rows: Sequence[int] | np.ndarray | None = None,
         workers: int = 2,
-        prefetch: int | None = None,
         window: int = 0,
     ):
         self.samples = samples
@@ -47,7 +46,6 @@ class Loader:
         if not len(self._rows) or self._rows.min() < 0 or self._rows.max() >= batch_size:
             raise UserError(f"a batch has rows 0 to {batch_size - 1}: a process reads at least one")
         self._workers = max(workers, 0)
-        self._prefetch = 2 * self._workers + 2 if prefetch is None else prefetch
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Read this process's rows of the batch of a step."""
@@ -64,15 +62,10 @@ class Loader:
         batch = self.plan.batch(step)
         return self.samples.read(batch.indices[rows], batch.bucket, batch.draws[rows])
 
-    def bucket(self, step: int) -> tuple[int, int]:
-        """(height, width) in px of a step's batch, the same on every process."""
-        return self.samples.buckets[self.plan.batch(step).bucket]
-
     def iterator(self, start: int = 0) -> grain.DatasetIterator:
         """Batches from step ``start`` on, without end. close() ends the threads."""
-        options = grain.ReadOptions(
-            num_threads=self._workers, prefetch_buffer_size=self._prefetch if self._workers else 0
-        )
+        ahead = 2 * self._workers + 2 if self._workers else 0
+        options = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=ahead)
         batches = iter(grain.MapDataset.range(_STEPS).map(self.batch).to_iter_dataset(options))
         batches.set_state(self.state_at(start))
         return batches

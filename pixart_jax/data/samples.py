@@ -4,7 +4,7 @@ batch; encoded records are in data/encoded.py, the official features in data/fea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,6 @@ from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.images import to_model
 from pixart_jax.remote_path import Location
-from pixart_jax.text import clean_captions
 
 BUCKETS_PNG = "buckets.png"
 _DECODERS = 8  # threads; Pillow releases the interpreter lock while it decodes
@@ -209,13 +208,12 @@ class ImageSamples:
 
 
 class TokenSamples:
-    """Token ids of captions, for the text encoder: {"input_ids": int32 [b, l], "lengths": int32
-    [b], "key"}.
+    """Token ids of captions, for the text encoder: {"input_ids", "target_ids": int32 [b, l],
+    "lengths", "target_lengths": int32 [b], "is_target": bool [b], "key"}.
 
-    All captions are tokenised when the set is opened, cut at max_text_tokens. A sample without any
-    kind of the mix, or without a target, is named and left out. clean: of each text. target: a kind
-    of caption whose first text each row brings along as {"target_ids": int32 [b, l],
-    "target_lengths": int32 [b], "is_target": bool [b], whether it is the row's}.
+    All captions are tokenised when the set is opened, cut at max_text_tokens. target: the kind of
+    caption whose first text each row brings along; is_target: whether that is the row's own. A
+    sample without it, or without any kind of the mix, is named and left out.
     """
 
     buckets: tuple[tuple[int, int], ...] = ((0, 0),)  # text has no size
@@ -227,13 +225,10 @@ class TokenSamples:
         tokenizer,
         captions: Sequence[tuple[str, float]],
         max_text_tokens: int,
-        clean: Callable[[str], str] = str,
-        target: str | None = None,
+        target: str,
     ):
         self._mix = CaptionMix(captions, source.caption_kinds, source.name)
-        self._target = target
-        if target:  # that there is such a kind
-            CaptionMix([(target, 1.0)], source.caption_kinds, source.name)
+        (self._target,) = CaptionMix([(target, 1.0)], source.caption_kinds, source.name).kinds
         self.faults, self.fingerprint = faults_of(source), source.fingerprint
         self._pad = tokenizer.pad_token_id or 0
         self._keys: list[str] = []
@@ -246,23 +241,12 @@ class TokenSamples:
             self._ranges.append({})
             try:
                 found = sample.captions_of_kinds(self._mix.kinds)
-                if target:
-                    found[target] = sample.texts(target)
+                found[target] = sample.texts(target)
             except UserError as error:
                 self.faults.add(sample.key, "missing caption", str(error).partition(": ")[2])
                 self.bucket_of[index] = -1
                 continue
-            both = {kind: clean_captions(some, clean) for kind, some in found.items()}
-            lost = [(how, text) for _, some in both.values() for how, text in some]
-            cleaned = {k: [text for _, text in kept] for k, (kept, _) in both.items() if kept}
-            if target and target not in cleaned or not set(self._mix.kinds) & set(cleaned):
-                how, text = lost[0]
-                self.faults.add(sample.key, "missing caption", f"{how}: {text[:40]!r}")
-                self.bucket_of[index] = -1
-                continue
-            for how, text in [] if self.faults.strict else lost:
-                self.faults.add(sample.key, f"caption {how}", repr(text[:40]), repaired=True)
-            for kind, some in cleaned.items():
+            for kind, some in found.items():
                 self._ranges[index][kind] = range(len(texts), len(texts) + len(some))
                 texts.extend(some)
         self._ids = tokenize(tokenizer, texts, max_text_tokens)
@@ -275,15 +259,17 @@ class TokenSamples:
             kind, rest = self._mix.choose(draw, self._ranges[index])
             numbers = self._ranges[index][kind]
             chosen.append(numbers[int(rest * len(numbers))])
-        ids, lengths = self._padded(chosen)
-        keys = np.array([self._keys[i] for i in indices])
-        batch = {"input_ids": ids, "lengths": lengths, "key": keys}
-        if self._target is None:
-            return batch
         targets = [self._ranges[index][self._target][0] for index in indices]
-        ids, lengths = self._padded(targets)
-        is_target = np.array(chosen) == np.array(targets)
-        return batch | {"target_ids": ids, "target_lengths": lengths, "is_target": is_target}
+        ids, lengths = self._padded(chosen)
+        target_ids, target_lengths = self._padded(targets)
+        return {
+            "input_ids": ids,
+            "lengths": lengths,
+            "target_ids": target_ids,
+            "target_lengths": target_lengths,
+            "is_target": np.array(chosen) == np.array(targets),
+            "key": np.array([self._keys[i] for i in indices]),
+        }
 
     def _padded(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [b, l], lengths [b]) of texts by their numbers."""

@@ -19,9 +19,9 @@ from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.planning import topology
 from pixart_jax.planning.target import PlanTarget, SamplingWorkload
 from pixart_jax.training import stages
-from pixart_jax.training.ema import averaged
 from pixart_jax.training.frozen import FrozenSpec
 from pixart_jax.training.memory import bytes_per_device
+from pixart_jax.training.optimizer import averaged
 from pixart_jax.training.step import compiled_step
 from pixart_jax.training.tasks.denoising import with_stage_positions
 from pixart_jax.weights import t5, vae

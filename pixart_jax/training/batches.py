@@ -21,13 +21,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from pixart_jax.config import TEXT_TO_IMAGE, Config, StageConfig
 from pixart_jax.data import records
 from pixart_jax.data.buckets import key_of
-from pixart_jax.data.encoded import EncodedSamples
+from pixart_jax.data.encoded import EncodedSamples, collate
 from pixart_jax.data.faults import BadRecords
 from pixart_jax.data.features import FeatureSamples
 from pixart_jax.data.loader import Loader
@@ -67,16 +66,11 @@ def open_loader(
     return Loader(
         _samples(config, stage, frozen, encode),
         batch_size=stage.batch_size,
-        seed=stage_seed(config, index),
+        seed=config.seed * 1_000_003 + index,  # stages of one set see it in different orders
         rows=None if mesh is None else rows_of(batch_sharding(mesh), stage.batch_size),
         workers=stage.data.workers,
         window=stage.data.shuffle_shards,
     )
-
-
-def stage_seed(config: Config, index: int) -> int:
-    """Seed of a stage's order of samples, so that stages of one set see it in different orders."""
-    return config.seed * 1_000_003 + index
 
 
 _DIFFUSION = ("class_conditional", "controlnet", *TEXT_TO_IMAGE)
@@ -227,18 +221,11 @@ class PromptSamples:
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         texts, size = [self._texts[index] for index in indices], self.buckets[bucket]
-        states, lengths = self._states.batch(texts, self.length, str)
-        latents = len(texts), size[0] // 8, size[1] // 8, self._channels
-        return {
-            "mean": np.zeros(latents, np.float32),
-            "std": np.zeros(latents, np.float32),
-            "label": np.full(len(texts), -1, np.int32),
-            "size": np.full((len(texts), 2), size, np.float32),
-            "aspect_ratio": np.full(len(texts), key_of(size), np.float32),
-            "text_states": states.astype(ml_dtypes.bfloat16),
-            "text_lengths": lengths,
-            "key": np.array(texts),
-        }
+        zero = np.zeros((size[0] // 8, size[1] // 8, self._channels), np.float32)
+        values = {"mean": zero, "std": zero, "label": -1, "size": size}
+        values["aspect_ratio"] = key_of(size)
+        rows = ((text, dict(values), self._states[text]) for text in texts)
+        return collate(rows, len(texts), self.length)
 
 
 def _records(

@@ -73,7 +73,6 @@ class Captioned:
     """A source's pictures, all under one prompt; None: each under its own captions."""
 
     caption_kinds: tuple[str, ...] = (KIND,)
-    num_classes: int | None = None
 
     def __init__(self, source: Source, prompt: str | None):
         self._source, self._prompt, self.name = source, prompt, source.name

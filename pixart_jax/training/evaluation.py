@@ -22,7 +22,7 @@ from pixart_jax.training.batches import Encode, open_loader, put
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState
-from pixart_jax.training.tasks import TextToImageLora, given
+from pixart_jax.training.tasks import TextToImageLora
 
 Evaluator = Callable[[TrainState], dict[str, float]]
 # a batch whose images' size counts, and settings with the prompts ((): the batch's own) → uint8
@@ -48,7 +48,7 @@ def open_evaluators(
 
     def of_images(measure: Callable[[Generate], dict[str, float]], state: TrainState):
         def generate(batch: Mapping[str, Any], settings: PreviewConfig) -> Sequence[np.ndarray]:
-            return parts.task.preview(state.average, batch, settings, *given(parts.base))[0]
+            return parts.task.preview(state.average, batch, settings, parts.base)[0]
 
         return measure(generate)
 
@@ -89,13 +89,13 @@ def loss_evaluator(
     """
     stage, task = config.stages[index], parts.task
     if isinstance(task, TextToImageLora):
-        task = task.without_dropout()
+        task = task.with_lora(dropout=0.0)
     batches = max(1, stage.evaluate.count // stage.batch_size)
     sharding = rules.batch_sharding(mesh)
 
     def means(params, batch, key, base):
         keys = jax.random.split(key, stage.batch_size)
-        losses = task.losses(params, batch, keys, *given(base))
+        losses = task.losses(params, batch, keys, base)
         return jax.tree.map(lambda x: jnp.mean(x, dtype=jnp.float32), losses)
 
     compiled = jax.jit(means, out_shardings=rules.replicated(mesh))

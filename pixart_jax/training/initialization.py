@@ -19,7 +19,7 @@ from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState, fresh_params, state_from
-from pixart_jax.training.tasks import Task, given
+from pixart_jax.training.tasks import Task
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.files import read_json
 from pixart_jax.weights.hub import model_folder
@@ -60,7 +60,7 @@ def initial_state(
         params = fresh()
     else:
         params = initial_params(config, index, parts.task, previous, fresh, key, report)
-    params = parts.task.on_stage_start(params, *given(parts.base))
+    params = parts.task.on_stage_start(params, parts.base)
     return state_from(params, parts.optimizer, parts.abstract)
 
 

@@ -27,15 +27,8 @@ from pixart_jax.files import write_text
 # Metrics that depend on the machine and its clock. All others are equal to the bit in a run that
 # was interrupted and in one that was not.
 TIMING = (
-    "steps_per_second",
-    "images_per_second",
-    "data_wait",
-    "mfu",
-    "goodput",
-    "restarts",
-    "recompilations",
-    "device_memory_gib",
-    "device_memory_peak_gib",
+    *("steps_per_second", "images_per_second", "data_wait", "mfu", "goodput", "restarts"),
+    *("recompilations", "device_memory_gib", "device_memory_peak_gib"),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import optax
 from pixart_jax.config import OptimizerConfig
 from pixart_jax.parallel import axes
 from pixart_jax.training.came import scale_by_came
-from pixart_jax.training.ema import parameter_ema
 
 FROZEN = ("null_caption",)  # the official null caption is a buffer: random, and never trained
 
@@ -110,3 +110,34 @@ def clip_by_global_norm(limit: float, own: bool = False) -> optax.GradientTransf
         return jax.tree.map(lambda g: g * factor, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+class EmaState(NamedTuple):
+    ema: optax.Params  # the same tree, shapes and dtypes as the parameters
+
+
+def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
+    """Keep ema ← decay · ema + (1 − decay) · parameters after each update; updates pass through
+    unchanged.
+
+    It starts as a copy of the parameters, without bias correction, as PixArt's and DiT's do. It
+    comes last in a chain: it averages what ``optax.apply_updates`` will make of the parameters.
+    """
+
+    def init(params):
+        return EmaState(jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params=None, **_):
+        if params is None:
+            raise ValueError("parameter_ema needs the parameters: update(updates, state, params)")
+        new = optax.apply_updates(params, updates)
+        # in this form what does not change, as the null caption, stays equal to the bit
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new)
+        return updates, EmaState(ema)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged(opt_state: optax.OptState) -> optax.Params | None:
+    """The average inside an optimizer's state, or None where none is kept."""
+    return optax.tree.get(opt_state, "ema")

@@ -37,7 +37,6 @@ from pixart_jax.training.ledger import EnergyMeter, ledger
 from pixart_jax.training.metrics import Metrics, MetricWindow, RestartLog, StepTimer
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState
-from pixart_jax.training.tasks import given
 from pixart_jax.training.workdir import Workdir
 
 
@@ -227,8 +226,8 @@ class StageHooks:
         """Sample grid → samples/STAGE-STEP.png and TensorBoard."""
         batch, name = self.loader.global_batch(0, rows=8), self.stage.name
         try:
-            settings, base = self.run.config.preview, given(self.base)
-            images, captions = self.task.preview(state.average, batch, settings, *base)
+            settings = self.run.config.preview
+            images, captions = self.task.preview(state.average, batch, settings, self.base)
         except NotFinite as error:
             warnings.warn(f"no preview of step {step}: {error}", Notice, stacklevel=1)
             return

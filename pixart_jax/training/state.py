@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from pixart_jax.parallel import gather, rules
 from pixart_jax.training.bad_steps import StepGuard
-from pixart_jax.training.ema import averaged
+from pixart_jax.training.optimizer import averaged
 
 
 @jax.tree_util.register_dataclass

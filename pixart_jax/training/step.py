@@ -16,7 +16,7 @@ from pixart_jax.parallel import rules
 from pixart_jax.training.optimizer import schedule
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState, shardings_of
-from pixart_jax.training.tasks import ConsistencyDistillation, Task, given
+from pixart_jax.training.tasks import ConsistencyDistillation, Task
 
 Batch = dict[str, jax.Array]  # each [b, …]
 
@@ -49,7 +49,7 @@ def train_step(
     target = {"target": state.average} if isinstance(task, ConsistencyDistillation) else {}
 
     def loss_fn(params, batch, keys):
-        losses = task.losses(params, batch, keys, *given(base), **target)  # {"loss": [b], …}
+        losses = task.losses(params, batch, keys, base, **target)  # {"loss": [b], …}
         means = jax.tree.map(lambda x: jnp.mean(x, dtype=jnp.float32), losses)
         return means["loss"], means
 
@@ -134,12 +134,12 @@ class CompiledStep:
     """
 
     def __init__(self, mesh: Mesh, abstract: TrainState, base: Any = None, **options: Any):
-        def step(state, batch, key, *base):
-            return train_step(state, batch, key, *base, mesh=mesh, **options)
+        def step(state, batch, key, base):
+            return train_step(state, batch, key, base, mesh=mesh, **options)
 
         replicated, state = rules.replicated(mesh), shardings_of(abstract)
-        self._mesh, self._base = mesh, given(base)
-        placed = state, rules.batch_sharding(mesh), replicated, *map(shardings_of, self._base)
+        self._mesh, self._base = mesh, base
+        placed = state, rules.batch_sharding(mesh), replicated, shardings_of(base)
         self.jitted = jax.jit(
             step, in_shardings=placed, out_shardings=(state, replicated), donate_argnums=0
         )
@@ -148,13 +148,13 @@ class CompiledStep:
         self, state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         with rules.on_mesh(self._mesh, rules.ACTIVATION_RULES):
-            return self.jitted(state, batch, key, *self._base)
+            return self.jitted(state, batch, key, self._base)
 
     def trace(self, state: TrainState, batch: Batch, key) -> jax.stages.Traced:
         """The step traced for arrays of these shapes, as a call would trace it;
         ``.lower().compile()`` makes the executable."""
         with rules.on_mesh(self._mesh, rules.ACTIVATION_RULES):
-            return self.jitted.trace(state, batch, key, *self._base)
+            return self.jitted.trace(state, batch, key, self._base)
 
     @property
     def executables(self) -> int:

@@ -27,22 +27,10 @@ from pixart_jax.training.bucket import Bucket
 
 # What may change between two calls: it affects what is logged, kept or where it is computed, not
 # what is learned.
-MUTABLE_FIELDS = (
-    "log_every",
-    "wandb",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "bad_steps_in_row",
-    "profile",
-    "preview",
-    "hardware",
-    "mesh",
-    "remat",
-    "workers",
-    "strict",
-    "evaluate",
-)
+MUTABLE_FIELDS = {
+    *("log_every", "wandb", "checkpoint_every", "keep_checkpoints", "keep_every", "preview"),
+    *("bad_steps_in_row", "profile", "hardware", "mesh", "remat", "workers", "strict", "evaluate"),
+}
 
 
 class Workdir:
@@ -174,7 +162,7 @@ def config_diff(old: dict, new: dict) -> list[str]:
     return [
         f"{path} was {before.get(path, 'absent')}, now {after.get(path, 'absent')}"
         for path in dict.fromkeys([*before, *after])
-        if before.get(path) != after.get(path) and not set(path.split(".")) & set(MUTABLE_FIELDS)
+        if before.get(path) != after.get(path) and not set(path.split(".")) & MUTABLE_FIELDS
     ]
 
 

@@ -32,7 +32,7 @@ BUCKETS = ((64, 64), (48, 96), (96, 48))
 class InMemory:
     """A source over a list."""
 
-    name, fingerprint, num_classes, caption_kinds = "memory", "0", None, ("caption",)
+    name, fingerprint, caption_kinds = "memory", "0", ("caption",)
 
     def __init__(self, samples):
         self.samples = samples

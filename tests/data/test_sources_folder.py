@@ -41,7 +41,7 @@ def test_pictures_below_a_folder_with_texts_beside_them(tmp_path):
             "b/2": {"caption": ("two",), "dense": ("two, at length",)},
             "c": {},
         }
-        assert set(source.caption_kinds) == {"caption", "dense"} and source.num_classes is None
+        assert set(source.caption_kinds) == {"caption", "dense"}
         np.testing.assert_array_equal(source[1].pixels(), picture(2, 30, 20))
         assert source.sizes().tolist() == [[24, 40], [30, 20], [24, 40]]
 
@@ -62,7 +62,7 @@ def test_a_table_of_captions_is_read_in_each_form(tmp_path, suffix):
         file.write_text(text.replace(",", "," if suffix == "csv" else "\t"))
     source = open_source(str(tmp_path))
     assert captions(source) == expected and [sample.label for sample in source] == [2, 0]
-    assert source.num_classes == 3 and not len(source.faults)
+    assert not len(source.faults)
 
 
 def test_hugging_faces_imagefolder_names_pictures_from_the_metadata_file_s_own_folder(tmp_path):

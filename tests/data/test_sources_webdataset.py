@@ -61,7 +61,7 @@ def test_members_of_other_kinds_are_captions_labels_and_fields(tmp_path):
     members |= {"c.json": json.dumps({"score": 0.2, "label": 4})}
     path = str(tar(tmp_path / "set.tar", members))
     source = open_source(path)
-    assert keys(source) == ["deep/a", "b", "c"] and source.num_classes == 3
+    assert keys(source) == ["deep/a", "b", "c"]
     assert set(source.caption_kinds) == {"caption", "dense", "short"}
     assert source[0].captions == {"dense": ("at length",), "short": ("a",)}
     assert [sample.label for sample in source] == [2, 0, 4]

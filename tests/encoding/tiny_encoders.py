@@ -25,7 +25,7 @@ class Noise:
 
     def __init__(self, n: int, broken: tuple[int, ...] = (), name: str = "noise"):
         self._n, self._broken = n, broken
-        self.name, self.num_classes, self.caption_kinds = name, 5, ("short", "dense")
+        self.name, self.caption_kinds = name, ("short", "dense")
         self.fingerprint = hashlib.sha256(f"{name} {n} {broken}".encode()).hexdigest()
 
     def __len__(self):

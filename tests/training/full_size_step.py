@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
+from pixart_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig, StageConfig
 from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel import rules
@@ -28,7 +28,8 @@ from pixart_jax.training.tasks.text_to_image import TextToImage
 def main(ema: float) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     module = PixArtTransformer(TransformerConfig.preset("XL/2"), dtype=jnp.float32, remat="full")
-    task = TextToImage(module, DiffusionObjective(ObjectiveConfig(), 0.18215), None, 0)
+    objective = DiffusionObjective(ObjectiveConfig(), 0.18215)
+    task = TextToImage(module, objective, None, 0, StageConfig("stage"))
     config = OptimizerConfig(ema=ema)  # the recipe's AdamW: lr 2e-5, weight decay 0.03, clip 0.01
     boxed = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(config, 1000, 1, rules.logical_names(boxed))

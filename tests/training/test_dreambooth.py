@@ -68,14 +68,15 @@ def test_both_terms_of_the_loss_are_those_of_the_rows_by_themselves():
     )
     denoising = DiffusionObjective(ObjectiveConfig(condition_dropout=0.5), 0.5)
     subject = dataclasses.replace(SUBJECT, prior_weight=0.25)
-    task = TextToImage(module, denoising, None, 0, subject=subject)
+    stage = StageConfig("stage", start="base", dreambooth=subject)
+    task = TextToImage(module, denoising, None, 0, stage)
     params = normal_params(task.init)
     own, others = rows(0), rows(1)
     keys = jax.random.split(jax.random.key(5), 3)
     batch = own | {f"class_{name}": value for name, value in others.items()}
     batch |= {"label": jnp.zeros(3), "class_label": jnp.zeros(3)}
     found = jax.jit(task.losses)(params, batch, keys)
-    plain = jax.jit(dataclasses.replace(task, subject=None).losses)
+    plain = jax.jit(dataclasses.replace(task, stage=StageConfig("stage")).losses)
     first = plain(params, own, keys)
     second = plain(params, others, jax.vmap(lambda key: jax.random.fold_in(key, 5))(keys))
     np.testing.assert_allclose(found["mse"], first["mse"], rtol=1e-5)

@@ -353,7 +353,7 @@ def test_without_another_place_compiled_programs_are_kept_in_the_workdir(world, 
 class Noise:
     """Twelve pictures of noise, a caption each."""
 
-    name, num_classes, caption_kinds = "tfds:noise", None, ("dense",)
+    name, caption_kinds = "tfds:noise", ("dense",)
     fingerprint = hashlib.sha256(b"noise").hexdigest()
 
     def __len__(self):

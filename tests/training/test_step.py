@@ -24,7 +24,7 @@ BOXED = {
 SIZES = (("x", 6), ("y", 3))
 
 
-def losses(params, batch, keys):
+def losses(params, batch, keys, base):
     """Regression on noisy inputs: each sample's noise is its own key's."""
     noise = jax.vmap(lambda key: jax.random.normal(key, (6,)))(keys)
     error = (batch["x"] + 0.1 * noise) @ params["w"] + params["b"] - batch["y"]

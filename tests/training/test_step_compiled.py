@@ -44,7 +44,8 @@ def task(kind: str, dtype):
     if kind == "dit":
         module = DiT(DiTConfig(**SIZES, num_classes=5), dtype=dtype)
         return ClassConditional(module, denoising, None)
-    return TextToImage(PixArtTransformer(MODEL, dtype=dtype, remat="full"), denoising, None, 0)
+    module = PixArtTransformer(MODEL, dtype=dtype, remat="full")
+    return TextToImage(module, denoising, None, 0, StageConfig("stage"))
 
 
 def batch(rows: int = 4):

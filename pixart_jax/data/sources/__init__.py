@@ -24,16 +24,7 @@ from pixart_jax.remote_path import located
 
 __all__ = ["Mixture", "Sample", "Source", "open_source", "parse_mixture", "parse_source"]
 
-_KINDS = (
-    "tfds",
-    "folder",
-    "webdataset",
-    "parquet",
-    "pixart",
-    "pixart-features",
-    "records",
-    "states",
-)
+_KINDS = "tfds folder webdataset parquet pixart pixart-features records states".split()
 _FORMS = (
     "tfds:NAME[/CONFIG], folder:DIR[?captions=FILE], webdataset:TARS, parquet:FILES, pixart:ROOT, "
     "records:DIR, states:FILE, a folder, a .tar or a .parquet by its path, or a mixture as "

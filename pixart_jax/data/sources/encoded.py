@@ -24,7 +24,6 @@ class RecordsSource(IndexedSource):
         manifest = self._records.manifest
         kinds = manifest.identity.get("captions", "").split(",")
         self.caption_kinds = tuple(filter(None, kinds)) or tuple(manifest.longest)
-        self.num_classes = None
         state = [[shard.file, shard.count, shard.sha256] for shard in manifest.shards]
         self._choose(len(self._records), ["records", state], choice)
 

@@ -78,8 +78,6 @@ class FolderSource(IndexedSource):
         self._table = pa.table(columns, _SCHEMA)
         in_tables = (kind for captions, _ in merged.values() for kind in captions)
         self.caption_kinds = tuple(dict.fromkeys([*self._kinds_beside(beside), *in_tables]))
-        labels = [texts.label_of(fields) for _, fields in merged.values()]
-        self.num_classes = max(labels, default=-1) + 1 or None
         self._choose(len(pictures), ["folder", seal.hexdigest()], choice)
 
     def _scan(self, seal) -> tuple[dict[str, str], list[str], list[Location]]:

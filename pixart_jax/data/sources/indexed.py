@@ -60,13 +60,12 @@ class Choice:
 
 class IndexedSource(abc.ABC):
     """A set whose records are numbered (their *places*); a filter and a limit choose the samples. A
-    subclass sets name, faults, caption_kinds and num_classes, then calls :meth:`_choose`."""
+    subclass sets name, faults and caption_kinds, then calls :meth:`_choose`."""
 
     name: str
     fingerprint: str
     faults: BadRecords
     caption_kinds: tuple[str, ...]
-    num_classes: int | None
     requests = 0  # in flight at a time, where images come from a bucket
     same_fields = False  # whether all records have the same fields
     _table: pa.Table  # a row a record, with a column 'key'; where a subclass keeps its records so

@@ -50,8 +50,6 @@ class Mixture:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         kinds = (kind for part in parts for kind in part.caption_kinds)
         self.caption_kinds = tuple(dict.fromkeys(kinds))
-        classes = {part.num_classes for part in parts}
-        self.num_classes = classes.pop() if len(classes) == 1 else None
         self._starts = np.cumsum([0, *map(len, parts)])
         names = [part.name.partition(":")[2] or part.name for part in parts]
         self._names = [

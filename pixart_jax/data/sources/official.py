@@ -142,7 +142,7 @@ class OfficialSource(IndexedSource):
         columns["row"] = [row for _, row in rows.values()]
         schema = pa.schema({name: pa.large_string() for name in columns})
         self._table = pa.table(columns, schema)
-        self.caption_kinds, self.num_classes = tuple(kinds), None
+        self.caption_kinds = tuple(kinds)
         self._choose(len(rows), ["pixart", seal.hexdigest()], choice)
 
     def _split(self, entry: Entry) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:

@@ -69,7 +69,6 @@ class ParquetSource(IndexedSource):
                 row = self._texts(number, 0)[0]
                 kinds |= dict.fromkeys(k for k, v in row.items() if texts.is_caption(k, v))
         self.caption_kinds = tuple(kinds)
-        self.num_classes = None
         seal = hashlib.sha256()
         for file in files:
             status = file.stat()

@@ -70,7 +70,6 @@ class Source(Protocol):
     name: str
     fingerprint: str
     caption_kinds: tuple[str, ...]
-    num_classes: int | None
 
     def __len__(self) -> int: ...
 

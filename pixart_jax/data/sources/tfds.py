@@ -58,9 +58,7 @@ class TfdsSource(IndexedSource):
             ) from error
         self.faults = choice.faults
         self.name, self.split = f"tfds:{name}", split
-        classes = self._roles.classes
-        self.num_classes = len(classes) if classes else None
-        self.caption_kinds = (*self._roles.texts, *(("class",) if classes else ()))
+        self.caption_kinds = (*self._roles.texts, *(["class"] if self._roles.classes else []))
         self._prefix = f"{builder.info.full_name}/{split}"
         self._choose(len(self._records), [builder.info.full_name, split], choice)
         # that of earlier versions: the shards which they encoded are found by it

@@ -60,8 +60,6 @@ class WebdatasetSource(IndexedSource):
         self._table = pa.concat_tables([empty, *tables]).combine_chunks()
         self._unique_keys()
         self.caption_kinds = tuple(kinds)
-        labels = self._table["label"].to_numpy()
-        self.num_classes = int(labels.max(initial=-1)) + 1 or None
         state = [[tar.name, tar.stat().st_size, tar.stat().st_mtime_ns] for tar in self._tars]
         self._choose(len(self._table), ["webdataset", state], choice)
 

@@ -1,11 +1,11 @@
 """What a stage learns, one task a file.
 
 Every task has: ``module``, its Flax model; ``init(key)`` → boxed parameters, also for
-jax.eval_shape; ``on_stage_start(params)`` → the plain parameters a stage begins with;
-``losses(params, batch, keys)`` → values a sample, [b] each, of which "loss" is minimised;
-``preview(params, batch, settings)`` → images (uint8 [h, w, 3]) and their captions;
+jax.eval_shape; ``on_stage_start(params, base)`` → the plain parameters a stage begins with;
+``losses(params, batch, keys, base)`` → values a sample, [b] each, of which "loss" is minimised;
+``preview(params, batch, settings, base)`` → images (uint8 [h, w, 3]) and their captions;
 ``export(params, folder, batches)``, which writes the model as a part of a diffusers folder, with
-batches: step → batch for what has to be measured.
+batches: step → batch for what has to be measured. base: what an OverBase reads, else None.
 """
 
 from __future__ import annotations
@@ -52,11 +52,8 @@ TASKS: dict[str, type[Task]] = {
 
 @runtime_checkable
 class OverBase(Protocol):
-    """A task that also reads parameters that it does not train: an adapter's base, a teacher.
-
-    Its on_stage_start, losses and preview take them as their last argument, as the compiled step
-    does, which never donates them.
-    """
+    """A task that also reads parameters that it does not train, which the compiled step never
+    donates: an adapter's base, a teacher."""
 
     def base_boxed(self) -> Any:
         """Their shapes, boxed with axis names."""
@@ -72,8 +69,3 @@ def make_task(config: Config, stage: StageConfig, frozen: Frozen) -> Task:
     """The task of a stage, its model built. Raises UserError where config and task do not fit."""
     kind = TextToImageLora if stage.lora and stage.task == "text_to_image" else TASKS[stage.task]
     return kind.from_config(config, stage, jnp.dtype(config.compute_dtype), frozen)
-
-
-def given(base: Any) -> tuple:
-    """The last argument of an adapter's task; none where all parameters are trained."""
-    return () if base is None else (base,)

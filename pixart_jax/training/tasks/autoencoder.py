@@ -47,11 +47,11 @@ class Autoencoder:
         """Fresh boxed parameters; also for jax.eval_shape."""
         return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
 
-    def on_stage_start(self, params):
+    def on_stage_start(self, params, base=None):
         """Return the parameters as they are: nothing to set before a stage."""
         return params
 
-    def losses(self, params, batch, keys) -> dict[str, jax.Array]:
+    def losses(self, params, batch, keys, base=None) -> dict[str, jax.Array]:
         """loss = l1 · L1 + l2 · L2 + kl · KL, each a mean over pixels or latent values; one value a
         sample, [b]."""
         images = batch["images"]
@@ -65,7 +65,7 @@ class Autoencoder:
         loss = o.l1_weight * l1 + o.l2_weight * l2 + o.kl_weight * kl
         return {"loss": loss, "l1": l1, "mse": l2, "kl": kl}
 
-    def preview(self, params, batch, settings) -> tuple[list[np.ndarray], list[str]]:
+    def preview(self, params, batch, settings, base=None) -> tuple[list[np.ndarray], list[str]]:
         """Up to 8 pairs of image and reconstruction."""
         images = np.asarray(batch["images"][:8], np.float32)
         vae = VAE(self.module.config, params, self.module.dtype)

@@ -56,11 +56,11 @@ class ClassConditional:
         latents = jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels))
         return self.module.init(key, latents, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
 
-    def on_stage_start(self, params):
+    def on_stage_start(self, params, base=None):
         """Return the parameters as they are: nothing to set before a stage."""
         return params
 
-    def losses(self, params, batch, keys) -> dict[str, jax.Array]:
+    def losses(self, params, batch, keys, base=None) -> dict[str, jax.Array]:
         """loss = mse + vb, one value a sample; a dropped or missing label is "no class"."""
         noised = self.denoising.prepare(batch, keys)
         none = self.module.config.num_classes
@@ -70,7 +70,9 @@ class ClassConditional:
         output = self.module.apply({"params": params}, noised.x_t, t, labels)
         return self.denoising.losses(output, noised)
 
-    def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
+    def preview(
+        self, params, batch, settings: PreviewConfig, base=None
+    ) -> tuple[list[np.ndarray], list[str]]:
         """Images of the batch's first classes."""
         labels = np.asarray(batch["label"][:_PREVIEWS])
         labels = np.where(labels < 0, self.module.config.num_classes, labels)

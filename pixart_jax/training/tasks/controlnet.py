@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -30,26 +31,18 @@ OFFICIAL = "official.safetensors"  # beside the folder's own weights, under the 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImageControl(TextToImageOverBase):
-    """Batches also hold control_mean and control_std, of the conditions' posterior. trained: the
-    ControlNet to start from."""
-
-    trained: str | None = None
+    """Batches also hold control_mean and control_std, of the conditions' posterior."""
 
     @classmethod
     def from_config(
         cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
-    ) -> TextToImageControl:
+    ) -> Self:
         """As of the plain task, with as many copies as the released ones have."""
         plain = super().from_config(config, stage, dtype, frozen)
-        assert isinstance(plain, TextToImageControl)
-        module = ControlledTransformer(
-            plain.module.config,
-            dtype,
-            config.remat,
-            config.mesh.context_attention,
-            units=config_of(plain.module.config).depth,
-        )
-        return dataclasses.replace(plain, module=module, trained=stage.controlnet)
+        model, context = plain.module.config, config.mesh.context_attention
+        copies = config_of(model).depth
+        module = ControlledTransformer(model, dtype, config.remat, context, units=copies)
+        return dataclasses.replace(plain, module=module)
 
     @property
     def control_config(self) -> ControlNetConfig:
@@ -62,18 +55,17 @@ class TextToImageControl(TextToImageOverBase):
 
     def on_stage_start(self, params, base=None):
         """The copies are the base's blocks, in fp32; or all is that of the trained ControlNet."""
-        if self.trained is not None:
-            part = load_component(self.trained, jnp.float32)
-            if (found := part.config.depth) != (depth := self.control_config.depth):
-                raise UserError(
-                    f"stage {self.name}: {self.trained} has {found} copies, and {depth} are trained"
-                )
+        count = self.control_config.depth
+        if (trained := self.stage.controlnet) is not None:
+            part = load_component(trained, jnp.float32)
+            if (found := part.config.depth) != count:
+                what = f"{trained} has {found} copies, and {count} are trained"
+                raise UserError(f"stage {self.stage.name}: {what}")
             return {KEY: dict(part.params)}
         blocks = base["blocks"]
         if self.module.dtype != jnp.float32:
             mesh = jax.tree.leaves(blocks)[0].sharding.mesh
             blocks = load_component(self.base_folder, jnp.float32, mesh).params["blocks"]
-        count = self.control_config.depth
         copies = jax.jit(lambda tree: jax.tree.map(lambda a: a[:count], tree))(blocks)
         units = {**params[KEY]["units"], "block": copies}
         return {KEY: {**params[KEY], "units": units}}

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.config import Config, LcmConfig, PreviewConfig, StageConfig, TdmConfig
+from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.diffusion import solvers
 from pixart_jax.diffusion.distillation import consistency_loss, trajectory_losses
 from pixart_jax.diffusion.guidance import Denoiser
@@ -60,22 +60,22 @@ def check_teacher(stage: StageConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(TextToImageLora):
-    """What both tasks share. adapts: the student is the teacher under a LoRA."""
-
-    adapts: bool = False
+    """What both tasks share."""
 
     @classmethod
     def from_config(
         cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
-    ) -> Distillation:
+    ) -> Self:
         """As of the plain task, with the student's solver and steps."""
-        plain = super(TextToImageLora, cls).from_config(config, stage, dtype, frozen)
-        options: LcmConfig | TdmConfig = getattr(stage, stage.task)
+        plain = super().from_config(config, stage, dtype, frozen)
+        options = getattr(stage, stage.task)
         sampling = SamplingConfig(options.steps, guidance=1.0, solver=options.solver)
-        changes: dict[str, Any] = {"options": options, "sampling": sampling}
-        if stage.lora is not None:
-            changes |= {"lora": stage.lora, "adapts": True}
-        return dataclasses.replace(plain, **changes)  # type: ignore[return-value]
+        return dataclasses.replace(plain, sampling=sampling)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the student is the teacher under a LoRA."""
+        return self.stage.lora is not None
 
     @property
     def reads_null(self) -> bool:
@@ -140,12 +140,10 @@ class Distillation(TextToImageLora):
 class ConsistencyDistillation(Distillation):
     """Task 'lcm'. Parameters are the student's."""
 
-    options: LcmConfig = LcmConfig()
-
     def losses(self, params, batch, keys, base=None, target=None) -> dict[str, jax.Array]:
         """ "loss", one value a sample. target: the student's averaged parameters, by default its
         own."""
-        o, process = self.options, self.denoising
+        o, process = self.stage.lcm, self.denoising
         noised = process.prepare(batch, keys)
         # prepare() splits a key in four
         index = jax.vmap(
@@ -175,8 +173,6 @@ class TrajectoryDistillation(Distillation):
     """Task 'tdm'. Parameters are {"student", "fake"}; the fake score has all of the model's. A
     batch's texts and its latents' size are read, and nothing else."""
 
-    options: TdmConfig = TdmConfig()
-
     def init(self, key: jax.Array):
         return {STUDENT: super().init(key), FAKE: TextToImage.init(self, key)}
 
@@ -188,7 +184,7 @@ class TrajectoryDistillation(Distillation):
     def losses(self, params, batch, keys, base=None) -> dict[str, jax.Array]:
         """loss = student + fake, one value a sample; each has a gradient by its own parameters
         alone."""
-        o, process = self.options, self.denoising
+        o, process = self.stage.tdm, self.denoising
         begin, rest = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         noise = jax.vmap(lambda key: jax.random.normal(key, batch["mean"].shape[1:]))(begin)
         solver = solvers.by_name(str(self.sampling.solver))

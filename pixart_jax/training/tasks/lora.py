@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Self
 
 import flax.linen as nn
 import jax
@@ -19,13 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pixart_jax.config import Config, LoraConfig, PreviewConfig, StageConfig
+from pixart_jax.config import LoraConfig, PreviewConfig
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models import lora
 from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.layers import DROPOUT, LORA
 from pixart_jax.parallel.axes import LAYERS, NORM
-from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.over_base import TextToImageOverBase
 from pixart_jax.weights import lora as lora_files
 from pixart_jax.weights.component import Transformer
@@ -60,25 +60,21 @@ def adapted_layers(model: TransformerConfig, config: LoraConfig, stage: str) -> 
 class TextToImageLora(TextToImageOverBase):
     """An adapter, over the model that the stage starts from."""
 
-    lora: LoraConfig = LoraConfig()
-
-    @classmethod
-    def from_config(
-        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
-    ) -> TextToImageLora:
-        """As of the plain task."""
-        plain = super().from_config(config, stage, dtype, frozen)
-        assert stage.lora is not None and isinstance(plain, TextToImageLora)
-        return dataclasses.replace(plain, lora=stage.lora)
+    @property
+    def lora(self) -> LoraConfig:
+        """The stage's."""
+        assert self.stage.lora is not None
+        return self.stage.lora
 
     @property
     def targets(self) -> dict[str, str]:
         """:func:`adapted_layers` of the stage."""
-        return adapted_layers(self.module.config, self.lora, self.name)
+        return adapted_layers(self.module.config, self.lora, self.stage.name)
 
-    def without_dropout(self) -> TextToImageLora:
-        """The same task for evaluation."""
-        return dataclasses.replace(self, lora=dataclasses.replace(self.lora, dropout=0.0))
+    def with_lora(self, **changes) -> Self:
+        """The task with fields of its LoraConfig changed."""
+        stage = dataclasses.replace(self.stage, lora=dataclasses.replace(self.lora, **changes))
+        return dataclasses.replace(self, stage=stage)
 
     # ---- the base ----
 
@@ -162,11 +158,8 @@ class TextToImageLora(TextToImageOverBase):
         lora_files.save(folder, params[LORA], self.lora)
         if self.lora.merged:
             mesh = jax.tree.leaves(params)[0].sharding.mesh
-            exact = dataclasses.replace(
-                self,
-                module=self.module.clone(dtype=jnp.float32),
-                lora=dataclasses.replace(self.lora, quantization=None),
-            )
+            module = self.module.clone(dtype=jnp.float32)
+            exact = dataclasses.replace(self.with_lora(quantization=None), module=module)
             model = exact.merged(exact.load_base(mesh), params)
             super().export(model, folder.parent / "model", batches)
 

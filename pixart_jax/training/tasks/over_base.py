@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pixart_jax.config import Config, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import TransformerConfig
-from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.text_to_image import TextToImage
 from pixart_jax.weights.component import Transformer, load_component
 from pixart_jax.weights.hub import model_folder
@@ -29,24 +26,12 @@ _FREE = ("sample_size", "position_base", "position_scale", "attention_backend")
 
 @dataclasses.dataclass(frozen=True)
 class TextToImageOverBase(TextToImage):
-    """start: the folder or hub id of the base. name: the stage's."""
-
-    start: str = ""
-    name: str = ""
-
-    @classmethod
-    def from_config(
-        cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
-    ) -> TextToImageOverBase:
-        """As of the plain task."""
-        plain = super().from_config(config, stage, dtype, frozen)
-        assert isinstance(plain, TextToImageOverBase)
-        return dataclasses.replace(plain, start=stage.start, name=stage.name)
+    """The base is the model in the folder, or of the hub id, that the stage starts from."""
 
     @property
     def base_folder(self) -> Path:
-        """Of the transformer that the stage starts from."""
-        folder = model_folder(self.start, ("transformer",))
+        """Of its transformer."""
+        folder = model_folder(self.stage.start, ("transformer",))
         return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
     @property
@@ -65,36 +50,30 @@ class TextToImageOverBase(TextToImage):
     def load_base(self, mesh: Mesh) -> dict:
         """The base on the mesh. UserError where the folder holds another model than the config's,
         or lacks the null caption that the stage drops captions for."""
-        folder = self.base_folder
+        folder, stage = self.base_folder, f"stage {self.stage.name}"
         component = load_component(folder, self.module.dtype, mesh)
-        self._check(component.config, folder)
+        self._check(component.config, f"{stage}: {folder}")
         params: dict = dict(component.params)
         if not self.null_length and "null_caption" not in params:
             if self.reads_null:
                 raise UserError(
-                    f"stage {self.name}: {folder} holds no null caption to train dropped captions "
+                    f"{stage}: {folder} holds no null caption to train dropped captions "
                     "with, or to guide by: objective.null_condition = 'empty' takes the text "
                     "encoder's states of an empty text"
                 )
             shape = self.module.config.text_tokens, self.module.config.caption_width
             params["null_caption"] = np.zeros(shape, np.float32)
         params = TextToImage.on_stage_start(self, params)
-        shapes = Transformer.abstract(self.module.config, self.module.dtype, mesh).params
-        place = shapes["null_caption"].sharding
+        place = self.base_shapes(mesh)["null_caption"].sharding
         params["null_caption"] = jax.device_put(np.asarray(params["null_caption"]), place)
         return params
 
-    def _check(self, found: Any, folder: Path) -> None:
+    def _check(self, found: Any, where: str) -> None:
         ours = self.module.config
         if not isinstance(found, TransformerConfig):
-            raise UserError(f"stage {self.name}: {folder} holds no text-to-image transformer")
-        differing = [
-            f"{field.name} is {getattr(found, field.name)} there and {getattr(ours, field.name)} "
-            "in the config"
-            for field in dataclasses.fields(ours)
-            if field.name not in _FREE and getattr(found, field.name) != getattr(ours, field.name)
-        ]
+            raise UserError(f"{where} holds no text-to-image transformer")
+        names = (f.name for f in dataclasses.fields(ours) if f.name not in _FREE)
+        pairs = ((name, getattr(found, name), getattr(ours, name)) for name in names)
+        differing = [f"{n} is {a} there and {b} in the config" for n, a, b in pairs if a != b]
         if differing:
-            raise UserError(
-                f"stage {self.name}: {folder} is another model: {'; '.join(differing[:3])}"
-            )
+            raise UserError(f"{where} is another model: {'; '.join(differing[:3])}")

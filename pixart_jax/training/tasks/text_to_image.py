@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pixart_jax.config import Config, DreamBoothConfig, PreviewConfig, StageConfig
+from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.parallel.gather import gather_to_host
@@ -42,13 +43,13 @@ class TextToImage:
     denoising: DiffusionObjective
     frozen: Frozen
     null_length: int
+    stage: StageConfig
     sampling: SamplingConfig = SamplingConfig()
-    subject: DreamBoothConfig | None = None
 
     @classmethod
     def from_config(
         cls, config: Config, stage: StageConfig, dtype: jnp.dtype, frozen: Frozen
-    ) -> TextToImage:
+    ) -> Self:
         """The transformer of config.model at the stage's positions."""
         tokens = config.model.text_tokens
         if stage.data.max_text_tokens > tokens:
@@ -66,7 +67,7 @@ class TextToImage:
         null_length = len(frozen.text_states([""], tokens)[0]) if empty else 0
         denoising = DiffusionObjective(stage.objective, *frozen.scaling)
         sampling = SamplingConfig(guidance=config.preview.guidance)
-        return cls(module, denoising, frozen, null_length, sampling, stage.dreambooth)
+        return cls(module, denoising, frozen, null_length, stage, sampling)
 
     def init(self, key: jax.Array):
         """Fresh boxed parameters; also for jax.eval_shape."""
@@ -77,9 +78,8 @@ class TextToImage:
             key, latents, jnp.zeros((1,)), *text, jnp.ones((1, 2)), jnp.ones((1,))
         )["params"]
 
-    def on_stage_start(self, params):
-        """Before the first step of a stage: the null caption is the states of "" where the config
-        says so."""
+    def on_stage_start(self, params, base=None):
+        """The null caption is the states of "" where the config says so."""
         if not self.null_length:
             return params
         tokens = self.module.config.text_tokens
@@ -88,7 +88,7 @@ class TextToImage:
         null[: len(states)] = states
         return {**params, "null_caption": jnp.asarray(null)}
 
-    def losses(self, params, batch, keys) -> dict[str, jax.Array]:
+    def losses(self, params, batch, keys, base=None) -> dict[str, jax.Array]:
         """loss = mse + vb, one value a sample; of pairs that of the subject's picture, and the loss
         of the class image, "prior", added with its weight."""
         return self.losses_of({"params": params}, batch, keys)
@@ -98,7 +98,8 @@ class TextToImage:
         others = {
             name.removeprefix(CLASS): x for name, x in batch.items() if name.startswith(CLASS)
         }
-        if not others or self.subject is None:
+        subject = self.stage.dreambooth
+        if not others or subject is None:
             return self._losses(variables, batch, keys, rngs)
         # neighbours in one batch; prepare() splits a key in four
         own = {name: batch[name] for name in others}
@@ -106,7 +107,7 @@ class TextToImage:
         both, keys = jax.tree.map(_interleaved, (own, keys), (others, second))
         terms = self._losses(variables, both, keys, rngs)
         own, others = ({name: x[i::2] for name, x in terms.items()} for i in (0, 1))
-        loss = own["loss"] + self.subject.prior_weight * others["loss"]
+        loss = own["loss"] + subject.prior_weight * others["loss"]
         return {**own, "loss": loss, "prior": others["loss"]}
 
     def _losses(self, variables, batch, keys, rngs) -> dict[str, jax.Array]:
@@ -130,11 +131,13 @@ class TextToImage:
         """The module's output; arguments: of its call."""
         return self.module.apply(variables, *arguments, rngs=rngs)
 
-    def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
+    def preview(
+        self, params, batch, settings: PreviewConfig, base=None
+    ) -> tuple[list[np.ndarray], list[str]]:
         """An image a prompt of the settings, at the batch's size; without prompts, of the batch's
         own captions."""
         tokens = self.module.config.text_tokens
-        if captions := [*prompts(self.subject), *settings.prompts]:
+        if captions := [*prompts(self.stage.dreambooth), *settings.prompts]:
             texts = self.frozen.text_states(captions, tokens)
         else:
             captions = [str(key) for key in batch["key"][:_PREVIEWS]]

@@ -76,7 +76,7 @@ class TextToText:
             "decoder": self.decoder.init(second, table, ids, states, one)["params"],
         }
 
-    def on_stage_start(self, params):
+    def on_stage_start(self, params, base=None):
         """Return the parameters as they are: nothing to set before a stage."""
         return params
 
@@ -87,7 +87,7 @@ class TextToText:
         )
         return jnp.where(chosen, self.hidden_token, ids)
 
-    def losses(self, params, batch, keys) -> dict[str, jax.Array]:
+    def losses(self, params, batch, keys, base=None) -> dict[str, jax.Array]:
         """loss: cross-entropy of the target's tokens, a mean over each; accuracy: the share of
         them predicted right. [b] each."""
         ids, lengths, target, target_lengths = (
@@ -109,7 +109,9 @@ class TextToText:
             "accuracy": (counted & (logits.argmax(-1) == target)).sum(-1) / target_lengths,
         }
 
-    def preview(self, params, batch, settings: PreviewConfig) -> tuple[list[np.ndarray], list[str]]:
+    def preview(
+        self, params, batch, settings: PreviewConfig, base=None
+    ) -> tuple[list[np.ndarray], list[str]]:
         """Text tasks have no preview."""
         return [], []
 

@@ -78,8 +78,9 @@ def test_it_begins_as_the_base_and_only_the_last_projections_have_a_gradient(wor
     base = load_component(world / "base" / "transformer")
     objective = DiffusionObjective(ObjectiveConfig(), 0.5)
     module = ControlledTransformer(base.config, remat="full", units=1)
-    task = TextToImageControl(module, objective, None, 0, name="stage")
-    plain = TextToImage(PixArtTransformer(base.config, remat="full"), objective, None, 0)
+    stage = a_run(world).stages[0]
+    task = TextToImageControl(module, objective, None, 0, stage)
+    plain = TextToImage(PixArtTransformer(base.config, remat="full"), objective, None, 0, stage)
     params = {**base.params, "null_caption": jnp.ones((120, 16))}
     tree = task.on_stage_start(nn.unbox(jax.jit(task.init)(jax.random.key(0))), params)
     for path, value in flatten(tree["controlnet"]["units"]["block"]).items():

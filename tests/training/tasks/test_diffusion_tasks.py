@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pixart_jax import diffusion
-from pixart_jax.config import ObjectiveConfig
+from pixart_jax.config import ObjectiveConfig, StageConfig
 from pixart_jax.models.configs import DiTConfig, TransformerConfig
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.transformer import PixArtTransformer
@@ -68,7 +68,7 @@ def test_a_samples_draws_are_its_own_keys_alone():
 def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty_texts(
     dropout, null_length
 ):
-    task = TextToImage(TEXT, objective(dropout), None, null_length)
+    task = TextToImage(TEXT, objective(dropout), None, null_length, StageConfig("stage"))
     params, b = normal_params(task.init), batch()
     made = jax.jit(task.denoising.prepare)(b, KEYS)
     states, lengths = b["text_states"].astype(jnp.float32), b["text_lengths"]
@@ -83,7 +83,7 @@ def test_a_dropped_caption_is_the_null_caption_under_its_own_length_or_the_empty
 
 
 def test_no_gradient_reaches_the_null_caption():
-    task = TextToImage(TEXT, objective(1.0), None, 0)
+    task = TextToImage(TEXT, objective(1.0), None, 0, StageConfig("stage"))
     params = normal_params(task.init)
     grads = jax.jit(jax.grad(lambda p: task.losses(p, batch(), KEYS)["loss"].mean()))(params)
     assert (grads.pop("null_caption") == 0).all()

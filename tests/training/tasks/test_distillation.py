@@ -179,7 +179,8 @@ def compare(name: str, ours: dict, theirs: dict) -> None:
 def test_two_lcm_steps_are_pytorchs():
     theirs = Theirs("epsilon", SIZES)
     process = DiffusionObjective(ObjectiveConfig(condition_dropout=0.0), 0.5)
-    task = ConsistencyDistillation(PixArtTransformer(theirs.config), process, None, 0)
+    module, stage = PixArtTransformer(theirs.config), StageConfig("stage", "lcm", start="base")
+    task = ConsistencyDistillation(module, process, None, 0, stage)
     losses, state, batches = two_steps(task, jax.tree.map(jnp.copy, theirs.base), theirs.base)
 
     student, target, teacher = theirs.copy(), theirs.copy(frozen=True), theirs.teacher
@@ -222,13 +223,9 @@ def test_two_lcm_steps_are_pytorchs():
 def test_two_tdm_steps_are_pytorchs():
     theirs = Theirs("v", SIZES)
     process = DiffusionObjective(ObjectiveConfig(prediction="v"), 0.5)
-    task = TrajectoryDistillation(
-        PixArtTransformer(theirs.config),
-        process,
-        None,
-        0,
-        sampling=SamplingConfig(4, guidance=1.0, solver="tdm"),
-    )
+    module, stage = PixArtTransformer(theirs.config), StageConfig("stage", "tdm", start="base")
+    sampling = SamplingConfig(4, guidance=1.0, solver="tdm")
+    task = TrajectoryDistillation(module, process, None, 0, stage, sampling)
     params = {part: jax.tree.map(jnp.copy, theirs.base) for part in ("student", "fake")}
     losses, state, batches = two_steps(task, params, theirs.base, fake_rate=5.0)
 

@@ -28,7 +28,7 @@ from tiny_run import Killed, figures, kill_before
 
 from pixart_jax import cli, load_component
 from pixart_jax.commands import train
-from pixart_jax.config import Config, EvaluateConfig, LoraConfig, ObjectiveConfig
+from pixart_jax.config import Config, EvaluateConfig, LoraConfig, ObjectiveConfig, StageConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.layers import DROPOUT, LORA, Dense
@@ -49,7 +49,8 @@ MERGED = dataclasses.replace(LORA_2, merged=True)
 def task_of(config: TransformerConfig, lora: LoraConfig, **options) -> TextToImageLora:
     objective = DiffusionObjective(ObjectiveConfig(null_condition="empty"), 0.5)
     module = PixArtTransformer(config, **options)
-    return TextToImageLora(module, objective, None, 0, lora=lora, name="stage")
+    stage = StageConfig("stage", start="base", lora=lora)
+    return TextToImageLora(module, objective, None, 0, stage)
 
 
 def with_peft(theirs: torch.nn.Module, task: TextToImageLora):
@@ -425,6 +426,4 @@ def test_a_wrong_config_is_named(make, message):
 
 
 def tiny_run_stage():
-    from pixart_jax.config import StageConfig
-
     return StageConfig("words")
