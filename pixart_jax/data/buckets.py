@@ -12,43 +12,29 @@ from collections.abc import Iterable
 
 from pixart_jax.errors import UserError
 
-_LANDSCAPE_OF_1024 = (  # key, short side (height), long side (width)
-    ("0.25", 512, 2048),
-    ("0.26", 512, 1984),
-    ("0.27", 512, 1920),
-    ("0.28", 512, 1856),
-    ("0.32", 576, 1792),
-    ("0.33", 576, 1728),
-    ("0.35", 576, 1664),
-    ("0.4", 640, 1600),
-    ("0.42", 640, 1536),
-    ("0.48", 704, 1472),
-    ("0.5", 704, 1408),
-    ("0.52", 704, 1344),
-    ("0.57", 768, 1344),
-    ("0.6", 768, 1280),
-    ("0.68", 832, 1216),
-    ("0.72", 832, 1152),
-    ("0.78", 896, 1152),
-    ("0.82", 896, 1088),
-    ("0.88", 960, 1088),
-    ("0.94", 960, 1024),
-    ("1.0", 1024, 1024),
-)
+# fmt: off
+_LANDSCAPE_OF_1024 = {  # key: (height, width)
+    0.25: (512, 2048), 0.26: (512, 1984), 0.27: (512, 1920), 0.28: (512, 1856), 0.32: (576, 1792),
+    0.33: (576, 1728), 0.35: (576, 1664), 0.4: (640, 1600), 0.42: (640, 1536), 0.48: (704, 1472),
+    0.5: (704, 1408), 0.52: (704, 1344), 0.57: (768, 1344), 0.6: (768, 1280), 0.68: (832, 1216),
+    0.72: (832, 1152), 0.78: (896, 1152), 0.82: (896, 1088), 0.88: (960, 1088), 0.94: (960, 1024),
+    1.0: (1024, 1024),
+}
 # The portrait half is not the landscape half's mirror: its keys are their own, and the counterpart
 # of 704×1344 is absent.
 _PORTRAIT_KEYS = (
-    "1.07 1.13 1.21 1.29 1.38 1.46 1.67 1.75 2.0 2.09 2.4 2.5 2.89 3.0 3.11 3.62 3.75 3.88 4.0"
-).split()
+    1.07, 1.13, 1.21, 1.29, 1.38, 1.46, 1.67, 1.75, 2.0, 2.09, 2.4, 2.5, 2.89, 3.0, 3.11, 3.62,
+    3.75, 3.88, 4.0,
+)
+# fmt: on
 _NOT_AT_INFERENCE = (0.26, 0.27, 2.89, 3.11, 3.62, 3.75, 3.88)
 BASES = (256, 512, 1024, 2048)
 
 
 def _table(base: int) -> dict[float, tuple[int, int]]:
-    mirrored = [(w, h) for _, h, w in reversed(_LANDSCAPE_OF_1024[:-1]) if (h, w) != (704, 1344)]
-    sizes = {float(key): (h, w) for key, h, w in _LANDSCAPE_OF_1024} | dict(
-        zip(map(float, _PORTRAIT_KEYS), mirrored, strict=True)
-    )
+    pairs = reversed(_LANDSCAPE_OF_1024.values())
+    mirrored = [(w, h) for h, w in pairs if h != w and (h, w) != (704, 1344)]
+    sizes = _LANDSCAPE_OF_1024 | dict(zip(_PORTRAIT_KEYS, mirrored, strict=True))
     return {key: (h * base // 1024, w * base // 1024) for key, (h, w) in sizes.items()}
 
 

@@ -63,7 +63,7 @@ def check_buckets(
     """Raise UserError if latents have a (height, width) not among the stage's buckets."""
     if wanted is None:
         return
-    known = [(height, width) for height, width in wanted]
+    known = list(wanted)
     if others := [size for size in found if size not in known]:
         raise UserError(
             f"{name} was encoded at {_show_sizes(others)}, which the stage's buckets "

@@ -149,9 +149,7 @@ LEVELS = {
             canvases=((64, 64, 0.55), (96, 96, 0.15), (64, 96, 0.15), (96, 64, 0.15)),
             style="lit",
         ),
-        Level(
-            "edges", shapes=SHAPES, placement="free", max_turn=0.35, size_jitter=0.08, style="edges"
-        ),
+        Level("edges", shapes=SHAPES, style="edges", **_FREE),
         Level(
             "gallery",
             members=(

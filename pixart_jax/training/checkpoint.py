@@ -113,21 +113,15 @@ class Checkpointer:
         """Begin to write a checkpoint; returns once the state is copied and may be donated."""
         self.wait()
         with self._for_users():
-            self._save(position, state)
-
-    def _save(self, position: RunPosition, state: TrainState) -> None:
-        self._saving = position.total
-        if state.guard is not None:
-            guard = {name: v.item() for name, v in jax.device_get(vars(state.guard)).items()}
-            position = dataclasses.replace(position, guard=guard)
-        arrays, place = _arrays(state), dataclasses.asdict(position)
-        sums = _sums(arrays) | {POSITION_SUM: _json_sum(place)}
-        items = {
-            "state": ocp.args.StandardSave(arrays),
-            "place": ocp.args.JsonSave(place),
-            "sums": ocp.args.JsonSave(sums),
-        }
-        self._manager.save(position.total, args=ocp.args.Composite(**items))
+            self._saving = position.total
+            if state.guard is not None:
+                guard = {name: v.item() for name, v in jax.device_get(vars(state.guard)).items()}
+                position = dataclasses.replace(position, guard=guard)
+            arrays, place = _arrays(state), dataclasses.asdict(position)
+            sums = _sums(arrays) | {POSITION_SUM: _json_sum(place)}
+            items = {"place": ocp.args.JsonSave(place), "sums": ocp.args.JsonSave(sums)}
+            items["state"] = ocp.args.StandardSave(arrays)
+            self._manager.save(position.total, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is committed. UserError where the disk was full."""

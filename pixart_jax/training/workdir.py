@@ -115,13 +115,8 @@ class Workdir:
             self.bucket.copy()
 
 
-def as_json(config: Config) -> dict:
-    """The resolved config as plain JSON values."""
-    return _plain(config)
-
-
-def _plain(value):
-    """Dataclasses, tuples and plain values as read back from JSON."""
+def as_json(value):
+    """A config, or a value of its fields, as read back from JSON."""
     is_config = dataclasses.is_dataclass(value) and not isinstance(value, type)
     return json.loads(json.dumps(dataclasses.asdict(value) if is_config else value))
 
@@ -150,9 +145,9 @@ def with_defaults(stored, config):
         if field.name in stored:
             completed[field.name] = with_defaults(stored[field.name], getattr(config, field.name))
         elif field.default is not dataclasses.MISSING:
-            completed[field.name] = _plain(field.default)
+            completed[field.name] = as_json(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            completed[field.name] = _plain(field.default_factory())
+            completed[field.name] = as_json(field.default_factory())
     return completed
 
 

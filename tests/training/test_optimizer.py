@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pixart_jax.training.ema import averaged
 
 from pixart_jax.config import OptimizerConfig
-from pixart_jax.training.optimizer import make_optimizer, schedule
+from pixart_jax.training.optimizer import averaged, make_optimizer, parameter_ema, schedule
 
 PARAMS = {
     "blocks": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))},
