@@ -43,8 +43,6 @@ class Loader:
         self.plan = BatchSchedule(samples.bucket_of, batch_size, seed, window, starts)
         self._fetch = getattr(samples, "fetch", None)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
-        if not len(self._rows) or self._rows.min() < 0 or self._rows.max() >= batch_size:
-            raise UserError(f"a batch has rows 0 to {batch_size - 1}: a process reads at least one")
         self._workers = max(workers, 0)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:

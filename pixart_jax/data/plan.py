@@ -56,8 +56,6 @@ class BatchSchedule:
         shard_starts: Sequence[int] | np.ndarray = (),
     ):
         bucket_of = np.asarray(bucket_of)
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size}: must be at least 1")
         if not (bucket_of >= 0).any():
             raise UserError("no sample to train on")
         self.batch_size, self.seed = batch_size, seed
@@ -93,8 +91,6 @@ class BatchSchedule:
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step belongs to."""
-        if step < 0:
-            raise UserError(f"step {step}: must not be negative")
         epoch = step * self.batch_size // self.samples
         while self.first_step(epoch) > step:
             epoch -= 1

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pixart_jax.config import Config, PreviewConfig
+from pixart_jax.config import Config, PreviewConfig, StageConfig
 from pixart_jax.data.loader import Loader
 from pixart_jax.data.sources import parse_source
 from pixart_jax.errors import UserError
@@ -44,7 +44,10 @@ def open_evaluators(
 ) -> dict[str, Evaluator]:
     """The evaluators of stage ``index`` by metric; {} where it evaluates nothing."""
     stage, found = config.stages[index], {}
-    held_out = functools.cache(lambda: _held_out(config, index, frozen, encode, mesh))
+
+    @functools.cache
+    def held_out() -> Loader:
+        return open_loader(_of_held_out(config, index), index, frozen, encode, mesh)
 
     def of_images(measure: Callable[[Generate], dict[str, float]], state: TrainState):
         def generate(batch: Mapping[str, Any], settings: PreviewConfig) -> Sequence[np.ndarray]:
@@ -54,7 +57,7 @@ def open_evaluators(
 
     for name in stage.evaluate.metrics if stage.evaluate.every else ():
         if name == "loss":
-            found[name] = loss_evaluator(config, index, parts, held_out(), mesh)
+            found[name] = loss_evaluator(stage, parts, held_out(), mesh)
         elif open_metric is None:
             raise UserError(f"stage {stage.name}: {name} is measured by train.py alone")
         else:
@@ -63,9 +66,8 @@ def open_evaluators(
     return found
 
 
-def _held_out(
-    config: Config, index: int, frozen: Frozen, encode: Encode | None, mesh: Mesh
-) -> Loader:
+def _of_held_out(config: Config, index: int) -> Config:
+    """The config with the held-out records of stage ``index`` as its data."""
     stage = config.stages[index]
     options, data = stage.evaluate, stage.data
     if options.source is not None:
@@ -76,19 +78,17 @@ def _held_out(
         data = dataclasses.replace(data, limit=options.count, shuffle_shards=0)
     held_out = dataclasses.replace(stage, data=data, dreambooth=None)
     stages = (*config.stages[:index], held_out, *config.stages[index + 1 :])
-    return open_loader(dataclasses.replace(config, stages=stages), index, frozen, encode, mesh)
+    return dataclasses.replace(config, stages=stages)
 
 
-def loss_evaluator(
-    config: Config, index: int, parts: StageParts, loader: Loader, mesh: Mesh
-) -> Evaluator:
+def loss_evaluator(stage: StageConfig, parts: StageParts, loader: Loader, mesh: Mesh) -> Evaluator:
     """The means of the task's losses over held-out records, without dropout in an adapter.
 
     Batch k is that of step k of the held-out set, and its noise and times come from a fixed key
     with k folded in, so that two evaluations differ by the parameters alone.
     """
-    stage, task = config.stages[index], parts.task
-    if isinstance(task, TextToImageLora):
+    task = parts.task
+    if isinstance(task, TextToImageLora) and stage.lora is not None:
         task = task.with_lora(dropout=0.0)
     batches = max(1, stage.evaluate.count // stage.batch_size)
     sharding = rules.batch_sharding(mesh)

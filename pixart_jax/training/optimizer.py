@@ -128,8 +128,6 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
         return EmaState(jax.tree.map(jnp.copy, params))
 
     def update(updates, state, params=None, **_):
-        if params is None:
-            raise ValueError("parameter_ema needs the parameters: update(updates, state, params)")
         new = optax.apply_updates(params, updates)
         # in this form what does not change, as the null caption, stays equal to the bit
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new)

@@ -110,9 +110,3 @@ def test_ema_is_decay_times_old_plus_rest_times_new_parameters():
 
 def test_no_ema_is_none():
     assert averaged(optax.adam(1e-3).init({"w": jnp.ones(2)})) is None
-
-
-def test_ema_needs_the_parameters():
-    ema = parameter_ema(0.5)
-    with pytest.raises(ValueError, match="parameters"):
-        ema.update({"w": jnp.ones(1)}, ema.init({"w": jnp.ones(1)}))

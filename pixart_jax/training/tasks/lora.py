@@ -62,9 +62,8 @@ class TextToImageLora(TextToImageOverBase):
 
     @property
     def lora(self) -> LoraConfig:
-        """The stage's."""
-        assert self.stage.lora is not None
-        return self.stage.lora
+        """The stage's; of a student without an adapter the defaults, which change nothing."""
+        return self.stage.lora or LoraConfig()
 
     @property
     def targets(self) -> dict[str, str]:

@@ -4,9 +4,6 @@ else."""
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +15,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
-from tasks.test_lora import check_kills, digests, error_of, final_state
+from tasks.test_lora import (
+    check_kills,
+    check_two_devices,
+    digests,
+    error_of,
+    final_state,
+    over_base,
+)
 from tiny_run import figures
 
 from pixart_jax import load_component
@@ -48,30 +52,11 @@ def world(tmp_path_factory) -> Path:
 
 
 def a_run(world: Path, dtype: str = "float32", **changes) -> Config:
-    """Seven steps over the model in ``base``, saved at 3, 6 and 7. changes: of the data."""
-    config, base = tiny_run.curriculum(world), str(world / "base")
-    data = dataclasses.replace(
-        config.stages[1].data, source=str(world / "edges"), condition="canny", **changes
-    )
-    stage = dataclasses.replace(
-        config.stages[1],
-        task="controlnet",
-        steps=7,
-        start=base,
-        data=data,
-        optimizer=dataclasses.replace(config.stages[0].optimizer, learning_rate=1e-2),
-        objective=ObjectiveConfig(null_condition="empty"),
-    )
-    model = load_component(world / "base" / "transformer").config
-    return dataclasses.replace(
-        config,
-        stages=(stage,),
-        model=model,
-        vae=base,
-        text_encoder=base,
-        compute_dtype=dtype,
-        remat="full",
-    )
+    """:func:`over_base` of the task. changes: of the data."""
+    data = tiny_run.curriculum(world).stages[1].data
+    changes = {"source": str(world / "edges"), "condition": "canny", **changes}
+    config = over_base(world, task="controlnet", data=dataclasses.replace(data, **changes))
+    return dataclasses.replace(config, compute_dtype=dtype, remat="full")
 
 
 def test_it_begins_as_the_base_and_only_the_last_projections_have_a_gradient(world):
@@ -171,16 +156,7 @@ def test_killed_by_the_system_it_ends_the_same_to_the_bit(finished, world, tmp_p
 
 @pytest.mark.slow
 def test_two_devices_compute_what_one_does(world):
-    program = Path(__file__).parents[1] / "adapter_on_two_devices.py"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, str(program), "test_controlnet", str(world)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(result)
-    np.testing.assert_allclose(result["losses"][1], result["losses"][0], rtol=1e-5)
-    assert result["difference"] <= 1e-4
-    assert result["base"][1] < 0.6 * result["base"][0]
+    check_two_devices("test_controlnet", world)
 
 
 def test_mistakes_are_one_line(world, tmp_path):

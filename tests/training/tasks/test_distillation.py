@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,10 +18,10 @@ from diffusers import LCMScheduler, PixArtAlphaPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
-from tasks.test_lora import SIZES, check_kills, error_of, final_state
+from tasks.test_lora import SIZES, check_kills, check_two_devices, error_of, final_state, over_base
 from tiny_run import Killed, figures, kill_before
 
-from pixart_jax import Pipeline, load_component
+from pixart_jax import Pipeline
 from pixart_jax.commands import train
 from pixart_jax.config import (
     Config,
@@ -303,31 +301,20 @@ def world(tmp_path_factory) -> Path:
 
 
 def a_run(world: Path, task: str = "lcm", **changes) -> Config:
-    """Seven steps from the model in ``base``, saved at 3, 6 and 7. changes: of the stage."""
-    config, base = tiny_run.curriculum(world), str(world / "base")
+    """:func:`over_base` of a task. changes: of the stage."""
+    config = tiny_run.curriculum(world)
     data = config.stages[1].data
     if task == "tdm":
         source = f"states:{world / 'texts.safetensors'}"
         data = dataclasses.replace(data, source=source, buckets=((32, 32), (32, 48)))
     # small, with a wide eps: else rounding grows, in the roll-out and by Adam
     rate = 1e-3 if task == "tdm" else 1e-2
-    stage = dataclasses.replace(
-        config.stages[1],
-        task=task,
-        steps=7,
-        start=base,
-        data=data,
-        optimizer=dataclasses.replace(config.stages[0].optimizer, learning_rate=rate, eps=1e-3),
-        objective=ObjectiveConfig(null_condition="empty", condition_dropout=0.0),
-    )
-    model = load_component(world / "base" / "transformer").config
-    return dataclasses.replace(
-        config,
-        stages=(dataclasses.replace(stage, **changes),),
-        model=model,
-        vae=base,
-        text_encoder=base,
-    )
+    plain = {
+        "data": data,
+        "optimizer": dataclasses.replace(config.stages[0].optimizer, learning_rate=rate, eps=1e-3),
+        "objective": ObjectiveConfig(null_condition="empty", condition_dropout=0.0),
+    }
+    return over_base(world, task=task, **{**plain, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -484,17 +471,8 @@ def test_every_evaluation_of_a_step_is_counted():
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["lcm", "tdm"])
 def test_two_devices_compute_what_one_does(world, task):
-    program = Path(__file__).parents[1] / "adapter_on_two_devices.py"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, str(program), "test_distillation", str(world), task]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(result)
     limit = 1e-4 if task == "tdm" else 1e-5
-    np.testing.assert_allclose(result["losses"][1], result["losses"][0], rtol=limit)
-    assert result["difference"] <= 1e-4
-    assert result["base"][1] < 0.6 * result["base"][0]
+    check_two_devices("test_distillation", world, task, limit=limit)
 
 
 KILLED_RUN = "lcm"
