@@ -22,7 +22,7 @@ from pixart_jax.models.configs import ControlNetConfig
 from pixart_jax.models.controlnet import ControlledTransformer, config_of
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.tasks.over_base import TextToImageOverBase
+from pixart_jax.training.tasks.text_to_image import TextToImageOverBase
 from pixart_jax.weights.component import ControlNet, load_component
 
 KEY = "controlnet"

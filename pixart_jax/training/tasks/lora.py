@@ -26,7 +26,7 @@ from pixart_jax.models import lora
 from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.layers import DROPOUT, LORA
 from pixart_jax.parallel.axes import LAYERS, NORM
-from pixart_jax.training.tasks.over_base import TextToImageOverBase
+from pixart_jax.training.tasks.text_to_image import TextToImageOverBase
 from pixart_jax.weights import lora as lora_files
 from pixart_jax.weights.component import Transformer
 from pixart_jax.weights.table import flatten, unflatten
