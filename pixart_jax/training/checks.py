@@ -13,8 +13,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.remat import check_platform
 from pixart_jax.parallel.mesh import batch_shards, check_divides
 from pixart_jax.training.dreambooth import check_identifier
-from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.initialization import start_folder
+from pixart_jax.training.frozen import Frozen, start_folder
 from pixart_jax.training.tasks.distillation import check_teacher
 from pixart_jax.training.tasks.lora import adapted_layers
 from pixart_jax.weights.component import controlnet_of

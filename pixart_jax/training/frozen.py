@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-from pixart_jax.config import Config
+from pixart_jax.config import Config, StageConfig
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
 from pixart_jax.files import find
@@ -35,6 +35,13 @@ from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.vae import config_from_json
 
 _TEXTS = 64  # encoded at once
+
+
+def start_folder(stage: StageConfig) -> Path:
+    """The folder of the component that a stage starts from; of a hub id, after its download."""
+    part = {"autoencoder": "vae", "text_to_text": "text_encoder"}.get(stage.task, "transformer")
+    folder = model_folder(stage.start, (part,))
+    return folder / part if (folder / part).is_dir() else folder
 
 
 @dataclasses.dataclass(frozen=True)

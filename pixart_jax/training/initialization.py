@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +15,13 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.configs import DiTConfig, T5Config, TransformerConfig
 from pixart_jax.models.embedders import ScalarEmbedder
 from pixart_jax.parallel.gather import gather_to_host
+from pixart_jax.training.frozen import start_folder
 from pixart_jax.training.reparameterization import from_dit, reparameterization_error
 from pixart_jax.training.stages import StageParts
 from pixart_jax.training.state import TrainState, fresh_params, state_from
 from pixart_jax.training.tasks import Task
 from pixart_jax.weights.component import load_component
 from pixart_jax.weights.files import read_json
-from pixart_jax.weights.hub import model_folder
 from pixart_jax.weights.table import flatten, unflatten
 from pixart_jax.weights.vae import config_from_json
 
@@ -98,13 +97,6 @@ def _report_vae(stage: StageConfig, task: Any, previous: Any) -> None:
     changed = [f"{name} {before} → {after}" for name, before, after in pairs if before != after]
     if changed:
         print(f"stage {stage.name}: another VAE ({', '.join(changed)}), for which nothing is reset")
-
-
-def start_folder(stage: StageConfig) -> Path:
-    """The folder of the component that a stage starts from; of a hub id, after its download."""
-    part = {"autoencoder": "vae", "text_to_text": "text_encoder"}.get(stage.task, "transformer")
-    folder = model_folder(stage.start, (part,))
-    return folder / part if (folder / part).is_dir() else folder
 
 
 def load_start(stage: StageConfig):

@@ -62,11 +62,8 @@ class TextToImageControl(TextToImageOverBase):
                 what = f"{trained} has {found} copies, and {count} are trained"
                 raise UserError(f"stage {self.stage.name}: {what}")
             return {KEY: dict(part.params)}
-        blocks = base["blocks"]
-        if self.module.dtype != jnp.float32:
-            mesh = jax.tree.leaves(blocks)[0].sharding.mesh
-            blocks = load_component(self.base_folder, jnp.float32, mesh).params["blocks"]
-        copies = jax.jit(lambda tree: jax.tree.map(lambda a: a[:count], tree))(blocks)
+        first = jax.jit(lambda tree: jax.tree.map(lambda a: a[:count], tree))
+        copies = first(self.masters(base)["blocks"])
         units = {**params[KEY]["units"], "block": copies}
         return {KEY: {**params[KEY], "units": units}}
 

@@ -29,7 +29,7 @@ from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.training.frozen import Frozen
 from pixart_jax.training.tasks.lora import TextToImageLora
 from pixart_jax.training.tasks.text_to_image import TextToImage, where_dropped
-from pixart_jax.weights.component import Transformer, load_component
+from pixart_jax.weights.component import Transformer
 from pixart_jax.weights.files import read_json
 from pixart_jax.weights.hub import model_folder
 
@@ -92,11 +92,7 @@ class Distillation(TextToImageLora):
 
     def _copy(self, base) -> dict:
         """The teacher's parameters in fp32, in memory of their own."""
-        if self.module.dtype != jnp.float32:
-            mesh = jax.tree.leaves(base)[0].sharding.mesh
-            wide = load_component(self.base_folder, jnp.float32, mesh).params
-            base = {**wide, "null_caption": base["null_caption"]}
-        return jax.tree.map(jnp.copy, base)
+        return jax.tree.map(jnp.copy, dict(self.masters(base)))
 
     # ---- denoisers ----
 

@@ -23,10 +23,9 @@ from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.folder import write_model
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.training.dreambooth import CLASS, prompts
-from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.frozen import Frozen, start_folder
 from pixart_jax.training.tasks.denoising import DiffusionObjective, stage_model
 from pixart_jax.weights.component import Transformer, load_component
-from pixart_jax.weights.hub import model_folder
 
 Text = tuple[jax.Array, jax.Array]  # states [b, l, c] fp32, lengths [b] int32
 # fields of a model's config that its parameters do not depend on, and which a stage may change
@@ -203,12 +202,6 @@ class TextToImageOverBase(TextToImage):
     fp32."""
 
     @property
-    def base_folder(self) -> Path:
-        """Of its transformer."""
-        folder = model_folder(self.stage.start, ("transformer",))
-        return folder / "transformer" if (folder / "transformer").is_dir() else folder
-
-    @property
     def reads_null(self) -> bool:
         """Whether a step reads the null caption."""
         return self.denoising.objective.condition_dropout > 0
@@ -224,7 +217,7 @@ class TextToImageOverBase(TextToImage):
     def load_base(self, mesh: Mesh) -> dict:
         """The base on the mesh. UserError where the folder holds another model than the config's,
         or lacks the null caption that the stage drops captions for."""
-        folder, stage = self.base_folder, f"stage {self.stage.name}"
+        folder, stage = start_folder(self.stage), f"stage {self.stage.name}"
         component = load_component(folder, self.module.dtype, mesh)
         self._check(component.config, f"{stage}: {folder}")
         params: dict = dict(component.params)
@@ -241,6 +234,14 @@ class TextToImageOverBase(TextToImage):
         place = self.base_shapes(mesh)["null_caption"].sharding
         params["null_caption"] = jax.device_put(np.asarray(params["null_caption"]), place)
         return params
+
+    def masters(self, base: Mapping) -> Mapping:
+        """The base in fp32, read once more where it is held in another dtype."""
+        if self.module.dtype == jnp.float32:
+            return base
+        mesh = jax.tree.leaves(base)[0].sharding.mesh
+        wide = load_component(start_folder(self.stage), jnp.float32, mesh).params
+        return {**wide, "null_caption": base["null_caption"]}
 
     def _check(self, found: Any, where: str) -> None:
         ours = self.module.config
