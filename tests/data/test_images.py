@@ -134,14 +134,7 @@ def test_of_an_animation_the_first_frame_is_taken(kind):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"not an image",
-        encoded(picture(), "JPEG")[:-200],
-        encoded(picture())[:60],
-        encoded(np.ones((4, 4), np.float32), "TIFF"),  # nothing says what is white
-    ],
+    "data", [b"", b"not an image", encoded(picture(), "JPEG")[:-200], encoded(picture())[:60]]
 )
 def test_what_is_no_whole_image_is_refused(data):
     with pytest.raises(images.UnreadableImage):

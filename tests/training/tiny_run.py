@@ -19,11 +19,11 @@ from pixart_jax.config import (
     PreviewConfig,
     StageConfig,
 )
-from pixart_jax.data import records
 from pixart_jax.models.configs import T5Config, TransformerConfig, VAEConfig
 from pixart_jax.text import word_tokenizer
 from pixart_jax.training import loop, metrics
 from pixart_jax.weights.component import VAE, TextEncoder
+from tests.data import tiny_sets
 from tests.parameters import normal_like
 
 WORDS = "a red green blue circle square left of right".split()
@@ -56,11 +56,10 @@ def shards(
 ) -> Path:
     """Encoded shards of random latents and states, ``count`` records a bucket. condition: the kind
     of those that they hold, random too."""
-    folder.mkdir(parents=True)
-    made = []
+    made: dict[tuple[int, int], list[tuple[dict, dict]]] = {}
     for number, (height, width) in enumerate(buckets):
         rng = np.random.default_rng(number)
-        packed = []
+        made[height, width] = []
         for index in range(count):
             length = int(rng.integers(2, 9))
             arrays = {
@@ -75,15 +74,9 @@ def shards(
                 arrays["control_mean"] = rng.normal(size=shape).astype(np.float32)
                 arrays["control_std"] = rng.uniform(0.1, 0.5, shape).astype(np.float32)
             metadata = {"key": f"r{number}-{index}", "captions.dense": '["a red circle"]'}
-            packed.append(records.encode_record(arrays, metadata))
-        path = folder / f"{number:05d}-{height}x{width}.array_record"
-        records.write_shard(path, packed)
-        size, digest = path.stat().st_size, records.sha256(path)
-        shard = records.Shard(path.name, (height, width), count, size, digest, {"dense": 8})
-        made.append(shard)
+            made[height, width].append((arrays, metadata))
     made_with = {"source": "random"} | ({"condition": condition} if condition else {})
-    records.Manifest(made_with, tuple(made)).write(folder)
-    return folder
+    return tiny_sets.shards(folder, made, made_with, {"dense": 8})
 
 
 def recipe(folder: Path, steps: int | None = None, every: int = 3) -> Path:
