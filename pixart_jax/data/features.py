@@ -136,11 +136,8 @@ class FeatureSamples:
     def _row(
         self, index: int, bucket: int, draw: float
     ) -> tuple[str, dict[str, Any], np.ndarray | None]:
-        found, entry, (height, width) = (
-            self._found[index],
-            self._entries[index],
-            self.buckets[bucket],
-        )
+        found, entry = self._found[index], self._entries[index]
+        height, width = self.buckets[bucket]
         assert found is not None, "the plan draws no sample without features"
         mean, std = _posterior(found[0], None, (height, width))
         size = entry.fields.get("height"), entry.fields.get("width")

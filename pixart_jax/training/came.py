@@ -103,18 +103,9 @@ def scale_by_came(
 
     def update(updates, state, params=None):
         del params
-        leaves, treedef = jax.tree.flatten(updates)
-        results = [
-            one(*args)
-            for args in zip(
-                leaves,
-                treedef.flatten_up_to(state.mean),
-                treedef.flatten_up_to(state.second),
-                treedef.flatten_up_to(state.residual),
-                treedef.flatten_up_to(layers(updates)),
-                strict=True,
-            )
-        ]
+        treedef = jax.tree.structure(updates)
+        columns = map(treedef.flatten_up_to, (updates, *state, layers(updates)))
+        results = [one(*leaf) for leaf in zip(*columns, strict=True)]
         new, *moments = (treedef.unflatten(column) for column in zip(*results, strict=True))
         return new, CameState(*moments)
 

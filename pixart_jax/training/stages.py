@@ -86,22 +86,13 @@ def abstract_batch(
     if stage.task == "autoencoder":
         shapes = {"images": ((b, height, width, 3), f32)}
     elif stage.task == "text_to_text":
-        shapes = {
-            "input_ids": ((b, text), i32),
-            "lengths": ((b,), i32),
-            "target_ids": ((b, text), i32),
-            "target_lengths": ((b,), i32),
-            "is_target": ((b,), jnp.bool_),
-        }
+        ids, lengths = ((b, text), i32), ((b,), i32)
+        shapes = {"input_ids": ids, "lengths": lengths, "is_target": ((b,), jnp.bool_)}
+        shapes |= {"target_ids": ids, "target_lengths": lengths}
     else:
         latents = (b, height // LATENT, width // LATENT, config.model.in_channels)
-        shapes = {
-            "mean": (latents, f32),
-            "std": (latents, f32),
-            "label": ((b,), i32),
-            "size": ((b, 2), f32),
-            "aspect_ratio": ((b,), f32),
-        }
+        shapes = {"mean": (latents, f32), "std": (latents, f32), "label": ((b,), i32)}
+        shapes |= {"size": ((b, 2), f32), "aspect_ratio": ((b,), f32)}
         if stage.data.condition is not None:
             shapes |= {"control_mean": (latents, f32), "control_std": (latents, f32)}
         if stage.reads_text:

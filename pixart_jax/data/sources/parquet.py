@@ -59,7 +59,14 @@ class ParquetSource(IndexedSource):
                 raise UserError(f"{file} embeds no images: open its folder as folder:DIR")
         self._columns = [column or "" for column in columns]
         self._stems = [file.stem for file in files]
-        self._starts = [0, *itertools.accumulate(f.metadata.num_rows for f in self._files)]
+        self._firsts = [0, *itertools.accumulate(f.metadata.num_rows for f in self._files)]
+        self._groups = [
+            (number, group)
+            for number, file in enumerate(self._files)
+            for group in range(file.metadata.num_row_groups)
+        ]
+        rows = (self._files[n].metadata.row_group(g).num_rows for n, g in self._groups)
+        self._starts = [0, *itertools.accumulate(rows)]  # of the row groups
         self._lock = threading.Lock()  # a ParquetFile serves one reader at a time
         self._images = functools.lru_cache(4)(self._read_images)
         self._texts = functools.lru_cache(8)(self._read_texts)
@@ -75,23 +82,14 @@ class ParquetSource(IndexedSource):
             seal.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         self._choose(self._starts[-1], ["parquet", seal.hexdigest()], choice)
 
-    def _at(self, place: int) -> tuple[int, int]:
-        """(file, row in it)."""
+    def _at(self, place: int) -> tuple[int, int, int]:
+        """(file, row group of it, row in that)."""
         number = bisect.bisect_right(self._starts, place) - 1
-        return number, place - self._starts[number]
+        return *self._groups[number], place - self._starts[number]
 
     def _key(self, place: int) -> str:
-        number, row = self._at(place)
-        return f"{self._stems[number]}-{row:06d}"
-
-    def _group(self, number: int, row: int) -> tuple[int, int]:
-        """(row group, row in it) of a file's row."""
-        metadata = self._files[number].metadata
-        for group in range(metadata.num_row_groups):
-            if row < metadata.row_group(group).num_rows:
-                return group, row
-            row -= metadata.row_group(group).num_rows
-        raise IndexError(row)
+        number = bisect.bisect_right(self._firsts, place) - 1
+        return f"{self._stems[number]}-{place - self._firsts[number]:06d}"
 
     def _read_images(self, number: int, group: int) -> pa.ChunkedArray:
         with self._lock:
@@ -106,14 +104,12 @@ class ParquetSource(IndexedSource):
             return file.read_row_group(group, names).to_pylist()
 
     def _open(self, place: int) -> BinaryIO:
-        number, row = self._at(place)
-        group, row = self._group(number, row)
+        number, group, row = self._at(place)
         value = self._images(number, group)[row].as_py()
         return io.BytesIO((value["bytes"] if isinstance(value, dict) else value) or b"")
 
     def _facts(self, place: int) -> Facts:
-        number, row = self._at(place)
-        group, row = self._group(number, row)
+        number, group, row = self._at(place)
         fields = self._texts(number, group)[row]
         key = self._key(place)
         captions = functools.partial(texts.captions_of, fields, key, self.faults)

@@ -107,14 +107,11 @@ def _sample(
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
     doubled = jnp.concatenate([jnp.full_like(labels, task.module.config.num_classes), labels])
 
-    def both(x, t):
-        return task.module.apply({"params": params}, x, t, doubled)
-
-    def alone(x, t):
-        return task.module.apply({"params": params}, x, t, labels)
+    def of(labels):
+        return lambda x, t: task.module.apply({"params": params}, x, t, labels)
 
     return diffusion.sample(
-        diffusion.classifier_free_guidance(both, guidance, conditional=alone),
+        diffusion.classifier_free_guidance(of(doubled), guidance, conditional=of(labels)),
         noise,
         steps=steps,
         schedule=task.denoising.schedule,
