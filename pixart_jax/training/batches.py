@@ -19,6 +19,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -103,61 +104,42 @@ def _part(
     bad: BadRecords,
 ) -> Samples:
     """One source of a stage; share: its part of a mixture, 1 alone."""
+
+    def refused(why: str) -> UserError:
+        return UserError(f"stage {stage.name}: {why}")
+
     data, (kind, rest) = stage.data, parse_source(text)
-    captions = data.captions if stage.reads_text else ()
+    tokens, captions = data.max_text_tokens, data.captions if stage.reads_text else ()
     if kind == "states":
         if stage.task != "tdm":
-            raise UserError(
-                f"stage {stage.name}: {text} holds texts alone: task tdm trains on them, and task "
-                f"{stage.task} needs pictures"
-            )
+            other = f"and task {stage.task} needs pictures"
+            raise refused(f"{text} holds texts alone: task tdm trains on them, {other}")
         return PromptSamples(rest, stage, config.model, frozen)
     if stage.task in _DIFFUSION and kind in ("records", "pixart-features"):
         if stage.dreambooth is not None:
-            raise UserError(
-                f"stage {stage.name}: {text} is encoded under its own captions: dreambooth needs "
-                "pictures, as folder:DIR"
-            )
+            wanted = "dreambooth needs pictures, as folder:DIR"
+            raise refused(f"{text} is encoded under its own captions: {wanted}")
         for field in ("where", "limit"):
             if getattr(data, field) is not None:
-                raise UserError(
-                    f"stage {stage.name}: data.{field} chooses among pictures, and {text} is "
-                    "encoded: choose when it is encoded"
-                )
+                how = f"{text} is encoded: choose when it is encoded"
+                raise refused(f"data.{field} chooses among pictures, and {how}")
         if kind == "records":
             return _records(rest, stage, captions, frozen, bad)
         if not stage.reads_text:
-            raise UserError(
-                f"stage {stage.name}: {text} has no labels; a class-conditional stage needs them"
-            )
+            raise refused(f"{text} has no labels; a class-conditional stage needs them")
         # the official files do not name their encoders, so the config is trusted
         if data.condition not in (None, "hed"):
-            raise UserError(
-                f"stage {stage.name}: {text} has conditions of hed alone: encode its pictures"
-            )
+            raise refused(f"{text} has conditions of hed alone: encode its pictures")
         root, _, latents = rest.partition("?latents=")
-        return FeatureSamples(
-            root,
-            captions,
-            data.max_text_tokens,
-            latents=latents or None,
-            buckets=data.buckets,
-            faults=bad,
-            control=data.condition is not None,
-        )
+        options: dict[str, Any] = {"latents": latents or None, "control": bool(data.condition)}
+        return FeatureSamples(root, captions, tokens, buckets=data.buckets, faults=bad, **options)
     limit = None if data.limit is None else math.ceil(share * data.limit)
     source = open_source(text, data.split, where=data.where, limit=limit, faults=bad)
     if stage.task in _DIFFUSION:
         if encode is None:
-            raise UserError(
-                f"stage {stage.name}: {text} is not encoded, and this run was given nothing to "
-                "encode it with"
-            )
-        options = {
-            "buckets": data.buckets,
-            "max_text_tokens": data.max_text_tokens,
-            "frozen": frozen,
-        }
+            missing = "and this run was given nothing to encode it with"
+            raise refused(f"{text} is not encoded, {missing}")
+        options = {"buckets": data.buckets, "max_text_tokens": tokens, "frozen": frozen}
         if data.strict:
             options["strict"] = True
         if data.condition is not None:
@@ -167,8 +149,7 @@ def _part(
         def encoded(source: Source, captions: dreambooth.Kinds) -> Samples:
             kinds = tuple(kind for kind, weight in captions if weight > 0)
             folder = encode(source, captions=kinds, **options)
-            tokens, condition = data.max_text_tokens, data.condition
-            return EncodedSamples(folder, captions, tokens, faults=bad, condition=condition)
+            return EncodedSamples(folder, captions, tokens, faults=bad, condition=data.condition)
 
         if stage.dreambooth is None:
             return encoded(source, captions)
@@ -177,13 +158,10 @@ def _part(
         return dreambooth.open_samples(config, stage, source, frozen, encoded)
     if stage.task == "autoencoder":
         if kind == "records":
-            raise UserError(
-                f"stage {stage.name}: an autoencoder learns from pictures, and {text} holds none; "
-                "give the set it was encoded from"
-            )
+            instead = "give the set it was encoded from"
+            raise refused(f"an autoencoder learns from pictures, and {text} holds none; {instead}")
         return ImageSamples(source, data.buckets)
-    tokens, target = data.max_text_tokens, stage.text_to_text.target
-    return TokenSamples(source, frozen.tokenizer, data.captions, tokens, target=target)
+    return TokenSamples(source, frozen.tokenizer, data.captions, tokens, stage.text_to_text.target)
 
 
 class PromptSamples:
