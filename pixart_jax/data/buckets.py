@@ -41,6 +41,8 @@ def _table(base: int) -> dict[float, tuple[int, int]]:
 TABLES: dict[int, dict[float, tuple[int, int]]] = {base: _table(base) for base in BASES}
 """base → {key: (height, width)}: the training tables, 40 entries each, keys ascending."""
 
+_KEYS = {size: key for table in TABLES.values() for key, size in table.items()}
+
 INFERENCE_TABLES: dict[int, dict[float, tuple[int, int]]] = {
     base: {key: size for key, size in table.items() if base == 2048 or key not in _NOT_AT_INFERENCE}
     for base, table in TABLES.items()
@@ -99,11 +101,7 @@ def _keyed(buckets: tuple[tuple[int, int], ...]) -> dict[float, list[tuple[int, 
 
 def key_of(bucket: tuple[int, int]) -> float:
     """The aspect ratio fed for a bucket: its key in its table, else height / width."""
-    for table in TABLES.values():
-        for key, size in table.items():
-            if size == tuple(bucket):
-                return key
-    return bucket[0] / bucket[1]
+    return _KEYS.get(tuple(bucket), bucket[0] / bucket[1])
 
 
 @dataclasses.dataclass(frozen=True)

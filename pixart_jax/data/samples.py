@@ -17,6 +17,7 @@ from pixart_jax.data.sources.sample import Source, faults_of
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.images import to_model
 from pixart_jax.remote_path import Location
+from pixart_jax.text import padded_length
 
 BUCKETS_PNG = "buckets.png"
 _DECODERS = 8  # threads; Pillow releases the interpreter lock while it decodes
@@ -117,19 +118,14 @@ def _choose(weights: np.ndarray, draw: float) -> tuple[int, float]:
     return i, float(min(rest, np.nextafter(1.0, 0.0)))
 
 
-def pad_length(longest: int, cap: int) -> int:
-    """Tokens that a stage's texts are padded to: the longest, rounded up to 8, at most ``cap``."""
-    return min(-(-longest // 8) * 8, cap)
-
-
 def encoded_length(name: str, longest: int, cap: int) -> int:
-    """:func:`pad_length` of text states. Raises UserError above the cap: cut states of a whole text
-    are not the states of the cut text."""
+    """Tokens that text states are padded to. Raises UserError above the cap: cut states of a whole
+    text are not the states of the cut text."""
     if longest > cap:
         raise UserError(
             f"{name} holds texts of {longest} tokens, more than max_text_tokens = {cap}: raise it"
         )
-    return pad_length(longest, cap)
+    return padded_length(longest, cap)
 
 
 def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.ndarray]:
@@ -250,7 +246,7 @@ class TokenSamples:
                 self._ranges[index][kind] = range(len(texts), len(texts) + len(some))
                 texts.extend(some)
         self._ids = tokenize(tokenizer, texts, max_text_tokens)
-        self.length = pad_length(max([1, *map(len, self._ids)]), max_text_tokens)
+        self.length = padded_length(max(map(len, self._ids), default=1), max_text_tokens)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows, each with the caption that its draw chooses."""
