@@ -41,7 +41,9 @@ def _table(base: int) -> dict[float, tuple[int, int]]:
 TABLES: dict[int, dict[float, tuple[int, int]]] = {base: _table(base) for base in BASES}
 """base → {key: (height, width)}: the training tables, 40 entries each, keys ascending."""
 
-_KEYS = {size: key for table in TABLES.values() for key, size in table.items()}
+_KEYS: dict[tuple[int, ...], float] = {
+    size: key for table in TABLES.values() for key, size in table.items()
+}
 
 INFERENCE_TABLES: dict[int, dict[float, tuple[int, int]]] = {
     base: {key: size for key, size in table.items() if base == 2048 or key not in _NOT_AT_INFERENCE}
