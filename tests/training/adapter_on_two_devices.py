@@ -13,29 +13,16 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import tiny_run
+
 from pixart_jax.config import MeshConfig
-from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training.batches import open_loader, put
-from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.initialization import initial_state
 from pixart_jax.training.memory import bytes_per_device
-from pixart_jax.training.stages import build_stage
-from pixart_jax.training.step import compiled_step
 
 
 def curve(config, mesh):
     """(losses, the trained factors, bytes of the base's largest kernels on one device)."""
-    frozen = Frozen(config, Path("."))
-    loader = open_loader(config, 0, frozen, None, mesh)
-    parts = build_stage(config, config.stages[0], frozen, mesh).load_base(mesh)
-    state = initial_state(config, 0, parts, None, print)
-    step = compiled_step(config, config.stages[0], parts, mesh)
-    losses = []
-    for number in range(4):
-        batch = put(loader.batch(number), rules.batch_sharding(mesh))
-        state, metrics = step(state, batch, jax.random.key(number))
-        losses.append(float(metrics["loss"]))
+    losses, state, parts = tiny_run.steps_on(config, mesh, 4)
     return losses, jax.device_get(state.params), bytes_per_device(parts.base["blocks"]["attn"])
 
 

@@ -18,30 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_run
 
 from pixart_jax.config import MeshConfig, OptimizerConfig
-from pixart_jax.parallel import rules
 from pixart_jax.parallel.mesh import make_mesh
-from pixart_jax.training.batches import open_loader, put
-from pixart_jax.training.frozen import Frozen
-from pixart_jax.training.initialization import initial_state
-from pixart_jax.training.stages import build_stage
-from pixart_jax.training.step import compiled_step
 from tests.parallel.replicated import large_replicated
-
-STEPS = 6
 
 
 def curve(config, mesh) -> tuple[list[float], list[str], list[int]]:
     """(losses, large arrays that are whole on every device, bytes of the state on each device)."""
-    frozen = Frozen(config, Path("."))
-    loader = open_loader(config, 0, frozen, None, mesh)
-    parts = build_stage(config, config.stages[0], frozen, mesh)
-    state = initial_state(config, 0, parts, None, print)
-    step = compiled_step(config, config.stages[0], parts, mesh)
-    losses = []
-    for number in range(STEPS):
-        batch = put(loader.batch(number), rules.batch_sharding(mesh))
-        state, metrics = step(state, batch, jax.random.key(number))
-        losses.append(float(metrics["loss"]))
+    losses, state, _ = tiny_run.steps_on(config, mesh, 6)
     held = {device: 0 for device in mesh.devices.flat}
     for leaf in jax.tree.leaves(state):
         for shard in leaf.addressable_shards:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -20,8 +21,14 @@ from pixart_jax.config import (
     StageConfig,
 )
 from pixart_jax.models.configs import T5Config, TransformerConfig, VAEConfig
+from pixart_jax.parallel.rules import batch_sharding
 from pixart_jax.text import word_tokenizer
 from pixart_jax.training import loop, metrics
+from pixart_jax.training.batches import open_loader, put
+from pixart_jax.training.frozen import Frozen
+from pixart_jax.training.initialization import initial_state
+from pixart_jax.training.stages import build_stage
+from pixart_jax.training.step import compiled_step
 from pixart_jax.weights.component import VAE, TextEncoder
 from tests.data import tiny_sets
 from tests.parameters import normal_like
@@ -97,6 +104,20 @@ def recipe(folder: Path, steps: int | None = None, every: int = 3) -> Path:
         "    return dataclasses.replace(config, stages=(stage,))\n"
     )
     return file
+
+
+def steps_on(config: Config, mesh: jax.sharding.Mesh, count: int):
+    """(losses, last state, parts) of the first steps of a config's first stage on a mesh."""
+    frozen, stage = Frozen(config, Path(".")), config.stages[0]
+    loader = open_loader(config, 0, frozen, None, mesh)
+    parts = build_stage(config, stage, frozen, mesh).load_base(mesh)
+    state = initial_state(config, 0, parts, None, print)
+    step, losses = compiled_step(config, stage, parts, mesh), []
+    for number in range(count):
+        batch = put(loader.batch(number), batch_sharding(mesh))
+        state, found = step(state, batch, jax.random.key(number))
+        losses.append(float(found["loss"]))
+    return losses, state, parts
 
 
 def final_state(workdir: Path, total: int):
