@@ -204,10 +204,12 @@ def _quantized(params: Mapping, quantize: Callable) -> dict:
 def _int8_shapes(kernel: jax.ShapeDtypeStruct | jax.Array):
     from pixart_jax.models import quantization  # imports Qwix, 0.4 s
 
-    scale = (*kernel.shape[:-2], 1, kernel.shape[-1])
-    values = jax.ShapeDtypeStruct(kernel.shape, jnp.int8, sharding=kernel.sharding)
-    beside = jax.ShapeDtypeStruct(scale, jnp.float32, sharding=_scale_sharding(kernel))
-    return quantization.leaf(values, beside)
+    place, shape = kernel.sharding, kernel.shape
+    *lead, _, out = (*place.spec, *[None] * (len(shape) - len(place.spec)))
+    beside = NamedSharding(place.mesh, PartitionSpec(*lead, None, out))  # the input axis is whole
+    values = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=place)
+    scale = jax.ShapeDtypeStruct((*shape[:-2], 1, shape[-1]), jnp.float32, sharding=beside)
+    return quantization.leaf(values, scale)
 
 
 def _int8_values(kernel: jax.Array):
@@ -215,10 +217,3 @@ def _int8_values(kernel: jax.Array):
 
     places = jax.tree.map(lambda shape: shape.sharding, _int8_shapes(kernel))
     return jax.jit(quantization.quantize, out_shardings=places)(kernel)
-
-
-def _scale_sharding(kernel) -> NamedSharding:
-    """A kernel's sharding, with its input axis whole."""
-    place = kernel.sharding
-    spec = (*place.spec, *[None] * (len(kernel.shape) - len(place.spec)))
-    return NamedSharding(place.mesh, PartitionSpec(*spec[:-2], None, spec[-1]))
