@@ -205,8 +205,9 @@ def _int8_shapes(kernel: jax.ShapeDtypeStruct | jax.Array):
     from pixart_jax.models import quantization  # imports Qwix, 0.4 s
 
     place, shape = kernel.sharding, kernel.shape
-    *lead, _, out = (*place.spec, *[None] * (len(shape) - len(place.spec)))
-    beside = NamedSharding(place.mesh, PartitionSpec(*lead, None, out))  # the input axis is whole
+    spec = (*place.spec, *[None] * (len(shape) - len(place.spec)))
+    whole = PartitionSpec(*spec[:-2], None, spec[-1])  # the input axis is
+    beside = NamedSharding(place.mesh, whole)
     values = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=place)
     scale = jax.ShapeDtypeStruct((*shape[:-2], 1, shape[-1]), jnp.float32, sharding=beside)
     return quantization.leaf(values, scale)
