@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,12 +14,12 @@ import numpy as np
 from pixart_jax.data import records
 from pixart_jax.data.buckets import key_of
 from pixart_jax.data.faults import BadRecords
-from pixart_jax.data.samples import CaptionMix, check_buckets, encoded_length, second_draw
+from pixart_jax.data.samples import CaptionMix, Samples, check_buckets, encoded_length, second_draw
 from pixart_jax.data.shard_cache import CACHE_GB
 from pixart_jax.errors import UserError
 
 
-class EncodedSamples:
+class EncodedSamples(Samples):
     """A folder of encoded shards.
 
     captions: kinds with their weights in the mix; empty for no text. expected: entries that the
@@ -35,11 +35,7 @@ class EncodedSamples:
       size          float32 [b, 2], (height, width) in px of the original image
       aspect_ratio  float32 [b], the bucket's key
       key           str [b]
-
-    fetch: of shards in a bucket, has threads fetch those of these records.
     """
-
-    fetch: Callable[[np.ndarray], None] | None = None
 
     def __init__(
         self,
@@ -59,7 +55,7 @@ class EncodedSamples:
         if (cache := self._records.cache) is not None:
             cache.check_holds(window)
             self.fetch = lambda indices: cache.fetch(self._records.shards_of(indices))
-        self.identity: Mapping[str, str] | None = manifest.identity
+        self.identity = manifest.identity
         contents = repr([(shard.file, shard.sha256) for shard in manifest.shards])
         self.fingerprint = hashlib.sha256(contents.encode()).hexdigest()
         self.buckets = tuple(manifest.by_bucket)
@@ -73,7 +69,7 @@ class EncodedSamples:
         if condition is not None:
             _check_condition(folder, manifest.identity.get("condition"), condition)
             self._posteriors.append("control_{}")
-        self._mix, self.length = None, 0
+        self._mix = None
         if captions:
             longest = manifest.longest
             self._mix = CaptionMix(captions, tuple(longest), str(folder))
@@ -91,9 +87,6 @@ class EncodedSamples:
                 detail = f"none of the mix: {', '.join(mix.kinds)}"
                 faults.add(f"{shard.file}, record {place}", "missing caption", detail)
             start += shard.count
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one bucket, each with the caption, and mirrored or not, as its draw chooses."""

@@ -17,7 +17,7 @@ import posixpath
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 from pixart_jax.data.buckets import key_of
 from pixart_jax.data.encoded import collate
 from pixart_jax.data.faults import BadRecord, BadRecords
-from pixart_jax.data.samples import CaptionMix, check_buckets, encoded_length
+from pixart_jax.data.samples import CaptionMix, Samples, check_buckets, encoded_length
 from pixart_jax.data.sources.indexed import cached_json, in_threads
 from pixart_jax.data.sources.official import Entry, Layout
 from pixart_jax.errors import UserError, one_line
@@ -52,16 +52,14 @@ _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.err
 _Found = tuple[str, tuple[int, int], Sequence[tuple[str, int] | None]]
 
 
-class FeatureSamples:
+class FeatureSamples(Samples):
     """The images of a layout whose features are complete; the others are named and left out.
 
     captions: kinds and weights: 'prompt' for the features of a data_info.json ('caption' for
     SAM's), 'sharegpt4v' for PixArt-Σ's second ones. latents: the folder of latents where there are
     several. control: batches also hold the posteriors of hed_feature_…. Batches are those of
-    data/encoded.py; label is −1.
+    data/encoded.py; label is −1. The files do not say which encoders made them.
     """
-
-    identity: Mapping[str, str] | None = None  # the files do not say which encoders made them
 
     def __init__(
         self,
@@ -100,13 +98,9 @@ class FeatureSamples:
         numbers = {bucket: number for number, bucket in enumerate(self.buckets)}
         places = [numbers[one[1][0], one[1][1]] if one else -1 for one in self._found]
         self.bucket_of = np.array(places, np.int16)
-        self.length = 0
         if self._mix:
             longest = max(text[1] for _, _, held in found for text in held if text)
             self.length = encoded_length(self.name, longest, max_text_tokens)
-
-    def __len__(self) -> int:
-        return len(self.bucket_of)
 
     def _look(self, folders: list[Path]) -> tuple[list[_Found | None], list[BadRecord]]:
         """(files of each entry, what is wrong), from the headers of all files."""

@@ -37,19 +37,18 @@ class Loader:
         window: int = 0,
     ):
         self.samples = samples
-        starts = getattr(samples, "shard_starts", ())
+        starts = samples.shard_starts
         if window and not len(starts):
             raise UserError("data.shuffle_shards is for one folder of encoded shards, no mixture")
         self.plan = BatchSchedule(samples.bucket_of, batch_size, seed, window, starts)
-        self._fetch = getattr(samples, "fetch", None)
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         self._workers = max(workers, 0)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Read this process's rows of the batch of a step."""
-        if self._fetch is not None:
+        if (fetch := self.samples.fetch) is not None:
             for near in (step, step + self.plan.steps_ahead):
-                self._fetch(self.plan.batch(near).indices)
+                fetch(self.plan.batch(near).indices)
         return self._read(step, self._rows)
 
     def global_batch(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ where r > 1, and what a step shows is a function of seed and step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,11 +20,9 @@ from pixart_jax.errors import UserError
 _OF_THE_SET = ("source", "samples", "shard_size", "captions", "buckets", "flip")
 
 
-class MixedSamples:
+class MixedSamples(Samples):
     """Samples of several ``parts`` with their ``shares``, which add up to 1; texts are padded to
     one length. Raises UserError for a part without samples or records of different encoders."""
-
-    identity: Mapping[str, str] | None = None
 
     def __init__(self, parts: Sequence[Samples], shares: Sequence[float], names: Sequence[str]):
         _check_identities(parts, names)
@@ -51,9 +49,6 @@ class MixedSamples:
                 columns.append((number * ones, bucket * ones, np.arange(places), places * ones))
         self._part, bucket_of, self._place, self._places = map(np.concatenate, zip(*columns))
         self.bucket_of = bucket_of.astype(np.int16)
-
-    def __len__(self) -> int:
-        return len(self.bucket_of)
 
     def chosen(self, index: int, draw: float) -> tuple[int, int]:
         """(part, number of the sample in it) that a place shows for a draw."""

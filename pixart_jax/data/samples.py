@@ -3,9 +3,9 @@ batch; encoded records are in data/encoded.py, the official features in data/fea
 
 from __future__ import annotations
 
+import abc
 import hashlib
-from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,23 +23,30 @@ BUCKETS_PNG = "buckets.png"
 _DECODERS = 8  # threads; Pillow releases the interpreter lock while it decodes
 
 
-class Samples(Protocol):
+class Samples(abc.ABC):
     """What the loader reads.
 
     buckets: (height, width) in px by number. bucket_of: int [n], each sample's bucket, −1 if
     unused. length: tokens that texts are padded to, 0 without texts. identity: of encoded records
-    (records.Manifest), else None. fingerprint: changes with the samples or their order.
+    (records.Manifest), else None. fingerprint: changes with the samples or their order. Of encoded
+    shards, shard_starts: the first sample of each; fetch: where they lie in a bucket, has threads
+    fetch those of these samples.
     """
 
     buckets: tuple[tuple[int, int], ...]
     bucket_of: np.ndarray
-    length: int
-    identity: Mapping[str, str] | None
     fingerprint: str
+    length = 0
+    identity: Mapping[str, str] | None = None
+    shard_starts: Sequence[int] | np.ndarray = ()
+    fetch: Callable[[np.ndarray], None] | None = None
 
+    def __len__(self) -> int:
+        return len(self.bucket_of)
+
+    @abc.abstractmethod
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of one bucket. draws: float64 in [0, 1), one a row, for all random choices."""
-        ...
 
 
 def second_draw(draw: float) -> float:
@@ -138,15 +145,12 @@ def tokenize(tokenizer, texts: Sequence[str], max_text_tokens: int) -> list[np.n
     return out
 
 
-class ImageSamples:
+class ImageSamples(Samples):
     """Images of a source, for the autoencoder: {"images": float32 [b, h, w, 3] in [−1, 1], "key"}.
 
     Every image is decoded once when the set is opened; unreadable ones are named and left out.
     Decoded pixels of a set that fits ``cache_bytes`` stay.
     """
-
-    length = 0
-    identity: Mapping[str, str] | None = None
 
     def __init__(
         self, source: Source, buckets: Sequence[tuple[int, int]], *, cache_bytes: int = 2**30
@@ -203,7 +207,7 @@ class ImageSamples:
         }
 
 
-class TokenSamples:
+class TokenSamples(Samples):
     """Token ids of captions, for the text encoder: {"input_ids", "target_ids": int32 [b, l],
     "lengths", "target_lengths": int32 [b], "is_target": bool [b], "key"}.
 
@@ -212,8 +216,7 @@ class TokenSamples:
     sample without it, or without any kind of the mix, is named and left out.
     """
 
-    buckets: tuple[tuple[int, int], ...] = ((0, 0),)  # text has no size
-    identity: Mapping[str, str] | None = None
+    buckets = ((0, 0),)  # text has no size
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +164,12 @@ def _part(
     return TokenSamples(source, frozen.tokenizer, data.captions, tokens, stage.text_to_text.target)
 
 
-class PromptSamples:
+class PromptSamples(Samples):
     """The texts of a file of ``encode --prompts``, each at one of the stage's buckets, in turn.
 
     Batches are those of data.encoded without a condition; mean and std are zero, and give the
     latents' size. Raises UserError for a file without states or of another text encoder.
     """
-
-    identity: Mapping[str, str] | None = None
 
     def __init__(self, file: str, stage: StageConfig, model: TransformerConfig, frozen: Frozen):
         states = TextStates.open(file)
@@ -193,9 +191,6 @@ class PromptSamples:
         self.bucket_of = (np.arange(len(self._texts)) % len(self.buckets)).astype(np.int16)
         seal = repr((self._texts, states.identity, self.buckets))
         self.fingerprint = hashlib.sha256(seal.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._texts)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         texts, size = [self._texts[index] for index in indices], self.buckets[bucket]

@@ -92,7 +92,7 @@ class Captioned:
         return dataclasses.replace(sample, captions={KIND: captions}, label=-1)
 
 
-class PairedSamples:
+class PairedSamples(Samples):
     """Each sample of a set with a random one of a second set; the arrays of the second have
     names that begin with ``CLASS``."""
 
@@ -104,9 +104,6 @@ class PairedSamples:
         self.length = max(samples.length, others.length)
         samples.length = others.length = self.length
         self._members = np.flatnonzero(others.bucket_of >= 0)
-
-    def __len__(self) -> int:
-        return len(self.bucket_of)
 
     def read(self, indices: np.ndarray, bucket: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         rows = self._samples.read(indices, bucket, draws)
