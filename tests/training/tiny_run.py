@@ -3,6 +3,7 @@ three stages, two buckets."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from pathlib import Path
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
+from pixart_jax.commands import train
 from pixart_jax.config import (
     Config,
     DataConfig,
@@ -146,6 +148,17 @@ def kill_before(patch, *numbers: int) -> None:
         return put(*batch)
 
     patch.setattr(loop, "put", put_or_die)
+
+
+def train_cut_off(config: Config, workdir: Path, patch, *numbers: int) -> int:
+    """Train, :func:`kill_before` these steps, until the run is done; how many starts it took."""
+    starts = 0
+    kill_before(patch, *numbers)
+    while not (workdir / "ledger.json").exists():
+        starts += 1
+        with contextlib.suppress(Killed):
+            train.train(config, workdir)
+    return starts
 
 
 def curriculum(folder: Path, **changes) -> Config:

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
 from tasks.test_lora import (
-    check_kills,
+    check_cut_off,
     check_two_devices,
     digests,
     error_of,
@@ -143,15 +143,11 @@ def test_a_stage_may_go_on_from_a_trained_one_to_the_bit(finished, world, tmp_pa
         StageConfig("s", controlnet="there")
 
 
-KILLED_RUN = "bfloat16"
-
-
 @pytest.mark.slow
-def test_killed_by_the_system_it_ends_the_same_to_the_bit(finished, world, tmp_path):
-    workdir = check_kills("test_controlnet", finished, world, tmp_path)
+def test_a_run_cut_off_resumes_to_the_same_bits(finished, world, tmp_path, monkeypatch):
+    check_cut_off(a_run(world, "bfloat16"), finished, tmp_path / "run", monkeypatch)
     for file in (finished / "adapter").iterdir():
-        made = workdir / "adapter" / file.name
-        assert made.read_bytes() == file.read_bytes(), file.name
+        assert (tmp_path / "run/adapter" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @pytest.mark.slow

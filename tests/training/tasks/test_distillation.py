@@ -18,7 +18,14 @@ from diffusers import LCMScheduler, PixArtAlphaPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
-from tasks.test_lora import SIZES, check_kills, check_two_devices, error_of, final_state, over_base
+from tasks.test_lora import (
+    SIZES,
+    check_cut_off,
+    check_two_devices,
+    error_of,
+    final_state,
+    over_base,
+)
 from tiny_run import Killed, figures, kill_before
 
 from pixart_jax import Pipeline
@@ -325,15 +332,12 @@ def finished(world, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_cut_off_resumes_to_the_same_bits(finished, world, tmp_path, monkeypatch):
-    workdir = tmp_path / "run"
-    kill_before(monkeypatch, 6)
-    with contextlib.suppress(Killed):
-        train.train(a_run(world, "tdm"), workdir)
-    assert not (workdir / "model").exists()
-    train.train(a_run(world, "tdm"), workdir)
-    assert figures(workdir) == figures(finished)
-    jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(workdir))
+@pytest.mark.parametrize("task", ["lcm", "tdm"])
+def test_a_run_cut_off_resumes_to_the_same_bits(finished, world, tmp_path, monkeypatch, task):
+    whole = finished
+    if task == "lcm":
+        train.train(a_run(world), whole := tmp_path / "whole")
+    check_cut_off(a_run(world, task), whole, tmp_path / "run", monkeypatch)
 
 
 @pytest.mark.slow  # 15 s
@@ -473,13 +477,3 @@ def test_every_evaluation_of_a_step_is_counted():
 def test_two_devices_compute_what_one_does(world, task):
     limit = 1e-4 if task == "tdm" else 1e-5
     check_two_devices("test_distillation", world, task, limit=limit)
-
-
-KILLED_RUN = "lcm"
-
-
-@pytest.mark.slow
-def test_killed_by_the_system_it_ends_the_same_to_the_bit(world, tmp_path):
-    whole = tmp_path / "whole"
-    train.train(a_run(world), whole)
-    check_kills("test_distillation", whole, world, tmp_path)

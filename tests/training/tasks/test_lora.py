@@ -24,7 +24,7 @@ from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
-from tiny_run import Killed, figures, kill_before
+from tiny_run import figures
 
 from pixart_jax import cli, load_component
 from pixart_jax.commands import train
@@ -275,55 +275,19 @@ def test_the_merged_model_opens_in_diffusers(finished, world):
     assert relative_error(ours, run_diffusers(base, **args)) > 1e-3
 
 
+def check_cut_off(config: Config, finished: Path, workdir: Path, patch) -> None:
+    """A run that is cut off at two of its steps ends with the bits of the uninterrupted one."""
+    assert tiny_run.train_cut_off(config, workdir, patch, 3, 8) == 3
+    assert figures(workdir) == figures(finished)
+    jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(workdir))
+
+
 def test_a_run_cut_off_at_two_of_its_steps_resumes_to_the_same_bits(
     finished, world, tmp_path, monkeypatch
 ):
-    workdir, starts = tmp_path / "run", 0
-    kill_before(monkeypatch, 3, 8)
-    while not (workdir / "adapter" / "adapter_config.json").exists():
-        starts += 1
-        with contextlib.suppress(Killed):
-            train.train(a_run(world, MERGED), workdir)
-    assert starts == 3 and figures(workdir) == figures(finished)
-    jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(workdir))
+    check_cut_off(a_run(world, MERGED), finished, tmp_path / "run", monkeypatch)
     for file in (finished / "adapter").iterdir():
-        assert (workdir / "adapter" / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-KILLED = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from tasks import {module}
-def get_config():
-    return {module}.a_run(Path({world!r}), {module}.KILLED_RUN)
-"""
-KILLED_RUN = MERGED
-
-
-def check_kills(module: str, finished: Path, world: Path, folder: Path) -> Path:
-    """Run a test module's a_run(world, KILLED_RUN), killed twice, and compare the last state and
-    the metrics with those of the uninterrupted run; its workdir."""
-    recipe, here, workdir = folder / "recipe.py", Path(__file__).resolve(), folder / "run"
-    paths = [str(here.parents[3]), str(here.parents[1])]
-    recipe.write_text(KILLED.format(paths=paths, module=module, world=str(world)))
-    for kill in (5, 2, 0):
-        command = [sys.executable, here.parents[1] / "train_until_killed.py", str(kill), recipe]
-        done = subprocess.run(
-            [*command, "--workdir", workdir],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "XLA_FLAGS": ""},
-        )
-        assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
-    jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(workdir))
-    assert figures(workdir) == figures(finished)
-    return workdir
-
-
-@pytest.mark.slow
-def test_killed_by_the_system_it_ends_the_same_to_the_bit(finished, world, tmp_path):
-    check_kills("test_lora", finished, world, tmp_path)
+        assert (tmp_path / "run/adapter" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_all_options_at_once_over_int8_kernels(world, tmp_path):
