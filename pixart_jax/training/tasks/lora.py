@@ -206,8 +206,8 @@ def _int8_shapes(kernel: jax.ShapeDtypeStruct | jax.Array):
 
     place, shape = kernel.sharding, kernel.shape
     spec = (*place.spec, *[None] * (len(shape) - len(place.spec)))
-    whole = PartitionSpec(*spec[:-2], None, spec[-1])  # the input axis is
-    beside = NamedSharding(place.mesh, whole)
+    # the scales are not split along the input axis
+    beside = NamedSharding(place.mesh, PartitionSpec(*spec[:-2], None, spec[-1]))
     values = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=place)
     scale = jax.ShapeDtypeStruct((*shape[:-2], 1, shape[-1]), jnp.float32, sharding=beside)
     return quantization.leaf(values, scale)
