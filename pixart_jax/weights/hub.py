@@ -84,9 +84,7 @@ def _staged(address: RemotePath, parts: Sequence[str], variant: str | None) -> P
     """Once a process: all of a run opens one version."""
     if not address.names:  # a file
         return stage(str(address))
-    configs = (name for name in address.names if name.endswith("config.json"))
-    chosen = {*configs, *wanted(address.names, parts, variant)}
-    return stage(str(address), chosen.__contains__)
+    return stage(str(address), {*wanted(address.names, parts, variant)}.__contains__)
 
 
 def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = None) -> list[str]:
@@ -111,10 +109,9 @@ def wanted(files: Iterable[str], parts: Sequence[str], variant: str | None = Non
     for folder, names in files_of.items():
         if folder in parts or not folder:
             weights[folder] = weight_sets(names)
-        if folder in parts or folder not in PARTS:
-            of_weights = {name for found in weight_sets(names).values() for name in found}
-            small = (n for n in names if n.endswith(_SMALL) and n not in of_weights)
-            chosen += [(folder, name) for name in small]
+        of_weights = {name for found in weight_sets(names).values() for name in found}
+        small = (n for n in names if n.endswith(_SMALL) and n not in of_weights)
+        chosen += [(folder, name) for name in small]
     mixed = any(variant == of for sets in weights.values() for _, of in sets)
     for folder, sets in weights.items():
         if sets:  # a part that lacks the variant that others have: its default, as in diffusers

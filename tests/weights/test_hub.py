@@ -170,8 +170,8 @@ RELEASED = [
     ("parts", "variant", "left_out"),
     [
         (hub.PARTS, None, {"README.md", RELEASED[8], RELEASED[10], RELEASED[12]}),
-        (("vae",), None, {"README.md", *RELEASED[2:6], *RELEASED[7:11], RELEASED[12]}),
-        (("transformer",), "fp16", {"README.md", *RELEASED[2:6], *RELEASED[8:10], *RELEASED[11:]}),
+        (("vae",), None, {"README.md", *RELEASED[3:6], *RELEASED[8:11], RELEASED[12]}),
+        (("transformer",), "fp16", {"README.md", *RELEASED[3:6], *RELEASED[8:10], *RELEASED[12:]}),
     ],
 )
 def test_only_what_is_needed_is_downloaded(parts, variant, left_out):
@@ -234,10 +234,18 @@ def test_a_pipeline_and_a_component_open_by_id(model, environment):
         "images = [p(['a red circle'], steps=2, seed=1) for p in (pipe, shipped)]\n"
         "np.testing.assert_array_equal(*images)\n"
         "print(pixart_jax.load_component('some/model/vae').config.scaling_factor)\n"
+        "from pixart_jax.pipeline.folder import ModelFolder\n"
+        "ModelFolder.open('other/model', ('transformer', 'vae'))\n"  # as with --text-states
     )
-    with hub_server.serve({"some/model": model}) as server:
-        out, err = start(environment, code, HF_ENDPOINT=server.url).communicate(timeout=300)
-    assert out and float(out) > 0, err
+    with hub_server.serve({"some/model": model, "other/model": model}) as server:
+        child = start(environment, code, HF_ENDPOINT=server.url)
+        out, err = child.communicate(timeout=300)
+    assert child.returncode == 0 and float(out) > 0, err
+    parts = {path.split("/")[-2] for path in server.downloads if path.endswith(".safetensors")}
+    states = [path for path in server.downloads if "other/model" in path and "text_enc" in path]
+    assert "text_encoder" in parts and [path.rpartition("/")[2] for path in states] == [
+        "config.json"
+    ]
 
 
 def test_an_adapter_is_downloaded_by_id_and_a_file_of_several_by_name(environment, tmp_path):
