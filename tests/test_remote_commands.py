@@ -3,6 +3,7 @@ emulators on loopback."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.shapes import get_config as shapes
 from pixart_jax import cli, files
 from pixart_jax.commands import sample
 from pixart_jax.commands.sample_flags import Flags
@@ -22,6 +24,7 @@ from pixart_jax.pipeline.folder import ModelFolder
 from pixart_jax.pipeline.output import OutputFolder, PromptShard
 from pixart_jax.remote_path import RemotePath, located
 from pixart_jax.text import read_prompts
+from pixart_jax.training.frozen import Frozen
 from pixart_jax.weights import hub
 from pixart_jax.weights.component import load_component
 from tests.stores import environment
@@ -49,6 +52,18 @@ def test_a_model_of_a_bucket_is_staged_once_and_as_it_is(store, tiny_model, cach
     assert store.proxy.requests["GET"] == before
     ours, theirs = (load_component(f"{x}/vae") for x in (given, tiny_model))
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+
+
+def test_a_text_encoder_of_a_bucket_has_its_tokenizer_beside_it(gs, tiny_model, tmp_path):
+    for part in ("text_encoder", "tokenizer"):
+        files.upload(tiny_model / part, f"{gs.root}/alone/{part}")
+    texts = ["a red circle"]
+    states = []
+    for folder in (f"{gs.root}/alone", f"{gs.root}/alone/text_encoder", str(tiny_model)):
+        frozen = Frozen(dataclasses.replace(shapes(), text_encoder=folder), tmp_path)
+        states += frozen.text_states(texts, 16)
+    for state in states[:2]:
+        np.testing.assert_array_equal(state, states[2])
 
 
 WANTED = [

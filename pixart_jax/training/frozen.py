@@ -22,6 +22,7 @@ from pixart_jax.files import find
 from pixart_jax.finite import check_tensor
 from pixart_jax.models.configs import VAEConfig
 from pixart_jax.parallel.liveness import run_on_first_process
+from pixart_jax.remote_path import RemotePath, local, located
 from pixart_jax.text import (
     clean_caption,
     load_tokenizer,
@@ -88,9 +89,9 @@ class Frozen:
         if (given / part).is_dir():
             return given / part
         # text_encoder named by its own folder, the tokenizer beside it
-        if part == "tokenizer" and (given.parent / part).is_dir():
-            return given.parent / part
-        return given
+        place = located(value)
+        beside = (place if isinstance(place, RemotePath) else given).parent / part
+        return local(beside) if part == "tokenizer" and beside.is_dir() else given
 
     def copied(self, part: str) -> CopiedComponent:
         """A part as the exported model takes it."""
