@@ -226,10 +226,13 @@ def test_the_program_itself_generates_and_refuses(tiny_model, root, tmp_path):
     """As a user starts it: another folder, another process."""
     command = [sys.executable, str(root / "sample.py"), "--model", str(tiny_model), "--steps", "1"]
     command += ["--prompt", PROMPTS[0]]
-    how = {"cwd": tmp_path, "capture_output": True, "text": True, "env": os.environ}
-    done = subprocess.run(command, **how)
+    how = {"cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run(command, **how, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "0000_a-large-red-circle_0.png").is_file()
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    cloud = {"botocore", "gcsfs", "google.cloud.storage", "s3fs"}
+    assert "jax" in imported and not imported & cloud
     refused = subprocess.run([*command, "--solver", "dpm"], **how)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
