@@ -7,12 +7,14 @@ checkpoint that counts has its log, whatever is killed in between.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -209,6 +211,7 @@ def prepare_orbax(address: str) -> ocp.options.AtomicityOptions:
         if request is not None:
             tries = _tries(1.0, 2.0, 32.0)
             gcsfs.GCSFileSystem._request = retry_request(retries=tries)(request)
+        _write_small_files_whole(gcsfs.core.GCSFile)
     else:
         import s3fs
 
@@ -228,6 +231,21 @@ def _tries(first: float, factor: float, longest: float) -> int:
     while total < object_store.RETRY_SECONDS:
         total, pause, count = total + pause, min(pause * factor, longest), count + 1
     return count
+
+
+def _write_small_files_whole(kind: Any) -> None:
+    """Make gcsfs write a file that fits one request in one, which can be repeated. Its own way, an
+    upload in parts, ends in an error where the store knows the upload no more (404, 410)."""
+    flush = getattr(kind.flush, "__wrapped__", kind.flush)
+
+    @functools.wraps(flush)
+    def flush_whole(file, force: bool = False) -> None:
+        if not (force and file.offset is None and file.autocommit and type(file) is kind):
+            return flush(file, force)
+        file.forced, file.offset = True, 0
+        file._simple_upload()
+
+    kind.flush = flush_whole
 
 
 def _teach_s3() -> None:
