@@ -213,7 +213,8 @@ def _raise_if_final(address: str, verb: str, error: Exception) -> None:
         status, code = response["ResponseMetadata"]["HTTPStatusCode"], response["Error"]["Code"]
     else:
         status = getattr(error, "code", None) or getattr(response, "status_code", None)
-    status = int(status) if isinstance(status, int) else None
+    # a body whose checksum differs carries the 200 of its answer
+    status = int(status) if isinstance(status, int) and kind != "DataCorruption" else None
     expired = kind == "RefreshError" and not getattr(error, "retryable", False)
     if kind in _NO_CREDENTIALS or expired or code in _CREDENTIALS or status == 401:
         raise UserError(
@@ -399,12 +400,23 @@ class _GCS:
         self._blob(bucket, key).delete(retry=None)
 
     def upload(self, path: Path, bucket: str, key: str, retried: Callable) -> None:
+        from google.api_core.exceptions import GoogleAPICallError
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         blob = self._blob(bucket, key)
         blob.chunk_size = PIECE
         retry = DEFAULT_RETRY.with_timeout(RETRY_SECONDS)
-        retried(lambda: blob.upload_from_filename(str(path), retry=retry))
+
+        def whole() -> None:
+            try:
+                blob.upload_from_filename(str(path), retry=retry)
+            except GoogleAPICallError as error:
+                if error.code not in (404, 410):
+                    raise
+                self.page(bucket, key, None)  # another error where there is no bucket
+                raise ConnectionError("the store has forgotten the upload") from error
+
+        retried(whole)
 
 
 _KINDS: dict[str, Any] = {"s3": _S3, "gs": _GCS}

@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -22,10 +23,12 @@ import pytest
 
 class Proxy:
     """Forwards requests to a port. faults: the share of requests that fail (503, a reset, the
-    answer lost after the store did the work, a body cut short); 1.0: an outage."""
+    answer lost after the store did the work, a body cut short); 1.0: an outage. losing: a pattern
+    of one request, METHOD PATH RANGE, whose answer is lost."""
 
     def __init__(self, port: int, seed: int = 0):
         self.faults, self.requests = 0.0, collections.Counter()
+        self.losing = ""
         self._random, proxy = random.Random(seed), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,6 +40,9 @@ class Proxy:
                 fault = None
                 if proxy._random.random() < proxy.faults:
                     fault = proxy._random.choice(["503", "reset", "lost", "cut"])
+                asked = f"{self.command} {self.path} {self.headers.get('Content-Range')}"
+                if proxy.losing and re.search(proxy.losing, asked):
+                    fault, proxy.losing = "lost", ""
                 if fault == "503" or proxy.faults >= 1:
                     self.send_response(503)
                     self.send_header("Content-Length", "0")

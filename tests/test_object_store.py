@@ -86,6 +86,22 @@ def test_faults_are_retried_and_outages_end_in_time(store, monkeypatch):
         store.proxy.faults = 0.0
 
 
+LAST = {"s3": "POST .*uploadId=", "gs": r"upload_id=.* bytes .*/\d+$"}
+
+
+def test_an_upload_is_complete_though_its_last_answer_was_lost(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(object_store, "RETRY_SECONDS", 2.0)
+    monkeypatch.setattr(object_store, "PIECE", 5 << 20)
+    (tmp_path / "large").write_bytes(bytes(range(256)) * 40_000)
+    store.proxy.losing = LAST[store.scheme]
+    files.upload(tmp_path / "large", store.root + "/large")
+    assert not store.proxy.losing
+    assert files.read_bytes(store.root + "/large") == (tmp_path / "large").read_bytes()
+    absent = f"{store.scheme}://absent-bucket/large"
+    with pytest.raises(UserError, match="there is no bucket absent-bucket"):
+        files.upload(tmp_path / "large", absent)
+
+
 def test_what_cannot_be_used_is_one_line(store, monkeypatch):
     with pytest.raises(UserError, match="there is no bucket absent-bucket"):
         files.check_writable(f"{store.scheme}://absent-bucket/run")
