@@ -57,41 +57,15 @@ def renders(folder: Path, prompts: list[EvalPrompt]) -> Path:
     return folder
 
 
+def evaluate(what: str, out: Path, *flags) -> dict:
+    """The score.json of `evaluate WHAT`; a finished one is kept."""
+    if not (out / "score.json").exists():
+        call("-m", "pixart_jax", "evaluate", what, *flags, "--out", out)
+    return json.loads((out / "score.json").read_text())
+
+
 def fid(images: Path, reference: Path, out: Path) -> dict:
-    """The score.json of a folder of images against the reference."""
-    if not (out / "score.json").exists():
-        call(
-            "-m",
-            "pixart_jax",
-            "evaluate",
-            "fid",
-            images,
-            "--reference",
-            reference,
-            "--random-inception",
-            0,
-            "--out",
-            out,
-        )
-    return json.loads((out / "score.json").read_text())
-
-
-def accuracy(guidance: float, per_task: int, out: Path) -> dict:
-    """The score.json of `evaluate shapes` at a guidance."""
-    if not (out / "score.json").exists():
-        call(
-            "-m",
-            "pixart_jax",
-            "evaluate",
-            "shapes",
-            "--guidance",
-            guidance,
-            "--per-task",
-            per_task,
-            "--out",
-            out,
-        )
-    return json.loads((out / "score.json").read_text())
+    return evaluate("fid", out, images, "--reference", reference, "--random-inception", 0)
 
 
 def report(rows: list[tuple[float, dict, dict]], floor: dict, out: Path) -> None:
@@ -178,9 +152,8 @@ def simulated_study(folders: list[Path], prompts: list[EvalPrompt], out: Path) -
             else:
                 odds = better / noise + left_habit
                 answer = "left" if rng.random() < 1 / (1 + np.exp(-odds)) else "right"
-            votes.append(
-                {"trial": trial, "rater": f"rater {rater}", "left": left, "answer": answer}
-            )
+            who = {"trial": trial, "rater": f"rater {rater}"}
+            votes.append({**who, "left": left, "answer": answer})
     lines = out / "votes.jsonl"
     write_text(lines, "".join(json.dumps(vote) + "\n" for vote in votes))
     call("-m", "pixart_jax", "evaluate", "study", "report", "--votes", lines, "--study", out,
@@ -207,7 +180,8 @@ def main() -> None:
         images = out / f"guidance-{guidance:g}"
         if not (out / f"fid-{guidance:g}" / "score.json").exists():
             call("sample.py", "--prompts", listed, "--guidance", guidance, "--out", images)
-        shape = accuracy(guidance, options.per_task, out / f"shapes-{guidance:g}")
+        flags = "--guidance", guidance, "--per-task", options.per_task
+        shape = evaluate("shapes", out / f"shapes-{guidance:g}", *flags)
         distance = fid(images, reference, out / f"fid-{guidance:g}")
         rows.append((guidance, shape, distance))
     report(rows, floor, out)
