@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "encoding": _RUNS,
     "captioning": _RUNS | {"encoding"},
     "planning": _RUNS | {"training"},
-    "evaluation": _RUNS | {"training", "captioning"},
+    "evaluation": _RUNS | {"training"},
     "serving": _RUNS | {"evaluation"},
     "commands": _RUNS | {"training", "encoding", "evaluation"},
 }

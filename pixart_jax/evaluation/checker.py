@@ -66,31 +66,24 @@ class Detection:
 
     def size(self, unit: float = 1.0) -> str:
         """'small' or 'large', whichever is nearer; unit is px for each px of shapes.SIZES."""
-        return min(
-            shapes.SIZES,
-            key=lambda s: abs(math.log(max(self.radius, 1e-3) / (unit * shapes.SIZES[s]))),
-        )
+        radius = max(self.radius, 1e-3)
+        return min(shapes.SIZES, key=lambda s: abs(math.log(radius / (unit * shapes.SIZES[s]))))
 
 
 def find_objects(image: np.ndarray) -> list[Detection]:
     """The objects in an image, uint8 [height, width, 3] of any size, the largest area first."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"expected one image, uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
-        )
+        form = f"{image.dtype} {list(image.shape)}"
+        raise ValueError(f"expected one image, uint8 [height, width, 3], got {form}")
     rgb = image.astype(np.float32)
     chroma = rgb - rgb.mean(-1, keepdims=True)
     away = chroma - _ground(chroma)
     foreground = (away @ _DIRECTIONS).max(-1) > 0.42
     smallest = SPECK * (min(image.shape[:2]) / 64) ** 2
     picture = _Picture(rgb, away, foreground, _colour_map(rgb, foreground))
-    parts, count = ndimage.label(foreground)
-    area = np.bincount(parts.ravel(), minlength=count + 1)
-    found: list[Detection] = []
-    for index in range(1, count + 1):
-        if area[index] >= smallest:
-            found += _objects(picture, parts == index, smallest)
+    parts = _parts(foreground, smallest)
+    found = [one for part in parts for one in _objects(picture, part, smallest)]
     return sorted(found, key=lambda f: -f.area)
 
 
@@ -141,19 +134,25 @@ def _colour_map(rgb: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     return colours
 
 
+def _parts(mask: np.ndarray, smallest: float) -> list[np.ndarray]:
+    """The connected parts of a mask bool [h, w], of at least ``smallest`` px², as masks."""
+    labels, _ = ndimage.label(mask)
+    areas = enumerate(np.bincount(labels.ravel()))
+    return [labels == label for label, area in areas if label and area >= smallest]
+
+
 def _objects(picture: _Picture, part: np.ndarray, smallest: float) -> list[Detection]:
     """What a connected part bool [h, w] is: one object, or the pieces it is cut into."""
     whole = _describe(picture, part)
     tally = np.bincount(picture.colours[part], minlength=len(_NAMES))
     # several colours: cut, unless the whole is more like a template
     if tally.max() < 0.85 * tally.sum():
-        cores = [
-            ndimage.binary_erosion(part & (picture.colours == c))
-            for c in np.flatnonzero(tally >= smallest)
-        ]
+        there = np.flatnonzero(tally >= smallest)
+        cores = [ndimage.binary_erosion(part & (picture.colours == c)) for c in there]
         pieces = [_describe(picture, piece) for piece in _cut(part, cores, smallest)]
         likeness = whole.confidence if whole.shape != UNKNOWN else 0
-        if len(pieces) > 1 and _mean_likeness(pieces) > likeness:
+        weighted = sum(p.area * p.confidence for p in pieces)
+        if len(pieces) > 1 and weighted > likeness * sum(p.area for p in pieces):
             return pieces
     elif whole.shape == UNKNOWN:  # of one colour and like no template: perhaps two that touch
         core = part
@@ -166,29 +165,18 @@ def _objects(picture: _Picture, part: np.ndarray, smallest: float) -> list[Detec
     return [whole]
 
 
-def _mean_likeness(pieces: list[Detection]) -> float:
-    return sum(p.area * p.confidence for p in pieces) / sum(p.area for p in pieces)
-
-
 def _cut(part: np.ndarray, cores: list[np.ndarray], smallest: float) -> list[np.ndarray]:
     """The part's pixels, each given to the nearest connected core, as masks; [part] where there is
     one core or none."""
-    seeds = np.zeros(part.shape, np.int32)
-    pieces = 0
-    for core in cores:
-        labels, count = ndimage.label(core)
-        area = np.bincount(labels.ravel(), minlength=count + 1)
-        for index in range(1, count + 1):
-            if area[index] >= 0.3 * smallest:
-                pieces += 1
-                seeds[labels == index] = pieces
-    if pieces <= 1:
+    connected = [one for core in cores for one in _parts(core, 0.3 * smallest)]
+    if len(connected) <= 1:
         return [part]
-    nearest = ndimage.distance_transform_edt(
-        seeds == 0, return_distances=False, return_indices=True
-    )
+    seeds = np.zeros(part.shape, np.int32)
+    for piece, core in enumerate(connected, 1):
+        seeds[core] = piece
+    _, nearest = ndimage.distance_transform_edt(seeds == 0, return_indices=True)
     owner = np.where(part, seeds[tuple(nearest)], 0)
-    masks = [owner == piece for piece in range(1, pieces + 1)]
+    masks = [owner == piece for piece in range(1, len(connected) + 1)]
     return [mask for mask in masks if mask.sum() >= smallest]
 
 
@@ -238,41 +226,23 @@ def _normalise(mask: np.ndarray) -> tuple[np.ndarray, float, float, float]:
     y = float(mask.sum(1) @ (np.arange(mask.shape[0]) + 0.5)) / area
     x = float(mask.sum(0) @ (np.arange(mask.shape[1]) + 0.5)) / area
     scale = math.sqrt(area / 2)
-    steps = np.linspace(-_REACH, _REACH, _SIDE) * scale
-    across, down = (
-        _hats(steps + at - 0.5, n) for at, n in ((x, mask.shape[1]), (y, mask.shape[0]))
-    )
-    return down @ mask @ across.T, x, y, scale
-
-
-def _hats(at: np.ndarray, size: int) -> np.ndarray:
-    """Weights [n, size] of linear interpolation at the places ``at`` [n] of a row of ``size``
-    pixels."""
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(size)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Templates:
-    """masks [n, _SIDE²]; shape names; the object's centre less the mask's centre and its radius, in
-    units of the scale."""
-
-    masks: np.ndarray
-    names: tuple[str, ...]
-    geometry: np.ndarray  # [n, 3]
+    steps = np.linspace(-_REACH, _REACH, _SIDE) * scale - 0.5
+    places = np.meshgrid(y + steps, x + steps, indexing="ij")
+    return ndimage.map_coordinates(mask, places, order=1, mode="grid-constant"), x, y, scale
 
 
 @functools.cache
-def _templates() -> _Templates:
-    """Every shape, turned by up to 24 degrees, sharp and blurred."""
+def _templates() -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Every shape, turned by up to 24 degrees, sharp and blurred: masks [n, _SIDE²]; names; the
+    object's centre less the mask's centre and its radius, in units of the scale, [n, 3]."""
     masks, names, geometry = [], [], []
     radius, side = 10.0, 36
     y, x = np.mgrid[:side, :side] + 0.5 - side / 2
     for name in shapes.SHAPES:
         turns = [0.0] if name in ("circle", "ring") else np.linspace(-0.42, 0.42, 13)
         for turn in turns:
-            p = np.stack([x, y], -1) @ np.array(
-                [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
-            )
+            cos, sin = math.cos(turn), math.sin(turn)
+            p = np.stack([x, y], -1) @ np.array([[cos, -sin], [sin, cos]])
             sharp = np.clip(0.5 - shapes.distance(name, p, radius), 0, 1)
             for blur in (0.0, 0.8, 1.5, 2.1):
                 soft = ndimage.gaussian_filter(sharp, blur) if blur else sharp
@@ -281,18 +251,18 @@ def _templates() -> _Templates:
                 masks.append(mask.ravel())
                 names.append(name)
                 geometry.append([(side / 2 - cx) / scale, (side / 2 - cy) / scale, radius / scale])
-    return _Templates(np.array(masks, np.float32), tuple(names), np.array(geometry))
+    return np.array(masks, np.float32), names, np.array(geometry)
 
 
 def _shape(coverage: np.ndarray) -> tuple[str, float, float, float, float]:
     """(name, likeness, x, y, radius) of a soft mask [h, w]; px from its corner."""
-    templates = _templates()
+    masks, names, geometry = _templates()
     mask, x, y, scale = _normalise(coverage)
     mask = mask.ravel().astype(np.float32)
-    apart = np.abs(templates.masks - mask).sum(-1)
-    together = templates.masks.sum(-1) + mask.sum()
+    apart = np.abs(masks - mask).sum(-1)
+    together = masks.sum(-1) + mask.sum()
     likeness = (together - apart) / (together + apart)  # Σ min / Σ max
     best = int(np.argmax(likeness))
-    dx, dy, radius = templates.geometry[best] * scale
-    name = templates.names[best] if likeness[best] >= LIKENESS else UNKNOWN
+    dx, dy, radius = geometry[best] * scale
+    name = names[best] if likeness[best] >= LIKENESS else UNKNOWN
     return name, float(likeness[best]), x + dx, y + dy, float(radius)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
@@ -17,24 +17,19 @@ from tqdm import tqdm
 from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError, nearest
-from pixart_jax.evaluation import report, study_command
-from pixart_jax.evaluation.benchmark_command import (
-    CompbenchOptions,
-    DpgOptions,
-    GenevalOptions,
-    evaluate_compbench,
-    evaluate_dpg,
-    evaluate_geneval,
-)
+from pixart_jax.evaluation import report, shapes_score, study, study_report
+from pixart_jax.evaluation.compbench import CompbenchOptions, evaluate_compbench
+from pixart_jax.evaluation.dpg import DpgOptions, evaluate_dpg
 from pixart_jax.evaluation.fid_command import FidOptions, evaluate_fid
 from pixart_jax.evaluation.generated import GeneratedOptions, split_sampling
+from pixart_jax.evaluation.geneval import GenevalOptions, evaluate_geneval
 from pixart_jax.evaluation.score_command import (
     ClipOptions,
     PreferenceOptions,
     evaluate_clip,
     evaluate_preference,
 )
-from pixart_jax.evaluation.shapes_score import Score, score
+from pixart_jax.evaluation.shapes_score import Score
 from pixart_jax.evaluation.tasks import Batches, by_size, eval_prompts
 from pixart_jax.files import bundled
 from pixart_jax.finite import check_images
@@ -50,7 +45,6 @@ if TYPE_CHECKING:
     AnyLevel = str
 else:  # the choices that --help lists
     Level, AnyLevel = Literal[*shapes.COLOURED], Literal["all", *shapes.COLOURED]
-_PROG = "python -m pixart_jax evaluate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +95,17 @@ class CheckerOptions(_Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run one of them; argv as after ``evaluate``. Returns the exit status."""
-    commands: dict[str, tuple[type, Callable]] = {
+    if argv[:1] == ["study"]:
+        what = argv[1:]
+        if what and what[0].startswith("-") and what[0] not in ("-h", "--help"):
+            what = ["report", *what]
+        commands: dict[str, tuple[type, Callable]] = {
+            "build": (study.BuildOptions, study.build),
+            "report": (study_report.ReportOptions, study_report.report_votes),
+        }
+        others = {"serve": "Show a study to raters over the network."}  # serving/study.py
+        return _run("evaluate study", what, commands, others)
+    commands = {
         "shapes": (ShapesOptions, evaluate_shapes),
         "vae": (VAEOptions, evaluate_vae),
         "checker": (CheckerOptions, evaluate_checker),
@@ -112,21 +116,30 @@ def main(argv: Sequence[str]) -> int:
         "geneval": (GenevalOptions, evaluate_geneval),
         "dpg": (DpgOptions, evaluate_dpg),
     }
+    others = {"study": "Let people compare images: build, serve and report a blind study."}
+    return _run("evaluate", argv, commands, others)
+
+
+def _run(
+    name: str,
+    argv: Sequence[str],
+    commands: Mapping[str, tuple[type, Callable]],
+    others: Mapping[str, str],
+) -> int:
+    """commands: name → (options, what runs them). others: commands that --help lists too."""
+    prog = f"python -m pixart_jax {name}"
     if not argv or argv[0] in ("-h", "--help"):
-        whats = {name: str(options.__doc__) for name, (options, _) in commands.items()}
-        whats["study"] = "Let people compare images: build, serve and report a blind study."
-        print(cli.usage(_PROG, whats))
+        whats = {what: str(options.__doc__) for what, (options, _) in commands.items()}
+        print(cli.usage(prog, {**whats, **others}))
         return 0 if argv else 2
     what, *rest = argv
-    if what == "study":
-        return study_command.main(rest)
     if what not in commands:
-        raise UserError(f"evaluate {what!r} is unknown{nearest(what, [*commands, 'study'])}")
+        raise UserError(f"{name} {what!r} is unknown{nearest(what, [*commands, *others])}")
     options, run = commands[what]
     if issubclass(options, GeneratedOptions):
         rest, flags = split_sampling(rest)
         run = functools.partial(run, flags=flags)
-    run(cli.parse(options, rest, prog=f"{_PROG} {what}", description=options.__doc__))
+    run(cli.parse(options, rest, prog=f"{prog} {what}", description=options.__doc__))
     return 0
 
 
@@ -145,15 +158,10 @@ def evaluate_shapes(options: ShapesOptions, pipeline=None) -> Score:
     options = dataclasses.replace(options, sampling=sampling)
 
     def generate(rows: list[int], height: int, width: int) -> Batches:
-        return pipeline.generate(
-            [prompts[i].caption for i in rows],
-            sampling,
-            height=height,
-            width=width,
-            seed=options.seed,
-            indices=rows,  # an image's noise depends on its scene only
-            batch_size=min(options.batch_size, len(rows)),
-        )
+        captions, size = [prompts[i].caption for i in rows], min(options.batch_size, len(rows))
+        how = {"height": height, "width": width, "seed": options.seed, "batch_size": size}
+        # an image's noise depends on its scene only
+        return pipeline.generate(captions, sampling, indices=rows, **how)
 
     images = by_size(prompts, generate, "generating")
     shown = sampling.settings()
@@ -233,21 +241,22 @@ def _check(options) -> None:
 
 def _report(options, prompts, images: Sequence[np.ndarray], title: str, **more) -> Score:
     """Score, print the table, write the files with the options and ``more``."""
-    result = score(prompts, images)
-    print(report.table(result, f"{title} · {options.per_task} images a set"))
+    result = shapes_score.score(prompts, images)
+    print(shapes_score.table(result, f"{title} · {options.per_task} images a set"))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        fields = dataclasses.asdict(options)
-        fields = {k: v for k, v in fields.items() if k not in ("out", "loras", "sampling")}
-        fields |= dataclasses.asdict(options).get("sampling", {})
-        settings = {k: str(v) if isinstance(v, PurePath) else v for k, v in fields.items()}
+        facts = dataclasses.asdict(options)
+        del facts["out"]
+        facts.pop("loras", None)
+        facts |= facts.pop("sampling", {})
+        facts = {k: str(v) if isinstance(v, PurePath) else v for k, v in facts.items()}
         listed = "\n".join(prompt.caption for prompt in prompts)
-        settings |= {**more, "prompts": sha256(listed.encode()).hexdigest()}
+        facts |= {**more, "prompts": sha256(listed.encode()).hexdigest(), **result.to_dict()}
         main = result.mean or result.all_correct
         assert main is not None  # a level has sets that are not withheld
         figures = main.rounded()
         head = {"value": figures["score"], "interval": [figures["low"], figures["high"]]}
-        write_png(options.out / "sheet.png", report.sheet(result, images))
-        facts, n = {**settings, **result.to_dict()}, {"generated": len(images)}
-        report.finish(options.out, "shapes", head, n, facts, written=[options.out / "sheet.png"])
+        sheet, n = options.out / "sheet.png", {"generated": len(images)}
+        write_png(sheet, shapes_score.sheet(result, images))
+        report.finish(options.out, "shapes", head, n, facts, written=[sheet])
     return result

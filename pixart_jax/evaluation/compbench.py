@@ -1,5 +1,6 @@
-"""T2I-CompBench++'s rules (Huang et al. 2023 and 2025, arXiv:2307.06350), as its code applies them
-at commit 1b70949, faults included: rules in words would give other numbers."""
+"""T2I-CompBench++ (Huang et al. 2023 and 2025, arXiv:2307.06350): attributes by BLIP-VQA, places
+and numbers by a detector, actions by CLIP. The rules are those of its code at commit 1b70949,
+faults included: rules in words would give other numbers."""
 
 from __future__ import annotations
 
@@ -7,11 +8,28 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation.detections import Object
-from pixart_jax.evaluation.phrases import Phrases
+from pixart_jax.evaluation.benchmark import (
+    BenchmarkOptions,
+    BenchmarkRun,
+    Object,
+    Row,
+    Source,
+    objects_of,
+    without_masks,
+)
+from pixart_jax.evaluation.phrases import TEXTBLOB, Phrasebook, Phrases
+from pixart_jax.evaluation.torch_models import (
+    add_depths,
+    detect,
+    embed_images,
+    embed_texts,
+    yes_and_no,
+)
+from pixart_jax.files import write_json
 
 Category = Literal[
     "color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex"
@@ -37,9 +55,8 @@ _BEFORE = ["on top of", "on bottom of", "on the left", "on the right", "next to"
 _BEFORE += ["near"]  # between the two objects of a complex prompt
 _PEOPLE = dict.fromkeys(("girl", "boy", "man", "woman"), "person")
 _DETECTED = _PEOPLE | {"ship": "boat", "goldfish": "fish", "painting": "picture"}
-_NUMBERS = {"a": 1, "an": 1} | {
-    word: n for n, word in enumerate("one two three four five six seven eight".split(), 1)
-}
+_NUMBERS = "one two three four five six seven eight".split()
+_COUNTS = {"a": 1, "an": 1} | {word: n for n, word in enumerate(_NUMBERS, 1)}
 # what the benchmark counts; a noun of no other kind follows its numbers
 _COUNTED = set(
     "airplane apple backpack bag balloon banana bear bee bicycle bird boat book bottle bowl boy "
@@ -50,6 +67,166 @@ _COUNTED = set(
     "sofa stool strawberry suitcase swan table television tent tomato toy train truck turtle vase "
     "woman".split()
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompbenchOptions(BenchmarkOptions):
+    """Score T2I-CompBench++: attributes by BLIP-VQA, places and numbers by a detector, actions by
+    CLIP."""
+
+    category: Category
+    """of the prompts"""
+    per_prompt: int = 10
+    """images of each of --benchmark's prompts"""
+    detections: Path | None = None
+    """for spatial, 3d_spatial, numeracy, complex: lines {image, size, objects}"""
+    answers: Path | None = None
+    """for color, shape, texture, complex: lines {image, chunk, p_yes, p_no}"""
+    similarities: Path | None = None
+    """for non_spatial, complex: lines {image, cosine}"""
+    detector: str | None = None
+    """instead of --detections: a detector of transformers, folder or hub id"""
+    depth: str | None = None
+    """with --detector, for 3d_spatial: such as Intel/dpt-hybrid-midas"""
+    vqa: str | None = None
+    """instead of --answers: such as Salesforce/blip-vqa-capfilt-large"""
+    clip: str | None = None
+    """instead of --similarities: such as openai/clip-vit-base-patch32"""
+    tagger: str = TEXTBLOB
+    """finds the prompts' phrases: textblob, or name or folder of a spaCy model"""
+    questions: Path | None = None
+    """instead: the phrases that --save-questions wrote"""
+    save_questions: Path | None = None
+    """write the phrases of --benchmark's prompts, and stop"""
+
+
+def evaluate_compbench(options: CompbenchOptions, flags: Sequence[str] | None = None) -> None:
+    """Look, score, print, write; also the official vqa_result.json."""
+    category, each = options.category, options.per_prompt
+    table = options.questions
+    book = Phrasebook.read(table) if table else Phrasebook.by(options.tagger)
+
+    def prompts_of(name: str) -> list[str]:
+        path = options.find("examples/dataset", f"{name}.txt")
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+
+    prompts = prompts_of(f"{category}_val") if options.benchmark or options.save_questions else []
+    if options.save_questions:
+        digest = book.write(options.save_questions, prompts)
+        return print(f"written: {options.save_questions}, by {book.name}, SHA-256 {digest}")
+    listed = [f"{p}_{i * each + j:06d}.png" for i, p in enumerate(prompts) for j in range(each)]
+    places = [f"samples/{name}" for name in listed]
+    run = BenchmarkRun(options, flags, prompts, lambda i, j: places[i * each + j], image_name)
+    scores: dict[str, dict[str, float]] = {}
+    every = _answers(book), _detections(category, book), _similarities(category, book)
+    sources = [source for source in every if category in NEEDS[source.kind]]
+    for source in sources:  # every process computes its share of each
+        found = run.judge(source, lambda names: listed or sorted(names, key=number_of))
+        if found is not None:
+            scores[source.kind] = found
+    if len(scores) < len(sources):
+        return None
+    by = [run.by(source) for source in sources]
+    images = list(next(iter(scores.values())))
+    kinds = {image: tuple(scores) for image in images}
+    if category == "complex":
+        lists = [prompts_of(f"complex_val_{kind}") for kind in ("spatial", "action")]
+        kinds = {image: kinds_of(prompt_of(image), *lists) for image in images}
+    results = []
+    by_prompt: dict[str, list[float]] = {}
+    for image in images:
+        score = sum(scores[kind][image] for kind in kinds[image]) / len(kinds[image])
+        results.append({"image": image, "score": score})
+        by_prompt.setdefault(prompt_of(image), []).append(score)
+    # answers tell whose phrases they answer
+    phrases = run.sources.get("answers", {"phrases": book.facts}).get("phrases")
+    if phrases and category in PARSED:
+        by.append(f"phrases={phrases['parser']}")
+    run.finish(f"{category} ({', '.join(by)})", {category: by_prompt}, results, phrases=phrases)
+    form = "{:.4f}" if "answers" in scores else "{}"
+    answers = enumerate(form.format(row["score"]) for row in results)
+    official = [{"question_id": n, "answer": answer} for n, answer in answers]
+    write_json(run.options.out / "vqa_result.json", official, indent=None)
+
+
+def _answers(book: Phrasebook) -> Source:
+    def look(nets, names, images):
+        chunks = [book[prompt_of(name)].chunks for name in names]
+        found = yes_and_no(nets["vqa"], images, [[f"{c}?" for c in some] for some in chunks])
+        for some, answers in zip(chunks, found):
+            rows = zip(some, answers) if some else [("", (1.0, 0.0))]  # nothing to ask
+            yield [{"chunk": chunk, "p_yes": yes, "p_no": no} for chunk, (yes, no) in rows]
+
+    return Source(
+        kind="answers",
+        flags=("vqa",),
+        look=look,
+        form="an image, a chunk, p_yes and p_no",
+        parse=lambda row: (row["chunk"], certainty(row["p_yes"], row["p_no"])),
+        judge=lambda image, answers: attribute(answers.values()),
+        also={"phrases": book.facts},
+    )
+
+
+def _detections(category: str, book: Phrasebook) -> Source:
+    deep = category == "3d_spatial"
+
+    def look(nets, names, images):
+        prompts = [prompt_of(name) for name in names]
+        words = [sought(category, prompt, book[prompt]) for prompt in prompts]
+        found = detect(nets["detector"], images, words)
+        if deep:
+            add_depths(nets["depth"], images, found)
+        for image, objects in zip(images, found):
+            yield [{"size": list(image.shape[1::-1]), "objects": without_masks(objects)}]
+
+    def parse(row: Row) -> tuple[str, list[Object]]:
+        w, h = (float(side) for side in row["size"])
+        objects = objects_of(row)
+        if deep and any(one.depth is None for one in objects):
+            raise ValueError("3d_spatial needs each object's depth")
+        return "", scaled(objects, (w, h))
+
+    def judge(image: str, found: dict) -> float:
+        prompt = prompt_of(image)
+        if category == "numeracy":
+            return numeracy(prompt, found[""])
+        if deep:
+            return spatial_3d(prompt, book[prompt], found[""])
+        return spatial(prompt, book[prompt], found[""], complex=category == "complex")
+
+    return Source(
+        kind="detections",
+        flags=("detector", "depth") if deep else ("detector",),
+        look=look,
+        form="an image, its size [w, h] and objects, each with class, score and box",
+        parse=parse,
+        judge=judge,
+        also={"phrases": book.facts},
+    )
+
+
+def _similarities(category: str, book: Phrasebook) -> Source:
+    def look(nets, names, images):
+        prompts = [prompt_of(name) for name in names]
+        if category == "complex":
+            prompts = [book[prompt].without_adjectives for prompt in prompts]
+        seen = embed_images(nets["clip"], images)
+        cosines = (seen * embed_texts(nets["clip"], prompts)).sum(-1)
+        return [[{"cosine": cosine}] for cosine in cosines.tolist()]
+
+    return Source(
+        kind="similarities",
+        flags=("clip",),
+        look=look,
+        form="an image and its cosine",
+        parse=lambda row: ("", float(row["cosine"])),
+        judge=lambda image, found: found[""],
+        also={"phrases": book.facts} if category == "complex" else {},
+    )
+
+
+# ---- names of images, and which rules a prompt is scored by ----
 
 
 def image_name(path: str) -> str:
@@ -67,15 +244,6 @@ def prompt_of(image: str) -> str:
 def number_of(image: str) -> tuple[int, str]:
     """By which images are sorted."""
     return int(image.split("_")[1].split(".")[0]), image
-
-
-def placed(category: str, prompt: str, words: Phrases, found: Sequence[Object]) -> float:
-    """The score of an image by its detections, scaled, the surest first."""
-    if category == "numeracy":
-        return numeracy(prompt, found)
-    if category == "3d_spatial":
-        return spatial_3d(prompt, words, found)
-    return spatial(prompt, words, found, complex=category == "complex")
 
 
 def sought(category: str, prompt: str, words: Phrases) -> list[str]:
@@ -246,9 +414,7 @@ def numbers(prompt: str) -> list[tuple[str, int]]:
     from textblob.en.inflect import singularize
 
     words = re.findall(r"\w+|[^\w\s]", prompt)
-    pairs = [(after, _NUMBERS[word]) for word, after in zip(words, words[1:]) if word in _NUMBERS]
-    asked = [(singularize(noun), count) for noun, count in pairs]
-    counted = [pair for pair in asked if pair[0] in _COUNTED]
-    return counted or [
-        (noun if count == 1 else one, count) for (noun, count), (one, _) in zip(pairs, asked)
-    ]
+    pairs = [(after, _COUNTS[word]) for word, after in zip(words, words[1:]) if word in _COUNTS]
+    asked = [(noun, singularize(noun), count) for noun, count in pairs]
+    counted = [(one, count) for _, one, count in asked if one in _COUNTED]
+    return counted or [(noun if count == 1 else one, count) for noun, one, count in asked]

@@ -33,7 +33,7 @@ from pixart_jax.data import images
 from pixart_jax.errors import UserError, one_line
 from pixart_jax.evaluation import inception
 from pixart_jax.files import atomic_write, cache_folder
-from pixart_jax.images import JSON_KEY
+from pixart_jax.images import png_settings
 from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.parallel.rules import batch_sharding, replicated
 from pixart_jax.pipeline.output import GRID, PromptShard
@@ -46,8 +46,8 @@ _PATIENCE = 600.0  # seconds that process 0 waits for another block of the other
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
     """names: of the images, sorted. identity: of names, sizes and times of the files. sides: of an
-    image after size, which all have. settings: of each image that :func:`images.write_png` wrote.
-    size: images are cut to their centre square and resized to so many px (LANCZOS)."""
+    image after size, which all have. settings: that sample.py recorded in each image, () where some
+    have none. size: images are cut to their centre square and resized to so many px (LANCZOS)."""
 
     source: Path
     names: Sequence[str]
@@ -75,20 +75,17 @@ class ImageSet:
         found = collections.Counter(sides for sides, *_ in headers)
         if size is None and len(found) > 1 and not sizes:
             shown = ", ".join(f"{n} of {h}×{w}" for (h, w), n in found.most_common(3))
-            raise UserError(
-                f"the images in {source} differ in size ({shown}): --size 256 cuts all to their "
-                "centre square and resizes them"
-            )
+            fix = "--size 256 cuts all to their centre square and resizes them"
+            raise UserError(f"the images in {source} differ in size ({shown}): {fix}")
         settings = [own for _, own, _ in headers if own]
         numbers = collections.Counter((s["index"], s["seed"]) for s in settings)
         if max(numbers.values(), default=1) > 1:
             (index, seed), _ = numbers.most_common(1)[0]
-            raise UserError(
-                f"{source} holds the image of index {index} and seed {seed} twice: give each run a "
-                "folder of its own"
-            )
+            twice = f"the image of index {index} and seed {seed} twice"
+            raise UserError(f"{source} holds {twice}: give each run a folder of its own")
         seal = json.dumps([str(source.resolve()), names, [stat for *_, stat in headers]])
         sides = (size, size) if size else headers[0][0]
+        settings = settings if len(settings) == len(names) else []
         return cls(source, names, _sha(seal.encode()), sides, settings, size)
 
     @classmethod
@@ -112,10 +109,8 @@ class ImageSet:
         """Raise UserError where the other set's images are of another size."""
         if self.sides != other.sides:
             ours, theirs = ("{}×{}".format(*of.sides) for of in (self, other))
-            raise UserError(
-                f"{self.source} has images of {ours}, {other.source} of {theirs}: --size makes "
-                "them alike"
-            )
+            differ = f"{self.source} has images of {ours}, {other.source} of {theirs}"
+            raise UserError(f"{differ}: --size makes them alike")
 
     def pixels(self, number: int) -> tuple[np.ndarray, str]:
         """(uint8 [h, w, 3], SHA-256 of the file or pixels) of an image."""
@@ -154,22 +149,15 @@ def _images_below(root: Path) -> Iterator[str]:
 
 def _header(root: Path, name: str) -> tuple[tuple[int, int], dict | None, list[int]]:
     """((height, width), the settings that a PNG records, [bytes, time])."""
-    from PIL import Image
-
-    path, settings = root / name, None
+    path = root / name
     try:
         with open(path, "rb") as file:
             sides, status = images.size(file), os.fstat(file.fileno())
-            if path.suffix.lower() == ".png":
-                file.seek(0)
-                settings = json.loads(Image.open(file).info.get(JSON_KEY, "null"))
     except images.UnreadableImage as error:
         raise UserError(f"{path}: {error}") from None
-    except ValueError:  # settings that are not JSON
-        pass
+    settings = png_settings(path, whole=False) if path.suffix.lower() == ".png" else None
     ours = isinstance(settings, dict) and {"prompt", "index", "seed"} <= settings.keys()
-    found = settings if ours else None
-    return sides, found, [status.st_size, status.st_mtime_ns]
+    return sides, settings if ours else None, [status.st_size, status.st_mtime_ns]
 
 
 def _sha(data: bytes) -> str:
@@ -295,11 +283,9 @@ class Extractor:
             if len(left) < len(missing):
                 missing, last = left, time.monotonic()
             elif time.monotonic() - last > _PATIENCE:
-                raise UserError(
-                    f"{len(missing)} blocks of the other processes are not in {missing[0].parent}, "
-                    f"and none has come for {_PATIENCE:.0f} s: start them again, with one "
-                    "$PIXART_JAX_CACHE on a shared disk"
-                )
+                lost = f"{len(missing)} blocks of the other processes are not in {paths[0].parent}"
+                fix = "start them again, with one $PIXART_JAX_CACHE on a shared disk"
+                raise UserError(f"{lost}, and none has come for {_PATIENCE:.0f} s: {fix}")
 
     def _merge(self, of: ImageSet, paths: Sequence[Path]) -> tuple[dict[str, np.ndarray], str]:
         parts: dict[str, list[np.ndarray]] = {name: [] for name in (*self.net.wanted, "sha256")}

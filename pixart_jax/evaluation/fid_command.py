@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,12 +13,14 @@ import tyro
 
 from pixart_jax import plots
 from pixart_jax.errors import Notice, UserError
-from pixart_jax.evaluation import frechet, inception, protocol, report, set_scores
+from pixart_jax.evaluation import coco, frechet, inception, report, set_scores
 from pixart_jax.evaluation.features import Extractor, FeatureNetwork, ImageSet, on_devices
 from pixart_jax.evaluation.generated import GeneratedOptions, prompts_of, sampled_with
 from pixart_jax.evaluation.inception import Mode
+from pixart_jax.evaluation.score_command import ClipOptions, evaluate_clip
 from pixart_jax.evaluation.torch_models import embeddings, load
 
+Scores = dict[str, dict[str, Any]]  # by metric: value, interval …
 Metric = Literal["fid", "kid", "sfid", "is", "prdc", "fid_infinity", "cmmd"]
 _MODELS = {"cmmd": "openai/clip-vit-large-patch14-336", "fd-dinov2": "facebook/dinov2-large"}
 _PAIRED = ("kid", "prdc", "cmmd")  # which need the reference's features, not its statistics alone
@@ -89,9 +91,8 @@ class FidOptions(GeneratedOptions):
             raise UserError("metrics and size: at least 1")
         alone = self.save_statistics is not None or set(self.metrics) == {"is"}
         if self.reference is None and self.coco is None and not alone:
-            raise UserError(
-                "nothing to compare with: give --reference FOLDER or FILE.npz, or --save-statistics"
-            )
+            fix = "give --reference FOLDER or FILE.npz, or --save-statistics"
+            raise UserError(f"nothing to compare with: {fix}")
 
     def network(self) -> FeatureNetwork:
         if self.features != "inception":
@@ -137,10 +138,8 @@ class Side:
         lacking = [name for name in _PAIRED if name in options.metrics]
         lacking += ["sfid"] * ("sfid" in options.metrics and "_s" not in parts)
         if lacking and not holds_images:
-            raise UserError(
-                f"{path} holds statistics alone: for {' and '.join(lacking)} give a folder of "
-                "images as the reference"
-            )
+            fix = f"for {' and '.join(lacking)} give a folder of images as the reference"
+            raise UserError(f"{path} holds statistics alone: {fix}")
         needed = lacking or not parts
         return cls(path, ImageSet.open(path, options.size) if needed else None, parts, facts)
 
@@ -170,15 +169,20 @@ class Side:
 
 def evaluate_fid(
     options: FidOptions, flags: Sequence[str] | None = None, facts: Mapping[str, Any] | None = None
-) -> dict[str, dict[str, Any]] | None:
+) -> Scores | None:
     """Generate if asked, compute the features, print the scores and write them, with ``facts``.
     Returns the scores; None in processes other than the first, and where only statistics were to be
     written."""
     known = dict(facts or {})
     if options.coco is not None:
-        options, flags, known = protocol.coco(options, flags)
+        if options.out is None:
+            raise UserError("--coco needs --out, for the list of captions")
+        file, known = coco.write_captions(options.coco, options.out, options.coco_captions)
+        how: dict[str, Any] = {"reference": options.coco / coco.IMAGES, "size": coco.SIZE}
+        options = dataclasses.replace(options, coco=None, prompts=file, **how)
+        flags = None if flags is None else [*flags, "--prompts", str(file)]
     if options.guidance:
-        return protocol.sweep(options, flags, known, evaluate_fid)
+        return _sweep(options, flags, known)
     net = options.network()
     given = options.reference
     reference = Side.of_reference(given, options, net) if given else None
@@ -212,61 +216,84 @@ def evaluate_fid(
         print(f"written: {options.save_statistics}")
     if not scored:
         return None
-    scores = _scores(options.metrics, generated, reference or generated)
-    _report(options, scores, generated, reference, net, known)
+    scores: Scores = {}
+    for metric in options.metrics:
+        scores |= _score(metric, generated, reference or generated)
+    sides = {"generated": generated} | ({"reference": reference} if reference else {})
+    _report(options, scores, sides, net, known)
     return scores
 
 
-def _scores(metrics: Sequence[Metric], ours: Side, theirs: Side) -> dict[str, dict[str, Any]]:
-    """{score: {value, interval, …}}; means over subsets or splits with their standard deviation."""
-    pools = [side.features.get("pool", np.zeros((0, 0))) for side in (ours, theirs)]
-    spread = ("value", "deviation")
+def _sweep(options: FidOptions, flags: Sequence[str] | None, facts: dict) -> Scores | None:
+    """Evaluate each guidance in a folder of its own, print and draw them all; returns the scores of
+    the lowest first metric. ``options.clip`` adds CLIP scores, as the axis of the drawing."""
+    base, found = Path(str(options.generated)), []
+    for guidance in options.guidance:
+        name = f"guidance-{guidance:g}"
+        own = None if flags is None else [*flags, "--guidance", f"{guidance:g}"]
+        out = options.out and options.out / name
+        at = dataclasses.replace(options, generated=base / name, guidance=(), out=out)
+        scores = evaluate_fid(at, own, facts)
+        point: dict[str, Any] = {"guidance": guidance}
+        if options.clip is not None:
+            names = ("generated", "prompts", "batch_size", "share")
+            how: dict[str, Any] = {name: getattr(at, name) for name in names}
+            point["clip"] = evaluate_clip(ClipOptions(**how, model=options.clip))
+        if scores is None:
+            continue
+        point |= {metric: score["value"] for metric, score in scores.items()}
+        found.append((point, scores))
+    if not found:
+        return None
+    points, first = [point for point, _ in found], next(iter(found[0][1]))
+    low, best = min(found, key=lambda pair: pair[0][first])
+    print(f"\nlowest {first} at guidance {low['guidance']:g}: {low[first]:.4f}")
+    if options.out is not None:
+        x = "clip" if options.clip is not None else "guidance"
+        series = {first: ([p[x] for p in points], [p[first] for p in points])}
+        series |= {f"guidance {p['guidance']:g}": ([p[x]], [p[first]]) for p in points}
+        axis = "CLIP score" if x == "clip" else x
+        chart = plots.curves(options.out / "sweep.png", series, title=first, axis=axis)
+        facts = {**facts, "guidance": low["guidance"], "sweep": points}
+        report.finish(options.out, first, best[first], {}, facts, written=[chart])
+    return best
 
-    def compare(end: str) -> dict[str, Any]:
-        features = ours.features[_ENDS[end]]
-        return frechet.compare(features, ours.parts[end], theirs.parts[end])._asdict()
 
-    def extrapolate() -> dict[str, Any]:
-        return dict(zip(("value", "points"), frechet.extrapolate(pools[0], theirs.parts[""])))
-
-    def prdc() -> dict[str, Any]:
-        rows = (np.linspace(0, len(x) - 1, min(len(x), _MOST)).astype(int) for x in pools)
-        found = set_scores.precision_recall(*(x[some] for x, some in zip(pools, rows)))
-        return {name: {"value": value} for name, value in found.items()}
-
-    compute: dict[str, Callable[[], dict[str, Any]]] = {
-        "fid": lambda: {"fid": compare("")},
-        "sfid": lambda: {"sfid": compare("_s")},
-        "fid_infinity": lambda: {"fid_infinity": extrapolate()},
-        "cmmd": lambda: {"cmmd": {"value": set_scores.cmmd(*pools)}},
-        "kid": lambda: {"kid": dict(zip(spread, set_scores.kid(*pools)))},
-        "is": lambda: {
-            "is": dict(zip(spread, set_scores.inception_score(ours.features["logits"])))
-        },
-        "prdc": prdc,
-    }
-    return {name: score for metric in metrics for name, score in compute[metric]().items()}
+def _score(metric: Metric, ours: Side, theirs: Side) -> Scores:
+    """Means over subsets or splits with their standard deviation."""
+    a, b = (side.features.get("pool", np.zeros((0, 0))) for side in (ours, theirs))
+    if metric in ("fid", "sfid"):
+        end = "" if metric == "fid" else "_s"
+        found = frechet.compare(ours.features[_ENDS[end]], ours.parts[end], theirs.parts[end])
+        return {metric: found._asdict()}
+    if metric == "fid_infinity":
+        value, points = frechet.extrapolate(a, theirs.parts[""])
+        return {metric: {"value": value, "points": points}}
+    if metric == "cmmd":
+        return {metric: {"value": set_scores.cmmd(a, b)}}
+    if metric == "prdc":
+        rows = (np.linspace(0, len(x) - 1, min(len(x), _MOST)).astype(int) for x in (a, b))
+        shares = set_scores.precision_recall(*(x[some] for x, some in zip((a, b), rows)))
+        return {name: {"value": value} for name, value in shares.items()}
+    if metric == "kid":
+        value, deviation = set_scores.kid(a, b)
+    else:
+        value, deviation = set_scores.inception_score(ours.features["logits"])
+    return {metric: {"value": value, "deviation": deviation}}
 
 
 def _report(
-    options: FidOptions,
-    scores: Mapping[str, dict[str, Any]],
-    generated: Side,
-    reference: Side | None,
-    net: FeatureNetwork,
-    known: Mapping[str, Any],
+    options: FidOptions, scores: Scores, sides: dict[str, Side], net: FeatureNetwork, known: dict
 ) -> None:
     """Print the table, write score.json."""
-    sides = {"generated": generated} | ({"reference": reference} if reference else {})
     n, notes = {name: side.count for name, side in sides.items()}, []
     if {"fid", "sfid"} & scores.keys() and (least := min(v for v in n.values() if v)) < _ENOUGH:
         notes.append(f"{least} images are fewer than {_ENOUGH}: compare with the same number only")
         warnings.warn(notes[0], Notice, stacklevel=2)
     counts = ", ".join(f"{count or 'unknown'} {name}" for name, count in n.items())
     print(f"mode {net.mode} · {net.name} · images: {counts}\n")
-    suffix = "" if options.random_inception is None else f" ({net.name})"
-    if options.features == "fd-dinov2":
-        suffix = f" ({net.name})"
+    named = options.random_inception is not None or options.features == "fd-dinov2"
+    suffix = f" ({net.name})" if named else ""
     for name, score in scores.items():
         more = f"   ± {score['deviation']:.4f}" if "deviation" in score else ""
         if "bias" in score and not notes:
@@ -280,7 +307,7 @@ def _report(
         "size": options.size,
         "weights": {"name": net.name, "sha256": net.digest},
         "images": {name: side.to_dict() for name, side in sides.items()},
-        **sampled_with(generated.images),
+        **sampled_with(sides["generated"].images),
         **known,
         "scores": scores,
         "warnings": notes,

@@ -62,15 +62,12 @@ def statistics(features: np.ndarray) -> Statistics:
     features = np.asarray(features)
     if features.ndim != 2 or len(features) < 2:
         raise UserError(f"features {list(features.shape)}: at least 2 images are needed")
-    count, (n, d) = 0, features.shape
-    mean, scatter = np.zeros(d), np.zeros((d, d))
-    for start in range(0, n, _ROWS):
-        part = np.asarray(features[start : start + _ROWS], np.float64)
-        own, total = part.mean(0), count + len(part)
-        step, part = own - mean, part - own
-        scatter += part.T @ part + np.outer(step, step) * (count * len(part) / total)
-        mean, count = mean + step * (len(part) / total), total
-    rows = (np.asarray(features, np.float64) - mean) / np.sqrt(n - 1) if n < d else None
+    n, d = features.shape
+    mean, scatter = features.mean(0, dtype=np.float64), np.zeros((d, d))
+    for start in range(0, n, _ROWS):  # the whole set in float64 would take twice its memory
+        part = features[start : start + _ROWS] - mean
+        scatter += part.T @ part
+    rows = (features - mean) / np.sqrt(n - 1) if n < d else None
     return Statistics(mean, scatter / (n - 1), n, rows)
 
 
@@ -78,13 +75,14 @@ def distance(a: Statistics, b: Statistics) -> float:
     """Equation 1."""
     if a.mean.shape != b.mean.shape:
         raise UserError(f"features of {len(a.mean)} and {len(b.mean)} dimensions do not compare")
-    first, second = (
-        (a, b) if b.rows is not None and (a.rows is None or a.count > b.count) else (b, a)
-    )
-    if second.rows is None:  # neither is of few images: b's factor serves many distances to it
-        first, second = a, b
-    spectrum = np.linalg.eigvalsh(second.factor @ first.covariance @ second.factor.T)
-    return _sum(a, b, _roots(spectrum))
+    return _sum(a, b, _roots(np.linalg.eigvalsh(_product(a, b))))
+
+
+def _product(a: Statistics, b: Statistics) -> np.ndarray:
+    """F Σ₁ Fᵀ; with the F of ``a`` and Σ₂ where ``a`` is of few images."""
+    if a.rows is not None:
+        return a.rows @ b.covariance @ a.rows.T
+    return b.factor @ a.covariance @ b.factor.T
 
 
 def _roots(spectrum: np.ndarray) -> np.ndarray:
@@ -114,13 +112,11 @@ def compare(features: np.ndarray, a: Statistics, b: Statistics) -> Comparison:
     equation 1, whose derivative by Σ₁ is 1 − Fᵀ (F Σ₁ Fᵀ)^-½ F.
     """
     x, step = np.asarray(features, np.float64) - a.mean, a.mean - b.mean
+    values, vectors = np.linalg.eigh(_product(a, b))
+    roots = _roots(values)
     if a.rows is not None:  # the eigenvectors of the n × n problem are the images' own
-        values, vectors = np.linalg.eigh(a.rows @ b.covariance @ a.rows.T)
-        roots = _roots(values)
         pulled = (a.count - 1) * vectors**2 @ roots
     else:
-        values, vectors = np.linalg.eigh(b.factor @ a.covariance @ b.factor.T)
-        roots = _roots(values)
         keep = roots > 0
         pulled = ((x @ (b.factor.T @ vectors[:, keep])) ** 2) @ (1 / roots[keep])
     influence = (x**2).sum(1) + 2 * x @ step - pulled

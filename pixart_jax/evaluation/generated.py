@@ -138,7 +138,7 @@ def check_list(found: Iterable[str], wanted: Sequence[str], where: Path) -> None
 def sampled_with(images: ImageSet | None) -> dict[str, Any]:
     """Of images that sample.py generated, by what their files record: the options (a list of values
     where they differ), the range of seeds, the SHA-256 of the prompts."""
-    if images is None or len(images.settings) != len(images.names):
+    if images is None or not images.settings:
         return {}
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for image in images.settings for name in image):
@@ -147,26 +147,19 @@ def sampled_with(images: ImageSet | None) -> dict[str, Any]:
             found[name] = values[0] if len(values) == 1 else values
     seeds = [image["seed"] for image in images.settings]
     prompts = "\n".join(image["prompt"] for image in images.settings)
-    return found | {
-        "seeds": [min(seeds), max(seeds)],
-        "prompts": sha256(prompts.encode()).hexdigest(),
-    }
+    digest = sha256(prompts.encode()).hexdigest()
+    return found | {"seeds": [min(seeds), max(seeds)], "prompts": digest}
 
 
 def prompts_of(images: ImageSet, file: Path | None) -> list[str]:
     """The prompt of each image: as it records it, or that of its place in ``file``. Raises
     UserError where there is none, and where the file does not fit the images."""
-    known = len(images.settings) == len(images.names)
-    recorded = [image["prompt"] for image in images.settings] if known else []
-    if file is None:
-        if not known:
-            raise UserError(
-                f"not all images in {images.source} record their prompts: give --prompts FILE, "
-                "with a prompt an image in the order of their names"
-            )
-        return recorded
-    rows = [row.prompt for row in read_prompts(file)]
-    if not known:
+    recorded = [image["prompt"] for image in images.settings]
+    rows = [row.prompt for row in read_prompts(file)] if file else recorded
+    if not rows:
+        fix = "give --prompts FILE, with a prompt an image in the order of their names"
+        raise UserError(f"not all images in {images.source} record their prompts: {fix}")
+    if not recorded:
         if len(rows) != len(images.names):
             counts = f"{len(rows)} prompts for the {len(images.names)} images in {images.source}"
             raise UserError(f"{file} does not fit: it holds {counts}")

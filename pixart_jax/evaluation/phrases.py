@@ -50,33 +50,37 @@ class Phrases:
         return " ".join(text for text, kind in self.words if kind != "ADJ")
 
 
+@dataclasses.dataclass(frozen=True)
 class Phrasebook:
-    """The phrases of prompts, by a parser or from a table. name: of the parser. sha256: of the
+    """The phrases of prompts. name: of the parser. look_up: prompt → its phrases. sha256: of the
     table, None without one."""
 
-    def __init__(self, tagger: str = TEXTBLOB):
-        """tagger: TEXTBLOB, or name or folder of a spaCy model. Raises UserError where it is not
-        installed."""
-        self.sha256: str | None = None
-        self.name, parse = _textblob() if tagger == TEXTBLOB else _spacy(tagger)
-        self._parse: Callable[[str], Phrases] = functools.cache(parse)
+    name: str
+    look_up: Callable[[str], Phrases]
+    sha256: str | None = None
 
     def __getitem__(self, prompt: str) -> Phrases:
-        return self._parse(prompt)
+        return self.look_up(prompt)
 
     @property
     def facts(self) -> dict[str, str | None]:
         return {"parser": self.name, "sha256": self.sha256}
 
     @classmethod
+    def by(cls, tagger: str = TEXTBLOB) -> Phrasebook:
+        """By a parser: TEXTBLOB, or name or folder of a spaCy model. Raises UserError where it is
+        not installed."""
+        name, parse = _textblob() if tagger == TEXTBLOB else _spacy(tagger)
+        return cls(name, functools.cache(parse))
+
+    @classmethod
     def read(cls, path: Path) -> Phrasebook:
         """A table that :meth:`write` wrote. Raises UserError for any other file; a prompt that it
         does not hold is an error when it is looked up."""
-        book = cls.__new__(cls)
         try:
             data = path.read_bytes()
             table = json.loads(data)
-            book.name, book.sha256 = str(table["tagger"]), sha256(data).hexdigest()
+            name = str(table["tagger"])
             found = {
                 prompt: Phrases(tuple((w, k) for w, k in row["words"]), tuple(row["chunks"]))
                 for prompt, row in table["prompts"].items()
@@ -89,8 +93,7 @@ class Phrasebook:
                 raise UserError(f"{path} holds no phrases of {prompt!r}: make it again")
             return found[prompt]
 
-        book._parse = look_up
-        return book
+        return cls(name, look_up, sha256(data).hexdigest())
 
     def write(self, path: Path, prompts: Iterable[str]) -> str:
         """Write a table of prompts; return its SHA-256."""

@@ -23,7 +23,6 @@ from pixart_jax.evaluation.generated import (
     prompts_of,
     sampled_with,
 )
-from pixart_jax.evaluation.set_scores import mean_interval
 
 if TYPE_CHECKING:
     Name = str
@@ -140,7 +139,8 @@ def _evaluate(
         print(f"share {share.index}/{share.count} of the scores is done")
         return None
     scores, digest = found[0]["score"].astype("f8"), found[1]
-    value, interval = mean_interval(scores)
+    value, error = float(scores.mean()), float(scores.std(ddof=1)) / len(scores) ** 0.5
+    interval = value - 1.959964 * error, value + 1.959964 * error
     named, styles = " ".join([metric, *facts.values()]), {}
     print(f"{named} · {scorer.model.name} · {len(scores)} images\n")
     if listed:
@@ -154,14 +154,12 @@ def _evaluate(
     print(report.line(named, value, interval))
     if options.out is None:
         return value
-    rows = (
-        {"image": n, "prompt": p, "score": float(s)}
-        for n, p, s in zip(images.names, prompts, scores)
-    )
+    each = zip(images.names, prompts, scores.tolist())
+    rows = ({"image": name, "prompt": prompt, "score": score} for name, prompt, score in each)
     weights = {"name": scorer.model.name, "sha256": scorer.model.digest}
     facts |= {**scorer.facts, "weights": weights, "deviation": float(scores.std())}
     facts |= {"images": {"generated": {"sha256": digest}}, **sampled_with(images)}
     facts["prompts"] = sha256("\n".join(prompts).encode()).hexdigest()
-    score, n = {"value": value, "interval": interval}, {"generated": len(scores)}
-    report.finish(options.out, metric, score, n, facts, rows)
+    head, n = {"value": value, "interval": interval}, {"generated": len(scores)}
+    report.finish(options.out, metric, head, n, facts, rows)
     return value

@@ -7,6 +7,7 @@ Kynkäänniemi et al. 2019. Density and coverage: Naeem et al. 2020.
 from __future__ import annotations
 
 import numpy as np
+from scipy import special
 
 _ROWS = 1024  # of a matrix of distances at a time
 
@@ -35,11 +36,7 @@ def cmmd(a: np.ndarray, b: np.ndarray) -> float:
     the pairs of an image with itself counted (Jayasumana et al. 2024)."""
 
     def kernel(x: np.ndarray, y: np.ndarray) -> float:
-        total, y = 0.0, y.astype("f8")
-        for start in range(0, len(x), _ROWS):
-            part = x[start : start + _ROWS].astype("f8")
-            squared = (part**2).sum(1)[:, None] + (y**2).sum(1) - 2 * part @ y.T
-            total += float(np.exp(squared / -200).sum())
+        total = sum(float(np.exp(squares / -200).sum()) for _, squares in _squares(x, y))
         return total / (len(x) * len(y))
 
     return 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
@@ -49,8 +46,7 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> t
     """Mean and standard deviation over splits of exp(mean KL(p(class | image) ‖ p(class))). logits
     [n, 1008], without bias."""
     logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype("f8")
-    logits -= logits.max(1, keepdims=True)
-    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    log_p = special.log_softmax(logits, axis=1)
     scores = []
     for part in np.array_split(log_p, min(splits, len(log_p))):
         p = np.exp(part)
@@ -97,9 +93,3 @@ def _squares(a: np.ndarray, b: np.ndarray):
     for start in range(0, len(a), _ROWS):
         x = a[start : start + _ROWS].astype("f8")
         yield start, np.maximum((x**2).sum(1)[:, None] + norms - 2 * x @ b.T, 0)
-
-
-def mean_interval(scores: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Mean of independent images' scores [n], and its 95% interval."""
-    mean, half = float(scores.mean()), 1.959964 * float(scores.std(ddof=1)) / len(scores) ** 0.5
-    return mean, (mean - half, mean + half)

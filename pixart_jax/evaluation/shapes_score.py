@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,10 @@ from pixart_jax.data import shapes
 from pixart_jax.evaluation import checker
 from pixart_jax.evaluation.checker import Detection
 from pixart_jax.evaluation.tasks import ALL, MAIN, QUESTIONS, SETS, EvalPrompt, judge, unit
+from pixart_jax.images import image_grid
 
 _Z = 1.959964  # 95%
+_COLUMNS = 8  # of a sheet of images
 _SHUFFLES = 100  # other captions that an image is held against for the floor, at most
 
 
@@ -91,28 +92,23 @@ class Score:
 
     def by_attribute(self) -> dict[str, dict[str, float]]:
         """Of single objects: colour and shape → the share of their images that got it right."""
-        lists: Any = {"colour": defaultdict(list), "shape": defaultdict(list)}
-        for verdict in self.verdicts:
-            if verdict.prompt.set == "single":
-                for kind, values in lists.items():
-                    wanted = getattr(verdict.prompt.scene.objects[0], kind)
-                    values[wanted].append(verdict.right[kind])
-        order = {"colour": shapes.COLOURS, "shape": shapes.SHAPES}
-        return {
-            kind: {name: round(float(np.mean(of[name])), 4) for name in order[kind] if name in of}
-            for kind, of in lists.items()
-        }
+        found: dict[str, dict[str, float]] = {"colour": {}, "shape": {}}
+        single = [v for v in self.verdicts if v.prompt.set == "single"]
+        for kind, names in (("colour", shapes.COLOURS), ("shape", shapes.SHAPES)):
+            for name in names:
+                of = [v for v in single if getattr(v.prompt.scene.objects[0], kind) == name]
+                if of:
+                    found[kind][name] = round(float(np.mean([v.right[kind] for v in of])), 4)
+        return found
 
 
 def score(prompts: Sequence[EvalPrompt], images: Sequence[np.ndarray]) -> Score:
     """Judge images (uint8 [h, w, 3] each) by their prompts."""
-    if len(prompts) != len(images):
-        raise ValueError(f"{len(images)} images for {len(prompts)} scenes")
-    units = [unit(p.scene, min(image.shape[:2])) for p, image in zip(prompts, images)]
+    both = zip(prompts, images, strict=True)
+    units = [unit(p.scene, min(image.shape[:2])) for p, image in both]
     found = [tuple(checker.find_objects(image)) for image in images]
-    verdicts = [
-        Verdict(p, f, judge(p.set, p.scene, list(f), u)) for p, f, u in zip(prompts, found, units)
-    ]
+    each = zip(prompts, found, units)
+    verdicts = [Verdict(p, f, judge(p.set, p.scene, list(f), u)) for p, f, u in each]
     rows = {name: [i for i, p in enumerate(prompts) if p.set == name] for name in SETS}
     sets = {name: [verdicts[i] for i in rows[name]] for name in SETS if rows[name]}
     floors = {name: _floor(of, [units[i] for i in rows[name]]) for name, of in sets.items()}
@@ -136,8 +132,6 @@ def _right(verdicts: Sequence[Verdict], task: str) -> np.ndarray:
 
 def wilson(right: float, n: float, z: float = _Z) -> tuple[float, float]:
     """The interval of a share, of z standard errors: 95% by default."""
-    if n == 0:
-        return 0.0, 1.0
     p, z2 = right / n, z**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -184,3 +178,34 @@ def _mean(tasks: Mapping[str, TaskScore], sets: Mapping[str, Sequence]) -> TaskS
     floor = _average([tasks[task].floor for task in MAIN])
     n = sum(len(sets[name]) for name in below)
     return TaskScore(mean, max(0.0, mean - down), min(1.0, mean + up), floor, n)
+
+
+def table(score: Score, title: str) -> str:
+    """Task, score, 95% interval, floor by shuffled captions, images; the withheld sets and the sums
+    apart."""
+    head = f"{'task':30} {'score':>6}   {'95% interval':^13}   {'floor':>5}   {'n':>5}"
+    sums = {"mean of the six main tasks": score.mean}
+    sums["all correct (not withheld)"] = score.all_correct
+    parts = [[], [], [_row(name, task) for name, task in sums.items() if task is not None]]
+    for name, task in score.tasks.items():
+        parts[name.startswith("withheld")].append(_row(name, task))
+    body = "\n\n".join("\n".join(part) for part in parts if part)
+    return f"{title}\n\n{head}\n{'-' * len(head)}\n{body}"
+
+
+def _row(name: str, task: TaskScore) -> str:
+    floor = "    –" if task.floor is None else f"{task.floor:5.3f}"
+    return f"{name:30} {task.score:6.3f}   {task.low:.3f} – {task.high:.3f}   {floor}   {task.n:5d}"
+
+
+def sheet(score: Score, images: Sequence[np.ndarray], per_set: int = 2 * _COLUMNS) -> np.ndarray:
+    """The first images of each set, uint8 [H, W, 3], framed green where all is right, else red and
+    with the tasks that failed."""
+    shown: list[int] = []
+    for name in dict.fromkeys(v.prompt.set for v in score.verdicts):
+        shown += [i for i, v in enumerate(score.verdicts) if v.prompt.set == name][:per_set]
+    verdicts = [score.verdicts[i] for i in shown]
+    marks = [verdict.right[ALL] for verdict in verdicts]
+    judged = ["RIGHT" if v.right[ALL] else f"WRONG ({', '.join(v.wrong)})" for v in verdicts]
+    captions = [f"{how}: {v.prompt.caption}" for v, how in zip(verdicts, judged)]
+    return image_grid([images[i] for i in shown], captions, marks=marks, columns=_COLUMNS)

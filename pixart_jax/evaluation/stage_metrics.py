@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,29 +22,21 @@ from pixart_jax.text import read_prompts
 from pixart_jax.training.evaluation import Generate
 from pixart_jax.training.frozen import Frozen
 
+Measure = Callable[[Generate], dict[str, float]]
 _PROMPTS = 32  # generated at once
 _RECORDS = 8  # as many as a preview shows
 
 
 def open_metric(
     name: str, config: Config, stage: StageConfig, frozen: Frozen, held_out: Callable[[], Loader]
-) -> Callable[[Generate], dict[str, float]]:
+) -> Measure:
     """The measure 'shapes', 'clip' or 'fid' of the images of a stage
     (training.evaluation.OpenMetric). Raises UserError where the stage has no images for it."""
-    options = stage.evaluate
     if name == "fid":
-        if stage.task in ("autoencoder", "text_to_text"):
-            raise UserError(f"stage {stage.name}: fid needs a stage that generates images")
-        weights = str(options.inception)
-        kind, _, seed = weights.partition(":")
-        random = kind == "random" and seed.isdecimal()
-        net = inception.random(int(seed)) if random else inception.load(weights)
-        return Fid(config, options.count, frozen, held_out, net)
+        return _fid(config, stage, frozen, held_out)
     if stage.task not in TEXT_TO_IMAGE:
         raise UserError(f"stage {stage.name}: {name} needs task text_to_image, not {stage.task}")
-    if name == "clip":
-        return _clip(config, stage, frozen)
-    return _shapes(config, stage, frozen)
+    return (_clip if name == "clip" else _shapes)(config, stage, frozen)
 
 
 def _generated(
@@ -64,9 +56,7 @@ def _generated(
         yield from list(generate(like, settings))[-len(full) :][: len(some)]
 
 
-def _clip(
-    config: Config, stage: StageConfig, frozen: Frozen
-) -> Callable[[Generate], dict[str, float]]:
+def _clip(config: Config, stage: StageConfig, frozen: Frozen) -> Measure:
     options, listed = stage.evaluate, config.preview.prompts
     if options.prompts is not None:
         listed = tuple(row.prompt for row in read_prompts(options.prompts))
@@ -86,15 +76,11 @@ def _clip(
     return measure
 
 
-def _shapes(
-    config: Config, stage: StageConfig, frozen: Frozen
-) -> Callable[[Generate], dict[str, float]]:
+def _shapes(config: Config, stage: StageConfig, frozen: Frozen) -> Measure:
     level = stage.data.source.rpartition("/")[2]
     if level not in shapes.COLOURED:
-        raise UserError(
-            f"stage {stage.name}: shapes needs a source of the embedded world such as "
-            f"tfds:shapes/plain, not {stage.data.source}"
-        )
+        needed = "a source of the embedded world such as tfds:shapes/plain"
+        raise UserError(f"stage {stage.name}: shapes needs {needed}, not {stage.data.source}")
     prompts = eval_prompts(level, max(1, stage.evaluate.count // len(SETS)))
 
     def measure(generate: Generate) -> dict[str, float]:
@@ -111,38 +97,37 @@ def _shapes(
     return measure
 
 
-@dataclasses.dataclass(eq=False)
-class Fid:
+def _fid(
+    config: Config, stage: StageConfig, frozen: Frozen, held_out: Callable[[], Loader]
+) -> Measure:
     """The Fréchet distance of images under held-out records' own captions or classes from what the
     VAE decodes of these records."""
+    if stage.task in ("autoencoder", "text_to_text"):
+        raise UserError(f"stage {stage.name}: fid needs a stage that generates images")
+    weights = str(stage.evaluate.inception)
+    kind, _, seed = weights.partition(":")
+    random = kind == "random" and seed.isdecimal()
+    net = inception.random(int(seed)) if random else inception.load(weights)
 
-    config: Config
-    count: int
-    frozen: Frozen
-    held_out: Callable[[], Loader]
-    net: inception.Inception
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        """The first _RECORDS records of each step's batch."""
+        rows = min(_RECORDS, held_out().plan.batch_size)
+        for step in range(-(-stage.evaluate.count // rows)):
+            yield held_out().global_batch(step, rows)
 
-    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of _RECORDS records: the first of each step's."""
-        rows = min(_RECORDS, self.held_out().plan.batch_size)
-        for step in range(-(-self.count // rows)):
-            yield self.held_out().global_batch(step, rows)
-
-    @functools.cached_property
-    def _reference(self) -> frechet.Statistics:
-        decoded = (np.asarray(self.frozen.vae.decode(b["mean"]), "f4") for b in self._batches())
-        return self._statistics(to_uint8(check_images(images)) for images in decoded)
-
-    def _statistics(self, batches) -> frechet.Statistics:
-        found = [self.net.features(np.stack(list(images))) for images in batches]
+    def statistics(images: Iterable[Sequence[np.ndarray]]) -> frechet.Statistics:
+        found = [net.features(np.stack(list(some))) for some in images]
         return frechet.statistics(np.concatenate(found))
 
-    def __call__(self, generate: Generate) -> dict[str, float]:
-        preview = self.config.preview
+    @functools.cache
+    def reference() -> frechet.Statistics:
+        decoded = (np.asarray(frozen.vae.decode(batch["mean"]), "f4") for batch in batches())
+        return statistics(to_uint8(check_images(images)) for images in decoded)
 
-        def images() -> Iterator[Sequence[np.ndarray]]:
-            for n, batch in enumerate(self._batches()):
-                settings = dataclasses.replace(preview, prompts=(), seed=preview.seed + n)
-                yield generate(batch, settings)
+    def measure(generate: Generate) -> dict[str, float]:
+        preview = dataclasses.replace(config.preview, prompts=())
+        seeded = (dataclasses.replace(preview, seed=preview.seed + n) for n in itertools.count())
+        generated = statistics(map(generate, batches(), seeded))
+        return {"fid": frechet.distance(generated, reference())}
 
-        return {"fid": frechet.distance(self._statistics(images()), self._reference)}
+    return measure

@@ -11,7 +11,6 @@ a page that is loaded again shows the same.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
@@ -26,12 +25,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from pixart_jax.errors import Notice, UserError
 from pixart_jax.evaluation.features import ImageSet
 from pixart_jax.files import write_json, write_text
 from pixart_jax.images import write_png
+from pixart_jax.pipeline.output import AsyncWriter
 from pixart_jax.text import read_prompts
 
 Question = Literal["quality", "alignment"]
@@ -69,35 +70,64 @@ class Vote:
         return {"left": self.left, "right": self.right}.get(self.answer, self.answer)
 
 
-def build(
-    folders: Mapping[str, Path],
-    out: Path,
-    *,
-    prompts: Path | None = None,
-    size: int | None = None,
-    questions: Sequence[str] = tuple(QUESTIONS),
-    per_rater: int = 50,
-    judgements: int = 3,
-    seed: int = 0,
-) -> dict[str, int]:
-    """Write a study of the images of the same names in several folders (model: folder).
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """Write a blind study of two or more folders of images: OUT/page, a static site for raters
+    without the names of models, and OUT/key.json, for you alone."""
 
-    prompts: a file with a prompt for each image in the order of their names, where the images do
-    not say theirs. size: px of a side, by which images of other sizes become alike. per_rater:
-    pairs of images on a sheet. judgements: sheets that a pair is on. Returns the number of models,
-    prompts, pairs, sheets, and trials of a rater.
+    folders: tyro.conf.Positional[tuple[str, ...]] = ()
+    """NAME=FOLDER or FOLDER, two or more, with images of the same names"""
+    out: Path = Path("study")
+    """a new folder"""
+    prompts: Path | None = None
+    """a file with the prompt of each image in the order of names; by default as PNGs of sample.py
+    and names of T2I-CompBench's form (PROMPT_000000.png) say"""
+    size: int | None = None
+    """cut all images to their centre square and resize it to so many px (LANCZOS)"""
+    questions: tuple[Question, ...] = ("quality", "alignment")
+    """passes of a rater, in this order; alignment shows the prompt"""
+    per_rater: int = 50
+    """pairs of images that a rater judges, once for each question"""
+    judgements: int = 3
+    """sheets on which each pair is, so the least number of raters of each"""
+    seed: int = 0
+    """of the sheets; the same seed and images give the same study"""
 
-    Raises UserError for folders that do not fit, and where ``out`` exists: a study that raters have
-    seen must not change.
+    def __post_init__(self):
+        if len(self.folders) < 2:
+            raise UserError("give two or more folders of images: NAME=FOLDER NAME=FOLDER")
+        if min(self.per_rater, self.judgements, self.size or 1) < 1 or self.seed < 0:
+            raise UserError("per-rater, judgements and size: at least 1; seed: at least 0")
+        if not self.questions or len(set(self.questions)) < len(self.questions):
+            raise UserError("questions: each of quality and alignment at most once, at least one")
+
+    def named(self) -> dict[str, Path]:
+        """Model → its folder."""
+        found = {}
+        for folder in self.folders:
+            match = re.fullmatch(r"([^/=]+)=(.+)", folder)
+            name, path = match.groups() if match else (Path(folder).resolve().name, folder)
+            found[name] = Path(path)
+        if len(found) < len(self.folders):
+            raise UserError("two folders have one name: give NAME=FOLDER")
+        return found
+
+
+def build(options: BuildOptions) -> None:
+    """Write a study and print its size.
+
+    Raises UserError for folders that do not fit, and where ``options.out`` exists: a study that
+    raters have seen must not change.
     """
+    folders, out, size, questions = options.named(), options.out, options.size, options.questions
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: a study is written once, give a new folder")
     sets = {model: ImageSet.open(folder, size) for model, folder in folders.items()}
     names = _names(sets)
-    texts = _prompts(sets, names, prompts)
-    models, rng = list(sets), np.random.default_rng(seed)
+    texts = _prompts(sets, names, options.prompts)
+    models, rng = list(sets), np.random.default_rng(options.seed)
     numbers = {model: _index(of) for model, of in sets.items()}
-    salt = json.dumps([seed, [of.identity for of in sets.values()]])
+    salt = json.dumps([options.seed, [of.identity for of in sets.values()]])
 
     def opaque(*what) -> str:
         data = json.dumps([salt, *what], ensure_ascii=False).encode("utf-8", "surrogateescape")
@@ -120,12 +150,10 @@ def build(
 
     pairs = list(itertools.combinations(models, 2))
     items = [(n, pair) for n in range(len(names)) for pair in pairs]
-    parts = -(-len(items) // per_rater)
-    sheets = [
-        part
-        for _ in range(judgements)
-        for part in np.array_split(rng.permutation(len(items)), parts)
-    ]
+    parts = -(-len(items) // options.per_rater)
+    sheets: list[np.ndarray] = []
+    for _ in range(options.judgements):
+        sheets += np.array_split(rng.permutation(len(items)), parts)
     written: list[list[dict[str, Any]]] = []
     for number, sheet in enumerate(sheets):
         extra, passes = max(1, round(EXTRA * len(sheet))), []
@@ -154,24 +182,25 @@ def build(
         shutil.copytree(STATIC, part / PAGE)
         (part / PAGE / "pictures").mkdir()
 
-        def write(job: tuple[str, int]) -> None:
-            model, n = job
+        def write(model: str, n: int) -> None:
             pixels, _ = sets[model].pixels(numbers[model][names[n]])
             write_png(part / PAGE / "pictures" / f"{image(n, model)}.png", pixels)
 
         jobs = list(itertools.product(models, range(len(names))))
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(tqdm(pool.map(write, jobs), desc="writing", total=len(jobs), unit="image"))
+        with AsyncWriter(write) as writer:
+            for job in tqdm(jobs, desc="writing", unit="image"):
+                writer.put(*job)
         write_text(part / PAGE / "trials.js", f"const STUDY = {json.dumps(page)};\n")
-        facts = {"models": models, "questions": list(questions), "seed": seed, "size": size}
+        facts = {"models": models, "questions": questions, "seed": options.seed, "size": size}
         facts |= {"version": page["version"], "sheets": len(sheets)}
         write_json(part / KEY, {**facts, "trials": key})
         if out.is_dir():
             out.rmdir()
         os.rename(part, out)
-    trials_each = max(sum(len(p["trials"]) for p in passes) for passes in written)
-    counts = {"models": len(models), "prompts": len(set(texts)), "pairs": len(items)}
-    return {**counts, "sheets": len(sheets), "trials": trials_each}
+    most = max(sum(len(p["trials"]) for p in passes) for passes in written)
+    print(f"{len(models)} models, {len(set(texts))} prompts, {len(items)} pairs of images")
+    print(f"{len(sheets)} sheets, {most} trials each: so many raters judge all")
+    print(f"for raters:     {out / PAGE}\nfor you alone:  {out / KEY}")
 
 
 def _index(of: ImageSet) -> dict[str, int]:
@@ -185,10 +214,8 @@ def _names(sets: Mapping[str, ImageSet]) -> list[str]:
     names = list(_index(first))
     for other in others:
         if differ := sorted(set(names) ^ set(_index(other))):
-            raise UserError(
-                f"{first.source} and {other.source} do not hold images of the same names: "
-                f"{len(differ)} are in one alone, such as {differ[0]!r}"
-            )
+            both = f"{first.source} and {other.source} do not hold images of the same names"
+            raise UserError(f"{both}: {len(differ)} are in one alone, such as {differ[0]!r}")
         first.check_sides(other)
     return names
 
@@ -202,14 +229,13 @@ def _prompts(sets: Mapping[str, ImageSet], names: Sequence[str], file: Path | No
             raise UserError(f"{file} has {len(texts)} prompts for {len(names)} images")
         return texts
     for of in sets.values():
-        if len(of.settings) == len(of.names):
+        if of.settings:
             found = dict(zip(_index(of), (settings["prompt"] for settings in of.settings)))
             return [found[name] for name in names]
     matches = [_NUMBERED.fullmatch(Path(name).name) for name in names]
     if not all(matches):
-        raise UserError(
-            "the images do not say their prompts: --prompts FILE, one a line in the order of names"
-        )
+        fix = "--prompts FILE, one a line in the order of names"
+        raise UserError(f"the images do not say their prompts: {fix}")
     return [match[1] for match in matches if match]
 
 

@@ -1,4 +1,4 @@
-"""The statistics of a user study, a pure function of its votes.
+"""``python -m pixart_jax evaluate study report``: the statistics of a study, by its votes alone.
 
 Votes of one rater, and those on one prompt, are not independent. A variance is therefore that of
 two clusterings (Cameron, Gelbach, Miller 2011): bootstrap over prompts, plus bootstrap over raters,
@@ -8,18 +8,62 @@ minus bootstrap over votes, whose part is in both; at least the largest of the t
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from pixart_jax import plots
 from pixart_jax.errors import UserError
+from pixart_jax.evaluation import report
 from pixart_jax.evaluation.shapes_score import wilson
-from pixart_jax.evaluation.study import Vote
+from pixart_jax.evaluation.study import Vote, read_key, read_votes
 
 ROUNDS = 500  # of each bootstrap
 GOLD_LEAST = 0.5  # a rater with a smaller share of the gold trials right is left out
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Win rates, Bradley–Terry strengths, agreement and biases of a study's votes."""
+
+    votes: Path
+    """JSON lines: as `study serve` writes them, or, with --study, as raters' pages save them"""
+    out: Path | None = None
+    """folder for score.json and win_rates.png"""
+    study: Path | None = None
+    """the study's folder, whose key.json tells the models of a page's images"""
+    prior: float = 0.0
+    """wins added to each side of each pair, such as 0.5; needed where a model wins every vote"""
+    seed: int = 0
+    """of the bootstrap"""
+
+    def __post_init__(self):
+        if not 0 <= self.prior < float("inf") or self.seed < 0:
+            raise UserError("prior and seed: at least 0")
+
+
+def report_votes(options: ReportOptions) -> None:
+    key = read_key(options.study) if options.study else None
+    found = analyse(read_votes(options.votes, key), prior=options.prior, seed=options.seed)
+    print(table(found))
+    if options.out is None:
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    panels: dict[str, dict[str, tuple[float, float, float]]] = {
+        question: {f"{p['a']} over {p['b']}": (p["rate"], p["low"], p["high"]) for p in of["pairs"]}
+        for question, of in found["questions"].items()
+    }
+    first: dict[str, Any] = next(iter(found["questions"].values()))["pairs"][0]
+    head = {"value": first["rate"], "interval": [first["low"], first["high"]]}
+    n = {name: found[name] for name in ("votes", "raters", "prompts")}
+    path = options.out / "win_rates.png"
+    title = f"win rates, ties as halves, 95% · {found['raters']} raters, {found['prompts']} prompts"
+    chart = plots.intervals(path, panels, title=title, mark=0.5)
+    report.finish(options.out, "study", head, n, found, written=[chart])
 
 
 def analyse(votes: Sequence[Vote], *, prior: float = 0.0, seed: int = 0) -> dict[str, Any]:
@@ -105,6 +149,7 @@ def _question(asked: Sequence[Vote], prior: float, rng: np.random.Generator) -> 
     z = float(stats.t.ppf(0.975, max(1, min([c for c in clusters if c > 1], default=2) - 1)))
     order = sorted(range(k), key=lambda i: -strength[i])
     reach = z * np.sqrt(strength_var)
+    lowest, highest = strength - reach, strength + reach
 
     pairs = []
     for place, i in enumerate(order):
@@ -117,21 +162,10 @@ def _question(asked: Sequence[Vote], prior: float, rng: np.random.Generator) -> 
             spread = rate_var[i, j]
             effective = rate * (1 - rate) / spread if spread > 0 and 0 < rate < 1 else n
             low, high = wilson(rate * effective, effective, z)
-            pairs.append(
-                {
-                    "a": models[i],
-                    "b": models[j],
-                    "n": n,
-                    "wins_a": wins_a,
-                    "wins_b": wins_b,
-                    "ties": n - wins_a - wins_b,
-                    "rate": rate,
-                    "low": low,
-                    "high": high,
-                    "difference": (wins_a - wins_b) / n,
-                    "ratio": wins_a / wins_b if wins_b else None,
-                }
-            )
+            pair = {"a": models[i], "b": models[j], "n": n, "wins_a": wins_a, "wins_b": wins_b}
+            pair |= {"ties": n - wins_a - wins_b, "rate": rate, "low": low, "high": high}
+            pair |= {"difference": (wins_a - wins_b) / n}
+            pairs.append(pair | {"ratio": wins_a / wins_b if wins_b else None})
     sided = [vote.answer for vote in votes if vote.answer in ("left", "right")]
     left = sided.count("left")
     same, repeats = _repeats(asked)
@@ -140,9 +174,7 @@ def _question(asked: Sequence[Vote], prior: float, rng: np.random.Generator) -> 
         "votes": len(votes),
         "order": [models[i] for i in order],
         "strength": {models[i]: float(strength[i]) for i in order},
-        "interval": {
-            models[i]: [float(strength[i] - reach[i]), float(strength[i] + reach[i])] for i in order
-        },
+        "interval": {models[i]: [float(lowest[i]), float(highest[i])] for i in order},
         "pairs": pairs,
         "alpha": krippendorff([(vote.trial, vote.choice) for vote in votes]),
         "repeats": {"same": same, "of": repeats},
@@ -194,16 +226,14 @@ def krippendorff(values: Sequence[tuple[str, str]]) -> float | None:
 
 def _repeats(votes: Sequence[Vote]) -> tuple[int, int]:
     """Of repeats with exchanged sides: (answered as the first time, all)."""
-    first = {
-        (v.rater, v.prompt, frozenset((v.left, v.right))): v.choice for v in votes if not v.kind
-    }
-    pairs = [
-        (first.get((v.rater, v.prompt, frozenset((v.left, v.right)))), v.choice)
-        for v in votes
-        if v.kind == "mirror"
-    ]
-    known = [(a, b) for a, b in pairs if a is not None]
-    return sum(a == b for a, b in known), len(known)
+
+    def shown(vote: Vote) -> tuple:
+        return vote.rater, vote.prompt, frozenset((vote.left, vote.right))
+
+    first = {shown(vote): vote.choice for vote in votes if not vote.kind}
+    pairs = [(first.get(shown(vote)), vote.choice) for vote in votes if vote.kind == "mirror"]
+    known = [a == b for a, b in pairs if a is not None]
+    return sum(known), len(known)
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -220,19 +250,14 @@ def table(found: Mapping[str, Any]) -> str:
     for question, of in found["questions"].items():
         same, repeats = of["repeats"].values()
         share = f"{same / repeats:.2f} (of {repeats})" if repeats else "–"
-        lines += [
-            "",
-            f"{question}: {of['votes']} votes · α {shown(of['alpha'])} · repeats alike {share}",
-        ]
-        lines[-1] += f" · left chosen {shown(of['left_share'])} (p {shown(of['left_p'], '.3f')})"
-        lines += ["", f"{'model':40} {'strength':>8}   {'95% interval':^15}"]
+        head = f"{question}: {of['votes']} votes · α {shown(of['alpha'])} · repeats alike {share}"
+        head += f" · left chosen {shown(of['left_share'])} (p {shown(of['left_p'], '.3f')})"
+        lines += ["", head, "", f"{'model':40} {'strength':>8}   {'95% interval':^15}"]
         for model, strength in of["strength"].items():
             low, high = of["interval"][model]
             lines.append(f"{model:40} {strength:8.2f}   {low:6.2f} – {high:6.2f}")
-        lines += [
-            "",
-            f"{'pair':40} {'win rate':>8}   {'95% interval':^15} {'n':>6} {'wins':>11} ties",
-        ]
+        head = f"{'pair':40} {'win rate':>8}   {'95% interval':^15} {'n':>6} {'wins':>11} ties"
+        lines += ["", head]
         for p in of["pairs"]:
             wins = f"{p['wins_a']} : {p['wins_b']}"
             lines.append(

@@ -8,10 +8,11 @@ length, a similarity is factor · c, or factor · max(c, 0) where it is clamped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -30,25 +31,16 @@ from pixart_jax.weights.checkpoints import select
 from pixart_jax.weights.files import open_tensors
 from pixart_jax.weights.hub import model_folder
 
-LARGE = "openai/clip-vit-large-patch14"
+BASE, LARGE = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 HUGE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 REWARD_MEAN, REWARD_DEVIATION = 0.16717362830052426, 1.0333394966054072
 
-
-class Definition(NamedTuple):
-    """One of the measures that are called CLIP score. model: its customary one."""
-
-    factor: float
-    clamp: bool
-    prefix: str
-    model: str
-
-
-DEFINITIONS = {
+Fit = Callable[[np.ndarray], np.ndarray] | None
+DEFINITIONS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (its customary model, similarity)
     # T2I-CompBench and GigaGAN; torchmetrics; Hessel et al. 2021
-    "cosine": Definition(1.0, False, "", LARGE),
-    "torchmetrics": Definition(100.0, True, "", LARGE),
-    "hessel": Definition(2.5, True, "A photo depicts ", "openai/clip-vit-base-patch32"),
+    "cosine": (LARGE, {}),
+    "torchmetrics": (LARGE, {"factor": 100.0, "clamp": True}),
+    "hessel": (BASE, {"factor": 2.5, "clamp": True, "prefix": "A photo depicts "}),
 }
 
 
@@ -60,7 +52,7 @@ class Scorer:
     model: TorchModel
     score: Callable[[Any, Sequence[str]], Any]
     facts: Mapping[str, Any]
-    fit: Callable[[np.ndarray], np.ndarray] | None = None
+    fit: Fit = None
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """uint8 [h, w, 3] → float32 [3, h, w]."""
@@ -86,11 +78,7 @@ class Scorer:
 
 
 def similarity(
-    clip: TorchModel,
-    factor: float = 1.0,
-    clamp: bool = False,
-    prefix: str = "",
-    fit: Callable[[np.ndarray], np.ndarray] | None = None,
+    clip: TorchModel, factor: float = 1.0, clamp: bool = False, prefix: str = "", fit: Fit = None
 ) -> Scorer:
     """The scorer by CLIP's cosine, as above."""
 
@@ -107,8 +95,8 @@ def similarity(
 
 def clip_score(definition: str, model: str | None) -> Scorer:
     """The scorer of one of DEFINITIONS, by its customary model or another CLIP."""
-    factor, clamp, prefix, usual = DEFINITIONS[definition]
-    return similarity(_clip(model or usual), factor, clamp, prefix)
+    usual, how = DEFINITIONS[definition]
+    return similarity(_clip(model or usual), **how)
 
 
 def pickscore(model: str | None, tokenizer: str | None, head: str | None) -> Scorer:
@@ -117,15 +105,11 @@ def pickscore(model: str | None, tokenizer: str | None, head: str | None) -> Sco
     return similarity(clip, float(clip.model.logit_scale.exp()))
 
 
-def hps(version: str) -> Callable[..., Scorer]:
+def hps(model: str | None, tokenizer: str | None, head: str | None, version: str = "") -> Scorer:
     """The cosine; papers print 100 times it. version: '' or '.1'."""
-
-    def open_model(model: str | None, tokenizer: str | None, head: str | None) -> Scorer:
-        clip = _open_clip(model or f"xswu/HPSv2/HPS_v2{version}_compressed.pt", tokenizer or HUGE)
-        side = clip.model.config.vision_config.image_size
-        return similarity(clip, fit=lambda image: _whole(image, side))
-
-    return open_model
+    clip = _open_clip(model or f"xswu/HPSv2/HPS_v2{version}_compressed.pt", tokenizer or HUGE)
+    side = clip.model.config.vision_config.image_size
+    return similarity(clip, fit=lambda image: _whole(image, side))
 
 
 def aesthetic(model: str | None, tokenizer: str | None, head: str | None) -> Scorer:
@@ -175,12 +159,10 @@ def image_reward(model: str | None, tokenizer: str | None, head: str | None) -> 
 
     def score(pixels: Any, prompts: Sequence[str]) -> Any:
         seen = net.model.vision_model(pixels).last_hidden_state
-        states, *_ = net.model.text_encoder(
-            **net.processor(list(prompts), **how).to(net.model.device),
-            encoder_hidden_states=seen,
-            encoder_attention_mask=seen.new_ones(seen.shape[:2]),
-            return_dict=False,
-        )
+        tokens = net.processor(list(prompts), **how).to(net.model.device)
+        mask = seen.new_ones(seen.shape[:2])
+        attended = {"encoder_hidden_states": seen, "encoder_attention_mask": mask}
+        states, *_ = net.model.text_encoder(**tokens, **attended, return_dict=False)
         return (affine(states[:, 0]) - REWARD_MEAN) / REWARD_DEVIATION
 
     def fit(image: np.ndarray) -> np.ndarray:
@@ -192,8 +174,8 @@ def image_reward(model: str | None, tokenizer: str | None, head: str | None) -> 
 # name: (model, tokenizer, head; None: the customary ones) → the scorer
 PREFERENCES: dict[str, Callable[..., Scorer]] = {
     "pickscore": pickscore,
-    "hpsv2": hps(""),
-    "hpsv2.1": hps(".1"),
+    "hpsv2": hps,
+    "hpsv2.1": functools.partial(hps, version=".1"),
     "imagereward": image_reward,
     "aesthetic": aesthetic,
 }
@@ -339,9 +321,8 @@ def _affine(
     try:
         for n in (7, 6, 4, 2, 0):
             of = next(key for key in tensors if key.endswith(f"layers.{n}.weight"))
-            matrix, shift = (
-                np.asarray(tensors[key], "f8") for key in (of, of.replace("weight", "bias"))
-            )
+            keys = of, of.replace("weight", "bias")
+            matrix, shift = (np.asarray(tensors[key], "f8") for key in keys)
             bias, weight = bias + weight @ shift, weight @ matrix
     except (StopIteration, KeyError, ValueError):
         raise UserError(f"{path} holds no head of linear layers 0, 2, 4, 6 and 7") from None
@@ -357,9 +338,8 @@ def _whole(image: np.ndarray, side: int) -> np.ndarray:
     pixels = torch.from_numpy(image.transpose(2, 0, 1) / np.float32(255))[None]
     if (longer := max(image.shape[:2])) != side:
         height, width = (round(n * side / longer) for n in image.shape[:2])
-        pixels = torch.nn.functional.interpolate(
-            pixels, (height, width), mode="bicubic", antialias=True
-        )
+        how = {"mode": "bicubic", "antialias": True}
+        pixels = torch.nn.functional.interpolate(pixels, (height, width), **how)
         top, left = (side - height) // 2, (side - width) // 2
         edges = (left, side - width - left, top, side - height - top)
         pixels = torch.nn.functional.pad(pixels, edges)

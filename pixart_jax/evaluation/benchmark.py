@@ -5,22 +5,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from pixart_jax.errors import UserError
-from pixart_jax.evaluation import report, torch_models
-from pixart_jax.evaluation import vision_models as vision
-from pixart_jax.evaluation.detections import Row, looking, read
-from pixart_jax.evaluation.features import Extractor, ImageSet
+from pixart_jax import tables
+from pixart_jax.errors import UserError, one_line
+from pixart_jax.evaluation import report
+from pixart_jax.evaluation.features import Extractor, ImageSet, Network
 from pixart_jax.evaluation.generated import GeneratedOptions, check_list, generate_at, sampled_with
+from pixart_jax.evaluation.torch_models import Images, load, load_detector, require
 from pixart_jax.files import atomic_write, write_json
 from pixart_jax.pipeline.output import parse_share
 
+Value = TypeVar("Value")
+Row = dict[str, Any]
 _RESAMPLES = 1000  # of prompts, for an interval
 
 
@@ -51,12 +54,10 @@ class BenchmarkOptions(GeneratedOptions):
 
 
 _LOAD: dict[str, Callable[[str], Any]] = {
-    "detector": vision.Detector.load,
-    "depth": lambda path: torch_models.load(
-        path, "AutoModelForDepthEstimation", "AutoImageProcessor"
-    ),
-    "vqa": lambda path: torch_models.load(path, "BlipForQuestionAnswering"),
-    "clip": lambda path: torch_models.load(path, "CLIPModel"),
+    "detector": load_detector,
+    "depth": lambda path: load(path, "AutoModelForDepthEstimation", "AutoImageProcessor"),
+    "vqa": lambda path: load(path, "BlipForQuestionAnswering"),
+    "clip": lambda path: load(path, "CLIPModel"),
 }
 
 
@@ -69,7 +70,7 @@ class Source:
 
     kind: str
     flags: tuple[str, ...]
-    look: Callable[[Mapping[str, Any], Sequence[str], vision.Images], Iterable[list[Row]]]
+    look: Callable[[Mapping[str, Any], Sequence[str], Images], Iterable[list[Row]]]
     form: str
     parse: Callable[[Row], tuple[Any, Any]]
     judge: Callable[[str, dict], Any]
@@ -131,10 +132,14 @@ class BenchmarkRun:
         nets = {flag: _LOAD[flag](path) for flag, path in paths.items()}
         facts = {"weights": {flag: net.digest for flag, net in nets.items()}, **source.also}
 
-        def look(images: vision.Images, numbers: Sequence[int]) -> Iterable[list[Row]]:
-            return source.look(nets, [self.names[n] for n in numbers], images)
+        def compute(pixels: np.ndarray, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+            images, names = list(pixels[: len(numbers)]), [self.names[n] for n in numbers]
+            with require().inference_mode():
+                found = [json.dumps(rows).encode() for rows in source.look(nets, names, images)]
+            return {"lines": np.array(found)}
 
-        network = looking(look, [source.kind, json.dumps(facts)])
+        key = source.kind, json.dumps(facts)
+        network = Network(key=key, prepare=_as_object, compute=compute, wanted=("lines",))
         share = parse_share(self.options.share)
         found = Extractor(network, self.options.batch_size, share)(self.images, "the images")
         if found is None:
@@ -185,3 +190,77 @@ class BenchmarkRun:
         facts["list"] = sha256("\n".join(row["image"] for row in results).encode()).hexdigest()
         score = {"value": value, "interval": interval}
         report.finish(self.options.out, metric, score, n, facts, results)
+
+
+def _as_object(image: np.ndarray) -> np.ndarray:
+    """An array of one object, the image: those of a block may differ in size."""
+    holder = np.empty((), object)
+    holder[()] = image
+    return holder
+
+
+# ---- files of lines ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One detection. box: x0, y0, x1, y1 in px. depth: mean over the box, larger is nearer."""
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    colour: str | None = None
+    depth: float | None = None
+
+
+def without_masks(found: Iterable[Row]) -> list[Row]:
+    """Detections as lines hold them."""
+    return [{name: v for name, v in one.items() if name != "mask"} for one in found]
+
+
+def objects_of(row: Row) -> list[Object]:
+    """The objects {"class", "score", "box", "color"?, "depth"?} of a line, the surest first. Raises
+    ValueError, LookupError or TypeError for another form."""
+    found = []
+    for one in row["objects"]:
+        x0, y0, x1, y1 = box = tuple(float(value) for value in one["box"])
+        depth = None if one.get("depth") is None else float(one["depth"])
+        score = float(one["score"])
+        if not all(map(math.isfinite, (*box, score, depth or 0))) or x0 > x1 or y0 > y1:
+            raise ValueError(f"box {list(box)}, score {score}, depth {depth}")
+        if not isinstance(name := one["class"], str):
+            raise TypeError(f"class {name!r}")
+        found.append(Object(name, score, (x0, y0, x1, y1), one.get("color"), depth))
+    return sorted(found, key=lambda one: -one.score)
+
+
+def parsed(path: Path, form: str, parse: Callable[[Row], Value]) -> Iterator[tuple[str, Value]]:
+    """(place, parse(row)) of each row of a table. form: of a row, for errors. Raises UserError for
+    a bad row."""
+
+    def refuse(place: str, kind: str, detail: str, repaired: bool) -> NoReturn:
+        raise UserError(f"{place}: {detail}")
+
+    for place, row in tables.rows(path, refuse):
+        try:
+            found = parse(row)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"{place}: {form} is needed ({one_line(error)})") from None
+        yield place, found
+
+
+def read(
+    path: Path, form: str, parse: Callable[[Row], tuple[Any, Value]], name: Callable[[str], str]
+) -> dict[str, dict[Any, Value]]:
+    """Image → {key: value} of a file of lines, each parsed to (key, value). form: of a line, for
+    errors. name: of an image in the list, by its path. Raises UserError for a bad line, and for a
+    line twice."""
+    found: dict[str, dict[Any, Value]] = {}
+    lines = parsed(path, form, lambda row: (name(row["image"]), parse(row)))
+    for place, (image, (key, value)) in lines:
+        if key in (held := found.setdefault(image, {})):
+            raise UserError(f"{place}: a second line of {image}{f', {key}' if key else ''}")
+        held[key] = value
+    if not found:
+        raise UserError(f"{path} holds no lines")
+    return found
