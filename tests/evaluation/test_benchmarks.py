@@ -9,32 +9,19 @@ import json
 import numpy as np
 import pytest
 
-from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation import checker, command, compbench, dpg, geneval, vision_models
-from pixart_jax.evaluation.detections import Object
+from pixart_jax.evaluation import checker, compbench, dpg, geneval
+from pixart_jax.evaluation.benchmark import Object
 from pixart_jax.evaluation.phrases import Phrasebook
 from pixart_jax.evaluation.tasks import eval_prompts
+from tests.evaluation.calls import evaluate, refused, rows_of, score_of, write_rows
 
-BOOK = Phrasebook()
+BOOK = Phrasebook.by()
 
 
 def thing(name, score, *box, colour=None, depth=None):
     return Object(name, score, tuple(map(float, box)), colour, depth)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def evaluate(*argv) -> int:
-    return cli.run(command.main, [str(word) for word in argv])
-
-
-def score_of(folder):
-    return json.loads((folder / "score.json").read_text())
 
 
 # ---- phrases ----
@@ -99,9 +86,8 @@ def spatial(prompt, *found, complex=False):
 def test_spatial_relations(relation, cat, dog, position):
     found = thing("cat", 0.9, *cat), thing("dog", 0.8, *dog)
     expected = 0.25 * 0.9 + 0.25 * 0.8 + position / 2
-    assert spatial(f"a cat {relation} a dog", *found) == pytest.approx(
-        expected if expected >= 0.5 else 0
-    )
+    expected = expected if expected >= 0.5 else 0
+    assert spatial(f"a cat {relation} a dog", *found) == pytest.approx(expected)
 
 
 def test_spatial_scores_below_one_half_are_zero():
@@ -288,13 +274,13 @@ def test_an_object_is_cut_out_on_grey():
     mask = np.zeros((5, 6), bool)
     mask[1:4, 2:5] = True
     mask[2, 3] = False
-    cut = vision_models.crop(image, [2, 1, 5, 4], mask)
+    cut = geneval.crop(image, [2, 1, 5, 4], mask)
     assert cut.shape == (3, 3, 3)
     assert (cut[1, 1] == 0x99).all()  # #999
     outside = np.ones((3, 3), bool)
     outside[1, 1] = False
     np.testing.assert_array_equal(cut[outside], image[1:4, 2:5][outside])
-    assert vision_models.crop(image, [5.6, 4.7, 5.9, 5.0], None).shape == (1, 1, 3)
+    assert geneval.crop(image, [5.6, 4.7, 5.9, 5.0], None).shape == (1, 1, 3)
 
 
 # ---- DPG-Bench ----
@@ -327,25 +313,23 @@ def test_dpg_scores_from_answers(tmp_path, capsys):
     ]
     rows[0] |= {"answer": "no"}  # part 0 of p1: all three fall
     flags = "--benchmark", tmp_path, "--out", tmp_path / "out"
-    answers = write(tmp_path / "answers.jsonl", rows)
+    answers = write_rows(tmp_path / "answers.jsonl", rows)
     assert evaluate("dpg", "--answers", answers, *flags) == 0
     score = score_of(tmp_path / "out")
     assert score["metric"] == "dpg (vqa=answers.jsonl)"
     assert score["value"] == pytest.approx(100 * (7 / 8))
     assert score["categories"] == {"entity": pytest.approx(100 * 11 / 12), "relation": 100}
-    write(answers, rows[:-1])
-    assert evaluate("dpg", "--answers", answers, *flags) == 2
-    assert "p2.png: not the answers to 1 questions of 4 parts" in capsys.readouterr().err
+    write_rows(answers, rows[:-1])
+    error = refused(capsys, "dpg", "--answers", answers, *flags)
+    assert "p2.png: not the answers to 1 questions of 4 parts" in error
 
 
 # ---- the files between the two steps ----
 
 
 def row(image, *objects, **more):
-    return {
-        "image": image,
-        "objects": [{"class": n, "score": s, "box": b} for n, s, b in objects],
-    } | more
+    listed = [{"class": name, "score": score, "box": box} for name, score, box in objects]
+    return {"image": image, "objects": listed, **more}
 
 
 def test_geneval_from_a_file(tmp_path, capsys):
@@ -353,7 +337,7 @@ def test_geneval_from_a_file(tmp_path, capsys):
         {"tag": "single_object", "include": [ONE], "prompt": "a photo of a bench"},
         {"tag": "two_object", "include": [ONE, CAR], "prompt": "a photo of a bench and a car"},
     ]
-    metadata = write(tmp_path / "metadata.jsonl", lines)
+    metadata = write_rows(tmp_path / "metadata.jsonl", lines)
     bench, car = ("bench", 0.9, A), ("car", 0.8, B)
     rows = [
         row("00001/samples/0001.png", car),
@@ -362,31 +346,24 @@ def test_geneval_from_a_file(tmp_path, capsys):
         row("00000/samples/0001.png", bench),
     ]
     flags = "--metadata", metadata, "--out", tmp_path / "out", "--detections"
-    assert evaluate("geneval", *flags, write(tmp_path / "d.jsonl", rows)) == 0
+    assert evaluate("geneval", *flags, write_rows(tmp_path / "d.jsonl", rows)) == 0
     score = score_of(tmp_path / "out")
     assert score["tasks"] == {"single_object": 1, "two_object": 0.5} and score["value"] == 0.75
     assert score["absent"] == ["counting", "colors", "position", "color_attr"]
-    results = [json.loads(x) for x in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert [r["image"] for r in results] == [
-        f"0000{i}/samples/000{j}.png" for i in (0, 1) for j in (0, 1)
-    ]
+    results = rows_of(tmp_path / "out/results.jsonl")
+    names = [f"0000{i}/samples/000{j}.png" for i in (0, 1) for j in (0, 1)]
+    assert [r["image"] for r in results] == names
     assert results[3]["reason"] == "0 of 1 bench" and not results[3]["correct"]
     assert "absent, and not in the mean: counting" in capsys.readouterr().out
     for some, message in [
-        (
-            rows[:-1],
-            "d.jsonl: 1 of 4 images of the list are missing, the first is 00000/samples/0001",
-        ),
+        (rows[:-1], "d.jsonl: 1 of 4 images of the list are missing, the first is " + names[1]),
         ([*rows, row("00002/samples/0000.png")], "00002/samples/0000.png is not in the list"),
         ([*rows, rows[0]], "d.jsonl, line 5: a second line of 00001/samples/0001.png"),
         ([row("a.png")], "d.jsonl, line 1: an image and objects"),
-        (
-            [row("00000/samples/0000.png", ("bench", 0.9, [3, 0, 1, 1]))],
-            "d.jsonl, line 1: an image",
-        ),
+        ([row(names[0], ("bench", 0.9, [3, 0, 1, 1]))], "d.jsonl, line 1: an image"),
     ]:
-        assert evaluate("geneval", *flags, write(tmp_path / "d.jsonl", some)) == 2
-        assert message in capsys.readouterr().err
+        file = write_rows(tmp_path / "d.jsonl", some)
+        assert message in refused(capsys, "geneval", *flags, file)
 
 
 def test_compbench_from_answers_and_the_benchmarks_list(tmp_path, capsys):
@@ -396,7 +373,7 @@ def test_compbench_from_answers_and_the_benchmarks_list(tmp_path, capsys):
     rows = [{"image": name, "chunk": "a", "p_yes": 0.3, "p_no": 0.1} for name in names]
     rows.append({"image": names[0], "chunk": "b", "p_yes": 0.1, "p_no": 0.1})
     flags = "--category", "color", "--out", tmp_path / "out", "--answers"
-    assert evaluate("compbench", *flags, write(tmp_path / "a.jsonl", rows)) == 0
+    assert evaluate("compbench", *flags, write_rows(tmp_path / "a.jsonl", rows)) == 0
     score = score_of(tmp_path / "out")
     assert score["value"] == pytest.approx((0.375 + 3 * 0.75) / 4)
     assert score["metric"] == "color (vqa=a.jsonl)"
@@ -404,8 +381,8 @@ def test_compbench_from_answers_and_the_benchmarks_list(tmp_path, capsys):
     assert official[0] == {"question_id": 0, "answer": "0.3750"}
     listed = "--benchmark", tmp_path, "--per-prompt", 2
     assert evaluate("compbench", *flags, tmp_path / "a.jsonl", *listed) == 0
-    assert evaluate("compbench", *flags, tmp_path / "a.jsonl", *listed[:2]) == 2
-    assert "18 of 20 images of the list are missing" in capsys.readouterr().err
+    error = refused(capsys, "compbench", *flags, tmp_path / "a.jsonl", *listed[:2])
+    assert "18 of 20 images of the list are missing" in error
     table = "--save-questions", tmp_path / "table.json", "--benchmark", tmp_path
     assert evaluate("compbench", "--category", "color", "--out", tmp_path, *table) == 0
     assert "SHA-256" in capsys.readouterr().out
@@ -420,10 +397,7 @@ def test_compbench_from_answers_and_the_benchmarks_list(tmp_path, capsys):
         ("compbench --category spatial", "give --detections FILE, or --images DIR with --detector"),
         ("compbench --category 3d_spatial --detections d.jsonl", "needs each object's depth"),
         ("compbench --category color --answers d.jsonl", "d.jsonl, line 1: an image, a chunk"),
-        (
-            "compbench --category spatial --detections d.jsonl --questions d.jsonl",
-            "not a table of phrases",
-        ),
+        ("compbench --category spatial --detections d.jsonl --questions d.jsonl", "not a table"),
         ("dpg --answers d.jsonl", "dpg_bench.csv"),
         ("dpg --answers d.jsonl --benchmark .", "holds no dpg_bench.csv"),
     ],
@@ -431,10 +405,8 @@ def test_compbench_from_answers_and_the_benchmarks_list(tmp_path, capsys):
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     image = row("a cat behind a dog_000000.png", ("cat", 0.9, A), ("dog", 0.9, B), size=[9, 9])
-    write(tmp_path / "d.jsonl", [image])
-    assert evaluate(*argv.split(), "--out", "out") == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    write_rows(tmp_path / "d.jsonl", [image])
+    assert message in refused(capsys, *argv.split(), "--out", "out")
     assert not (tmp_path / "out/score.json").exists()
 
 
@@ -486,7 +458,7 @@ def test_geneval_of_true_images_and_of_shuffled_captions(world, tmp_path, shuffl
                 rows.append({"image": f"{len(metadata):05d}/samples/0000.png"})
                 rows[-1]["objects"] = lines_of(found)
                 metadata.append(line | {"prompt": asked.caption})
-    files = write(tmp_path / "m.jsonl", metadata), write(tmp_path / "d.jsonl", rows)
+    files = write_rows(tmp_path / "m.jsonl", metadata), write_rows(tmp_path / "d.jsonl", rows)
     out = "--out", tmp_path / "out"
     assert evaluate("geneval", "--metadata", files[0], "--detections", files[1], *out) == 0
     score = score_of(tmp_path / "out")
@@ -500,9 +472,8 @@ def test_compbench_of_true_images_and_of_shuffled_captions(world, tmp_path, cate
     words = "one two three four five six".split()
     relations = {"left of": "on the left of", "right of": "on the right of"}
     relations |= {"above": "on the top of", "below": "on the bottom of"}
-    some = [
-        pair for pair in world if pair[0].set == ("count" if category == "numeracy" else "pair")
-    ]
+    kind = "count" if category == "numeracy" else "pair"
+    some = [pair for pair in world if pair[0].set == kind]
     # TextBlob takes the cross of "a cyan cross" for a verb
     some = [pair for pair in some if category != "color" or "cyan" not in pair[0].caption]
 
@@ -510,9 +481,8 @@ def test_compbench_of_true_images_and_of_shuffled_captions(world, tmp_path, cate
         a, b = prompt.scene.objects[0], prompt.scene.objects[-1]
         if category == "numeracy":
             n = len(prompt.scene.objects)
-            return (
-                f"{words[n - 1]} {shapes.PLURALS.get(a.shape, f'{a.shape}s') if n > 1 else a.shape}"
-            )
+            plural = shapes.PLURALS.get(a.shape, f"{a.shape}s")
+            return f"{words[n - 1]} {plural if n > 1 else a.shape}"
         if category == "color":
             return f"a {a.colour} {a.shape} and a {b.colour} {b.shape}"
         return f"a {a.shape} {relations[prompt.scene.relation]} a {b.shape}"
@@ -528,8 +498,8 @@ def test_compbench_of_true_images_and_of_shuffled_captions(world, tmp_path, cate
             for chunk in BOOK[prompt].chunks if category == "color" else ():
                 yes = 0.99 if chunk in seen else 0.01
                 rows.append({"image": image, "chunk": chunk, "p_yes": yes, "p_no": 1 - yes})
-        kind = "--answers" if category == "color" else "--detections"
-        flags = kind, write(tmp_path / "lines.jsonl", rows), "--out", tmp_path / "out"
+        given = "--answers" if category == "color" else "--detections"
+        flags = given, write_rows(tmp_path / "lines.jsonl", rows), "--out", tmp_path / "out"
         assert evaluate("compbench", "--category", category, *flags) == 0
         return score_of(tmp_path / "out")["value"]
 

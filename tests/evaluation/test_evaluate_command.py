@@ -3,13 +3,10 @@ on the shipped model."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_jax import cli
 from pixart_jax.data import shapes
 from pixart_jax.evaluation import command
 from pixart_jax.evaluation.command import SHIPPED, ShapesOptions, VAEOptions
@@ -17,6 +14,7 @@ from pixart_jax.evaluation.tasks import eval_prompts
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.weights import lora
+from tests.evaluation.calls import evaluate, refused, score_of
 
 
 class TruePipeline:
@@ -41,15 +39,15 @@ class TruePipeline:
             yield positions, batch
 
 
-def evaluate(monkeypatch, pipe, *flags) -> int:
+def shapes_of(monkeypatch, pipe, *flags) -> int:
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda folder, variant: pipe)
-    return cli.run(command.main, ["shapes", *flags])
+    return evaluate("shapes", *flags)
 
 
 def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
     out, pipe = tmp_path / "a" / "score", TruePipeline("plain", 10, wrong=5)
     flags = f"--per-task 10 --steps 7 --guidance 3 --seed 5 --model {tmp_path} --out {out}".split()
-    assert evaluate(monkeypatch, pipe, *flags) == 0
+    assert shapes_of(monkeypatch, pipe, *flags) == 0
     how = {"steps": 7, "guidance": 3.0, "solver": "dpm++"}
     assert pipe.calls == [{"size": (64, 64), "count": 50, "seed": 5, **how}]
     printed = capsys.readouterr().out.splitlines()
@@ -57,7 +55,7 @@ def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
     for task in ("colour", "binding", "withheld: binding", "mean of the six main tasks"):
         assert rows[task][0] == "0.800"
     assert rows["colour"][-1] == "10"
-    record = json.loads((out / "score.json").read_text())
+    record = score_of(out)
     assert record["tasks"]["position"]["score"] == 0.8
     assert (record["level"], record["seed"], len(record["images"])) == ("plain", 5, 50)
     assert record["images"][4]["found"] == [] and record["images"][5]["right"]["colour"]
@@ -70,7 +68,7 @@ def test_shapes_from_flags_to_files(monkeypatch, tmp_path, capsys):
 def test_sizes_are_generated_apart_and_come_back_in_order(monkeypatch, capsys):
     pipe = TruePipeline("aesthetic", 6)
     flags = "--level aesthetic --per-task 6 --batch-size 4".split()
-    assert evaluate(monkeypatch, pipe, *flags) == 0
+    assert shapes_of(monkeypatch, pipe, *flags) == 0
     # the model's own guidance where none is given
     assert {call["guidance"] for call in pipe.calls} == {1.75}
     assert len({call["size"] for call in pipe.calls}) == len(pipe.calls) > 1
@@ -92,24 +90,22 @@ def test_sizes_are_generated_apart_and_come_back_in_order(monkeypatch, capsys):
 def test_mistakes_are_one_line_and_status_2(argv, says, tmp_path, capsys):
     (tmp_path / "FILE").write_text("in the way")
     argv = [a.replace("FILE", str(tmp_path / "FILE")) for a in argv]
-    assert cli.run(command.main, argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert says in refused(capsys, *argv)
 
 
 def test_help_names_what_can_be_evaluated(capsys):
-    assert cli.run(command.main, ["--help"]) == 0
+    assert evaluate("--help") == 0
     printed = capsys.readouterr().out
     assert all(what in printed for what in ("shapes", "vae", "checker"))
-    assert cli.run(command.main, []) == 2
+    assert evaluate() == 2
 
 
 def test_the_checker_scores_each_level(tmp_path, capsys):
-    assert cli.run(command.main, ["checker", "--per-task", "3", "--out", str(tmp_path)]) == 0
+    assert evaluate("checker", "--per-task", 3, "--out", tmp_path) == 0
     printed = capsys.readouterr().out
     for level in shapes.COLOURED:
         assert f"level {level}" in printed
-        assert json.loads((tmp_path / level / "score.json").read_text())["mean"]["score"] == 1.0
+        assert score_of(tmp_path / level)["mean"]["score"] == 1.0
 
 
 class CoarseVAE:
@@ -154,17 +150,16 @@ def test_shapes_with_a_lora_is_the_merged_model(tmp_path, capsys):
     a, b = rng.normal(size=(depth, inputs, 2)), rng.normal(size=(depth, 2, outputs)) / 10
     tree = {"blocks": {"attn": {"q": {"a": np.float32(a), "b": np.float32(b)}}}}
     lora.save(tmp_path / "style", tree, lora.Plain.of(tree))
-    common = ["--per-task", "2", "--steps", "2", "--lora", f"{tmp_path}/style:0.5"]
-    assert cli.run(command.main, ["shapes", *common, "--out", str(tmp_path / "out")]) == 0
+    flags = f"--per-task 2 --steps 2 --lora {tmp_path}/style:0.5 --out {tmp_path}/out".split()
+    assert evaluate("shapes", *flags) == 0
     assert "lora style:0.5" in capsys.readouterr().out
-    record = json.loads((tmp_path / "out" / "score.json").read_text())
+    record = score_of(tmp_path / "out")
     (recorded,) = record["lora"]
     assert recorded["name"] == "style" and recorded["weight"] == 0.5
     pipe = pipe.replace(transformer=pipe.transformer.with_lora(tmp_path / "style", 0.5))
     (path,) = (tmp_path / "out").glob("sheet.png")
     assert path.stat().st_size > 0
-    score = command.evaluate_shapes(
-        ShapesOptions(per_task=2, sampling=SamplingConfig(steps=2)), pipe
-    )
+    options = ShapesOptions(per_task=2, sampling=SamplingConfig(steps=2))
+    score = command.evaluate_shapes(options, pipe)
     tasks = {name: task["score"] for name, task in record["tasks"].items()}
     assert {name: round(task.score, 4) for name, task in score.tasks.items()} == tasks

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_jax import cli
-from pixart_jax.errors import Notice, UserError
-from pixart_jax.evaluation import command, features, generated, inception, protocol
+from pixart_jax.errors import UserError
+from pixart_jax.evaluation import coco, features, generated, inception
 from pixart_jax.evaluation.features import Extractor, ImageSet, on_devices
 from pixart_jax.evaluation.set_scores import kid
-from pixart_jax.images import write_png
 from pixart_jax.pipeline.output import PromptShard
+from tests.evaluation.calls import evaluate, refused, score_of, write_images
 
 NET = inception.Inception({"w": np.ones(1, np.float32)}, "stand-in", "d1935c")
 
@@ -44,27 +41,21 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.setattr(inception, "random", lambda seed: NET)
     for name in ("pool", "spatial"):
         monkeypatch.setitem(inception.WIDTHS, name, 27)
-    monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / "cache")
     return tmp_path
 
 
 def pictures(folder, count, seed, side=16, **settings):
     rng = np.random.default_rng(seed)
-    folder.mkdir()
-    for i in range(count):
-        image = np.clip(rng.normal(90 + 3 * seed, 60, (side, side, 3)), 0, 255).astype(np.uint8)
-        own = {"prompt": f"picture {i}", "index": i, "seed": i, **settings}
-        write_png(folder / f"{i:03d}.png", image, own if settings else None)
-    return folder
+    images = (rng.normal(90 + 3 * seed, 60, (side, side, 3)) for _ in range(count))
+    images = [np.clip(image, 0, 255).astype(np.uint8) for image in images]
+    names = [f"{n:03d}.png" for n in range(count)]
+    return write_images(folder, images, names if settings else (), names, **settings)
 
 
-def fid(*argv) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Notice)
-        return cli.run(command.main, ["fid", *map(str, argv)])
+fid = functools.partial(evaluate, "fid")
 
 
-def test_from_folders_to_the_score_and_its_files(stand_in, capsys):
+def test_from_folders_to_the_score_and_its_files(stand_in, capsys, monkeypatch):
     a = pictures(stand_in / "a", 23, 1, steps=20, guidance=4.5, solver="dpm++")
     b = pictures(stand_in / "b", 20, 5)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(a / "grid.png")  # sample.py's sheet
@@ -73,13 +64,11 @@ def test_from_folders_to_the_score_and_its_files(stand_in, capsys):
     metrics = ["--metrics", "fid", "kid", "sfid", "is", "prdc", "fid_infinity"]
     files = ["--out", out, "--save-statistics", saved]
     assert fid(a, "--reference", b, *common, *metrics, *files) == 0
-    record = json.loads((out / "score.json").read_text())
+    record = score_of(out)
     printed = capsys.readouterr().out
     assert "mode clean" in printed and "precision" in printed and "fid_infinity" in printed
-    assert record["metric"] == "fid (stand-in)" and record["n"] == {
-        "generated": 23,
-        "reference": 20,
-    }
+    assert record["metric"] == "fid (stand-in)"
+    assert record["n"] == {"generated": 23, "reference": 20}
     assert record["interval"][0] < record["value"] < record["interval"][1]
     assert (record["mode"], record["steps"], record["guidance"]) == ("clean", 20, 4.5)
     assert record["seeds"] == [0, 22] and len(record["prompts"]) == 64
@@ -96,27 +85,22 @@ def test_from_folders_to_the_score_and_its_files(stand_in, capsys):
 
     # the statistics stand for the folder, and are those of one mode, network and size
     assert fid("--generated", a, "--reference", saved, *common, "--out", out) == 0
-    again = json.loads((out / "score.json").read_text())
+    again = score_of(out)
     assert again["value"] == pytest.approx(record["value"], rel=1e-6)
     assert again["n"]["reference"] == 20
     hashes = [of["images"]["reference"]["sha256"] for of in (record, again)]
     assert hashes[0] == hashes[1]
-    capsys.readouterr()
     for flags, says in (
         (["--mode", "pytorch"], "mode clean, not pytorch"),
         (["--size", 8], "size 0, not 8"),
         (["--metrics", "kid"], "give a folder"),
         (["--metrics", "sfid", "prdc"], "give a folder"),
     ):
-        assert fid(a, "--reference", saved, *common, *flags) == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and says in err, err
-    object.__setattr__(NET, "digest", "another")
-    try:
-        assert fid(a, "--reference", saved, *common) == 2
-        assert "weights d1935c, not another" in capsys.readouterr().err
-    finally:
-        object.__setattr__(NET, "digest", "d1935c")
+        assert says in refused(capsys, "fid", a, "--reference", saved, *common, *flags)
+    other = dataclasses.replace(NET, digest="another")
+    monkeypatch.setattr(inception, "random", lambda seed: other)
+    error = refused(capsys, "fid", a, "--reference", saved, *common)
+    assert "weights d1935c, not another" in error
 
 
 def test_statistics_alone_and_adms_files(stand_in, capsys):
@@ -131,14 +115,12 @@ def test_statistics_alone_and_adms_files(stand_in, capsys):
     np.savez(stand_in / "adm.npz", arr_0=stack, **statistics, **spatial)
     flags += ["--reference", stand_in / "adm.npz"]
     assert fid(*flags, "--metrics", "fid", "prdc", "--out", stand_in / "out") == 0
-    record = json.loads((stand_in / "out" / "score.json").read_text())
+    record = score_of(stand_in / "out")
     scores = record["scores"]
     assert record["n"] == {"generated": 20, "reference": None}  # the file does not say it
     assert scores["fid"]["value"] == pytest.approx(0, abs=1e-6)
     assert scores["precision"]["value"] == 1.0 and scores["coverage"]["value"] == 1.0
-    capsys.readouterr()
-    assert fid(*flags, "--mode", "clean") == 2
-    assert "mode tensorflow, not clean" in capsys.readouterr().err
+    assert "mode tensorflow, not clean" in refused(capsys, "fid", *flags, "--mode", "clean")
 
 
 def test_any_number_of_processes_and_a_restart_give_the_same_bits(stand_in, monkeypatch):
@@ -186,14 +168,14 @@ def test_sizes_are_made_alike_by_a_square_cut(stand_in, capsys):
         wide[2:18] = np.asarray(Image.open(a / f"{i:03d}.png"))
         Image.fromarray(wide).save(stand_in / "c" / f"{i}.png")
     flags = [a, "--reference", stand_in / "c", "--random-inception", 0, "--out", stand_in]
-    assert fid(*flags) == 2
-    assert "16×16" in (err := capsys.readouterr().err) and "20×16" in err and "--size" in err
+    error = refused(capsys, "fid", *flags)
+    assert "16×16" in error and "20×16" in error and "--size" in error
     assert fid(*flags, "--size", 16) == 0
-    assert json.loads((stand_in / "score.json").read_text())["value"] == pytest.approx(0, abs=1e-6)
+    assert score_of(stand_in)["value"] == pytest.approx(0, abs=1e-6)
 
 
 def test_no_images_are_named(capsys):
-    assert fid("--random-inception", 0) == 2 and "give --generated" in capsys.readouterr().err
+    assert "give --generated" in refused(capsys, "fid", "--random-inception", 0)
 
 
 @pytest.fixture(scope="module")
@@ -229,10 +211,7 @@ def bad_inputs(tmp_path_factory):
         ("ok --reference narrow.npz --random-inception 0", "of 5 numbers, not 27"),
         ("ok --reference nan.npz --random-inception 0", "NaN"),
         ("ok --reference ok --features cmmd --random-inception 0", "uses --model"),
-        (
-            "ok --reference ok --random-inception 0 --metrics cmmd",
-            "is not available with --features",
-        ),
+        ("ok --reference ok --random-inception 0 --metrics cmmd", "not available with --features"),
         ("empty --reference ok --random-inception 0", "holds no images"),
         ("ok --reference single --random-inception 0", "holds one image"),
         ("mixed --reference ok --random-inception 0", "differ in size"),
@@ -250,10 +229,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
     flags, says, bad_inputs, stand_in, capsys, monkeypatch
 ):
     monkeypatch.chdir(bad_inputs)
-    assert fid("--out", stand_in / "out", "--generated", *flags.split()) == 2
-    err = capsys.readouterr().err.split("\r")[-1].lstrip("\n")
-    line = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(line) == 1 and says in line[0], err
+    given = "--out", stand_in / "out", "--generated", *flags.split()
+    assert says in refused(capsys, "fid", *given)
     assert not (stand_in / "out" / "score.json").exists()
 
 
@@ -272,7 +249,7 @@ def test_images_are_generated_first_by_sample_pys_command(stand_in, monkeypatch)
     (line,) = ran
     assert line[1:4] == ["-m", "pixart_jax", "sample"]
     assert line[4:] == ["--out", str(stand_in / "a"), *"--prompts list.txt --guidance 2".split()]
-    assert json.loads((stand_in / "score.json").read_text())["steps"] == 3
+    assert score_of(stand_in)["steps"] == 3
     monkeypatch.setattr(generated.subprocess, "run", lambda c: subprocess.CompletedProcess(c, 2))
     assert fid(stand_in / "a", *flags, "--", "--prompt") == 2
 
@@ -280,7 +257,6 @@ def test_images_are_generated_first_by_sample_pys_command(stand_in, monkeypatch)
 def test_the_coco_protocol_and_its_sweep_over_guidance(stand_in, capsys):
     """The list of captions, its hash in the score; the square cut of both sides; a folder a
     guidance, and the lowest of them."""
-    pictures(stand_in / "coco", 0, 1)
     pictures(stand_in / "coco" / "val2014", 9, 4, side=24)
     (stand_in / "coco" / "annotations").mkdir()
     files = [{"id": 7 + i, "file_name": f"{i:03d}.png"} for i in range(9)]
@@ -289,25 +265,21 @@ def test_the_coco_protocol_and_its_sweep_over_guidance(stand_in, capsys):
     ]
     held = {"images": files, "annotations": captions}
     (stand_in / "coco" / "annotations" / "captions_val2014.json").write_text(json.dumps(held))
-    rows = protocol.caption_list(stand_in / "coco" / protocol.ANNOTATIONS, 6)
-    again = protocol.caption_list(stand_in / "coco" / protocol.ANNOTATIONS, 6)
+    rows = coco.caption_list(stand_in / "coco" / coco.ANNOTATIONS, 6)
+    again = coco.caption_list(stand_in / "coco" / coco.ANNOTATIONS, 6)
     assert rows == again and len({row["file"] for row in rows}) == 6
     for row in rows:
         of = 7 + int(row["prompt"].split()[-1]) % 8
         assert row["prompt"].startswith("A thing ") and files[of - 7]["file_name"] == row["file"]
-    (stand_in / "made").mkdir()
     for n, guidance in enumerate((1.5, 4)):
         folder = stand_in / "made" / f"guidance-{guidance:g}"
-        pictures(folder, 0, 1)
-        for i, row in enumerate(rows):
-            image = np.full((20, 16, 3), 100 + 40 * n + i, np.uint8)
-            settings = {"prompt": row["prompt"], "index": i, "seed": 0, "guidance": guidance}
-            write_png(folder / f"{i}.png", image, settings)
+        images = [np.full((20, 16, 3), 100 + 40 * n + i, np.uint8) for i in range(6)]
+        write_images(folder, images, [row["prompt"] for row in rows], guidance=guidance)
     flags = ["--coco", stand_in / "coco", "--coco-captions", 6, "--random-inception", 0]
     out = ["--out", stand_in / "out", "--guidance", 1.5, 4]
     assert fid(stand_in / "made", *flags, *out) == 0, capsys.readouterr().err
-    record = json.loads((stand_in / "out" / "score.json").read_text())
-    one = json.loads((stand_in / "out" / "guidance-4" / "score.json").read_text())
+    record = score_of(stand_in / "out")
+    one = score_of(stand_in / "out" / "guidance-4")
     assert [point["guidance"] for point in record["sweep"]] == [1.5, 4.0]
     assert record["value"] == min(point["fid"] for point in record["sweep"])
     assert record["sweep"][1]["fid"] == one["value"] and one["guidance"] == 4
@@ -315,57 +287,40 @@ def test_the_coco_protocol_and_its_sweep_over_guidance(stand_in, capsys):
     assert one["captions"] == {"sha256": hashlib.sha256(listed).hexdigest(), "n": 6}
     assert one["size"] == 256 and one["n"] == {"generated": 6, "reference": 9}
     assert Image.open(stand_in / "out" / "sweep.png").size[0] > 500
-    capsys.readouterr()
     for more, says in (
         (["--coco-captions", 9], "has captions of 8 images, not 9"),
         (["--coco-captions", 5], "does not fit"),
         (["--coco", stand_in], "no file"),
     ):
-        assert fid(stand_in / "made", *flags, *out, *more) == 2
-        assert says in capsys.readouterr().err
+        assert says in refused(capsys, "fid", stand_in / "made", *flags, *out, *more)
 
 
 @pytest.mark.slow
-def test_inception_over_processes_after_kill_9_and_on_generated_images(tmp_path, root):
-    """64 images: four processes, and one that is killed and starts again, equal one to the bit;
-    renders are nearer to renders than noise is; images are generated by the command itself."""
+def test_inception_over_processes_and_on_generated_images(tmp_path, root):
+    """64 images: four processes equal one to the bit; renders are nearer to renders than noise is;
+    images are generated by the command itself."""
     from pixart_jax.data import shapes
     from pixart_jax.evaluation.tasks import eval_prompts
 
     prompts = eval_prompts("plain", 40)[:64]
     for name, some in (("a", prompts[:32]), ("b", prompts[32:])):
-        (tmp_path / name).mkdir()
-        for i, prompt in enumerate(some):
-            Image.fromarray(shapes.render(prompt.scene)).save(tmp_path / name / f"{i}.png")
+        write_images(tmp_path / name, [shapes.render(prompt.scene) for prompt in some])
     rng = np.random.default_rng(0)
-    (tmp_path / "noise").mkdir()
-    for i in range(32):
-        noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / "noise" / f"{i}.png")
+    write_images(tmp_path / "noise", rng.integers(0, 256, (32, 64, 64, 3), dtype=np.uint8))
 
-    def evaluate(cache, generated="a", reference="b", before=(), after=()):
+    def score(cache, generated="a", before=(), after=()):
         out = tmp_path / f"{cache}-{generated}"
         words = [*before, "-m", "pixart_jax", "evaluate", "fid", str(tmp_path / generated)]
-        words += ["--reference", str(tmp_path / reference), "--random-inception", "0"]
+        words += ["--reference", str(tmp_path / "b"), "--random-inception", "0"]
         words += ["--batch-size", "8", "--out", str(out), *after]
         environment = {**os.environ, "PIXART_JAX_CACHE": str(tmp_path / cache)}
-        return out, subprocess.Popen([sys.executable, *words], cwd=root, env=environment)
-
-    def score(*args, **options):
-        out, process = evaluate(*args, **options)
-        assert process.wait() == 0
-        return json.loads((out / "score.json").read_text())
+        subprocess.run([sys.executable, *words], cwd=root, env=environment, check=True)
+        return score_of(out)
 
     one = score("one")
     assert "torch" not in one["versions"]  # which would be of an imported one
     launch = ["-m", "pixart_jax", "launch", "--processes", "4", "--"]
     assert score("four", before=launch) == one | {"images": one["images"]}
-    _, process = evaluate("killed")
-    while not list((tmp_path / "killed").glob("features/*/*.npz")):
-        time.sleep(0.2)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert score("killed") == one
     assert score("one", "noise")["value"] > 3 * one["value"]
     (tmp_path / "list.txt").write_text("".join(f"{p.caption}\n" for p in prompts[:4]))
     flags = ["--", "--prompts", str(tmp_path / "list.txt"), "--steps", "2", "--no-grid"]

@@ -124,11 +124,8 @@ def test_statistics_files_are_read_by_others_and_theirs_by_us(tmp_path):
     parts, read, _ = frechet.read(tmp_path / "own.npz")
     assert read == facts and parts["_s"].count == 40
     assert distance(parts[""], own) == pytest.approx(0, abs=1e-7)
-    adm = {
-        f"{name}{end}": getattr(own, of)
-        for end in ("", "_s")
-        for name, of in (("mu", "mean"), ("sigma", "covariance"))
-    }
+    adm = {"mu": own.mean, "sigma": own.covariance}
+    adm |= {f"{name}_s": value for name, value in adm.items()}
     np.savez(tmp_path / "adm.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), **adm)
     parts, read, images = frechet.read(tmp_path / "adm.npz")
     assert read["mode"] == "tensorflow" and images and parts[""].count == 0

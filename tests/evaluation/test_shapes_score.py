@@ -148,10 +148,8 @@ def test_the_order_of_images_does_not_matter(prompts, renders):
 def test_position_is_judged_by_the_two_that_are_meant(prompts):
     scene = next(p.scene for p in prompts if p.set == "pair" and p.scene.relation == "left of")
     places = ((10.0, 32.0), (50.0, 32.0))
-    found = [
-        Detection(o.shape, o.colour, *place, 9, 250, 0.95)
-        for o, place in zip(scene.objects, places)
-    ]
+    both = zip(scene.objects, places)
+    found = [Detection(o.shape, o.colour, *place, 9, 250, 0.95) for o, place in both]
     for some in itertools.permutations([*found, Detection("heart", "none", 60, 60, 13, 530, 0.9)]):
         assert judge("pair", scene, list(some), 1.0)["position"]
     misshapen = replace(found[0], shape="unknown")  # its colour still says which it is

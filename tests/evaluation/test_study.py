@@ -4,6 +4,7 @@ known."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -11,11 +12,10 @@ import pytest
 from PIL import Image
 from scipy import optimize, stats
 
-from pixart_jax import cli
-from pixart_jax.errors import UserError
-from pixart_jax.evaluation import command, study, study_report
+from pixart_jax.evaluation import study, study_report
 from pixart_jax.evaluation.study import Vote
 from pixart_jax.images import write_png
+from tests.evaluation.calls import evaluate, refused, score_of, write_images, write_rows
 
 MODELS = ("PixArt-XL", "Rival_2")
 PROMPTS = [f"prompt number {n}, with a café" for n in range(12)]
@@ -25,18 +25,16 @@ PROMPTS = [f"prompt number {n}, with a café" for n in range(12)]
 def folders(tmp_path_factory):
     """Two folders of images that record their prompt, model and seed, as sample.py writes them."""
     root = tmp_path_factory.mktemp("images")
+    names = [f"{n:04d}_x.png" for n in range(12)]
     for level, model in enumerate(MODELS):
-        (root / model).mkdir()
-        for n, prompt in enumerate(PROMPTS):
-            pixels = np.full((8, 8, 3), 100 * level + n, np.uint8)
-            settings = {"prompt": prompt, "model": model, "index": n, "seed": 0}
-            write_png(root / model / f"{n:04d}_x.png", pixels, settings)
+        images = [np.full((8, 8, 3), 100 * level + n, np.uint8) for n in range(12)]
+        write_images(root / model, images, PROMPTS, names, model=model)
     return root
 
 
 def build(folders, out, *flags) -> int:
     named = [f"{model}={folders / model}" for model in MODELS]
-    return cli.run(command.main, ["study", "build", *named, "--out", str(out), *flags])
+    return evaluate("study", "build", *named, "--out", out, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +118,8 @@ def simulate(rng, strength, prompts, raters, *, ties=0.1, side=0.0, by_prompt=0.
                 wins = rng.random() < 1 / (1 + np.exp(-odds))
                 answer = "tie" if rng.random() < ties else "left" if wins else "right"
                 names = (f"m{left}", f"m{right}")
-                votes.append(
-                    Vote(f"{prompt}-{a}-{b}", f"r{rater}", f"p{prompt}", "q", *names, answer)
-                )
+                what = f"{prompt}-{a}-{b}", f"r{rater}", f"p{prompt}", "q"
+                votes.append(Vote(*what, *names, answer))
     return votes
 
 
@@ -174,9 +171,8 @@ def test_strengths_are_the_maximum_of_the_likelihood():
 
     best = optimize.minimize(loss, np.zeros(5), tol=1e-12).x
     np.testing.assert_allclose(study_report.bradley_terry(wins), best - best.mean(), atol=1e-5)
-    np.testing.assert_allclose(
-        study_report.bradley_terry(np.stack([wins, wins.T]))[1], -(best - best.mean()), atol=1e-5
-    )
+    reverse = study_report.bradley_terry(np.stack([wins, wins.T]))[1]
+    np.testing.assert_allclose(reverse, -(best - best.mean()), atol=1e-5)
 
 
 def test_a_position_bias_is_found_where_it_is_planted_and_not_otherwise():
@@ -229,11 +225,6 @@ def test_gold_trials_leave_a_rater_out_and_repeats_are_counted():
 # ---- files of votes ----
 
 
-def write(path, votes) -> None:
-    path.write_text("".join(json.dumps(vote) + "\n" for vote in votes), encoding="utf-8")
-    return path
-
-
 def votes_of_page(built, rater: str, sheet: int, better: str, odds: float, rng) -> list[dict]:
     """Votes as the page sends them: names of images, no models."""
     page, key = page_of(built), study.read_key(built)["trials"]
@@ -252,21 +243,19 @@ def votes_of_page(built, rater: str, sheet: int, better: str, odds: float, rng) 
 
 def test_report_from_the_votes_of_a_page(built, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    votes = [
-        vote
-        for number in range(8)
-        for vote in votes_of_page(built, f"r{number}", number % 4, MODELS[0], 0.85, rng)
-    ]
-    lines = write(tmp_path / "votes.jsonl", [*votes, votes[0]])  # sent twice, counted once
+    votes = []
+    for number in range(8):
+        votes += votes_of_page(built, f"r{number}", number % 4, MODELS[0], 0.85, rng)
+    lines = write_rows(tmp_path / "votes.jsonl", [*votes, votes[0]])  # sent twice, counted once
     with lines.open("a") as file:
         file.write('{"trial": "cut o')
     out = tmp_path / "score"
-    flags = ["--votes", str(lines), "--study", str(built), "--out", str(out)]
-    assert cli.run(command.main, ["study", "report", *flags]) == 0
+    flags = "--votes", lines, "--study", built, "--out", out
+    assert evaluate("study", "report", *flags) == 0
     caught = capsys.readouterr()
     assert "the last line is cut off" in caught.err
     assert f"{MODELS[0]} over {MODELS[1]}" in caught.out
-    record = json.loads((out / "score.json").read_text())
+    record = score_of(out)
     assert record["metric"] == "study" and record["n"] == {"votes": 96, "raters": 8, "prompts": 12}
     assert record["gold"] == {"right": 8, "of": 8} and record["left_out"] == {}
     for name in study.QUESTIONS:
@@ -279,15 +268,9 @@ def test_report_from_the_votes_of_a_page(built, tmp_path, capsys):
         assert picture.size[0] > 600
     # a file that names the models needs no study, and is the same to the digit
     named = [vars(vote) for vote in study.read_votes(lines, study.read_key(built))]
-    flags = [
-        "--votes",
-        str(write(tmp_path / "named.jsonl", named)),
-        "--out",
-        str(tmp_path / "again"),
-    ]
-    assert cli.run(command.main, ["study", *flags]) == 0
-    again = json.loads((tmp_path / "again" / "score.json").read_text())
-    assert again == record
+    flags = "--votes", write_rows(tmp_path / "named.jsonl", named), "--out", tmp_path / "again"
+    assert evaluate("study", *flags) == 0
+    assert score_of(tmp_path / "again") == record
 
 
 GOOD = {"trial": "t", "rater": "r", "prompt": "p", "question": "q", "left": "A", "right": "B"}
@@ -311,19 +294,16 @@ GOOD["answer"] = "left"
     ],
 )
 def test_bad_votes_are_one_line_and_nothing_is_written(votes, flags, says, built, tmp_path, capsys):
-    file = write(tmp_path / "votes.jsonl", votes)
+    file = write_rows(tmp_path / "votes.jsonl", votes)
     flags = [f.replace("STUDY", str(built)).replace("FILE", str(tmp_path)) for f in flags]
     out = tmp_path / "out"
-    argv = ["study", "report", "--votes", str(file), "--out", str(out), *flags]
-    assert cli.run(command.main, argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
-    assert not out.exists()
+    argv = "study", "report", "--votes", file, "--out", out, *flags
+    assert says in refused(capsys, *argv) and not out.exists()
 
 
 def test_a_prior_gives_strengths_where_one_model_wins_every_vote(tmp_path, capsys):
-    file = write(tmp_path / "v", [{**GOOD, "prompt": f"p{n}", "trial": n} for n in range(9)])
-    assert cli.run(command.main, ["study", "report", "--votes", str(file), "--prior", "0.5"]) == 0
+    file = write_rows(tmp_path / "v", [{**GOOD, "prompt": f"p{n}", "trial": n} for n in range(9)])
+    assert evaluate("study", "report", "--votes", file, "--prior", 0.5) == 0
     assert "A over B" in capsys.readouterr().out
     found = study_report.analyse(study.read_votes(file), prior=0.5)["questions"]["q"]
     assert found["strength"]["A"] == pytest.approx(np.log(9.5 / 0.5) / 2)
@@ -345,10 +325,7 @@ def test_a_prior_gives_strengths_where_one_model_wins_every_vote(tmp_path, capsy
 def test_bad_folders_are_one_line_and_nothing_is_written(
     change, flags, says, folders, tmp_path, capsys
 ):
-    for model in MODELS:
-        (tmp_path / model).mkdir()
-        for path in (folders / model).iterdir():
-            (tmp_path / model / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folders, tmp_path, dirs_exist_ok=True)
     (tmp_path / "prompts.txt").write_text("one\n")
     change(tmp_path / MODELS[1])
     flags = [flag.replace("FILE", str(tmp_path / "prompts.txt")) for flag in flags]
@@ -358,15 +335,14 @@ def test_bad_folders_are_one_line_and_nothing_is_written(
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".out*"))
 
 
-def test_prompts_come_from_a_file_or_from_names(folders, tmp_path):
+def test_prompts_come_from_names_where_images_have_none(tmp_path, capsys):
     for model in MODELS:
-        (tmp_path / model).mkdir()
-        for n in range(3):
-            write_png(tmp_path / model / f"a cat no. {n}_{n:06d}.png", np.zeros((8, 8, 3), "u1"))
+        names = [f"a cat no. {n}_{n:06d}.png" for n in range(3)]
+        write_images(tmp_path / model, np.zeros((3, 8, 8, 3), "u1"), names=names)
     assert build(tmp_path, tmp_path / "out", "--questions", "alignment") == 0
     texts = {trial["text"] for trial in page_of(tmp_path / "out")["trials"].values()}
     assert texts == {"a cat no. 0", "a cat no. 1", "a cat no. 2"}
-    with pytest.raises(UserError, match="give --prompts|--prompts FILE"):
-        sets = {m: study.ImageSet.open(folders / m) for m in MODELS}
-        bare = {m: study.dataclasses.replace(of, settings=()) for m, of in sets.items()}
-        study._prompts(bare, study._names(sets), None)
+    for model in MODELS:
+        write_images(tmp_path / "bare" / model, np.zeros((3, 8, 8, 3), "u1"))
+    assert build(tmp_path / "bare", tmp_path / "other") == 2
+    assert "do not say their prompts" in capsys.readouterr().err

@@ -2,64 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
-import threading
 
 import numpy as np
 import pytest
 
 from pixart_jax.evaluation import study
-from pixart_jax.images import write_png
-from tests.serving import browser
+from pixart_jax.serving.errors import ApiError
+from pixart_jax.serving.guard import Access
+from pixart_jax.serving.study import Ballot, create_app
+from tests.evaluation.calls import rows_of, write_images
+from tests.serving import browser, servers
 
 pytestmark = pytest.mark.skipif(browser.program() is None, reason="no chromium on this machine")
 PROMPT = "<img src=x onerror=alert(1)> no. "
 READY = "!$('trial').hidden && !document.querySelector('#answers :disabled')"
 
 
-class Stub(http.server.SimpleHTTPRequestHandler):
-    """A static server that takes votes as `study serve` does, or says that its disk is full."""
-
-    votes: list[dict] = []
-    full = False
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status: int, value) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        if not self.path.startswith("/v1/votes"):
-            return super().do_GET()
-        self.answer(200, {"sheet": 1, "done": [vote["trial"] for vote in Stub.votes]})
-
-    def do_POST(self):
-        vote = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if Stub.full:
-            return self.answer(503, {"error": {"message": "The disk is full."}})
-        Stub.votes.append(vote)
-        self.answer(200, {})
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     for level, model in enumerate("AB"):
-        (root / model).mkdir()
-        for n in range(6):
-            settings = {"prompt": f"{PROMPT}{n}", "index": n, "seed": 0}
-            pixels = np.full((16, 16, 3), 60 + 99 * level + n, np.uint8)
-            write_png(root / model / f"{n}.png", pixels, settings)
-    study.build({m: root / m for m in "AB"}, root / "out", per_rater=3, judgements=1)
-    return root / "out"
+        images = [np.full((16, 16, 3), 60 + 99 * level + n, np.uint8) for n in range(6)]
+        write_images(root / model, images, [f"{PROMPT}{n}" for n in range(6)])
+    folders, out = tuple(str(root / model) for model in "AB"), root / "out"
+    study.build(study.BuildOptions(folders, out, per_rater=3, judgements=1))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +38,15 @@ def page():
 
 
 @pytest.fixture(scope="module")
-def address(built):
-    handler = functools.partial(Stub, directory=built / study.PAGE)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+def ballot(built):
+    with (built / "votes.jsonl").open("a+b") as file:
+        yield Ballot(built, file)
+
+
+@pytest.fixture(scope="module")
+def address(built, ballot):
+    with servers.listening(create_app(built, ballot, Access())) as address:
+        yield f"{address}/"
 
 
 def enter(page, address: str, name: str) -> None:
@@ -93,7 +64,12 @@ def trial(page) -> list[str]:
     return page.run(f"[$('place').textContent, {sources}]")
 
 
-def test_a_rater_answers_a_sheet_and_resumes_after_a_reload(page, address, built):
+def test_a_rater_answers_a_sheet_and_resumes_after_a_reload(
+    page, address, built, ballot, monkeypatch
+):
+    def full(vote):
+        raise ApiError(503, "The disk is full.")
+
     enter(page, address, "Ada <b>")
     assert page.run("$('question').textContent") == "Which image looks better?"
     page.click("#begin")
@@ -105,11 +81,11 @@ def test_a_rater_answers_a_sheet_and_resumes_after_a_reload(page, address, built
     page.click("#begin")
     assert trial(page) == second
     # a vote that was not taken is not lost: the trial stays, and may be answered again
-    Stub.full = True
+    monkeypatch.setattr(ballot, "cast", full)
     page.key("ArrowRight")
     page.wait("!$('problem').hidden && $('problem').textContent.includes('The disk is full.')")
-    assert trial(page) == second and len(Stub.votes) == 1
-    Stub.full = False
+    assert trial(page) == second and len(rows_of(built / "votes.jsonl")) == 1
+    monkeypatch.undo()
     page.console.clear()
     for number, key in enumerate(("ArrowRight", "ArrowUp", "ArrowDown", "ArrowLeft") * 2, 2):
         if number == 5:  # the second pass, with its question
@@ -123,14 +99,14 @@ def test_a_rater_answers_a_sheet_and_resumes_after_a_reload(page, address, built
     assert not page.console
     # each trial of the sheet once; a repeat comes later, with the sides exchanged
     shown = json.loads((built / "page/trials.js").read_text()[len("const STUDY = ") : -len(";\n")])
-    votes = {vote["trial"]: vote for vote in Stub.votes}
-    assert votes.keys() == {t for part in shown["sheets"][1] for t in part["trials"]}
-    assert len(Stub.votes) == 9
+    lines = rows_of(built / "votes.jsonl")
+    votes = {vote["trial"]: vote for vote in lines}
+    sheet = shown["sheets"][lines[0]["sheet"]]
+    assert votes.keys() == {t for part in sheet for t in part["trials"]} and len(lines) == 9
     for place, name in enumerate(votes):
         if first := shown["trials"][name].get("mirror"):
             assert votes[name]["left"] != votes[first]["left"] and first in list(votes)[:place]
-    key = study.read_key(built)
-    resolved = [study.resolve(vote, key) for vote in Stub.votes]
+    resolved = study.read_votes(built / "votes.jsonl", study.read_key(built))
     assert {(vote.rater, vote.version) for vote in resolved} == {("Ada <b>", shown["version"])}
     assert sum(not vote.kind for vote in resolved) == 6
 
@@ -145,9 +121,6 @@ def test_without_a_server_the_votes_are_a_file(page, built):
         page.wait(f"$('place').textContent !== '{number} of 9'")
     page.wait("!$('done').hidden")
     script = "fetch(download.href).then((file) => file.text())"
-    found = [
-        study.resolve(json.loads(v), study.read_key(built))
-        for v in page.run(script).split("\n")
-        if v
-    ]
+    texts, key = filter(None, page.run(script).split("\n")), study.read_key(built)
+    found = [study.resolve(json.loads(text), key) for text in texts]
     assert len(found) == 9 and {vote.answer for vote in found} == {"tie"}

@@ -13,9 +13,8 @@ def in_torch(tensors, x, eps=1e-3, last_pool=F.max_pool2d, padding_counts=False)
     cat = lambda *parts: torch.cat(parts, 1)  # noqa: E731
 
     def unit(x, name, stride=1, pad=0):
-        stats = (
-            t[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
-        )
+        parts = ("running_mean", "running_var", "weight", "bias")
+        stats = (t[f"{name}.bn.{part}"] for part in parts)
         x = F.conv2d(x, t[f"{name}.conv.weight"], stride=stride, padding=pad)
         return F.relu(F.batch_norm(x, *stats, eps=eps))
 

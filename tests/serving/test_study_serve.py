@@ -14,9 +14,9 @@ from starlette.testclient import TestClient
 
 from pixart_jax import cli
 from pixart_jax.evaluation import study
-from pixart_jax.images import write_png
 from pixart_jax.serving.guard import Access
 from pixart_jax.serving.study import Ballot, create_app, main
+from tests.evaluation.calls import write_images
 
 KEYED = {"Authorization": "Bearer opens"}
 KEYS = {"raters": hashlib.sha256(b"opens").digest()}
@@ -26,14 +26,11 @@ KEYS = {"raters": hashlib.sha256(b"opens").digest()}
 def built(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     for level, model in enumerate(("ours-XL", "theirs")):
-        (root / model).mkdir()
-        for n in range(4):
-            settings = {"prompt": f"prompt {n}", "index": n, "seed": 0}
-            pixels = np.full((8, 8, 3), 90 * level + n, np.uint8)
-            write_png(root / model / f"{n}.png", pixels, settings)
-    folders = {model: root / model for model in ("ours-XL", "theirs")}
-    study.build(folders, root / "out", per_rater=2, judgements=2)
-    return root / "out"
+        images = [np.full((8, 8, 3), 90 * level + n, np.uint8) for n in range(4)]
+        write_images(root / model, images, [f"prompt {n}" for n in range(4)])
+    folders, out = (str(root / "ours-XL"), str(root / "theirs")), root / "out"
+    study.build(study.BuildOptions(folders, out, per_rater=2, judgements=2))
+    return out
 
 
 @pytest.fixture

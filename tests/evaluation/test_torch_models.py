@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,34 +19,24 @@ import torch
 import transformers as t
 from PIL import Image
 
-from pixart_jax import cli
-from pixart_jax.evaluation import (
-    benchmark_run,
-    command,
-    compbench,
-    features,
-    generated,
-    geneval,
-    torch_models,
-    vision_models,
-)
-from pixart_jax.evaluation.detections import Object, objects_of, read
+from pixart_jax.evaluation import benchmark, compbench, dpg, features, geneval, torch_models
+from pixart_jax.evaluation.benchmark import objects_of, read
 from pixart_jax.evaluation.phrases import Phrasebook
-from pixart_jax.images import write_png
+from tests.evaluation.calls import (
+    evaluate,
+    refused,
+    rows_of,
+    score_of,
+    stub_sampler,
+    write_images,
+    write_rows,
+)
 from tests.evaluation.test_benchmarks import CSV
+from tests.evaluation.tiny_clip import save_clip, words_of_clip
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES["num_hidden_layers"] = 2
 PROMPTS = ["a green bench and a red car", "a blue cup"]
-
-
-def evaluate(*argv) -> int:
-    return cli.run(command.main, [str(word) for word in argv])
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +76,8 @@ def by_hand(model, image, question):
     pixels = (np.asarray(pixels, np.float32) / 255 - np.float32(mean)) / np.float32(std)
     ids = [30_523, *words_of_bert()(question).input_ids[1:]]  # [ENC] for [CLS]
     with torch.no_grad():
-        seen = model.vision_model(
-            torch.tensor(pixels.transpose(2, 0, 1))[None], interpolate_pos_encoding=True
-        )[0]
+        x = torch.tensor(pixels.transpose(2, 0, 1))[None]
+        seen = model.vision_model(x, interpolate_pos_encoding=True)[0]
         states = model.text_encoder(torch.tensor([ids]), encoder_hidden_states=seen)[0]
         logits = model.text_decoder(torch.tensor([[30_522]]), encoder_hidden_states=states)[0]
     probabilities = logits[0, 0].softmax(-1)
@@ -100,7 +88,7 @@ def test_blip_vqa_in_batches_is_the_chain_by_hand(images, blip):
     net = torch_models.load(str(blip), "BlipForQuestionAnswering")
     questions = [["A green bench?", "a car?"], [], ["a blue, green. red cup?"], ["a cup?"]]
     with torch.inference_mode():
-        found = vision_models.yes_and_no(net, images, questions)
+        found = torch_models.yes_and_no(net, images, questions)
     assert list(map(len, found)) == [2, 0, 1, 1]
     for image, asked, answers in zip(images, questions, found):
         for question, answer in zip(asked, answers):
@@ -111,10 +99,7 @@ def test_blip_vqa_in_batches_is_the_chain_by_hand(images, blip):
 
 
 def layout(folder, images, names):
-    for n, (name, image) in enumerate(zip(names, images)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_png(folder / name, image, {"prompt": "…", "index": n, "seed": 0, "steps": 20})
-    return folder
+    return write_images(folder, images[: len(names)], "…" * len(names), names, steps=20)
 
 
 def test_images_become_answers_once_and_two_processes_write_the_same(
@@ -125,7 +110,7 @@ def test_images_become_answers_once_and_two_processes_write_the_same(
     call = ["compbench", "--category", "color", "--images", folder, "--vqa", blip]
     call += ["--batch-size", 1]
     assert evaluate(*call, "--out", tmp_path / "one") == 0
-    score = json.loads((tmp_path / "one/score.json").read_text())
+    score = score_of(tmp_path / "one")
     assert score["metric"] == f"color (vqa={blip}, phrases=textblob 0.20.1)"
     assert score["steps"] == 20 and score["n"] == {"generated": 4, "prompts": 2}
     lines = (tmp_path / "one/answers.jsonl").read_bytes()
@@ -137,55 +122,26 @@ def test_images_become_answers_once_and_two_processes_write_the_same(
     share = [*call, "--out", tmp_path / "two", "--share"]
     assert evaluate(*share, "1/2") == evaluate(*share, "0/2") == 0
     assert (tmp_path / "two/answers.jsonl").read_bytes() == lines
-    monkeypatch.setattr(vision_models, "yes_and_no", None)  # the second call asks nothing
+    monkeypatch.setattr(compbench, "yes_and_no", None)  # the second call asks nothing
     assert evaluate(*share, "0/2") == 0
     given = call[:3] + ["--answers", tmp_path / "two/answers.jsonl", "--out", tmp_path / "three"]
     assert evaluate(*given) == 0
-    again = json.loads((tmp_path / "three/score.json").read_text())
+    again = score_of(tmp_path / "three")
     assert (again["value"], again["metric"]) == (score["value"], score["metric"])
-    capsys.readouterr()
     os.remove(folder / names[0])
     (tmp_path / "color_val.txt").write_text("\n".join(PROMPTS))
-    assert evaluate(*call, "--out", tmp_path, "--benchmark", tmp_path, "--per-prompt", 2) == 2
-    assert "1 of 4 images of the list are missing" in capsys.readouterr().err
-
-
-def words_of_clip():
-    letters = [chr(c) for c in (*range(97, 123), 45)]
-    words = ["!", "<|startoftext|>", *letters, *(f"{c}</w>" for c in letters), "<|endoftext|>"]
-    return t.CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[]), len(words)
-
-
-def save_clip(folder):
-    tokenizer, count = words_of_clip()
-    ends = {"bos_token_id": 1, "eos_token_id": count - 1, "pad_token_id": count - 1}
-    vision = {**SIZES, "image_size": 32, "patch_size": 16}
-    text = {**SIZES, **ends, "vocab_size": count}
-    t.CLIPModel(
-        t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    ).save_pretrained(folder)
-    images = t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
-    t.CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    call += ["--out", tmp_path, "--benchmark", tmp_path, "--per-prompt", 2]
+    assert "1 of 4 images of the list are missing" in refused(capsys, *call)
 
 
 def save_detr(folder):
     """Of one class more or less: all boxes are alike."""
-    backbone = t.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16],
-        depths=[1, 1],
-        layer_type="basic",
-        out_features=["stage2"],
-    )
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "num_queries": 4}
-    sizes |= {
-        f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("attention_heads",)
-    }
-    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    names = {0: "bench", 1: "cat", 2: "dog"}
-    config = t.DetrConfig(
-        use_timm_backbone=False, backbone_config=backbone, id2label=names, **sizes
-    )
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    backbone = t.ResNetConfig(layer_type="basic", out_features=["stage2"], **sizes)
+    sizes = {"d_model": 16, "num_queries": 4, "id2label": {0: "bench", 1: "cat", 2: "dog"}}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 16}
+    config = t.DetrConfig(use_timm_backbone=False, backbone_config=backbone, **sizes)
     t.DetrForObjectDetection(config).save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 96}
     t.DetrImageProcessor(size=size).save_pretrained(folder)
@@ -196,28 +152,21 @@ def save_mask2former(folder):
     swin = {"image_size": 64, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
     sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32}
     sizes |= {"encoder_feedforward_dim": 32, "dim_feedforward": 32, "num_attention_heads": 2}
-    config = t.Mask2FormerConfig(
-        backbone_config=t.SwinConfig(window_size=4, out_features=stages, **swin),
-        encoder_layers=1,
-        decoder_layers=2,
-        num_queries=5,
-        id2label={0: "bench", 1: "car"},
-        **sizes,
-    )
+    sizes |= {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 5}
+    backbone = t.SwinConfig(window_size=4, out_features=stages, **swin)
+    names = {0: "bench", 1: "car"}
+    config = t.Mask2FormerConfig(backbone_config=backbone, id2label=names, **sizes)
     t.Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     size = {"height": 64, "width": 64}
     t.Mask2FormerImageProcessor(size=size).save_pretrained(folder)
 
 
 def save_owl(folder):
-    tokenizer, count = words_of_clip()
-    text = {**SIZES, "vocab_size": count, "max_position_embeddings": 40, "eos_token_id": count - 1}
+    tokenizer, count = words_of_clip("!")  # 0 in the first place says that a query is none
+    text = {**SIZES, "vocab_size": count, "max_position_embeddings": 40}
+    text |= {"bos_token_id": 1, "eos_token_id": count - 1, "pad_token_id": 0}
     vision = {**SIZES, "image_size": 64, "patch_size": 16}
-    config = t.Owlv2Config(
-        text_config={**text, "bos_token_id": 1, "pad_token_id": 0},
-        vision_config=vision,
-        projection_dim=16,
-    )
+    config = t.Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
     t.Owlv2ForObjectDetection(config).save_pretrained(folder)
     tokenizer.model_max_length = 40
     images = t.Owlv2ImageProcessor(size={"height": 64, "width": 64})
@@ -226,16 +175,14 @@ def save_owl(folder):
 
 def save_depth(folder):
     sizes = {**SIZES, "num_hidden_layers": 4, "image_size": 32, "patch_size": 16}
-    config = t.DPTConfig(
-        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8] * 4, fusion_hidden_size=8, **sizes
-    )
+    sizes |= {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4}
+    config = t.DPTConfig(fusion_hidden_size=8, **sizes)
     t.DPTForDepthEstimation(config).save_pretrained(folder)
     size = {"height": 32, "width": 32}
     t.DPTImageProcessor(size=size).save_pretrained(folder)
 
 
 def test_a_colour_is_the_nearest_of_ten_by_three_texts_each(images, tmp_path):
-    torch.manual_seed(0)
     save_clip(tmp_path)
     net = torch_models.load(str(tmp_path), "CLIPModel")
     unit = torch.nn.functional.normalize
@@ -252,7 +199,7 @@ def test_a_colour_is_the_nearest_of_ten_by_three_texts_each(images, tmp_path):
         seen = torch_models.projected(net.model.get_image_features(**given))
         cosines = unit(seen) @ unit(torch.stack(means)).T
         expected.append(geneval.COLOURS[int(cosines.argmax())])
-    assert vision_models.colours(net, images, "car") == expected
+    assert geneval.colours(net, images, "car") == expected
 
 
 @pytest.mark.slow  # 10 s
@@ -261,7 +208,7 @@ def test_any_detector_writes_the_lines_that_the_rules_read(
     save, images, tmp_path, capsys, monkeypatch
 ):
     torch.manual_seed(0)
-    monkeypatch.setattr(vision_models, "KEPT", 0.0)  # of random weights
+    monkeypatch.setattr(torch_models, "KEPT", 0.0)  # of random weights
     save(tmp_path / "detector")
     names = [f"a cat {how} a dog_00000{n}.png" for n, how in enumerate(["behind", "hidden by"])]
     folder = layout(tmp_path / "images", images, names)
@@ -274,27 +221,12 @@ def test_any_detector_writes_the_lines_that_the_rules_read(
         row = found[name][""]
         assert row["size"] == [64, len(image)]
         assert row["objects"]
-        for one in map(Object.of, row["objects"]):
+        for one in objects_of(row):
             assert one.score > 0 and 0 <= one.depth <= 1
     assert "3d_spatial (detector=" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # 8 s
-def test_geneval_from_images_with_masks_and_colours(images, tmp_path):
-    torch.manual_seed(0)
-    save_mask2former(tmp_path / "detector")
-    save_clip(tmp_path / "clip")
-    clause = {"class": "bench", "count": 1, "color": "red"}
-    lines = [{"tag": "colors", "include": [clause], "prompt": "a photo of a red bench"}]
-    folder = layout(tmp_path / "images", images, [f"00000/samples/000{n}.png" for n in range(4)])
-    (folder / "00000/metadata.jsonl").write_text(json.dumps(lines[0]))
-    call = ["geneval", "--images", folder, "--detector", tmp_path / "detector"]
-    assert evaluate(*call, "--clip", tmp_path / "clip", "--out", tmp_path / "out") == 0
-    score = json.loads((tmp_path / "out/score.json").read_text())
-    assert score["n"] == {"generated": 4, "prompts": 1} and score["tasks"].keys() == {"colors"}
-
-
-def test_colours_are_set_on_the_objects_that_the_rules_look_at(images):
+def test_colours_are_set_on_the_objects_that_the_rules_look_at(images, monkeypatch):
     mask = np.ones(images[0].shape[:2], bool)
     found = [
         {"class": name, "score": score, "box": [0, 0, 9, 9], "mask": mask}
@@ -302,17 +234,14 @@ def test_colours_are_set_on_the_objects_that_the_rules_look_at(images):
     ]
     seen = []
 
-    def colours_of(crops, name):
+    def colours(clip, crops, name):
         seen.append((name, len(crops)))
         return ["red"] * len(crops)
 
-    vision_models.add_colours(colours_of, images[0], found, {"computer mouse", "tv remote"})
+    monkeypatch.setattr(geneval, "colours", colours)
+    geneval.add_colours(None, images[0], found, {"computer mouse", "tv remote"})
     assert [one.get("color") for one in found] == ["red", None, None]
     assert seen == [("computer mouse", 1)]
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_complex_prompts_are_scored_from_images_by_three_networks(
@@ -340,13 +269,12 @@ def test_complex_prompts_are_scored_from_images_by_three_networks(
     assert evaluate(*call, tmp_path / "two", "--share", "0/2") == 0
     results = [(tmp_path / f"{name}/results.jsonl").read_bytes() for name in ("out", "two")]
     assert results[0] == results[1]
-    score = json.loads((out / "score.json").read_text())
+    score = score_of(out)
     assert all(f"{model}=" in score["metric"] for model in ("vqa", "detector", "clip"))
-    answers, *others = (
-        rows_of(out / f"{kind}.jsonl") for kind in ("answers", "detections", "similarities")
-    )
+    kinds = "answers", "detections", "similarities"
+    answers, *others = (rows_of(out / f"{kind}.jsonl") for kind in kinds)
     detections, cosines = ({row["image"]: row for row in rows} for rows in others)
-    net, book, expected = torch_models.load(str(tmp_path / "clip")), Phrasebook(), []
+    net, book, expected = torch_models.load(str(tmp_path / "clip")), Phrasebook.by(), []
     without = ["a cat on the left of a dog", "a cup near a bench", "the car"]
     for n, (name, image) in enumerate(zip(names, images)):
         given = net.inputs([image], text=[without[n]])
@@ -366,17 +294,8 @@ def test_complex_prompts_are_scored_from_images_by_three_networks(
 def test_dpg_asks_the_parts_of_its_grids_and_after_an_interruption_only_what_is_left(
     tmp_path, monkeypatch
 ):
-    (tmp_path / "dpg_bench.csv").write_text(
-        CSV + "p3,a cup,,1,0,entity,whole,entity - whole (cup),Is there a cup?\n"
-    )
-
-    def sample(line):  # number n is of grey n
-        made, rows = (line[line.index(flag) + 1] for flag in ("--out", "--prompts"))
-        for n, row in enumerate(rows_of(Path(rows))):
-            if not (path := Path(made, f"{n}.png")).exists():
-                settings = {**row, "index": n, "seed": 0, "steps": 2}
-                write_png(path, np.full((8, 6, 3), n, np.uint8), settings)
-        return subprocess.CompletedProcess(line, 0)
+    cup = "p3,a cup,,1,0,entity,whole,entity - whole (cup),Is there a cup?\n"
+    (tmp_path / "dpg_bench.csv").write_text(CSV + cup)
 
     asked: list[list[int]] = []
 
@@ -388,9 +307,9 @@ def test_dpg_asks_the_parts_of_its_grids_and_after_an_interruption_only_what_is_
         grey = [(0.2, 0.6) if part.max() == 1 else (0.6, 0.2) for part in parts]
         return [[answer] * len(some) for answer, some in zip(grey, questions)]
 
-    monkeypatch.setattr(generated.subprocess, "run", sample)
-    monkeypatch.setitem(benchmark_run._LOAD, "vqa", lambda path: SimpleNamespace(digest=path))
-    monkeypatch.setattr(vision_models, "yes_and_no", yes_and_no)
+    stub_sampler(monkeypatch, lambda n, prompt: np.full((8, 6, 3), n, np.uint8))
+    monkeypatch.setitem(benchmark._LOAD, "vqa", lambda path: SimpleNamespace(digest=path))
+    monkeypatch.setattr(dpg, "yes_and_no", yes_and_no)
     call = ["dpg", "--images", tmp_path / "grids", "--benchmark", tmp_path, "--vqa", "some"]
     call += ["--batch-size", 1, "--out", tmp_path / "out", "--", "--steps", 2]
     assert evaluate(*call) == 130
@@ -401,8 +320,9 @@ def test_dpg_asks_the_parts_of_its_grids_and_after_an_interruption_only_what_is_
     assert asked == grids + grids[done:] and done > 0
     grid = np.asarray(Image.open(tmp_path / "grids/p2.png"))
     assert grid.shape == (16, 12, 3) and list(grid[::8, ::6, 0].flat) == grids[1]
-    score = json.loads((tmp_path / "out/score.json").read_text())
+    score = score_of(tmp_path / "out")
     assert (score["metric"], score["steps"]) == ("dpg (vqa=some)", 2)
+    assert score["n"] == {"generated": 12, "prompts": 3}
     assert score["value"] == pytest.approx(100 * (0.75 + 1 + 1) / 3)  # p1's second part falls
     assert score["categories"]["relation"] == 75
 
@@ -427,40 +347,32 @@ sys.exit(cli.run(command.main, sys.argv[1:]))
 """
 
 
-@pytest.mark.slow  # 60 s: processes of their own
-@pytest.mark.parametrize("what", ["preference", "compbench", "geneval", "dpg"])
+@pytest.mark.slow  # 30 s: processes of their own
+@pytest.mark.parametrize("what", ["preference", "geneval"])
 def test_after_kill_9_the_same_command_goes_on_to_the_same_score(
-    what, images, blip, tmp_path, root, monkeypatch
+    what, images, tmp_path, root, monkeypatch
 ):
+    """The other benchmarks go geneval's way."""
     torch.manual_seed(0)
     detector, clip = tmp_path / "detector", tmp_path / "clip"
+    save_mask2former(detector)
     save_clip(clip)
-    names = [f"{n}.png" for n in range(4)]
-    flags, results = {
-        "preference": (["--score", "pickscore", "--model", clip], "results"),
-        "compbench": (["--category", "color", "--vqa", blip], "answers"),
-        "geneval": (["--detector", detector, "--clip", clip], "detections"),
-        "dpg": (["--vqa", blip, "--benchmark", tmp_path], "answers"),
+    flags, results, place = {
+        "preference": (["--score", "pickscore", "--model", clip], "results", ""),
+        "geneval": (["--detector", detector, "--clip", clip], "detections", "00000/samples/"),
     }[what]
-    if what == "compbench":
-        names = [f"{PROMPTS[n // 2]}_00000{n}.png" for n in range(4)]
+    folder = layout(tmp_path / "images", images, [f"{place}000{n}.png" for n in range(4)])
     if what == "geneval":
-        save_mask2former(detector)
-        names = [f"00000/samples/000{n}.png" for n in range(4)]
         clause = {"class": "bench", "count": 1, "color": "red"}
         line = {"tag": "colors", "include": [clause], "prompt": "a photo of a red bench"}
-        flags += ["--metadata", tmp_path / "metadata.jsonl"]
-        (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
-    if what == "dpg":
-        rows = (f"{n},a cup,,1,0,e,w,entity - whole (cup),a cup?\n" for n in range(4))
-        (tmp_path / "dpg_bench.csv").write_text(CSV.split("\n")[0] + "\n" + "".join(rows))
-    folder = layout(tmp_path / "images", images, names)
+        write_rows(folder / "00000/metadata.jsonl", [line])
     call = [what, "--images", folder, *flags, "--batch-size", 1, "--out"]
 
     def finished(cache, out):
         monkeypatch.setattr(features, "cache_folder", lambda keep: tmp_path / cache)
         assert evaluate(*call, tmp_path / out) == 0
-        score = json.loads((tmp_path / out / "score.json").read_text())
+        score = score_of(tmp_path / out)
+        assert score["n"]["generated"] == 4
         return (tmp_path / out / f"{results}.jsonl").read_bytes(), score["value"], score["interval"]
 
     whole = finished("one", "whole")
@@ -480,14 +392,6 @@ def test_after_kill_9_the_same_command_goes_on_to_the_same_score(
     assert sorted(read_again) == [2, 3]
 
 
-def run_evaluate(tmp_path, *argv):
-    command = [sys.executable, "-m", "pixart_jax", "evaluate", *map(str, argv)]
-    subprocess.run(command, check=True, env={**os.environ, "PIXART_JAX_CACHE": str(tmp_path)})
-
-
-SAMPLING = "-- --model assets/shapes --steps 2 --height 64 --width 64".split()
-
-
 @pytest.mark.slow  # 40 s: sample.py's own process
 def test_non_spatial_generates_into_the_official_layout(tmp_path):
     save_clip(tmp_path / "clip")
@@ -495,33 +399,12 @@ def test_non_spatial_generates_into_the_official_layout(tmp_path):
     folder = tmp_path / "images"
     call = ["--category", "non_spatial", "--benchmark", tmp_path, "--images", folder]
     call += ["--per-prompt", 2, "--clip", tmp_path / "clip", "--out", tmp_path / "out"]
-    run_evaluate(tmp_path, "compbench", *call, *SAMPLING)
+    call += "-- --model assets/shapes --steps 2 --height 64 --width 64".split()
+    command = [sys.executable, "-m", "pixart_jax", "evaluate", "compbench", *map(str, call)]
+    subprocess.run(command, check=True, env={**os.environ, "PIXART_JAX_CACHE": str(tmp_path)})
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [
         *(f"a blue square_00000{n}.png" for n in (2, 3)),
         *(f"a red circle_00000{n}.png" for n in (0, 1)),
     ]
-    score = json.loads((tmp_path / "out/score.json").read_text())
+    score = score_of(tmp_path / "out")
     assert score["metric"].startswith("non_spatial (clip=") and score["steps"] == 2
-
-
-@pytest.mark.slow  # 40 s: sample.py's own process
-def test_dpg_generates_its_grids_and_asks_about_their_parts(blip, tmp_path):
-    (tmp_path / "dpg_bench.csv").write_text(CSV)
-    call = ["dpg", "--benchmark", tmp_path, "--images", tmp_path / "grids", "--vqa", blip]
-    run_evaluate(tmp_path, *call, "--out", tmp_path / "out", *SAMPLING)
-    made = [
-        np.asarray(Image.open(path))
-        for path in sorted((tmp_path / "out/generated").glob("*.png"))
-        if path.name != "grid.png"
-    ]
-    for item, parts in (("p1", made[:4]), ("p2", made[4:])):
-        grid = np.asarray(Image.open(tmp_path / f"grids/{item}.png"))
-        quarters = [grid[y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64)]
-        assert all(map(np.array_equal, quarters, parts)) and len(parts) == 4
-    answers = rows_of(tmp_path / "out/answers.jsonl")
-    assert [(a["image"], a["part"], a["question"]) for a in answers] == [
-        *(("p1.png", part, n) for part in range(4) for n in (1, 2, 3)),
-        *(("p2.png", part, 1) for part in range(4)),
-    ]
-    score = json.loads((tmp_path / "out/score.json").read_text())
-    assert score["n"] == {"generated": 8, "prompts": 2} and score["steps"] == 2
