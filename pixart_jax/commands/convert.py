@@ -289,8 +289,7 @@ def convert_adapter(src: Path, flags: Flags) -> int:
             raise
         raise UserError(f"{error}; --base names the model that it is of, if not XL/2") from None
     with staged_folder(flags.out) as folder:
-        plain = lora.Plain.of(adapter.tree)
-        lora.save(folder, adapter.tree, plain, jnp.dtype(flags.dtype))
+        lora.save(folder, adapter.tree, dtype=jnp.dtype(flags.dtype))
     found = [module for _, module in modules(adapter.tree)]
     ranks = sorted({module["a"].shape[-1] for module in found})
     kind = "DoRA" if any("magnitude" in module for module in found) else "LoRA"

@@ -9,7 +9,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.configs import SIZES, ControlNetConfig
 from pixart_jax.weights import transformer
 from pixart_jax.weights.files import Tensors
-from pixart_jax.weights.table import ParamMapping
+from pixart_jax.weights.table import ParamMapping, layer
 
 # config.json's _class_name: of diffusers' research code, whose blocks are XL/2's, and of
 # SimpleTuner's, which has fields for the sizes
@@ -33,7 +33,7 @@ def _table(model: tuple[ParamMapping, ...], theirs: str, copy: str) -> tuple[Par
         if entry.path.startswith("blocks/")
     )
     before, after = f"{theirs}.0.before_proj", f"{theirs}.{{i}}.after_proj"
-    return (*blocks, *transformer.dense("units/after", after), *transformer.dense("before", before))
+    return (*blocks, *layer("units/after", after), *layer("before", before))
 
 
 DIFFUSERS = _table(transformer.DIFFUSERS, "controlnet_blocks", "transformer_block")

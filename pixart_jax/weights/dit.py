@@ -10,55 +10,35 @@ import numpy as np
 
 from pixart_jax.errors import UserError, nearest
 from pixart_jax.models.configs import DiTConfig
-from pixart_jax.weights.table import ParamMapping, write
-from pixart_jax.weights.transformer import (
-    BOOKKEEPING,
-    OFFICIAL_ANCHORS,
-    backbone_from_diffusers,
-    dense,
-    official_geometry,
-    position_table,
-)
+from pixart_jax.weights import transformer
+from pixart_jax.weights.table import write
+from pixart_jax.weights.transformer import OFFICIAL_ANCHORS
 
 CLASS_NAME = "DiT"  # config.json's _class_name in a folder that this project saved
 DIFFUSERS_CLASS_NAME = "DiTTransformer2DModel"
 ANCHORS = (*OFFICIAL_ANCHORS, "pos_embed.proj.weight", "proj_out_2.weight")
 
 _EMB, _D = "transformer_blocks.0.norm1.emb", "transformer_blocks.{i}"
-# Linears: our path, the official name and the part of its tensor, diffusers' name
+_SHARED = ("patch_embedder/", "blocks/attn/", "blocks/mlp/")  # named as the PixArt transformer's
 _LINEARS = (
-    ("timestep_embedder/fc1", "t_embedder.mlp.0", (0, 1), f"{_EMB}.timestep_embedder.linear_1"),
-    ("timestep_embedder/fc2", "t_embedder.mlp.2", (0, 1), f"{_EMB}.timestep_embedder.linear_2"),
-    ("blocks/modulation", "blocks.{i}.adaLN_modulation.1", (0, 1), f"{_D}.norm1.linear"),
-    ("blocks/attn/q", "blocks.{i}.attn.qkv", (0, 3), f"{_D}.attn1.to_q"),
-    ("blocks/attn/k", "blocks.{i}.attn.qkv", (1, 3), f"{_D}.attn1.to_k"),
-    ("blocks/attn/v", "blocks.{i}.attn.qkv", (2, 3), f"{_D}.attn1.to_v"),
-    ("blocks/attn/out", "blocks.{i}.attn.proj", (0, 1), f"{_D}.attn1.to_out.0"),
-    ("blocks/mlp/fc1", "blocks.{i}.mlp.fc1", (0, 1), f"{_D}.ff.net.0.proj"),
-    ("blocks/mlp/fc2", "blocks.{i}.mlp.fc2", (0, 1), f"{_D}.ff.net.2"),
-    ("final_modulation", "final_layer.adaLN_modulation.1", (0, 1), "proj_out_1"),
-    ("final", "final_layer.linear", (0, 1), "proj_out_2"),
+    ("timestep_embedder/fc1", f"{_EMB}.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+    ("timestep_embedder/fc2", f"{_EMB}.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+    ("blocks/modulation", f"{_D}.norm1.linear", "blocks.{i}.adaLN_modulation.1"),
+    ("final_modulation", "proj_out_1", "final_layer.adaLN_modulation.1"),
+    ("final", "proj_out_2", "final_layer.linear"),
+    *(row for row in transformer.LINEARS if row[0].startswith(_SHARED)),
 )
-OFFICIAL: tuple[ParamMapping, ...] = (
-    ParamMapping("patch_embedder/kernel", "x_embedder.proj.weight", "conv"),
-    ParamMapping("patch_embedder/bias", "x_embedder.proj.bias"),
-    ParamMapping("label_embedder/table", "y_embedder.embedding_table.weight"),
-    *(entry for path, name, part, _ in _LINEARS for entry in dense(path, name, part)),
+_LABELS = "class_embedder.embedding_table.weight"
+_TENSORS = (
+    ("label_embedder/table", f"{_EMB}.{_LABELS}", "y_embedder.embedding_table.weight"),
+    *(row for row in transformer.TENSORS if row[0].startswith(_SHARED[0])),
 )
-OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
-
-# For reading only. diffusers stores a copy of the timestep and label embedders in every block and
-# computes with block 0's. Its model differs from the official one in the sinusoid (an exponent
-# divided by 127 instead of 128) and an epsilon (1e-5); ours computes as the official one, which the
-# weights were trained with.
-DIFFUSERS: tuple[ParamMapping, ...] = (
-    ParamMapping("patch_embedder/kernel", "pos_embed.proj.weight", "conv"),
-    ParamMapping("patch_embedder/bias", "pos_embed.proj.bias"),
-    ParamMapping("label_embedder/table", f"{_EMB}.class_embedder.embedding_table.weight"),
-    *(entry for path, _, _, name in _LINEARS for entry in dense(path, name)),
-)
-
-
+# diffusers' names are for reading only: it stores a copy of the timestep and label embedders in
+# every block and computes with block 0's. Its model differs from the official one in the sinusoid
+# (an exponent divided by 127 instead of 128) and an epsilon (1e-5); ours computes as the official
+# one, which the weights were trained with.
+DIFFUSERS, OFFICIAL = transformer.tables(_LINEARS, _TENSORS)
+OFFICIAL_IGNORE = transformer.OFFICIAL_IGNORE
 _FIXED = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -70,10 +50,9 @@ _FIXED = {
 def diffusers_ignore(depth: int) -> tuple[str, ...]:
     """The copies of the embedders in blocks 1 … depth − 1, and a stored position table."""
     copies = [f"timestep_embedder.linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
-    copies.append("class_embedder.embedding_table.weight")
+    copies.append(_LABELS)
     return (
-        "pos_embed.pos_embed",
-        *BOOKKEEPING,
+        *transformer.DIFFUSERS_IGNORE,
         *(f"transformer_blocks.{i}.norm1.emb.{copy}" for i in range(1, depth) for copy in copies),
     )
 
@@ -88,7 +67,7 @@ def table(config: DiTConfig, values: Mapping, keys: Container[str] = ()) -> tupl
 
 def to_official(config: DiTConfig, params: Mapping) -> dict[str, np.ndarray]:
     """Our tree → {the official code's key: array}, complete for its strict loading."""
-    return {"pos_embed": position_table(config), **write(OFFICIAL, params)}
+    return {"pos_embed": transformer.position_table(config), **write(OFFICIAL, params)}
 
 
 def config_to_json(config: DiTConfig) -> dict:
@@ -100,7 +79,7 @@ def config_from_json(data: Mapping) -> DiTConfig:
     """A config.json of ours, or of a DiT in diffusers → our config."""
     try:
         if data.get("_class_name") == DIFFUSERS_CLASS_NAME:
-            fields = backbone_from_diffusers(data, _FIXED, sample_size=32, out_channels=None)
+            fields = transformer.backbone_from_diffusers(data, _FIXED, 32, out_channels=None)
             return DiTConfig(**fields, num_classes=data.get("num_embeds_ada_norm", 1000))
         known = {field.name for field in dataclasses.fields(DiTConfig)}
         given = {key: value for key, value in data.items() if not key.startswith("_")}
@@ -119,7 +98,7 @@ def config_from_official(
     sample_size: int | None = None,
 ) -> DiTConfig:
     """The config of an official .pt, from its tensors' names and shapes; as the transformer's."""
-    geometry = official_geometry(shapes, pos_embed, heads, sample_size)
+    geometry = transformer.official_geometry(shapes, pos_embed, heads, sample_size)
     try:
         rows = shapes["y_embedder.embedding_table.weight"][0]
     except KeyError:

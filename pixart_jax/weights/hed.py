@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 
 from pixart_jax.models.configs import HEDConfig
 from pixart_jax.weights.files import Tensors
-from pixart_jax.weights.table import ParamMapping
+from pixart_jax.weights.table import ParamMapping, layer
 
 CLASS_NAME = "HED"  # config.json's _class_name
 ANCHORS = ("block1.projection.weight",)
@@ -17,13 +17,9 @@ def table(config: HEDConfig, values: Mapping, keys: Container[str] = ()) -> tupl
     """(the entries, keys to ignore)."""
     entries = [ParamMapping("norm", "norm")]
     for n, layers in enumerate(config.layers, 1):
-        names = [(f"block{n}_conv{i}/conv", f"block{n}.convs.{i}", "conv") for i in range(layers)]
-        names += [(f"block{n}_projection", f"block{n}.projection", "pointwise")]
-        for ours, theirs, layout in names:
-            entries += [
-                ParamMapping(f"{ours}/kernel", f"{theirs}.weight", layout),
-                ParamMapping(f"{ours}/bias", f"{theirs}.bias"),
-            ]
+        for i in range(layers):
+            entries += layer(f"block{n}_conv{i}/conv", f"block{n}.convs.{i}", "conv")
+        entries += layer(f"block{n}_projection", f"block{n}.projection", "pointwise")
     return tuple(entries), ()
 
 

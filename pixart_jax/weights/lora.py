@@ -39,12 +39,15 @@ _METADATA = "lora_adapter_metadata"  # diffusers' key in a safetensors header: a
 # of the official tensor
 _LAYERS = (*LINEARS, ("patch_embedder", "pos_embed.proj", "x_embedder.proj"))
 
-_PARTS = {
-    "a": re.compile(r"(.+)\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight"),
-    "b": re.compile(r"(.+)\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight"),
-    "magnitude": re.compile(r"(.+)\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)*)"),
-    "alpha": re.compile(r"(.+)\.alpha"),
-}
+# a tensor's key: its layer, and what it is of the layer
+_KEY = re.compile(
+    r"(?P<layer>.+)\.(?:"
+    r"(?P<a>(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight)|"
+    r"(?P<b>(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight)|"
+    r"(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.\w+)*)|"
+    r"(?P<alpha>alpha))"
+)
+_SAVED = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _NAMES = {"a": "lora_A (lora_down)", "b": "lora_B (lora_up)"}
 _OFFICIAL_PREFIX = "unet.base_model.model."
 _DOTTED = re.compile(r"(?:(?:base_model|model|transformer|unet|diffusion_model|module)\.)*")
@@ -109,10 +112,10 @@ def read(
     file = find(path, revision)
     tensors = open_tensors(file)
     layers = _grouped_by_layer(tensors)
-    stated = _stated_config(file, tensors)
-    silent = not stated and not all("alpha" in layer for layer in layers.values())
+    official = any(key.startswith(_OFFICIAL_PREFIX) for key in tensors)
+    stated = _stated_config(file, tensors, official)
+    silent = not stated and not all("alpha" in keys for keys in layers.values())
     if silent and alpha is None:
-        official = any(key.startswith(_OFFICIAL_PREFIX) for key in tensors)
         usual = "; the official scripts train with 8" if official else ""
         warnings.warn(
             f"{tensors.source} does not say its alpha: read as alpha = rank, as diffusers does"
@@ -184,15 +187,13 @@ def _grouped_by_layer(tensors: Tensors) -> dict[str, dict[str, str]]:
         if _TEXT.match(key):
             text.append(key)
             continue
-        for part, pattern in _PARTS.items():
-            if match := pattern.fullmatch(key):
-                layer = layers.setdefault(match[1], {})
-                if part in layer:
-                    raise UserError(f"{tensors.source} holds {layer[part]} and {key}: one is read")
-                layer[part] = key
-                break
-        else:
+        if (match := _KEY.fullmatch(key)) is None:
             others.append(key)
+            continue
+        layer, part = layers.setdefault(match["layer"], {}), str(match.lastgroup)
+        if part in layer:
+            raise UserError(f"{tensors.source} holds {layer[part]} and {key}: one is read")
+        layer[part] = key
     for key in others:
         for sign, method in _OTHERS.items():
             if sign in key and (sign != "bias" or "lora_" in key):
@@ -264,30 +265,22 @@ def _refuse(source: str, flat: Mapping, unknown: list[str], wrong: list[str]) ->
     raise UserError(f"{source} is an adapter of another model: {'; '.join(problems)}")
 
 
-def _stated_config(file: Path, tensors: Tensors) -> dict[str, Any]:
-    """The peft config of the adapter: in the file's header, else beside it; empty where there is
-    none. Raises UserError for an option that is not supported."""
-    values: dict[str, Any] = {}
-    where = str(file)
-    header = getattr(tensors, "metadata", {}).get(_METADATA)
-    official = file.parent.name == ADAPTER_FOLDER
-    official |= any(key.startswith(_OFFICIAL_PREFIX) for key in tensors)
-    if header:
+def _stated_config(file: Path, tensors: Tensors, official: bool) -> dict[str, Any]:
+    """The peft config of the adapter: in the file's header, else beside it, that of the official
+    scripts one folder up; empty where there is none. Raises UserError for an unsupported option."""
+    values, where = dict[str, Any](), file
+    if header := getattr(tensors, "metadata", {}).get(_METADATA):
         with naming(file):
             values = json.loads(header)
             for prefix in ("transformer.", "unet."):
-                if own := {
-                    k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)
-                }:
-                    values = own
-                    break
+                own = {k[len(prefix) :]: v for k, v in values.items() if k.startswith(prefix)}
+                values = own or values
             values = values if {"r", "lora_alpha"} & values.keys() else {}  # of the text encoder
     else:
-        for folder in (file.parent, file.parent.parent)[: 2 if official else 1]:
-            if (folder / CONFIG).is_file():
-                where = str(folder / CONFIG)
-                values = read_json(folder / CONFIG)
-                break
+        official |= file.parent.name == ADAPTER_FOLDER
+        folders = (file.parent, file.parent.parent)[: 2 if official else 1]
+        if found := [folder / CONFIG for folder in folders if (folder / CONFIG).is_file()]:
+            where, values = found[0], read_json(found[0])
     if not values:
         return {}
     kind, bias = values.get("peft_type", "LORA"), values.get("bias", "none")
@@ -345,41 +338,33 @@ def _module(
 ) -> dict[str, np.ndarray]:
     """{a [.., r], b [r, out], magnitude [out]} in fp32, with the scale in b."""
     source = tensors.source
-    arrays = {}
-    for part, key in keys.items():
-        if part != "alpha":
-            array = finite.check_tensor(f"{source}: {key}", np.asarray(tensors[key], np.float32))
-            arrays[part] = array
-    a, b = arrays["a"], arrays["b"]
-    rank = a.shape[0]
-    if (
-        a.ndim not in (2, 4)
-        or b.ndim not in (2, 4)
-        or not rank == b.shape[1] > 0
-        or math.prod(b.shape[2:]) > 1
-    ):
+    arrays = {
+        part: finite.check_tensor(f"{source}: {key}", np.asarray(tensors[key], np.float32))
+        for part, key in keys.items()
+        if part != "alpha"
+    }
+    a, b, magnitude = arrays["a"], arrays["b"], arrays.get("magnitude")
+    rank, outputs, axes = a.shape[0], len(b), {a.ndim, b.ndim}
+    if axes - {2, 4} or not rank == b.shape[1] > 0 or math.prod(b.shape[2:]) > 1:
         raise UserError(
             f"{source}: {keys['a']} {a.shape} and {keys['b']} {b.shape} are not of one rank"
         )
     with naming(Path(source)):
         scale = _scale(tensors, name, keys, rank, stated, alpha)
-    module = {
-        "a": a.transpose(2, 3, 1, 0) if a.ndim == 4 else a.T,
-        "b": np.float32(scale) * b.reshape(b.shape[:2]).T,
-    }
-    if "magnitude" in arrays:
-        magnitude = arrays["magnitude"]
-        if stated.get("use_dora") is False:
-            raise UserError(f"{source}: {keys['magnitude']} is DoRA's, its config has no use_dora")
-        per_input = keys["magnitude"].endswith("dora_scale") and magnitude.shape[0] != len(b)
-        if magnitude.size != len(b) or per_input:
-            raise UserError(
-                f"{source}: {keys['magnitude']} {magnitude.shape} is not of the {len(b)} outputs"
-            )
-        module["magnitude"] = magnitude.reshape(-1)
-    elif stated.get("use_dora"):
-        raise UserError(f"{source}: {keys['a']} has no partner lora_magnitude_vector (use_dora)")
-    return module
+    a = a.transpose(2, 3, 1, 0) if a.ndim == 4 else a.T
+    module = {"a": a, "b": np.float32(scale) * b.reshape(b.shape[:2]).T}
+    if magnitude is None:
+        if stated.get("use_dora"):
+            missing = "has no partner lora_magnitude_vector (use_dora)"
+            raise UserError(f"{source}: {keys['a']} {missing}")
+        return module
+    key = keys["magnitude"]
+    if stated.get("use_dora") is False:
+        raise UserError(f"{source}: {key} is DoRA's, its config has no use_dora")
+    per_input = key.endswith("dora_scale") and magnitude.shape[0] != outputs
+    if magnitude.size != outputs or per_input:
+        raise UserError(f"{source}: {key} {magnitude.shape} is not of the {outputs} outputs")
+    return {**module, "magnitude": magnitude.reshape(-1)}
 
 
 def _part(module: Mapping[str, np.ndarray], part: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -418,80 +403,70 @@ def _digest(flat: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()[:10]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plain:
-    """The config of a tree that has its scale in b, as :func:`read` returns it."""
-
-    rank: int
-    alpha: float | None = None
-    rslora: bool = False
-
-    @classmethod
-    def of(cls, tree: Mapping) -> Plain:
-        ranks = collections.Counter(module["a"].shape[-1] for _, module in lora.modules(tree))
-        return cls(ranks.most_common(1)[0][0])
-
-
-def save(folder: str | os.PathLike, tree: Mapping, config: Any, dtype: Any = np.float32) -> None:
+def save(
+    folder: str | os.PathLike,
+    tree: Mapping,
+    rank: int | None = None,
+    alpha: float | None = None,
+    rslora: bool = False,
+    dtype: Any = np.float32,
+) -> None:
     """Write an adapter: adapter_config.json and adapter_model.safetensors, a folder that peft
     opens, and pytorch_lora_weights.safetensors, which diffusers' loaders open.
 
-    tree: of models/lora.py, with a and b as they were trained. config: .rank, .alpha (None: the
-    rank) and .rslora; the product is scaled by alpha / rank (rslora: alpha / √rank). dtype: of the
-    files. Layers that are zero are left out. Where several processes share the tree all must call
-    it; the first writes. Raises UserError for values that are not finite.
+    tree: of models/lora.py, with a and b as they were trained; the product is scaled by alpha /
+    rank (rslora: alpha / √rank). rank: by default that of most layers; alpha: by default the rank.
+    dtype: of the files. Layers that are zero are left out. Where several processes share the tree
+    all must call it; the first writes. Raises UserError for values that are not finite.
     """
     folder = Path(folder)
     tree = jax.tree.map(lambda leaf: np.asarray(gather_to_host(leaf), np.float32), dict(tree))
     if jax.process_index() > 0:
         return
-    alpha = config.rank if config.alpha is None else config.alpha
-    power = 0.5 if config.rslora else 1.0
+    modules = {"/".join(parts): dict(module) for parts, module in lora.modules(tree)}
+    ranks = {path: module["a"].shape[-1] for path, module in modules.items()}
+    usual = collections.Counter(ranks.values()).most_common(1)[0][0] if rank is None else rank
+    alpha = usual if alpha is None else alpha
     names = {path: theirs for path, theirs, *_ in _LAYERS}
     flat: dict[str, np.ndarray] = {}
     table: list[ParamMapping] = []
     targets: set[str] = set()
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for parts, module in lora.modules(tree):
-        path, rank = "/".join(parts), module["a"].shape[-1]
-        theirs, layers = names[path], None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    for path, module in modules.items():
+        theirs, layers, suffixes = names[path], None, [names[path]]
         if "{i}" in theirs:
             there = [np.any(array != 0, axis=(*range(1, array.ndim),)) for array in module.values()]
-            layers = tuple(int(i) for i in np.flatnonzero(np.any(there, 0)))
-            whole = len(layers) == len(module["a"])
-            module = {part: array[list(layers)] for part, array in module.items()}
+            held = np.any(there, 0)
+            layers = tuple(np.flatnonzero(held).tolist())
+            module = {part: array[held] for part, array in module.items()}
             short = theirs.partition("{i}.")[2]
-            suffixes = [short] if whole else [theirs.format(i=i) for i in layers]
-        else:
-            suffixes = [theirs]
+            suffixes = [short] if held.all() else [theirs.format(i=i) for i in layers]
         targets |= {*suffixes}
-        if rank != config.rank:
-            ranks |= dict.fromkeys(suffixes, rank)
-            scaled = alpha * (rank / config.rank) ** power
-            alphas |= dict.fromkeys(suffixes, _integer(scaled))
-        flat |= {f"{path}/{part}": array for part, array in module.items()}
-        kinds = ("conv", "pointwise") if path == "patch_embedder" else ("linear", "linear")
-        table += [
-            ParamMapping(f"{path}/a", f"{theirs}.lora_A.weight", kinds[0], layers=layers),
-            ParamMapping(f"{path}/b", f"{theirs}.lora_B.weight", kinds[1], layers=layers),
-        ]
-        if "magnitude" in module:
-            if path == "patch_embedder":
-                flat[f"{path}/magnitude"] = module["magnitude"].reshape(1, -1, 1, 1)
-            key = f"{theirs}.lora_magnitude_vector"
-            table.append(ParamMapping(f"{path}/magnitude", key, layers=layers))
+        if ranks[path] != usual:
+            rank_pattern |= dict.fromkeys(suffixes, ranks[path])
+            scaled = alpha * (ranks[path] / usual) ** (0.5 if rslora else 1.0)
+            alpha_pattern |= dict.fromkeys(suffixes, _integer(scaled))
+        layouts = {"a": "linear", "b": "linear", "magnitude": "same"}
+        if path == "patch_embedder":
+            layouts |= {"a": "conv", "b": "pointwise"}
+            if "magnitude" in module:
+                module["magnitude"] = module["magnitude"].reshape(1, -1, 1, 1)
+        for part, array in module.items():
+            flat[f"{path}/{part}"] = array.astype(dtype)
+            key, layout = f"{theirs}.{_SAVED[part]}", layouts[part]
+            table.append(ParamMapping(f"{path}/{part}", key, layout, layers=layers))
     values = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
-        "r": config.rank,
+        "r": usual,
         "lora_alpha": _integer(alpha),
         "target_modules": sorted(targets),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "use_dora": any(path.endswith("/magnitude") for path in flat),
-        "use_rslora": config.rslora,
+        "use_rslora": rslora,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -499,7 +474,7 @@ def save(folder: str | os.PathLike, tree: Mapping, config: Any, dtype: Any = np.
         "modules_to_save": None,
         "inference_mode": True,
     }
-    tensors = write(table, unflatten({path: array.astype(dtype) for path, array in flat.items()}))
+    tensors = write(table, unflatten(flat))
     header = {f"transformer.{name}": value for name, value in values.items()}
     metadata = {_METADATA: json.dumps(header, indent=2, sort_keys=True)}
     for file, prefix, extra in (

@@ -72,6 +72,16 @@ class ParamMapping:
             return None
 
 
+def layer(
+    path: str, name: str, layout: str = "linear", part: tuple[int, int] = (0, 1)
+) -> tuple[ParamMapping, ParamMapping]:
+    """Kernel and bias of a linear layer or a convolution."""
+    return (
+        ParamMapping(f"{path}/kernel", f"{name}.weight", layout, part),
+        ParamMapping(f"{path}/bias", f"{name}.bias", "same", part),
+    )
+
+
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """Nested dict → {'a/b/c': leaf}."""
     flat: dict[str, Any] = {}

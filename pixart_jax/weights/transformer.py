@@ -10,7 +10,7 @@ import numpy as np
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import SIZES, BackboneConfig, TransformerConfig
 from pixart_jax.models.embedders import sincos_2d
-from pixart_jax.weights.table import ParamMapping, write
+from pixart_jax.weights.table import ParamMapping, layer, write
 
 CLASS_NAME = "PixArtTransformer2DModel"  # config.json's _class_name
 # keys that every such file has, by which select() finds the names' prefix
@@ -18,14 +18,6 @@ OFFICIAL_ANCHORS = ("x_embedder.proj.weight", "final_layer.linear.weight")
 DIFFUSERS_ANCHORS = ("pos_embed.proj.weight", "adaln_single.linear.weight")
 ANCHORS = OFFICIAL_ANCHORS + DIFFUSERS_ANCHORS
 SIGMA_TOKENS = 300  # of a PixArt-Σ caption; a PixArt-α caption has 120
-
-
-def dense(path: str, name: str, part: tuple[int, int] = (0, 1)) -> tuple[ParamMapping, ...]:
-    """Kernel and bias of a Linear."""
-    return (
-        ParamMapping(f"{path}/kernel", f"{name}.weight", "linear", part),
-        ParamMapping(f"{path}/bias", f"{name}.bias", "same", part),
-    )
 
 
 _EMB, _D, _O = "adaln_single.emb", "transformer_blocks.{i}", "blocks.{i}"
@@ -53,7 +45,7 @@ LINEARS: tuple[tuple, ...] = (
     ("final", "proj_out", "final_layer.linear"),
 )
 # other tensors: our path, diffusers' name, the official name
-_TENSORS = (
+TENSORS = (
     ("patch_embedder/kernel", "pos_embed.proj.weight", "x_embedder.proj.weight"),
     ("patch_embedder/bias", "pos_embed.proj.bias", "x_embedder.proj.bias"),
     ("null_caption", "caption_projection.y_embedding", "y_embedder.y_embedding"),
@@ -66,23 +58,31 @@ _TENSORS = (
 )
 
 
-def _tensor(path: str, name: str) -> ParamMapping:
-    layout = "conv" if path == "patch_embedder/kernel" else "same"
-    return ParamMapping(path, name, layout, optional=path == "null_caption")
+def tables(
+    linears: Iterable[tuple], tensors: Iterable[tuple[str, str, str]]
+) -> tuple[tuple[ParamMapping, ...], tuple[ParamMapping, ...]]:
+    """(diffusers' table, the official one) of rows like LINEARS' and TENSORS'."""
+
+    def tensor(path: str, name: str) -> ParamMapping:
+        layout = "conv" if path == "patch_embedder/kernel" else "same"
+        return ParamMapping(path, name, layout, optional=path == "null_caption")
+
+    diffusers: list[ParamMapping] = []
+    official: list[ParamMapping] = []
+    for path, theirs, name, *part in linears:
+        diffusers += layer(path, theirs)
+        official += layer(path, name, "linear", *part)
+    for path, theirs, name in tensors:
+        diffusers.append(tensor(path, theirs))
+        official.append(tensor(path, name))
+    return tuple(diffusers), tuple(official)
 
 
-DIFFUSERS: tuple[ParamMapping, ...] = (
-    *(entry for path, name, *_ in LINEARS for entry in dense(path, name)),
-    *(_tensor(path, name) for path, name, _ in _TENSORS),
-)
-# counters that averaging wrappers store beside the weights
+DIFFUSERS, OFFICIAL = tables(LINEARS, TENSORS)
+# the position table, which is computed, and counters that averaging wrappers store
 BOOKKEEPING = ("n_averaged", "num_updates", "decay")
-DIFFUSERS_IGNORE = ("pos_embed.pos_embed", *BOOKKEEPING)  # the position table: computed, not read
-OFFICIAL: tuple[ParamMapping, ...] = (
-    *(entry for path, _, name, *part in LINEARS for entry in dense(path, name, *part)),
-    *(_tensor(path, name) for path, _, name in _TENSORS),
-)
-OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)  # the position table: computed, not read
+DIFFUSERS_IGNORE = ("pos_embed.pos_embed", *BOOKKEEPING)
+OFFICIAL_IGNORE = ("pos_embed", *BOOKKEEPING)
 
 
 def _compression(config: TransformerConfig, conv: str, norm: str) -> tuple[ParamMapping, ...]:
@@ -233,9 +233,7 @@ def config_to_json(config: TransformerConfig) -> dict:
 def official_names(keys: Iterable[str]) -> dict[str, str]:
     """{official name: key} of keys under diffusers' names; of a fused tensor each part."""
     of = {their: official for _, their, official, *_ in LINEARS}
-    of |= {their: official for _, their, official in _TENSORS} | {
-        "pos_embed.pos_embed": "pos_embed"
-    }
+    of |= {their: official for _, their, official in TENSORS} | {"pos_embed.pos_embed": "pos_embed"}
     names = {}
     for key in keys:
         general = re.sub(r"^transformer_blocks\.(\d+)", "transformer_blocks.{i}", key)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from typing import Any
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import VAEConfig
-from pixart_jax.weights.table import ParamMapping
+from pixart_jax.weights.table import ParamMapping, layer
 
 CLASS_NAME = "AutoencoderKL"  # config.json's _class_name
 
@@ -22,96 +23,86 @@ ALIASES = {
 }
 
 
-def diffusers(config: VAEConfig) -> tuple[ParamMapping, ...]:
-    """The table for a config, with an entry for each level and layer, which differ in shape."""
+# config.json's fields: (ours, diffusers' default)
+_FIELDS = {
+    "block_out_channels": ("block_out_channels", (64,)),
+    "in_channels": ("in_channels", 3),
+    "latent_channels": ("latent_channels", 4),
+    "layers_per_block": ("layers_per_block", 1),
+    "mid_block_add_attention": ("mid_block_attention", True),
+    "norm_num_groups": ("norm_num_groups", 32),
+    "sample_size": ("sample_size", 32),
+    "scaling_factor": ("scaling_factor", 0.18215),
+    "shift_factor": ("shift_factor", 0.0),
+    "use_quant_conv": ("use_quant_conv", True),
+}
+
+
+def table(config: VAEConfig, values: Mapping, keys: Container[str] = ()) -> tuple:
+    """(the entries, one for each level and layer, which differ in shape; keys to ignore)."""
     levels = len(config.block_out_channels)
     entries: list[ParamMapping] = []
     for half, level_name, blocks, layers in (
         ("encoder", "down", "down_blocks", config.layers_per_block),
         ("decoder", "up", "up_blocks", config.layers_per_block + 1),
     ):
-        entries += _conv(f"{half}/conv_in/conv", f"{half}.conv_in")
+        entries += layer(f"{half}/conv_in/conv", f"{half}.conv_in", "conv")
         for level in range(levels):
+            theirs = f"{half}.{blocks}.{level}"
             for i in range(layers):
                 entries += _residual(
-                    f"{half}/{level_name}_{level}_resnet_{i}",
-                    f"{half}.{blocks}.{level}.resnets.{i}",
+                    f"{half}/{level_name}_{level}_resnet_{i}", f"{theirs}.resnets.{i}"
                 )
             path = f"{half}/{level_name}_{level}_{level_name}sample/conv"
-            entries += _conv(path, f"{half}.{blocks}.{level}.{level_name}samplers.0.conv")
+            entries += layer(path, f"{theirs}.{level_name}samplers.0.conv", "conv")
         for i in range(2):
             entries += _residual(f"{half}/mid/resnet_{i}", f"{half}.mid_block.resnets.{i}")
         entries += _norm(f"{half}/mid/attention/norm", f"{half}.{_ATTENTION}.group_norm")
         for ours, theirs in zip(("query", "key", "value", "out"), _PROJECTIONS, strict=True):
-            path = f"{half}/mid/attention/{ours}"
-            entries += _conv(path, f"{half}.{_ATTENTION}.{theirs}", "linear")
+            entries += layer(f"{half}/mid/attention/{ours}", f"{half}.{_ATTENTION}.{theirs}")
         entries += _norm(f"{half}/norm_out", f"{half}.conv_norm_out")
-        entries += _conv(f"{half}/conv_out/conv", f"{half}.conv_out")
-    entries += _conv("quant", "quant_conv", "pointwise")
-    entries += _conv("post_quant", "post_quant_conv", "pointwise")
-    return tuple(entries)
+        entries += layer(f"{half}/conv_out/conv", f"{half}.conv_out", "conv")
+    entries += layer("quant", "quant_conv", "pointwise")
+    entries += layer("post_quant", "post_quant_conv", "pointwise")
+    return tuple(entries), ()
 
 
-def _conv(ours: str, theirs: str, layout: str = "conv") -> list[ParamMapping]:
-    return [
-        ParamMapping(f"{ours}/kernel", f"{theirs}.weight", layout),
-        ParamMapping(f"{ours}/bias", f"{theirs}.bias"),
-    ]
+def _norm(ours: str, theirs: str) -> tuple[ParamMapping, ...]:
+    scale = ParamMapping(f"{ours}/scale", f"{theirs}.weight")
+    return scale, ParamMapping(f"{ours}/bias", f"{theirs}.bias")
 
 
-def _norm(ours: str, theirs: str) -> list[ParamMapping]:
-    return [
-        ParamMapping(f"{ours}/scale", f"{theirs}.weight"),
-        ParamMapping(f"{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-def _residual(ours: str, theirs: str) -> list[ParamMapping]:
-    return [
+def _residual(ours: str, theirs: str) -> tuple[ParamMapping, ...]:
+    return (
         *_norm(f"{ours}/norm1", f"{theirs}.norm1"),
-        *_conv(f"{ours}/conv1/conv", f"{theirs}.conv1"),
+        *layer(f"{ours}/conv1/conv", f"{theirs}.conv1", "conv"),
         *_norm(f"{ours}/norm2", f"{theirs}.norm2"),
-        *_conv(f"{ours}/conv2/conv", f"{theirs}.conv2"),
-        *_conv(f"{ours}/shortcut", f"{theirs}.conv_shortcut", "pointwise"),
-    ]
-
-
-def table(config: VAEConfig, values: Mapping, keys: Container[str] = ()) -> tuple:
-    """(the entries, keys to ignore) of the weights beside a config.json of these values."""
-    return diffusers(config), ()
+        *layer(f"{ours}/conv2/conv", f"{theirs}.conv2", "conv"),
+        *layer(f"{ours}/shortcut", f"{theirs}.conv_shortcut", "pointwise"),
+    )
 
 
 def config_from_json(values: Mapping) -> VAEConfig:
     """diffusers' config.json → VAEConfig. UserError for another architecture."""
-    widths = tuple(values.get("block_out_channels", (64,)))
-    quant = values.get("use_quant_conv", True)
+    found = {ours: values.get(name, default) for name, (ours, default) in _FIELDS.items()}
+    found["block_out_channels"] = widths = tuple(found["block_out_channels"])
+    found["shift_factor"] = found["shift_factor"] or 0.0
     for name, want in (
         ("act_fn", "silu"),
-        ("out_channels", values.get("in_channels", 3)),
-        ("use_post_quant_conv", quant),
+        ("out_channels", found["in_channels"]),
+        ("use_post_quant_conv", found["use_quant_conv"]),
         ("latents_mean", None),
         ("latents_std", None),
         ("down_block_types", ["DownEncoderBlock2D"] * len(widths)),
         ("up_block_types", ["UpDecoderBlock2D"] * len(widths)),
     ):
-        found = values.get(name, want)
-        if (list(found) if isinstance(found, tuple | list) else found) != want:
+        given = values.get(name, want)
+        if (list(given) if isinstance(given, tuple | list) else given) != want:
             raise UserError(
-                f"config.json: {name} = {found!r}: only {want!r} is known for this AutoencoderKL"
+                f"config.json: {name} = {given!r}: only {want!r} is known for this AutoencoderKL"
             )
     try:
-        return VAEConfig(
-            in_channels=values.get("in_channels", 3),
-            latent_channels=values.get("latent_channels", 4),
-            block_out_channels=widths,
-            layers_per_block=values.get("layers_per_block", 1),
-            norm_num_groups=values.get("norm_num_groups", 32),
-            scaling_factor=values.get("scaling_factor", 0.18215),
-            shift_factor=values.get("shift_factor") or 0.0,
-            use_quant_conv=quant,
-            mid_block_attention=values.get("mid_block_add_attention", True),
-            sample_size=values.get("sample_size", 32),
-        )
+        return VAEConfig(**found)
     except TypeError as error:
         raise UserError(f"config.json: a field has the wrong type: {error}") from None
 
@@ -119,21 +110,16 @@ def config_from_json(values: Mapping) -> VAEConfig:
 def config_to_json(config: VAEConfig) -> dict:
     """VAEConfig → a config.json that diffusers opens."""
     levels = len(config.block_out_channels)
-    return {
+    found: dict[str, Any] = {name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()}
+    found |= {
         "_class_name": CLASS_NAME,
         "act_fn": "silu",
         "block_out_channels": list(config.block_out_channels),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers_per_block,
-        "mid_block_add_attention": config.mid_block_attention,
-        "norm_num_groups": config.norm_num_groups,
         "out_channels": config.in_channels,
-        "sample_size": config.sample_size,
-        "scaling_factor": config.scaling_factor,
-        **({"shift_factor": config.shift_factor} if config.shift_factor else {}),
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "use_post_quant_conv": config.use_quant_conv,
-        "use_quant_conv": config.use_quant_conv,
     }
+    if not config.shift_factor:
+        del found["shift_factor"]
+    return dict(sorted(found.items()))

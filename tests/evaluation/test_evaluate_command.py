@@ -149,7 +149,7 @@ def test_shapes_with_a_lora_is_the_merged_model(tmp_path, capsys):
     depth, inputs, outputs = kernel.shape
     a, b = rng.normal(size=(depth, inputs, 2)), rng.normal(size=(depth, 2, outputs)) / 10
     tree = {"blocks": {"attn": {"q": {"a": np.float32(a), "b": np.float32(b)}}}}
-    lora.save(tmp_path / "style", tree, lora.Plain.of(tree))
+    lora.save(tmp_path / "style", tree)
     flags = f"--per-task 2 --steps 2 --lora {tmp_path}/style:0.5 --out {tmp_path}/out".split()
     assert evaluate("shapes", *flags) == 0
     assert "lora style:0.5" in capsys.readouterr().out

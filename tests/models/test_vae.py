@@ -44,7 +44,7 @@ def reference(config: VAEConfig) -> TorchVAE:
 
 def params_of(config: VAEConfig, model: TorchVAE) -> dict:
     shapes = param_shapes(VAE, config)
-    params = read_state_dict(tables.diffusers(config), shapes, model.state_dict())
+    params = read_state_dict(tables.table(config, {})[0], shapes, model.state_dict())
     assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(params))
     return params
 
@@ -132,7 +132,7 @@ def test_parameters_of_stable_diffusions_vae():
 def test_names_are_written_back_as_they_were_read():
     config = SIZES["f8"]
     model = reference(config)
-    written = write(tables.diffusers(config), params_of(config, model))
+    written = write(tables.table(config, {})[0], params_of(config, model))
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert set(written) == set(state)
     for name, array in written.items():

@@ -447,7 +447,7 @@ def test_what_is_written_opens_in_peft_and_in_diffusers(tmp_path, options):
     theirs = adapted(True, **OPTIONS[options])
     theirs.save_pretrained(tmp_path / "theirs")
     found = lora.read(tmp_path / "theirs", base(True)[1].params)
-    lora.save(tmp_path / "ours", found.tree, lora.Plain.of(found.tree))
+    lora.save(tmp_path / "ours", found.tree)
     opened_everywhere(tmp_path / "ours", theirs)
     again = lora.read(tmp_path / "ours" / lora.DIFFUSERS, base(True)[1].params)
     assert lora.read(tmp_path / "ours", base(True)[1].params).digest == found.digest == again.digest
@@ -463,7 +463,7 @@ def test_a_trained_tree_is_written_with_its_scale(tmp_path, rslora):
     raw = jax.tree_util.tree_map_with_path(
         lambda path, x: x / np.float32(scale) if path[-1].key == "b" else x, folded
     )
-    lora.save(tmp_path / "ours", raw, lora.Plain(rank=4, alpha=6, rslora=rslora))
+    lora.save(tmp_path / "ours", raw, rank=4, alpha=6, rslora=rslora)
     opened_everywhere(tmp_path / "ours", theirs)
 
 

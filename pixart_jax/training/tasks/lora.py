@@ -154,7 +154,8 @@ class TextToImageLora(TextToImageOverBase):
     def export(self, params, folder: Path, batches) -> None:
         """The adapter's folder, as peft and diffusers open it; beside it ``model`` where the config
         asks for the merged model."""
-        lora_files.save(folder, params[LORA], self.lora)
+        how = self.lora.rank, self.lora.alpha, self.lora.rslora
+        lora_files.save(folder, params[LORA], *how)
         if self.lora.merged:
             mesh = jax.tree.leaves(params)[0].sharding.mesh
             module = self.module.clone(dtype=jnp.float32)
