@@ -105,8 +105,8 @@ class Uncast:
     def config(self):
         return self.module.config
 
-    def apply(self, *arguments):
-        return self.module.apply(*arguments)
+    def apply(self, *arguments, **named):
+        return self.module.apply(*arguments, **named)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "dit"])
