@@ -39,6 +39,7 @@ from pixart_jax.pipeline.lora_flags import LoraFlags
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.remote_path import Location
 
+Commands = Mapping[str, tuple[type, Callable]]  # name → (options, what runs them)
 SHIPPED = bundled("assets") / "shapes"
 if TYPE_CHECKING:
     Level = str
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         what = argv[1:]
         if what and what[0].startswith("-") and what[0] not in ("-h", "--help"):
             what = ["report", *what]
-        commands: dict[str, tuple[type, Callable]] = {
+        commands: Commands = {
             "build": (study.BuildOptions, study.build),
             "report": (study_report.ReportOptions, study_report.report_votes),
         }
@@ -120,13 +121,8 @@ def main(argv: Sequence[str]) -> int:
     return _run("evaluate", argv, commands, others)
 
 
-def _run(
-    name: str,
-    argv: Sequence[str],
-    commands: Mapping[str, tuple[type, Callable]],
-    others: Mapping[str, str],
-) -> int:
-    """commands: name → (options, what runs them). others: commands that --help lists too."""
+def _run(name: str, argv: Sequence[str], commands: Commands, others: Mapping[str, str]) -> int:
+    """others: commands that --help lists too, with what they do."""
     prog = f"python -m pixart_jax {name}"
     if not argv or argv[0] in ("-h", "--help"):
         whats = {what: str(options.__doc__) for what, (options, _) in commands.items()}

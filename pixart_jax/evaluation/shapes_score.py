@@ -36,10 +36,9 @@ class TaskScore:
     n: int
 
     @classmethod
-    def of(cls, right: np.ndarray, floor: float | None) -> TaskScore:
-        """right: bool [n]."""
-        interval = wilson(int(right.sum()), len(right))
-        return cls(float(right.mean()), *interval, floor, len(right))
+    def of(cls, verdicts: Sequence[Verdict], task: str, floor: float | None) -> TaskScore:
+        right, n = sum(verdict.right[task] for verdict in verdicts), len(verdicts)
+        return cls(right / n, *wilson(right, n), floor, n)
 
     def rounded(self) -> dict[str, float | int | None]:
         values = dataclasses.asdict(self)
@@ -113,7 +112,7 @@ def score(prompts: Sequence[EvalPrompt], images: Sequence[np.ndarray]) -> Score:
     sets = {name: [verdicts[i] for i in rows[name]] for name in SETS if rows[name]}
     floors = {name: _floor(of, [units[i] for i in rows[name]]) for name, of in sets.items()}
     tasks = {
-        task: TaskScore.of(_right(sets[name], task), floors[name].get(task))
+        task: TaskScore.of(sets[name], task, floors[name].get(task))
         for task, (name, _) in QUESTIONS.items()
         if name in sets
     }
@@ -122,12 +121,8 @@ def score(prompts: Sequence[EvalPrompt], images: Sequence[np.ndarray]) -> Score:
     if seen:
         known = [floors[name].get(ALL) for name in seen]
         floor = _average(known, [len(sets[name]) for name in seen])
-        every = TaskScore.of(_right(sum((sets[name] for name in seen), []), ALL), floor)
+        every = TaskScore.of(sum((sets[name] for name in seen), []), ALL, floor)
     return Score(tasks, mean, every, tuple(verdicts))
-
-
-def _right(verdicts: Sequence[Verdict], task: str) -> np.ndarray:
-    return np.array([verdict.right[task] for verdict in verdicts])
 
 
 def wilson(right: float, n: float, z: float = _Z) -> tuple[float, float]:
