@@ -38,14 +38,13 @@ class TorchModel:
     name: str
     digest: str
 
-    def inputs(self, images: Sequence[np.ndarray] | None = None, **given: Any) -> dict[str, Any]:
+    def inputs(self, images: Images, **given: Any) -> dict[str, Any]:
         """The processor's tensors on the model's device. images: uint8 [h, w, 3] each; given: text,
         padding and other options of the processor."""
-        if images is not None:
-            from PIL import Image
+        from PIL import Image
 
-            given["images"] = [Image.fromarray(image) for image in images]
-        return dict(self.processor(**given, return_tensors="pt").to(self.model.device))
+        given |= {"images": [Image.fromarray(image) for image in images], "return_tensors": "pt"}
+        return dict(self.processor(**given).to(self.model.device))
 
 
 def load(path: str, kind: str = "AutoModel", processor: str | None = "AutoProcessor") -> TorchModel:
