@@ -11,13 +11,14 @@ several with one bare stem, the first has it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import posixpath
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,21 @@ def _names(path: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _repeated(read: Callable) -> Callable:
+    """Headers are read with ast, which fails now and then in threads of Python 3.11 and 3.12
+    (python/cpython#106905)."""
+
+    @functools.wraps(read)
+    def repeated(*arguments):
+        for _ in range(3):
+            with contextlib.suppress(SystemError):
+                return read(*arguments)
+        return read(*arguments)
+
+    return repeated
+
+
+@_repeated
 def _features_of(
     entry: Entry, folder: Path, texts: Sequence[Path], control: Path | None
 ) -> tuple[_Found | None, list[BadRecord]]:
@@ -271,6 +287,7 @@ def _posterior(file: str, name: str | None, size: tuple[int, int]) -> list[np.nd
     return np.split(latents.reshape(-1, h, w).transpose(1, 2, 0), 2, axis=-1)
 
 
+@_repeated
 def _load(file: str, name: str | None = None) -> Any:
     try:
         held = np.load(file)

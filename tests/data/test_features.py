@@ -201,3 +201,21 @@ def test_what_a_large_set_holds_is_kept_for_the_next_start(root, monkeypatch):
     rows = np.array([1, 2]), 0, np.zeros(2)
     for name, values in first.read(*rows).items():
         np.testing.assert_array_equal(values, again.read(*rows)[name])
+
+
+def test_an_error_of_pythons_parser_in_threads_is_no_end(root, monkeypatch):
+    """SystemError: AST constructor recursion depth mismatch."""
+    load, calls = np.load, []
+
+    def flaky(*arguments, **options):
+        calls.append(1)
+        if len(calls) % 2:
+            raise SystemError("AST constructor recursion depth mismatch")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(np, "load", flaky)
+    latents = next(root.rglob("*.npy"))
+    np.testing.assert_array_equal(reading._load(str(latents)), load(latents))
+    monkeypatch.setattr(np, "load", lambda *_, **__: (_ for _ in ()).throw(SystemError("ever")))
+    with pytest.raises(SystemError, match="ever"):
+        reading._load(str(latents))
