@@ -206,11 +206,11 @@ def _repeated(read: Callable) -> Callable:
     (python/cpython#106905)."""
 
     @functools.wraps(read)
-    def repeated(*arguments):
+    def repeated(*arguments, **named):
         for _ in range(3):
             with contextlib.suppress(SystemError):
-                return read(*arguments)
-        return read(*arguments)
+                return read(*arguments, **named)
+        return read(*arguments, **named)
 
     return repeated
 
