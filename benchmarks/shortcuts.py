@@ -28,7 +28,7 @@ from pixart_jax.evaluation.shapes_score import score  # noqa: E402
 from pixart_jax.evaluation.tasks import eval_prompts  # noqa: E402
 from pixart_jax.files import write_json, write_text  # noqa: E402
 from pixart_jax.pipeline import SamplingConfig  # noqa: E402
-from pixart_jax.pipeline.image_size import cache_plan  # noqa: E402
+from pixart_jax.pipeline.block_cache import make_plan  # noqa: E402
 
 TASKS = ("colour", "shape", "counting", "position", "binding")
 STUDENT = ROOT / "assets" / "shapes-4step"
@@ -73,7 +73,7 @@ def main() -> None:
         images = pipe([p.caption for p in prompts], steps=steps, **fields, batch_size=options.batch)
         plain = images if plain is None else plain
         tasks = score(prompts, list(images)).tasks
-        plan = cache_plan(config, pipe.transformer.config, pipe.scheduler, guided=guided)
+        plan = make_plan(config, pipe.transformer.config, pipe.scheduler, guided=guided)
         found.append(
             {
                 "name": name,

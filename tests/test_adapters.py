@@ -155,13 +155,13 @@ def test_with_adapters_shares_the_base_and_recompiles_nothing(pipe, folders):
 def test_negative_prompts_are_encoded_again_for_other_adapters(pipe, folders):
     """Their keys and values are cached, and depend on the adapters."""
     images(pipe)
-    kept = set(pipe._negatives.rows)
+    kept = set(pipe._negatives)
     pipe.load_lora_weights(folders["first"])
     images(pipe)
-    assert len(set(pipe._negatives.rows) - kept) == 1
+    assert len(set(pipe._negatives) - kept) == 1
     pipe.unload_lora_weights()
     images(pipe)
-    assert len(pipe._negatives.rows) == 2  # that of the base is still there
+    assert len(pipe._negatives) == 2  # that of the base is still there
 
 
 def test_a_replaced_part_keeps_the_adapters_and_a_new_transformer_has_none(pipe, folders):

@@ -15,8 +15,9 @@ from pixart_jax.commands import sample
 from pixart_jax.diffusion.guidance import combine_guidance
 from pixart_jax.errors import UserError
 from pixart_jax.images import png_settings
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.transformer import PARTS, BlockCache, Conditioning
-from pixart_jax.pipeline import SamplingConfig, sampler
+from pixart_jax.pipeline import SamplingConfig, SchedulerConfig, sampler
 from pixart_jax.pipeline.block_cache import make_plan
 from pixart_jax.pipeline.pipeline import Run
 
@@ -32,7 +33,8 @@ def pipe(tiny_model) -> Pipeline:
 
 
 def plan(guided: bool = True, **options):
-    return make_plan(SamplingConfig(**options), T, DEPTH, guided)
+    config = SamplingConfig(steps=6, **options).with_defaults()
+    return make_plan(config, TransformerConfig(depth=DEPTH), SchedulerConfig(), guided)
 
 
 def computed(plan) -> dict[str, list[int]]:
@@ -222,7 +224,7 @@ def test_outside_the_interval_the_program_evaluates_half_the_rows(pipe):
     states, lengths = pipe.encode_text(PROMPTS)
     config = SamplingConfig(steps=6, guidance_interval=(400, 999)).with_defaults()
     text, scale = (states, lengths), np.full(2, 4.5, "f")
-    spec, table, _ = pipe._spec(config, True, False, Run(config), None)
+    spec, table, _ = pipe._spec(Run(config), True, False, None)
     arguments = (pipe.transformer.params, table, noise, None, text, text, None, None, scale)
     made = jax.make_jaxpr(sampler.sample_latents, static_argnums=0)(spec, *arguments)
     loops = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] in (3, 4, 2)]

@@ -89,7 +89,7 @@ def test_a_step_of_the_scan_computes_no_text_and_no_time(pipe):
     noise, _ = pipe.noise(0, range(2), 64, 64)
     sizes, text = pipe._size_conditions(noise, None, None), (states, lengths)
     config, params = SamplingConfig(steps=3).with_defaults(), pipe.transformer.params
-    spec, table, _ = pipe._spec(config, True, False, Run(config), None)
+    spec, table, _ = pipe._spec(Run(config), True, False, None)
     arguments = (params, table, noise, None, text, text, *sizes, np.full(2, 4.5, "f"))
     made = jax.make_jaxpr(sampler.sample_latents, static_argnums=0)(spec, *arguments)
     (loop,) = [e for e in made.eqns if e.primitive.name == "scan" and e.params["length"] == 3]

@@ -14,7 +14,7 @@ from diffusers import PixArtSigmaPAGPipeline
 
 from pixart_jax import Pipeline, diffusion
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline import editing, sampler
+from pixart_jax.pipeline import SamplingConfig, editing, sampler
 from tests import tiny_diffusers
 
 PROMPTS = ["a large red circle", "a small blue star left of a large green square"]
@@ -220,7 +220,7 @@ def test_a_box_holds_its_mask_and_lies_inside_the_image(size, padding, corner):
 def test_an_image_is_edited_at_its_own_bucket(ours):
     sizes = {(64, 64): (64, 64), (100, 70): (96, 64), (300, 200): (96, 64), (20, 20): (16, 16)}
     for given, wanted in sizes.items():
-        assert editing.default_size(given, ours.transformer.config, 8, True) == wanted
+        assert editing.default_size(given, ours.transformer.config, 8, SamplingConfig()) == wanted
     wide = RNG.integers(0, 256, (64, 96, 3), np.uint8)
     assert ours(PROMPTS[:1], image=wide, steps=2, strength=0.5).shape == (1, 64, 96, 3)
 

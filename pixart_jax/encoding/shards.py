@@ -81,7 +81,7 @@ class ShardEncoder:
         condition: Condition | None = None,
     ):
         self._source, self._options, self._mesh, self._tokenizer = source, options, mesh, tokenizer
-        shards = 1 if mesh is None else batch_shards(mesh)
+        shards = batch_shards(mesh)
         self._rows = options.batch_size * shards
         self._text_rows = min(BATCH, options.batch_size) * shards
         self._condition = condition

@@ -75,9 +75,9 @@ def check_slices(data: int, count: int) -> None:
         )
 
 
-def batch_shards(mesh: jax.sharding.Mesh) -> int:
+def batch_shards(mesh: jax.sharding.Mesh | None) -> int:
     """Number of parts that a batch is split into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_divides(

@@ -29,10 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax.diffusion import Segment, guidance
+from pixart_jax.diffusion import Segment, guidance, timesteps
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import TransformerConfig
 from pixart_jax.models.transformer import PARTS, BlockCache
 from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.pipeline.scheduler import SchedulerConfig
 
 CROSS = "cross_attention"
 # (guided, x, conditioning, cache, scales of PAG and control) → (prediction, the outputs of the
@@ -62,9 +64,17 @@ class CachePlan:
         return float((rows * computed).sum() / (2 * len(rows)))
 
 
-def make_plan(config: SamplingConfig, t: np.ndarray, depth: int, guided: bool) -> CachePlan:
-    """The plan of a run at times t [n] of a model with ``depth`` blocks. Raises UserError for a
-    block schedule that does not fit them."""
+def make_plan(
+    config: SamplingConfig,
+    transformer: TransformerConfig,
+    scheduler: SchedulerConfig,
+    guided: bool,
+    start: int = 0,
+) -> CachePlan:
+    """The plan of a run from its step ``start`` on. Raises UserError for steps that the solver
+    cannot take, or a block schedule that does not fit."""
+    solver, schedule, depth = scheduler.solver(config), scheduler.schedule(), transformer.depth
+    t = timesteps(solver, config.steps or 0, schedule, config.times, start=start)  # [n]
     steps, whole = np.arange(len(t)), np.ones((len(t), depth), bool)
     guides = guidance.within(t, config.guidance_interval) & guided
     tables: dict[str, np.ndarray] = {}

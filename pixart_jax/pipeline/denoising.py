@@ -22,7 +22,7 @@ from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import on_mesh, row_sharding
 from pixart_jax.pipeline import decoder, editing, sampler
 from pixart_jax.pipeline.adapters import Adapters
-from pixart_jax.pipeline.image_size import cache_plan
+from pixart_jax.pipeline.block_cache import make_plan
 from pixart_jax.pipeline.noise import starting_noise
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder
 from pixart_jax.pipeline.rows import Run, Seed, one_each
@@ -35,54 +35,10 @@ from pixart_jax.text import clean_caption
 Callback = Callable[[int, np.ndarray], None]
 
 
-_CACHED = 4  # negative prompts whose keys and values stay: 31 MB each for XL/2 in bfloat16
-
-States = tuple[jax.Array, jax.Array]  # [n, l, c], lengths [n]
-
-
-class NegativePrompts:
-    """Keys and values of one transformer's negative prompts, cached a text: "" is encoded once, and
-    an image does not depend on the negative prompts beside it."""
-
-    def __init__(self) -> None:
-        self.rows: dict[Hashable, tuple[TextKV, object]] = {}
-
-    def text_kv(
-        self,
-        texts: Sequence[str],
-        key: Hashable,
-        source: object,
-        encode: Callable[[list[str]], States],
-        project: Callable[..., TextKV],
-        null_caption: States | None,
-        lengths: jax.Array,
-    ) -> TextKV:
-        """Keys and values of the rows' texts [b], cleaned.
-
-        key: whatever else they depend on. source: what encodes; its id is in the key. encode(texts)
-        → states. project(states, lengths) → TextKV. null_caption: states of a "", which is then
-        read under ``lengths`` [b] of the prompts; None: "" is encoded.
-        """
-        names = [(text, key, id(source)) for text in texts]
-        is_null = np.array([null_caption is not None and not text for text in texts])
-        found = {name: self.rows[name] for name in names if name in self.rows}
-        missing = {name: text for text, name in zip(texts, names) if name not in found}
-        states: dict[tuple, States] = {}
-        if null_caption is not None and any(is_null):
-            states[names[is_null.argmax()]] = null_caption
-        if read := {name: text for name, text in missing.items() if name not in states}:
-            both = encode(list(read.values()))
-            states |= {
-                name: (both[0][n : n + 1], both[1][n : n + 1]) for n, name in enumerate(read)
-            }
-        for name in missing:
-            # the source is held, so that no other object takes its id
-            found[name] = self.rows[name] = project(*states[name]), source
-        while len(self.rows) > _CACHED:
-            self.rows.pop(next(iter(self.rows)))
-        columns = zip(*(found[name][0] for name in names))
-        keys, values, own = (jnp.concatenate(a, n) for a, n in zip(columns, (1, 1, 0)))
-        return TextKV(keys, values, jnp.where(is_null, lengths, own))
+# Keys and values of negative prompts, cached a text: "" is encoded once, and an image does not
+# depend on the negative prompts beside it. (text, what else they depend on) → (TextKV, its source)
+NegativePrompts = dict[Hashable, tuple[TextKV, object]]
+_CACHED = 4  # negative prompts that stay: 31 MB each for XL/2 in bfloat16
 
 
 class DenoisingMethods:
@@ -184,7 +140,7 @@ class DenoisingMethods:
             start = editing.first_step(int(config.steps or 0), strength)
         with on_mesh(self.mesh):
             run = Run(config, start, reference, windows=windows)
-            spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
+            spec, table, noisy = self._spec(run, guided, keys is not None, edit)
             arguments = (table, noise, keys if noisy else None, text, negative, *sizes, scale, edit)
             return _checked(*self._sample(spec, model.params, arguments, callback))
 
@@ -228,15 +184,10 @@ class DenoisingMethods:
         return self.transformer.with_controlnet(self.controlnet)
 
     def _spec(
-        self,
-        config: SamplingConfig,
-        guided: bool,
-        stochastic: bool,
-        run: Run,
-        edit: sampler.Edit | None,
+        self, run: Run, guided: bool, stochastic: bool, edit: sampler.Edit | None
     ) -> tuple[sampler.SamplerSpec, dict[str, Any], bool]:
         """(the compiled program's static arguments, its table, whether steps add noise)."""
-        solver = self.scheduler.solver(config)
+        config, solver = run.config, self.scheduler.solver(run.config)
         steps, schedule = int(config.steps or 0), self.scheduler.schedule()
         table, noisy = step_table(
             solver, steps, schedule, config.times, start=run.start, stochastic=stochastic
@@ -252,7 +203,7 @@ class DenoisingMethods:
             self.scheduler.prediction,
             solver,
             guided,
-            cache_plan(config, self.transformer.config, self.scheduler, guided, run.start),
+            make_plan(config, self.transformer.config, self.scheduler, guided, run.start),
             config.perturbed_layers(self.transformer.config.depth),
             run.reference,
             run.windows,
@@ -304,21 +255,32 @@ class DenoisingMethods:
         encoder: PromptEncoder | TextStates,
         model: Any,
     ) -> TextKV:
-        """Keys and values of the rows' negative prompts in the blocks of ``model``."""
-        null_caption = None
-        if null == "embedding":
-            caption = jnp.asarray(self._null_caption(), jnp.float32)[None, :length]
-            null_caption = caption, jnp.int32([length])
+        """Keys and values of the rows' negative prompts in the blocks of ``model``; null
+        'embedding': of "" those of the model's null caption, under ``lengths``."""
+        cache, stored = self._negatives, null == "embedding"
+        source = encoder if isinstance(encoder, TextStates) else self.text_encoder
+        key = null, length, self.adapters.identity, model is self.transformer, id(source)
+        names = [(clean(text), *key) for text in texts]
+        found = {name: cache[name] for name in names if name in cache}
+        missing = list(dict.fromkeys(name for name in names if name not in found))
         with on_mesh(self.mesh):
-            return self._negatives.text_kv(
-                [clean(text) for text in texts],
-                (null, length, self.adapters.identity, model is self.transformer),
-                encoder if isinstance(encoder, TextStates) else self.text_encoder,
-                lambda cleaned: self._on_devices(encoder.batch(cleaned, length, str)),
-                functools.partial(sampler.encode_text_jit, model.module, model.params),
-                null_caption,
-                lengths,
-            )
+            states: dict[str, tuple[jax.Array, jax.Array]] = {}
+            if read := [text for text, *_ in missing if text or not stored]:
+                rows, own = self._on_devices(encoder.batch(read, length, str))
+                states = {text: (rows[n : n + 1], own[n : n + 1]) for n, text in enumerate(read)}
+            if stored:
+                caption = jnp.asarray(self._null_caption(), jnp.float32)[None, :length]
+                states[""] = caption, jnp.int32([length])
+            for name in missing:
+                made = sampler.encode_text_jit(model.module, model.params, *states[name[0]])
+                # the source is held, so that no other object takes its id
+                found[name] = cache[name] = made, source
+            while len(cache) > _CACHED:
+                cache.pop(next(iter(cache)))
+            columns = zip(*(found[name][0] for name in names))
+            keys, values, own = (jnp.concatenate(a, n) for a, n in zip(columns, (1, 1, 0)))
+            is_null = np.array([stored and not text for text, *_ in names])
+            return TextKV(keys, values, jnp.where(is_null, lengths, own))
 
     def _null_caption(self) -> jax.Array:
         if "null_caption" not in self.transformer.params:
@@ -338,7 +300,7 @@ class DenoisingMethods:
         Guidance makes two rows of an image. Where that fills the devices, the two lie on different
         ones: one prompt on data = 2 takes the time of a pass without guidance.
         """
-        shards = 1 if self.mesh is None else batch_shards(self.mesh)
+        shards = batch_shards(self.mesh)
         if guided and shards % 2 == 0 and 2 * batch <= shards:
             return shards // 2
         return math.ceil(batch / shards) * shards

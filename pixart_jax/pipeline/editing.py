@@ -114,7 +114,10 @@ def check_mask(value: Any, image: np.ndarray) -> np.ndarray:
 
 
 def images_of(value: Any, count: int, what: str = "image") -> list[np.ndarray]:
-    """One array for each of ``count`` prompts, from one for all or a sequence of one each."""
+    """One array for each of ``count`` prompts, from one for all or a sequence of one each; none
+    from None."""
+    if value is None:
+        return []
     grey = what == "mask" or (what == "control" and np.shape(value)[-1:] != (3,))
     if hasattr(value, "ndim") and value.ndim <= (2 if grey else 3):
         return [np.asarray(value)] * count
@@ -144,19 +147,15 @@ def latent_edit(latents: Any, mask: Any, control: Any, shape: tuple[int, ...]) -
 
 
 def default_size(
-    shape: tuple[int, ...],
-    transformer: TransformerConfig,
-    factor: int,
-    binning: bool,
-    windowed: bool = False,
+    shape: tuple[int, ...], transformer: TransformerConfig, factor: int, config: SamplingConfig
 ) -> tuple[int, int]:
     """(height, width) that an image is edited at: its bucket; where the model has no buckets its
     own size in whole patches, at most 1.5 times the model's side, but in windows."""
     side = transformer.sample_size * factor
-    if binning and not windowed and side in buckets.INFERENCE_TABLES:
+    if config.binning and not config.windowed and side in buckets.INFERENCE_TABLES:
         return buckets.nearest(shape[0], shape[1], side, inference=True)
     unit = factor * transformer.patch_size
-    ratio = 1.0 if windowed else min(1.0, 1.5 * side / max(shape[:2]))
+    ratio = 1.0 if config.windowed else min(1.0, 1.5 * side / max(shape[:2]))
     height, width = (max(unit, round(s * ratio / unit) * unit) for s in shape[:2])
     return height, width
 
@@ -168,17 +167,13 @@ def canvas(
     the box of the mask and so many pixels around it, grown to the aspect ratio of ``size``, so that
     it is generated at full resolution and put back into the image."""
     if mask is None or padding is None:
-        fitted, _ = to_bucket(image, size)
-        return Canvas(fitted, None if mask is None else _resized_mask(mask, size))
+        inside = mask if mask is None else to_bucket(mask.astype(np.uint8) * 255, size)[0] >= 128
+        return Canvas(to_bucket(image, size)[0], inside)
     box = _box_around(mask, size, padding)
     part = slice(box[0], box[2]), slice(box[1], box[3])
     fitted = np.asarray(Image.fromarray(image[part]).resize(size[::-1], _LANCZOS))
     inner = Image.fromarray(mask[part]).convert("L").resize(size[::-1], Image.Resampling.BOX)
     return Canvas(fitted, np.asarray(inner) >= 128, image, mask, box)
-
-
-def _resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return to_bucket(mask.astype(np.uint8) * 255, size)[0] >= 128
 
 
 def _box_around(mask: np.ndarray, size: tuple[int, int], padding: int) -> tuple[int, int, int, int]:
@@ -240,12 +235,12 @@ class Edits:
     controls: the condition of each prompt; empty without a ControlNet."""
 
     images: list[np.ndarray]
-    masks: list[np.ndarray] = dataclasses.field(default_factory=list)
-    strength: float = 1.0
-    padding: int | None = None
-    is_reference: bool = False
-    variation: tuple[int | str, float] | None = None  # of the noise: (seed, share)
-    controls: list[np.ndarray] = dataclasses.field(default_factory=list)
+    masks: list[np.ndarray]
+    strength: float
+    padding: int | None
+    is_reference: bool
+    variation: tuple[int | str, float] | None  # of the noise: (seed, share)
+    controls: list[np.ndarray]
 
     @classmethod
     def read(
@@ -260,34 +255,31 @@ class Edits:
         control: Any = None,
     ) -> Edits:
         """Of ``Pipeline.generate``'s options. Raises UserError for contradictions."""
-        if control is not None:
-            if reference is not None or mask_padding is not None:
-                raise UserError("control excludes reference and mask padding: give one of them")
-            plain = cls.read(count, image, mask, strength, variation=variation)
-            controls = [check_control(one) for one in images_of(control, count, "control")]
-            return dataclasses.replace(plain, controls=controls)
+        if control is not None and not (reference is None and mask_padding is None):
+            raise UserError("control excludes reference and mask padding: give one of them")
         if variation is not None and not 0 <= variation[1] <= 1:
             raise UserError(f"variation {variation[1]}: a share from 0 to 1 is needed")
-        if reference is not None:
-            if image is not None or mask is not None:
-                raise UserError("reference and image exclude each other: give one of them")
-            found = images_of(reference, count, "reference")
-            found = [check_image(one, "reference") for one in found]
-            return cls(found, is_reference=True, variation=variation)
-        if image is None:
-            if mask is not None:
-                raise UserError("a mask needs the image that stays outside it: give image")
-            return cls([], variation=variation)
-        images = [check_image(one) for one in images_of(image, count)]
-        if mask is None:
-            if mask_padding is not None:
-                raise UserError("mask padding needs a mask")
-            return cls(images, strength=strength, variation=variation)
+        if reference is not None and not (image is None and mask is None):
+            raise UserError("reference and image exclude each other: give one of them")
+        if mask is not None and image is None:
+            raise UserError("a mask needs the image that stays outside it: give image")
+        what, given = ("image", image) if reference is None else ("reference", reference)
+        images = [check_image(one, what) for one in images_of(given, count, what)]
+        if mask is None and image is not None and mask_padding is not None:
+            raise UserError("mask padding needs a mask")
         masks = images_of(mask, count, "mask")
         masks = [check_mask(one, own) for one, own in zip(masks, images)]
-        if mask_padding is not None and len({own.shape for own in images}) > 1:
+        if masks and mask_padding is not None and len({own.shape for own in images}) > 1:
             raise UserError("mask padding: images of one size are needed, which the results have")
-        return cls(images, masks, strength, mask_padding, variation=variation)
+        return cls(
+            images,
+            masks,
+            1.0 if image is None else strength,
+            mask_padding,
+            reference is not None,
+            variation,
+            [check_control(one) for one in images_of(control, count, "control")],
+        )
 
     def start(self, steps: int) -> int:
         """The first step of ``steps``."""
@@ -312,8 +304,7 @@ class Edits:
                 check_aspect("control", one, self.images[n].shape if self.images else whole)
         given = [*self.images, *self.controls]
         if given and height is None and width is None:
-            shape, how = given[0].shape, (config.binning, config.windowed)
-            return default_size(shape, transformer, factor, *how)
+            return default_size(given[0].shape, transformer, factor, config)
         return height, width
 
     def result_size(self, height: int, width: int) -> dict[str, int]:

@@ -26,12 +26,7 @@ _DEFAULT_DTYPE = "float32"
 
 def component_identity(component) -> str:
     """sha256 in hex over a component's .config, the dtype it computes in and each of its .params
-    (path, shape, dtype, bytes); its ``.identity`` where it has one.
-
-    Parameters that live on other hosts cannot be hashed here.
-    """
-    if isinstance(known := getattr(component, "identity", None), str):
-        return known
+    (path, shape, dtype, bytes). Parameters that live on other hosts cannot be hashed here."""
     digest = hashlib.sha256()
     config = component.config
     fields = config if isinstance(config, dict) else dataclasses.asdict(config)

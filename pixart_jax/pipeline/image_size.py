@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pixart_jax import diffusion
 from pixart_jax.data import buckets
 from pixart_jax.errors import UserError
 from pixart_jax.models.configs import TransformerConfig, VAEConfig
-from pixart_jax.pipeline import block_cache
+from pixart_jax.pipeline.block_cache import make_plan
 from pixart_jax.pipeline.sampling_config import SamplingConfig
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.pipeline.windows import plan_windows
@@ -56,24 +55,8 @@ def check_options(
         limit = transformer.text_tokens
         raise UserError(f"text length {config.text_length}: this model reads at most {limit}")
     config.perturbed_layers(transformer.depth)
-    cache_plan(config, transformer, scheduler, guided=config.guidance != 1, start=start)
+    make_plan(config, transformer, scheduler, guided=config.guidance != 1, start=start)
     if not binned:
         plan_windows(config, transformer, tuple(side // vae.factor for side in asked))
         return ImageSize(asked, asked)
     return ImageSize(asked, buckets.nearest(*asked, side, inference=True))
-
-
-def cache_plan(
-    config: SamplingConfig,
-    transformer: TransformerConfig,
-    scheduler: SchedulerConfig,
-    guided: bool,
-    start: int = 0,
-) -> block_cache.CachePlan:
-    """What the run skips and reuses, from its step ``start`` on. Raises UserError for steps that
-    the solver cannot take, or a block schedule that does not fit."""
-    solver = scheduler.solver(config)
-    t = diffusion.timesteps(
-        solver, config.steps or 0, scheduler.schedule(), config.times, start=start
-    )
-    return block_cache.make_plan(config, t, transformer.depth, guided)

@@ -105,25 +105,21 @@ class OutputFolder:
         self, folder: str | os.PathLike, wanted: Sequence[Mapping], share: PromptShard | None = None
     ):
         self.folder = located(folder)
+        # an unwritable folder shows before the work, not after it
         if isinstance(self.folder, RemotePath):
-            self._probe(self.folder)
+            probe = self.folder / f".probe-{secrets.token_hex(8)}"
+            probe.touch()
+            probe.unlink()
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
-                pass  # an unwritable folder shows before the work, not after it
+                pass
         self.wanted = [dict(settings) for settings in wanted]
         self.share = share or PromptShard()
         self.mine = self.share.of([self.group(settings) for settings in self.wanted])
         found = self._find_all(self.mine)
         self.paths = {n: path for n, (path, _) in found.items()}
         self.missing = [n for n, (_, there) in found.items() if not there]
-
-    @staticmethod
-    def _probe(folder: RemotePath) -> None:
-        """Raise UserError where objects cannot be written or deleted."""
-        probe = folder / f".probe-{secrets.token_hex(8)}"
-        probe.touch()
-        probe.unlink()
 
     @staticmethod
     def group(settings: Mapping) -> tuple:

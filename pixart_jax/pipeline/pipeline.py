@@ -61,9 +61,7 @@ class Pipeline(DenoisingMethods, LoraMethods):
     adapters: Adapters = Adapters()
     controlnet: Any = None
     # of these parts: replace() begins an empty one
-    _negatives: NegativePrompts = dataclasses.field(
-        default_factory=NegativePrompts, init=False, repr=False
-    )
+    _negatives: NegativePrompts = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.mesh is not None:
@@ -267,8 +265,12 @@ class Pipeline(DenoisingMethods, LoraMethods):
         ]
         for row in rows:
             check_guidance(row.guidance)
-        if (to := edits.variation) is not None:
-            rows = [row.with_noise_toward(*to) for row in rows]
+        if edits.variation is not None:
+            other, share = edits.variation
+            rows = [
+                dataclasses.replace(row, toward=(row.prompt, other, row.index, share))
+                for row in rows
+            ]
         if self.mesh is not None:
             sides = [side // self.factor // parts.patch_size for side in size.generated]
             sides = sides if windows is None else [windows.side // parts.patch_size] * 2
@@ -349,7 +351,7 @@ class Pipeline(DenoisingMethods, LoraMethods):
         with on_mesh(self.mesh):
             controls = [row.control for row in rows if row.control is not None]
             edit = self._edit(canvases, controls, config.seamless)
-            spec, table, noisy = self._spec(config, guided, keys is not None, run, edit)
+            spec, table, noisy = self._spec(run, guided, keys is not None, edit)
             sizes = self._size_conditions(noise, None, None, run.windows)
             keys = keys if noisy else None
             arguments = (table, noise, keys, text, negative, *sizes, scale, edit)

@@ -22,7 +22,7 @@ import numpy as np
 from pixart_jax.parallel.mesh import batch_shards
 from pixart_jax.parallel.rules import on_mesh, row_sharding
 from pixart_jax.pipeline.folder import ModelFolder
-from pixart_jax.pipeline.text_states import TextStates, cleaning_id, to_storage_dtype
+from pixart_jax.pipeline.text_states import TextStates, cleaning_id
 from pixart_jax.text import clean_caption, tokenize
 
 # texts: 64 tokens of each keep an accelerator busy, and one prompt alone wastes little
@@ -107,14 +107,14 @@ class PromptEncoder:
             ids, lengths = tokenize(self.tokenizer, cleaned, self.tokens, clean=str)
             for numbers, states in one_ahead(self._encoded(ids, lengths)):
                 for row, found in zip(numbers, np.asarray(states)):
-                    rows[cleaned[row]] = to_storage_dtype(found[: lengths[row]], dtype)
+                    rows[cleaned[row]] = found[: lengths[row]].astype(jnp.dtype(dtype))
                 on_progress(len(numbers))
         identity = {**self.identity, "cleaning": cleaning_id(clean), "stored_in": dtype}
         return TextStates({text: rows[text] for text in cleaned}, identity)
 
     @property
     def _batch(self) -> int:
-        shards = 1 if self.mesh is None else batch_shards(self.mesh)
+        shards = batch_shards(self.mesh)
         return math.ceil(BATCH / shards) * shards
 
     def _encoded(

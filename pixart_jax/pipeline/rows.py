@@ -33,9 +33,6 @@ class Row:
     toward: Toward | None = None
     control: np.ndarray | None = None
 
-    def with_noise_toward(self, seed: Seed, share: float) -> Row:
-        return dataclasses.replace(self, toward=(self.prompt, seed, self.index, share))
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from pixart_jax.errors import UserError
@@ -22,7 +21,6 @@ from pixart_jax.remote_path import local
 from pixart_jax.text import clean_caption, lower_caption
 from pixart_jax.weights.files import LazyTensor, SafetensorsFile, write_safetensors
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # ours: safetensors' name
 _IDENTITY = "pixart_jax.text_states"
 _DIFFERENCES = {  # where the name of a part of the identity does not say enough
     "text_encoder": "another text encoder",
@@ -159,11 +157,6 @@ def texts_to_encode(
     or 'embedding', whose "" needs no states."""
     read = [text for text in negatives if null == "text" or clean(text)]
     return list(dict.fromkeys([*prompts, *read]))
-
-
-def to_storage_dtype(states: np.ndarray, dtype: str) -> np.ndarray:
-    """States in the dtype of that name, as :func:`write` takes them."""
-    return np.asarray(states).astype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype])
 
 
 def _shortened(text: str) -> str:

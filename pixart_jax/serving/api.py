@@ -27,7 +27,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -180,7 +180,7 @@ class Service:
         previews: int = 0,
         progress: bool = False,
         request: Request | None = None,
-    ) -> tuple[Job, AsyncIterator[Event | None]]:
+    ) -> tuple[Job, AsyncGenerator[Event | None]]:
         """Queue a request; (its job, its events, and None every KEEP_ALIVE seconds). The end of the
         iterator cancels the request. Raises as Engine.submit; the iterator raises where it fails,
         and ClientGone where the client of ``request`` closes the connection."""
@@ -197,7 +197,7 @@ class Service:
 
         job = self.engine.submit(generation, listen, previews, progress)
 
-        async def events() -> AsyncIterator[Event | None]:
+        async def events() -> AsyncGenerator[Event | None]:
             watching = request and asyncio.ensure_future(watch(request))
             left = generation.count
             try:
@@ -217,6 +217,14 @@ class Service:
                     watching.cancel()
 
         return job, events()
+
+    async def file(
+        self, generation: Generation, event: Done, kind: str = "png", quality: int = 100
+    ) -> tuple[bytes, dict[str, Any]]:
+        """(an image as a file, its settings)."""
+        settings = self.offer.settings(generation, event.index)
+        how: Any = event.pixels, settings, kind, quality
+        return await asyncio.to_thread(image_bytes, *how), settings
 
     def model(self) -> dict[str, Any]:
         own = {"id": self.offer.name, "object": "model", "created": self.created}
@@ -248,9 +256,8 @@ class _Answer:
 
     async def image(self, event: Done) -> dict[str, Any]:
         """One of ``data``."""
-        settings = self.service.offer.settings(self.generation, event.index)
-        how: Any = event.pixels, settings, self.kind, self.quality
-        data = await asyncio.to_thread(image_bytes, *how)
+        how = self.generation, event, self.kind, self.quality
+        data, settings = await self.service.file(*how)
         found: dict[str, Any] = {"index": event.index, "seed": settings["seed"]}
         found |= {"parameters": settings, "prompt_truncated": self.lost}
         if self.body.response_format == "url":
@@ -258,13 +265,13 @@ class _Answer:
             return {"url": f"{self.base_url}/images/{name}", **found}
         return {"b64_json": base64.b64encode(data).decode(), **found}
 
-    async def whole(self, events: AsyncIterator[Event | None]) -> dict[str, Any]:
+    async def whole(self, events: AsyncGenerator[Event | None]) -> dict[str, Any]:
         made = [asyncio.ensure_future(self.image(e)) async for e in events if isinstance(e, Done)]
         data = sorted(await asyncio.gather(*made), key=lambda one: one["index"])
         return {"created": int(time.time()), "data": data, **self.about, "usage": self.usage}
 
     async def stream(
-        self, events: AsyncIterator[Event | None], prefix: str, facts: dict[str, Any]
+        self, events: AsyncGenerator[Event | None], prefix: str, facts: dict[str, Any]
     ) -> AsyncIterator[str]:
         """Server-sent events. facts: of the access log."""
         try:
@@ -272,8 +279,7 @@ class _Answer:
                 if event is None:
                     yield ": keep-alive\n\n"
                 elif isinstance(event, Progress):
-                    place = {"state": event.state, "position": event.position}
-                    yield _sse(f"{prefix}.progress", place, step=event.step, steps=event.steps)
+                    yield _sse(f"{prefix}.progress", dataclasses.asdict(event))
                 elif isinstance(event, Preview):
                     pixels = await asyncio.to_thread(image_bytes, event.pixels, None, self.kind, 90)
                     place = {"partial_image_index": event.number, "image_index": event.index}
@@ -290,7 +296,7 @@ class _Answer:
             facts["error"] = found["error"]["code"]
             yield _sse("error", found)
         finally:
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
         yield "data: [DONE]\n\n"
 
 
@@ -334,7 +340,7 @@ async def _answer(
     except ClientGone:
         return Response(status_code=499)
     finally:
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
 
 
 def create_app(

@@ -7,7 +7,6 @@ owns every call of JAX, which a ``Renderer`` makes; nothing here knows the web.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 import math
@@ -27,24 +26,13 @@ GATHER = 0.02  # seconds that a batch which is not full waits for more
 RETRY_LIMIT = 120  # seconds: OpenAI's clients give up at once beyond it
 
 
-class QueueFull(Exception):
-    """Too many images wait. retry_after: seconds until there may be room."""
-
-    def __init__(self, retry_after: int):
-        super().__init__(f"the queue is full: try again in {retry_after} s")
-        self.retry_after = retry_after
-
-
 class Unavailable(Exception):
-    """The engine takes no request now. state: of Engine."""
+    """The engine cannot make the images now. reason: queue_full, timeout or the engine's state.
+    retry_after: seconds until it may."""
 
-    def __init__(self, state: str):
-        super().__init__(f"the server is {state}: try again later")
-        self.state = state
-
-
-class Expired(Exception):
-    """A request waited longer than the limit."""
+    def __init__(self, message: str, reason: str, retry_after: int = 5):
+        super().__init__(message)
+        self.reason, self.retry_after = reason, retry_after
 
 
 class BatchFailed(Exception):
@@ -107,28 +95,19 @@ class Renderer(Protocol):
         """Latents [h, w, c] → rough uint8 [h, w, 3], without the device."""
 
 
-OnBatch = Callable[
-    [Generation, int, float, bool], None
-]  # one, images, seconds, whether it compiled
-
-
+@dataclasses.dataclass(eq=False)
 class Job:
     """A request in the engine. listener: called with each Event, in the engine's thread."""
 
-    def __init__(
-        self,
-        generation: Generation,
-        listener: Callable[[Event], None],
-        previews: int,
-        progress: bool,
-    ):
-        self.generation, self.listener = generation, listener
-        self.previews, self.progress = previews, progress
-        self.arrived = time.monotonic()
-        self.started: float | None = None  # of its first batch
-        self.cancelled = False
-        self.left = generation.count
-        self.fill = 0.0  # of its last batch
+    generation: Generation
+    listener: Callable[[Event], None]
+    previews: int = 0
+    progress: bool = False
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    started: float | None = None  # of its first batch
+    cancelled: bool = False
+    done: int = 0  # images
+    fill: float = 0.0  # of its last batch
 
     @property
     def queue_seconds(self) -> float:
@@ -146,7 +125,8 @@ class Engine:
     """open_renderer: opens the model, in the engine's thread. warm_up: generated before the state
     is ready. batch_size: of every batch. max_queue: images that may wait. timeout: seconds that a
     request may wait. max_programs: compiled programs at most. stuck_after: seconds of a batch after
-    which the engine counts as stuck.
+    which the engine counts as stuck. on_batch(one of its generations, images, seconds, whether it
+    compiled): called after each batch.
 
     ``state``: loading (the model is being opened; requests are refused), compiling (requests wait),
     ready, draining (requests are refused, those accepted are finished), failed.
@@ -162,15 +142,15 @@ class Engine:
         timeout: float = 300,
         max_programs: int = 64,
         stuck_after: float = 600,
-        on_batch: OnBatch = lambda *report: None,
         on_failure: Callable[[Exception], None] = lambda error: None,
     ):
         self._open, self._warm_up = open_renderer, list(warm_up)
         self.batch_size, self.max_queue, self.timeout = batch_size, max_queue, timeout
         self.max_programs, self.stuck_after = max_programs, stuck_after
-        self.on_batch, self.on_failure = on_batch, on_failure
+        self.on_failure = on_failure
+        self.on_batch: Callable[[Generation, int, float, bool], None] = lambda *report: None
         self.state = "loading"
-        self._queue: collections.deque[_Item] = collections.deque()
+        self._queue: list[_Item] = []
         self._changed = threading.Condition()
         self._programs: set[Hashable] = {one.program for one in warm_up}  # compiled or promised
         self._compiled: set[Hashable] = set()
@@ -215,14 +195,16 @@ class Engine:
         progress: bool = False,
     ) -> Job:
         """Queue a request; its events go to ``listener``: Done for each image, or one Failed.
-        Raises Unavailable, QueueFull, and Refused for one program more than may be compiled."""
+        Raises Unavailable, and Refused for one program more than may be compiled."""
         job = Job(generation, listener, previews, progress)
         with self._changed:
             if self.state not in ("compiling", "ready"):
-                raise Unavailable(self.state)
+                raise _unavailable(self.state)
             if len(self._queue) + generation.count > self.max_queue:
                 wait = math.ceil((len(self._queue) or generation.count) * self._seconds_an_image)
-                raise QueueFull(min(max(wait, 1), RETRY_LIMIT))
+                wait = min(max(wait, 1), RETRY_LIMIT)
+                full = f"the queue is full: try again in {wait} s"
+                raise Unavailable(full, "queue_full", wait)
             if generation.program not in self._programs:
                 if len(self._programs) >= self.max_programs:
                     more = f"program {self.max_programs + 1} of at most {self.max_programs}"
@@ -238,7 +220,7 @@ class Engine:
         """Nobody waits for the job. A batch without any other ends at its next step."""
         with self._changed:
             job.cancelled = True
-            self._queue = collections.deque(one for one in self._queue if one[0] is not job)
+            self._queue = [one for one in self._queue if one[0] is not job]
             self._changed.notify_all()
 
     def drain(self) -> None:
@@ -263,9 +245,9 @@ class Engine:
             self._set_state("loading", "compiling")
             for generation in self._warm_up:
                 if self.state != "draining":
-                    nobody = Job(generation, lambda event: None, 0, False)
+                    nobody = Job(generation, lambda event: None)
                     self._generate([(nobody, index) for index in range(generation.count)])
-                    if nobody.left:
+                    if nobody.done < generation.count:
                         raise UserError("the model's first image failed: the log says why")
             self._set_state("compiling", "ready")
         except Exception as error:
@@ -275,7 +257,7 @@ class Engine:
                 self.state, lost = "failed", {job for job, _ in self._queue}
                 self._queue.clear()
             for job in lost:
-                job.tell(Failed(Unavailable("failed")))
+                job.tell(Failed(_unavailable("failed")))
             self.on_failure(error)
             return
         while (batch := self._next_batch()) is not None:
@@ -307,8 +289,7 @@ class Engine:
                 self._changed.wait(timeout=wait)
             batch = batch[: self.batch_size]
             taken = set(map(id, batch))
-            self._queue = collections.deque(one for one in self._queue if id(one) not in taken)
-            waiting = list(self._queue)
+            waiting = self._queue = [one for one in self._queue if id(one) not in taken]
         for position, (job, index) in enumerate(waiting):
             if job.progress and index == 0:
                 job.tell(Progress("queued", position, 0, job.generation.run_steps))
@@ -317,10 +298,10 @@ class Engine:
     def _expire(self) -> None:
         limit = time.monotonic() - self.timeout
         late = {job for job, _ in self._queue if job.arrived < limit}
-        if late:
-            self._queue = collections.deque(one for one in self._queue if one[0] not in late)
+        self._queue = [one for one in self._queue if one[0] not in late]
         for job in late:
-            job.tell(Failed(Expired(f"waited longer than {self.timeout:g} s")))
+            waited = f"waited longer than {self.timeout:g} s"
+            job.tell(Failed(Unavailable(waited, "timeout")))
             job.cancelled = True
 
     def _generate(self, batch: list[_Item]) -> None:
@@ -368,11 +349,15 @@ class Engine:
                 self._seconds_an_image += 0.2 * (seconds / len(batch) - self._seconds_an_image)
         for (job, index), pixels in zip(batch, images or [None] * len(batch)):
             if pixels is not None:
-                job.left -= 1
+                job.done += 1
                 job.tell(Done(index, pixels))
             elif not job.cancelled:
                 job.tell(Failed(failure))
                 self.cancel(job)
+
+
+def _unavailable(state: str) -> Unavailable:
+    return Unavailable(f"the server is {state}: try again later", state)
 
 
 def _preview_at(step: int, steps: int, previews: int) -> int | None:

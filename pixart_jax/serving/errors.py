@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from pixart_jax.errors import UserError
-from pixart_jax.serving.engine import BatchFailed, Expired, QueueFull, Unavailable
+from pixart_jax.serving.engine import BatchFailed, Unavailable
 from pixart_jax.serving.offer import Refused
 
 LOG = logging.getLogger("pixart_jax.serving")
@@ -52,12 +52,9 @@ def as_api_error(error: Exception, request_id: str = "") -> ApiError:
         return ApiError(400, str(error), error.code, error.param)
     if isinstance(error, UserError):
         return ApiError(400, str(error))
-    if isinstance(error, QueueFull):
-        return ApiError(429, str(error), "queue_full", retry_after=error.retry_after)
     if isinstance(error, Unavailable):
-        return ApiError(503, str(error), error.state, retry_after=5)
-    if isinstance(error, Expired):
-        return ApiError(503, str(error), "timeout", retry_after=5)
+        status = 429 if error.reason == "queue_full" else 503
+        return ApiError(status, str(error), error.reason, retry_after=error.retry_after)
     request_id = request_id or uuid.uuid4().hex
     cause = None if isinstance(error, BatchFailed) else error
     LOG.error("request %s failed", request_id, exc_info=cause)

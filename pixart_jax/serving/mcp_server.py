@@ -34,7 +34,6 @@ from pydantic import BaseModel, Field
 
 from pixart_jax import cli
 from pixart_jax.errors import Notice, UserError
-from pixart_jax.images import image_bytes
 from pixart_jax.serving import uploads
 from pixart_jax.serving.api import Service
 from pixart_jax.serving.engine import Done, Progress
@@ -77,24 +76,21 @@ def make_server(service: Service, folder: Path | None = None) -> MCPServer:
         given = {name: value for name, value in fields.items() if value is not None}
         try:
             generation = service.offer.generation(prompt, **given)
-            job, events = service.submit(generation, progress=True)
+            _, events = service.submit(generation, progress=True)
             done = []
-            try:
+            async with contextlib.aclosing(events):
                 async for event in events:
                     if isinstance(event, Progress):
                         await ctx.report_progress(event.step, event.steps, event.state)
                     elif isinstance(event, Done):
                         done.append(event)
-            finally:
-                await events.aclose()  # type: ignore[attr-defined]
         except Exception as error:
             raise ToolError(str(as_api_error(error))) from None
         content: list[Any] = []
         lost = " ".join(service.offer.tokens(prompt)[1])[:500] or None
         found = Generated(names=[], seeds=[], parameters=[], paths=[], prompt_truncated=lost)
         for event in sorted(done, key=lambda one: one.index):
-            settings = service.offer.settings(generation, event.index)
-            data = await asyncio.to_thread(image_bytes, event.pixels, settings, "png", 100)
+            data, settings = await service.file(generation, event)
             name = service.images.put(data, "png")
             preview = await asyncio.to_thread(_preview, event.pixels)
             content.append(ImageContent(type="image", data=preview, mime_type="image/webp"))

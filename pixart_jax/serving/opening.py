@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +83,8 @@ class EngineFlags:
         if control is not None:
             controlnet_of(control, model.transformer)
         dtype = folder.compute_dtype(self.dtype)
-        mesh, config = self._mesh()
+        config = MeshConfig.parse(self.mesh)
+        mesh = make_mesh(config, jax.local_devices())
         offer = Offer.of(
             model,
             sizes=[_parse_size(text) for text in self.sizes],
@@ -103,10 +103,14 @@ class EngineFlags:
         )
 
         def open_renderer():
-            how: dict[str, Any] = {"dtype": jnp.dtype(dtype).type, "mesh": mesh}
-            how["quantization"] = "int8" if self.text_encoder_int8 else None
-            how |= {"cache": folder.weights_cache(self.weights_cache)}
-            pipe = Pipeline.from_pretrained(model, controlnet=control, **how)
+            pipe = Pipeline.from_pretrained(
+                model,
+                jnp.dtype(dtype).type,
+                mesh if mesh.size > 1 else None,
+                quantization="int8" if self.text_encoder_int8 else None,
+                cache=folder.weights_cache(self.weights_cache),
+                controlnet=control,
+            )
             pipe = pipe.replace(context_attention=config.context_attention)
             for adapter, _ in adapters:
                 pipe.load_lora_weights(adapter, adapter.name)
@@ -130,11 +134,6 @@ class EngineFlags:
         shipped = bundled("assets").resolve()
         own = find(self.model).resolve() == shipped / "shapes"
         return shipped / "shapes_control" if own else None
-
-    def _mesh(self):
-        config = MeshConfig.parse(self.mesh)
-        mesh = make_mesh(config, jax.local_devices())
-        return (mesh if mesh.size > 1 else None), config
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 
 from pixart_jax.data.images import UnreadableImage, decode
 from pixart_jax.images import canny
-from pixart_jax.serving.errors import ApiError
+from pixart_jax.serving.offer import Refused
 
 PIXELS = 4096**2
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -30,7 +30,7 @@ BODY = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
 
 
 async def read_form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
-    """({field: text}, {image, mask, control: bytes}). Raises ApiError for parts that are neither,
+    """({field: text}, {image, mask, control: bytes}). Raises Refused for parts that are neither,
     or twice."""
     texts: dict[str, str] = {}
     files: dict[str, bytes] = {}
@@ -39,9 +39,9 @@ async def read_form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]
             field = _FILES.get(name)
             if isinstance(value, UploadFile) != (field is not None):
                 kind = "a file" if field else "text"
-                raise ApiError(400, f"{name[:60]}: {kind} is needed", "invalid_value", name[:60])
+                raise Refused(f"{name[:60]}: {kind} is needed", name[:60])
             if (field or name) in (*texts, *files):
-                raise ApiError(400, f"{name[:60]}: one is taken", "invalid_value", name[:60])
+                raise Refused(f"{name[:60]}: one is taken", name[:60])
             if isinstance(value, UploadFile):
                 files[str(field)] = await value.read()
             else:
@@ -63,24 +63,20 @@ def parsed(texts: dict[str, str]) -> dict[str, Any]:
 
 
 def pictures(files: dict[str, bytes], control_from: str | None = None) -> dict[str, np.ndarray]:
-    """{image, control: uint8 [h, w, 3], mask: bool [h, w]}. Raises ApiError where one is no picture
-    of FORMATS, or too large."""
+    """{image, control: uint8 [h, w, 3], mask: bool [h, w], True where alpha is 0: what is made
+    anew}. Raises Refused where one is no picture of FORMATS, or too large."""
     found = {}
     for name, data in files.items():
-        found[name] = _mask(data) if name == "mask" else _checked(name, data)
+        image = _open(name, data)
+        try:
+            found[name] = decode(data) if name != "mask" else _mask(image)
+        except (UnreadableImage, OSError, ValueError, SyntaxError) as error:
+            raise _unusable(name, str(error)) from None
     if "image" not in found and "control" not in found:
-        raise ApiError(400, "an image to edit is needed, or a control", "invalid_image", "image")
+        raise Refused("an image to edit is needed, or a control", "image", "invalid_image")
     if control_from == "canny" and "control" in found:
         found["control"] = np.repeat(canny(found["control"])[..., None], 3, axis=-1)
     return found
-
-
-def _checked(name: str, data: bytes) -> np.ndarray:
-    _open(name, data)
-    try:
-        return decode(data)
-    except UnreadableImage as error:
-        raise ApiError(400, f"{name}: {error}", "invalid_image", name) from None
 
 
 def _open(name: str, data: bytes) -> Image.Image:
@@ -90,22 +86,19 @@ def _open(name: str, data: bytes) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        readable = f"not a readable picture ({', '.join(FORMATS)})"
-        raise ApiError(400, f"{name}: {readable}", "invalid_image", name) from None
+        raise _unusable(name, f"not a readable picture ({', '.join(FORMATS)})") from None
     if image.size[0] * image.size[1] > PIXELS:
         size = "{} x {}".format(*image.size)
-        limit = f"more than {PIXELS} pixels"
-        raise ApiError(400, f"{name}: {size} pixels, {limit}", "invalid_image", name)
+        raise _unusable(name, f"{size} pixels, more than {PIXELS} pixels")
     return image
 
 
-def _mask(data: bytes) -> np.ndarray:
-    """bool [h, w], True where alpha is 0: what is made anew."""
-    image = _open("mask", data)
-    try:
-        if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-            alpha = "the mask has no alpha channel: alpha 0 marks what is made anew"
-            raise ApiError(400, alpha, "invalid_image", "mask")
-        return np.asarray(image.convert("RGBA"))[..., 3] < 128
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ApiError(400, f"mask: {error}", "invalid_image", "mask") from None
+def _mask(image: Image.Image) -> np.ndarray:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        alpha = "the mask has no alpha channel: alpha 0 marks what is made anew"
+        raise Refused(alpha, "mask", "invalid_image")
+    return np.asarray(image.convert("RGBA"))[..., 3] < 128
+
+
+def _unusable(name: str, why: str) -> Refused:
+    return Refused(f"{name}: {why}", name, "invalid_image")

@@ -309,7 +309,7 @@ def load_component(
     whole model, of an unknown kind, or without weights, and for weights that do not fit.
     """
     folder = model_folder(folder, revision=revision, variant=variant)
-    values = _config_of_file(folder) if folder.is_file() else _read_config(folder)
+    values = _config(folder)
     kind: Any = str(values.get("_class_name") or values.get("model_type"))
     if kind == _OLD_CLASS_NAME:
         kind = _OF_NORM.get(str(values.get("norm_type")), kind)
@@ -351,7 +351,7 @@ def controlnet_of(path: str | os.PathLike, model: TransformerConfig) -> Path:
     """The ControlNet at a folder, hub id or file, for load_component; its weights are not read.
     Raises UserError where it is something else, or of another model than ``model``."""
     path = model_folder(path)
-    values = _config_of_file(path) if path.is_file() else _read_config(path)
+    values = _config(path)
     if _KINDS.get(str(values.get("_class_name"))) is not ControlNet:
         raise UserError(f"{path} is a {values.get('_class_name')}: a ControlNet is needed")
     try:
@@ -369,24 +369,20 @@ def under_current_names(tensors: Tensors, names: ModuleType) -> Tensors:
     return tensors.renamed(old | {key: key for key in keys if key not in aliases})
 
 
-def _config_of_file(path: Path) -> dict:
-    """The config.json of a file whose tensors say which model it is."""
+def _config(path: Path) -> dict:
+    """The config.json of a folder, or of a file whose tensors say which model it is."""
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            parts = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
+            whole = f"{path} is a whole model: give one of its parts ({', '.join(parts)})"
+            raise UserError(f"{whole} or use Pipeline")
+        return read_json(path / CONFIG)
+    if not path.is_file():
+        wanted = "give the folder of one part, with config.json and weights"
+        raise UserError(f"no folder {path}: {wanted}")
     tensors = open_tensors(path)
     for names in (hed, controlnet):
         found = select(tensors, names.ANCHORS).tensors
         if any(anchor in found for anchor in names.ANCHORS):
             return names.config_of_tensors(found)
     raise UserError(f"{path} is not of a ControlNet or HED network: convert it to a folder first")
-
-
-def _read_config(folder: Path) -> dict:
-    if not folder.is_dir():
-        raise UserError(
-            f"no folder {folder}: give the folder of one part, with config.json and weights"
-        )
-    if (folder / "model_index.json").is_file():
-        parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        raise UserError(
-            f"{folder} is a whole model: give one of its parts ({', '.join(parts)}) or use Pipeline"
-        )
-    return read_json(folder / CONFIG)

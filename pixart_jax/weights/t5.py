@@ -61,12 +61,8 @@ def config_from_json(values: Mapping) -> T5Config:
         raise UserError(
             f"feed_forward_proj is {activation!r}: only T5 v1.1 encoders ('gated-gelu') are known"
         )
-    missing = [
-        name
-        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-        if name not in values
-    ]
-    if missing:
+    # the others have defaults in transformers
+    if missing := [name for name in _SIZES[:6] if name not in values]:
         raise UserError(f"config.json of a T5 lacks {', '.join(missing)}")
     return T5Config(**{name: values[name] for name in _SIZES if name in values})
 

@@ -99,7 +99,7 @@ def test_the_queue_is_bounded_in_images_and_says_when_to_come_back(start, offer)
     submitted(engine, offer.generation("blocks"))
     until(lambda: engine.running)
     submitted(engine, offer.generation("a", n=4))
-    with pytest.raises(engines.QueueFull) as error:
+    with pytest.raises(engines.Unavailable, match="full") as error:
         engine.submit(offer.generation("b", n=2), print)
     assert 1 <= error.value.retry_after <= 120
     submitted(engine, offer.generation("b", n=1))
@@ -146,7 +146,7 @@ def test_a_request_that_waited_too_long_is_dropped_before_it_is_generated(start,
     _, events = submitted(engine, offer.generation("late"))
     time.sleep(0.25)
     renderer.gate.set()
-    assert isinstance(events.get(timeout=10).error, engines.Expired)
+    assert events.get(timeout=10).error.reason == "timeout"
     assert len(renderer.batches) == 1
 
 
@@ -199,7 +199,7 @@ def test_states_and_draining(offer):
     engine.start()
     with pytest.raises(engines.Unavailable) as error:
         engine.submit(offer.generation("a"), print)
-    assert error.value.state == engine.state == "loading"
+    assert error.value.reason == engine.state == "loading"
     opening.set()
     until(lambda: engine.state == "compiling")
     _, early = submitted(engine, offer.generation("early"))  # waits for the warm-up
