@@ -141,7 +141,7 @@ def edit_options(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if name in first:
             found[name] = [_read(image[name])[0] for image in images]
     if "control_from" in first:
-        edges = _detector(first["control_from"], first.get("control_weights")).of
+        edges = _detector(first["control_from"], first.get("control_weights"))
         found["control"] = [edges(picture[None])[0] for picture in found["control"]]
     if "mask" in found:
         found["mask"] = [pixels[..., 0] for pixels in found["mask"]]

@@ -191,7 +191,8 @@ class ShardEncoder:
         rows = [*items, *items[-1:] * (self._rows - len(items))]
         pixels = {"{}": np.stack([item.pixels for item in rows])}
         if isinstance(self._condition, EdgeDetector):
-            pixels["control_{}"] = self._condition.of(self._place(pixels["{}"]))
+            edges = self._condition(self._place(pixels["{}"]))
+            pixels["control_{}"] = np.repeat(edges[..., None], 3, axis=-1)
         elif self._condition is not None:
             pixels["control_{}"] = np.stack([item.control for item in rows])
         for item in items:

@@ -53,10 +53,6 @@ class EdgeDetector:
             return np.stack([canny(image) for image in pixels])
         return np.rint(np.asarray(self.network.apply(pixels)) * 255).astype(np.uint8)
 
-    def of(self, pixels: np.ndarray) -> np.ndarray:
-        """As a call, for a ControlNet: uint8 [b, h, w, 3]."""
-        return np.repeat(self(pixels)[..., None], 3, axis=-1)
-
 
 class FolderCondition:
     """Maps that lie in a folder, each under the key of its image (the path without the suffix)."""

@@ -42,10 +42,8 @@ class PromptShard:
     def of(self, groups: Sequence[Hashable]) -> list[int]:
         """Numbers of the images that are this shard's. groups: what each image's compiled shapes
         depend on; they are dealt out group by group, as many to each process, give or take one."""
-        members: dict[Hashable, list[int]] = {}
-        for n, group in enumerate(groups):
-            members.setdefault(group, []).append(n)
-        order = [n for group in members.values() for n in group]
+        first = {group: n for n, group in reversed([*enumerate(groups)])}
+        order = sorted(range(len(groups)), key=lambda n: first[groups[n]])
         return sorted(order[self.index :: self.count])
 
 

@@ -282,9 +282,10 @@ class _Answer:
                     yield _sse(f"{prefix}.progress", dataclasses.asdict(event))
                 elif isinstance(event, Preview):
                     pixels = await asyncio.to_thread(image_bytes, event.pixels, None, self.kind, 90)
-                    place = {"partial_image_index": event.number, "image_index": event.index}
-                    place |= {"b64_json": base64.b64encode(pixels).decode(), **self.about}
-                    yield _sse(f"{prefix}.partial_image", place, created_at=int(time.time()))
+                    found: dict[str, Any] = {"partial_image_index": event.number}
+                    found |= {"image_index": event.index, **self.about}
+                    found |= {"b64_json": base64.b64encode(pixels).decode()}
+                    yield _sse(f"{prefix}.partial_image", found, created_at=int(time.time()))
                 elif isinstance(event, Done):
                     found = await self.image(event)
                     found |= {"image_index": event.index, "created_at": int(time.time())}

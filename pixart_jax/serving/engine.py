@@ -121,12 +121,26 @@ class Job:
 _Item = tuple[Job, int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a server makes at once, and how much may wait."""
+
+    batch_size: int = 8
+    """Images of every batch. An image does not depend on what shares its batch."""
+    max_queue: int = 64
+    """Images that may wait; requests beyond it are told to come back (429)."""
+    max_programs: int = 64
+    """Compiled programs at most; each combination of size, steps, solver and edit is one."""
+    timeout: float = 300
+    """Seconds that a request may wait."""
+    stuck_after: float = 600
+    """Seconds of one batch after which /healthz fails."""
+
+
 class Engine:
     """open_renderer: opens the model, in the engine's thread. warm_up: generated before the state
-    is ready. batch_size: of every batch. max_queue: images that may wait. timeout: seconds that a
-    request may wait. max_programs: compiled programs at most. stuck_after: seconds of a batch after
-    which the engine counts as stuck. on_batch(one of its generations, images, seconds, whether it
-    compiled): called after each batch.
+    is ready. on_batch(one of its generations, images, seconds, whether it compiled): called after
+    each batch.
 
     ``state``: loading (the model is being opened; requests are refused), compiling (requests wait),
     ready, draining (requests are refused, those accepted are finished), failed.
@@ -136,17 +150,10 @@ class Engine:
         self,
         open_renderer: Callable[[], Renderer],
         warm_up: Sequence[Generation] = (),
-        *,
-        batch_size: int = 8,
-        max_queue: int = 64,
-        timeout: float = 300,
-        max_programs: int = 64,
-        stuck_after: float = 600,
+        limits: Limits = Limits(),
         on_failure: Callable[[Exception], None] = lambda error: None,
     ):
-        self._open, self._warm_up = open_renderer, list(warm_up)
-        self.batch_size, self.max_queue, self.timeout = batch_size, max_queue, timeout
-        self.max_programs, self.stuck_after = max_programs, stuck_after
+        self._open, self._warm_up, self.limits = open_renderer, list(warm_up), limits
         self.on_failure = on_failure
         self.on_batch: Callable[[Generation, int, float, bool], None] = lambda *report: None
         self.state = "loading"
@@ -184,7 +191,7 @@ class Engine:
     def alive(self) -> bool:
         """Whether the thread lives and its batch is not stuck."""
         began = self._began
-        stuck = began is not None and time.monotonic() - began > self.stuck_after
+        stuck = began is not None and time.monotonic() - began > self.limits.stuck_after
         return self._thread.is_alive() and not stuck
 
     def submit(
@@ -200,14 +207,14 @@ class Engine:
         with self._changed:
             if self.state not in ("compiling", "ready"):
                 raise _unavailable(self.state)
-            if len(self._queue) + generation.count > self.max_queue:
+            if len(self._queue) + generation.count > self.limits.max_queue:
                 wait = math.ceil((len(self._queue) or generation.count) * self._seconds_an_image)
                 wait = min(max(wait, 1), RETRY_LIMIT)
                 full = f"the queue is full: try again in {wait} s"
                 raise Unavailable(full, "queue_full", wait)
             if generation.program not in self._programs:
-                if len(self._programs) >= self.max_programs:
-                    more = f"program {self.max_programs + 1} of at most {self.max_programs}"
+                if len(self._programs) >= (most := self.limits.max_programs):
+                    more = f"program {most + 1} of at most {most}"
                     raise Refused(f"this size with these options would be {more}: use others")
                 self._programs.add(generation.program)
             if progress:
@@ -284,10 +291,10 @@ class Engine:
                     one for one in self._queue if one[0].generation.key == oldest.generation.key
                 ]
                 wait = oldest.arrived + GATHER - time.monotonic()
-                if len(batch) >= self.batch_size or wait <= 0 or self.state == "draining":
+                if len(batch) >= self.limits.batch_size or wait <= 0 or self.state == "draining":
                     break
                 self._changed.wait(timeout=wait)
-            batch = batch[: self.batch_size]
+            batch = batch[: self.limits.batch_size]
             taken = set(map(id, batch))
             waiting = self._queue = [one for one in self._queue if id(one) not in taken]
         for position, (job, index) in enumerate(waiting):
@@ -296,11 +303,11 @@ class Engine:
         return batch
 
     def _expire(self) -> None:
-        limit = time.monotonic() - self.timeout
+        limit = time.monotonic() - self.limits.timeout
         late = {job for job, _ in self._queue if job.arrived < limit}
         self._queue = [one for one in self._queue if one[0] not in late]
         for job in late:
-            waited = f"waited longer than {self.timeout:g} s"
+            waited = f"waited longer than {self.limits.timeout:g} s"
             job.tell(Failed(Unavailable(waited, "timeout")))
             job.cancelled = True
 
@@ -311,7 +318,7 @@ class Engine:
         began = self._began = time.monotonic()
         self._running = batch
         for job in jobs:
-            job.started, job.fill = job.started or began, len(batch) / self.batch_size
+            job.started, job.fill = job.started or began, len(batch) / self.limits.batch_size
             if job.progress:
                 job.tell(Progress("compiling" if new else "running", 0, 0, first.run_steps))
 
@@ -327,7 +334,7 @@ class Engine:
 
         every = 1
         if not any(job.progress or job.previews for job in jobs):  # once a second, to be cancelled
-            seconds = self._seconds_an_image * self.batch_size / first.run_steps
+            seconds = self._seconds_an_image * self.limits.batch_size / first.run_steps
             every = min(max(1, int(1 / seconds)), first.run_steps)
         images: Sequence[np.ndarray | None] = []
         failure: Exception = UserError(f"the image is {WHAT}: {CURE}")

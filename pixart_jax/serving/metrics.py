@@ -42,7 +42,7 @@ class Metrics:
         self._latency = histogram("e2e_request_latency_seconds", "of requests for images")
         self._batch = histogram("batch_time_seconds", "of batches", ("size", "steps"))
         self._fill = histogram("batch_fill_ratio", "images of a batch's places", buckets=_FILL)
-        self._size, engine.on_batch = engine.batch_size, self.batch_done
+        self._size, engine.on_batch = engine.limits.batch_size, self.batch_done
 
     def batch_done(
         self, generation: Generation, images: int, seconds: float, compiled: bool

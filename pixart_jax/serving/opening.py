@@ -17,7 +17,7 @@ from pixart_jax.parallel.mesh import make_mesh
 from pixart_jax.pipeline import Pipeline, folder
 from pixart_jax.pipeline.lora_flags import LoraFlags
 from pixart_jax.remote_path import Location, located
-from pixart_jax.serving.engine import Engine
+from pixart_jax.serving.engine import Engine, Limits
 from pixart_jax.serving.offer import MAX_COUNT, Offer
 from pixart_jax.serving.renderer import PipelineRenderer
 from pixart_jax.weights.component import controlnet_of
@@ -42,33 +42,24 @@ class EngineFlags:
     """A folder of converted large weights; auto: one in $PIXART_JAX_CACHE; none."""
     mesh: str = "data=-1"
     """How the devices split the work, as sample.py's."""
-    batch_size: int = 8
-    """Images of every batch. An image does not depend on what shares its batch."""
     sizes: tuple[str, ...] = ()
     """WIDTHxHEIGHT that may be asked for, the default first; by default the model's buckets."""
     steps_allowed: tuple[int, ...] = ()
     """Numbers of steps that may be asked for."""
     solvers: tuple[str, ...] = ()
     """Solvers that may be asked for, the default first."""
-    max_queue: int = 64
-    """Images that may wait; requests beyond it are told to come back (429)."""
     max_prompt_chars: int = 4000
     """Characters of a prompt at most."""
-    max_programs: int = 64
-    """Compiled programs at most; each combination of size, steps, solver and edit is one."""
-    timeout: float = 300
-    """Seconds that a request may wait."""
-    stuck_after: float = 600
-    """Seconds of one batch after which /healthz fails."""
+    limits: tyro.conf.OmitArgPrefixes[Limits] = Limits()
 
     def __post_init__(self):
+        values = {"max_prompt_chars": self.max_prompt_chars, **dataclasses.asdict(self.limits)}
         for name in ("batch_size", "max_queue", "max_prompt_chars", "max_programs", "timeout"):
-            if not getattr(self, name) >= 1:
-                raise UserError(f"{name} {getattr(self, name)}: at least 1 is needed")
-        if self.max_queue < self.batch_size:
-            raise UserError(
-                f"max queue {self.max_queue}: at least a batch of {self.batch_size} is needed"
-            )
+            if not values[name] >= 1:
+                raise UserError(f"{name} {values[name]}: at least 1 is needed")
+        queue, batch = self.limits.max_queue, self.limits.batch_size
+        if queue < batch:
+            raise UserError(f"max queue {queue}: at least a batch of {batch} is needed")
 
     def build(self, on_failure: Callable[[Exception], None] = lambda error: None):
         """(Engine, Offer), not started; no weight is read. Raises UserError for a model, adapter or
@@ -90,7 +81,7 @@ class EngineFlags:
             sizes=[_parse_size(text) for text in self.sizes],
             steps=self.steps_allowed,
             solvers=self.solvers,
-            max_count=min(MAX_COUNT, 2 * self.batch_size),
+            max_count=min(MAX_COUNT, 2 * self.limits.batch_size),
             max_prompt_chars=self.max_prompt_chars,
             adapters=names,
             controlnets=() if control is None else (control.name,),
@@ -114,19 +105,10 @@ class EngineFlags:
             pipe = pipe.replace(context_attention=config.context_attention)
             for adapter, _ in adapters:
                 pipe.load_lora_weights(adapter, adapter.name)
-            return PipelineRenderer(pipe, offer, self.batch_size)
+            return PipelineRenderer(pipe, offer, self.limits.batch_size)
 
-        engine = Engine(
-            open_renderer,
-            [offer.generation("a picture", seed=0)],
-            batch_size=self.batch_size,
-            max_queue=self.max_queue,
-            timeout=self.timeout,
-            max_programs=self.max_programs,
-            stuck_after=self.stuck_after,
-            on_failure=on_failure,
-        )
-        return engine, offer
+        warm_up = [offer.generation("a picture", seed=0)]
+        return Engine(open_renderer, warm_up, self.limits, on_failure), offer
 
     def _controlnet(self) -> Location | None:
         if self.controlnet != "auto":

@@ -63,8 +63,9 @@ def parsed(texts: dict[str, str]) -> dict[str, Any]:
 
 
 def pictures(files: dict[str, bytes], control_from: str | None = None) -> dict[str, np.ndarray]:
-    """{image, control: uint8 [h, w, 3], mask: bool [h, w], True where alpha is 0: what is made
-    anew}. Raises Refused where one is no picture of FORMATS, or too large."""
+    """{image: uint8 [h, w, 3], mask: bool [h, w], True where alpha is 0: what is made anew, control:
+    as image, or of control_from "canny" its edges, uint8 [h, w]}. Raises Refused where one is no
+    picture of FORMATS, or too large."""
     found = {}
     for name, data in files.items():
         image = _open(name, data)
@@ -75,7 +76,7 @@ def pictures(files: dict[str, bytes], control_from: str | None = None) -> dict[s
     if "image" not in found and "control" not in found:
         raise Refused("an image to edit is needed, or a control", "image", "invalid_image")
     if control_from == "canny" and "control" in found:
-        found["control"] = np.repeat(canny(found["control"])[..., None], 3, axis=-1)
+        found["control"] = canny(found["control"])
     return found
 
 

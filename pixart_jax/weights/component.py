@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixart_jax import finite
 from pixart_jax.errors import Notice, UserError, nearest
 from pixart_jax.models import controlnet as control_models
 from pixart_jax.models.configs import TransformerConfig
@@ -25,14 +24,12 @@ from pixart_jax.models.lora import combine, merge
 from pixart_jax.models.t5 import T5Encoder, check_quantization
 from pixart_jax.models.transformer import PixArtTransformer
 from pixart_jax.models.vae import AutoencoderKL, tiled_decode
-from pixart_jax.parallel.gather import gather_to_host
 from pixart_jax.weights import controlnet, dit, hed, lora, t5, transformer, vae
 from pixart_jax.weights.base import CONFIG as CONFIG
 from pixart_jax.weights.base import Component, write_tensors
 from pixart_jax.weights.cache import ParamCache
 from pixart_jax.weights.checkpoints import select
 from pixart_jax.weights.files import (
-    LazyTensor,
     SafetensorsFile,
     Tensors,
     find_weights,
@@ -41,7 +38,7 @@ from pixart_jax.weights.files import (
     read_json,
 )
 from pixart_jax.weights.hub import model_folder
-from pixart_jax.weights.table import flatten, write
+from pixart_jax.weights.table import ParamMapping, flatten, write
 
 # beside the transformer's weights: diffusers does not store it and would warn of its key
 NULL_CAPTION = "null_caption.safetensors"
@@ -128,12 +125,8 @@ class Transformer(Component):
         null = params.pop("null_caption", None)
         super()._write_weights(folder, params)
         if null is not None:
-
-            def values() -> list[np.ndarray]:
-                return [finite.check_tensor("null_caption", gather_to_host(null))]
-
-            tensor = LazyTensor(null.shape, np.dtype(null.dtype), values)
-            write_tensors(folder / NULL_CAPTION, {"null_caption": tensor})
+            alone = write([ParamMapping("null_caption", "null_caption")], {"null_caption": null})
+            write_tensors(folder / NULL_CAPTION, alone)
         elif jax.process_index() == 0:
             (folder / NULL_CAPTION).unlink(missing_ok=True)
 

@@ -50,11 +50,11 @@ class StubRenderer:
         return np.zeros((2, 2, 3), np.uint8)
 
 
-def stub_service(renderer=None, offer=None, **options):
+def stub_service(renderer=None, offer=None):
     """(Service, its StubRenderer); the engine is not started."""
     renderer = renderer or StubRenderer()
     offer = offer or Offer.of(ModelFolder.open(SHIPPED), adapters=["heart"])
-    return api.Service(Engine(lambda: renderer, **options), offer), renderer
+    return api.Service(Engine(lambda: renderer), offer), renderer
 
 
 @contextlib.contextmanager

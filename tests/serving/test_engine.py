@@ -13,7 +13,7 @@ import pytest
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.folder import ModelFolder
 from pixart_jax.serving import engine as engines
-from pixart_jax.serving.engine import Done, Engine, Failed, Preview, Progress
+from pixart_jax.serving.engine import Done, Engine, Failed, Limits, Preview, Progress
 from pixart_jax.serving.offer import Offer, Refused
 from tests.serving.servers import SHIPPED, StubRenderer
 
@@ -30,7 +30,7 @@ def start():
 
     def start(renderer=None, **options):
         renderer = renderer or StubRenderer()
-        engine = Engine(lambda: renderer, batch_size=4, **options)
+        engine = Engine(lambda: renderer, limits=Limits(batch_size=4, **options))
         engine.start()
         made.append((engine, renderer))
         until(lambda: engine.state != "loading" and engine.state != "compiling")
@@ -128,7 +128,9 @@ def test_cancelled_requests_leave_the_queue_and_end_a_batch_that_is_theirs_alone
 def test_fast_steps_are_watched_once_a_second_unless_somebody_looks_on(start, offer):
     engine, renderer = start()
     for progress in (False, False, True):
-        seconds = 0.001 if renderer.every else 0.4 / engine.batch_size * 8  # a step takes 0.4 s
+        seconds = (
+            0.001 if renderer.every else 0.4 / engine.limits.batch_size * 8
+        )  # a step takes 0.4 s
         engine._seconds_an_image = seconds
         _, events = submitted(
             engine, offer.generation("a", num_inference_steps=8), progress=progress
@@ -195,7 +197,7 @@ def test_states_and_draining(offer):
         return renderer
 
     renderer.gate.clear()
-    engine = Engine(open_renderer, [offer.generation("warm up")], batch_size=4)
+    engine = Engine(open_renderer, [offer.generation("warm up")], Limits(4))
     engine.start()
     with pytest.raises(engines.Unavailable) as error:
         engine.submit(offer.generation("a"), print)

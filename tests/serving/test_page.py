@@ -391,10 +391,11 @@ def test_a_server_with_a_key_asks_for_it(chromium):
 def test_the_shipped_model_end_to_end(chromium, tmp_path):
     from pixart_jax.pipeline.lora_flags import LoraFlags
     from pixart_jax.serving.api import Service
+    from pixart_jax.serving.engine import Limits
     from pixart_jax.serving.opening import EngineFlags
 
     loras = LoraFlags(lora=(str(ROOT / "assets" / "shapes_heart"),))
-    engine, offer = EngineFlags(loras=loras, batch_size=2).build()
+    engine, offer = EngineFlags(loras=loras, limits=Limits(2)).build()
     service = Service(engine, offer)
     with listening(create_app(service)) as address:
         site = Site(chromium, address, service, None)

@@ -33,6 +33,7 @@ from pixart_jax.commands import sample
 from pixart_jax.images import canny
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.serving import api
+from pixart_jax.serving.engine import Limits
 from pixart_jax.serving.opening import EngineFlags
 from tests.serving.servers import ROOT, SHIPPED, listening
 from tests.serving.test_api import pixels_of
@@ -46,7 +47,7 @@ def flags():
     from pixart_jax.pipeline.lora_flags import LoraFlags
 
     loras = LoraFlags(lora=(str(ROOT / "assets" / "shapes_heart"),))
-    return EngineFlags(loras=loras, batch_size=4, steps_allowed=(4,), dtype="float32")
+    return EngineFlags(loras=loras, limits=Limits(4), steps_allowed=(4,), dtype="float32")
 
 
 @pytest.fixture(scope="module")
