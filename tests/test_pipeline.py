@@ -166,18 +166,6 @@ def test_an_image_does_not_depend_on_its_batch(ours, solver):
     assert np.abs(together[0] - together[3]).max() > 1
 
 
-def test_the_same_batch_shape_gives_the_same_image_to_the_bit(ours):
-    first = ours(PROMPTS[:2], steps=5, seed=1, batch_size=2)
-    swapped = ours(PROMPTS[1::-1], indices=[1, 0], steps=5, seed=1, batch_size=2)
-    np.testing.assert_array_equal(first, swapped[::-1])
-
-
-def test_noise_of_an_image_is_that_of_its_folded_key(ours):
-    noise, _ = ours.noise(3, [5, 0], 64, 48)
-    key = jax.random.fold_in(jax.random.key(3), 5)
-    np.testing.assert_array_equal(noise[0], jax.random.normal(key, (8, 6, 4)))
-
-
 def test_text_padding_changes_nothing(ours):
     states, lengths = ours.encode_text(PROMPTS[:2])
     long_states, long_lengths = ours.encode_text(PROMPTS[:2], 64)

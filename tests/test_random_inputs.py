@@ -29,8 +29,15 @@ from pixart_jax.text import read_prompts
 from pixart_jax.weights.files import open_tensors
 from tests.data.tiny_sets import encoded, picture, write
 
-FEW = settings(max_examples=100, deadline=None)
-MANY = settings(max_examples=10_000, deadline=None)
+
+def few_and_many(check, **strategies):
+    """A check as a fast test of a hundred examples, and as a slow one of ten thousand."""
+    few, many = (
+        settings(max_examples=count, deadline=None)(given(**strategies)(check))
+        for count in (100, 10_000)
+    )
+    return few, pytest.mark.slow(many)
+
 
 # ---- prompt files ----
 
@@ -59,9 +66,9 @@ ENCODED = st.tuples(
 SUFFIX = st.sampled_from([".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet", ".prompts"])
 
 
-def check_random_prompt_file(folder, data: bytes, suffix: str) -> None:
+def check_random_prompt_file(tmp_path_factory, data: bytes, suffix: str) -> None:
     """Every line is a prompt or blank, or the file is refused in one line."""
-    path = folder / f"p{suffix}"
+    path = tmp_path_factory.getbasetemp() / f"p{suffix}"
     path.write_bytes(data)
     try:
         rows = read_prompts(path)
@@ -74,17 +81,9 @@ def check_random_prompt_file(folder, data: bytes, suffix: str) -> None:
         assert row.prompt.strip()
 
 
-@FEW
-@given(data=st.binary(max_size=60) | ENCODED, suffix=SUFFIX)
-def test_random_prompt_files(tmp_path_factory, data, suffix):
-    check_random_prompt_file(tmp_path_factory.getbasetemp(), data, suffix)
-
-
-@pytest.mark.slow
-@MANY
-@given(data=st.binary(max_size=60) | ENCODED, suffix=SUFFIX)
-def test_ten_thousand_random_prompt_files(tmp_path_factory, data, suffix):
-    check_random_prompt_file(tmp_path_factory.getbasetemp(), data, suffix)
+test_random_prompt_files, test_ten_thousand_random_prompt_files = few_and_many(
+    check_random_prompt_file, data=st.binary(max_size=60) | ENCODED, suffix=SUFFIX
+)
 
 
 # ---- folders and tars ----
@@ -145,15 +144,17 @@ def check_source(text: str, paths: list[str]) -> None:
     assert all(count >= 0 for count in unread.values()), (unread, named, paths)
 
 
-def check_random_folder(root: Path, files: dict[str, bytes]) -> None:
+def check_random_folder(tmp_path_factory, files: dict[str, bytes]) -> None:
+    root = tmp_path_factory.getbasetemp() / "folder"
     shutil.rmtree(root, ignore_errors=True)
     write(root, files)
     hidden = [name for name in files if "/." in f"/{name}"]
     check_source(f"folder:{root}", [name for name in files if name not in hidden])
 
 
-def check_random_tar(root: Path, files: dict[str, bytes], cut: int) -> None:
+def check_random_tar(tmp_path_factory, files: dict[str, bytes], cut: int) -> None:
     """cut: bytes that the tar has lost."""
+    root = tmp_path_factory.getbasetemp() / "tar"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     buffer = io.BytesIO()
@@ -167,16 +168,12 @@ def check_random_tar(root: Path, files: dict[str, bytes], cut: int) -> None:
     check_source(f"webdataset:{root}/a.tar", [] if cut else list(files))
 
 
-@FEW
-@given(files=FILES)
-def test_random_folders(tmp_path_factory, files):
-    check_random_folder(tmp_path_factory.getbasetemp() / "folder", files)
-
-
-@FEW
-@given(files=FILES, cut=st.just(0) | st.integers(0, 30_000))
-def test_random_tars(tmp_path_factory, files, cut):
-    check_random_tar(tmp_path_factory.getbasetemp() / "tar", files, cut)
+test_random_folders, test_ten_thousand_random_folders = few_and_many(
+    check_random_folder, files=FILES
+)
+test_random_tars, test_ten_thousand_random_tars = few_and_many(
+    check_random_tar, files=FILES, cut=st.just(0) | st.integers(0, 30_000)
+)
 
 
 # ---- weights and configs ----
@@ -192,7 +189,8 @@ FIELDS = st.fixed_dictionaries(
 HEADER = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), FIELDS | JSON, max_size=3)
 
 
-def check_random_safetensors(path: Path, header, length: int | None, data: bytes) -> None:
+def check_random_safetensors(tmp_path_factory, header, length: int | None, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "w.safetensors"
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     try:
@@ -203,17 +201,12 @@ def check_random_safetensors(path: Path, header, length: int | None, data: bytes
         assert "\n" not in str(error)
 
 
-SAFETENSORS = {
-    "header": HEADER | JSON | st.binary(max_size=40),
-    "length": st.none() | st.integers(0, 2**64 - 1),
-    "data": st.binary(max_size=48),
-}
-
-
-@FEW
-@given(**SAFETENSORS)
-def test_random_safetensors(tmp_path_factory, header, length, data):
-    check_random_safetensors(tmp_path_factory.getbasetemp() / "w.safetensors", header, length, data)
+test_random_safetensors, test_ten_thousand_random_safetensors = few_and_many(
+    check_random_safetensors,
+    header=HEADER | JSON | st.binary(max_size=40),
+    length=st.none() | st.integers(0, 2**64 - 1),
+    data=st.binary(max_size=48),
+)
 
 
 CONFIGS = (
@@ -223,8 +216,9 @@ CONFIGS = (
 VALUE = JSON | st.sampled_from([-1, 0, 1e9, 1e400, "float16", [], {}, [[]], "AutoencoderKL"])
 
 
-def check_random_config(folder: Path, root: Path, name: str, changes: dict, raw) -> None:
+def check_random_config(tmp_path_factory, root: Path, name: str, changes: dict, raw) -> None:
     """One config file with other values, or other bytes; the folder opens or is refused."""
+    folder = tmp_path_factory.getbasetemp() / "model"
     shutil.rmtree(folder, ignore_errors=True)
     for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         (folder / part).mkdir(parents=True)
@@ -242,51 +236,12 @@ def check_random_config(folder: Path, root: Path, name: str, changes: dict, raw)
         assert "\n" not in str(error)
 
 
-CONFIG = {
-    "name": st.sampled_from(CONFIGS),
-    "changes": st.dictionaries(st.integers(0, 50), VALUE, min_size=1, max_size=3),
-    "raw": st.none()
-    | st.none()
-    | st.binary(max_size=30)
-    | JSON.map(lambda v: json.dumps(v).encode()),
-}
-
-
-@FEW
-@given(**CONFIG)
-def test_random_configs(tmp_path_factory, root, name, changes, raw):
-    check_random_config(tmp_path_factory.getbasetemp() / "model", root, name, changes, raw)
-
-
-# ---- ten thousand of each ----
-
-
-@pytest.mark.slow
-@MANY
-@given(files=FILES)
-def test_ten_thousand_random_folders(tmp_path_factory, files):
-    check_random_folder(tmp_path_factory.getbasetemp() / "folder", files)
-
-
-@pytest.mark.slow
-@MANY
-@given(files=FILES, cut=st.just(0) | st.integers(0, 30_000))
-def test_ten_thousand_random_tars(tmp_path_factory, files, cut):
-    check_random_tar(tmp_path_factory.getbasetemp() / "tar", files, cut)
-
-
-@pytest.mark.slow
-@MANY
-@given(**SAFETENSORS)
-def test_ten_thousand_random_safetensors(tmp_path_factory, header, length, data):
-    check_random_safetensors(tmp_path_factory.getbasetemp() / "w.safetensors", header, length, data)
-
-
-@pytest.mark.slow
-@MANY
-@given(**CONFIG)
-def test_ten_thousand_random_configs(tmp_path_factory, root, name, changes, raw):
-    check_random_config(tmp_path_factory.getbasetemp() / "model", root, name, changes, raw)
+test_random_configs, test_ten_thousand_random_configs = few_and_many(
+    check_random_config,
+    name=st.sampled_from(CONFIGS),
+    changes=st.dictionaries(st.integers(0, 50), VALUE, min_size=1, max_size=3),
+    raw=st.none() | st.none() | st.binary(max_size=30) | JSON.map(lambda v: json.dumps(v).encode()),
+)
 
 
 # ---- thirty by command ----

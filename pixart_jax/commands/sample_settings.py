@@ -19,7 +19,6 @@ def image_settings(
     """Each image's settings, as its PNG records them. Raises UserError for options, text states or
     weights that this model cannot be sampled with."""
     from pixart_jax.commands.sample_texts import open_states
-    from pixart_jax.pipeline.image_size import check_options
     from pixart_jax.pipeline.sampling_config import check_seed
 
     parts = model.transformer, model.vae, model.scheduler
@@ -39,9 +38,8 @@ def image_settings(
     @functools.cache
     def size(guidance: float, height: int | None, width: int | None, *edit) -> dict[str, int]:
         config, edits = dataclasses.replace(flags.sampling, guidance=guidance), edits_of(dict(edit))
-        asked = edits.asked(height, width, model.transformer, model.vae.factor, config)
-        how = {"batch_size": flags.batch_size, "start": edits.start(int(config.steps or 0))}
-        return edits.result_size(*check_options(config, *parts, *asked, **how).asked)
+        found = edits.size(config, *parts, height, width, flags.batch_size)
+        return edits.result_size(*found.asked)
 
     wanted = []
     for n, row in enumerate(rows):

@@ -23,9 +23,8 @@ from pixart_jax.parallel.rules import on_mesh, row_sharding
 from pixart_jax.pipeline import decoder, editing, sampler
 from pixart_jax.pipeline.adapters import Adapters
 from pixart_jax.pipeline.block_cache import make_plan
-from pixart_jax.pipeline.noise import starting_noise
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder
-from pixart_jax.pipeline.rows import Run, Seed, one_each
+from pixart_jax.pipeline.rows import Run, Seed, one_each, starting_noise
 from pixart_jax.pipeline.sampling_config import SamplingConfig, check_seed
 from pixart_jax.pipeline.scheduler import SchedulerConfig
 from pixart_jax.pipeline.text_states import TextStates

@@ -21,9 +21,11 @@ from scipy import ndimage
 from pixart_jax.data import buckets
 from pixart_jax.data.images import to_bucket
 from pixart_jax.errors import UserError
-from pixart_jax.models.configs import TransformerConfig
+from pixart_jax.models.configs import TransformerConfig, VAEConfig
+from pixart_jax.pipeline.image_size import ImageSize, check_options
 from pixart_jax.pipeline.sampler import Edit
 from pixart_jax.pipeline.sampling_config import SamplingConfig
+from pixart_jax.pipeline.scheduler import SchedulerConfig
 
 ASPECT = 1.03  # a condition may be off its image's aspect ratio by this: sides are rounded
 SEAM = 6  # px inside the mask, over which generated pixels blend into known ones
@@ -285,27 +287,30 @@ class Edits:
         """The first step of ``steps``."""
         return first_step(steps, self.strength) if self.images else 0
 
-    def asked(
+    def size(
         self,
+        config: SamplingConfig,
+        transformer: TransformerConfig,
+        vae: VAEConfig,
+        scheduler: SchedulerConfig,
         height: int | None,
         width: int | None,
-        transformer: TransformerConfig,
-        factor: int,
-        config: SamplingConfig,
-    ) -> tuple[int | None, int | None]:
-        """The size to ask for: by default the first image's; beside a reference of twice the
-        width."""
-        side = transformer.sample_size * factor
-        if self.is_reference:
-            return height or side, 2 * (width or side)
+        batch_size: int | None,
+    ) -> ImageSize:
+        """What ``check_options`` finds for a size; by default it is the first image's, and beside a
+        reference of twice the width."""
+        side = transformer.sample_size * vae.factor
         if self.controls:
             whole = (height or side, width or side) if height or width else self.controls[0].shape
             for n, one in enumerate(self.controls):
                 check_aspect("control", one, self.images[n].shape if self.images else whole)
         given = [*self.images, *self.controls]
-        if given and height is None and width is None:
-            return default_size(given[0].shape, transformer, factor, config)
-        return height, width
+        if self.is_reference:
+            height, width = height or side, 2 * (width or side)
+        elif given and height is None and width is None:
+            height, width = default_size(given[0].shape, transformer, vae.factor, config)
+        start, models = self.start(int(config.steps or 0)), (transformer, vae, scheduler)
+        return check_options(config, *models, height, width, batch_size=batch_size, start=start)
 
     def result_size(self, height: int, width: int) -> dict[str, int]:
         """{"height", "width"} of what ``generate`` is asked for, from the canvas's."""

@@ -19,10 +19,9 @@ from pixart_jax.pipeline import decoder, editing, sampler
 from pixart_jax.pipeline.adapters import Adapters, LoraMethods
 from pixart_jax.pipeline.denoising import Callback, DenoisingMethods, NegativePrompts
 from pixart_jax.pipeline.folder import PARTS, ModelFolder, write_model
-from pixart_jax.pipeline.image_size import ImageSize, check_options
-from pixart_jax.pipeline.noise import between, slerp
+from pixart_jax.pipeline.image_size import ImageSize
 from pixart_jax.pipeline.prompt_encoder import PromptEncoder, one_ahead
-from pixart_jax.pipeline.rows import Row, Run, Seed, Toward, in_batches, one_each
+from pixart_jax.pipeline.rows import Row, Run, Seed, Toward, between, in_batches, one_each, slerp
 from pixart_jax.pipeline.sampling_config import (
     SamplingConfig,
     check_count,
@@ -234,18 +233,9 @@ class Pipeline(DenoisingMethods, LoraMethods):
         given = image, mask, strength, mask_padding, reference, variation, control
         edits = editing.Edits.read(count, *given)
         self._denoiser(bool(edits.controls))  # raises without a ControlNet
-        height, width = edits.asked(height, width, parts, self.factor, config)
+        models = parts, self.vae.config, self.scheduler
+        size = edits.size(config, *models, height, width, batch_size)
         start = edits.start(int(config.steps or 0))
-        size = check_options(
-            config,
-            parts,
-            self.vae.config,
-            self.scheduler,
-            height,
-            width,
-            batch_size=batch_size,
-            start=start,
-        )
         canvas = tuple(side // self.factor for side in size.generated)
         windows = plan_windows(config, parts, canvas, edits.is_reference)
         columns: tuple[list[Any], ...] = (
