@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
 from tasks.test_lora import (
-    check_cut_off,
+    check_kills,
     check_two_devices,
     digests,
     error_of,
@@ -144,8 +144,8 @@ def test_a_stage_may_go_on_from_a_trained_one_to_the_bit(finished, world, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_cut_off_resumes_to_the_same_bits(finished, world, tmp_path, monkeypatch):
-    check_cut_off(a_run(world, "bfloat16"), finished, tmp_path / "run", monkeypatch)
+def test_killed_by_the_system_it_ends_the_same_to_the_bit(finished, world, tmp_path):
+    check_kills(a_run(world, "bfloat16"), finished, tmp_path / "run")
     for file in (finished / "adapter").iterdir():
         assert (tmp_path / "run/adapter" / file.name).read_bytes() == file.read_bytes(), file.name
 

@@ -18,14 +18,7 @@ from diffusers import LCMScheduler, PixArtAlphaPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_run
-from tasks.test_lora import (
-    SIZES,
-    check_cut_off,
-    check_two_devices,
-    error_of,
-    final_state,
-    over_base,
-)
+from tasks.test_lora import SIZES, check_kills, check_two_devices, error_of, final_state, over_base
 from tiny_run import Killed, figures, kill_before
 
 from pixart_jax import Pipeline
@@ -332,10 +325,10 @@ def finished(world, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_cut_off_resumes_to_the_same_bits(world, tmp_path, monkeypatch):
-    """Of task lcm; the next test is of task tdm."""
-    train.train(a_run(world), tmp_path / "whole")
-    check_cut_off(a_run(world), tmp_path / "whole", tmp_path / "run", monkeypatch)
+@pytest.mark.parametrize("task", ["lcm", "tdm"])
+def test_killed_by_the_system_it_ends_the_same_to_the_bit(world, tmp_path, task):
+    train.train(a_run(world, task), tmp_path / "whole")
+    check_kills(a_run(world, task), tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow  # 15 s

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +279,21 @@ def test_the_merged_model_opens_in_diffusers(finished, world):
 def check_cut_off(config: Config, finished: Path, workdir: Path, patch) -> None:
     """A run that is cut off at two of its steps ends with the bits of the uninterrupted one."""
     assert tiny_run.train_cut_off(config, workdir, patch, 3, 8) == 3
+    assert figures(workdir) == figures(finished)
+    jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(workdir))
+
+
+def check_kills(config: Config, finished: Path, workdir: Path) -> None:
+    """The same of a program that the system kills."""
+    recipe = workdir.with_suffix(".py")
+    held = repr(pickle.dumps(config))
+    recipe.write_text(f"import pickle\n\ndef get_config():\n    return pickle.loads({held})\n")
+    script = Path(tiny_run.__file__).with_name("train_until_killed.py")
+    for kill in (5, 2, 0):
+        command = [sys.executable, script, str(kill), recipe, "--workdir", workdir]
+        environment = {**os.environ, "XLA_FLAGS": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
     assert figures(workdir) == figures(finished)
     jax.tree.map(np.testing.assert_array_equal, final_state(finished), final_state(workdir))
 
