@@ -109,9 +109,13 @@ def test_a_pictures_edges_control_both_halves_of_guidance(pipe, tiny_model, fold
 def test_no_effect_gives_the_plain_image_and_the_mask_keeps_what_is_known(tiny_model, folder, pipe):
     zero = Pipeline.from_pretrained(tiny_model, controlnet=folder / "zero")
     how = {"steps": 3, "seed": 4, "height": 64, "width": 64, "binning": False}
-    plain = pipe(PROMPTS, **how)
-    np.testing.assert_array_equal(zero(PROMPTS, control=EDGES, **how), plain)
-    np.testing.assert_array_equal(pipe(PROMPTS, control=EDGES, control_scale=0.0, **how), plain)
+    plain = pipe(PROMPTS, **how).astype(int)
+    for same in (
+        zero(PROMPTS, control=EDGES, **how),
+        pipe(PROMPTS, control=EDGES, control_scale=0.0, **how),
+    ):
+        # another program, which may round a pixel to the next level
+        np.testing.assert_allclose(same.astype(int), plain, rtol=0, atol=1)
     noise, _ = pipe.noise(0, range(2), 64, 64)
     edit = {"latents": KNOWN, "mask": MASK, "strength": 0.7, "steps": 3}
     found = pipe.denoise(*pipe.encode_text(PROMPTS), noise, control=LATENTS, **edit)
