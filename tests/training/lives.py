@@ -1,8 +1,9 @@
-"""Lives of train.py that end by SIGKILL at random moments: python lives.py SEED KILLS LONGEST
-RECIPE --workdir ADDRESS.
+"""Lives of train.py that end by SIGKILL at random moments: python lives.py SEED KILLS RECIPE
+--workdir ADDRESS.
 
-Each life is forked from this process, which has imported what takes long. Kills come up to LONGEST
-seconds after a start; the last life ends by itself. Prints how many lives had ended before their
+Each life is forked from this process, which has imported what takes long. The first two end in
+their first commit; the second, for which all is compiled, tells how long that takes. The others end
+within two such times; the last one ends by itself. Prints how many lives had ended before their
 kill, with their statuses.
 
     python lives.py freeze:before|after:STEP RECIPE --workdir ADDRESS
@@ -47,11 +48,13 @@ def freeze(when: str, step: int) -> None:
     bucket.Bucket.commit = frozen
 
 
-def live(argv: list[str], seconds: float | None) -> int:
-    """One life; its status, −9 where it was killed after ``seconds``."""
+def live(argv: list[str], seconds: float = 3600.0, commits: bool = True) -> int:
+    """One life; its status, −9 where it was killed after ``seconds``, or in its first commit."""
     child = os.fork()
     if child == 0:
         status = 1
+        if not commits:
+            bucket.Bucket.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         try:
             status = cli.run(train.main, argv)
         except BaseException:
@@ -60,7 +63,7 @@ def live(argv: list[str], seconds: float | None) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    deadline = time.monotonic() + (3600 if seconds is None else seconds)
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -75,17 +78,20 @@ def main() -> None:
         _, when, step = sys.argv[1].split(":")
         freeze(when, int(step))
         sys.exit(cli.run(train.main, sys.argv[2:]))
-    rng, kills, longest = random.Random(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
+    rng, kills, argv = random.Random(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3:]
     done, others = 0, []
     while done < kills:
-        status = live(sys.argv[4:], rng.uniform(0.0, longest))
-        if status == -signal.SIGKILL:
-            done += 1
-            continue
-        others.append(status)
-        if status == 0:
-            break  # the run is complete
-    last = live(sys.argv[4:], None)
+        if done < 2:
+            begun = time.monotonic()
+            status = live(argv, commits=False)
+            usual = time.monotonic() - begun
+        else:
+            status = live(argv, rng.uniform(0.0, 2 * usual))
+        if status != -signal.SIGKILL:
+            others.append(status)
+            break
+        done += 1
+    last = live(argv)
     print(f"killed {done} times; ended by themselves: {others}; the last life: {last}", flush=True)
     sys.exit(last)
 

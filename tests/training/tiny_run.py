@@ -100,7 +100,7 @@ def recipe(folder: Path, steps: int | None = None, every: int = 3) -> Path:
         "from tiny_run import curriculum\n\n\n"
         "def get_config():\n"
         f"    config = curriculum(Path({str(folder)!r}), checkpoint_every={every})\n"
-        f"    if {steps} is None:\n"
+        f"    if {steps is None}:\n"
         "        return config\n"
         f"    stage = dataclasses.replace(config.stages[0], steps={steps})\n"
         "    return dataclasses.replace(config, stages=(stage,))\n"
