@@ -1,6 +1,7 @@
 """Images a second through FID's Inception network, beside PyTorch with the same random weights.
 
-    python benchmarks/fid.py --images 128                 on a CPU: both on it
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/fid.py --images 128
+                                                          on a CPU of two cores: both on it
     python benchmarks/fid.py --images 4096 --batch 256    on a GPU: both on it, fp32
     python benchmarks/fid.py --images 8 --repeat 1        a rehearsal
 
@@ -23,20 +24,19 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pixart_jax import cli  # noqa: E402
-from pixart_jax.evaluation import inception  # noqa: E402
+from pixart_jax.evaluation import features, inception  # noqa: E402
 
 
 def ours(net: inception.Inception) -> Callable[[np.ndarray], np.ndarray]:
-    params = jax.device_put(net.params)
+    network = features.on_devices(net, "tensorflow")
 
     def run(pixels: np.ndarray) -> np.ndarray:
-        return np.asarray(inception.apply(params, (pixels.astype("f4") - 128) / 128)["pool"])
+        return np.asarray(network.compute((pixels.astype("f4") - 128) / 128, None)["pool"])
 
     return run
 

@@ -162,7 +162,7 @@ def measure(
 ) -> dict:
     """Samples a second of a loader, processor seconds a sample, and a digest of its first batch."""
     begun = time.perf_counter()
-    samples, how = samples_of(case, folder, window), {"workers": 2, "prefetch": AHEAD}
+    samples, how = samples_of(case, folder, window), {"workers": 2}
     made = Loader(samples, batch_size=batch, seed=0, window=window, **how)
     if loader == "ours":
         found = itertools.islice(made.iterator(), batches)
