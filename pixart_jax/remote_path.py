@@ -30,7 +30,7 @@ class Status(NamedTuple):
 
 
 class RemotePath(PurePosixPath):
-    """An object of a bucket, or what lies below an address. What an instance has once been told of
+    """An object of a bucket, or what lies below an address. What an instance has once read of
     the bucket it keeps: an object's status, a listing."""
 
     def __str__(self) -> str:

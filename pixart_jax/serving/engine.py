@@ -128,7 +128,7 @@ class Limits:
     batch_size: int = 8
     """Images of every batch. An image does not depend on what shares its batch."""
     max_queue: int = 64
-    """Images that may wait; requests beyond it are told to come back (429)."""
+    """Images that may wait; further requests get 429 with Retry-After."""
     max_programs: int = 64
     """Compiled programs at most; each combination of size, steps, solver and edit is one."""
     timeout: float = 300
