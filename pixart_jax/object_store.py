@@ -413,7 +413,7 @@ class _GCS:
             except GoogleAPICallError as error:
                 if error.code not in (404, 410):
                     raise
-                self.page(bucket, key, None)  # another error where there is no bucket
+                self.page(bucket, key, None)  # raises where the bucket does not exist
                 raise ConnectionError("the store has forgotten the upload") from error
 
         retried(whole)

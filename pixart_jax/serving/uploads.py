@@ -65,7 +65,7 @@ def parsed(texts: dict[str, str]) -> dict[str, Any]:
 def pictures(files: dict[str, bytes], control_from: str | None = None) -> dict[str, np.ndarray]:
     """{image: uint8 [h, w, 3], mask: bool [h, w], True where alpha is 0: what is made anew,
     control: as image, or of control_from "canny" its edges, uint8 [h, w]}. Raises Refused where one
-    is no picture of FORMATS, or too large."""
+    is not an image of FORMATS, or is too large."""
     found = {}
     for name, data in files.items():
         image = _open(name, data)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import uvicorn
+from PIL import Image
 
 from pixart_jax.pipeline.folder import ModelFolder
 from pixart_jax.serving import api
@@ -71,3 +74,14 @@ def listening(app):
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+def in_process(app, **options):
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
+
+
+def png(size=(64, 64), mode="RGB", color=(9, 9, 9)) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, color).save(file, "png")
+    return file.getvalue()
